@@ -1,0 +1,200 @@
+"""Every option of a run, declared once: frozen dataclasses that configs fill in and the library reads.
+
+`configs/*.py` turn an `Experiment` into an ml_collections ConfigDict (see `flamingo_jax.configuring`), the command line
+overrides single fields, and the result is checked against these types again before any work starts.
+"""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """NormaliserFree ResNet (Brock et al. 2021). `variant` is F0..F7, or `tiny` for laptops."""
+
+    variant: str = "F6"
+    image_size: int = 320
+    """Side of the square input in pixels: 288 for contrastive training, 320 for Flamingo, 480 for fine-tuning (paper 3.2, B.1.3)."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Channel means of pixels scaled to 0..1; also the colour that pads an image to a square."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    stochastic_depth: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoderConfig:
+    """BERT-form text encoder of the contrastive stage (ALIGN uses BERT-Large; Flamingo does not say)."""
+
+    vocab_size: int = 32_000
+    layers: int = 24
+    width: int = 1024
+    heads: int = 16
+    max_length: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class ContrastiveConfig:
+    """Vision encoder beside text encoder (paper B.1.3)."""
+
+    vision: VisionConfig = VisionConfig(image_size=288)
+    text: TextEncoderConfig = TextEncoderConfig()
+    joint_width: int = 1376
+    initial_temperature: float = 1.0
+    """Similarities are divided by this at the start; its inverse is learned. ALIGN starts at 1.0."""
+    label_smoothing: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelConfig:
+    """Decoder language model in the Chinchilla form."""
+
+    vocab_size: int = 32_000
+    layers: int = 24
+    width: int = 2048
+    heads: int = 16
+    head_width: int = 128
+    feed_forward: int = 8192
+    activation: Literal["gelu", "squared_relu", "relu", "silu"] = "gelu"
+    positions: Literal["transformer_xl", "rotary"] = "transformer_xl"
+    rope_base: float = 10_000.0
+    tied_embeddings: bool = True
+    norm_eps: float = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class ResamplerConfig:
+    """Perceiver Resampler (paper A.1.1)."""
+
+    layers: int = 6
+    width: int = 1536
+    heads: int = 16
+    head_width: int = 128
+    """128 (paper v1) with a map from 3072 gives the published 194 M; 96 (v2) gives 174.8 M."""
+    latents: int = 64
+    frames: int = 8
+    """Number of learned time embeddings; other lengths are interpolated linearly."""
+    feed_forward: int = 6144
+
+
+@dataclasses.dataclass(frozen=True)
+class FlamingoConfig:
+    """Frozen encoder, resampler, gated cross-attention and frozen language model."""
+
+    vision: VisionConfig = VisionConfig()
+    language_model: LanguageModelConfig = LanguageModelConfig()
+    resampler: ResamplerConfig = ResamplerConfig()
+    every: int = 1
+    """A gated block stands before language model layers 0, every, 2 every, ... (paper B.1.1)."""
+    xattn_heads: int = 16
+    xattn_head_width: int = 128
+    xattn_feed_forward: int = 8192
+    attend: Literal["last", "all_previous"] = "last"
+    """Which visuals a text token sees: the last one before it (paper) or all before it (ablation)."""
+    extra_tokens: int = 1
+    """Trained additions to the frozen vocabulary; the first is <EOC>."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """One dataset on disk and how its rows are formed."""
+
+    kind: Literal["pages", "pairs", "videos", "text"] = "pairs"
+    path: str = ""
+    """Folder of a prepared TFDS dataset (`data_dir/name/version`), opened with `tfds.builder_from_directory`."""
+    split: str = "train"
+    batch_size: int = 8
+    """Rows in a global batch (pairs in the contrastive stage)."""
+    length: int = 256
+    """Tokens in a row, L."""
+    visuals: int = 5
+    """Visuals a row has room for, N (paper: the first 5 of a page)."""
+    frames: int = 1
+    """Frames of a visual, T: 1 for images, 8 for clips."""
+    weight: float = 1.0
+    """lambda of the training objective (paper 2.4)."""
+    microbatches: int = 1
+    p_next: float = 0.0
+    """Probability, once per page, that text looks at the next visual rather than the previous one (pages only; paper 0.5)."""
+    leading_space: float = 0.5
+    """Probability that paired text starts with a space (paper A.3.3)."""
+    pack: bool = True
+    """Several short examples share a row."""
+    flip: bool = False
+    """Random left-right flips; off where text speaks of left and right."""
+    colour: float = 0.0
+    """Strength of colour augmentation, 0 for none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW as the paper has it (B.1.2); betas and eps are not published."""
+
+    peak_rate: float = 1e-4
+    warmup_steps: int = 5_000
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """After warm-up. The paper's Flamingo stays constant; its contrastive stage falls linearly to 0."""
+    end_rate: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    no_decay: tuple[str, ...] = ("resampler/.*",)
+    """Regular expressions over parameter names that get no weight decay (paper: the resampler)."""
+    clip_norm: float = 1.0
+    adaptive_clip: float = 0.0
+    """Adaptive gradient clipping of the vision encoder (NFNet); 0 for none, the paper's contrastive stage has 1e-2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 on one axis means all that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    model: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    steps: int = 500_000
+    log_every: int = 20
+    evaluate_every: int = 1_000
+    evaluate_batches: int = 8
+    save_every: int = 1_000
+    """Steps between checkpoints; SIGTERM and the last step save besides."""
+    keep_last: int = 3
+    keep_every: int = 0
+    """Checkpoints at multiples of this stay for ever; 0 for none."""
+    max_not_finite: int = 10
+    """Steps in a row that may be skipped because they are not finite; one more stops the run."""
+    loss: Literal["sequence_sum", "token_mean"] = "sequence_sum"
+    """Sum over a sequence's tokens, mean over sequences (the paper's equation), or mean over tokens."""
+    update: Literal["accumulate", "round_robin"] = "accumulate"
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    use_visuals: bool = True
+    """False trains the same model on the same text with every picture taken away: the baseline that shows what looking is worth."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One training run."""
+
+    name: str = ""
+    task: Literal["contrastive", "language_modelling", "flamingo"] = "flamingo"
+    seed: int = 0
+    contrastive: ContrastiveConfig | None = None
+    language_model: LanguageModelConfig | None = None
+    flamingo: FlamingoConfig | None = None
+    """The model of the task; the other two are None."""
+    tokenizer: str = ""
+    """SentencePiece model file."""
+    data: dict[str, DatasetConfig] = dataclasses.field(default_factory=dict)
+    held_out: dict[str, DatasetConfig] = dataclasses.field(default_factory=dict)
+    """Datasets of the periodic evaluation."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    training: TrainingConfig = TrainingConfig()
+    vision_encoder_from: str = ""
+    """Exported folder (contrastive stage) that the frozen vision encoder comes from."""
+    language_model_from: str = ""
+    """Exported folder (language modelling stage) that the frozen language model comes from."""

@@ -1,0 +1,126 @@
+"""The one seam where attention is computed: scores, masks, positions and caches.
+
+Shapes: B rows, L queries, S keys, H heads, d head width. Scores and softmax are in float32 whatever the compute dtype.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flamingo_jax.models.layers import fan_in_normal, linear
+
+Array = jax.Array
+
+MASKED = -1e30
+
+
+def attend(query: Array, key: Array, value: Array, mask: Array | None = None, extra_scores: Array | None = None) -> Array:
+    """Softmax attention; a query whose every key is masked gets exactly zero.
+
+    Args:
+      query: [B, L, H, d]. key, value: [B, S, H, d].
+      mask: bool, broadcastable to [B, H, L, S]; True where a query may look.
+      extra_scores: float32 [B, H, L, S], added to query . key before the scaling by 1 / sqrt(d).
+
+    Returns: [B, L, H, d] in the dtype of `value`.
+    """
+    scores = jnp.einsum("blhd,bshd->bhls", query, key, preferred_element_type=jnp.float32)
+    if extra_scores is not None:
+        scores = scores + extra_scores
+    scores = scores * (query.shape[-1] ** -0.5)
+    if mask is not None:
+        scores = jnp.where(mask, scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if mask is not None:
+        weights = jnp.where(mask, weights, 0.0)
+    return jnp.einsum("bhls,bshd->blhd", weights.astype(value.dtype), value)
+
+
+def causal_mask(segments: Array) -> Array:
+    """[B, L] segment numbers (0 is padding) -> bool [B, 1, L, L]: a token sees itself and what comes before it in its segment."""
+    length = segments.shape[1]
+    same = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, :, None]
+    return (same & jnp.tril(jnp.ones((length, length), bool)))[:, None]
+
+
+def rotate(x: Array, positions: Array, base: float) -> Array:
+    """Rotary embedding (Su et al. 2021) of x [B, L, H, d] at `positions` [B, L], the two halves of d forming the pairs."""
+    half = x.shape[-1] // 2
+    frequencies = base ** (-np.arange(half, dtype=np.float32) / half)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def sinusoids(count: int, width: int) -> Array:
+    """Sinusoidal code of the distances 0..count-1, float32 [count, width] (Dai et al. 2019, section 3.3)."""
+    frequencies = 10_000.0 ** (-np.arange(width // 2, dtype=np.float32) / (width // 2))
+    angles = np.arange(count, dtype=np.float32)[:, None] * frequencies
+    return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=-1))
+
+
+def shift_distances(scores: Array) -> Array:
+    """[..., L, L] scores by descending distance (column t is distance L-1-t) -> column j is distance i - j; j > i holds rubbish."""
+    *lead, length, _ = scores.shape
+    padded = jnp.pad(scores, [(0, 0)] * len(lead) + [(0, 0), (1, 0)])
+    return padded.reshape(*lead, length + 1, length)[..., 1:, :].reshape(scores.shape)
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far; slot s holds the token at position s. key, value: [B, S, H, d]."""
+
+    key: Array
+    value: Array
+
+
+class SelfAttention(nnx.Module):
+    """Causal self-attention with Transformer-XL relative positions (Dai et al. 2019) or rotary ones."""
+
+    def __init__(
+        self, width: int, heads: int, head_width: int, *, positions: str, rope_base: float, out_scale: float, rngs: nnx.Rngs
+    ):
+        self.query = fan_in_normal(rngs, (width, heads, head_width))
+        self.key = fan_in_normal(rngs, (width, heads, head_width))
+        self.value = fan_in_normal(rngs, (width, heads, head_width))
+        self.out = fan_in_normal(rngs, (heads, head_width, width), heads * head_width, out_scale)
+        self.relative = positions == "transformer_xl"
+        self.rope_base = rope_base
+        if self.relative:
+            self.position = fan_in_normal(rngs, (width, heads, head_width))
+            self.content_bias = nnx.Param(jnp.zeros((heads, head_width)))
+            self.position_bias = nnx.Param(jnp.zeros((heads, head_width)))
+
+    def __call__(self, x: Array, positions: Array, segments: Array | None, cache: Cache | None) -> tuple[Array, Cache | None]:
+        """x [B, L, D] -> [B, L, D]. With a cache the row is one segment, and tokens at positions past its end are dropped."""
+        query, key, value = (linear(x, w[...]) for w in (self.query, self.key, self.value))
+        if not self.relative:
+            query, key = rotate(query, positions, self.rope_base), rotate(key, positions, self.rope_base)
+        if cache is None:
+            assert segments is not None
+            mask = causal_mask(segments)
+        else:
+            rows = jnp.arange(x.shape[0])[:, None]
+            key = cache.key.at[rows, positions].set(key.astype(cache.key.dtype), mode="drop")
+            value = cache.value.at[rows, positions].set(value.astype(cache.value.dtype), mode="drop")
+            cache = Cache(key, value)
+            mask = (jnp.arange(key.shape[1]) <= positions[:, :, None])[:, None]
+        scores = None
+        if self.relative:
+            scores = self._position_scores(query, positions, key.shape[1], cached=cache is not None)
+            query = query + self.content_bias[...].astype(query.dtype)
+        return linear(attend(query, key, value, mask, scores), self.out[...], 2), cache
+
+    def _position_scores(self, query: Array, positions: Array, keys: int, cached: bool) -> Array:
+        """(q_i + v) . W r_(i-j), the position part of Transformer-XL's score: float32 [B, H, L, S]."""
+        query = query + self.position_bias[...].astype(query.dtype)
+        codes = linear(sinusoids(keys, self.position.shape[0]).astype(query.dtype), self.position[...])
+        if not cached:
+            scores = jnp.einsum("blhd,shd->bhls", query, codes[::-1], preferred_element_type=jnp.float32)
+            return shift_distances(scores)
+        scores = jnp.einsum("blhd,shd->bhls", query, codes, preferred_element_type=jnp.float32)
+        distance = jnp.clip(positions[:, :, None] - jnp.arange(keys), 0, keys - 1)
+        return jnp.take_along_axis(scores, distance[:, None], axis=-1)

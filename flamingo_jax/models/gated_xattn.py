@@ -1,0 +1,79 @@
+"""GATED XATTN-DENSE: how the frozen language model comes to see (paper 2.2, figure 4)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flamingo_jax.experiment import FlamingoConfig
+from flamingo_jax.models.attention import attend
+from flamingo_jax.models.layers import FeedForward, LayerNorm, fan_in_normal, linear
+
+Array = jax.Array
+
+
+class Media(NamedTuple):
+    """A gated block's keys and values of M visuals with R tokens each: [M, R, H, d]."""
+
+    key: Array
+    value: Array
+
+
+def media_mask(media_index: Array, segments: Array | None, visuals: Array, tokens_per_visual: int, attend_to: str) -> Array:
+    """Which visual tokens each text token sees: bool [B, 1, L, N * R].
+
+    Args:
+      media_index: int32 [B, L], phi: the place within the row's visuals, -1 for none.
+      segments: int32 [B, L], or None where a row is one segment.
+      visuals: int32 [B, N], -1 for an empty place.
+      attend_to: "last" (paper): the visual phi alone; "all_previous": also those before it in the same segment.
+    """
+    places = jnp.arange(visuals.shape[1])
+    mask = media_index[:, :, None] == places
+    if attend_to == "all_previous":
+        before = media_index[:, :, None] >= places
+        if segments is not None:
+            # A visual belongs to the segment of the tokens that look at it.
+            owner = jnp.max(jnp.where(mask, segments[:, :, None], 0), axis=1)
+            before = before & (owner[:, None, :] == segments[:, :, None])
+        mask = before
+    mask = mask & (visuals >= 0)[:, None, :]
+    return jnp.repeat(mask, tokens_per_visual, axis=-1)[:, None]
+
+
+class GatedCrossAttentionBlock(nnx.Module):
+    """y += tanh(a) * CrossAttn(LN(y), LN(X)); y += tanh(b) * FFW(LN(y)), with both gates 0 at the start.
+
+    One LayerNorm serves keys and values (paper v1, 3.1.2); no part that follows the attention has a bias, so that a token with no
+    visual gets exactly zero from it.
+    """
+
+    def __init__(self, config: FlamingoConfig, *, rngs: nnx.Rngs):
+        width = config.language_model.width
+        shape = (width, config.xattn_heads, config.xattn_head_width)
+        self.attention_norm = LayerNorm(width)
+        self.media_norm = LayerNorm(width)
+        self.query = fan_in_normal(rngs, shape)
+        self.key = fan_in_normal(rngs, shape)
+        self.value = fan_in_normal(rngs, shape)
+        self.out = fan_in_normal(rngs, (*shape[1:], width), config.xattn_heads * config.xattn_head_width)
+        self.attention_gate = nnx.Param(jnp.zeros(()))
+        self.dense_norm = LayerNorm(width)
+        self.feed_forward = FeedForward(width, config.xattn_feed_forward, "squared_relu", rngs=rngs)
+        self.dense_gate = nnx.Param(jnp.zeros(()))
+
+    def project_visuals(self, visual_tokens: Array) -> Media:
+        """[M, R, D] -> keys and values, once per visual however many rows look at it."""
+        x = self.media_norm(visual_tokens)
+        return Media(linear(x, self.key[...]), linear(x, self.value[...]))
+
+    def attend(self, y: Array, media: Media | None, visuals: Array | None, mask: Array | None) -> Array:
+        """y [B, L, D], visuals int32 [B, N], mask from `media_mask` -> [B, L, D]; media None: there is nothing to see."""
+        if media is not None:
+            assert visuals is not None
+            rows, places = visuals.shape
+            key, value = (m[visuals].reshape(rows, places * m.shape[1], *m.shape[2:]) for m in media)
+            h = attend(linear(self.attention_norm(y), self.query[...]), key, value, mask)
+            y = y + jnp.tanh(self.attention_gate[...]).astype(y.dtype) * linear(h, self.out[...], 2)
+        return y + jnp.tanh(self.dense_gate[...]).astype(y.dtype) * self.feed_forward(self.dense_norm(y))

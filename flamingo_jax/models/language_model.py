@@ -1,0 +1,78 @@
+"""Decoder language model in the Chinchilla form: RMSNorm before each part, relative positions, tied embeddings.
+
+Gopher and Chinchilla (Rae et al. 2021, Hoffmann et al. 2022) use RMSNorm, Transformer-XL positions and GELU. Parameters are
+13 D^2 a layer (12 of attention and feed-forward, 1 of the relative positions) and one embedding: the counts of the paper's table.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flamingo_jax.experiment import LanguageModelConfig
+from flamingo_jax.models.attention import Cache, SelfAttention
+from flamingo_jax.models.layers import FeedForward, RMSNorm, fan_in_normal, linear, scan_layers, stack
+
+Array = jax.Array
+
+
+class DecoderLayer(nnx.Module):
+    """x += SelfAttention(Norm(x)); x += FeedForward(Norm(x))."""
+
+    def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs):
+        # Each of the 2 * layers residual branches starts small, so that the sum over depth keeps its scale.
+        branch = 1 / math.sqrt(2 * config.layers)
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = SelfAttention(
+            config.width, config.heads, config.head_width, positions=config.positions, rope_base=config.rope_base, out_scale=branch, rngs=rngs
+        )
+        self.feed_forward_norm = RMSNorm(config.width, config.norm_eps)
+        self.feed_forward = FeedForward(config.width, config.feed_forward, config.activation, rngs=rngs)
+        self.feed_forward.down[...] *= branch
+
+    def __call__(self, x: Array, positions: Array, segments: Array | None, cache: Cache | None) -> tuple[Array, Cache | None]:
+        """x [B, L, D]; positions, segments int32 [B, L]; a cache means decoding (see SelfAttention)."""
+        h, cache = self.attention(self.attention_norm(x), positions, segments, cache)
+        x = x + h
+        return x + self.feed_forward(self.feed_forward_norm(x)), cache
+
+
+class LanguageModel(nnx.Module):
+    """tokens -> logits. `layers` is one stack of equal DecoderLayers."""
+
+    def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+        self.config = config
+        self.dtype = dtype
+        self.embedding = fan_in_normal(rngs, (config.vocab_size, config.width), config.width)
+        self.layers = stack(lambda r: DecoderLayer(config, rngs=r), config.layers, rngs)
+        self.final_norm = RMSNorm(config.width, config.norm_eps)
+        self.head = None if config.tied_embeddings else fan_in_normal(rngs, (config.width, config.vocab_size))
+
+    def embed(self, tokens: Array) -> Array:
+        """int32 [B, L] -> [B, L, D], scaled by sqrt(D) so that a tied embedding serves both ends."""
+        return self.embedding[...][tokens].astype(self.dtype) * math.sqrt(self.config.width)
+
+    def logits(self, x: Array) -> Array:
+        """Last hidden states [B, L, D] -> float32 [B, L, V]."""
+        w = self.embedding[...].T if self.head is None else self.head[...]
+        return linear(self.final_norm(x), w).astype(jnp.float32)
+
+    def __call__(self, tokens: Array, positions: Array, segments: Array) -> Array:
+        """Packed rows int32 [B, L] (segment 0 is padding) -> logits float32 [B, L, V]."""
+        x, _ = scan_layers(self.layers, lambda layer, x, _: (layer(x, positions, segments, None)[0], None), self.embed(tokens))
+        return self.logits(x)
+
+    def init_cache(self, batch: int, max_length: int) -> Cache:
+        """An empty cache for all layers; leaves [layers, B, max_length, H, d]."""
+        c = self.config
+        empty = jnp.zeros((c.layers, batch, max_length, c.heads, c.head_width), self.dtype)
+        return Cache(empty, empty)
+
+    def decode(self, tokens: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
+        """Some tokens more of each row: int32 [B, L] at their positions (padding: max_length) -> logits [B, L, V], cache."""
+        def body(layer: DecoderLayer, x: Array, layer_cache: Cache) -> tuple[Array, Cache | None]:
+            return layer(x, positions, None, layer_cache)
+
+        x, cache = scan_layers(self.layers, body, self.embed(tokens), cache)
+        return self.logits(x), cache

@@ -1,0 +1,92 @@
+"""The small parts that all models share. Modules compute in the dtype of their activations and cast weights at use."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Array = jax.Array
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": jax.nn.gelu,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "squared_relu": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+
+def linear(x: Array, w: Array, contract: int = 1) -> Array:
+    """Contracts the last `contract` axes of `x` with the first of `w`: the only place where a weight meets an activation."""
+    return jnp.tensordot(x, w.astype(x.dtype), axes=contract)
+
+
+def fan_in_normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int | None = None, scale: float = 1.0) -> nnx.Param:
+    """Normal weights truncated at two deviations, with deviation scale / sqrt(fan_in); fan_in is by default the first axis."""
+    deviation = scale / math.sqrt(shape[0] if fan_in is None else fan_in)
+    return nnx.Param(jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape, jnp.float32) * (deviation / 0.87962566))
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis with scale and bias; statistics in float32."""
+
+    def __init__(self, width: int, eps: float = 1e-5):
+        self.scale = nnx.Param(jnp.ones((width,)))
+        self.bias = nnx.Param(jnp.zeros((width,)))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        h = x.astype(jnp.float32)
+        h = h - h.mean(-1, keepdims=True)
+        h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.eps)
+        return (h * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation over the last axis with a scale; statistics in float32."""
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        self.scale = nnx.Param(jnp.ones((width,)))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        h = x.astype(jnp.float32)
+        h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.eps)
+        return (h * self.scale[...]).astype(x.dtype)
+
+
+class FeedForward(nnx.Module):
+    """Two linear maps with an activation between them; biases only where asked for."""
+
+    def __init__(self, width: int, hidden: int, activation: str, *, bias: bool = False, rngs: nnx.Rngs):
+        self.up = fan_in_normal(rngs, (width, hidden))
+        self.down = fan_in_normal(rngs, (hidden, width))
+        self.up_bias = nnx.Param(jnp.zeros((hidden,))) if bias else None
+        self.down_bias = nnx.Param(jnp.zeros((width,))) if bias else None
+        self.activation = activation
+
+    def __call__(self, x: Array) -> Array:
+        h = linear(x, self.up[...])
+        if self.up_bias is not None:
+            h = h + self.up_bias[...].astype(h.dtype)
+        h = linear(ACTIVATIONS[self.activation](h), self.down[...])
+        if self.down_bias is not None:
+            h = h + self.down_bias[...].astype(h.dtype)
+        return h
+
+
+def stack(make_layer: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:
+    """`count` layers as one module whose every parameter has a leading layer axis; hold it in an attribute named `layers`."""
+    def parameters(key: Array) -> nnx.State:
+        return nnx.split(make_layer(nnx.Rngs(params=key)))[1]
+
+    graph = nnx.split(nnx.eval_shape(lambda: make_layer(nnx.Rngs(params=jax.random.key(0)))))[0]
+    return nnx.merge(graph, jax.vmap(parameters)(jax.random.split(rngs.params(), count)))
+
+
+def scan_layers(stacked: nnx.Module, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, inputs: Any = None) -> tuple[Any, Any]:
+    """`carry, output = body(layer, carry, input)` over the layers of `stacked` in order, compiled once whatever their number."""
+    graph, state = nnx.split(stacked)
+    return jax.lax.scan(lambda c, xs: body(nnx.merge(graph, xs[0]), c, xs[1]), carry, (state, inputs))
