@@ -1,0 +1,116 @@
+"""From an experiment to arrays on devices: model, frozen parts, optimizer and state, sharded from their first byte."""
+
+import dataclasses
+import json
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flamingo_jax.checkpointing.export import open_export
+from flamingo_jax.errors import UserError
+from flamingo_jax.experiment import Experiment
+from flamingo_jax.partitioning import rules
+from flamingo_jax.tasks import stages
+from flamingo_jax.training.optimizer import make_optimizer
+from flamingo_jax.training.state import Parameters, TrainState, initial_state, split_model
+
+
+class Assembly(NamedTuple):
+    """Everything about a run that is known before its first step."""
+
+    graph: Any
+    trainable: dict[str, jax.ShapeDtypeStruct]
+    frozen: dict[str, jax.ShapeDtypeStruct]
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    """Shapes and shardings of the state, as ShapeDtypeStructs."""
+
+
+def assemble(experiment: Experiment, mesh: Mesh) -> Assembly:
+    """Shapes and shardings of everything, without allocating anything on a device."""
+    model = nnx.eval_shape(lambda: stages.build_model(experiment, nnx.Rngs(params=jax.random.key(0))))
+    graph, shapes = split_model(model)
+    trainable_names = rules.trainable_names(experiment.task, shapes)
+    shardings = rules.shardings(experiment.task, shapes, mesh)
+    frozen_dtype = jnp.dtype(experiment.training.compute_dtype)
+
+    def declare(name: str, dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shapes[name].shape, dtype, sharding=shardings[name])
+
+    trainable = {name: declare(name, jnp.float32) for name in shapes if name in trainable_names}
+    frozen = {name: declare(name, frozen_dtype) for name in shapes if name not in trainable_names}
+    optimizer = make_optimizer(experiment.optimizer, experiment.training.steps, trainable)
+    state = jax.eval_shape(lambda p: initial_state(p, optimizer, 0), trainable)
+    state = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(mesh, PartitionSpec())), state)
+    moments = optax.tree_utils.tree_map_params(
+        optimizer, lambda leaf, like: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.sharding), state.optimizer, trainable
+    )
+    return Assembly(graph, trainable, frozen, optimizer, state._replace(trainable=trainable, optimizer=moments))
+
+
+def initialise(experiment: Experiment, assembly: Assembly) -> TrainState:
+    """A fresh state, made on the devices that hold it; frozen parts are not initialised."""
+
+    def make(key: jax.Array) -> TrainState:
+        _, parameters = split_model(stages.build_model(experiment, nnx.Rngs(params=key)))
+        return initial_state({name: parameters[name] for name in assembly.trainable}, assembly.optimizer, experiment.seed)
+
+    shardings = jax.tree.map(lambda s: s.sharding, assembly.state)
+    return jax.jit(make, out_shardings=shardings)(jax.random.key(experiment.seed))
+
+
+def load_frozen(experiment: Experiment, assembly: Assembly) -> tuple[Parameters, dict[str, dict[str, str]]]:
+    """The frozen parameters from the exports they come from, and {part: {"folder", "digest"}} to hold a checkpoint to."""
+    frozen: Parameters = {}
+    origins: dict[str, dict[str, str]] = {}
+    for base in stages.bases(experiment):
+        wanted = {name: s for name, s in assembly.frozen.items() if name.startswith(base.part + "/")}
+        if base.folder == "random":
+            frozen |= _random_parameters(experiment, wanted)
+            origins[base.part] = {"folder": "random", "digest": f"seed {experiment.seed}"}
+            continue
+        export = open_export(base.folder)
+        if export.kind != base.kind:
+            raise UserError(f"{base.folder} holds a {export.kind} export, but config.{base.part}_from needs one of kind {base.kind}")
+        theirs: Any = export.config
+        for key in base.config_path:
+            theirs = theirs[key]
+        _require_equal(theirs, json.loads(json.dumps(dataclasses.asdict(base.config))), base)
+        prefix = base.source_prefix + "/" if base.source_prefix else ""
+        for name, value in export.read(prefix).items():
+            here = f"{base.part}/{name.removeprefix(prefix)}"
+            if here in wanted:
+                frozen[here] = _place(value, wanted[here])
+        missing = sorted(set(wanted) - set(frozen))
+        if missing:
+            raise UserError(f"{base.folder} lacks {len(missing)} parameters of the {base.part}, {missing[0]} first: export that stage again")
+        origins[base.part] = {"folder": base.folder, "digest": export.digest}
+    return frozen, origins
+
+
+def _place(value: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+    value = np.asarray(value).astype(like.dtype)
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: value[index])
+
+
+def _random_parameters(experiment: Experiment, wanted: dict[str, jax.ShapeDtypeStruct]) -> Parameters:
+    def make(key: jax.Array) -> Parameters:
+        _, parameters = split_model(stages.build_model(experiment, nnx.Rngs(params=key)))
+        return {name: parameters[name].astype(s.dtype) for name, s in wanted.items()}
+
+    shardings = {name: s.sharding for name, s in wanted.items()}
+    return jax.jit(make, out_shardings=shardings)(jax.random.key(experiment.seed + 1))
+
+
+def _require_equal(theirs: dict[str, Any], ours: dict[str, Any], base: stages.Base) -> None:
+    # An image may have another size in training and in use; everything else is part of the weights' meaning.
+    for key in sorted(set(theirs) | set(ours)):
+        if key not in ("image_size", "stochastic_depth") and theirs.get(key) != ours.get(key):
+            raise UserError(
+                f"{base.folder} was trained with {key} = {theirs.get(key)!r}, but this config's {base.part} has {ours.get(key)!r}: make them equal"
+            )

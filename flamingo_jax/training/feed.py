@@ -1,0 +1,77 @@
+"""Batches on their way to the devices: a thread reads ahead, and every batch brings the data position that follows it."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+HostBatch = dict[str, np.ndarray]
+
+
+class DataIterator(Protocol):
+    """What the loop asks of a dataset: endless batches of this process's rows, and a JSON-able position."""
+
+    def __next__(self) -> HostBatch: ...
+    def get_state(self) -> Any: ...
+    def set_state(self, state: Any) -> None: ...
+
+
+class Fed(NamedTuple):
+    batches: dict[str, dict[str, jax.Array]]
+    positions: dict[str, Any]
+    """Every dataset's position after these batches."""
+    tokens: int
+    """Tokens in them that are not padding, on this process."""
+
+
+def put(batch: HostBatch, sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
+    """This process's rows as its part of global arrays."""
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+
+
+class Feed:
+    """Reads `depth` updates ahead. Errors of the reading thread are raised to whoever asks for the next batch."""
+
+    def __init__(self, iterators: Mapping[str, DataIterator], sharding: jax.sharding.Sharding, *, depth: int = 2):
+        self._iterators, self._sharding = dict(iterators), sharding
+        self._queue: queue.Queue[Fed | BaseException] = queue.Queue(maxsize=depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._read, daemon=True, name="feed")
+        self.seconds_waiting = 0.0
+        self._thread.start()
+
+    def _read(self) -> None:
+        try:
+            while not self._stop.is_set():
+                host = {name: next(iterator) for name, iterator in self._iterators.items()}
+                positions = {name: iterator.get_state() for name, iterator in self._iterators.items()}
+                tokens = sum(int((b["segments"] > 0).sum()) if "segments" in b else int(b["mask"].sum()) for b in host.values())
+                self._offer(Fed({name: put(batch, self._sharding) for name, batch in host.items()}, positions, tokens))
+        except BaseException as error:  # noqa: BLE001 - handed to the loop, which raises it
+            self._offer(error)
+
+    def _offer(self, item: Fed | BaseException) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._queue.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def __iter__(self) -> Iterator[Fed]:
+        return self
+
+    def __next__(self) -> Fed:
+        began = time.monotonic()
+        item = self._queue.get()
+        self.seconds_waiting += time.monotonic() - began
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()

@@ -1,0 +1,223 @@
+"""The training loop. Reads top to bottom: mesh, model, state, compilation, loop, ending.
+
+The order within the loop is its contract: evaluate the state, save it with the position of the data it has seen, and only then draw the
+next batch, update and write what was measured.
+"""
+
+import collections
+import dataclasses
+import json
+import logging
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from flamingo_jax.checkpointing.checkpoints import Checkpoints
+from flamingo_jax.errors import NotFiniteError, UserError
+from flamingo_jax.experiment import Experiment
+from flamingo_jax.partitioning.mesh import batch_sharding, make_mesh
+from flamingo_jax.progress import Bar
+from flamingo_jax.tasks import stages
+from flamingo_jax.training.assembly import Assembly, assemble, initialise, load_frozen
+from flamingo_jax.training.feed import DataIterator, Feed, HostBatch, put
+from flamingo_jax.training.records import Records
+from flamingo_jax.training.state import Parameters, TrainState
+from flamingo_jax.training.step import make_held_out_loss, make_update
+
+log = logging.getLogger(__name__)
+
+
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    step: int
+    preempted: bool
+
+
+def train(
+    experiment: Experiment, iterators: Mapping[str, DataIterator], held_out: Mapping[str, list[HostBatch]], workdir: pathlib.Path
+) -> Outcome:
+    """Trains to `experiment.training.steps`, from the newest whole checkpoint in `workdir` if there is one.
+
+    Raises: UserError before any work for what does not fit; NotFiniteError when too many steps in a row were not finite.
+    """
+    training = experiment.training
+    primary = jax.process_index() == 0
+
+    log.info("mesh and model")
+    mesh = make_mesh(experiment.mesh)
+    task = stages.make_task(experiment)
+    with jax.set_mesh(mesh):
+        assembly = assemble(experiment, mesh)
+        frozen, origins = load_frozen(experiment, assembly)
+
+        log.info("state")
+        checkpoints = Checkpoints(workdir / "checkpoints", keep_last=training.keep_last, keep_every=training.keep_every)
+        start = checkpoints.latest() or 0
+        clock = {"seconds": 0.0, "starts": 0}
+        if start:
+            extra = checkpoints.extra(start)
+            _require_same_bases(extra["bases"], origins, workdir)
+            state = checkpoints.restore(start, assembly.state)
+            for name, iterator in iterators.items():
+                if name not in extra["positions"]:
+                    raise UserError(f"the checkpoint at step {start} in {workdir} knows no dataset {name!r}: train in a new workdir")
+                iterator.set_state(extra["positions"][name])
+            clock = extra["clock"]
+        else:
+            extra = {"positions": {name: iterator.get_state() for name, iterator in iterators.items()}}
+            state = initialise(experiment, assembly)
+        positions = extra["positions"]
+        clock["starts"] += 1
+        began = time.monotonic() - clock["seconds"]
+
+        records = Records(workdir, resume_step=start, enabled=primary)
+        feed = Feed(iterators, batch_sharding(mesh))
+        stopper = _Stopper()
+        meter = _Meter(training.max_not_finite, list(iterators))
+        evaluate = _HeldOut(assembly, task, held_out, batch_sharding(mesh))
+        update = make_update(assembly.graph, task, assembly.optimizer, experiment.data, training.update)
+        compiled = None
+        step = start
+
+        def save() -> None:
+            now = clock | {"seconds": time.monotonic() - began}
+            checkpoints.save(step, state, {"positions": positions, "clock": now, "bases": origins, "experiment": _as_json(experiment)})
+
+        def write(ready: Iterable[tuple[int, dict[str, Any]]], bar: Bar) -> None:
+            for number, values in ready:
+                if number % training.log_every == 0 or number == training.steps:
+                    values |= {"seconds_waiting": feed.seconds_waiting, "time": time.monotonic() - began}
+                    records.write(number, values)
+                    bar.advance(number - bar.done, f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tokens/s")
+
+        try:
+            with Bar(experiment.name or experiment.task, training.steps, start=start, enabled=primary) as bar:
+                while step < training.steps and not stopper.asked:
+                    if step % training.evaluate_every == 0 and step > start:
+                        records.write(step, evaluate(state, frozen))
+                    if step % training.save_every == 0 and step > start:
+                        save()
+                    fed = next(feed)
+                    if compiled is None:
+                        compiled = _compile(update, state, frozen, fed.batches)
+                    with jax.transfer_guard("disallow"):
+                        state, metrics = compiled(state, frozen, fed.batches)
+                    step, positions = step + 1, fed.positions
+                    write(meter.add(step, metrics, fed.tokens), bar)
+                write(meter.drain(), bar)
+            if step > start:
+                save()
+                if held_out and step == training.steps:
+                    records.write(step, evaluate(state, frozen))
+        finally:
+            feed.close()
+            stopper.close()
+            records.close()
+            checkpoints.close()
+    return Outcome(step, preempted=step < training.steps)
+
+
+def _compile(update: Any, state: TrainState, frozen: Parameters, batches: Any) -> Any:
+    """The update, compiled before the first step so that its memory is known then."""
+    began = time.monotonic()
+    shardings = jax.tree.map(lambda a: a.sharding, state)
+    compiled = jax.jit(update, donate_argnums=0, out_shardings=(shardings, None)).lower(state, frozen, batches).compile()
+    memory = compiled.memory_analysis()
+    size = "" if memory is None else f", {(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20:,.0f} MiB a device"
+    log.info("compiled the update in %.0f s%s", time.monotonic() - began, size)
+    return compiled
+
+
+def _as_json(experiment: Experiment) -> Any:
+    return json.loads(json.dumps(dataclasses.asdict(experiment)))
+
+
+def _require_same_bases(saved: dict[str, Any], current: dict[str, Any], workdir: pathlib.Path) -> None:
+    for part, origin in current.items():
+        before = saved.get(part, {})
+        if before.get("digest") != origin["digest"]:
+            raise UserError(
+                f"the checkpoint in {workdir} was trained on the {part} of {before.get('folder')} ({before.get('digest')}), but {origin['folder']} "
+                f"now holds another ({origin['digest']}): restore that export or train in a new workdir"
+            )
+
+
+class _Stopper:
+    """SIGTERM and SIGINT ask the loop to end after the step in flight."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+
+    def close(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class _Meter:
+    """Holds each step's metrics back by two steps, so that reading them never makes the host wait for the device."""
+
+    BEHIND = 2
+
+    def __init__(self, max_not_finite: int, datasets: list[str]):
+        self._pending: collections.deque[tuple[int, dict[str, Any], int]] = collections.deque()
+        self._max, self._datasets = max_not_finite, datasets
+        self._last_time = time.monotonic()
+
+    def add(self, step: int, metrics: dict[str, Any], tokens: int) -> list[tuple[int, dict[str, Any]]]:
+        self._pending.append((step, metrics, tokens))
+        return [self._take()] if len(self._pending) > self.BEHIND else []
+
+    def drain(self) -> list[tuple[int, dict[str, Any]]]:
+        return [self._take() for _ in range(len(self._pending))]
+
+    def _take(self) -> tuple[int, dict[str, Any]]:
+        step, metrics, tokens = self._pending.popleft()
+        values = {name: np.asarray(value) for name, value in jax.device_get(metrics).items()}
+        if int(values["skipped_in_a_row"]) > self._max:
+            guilty = [name for name in self._datasets if not values[f"finite/{name}"]]
+            culprit = f"the loss of {' and '.join(guilty)}" if guilty else "the gradient"
+            raise NotFiniteError(
+                f"stopped at step {step}: {culprit} was not finite, {values['skipped_in_a_row']} steps in a row "
+                f"(config.training.max_not_finite is {self._max}); the last checkpoint is whole"
+            )
+        now = time.monotonic()
+        values["tokens_per_second"] = np.float64(tokens / max(now - self._last_time, 1e-9))
+        self._last_time = now
+        return step, {name: value for name, value in values.items() if not name.startswith("finite/")}
+
+
+class _HeldOut:
+    """Each held-out dataset's loss per token, with its pictures and without them, so that one sees whether the model looks."""
+
+    def __init__(self, assembly: Assembly, task: Any, batches: Mapping[str, list[HostBatch]], sharding: jax.sharding.Sharding):
+        self._batches, self._sharding, self._task = batches, sharding, task
+        self._loss = jax.jit(make_held_out_loss(assembly.graph, task))
+
+    def __call__(self, state: TrainState, frozen: Parameters) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for name, batches in self._batches.items():
+            sums: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(2))
+            for host in batches:
+                batch = put(host, self._sharding)
+                for suffix, part in (("", batch), ("_without_pictures", self._task.without_pictures(batch))):
+                    if part is None:
+                        continue
+                    loss = jax.device_get(self._loss(state.trainable, frozen, part))
+                    for metric, pair in ({"loss": (loss.total, loss.weight)} | loss.metrics).items():
+                        sums[f"held_out/{name}/{metric}{suffix}"] += np.array(pair, np.float64)
+            values |= {metric: float(a / max(b, 1e-9)) for metric, (a, b) in sums.items()}
+        return values

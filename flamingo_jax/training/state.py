@@ -1,0 +1,48 @@
+"""What training changes: one pytree of arrays, and how it is made, split and merged."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from flamingo_jax.pytrees import from_flat, to_flat
+
+Array = jax.Array
+Parameters = dict[str, Array]
+
+
+class TrainState(NamedTuple):
+    """The unit that a checkpoint holds besides data positions and clock; frozen parameters are not in it."""
+
+    step: Array
+    """int32 scalar: updates so far, skipped ones among them."""
+    trainable: Parameters
+    """float32, by flat name."""
+    optimizer: optax.OptState
+    key: Array
+    """uint32 [2], raw data of the run's PRNG key; step keys are folded from it."""
+    skipped: Array
+    """int32 scalar: steps skipped because they were not finite."""
+    skipped_in_a_row: Array
+    """int32 scalar."""
+
+
+def split_model(model: nnx.Module) -> tuple[Any, Parameters]:
+    """A module as its static graph and its parameters by flat name ("a/b/c")."""
+    graph, state = nnx.split(model)
+    return graph, to_flat(state)
+
+
+def merge_model(graph: Any, *parameters: Parameters) -> Any:
+    """The module again, from its graph and one or more dicts that together hold all its parameters."""
+    merged: Parameters = {}
+    for part in parameters:
+        merged |= part
+    return nnx.merge(graph, nnx.State(from_flat(merged)))
+
+
+def initial_state(trainable: Parameters, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    zero = jnp.int32(0)
+    return TrainState(zero, trainable, optimizer.init(trainable), jax.random.key_data(jax.random.key(seed)), zero, zero)
