@@ -1,11 +1,14 @@
 """The quickstart: all stages on the embedded drawn world, in minutes on two CPU cores.
 
 `--config=configs/quickstart.py:contrastive`, `:language_model`, `:flamingo` (the default) or `:without_pictures`, the Flamingo that is
-trained on the same text with every picture taken away. Paths are relative to the quickstart's folder, `runs/quickstart`.
+trained on the same text with every picture taken away. `:flamingo,FOLDER` looks for data and exports in another folder than
+`runs/quickstart`.
 
 What differs from the paper, and why: rates are higher and fall to 0, since the runs are short; p_next is 0 and pairs start without a
 space, since a small model does better with one form of each sentence; no flips, since the text speaks of left and right.
 """
+
+import dataclasses
 
 import ml_collections
 
@@ -29,27 +32,26 @@ VISION = VisionConfig(variant="tiny", image_size=48, mean=(0.2, 0.2, 0.2), std=(
 LANGUAGE_MODEL = LanguageModelConfig(vocab_size=VOCABULARY, layers=4, width=128, heads=4, head_width=32, feed_forward=512)
 
 
-def get_config(stage: str = "flamingo") -> ml_collections.ConfigDict:
-    """The config of one stage."""
+def get_config(arg: str = "flamingo") -> ml_collections.ConfigDict:
+    """The config of one stage: `stage` or `stage,folder`."""
+    stage, _, root = arg.partition(",")
     stages = {"contrastive": contrastive, "language_model": language_model, "flamingo": flamingo, "without_pictures": without_pictures}
     if stage not in stages:
         raise ValueError(f"configs/quickstart.py has no stage {stage!r}: choose one of {', '.join(stages)}")
-    return to_config(stages[stage]())
+    return to_config(stages[stage](root or ROOT))
 
 
-def _data(kind: str, name: str, **options: object) -> DatasetConfig:
-    return DatasetConfig(kind=kind, path=f"{ROOT}/data/{name}", leading_space=0.0, **options)  # type: ignore[arg-type]
+def _data(root: str, kind: str, name: str, **options: object) -> DatasetConfig:
+    return DatasetConfig(kind=kind, path=f"{root}/data/{name}", leading_space=0.0, **options)  # type: ignore[arg-type]
 
 
 def _held_out(datasets: dict[str, DatasetConfig]) -> dict[str, DatasetConfig]:
-    import dataclasses
-
     return {name: dataclasses.replace(d, split="validation") for name, d in datasets.items()}
 
 
-def contrastive() -> Experiment:
+def contrastive(root: str) -> Experiment:
     """The vision encoder beside a text encoder (paper B.1.3)."""
-    data = {name: _data("pairs", name, batch_size=128) for name in ("align", "ltip")}
+    data = {name: _data(root, "pairs", name, batch_size=128) for name in ("align", "ltip")}
     return Experiment(
         name="contrastive",
         task="contrastive",
@@ -57,7 +59,7 @@ def contrastive() -> Experiment:
             vision=VISION, text=TextEncoderConfig(vocab_size=VOCABULARY, layers=2, width=128, heads=4, max_length=24), joint_width=128,
             initial_temperature=0.1, label_smoothing=0.0,
         ),
-        tokenizer=f"{ROOT}/data/tokenizer",
+        tokenizer=f"{root}/data/tokenizer",
         data=data,
         optimizer=OptimizerConfig(
             peak_rate=2e-3, warmup_steps=50, decay="cosine", beta2=0.99, weight_decay=0.01, clip_norm=1.0, adaptive_clip=0.0, no_decay=()
@@ -66,15 +68,15 @@ def contrastive() -> Experiment:
     )
 
 
-def language_model() -> Experiment:
+def language_model(root: str) -> Experiment:
     """The language model, on text that tells of the same world."""
     return Experiment(
         name="language model",
         task="language_modelling",
         language_model=LANGUAGE_MODEL,
-        tokenizer=f"{ROOT}/data/tokenizer",
-        data={"text": _data("text", "text", batch_size=32, length=128)},
-        held_out={"text": _data("text", "text", batch_size=32, length=128, split="validation")},
+        tokenizer=f"{root}/data/tokenizer",
+        data={"text": _data(root, "text", "text", batch_size=32, length=128)},
+        held_out={"text": _data(root, "text", "text", batch_size=32, length=128, split="validation")},
         optimizer=OptimizerConfig(peak_rate=2e-3, warmup_steps=50, decay="cosine", beta2=0.98, weight_decay=0.1, no_decay=()),
         training=TrainingConfig(
             steps=1000, evaluate_every=200, evaluate_batches=4, save_every=250, keep_last=2, loss="token_mean", compute_dtype="float32", log_every=10
@@ -82,13 +84,13 @@ def language_model() -> Experiment:
     )
 
 
-def flamingo(use_visuals: bool = True) -> Experiment:
+def flamingo(root: str, use_visuals: bool = True) -> Experiment:
     """The visual language model on the four datasets."""
     data = {
-        "m3w": _data("pages", "m3w", batch_size=8, length=128, visuals=8, weight=1.0),
-        "align": _data("pairs", "align", batch_size=4, length=48, visuals=6, weight=0.2),
-        "ltip": _data("pairs", "ltip", batch_size=8, length=64, visuals=5, weight=0.2),
-        "vtp": _data("videos", "vtp", batch_size=4, length=32, visuals=3, frames=8, weight=0.03),
+        "m3w": _data(root, "pages", "m3w", batch_size=8, length=128, visuals=8, weight=1.0),
+        "align": _data(root, "pairs", "align", batch_size=4, length=48, visuals=6, weight=0.2),
+        "ltip": _data(root, "pairs", "ltip", batch_size=8, length=64, visuals=5, weight=0.2),
+        "vtp": _data(root, "videos", "vtp", batch_size=4, length=32, visuals=3, frames=8, weight=0.03),
     }
     return Experiment(
         name="flamingo",
@@ -99,21 +101,19 @@ def flamingo(use_visuals: bool = True) -> Experiment:
             resampler=ResamplerConfig(layers=2, width=128, heads=4, head_width=32, latents=16, frames=8, feed_forward=512),
             every=1, xattn_heads=4, xattn_head_width=32, xattn_feed_forward=512,
         ),
-        tokenizer=f"{ROOT}/data/tokenizer",
+        tokenizer=f"{root}/data/tokenizer",
         data=data,
         held_out=_held_out(data),
         optimizer=OptimizerConfig(peak_rate=2e-3, warmup_steps=50, decay="cosine", beta2=0.98, weight_decay=0.1),
         training=TrainingConfig(
             steps=1500, evaluate_every=500, evaluate_batches=4, save_every=250, keep_last=2, compute_dtype="float32", use_visuals=use_visuals, log_every=10
         ),
-        vision_encoder_from=f"{ROOT}/contrastive/export",
-        language_model_from=f"{ROOT}/language_model/export",
+        vision_encoder_from=f"{root}/contrastive/export",
+        language_model_from=f"{root}/language_model/export",
     )
 
 
-def without_pictures() -> Experiment:
+def without_pictures(root: str) -> Experiment:
     """The same model on the same text, never shown a picture: what the answers are worth without looking."""
-    import dataclasses
-
-    experiment = flamingo(use_visuals=False)
+    experiment = flamingo(root, use_visuals=False)
     return dataclasses.replace(experiment, name="without pictures", training=dataclasses.replace(experiment.training, steps=400))
