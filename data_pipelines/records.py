@@ -1,0 +1,135 @@
+"""Records of a dataset on disk by position, with their pictures decoded once where memory allows."""
+
+import logging
+import pathlib
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.transforms.examples import strings
+from flamingo_jax.errors import UserError
+from flamingo_jax.processing import images
+
+FAILED_SHARE = 0.01
+"""Part of the records that may fail to decode."""
+FAILED_AFTER = 100
+"""Records to have seen before that part is judged."""
+
+PICTURES = {"pages": "images", "pairs": "image", "videos": "frames", "questions": "frames"}
+"""The feature of each kind that holds its pictures."""
+
+
+def open_records(path: str | pathlib.Path, split: str, kind: str) -> Sequence[Any]:
+    """A split of a prepared TFDS dataset, its pictures left encoded.
+
+    Raises UserError where the folder is missing or no dataset, or the split is unknown or empty.
+    """
+    import tensorflow_datasets as tfds  # Half a second, which commands without data need not wait for.
+
+    folder = pathlib.Path(path)
+    if not (folder / "dataset_info.json").is_file():
+        raise UserError(f"there is no prepared dataset in {str(path)!r}; build it with launch.build_data, or mend the dataset's `path`")
+    builder = tfds.builder_from_directory(str(folder))
+    if split not in builder.info.splits:
+        raise UserError(f"the dataset {folder} has no split {split!r}; it has {', '.join(sorted(builder.info.splits))}")
+    if not builder.info.splits[split].num_examples:
+        raise UserError(f"the split {split!r} of the dataset {folder} is empty; build it from more records, or name another split")
+    feature = PICTURES.get(kind)
+    if feature is not None and feature not in builder.info.features:
+        raise UserError(f"the dataset {folder} has no {feature!r}, so it is not of kind {kind!r}; mend the dataset's `kind`")
+
+    class Encoded(tfds.decode.SkipDecoding):
+        """SkipDecoding knows single pictures only; this leaves sequences of them encoded too."""
+
+        def decode_batch_example_np(self, pictures: Any) -> Any:
+            return pictures
+
+    return builder.as_data_source(split=split, decoders=None if feature is None else {feature: Encoded()})
+
+
+class Records:
+    """Records by position. What is read stays in memory until `cache_bytes` are used; the rest is read again on each visit.
+
+    Safe to use from several threads.
+    """
+
+    def __init__(self, source: Sequence[Any], kind: str, image_size: int, *, cache_bytes: int):
+        self._source, self._feature, self._size = source, PICTURES.get(kind), image_size
+        self._left = cache_bytes
+        self._kept: dict[int, Record] = {}
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, place: int) -> "Record":
+        record = self._kept.get(place)
+        if record is None:
+            record = Record(self._source[place], self._feature, self._size)
+            # Two threads may both pass here and overrun the budget by a record.
+            if record.cost <= self._left:
+                self._left -= record.cost
+                self._kept[place] = record
+        return record
+
+
+class Record:
+    """One record: `fields` without pictures, `id`, and its pictures by (visual, frame).
+
+    cost: the most bytes it takes with every picture decoded.
+    """
+
+    def __init__(self, fields: Any, feature: str | None, size: int):
+        self.fields = {name: value for name, value in fields.items() if name != feature}
+        self.id = strings([fields["id"]])[0]
+        self._size = size
+        pictures = [] if feature is None else fields[feature]
+        if feature == "image":
+            pictures = [pictures]
+        nested = [list(pictures)] if feature == "frames" else [[picture] for picture in pictures]
+        self._pictures: list[list[bytes | np.ndarray]] = nested
+        self.cost = 2_000 + sum(map(len, nested)) * (3 * size * size + 200)
+
+    @property
+    def frame_counts(self) -> list[int]:
+        """Stored frames of each visual."""
+        return [len(frames) for frames in self._pictures]
+
+    def read(self, visual: int, frame: int) -> np.ndarray:
+        """uint8 [h, w, 3], its longer side the image size. Raises ImageError."""
+        if visual >= len(self._pictures):
+            raise images.ImageError(f"its texts ask for more pictures than the {len(self._pictures)} it has")
+        picture = self._pictures[visual][frame]
+        if isinstance(picture, bytes):
+            picture = self._pictures[visual][frame] = images.decode(picture, self._size)
+        return picture
+
+
+class Failures:
+    """Counts the records whose pictures cannot be read, names each once, and ends the run when they are too many."""
+
+    def __init__(self, name: str, records: int):
+        self.name, self._records = name, records
+        self.seen = 0
+        self.failed: set[str] = set()
+        self._lock = threading.Lock()
+
+    def saw(self, count: int = 1) -> None:
+        """So many records were visited. Raises UserError past the set share of failures."""
+        with self._lock:
+            self.seen += count
+            judged = min(self.seen, self._records)
+            if self.seen >= FAILED_AFTER and len(self.failed) > FAILED_SHARE * max(judged, FAILED_AFTER):
+                raise UserError(
+                    f"{len(self.failed)} of the first {judged} records of the dataset {self.name} cannot be read, more than "
+                    f"{FAILED_SHARE:.0%} (for one {sorted(self.failed)[0]!r}); build the dataset again from whole pictures"
+                )
+
+    def add(self, record_id: str, error: Exception) -> None:
+        """This record's pictures cannot be read."""
+        with self._lock:
+            new = record_id not in self.failed
+            self.failed.add(record_id)
+        if new:
+            logging.warning("record %r of %s is masked: %s", record_id, self.name, error)

@@ -1,0 +1,212 @@
+"""The rows of a dataset: which examples share one, and its arrays, from nothing but its place in the endless stream of rows."""
+
+import dataclasses
+import pathlib
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from data_pipelines.records import Failures, Records, open_records
+from data_pipelines.transforms.augmentation import draw
+from data_pipelines.transforms.examples import Arrays, Segment, Visit, assemble, caption_of, flamingo_segment, show, text_segment
+from data_pipelines.transforms.lengths import Lengths, load_or_measure, measure
+from data_pipelines.transforms.packing import Plan, plan
+from data_pipelines.transforms.windows import pieces
+from flamingo_jax.errors import UserError
+from flamingo_jax.experiment import DatasetConfig
+from flamingo_jax.processing.images import ImageError, pad
+from flamingo_jax.processing.sequences import pair_overhead, text_tokens
+from flamingo_jax.processing.tokenizer import Tokenizer
+
+Task = Literal["contrastive", "language_modelling", "flamingo"]
+KINDS: dict[str, tuple[str, ...]] = {
+    "contrastive": ("pairs",),
+    "language_modelling": ("text",),
+    "flamingo": ("pages", "pairs", "videos", "text"),
+}
+"""The kinds of dataset that each task can read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Making:
+    """What rows are made from and for. training: False makes no draws, so that every visit of a record is the same."""
+
+    dataset: DatasetConfig
+    task: Task
+    tokenizer: Tokenizer
+    image_size: int
+    mean: tuple[float, ...]
+    text_length: int
+    seed: int
+    training: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Items:
+    """What rows are planned from: a record, or a piece of one. All int32 [items]."""
+
+    record: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    visuals: np.ndarray
+
+    @classmethod
+    def of(cls, lengths: Lengths, dataset: DatasetConfig) -> "Items":
+        """A page is one window, a pair or clip is cut to a row, a text gives all its pieces."""
+        records = np.arange(len(lengths.tokens), dtype=np.int32)
+        if dataset.kind != "text":
+            visuals = np.minimum(lengths.visuals, dataset.visuals) if dataset.kind == "pages" else lengths.visuals
+            return cls(records, np.zeros_like(records), np.minimum(lengths.tokens, dataset.length), visuals)
+        cut = [(record, *piece) for record, tokens in enumerate(lengths.tokens.tolist()) for piece in pieces(tokens, dataset.length)]
+        record, start, length = np.array(cut, np.int32).reshape(-1, 3).T
+        return cls(record, start, length, np.zeros_like(record))
+
+
+class Rows:
+    """Every row of every epoch by its place in the endless stream of rows. Safe to use from several threads."""
+
+    def __init__(self, making: Making, source: Sequence[Any] | None, cache_bytes: int):
+        """source: records in place of those at the dataset's path; cache_bytes: records stay in memory until these are used."""
+        dataset, task = making.dataset, making.task
+        if dataset.kind not in KINDS[task]:
+            kinds = " or ".join(KINDS[task])
+            raise UserError(f"the {task} task reads datasets of kind {kinds}, and {dataset.path!r} is of kind {dataset.kind}; take it out")
+        self.name = dataset.path or dataset.kind
+        self._making = making
+        opened = source if source is not None else open_records(dataset.path, dataset.split, dataset.kind)
+        if not len(opened):
+            raise UserError(f"the split {dataset.split!r} of the dataset {self.name} is empty; name another split")
+        self._records = Records(opened, dataset.kind, making.image_size, cache_bytes=cache_bytes)
+        self._failures = Failures(self.name, len(opened))
+        self._cut = 0
+        self._items = self._make_items(opened, source is None)
+        self._lock = threading.Lock()
+        self._plans: dict[int, Plan] = {}
+        self._count: int | None = None
+        self._dropped = 0
+        self._first = self._plan(0)
+        self._count = len(self._first)
+        if not self._count:
+            raise UserError(
+                f"nothing in the dataset {self.name} fits a row of {dataset.length} tokens and {dataset.visuals} visuals; "
+                "raise its `length` or `visuals`"
+            )
+
+    def __len__(self) -> int:
+        """Rows in an epoch, the same in every epoch."""
+        return self._count or 0
+
+    def _make_items(self, opened: Sequence[Any], stored: bool) -> Items:
+        dataset = self._making.dataset
+        if self._making.task == "contrastive":
+            count = np.arange(len(opened), dtype=np.int32)
+            return Items(count, np.zeros_like(count), np.ones_like(count), np.zeros_like(count))
+        if stored:
+            lengths = load_or_measure(opened, dataset.kind, self._making.tokenizer, pathlib.Path(dataset.path), dataset.split)
+        else:
+            lengths = measure(opened, dataset.kind, self._making.tokenizer)
+        self._cut = int((lengths.tokens > dataset.length).sum())
+        if dataset.kind in ("pairs", "videos") and dataset.length < pair_overhead(self._making.tokenizer) + 1:
+            raise UserError(f"rows of {dataset.length} tokens have no room for a caption in the dataset {self.name}; raise its `length`")
+        return Items.of(lengths, dataset)
+
+    def _plan(self, epoch: int) -> Plan:
+        with self._lock:
+            if epoch not in self._plans:
+                # Threads read ahead over the end of an epoch, so two plans are alive at a time.
+                for old in sorted(self._plans)[:-1]:
+                    del self._plans[old]
+                self._plans[epoch] = plan(
+                    self._items.length,
+                    self._items.visuals,
+                    row_length=self._making.dataset.length,
+                    row_visuals=self._making.dataset.visuals,
+                    seed=self._making.seed,
+                    epoch=epoch,
+                    rows=self._count,
+                    pack=self._making.dataset.pack and self._making.task != "contrastive",
+                )
+                self._dropped = self._plans[epoch].dropped
+            return self._plans[epoch]
+
+    def row(self, place: int) -> Arrays:
+        """One row, without the batch axis; images [N, T, H, W, 3] and visuals [N] count within it."""
+        epoch, within = divmod(place, len(self))
+        items = self._plan(epoch).row(within)
+        visit = Visit(self._making.seed, epoch)
+        self._failures.saw(len(items))
+        if self._making.task == "contrastive":
+            return self._contrastive(int(self._items.record[items[0]]), visit)
+        if self._making.dataset.kind == "text":
+            return self._finish([self._text(item) for item in items])
+        return self._visual(items, visit)
+
+    def padding(self) -> Arrays:
+        """A row of nothing."""
+        return self._finish([]) if self._making.dataset.kind == "text" else self._visual(np.zeros(0, np.int32), Visit(0, 0))
+
+    def _rng(self, visit: Visit, record_id: str) -> np.random.Generator | None:
+        return visit.rng(record_id) if self._making.training else None
+
+    def _finish(self, segments: list[Segment]) -> Arrays:
+        row = assemble(segments, length=self._making.dataset.length, pad_token=self._making.tokenizer.pad)
+        if self._making.task == "language_modelling":
+            del row["media_index"]
+        return row
+
+    def _text(self, item: int) -> Segment:
+        record = self._records[int(self._items.record[item])]
+        return text_segment(record.fields, int(self._items.start[item]), int(self._items.length[item]), self._making.tokenizer)
+
+    def _visual(self, items: np.ndarray, visit: Visit) -> Arrays:
+        dataset = self._making.dataset
+        records = [self._records[place] for place in self._items.record[items].tolist()]
+        segments: list[tuple[Segment, Callable[[int, int], np.ndarray]]] = []
+        for record in records:
+            rng = self._rng(visit, record.id)
+            segments.append((flamingo_segment(record.fields, record.frame_counts, dataset, self._making.tokenizer, rng), record.read))
+        shown, pictures = show(
+            segments,
+            lambda number, error: self._failures.add(records[number].id, error),
+            visuals=dataset.visuals,
+            frames=dataset.frames,
+            size=self._making.image_size,
+            mean=self._making.mean,
+        )
+        return self._finish(shown) | pictures
+
+    def _contrastive(self, place: int, visit: Visit) -> Arrays:
+        """A pair whose picture cannot be read is an empty picture with an empty text."""
+        record, length = self._records[place], self._making.text_length
+        rng = self._rng(visit, record.id)
+        caption = caption_of(record.fields, rng)
+        augment = draw(rng, flip=self._making.dataset.flip, colour=self._making.dataset.colour) if rng is not None else None
+        image = np.zeros((self._making.image_size, self._making.image_size, 3), np.uint8)
+        try:
+            pixels = record.read(0, 0)
+            pad(augment([pixels])[0] if augment else pixels, self._making.image_size, self._making.mean, out=image)
+        except ImageError as error:
+            self._failures.add(record.id, error)
+            caption = ""
+        ids = text_tokens(caption, self._making.tokenizer)
+        if len(ids) > length:
+            ids = np.append(ids[: length - 1], ids[-1])
+        tokens = np.full(length, self._making.tokenizer.pad, np.int32)
+        tokens[: len(ids)] = ids
+        return {"images": image, "tokens": tokens, "mask": np.arange(length) < len(ids)}
+
+    def summary(self) -> dict[str, Any]:
+        """records, rows (in an epoch), fill (of the first epoch's rows); cut: records longer than a row, which give a window, a caption
+        without its end, or several pieces; too_long: items that fit no row; dropped: items that the newest epoch leaves out for an equal
+        number of rows; failed: ids of the records whose pictures could not be read so far."""
+        return {
+            "records": len(self._records),
+            "rows": len(self),
+            "fill": self._first.fill,
+            "cut": self._cut,
+            "too_long": self._first.too_long,
+            "dropped": self._dropped,
+            "failed": sorted(self._failures.failed),
+        }

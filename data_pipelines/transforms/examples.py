@@ -1,0 +1,165 @@
+"""Records to training segments, and segments to rows: everything random about an example is keyed by (seed, epoch, record id)."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_pipelines.transforms import augmentation
+from data_pipelines.transforms.windows import Window, window
+from flamingo_jax.experiment import DatasetConfig
+from flamingo_jax.processing.images import ImageError, pad
+from flamingo_jax.processing.sequences import page_sequence, pair_sequence, text_tokens
+from flamingo_jax.processing.tokenizer import Tokenizer
+from flamingo_jax.processing.video import clip
+
+Arrays = dict[str, np.ndarray]
+
+
+class Visit(NamedTuple):
+    """One visit of a record in training."""
+
+    seed: int
+    epoch: int
+
+    def rng(self, record_id: str) -> np.random.Generator:
+        """The same wherever, whenever and on however many processes the record is visited."""
+        digest = hashlib.blake2b(f"{self.seed}/{self.epoch}/{record_id}".encode(), digest_size=16).digest()
+        return np.random.Generator(np.random.Philox(key=int.from_bytes(digest)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """One example of a row.
+
+    tokens int32 [n], loss_mask bool [n], media_index int32 [n] (place within `visuals`).
+    visuals: for each visual its frames as (visual, frame) of the record, to be read when the row is made.
+    augment: for each visual, or empty.
+    """
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    media_index: np.ndarray
+    visuals: list[list[tuple[int, int]]] = dataclasses.field(default_factory=list)
+    augment: list[augmentation.Augmentation | None] = dataclasses.field(default_factory=list)
+
+    def blank(self) -> "Segment":
+        """The same tokens with nothing to learn and nothing to see: what stands in for a record whose pictures cannot be read."""
+        return dataclasses.replace(self, loss_mask=np.zeros_like(self.loss_mask), media_index=np.full_like(self.media_index, -1))
+
+
+def strings(values: Iterable[Any]) -> list[str]:
+    """Texts of a record, which TFDS gives as bytes."""
+    return [value.decode() if isinstance(value, bytes) else str(value) for value in values]
+
+
+def caption_of(record: Any, rng: np.random.Generator | None) -> str:
+    """One of a record's captions at random, or the first without `rng`; "" where it has none."""
+    captions = strings(record["captions"])
+    if not captions:
+        return ""
+    return captions[0 if rng is None else int(rng.integers(len(captions)))]
+
+
+def flamingo_segment(
+    record: Any, frame_counts: list[int], dataset: DatasetConfig, tokenizer: Tokenizer, rng: np.random.Generator | None
+) -> Segment:
+    """A page, a pair or a clip of a record; `rng` None gives the one fixed choice that evaluation makes.
+
+    frame_counts: the stored frames of each of the record's visuals.
+    """
+    if dataset.kind == "pages":
+        part = _page_window(record, dataset, tokenizer, rng)
+        visuals = [[(place, 0)] for place in part.visuals]
+    else:
+        caption = caption_of(record, rng)
+        if rng is not None and rng.random() < dataset.leading_space:
+            caption = " " + caption
+        sequence = pair_sequence(caption, tokenizer, length=dataset.length)
+        part = window(sequence, 0, dataset.length, 1, "previous")
+        run = clip(frame_counts[0], dataset.frames, rng)
+        visuals = [[(0, frame) for frame in run]]
+    draws = [] if rng is None else [augmentation.draw(rng, flip=dataset.flip, colour=dataset.colour) for _ in visuals]
+    return Segment(part.tokens, part.loss_mask, part.media_index, visuals, draws)
+
+
+def text_segment(record: Any, start: int, length: int, tokenizer: Tokenizer) -> Segment:
+    """A piece of a text document, see `windows.pieces`."""
+    tokens = text_tokens(strings([record["text"]])[0], tokenizer)[start : start + length]
+    loss_mask = np.ones(len(tokens), bool)
+    loss_mask[0] = False
+    return Segment(tokens, loss_mask, np.full(len(tokens), -1, np.int32))
+
+
+def _page_window(record: Any, dataset: DatasetConfig, tokenizer: Tokenizer, rng: np.random.Generator | None) -> Window:
+    sequence = page_sequence(strings(record["texts"]), tokenizer)
+    if rng is None:
+        return window(sequence, 0, dataset.length, dataset.visuals, "previous")
+    look_next = rng.random() < dataset.p_next
+    start = int(rng.integers(max(len(sequence) - dataset.length, 0) + 1))
+    return window(sequence, start, dataset.length, dataset.visuals, "next" if look_next else "previous")
+
+
+def assemble(segments: Sequence[Segment], *, length: int, pad_token: int) -> Arrays:
+    """Segments side by side in one row: tokens, positions, segments, media_index int32 [L], loss_mask bool [L].
+
+    Segments count from 1, 0 is padding; positions start again in each; media_index counts the row's visuals.
+    """
+    row = {
+        "tokens": np.full(length, pad_token, np.int32),
+        "positions": np.zeros(length, np.int32),
+        "segments": np.zeros(length, np.int32),
+        "loss_mask": np.zeros(length, bool),
+        "media_index": np.full(length, -1, np.int32),
+    }
+    start = places = 0
+    for number, segment in enumerate(segments, start=1):
+        part = slice(start, start + len(segment.tokens))
+        row["tokens"][part] = segment.tokens
+        row["positions"][part] = np.arange(len(segment.tokens))
+        row["segments"][part] = number
+        row["loss_mask"][part] = segment.loss_mask
+        row["media_index"][part] = np.where(segment.media_index >= 0, segment.media_index + places, -1)
+        start, places = part.stop, places + len(segment.visuals)
+    return row
+
+
+def show(
+    segments: Sequence[tuple[Segment, Callable[[int, int], np.ndarray]]],
+    failed: Callable[[int, ImageError], None],
+    *,
+    visuals: int,
+    frames: int,
+    size: int,
+    mean: Sequence[float],
+) -> tuple[list[Segment], Arrays]:
+    """Reads a row's pictures: `images` uint8 [N, T, H, W, 3] (blanks are zero), `frame_mask` bool [N, T], `visuals` int32 [N].
+
+    Each segment comes with what reads frame f of visual v of its record. One whose pictures cannot be read is reported by its place to
+    `failed` and blanked; the others are as they would have been without it.
+    """
+    images = np.zeros((visuals, frames, size, size, 3), np.uint8)
+    mask = np.zeros((visuals, frames), bool)
+    present = np.full(visuals, -1, np.int32)
+    shown: list[Segment] = []
+    place = 0
+    for number, (segment, read) in enumerate(segments):
+        try:
+            pictures = [[read(*frame) for frame in visual] for visual in segment.visuals]
+            if not all(pictures):
+                raise ImageError("there are no frames")
+        except ImageError as error:
+            failed(number, error)
+            shown.append(segment.blank())
+            place += len(segment.visuals)
+            continue
+        for visual, augment in zip(pictures, segment.augment or [None] * len(pictures), strict=True):
+            for frame, pixels in enumerate(augment(visual) if augment else visual):
+                pad(pixels, size, mean, out=images[place, frame])
+                mask[place, frame] = True
+            present[place] = place
+            place += 1
+        shown.append(segment)
+    return shown, {"images": images, "frame_mask": mask, "visuals": present}

@@ -1,0 +1,85 @@
+"""Token sequences of text with visuals in it, the same for training and for prompts (paper 2.3, figure 7).
+
+Page: `<BOS>text<EOC><image>text<EOC><image>text<EOC><EOS>`; pair: `<BOS><image>caption<EOC><EOS>`. `<EOC>` closes a chunk: it stands
+before every image tag, except directly after <BOS>, and at the end of the document.
+"""
+
+import dataclasses
+from collections.abc import Sequence as Items
+from typing import Literal
+
+import numpy as np
+
+from flamingo_jax.processing.tokenizer import Tokenizer
+
+Look = Literal["previous", "next"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequence:
+    """Tokens of one document.
+
+    tokens: int32 [n].
+    chunk: int32 [n], never falling: 0 before the first image, c from the first token of image c's tag (counted from 1) to its <EOC>;
+      <EOS> belongs to the last chunk.
+    is_text: bool [n], what a model learns to predict: all but <BOS> and the image tags.
+    """
+
+    tokens: np.ndarray
+    chunk: np.ndarray
+    is_text: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def page_sequence(texts: Items[str], tokenizer: Tokenizer, *, close: bool = True) -> Sequence:
+    """k + 1 texts around k visuals. `close=False` leaves off the last <EOC><EOS>: a prompt to be continued."""
+    return _sequence([tokenizer.encode(text) if text else [] for text in texts], tokenizer, close=close)
+
+
+def pair_sequence(caption: str, tokenizer: Tokenizer, *, length: int | None = None) -> Sequence:
+    """A visual and its caption; a caption too long for `length` tokens in all loses its end, never its <EOC><EOS>."""
+    tokens = tokenizer.encode(caption)
+    if length is not None:
+        tokens = tokens[: max(length - pair_overhead(tokenizer), 0)]
+    return _sequence([[], tokens], tokenizer, close=True)
+
+
+def pair_overhead(tokenizer: Tokenizer) -> int:
+    """Tokens of a pair that are not its caption: <BOS>, the image tag, <EOC> and <EOS>."""
+    return 3 + len(tokenizer.image_tag_ids)
+
+
+def text_tokens(text: str, tokenizer: Tokenizer) -> np.ndarray:
+    """`<BOS>text<EOS>` of a document with no visuals, for the language modelling and the contrastive stage: int32 [n]."""
+    return np.array([tokenizer.bos, *tokenizer.encode(text), tokenizer.eos], np.int32)
+
+
+def media_index(chunk: np.ndarray, number_of_visuals: int, look: Look) -> np.ndarray:
+    """phi: which visual each token looks at, as its place from 0, or -1 for none; int32, shaped like `chunk`.
+
+    "previous" is the last visual before the token; "next" the first after it (paper's p_next), none past the last visual.
+    """
+    index = chunk - 1 if look == "previous" else np.where(chunk < number_of_visuals, chunk, -1)
+    return index.astype(np.int32)
+
+
+def _sequence(texts: list[list[int]], tokenizer: Tokenizer, *, close: bool) -> Sequence:
+    tag = tokenizer.image_tag_ids
+    tokens = [tokenizer.bos, *texts[0]]
+    is_text = [False] + [True] * len(texts[0])
+    chunk = [0] * len(tokens)
+    for number, text in enumerate(texts[1:], start=1):
+        if len(tokens) > 1:
+            tokens.append(tokenizer.eoc)
+            is_text.append(True)
+            chunk.append(number - 1)
+        tokens += [*tag, *text]
+        is_text += [False] * len(tag) + [True] * len(text)
+        chunk += [number] * (len(tag) + len(text))
+    if close:
+        tokens += [tokenizer.eoc, tokenizer.eos]
+        is_text += [True, True]
+        chunk += [len(texts) - 1] * 2
+    return Sequence(np.array(tokens, np.int32), np.array(chunk, np.int32), np.array(is_text, bool))

@@ -1,0 +1,380 @@
+"""Batches by the contract: each kind and task, on any number of processes, interrupted or not, with bad pictures among the good."""
+
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+import sentencepiece
+from PIL import Image
+
+from data_pipelines.mixture import WHOLE, Shard, held_out, make_iterator
+from data_pipelines.transforms.augmentation import draw
+from data_pipelines.transforms.lengths import load_or_measure
+from flamingo_jax.errors import UserError
+from flamingo_jax.experiment import DatasetConfig
+from flamingo_jax.processing.tokenizer import Tokenizer
+
+MEAN = (0.2, 0.4, 0.6)
+SIZE = 8
+WORDS = ["red", "blue", "green", "circle", "square", "star", "left", "right", "a", "the"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([" ".join(WORDS), "This is a dax. Output: wug"] * 20), model_writer=model, vocab_size=320, pad_id=3,
+        hard_vocab_limit=False, byte_fallback=True, normalization_rule_name="identity", minloglevel=2, user_defined_symbols=["<image>"],
+    )
+    return Tokenizer(model.getvalue())
+
+
+def picture(number: int) -> bytes:
+    """A picture that says which one it is: its red is `number`."""
+    data = io.BytesIO()
+    Image.new("RGB", (SIZE, SIZE), (number % 256, 100, 50)).save(data, "PNG")
+    return data.getvalue()
+
+
+def words(rng, low, high):
+    return " ".join(rng.choice(WORDS, rng.integers(low, high)))
+
+
+def pairs(count=40):
+    rng = np.random.default_rng(0)
+    return [
+        {"id": f"pair{i}".encode(), "image": picture(i), "captions": [f"p{i} {words(rng, 2, 9)}".encode(), f"p{i} {words(rng, 2, 5)}"]}
+        for i in range(count)
+    ]
+
+
+def pages(count=20):
+    rng = np.random.default_rng(1)
+    made = []
+    for i in range(count):
+        k = int(rng.integers(1, 6))
+        texts = [""] + [f"q{10 * i + j} {words(rng, 2, 8)}" for j in range(k)]
+        made.append({"id": f"page{i}", "texts": texts, "images": [picture(10 * i + j) for j in range(k)]})
+    return made
+
+
+def videos(count=12):
+    return [
+        {"id": f"video{i}", "frames": [picture(20 * i + j) for j in range(2 + i)], "fps": 1.0, "captions": [f"v{i} star left"]}
+        for i in range(count)
+    ]
+
+
+def texts(count=15):
+    rng = np.random.default_rng(2)
+    return [{"id": f"text{i}", "text": f"t{i} {words(rng, 3, 40)}"} for i in range(count)]
+
+
+SOURCES = {"pairs": pairs(), "pages": pages(), "videos": videos(), "text": texts()}
+CONFIGS = {
+    "pairs": DatasetConfig(kind="pairs", batch_size=4, length=64, visuals=5),
+    "pages": DatasetConfig(kind="pages", batch_size=4, length=48, visuals=3, p_next=0.5),
+    "videos": DatasetConfig(kind="videos", batch_size=4, length=64, visuals=3, frames=4),
+    "text": DatasetConfig(kind="text", batch_size=4, length=32, visuals=0),
+}
+CASES = [("contrastive", "pairs"), ("flamingo", "pairs"), ("flamingo", "pages"), ("flamingo", "videos"), ("language_modelling", "text")]
+
+
+def iterator(task, kind, tokenizer, *, source=None, threads=0, seed=3, shard=WHOLE, cache_bytes=1 << 20, **changes):
+    return make_iterator(
+        dataclasses.replace(CONFIGS[kind], **changes), tokenizer=tokenizer, task=task, image_size=SIZE, mean=MEAN, seed=seed, shard=shard,
+        text_length=24, source=SOURCES[kind] if source is None else source, threads=threads, cache_bytes=cache_bytes,
+    )
+
+
+def take(it, count):
+    batches = [next(it) for _ in range(count)]
+    it.close()
+    return batches
+
+
+def same(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+def joined(parts, shards):
+    """The batch of one process out of the batches of several: row i of shard s is row i * shards + s."""
+    whole = {}
+    places = parts[0]["visuals"].shape[1] if "visuals" in parts[0] else 1
+    for name in parts[0]:
+        blocks = places if name in ("images", "frame_mask") and "visuals" in parts[0] else 1
+        rows = [part[name].reshape(-1, blocks, *part[name].shape[1:]) for part in parts]
+        mixed = np.stack(rows, axis=1)
+        whole[name] = mixed.reshape(-1, *parts[0][name].shape[1:])
+    if "visuals" in whole:
+        own = np.arange(places)[None] + places * np.arange(len(whole["visuals"]))[:, None]
+        whole["visuals"] = np.where(whole["visuals"] >= 0, own, -1)
+    return whole
+
+
+@pytest.mark.parametrize("task, kind", CASES)
+def test_the_same_batches_on_one_or_two_processes_threaded_or_not(task, kind, tokenizer):
+    one = take(iterator(task, kind, tokenizer), 8)
+    two = [take(iterator(task, kind, tokenizer, shard=Shard(i, 2), threads=2, cache_bytes=0), 8) for i in range(2)]
+    for step, batch in enumerate(one):
+        same(batch, joined([part[step] for part in two], 2))
+    assert any(not np.array_equal(one[0]["tokens"], batch["tokens"]) for batch in one[1:])
+    other = next(iterator(task, kind, tokenizer, seed=4))
+    assert not np.array_equal(other["tokens"], one[0]["tokens"])
+
+
+@pytest.mark.parametrize("task, kind", CASES)
+@pytest.mark.parametrize("stop", [1, 5])
+def test_an_interrupted_run_goes_on_with_the_same_batches(task, kind, stop, tokenizer):
+    whole = take(iterator(task, kind, tokenizer), 9)
+    began = iterator(task, kind, tokenizer, threads=2, shard=Shard(1, 2))
+    for _ in range(stop):
+        next(began)
+    state = json.loads(json.dumps(began.get_state()))
+    began.close()
+    assert state == {"global_next_index": 4 * stop}
+    resumed = iterator(task, kind, tokenizer)
+    next(resumed)
+    resumed.set_state(state)
+    for batch in whole[stop:]:
+        same(next(resumed), batch)
+
+
+def segments_of(batch, row):
+    for number in range(1, batch["segments"][row].max() + 1):
+        yield batch["segments"][row] == number
+
+
+@pytest.mark.parametrize("kind", ["pairs", "pages", "videos"])
+def test_flamingo_batches_keep_the_contract(kind, tokenizer):
+    config = CONFIGS[kind]
+    seen = set()
+    for batch in take(iterator("flamingo", kind, tokenizer, p_next=0.0), 12):
+        rows, places = config.batch_size, config.visuals
+        assert batch["images"].shape == (rows * places, config.frames, SIZE, SIZE, 3) and batch["images"].dtype == np.uint8
+        assert batch["frame_mask"].shape == (rows * places, config.frames)
+        for name in ("tokens", "positions", "segments", "media_index"):
+            assert batch[name].shape == (rows, config.length) and batch[name].dtype == np.int32
+        padding = batch["segments"] == 0
+        assert not batch["loss_mask"][padding].any() and (batch["media_index"][padding] == -1).all()
+        assert (batch["tokens"][padding] == tokenizer.pad).all()
+        for row in range(rows):
+            present = batch["visuals"][row] >= 0
+            np.testing.assert_array_equal(batch["visuals"][row][present], (np.arange(places) + row * places)[present])
+            assert not batch["images"][row * places : (row + 1) * places][~present].any()
+            for mask in segments_of(batch, row):
+                tokens = batch["tokens"][row][mask]
+                np.testing.assert_array_equal(batch["positions"][row][mask], np.arange(mask.sum()))
+                unlearned = np.isin(tokens, [tokenizer.bos, *tokenizer.image_tag_ids])
+                unlearned[0] = True
+                np.testing.assert_array_equal(batch["loss_mask"][row][mask], ~unlearned)
+                seen |= check_pictures(kind, batch, row, mask, tokenizer)
+    assert len(seen) > 10
+
+
+def check_pictures(kind, batch, row, mask, tokenizer):
+    """Each caption names the number of its picture, whose red is that number."""
+    tokens, index = batch["tokens"][row][mask], batch["media_index"][row][mask]
+    ends = np.flatnonzero(np.isin(tokens, tokenizer.image_tag_ids))
+    seen = set()
+    for begin, end in zip(ends, [*ends[1:], len(tokens)], strict=True):
+        text = tokenizer.decode(tokens[begin + 1 : end].tolist()).strip()
+        place = index[begin]
+        if place < 0 or " " not in text:  # Past the room for visuals, or cut off by the window's end.
+            continue
+        number = int(text.split()[0][1:])
+        image = batch["images"][batch["visuals"][row][place]]
+        if kind == "pages":
+            assert image[0, 0, 0, 0] == number % 256
+        elif kind == "pairs":
+            assert image[0, 0, 0, 0] == number
+        else:
+            there = batch["frame_mask"][batch["visuals"][row][place]]
+            reds = image[there][:, 0, 0, 0].astype(int)
+            assert len(reds) == min(4, 2 + number)
+            assert ((reds - 20 * number) % 256 < 2 + number).all() and (np.diff(reds) % 256 == 1).all()
+        seen.add(text)
+    return seen
+
+
+def test_both_coins_and_all_captions_come_up(tokenizer):
+    captions = {name: set() for name in ("pair0", "pair1")}
+    it = iterator("flamingo", "pairs", tokenizer, source=pairs(2), batch_size=1)
+    for _ in range(60):
+        batch = next(it)
+        for mask in segments_of(batch, 0):
+            text = tokenizer.decode(batch["tokens"][0][mask].tolist()).removeprefix("<image>")
+            captions["pair" + text.strip()[1]].add(text)
+    it.close()
+    for name, record in zip(captions, pairs(2), strict=True):
+        both = [c.decode() if isinstance(c, bytes) else c for c in record["captions"]]
+        assert captions[name] == {*both, *(" " + c for c in both)}
+
+
+def test_pages_look_either_way_by_p_next(tokenizer):
+    for p_next, starts in ((0.0, {-1}), (1.0, {0})):
+        batch = next(iterator("flamingo", "pages", tokenizer, p_next=p_next, length=256))
+        assert set(batch["media_index"][:, 0].tolist()) == starts or p_next == 0.0
+        first = np.array([np.flatnonzero(batch["segments"][row] == 1)[0] for row in range(4)])
+        assert set(batch["media_index"][np.arange(4), first].tolist()) == starts
+
+
+def test_all_text_is_a_target_once_an_epoch(tokenizer):
+    it = iterator("language_modelling", "text", tokenizer, batch_size=1)
+    targets = []
+    for _ in range(it.summary()["rows"]):
+        batch = next(it)
+        assert batch.keys() == {"tokens", "positions", "segments", "loss_mask"}
+        assert not batch["loss_mask"][batch["positions"] == 0].any()
+        targets += batch["tokens"][batch["loss_mask"]].tolist()
+    it.close()
+    expected = [token for record in SOURCES["text"] for token in [*tokenizer.encode(record["text"]), tokenizer.eos]]
+    assert sorted(targets) == sorted(expected)
+
+
+def test_contrastive_pairs(tokenizer):
+    reds = []
+    for batch in take(iterator("contrastive", "pairs", tokenizer, batch_size=8), 5):
+        assert batch["images"].shape == (8, SIZE, SIZE, 3) and batch["tokens"].shape == batch["mask"].shape == (8, 24)
+        for row in range(8):
+            ids = batch["tokens"][row][batch["mask"][row]]
+            assert ids[0] == tokenizer.bos and ids[-1] == tokenizer.eos
+            number = batch["images"][row, 0, 0, 0]
+            assert tokenizer.decode(ids.tolist()).startswith(f"p{number} "[: max(len(ids) - 3, 2)])
+            reds.append(int(number))
+    assert sorted(reds) == list(range(40)), "an epoch is every pair once"
+
+
+def broken(source, numbers):
+    """The same records with the last picture of some cut short."""
+    out = []
+    for number, record in enumerate(source):
+        record = dict(record)
+        if number in numbers:
+            for name in {"image", "images", "frames"} & record.keys():
+                record[name] = record[name][:40] if name == "image" else [p[:40] for p in record[name]]
+        out.append(record)
+    return out
+
+
+@pytest.mark.parametrize("kind", ["pairs", "pages", "videos"])
+def test_a_bad_picture_masks_its_segment_and_moves_nothing(kind, tokenizer, caplog):
+    record = SOURCES[kind][5]
+    good, bad = (iterator("flamingo", kind, tokenizer, source=s, batch_size=1) for s in (SOURCES[kind], broken(SOURCES[kind], {5})))
+    hit = 0
+    for _ in range(2 * good.summary()["rows"]):
+        whole, holed = next(good), next(bad)
+        for name in ("tokens", "positions", "segments"):
+            np.testing.assert_array_equal(whole[name], holed[name])
+        changed = (whole["loss_mask"] != holed["loss_mask"])[0]
+        places = (whole["visuals"] != holed["visuals"])[0]
+        if changed.any():
+            hit += 1
+            (segment,) = set(whole["segments"][0][changed].tolist())
+            inside = whole["segments"][0] == segment
+            assert not holed["loss_mask"][0][inside].any() and (holed["media_index"][0][inside] == -1).all()
+            np.testing.assert_array_equal(whole["media_index"][0][~inside], holed["media_index"][0][~inside])
+        np.testing.assert_array_equal(whole["images"][~places], holed["images"][~places])
+        assert not holed["images"][places].any() and not holed["frame_mask"][places].any() and (holed["visuals"][0][places] == -1).all()
+    assert hit == 2, "once an epoch"
+    name = record["id"].decode() if isinstance(record["id"], bytes) else record["id"]
+    assert bad.summary()["failed"] == [name]
+    assert sum(name in message for message in caplog.messages) == 1
+
+
+def test_a_bad_contrastive_pair_is_an_empty_one(tokenizer):
+    for batch in take(iterator("contrastive", "pairs", tokenizer, source=broken(pairs(8), {3}), batch_size=8), 2):
+        (row,) = np.flatnonzero(~batch["images"].any(axis=(1, 2, 3)))
+        assert batch["tokens"][row][batch["mask"][row]].tolist() == [tokenizer.bos, tokenizer.eos]
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_too_many_bad_pictures_stop_the_run(threads, tokenizer):
+    it = iterator("flamingo", "pairs", tokenizer, source=broken(pairs(200), set(range(0, 200, 20))), threads=threads, path="some/where")
+    with pytest.raises(UserError, match="some/where"):
+        take(it, 40)
+    it.close()
+
+
+def test_summary_accounts_for_every_record(tokenizer):
+    source = [*pairs(10), {"id": "long", "image": picture(1), "captions": ["star " * 200]}]
+    it = iterator("flamingo", "pairs", tokenizer, source=source, batch_size=1)
+    summary = it.summary()
+    assert summary["records"] == 11 and summary["cut"] == 1 and summary["too_long"] == 0 and summary["dropped"] == 0
+    full = [b for b in take(it, summary["rows"]) if (b["segments"] == 1).all()]
+    assert len(full) == 1
+    assert full[0]["tokens"][0][-2:].tolist() == [tokenizer.eoc, tokenizer.eos], "a cut caption keeps its end marks"
+
+
+@pytest.mark.parametrize("task, kind", CASES)
+def test_held_out_batches_are_fixed(task, kind, tokenizer):
+    config = dataclasses.replace(CONFIGS[kind], batch_size=2)
+    make = lambda shard: held_out(  # noqa: E731
+        config, tokenizer=tokenizer, task=task, batches=2, image_size=SIZE, mean=MEAN, shard=shard, text_length=24, source=SOURCES[kind]
+    )
+    one, halves = make(Shard()), [make(Shard(i, 2)) for i in range(2)]
+    assert len(one) == 2
+    for step, batch in enumerate(one):
+        same(batch, joined([half[step] for half in halves], 2))
+
+
+def test_a_small_held_out_set_is_padded(tokenizer):
+    config = dataclasses.replace(CONFIGS["pairs"], batch_size=8)
+    make = dict(tokenizer=tokenizer, batches=5, image_size=SIZE, mean=MEAN, source=pairs(3))
+    (batch,) = held_out(config, task="flamingo", **make)
+    assert batch["tokens"].shape[0] == 8 and (batch["segments"].max(axis=1) == 0).sum() >= 5
+    assert (batch["visuals"] >= 0).sum() == 3
+    with pytest.raises(UserError, match="batch_size"):
+        held_out(config, task="contrastive", **make)
+
+
+def test_bad_configs_are_refused(tokenizer, tmp_path):
+    with pytest.raises(UserError, match="no prepared dataset"):
+        make_iterator(DatasetConfig(path=str(tmp_path)), tokenizer=tokenizer, task="flamingo")
+    with pytest.raises(UserError, match="kind text"):
+        iterator("language_modelling", "pairs", tokenizer)
+    with pytest.raises(UserError, match="3 data shards"):
+        iterator("flamingo", "pairs", tokenizer, shard=Shard(0, 3))
+    with pytest.raises(UserError, match="is empty"):
+        iterator("flamingo", "pairs", tokenizer, source=[])
+    with pytest.raises(UserError, match="no room for a caption"):
+        iterator("flamingo", "pairs", tokenizer, length=4)
+    with pytest.raises(UserError, match="visuals"):
+        iterator("flamingo", "pairs", tokenizer, visuals=0)
+
+
+def test_lengths_are_kept_beside_the_dataset(tokenizer, tmp_path):
+    made = load_or_measure(SOURCES["pages"], "pages", tokenizer, tmp_path, "train")
+    (file,) = tmp_path.iterdir()
+    assert file.name == f"lengths_{tokenizer.fingerprint}_train.npz"
+    assert made.visuals.tolist() == [len(page["images"]) for page in SOURCES["pages"]]
+    again = load_or_measure([None] * 20, "pages", tokenizer, tmp_path, "train")
+    np.testing.assert_array_equal(again.tokens, made.tokens)
+    assert len(load_or_measure(SOURCES["pages"][:7], "pages", tokenizer, tmp_path, "train").tokens) == 7
+    file.write_bytes(b"damaged")
+    np.testing.assert_array_equal(load_or_measure(SOURCES["pages"], "pages", tokenizer, tmp_path, "train").tokens, made.tokens)
+
+
+def test_augmentation_is_one_draw_for_a_clip():
+    rng = np.random.default_rng(0)
+    assert draw(rng, flip=False, colour=0.0) is None
+    frames = [np.full((4, 4, 3), 90, np.uint8), np.full((4, 4, 3), 90, np.uint8)]
+    frames[0][:, 0] = frames[1][:, 0] = [200, 30, 60]
+    results = [draw(np.random.default_rng(seed), flip=True, colour=0.4)(frames) for seed in range(8)]
+    for first, second in results:
+        np.testing.assert_array_equal(first, second)
+        assert first.dtype == np.uint8 and first.shape == (4, 4, 3)
+    flipped = [np.abs(out[:, 0].astype(int) - out[:, 1]).max() < np.abs(out[:, 3].astype(int) - out[:, 1]).max() for out, _ in results]
+    assert 0 < sum(flipped) < 8
+    assert len({out.tobytes() for out, _ in results}) == 8
+
+
+def test_hue_and_saturation_leave_greys_grey_up_to_brightness():
+    frames = [np.full((2, 2, 3), 120, np.uint8)]
+    for seed in range(5):
+        (out,) = draw(np.random.default_rng(seed), flip=False, colour=0.5)(frames)
+        assert np.ptp(out.astype(int)) <= 1

@@ -1,0 +1,118 @@
+"""Datasets on disk come back with their pictures encoded, and what is no dataset is refused."""
+
+import io
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from data_pipelines.records import Failures, Records, open_records
+from flamingo_jax.errors import UserError
+from flamingo_jax.processing.images import ImageError
+
+FEATURES = tfds.features
+PICTURE = FEATURES.Image(shape=(None, None, 3))
+TEXTS = FEATURES.Sequence(FEATURES.Text())
+
+
+def png(level: int) -> io.BytesIO:
+    data = io.BytesIO()
+    Image.new("RGB", (6, 4), (level, level, level)).save(data, "PNG")
+    data.seek(0)
+    return data
+
+
+KINDS = {
+    "pages": (
+        {"texts": TEXTS, "images": FEATURES.Sequence(PICTURE)},
+        lambda i: {"texts": ["", "a", "b"], "images": [png(i), png(i + 100)]},
+    ),
+    "pairs": ({"captions": TEXTS, "image": PICTURE}, lambda i: {"captions": ["a", "naïve"], "image": png(i)}),
+    "videos": (
+        {"captions": TEXTS, "frames": FEATURES.Sequence(PICTURE), "fps": np.float32},
+        lambda i: {"captions": ["a"], "frames": [png(i), png(i + 100)], "fps": 1.0},
+    ),
+    "text": ({"text": FEATURES.Text()}, lambda i: {"text": f"text {i}"}),
+}
+
+
+def build(kind, folder, count):
+    features, make = KINDS[kind]
+
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+        name = kind
+
+        def _info(self):
+            return tfds.core.DatasetInfo(builder=self, features=FEATURES.FeaturesDict({"id": FEATURES.Text(), **features}))
+
+        def _split_generators(self, manager):
+            return {"train": ((str(i), {"id": str(i)} | make(i)) for i in range(count))}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    builder = Builder(data_dir=str(folder), file_format="array_record")
+    builder.download_and_prepare()
+    return builder.data_dir
+
+
+@pytest.fixture(scope="module")
+def code_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_records_of_every_kind(kind, code_folder):
+    path = build(kind, code_folder, 3)
+    records = Records(open_records(path, "train", kind), kind, 6, cache_bytes=0)
+    assert sorted(record.id for record in map(records.__getitem__, range(3))) == ["0", "1", "2"]
+    for place in range(3):
+        record = records[place]
+        level = int(record.id)
+        if kind == "text":
+            assert record.fields["text"] == f"text {level}".encode()
+            continue
+        assert record.frame_counts == {"pages": [1, 1], "pairs": [1], "videos": [2]}[kind]
+        assert (record.read(0, 0) == level).all() and record.read(0, 0).shape == (4, 6, 3)
+        if kind != "pairs":
+            assert (record.read(*((1, 0) if kind == "pages" else (0, 1))) == level + 100).all()
+
+
+def test_what_is_no_dataset_is_refused(code_folder, tmp_path):
+    path = build("pairs", code_folder, 3)
+    with pytest.raises(UserError, match="no split 'test'; it has train"):
+        open_records(path, "test", "pairs")
+    with pytest.raises(UserError, match="not of kind 'pages'"):
+        open_records(path, "train", "pages")
+    with pytest.raises(UserError, match="no prepared dataset"):
+        open_records(tmp_path, "train", "pairs")
+
+
+def test_memory_is_bounded():
+    source = [{"id": str(i), "image": png(i).getvalue(), "captions": [""]} for i in range(5)]
+    one = Records(source, "pairs", 6, cache_bytes=0)[0].cost
+    records = Records(source, "pairs", 6, cache_bytes=2 * one)
+    first = [records[i] for i in range(5)]
+    assert [records[i] is first[i] for i in range(5)] == [True, True, False, False, False]
+
+
+def test_missing_pictures_are_failures():
+    record = Records([{"id": "a", "texts": ["", "x", "y"], "images": [png(1).getvalue()]}], "pages", 6, cache_bytes=0)[0]
+    with pytest.raises(ImageError, match="more pictures than the 1"):
+        record.read(1, 0)
+
+
+def test_share_of_failures():
+    few = Failures("few", 50)
+    for _ in range(4):
+        few.saw(50)
+        few.add("bad", ValueError("cut short"))
+    many = Failures("many", 10_000)
+    many.add("a", ValueError("x"))
+    many.add("b", ValueError("x"))
+    many.saw(99)
+    with pytest.raises(UserError, match="2 of the first 100 records of the dataset many"):
+        many.saw(1)
+    many.saw(100)
