@@ -129,7 +129,7 @@ def held_out(
     Args and Raises as `make_iterator`; also UserError where there is not even one contrastive batch.
     """
     _check_split(dataset, shard)
-    rows = Rows(Making(dataset, task, tokenizer, image_size, tuple(mean), text_length, seed=0, training=False), source, cache_bytes=0)
+    rows = Rows(Making(dataset, task, tokenizer, image_size, tuple(mean), text_length, seed=0, training=False), source, CACHE_BYTES)
     size = dataset.batch_size
     whole = len(rows) // size
     if task == "contrastive" and not whole:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.features import dataset_folder
 from data_pipelines.transforms.examples import strings
 from flamingo_jax.errors import UserError
 from flamingo_jax.processing import images
@@ -28,9 +29,7 @@ def open_records(path: str | pathlib.Path, split: str, kind: str) -> Sequence[An
     """
     import tensorflow_datasets as tfds  # Half a second, which commands without data need not wait for.
 
-    folder = pathlib.Path(path)
-    if not (folder / "dataset_info.json").is_file():
-        raise UserError(f"there is no prepared dataset in {str(path)!r}; build it with launch.build_data, or mend the dataset's `path`")
+    folder = dataset_folder(path)
     builder = tfds.builder_from_directory(str(folder))
     if split not in builder.info.splits:
         raise UserError(f"the dataset {folder} has no split {split!r}; it has {', '.join(sorted(builder.info.splits))}")
@@ -77,7 +76,8 @@ class Records:
 class Record:
     """One record: `fields` without pictures, `id`, and its pictures by (visual, frame).
 
-    cost: the most bytes it takes with every picture decoded.
+    tokens: those of a text document, once someone has made them: a book is cut into many pieces, and each asks for them.
+    cost: the most bytes it takes with every picture decoded and every token made.
     """
 
     def __init__(self, fields: Any, feature: str | None, size: int):
@@ -89,7 +89,8 @@ class Record:
             pictures = [pictures]
         nested = [list(pictures)] if feature == "frames" else [[picture] for picture in pictures]
         self._pictures: list[list[bytes | np.ndarray]] = nested
-        self.cost = 2_000 + sum(map(len, nested)) * (3 * size * size + 200)
+        self.tokens: np.ndarray | None = None
+        self.cost = 2_000 + sum(map(len, nested)) * (3 * size * size + 200) + 5 * len(fields.get("text", ""))
 
     @property
     def frame_counts(self) -> list[int]:

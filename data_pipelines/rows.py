@@ -1,16 +1,16 @@
 """The rows of a dataset: which examples share one, and its arrays, from nothing but its place in the endless stream of rows."""
 
 import dataclasses
-import pathlib
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
+from data_pipelines.features import dataset_folder
 from data_pipelines.records import Failures, Records, open_records
 from data_pipelines.transforms.augmentation import draw
-from data_pipelines.transforms.examples import Arrays, Segment, Visit, assemble, caption_of, flamingo_segment, show, text_segment
+from data_pipelines.transforms.examples import Arrays, Segment, Visit, assemble, caption_of, flamingo_segment, show, strings, text_segment
 from data_pipelines.transforms.lengths import Lengths, load_or_measure, measure
 from data_pipelines.transforms.packing import Plan, plan
 from data_pipelines.transforms.windows import pieces
@@ -104,7 +104,7 @@ class Rows:
             count = np.arange(len(opened), dtype=np.int32)
             return Items(count, np.zeros_like(count), np.ones_like(count), np.zeros_like(count))
         if stored:
-            lengths = load_or_measure(opened, dataset.kind, self._making.tokenizer, pathlib.Path(dataset.path), dataset.split)
+            lengths = load_or_measure(opened, dataset.kind, self._making.tokenizer, dataset_folder(dataset.path), dataset.split)
         else:
             lengths = measure(opened, dataset.kind, self._making.tokenizer)
         self._cut = int((lengths.tokens > dataset.length).sum())
@@ -158,7 +158,9 @@ class Rows:
 
     def _text(self, item: int) -> Segment:
         record = self._records[int(self._items.record[item])]
-        return text_segment(record.fields, int(self._items.start[item]), int(self._items.length[item]), self._making.tokenizer)
+        if record.tokens is None:
+            record.tokens = text_tokens(strings([record.fields["text"]])[0], self._making.tokenizer)
+        return text_segment(record.tokens, int(self._items.start[item]), int(self._items.length[item]))
 
     def _visual(self, items: np.ndarray, visit: Visit) -> Arrays:
         dataset = self._making.dataset

@@ -11,7 +11,7 @@ from data_pipelines.transforms import augmentation
 from data_pipelines.transforms.windows import Window, window
 from flamingo_jax.experiment import DatasetConfig
 from flamingo_jax.processing.images import ImageError, pad
-from flamingo_jax.processing.sequences import page_sequence, pair_sequence, text_tokens
+from flamingo_jax.processing.sequences import page_sequence, pair_sequence
 from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.processing.video import clip
 
@@ -85,9 +85,9 @@ def flamingo_segment(
     return Segment(part.tokens, part.loss_mask, part.media_index, visuals, draws)
 
 
-def text_segment(record: Any, start: int, length: int, tokenizer: Tokenizer) -> Segment:
-    """A piece of a text document, see `windows.pieces`."""
-    tokens = text_tokens(strings([record["text"]])[0], tokenizer)[start : start + length]
+def text_segment(document: np.ndarray, start: int, length: int) -> Segment:
+    """A piece of a text document's tokens, see `windows.pieces`."""
+    tokens = document[start : start + length]
     loss_mask = np.ones(len(tokens), bool)
     loss_mask[0] = False
     return Segment(tokens, loss_mask, np.full(len(tokens), -1, np.int32))

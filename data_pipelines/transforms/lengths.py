@@ -1,14 +1,16 @@
 """How many tokens and visuals every record has: measured once per tokenizer, kept beside the dataset."""
 
+import contextlib
 import dataclasses
 import logging
-import os
 import pathlib
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from data_pipelines.features import INFO_FILE
 from data_pipelines.transforms.examples import strings
 from flamingo_jax.processing.sequences import page_sequence, pair_overhead
 from flamingo_jax.processing.tokenizer import Tokenizer
@@ -42,7 +44,7 @@ def load_or_measure(records: Sequence[Any], kind: str, tokenizer: Tokenizer, fol
     """From `lengths_<fingerprint>_<split>.npz` in the dataset's folder, written there first where it is missing or older than the
     dataset. A folder that cannot be written to is measured each time."""
     path = folder / f"lengths_{tokenizer.fingerprint}_{split}.npz"
-    if path.exists() and not _older(path, folder / "dataset_info.json"):
+    if path.exists() and not _older(path, folder / INFO_FILE):
         try:
             with np.load(path) as stored:
                 lengths = Lengths(stored["tokens"], stored["visuals"])
@@ -51,13 +53,14 @@ def load_or_measure(records: Sequence[Any], kind: str, tokenizer: Tokenizer, fol
         except (OSError, ValueError, KeyError, EOFError) as error:
             logging.warning("%s cannot be read and is made anew: %s", path, error)
     lengths = measure(records, kind, tokenizer, title=f"token lengths of {folder.parent.name} {split}")
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.npz")
     try:
         np.savez(temporary, tokens=lengths.tokens, visuals=lengths.visuals)
         temporary.replace(path)
     except OSError as error:
         logging.info("%s is not kept, it will be measured again next time: %s", path.name, error)
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     return lengths
 
 

@@ -8,7 +8,7 @@ import av
 import av.container
 import numpy as np
 
-from flamingo_jax.processing.images import MAX_PIXELS
+from flamingo_jax.processing.images import MAX_PIXELS, fit
 
 MAX_FRAMES = 3_600
 """One hour at 1 fps."""
@@ -21,24 +21,32 @@ class VideoError(ValueError):
 
 
 def read_frames(
-    path: str | pathlib.Path, *, fps: float, max_frames: int = MAX_FRAMES, max_pixels: int = MAX_PIXELS
+    path: str | pathlib.Path,
+    *,
+    fps: float,
+    longer_side: int | None = None,
+    max_frames: int = MAX_FRAMES,
+    max_pixels: int = MAX_PIXELS,
 ) -> list[np.ndarray]:
     """The pictures on screen at 0, 1/fps, 2/fps, ... seconds: at most `max_frames` of uint8 [H, W, 3], upright RGB.
 
-    Any file that FFmpeg reads, moving GIFs among them. One that breaks off gives the frames before the break. Memory is bounded by
-    max_frames times the size of a frame. Raises VideoError where no frame can be read or frames have more than `max_pixels`.
+    Any file that FFmpeg reads, moving GIFs among them. One that breaks off gives the frames before the break. `longer_side` resizes
+    every frame as it is read, so that a long video of large frames needs little memory.
+    Raises VideoError where no frame can be read or frames have more than `max_pixels`.
     """
     frames: list[np.ndarray] = []
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise VideoError(f"{path} has no pictures in it")
-            for frame, end in _shown(container):
-                if frame.width * frame.height > max_pixels:
-                    raise VideoError(f"{path}: {frame.width} x {frame.height} pixels are more than {max_pixels}")
+            stream = container.streams.video[0]
+            if stream.width * stream.height > max_pixels:
+                raise VideoError(f"{path}: {stream.width} x {stream.height} pixels are more than {max_pixels}")
+            for frame, end in _shown(container, stream):
                 pixels = None
                 while len(frames) < max_frames and len(frames) / fps < end - CLOCK:
-                    pixels = _upright(frame) if pixels is None else pixels
+                    if pixels is None:
+                        pixels = _upright(frame) if longer_side is None else fit(_upright(frame), longer_side)
                     frames.append(pixels)
                 if len(frames) == max_frames:
                     break
@@ -64,9 +72,8 @@ def spread(count: int, frames: int) -> list[int]:
     return [int(i) for i in np.linspace(0, count - 1, min(count, frames)).round()]
 
 
-def _shown(container: av.container.InputContainer) -> Iterator[tuple[av.VideoFrame, float]]:
+def _shown(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[tuple[av.VideoFrame, float]]:
     """Every frame with the second, counted from the first frame, at which it leaves the screen."""
-    stream = container.streams.video[0]
     stream.thread_type = "AUTO"
     last: av.VideoFrame | None = None
     began = 0.0

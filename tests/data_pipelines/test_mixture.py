@@ -333,7 +333,7 @@ def test_a_small_held_out_set_is_padded(tokenizer):
 
 
 def test_bad_configs_are_refused(tokenizer, tmp_path):
-    with pytest.raises(UserError, match="no prepared dataset"):
+    with pytest.raises(UserError, match="holds no dataset"):
         make_iterator(DatasetConfig(path=str(tmp_path)), tokenizer=tokenizer, task="flamingo")
     with pytest.raises(UserError, match="kind text"):
         iterator("language_modelling", "pairs", tokenizer)
@@ -355,6 +355,8 @@ def test_lengths_are_kept_beside_the_dataset(tokenizer, tmp_path):
     again = load_or_measure([None] * 20, "pages", tokenizer, tmp_path, "train")
     np.testing.assert_array_equal(again.tokens, made.tokens)
     assert len(load_or_measure(SOURCES["pages"][:7], "pages", tokenizer, tmp_path, "train").tokens) == 7
+    unwritable = load_or_measure(SOURCES["pages"], "pages", tokenizer, tmp_path / "nowhere", "train")
+    np.testing.assert_array_equal(unwritable.tokens, made.tokens)
     file.write_bytes(b"damaged")
     np.testing.assert_array_equal(load_or_measure(SOURCES["pages"], "pages", tokenizer, tmp_path, "train").tokens, made.tokens)
 

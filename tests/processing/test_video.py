@@ -34,6 +34,7 @@ def test_frames_at_one_and_at_four_a_second(tmp_path, name, codec):
     np.testing.assert_allclose(levels(read_frames(tmp_path / name, fps=4)), shown, atol=4)
     np.testing.assert_allclose(levels(read_frames(tmp_path / name, fps=8)), np.repeat(shown, 2), atol=4)
     assert len(read_frames(tmp_path / name, fps=4, max_frames=5)) == 5
+    assert read_frames(tmp_path / name, fps=1, longer_side=20)[0].shape == (20, 20, 3)
 
 
 def test_moving_gif(tmp_path):
