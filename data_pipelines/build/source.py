@@ -1,0 +1,65 @@
+"""What every builder is made of: a source lists its entries, and turns each into examples or into reasons why not."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from data_pipelines.features import TEST, TRAIN, VALIDATION
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A record for a split. `parts_dropped`: for each picture that was left out of it, the reason."""
+
+    split: str
+    fields: dict[str, Any]
+    parts_dropped: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+    """A source record that is not used. `parts_dropped` as in Example."""
+
+    reason: str
+    parts_dropped: tuple[str, ...] = ()
+
+
+Outcome = Example | Dropped
+
+
+class Source(Protocol):
+    """Raw data to be written as a dataset. Light enough to be sent to a worker process with every few entries."""
+
+    @property
+    def kind(self) -> str:
+        """One of `features.KINDS`."""
+
+    @property
+    def about(self) -> str:
+        """One sentence for the dataset's description."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All that its outcome depends on, as JSON values: a finished dataset is only taken for the same options."""
+
+    def entries(self) -> Sequence[Any]:
+        """What there is to read, in a fixed order. Raises UserError where there is nothing."""
+
+    def convert(self, entry: Any) -> list[Outcome]:
+        """Every source record of an entry, used or dropped; a pure function."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """Parts of the records that go to validation and test; the rest is for training."""
+
+    validation: float = 0.1
+    test: float = 0.0
+
+    def split(self, record_id: str) -> str:
+        """By a hash of the id: the same record lands in the same split in every build."""
+        place = int.from_bytes(hashlib.blake2b(record_id.encode(), digest_size=8).digest()) / 2**64
+        if place < self.validation:
+            return VALIDATION
+        return TEST if place < self.validation + self.test else TRAIN

@@ -1,0 +1,37 @@
+"""The embedded drawn world as a source, one per dataset."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from data_pipelines.build.source import Example, Outcome
+from data_pipelines.quickstart import DATASETS, drawn
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """`dataset` is a key of `quickstart.DATASETS`; `limit` bounds every split, for tests."""
+
+    dataset: str
+    seed: int = 0
+    limit: int | None = None
+
+    @property
+    def kind(self) -> str:
+        return DATASETS[self.dataset].kind
+
+    @property
+    def about(self) -> str:
+        return f"The drawn world: {DATASETS[self.dataset].about}."
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"source": "quickstart", **dataclasses.asdict(self)}
+
+    def entries(self) -> Sequence[tuple[str, int]]:
+        sizes = DATASETS[self.dataset].sizes
+        return [(split, index) for split, size in sizes.items() for index in range(size if self.limit is None else min(size, self.limit))]
+
+    def convert(self, entry: tuple[str, int]) -> list[Outcome]:
+        split, index = entry
+        return [Example(split, drawn(self.dataset, split, index, self.seed).record)]

@@ -1,0 +1,142 @@
+"""Writes a source as a TFDS dataset in the ArrayRecord format: shards, features, splits with counts, statistics.json.
+
+Any TFDS user opens it with `tfds.builder_from_directory(folder / "1.0.0").as_data_source(split=...)`. It is written into a folder beside its own and
+renamed at the end, so that a dataset that is there is whole.
+"""
+
+import collections
+import itertools
+import json
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
+from typing import Any, TypeVar
+
+from data_pipelines.build.source import Dropped, Example, Outcome, Source
+from data_pipelines.features import INFO_FILE, STATISTICS_FILE, VERSION, features
+from flamingo_jax.errors import UserError
+from flamingo_jax.progress import Bar
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+RECORDS_PER_SHARD = 5_000
+RECORDS_PER_FLUSH = 200
+"""TFDS writes its metadata anew at every flush."""
+ENTRIES_PER_CALL = 8
+CALLS_AHEAD = 32
+"""Calls whose results may wait in memory for the writer."""
+
+
+def write_dataset(output: str | pathlib.Path, source: Source, executor: Executor | None = None) -> tuple[dict[str, Any], bool]:
+    """Writes `source` to `output/1.0.0` and returns its statistics, and whether it had to be built.
+
+    A finished dataset of the same options is left as it is; what an interrupted build left is made again.
+    Raises UserError where the folder's name is none for TFDS, it holds a dataset of other options, or no record is left to train on.
+    """
+    output = pathlib.Path(output)
+    name = output.name
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise UserError(f"{name!r} cannot name a dataset: end --output in small letters, digits and underscores, with a letter first")
+    final = output / VERSION
+    if (final / INFO_FILE).is_file():
+        return _finished(final, source), False
+    entries = source.entries()
+    building = output / f"{VERSION}.incomplete"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    with Bar(name, len(entries)) as bar:
+        outcomes = _watched(ordered_map(source.convert, entries, executor), bar)
+        statistics = _write(building, name, source, outcomes)
+    statistics["options"] = source.options
+    if not statistics["splits"]:
+        shutil.rmtree(building)
+        reasons = ", ".join(f"{count} {reason}" for reason, count in statistics["dropped"].items()) or "there were none"
+        raise UserError(f"no record is left for {output} ({reasons}): look at the input folder or loosen the options")
+    (building / STATISTICS_FILE).write_text(json.dumps(statistics, indent=2))
+    if final.exists():
+        shutil.rmtree(final)
+    building.rename(final)
+    return statistics, True
+
+
+def ordered_map(function: Callable[[A], B], items: Iterable[A], executor: Executor | None) -> Iterator[B]:
+    """`map` on an executor: results in order, and only so many of them in memory."""
+    if executor is None:
+        yield from map(function, items)
+        return
+    waiting: collections.deque[Future[list[B]]] = collections.deque()
+    left = iter(items)
+    while call := list(itertools.islice(left, ENTRIES_PER_CALL)):
+        waiting.append(executor.submit(_each, function, call))
+        if len(waiting) >= CALLS_AHEAD:
+            yield from waiting.popleft().result()
+    while waiting:
+        yield from waiting.popleft().result()
+
+
+def _each(function: Callable[[A], B], items: Iterable[A]) -> list[B]:
+    return [function(item) for item in items]
+
+
+def _watched(converted: Iterable[list[Outcome]], bar: Bar) -> Iterator[Outcome]:
+    for outcomes in converted:
+        yield from outcomes
+        bar.advance()
+
+
+def _finished(final: pathlib.Path, source: Source) -> dict[str, Any]:
+    try:
+        statistics: dict[str, Any] = json.loads((final / STATISTICS_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{final} holds a dataset without a readable {STATISTICS_FILE}: remove the folder, or choose another --output") from error
+    if statistics.get("options") != json.loads(json.dumps(source.options)):
+        raise UserError(f"{final} holds a dataset that was built from another source or with other options: remove it, or choose another --output")
+    return statistics
+
+
+def _write(folder: pathlib.Path, name: str, source: Source, outcomes: Iterable[Outcome]) -> dict[str, Any]:
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.dataset_info import DatasetIdentity
+
+    identity = DatasetIdentity(name=name, version=tfds.core.Version(VERSION), data_dir=str(folder), module_name=__name__)
+    info = tfds.core.DatasetInfo(builder=identity, description=source.about, features=features(source.kind))
+    writer = tfds.core.SequentialWriter(info, RECORDS_PER_SHARD, file_format="array_record")
+    counts: collections.Counter[str] = collections.Counter()
+    dropped: collections.Counter[str] = collections.Counter()
+    parts: collections.Counter[str] = collections.Counter()
+    pictures = 0
+    waiting: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
+
+    def flush(split: str) -> None:
+        writer.initialize_splits([split], fail_if_exists=False)
+        writer.add_examples({split: waiting.pop(split)})
+
+    for outcome in outcomes:
+        parts.update(outcome.parts_dropped)
+        if isinstance(outcome, Dropped):
+            dropped[outcome.reason] += 1
+            continue
+        counts[outcome.split] += 1
+        pictures += _pictures(outcome)
+        waiting[outcome.split].append(outcome.fields)
+        if len(waiting[outcome.split]) == RECORDS_PER_FLUSH:
+            flush(outcome.split)
+    for split in list(waiting):
+        flush(split)
+    if counts:
+        writer.close_all()
+    used = counts.total()
+    statistics: dict[str, Any] = {
+        "splits": dict(sorted(counts.items())), "records_read": used + dropped.total(), "used": used, "dropped": dict(sorted(dropped.items())),
+    }
+    if pictures or parts:
+        statistics["pictures"] = {"used": pictures, "dropped": dict(sorted(parts.items()))}
+    return statistics
+
+
+def _pictures(example: Example) -> int:
+    fields = example.fields
+    return int("image" in fields) + len(fields.get("images", ())) + len(fields.get("frames", ()))

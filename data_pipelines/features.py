@@ -1,0 +1,67 @@
+"""What a dataset on disk holds: the TFDS features of every kind, the splits, and where its files lie.
+
+| kind | fields |
+| --- | --- |
+| pages | `id`, `texts` (k + 1 strings), `images` (k pictures); text i stands before picture i, the last one after all |
+| pairs | `id`, `image`, `captions` (one is drawn on each visit) |
+| videos | `id`, `frames` (at `fps` frames a second), `fps`, `captions` |
+| text | `id`, `text` |
+| questions | `id`, `frames` (one for a picture), `question`, `answers`, `type` |
+
+Pictures are JPEG or PNG with three channels, as TFDS wants them.
+"""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from flamingo_jax.errors import UserError
+
+KINDS = ("pages", "pairs", "videos", "text", "questions")
+VERSION = "1.0.0"
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+SPLITS = (TRAIN, VALIDATION, TEST)
+INFO_FILE = "dataset_info.json"
+STATISTICS_FILE = "statistics.json"
+
+
+def features(kind: str) -> Any:
+    """The `tfds.features.FeaturesDict` of a kind. Raises ValueError for a kind that is not in KINDS."""
+    import tensorflow_datasets as tfds  # Half a second, which commands without data need not wait for.
+
+    text, sequence = tfds.features.Text, tfds.features.Sequence
+
+    def image() -> Any:
+        return tfds.features.Image(shape=(None, None, 3))
+
+    fields: dict[str, dict[str, Any]] = {
+        "pages": {"texts": sequence(text()), "images": sequence(image())},
+        "pairs": {"image": image(), "captions": sequence(text())},
+        "videos": {"frames": sequence(image()), "fps": tfds.features.Scalar(np.float32), "captions": sequence(text())},
+        "text": {"text": text()},
+        "questions": {"frames": sequence(image()), "question": text(), "answers": sequence(text()), "type": text()},
+    }
+    if kind not in fields:
+        raise ValueError(f"there is no kind {kind!r} of dataset; choose one of {', '.join(KINDS)}")
+    return tfds.features.FeaturesDict({"id": text(), **fields[kind]})
+
+
+def kind_of(fields: Any) -> str:
+    """The kind of a dataset, from the names of its features."""
+    for name, kind in (("texts", "pages"), ("image", "pairs"), ("fps", "videos"), ("question", "questions")):
+        if name in fields:
+            return kind
+    return "text"
+
+
+def dataset_folder(path: str | pathlib.Path) -> pathlib.Path:
+    """The folder that `tfds.builder_from_directory` opens: `path` itself, or its version `path/1.0.0`.
+
+    Raises UserError where neither is a finished dataset.
+    """
+    folder = pathlib.Path(path)
+    for candidate in (folder, folder / VERSION):
+        if (candidate / INFO_FILE).is_file():
+            return candidate
+    raise UserError(f"{folder} holds no dataset: build one there with launch.build_data, or mend the path")
