@@ -200,13 +200,16 @@ class Rows:
         return {"images": image, "tokens": tokens, "mask": np.arange(length) < len(ids)}
 
     def summary(self) -> dict[str, Any]:
-        """records, rows (in an epoch), fill (of the first epoch's rows); cut: records longer than a row, which give a window, a caption
-        without its end, or several pieces; too_long: items that fit no row; dropped: items that the newest epoch leaves out for an equal
-        number of rows; failed: ids of the records whose pictures could not be read so far."""
+        """What became of the dataset.
+
+        records, rows (in an epoch), fill (part of the first epoch's tokens that is no padding, None for contrastive pairs); cut: records
+        longer than a row, which give a window, a caption without its end, or several pieces; too_long: items that fit no row; dropped:
+        items that the newest epoch leaves out for an equal number of rows; failed: ids of records whose pictures could not be read so far.
+        """
         return {
             "records": len(self._records),
             "rows": len(self),
-            "fill": self._first.fill,
+            "fill": None if self._making.task == "contrastive" else self._first.fill,
             "cut": self._cut,
             "too_long": self._first.too_long,
             "dropped": self._dropped,
