@@ -1,0 +1,284 @@
+"""A run's checkpoints: saved asynchronously, whole or absent, verified before use. The only importer of orbax.
+
+    <folder>/<step>/state/          the arrays, by flat name, in orbax's format
+    <folder>/<step>/contents.json   names, dtypes and shapes of the arrays, and the extra data
+    <folder>/<step>/manifest.json   size and digest of every file; written last
+
+A step counts as saved when its manifest is there. What a killed process leaves has none, is never read, and is removed by the next save.
+"""
+
+import json
+import logging
+import pathlib
+import shutil
+import threading
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from flamingo_jax.checkpointing import manifest
+from flamingo_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+CONTENTS = "contents.json"
+STATE = "state"
+
+
+class SaveError(UserError):
+    """A checkpoint could not be written; the ones before it are whole."""
+
+    exit_code = 74
+
+
+class Checkpoints:
+    """The checkpoints in one folder. Every process of a run makes the same calls in the same order, each from its main thread.
+
+    Args:
+      folder: on storage that all processes share; made by the first save.
+      keep_last: how many of the newest steps stay, at least 1.
+      keep_every: steps at multiples of this stay for ever; 0 for none.
+    """
+
+    def __init__(self, folder: pathlib.Path | str, *, keep_last: int, keep_every: int = 0):
+        if keep_last < 1 or keep_every < 0:
+            raise UserError(f"keep_last is {keep_last} and keep_every {keep_every}: keep_last should be at least 1 and keep_every at least 0")
+        # orbax wants an absolute path.
+        self._folder = pathlib.Path(folder).absolute()
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._orbax = ocp.StandardCheckpointer()
+        self._primary = jax.process_index() == 0
+        self._ending: threading.Thread | None = None
+        self._failure: tuple[int, BaseException] | None = None
+        self._saved: set[int] = set()
+        self._verified: set[int] = set()
+        self._cleaned = False
+
+    def save(self, step: int, state: Any, extra: dict[str, Any]) -> None:
+        """Begins to save a step and returns as soon as the arrays may be overwritten or donated.
+
+        Args:
+          state: a pytree of jax.Arrays; a PRNG key goes in as its raw data (`jax.random.key_data`).
+          extra: JSON-able data of the same unit; process 0's is stored.
+        Raises: SaveError when this or the save before failed, UserError for a step that is there already, TypeError for what cannot be saved.
+        """
+        arrays = _named(state)
+        for name, value in arrays.items():
+            _require_saveable(name, value)
+        contents = {"step": step, "arrays": {name: _kind(value) for name, value in arrays.items()}, "extra": extra}
+        text = json.dumps(contents).encode()
+
+        self.wait()
+        if step in self._saved or (self._path(step) / manifest.NAME).exists():
+            raise UserError(f"{self._path(step)} is there already: a step is saved once; train in a new workdir or remove it")
+        self._saved.add(step)
+        try:
+            if self._primary:
+                if not self._cleaned:
+                    self._remove_leftovers()
+                self._path(step).mkdir(parents=True)
+                manifest.write_atomically(self._path(step) / CONTENTS, text)
+            self._cleaned = True
+            # orbax refuses arrays without elements; the template brings them back.
+            self._orbax.save(self._path(step) / STATE, {name: value for name, value in arrays.items() if value.size})
+        except Exception as error:  # noqa: BLE001 - whatever orbax raises, the save has failed
+            self._failure = (step, error)
+            self._raise_failure()
+        self._ending = threading.Thread(target=self._end, args=(step,), name=f"checkpoint-{step}")
+        self._ending.start()
+
+    def latest(self) -> int | None:
+        """The newest step whose every file is as its manifest says, or None.
+
+        A damaged one is renamed `<step>.damaged` and named in a warning, and the one before is tried. Reads every byte of what it returns.
+        """
+        self.wait()
+        self._saved.clear()
+        self._verified.clear()
+        step = self._newest_whole() if self._primary else None
+        if jax.process_count() > 1:
+            found = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+            step = None if found < 0 else found
+        if step is not None:
+            self._verified.add(step)
+        return step
+
+    def restore(self, step: int, template: Any) -> Any:
+        """A saved state in the structure, shapes, dtypes and shardings of `template`, whatever mesh and number of processes saved it.
+
+        Args:
+          template: the pytree with a jax.ShapeDtypeStruct for every array; one without a sharding goes to the first local device.
+        Raises: UserError when there is no such step, when it is damaged, or when it holds another model's state.
+        """
+        self.wait()
+        self._require_verified(step)
+        wanted = _named(template)
+        saved = self._contents(step)["arrays"]
+        _require_same(saved, wanted, self._path(step))
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        targets = {
+            name: jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=like.sharding or here) for name, like in wanted.items() if like.size
+        }
+        arrays = self._orbax.restore(self._path(step) / STATE, targets)
+        for name, like in wanted.items():
+            if not like.size:
+                arrays[name] = jax.device_put(jnp.zeros(like.shape, like.dtype), like.sharding or here)
+        return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in wanted])
+
+    def extra(self, step: int) -> dict[str, Any]:
+        """The JSON data that were saved with a step. Raises UserError when there is no such step or it is damaged."""
+        self.wait()
+        self._require_verified(step)
+        return self._contents(step)["extra"]
+
+    def wait(self) -> None:
+        """Returns when the save in flight, if any, is whole. Raises SaveError, once, if it failed."""
+        if self._ending is not None:
+            self._ending.join()
+            self._ending = None
+        self._raise_failure()
+
+    def close(self) -> None:
+        """Waits, then lets go of orbax's threads. Raises SaveError as `wait` does."""
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
+
+    # -- ending a save, beside the training loop --
+
+    def _end(self, step: int) -> None:
+        began = time.monotonic()
+        try:
+            self._orbax.wait_until_finished()
+            if self._primary:
+                manifest.write_manifest(self._path(step))
+                log.info("saved step %d in %.1f s", step, time.monotonic() - began)
+        except Exception as error:  # noqa: BLE001 - whatever orbax raises, the save has failed
+            self._failure = (step, error)
+            return
+        if self._primary:
+            try:
+                self._remove_old(step)
+            except OSError as error:
+                log.warning("an old checkpoint could not be removed: %s", error)
+
+    def _raise_failure(self) -> None:
+        if self._failure is None:
+            return
+        (step, error), self._failure = self._failure, None
+        self._saved.discard(step)
+        if self._primary and not (self._path(step) / manifest.NAME).exists():
+            shutil.rmtree(self._path(step), ignore_errors=True)
+        reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
+        raise SaveError(f"step {step} could not be saved in {self._folder} ({reason}): mend the storage and start again from the step before") from error
+
+    def _remove_old(self, newest: int) -> None:
+        kept = {newest, *self._steps()[: self._keep_last]}
+        for step in self._steps():
+            if step not in kept and not (self._keep_every and step % self._keep_every == 0):
+                # Without its manifest it is no checkpoint any more, wherever a kill interrupts the rest.
+                (self._path(step) / manifest.NAME).unlink()
+                shutil.rmtree(self._path(step))
+
+    def _remove_leftovers(self) -> None:
+        for path in self._folder.glob("*"):
+            if path.is_dir() and path.name.isdecimal() and not (path / manifest.NAME).exists():
+                log.warning("removing %s: its save was never finished", path)
+                shutil.rmtree(path)
+
+    # -- finding and checking --
+
+    def _path(self, step: int) -> pathlib.Path:
+        return self._folder / str(step)
+
+    def _steps(self) -> list[int]:
+        """Steps with a manifest, newest first."""
+        return sorted((int(path.parent.name) for path in self._folder.glob(f"*/{manifest.NAME}") if path.parent.name.isdecimal()), reverse=True)
+
+    def _newest_whole(self) -> int | None:
+        for path in sorted(self._folder.glob("*")):
+            if path.is_dir() and path.name.isdecimal() and not (path / manifest.NAME).exists():
+                log.warning("passing over %s: its save was never finished", path)
+        for step in self._steps():
+            damage = self._damage(step)
+            if damage is None:
+                return step
+            if not (self._path(step) / manifest.NAME).exists():
+                # A run that is still training has just let go of it.
+                continue
+            log.warning("checkpoint %s is damaged: %s; trying the one before", self._set_aside(step), damage)
+        return None
+
+    def _damage(self, step: int) -> str | None:
+        try:
+            manifest.check_digests(self._path(step), manifest.read_manifest(self._path(step)))
+        except (manifest.DamageError, OSError) as error:
+            return str(error)
+        return None
+
+    def _set_aside(self, step: int) -> pathlib.Path:
+        number, target = 1, self._folder / f"{step}.damaged"
+        while target.exists():
+            number, target = number + 1, self._folder / f"{step}.damaged.{number + 1}"
+        self._path(step).rename(target)
+        return target
+
+    def _require_verified(self, step: int) -> None:
+        if step in self._verified:
+            return
+        problem = ""
+        if self._primary:
+            exists = (self._path(step) / manifest.NAME).exists()
+            damage = self._damage(step) if exists else None
+            problem = f"{damage}: use another step" if damage else "" if exists else f"{self._folder} has no checkpoint of step {step}"
+        if jax.process_count() > 1 and int(multihost_utils.broadcast_one_to_all(np.int32(bool(problem)))):
+            problem = problem or f"the checkpoint of step {step} in {self._folder} is missing or damaged: see the message of process 0"
+        if problem:
+            raise UserError(problem)
+        self._verified.add(step)
+
+    def _contents(self, step: int) -> dict[str, Any]:
+        return json.loads((self._path(step) / CONTENTS).read_bytes())
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by their path, "trainable/gated_xattn/layers/query"."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    if len(named) != len(leaves):
+        raise ValueError("two leaves of the state have the same name: rename one")
+    return named
+
+
+def _require_saveable(name: str, value: Any) -> None:
+    if not isinstance(value, jax.Array):
+        raise TypeError(f"the state's {name} is {type(value).__name__}, but a checkpoint holds jax.Arrays; other data belong in `extra`")
+    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+        raise TypeError(f"the state's {name} is a typed PRNG key: save jax.random.key_data(key) instead")
+
+
+def _kind(value: Any) -> list[Any]:
+    return [jnp.dtype(value.dtype).name, *value.shape]
+
+
+def _require_same(saved: dict[str, list[Any]], wanted: dict[str, Any], folder: pathlib.Path) -> None:
+    differing = [
+        f"{name} is {_describe(saved.get(name))} in the checkpoint and {_describe(_kind(wanted[name]) if name in wanted else None)} here"
+        for name in [*wanted, *(name for name in saved if name not in wanted)]
+        if name not in saved or name not in wanted or saved[name] != _kind(wanted[name])
+    ]
+    if differing:
+        more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise UserError(
+            f"{folder} was made by another model or optimizer: {'; '.join(differing[:3])}{more}: use the config it was made with or a new workdir"
+        )
+
+
+def _describe(kind: list[Any] | None) -> str:
+    return "absent" if kind is None else f"{kind[0]} {kind[1:]}"

@@ -1,0 +1,198 @@
+"""A model as one folder that stands alone: sharded safetensors, config.json, the tokenizer and a manifest.
+
+Stacks of layers are split on disk (`language_model/layers/12/attention/query`) and joined again when read. Nothing in the folder is pickled.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from flamingo_jax.checkpointing import manifest
+from flamingo_jax.errors import UserError
+from flamingo_jax.pytrees import restack, stacked_name, unstack_names
+
+FORMAT = "flamingo_jax"
+VERSION = 1
+KINDS = ("contrastive", "language_model", "flamingo")
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.model"
+INDEX = "model.safetensors.index.json"
+
+
+def export_model(
+    folder: pathlib.Path | str,
+    *,
+    kind: str,
+    config: dict[str, Any],
+    parameters: Mapping[str, Any],
+    tokenizer_file: pathlib.Path | str | None = None,
+    extra_files: Mapping[str, pathlib.Path | str] | None = None,
+    shard_bytes: int = 2_000_000_000,
+) -> None:
+    """Writes an export folder; it appears whole or not at all.
+
+    Args:
+      folder: must not be there yet.
+      kind: "contrastive", "language_model" or "flamingo".
+      config: the model's config, JSON-able.
+      parameters: arrays of any dtype by flat stacked name; each fully addressable from this process.
+      tokenizer_file: the SentencePiece model, copied as tokenizer.model.
+      extra_files: further files to copy, {name in the folder: path}.
+      shard_bytes: the most that one safetensors file holds; a larger array has a file to itself.
+    Raises: UserError when the folder is there, a file is missing or the storage cannot be written.
+    """
+    folder = pathlib.Path(folder).absolute()
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}, not one of {', '.join(KINDS)}")
+    if folder.exists():
+        raise UserError(f"{folder} is there already: name another folder or remove it")
+    copies = {name: pathlib.Path(path) for name, path in (extra_files or {}).items()}
+    taken = {CONFIG, INDEX, TOKENIZER, manifest.NAME} & set(copies)
+    if taken:
+        raise ValueError(f"extra_files may not be named {taken}: the export itself writes that")
+    if tokenizer_file is not None:
+        copies[TOKENIZER] = pathlib.Path(tokenizer_file)
+    for path in copies.values():
+        if not path.is_file():
+            raise UserError(f"{path} is missing, but the export should hold a copy of it")
+    content = json.dumps({"format": FORMAT, "version": VERSION, "kind": kind, "config": config}, indent=2) + "\n"
+
+    temporary = folder.with_name(folder.name + ".writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        _write_shards(temporary, parameters, shard_bytes)
+        (temporary / CONFIG).write_text(content)
+        for name, path in copies.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, temporary / name)
+        manifest.write_manifest(temporary)
+        temporary.rename(folder)
+        manifest.sync_folder(folder.parent)
+    except (OSError, safetensors.SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{folder} could not be written: {error}") from error
+
+
+def _write_shards(folder: pathlib.Path, parameters: Mapping[str, Any], shard_bytes: int) -> None:
+    places: list[list[str]] = []
+    total = 0
+    for number, shard in enumerate(_shards(parameters, shard_bytes)):
+        save_file(shard, folder / f"{number}.safetensors", metadata={"format": "np"})
+        places.append(list(shard))
+        total += sum(value.nbytes for value in shard.values())
+    # How many there are is known only now.
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(places):
+        final = f"model-{number + 1:05d}-of-{len(places):05d}.safetensors"
+        (folder / f"{number}.safetensors").rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _shards(parameters: Mapping[str, Any], shard_bytes: int) -> Iterator[dict[str, np.ndarray]]:
+    """Arrays by per-layer name, a file's worth at a time; one stack and one file are on the host at once."""
+    shard: dict[str, np.ndarray] = {}
+    size = 0
+    for name in sorted(parameters):
+        value = parameters[name]
+        if isinstance(value, jax.Array) and not value.is_fully_addressable:
+            raise ValueError(f"{name} lies partly on other processes: gather it before the export")
+        for leaf, array in unstack_names({name: np.asarray(value)}).items():
+            array = np.asarray(array, order="C")
+            if shard and size + array.nbytes > shard_bytes:
+                yield shard
+                shard, size = {}, 0
+            shard[leaf] = array
+            size += array.nbytes
+    yield shard
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """An opened export folder; arrays stay on disk until they are read."""
+
+    folder: pathlib.Path
+    kind: str
+    """"contrastive", "language_model" or "flamingo"."""
+    config: dict[str, Any]
+    tokenizer_file: pathlib.Path | None
+    digest: str
+    """SHA-256 over the digests of all files: names this very export."""
+    names: tuple[str, ...]
+    """Flat stacked names of the parameters, sorted."""
+    _files: dict[str, str] = dataclasses.field(repr=False)
+    _manifest: manifest.Manifest = dataclasses.field(repr=False)
+
+    def read(self, prefix: str = "") -> dict[str, np.ndarray]:
+        """Parameters whose flat stacked name starts with `prefix`, joined over layers, in the dtype they were written in.
+
+        Raises: UserError when a file is not what it should be.
+        """
+        stacks: dict[str, list[str]] = {}
+        for leaf in self._files:
+            stack = stacked_name(leaf)[0]
+            if stack.startswith(prefix):
+                stacks.setdefault(stack, []).append(leaf)
+        values: dict[str, np.ndarray] = {}
+        opened: dict[str, Any] = {}
+        try:
+            with contextlib.ExitStack() as files:
+                for stack in sorted(stacks):
+                    leaves = {}
+                    for leaf in stacks[stack]:
+                        file = self._files[leaf]
+                        if file not in opened:
+                            opened[file] = files.enter_context(safetensors.safe_open(self.folder / file, framework="numpy"))
+                        leaves[leaf] = opened[file].get_tensor(leaf)
+                    values |= restack(leaves)
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise UserError(f"{self.folder} cannot be read ({error}): copy or export it again") from error
+        return values
+
+    def verify(self) -> None:
+        """Reads every byte. Raises UserError naming the first file that differs from what was exported."""
+        try:
+            manifest.check_digests(self.folder, self._manifest)
+        except (manifest.DamageError, OSError) as error:
+            raise UserError(f"{error}: copy or export {self.folder} again") from error
+
+
+def open_export(folder: pathlib.Path | str) -> Export:
+    """Opens an export folder and checks the size of every file.
+
+    Raises: UserError when the folder is missing, is no export, or lacks a file or a part of one.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: name one that launch.export wrote")
+    try:
+        content = json.loads((folder / CONFIG).read_bytes())
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']!r}")
+        kind, version, config = content["kind"], content["version"], content["config"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder} is no export of this project: its {CONFIG} is missing or foreign; name a folder that launch.export wrote") from error
+    if version != VERSION or kind not in KINDS:
+        raise UserError(f"{folder} is a {kind!r} export of version {version}, which this version of the project cannot read: export it again")
+    try:
+        listing = manifest.read_manifest(folder)
+        manifest.check_sizes(folder, listing)
+        files = json.loads((folder / INDEX).read_bytes())["weight_map"]
+        names = tuple(sorted({stacked_name(leaf)[0] for leaf in files}))
+    except manifest.DamageError as error:
+        raise UserError(f"{error}: copy or export {folder} again") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder} lacks its {manifest.NAME} or {INDEX}: copy or export it again") from error
+    tokenizer = folder / TOKENIZER
+    return Export(folder, kind, config, tokenizer if tokenizer.is_file() else None, listing.digest, names, files, listing)

@@ -1,0 +1,248 @@
+"""Checkpoints are whole or absent, verified before use, and restored into other shardings."""
+
+import logging
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flamingo_jax.checkpointing import manifest
+from flamingo_jax.checkpointing.checkpoints import Checkpoints, SaveError
+from flamingo_jax.errors import UserError
+
+
+class State(NamedTuple):
+    """The shapes of a training state: a scalar, flat names with slashes, a nested optimizer, a key, an empty array."""
+
+    step: jax.Array
+    trainable: dict[str, jax.Array]
+    optimizer: Any
+    key: jax.Array
+
+
+def mesh(devices: int) -> jax.sharding.Mesh:
+    return jax.make_mesh((devices,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices])
+
+
+def make_state(step: int, devices: int = 1) -> State:
+    split, whole = (jax.NamedSharding(mesh(devices), spec) for spec in (jax.P("x"), jax.P()))
+    query = jax.device_put(jnp.arange(64.0).reshape(8, 8) + step, split)
+    norm = jax.device_put(jnp.full((3,), step, jnp.bfloat16), whole)
+    moments = ({"count": jax.device_put(jnp.int32(step), whole), "mu": {"a/layers/q": query * 2}}, (), [jax.device_put(jnp.zeros((0, 3)), whole)])
+    key = jax.device_put(jax.random.key_data(jax.random.key(step)), whole)
+    return State(jax.device_put(jnp.int32(step), whole), {"a/layers/q": query, "a/norm": norm}, moments, key)
+
+
+def template(state: Any) -> Any:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+
+
+def require_equal(found: Any, wanted: Any) -> None:
+    assert str(jax.tree.structure(found)) == str(jax.tree.structure(wanted))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def saved(folder: pathlib.Path, steps: list[int], keep_last: int = 9, keep_every: int = 0) -> Checkpoints:
+    checkpoints = Checkpoints(folder, keep_last=keep_last, keep_every=keep_every)
+    for step in steps:
+        checkpoints.save(step, make_state(step), {"position": {"m3w": step * 10}})
+    checkpoints.wait()
+    return checkpoints
+
+
+def test_round_trip_with_extra_data(tmp_path: pathlib.Path) -> None:
+    saved(tmp_path, [5]).close()
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    assert checkpoints.latest() == 5
+    require_equal(checkpoints.restore(5, template(make_state(0))), make_state(5))
+    assert checkpoints.extra(5) == {"position": {"m3w": 50}}
+
+
+def test_an_empty_or_missing_folder_has_no_latest_and_is_not_made(tmp_path: pathlib.Path) -> None:
+    assert Checkpoints(tmp_path, keep_last=1).latest() is None
+    checkpoints = Checkpoints(tmp_path / "nowhere", keep_last=1)
+    assert checkpoints.latest() is None and not (tmp_path / "nowhere").exists()
+    with pytest.raises(UserError, match="no checkpoint of step 3"):
+        checkpoints.restore(3, template(make_state(0)))
+
+
+@pytest.mark.parametrize(("before", "after"), [(8, 4), (4, 8), (8, 1)])
+def test_restored_into_another_number_of_devices(tmp_path: pathlib.Path, before: int, after: int) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    checkpoints.save(1, make_state(1, before), {})
+    wanted = make_state(1, after)
+    found = checkpoints.restore(1, template(wanted))
+    require_equal(found, wanted)
+    assert found.trainable["a/layers/q"].sharding == wanted.trainable["a/layers/q"].sharding
+    checkpoints.close()
+
+
+def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path: pathlib.Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    advance = jax.jit(lambda tree: jax.tree.map(lambda a: a + 1, tree), donate_argnums=0)
+    values = {str(i): jnp.full((256, 256), float(i)) for i in range(16)}
+    checkpoints.save(1, values, {})
+    for _ in range(10):
+        values = advance(values)
+    jax.block_until_ready(values)
+    require_equal(checkpoints.restore(1, template(values)), {str(i): jnp.full((256, 256), float(i)) for i in range(16)})
+    checkpoints.close()
+
+
+def test_keep_last_and_keep_every(tmp_path: pathlib.Path) -> None:
+    saved(tmp_path, [2, 4, 6, 8, 10], keep_last=2, keep_every=4).close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "4", "8"]
+    with pytest.raises(UserError, match="keep_last"):
+        Checkpoints(tmp_path, keep_last=0)
+
+
+def test_a_flipped_byte_in_any_file_of_the_newest_is_found_and_the_one_before_is_used(tmp_path: pathlib.Path, caplog: Any) -> None:
+    saved(tmp_path, [1]).close()
+    files = sorted(str(path.relative_to(tmp_path / "1")) for path in (tmp_path / "1").rglob("*") if path.is_file())
+    assert len(files) > 8
+    for number in range(len(files)):
+        step = 2 + number
+        saved(tmp_path, [step]).close()
+        # The names of orbax's data files are random: the same place in the list stands for the same kind of file.
+        victim = sorted(path for path in (tmp_path / str(step)).rglob("*") if path.is_file())[number]
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1 << (number % 8)
+        victim.write_bytes(content)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert Checkpoints(tmp_path, keep_last=1).latest() == 1
+        assert str(victim) in caplog.text
+        assert (tmp_path / f"{step}.damaged").is_dir() and not (tmp_path / str(step)).exists()
+
+
+def test_a_damaged_step_may_be_saved_again(tmp_path: pathlib.Path) -> None:
+    for _ in range(2):
+        checkpoints = saved(tmp_path, [3])
+        next((tmp_path / "3").rglob("contents.json")).write_text("{}")
+        with pytest.raises(UserError, match=r"contents.json has 2 bytes"):
+            checkpoints.restore(3, template(make_state(3)))
+        assert checkpoints.latest() is None
+    checkpoints.save(3, make_state(3), {})
+    checkpoints.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "3.damaged", "3.damaged.2"]
+
+
+def test_a_step_without_a_manifest_is_passed_over_and_removed_by_the_next_save(tmp_path: pathlib.Path, caplog: Any) -> None:
+    saved(tmp_path, [1, 2]).close()
+    (tmp_path / "2" / manifest.NAME).unlink()
+    (tmp_path / "3" / "state.orbax-checkpoint-tmp").mkdir(parents=True)
+    (tmp_path / "notes").mkdir()
+    checkpoints = Checkpoints(tmp_path, keep_last=9)
+    assert checkpoints.latest() == 1
+    assert "passing over" in caplog.text and (tmp_path / "2").exists()
+    checkpoints.save(3, make_state(3), {})
+    checkpoints.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3", "notes"]
+    assert checkpoints.latest() == 3
+
+
+def test_another_models_state_is_refused_by_name(tmp_path: pathlib.Path) -> None:
+    checkpoints = saved(tmp_path, [1])
+    for change, words in (
+        (lambda t: {"a/layers/q": t["a/layers/q"]}, "trainable/a/norm is bfloat16 .3. in the checkpoint and absent here"),
+        (lambda t: t | {"b": t["a/norm"]}, "trainable/b is absent in the checkpoint"),
+        (lambda t: t | {"a/norm": jax.ShapeDtypeStruct((4,), jnp.bfloat16)}, "bfloat16 .3. in the checkpoint and bfloat16 .4. here"),
+        (lambda t: t | {"a/norm": jax.ShapeDtypeStruct((3,), jnp.float32)}, "bfloat16 .3. in the checkpoint and float32 .3. here"),
+    ):
+        other = template(make_state(1))
+        with pytest.raises(UserError, match=f"another model or optimizer: {words}|another model or optimizer: .*{words}"):
+            checkpoints.restore(1, other._replace(trainable=change(other.trainable)))
+
+
+def test_a_step_is_saved_once(tmp_path: pathlib.Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    checkpoints.save(1, make_state(1), {})
+    with pytest.raises(UserError, match="is there already"):
+        checkpoints.save(1, make_state(2), {})
+    with pytest.raises(UserError, match="is there already"):
+        Checkpoints(tmp_path, keep_last=2).save(1, make_state(2), {})
+    require_equal(checkpoints.restore(1, template(make_state(1))), make_state(1))
+
+
+def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path: pathlib.Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "c", keep_last=2)
+    with pytest.raises(TypeError, match="key_data"):
+        checkpoints.save(1, {"key": jax.random.key(0)}, {})
+    with pytest.raises(TypeError, match="extra"):
+        checkpoints.save(1, {"n": 3}, {})
+    with pytest.raises(TypeError, match="JSON"):
+        checkpoints.save(1, make_state(1), {"a": object()})
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_failed_save_is_raised_once_by_the_next_call_and_leaves_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = saved(tmp_path, [1])
+
+    def full(folder: pathlib.Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "write_manifest", full)
+        checkpoints.save(2, make_state(2), {})
+        with pytest.raises(SaveError, match="step 2 could not be saved.*No space left"):
+            checkpoints.save(3, make_state(3), {})
+    checkpoints.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1"]
+    checkpoints.save(2, make_state(2), {})
+    assert checkpoints.latest() == 2
+    checkpoints.close()
+
+
+def test_a_folder_that_cannot_be_made_is_said_at_once(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SaveError, match="step 1 could not be saved"):
+        Checkpoints(tmp_path / "file", keep_last=1).save(1, make_state(1), {})
+
+
+SAVES_FOR_EVER = """
+import sys, itertools, jax.numpy as jnp
+from flamingo_jax.checkpointing.checkpoints import Checkpoints
+checkpoints = Checkpoints(sys.argv[1], keep_last=2)
+start = checkpoints.latest() or 0
+if start:
+    import jax
+    state = checkpoints.restore(start, {"w": jax.ShapeDtypeStruct((300, 300), jnp.float32)})
+    assert float(state["w"].min()) == float(state["w"].max()) == start == checkpoints.extra(start)["step"]
+for step in itertools.count(start + 1):
+    checkpoints.save(step, {"w": jnp.full((300, 300), step, jnp.float32)}, {"step": step})
+    print(step, flush=True)
+"""
+
+
+def test_killed_while_it_saves_it_leaves_whole_steps_alone(tmp_path: pathlib.Path) -> None:
+    newest = 0
+    for delay in (0.013, 0.004):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVES_FOR_EVER, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=pathlib.Path(__file__).parents[2],
+            env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+        )
+        assert process.stdout is not None
+        first = int(process.stdout.readline() or -1)
+        assert first == newest + 1, "the restart goes on from the newest whole step"
+        reached = int(process.stdout.readline())
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        step = Checkpoints(tmp_path, keep_last=1).latest()
+        assert step is not None and step >= reached - 1, "all but the save in flight is whole"
+        newest = step
+        state = Checkpoints(tmp_path, keep_last=1).restore(step, {"w": jax.ShapeDtypeStruct((300, 300), jnp.float32)})
+        np.testing.assert_array_equal(state["w"], np.full((300, 300), step))

@@ -1,0 +1,138 @@
+"""Exports come back bit for bit, and a folder that is not a whole export is refused in one sentence."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from flamingo_jax.checkpointing.export import export_model, open_export
+from flamingo_jax.errors import UserError
+
+PARAMETERS = {
+    "language_model/layers/attention/query": jnp.arange(12 * 6, dtype=jnp.bfloat16).reshape(12, 2, 3),
+    "language_model/layers/gate": jnp.arange(12.0),
+    "language_model/embedding": jnp.linspace(0, 1, 35).reshape(7, 5),
+    "encoder/layers/layers/w": np.arange(12, dtype=np.float32).reshape(2, 3, 2),
+    "temperature": jnp.float32(0.5),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    (tmp_path / "sp.model").write_bytes(b"pieces")
+    (tmp_path / "log").write_text("a line\n")
+    export_model(
+        tmp_path / "export",
+        kind="flamingo",
+        config={"width": 8, "vision": {"variant": "tiny"}},
+        parameters=PARAMETERS,
+        tokenizer_file=tmp_path / "sp.model",
+        extra_files={"notes/metrics.jsonl": tmp_path / "log"},
+        shard_bytes=100,
+    )
+    return tmp_path / "export"
+
+
+def test_round_trip(folder: pathlib.Path) -> None:
+    export = open_export(folder)
+    export.verify()
+    assert export.kind == "flamingo" and export.config == {"width": 8, "vision": {"variant": "tiny"}}
+    assert export.names == tuple(sorted(PARAMETERS))
+    assert export.tokenizer_file is not None and export.tokenizer_file.read_bytes() == b"pieces"
+    assert (folder / "notes/metrics.jsonl").read_text() == "a line\n"
+    values = export.read()
+    assert set(values) == set(PARAMETERS)
+    for name, value in PARAMETERS.items():
+        assert values[name].dtype == value.dtype
+        np.testing.assert_array_equal(values[name], np.asarray(value))
+    assert values["language_model/layers/attention/query"].dtype == ml_dtypes.bfloat16
+    assert set(export.read("language_model/")) == {name for name in PARAMETERS if name.startswith("language_model/")}
+
+
+def test_files_are_plain_safetensors_with_per_layer_names(folder: pathlib.Path) -> None:
+    files = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(files.values())) > 3
+    for path in folder.glob("*.safetensors"):
+        content = path.read_bytes()
+        # 140 bytes: one array larger than a shard, in a file to itself.
+        assert len(content) - 8 - int.from_bytes(content[:8], "little") in (*range(101), 140)
+    name = "language_model/layers/11/attention/query"
+    with safe_open(folder / files[name], framework="numpy") as file:
+        np.testing.assert_array_equal(file.get_tensor(name), np.asarray(PARAMETERS["language_model/layers/attention/query"][11]))
+    assert not (folder.parent / "export.writing").exists()
+
+
+def test_sharded_arrays_are_exported_whole(tmp_path: pathlib.Path) -> None:
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    value = jax.device_put(jnp.arange(32.0).reshape(8, 4), jax.NamedSharding(mesh, jax.P("x")))
+    export_model(tmp_path / "e", kind="contrastive", config={}, parameters={"w": value})
+    export = open_export(tmp_path / "e")
+    assert export.tokenizer_file is None
+    np.testing.assert_array_equal(export.read()["w"], np.arange(32.0).reshape(8, 4))
+
+
+def test_the_digest_names_the_content(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    def digest(name: str, value: float) -> str:
+        export_model(tmp_path / name, kind="contrastive", config={}, parameters={"w": np.full(3, value)})
+        return open_export(tmp_path / name).digest
+
+    assert digest("a", 1.0) == digest("b", 1.0) != digest("c", 2.0)
+
+
+def refused(folder: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        open_export(folder)
+    return str(caught.value)
+
+
+def test_missing_and_foreign_folders_are_refused(tmp_path: pathlib.Path) -> None:
+    assert "is no folder" in refused(tmp_path / "nowhere")
+    assert "is no export" in refused(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert "is no export" in refused(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    assert "is no export" in refused(tmp_path)
+    (tmp_path / "config.json").write_text('{"format": "flamingo_jax", "version": 9, "kind": "flamingo", "config": {}}')
+    assert "version 9" in refused(tmp_path)
+
+
+def test_missing_and_truncated_files_are_refused_at_once(folder: pathlib.Path) -> None:
+    shard = next(folder.glob("model-00002*"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    assert shard.name in refused(folder)
+    shard.unlink()
+    assert f"{shard.name} is missing" in refused(folder)
+    shard.write_bytes(whole)
+    (folder / "manifest.json").unlink()
+    assert "lacks its manifest.json" in refused(folder)
+
+
+def test_a_flipped_byte_is_found_by_verify(folder: pathlib.Path) -> None:
+    shard = next(folder.glob("model-00003*"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=shard.name):
+        open_export(folder).verify()
+
+
+def test_nothing_is_overwritten_and_a_failed_export_leaves_nothing(folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="is there already"):
+        export_model(folder, kind="flamingo", config={}, parameters={})
+    with pytest.raises(UserError, match="is missing"):
+        export_model(tmp_path / "e", kind="flamingo", config={}, parameters=PARAMETERS, tokenizer_file=tmp_path / "none")
+
+    def full(*args: Any, **keywords: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("flamingo_jax.checkpointing.export.save_file", full)
+    with pytest.raises(UserError, match="No space left"):
+        export_model(tmp_path / "e", kind="flamingo", config={}, parameters=PARAMETERS)
+    assert not list(tmp_path.glob("e*.writing")) and not (tmp_path / "e").exists()
