@@ -37,9 +37,10 @@ PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom lef
 """The cells of a 3 x 3 grid, row by row."""
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-WORDS = tuple(
-    "dax wug blick toma fep zup gazzer kiki bouba modi pabu dofa tiku lorp mib nalo rin sib tulver vash "
-    "wiss yad zorg blap crell drin floop glim hask jop kern larn murk noop plim quee runk skov trell vint".split()  # noqa: SIM905
+WORDS = (
+    "dax", "wug", "blick", "toma", "fep", "zup", "gazzer", "kiki", "bouba", "modi", "pabu", "dofa", "tiku", "lorp", "mib", "nalo",
+    "rin", "sib", "tulver", "vash", "wiss", "yad", "zorg", "blap", "crell", "drin", "floop", "glim", "hask", "jop", "kern",
+    "larn", "murk", "noop", "plim", "quee", "runk", "skov", "trell", "vint",
 )
 """New words that pages bind to things; each page binds them anew."""
 
@@ -224,12 +225,12 @@ def _polygon(draw: ImageDraw.ImageDraw, centre: np.ndarray, radius: float, point
 
 
 def _circle(draw: ImageDraw.ImageDraw, centre: np.ndarray, radius: float) -> None:
-    _disc(draw, *centre, radius, 255)
+    _disc(draw, centre[0], centre[1], radius, 255)
 
 
 def _ring(draw: ImageDraw.ImageDraw, centre: np.ndarray, radius: float) -> None:
-    _disc(draw, *centre, radius, 255)
-    _disc(draw, *centre, 0.55 * radius, 0)
+    _disc(draw, centre[0], centre[1], radius, 255)
+    _disc(draw, centre[0], centre[1], 0.55 * radius, 0)
 
 
 def _moon(draw: ImageDraw.ImageDraw, centre: np.ndarray, radius: float) -> None:
@@ -293,6 +294,7 @@ def noisy_caption(scene: Scene, rng: np.random.Generator) -> str:
     """A short caption as people write them on the web: parts left out or in another order, words that say nothing; never wrong."""
     first, last = scene.things[0], scene.things[-1]
     colour, shape = first.colour, first.shape
+    forms: tuple[str, ...]
     if scene.sort == "one":
         place = PLACES[scene.cells[0]]
         forms = (str(first), shape, f"{shape} {place}", f"{colour} {place}", colour, f"{shape} , {colour}", f"{place} : {shape}", caption(scene))

@@ -63,3 +63,6 @@ class Shares:
         if place < self.validation:
             return VALIDATION
         return TEST if place < self.validation + self.test else TRAIN
+
+
+DEFAULT_SHARES = Shares()

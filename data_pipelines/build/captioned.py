@@ -1,0 +1,74 @@
+"""A folder of files with a caption file beside them, as a source: what pictures and videos have in common."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from data_pipelines.build.captions import BAD_LINE, MISSING, NO_CAPTION, OUTSIDE, caption_file, existing_folder, inside, read_captions
+from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One file of one of the folders with its captions; `name` None stands for a bad line of the caption file."""
+
+    folder: str
+    name: str | None
+    captions: tuple[str, ...] = ()
+
+
+class Unusable(ValueError):
+    """A file that gives no record; the message is the reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionedFolder:
+    """Records are the files named in the caption file; files of a known type that no line names are counted as dropped."""
+
+    key: ClassVar[str]
+    caption_files: ClassVar[tuple[str, ...]]
+    suffixes: ClassVar[frozenset[str]]
+
+    folders: tuple[str, ...]
+    shares: Shares = DEFAULT_SHARES
+    captions: str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"source": type(self).__name__, **dataclasses.asdict(self)}
+
+    def entries(self) -> Sequence[Entry]:
+        return [entry for folder in self.folders for entry in self._entries(folder)]
+
+    def convert(self, entry: Entry) -> list[Outcome]:
+        if entry.name is None:
+            return [Dropped(BAD_LINE)]
+        folder = pathlib.Path(entry.folder)
+        file = folder / entry.name
+        if not inside(folder, file):
+            return [Dropped(OUTSIDE)]
+        if not file.is_file():
+            return [Dropped(MISSING)]
+        if not entry.captions:
+            return [Dropped(NO_CAPTION)]
+        try:
+            fields = self.read(file)
+        except Unusable as error:
+            return [Dropped(str(error))]
+        record_id = entry.name if len(self.folders) == 1 else f"{folder.name}/{entry.name}"
+        return [Example(self.shares.split(record_id), {"id": record_id, "captions": list(entry.captions), **fields})]
+
+    def read(self, file: pathlib.Path) -> dict[str, Any]:
+        """The fields that hold the file's pictures. Raises Unusable."""
+        raise NotImplementedError
+
+    def _entries(self, folder: str) -> list[Entry]:
+        root = existing_folder(folder)
+        captions, bad = read_captions(caption_file(root, self.captions, self.caption_files), self.key)
+        named = {pathlib.PurePosixPath(name).as_posix() for name in captions}
+        others = [
+            name for path in sorted(root.rglob("*")) if path.suffix.lower() in self.suffixes and (name := path.relative_to(root).as_posix()) not in named
+        ]
+        entries = [Entry(folder, name, tuple(texts)) for name, texts in captions.items()]
+        return entries + [Entry(folder, name) for name in others] + [Entry(folder, None)] * bad

@@ -1,0 +1,174 @@
+"""Folders of HTML pages with their pictures to a dataset of pages: text and pictures in the order of the document (paper 3.2, M3W).
+
+Pictures are read from the folder only: what a page refers to elsewhere, on the web or by a path that leads out, is left out and counted.
+"""
+
+import dataclasses
+import pathlib
+import re
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import lxml.html
+from lxml import etree
+
+from data_pipelines.build.captions import MISSING, OUTSIDE, existing_folder, inside
+from data_pipelines.build.pictures import PictureRules, Unfit
+from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares
+from flamingo_jax.errors import UserError
+
+SUFFIXES = {".html", ".htm", ".xhtml"}
+SKIPPED = {
+    "head", "script", "style", "noscript", "template", "nav", "footer", "form", "button", "select", "iframe", "object", "svg", "audio", "video",
+}
+"""Elements that hold no text of the page; nothing inside them is read."""
+BLOCKS = {
+    "address", "article", "aside", "blockquote", "body", "br", "caption", "center", "dd", "details", "div", "dl", "dt", "fieldset", "figcaption",
+    "figure", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr", "li", "main", "ol", "p", "pre", "section", "summary", "table", "tbody", "tfoot",
+    "thead", "tr", "ul",
+}
+"""Elements whose text stands on lines of its own."""
+PAGES_RULES = PictureRules(min_side=64, max_aspect=3.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An <img> of a page."""
+
+    source: str
+    alternative: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class HtmlPages:
+    """Pages that keep no picture are dropped. alt_text: a picture's alternative text follows it on a line of its own."""
+
+    folders: tuple[str, ...]
+    shares: Shares = DEFAULT_SHARES
+    rules: PictureRules = PAGES_RULES
+    alt_text: bool = False
+
+    @property
+    def kind(self) -> str:
+        return "pages"
+
+    @property
+    def about(self) -> str:
+        return "HTML pages with their pictures."
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"source": type(self).__name__, **dataclasses.asdict(self)}
+
+    def entries(self) -> Sequence[tuple[str, str]]:
+        found = [
+            (folder, path.relative_to(folder).as_posix())
+            for folder in self.folders for path in sorted(existing_folder(folder).rglob("*")) if path.suffix.lower() in SUFFIXES
+        ]
+        if not found:
+            raise UserError(f"there is no HTML page below {', '.join(self.folders)}: mend --input")
+        return found
+
+    def convert(self, entry: tuple[str, str]) -> list[Outcome]:
+        root, name = pathlib.Path(entry[0]), entry[1]
+        try:
+            items = list(walk((root / name).read_bytes()))
+        except (OSError, ValueError, etree.LxmlError):
+            return [Dropped("unreadable page")]
+        texts, images, unfit = [""], [], []
+        for item in items:
+            if isinstance(item, str):
+                texts[-1] += item
+                continue
+            try:
+                images.append(self.rules.store(read_picture(root, root / name, item.source)))
+                texts.append("")
+            except Unfit as error:
+                unfit.append(str(error))
+                continue
+            if self.alt_text and item.alternative:
+                texts[-1] += f"\n{item.alternative}\n"
+        texts = [tidy(text) for text in texts]
+        if not images:
+            return [Dropped("page without a picture that is fit", tuple(unfit))]
+        if not any(texts):
+            return [Dropped("page without text", (*unfit, *["on a page without text"] * len(images)))]
+        record_id = name if len(self.folders) == 1 else f"{root.name}/{name}"
+        return [Example(self.shares.split(record_id), {"id": record_id, "texts": texts, "images": images}, tuple(unfit))]
+
+
+def walk(page: bytes) -> Iterator[str | Picture]:
+    """Text and pictures in document order; line ends mark where blocks begin and end.
+
+    Raises ValueError or lxml's errors where the bytes are no HTML.
+    """
+    if not page.strip():
+        raise ValueError("empty page")
+    root = lxml.html.document_fromstring(page, parser=lxml.html.HTMLParser(encoding=_encoding(page), huge_tree=True))
+    skipping = None
+    for event, element in etree.iterwalk(root, events=("start", "end", "comment", "pi")):
+        if event in ("comment", "pi"):
+            if skipping is None and element.tail:
+                yield _spaces(element.tail)
+            continue
+        if event == "start" and skipping is None:
+            if element.tag in SKIPPED:
+                skipping = element
+            elif element.tag == "img":
+                yield Picture((element.get("src") or element.get("data-src") or "").strip(), " ".join((element.get("alt") or "").split()))
+            else:
+                yield _edge(element.tag) + _spaces(element.text or "")
+        elif event == "end":
+            if skipping is element:
+                skipping = None
+            if skipping is None:
+                yield _edge(element.tag) + _spaces(element.tail or "")
+
+
+def tidy(text: str) -> str:
+    """Blanks joined, empty lines and the blanks around lines gone."""
+    lines = (" ".join(line.split()) for line in text.split("\n"))
+    return "\n".join(line for line in lines if line)
+
+
+def read_picture(root: pathlib.Path, page: pathlib.Path, source: str) -> bytes:
+    """The file that an <img> of `page` means, below `root`. Raises Unfit."""
+    if not source:
+        raise Unfit("no address")
+    if re.match(r"(?i)data:", source):
+        raise Unfit("within the page")
+    if re.match(r"(?i)[a-z][a-z0-9+.-]*:|//", source):
+        raise Unfit("on another machine")
+    bare = re.split(r"[?#]", source)[0]
+    outside = False
+    for name in dict.fromkeys((source, bare, urllib.parse.unquote(bare))):
+        if not name or "\0" in name:
+            continue
+        file = root / name.lstrip("/") if name.startswith("/") else page.parent / name
+        if not inside(root, file):
+            outside = True
+        elif file.is_file():
+            try:
+                return file.read_bytes()
+            except OSError as error:
+                raise Unfit("unreadable") from error
+    raise Unfit(OUTSIDE if outside else MISSING)
+
+
+def _encoding(page: bytes) -> str | None:
+    """UTF-8 where the bytes are that, else None: lxml then looks for what the page says of itself."""
+    try:
+        page.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+    return "utf-8"
+
+
+def _edge(tag: object) -> str:
+    return "\n" if tag in BLOCKS else " " if tag in ("td", "th") else ""
+
+
+def _spaces(text: str) -> str:
+    """Line ends of the file are blanks in HTML."""
+    return re.sub(r"\s+", " ", text)

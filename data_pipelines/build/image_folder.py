@@ -1,0 +1,34 @@
+"""A folder of pictures with a captions JSONL to a dataset of pairs.
+
+`captions.jsonl` has a line per picture, `{"image": "any/where/below.jpg", "captions": ["...", ...]}` or `{"image": ..., "caption": "..."}`.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any, ClassVar
+
+from data_pipelines.build.captioned import CaptionedFolder, Unusable
+from data_pipelines.build.pictures import ANY_PICTURE, PictureRules, Unfit
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFolder(CaptionedFolder):
+    key: ClassVar[str] = "image"
+    caption_files: ClassVar[tuple[str, ...]] = ("captions.jsonl",)
+    suffixes: ClassVar[frozenset[str]] = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+
+    rules: PictureRules = ANY_PICTURE
+
+    @property
+    def kind(self) -> str:
+        return "pairs"
+
+    @property
+    def about(self) -> str:
+        return "Pictures with captions."
+
+    def read(self, file: pathlib.Path) -> dict[str, Any]:
+        try:
+            return {"image": self.rules.store(file.read_bytes())}
+        except (Unfit, OSError) as error:
+            raise Unusable("unreadable" if isinstance(error, OSError) else str(error)) from error

@@ -1,0 +1,72 @@
+"""Folders of .txt files to a dataset of documents: paragraphs (blank lines between them) gathered up to a size."""
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from data_pipelines.build.captions import existing_folder
+from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares
+from flamingo_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainText:
+    folders: tuple[str, ...]
+    shares: Shares = DEFAULT_SHARES
+    document_characters: int = 4_000
+
+    @property
+    def kind(self) -> str:
+        return "text"
+
+    @property
+    def about(self) -> str:
+        return "Plain text."
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"source": type(self).__name__, **dataclasses.asdict(self)}
+
+    def entries(self) -> Sequence[tuple[str, str]]:
+        found = [(folder, path.relative_to(folder).as_posix()) for folder in self.folders for path in sorted(existing_folder(folder).rglob("*.txt"))]
+        if not found:
+            raise UserError(f"there is no .txt file below {', '.join(self.folders)}: mend --input")
+        return found
+
+    def convert(self, entry: tuple[str, str]) -> list[Outcome]:
+        folder, name = pathlib.Path(entry[0]), entry[1]
+        try:
+            text = (folder / name).read_text("utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            return [Dropped("not UTF-8" if isinstance(error, UnicodeDecodeError) else "unreadable")]
+        prefix = name if len(self.folders) == 1 else f"{folder.name}/{name}"
+        outcomes: list[Outcome] = []
+        for number, document in enumerate(documents(text, self.document_characters)):
+            record_id = f"{prefix}#{number}"
+            outcomes.append(Example(self.shares.split(record_id), {"id": record_id, "text": document}))
+        return outcomes or [Dropped("empty")]
+
+
+def documents(text: str, limit: int) -> Iterator[str]:
+    """Paragraphs joined to documents of at most `limit` characters; a longer paragraph is cut at the ends of lines or words, at worst within one."""
+    gathered = ""
+    for block in re.split(r"\n\s*\n", text.replace("\r\n", "\n")):
+        for piece in _pieces(block.strip("\n"), limit):
+            if gathered and len(gathered) + 2 + len(piece) > limit:
+                yield gathered
+                gathered = piece
+            else:
+                gathered = f"{gathered}\n\n{piece}" if gathered else piece
+    if gathered:
+        yield gathered
+
+
+def _pieces(block: str, limit: int) -> Iterator[str]:
+    while len(block) > limit:
+        cut = max(block.rfind("\n", 1, limit + 1), 0) or max(block.rfind(" ", 1, limit + 1), 0) or limit
+        yield block[:cut]
+        block = block[cut:].lstrip("\n ")
+    if block.strip():
+        yield block

@@ -1,0 +1,43 @@
+"""A folder of videos with a captions JSONL to a dataset of videos, their frames stored as JPEG (paper 3.2: 1 frame a second).
+
+`captions.jsonl` or `videos.jsonl` has a line per video, `{"video": "any/where/below.mp4", "captions": ["...", ...]}`.
+"""
+
+import dataclasses
+import math
+import pathlib
+from typing import Any, ClassVar
+
+from data_pipelines.build.captioned import CaptionedFolder, Unusable
+from data_pipelines.build.pictures import encode, shrink
+from flamingo_jax.processing.video import VideoError, read_frames
+
+FRAME_QUALITY = 90
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoFolder(CaptionedFolder):
+    """fps: frames a second. max_seconds: only the beginning of longer videos is used. short_side: larger frames are shrunk to it."""
+
+    key: ClassVar[str] = "video"
+    caption_files: ClassVar[tuple[str, ...]] = ("captions.jsonl", "videos.jsonl")
+    suffixes: ClassVar[frozenset[str]] = frozenset({".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif", ".mpg", ".mpeg", ".ogv", ".wmv", ".flv"})
+
+    fps: float = 1.0
+    max_seconds: float = 64.0
+    short_side: int = 256
+
+    @property
+    def kind(self) -> str:
+        return "videos"
+
+    @property
+    def about(self) -> str:
+        return f"Videos with captions, {self.fps:g} frames a second."
+
+    def read(self, file: pathlib.Path) -> dict[str, Any]:
+        try:
+            frames = read_frames(file, fps=self.fps, max_frames=max(1, math.ceil(self.max_seconds * self.fps)))
+        except VideoError as error:
+            raise Unusable("unreadable") from error
+        return {"frames": [encode(shrink(frame, self.short_side), "JPEG", FRAME_QUALITY) for frame in frames], "fps": self.fps}

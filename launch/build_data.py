@@ -1,0 +1,155 @@
+"""Turns raw sources into datasets that training reads.
+
+    python -m launch.build_data --source=quickstart --output=runs/quickstart/data
+    python -m launch.build_data --source=image_folder --input=photos --output=data/photos
+    python -m launch.build_data --source=html_pages --input=site --input=more --output=data/site
+    python -m launch.build_data --source=video_folder --input=clips --output=data/clips
+    python -m launch.build_data --source=plain_text --input=books --output=data/books
+    python -m launch.build_data --source=sentencepiece --input=data/books --input=data/photos --output=data/tokenizer --vocab_size=8000
+
+A dataset lands in OUTPUT/1.0.0 and opens with `tfds.builder_from_directory`; its statistics.json says what became of every source record.
+A dataset that is finished is left as it is; one that was interrupted is built again.
+"""
+
+import itertools
+import multiprocessing
+import os
+import pathlib
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from typing import Any
+
+from absl import flags
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+
+from data_pipelines.build.html_pages import PAGES_RULES, HtmlPages
+from data_pipelines.build.image_folder import ImageFolder
+from data_pipelines.build.pictures import ANY_PICTURE, PictureRules
+from data_pipelines.build.plain_text import PlainText
+from data_pipelines.build.quickstart import build_quickstart
+from data_pipelines.build.sentencepiece_trainer import IMAGE_TAG, texts_in, train_tokenizer
+from data_pipelines.build.source import Shares, Source
+from data_pipelines.build.video_folder import VideoFolder
+from data_pipelines.build.writer import write_dataset
+from flamingo_jax.errors import UserError
+from flamingo_jax.processing.tokenizer import FILE_NAME
+from launch import command
+
+SOURCES = ("quickstart", "image_folder", "html_pages", "video_folder", "plain_text", "sentencepiece")
+SOURCE = flags.DEFINE_enum("source", None, SOURCES, "What to build from.")
+INPUT = flags.DEFINE_multi_string("input", [], "Folder to read; several make one dataset. For sentencepiece: datasets, text files or folders of them.")
+OUTPUT = flags.DEFINE_string("output", None, "Folder of the dataset, whose last part is its name (for quickstart and sentencepiece: the folder to fill).")
+WORKERS = flags.DEFINE_integer("workers", 0, "Processes that read the sources; 0 for one per core.")
+SEED = flags.DEFINE_integer("seed", 0, "quickstart: seed of the drawn world.")
+VALIDATION_SHARE = flags.DEFINE_float("validation_share", 0.1, "Part of the records, chosen by their names, that goes to the split validation.")
+TEST_SHARE = flags.DEFINE_float("test_share", 0.0, "Part of the records that goes to the split test.")
+CAPTIONS = flags.DEFINE_string("captions", None, "image_folder, video_folder: the JSONL file in the input folder; else captions.jsonl or videos.jsonl.")
+MIN_SIDE = flags.DEFINE_integer("min_side", None, "Pictures with a shorter side are dropped; 64 for pages, else 1.")
+MAX_ASPECT = flags.DEFINE_float("max_aspect", None, "Pictures whose longer side is more than so many times the shorter are dropped; 3 for pages, else 20.")
+SHORT_SIDE = flags.DEFINE_integer("short_side", None, "Larger pictures are shrunk to this shorter side; 0 for never. 256 for videos, else 0.")
+ALT_TEXT = flags.DEFINE_bool("alt_text", False, "html_pages: a picture's alternative text follows it.")
+FPS = flags.DEFINE_float("fps", 1.0, "video_folder: frames a second.")
+MAX_SECONDS = flags.DEFINE_float("max_seconds", 64.0, "video_folder: only the beginning of longer videos is used.")
+DOCUMENT_CHARACTERS = flags.DEFINE_integer("document_characters", 4_000, "plain_text: paragraphs are gathered to documents of at most so many characters.")
+VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 32_000, "sentencepiece: number of pieces.")
+MODEL_TYPE = flags.DEFINE_enum("model_type", "bpe", ("bpe", "unigram"), "sentencepiece: how pieces are chosen.")
+BYTE_FALLBACK = flags.DEFINE_bool("byte_fallback", True, "sentencepiece: unknown characters are written in bytes.")
+PIECES = flags.DEFINE_multi_string("piece", [IMAGE_TAG], "sentencepiece: strings that are one piece each.")
+
+
+def main() -> int:
+    if not SOURCE.value or not OUTPUT.value:
+        raise UserError("--source and --output must be set: see `python -m launch.build_data --help`")
+    output = pathlib.Path(OUTPUT.value)
+    if SOURCE.value != "quickstart" and not INPUT.value:
+        raise UserError(f"--input is not set: name what --source={SOURCE.value} shall read")
+    if SOURCE.value == "sentencepiece":
+        return build_tokenizer(output)
+    shares = VALIDATION_SHARE.value, TEST_SHARE.value
+    if min(shares) < 0 or sum(shares) >= 1:
+        raise UserError(f"--validation_share={shares[0]} and --test_share={shares[1]} leave nothing to train on: together they must be less than 1")
+    with workers() as executor:
+        if SOURCE.value == "quickstart":
+            made = build_quickstart(output, seed=SEED.value, executor=executor)
+        else:
+            made = {output.name: write_dataset(output, source(Shares(*shares)), executor)}
+    report(made)
+    return 0
+
+
+def source(shares: Shares) -> Source:
+    """The source that the flags describe."""
+    folders = tuple(INPUT.value)
+    match SOURCE.value:
+        case "image_folder":
+            return ImageFolder(folders, shares, CAPTIONS.value, _rules(ANY_PICTURE))
+        case "html_pages":
+            return HtmlPages(folders, shares, _rules(PAGES_RULES), ALT_TEXT.value)
+        case "video_folder":
+            if FPS.value <= 0 or MAX_SECONDS.value <= 0:
+                raise UserError(f"--fps={FPS.value} and --max_seconds={MAX_SECONDS.value} must both be more than 0")
+            short_side = VideoFolder.short_side if SHORT_SIDE.value is None else SHORT_SIDE.value
+            return VideoFolder(folders, shares, CAPTIONS.value, fps=FPS.value, max_seconds=MAX_SECONDS.value, short_side=short_side)
+        case _:
+            return PlainText(folders, shares, DOCUMENT_CHARACTERS.value)
+
+
+def _rules(rules: PictureRules) -> PictureRules:
+    """A source's own rules, changed by the flags that are set."""
+    return PictureRules(
+        min_side=rules.min_side if MIN_SIDE.value is None else MIN_SIDE.value,
+        max_aspect=rules.max_aspect if MAX_ASPECT.value is None else MAX_ASPECT.value,
+        short_side=rules.short_side if SHORT_SIDE.value is None else SHORT_SIDE.value,
+    )
+
+
+def build_tokenizer(output: pathlib.Path) -> int:
+    file = output / FILE_NAME
+    if file.exists():
+        print(f"{file} is there already and is left as it is")
+        return 0
+    with Console(stderr=True).status("reading text") as status:
+        train_tokenizer(
+            _counted(itertools.chain.from_iterable(texts_in(path) for path in INPUT.value), status), output, vocab_size=VOCAB_SIZE.value,
+            model_type=MODEL_TYPE.value, byte_fallback=BYTE_FALLBACK.value, user_defined=PIECES.value,
+        )
+    print(f"wrote {file}")
+    return 0
+
+
+def workers() -> Executor:
+    """Worker processes that begin afresh: a fork would copy the threads of whoever calls."""
+    return ProcessPoolExecutor(WORKERS.value or os.cpu_count(), mp_context=multiprocessing.get_context("spawn"))
+
+
+def report(made: dict[str, tuple[dict[str, Any], bool]]) -> None:
+    """A table of what became of every source record."""
+    table = Table("dataset", "records read", "used", "in splits", "dropped", "pictures used", "pictures dropped")
+    for name, (statistics, new) in made.items():
+        pictures = statistics.get("pictures", {"used": "", "dropped": {}})
+        cells = (
+            name if new else f"{name} (was there)", statistics["records_read"], statistics["used"], _listed(statistics["splits"]),
+            _listed(statistics["dropped"]), pictures["used"], _listed(pictures["dropped"]),
+        )
+        table.add_row(*map(str, cells))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return "\n".join(f"{count} {what}" for what, count in counts.items())
+
+
+def _counted(texts: Iterable[str], status: Status) -> Iterator[str]:
+    count = 0
+    for count, text in enumerate(texts, start=1):
+        if count % 1_000 == 0:
+            status.update(f"read {count:,} texts")
+        yield text
+    status.update(f"choosing {VOCAB_SIZE.value:,} pieces from {count:,} texts")
+
+
+if __name__ == "__main__":
+    command.run(main)
