@@ -437,9 +437,15 @@ def binding_page(rng: np.random.Generator, things: Sequence[Thing], supports: in
 
 def _binding(rng: np.random.Generator, things: Sequence[Thing], count: int) -> tuple[list[Thing], list[str]]:
     """Things in the order they are shown, and a chunk for each."""
-    named = dict(zip(differing(rng, things, number := int(rng.integers(2, 5))), rng.choice(WORDS, number, replace=False), strict=True))
+    named = _new_words(rng, things)
     shown = [_pick(rng, tuple(named)) for _ in range(count)]
-    return shown, [naming_text(str(named[thing]), thing if rng.random() < 0.5 else None) for thing in shown]
+    return shown, [naming_text(named[thing], thing if rng.random() < 0.5 else None) for thing in shown]
+
+
+def _new_words(rng: np.random.Generator, things: Sequence[Thing]) -> dict[Thing, str]:
+    """Two to four things that differ in colour and shape, with a new word for each."""
+    number = int(rng.integers(2, 5))
+    return dict(zip(differing(rng, things, number), (str(word) for word in rng.choice(WORDS, number, replace=False)), strict=True))
 
 
 def _page(rng: np.random.Generator, scenes: Sequence[Scene], texts: Sequence[str]) -> Drawn:
@@ -447,23 +453,28 @@ def _page(rng: np.random.Generator, scenes: Sequence[Scene], texts: Sequence[str
 
 
 def document(rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS) -> Drawn:
-    """Text that mirrors the pages, with a description of the scene in the place of its picture; several lines."""
-    sort = rng.random()
+    """Text that mirrors the pages, with a description of the scene in the place of its picture.
+
+    Half of the documents are lines, in the others the image tag stands before each description as on a page, so that the language model
+    has met the tag before it is frozen.
+    """
+    sort, tagged = rng.random(), rng.random() < 0.5
     if sort < 0.35:
-        return Drawn({"text": "\n".join(_bound_line(rng, things) for _ in range(2))})
+        lines = _bound_lines(rng, things)
+        return Drawn({"text": "".join(f"<image>{line}" for line in lines) if tagged else ". ".join(lines)})
     lines = []
     for _ in range(int(rng.integers(4, 9))):
         scene = draw_motion(rng, things) if rng.random() < 0.08 else draw_scene(rng, things)
         told = output_text(scene) if sort < 0.6 else question_text(ask(scene, rng, things))
         lines.append(f"{caption(scene)}. {told}")
-    return Drawn({"text": "\n".join(lines)})
+    return Drawn({"text": "".join(f"<image>{line}" for line in lines) if tagged else "\n".join(lines)})
 
 
-def _bound_line(rng: np.random.Generator, things: Sequence[Thing]) -> str:
-    """Every thing is named, since here the name stands for the picture."""
-    named = dict(zip(differing(rng, things, number := int(rng.integers(2, 5))), rng.choice(WORDS, number, replace=False), strict=True))
-    shown = [_pick(rng, tuple(named)) for _ in range(int(rng.integers(4, 13)))]
-    return ". ".join(naming_text(str(named[thing]), thing) for thing in shown)
+def _bound_lines(rng: np.random.Generator, things: Sequence[Thing]) -> list[str]:
+    """4 to 16 namings of two to four things; each names the thing first, since here that stands for the picture."""
+    named = _new_words(rng, things)
+    shown = [_pick(rng, tuple(named)) for _ in range(int(rng.integers(4, 17)))]
+    return [naming_text(named[thing], thing) for thing in shown]
 
 
 # Datasets.
