@@ -158,8 +158,8 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     small = scene.sort == "counts"
     canvas = _ground(rng)
     for thing, cell in zip(scene.things, scene.cells, strict=True):
-        radius = rng.uniform(6.0, 7.0) if small else rng.uniform(7.0, 9.0)
-        jitter = rng.uniform(-1.0, 1.0, 2) if small else rng.uniform(-2.0, 2.0, 2)
+        radius = rng.uniform(5.6, 6.4) if small else rng.uniform(7.0, 9.0)
+        jitter = rng.uniform(-0.5, 0.5, 2) if small else rng.uniform(-2.0, 2.0, 2)
         _paint(canvas, thing.shape, _shade(thing.colour, rng), _centre(cell) + jitter, radius)
     return _pixels(canvas, rng)
 
@@ -297,7 +297,9 @@ def noisy_caption(scene: Scene, rng: np.random.Generator) -> str:
     forms: tuple[str, ...]
     if scene.sort == "one":
         place = PLACES[scene.cells[0]]
-        forms = (str(first), shape, f"{shape} {place}", f"{colour} {place}", colour, f"{shape} , {colour}", f"{place} : {shape}", caption(scene))
+        forms = (
+            str(first), shape, colour, f"{shape} {place}", f"{colour} {place}", f"{shape} , {colour}", f"{place} : {shape}", caption(scene),
+        )
     elif scene.sort == "two":
         both = first, last
         one, other = both if rng.random() < 0.5 else both[::-1]

@@ -67,8 +67,6 @@ class CaptionedFolder:
         root = existing_folder(folder)
         captions, bad = read_captions(caption_file(root, self.captions, self.caption_files), self.key)
         named = {pathlib.PurePosixPath(name).as_posix() for name in captions}
-        others = [
-            name for path in sorted(root.rglob("*")) if path.suffix.lower() in self.suffixes and (name := path.relative_to(root).as_posix()) not in named
-        ]
+        there = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.suffix.lower() in self.suffixes]
         entries = [Entry(folder, name, tuple(texts)) for name, texts in captions.items()]
-        return entries + [Entry(folder, name) for name in others] + [Entry(folder, None)] * bad
+        return entries + [Entry(folder, name) for name in there if name not in named] + [Entry(folder, None)] * bad

@@ -20,13 +20,14 @@ from flamingo_jax.errors import UserError
 
 SUFFIXES = {".html", ".htm", ".xhtml"}
 SKIPPED = {
-    "head", "script", "style", "noscript", "template", "nav", "footer", "form", "button", "select", "iframe", "object", "svg", "audio", "video",
+    "head", "script", "style", "noscript", "template", "nav", "footer", "form", "button", "select", "iframe", "object", "svg", "audio",
+    "video",
 }
 """Elements that hold no text of the page; nothing inside them is read."""
 BLOCKS = {
-    "address", "article", "aside", "blockquote", "body", "br", "caption", "center", "dd", "details", "div", "dl", "dt", "fieldset", "figcaption",
-    "figure", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr", "li", "main", "ol", "p", "pre", "section", "summary", "table", "tbody", "tfoot",
-    "thead", "tr", "ul",
+    "address", "article", "aside", "blockquote", "body", "br", "caption", "center", "dd", "details", "div", "dl", "dt", "fieldset",
+    "figcaption", "figure", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr", "li", "main", "ol", "p", "pre", "section", "summary",
+    "table", "tbody", "tfoot", "thead", "tr", "ul",
 }
 """Elements whose text stands on lines of its own."""
 PAGES_RULES = PictureRules(min_side=64, max_aspect=3.0)

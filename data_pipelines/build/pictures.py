@@ -10,6 +10,9 @@ from flamingo_jax.processing import images
 
 JPEG_QUALITY = 95
 """Of pictures that cannot be stored as they come."""
+LOSSLESS = ("PNG", "GIF", "BMP", "TIFF", "PPM")
+ORIENTATION = 0x0112
+"""The EXIF entry that says how a camera was held; TFDS does not look at it."""
 SINGLE_COLOUR = 8
 """A picture whose channels all vary by less than this, of 255, shows nothing."""
 
@@ -30,35 +33,36 @@ class PictureRules:
     def store(self, data: bytes) -> bytes:
         """JPEG or PNG with three channels: `data` itself where it is that already, upright and not too large.
 
-        Formats without loss become PNG, others JPEG. Raises Unfit.
+        Formats without loss become PNG, others and shrunk ones JPEG. Raises Unfit.
         """
         try:
             with Image.open(io.BytesIO(data)) as header:
-                size, mode, kind = header.size, header.mode, header.format
-                turned = header.getexif().get(0x0112, 1) != 1
-                lossless = kind in ("PNG", "GIF", "BMP", "TIFF", "PPM")
+                self._check(*header.size)
+                as_is = header.format in ("JPEG", "PNG") and header.mode == "RGB" and not header.has_transparency_data
+                as_is = as_is and header.getexif().get(ORIENTATION, 1) == 1
+                lossless = header.format in LOSSLESS
+                longer, shorter = max(header.size), min(header.size)
+            pixels = images.decode(data, longer, max_pixels=self.max_pixels)
+        except Unfit:
+            raise
         except Image.DecompressionBombError as error:
             raise Unfit("too many pixels") from error
         except Exception as error:  # PIL's readers raise whatever they stumble on.
             raise Unfit("unreadable") from error
-        if size[0] * size[1] > self.max_pixels:
-            raise Unfit("too many pixels")
-        if min(size) < self.min_side:
-            raise Unfit(f"smaller than {self.min_side} pixels")
-        if max(size) > self.max_aspect * min(size):
-            raise Unfit(f"aspect over {self.max_aspect:g}")
-        try:
-            pixels = images.decode(data, max(size), max_pixels=self.max_pixels)
-        except images.ImageError as error:
-            raise Unfit("unreadable") from error
         if (np.ptp(pixels, axis=(0, 1)) < SINGLE_COLOUR).all():
             raise Unfit("single colour")
-        large = 0 < self.short_side < min(size)
-        if kind in ("JPEG", "PNG") and mode == "RGB" and not (turned or large):
-            return data
-        if large:
-            pixels = shrink(pixels, self.short_side)
-        return encode(pixels, "PNG" if lossless and not large else "JPEG")
+        if 0 < self.short_side < shorter:
+            return encode(shrink(pixels, self.short_side), "JPEG")
+        return data if as_is else encode(pixels, "PNG" if lossless else "JPEG")
+
+    def _check(self, width: int, height: int) -> None:
+        """Before anything is decoded."""
+        if width * height > self.max_pixels:
+            raise Unfit("too many pixels")
+        if min(width, height) < self.min_side:
+            raise Unfit(f"smaller than {self.min_side} pixels")
+        if max(width, height) > self.max_aspect * min(width, height):
+            raise Unfit(f"aspect over {self.max_aspect:g}")
 
 
 ANY_PICTURE = PictureRules()

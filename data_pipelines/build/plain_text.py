@@ -30,7 +30,10 @@ class PlainText:
         return {"source": type(self).__name__, **dataclasses.asdict(self)}
 
     def entries(self) -> Sequence[tuple[str, str]]:
-        found = [(folder, path.relative_to(folder).as_posix()) for folder in self.folders for path in sorted(existing_folder(folder).rglob("*.txt"))]
+        found = [
+            (folder, path.relative_to(folder).as_posix())
+            for folder in self.folders for path in sorted(existing_folder(folder).rglob("*.txt"))
+        ]
         if not found:
             raise UserError(f"there is no .txt file below {', '.join(self.folders)}: mend --input")
         return found
@@ -50,7 +53,10 @@ class PlainText:
 
 
 def documents(text: str, limit: int) -> Iterator[str]:
-    """Paragraphs joined to documents of at most `limit` characters; a longer paragraph is cut at the ends of lines or words, at worst within one."""
+    """Paragraphs joined to documents of at most `limit` characters.
+
+    A longer paragraph is cut at the ends of lines or words, at worst within a word.
+    """
     gathered = ""
     for block in re.split(r"\n\s*\n", text.replace("\r\n", "\n")):
         for piece in _pieces(block.strip("\n"), limit):

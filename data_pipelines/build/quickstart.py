@@ -18,7 +18,10 @@ VOCABULARY = 384
 def build_quickstart(
     output: str | pathlib.Path, *, seed: int = 0, executor: Executor | None = None, limit: int | None = None
 ) -> dict[str, tuple[dict[str, Any], bool]]:
-    """Every dataset of the world at `output/<name>` and the tokenizer at `output/tokenizer`: each one's statistics and whether it was built now."""
+    """Every dataset of the world at `output/<name>`, and the tokenizer at `output/tokenizer`.
+
+    Returns each dataset's statistics and whether it was built now. `limit` bounds the records of every split, for tests.
+    """
     output = pathlib.Path(output)
     made = {name: write_dataset(output / name, World(name, seed, limit), executor) for name in quickstart.DATASETS}
     if not (output / "tokenizer" / FILE_NAME).exists():

@@ -30,8 +30,8 @@ def train_tokenizer(
 ) -> pathlib.Path:
     """Writes `output/tokenizer.model` and returns it; ids 0 to 3 are unknown, <BOS>, <EOS> and padding.
 
-    texts: any strings; each of their lines is a sentence to learn from. The line end is a piece of its own. With `byte_fallback` any text can
-    be written in pieces, which takes 256 of the vocabulary; without, characters that are not in `texts` are lost.
+    texts: any strings; each of their lines is a sentence to learn from. The line end is a piece of its own. With `byte_fallback` any
+    text can be written in pieces, which takes 256 of the vocabulary; without, characters that are not in `texts` are lost.
     Raises UserError where there is no text, or not enough for `vocab_size`.
     """
     sentences = (line for text in texts for line in text.split("\n") if line.strip())
@@ -42,13 +42,15 @@ def train_tokenizer(
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_chain(first, sentences), model_writer=model, vocab_size=vocab_size, model_type=model_type,
-            byte_fallback=byte_fallback, user_defined_symbols=[*user_defined, *([] if byte_fallback else ["\n"])],
+            byte_fallback=byte_fallback, user_defined_symbols=[*user_defined, "\n"],
             normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-            character_coverage=0.9999 if byte_fallback else 1.0, split_digits=True, input_sentence_size=max_sentences, max_sentence_length=100_000,
+            character_coverage=0.9999 if byte_fallback else 1.0, split_digits=True,
+            input_sentence_size=max_sentences, max_sentence_length=100_000,
             unk_id=0, bos_id=1, eos_id=2, pad_id=3, num_threads=THREADS, minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise UserError(f"SentencePiece cannot make {vocab_size} pieces of this text ({error}): choose another --vocab_size") from error
+        reason = str(error).rsplit("] ", maxsplit=1)[-1].rstrip(".")
+        raise UserError(f"SentencePiece cannot make {vocab_size} pieces of this text ({reason}): choose another --vocab_size") from error
     output = pathlib.Path(output)
     output.mkdir(parents=True, exist_ok=True)
     file = output / FILE_NAME

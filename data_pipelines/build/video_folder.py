@@ -21,7 +21,9 @@ class VideoFolder(CaptionedFolder):
 
     key: ClassVar[str] = "video"
     caption_files: ClassVar[tuple[str, ...]] = ("captions.jsonl", "videos.jsonl")
-    suffixes: ClassVar[frozenset[str]] = frozenset({".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif", ".mpg", ".mpeg", ".ogv", ".wmv", ".flv"})
+    suffixes: ClassVar[frozenset[str]] = frozenset(
+        {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif", ".mpg", ".mpeg", ".ogv", ".wmv", ".flv"}
+    )
 
     fps: float = 1.0
     max_seconds: float = 64.0

@@ -1,7 +1,7 @@
 """Writes a source as a TFDS dataset in the ArrayRecord format: shards, features, splits with counts, statistics.json.
 
-Any TFDS user opens it with `tfds.builder_from_directory(folder / "1.0.0").as_data_source(split=...)`. It is written into a folder beside its own and
-renamed at the end, so that a dataset that is there is whole.
+Any TFDS user opens it with `tfds.builder_from_directory(folder / "1.0.0").as_data_source(split=...)`. It is written into a folder
+beside its own and renamed at the end, so that a dataset that is there is whole.
 """
 
 import collections
@@ -91,9 +91,9 @@ def _finished(final: pathlib.Path, source: Source) -> dict[str, Any]:
     try:
         statistics: dict[str, Any] = json.loads((final / STATISTICS_FILE).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{final} holds a dataset without a readable {STATISTICS_FILE}: remove the folder, or choose another --output") from error
+        raise UserError(f"{final} holds a dataset without a readable {STATISTICS_FILE}: remove it, or choose another --output") from error
     if statistics.get("options") != json.loads(json.dumps(source.options)):
-        raise UserError(f"{final} holds a dataset that was built from another source or with other options: remove it, or choose another --output")
+        raise UserError(f"{final} was built from another source or with other options: remove it, or choose another --output")
     return statistics
 
 
@@ -130,7 +130,10 @@ def _write(folder: pathlib.Path, name: str, source: Source, outcomes: Iterable[O
         writer.close_all()
     used = counts.total()
     statistics: dict[str, Any] = {
-        "splits": dict(sorted(counts.items())), "records_read": used + dropped.total(), "used": used, "dropped": dict(sorted(dropped.items())),
+        "splits": dict(sorted(counts.items())),
+        "records_read": used + dropped.total(),
+        "used": used,
+        "dropped": dict(sorted(dropped.items())),
     }
     if pictures or parts:
         statistics["pictures"] = {"used": pictures, "dropped": dict(sorted(parts.items()))}

@@ -1,0 +1,371 @@
+"""Builders on small sources of their own: what is used, what is dropped and why, and in which order it lands."""
+
+import io
+import json
+import os
+import pathlib
+import struct
+import subprocess
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from data_pipelines.build.html_pages import HtmlPages, tidy, walk
+from data_pipelines.build.image_folder import ImageFolder
+from data_pipelines.build.pictures import PictureRules, Unfit
+from data_pipelines.build.plain_text import PlainText, documents
+from data_pipelines.build.sentencepiece_trainer import texts_in, train_tokenizer
+from data_pipelines.build.source import Shares
+from data_pipelines.build.video_folder import VideoFolder
+from data_pipelines.build.writer import ordered_map, write_dataset
+from flamingo_jax.errors import UserError
+from flamingo_jax.processing.tokenizer import Tokenizer
+
+ALL_TRAIN = Shares(validation=0.0)
+
+
+def colourful(height: int = 80, width: int = 100, seed: int = 0) -> np.ndarray:
+    """Smooth, so that JPEG changes little."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    return np.stack([rows * 2, columns * 2, (rows + columns + seed) % 256], -1).clip(0, 255).astype(np.uint8)
+
+
+def save(path: pathlib.Path, image: np.ndarray | Image.Image, **options: Any) -> bytes:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path, **options)
+    return path.read_bytes()
+
+
+def lines(path: pathlib.Path, *records: Any) -> None:
+    path.write_text("".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records))
+
+
+def huge_png(side: int) -> bytes:
+    """A header that claims side x side pixels."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+def read(folder: pathlib.Path, split: str = "train") -> dict[str, Any]:
+    source = tfds.builder_from_directory(str(folder / "1.0.0")).as_data_source(split=split)
+    return {source[i]["id"].decode(): source[i] for i in range(len(source))}
+
+
+def strings(values: Any) -> list[str]:
+    return [value.decode() for value in values]
+
+
+# Pictures.
+
+
+def test_fit_pictures_are_stored_as_they_are(tmp_path):
+    rules = PictureRules()
+    for name in ("a.jpg", "a.png"):
+        data = save(tmp_path / name, colourful())
+        assert rules.store(data) == data
+
+
+@pytest.mark.parametrize(
+    "name, mode", [("a.webp", "RGB"), ("b.png", "P"), ("c.png", "RGBA"), ("d.jpg", "L"), ("e.gif", "P"), ("f.jpg", "CMYK"), ("g.png", "1")]
+)
+def test_other_pictures_become_rgb_jpeg_or_png(tmp_path, name, mode):
+    original = Image.fromarray(colourful()).convert(mode)
+    stored = Image.open(io.BytesIO(PictureRules().store(save(tmp_path / name, original))))
+    assert stored.mode == "RGB" and stored.size == original.size
+    assert stored.format == ("PNG" if name.endswith(("png", "gif")) else "JPEG")
+    assert np.abs(np.asarray(stored, float) - np.asarray(original.convert("RGB"), float)).mean() < 4
+
+
+def test_turned_pictures_are_stored_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = Image.open(io.BytesIO(PictureRules().store(save(tmp_path / "a.jpg", Image.fromarray(colourful()), exif=exif))))
+    assert stored.size == (80, 100) and stored.getexif().get(0x0112, 1) == 1
+
+
+def test_large_pictures_shrink_to_the_short_side(tmp_path):
+    stored = Image.open(io.BytesIO(PictureRules(short_side=40).store(save(tmp_path / "a.png", colourful(80, 120)))))
+    assert stored.size == (60, 40)
+
+
+def test_unfit_pictures_say_why(tmp_path):
+    rules = PictureRules(min_side=64, max_aspect=3.0, max_pixels=1_000_000)
+    whole = save(tmp_path / "a.jpg", colourful())
+    cases = {
+        "smaller than 64 pixels": save(tmp_path / "b.png", colourful(63, 100)),
+        "aspect over 3": save(tmp_path / "c.png", colourful(70, 211)),
+        "single colour": save(tmp_path / "d.png", np.full((80, 80, 3), 7, np.uint8)),
+        "too many pixels": huge_png(1_001),
+        "unreadable": whole[: len(whole) // 2],
+    }
+    for reason, data in cases.items():
+        with pytest.raises(Unfit, match=reason):
+            rules.store(data)
+    for data in (b"", b"no picture", b"\x89PNG\r\n\x1a\n"):
+        with pytest.raises(Unfit, match="unreadable"):
+            rules.store(data)
+    with pytest.raises(Unfit, match="too many pixels"):
+        PictureRules().store(huge_png(60_000))
+
+
+# Folders with captions.
+
+
+def test_image_folder(tmp_path):
+    root = tmp_path / "photos"
+    kept = save(root / "deep" / "one.jpg", colourful())
+    save(root / "two.webp", colourful(seed=9))
+    save(root / "silent.png", colourful())
+    save(root / "unlisted.png", colourful())
+    save(tmp_path / "secret.png", colourful())
+    (root / "torn.jpg").write_bytes(kept[:200])
+    lines(
+        root / "captions.jsonl", {"image": "deep/one.jpg", "captions": [" a cat ", "two"]}, {"image": "two.webp", "caption": "ein Hund"},
+        {"image": "deep/one.jpg", "caption": "three"}, {"image": "gone.jpg", "caption": "x"}, {"image": "../secret.png", "caption": "x"},
+        {"image": "torn.jpg", "caption": "x"}, {"image": "silent.png", "captions": []}, "not JSON", '["a list"]',
+        {"image": 3, "caption": "x"}, {"image": "x.jpg", "captions": [1]}, "",
+    )
+    statistics, _ = write_dataset(tmp_path / "out", ImageFolder((str(root),), ALL_TRAIN))
+    assert statistics["splits"] == {"train": 2} and statistics["records_read"] == 2 + 1 + 1 + 1 + 2 + 4
+    assert statistics["dropped"] == {
+        "caption line that is not JSON with a name and captions": 4,
+        "missing": 1,
+        "no caption": 2,
+        "outside the folder": 1,
+        "unreadable": 1,
+    }
+    records = read(tmp_path / "out")
+    assert strings(records["deep/one.jpg"]["captions"]) == ["a cat", "two", "three"]
+    assert strings(records["two.webp"]["captions"]) == ["ein Hund"]
+    assert records["two.webp"]["image"].shape == (80, 100, 3)
+
+
+def test_links_do_not_lead_out_of_the_folder(tmp_path):
+    save(tmp_path / "secret.png", colourful())
+    (tmp_path / "photos").mkdir()
+    os.symlink(tmp_path / "secret.png", tmp_path / "photos" / "link.png")
+    lines(tmp_path / "photos" / "captions.jsonl", {"image": "link.png", "caption": "x"})
+    with pytest.raises(UserError, match="1 outside the folder"):
+        write_dataset(tmp_path / "out", ImageFolder((str(tmp_path / "photos"),), ALL_TRAIN))
+
+
+def test_several_folders_make_one_dataset_and_splits_cover_it(tmp_path):
+    for folder in ("one", "two"):
+        for number in range(20):
+            save(tmp_path / folder / f"{number}.png", colourful(8, 8, seed=number))
+        lines(tmp_path / folder / "captions.jsonl", *({"image": f"{number}.png", "caption": str(number)} for number in range(20)))
+    source = ImageFolder((str(tmp_path / "one"), str(tmp_path / "two")), Shares(validation=0.3, test=0.3))
+    with ThreadPoolExecutor(2) as executor:
+        statistics, _ = write_dataset(tmp_path / "out", source, executor)
+    ids = [read(tmp_path / "out", split).keys() for split in ("train", "validation", "test")]
+    expected = [f"{folder}/{number}.png" for folder in ("one", "two") for number in range(20)]
+    assert sorted(name for split in ids for name in split) == sorted(expected)
+    assert statistics["splits"] == dict(zip(("train", "validation", "test"), map(len, ids), strict=True))
+
+
+def test_caption_file_of_another_name(tmp_path):
+    save(tmp_path / "photos" / "a.png", colourful())
+    lines(tmp_path / "photos" / "notes.jsonl", {"image": "a.png", "caption": "x"})
+    with pytest.raises(UserError, match=r"no captions.jsonl.*--captions"):
+        write_dataset(tmp_path / "out", ImageFolder((str(tmp_path / "photos"),)))
+    write_dataset(tmp_path / "out", ImageFolder((str(tmp_path / "photos"),), ALL_TRAIN, "notes.jsonl"))
+    assert set(read(tmp_path / "out")) == {"a.png"}
+
+
+def film(path: pathlib.Path, seconds: int, rate: int = 4, size: tuple[int, int] = (64, 96)) -> None:
+    """Second s is grey of level 40 s + 20."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.height, stream.width, stream.pix_fmt, stream.time_base = *size, "yuv420p", Fraction(1, rate)
+        for number in range(seconds * rate):
+            picture = np.full((*size, 3), 40 * (number // rate) + 20, np.uint8)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+
+
+def test_video_folder(tmp_path):
+    root = tmp_path / "clips"
+    film(root / "a.mp4", 4)
+    film(root / "long.avi", 5, size=(128, 192))
+    film(root / "alone.mp4", 1)
+    (root / "torn.mp4").write_bytes(b"no film")
+    lines(
+        root / "videos.jsonl", {"video": "a.mp4", "captions": ["brighter", "and brighter"]}, {"video": "long.avi", "caption": "long"},
+        {"video": "torn.mp4", "caption": "x"},
+    )
+    statistics, _ = write_dataset(tmp_path / "out", VideoFolder((str(root),), ALL_TRAIN, max_seconds=3, short_side=32))
+    assert statistics["dropped"] == {"no caption": 1, "unreadable": 1}
+    records = read(tmp_path / "out")
+    assert set(records) == {"a.mp4", "long.avi"}
+    assert strings(records["a.mp4"]["captions"]) == ["brighter", "and brighter"] and records["a.mp4"]["fps"] == 1.0
+    for record in records.values():
+        assert [frame.shape for frame in record["frames"]] == [(32, 48, 3)] * 3
+        assert [float(frame.mean()) for frame in record["frames"]] == pytest.approx([20, 60, 100], abs=4)
+
+
+# Pages.
+
+PAGE = """<!DOCTYPE html><html><head><title>not text</title><style>p {color: red}</style></head><body>
+<nav>menu <img src="a.png"></nav>
+<h1>Title
+  of  it</h1><p>One <b>bold</b>word&nbsp;&amp; more<!-- a comment --> here.</p><script>var x = 1;</script>
+<p>Before <IMG SRC="pics/a%20b.png?v=2" alt="the  picture"> after</p>
+<ul><li>first<li>second</ul>
+<img src="pics/a%20b.png"><table><tr><td>x</td><td>y</td></tr></table>
+<img src="http://example.com/far.png"><img src="../out.png"><img src="/pics/wide.png"><img src="gone.png"><img>
+<img src="data:image/png;base64,AA">
+last<br>line</body></html>"""
+
+
+def test_html_pages(tmp_path):
+    root = tmp_path / "site"
+    save(root / "sub" / "pics" / "a b.png", colourful())
+    save(root / "a.png", colourful())
+    save(root / "pics" / "wide.png", colourful(70, 300))
+    save(tmp_path / "out.png", colourful())
+    (root / "sub" / "page.html").write_text(PAGE)
+    (root / "bare.htm").write_text("<p>only text <img src='gone.png'></p>")
+    (root / "mute.html").write_text("<img src='a.png'>")
+    (root / "empty.html").write_text("  ")
+    (root / "top.html").write_text('<p>a<img src="sub/../a.png"><p>b')
+    (root / "climb.html").write_text('<p>a<img src="../out.png"><img src="/../out.png"><img src="sub/../../out.png"><p>b')
+    statistics, _ = write_dataset(tmp_path / "pages", HtmlPages((str(root),), ALL_TRAIN))
+    assert statistics["used"] == 2 and statistics["records_read"] == 6
+    assert statistics["dropped"] == {"page without a picture that is fit": 2, "page without text": 1, "unreadable page": 1}
+    assert statistics["pictures"] == {
+        "used": 3,
+        "dropped": {
+            "aspect over 3": 1, "missing": 3, "no address": 1, "on a page without text": 1, "on another machine": 1,
+            "outside the folder": 3, "within the page": 1,
+        },
+    }
+    page = read(tmp_path / "pages")["sub/page.html"]
+    assert strings(page["texts"]) == ["Title of it\nOne boldword & more here.\nBefore", "after\nfirst\nsecond", "x y\nlast\nline"]
+    assert len(page["images"]) == 2
+
+
+def test_alternative_text_on_request(tmp_path):
+    save(tmp_path / "site" / "a.png", colourful())
+    (tmp_path / "site" / "page.html").write_text('<p>one<img src="a.png" alt="a  cat">two')
+    write_dataset(tmp_path / "pages", HtmlPages((str(tmp_path / "site"),), ALL_TRAIN, alt_text=True))
+    assert strings(read(tmp_path / "pages")["page.html"]["texts"]) == ["one", "a cat\ntwo"]
+
+
+def page_text(page: bytes) -> str:
+    return tidy("".join(item for item in walk(page) if isinstance(item, str)))
+
+
+def test_pages_in_several_encodings():
+    text = "<p>Grüße, Señor — naïve</p>"
+    assert page_text(text.encode()) == "Grüße, Señor — naïve"
+    assert page_text(b'<?xml version="1.0" encoding="utf-8"?><html><body>' + text.encode()) == "Grüße, Señor — naïve"
+    assert page_text(b'<meta charset="windows-1252">' + text.encode("cp1252")) == "Grüße, Señor — naïve"
+
+
+def test_broken_pages_are_read_as_far_as_they_go():
+    assert page_text(b"<p>one <b>two <i>three</p><div>four") == "one two three\nfour"
+    assert page_text(b"<style>x</style>tail<footer>f</footer> after") == "tail after"
+
+
+# Text and tokenizer.
+
+
+def test_plain_text(tmp_path):
+    (tmp_path / "books" / "deep").mkdir(parents=True)
+    (tmp_path / "books" / "one.txt").write_bytes("\ufeffFirst line\r\nsecond\r\n\r\n\r\n  third\n\nfourth".encode())
+    (tmp_path / "books" / "deep" / "latin.txt").write_bytes("é".encode("latin-1"))
+    (tmp_path / "books" / "empty.txt").write_text(" \n\n")
+    statistics, _ = write_dataset(tmp_path / "out", PlainText((str(tmp_path / "books"),), ALL_TRAIN, document_characters=26))
+    assert statistics["dropped"] == {"empty": 1, "not UTF-8": 1} and statistics["splits"] == {"train": 2}
+    assert [record["text"].decode() for record in read(tmp_path / "out").values()] == ["First line\nsecond\n\n  third", "fourth"]
+    with pytest.raises(UserError, match=r"no \.txt file"):
+        write_dataset(tmp_path / "none", PlainText((str(tmp_path / "out"),)))
+
+
+@pytest.mark.parametrize("limit", [3, 10, 40, 1_000])
+def test_documents_keep_every_word_within_the_limit(limit):
+    rng = np.random.default_rng(0)
+    words = ["ab" * int(n) for n in rng.integers(1, 12, 300)]
+    breaks = [" ", "\n", "\n\n", "\n \n\n"]
+    text = "".join(word + breaks[int(rng.integers(4))] for word in words)
+    made = list(documents(text, limit))
+    assert all(0 < len(document) <= limit for document in made)
+    assert "".join("".join(made).split()) == "".join(words)
+    if limit == 1_000:
+        assert len(made) <= 2 * len(text) / limit
+
+
+def test_tokenizer_keeps_any_text(tmp_path):
+    (tmp_path / "a.txt").write_text("the cat sat on the mat\n" * 50 + "a dog and a log <image> in a fog\n" * 50)
+    file = train_tokenizer(texts_in(tmp_path), tmp_path / "tokenizer", vocab_size=312)
+    tokenizer = Tokenizer.load(file.parent)
+    assert tokenizer.vocab_size == 312 and len(tokenizer.image_tag_ids) == 1 and (tokenizer.bos, tokenizer.eos, tokenizer.pad) == (1, 2, 3)
+    for text in (" the  cat", "the cat", "Ünknown \t 漢字\n\nline ", "<image>the mat"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("the cat") != tokenizer.encode(" the cat")
+    again = train_tokenizer(texts_in(tmp_path / "a.txt"), tmp_path / "again", vocab_size=312)
+    assert again.read_bytes() == file.read_bytes()
+
+
+def test_tokenizer_errors(tmp_path):
+    (tmp_path / "a.txt").write_text("few words\n")
+    with pytest.raises(UserError, match="--vocab_size"):
+        train_tokenizer(texts_in(tmp_path), tmp_path / "t", vocab_size=5_000)
+    with pytest.raises(UserError, match="no text"):
+        train_tokenizer(["", " \n"], tmp_path / "t")
+    with pytest.raises(UserError, match="no dataset, no text file"):
+        list(texts_in(tmp_path / "nowhere"))
+
+
+def test_missing_folders_are_named(tmp_path):
+    for source in (ImageFolder, VideoFolder, HtmlPages, PlainText):
+        with pytest.raises(UserError, match=r"there is no folder .*nowhere"):
+            write_dataset(tmp_path / "out", source((str(tmp_path / "nowhere"),)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_command(tmp_path):
+    save(tmp_path / "site" / "a.png", colourful())
+    (tmp_path / "site" / "page.html").write_text('<p>one<img src="a.png">two<img src="gone.png">')
+
+    def build(*flags: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "launch.build_data", "--workers=1", *flags]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    flags = ("--source=html_pages", f"--input={tmp_path}/site", f"--output={tmp_path}/data/site", "--validation_share=0")
+    first = build(*flags)
+    assert first.returncode == 0, first.stderr
+    assert "1 train" in first.stdout and "1 missing" in first.stdout and "was there" not in first.stdout
+    assert set(read(tmp_path / "data" / "site")) == {"page.html"}
+    assert "was there" in build(*flags).stdout
+    wrong = build(flags[0], "--input=nowhere", f"--output={tmp_path}/data/other")
+    assert wrong.returncode == 2 and wrong.stderr == "error: there is no folder nowhere: mend --input\n"
+
+
+def test_work_is_ordered_and_bounded():
+    begun: list[int] = []
+
+    def work(number: int) -> int:
+        begun.append(number)
+        return number * number
+
+    with ThreadPoolExecutor(2) as executor:
+        results = ordered_map(work, range(2_000), executor)
+        assert [next(results) for _ in range(10)] == [number * number for number in range(10)]
+        assert len(begun) < 400
+        assert list(results) == [number * number for number in range(10, 2_000)]

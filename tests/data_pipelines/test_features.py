@@ -1,0 +1,145 @@
+"""Every kind of record, written and read back through TFDS alone."""
+
+import dataclasses
+import io
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from data_pipelines import features
+from data_pipelines.build.source import Dropped, Example, Outcome, Shares
+from data_pipelines.build.writer import write_dataset
+from flamingo_jax.errors import UserError
+
+
+def picture(value: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.full((5, 7, 3), value, np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+RECORDS: dict[str, dict[str, Any]] = {
+    "pages": {"id": "p", "texts": ["", "zwei <image>", "drei\nvier"], "images": [picture(1), picture(2)]},
+    "pairs": {"id": "q", "image": picture(3), "captions": ["ein Café", "two"]},
+    "videos": {"id": "v", "frames": [picture(4), picture(5), picture(6)], "fps": 0.5, "captions": ["moving"]},
+    "text": {"id": "t", "text": "line\n\nline"},
+    "questions": {"id": "f", "frames": [picture(7)], "question": "what?", "answers": ["this", "that"], "type": "one/what"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """A source of what it is given."""
+
+    kind: str
+    outcomes: tuple[Outcome, ...]
+    about: str = "a test"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"records": len(self.outcomes)}
+
+    def entries(self) -> tuple[Outcome, ...]:
+        return self.outcomes
+
+    def convert(self, entry: Outcome) -> list[Outcome]:
+        return [entry]
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, np.ndarray) and value.ndim == 3:
+        return value.tolist()
+    return [plain(v) for v in value] if isinstance(value, list | np.ndarray) else value
+
+
+@pytest.mark.parametrize("kind", features.KINDS)
+def test_records_come_back(kind, tmp_path):
+    record = RECORDS[kind]
+    write_dataset(tmp_path / "set", Given(kind, (Example("train", record), Example("test", record))))
+    builder = tfds.builder_from_directory(str(tmp_path / "set" / "1.0.0"))
+    assert {name: split.num_examples for name, split in builder.info.splits.items()} == {"train": 1, "test": 1}
+    assert features.kind_of(builder.info.features) == kind
+    read = builder.as_data_source(split="test")[0]
+    assert set(read) == set(record)
+    for name, value in record.items():
+        if name in ("image", "images", "frames"):
+            shown = [np.asarray(Image.open(io.BytesIO(data))).tolist() for data in ([value] if name == "image" else value)]
+            assert plain(read[name]) == (shown[0] if name == "image" else shown)
+        else:
+            assert plain(read[name]) == value
+
+
+def test_splits_by_name_are_found_by_tfds(tmp_path):
+    write_dataset(tmp_path / "by_name", Given("text", (Example("train", RECORDS["text"]),)))
+    assert len(tfds.data_source("by_name", data_dir=tmp_path, split="train")) == 1
+
+
+def test_many_records_make_several_shards_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_pipelines.build.writer.RECORDS_PER_SHARD", 4)
+    monkeypatch.setattr("data_pipelines.build.writer.RECORDS_PER_FLUSH", 3)
+    outcomes = tuple(Example("train", {"id": str(i), "text": "x"}) for i in range(10))
+    write_dataset(tmp_path / "many", Given("text", outcomes))
+    builder = tfds.builder_from_directory(str(tmp_path / "many" / "1.0.0"))
+    assert builder.info.splits["train"].shard_lengths == [4, 4, 2]
+    assert [record["id"] for record in builder.as_data_source(split="train")] == [str(i).encode() for i in range(10)]
+
+
+def test_statistics_account_for_every_record(tmp_path):
+    outcomes = (Example("train", RECORDS["pages"], ("small",)), Dropped("torn"), Dropped("torn", ("small", "far")), Dropped("empty"))
+    statistics, built = write_dataset(tmp_path / "counted", Given("pages", outcomes))
+    assert built
+    assert statistics == {
+        "splits": {"train": 1}, "records_read": 4, "used": 1, "dropped": {"empty": 1, "torn": 2},
+        "pictures": {"used": 2, "dropped": {"far": 1, "small": 2}}, "options": {"records": 4},
+    }
+    assert json.loads((tmp_path / "counted" / "1.0.0" / "statistics.json").read_text()) == statistics
+
+
+def test_a_finished_dataset_is_left_alone(tmp_path):
+    source = Given("text", (Example("train", RECORDS["text"]),))
+    first, _ = write_dataset(tmp_path / "again", source)
+    stamp = (tmp_path / "again" / "1.0.0" / "dataset_info.json").stat().st_mtime_ns
+    assert write_dataset(tmp_path / "again", source) == (first, False)
+    assert (tmp_path / "again" / "1.0.0" / "dataset_info.json").stat().st_mtime_ns == stamp
+    with pytest.raises(UserError, match="other options"):
+        write_dataset(tmp_path / "again", dataclasses.replace(source, outcomes=source.outcomes * 2))
+
+
+def test_an_interrupted_build_is_made_again(tmp_path):
+    class Interrupted(Given):
+        def convert(self, entry):
+            raise KeyboardInterrupt
+
+    source = Given("text", (Example("train", RECORDS["text"]),))
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(tmp_path / "torn", Interrupted(source.kind, source.outcomes))
+    with pytest.raises(UserError, match="no dataset"):
+        features.dataset_folder(tmp_path / "torn")
+    (tmp_path / "torn" / "1.0.0.incomplete" / "left").write_text("over")
+    write_dataset(tmp_path / "torn", source)
+    assert {path.name for path in (tmp_path / "torn").iterdir()} == {"1.0.0"}
+    assert features.dataset_folder(tmp_path / "torn") == features.dataset_folder(tmp_path / "torn" / "1.0.0") == tmp_path / "torn" / "1.0.0"
+
+
+def test_bad_outputs_are_refused(tmp_path):
+    with pytest.raises(UserError, match="cannot name a dataset"):
+        write_dataset(tmp_path / "My-Set", Given("text", (Example("train", RECORDS["text"]),)))
+    with pytest.raises(UserError, match=r"no record is left.*1 torn"):
+        write_dataset(tmp_path / "empty", Given("text", (Dropped("torn"),)))
+    with pytest.raises(ValueError, match="no kind"):
+        features.features("sounds")
+
+
+def test_splits_follow_the_id_alone():
+    shares = Shares(validation=0.2, test=0.1)
+    splits = [shares.split(f"photo {i}.jpg") for i in range(5_000)]
+    assert splits == [shares.split(f"photo {i}.jpg") for i in range(5_000)]
+    # Binomial: 4 standard deviations of 5,000 draws.
+    assert abs(splits.count("validation") / 5_000 - 0.2) < 4 * (0.2 * 0.8 / 5_000) ** 0.5
+    assert abs(splits.count("test") / 5_000 - 0.1) < 4 * (0.1 * 0.9 / 5_000) ** 0.5
