@@ -11,7 +11,7 @@ import pathlib
 
 from absl import flags
 
-from data_pipelines.mixture import held_out_batches, make_iterators
+from data_pipelines.inputs import held_out_batches, make_iterators
 from flamingo_jax import errors
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.partitioning.mesh import check_batches, make_mesh
@@ -19,6 +19,8 @@ from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.loop import train
 from launch import command
+
+log = logging.getLogger("launch")
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the config; made if it is not there.")
 CONFIG = command.define_config()
@@ -40,7 +42,7 @@ def main() -> int:
     tokenizer.save(workdir)
     outcome = train(experiment, iterators, held_out, workdir)
     if outcome.preempted:
-        logging.warning("stopped by a signal at step %d and saved: run the same command to go on", outcome.step)
+        log.warning("stopped by a signal at step %d and saved: run the same command to go on", outcome.step)
         return errors.EXIT_PREEMPTED
     return 0
 

@@ -1,0 +1,38 @@
+# On a machine with Python 3.11 or newer and make, these two do all the set-up:
+#   make quickstart   data, the three stages, export, evaluation -> runs/quickstart/report.html
+#   make test         linting, types and tests
+
+SHELL := /bin/sh
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+# The first of these that runs and is new enough; set PYTHON to choose another.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
+	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { command -v $$p; break; }; done)
+
+.PHONY: quickstart test test-scale lint clean
+
+quickstart: $(INSTALLED)
+	$(PY) -m launch.quickstart --workdir=runs/quickstart
+
+test: lint
+	$(PY) -m pytest -m "not scale"
+
+test-scale: $(INSTALLED)
+	$(PY) -m pytest -m scale
+
+lint: $(INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+# Made again when the dependencies change; the stamp is written only once everything is installed.
+$(INSTALLED): setup.py
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer with venv was found: install one, or name it with PYTHON=/path/to/python" >&2; exit 2; }
+	"$(PYTHON)" -m venv $(VENV)
+	$(PY) -m pip install --upgrade pip
+	$(PY) -m pip install -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,33 @@
+"""From an experiment to its inputs: an endless iterator for every training dataset, a few fixed batches for every held-out one."""
+
+from typing import Any
+
+import jax
+
+from data_pipelines.mixture import BatchIterator, Shard, held_out, make_iterator
+from data_pipelines.transforms.examples import Arrays
+from flamingo_jax.experiment import Experiment
+from flamingo_jax.processing.tokenizer import Tokenizer
+
+
+def make_iterators(experiment: Experiment, tokenizer: Tokenizer) -> dict[str, BatchIterator]:
+    """This process's part of every training dataset; raises UserError for what cannot be read."""
+    options = _options(experiment, tokenizer)
+    return {name: make_iterator(dataset, seed=experiment.seed, **options) for name, dataset in experiment.data.items()}
+
+
+def held_out_batches(experiment: Experiment, tokenizer: Tokenizer) -> dict[str, list[Arrays]]:
+    """The first batches of every held-out dataset."""
+    options = _options(experiment, tokenizer)
+    batches = experiment.training.evaluate_batches
+    return {name: held_out(dataset, batches=batches, **options) for name, dataset in experiment.held_out.items()}
+
+
+def _options(experiment: Experiment, tokenizer: Tokenizer) -> dict[str, Any]:
+    options: dict[str, Any] = {"tokenizer": tokenizer, "task": experiment.task, "shard": Shard(jax.process_index(), jax.process_count())}
+    vision = experiment.contrastive.vision if experiment.contrastive else experiment.flamingo.vision if experiment.flamingo else None
+    if vision is not None:
+        options |= {"image_size": vision.image_size, "mean": vision.mean}
+    if experiment.contrastive is not None:
+        options["text_length"] = experiment.contrastive.text.max_length
+    return options

@@ -1,0 +1,127 @@
+"""Between the frozen dataclasses of `flamingo_jax.experiment`, ml_collections ConfigDicts and JSON.
+
+The dataclasses are the only declaration: a ConfigDict or a JSON document is checked against them whenever it becomes one again, and what
+does not fit is a UserError with the key, what was expected and the nearest name.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import ml_collections
+
+from flamingo_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+def to_config(value: Any) -> ml_collections.ConfigDict:
+    """A dataclass as a ConfigDict, nested ones too; None and tuples stay what they are, floats written as ints become floats."""
+    return ml_collections.ConfigDict(dataclasses.asdict(from_config(type(value), dataclasses.asdict(value))))
+
+
+def from_config(cls: type[T], config: Mapping[str, Any], name: str = "config") -> T:
+    """The dataclass that a ConfigDict (or any mapping) describes; keys that are not there keep their defaults.
+
+    Raises: UserError for an unknown key (with the closest one) or a value of the wrong type (with the one expected). `name` stands for
+    the whole in the message.
+    """
+    return _build(cls, config, name)
+
+
+def to_json(value: Any) -> dict[str, Any]:
+    """A dataclass as JSON-able dicts and lists; `from_json` gives it back."""
+    return _plain(dataclasses.asdict(value))
+
+
+def from_json(cls: type[T], document: Mapping[str, Any], name: str = "config") -> T:
+    """The dataclass that a parsed JSON document describes, with the checks of `from_config`."""
+    return _build(cls, document, name)
+
+
+def key_type(cls: type, key: str, config: Mapping[str, Any], name: str = "config") -> Any:
+    """The declared type of the dotted `key`, such as "data.m3w.weight"; a UserError where the schema or `config` has no such key."""
+    kind: Any = cls
+    value: Any = config
+    for part in key.split("."):
+        if value is None:
+            raise UserError(f"{name} is None here, so that {name}.{part} cannot be set: choose a config that has {name}")
+        kind = _without_none(kind)
+        if dataclasses.is_dataclass(kind):
+            fields = typing.get_type_hints(kind)
+            known: Iterable[str] = fields
+        elif typing.get_origin(kind) is dict:
+            fields = dict.fromkeys(value, typing.get_args(kind)[1])
+            known = value
+        else:
+            raise UserError(f"{name} is {describe(kind)} and has no key {part!r}")
+        if part not in fields:
+            raise UserError(_unknown_key(name, part, known))
+        kind, value, name = fields[part], value[part], f"{name}.{part}"
+    return kind
+
+
+def did_you_mean(wrong: str, known: Iterable[str], prefix: str = "") -> str:
+    """", did you mean x or y?" with the names closest to `wrong`, or "" where none is close."""
+    close = difflib.get_close_matches(wrong, list(known), n=3, cutoff=0.5)
+    return f", did you mean {' or '.join(prefix + name for name in close)}?" if close else ""
+
+
+def describe(kind: Any) -> str:
+    """A declared type in words: "an int", "one of 'last', 'all_previous'", "a tuple of strings"."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(repr, arguments))}"
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(describe(a) for a in arguments)
+    if origin is tuple:
+        return f"a tuple of {describe(arguments[0]).split(' ', 1)[1]}s"
+    if origin is dict:
+        return f"a dict of {describe(arguments[1]).split(' ', 1)[1]}s by name"
+    words = {int: "an int", float: "a float", bool: "a bool", str: "a string", types.NoneType: "None"}
+    return words.get(kind, f"a {getattr(kind, '__name__', kind)}")
+
+
+def _build(kind: Any, value: Any, name: str) -> Any:
+    """`value` as the declared `kind`, or a UserError."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _build(_without_none(kind), value, name)
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping | ml_collections.ConfigDict):
+        hints = typing.get_type_hints(kind)
+        for key in value:
+            if key not in hints:
+                raise UserError(_unknown_key(name, key, hints))
+        return kind(**{key: _build(hints[key], value[key], f"{name}.{key}") for key in value})  # type: ignore[operator]
+    if origin is dict and isinstance(value, Mapping | ml_collections.ConfigDict):
+        return {key: _build(arguments[1], value[key], f"{name}.{key}") for key in value}
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_build(arguments[0], item, f"{name}[{place}]") for place, item in enumerate(value))
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if kind in (int, bool, str) and type(value) is kind:
+        return value
+    if origin is typing.Literal and value in arguments:
+        return value
+    raise UserError(f"{name} is {value!r}, but must be {describe(kind)}")
+
+
+def _without_none(kind: Any) -> Any:
+    if typing.get_origin(kind) not in (types.UnionType, typing.Union):
+        return kind
+    (inner,) = (a for a in typing.get_args(kind) if a is not types.NoneType)
+    return inner
+
+
+def _unknown_key(name: str, key: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    return f"{name} has no key {key!r}" + (did_you_mean(key, known) or f": it has {', '.join(known)}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

@@ -1,0 +1,182 @@
+"""What all commands share: flags, `--config` with overrides, one sentence for a user's mistake, and a readable --help."""
+
+import importlib.util
+import json
+import logging
+import os
+import pathlib
+import re
+import sys
+import tempfile
+import textwrap
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+import ml_collections
+from absl import flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from flamingo_jax import configuring
+from flamingo_jax.errors import UserError
+from flamingo_jax.experiment import Experiment
+
+CONFIG = "config"
+_OVERRIDE = re.compile(rf"^--?(?:no)?{CONFIG}\.([^=]*)")
+
+
+def define_config() -> flags.FlagHolder:
+    """The flag `--config=FILE[:argument]`, whose fields `--config.key=value` overrides."""
+    return config_flags.DEFINE_config_file(CONFIG, None, "Python file with get_config(), as FILE or FILE:argument; --config.key=value sets one field.")
+
+
+def experiment(flag: flags.FlagHolder) -> Experiment:
+    """The flag's config, overrides applied, checked against the schema. UserError: no --config, unknown keys, wrong types."""
+    if flag.value is None:
+        raise UserError("--config is not set: name a config file, such as --config=configs/quickstart.py:flamingo")
+    return configuring.from_config(Experiment, flag.value)
+
+
+def write_config(value: Experiment, path: pathlib.Path) -> None:
+    """The experiment as JSON for `configuring.from_json`, moved into place so that a reader never sees half of it."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
+        json.dump(configuring.to_json(value), file, indent=2)
+        file.write("\n")
+    os.replace(file.name, path)
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Parses the command line, runs `main` and exits with what it returns.
+
+    A UserError, and whatever is wrong with the command line, is `error: <sentence>` on stderr and its exit code (2), without a traceback.
+    """
+    _set_up_logging()
+    try:
+        if {"--help", "-help", "-h", "--helpshort", "--helpfull"} & set(sys.argv[1:]):
+            print(_help(sys.argv))
+            sys.exit(0)
+        _parse(sys.argv)
+        code = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    sys.exit(code or 0)
+
+
+def load_config(location: str) -> ml_collections.ConfigDict:
+    """The config of FILE or FILE:argument. UserError: no such file, a file that fails, or one whose get_config makes no ConfigDict."""
+    path, _, argument = location.partition(":")
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"--{CONFIG}={location}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location("config_file", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--{CONFIG}={location}: {path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(argument) if argument else module.get_config()
+    except (UserError, ValueError) as error:
+        raise UserError(f"--{CONFIG}={location}: {error}") from None
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(f"--{CONFIG}={location} fails with {type(error).__name__}: {error} ({line.filename}, line {line.lineno})") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"--{CONFIG}={location}: get_config returned {type(config).__name__}, not a ConfigDict")
+    return config
+
+
+def _set_up_logging() -> None:
+    absl_logging.use_absl_handler()
+    absl_logging.set_verbosity(absl_logging.INFO)
+    absl_logging.set_stderrthreshold("info")
+    absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    # At the level of information these report every save and every compilation.
+    for noisy in ("jax", "orbax", "absl", "tensorstore", "grain", "tensorflow_datasets"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _parse(argv: Sequence[str]) -> None:
+    """Fills absl's FLAGS from the command line; a UserError for whatever is wrong with it."""
+    overrides = [match[1] for match in map(_OVERRIDE.match, argv) if match]
+    config = _checked_config(argv, overrides)
+    try:
+        rest = flags.FLAGS(list(argv))
+    except flags.UnrecognizedFlagError as error:
+        known = [name for name in flags.FLAGS if "." not in name]
+        raise UserError(f"there is no flag --{error.flagname}{configuring.did_you_mean(error.flagname, known, '--')}; --help lists them") from None
+    except flags.IllegalFlagValueError as error:
+        wrong = re.match(rf"flag --{CONFIG}\.([^=]+)=(.*?): ", str(error), re.DOTALL)
+        if wrong is None or config is None:
+            raise UserError(" ".join(str(error).split())) from None
+        raise _wrong_type(wrong[1], wrong[2], config) from None
+    except (flags.Error, config_flags.UnsupportedOperationError, ValueError, TypeError) as error:
+        raise UserError(" ".join(str(error).split())) from None
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r} is no flag: write --name=value; --help lists the flags")
+
+
+def _checked_config(argv: Sequence[str], overrides: Sequence[str]) -> ml_collections.ConfigDict | None:
+    """The --config of a command line before its overrides, whose keys are checked here: config_flags answers with tracebacks."""
+    location = _config_location(argv)
+    if location is None or CONFIG not in flags.FLAGS:
+        if overrides:
+            why = "comes without --config=FILE" if CONFIG in flags.FLAGS else "was given, but this command takes no config"
+            raise UserError(f"--{CONFIG}.{overrides[0]} {why}; see --help")
+        return None
+    config = load_config(location)
+    for key in overrides:
+        kind = configuring.key_type(Experiment, key, config)
+        if isinstance(config_value(config, key), ml_collections.ConfigDict):
+            raise UserError(f"{CONFIG}.{key} is {configuring.describe(kind)}: set its keys one by one, as --{CONFIG}.{key}.name=value")
+    return config
+
+
+def config_value(config: ml_collections.ConfigDict, key: str) -> Any:
+    """The value at a dotted key."""
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def _config_location(argv: Sequence[str]) -> str | None:
+    found = None
+    for place, argument in enumerate(argv):
+        if argument in (f"--{CONFIG}", f"-{CONFIG}") and place + 1 < len(argv):
+            found = argv[place + 1]
+        elif match := re.match(rf"^--?{CONFIG}=(.*)$", argument, re.DOTALL):
+            found = match[1]
+    return found
+
+
+def _wrong_type(key: str, text: str, config: Mapping[str, Any]) -> UserError:
+    return UserError(f"{CONFIG}.{key} is {text!r}, but must be {configuring.describe(configuring.key_type(Experiment, key, config))}")
+
+
+def _help(argv: Sequence[str]) -> str:
+    """The command's docstring, its flags, and with --config every key of that config and its value."""
+    main = sys.modules["__main__"]
+    lines = [(main.__doc__ or "").strip(), "", "Flags:"]
+    own = {flag.name: flag for flag in flags.FLAGS.get_key_flags_for_module(argv[0])}
+    if CONFIG in flags.FLAGS:
+        own = {CONFIG: flags.FLAGS[CONFIG]} | own
+    for flag in own.values():
+        choices = f" One of {', '.join(flag.parser.enum_values)}." if isinstance(flag.parser, flags.EnumParser) else ""
+        default = "" if flag.default in (None, [], "") else f" (default: {flag.default})"
+        lines += [f"  --{flag.name}", textwrap.fill(f"{flag.help}{choices}{default}", 110, initial_indent="      ", subsequent_indent="      ")]
+    if CONFIG in own:
+        location = _config_location(argv)
+        if location is None:
+            lines += ["", "With --config=FILE, --help lists every --config.key and its value; flamingo_jax/experiment.py explains them."]
+        else:
+            lines += ["", f"Keys of {location} (flamingo_jax/experiment.py explains them):"]
+            lines += [f"  --config.{key}={value}" for key, value in _leaves(load_config(location).to_dict(), "")]
+    return "\n".join(lines)
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

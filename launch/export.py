@@ -1,0 +1,61 @@
+"""Writes the parameters of a finished stage as one folder: sharded safetensors, config.json and the tokenizer.
+
+    python -m launch.export --workdir=runs/quickstart/flamingo --output=runs/quickstart/export
+
+The newest whole checkpoint in the workdir is taken; frozen parts are read from the exports they came from, so that the folder stands alone.
+"""
+
+import dataclasses
+import json
+import logging
+import pathlib
+
+import jax
+from absl import flags
+
+from flamingo_jax import configuring, errors
+from flamingo_jax.checkpointing.checkpoints import Checkpoints
+from flamingo_jax.checkpointing.export import export_model
+from flamingo_jax.experiment import Experiment
+from flamingo_jax.partitioning.mesh import make_mesh
+from flamingo_jax.tasks import stages
+from flamingo_jax.training.assembly import assemble, load_frozen
+from launch import command
+
+log = logging.getLogger("launch")
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run.")
+OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must not be there yet.")
+
+
+def main() -> int:
+    for name, value in (("workdir", WORKDIR.value), ("output", OUTPUT.value)):
+        if not value:
+            raise errors.UserError(f"--{name} is not set: name a folder")
+    workdir, output = pathlib.Path(WORKDIR.value), pathlib.Path(OUTPUT.value)
+    if not (workdir / "config.json").exists():
+        raise errors.UserError(f"--workdir={workdir} holds no config.json: name the folder of a training run")
+    experiment = configuring.from_json(Experiment, json.loads((workdir / "config.json").read_text()))
+    mesh = make_mesh(experiment.mesh)
+    with jax.set_mesh(mesh):
+        assembly = assemble(experiment, mesh)
+        checkpoints = Checkpoints(workdir / "checkpoints", keep_last=experiment.training.keep_last, keep_every=experiment.training.keep_every)
+        step = checkpoints.latest()
+        if step is None:
+            raise errors.UserError(f"{workdir} has no whole checkpoint: train first")
+        state = checkpoints.restore(step, assembly.state)
+        frozen, _ = load_frozen(experiment, assembly)
+    export_model(
+        output,
+        kind=stages.MODEL_FIELD[experiment.task],
+        config=dataclasses.asdict(stages.model_config(experiment)),
+        parameters=state.trainable | frozen,
+        tokenizer_file=workdir / "tokenizer.model",
+        extra_files={"metrics.jsonl": workdir / "metrics.jsonl", "experiment.json": workdir / "config.json"},
+    )
+    log.info("exported step %d of %s to %s", step, workdir, output)
+    return 0
+
+
+if __name__ == "__main__":
+    command.run(main)

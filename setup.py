@@ -1,0 +1,40 @@
+"""flamingo_jax: train, resume, export and evaluate Flamingo models (Alayrac et al. 2022) in JAX."""
+
+import setuptools
+
+setuptools.setup(
+    name="flamingo_jax",
+    version="0.1.0",
+    description="Visual language models after Flamingo, trained and evaluated in JAX.",
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(include=[f"{name}{part}" for name in ("flamingo_jax", "configs", "launch", "data_pipelines") for part in ("", ".*")]),
+    install_requires=[
+        "absl-py>=2.1",
+        "array_record>=0.8",
+        "av>=14",
+        "beautifulsoup4>=4.12",
+        "flax>=0.12",
+        "grain>=0.2.18",
+        # tensorflow-datasets imports it but does not declare it.
+        "importlib_resources>=6",
+        "jax>=0.10.2",
+        "lxml>=5",
+        "matplotlib>=3.8",
+        "ml_collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.12",
+        "pillow>=11",
+        "rich>=13",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2",
+        "tensorboardX>=2.6",
+        "tensorflow-datasets>=4.9.10",
+    ],
+    extras_require={
+        "test": ["mypy>=1.15", "pytest>=8", "ruff>=0.11"],
+        "gpu": ["jax[cuda12]>=0.10.2"],
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "interop-test": ["torch>=2.4", "transformers>=4.50"],
+    },
+)

@@ -1,0 +1,124 @@
+"""Visual conditioning: the frozen language model at gates 0, who sees what, packing, decoding."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from flamingo_jax.experiment import FlamingoConfig, LanguageModelConfig, ResamplerConfig, VisionConfig
+from flamingo_jax.models.flamingo import Flamingo
+from flamingo_jax.models.gated_xattn import media_mask
+
+LANGUAGE_MODEL = LanguageModelConfig(vocab_size=40, layers=5, width=32, heads=2, head_width=16, feed_forward=64)
+CONFIG = FlamingoConfig(
+    vision=VisionConfig(variant="tiny", image_size=48), language_model=LANGUAGE_MODEL, every=2, xattn_heads=2, xattn_head_width=16, xattn_feed_forward=64,
+    resampler=ResamplerConfig(layers=1, width=24, heads=2, head_width=12, latents=3, frames=2, feed_forward=48),
+)
+LENGTH, ROWS, PLACES = 12, 2, 3
+RNG = np.random.default_rng(0)
+TOKENS = jnp.asarray(RNG.integers(0, 41, (ROWS, LENGTH)), jnp.int32)
+POSITIONS = jnp.tile(jnp.arange(LENGTH), (ROWS, 1))
+SEGMENTS = jnp.ones((ROWS, LENGTH), jnp.int32)
+MEDIA_INDEX = jnp.asarray([[-1] * 2 + [0] * 4 + [1] * 3 + [2] * 3, [-1] * 5 + [0] * 7], jnp.int32)
+VISUALS = jnp.asarray([[0, 1, 2], [3, -1, -1]], jnp.int32)
+VISUAL_TOKENS = jax.random.normal(jax.random.key(1), (ROWS * PLACES, 3, 32))
+
+
+def make(**changes: object) -> Flamingo:
+    model = Flamingo(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(0))  # type: ignore[arg-type]
+    model.gated_xattn.layers.attention_gate[...] = jnp.full(model.gated_xattn.layers.attention_gate.shape, 0.8)
+    model.gated_xattn.layers.dense_gate[...] = jnp.full(model.gated_xattn.layers.dense_gate.shape, 0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> Flamingo:
+    return make()
+
+
+def forward(model: Flamingo, visual_tokens: jax.Array | None = VISUAL_TOKENS, **changes: jax.Array) -> jax.Array:
+    arrays = {"tokens": TOKENS, "positions": POSITIONS, "segments": SEGMENTS, "media_index": MEDIA_INDEX, "visuals": VISUALS} | changes
+    graph, state = nnx.split(model)
+    return jax.jit(lambda s, v, a: nnx.merge(graph, s)(visual_tokens=v, **a))(state, visual_tokens, arrays)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_with_gates_at_zero_the_logits_are_the_language_models_to_the_last_bit(every: int) -> None:
+    model = Flamingo(dataclasses.replace(CONFIG, every=every), rngs=nnx.Rngs(0))
+    tokens = jnp.minimum(TOKENS, 39)
+    graph, state = nnx.split(model.language_model)
+    alone = jax.jit(lambda s, t: nnx.merge(graph, s)(t, POSITIONS, SEGMENTS))(state, tokens)
+    np.testing.assert_array_equal(forward(model, tokens=tokens)[..., :40], alone)
+
+
+def test_text_before_the_first_visual_sees_none(model: Flamingo) -> None:
+    other = forward(model, visual_tokens=VISUAL_TOKENS + 1.0)
+    same = forward(model)
+    np.testing.assert_array_equal(other[0, :2], same[0, :2])
+    assert float(jnp.abs(other[0, 2:] - same[0, 2:]).max()) > 1e-3
+
+
+def test_text_with_no_visual_reads_as_if_pictures_were_taken_away(model: Flamingo) -> None:
+    nothing = jnp.full_like(MEDIA_INDEX, -1)
+    np.testing.assert_allclose(forward(model, media_index=nothing), forward(model, visual_tokens=None), atol=1e-6)
+
+
+def test_a_visual_reaches_only_the_text_that_looks_at_it_and_what_reads_that_text(model: Flamingo) -> None:
+    changed = forward(model, visual_tokens=VISUAL_TOKENS.at[1].add(1.0))
+    same = forward(model)
+    np.testing.assert_array_equal(changed[0, :6], same[0, :6])
+    assert float(jnp.abs(changed[0, 6] - same[0, 6]).max()) > 1e-4
+    np.testing.assert_array_equal(changed[1], same[1])
+
+
+def test_an_empty_place_is_never_seen(model: Flamingo) -> None:
+    index = MEDIA_INDEX.at[1].set(1)
+    np.testing.assert_array_equal(forward(model, media_index=index)[1], forward(model, media_index=index, visual_tokens=VISUAL_TOKENS + 1.0)[1])
+
+
+def test_all_previous_sees_earlier_visuals_of_its_own_segment_only() -> None:
+    media_index = jnp.asarray([[0, 0, 1, 2, 3, 3]])
+    segments = jnp.asarray([[1, 1, 1, 2, 2, 2]])
+    mask = media_mask(media_index, segments, jnp.asarray([[5, 6, 7, 8]]), 1, "all_previous")[0, 0]
+    expected = [[1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
+    np.testing.assert_array_equal(mask, np.array(expected, bool))
+
+
+def test_packing_changes_no_logit(model: Flamingo) -> None:
+    rows = forward(model)
+    packed = forward(
+        model,
+        tokens=TOKENS.reshape(1, -1),
+        positions=POSITIONS.reshape(1, -1),
+        segments=jnp.repeat(jnp.arange(1, ROWS + 1), LENGTH)[None],
+        media_index=jnp.where(MEDIA_INDEX >= 0, MEDIA_INDEX + PLACES * jnp.arange(ROWS)[:, None], -1).reshape(1, -1),
+        visuals=VISUALS.reshape(1, -1),
+    )
+    np.testing.assert_allclose(packed.reshape(rows.shape), rows, atol=1e-5)
+
+
+@pytest.mark.parametrize("attend", ["last", "all_previous"])
+def test_decoding_token_by_token_equals_the_whole_row(attend: str) -> None:
+    model = make(attend=attend)
+    whole = forward(model)
+    media, cache = model.prepare_media(VISUAL_TOKENS), model.init_cache(ROWS, 16)
+    graph, state = nnx.split(model)
+    step = jax.jit(lambda s, t, p, m, c: nnx.merge(graph, s).decode(t, p, m, media, VISUALS, c))
+    parts = []
+    for start, stop in [(0, 9), *((i, i + 1) for i in range(9, LENGTH))]:
+        logits, cache = step(state, TOKENS[:, start:stop], POSITIONS[:, start:stop], MEDIA_INDEX[:, start:stop], cache)
+        parts.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-5)
+
+
+def test_the_size_of_the_program_does_not_grow_with_depth() -> None:
+    def lines(layers: int) -> int:
+        config = dataclasses.replace(CONFIG, language_model=dataclasses.replace(LANGUAGE_MODEL, layers=layers))
+        model = nnx.eval_shape(lambda: Flamingo(config, rngs=nnx.Rngs(0)))
+        graph, state = nnx.split(model)
+        return len(jax.jit(lambda s: nnx.merge(graph, s)(TOKENS, POSITIONS, SEGMENTS, MEDIA_INDEX, VISUAL_TOKENS, VISUALS)).lower(state).as_text().splitlines())
+
+    assert lines(13) == lines(5)

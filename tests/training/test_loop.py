@@ -1,0 +1,86 @@
+"""The loop: resume to the bit, signals, non-finite runs, frozen parameters."""
+
+import dataclasses
+import os
+import pathlib
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from flamingo_jax.errors import NotFiniteError, UserError
+from flamingo_jax.partitioning.mesh import make_mesh
+from flamingo_jax.training import loop
+from flamingo_jax.training.assembly import assemble, load_frozen
+from flamingo_jax.training.records import read_lines
+from tests.training import world
+
+
+def losses(workdir: pathlib.Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_lines(workdir / "metrics.jsonl") if "loss" in line}
+
+
+class Stopping(world.Stream):
+    """Sends this process SIGTERM as batch `at` is read."""
+
+    at = 4
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = super().__next__()
+        if self.position == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("unbroken")
+    outcome = loop.train(world.experiment(), world.streams(), {"vtp": [world.batch(world.DATA["vtp"], 9)]}, workdir)
+    assert outcome == loop.Outcome(6, preempted=False)
+    return workdir
+
+
+def test_every_step_is_recorded_with_its_gates(unbroken: pathlib.Path) -> None:
+    lines = read_lines(unbroken / "metrics.jsonl")
+    assert sorted(losses(unbroken)) == [1, 2, 3, 4, 5, 6]
+    assert len(lines[3]["gates/attention"]) == 2 and lines[0]["gates/attention"] != lines[5]["gates/attention"]
+    held_out = lines[-1]
+    assert held_out["held_out/vtp/loss"] > 0 and held_out["held_out/vtp/loss_without_pictures"] > 0
+
+
+def test_a_signal_saves_and_the_next_start_goes_on_to_the_bit(unbroken: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    streams = world.streams() | {"m3w": Stopping(world.DATA["m3w"], 0)}
+    outcome = loop.train(world.experiment(), streams, {}, tmp_path)
+    assert outcome.preempted and 0 < outcome.step < 6
+    again = loop.train(world.experiment(), world.streams(), {}, tmp_path)
+    assert again == loop.Outcome(6, preempted=False)
+    assert losses(tmp_path) == losses(unbroken)
+
+
+def test_the_number_of_devices_does_not_change_the_losses(unbroken: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    mesh = dataclasses.replace(world.experiment().mesh, data=2, fsdp=2, model=2)
+    loop.train(world.experiment(mesh=mesh), world.streams(), {}, tmp_path)
+    for step, loss in losses(unbroken).items():
+        assert losses(tmp_path)[step] == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_base_that_changed_is_refused(unbroken: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="now holds another"):
+        loop.train(world.experiment(seed=1), world.streams(), {}, unbroken)
+
+
+def test_a_run_that_is_not_finite_stops_and_names_the_gradient(tmp_path: pathlib.Path) -> None:
+    optimizer = dataclasses.replace(world.experiment().optimizer, peak_rate=float("inf"), warmup_steps=0)
+    training = dataclasses.replace(world.experiment().training, max_not_finite=1, steps=20)
+    with pytest.raises(NotFiniteError, match="not finite, 2 steps in a row"):
+        loop.train(world.experiment(optimizer=optimizer, training=training), world.streams(), {}, tmp_path)
+
+
+def test_frozen_parameters_have_no_gradient_or_moments() -> None:
+    experiment = world.experiment()
+    assembly = assemble(experiment, make_mesh(experiment.mesh))
+    assert not any(name.startswith(("vision_encoder", "language_model")) for name in assembly.trainable)
+    trained = sum(int(np.prod(s.shape)) for s in assembly.trainable.values())
+    moments = sum(int(np.prod(s.shape)) for s in jax.tree.leaves(assembly.state.optimizer))
+    assert moments <= 2 * trained + 10

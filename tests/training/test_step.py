@@ -1,0 +1,103 @@
+"""The update against the paper's equation written out by hand, one sequence at a time."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from flamingo_jax.tasks import stages
+from flamingo_jax.training.optimizer import make_optimizer
+from flamingo_jax.training.state import TrainState, initial_state, merge_model, split_model
+from flamingo_jax.training.step import make_update
+from tests.training import world
+
+EXPERIMENT = world.experiment()
+
+
+@pytest.fixture(scope="module")
+def parts() -> tuple[Any, dict[str, jax.Array], dict[str, jax.Array]]:
+    graph, parameters = split_model(stages.build_model(EXPERIMENT, nnx.Rngs(params=jax.random.key(3))))
+    for gate in ("attention_gate", "dense_gate"):
+        parameters[f"gated_xattn/layers/{gate}"] = jnp.full((2,), 0.5)
+    frozen = {name: value for name, value in parameters.items() if name.startswith(("vision_encoder", "language_model"))}
+    return graph, {name: value for name, value in parameters.items() if name not in frozen}, frozen
+
+
+@pytest.fixture(scope="module")
+def updated(parts: Any) -> tuple[TrainState, dict[str, Any]]:
+    return run(parts, EXPERIMENT.data)
+
+
+def run(parts: Any, data: Any, batches: Any = None, state: TrainState | None = None, **options: Any) -> Any:
+    graph, trainable, frozen = parts
+    optimizer = make_optimizer(EXPERIMENT.optimizer, 6, trainable)
+    update = jax.jit(make_update(graph, stages.make_task(EXPERIMENT), optimizer, data, **options))
+    return update(state or initial_state(trainable, optimizer, 0), frozen, batches or world.batches())
+
+
+def test_the_update_is_the_papers_equation(parts: Any, updated: Any) -> None:
+    """sum over datasets of lambda * mean over sequences of - sum over tokens of log p, differentiated whole, then AdamW."""
+    graph, trainable, frozen = parts
+
+    def objective(trainable: Any) -> jax.Array:
+        model = merge_model(graph, trainable, frozen)
+        total = jnp.float32(0)
+        for name, data in world.batches().items():
+            visual_tokens = model.encode_visuals(data["images"], data["frame_mask"])
+            likelihoods = []
+            for row in range(data["tokens"].shape[0]):
+                for segment in range(1, data["segments"][row].max() + 1):
+                    here = data["segments"][row] == segment
+                    padded = lambda a, fill: np.concatenate([a[row][here], np.full((~here).sum(), fill, a.dtype)])[None]
+                    tokens, mask = padded(data["tokens"], 0), padded(data["loss_mask"], False)
+                    logits = model(
+                        tokens, padded(data["positions"], 0), padded(data["segments"], 0), padded(data["media_index"], -1), visual_tokens, data["visuals"][row][None]
+                    )
+                    log_p = jax.nn.log_softmax(logits[0, :-1])[jnp.arange(tokens.shape[1] - 1), tokens[0, 1:]]
+                    likelihoods.append(jnp.sum(log_p * mask[0, 1:]))
+            total += world.DATA[name].weight * -jnp.mean(jnp.stack(likelihoods))
+        return total
+
+    loss, gradient = jax.jit(jax.value_and_grad(objective))(trainable)
+    state, metrics = updated
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["gradient_norm"], optax.global_norm(gradient), rtol=1e-4)
+    optimizer = make_optimizer(EXPERIMENT.optimizer, 6, trainable)
+    updates, moments = optimizer.update(gradient, optimizer.init(trainable), trainable)
+    for ours, theirs in zip(jax.tree.leaves(state.optimizer), jax.tree.leaves(moments), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6 * float(np.abs(theirs).max()) + 1e-9)
+
+
+def test_microbatches_give_the_same_gradient(parts: Any, updated: Any) -> None:
+    data = {name: dataclasses.replace(dataset, microbatches=2) for name, dataset in EXPERIMENT.data.items()}
+    state, metrics = run(parts, data)
+    np.testing.assert_allclose(metrics["loss"], updated[1]["loss"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["gradient_norm"], updated[1]["gradient_norm"], rtol=1e-5)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_counts(parts: Any, updated: Any) -> None:
+    graph, trainable, frozen = parts
+    broken = frozen | {"language_model/embedding": frozen["language_model/embedding"].at[7].set(jnp.nan)}
+    batches = world.batches()
+    batches = {name: data | {"tokens": np.where(data["tokens"] == 7, 7 if name == "vtp" else 8, data["tokens"])} for name, data in batches.items()}
+    before = updated[0]
+    state, metrics = run((graph, trainable, broken), EXPERIMENT.data, batches, before)
+    assert int(state.step) == 2 and int(state.skipped) == 1 and int(state.skipped_in_a_row) == 1
+    for new, old in zip(jax.tree.leaves((state.trainable, state.optimizer)), jax.tree.leaves((before.trainable, before.optimizer)), strict=True):
+        np.testing.assert_array_equal(new, old)
+    # The tied output table is broken for every dataset, so all are named.
+    assert not any(bool(metrics[f"finite/{name}"]) for name in EXPERIMENT.data)
+    state, _ = run(parts, EXPERIMENT.data, None, state)
+    assert int(state.skipped) == 1 and int(state.skipped_in_a_row) == 0
+
+
+def test_round_robin_makes_one_optimizer_step_per_dataset(parts: Any) -> None:
+    state, metrics = run(parts, EXPERIMENT.data, mode="round_robin")
+    counts = [int(leaf) for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim == 0]
+    assert counts and set(counts) == {4} and int(state.step) == 1
+    assert metrics["loss"] > metrics["loss/vtp"] * 0.03
