@@ -42,6 +42,8 @@ class ContrastiveConfig:
     initial_temperature: float = 1.0
     """Similarities are divided by this at the start; its inverse is learned. ALIGN starts at 1.0."""
     label_smoothing: float = 0.1
+    merge_duplicates: bool = False
+    """Pairs of a batch with the very same caption share the target instead of being each other's negatives: for worlds with few captions."""
 
 
 @dataclasses.dataclass(frozen=True)
