@@ -1,0 +1,220 @@
+"""Prompts in, texts or log-likelihoods out: batches of few shapes, every different visual encoded once."""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flamingo_jax.errors import UserError
+from flamingo_jax.inference.decoding import Prompts
+from flamingo_jax.inference.generation import Decoding, Generated, Vocabulary, generate
+from flamingo_jax.inference.model import Loaded
+from flamingo_jax.inference.prompts import Prompt, PromptBatch, TokenisedPrompt, Visual, collate, power_of_two, round_up, tokenise
+from flamingo_jax.inference.scoring import candidate_scores
+from flamingo_jax.processing.tokenizer import Tokenizer
+
+Array = jax.Array
+Progress = Callable[[int], None]
+"""Told how many prompts more are done."""
+
+TOKENS_IN_BATCH = 16_384
+VISUALS_IN_BATCH = 512
+"""Bounds on a batch's padded tokens and places for visuals, for memory."""
+LOGITS_AT_ONCE = 1 << 26
+FRAMES_AT_ONCE = 64
+KEPT_BYTES = 512 << 20
+"""Visual tokens kept on the host for visuals that come again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What a model wrote after a prompt. score: its log-probability; finished: it ended by itself."""
+
+    text: str
+    score: float
+    finished: bool
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _encode(graph: Any, state: nnx.State, images: Array, frame_mask: Array) -> Array:
+    return nnx.merge(graph, state).encode_visuals(images, frame_mask)
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _features(graph: Any, state: nnx.State, images: Array, frame_mask: Array) -> Array:
+    """Frozen encoder features, averaged over cells and frames: float32 [M, C]."""
+    features = nnx.merge(graph, state).encode_images(images).astype(jnp.float32).mean(axis=2)
+    weights = frame_mask.astype(jnp.float32)[..., None]
+    return (features * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1.0)
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _prepare(graph: Any, state: nnx.State, visual_tokens: Array) -> Any:
+    return nnx.merge(graph, state).prepare_media(visual_tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "decoding", "vocabulary"))
+def _generate(
+    graph: Any, state: nnx.State, prompts: Prompts, media: Any, keys: Array, decoding: Decoding, vocabulary: Vocabulary
+) -> Generated:
+    return generate(nnx.merge(graph, state), prompts, media, keys, decoding, vocabulary)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "at_once"))
+def _score(graph: Any, state: nnx.State, prompts: Prompts, media: Any, candidates: Array, lengths: Array, at_once: int) -> Array:
+    return candidate_scores(nnx.merge(graph, state), prompts, media, candidates, lengths, at_once=at_once)
+
+
+class Engine:
+    """Runs a model on prompts. Answers do not depend on which prompts share a batch, within float32 rounding.
+
+    with_visuals: False takes every picture away, as in the training of a model without pictures; the image tags stay.
+    rows: prompts in a batch at most.
+    """
+
+    def __init__(self, loaded: Loaded, *, with_visuals: bool = True, rows: int = 64):
+        self.tokenizer, self.config = loaded.tokenizer, loaded.config
+        self.with_visuals = with_visuals
+        self._graph, self._state = nnx.split(loaded.model)
+        self._rows = rows
+        self._vocabulary = vocabulary_of(loaded.tokenizer, loaded.config.extra_tokens)
+        self._kept: collections.OrderedDict[bytes, np.ndarray] = collections.OrderedDict()
+        self._kept_bytes = 0
+
+    def generate(self, prompts: Sequence[Prompt], decoding: Decoding, *, seed: int = 0, progress: Progress | None = None) -> list[Completion]:
+        """The continuation of every prompt, without its <EOC>. `seed` matters to sampling only."""
+        found: dict[int, Completion] = {}
+        for places, batch, media_size in self._batches(prompts):
+            # Keyed by the prompt's place in the list, so that what is drawn for it does not depend on its batch.
+            numbers = np.resize(np.array(places, np.uint32), len(batch.lengths))
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
+            prepared, media = self._place(batch, media_size)
+            made = jax.device_get(_generate(self._graph, self._state, prepared, media, keys, decoding, self._vocabulary))
+            for row, place in enumerate(places):
+                text = self.tokenizer.decode(made.tokens[row].tolist())
+                found[place] = Completion(text, float(made.score[row]), bool(made.finished[row]))
+            if progress is not None:
+                progress(len(places))
+        return [found[place] for place in range(len(prompts))]
+
+    def log_likelihoods(
+        self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, close: bool = True, progress: Progress | None = None
+    ) -> list[np.ndarray]:
+        """Log-probability of each prompt's candidates, float64 [number of its candidates].
+
+        A candidate's text counts whole, its leading space too; `close` adds the <EOC> that ends it, so that one which begins another
+        is not favoured.
+        """
+        ids = {text: self.tokenizer.encode(text) + [self.tokenizer.eoc] * close for texts in candidates for text in texts}
+        for text, tokens in ids.items():
+            if not tokens:
+                raise UserError(f"the candidate {text!r} has no tokens: leave it out")
+        longest = round_up(max(map(len, ids.values())), 4)
+        most = max(map(len, candidates))
+        found: dict[int, np.ndarray] = {}
+        for places, batch, media_size in self._batches(prompts):
+            rows = len(batch.lengths)
+            columns = self.config.language_model.vocab_size + self.config.extra_tokens
+            at_once = max(1, min(most, LOGITS_AT_ONCE // (rows * longest * columns), 4 * TOKENS_IN_BATCH // batch.tokens.size))
+            count = round_up(most, at_once)
+            ends, lengths = np.zeros((rows, count, longest), np.int32), np.zeros((rows, count), np.int32)
+            for row, place in enumerate(places):
+                for column, text in enumerate(candidates[place]):
+                    ends[row, column, : len(ids[text])], lengths[row, column] = ids[text], len(ids[text])
+            prepared, media = self._place(batch, media_size)
+            scores = jax.device_get(_score(self._graph, self._state, prepared, media, ends, lengths, at_once))
+            for row, place in enumerate(places):
+                found[place] = scores[row, : len(candidates[place])].astype(np.float64)
+            if progress is not None:
+                progress(len(places))
+        return [found[place] for place in range(len(prompts))]
+
+    def features(self, visuals: Sequence[Visual]) -> np.ndarray:
+        """Frozen vision encoder features for RICES: float32 [M, C] of length 1."""
+        different = {visual.digest: visual for visual in visuals}
+        rows = dict(self._encoded(list(different.values()), _features))
+        features = np.stack([rows[visual.digest] for visual in visuals])
+        return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+
+    def _batches(self, prompts: Sequence[Prompt]) -> Iterator[tuple[list[int], PromptBatch, int]]:
+        """Places of prompts, their batch, and how many visuals its media have room for; prompts of like length share a batch."""
+        if not prompts:
+            return
+        tokenised = [tokenise(prompt, self.tokenizer) for prompt in prompts]
+        longest = round_up(max(len(p.tokens) for p in tokenised))
+        places = max(len(p.visuals) for p in tokenised)
+        rows = min(self._rows, TOKENS_IN_BATCH // longest, VISUALS_IN_BATCH // max(places, 1))
+        rows = min(max(power_of_two(rows + 1) // 2, 1), power_of_two(len(prompts)))
+        order = sorted(range(len(prompts)), key=lambda place: len(tokenised[place].tokens))
+        chosen = [order[start : start + rows] for start in range(0, len(order), rows)]
+        media = power_of_two(max(len({v.digest for place in part for v in tokenised[place].visuals}) for part in chosen))
+        for part in chosen:
+            members = [tokenised[place] for place in part]
+            length = _padded_length(members, longest)
+            yield part, collate(members, rows=rows, length=length, places=places, pad_token=self.tokenizer.pad), media
+
+    def _place(self, batch: PromptBatch, media_size: int) -> tuple[Prompts, Any]:
+        tokens, index, lengths = jax.device_put((batch.tokens, batch.media_index, batch.lengths))
+        if not self.with_visuals or not batch.distinct:
+            return Prompts(tokens, jnp.full_like(index, -1), lengths, None), None
+        return Prompts(tokens, index, lengths, jnp.asarray(batch.visuals)), self._media(batch.distinct, media_size)
+
+    def _media(self, distinct: list[Visual], size: int) -> Any:
+        missing = [visual for visual in distinct if visual.digest not in self._kept]
+        fresh = dict(self._encoded(missing, _encode))
+        tokens = [fresh[v.digest] if v.digest in fresh else self._kept[v.digest] for v in distinct]
+        for digest, value in fresh.items():
+            self._kept[digest] = value
+            self._kept_bytes += value.nbytes
+        for visual in distinct:
+            self._kept.move_to_end(visual.digest)
+        while self._kept_bytes > KEPT_BYTES:
+            self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
+        blank = [np.zeros_like(tokens[0])] * (size - len(tokens))
+        return _prepare(self._graph, self._state, np.stack(tokens + blank))
+
+    def _encoded(self, visuals: list[Visual], encode: Any) -> Iterator[tuple[bytes, np.ndarray]]:
+        """(digest, encoding) of every visual, by number of frames, so that pictures do not pay for clips."""
+        groups: dict[int, list[Visual]] = {}
+        for visual in visuals:
+            groups.setdefault(self._frames(len(visual.frames)), []).append(visual)
+        for frames, group in sorted(groups.items()):
+            most = max(1, FRAMES_AT_ONCE // frames)
+            for start in range(0, len(group), most):
+                part = group[start : start + most]
+                rows = min(power_of_two(len(part)), most)
+                images = np.zeros((rows, frames, *part[0].frames.shape[1:]), np.uint8)
+                mask = np.zeros((rows, frames), bool)
+                for row, visual in enumerate(part):
+                    images[row, : len(visual.frames)], mask[row, : len(visual.frames)] = visual.frames, True
+                encoded = np.asarray(jax.device_get(encode(self._graph, self._state, images, mask)))
+                yield from zip((visual.digest for visual in part), encoded, strict=False)
+
+    def _frames(self, frames: int) -> int:
+        """Clips up to the trained length are masked to it; for longer ones time is stretched, which padding would change."""
+        trained = self.config.resampler.frames
+        return frames if frames == 1 or frames > trained else trained
+
+
+def vocabulary_of(tokenizer: Tokenizer, extra_tokens: int = 1) -> Vocabulary:
+    """<EOC> or <EOS> ends a text; what is never learned as a target is never written."""
+    stop = (tokenizer.eoc, tokenizer.eos)
+    never = {tokenizer.bos, tokenizer.pad, *range(tokenizer.eoc + 1, tokenizer.vocab_size + extra_tokens)}
+    if len(tokenizer.image_tag_ids) == 1:
+        never.add(tokenizer.image_tag_ids[0])
+    return Vocabulary(stop, tuple(sorted(never - set(stop))))
+
+
+def _padded_length(prompts: Sequence[TokenisedPrompt], longest: int) -> int:
+    """Half of the longest, and half of that again, as long as the prompts fit: few lengths, little padding."""
+    need = max(len(prompt.tokens) for prompt in prompts)
+    length = longest
+    while round_up(length // 2) < length and round_up(length // 2) >= need:
+        length = round_up(length // 2)
+    return length

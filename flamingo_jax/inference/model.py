@@ -1,0 +1,68 @@
+"""An exported folder as a model ready to use."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flamingo_jax.checkpointing.export import open_export
+from flamingo_jax.configuring import from_json
+from flamingo_jax.errors import UserError
+from flamingo_jax.experiment import FlamingoConfig
+from flamingo_jax.models.flamingo import Flamingo
+from flamingo_jax.processing.tokenizer import Tokenizer
+from flamingo_jax.pytrees import from_flat, to_flat
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A Flamingo with its tokenizer. `digest` names the exported weights; "" for a model made in memory."""
+
+    model: Flamingo
+    tokenizer: Tokenizer
+    config: FlamingoConfig
+    digest: str = ""
+
+
+def load_flamingo(folder: str | pathlib.Path, dtype: Any = None) -> Loaded:
+    """The model of an exported folder, which is all it needs. Weights keep their stored types and are cast at use.
+
+    Args:
+      dtype: compute type; by default float32 on CPU and bfloat16 on accelerators.
+
+    Raises:
+      UserError: no export, one of another kind, or parameters that are missing, foreign or of another shape.
+    """
+    export = open_export(folder)
+    if export.kind != "flamingo":
+        raise UserError(f"{folder} holds a {export.kind} export, but a Flamingo is needed: name the folder exported from its Flamingo stage")
+    config = from_json(FlamingoConfig, export.config)
+    if export.tokenizer_file is None:
+        raise UserError(f"{folder} holds no tokenizer.model: export the stage again with its tokenizer")
+    tokenizer = Tokenizer.load(export.tokenizer_file)
+    if tokenizer.vocab_size != config.language_model.vocab_size:
+        raise UserError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} pieces, but its language model {config.language_model.vocab_size}: "
+            "they do not belong together"
+        )
+    if dtype is None:
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    abstract = nnx.eval_shape(lambda: Flamingo(config, rngs=nnx.Rngs(0), dtype=dtype))
+    graph, shapes = nnx.split(abstract)
+    parameters = export.read()
+    _check(str(folder), to_flat(shapes), parameters)
+    state = nnx.State(from_flat({name: jnp.asarray(value) for name, value in parameters.items()}))
+    return Loaded(nnx.merge(graph, state), tokenizer, config, export.digest)
+
+
+def _check(folder: str, wanted: dict[str, Any], found: dict[str, Any]) -> None:
+    missing, foreign = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    if missing or foreign:
+        name, what = (missing[0], "lacks") if missing else (foreign[0], "has the unknown parameter")
+        raise UserError(f"{folder} {what} {name} ({len(missing)} missing, {len(foreign)} unknown): export it again with this version")
+    for name, like in wanted.items():
+        if found[name].shape != like.shape:
+            raise UserError(f"{folder}: {name} is {found[name].shape}, but its config.json makes it {like.shape}: the folder is damaged")

@@ -1,0 +1,159 @@
+"""A prompt is a list of parts, text and visuals in any order; here it becomes tokens, and prompts become batches.
+
+The layout is that of training pages (processing/sequences.py): `<BOS>text<EOC><image>text<EOC><image>text`, left open at the end.
+"""
+
+import dataclasses
+import enum
+import functools
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from flamingo_jax.errors import UserError
+from flamingo_jax.processing.sequences import media_index
+from flamingo_jax.processing.tokenizer import Tokenizer
+
+LENGTH_STEP = 32
+"""Prompts are padded to multiples of this, so that few shapes are compiled."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Visual:
+    """A picture or a clip as the model takes it: `frames` uint8 [T, H, W, 3], T = 1 for a picture."""
+
+    frames: np.ndarray
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """Names the pixels: equal pictures are encoded once, wherever they came from."""
+        return hashlib.blake2b(str(self.frames.shape).encode() + np.ascontiguousarray(self.frames).tobytes(), digest_size=16).digest()
+
+
+class Mark(enum.Enum):
+    """Marks that a prompt may hold besides text and visuals."""
+
+    END_OF_CHUNK = "<EOC>"
+
+
+END_OF_CHUNK = Mark.END_OF_CHUNK
+"""Closes a piece of text that no visual follows, as between the text-only examples of a zero-shot prompt."""
+
+Part = str | Visual | Mark
+Prompt = Sequence[Part]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenisedPrompt:
+    """tokens int32 [n] from <BOS>; media_index int32 [n], each token's place in `visuals` or -1."""
+
+    tokens: np.ndarray
+    media_index: np.ndarray
+    visuals: list[Visual]
+
+
+def resolve_tags(prompt: Prompt, tag: str = Tokenizer.image_tag) -> list[Part]:
+    """Text may spell out where the visuals go: literal image tags are then filled with the prompt's visuals in order.
+
+    Without any tag the visuals stand where the list has them. Raises UserError when tags and visuals differ in number.
+    """
+    visuals = [part for part in prompt if isinstance(part, Visual)]
+    tags = sum(part.count(tag) for part in prompt if isinstance(part, str))
+    if not tags:
+        return list(prompt)
+    if tags != len(visuals):
+        more, fewer = ("image tags", "pictures") if tags > len(visuals) else ("pictures", "image tags")
+        raise UserError(
+            f"more {more} than {fewer} in a prompt ({tags} {tag}, {len(visuals)} pictures): write one {tag} for each picture, or none at all"
+        )
+    left = iter(visuals)
+    parts: list[Part] = []
+    for part in prompt:
+        if isinstance(part, Mark):
+            parts.append(part)
+        elif isinstance(part, str):
+            first, *others = part.split(tag)
+            parts.append(first)
+            for text in others:
+                parts += [next(left), text]
+    return [part for part in parts if part != ""]
+
+
+def tokenise(prompt: Prompt, tokenizer: Tokenizer) -> TokenisedPrompt:
+    """Tokens of an open page: an <EOC> closes what stands before a visual, except directly after <BOS> or another <EOC>."""
+    tokens, chunk = [tokenizer.bos], [0]
+    visuals: list[Visual] = []
+
+    def add(ids: Sequence[int]) -> None:
+        tokens.extend(ids)
+        chunk.extend([len(visuals)] * len(ids))
+
+    # Neighbouring texts are one text: its pieces may span them.
+    for part in _joined(resolve_tags(prompt)):
+        if isinstance(part, str):
+            add(tokenizer.encode(part))
+        elif isinstance(part, Visual):
+            if tokens[-1] not in (tokenizer.bos, tokenizer.eoc):
+                add([tokenizer.eoc])
+            visuals.append(part)
+            add(tokenizer.image_tag_ids)
+        else:
+            add([tokenizer.eoc])
+    index = media_index(np.array(chunk, np.int32), len(visuals), "previous")
+    return TokenisedPrompt(np.array(tokens, np.int32), index, visuals)
+
+
+def _joined(prompt: Prompt) -> list[Part]:
+    parts: list[Part] = []
+    for part in prompt:
+        if isinstance(part, str) and parts and isinstance(parts[-1], str):
+            parts[-1] += part
+        else:
+            parts.append(part)
+    return parts
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptBatch:
+    """B prompts padded on the right to L tokens, with N places for visuals.
+
+    tokens, media_index: int32 [B, L]. lengths: int32 [B]. visuals: int32 [B, N], places in `distinct` or -1.
+    distinct: the different visuals of the batch.
+    """
+
+    tokens: np.ndarray
+    media_index: np.ndarray
+    lengths: np.ndarray
+    visuals: np.ndarray
+    distinct: list[Visual]
+
+
+def collate(prompts: Sequence[TokenisedPrompt], *, rows: int, length: int, places: int, pad_token: int) -> PromptBatch:
+    """Rows beyond the prompts repeat the first one, so that they end when it does and nothing new is encoded for them."""
+    tokens = np.full((rows, length), pad_token, np.int32)
+    index = np.full((rows, length), -1, np.int32)
+    lengths = np.zeros(rows, np.int32)
+    visuals = np.full((rows, places), -1, np.int32)
+    number: dict[bytes, int] = {}
+    distinct: list[Visual] = []
+    for row in range(rows):
+        prompt = prompts[row] if row < len(prompts) else prompts[0]
+        size = len(prompt.tokens)
+        tokens[row, :size], index[row, :size], lengths[row] = prompt.tokens, prompt.media_index, size
+        for place, visual in enumerate(prompt.visuals):
+            if visual.digest not in number:
+                number[visual.digest] = len(distinct)
+                distinct.append(visual)
+            visuals[row, place] = number[visual.digest]
+    return PromptBatch(tokens, index, lengths, visuals, distinct)
+
+
+def round_up(count: int, step: int = LENGTH_STEP) -> int:
+    """The least multiple of `step` that is at least `count`."""
+    return -(-count // step) * step
+
+
+def power_of_two(count: int) -> int:
+    """The least power of two that is at least `count`."""
+    return 1 << max(count - 1, 0).bit_length()

@@ -1,0 +1,126 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flamingo_jax.inference.decoding import Prompts
+from flamingo_jax.inference.generation import Decoding, Vocabulary, generate, nucleus
+from flamingo_jax.inference.scoring import candidate_scores
+from tests.inference.world import TableModel
+
+V, STOP, T = 5, 4, 4
+MODEL = TableModel(V)
+VOCABULARY = Vocabulary(stop=(STOP,))
+TOKENS = np.array([[0, 1, 2, 0], [3, 3, 0, 0], [1, 0, 0, 0]], np.int32)
+LENGTHS = np.array([4, 2, 1], np.int32)
+PROMPTS = Prompts(jnp.asarray(TOKENS), jnp.full(TOKENS.shape, -1), jnp.asarray(LENGTHS), None)
+KEYS = jax.random.split(jax.random.key(0), 3)
+
+
+def prompt(row: int) -> list[int]:
+    return TOKENS[row, : LENGTHS[row]].tolist()
+
+
+_whole_rows = jax.jit(lambda tokens, positions: MODEL.decode(tokens, positions, None, None, None, MODEL.init_cache(1, 16))[0])
+
+
+def log_probabilities(tokens: list[int]) -> np.ndarray:
+    """[n, V] of one whole row, read at once and padded to one shape."""
+    row, places = np.zeros((1, 16), np.int32), np.full((1, 16), 16)
+    row[0, : len(tokens)], places[0, : len(tokens)] = tokens, np.arange(len(tokens))
+    return np.asarray(jax.nn.log_softmax(_whole_rows(row, places))[0, : len(tokens)], np.float64)
+
+
+def likelihood(before: list[int], after: list[int]) -> float:
+    rows = log_probabilities(before + after[:-1])[len(before) - 1 :]
+    return float(sum(rows[i, token] for i, token in enumerate(after)))
+
+
+def run(decoding: Decoding, vocabulary: Vocabulary = VOCABULARY) -> list[tuple[list[int], float, bool]]:
+    made = jax.jit(lambda: generate(MODEL, PROMPTS, None, KEYS, decoding, vocabulary))()
+    return [([t for t in row.tolist() if t >= 0], float(s), bool(f)) for row, s, f in zip(*map(np.asarray, made), strict=True)]
+
+
+def test_greedy_takes_the_likeliest_token_until_a_stop() -> None:
+    made = run(Decoding(max_tokens=T))
+    for row, (tokens, score, finished) in enumerate(made):
+        expected: list[int] = []
+        while len(expected) < T and STOP not in expected:
+            expected.append(int(log_probabilities(prompt(row) + expected)[-1].argmax()))
+        assert tokens == [t for t in expected if t != STOP]
+        assert finished == (STOP in expected)
+        assert score == pytest.approx(likelihood(prompt(row), expected), abs=1e-5)
+
+
+def test_a_wide_beam_finds_the_likeliest_of_all_sequences() -> None:
+    made = run(Decoding(max_tokens=T, beam=V**3))
+    for row, (tokens, score, finished) in enumerate(made):
+        closed = [[*body, STOP] for n in range(T) for body in itertools.product(range(STOP), repeat=n)]
+        best = max(closed, key=lambda tokens: likelihood(prompt(row), tokens))
+        assert finished
+        assert tokens == best[:-1]
+        assert score == pytest.approx(likelihood(prompt(row), best), abs=1e-4)
+
+
+def test_a_length_penalty_ranks_by_mean_like_scores() -> None:
+    made = run(Decoding(max_tokens=T, beam=V**3, length_penalty=2.0))
+    for row, (tokens, _, _) in enumerate(made):
+        closed = [[*body, STOP] for n in range(T) for body in itertools.product(range(STOP), repeat=n)]
+        best = max(closed, key=lambda tokens: likelihood(prompt(row), tokens) / ((5 + len(tokens)) / 6) ** 2)
+        assert tokens == best[:-1]
+
+
+@pytest.mark.parametrize("beam", [2, 3])
+def test_a_narrow_beam_equals_a_written_out_one(beam: int) -> None:
+    made = run(Decoding(max_tokens=T, beam=beam))
+    for row, (tokens, score, _) in enumerate(made):
+        opened: list[tuple[float, list[int]]] = [(0.0, [])]
+        best: tuple[float, list[int]] = (-np.inf, [])
+        for _ in range(T):
+            grown = [(likelihood(prompt(row), [*h, t]), [*h, t]) for _, h in opened for t in range(V)]
+            grown.sort(key=lambda pair: -pair[0])
+            for value, tokens_ in grown[:beam]:
+                if tokens_[-1] == STOP and value > best[0]:
+                    best = (value, tokens_[:-1])
+            opened = [pair for pair in grown if pair[1][-1] != STOP][:beam]
+        expected = best if best[0] > -np.inf else opened[0]
+        assert tokens == expected[1]
+        assert score == pytest.approx(expected[0], abs=1e-4)
+
+
+def test_what_is_never_written_is_not_written() -> None:
+    for beam in (1, 3):
+        for tokens, _, _ in run(Decoding(max_tokens=T, beam=beam), Vocabulary(stop=(STOP,), never=(0, 2))):
+            assert not {0, 2} & set(tokens)
+
+
+def test_nucleus_keeps_the_smallest_set_that_reaches_the_share() -> None:
+    probabilities = np.array([[0.5, 0.1, 0.3, 0.06, 0.04], [0.2, 0.2, 0.2, 0.2, 0.2]])
+    kept = np.isfinite(nucleus(jnp.log(probabilities), 0.75))
+    np.testing.assert_array_equal(kept[0], [True, False, True, False, False])
+    np.testing.assert_array_equal(np.isfinite(nucleus(jnp.log(probabilities), 0.85))[0], [True, True, True, False, False])
+
+
+def test_sampling_follows_the_models_distribution_and_its_keys() -> None:
+    count = 4000
+    prompts = Prompts(*(jnp.repeat(a[:1], count, axis=0) for a in PROMPTS[:3]), None)
+    sample = jax.jit(lambda keys: generate(MODEL, prompts, None, keys, Decoding(max_tokens=1, temperature=1.5), Vocabulary(stop=())).tokens[:, 0])
+    drawn = np.asarray(sample(jax.random.split(jax.random.key(3), count)))
+    wanted = jax.nn.softmax(log_probabilities(prompt(0))[-1] / 1.5)
+    np.testing.assert_allclose(np.bincount(drawn, minlength=V) / count, wanted, atol=0.03)
+    np.testing.assert_array_equal(drawn, sample(jax.random.split(jax.random.key(3), count)))
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_candidate_scores_are_the_likelihoods_of_whole_sequences(at_once: int) -> None:
+    candidates = [[[1, 2], [0], [3, 1, 4]], [[2, 2, 2], [4], []], [[0, 1], [1, 0], [2]]]
+    tokens, lengths = np.zeros((3, 3, 4), np.int32), np.zeros((3, 3), np.int32)
+    for row, column in itertools.product(range(3), range(3)):
+        ids = candidates[row][column]
+        tokens[row, column, : len(ids)], lengths[row, column] = ids, len(ids)
+    scores = jax.jit(lambda t, n: candidate_scores(MODEL, PROMPTS, None, t, n, at_once=at_once))(tokens, lengths)
+    for row, column in itertools.product(range(3), range(3)):
+        ids = candidates[row][column]
+        assert float(scores[row, column]) == pytest.approx(likelihood(prompt(row), ids) if ids else -np.inf, abs=1e-5)
