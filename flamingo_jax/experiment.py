@@ -60,6 +60,8 @@ class LanguageModelConfig:
     positions: Literal["transformer_xl", "rotary"] = "transformer_xl"
     rope_base: float = 10_000.0
     tied_embeddings: bool = True
+    embedding_scale: float = 1.0
+    """Input embeddings are multiplied by this. Small ones beside what attention writes let copying in context emerge sooner."""
     norm_eps: float = 1e-6
 
 
@@ -131,6 +133,9 @@ class DatasetConfig:
 class OptimizerConfig:
     """AdamW as the paper has it (B.1.2); betas and eps are not published."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon: matrices are updated along their orthogonalised momentum (Jordan et al. 2024), everything else by AdamW at the same rate. It
+    needs about half of AdamW's steps in short runs; the paper has AdamW."""
     peak_rate: float = 1e-4
     warmup_steps: int = 5_000
     decay: Literal["constant", "linear", "cosine"] = "constant"
@@ -142,7 +147,10 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     no_decay: tuple[str, ...] = ("resampler/.*",)
     """Regular expressions over parameter names that get no weight decay (paper: the resampler)."""
+    decay_vectors: bool = False
+    """Weight decay also on norm scales, biases and gates (see `training.optimizer.make_optimizer`)."""
     clip_norm: float = 1.0
+    """Largest global norm of the gradient; 0 for no clipping. With `adaptive_clip`, of all but the vision encoder's."""
     adaptive_clip: float = 0.0
     """Adaptive gradient clipping of the vision encoder (NFNet); 0 for none, the paper's contrastive stage has 1e-2."""
 

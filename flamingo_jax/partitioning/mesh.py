@@ -1,45 +1,55 @@
-"""The mesh of devices: `data` (replicas), `fsdp` (parameters and moments sharded, gathered to use), `model` (Megatron)."""
+"""The device mesh: `data` (replicas), `fsdp` (parameters sharded, gathered to use), `model` (Megatron)."""
+
+import math
+from collections.abc import Sequence
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment, MeshConfig
 
-AXES = ("data", "fsdp", "model")
+DATA, FSDP, MODEL = AXES = ("data", "fsdp", "model")
+ROWS = (DATA, FSDP)
+"""The axes that share a batch's rows."""
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh over all devices; a UserError where the sizes do not multiply to their number."""
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of all `devices` (by default every device of the run) with Auto axes data, fsdp and model.
+
+    Raises: UserError where the sizes do not multiply to the number of devices.
+    """
+    count = len(jax.devices() if devices is None else devices)
     sizes = [config.data, config.fsdp, config.model]
-    devices = jax.device_count()
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"config.mesh has the sizes {dict(zip(AXES, sizes, strict=True))}: use positive numbers and -1 at most once")
-    given = int(np.prod([size for size in sizes if size != -1]))
-    if -1 in sizes and devices % given == 0:
-        sizes[sizes.index(-1)] = devices // given
-    if int(np.prod(sizes)) != devices:
-        raise UserError(
-            f"config.mesh asks for {' x '.join(map(str, sizes))} devices as data x fsdp x model, but there are {devices}: change a size, or set one to -1"
-        )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    wanted = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+        raise UserError(f"config.mesh is {wanted}: sizes must be 1 or more, and one of them may be -1 for all devices that are left")
+    fixed = math.prod(size for size in sizes if size != -1)
+    if count % fixed or (-1 not in sizes and fixed != count):
+        hint = f"choose sizes that multiply to {count}, or -1 for one of them"
+        if -1 in sizes:
+            hint = f"make the product of the other sizes a divisor of {count}"
+        raise UserError(f"config.mesh {wanted} does not fit {count} devices: {hint}")
+    shape = tuple(count // fixed if size == -1 else size for size in sizes)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows (and the visuals, which lie in the order of their rows) over `data` and `fsdp`."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    """Rows (and visuals) over data and fsdp, repeated over model."""
+    return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
 def check_batches(experiment: Experiment, mesh: Mesh) -> None:
-    """A UserError where a dataset's rows do not divide over the mesh and its microbatches."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    for group in ("data", "held_out"):
-        for name, dataset in getattr(experiment, group).items():
-            parts = shards * (dataset.microbatches if group == "data" else 1)
-            if dataset.batch_size < 1 or dataset.batch_size % parts:
-                fit = max(dataset.batch_size // parts, 1) * parts
-                raise UserError(
-                    f"config.{group}.{name}.batch_size is {dataset.batch_size}, which does not divide over {shards} data shards "
-                    f"x {parts // shards} microbatches: make it {fit}, or change the mesh"
-                )
+    """A UserError for the first dataset whose batch does not divide into the mesh's row shards times its microbatches."""
+    shards = mesh.shape[DATA] * mesh.shape[FSDP]
+    for place, datasets in (("data", experiment.data), ("held_out", experiment.held_out)):
+        for name, dataset in datasets.items():
+            # Held-out batches are evaluated whole.
+            parts = dataset.microbatches if place == "data" else 1
+            if parts < 1:
+                raise UserError(f"config.{place}.{name}.microbatches is {parts}, but must be 1 or more")
+            divisor, size = shards * parts, dataset.batch_size
+            if size < 1 or size % divisor:
+                what = f"{mesh.shape[DATA]} (data) x {mesh.shape[FSDP]} (fsdp) devices" + (f" x {parts} microbatches" if parts > 1 else "")
+                near = max(round(size / divisor), 1) * divisor
+                raise UserError(f"config.{place}.{name}.batch_size is {size}, but {what} share it: make it a multiple of {divisor}, such as {near}")

@@ -1,114 +1,154 @@
-"""Ordered tables of (regular expression, rule) over parameter names, first match wins: what is trained, and how it is sharded.
+"""Ordered tables of (regular expression, rule) over parameter names: what trains, and where each array's axes lie on the mesh.
 
-A parameter that no rule matches and a rule that matches nothing are errors that name it.
+The first expression that matches the whole name decides. A parameter that no rule matches and a rule that matches nothing are errors: a
+table that has fallen behind the model says so at once. Names of stacks carry no layer number, and a rule speaks of one layer: the leading
+layer axis is never sharded, since the scan over layers would gather it at every step.
 """
 
+import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flamingo_jax.errors import UserError
+from flamingo_jax.partitioning.mesh import FSDP, MODEL
+from flamingo_jax.pytrees import STACK
 
-Rule = TypeVar("Rule")
-Table = Sequence[tuple[str, Rule]]
+R = TypeVar("R")
+Axes = tuple[str | None, ...]
+"""The mesh axis of each of an array's axes; those past the end are on none."""
 
-TRAINED: dict[str, Table[bool]] = {
-    "contrastive": ((".*", True),),
-    "language_modelling": ((".*", True),),
+LARGE = 2**24
+"""An array with more elements than this that an axis of the mesh should shard, but cannot, is an error: it would fill every device."""
+
+
+class Rule(NamedTuple, Generic[R]):
+    pattern: str
+    """Regular expression for the whole name."""
+    value: R
+    optional: bool = False
+    """The model has these parameters only with some of its options, so that the rule may match nothing."""
+
+
+FREEZING: dict[str, tuple[Rule[bool], ...]] = {
+    "contrastive": (Rule(".*", True),),
+    "language_modelling": (Rule(".*", True),),
     "flamingo": (
-        ("vision_encoder/.*", False),
-        ("language_model/.*", False),
-        ("resampler/.*", True),
-        ("visual_projection", True),
-        ("gated_xattn/.*", True),
-        ("extra_embedding", True),
+        Rule("vision_encoder/.*", False),
+        Rule("language_model/.*", False),
+        Rule("resampler/.*", True),
+        Rule("visual_projection", True),
+        Rule("gated_xattn/layers/.*", True),
+        Rule("extra_embedding", True),
     ),
 }
-"""By task (paper: both backbones are frozen)."""
+"""By task: True trains. What is frozen has no gradient, no moments and no place in a checkpoint."""
 
-# Axes count from the end, so that a stack's leading layer axis does not matter. Megatron: heads and hidden units over `model`.
-_TRANSFORMER: Table[tuple[int, str] | None] = (
-    (r".*attention/(query|key|value|position)", (-2, "model")),
-    (r".*attention/out", (-3, "model")),
-    (r".*attention/(content|position)_bias", (-2, "model")),
-    (r".*feed_forward/up", (-1, "model")),
-    (r".*feed_forward/down", (-2, "model")),
-)
-_LANGUAGE_MODEL: Table[tuple[int, str] | None] = (
-    (r".*/?embedding", (-2, "model")),
-    (r".*/?head", (-1, "model")),
-    *_TRANSFORMER,
-    (r".*norm/(scale|bias)", None),
-)
-SHARDED: dict[str, Table[tuple[int, str] | None]] = {
-    "contrastive": ((".*", None),),
-    "language_modelling": _LANGUAGE_MODEL,
+REPLICATED: Axes = ()
+
+
+def _language_model(prefix: str) -> tuple[Rule[Axes], ...]:
+    """Megatron (Shoeybi et al. 2019): heads and hidden units over `model`, the vocabulary too; norms on every device."""
+    return (
+        Rule(f"{prefix}embedding", (MODEL, None)),
+        Rule(f"{prefix}head", (None, MODEL), optional=True),
+        Rule(f"{prefix}layers/attention/(query|key|value|position)", (None, MODEL, None)),
+        Rule(f"{prefix}layers/attention/(content|position)_bias", (MODEL, None), optional=True),
+        Rule(f"{prefix}layers/attention/out", (MODEL, None, None)),
+        Rule(f"{prefix}layers/feed_forward/up", (None, MODEL)),
+        Rule(f"{prefix}layers/feed_forward/down", (MODEL, None)),
+        Rule(f"{prefix}(layers/[a-z_]+_norm|final_norm)/scale", REPLICATED),
+    )
+
+
+SHARDING: dict[str, tuple[Rule[Axes], ...]] = {
+    "contrastive": (
+        Rule("vision/.*", REPLICATED),
+        Rule("text/.*", REPLICATED),
+        Rule("(vision|text)_projection", REPLICATED),
+        Rule("log_inverse_temperature", REPLICATED),
+    ),
+    "language_modelling": _language_model(""),
     "flamingo": (
-        (r"vision_encoder/.*", None),
-        (r"resampler/.*", None),
-        (r"visual_projection", None),
-        (r"extra_embedding", None),
-        (r"gated_xattn/layers/(query|key|value)", (-2, "model")),
-        (r"gated_xattn/layers/out", (-3, "model")),
-        (r"gated_xattn/layers/.*_gate", None),
-        (r"gated_xattn/layers/feed_forward/up", (-1, "model")),
-        (r"gated_xattn/layers/feed_forward/down", (-2, "model")),
-        *_LANGUAGE_MODEL,
+        # The paper leaves the encoder whole on every device; it runs data-parallel.
+        Rule("vision_encoder/.*", REPLICATED),
+        Rule("resampler/.*", REPLICATED),
+        Rule("visual_projection", REPLICATED),
+        Rule("gated_xattn/layers/(query|key|value)", (None, MODEL, None)),
+        Rule("gated_xattn/layers/out", (MODEL, None, None)),
+        Rule("gated_xattn/layers/feed_forward/up", (None, MODEL)),
+        Rule("gated_xattn/layers/feed_forward/down", (MODEL, None)),
+        Rule("gated_xattn/layers/([a-z]+_norm/(scale|bias)|[a-z]+_gate)", REPLICATED),
+        *_language_model("language_model/"),
+        Rule("extra_embedding", REPLICATED),
     ),
 }
-"""By task: the axis of a parameter that lies over a mesh axis, or None. `fsdp` takes the largest axis that is left."""
-
-OPTIONAL = {r".*/?head", r".*attention/(content|position)_bias"}
-"""Rules for parts that a model need not have."""
-SMALL = 2**16
-"""Parameters with fewer elements than this are not sharded over `fsdp`: gathering them costs more than they take."""
+"""By task: where `model` lies. `fsdp` is added to what trains: see `shardings`."""
 
 
-def match(table: Table[Rule], names: Sequence[str], what: str) -> dict[str, Rule]:
-    """The rule of every name; a UserError for a name without one or a rule without a name."""
-    found: dict[str, Rule] = {}
-    unused = {pattern for pattern, _ in table} - OPTIONAL
+def match(rules: Sequence[Rule[R]], names: Iterable[str]) -> dict[str, R]:
+    """Each name's rule. Raises: ValueError for a name that no rule matches, or a rule that is not optional and decides nothing."""
+    used, found = set(), {}
     for name in names:
-        for pattern, rule in table:
-            if re.fullmatch(pattern, name):
-                found[name] = rule
-                unused.discard(pattern)
-                break
-        else:
-            raise UserError(f"no {what} rule matches the parameter {name}: add one to flamingo_jax/partitioning/rules.py")
-    if unused:
-        raise UserError(f"the {what} rule {sorted(unused)[0]!r} matches no parameter: mend or remove it in flamingo_jax/partitioning/rules.py")
+        place = next((place for place, rule in enumerate(rules) if re.fullmatch(rule.pattern, name)), None)
+        if place is None:
+            raise ValueError(f"no rule matches the parameter {name!r}: add one to the table in {__name__}")
+        used.add(place)
+        found[name] = rules[place].value
+    for place, rule in enumerate(rules):
+        if place not in used and not rule.optional:
+            raise ValueError(f"the rule {rule.pattern!r} decides about no parameter: correct or remove it in {__name__}")
     return found
 
 
-def trainable_names(task: str, shapes: Mapping[str, Any]) -> set[str]:
-    """The parameters that the task trains."""
-    return {name for name, trained in match(TRAINED[task], list(shapes), "training").items() if trained}
+def trainable_names(task: str, names: Iterable[str]) -> frozenset[str]:
+    """The names of the parameters that the task trains."""
+    return frozenset(name for name, trains in match(FREEZING[task], names).items() if trains)
 
 
 def shardings(task: str, shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
-    """Every parameter's sharding; a UserError where an axis does not divide over the mesh."""
-    rules = match(SHARDED[task], list(shapes), "sharding")
-    return {name: NamedSharding(mesh, _spec(name, shapes[name].shape, rules[name], mesh)) for name in shapes}
+    """Each parameter's sharding.
+
+    `model` lies where the task's table says. `fsdp` shards the largest other axis, that it divides, of every trained matrix; moments follow
+    their parameters. An axis that does not divide is left whole, which is an error for arrays of more than LARGE elements.
+
+    Args:
+      shapes: {name: anything with a shape}, stacks with their leading layer axis.
+    """
+    trained = trainable_names(task, shapes)
+    axes = match(SHARDING[task], shapes)
+    return {name: NamedSharding(mesh, _spec(name, s.shape, axes[name], mesh, name in trained)) for name, s in shapes.items()}
 
 
-def _spec(name: str, shape: tuple[int, ...], rule: tuple[int, str] | None, mesh: Mesh) -> PartitionSpec:
-    axes: list[str | None] = [None] * len(shape)
-    if rule is not None:
-        axis, over = rule
-        if shape[axis] % mesh.shape[over]:
-            raise UserError(
-                f"{name} has {shape[axis]} entries along the axis that lies over mesh.{over} = {mesh.shape[over]}, which does not divide them: make mesh.{over} smaller"
-            )
-        axes[axis] = over
-    size = 1
-    for extent in shape:
-        size *= extent
-    # A stack's first axis is its layers: a scan reads one at a time, so it stays whole.
-    first = 1 if "layers/" in name else 0
-    free = [place for place in range(first, len(shape)) if axes[place] is None and shape[place] % mesh.shape["fsdp"] == 0]
-    if size >= SMALL and free:
-        axes[max(free, key=lambda place: shape[place])] = "fsdp"
-    return PartitionSpec(*axes)
+def stack_axes(name: str) -> int:
+    """The number of leading layer axes that an array of this name has."""
+    return name.split("/").count(STACK)
+
+
+def _spec(name: str, shape: tuple[int, ...], axes: Axes, mesh: Mesh, trained: bool) -> PartitionSpec:
+    lead = stack_axes(name)
+    layer = shape[lead:]
+    if len(axes) > len(layer):
+        raise ValueError(f"the rule for {name!r} speaks of {len(axes)} axes, but one layer of it has shape {layer}")
+    spec: list[str | None] = [*axes, *[None] * (len(layer) - len(axes))]
+    for place, axis in enumerate(spec):
+        if axis is not None and layer[place] % mesh.shape[axis]:
+            _require_small(name, shape, axis, mesh)
+            spec[place] = None
+    # Vectors are not worth a message each.
+    if trained and len(layer) > 1 and mesh.shape[FSDP] > 1:
+        free = [place for place, axis in enumerate(spec) if axis is None and layer[place] % mesh.shape[FSDP] == 0]
+        if free:
+            spec[max(free, key=lambda place: layer[place])] = FSDP
+        else:
+            _require_small(name, shape, FSDP, mesh)
+    return PartitionSpec(*[None] * lead, *[axis if axis is not None and mesh.shape[axis] > 1 else None for axis in spec])
+
+
+def _require_small(name: str, shape: tuple[int, ...], axis: str, mesh: Mesh) -> None:
+    if math.prod(shape) > LARGE:
+        raise ValueError(
+            f"{name!r} with shape {shape} cannot be sharded over {axis}={mesh.shape[axis]} and would be whole on every device: "
+            f"choose a config.mesh.{axis} that divides one of its axes"
+        )

@@ -1,57 +1,129 @@
-"""AdamW as the paper has it, built with optax from the config (paper B.1.2, B.1.3)."""
+"""The optimizer from its config: AdamW with clipping, decay by parameter name, and a schedule (paper B.1.2, B.1.3)."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
+from optax import contrib
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import OptimizerConfig
+from flamingo_jax.partitioning.rules import stack_axes
 
-VECTORS = r".*(norm/(scale|bias)|_bias|/bias|/gain|skip_gain|_gate|log_inverse_temperature)"
-"""Scales, biases and gates: pulling them to 0 would switch parts off rather than regularise them, so they are not decayed."""
+Array = jax.Array
+Tree = dict[str, Array]
 
-
-def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 to the peak, then constant, or down to `end_rate` at the last step."""
-    rest = max(steps - config.warmup_steps, 1)
-    after = {
-        "constant": lambda: optax.constant_schedule(config.peak_rate),
-        "linear": lambda: optax.linear_schedule(config.peak_rate, config.end_rate, rest),
-        "cosine": lambda: optax.cosine_decay_schedule(config.peak_rate, rest, config.end_rate / config.peak_rate),
-    }[config.decay]()
-    if not config.warmup_steps:
-        return after
-    # The rate of update 0 is peak / warmup: a first update of rate 0 would be a step lost.
-    warmup = lambda count: config.peak_rate * (count + 1) / config.warmup_steps
-    return optax.join_schedules([warmup, after], [config.warmup_steps])
+VISION_ENCODER = "(vision|vision_encoder)/.*"
+"""What adaptive clipping applies to."""
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, parameters: Mapping[str, Any]) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW; optionally adaptive clipping of the contrastive stage's vision encoder.
+def make_optimizer(config: OptimizerConfig, steps: int, trainable: Mapping[str, Any]) -> optax.GradientTransformation:
+    """Clip, then Adam's direction plus weight decay, times the scheduled rate.
+
+    Weight decay skips the names of `config.no_decay` (paper: the resampler) and, unless `config.decay_vectors`, all norm scales, biases and
+    gates: the paper decays "new parameters" without a word about vectors; decay would pull norm scales to 0 and hold the tanh gates,
+    which must grow from 0, back, and public recipes of such models leave them out.
+
+    With `config.adaptive_clip` the vision encoder is clipped unit by unit (Brock et al. 2021), and the clip by global norm sees the rest
+    only, as in the paper's contrastive stage (NFNet: 1e-2, text encoder: 10).
 
     Args:
-      parameters: the trainable ones by flat name; only names matter here. Norms, biases and gates get no weight decay, nor do the
-        names that `config.no_decay` matches.
+      steps: length of the run, where a falling rate reaches its end.
+      trainable: {flat name: anything with a shape}, what `init` and `update` will be given.
 
-    Raises: UserError for a pattern in `no_decay` that matches nothing.
+    Raises: UserError for an expression in `no_decay` that matches no parameter.
     """
-    for pattern in config.no_decay:
-        if not any(re.fullmatch(pattern, name) for name in parameters):
-            raise UserError(f"config.optimizer.no_decay has {pattern!r}, which matches no trained parameter: mend or remove it")
-    exempt = (VECTORS, *config.no_decay)
-    decayed = {name: not any(re.fullmatch(pattern, name) for pattern in exempt) for name in parameters}
-    parts = []
-    if config.adaptive_clip:
-        # NFNet's clipping is for the convolutions; the other tower is clipped by its norm.
-        vision = {name: name.startswith("vision/") for name in parameters}
-        parts.append(optax.masked(optax.adaptive_grad_clip(config.adaptive_clip), vision))
-        others = {name: not inside for name, inside in vision.items()}
-        parts.append(optax.masked(optax.clip_by_global_norm(config.clip_norm), others))
-    elif config.clip_norm:
-        parts.append(optax.clip_by_global_norm(config.clip_norm))
-    parts.append(
-        optax.adamw(make_schedule(config, steps), b1=config.beta1, b2=config.beta2, eps=config.eps, weight_decay=config.weight_decay, mask=decayed)
+    # Matched from the shapes here, so that every leaf of the state is an array and its sharding follows its parameter's.
+    decayed = decay_mask(config, trainable)
+    return optax.chain(
+        clip(config, trainable),
+        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, decayed) if config.weight_decay else optax.identity(),
+        optax.scale_by_learning_rate(make_schedule(config, steps)),
     )
-    return optax.chain(*parts)
+
+MATRICES: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = (
+    (r"(.*/)?(query|key|value|position)", (0,), (1, 2)),
+    (r"(.*/)?out", (0, 1), (2,)),
+    (r"(.*/)?(up|down|[a-z_]*projection)", (0,), (1,)),
+    (r"(.*/)?weight", (0, 1, 2), (3,)),
+)
+"""Parameters that act as matrices: the axes they read along and those they write along, a stack's layer axis not counted."""
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[Array | int], Array]:
+    """Update number (from 0) -> learning rate.
+
+    Update n of the warm-up, counted from 1, has n / warmup_steps of the peak, so that the first one already learns. Afterwards the rate is
+    constant, or falls linearly or as a cosine to `end_rate` at `steps`.
+    """
+
+    def rate(count: Array | int) -> Array:
+        done = jnp.asarray(count, jnp.float32)
+        warm = jnp.minimum((done + 1) / max(config.warmup_steps, 1), 1.0)
+        progress = jnp.clip((done - config.warmup_steps) / max(steps - config.warmup_steps, 1), 0.0, 1.0)
+        remaining = {
+            "constant": jnp.ones_like(progress),
+            "linear": 1 - progress,
+            "cosine": 0.5 * (1 + jnp.cos(jnp.pi * progress)),
+        }[config.decay]
+        return warm * (config.end_rate + (config.peak_rate - config.end_rate) * remaining)
+
+    return rate
+
+
+def decay_mask(config: OptimizerConfig, trainable: Mapping[str, Any]) -> dict[str, bool]:
+    """Which parameters weight decay applies to."""
+    if not config.weight_decay:
+        return dict.fromkeys(trainable, False)
+    for pattern in config.no_decay:
+        if not any(re.fullmatch(pattern, name) for name in trainable):
+            raise UserError(f"config.optimizer.no_decay has {pattern!r}, which matches no trained parameter; they start with {', '.join(_heads(trainable))}")
+    return {
+        name: not any(re.fullmatch(pattern, name) for pattern in config.no_decay) and (config.decay_vectors or not _is_vector(name, like.shape))
+        for name, like in trainable.items()
+    }
+
+
+def clip(config: OptimizerConfig, names: Iterable[str]) -> optax.GradientTransformation:
+    """Adaptive clipping of the vision encoder, if any, and clipping of the rest by its global norm; 0 turns either off."""
+    unitwise = frozenset(name for name in names if config.adaptive_clip and re.fullmatch(VISION_ENCODER, name))
+
+    def update(gradient: Tree, state: optax.EmptyState, parameters: Tree | None = None) -> tuple[Tree, optax.EmptyState]:
+        rest = {name: g for name, g in gradient.items() if name not in unitwise}
+        if config.clip_norm and rest:
+            norm = optax.global_norm(rest)
+            scale = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-30))
+            rest = {name: g * scale for name, g in rest.items()}
+        if unitwise:
+            assert parameters is not None
+            rest |= {name: adaptive_clip(name, gradient[name], parameters[name], config.adaptive_clip) for name in unitwise}
+        return {name: rest[name] for name in gradient}, state
+
+    return optax.GradientTransformation(lambda parameters: optax.EmptyState(), update)
+
+
+def adaptive_clip(name: str, gradient: Array, parameter: Array, limit: float, eps: float = 1e-3) -> Array:
+    """Scales each unit of `gradient` whose norm is over `limit` times its parameter's (at least eps) down to that (Brock et al. 2021).
+
+    A unit is what feeds one output: all axes but the last of a convolution or matrix, the whole of a vector; layers of a stack are apart.
+    """
+    lead = stack_axes(name)
+    ndim = gradient.ndim - lead
+    axes = tuple(range(lead, gradient.ndim if ndim < 2 else gradient.ndim - 1))
+    norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
+    allowed = limit * jnp.maximum(norm(parameter), eps)
+    actual = norm(gradient)
+    return gradient * jnp.where(actual > allowed, allowed / jnp.maximum(actual, 1e-6), 1.0)
+
+
+def _is_vector(name: str, shape: tuple[int, ...]) -> bool:
+    # Attention's biases have one vector a head.
+    return len(shape) - stack_axes(name) < 2 or name.endswith("bias")
+
+
+def _heads(names: Iterable[str]) -> list[str]:
+    return sorted({name.split("/")[0] for name in names})
