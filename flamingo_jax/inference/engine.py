@@ -15,7 +15,7 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.inference.decoding import Prompts
 from flamingo_jax.inference.generation import Decoding, Generated, Vocabulary, generate
 from flamingo_jax.inference.model import Loaded
-from flamingo_jax.inference.prompts import Prompt, PromptBatch, TokenisedPrompt, Visual, collate, power_of_two, round_up, tokenise
+from flamingo_jax.inference.prompts import Prompt, PromptBatch, Visual, collate, padded_length, power_of_two, tokenise
 from flamingo_jax.inference.scoring import candidate_scores
 from flamingo_jax.processing.tokenizer import Tokenizer
 
@@ -82,6 +82,7 @@ class Engine:
         self.tokenizer, self.config = loaded.tokenizer, loaded.config
         self.with_visuals = with_visuals
         self._graph, self._state = nnx.split(loaded.model)
+        self._dtype = loaded.model.dtype
         self._rows = rows
         self._vocabulary = vocabulary_of(loaded.tokenizer, loaded.config.extra_tokens)
         self._kept: collections.OrderedDict[bytes, np.ndarray] = collections.OrderedDict()
@@ -115,14 +116,14 @@ class Engine:
         for text, tokens in ids.items():
             if not tokens:
                 raise UserError(f"the candidate {text!r} has no tokens: leave it out")
-        longest = round_up(max(map(len, ids.values())), 4)
+        longest = -(-max(map(len, ids.values())) // 4) * 4
         most = max(map(len, candidates))
         found: dict[int, np.ndarray] = {}
         for places, batch, media_size in self._batches(prompts):
             rows = len(batch.lengths)
             columns = self.config.language_model.vocab_size + self.config.extra_tokens
             at_once = max(1, min(most, LOGITS_AT_ONCE // (rows * longest * columns), 4 * TOKENS_IN_BATCH // batch.tokens.size))
-            count = round_up(most, at_once)
+            count = -(-most // at_once) * at_once
             ends, lengths = np.zeros((rows, count, longest), np.int32), np.zeros((rows, count), np.int32)
             for row, place in enumerate(places):
                 for column, text in enumerate(candidates[place]):
@@ -147,23 +148,30 @@ class Engine:
         if not prompts:
             return
         tokenised = [tokenise(prompt, self.tokenizer) for prompt in prompts]
-        longest = round_up(max(len(p.tokens) for p in tokenised))
+        longest = padded_length(max(len(p.tokens) for p in tokenised))
         places = max(len(p.visuals) for p in tokenised)
         rows = min(self._rows, TOKENS_IN_BATCH // longest, VISUALS_IN_BATCH // max(places, 1))
         rows = min(max(power_of_two(rows + 1) // 2, 1), power_of_two(len(prompts)))
         order = sorted(range(len(prompts)), key=lambda place: len(tokenised[place].tokens))
         chosen = [order[start : start + rows] for start in range(0, len(order), rows)]
-        media = power_of_two(max(len({v.digest for place in part for v in tokenised[place].visuals}) for part in chosen))
+        # One size for the whole call, whatever its batches happen to share.
+        different = len({visual.digest for prompt in tokenised for visual in prompt.visuals})
+        media = power_of_two(min(different, rows * places))
         for part in chosen:
             members = [tokenised[place] for place in part]
-            length = _padded_length(members, longest)
+            length = padded_length(max(len(prompt.tokens) for prompt in members))
             yield part, collate(members, rows=rows, length=length, places=places, pad_token=self.tokenizer.pad), media
 
     def _place(self, batch: PromptBatch, media_size: int) -> tuple[Prompts, Any]:
         tokens, index, lengths = jax.device_put((batch.tokens, batch.media_index, batch.lengths))
-        if not self.with_visuals or not batch.distinct:
-            return Prompts(tokens, jnp.full_like(index, -1), lengths, None), None
-        return Prompts(tokens, index, lengths, jnp.asarray(batch.visuals)), self._media(batch.distinct, media_size)
+        if not batch.distinct:
+            return Prompts(tokens, index, lengths, None), None
+        if self.with_visuals:
+            return Prompts(tokens, index, lengths, jnp.asarray(batch.visuals)), self._media(batch.distinct, media_size)
+        # Nothing is looked at, which adds exactly zero; the shapes stay, so that both kinds of engine share compiled programs.
+        blank = np.zeros((media_size, self.config.resampler.latents, self.config.language_model.width), np.float32)
+        media = _prepare(self._graph, self._state, blank.astype(self._dtype))
+        return Prompts(tokens, jnp.full_like(index, -1), lengths, jnp.asarray(np.full_like(batch.visuals, -1))), media
 
     def _media(self, distinct: list[Visual], size: int) -> Any:
         missing = [visual for visual in distinct if visual.digest not in self._kept]
@@ -209,12 +217,3 @@ def vocabulary_of(tokenizer: Tokenizer, extra_tokens: int = 1) -> Vocabulary:
     if len(tokenizer.image_tag_ids) == 1:
         never.add(tokenizer.image_tag_ids[0])
     return Vocabulary(stop, tuple(sorted(never - set(stop))))
-
-
-def _padded_length(prompts: Sequence[TokenisedPrompt], longest: int) -> int:
-    """Half of the longest, and half of that again, as long as the prompts fit: few lengths, little padding."""
-    need = max(len(prompt.tokens) for prompt in prompts)
-    length = longest
-    while round_up(length // 2) < length and round_up(length // 2) >= need:
-        length = round_up(length // 2)
-    return length

@@ -16,7 +16,7 @@ from flamingo_jax.processing.sequences import media_index
 from flamingo_jax.processing.tokenizer import Tokenizer
 
 LENGTH_STEP = 32
-"""Prompts are padded to multiples of this, so that few shapes are compiled."""
+"""Prompts are padded to a few multiples of this, so that few shapes are compiled."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -149,9 +149,10 @@ def collate(prompts: Sequence[TokenisedPrompt], *, rows: int, length: int, place
     return PromptBatch(tokens, index, lengths, visuals, distinct)
 
 
-def round_up(count: int, step: int = LENGTH_STEP) -> int:
-    """The least multiple of `step` that is at least `count`."""
-    return -(-count // step) * step
+def padded_length(count: int) -> int:
+    """The least of 32, 64, 96, 128, 192, 256, 384, ... that is at least `count`: few lengths, little padding."""
+    length = LENGTH_STEP * power_of_two(-(-count // LENGTH_STEP))
+    return length * 3 // 4 if length >= 4 * LENGTH_STEP and length * 3 // 4 >= count else length
 
 
 def power_of_two(count: int) -> int:

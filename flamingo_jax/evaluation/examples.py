@@ -1,0 +1,99 @@
+"""Evaluation records as examples: one visual with what is asked about it and the right answers."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from flamingo_jax.errors import UserError
+from flamingo_jax.experiment import FlamingoConfig
+from flamingo_jax.inference.prompts import Visual
+from flamingo_jax.processing import images
+from flamingo_jax.processing.video import spread
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """answers: any caption or class name that is right, or the ground truths of a question; the first stands in prompts.
+
+    question: "" for captions. type: sort of question, for figures by type.
+    """
+
+    id: str
+    visual: Visual
+    answers: tuple[str, ...]
+    question: str = ""
+    type: str = ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Page:
+    """k + 1 texts around k pictures."""
+
+    id: str
+    texts: tuple[str, ...]
+    visuals: tuple[Visual, ...]
+
+
+def read_examples(records: Iterable[Any], kind: str, config: FlamingoConfig, *, frames: int | None = None) -> list[Example]:
+    """Records of kind pairs, videos or questions, their pictures encoded as on disk (data_pipelines/features.py has the fields).
+
+    Args:
+      frames: the most frames of a clip, taken evenly over it; by default as many as the resampler was trained with.
+
+    Raises: UserError that names the record whose picture cannot be read, or that has no answer.
+    """
+    examples = []
+    for record in records:
+        name = _text(record["id"])
+        pictures = [record["image"]] if kind == "pairs" else list(record["frames"])
+        kept = spread(len(pictures), frames or config.resampler.frames)
+        visual = read_visual([pictures[place] for place in kept], config, name)
+        answers = tuple(_text(t) for t in record["answers" if kind == "questions" else "captions"])
+        if not answers:
+            raise UserError(f"the record {name!r} has no right answer to hold a prediction to: leave it out of the evaluation data")
+        question, sort = (_text(record["question"]), _text(record["type"])) if kind == "questions" else ("", "")
+        examples.append(Example(name, visual, answers, question, sort))
+    return examples
+
+
+def read_pages(records: Iterable[Any], config: FlamingoConfig) -> list[Page]:
+    """Records of kind pages. Raises UserError that names the record whose picture cannot be read."""
+    pages = []
+    for record in records:
+        name = _text(record["id"])
+        visuals = tuple(read_visual([picture], config, name) for picture in record["images"])
+        pages.append(Page(name, tuple(_text(text) for text in record["texts"]), visuals))
+    return pages
+
+
+def page_examples(pages: Sequence[Page]) -> list[Example]:
+    """The chunks of pages that are written in a prompt's format (evaluation/prompts.py) as examples, for support sets."""
+    examples = []
+    for page in pages:
+        for place, (text, visual) in enumerate(zip(page.texts[1:], page.visuals, strict=True)):
+            caption = re.fullmatch(r"\s*Output: (.+?)\s*", text)
+            asked = re.fullmatch(r"\s*Question: (.+?) Answer: (.+?)\s*", text)
+            if caption:
+                examples.append(Example(f"{page.id}/{place}", visual, (caption[1],)))
+            elif asked:
+                examples.append(Example(f"{page.id}/{place}", visual, (asked[2],), asked[1]))
+    return examples
+
+
+def read_visual(pictures: Sequence[bytes], config: FlamingoConfig, name: str) -> Visual:
+    """Encoded pictures as one visual at the model's size. Raises UserError with `name` where one cannot be read."""
+    vision = config.vision
+    try:
+        frames = [images.load(picture, vision.image_size, vision.mean) for picture in pictures]
+    except images.ImageError as error:
+        raise UserError(f"{name}: unreadable image ({error}): replace it by a whole PNG or JPEG file") from error
+    if not frames:
+        raise UserError(f"{name} has no picture: leave it out")
+    return Visual(np.stack(frames))
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

@@ -1,0 +1,62 @@
+"""Few-shot prompts in the paper's formats (paper B.1.5, facts 6.3): `<image>Output: ...`, `<image>Question: ... Answer: ...`.
+
+Whitespace is that of training text: a prompt ends with its last word or colon, and what is predicted begins with a space.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from flamingo_jax.evaluation.examples import Example, Page
+from flamingo_jax.inference.prompts import END_OF_CHUNK, Part
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How an example is written: the template up to the answer, which follows after a space."""
+
+    template: str
+
+    def opening(self, example: Example) -> str:
+        return self.template.format(question=example.question)
+
+    def whole(self, example: Example) -> str:
+        return f"{self.opening(example)} {example.answers[0]}"
+
+
+CAPTION = Format("Output:")
+QUESTION = Format("Question: {question} Answer:")
+KEYWORDS = re.compile(r"\s*(?:Question:|Answer:|Output:|<image>).*", re.DOTALL)
+
+
+def few_shot(query: Example, shots: Sequence[Example], text_only: Sequence[Example], form: Format) -> list[Part]:
+    """`text_only` examples without their pictures, then `shots` with theirs, then the query up to its answer.
+
+    Zero-shot prompts of open-ended tasks have two text-only examples and no shots (paper 3.3: one is harmful, more help little).
+    """
+    parts: list[Part] = []
+    for example in text_only:
+        parts += [form.whole(example), END_OF_CHUNK]
+    for shot in shots:
+        parts += [shot.visual, form.whole(shot)]
+    return [*parts, query.visual, form.opening(query)]
+
+
+def binding(page: Page, shots: int) -> list[Part]:
+    """The last `shots` pictures before the page's last one with their texts, then the last one with its text up to the last word."""
+    parts: list[Part] = []
+    for place in range(len(page.visuals) - 1 - shots, len(page.visuals)):
+        parts += [page.visuals[place], page.texts[place + 1]]
+    parts[-1] = split_last_word(page.texts[-1])[0]
+    return parts
+
+
+def split_last_word(text: str) -> tuple[str, str]:
+    """"This is a dax" -> ("This is a", "dax")."""
+    opening, _, word = text.rstrip().rpartition(" ")
+    return opening, word
+
+
+def clean(text: str) -> str:
+    """A prediction cut where the next example's keywords begin, since <EOC> is sometimes missed (paper v1), and stripped."""
+    return KEYWORDS.sub("", text, count=1).strip()

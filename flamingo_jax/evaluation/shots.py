@@ -1,0 +1,65 @@
+"""Which support examples stand before a query: at random, or by likeness (RICES). Deterministic in seed and query."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from flamingo_jax.evaluation.examples import Example
+from flamingo_jax.inference.prompts import Visual
+
+
+class Shots(Protocol):
+    """Chooses the support examples of a query, in the order of the prompt."""
+
+    def __call__(self, query: Example, count: int) -> list[Example]: ...
+
+
+class RandomShots:
+    """Different examples at random, keyed by (seed, query id): what one query gets does not depend on the others."""
+
+    def __init__(self, support: Sequence[Example], seed: int):
+        self.support, self._seed = support, seed
+
+    def __call__(self, query: Example, count: int) -> list[Example]:
+        chosen = keyed_rng(self._seed, query.id).permutation(len(self.support))
+        others = [self.support[place] for place in chosen[: count + 1] if self.support[place].id != query.id]
+        return others[:count]
+
+
+class SimilarShots:
+    """RICES (Yang et al. 2022; paper A.2): the support nearest to the query by frozen encoder features, the most similar last.
+
+    The paper names neither pooling nor metric: features averaged over cells and frames, cosine similarity. Ties fall to the earlier.
+    """
+
+    def __init__(self, support: Sequence[Example], support_features: np.ndarray, query_features: dict[str, np.ndarray]):
+        """support_features: float [S, C]; query_features: {query id: [C]}; rows of length 1."""
+        self.support, self._features, self._queries = support, support_features, query_features
+
+    def __call__(self, query: Example, count: int) -> list[Example]:
+        likeness = self._features @ self._queries[query.id]
+        nearest = np.argsort(-likeness, kind="stable")
+        chosen = [self.support[place] for place in nearest[: count + 1] if self.support[place].id != query.id][:count]
+        return chosen[::-1]
+
+
+class HasFeatures(Protocol):
+    def features(self, visuals: Sequence[Visual]) -> np.ndarray: ...
+
+
+def make_shots(selection: str, support: Sequence[Example], queries: Sequence[Example], seed: int, engine: HasFeatures) -> Shots:
+    """`selection` is "random" or "rices"; raises ValueError for another."""
+    if selection not in ("random", "rices"):
+        raise ValueError(f"selection is {selection!r}, but must be 'random' or 'rices'")
+    if selection == "rices" and support:
+        features = engine.features([example.visual for example in [*support, *queries]])
+        return SimilarShots(support, features[: len(support)], {q.id: f for q, f in zip(queries, features[len(support) :], strict=True)})
+    return RandomShots(support, seed)
+
+
+def keyed_rng(seed: int, name: str) -> np.random.Generator:
+    """The same wherever and in whatever order names are visited."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest)))

@@ -1,0 +1,110 @@
+"""Continues prompts of texts, images and videos with an exported Flamingo.
+
+    python -m launch.generate --model=runs/quickstart/flamingo/export --prompt=prompt.json [--beam=3 | --temperature=0.7 --top_p=0.9]
+
+The prompt file holds a JSON list of parts in any order, {"text": "Output:"}, {"image": "photo.jpg"} or {"video": "clip.mp4"}, or one such
+list a line (JSONL) for several prompts. Paths are relative to the file. A prompt's own form matters: training text reads
+`<image>Output: a caption`, so a captioning prompt is [{"image": "photo.jpg"}, {"text": "Output:"}].
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from flamingo_jax.errors import UserError
+from flamingo_jax.evaluation.examples import read_visual
+from flamingo_jax.experiment import FlamingoConfig
+from flamingo_jax.inference.engine import Engine
+from flamingo_jax.inference.generation import Decoding
+from flamingo_jax.inference.model import load_flamingo
+from flamingo_jax.inference.prompts import Part, Visual, resolve_tags
+from flamingo_jax.processing import images
+from flamingo_jax.processing.video import VideoError, read_frames, spread
+from launch import command
+
+MODEL = flags.DEFINE_string("model", "", "Exported folder of a Flamingo.")
+PROMPT = flags.DEFINE_string("prompt", "", "JSON or JSONL file of prompts.")
+MAX_TOKENS = flags.DEFINE_integer("max_tokens", 32, "Tokens to write at most.", lower_bound=1)
+BEAM = flags.DEFINE_integer("beam", 3, "Hypotheses of beam search; 1 is greedy, or samples with a temperature.", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Samples at this temperature where it is not 0.", lower_bound=0.0)
+TOP_P = flags.DEFINE_float("top_p", 1.0, "Nucleus sampling: only the likeliest tokens that together have this probability.", lower_bound=0.0, upper_bound=1.0)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of sampling.")
+FPS = flags.DEFINE_float("fps", 1.0, "Frames a second that are read from videos (paper: 1 in training).", lower_bound=1e-3)
+FRAMES = flags.DEFINE_integer("frames", None, "Frames of a video at most, taken evenly; by default as many as the model was trained with.", lower_bound=1)
+
+
+def main() -> int:
+    for name, value in (("model", MODEL.value), ("prompt", PROMPT.value)):
+        if not value:
+            raise UserError(f"--{name} is not set: see `python -m launch.generate --help`")
+    if TOP_P.value == 0.0:
+        raise UserError("--top_p is 0, which allows no token: use a number above 0, or --temperature=0 for the likeliest token")
+    written = read_prompts(pathlib.Path(PROMPT.value))
+    loaded = load_flamingo(MODEL.value)
+    prompts = [prompt_of(parts, loaded.config, pathlib.Path(PROMPT.value).parent) for parts in written]
+    decoding = Decoding(
+        max_tokens=MAX_TOKENS.value, beam=1 if TEMPERATURE.value > 0 else BEAM.value, temperature=TEMPERATURE.value, top_p=TOP_P.value
+    )
+    for completion in Engine(loaded).generate(prompts, decoding, seed=SEED.value):
+        print(completion.text, flush=True)
+    return 0
+
+
+def read_prompts(path: pathlib.Path) -> list[list[Any]]:
+    """The prompts of a file, each a list of parts as they are written there."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt={path} cannot be read as text: {error}") from error
+    try:
+        try:
+            prompts = [json.loads(text)]
+        except json.JSONDecodeError:
+            prompts = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except json.JSONDecodeError as error:
+        example = '[{"image": "a.png"}, {"text": "Output:"}]'
+        raise UserError(f"{path} is neither JSON nor JSONL ({error}): write a list of parts such as {example}") from error
+    for prompt in prompts:
+        if not isinstance(prompt, list) or not prompt:
+            raise UserError(f"{path}: a prompt is {json.dumps(prompt)[:80]}, but must be a list of parts")
+    return prompts
+
+
+def prompt_of(parts: list[Any], config: FlamingoConfig, folder: pathlib.Path) -> list[Part]:
+    """Written parts with their files read. Raises UserError for a part that is none, or a file that cannot be read."""
+    prompt: list[Part] = []
+    for part in parts:
+        kind, value = next(iter(part.items())) if isinstance(part, dict) and len(part) == 1 else (None, None)
+        if kind not in ("text", "image", "video") or not isinstance(value, str):
+            raise UserError(f'a part of a prompt is {json.dumps(part)[:80]}, but must be {{"text": ...}}, {{"image": path}} or {{"video": path}}')
+        if kind == "text":
+            prompt.append(value)
+        elif kind == "image":
+            prompt.append(_read_image(folder / value, config))
+        else:
+            prompt.append(_read_video(folder / value, config))
+    return resolve_tags(prompt)
+
+
+def _read_image(path: pathlib.Path, config: FlamingoConfig) -> Visual:
+    try:
+        return read_visual([path.read_bytes()], config, str(path))
+    except OSError as error:
+        raise UserError(f"{path}: unreadable image ({error.strerror}): check its path in the prompt file") from error
+
+
+def _read_video(path: pathlib.Path, config: FlamingoConfig) -> Visual:
+    vision = config.vision
+    try:
+        frames = read_frames(path, fps=FPS.value, longer_side=vision.image_size)
+    except VideoError as error:
+        raise UserError(f"{error}: check its path in the prompt file") from error
+    kept = spread(len(frames), FRAMES.value or config.resampler.frames)
+    return Visual(np.stack([images.pad(images.fit(frames[place], vision.image_size), vision.image_size, vision.mean) for place in kept]))
+
+
+if __name__ == "__main__":
+    command.run(main)
