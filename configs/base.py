@@ -1,0 +1,174 @@
+"""The pieces that the paper-scale configs share: its data mixture, its frozen parts by size, its optimizer, and a laptop's form of each."""
+
+import dataclasses
+
+from flamingo_jax.errors import UserError
+from flamingo_jax.experiment import (
+    ContrastiveConfig,
+    DatasetConfig,
+    Experiment,
+    FlamingoConfig,
+    LanguageModelConfig,
+    MeshConfig,
+    OptimizerConfig,
+    ResamplerConfig,
+    TextEncoderConfig,
+    TrainingConfig,
+    VisionConfig,
+)
+
+DATA = "data"
+"""Folder of the prepared datasets and the tokenizer, relative to where the command runs."""
+EXPORTS = "exports"
+"""Folder of the exported stages."""
+TINY_DATA = "runs/quickstart/data"
+"""What `python -m launch.build_data --source=quickstart --output=runs/quickstart/data` makes: the data of every `:tiny` form."""
+
+LM_1B4 = LanguageModelConfig(layers=24, width=2048, heads=16, feed_forward=8192)
+LM_7B = LanguageModelConfig(layers=32, width=4096, heads=32, feed_forward=16384)
+LM_70B = LanguageModelConfig(layers=80, width=8192, heads=64, feed_forward=32768)
+
+COLOUR = 0.2
+"""Strength of colour augmentation; the paper augments colour, but does not say how much."""
+
+
+def tiny_or_full(arg: str, config: str) -> bool:
+    """True for the argument "tiny", False for none; a UserError for another one."""
+    if arg not in ("", "tiny"):
+        raise UserError(f"configs/{config}.py has no form {arg!r}: leave it away, or write :tiny for a laptop")
+    return arg == "tiny"
+
+
+def mixture(multiple: int = 1) -> dict[str, DatasetConfig]:
+    """The four datasets of the paper (2.4, A.3), one example a row.
+
+    Batch sizes are `multiple` times the ablation's, the only published ones. Texts of pairs have 32 or 64 tokens "depending on the
+    dataset": ALIGN's captions are the short ones (12.4 tokens on average against LTIP's 20.5).
+    """
+    data = {
+        "m3w": DatasetConfig("pages", f"{DATA}/m3w", batch_size=256, length=256, visuals=5, weight=1.0, p_next=0.5),
+        "align": DatasetConfig("pairs", f"{DATA}/align", batch_size=512, length=32, visuals=1, weight=0.2, pack=False),
+        "ltip": DatasetConfig("pairs", f"{DATA}/ltip", batch_size=512, length=64, visuals=1, weight=0.2, pack=False),
+        "vtp": DatasetConfig("videos", f"{DATA}/vtp", batch_size=64, length=64, visuals=1, frames=8, weight=0.03, pack=False),
+    }
+    return {name: dataclasses.replace(d, batch_size=multiple * d.batch_size, flip=True, colour=COLOUR) for name, d in data.items()}
+
+
+def held_out(data: dict[str, DatasetConfig]) -> dict[str, DatasetConfig]:
+    """The same datasets' validation splits, as they are."""
+    return {name: dataclasses.replace(d, split="validation", flip=False, colour=0.0, microbatches=1) for name, d in data.items()}
+
+
+def flamingo(name: str, language_model: LanguageModelConfig, every: int, *, lm_export: str, multiple: int = 1, mesh: MeshConfig | None = None) -> Experiment:
+    """A Flamingo of the paper: gated blocks as wide and with as many heads as its language model, the same resampler and encoder for all.
+
+    AdamW as in B.1.2: rate 1e-4 after 5,000 updates of warm-up and constant from there, clip 1, decay 0.1 but none on the resampler,
+    500,000 steps, read as updates (the paper does not say whether it counts those or the gradients of single datasets).
+    """
+    data = mixture(multiple)
+    return Experiment(
+        name=name,
+        task="flamingo",
+        flamingo=FlamingoConfig(
+            vision=VisionConfig("F6", image_size=320),
+            language_model=language_model,
+            resampler=ResamplerConfig(),
+            every=every,
+            xattn_heads=language_model.heads,
+            xattn_head_width=language_model.head_width,
+            xattn_feed_forward=language_model.feed_forward,
+        ),
+        tokenizer=f"{DATA}/tokenizer",
+        data=data,
+        held_out=held_out(data),
+        optimizer=OptimizerConfig(),
+        mesh=mesh or MeshConfig(),
+        training=TrainingConfig(),
+        vision_encoder_from=f"{EXPORTS}/contrastive_nfnet_f6",
+        language_model_from=f"{EXPORTS}/{lm_export}",
+    )
+
+
+def language_modelling(name: str, model: LanguageModelConfig, *, rate: float, rows: int, steps: int, mesh: MeshConfig) -> Experiment:
+    """A language model of the Chinchilla family (Hoffmann et al. 2022): rows of 2,048 tokens, a cosine to a tenth of the peak."""
+    data = {"text": DatasetConfig("text", f"{DATA}/text", batch_size=rows, length=2048)}
+    return Experiment(
+        name=name,
+        task="language_modelling",
+        language_model=model,
+        tokenizer=f"{DATA}/tokenizer",
+        data=data,
+        held_out=held_out(data),
+        optimizer=OptimizerConfig(peak_rate=rate, end_rate=rate / 10, warmup_steps=1_500, decay="cosine", beta2=0.95, no_decay=()),
+        mesh=mesh,
+        training=TrainingConfig(steps=steps, loss="token_mean"),
+    )
+
+
+def tiny(experiment: Experiment) -> Experiment:
+    """The experiment's laptop form on the embedded world: the same structure, weights and objective, with small sizes and few steps.
+
+    Frozen parts are untrained ("random"); name exports with --config.vision_encoder_from and --config.language_model_from.
+    """
+    data = {name: _tiny_dataset(name, d) for name, d in experiment.data.items()}
+    optimizer, training = experiment.optimizer, experiment.training
+    return dataclasses.replace(
+        experiment,
+        name=f"{experiment.name} tiny",
+        contrastive=experiment.contrastive and _tiny_contrastive(experiment.contrastive),
+        language_model=experiment.language_model and _tiny_language_model(experiment.language_model, layers=2),
+        flamingo=experiment.flamingo and _tiny_flamingo(experiment.flamingo),
+        tokenizer=f"{TINY_DATA}/tokenizer",
+        data=data,
+        held_out=held_out(data),
+        optimizer=dataclasses.replace(optimizer, peak_rate=1e-3, end_rate=min(optimizer.end_rate, 1e-4), warmup_steps=20),
+        mesh=MeshConfig(),
+        training=dataclasses.replace(
+            training, steps=100, log_every=5, evaluate_every=50, evaluate_batches=2, save_every=50, compute_dtype="float32"
+        ),
+        vision_encoder_from=experiment.vision_encoder_from and "random",
+        language_model_from=experiment.language_model_from and "random",
+    )
+
+
+TINY_ROWS = 16
+"""Rows of a tiny batch: two for each of eight devices."""
+TINY_LENGTHS = {"pages": 128, "pairs": 48, "videos": 32, "text": 128}
+
+
+def _tiny_dataset(name: str, dataset: DatasetConfig) -> DatasetConfig:
+    # The world's text speaks of left and right, so that nothing is flipped.
+    return dataclasses.replace(
+        dataset, path=f"{TINY_DATA}/{name}", batch_size=TINY_ROWS, length=TINY_LENGTHS[dataset.kind], microbatches=1, flip=False, colour=0.0
+    )
+
+
+def _tiny_vision(vision: VisionConfig) -> VisionConfig:
+    return dataclasses.replace(vision, variant="tiny", image_size=48)
+
+
+def _tiny_language_model(model: LanguageModelConfig, layers: int) -> LanguageModelConfig:
+    return dataclasses.replace(model, vocab_size=384, layers=layers, width=64, heads=4, head_width=16, feed_forward=256)
+
+
+def _tiny_flamingo(flamingo: FlamingoConfig) -> FlamingoConfig:
+    # Two groups, the last one as short as the full model's last: 80 layers by 7 end in a group of 3.
+    every, layers = flamingo.every, flamingo.language_model.layers
+    return dataclasses.replace(
+        flamingo,
+        vision=_tiny_vision(flamingo.vision),
+        language_model=_tiny_language_model(flamingo.language_model, every + (layers % every or every)),
+        resampler=dataclasses.replace(flamingo.resampler, layers=2, width=64, heads=4, head_width=16, latents=8, feed_forward=256),
+        xattn_heads=4,
+        xattn_head_width=16,
+        xattn_feed_forward=256,
+    )
+
+
+def _tiny_contrastive(contrastive: ContrastiveConfig) -> ContrastiveConfig:
+    return dataclasses.replace(
+        contrastive,
+        vision=_tiny_vision(contrastive.vision),
+        text=TextEncoderConfig(vocab_size=384, layers=2, width=64, heads=4, max_length=24),
+        joint_width=64,
+    )
