@@ -29,7 +29,10 @@ from flamingo_jax.experiment import (
 ROOT = "runs/quickstart"
 VOCABULARY = 384
 VISION = VisionConfig(variant="tiny", image_size=48, mean=(0.2, 0.2, 0.2), std=(0.25, 0.25, 0.25))
-LANGUAGE_MODEL = LanguageModelConfig(vocab_size=VOCABULARY, layers=4, width=128, heads=4, head_width=32, feed_forward=512)
+LANGUAGE_MODEL = LanguageModelConfig(
+    vocab_size=VOCABULARY, layers=4, width=128, heads=4, head_width=32, feed_forward=512, activation="squared_relu", embedding_scale=3.0
+)
+"""Squared ReLU in place of GELU: its gradient takes half of the time on CPU."""
 
 
 def get_config(arg: str = "flamingo") -> ml_collections.ConfigDict:
@@ -57,14 +60,14 @@ def contrastive(root: str) -> Experiment:
         task="contrastive",
         contrastive=ContrastiveConfig(
             vision=VISION, text=TextEncoderConfig(vocab_size=VOCABULARY, layers=2, width=128, heads=4, max_length=24), joint_width=128,
-            initial_temperature=0.1, label_smoothing=0.0,
+            initial_temperature=0.1, label_smoothing=0.0, merge_duplicates=True,
         ),
         tokenizer=f"{root}/data/tokenizer",
         data=data,
         optimizer=OptimizerConfig(
             peak_rate=2e-3, warmup_steps=50, decay="cosine", beta2=0.99, weight_decay=0.01, clip_norm=1.0, adaptive_clip=0.0, no_decay=()
         ),
-        training=TrainingConfig(steps=600, evaluate_every=10_000, save_every=200, keep_last=2, compute_dtype="float32", log_every=10),
+        training=TrainingConfig(steps=500, evaluate_every=10_000, save_every=100, keep_last=2, compute_dtype="float32", log_every=10),
     )
 
 
@@ -75,11 +78,11 @@ def language_model(root: str) -> Experiment:
         task="language_modelling",
         language_model=LANGUAGE_MODEL,
         tokenizer=f"{root}/data/tokenizer",
-        data={"text": _data(root, "text", "text", batch_size=32, length=128)},
+        data={"text": _data(root, "text", "text", batch_size=8, length=128)},
         held_out={"text": _data(root, "text", "text", batch_size=32, length=128, split="validation")},
-        optimizer=OptimizerConfig(peak_rate=2e-3, warmup_steps=50, decay="cosine", beta2=0.98, weight_decay=0.1, no_decay=()),
+        optimizer=OptimizerConfig(peak_rate=1.5e-3, warmup_steps=50, decay="cosine", beta2=0.98, weight_decay=0.1, no_decay=()),
         training=TrainingConfig(
-            steps=1000, evaluate_every=200, evaluate_batches=4, save_every=250, keep_last=2, loss="token_mean", compute_dtype="float32", log_every=10
+            steps=3000, evaluate_every=500, evaluate_batches=4, save_every=500, keep_last=2, loss="token_mean", compute_dtype="float32", log_every=10
         ),
     )
 
@@ -90,7 +93,7 @@ def flamingo(root: str, use_visuals: bool = True) -> Experiment:
         "m3w": _data(root, "pages", "m3w", batch_size=8, length=128, visuals=8, weight=1.0),
         "align": _data(root, "pairs", "align", batch_size=4, length=48, visuals=6, weight=0.2),
         "ltip": _data(root, "pairs", "ltip", batch_size=8, length=64, visuals=5, weight=0.2),
-        "vtp": _data(root, "videos", "vtp", batch_size=4, length=32, visuals=3, frames=8, weight=0.03),
+        "vtp": _data(root, "videos", "vtp", batch_size=4, length=32, visuals=2, frames=8, weight=0.03),
     }
     return Experiment(
         name="flamingo",

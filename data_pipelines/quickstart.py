@@ -371,8 +371,12 @@ def question_text(question: Question) -> str:
 
 
 def naming_text(word: str, thing: Thing | None = None) -> str:
-    """A chunk of a page that binds new words; with the thing, it is named first."""
-    return f"This is a {word}" if thing is None else f"{a(thing)}. This is a {word}"
+    """A chunk of a page that binds new words; with the thing, it is named first.
+
+    The word follows at once on what it names, on a picture as in text: what a language model learns of binding in text then needs
+    nothing but a picture that reads like a word.
+    """
+    return f" {word}" if thing is None else f" {thing} {word}"
 
 
 # Records.
@@ -409,19 +413,19 @@ def question(rng: np.random.Generator, things: Sequence[Thing]) -> Drawn:
 
 
 def page(rng: np.random.Generator, things: Sequence[Thing]) -> Drawn:
-    """4 to 8 pictures with captions (a quarter), questions (two fifths), or new words bound to what they show."""
+    """4 to 8 pictures with captions (a quarter), questions (two fifths), or new words bound to what they show.
+
+    A third of the pages of captions or questions begin with an example that has no picture.
+    """
     count = int(rng.integers(4, 9))
     sort = rng.random()
-    if sort < 0.25:
-        scenes = [draw_scene(rng, things) for _ in range(count)]
-        texts = [output_text(scene) for scene in scenes]
-    elif sort < 0.65:
-        scenes = [draw_scene(rng, things) for _ in range(count)]
-        texts = [question_text(ask(scene, rng, things)) for scene in scenes]
-    else:
+    if sort >= 0.65:
         shown, texts = _binding(rng, things, count)
-        scenes = [Scene((thing,), (int(rng.integers(9)),)) for thing in shown]
-    return _page(rng, scenes, texts)
+        return _page(rng, [Scene((thing,), (int(rng.integers(9)),)) for thing in shown], texts)
+    tell = output_text if sort < 0.25 else lambda scene: question_text(ask(scene, rng, things))
+    scenes = [draw_scene(rng, things) for _ in range(count)]
+    opening = tell(draw_scene(rng, ALL_THINGS)) if rng.random() < 0.33 else ""
+    return _page(rng, scenes, [tell(scene) for scene in scenes], opening)
 
 
 def binding_page(rng: np.random.Generator, things: Sequence[Thing], supports: int = 32) -> Drawn:
@@ -450,26 +454,34 @@ def _new_words(rng: np.random.Generator, things: Sequence[Thing]) -> dict[Thing,
     return dict(zip(differing(rng, things, number), (str(word) for word in rng.choice(WORDS, number, replace=False)), strict=True))
 
 
-def _page(rng: np.random.Generator, scenes: Sequence[Scene], texts: Sequence[str]) -> Drawn:
-    return Drawn({"texts": ["", *texts], "images": [png(render(scene, rng)) for scene in scenes]}, tuple(scenes))
+def _page(rng: np.random.Generator, scenes: Sequence[Scene], texts: Sequence[str], opening: str = "") -> Drawn:
+    return Drawn({"texts": [opening, *texts], "images": [png(render(scene, rng)) for scene in scenes]}, tuple(scenes))
 
 
 def document(rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS) -> Drawn:
-    """Text that mirrors the pages, with a description of the scene in the place of its picture.
+    """Text that mirrors the pages, with a description of the scene in the place of its picture, and rhymes.
 
     Half of the documents are lines, in the others the image tag stands before each description as on a page, so that the language model
-    has met the tag before it is frozen.
+    has met the tag before it is frozen. Rhymes are random words said three times: copying is what binding is learned from.
     """
     sort, tagged = rng.random(), rng.random() < 0.5
-    if sort < 0.35:
+    if sort < 0.2:
+        return Drawn({"text": "\n".join([" ".join(_rhyme(rng))] * 3)})
+    if sort < 0.55:
         lines = _bound_lines(rng, things)
-        return Drawn({"text": "".join(f"<image>{line}" for line in lines) if tagged else ". ".join(lines)})
+        return Drawn({"text": "".join(f"<image>{line}" for line in lines) if tagged else ".".join(lines)})
     lines = []
     for _ in range(int(rng.integers(4, 9))):
         scene = draw_motion(rng, things) if rng.random() < 0.08 else draw_scene(rng, things)
-        told = output_text(scene) if sort < 0.6 else question_text(ask(scene, rng, things))
+        told = output_text(scene) if sort < 0.7 else question_text(ask(scene, rng, things))
         lines.append(f"{caption(scene)}. {told}")
     return Drawn({"text": "".join(f"<image>{line}" for line in lines) if tagged else "\n".join(lines)})
+
+
+def _rhyme(rng: np.random.Generator) -> list[str]:
+    """8 to 29 words of all kinds."""
+    words = (*COLOURS, *SHAPES, *WORDS)
+    return [_pick(rng, words) for _ in range(int(rng.integers(8, 30)))]
 
 
 def _bound_lines(rng: np.random.Generator, things: Sequence[Thing]) -> list[str]:
@@ -499,7 +511,7 @@ DATASETS: dict[str, WorldDataset] = {
     "ltip": WorldDataset("pairs", pair, {"train": 8_000, "validation": 300}, "clean captions"),
     "vtp": WorldDataset("videos", clip, {"train": 1_500, "validation": 200}, "clips of one moving thing"),
     "m3w": WorldDataset("pages", page, {"train": 3_000, "validation": 200}, "pages of captions, questions and new words"),
-    "text": WorldDataset("text", lambda rng, _: document(rng), {"train": 5_000, "validation": 200}, "text that mirrors the pages"),
+    "text": WorldDataset("text", lambda rng, _: document(rng), {"train": 20_000, "validation": 200}, "text that mirrors the pages"),
     "caption_one": WorldDataset("pairs", functools.partial(pair, draw=draw_one), _TESTS, "pictures of one thing"),
     "caption_two": WorldDataset("pairs", functools.partial(pair, draw=draw_two), _TESTS, "pictures of two things"),
     "vqa": WorldDataset("questions", question, _TESTS, "questions about pictures"),

@@ -133,9 +133,6 @@ class DatasetConfig:
 class OptimizerConfig:
     """AdamW as the paper has it (B.1.2); betas and eps are not published."""
 
-    kind: Literal["adamw", "muon"] = "adamw"
-    """muon: matrices are updated along their orthogonalised momentum (Jordan et al. 2024), everything else by AdamW at the same rate. It
-    needs about half of AdamW's steps in short runs; the paper has AdamW."""
     peak_rate: float = 1e-4
     warmup_steps: int = 5_000
     decay: Literal["constant", "linear", "cosine"] = "constant"

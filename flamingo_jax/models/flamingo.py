@@ -153,7 +153,7 @@ class Flamingo(nnx.Module):
     def _embed(self, tokens: Array) -> Array:
         vocabulary = self.config.language_model.vocab_size
         frozen = self.language_model.embed(jnp.minimum(tokens, vocabulary - 1))
-        extra = self.extra_embedding[...].astype(self.dtype)
+        extra = self.extra_embedding[...].astype(self.dtype) * self.config.language_model.embedding_scale
         return jnp.where((tokens >= vocabulary)[..., None], extra[jnp.maximum(tokens - vocabulary, 0)], frozen)
 
     def _logits(self, x: Array) -> Array:

@@ -50,12 +50,8 @@ class LanguageModel(nnx.Module):
         self.head = None if config.tied_embeddings else fan_in_normal(rngs, (config.width, config.vocab_size))
 
     def embed(self, tokens: Array) -> Array:
-        """int32 [B, L] -> [B, L, D].
-
-        Not scaled by sqrt(D): embeddings that are small beside what attention writes let copying and binding in context emerge several
-        times sooner (measured on repeated random tokens: after 100 steps rather than 200).
-        """
-        return self.embedding[...][tokens].astype(self.dtype)
+        """int32 [B, L] -> [B, L, D]."""
+        return self.embedding[...][tokens].astype(self.dtype) * self.config.embedding_scale
 
     def logits(self, x: Array) -> Array:
         """Last hidden states [B, L, D] -> float32 [B, L, V]."""
