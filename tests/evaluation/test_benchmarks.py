@@ -1,0 +1,131 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flamingo_jax.errors import UserError
+from flamingo_jax.evaluation.benchmarks import Binding, Classification, Settings, captioning, question_answering
+from flamingo_jax.evaluation.drawn_world import direction_right
+from flamingo_jax.evaluation.examples import page_examples, read_examples, read_pages
+from flamingo_jax.evaluation.prompts import QUESTION, clean
+from flamingo_jax.inference.prompts import END_OF_CHUNK, Prompt, Visual
+from tests.evaluation.world import ScriptedEngine, example, page, visual
+from tests.inference.world import tiny_config
+
+QUERIES = [example(1, "a red circle"), example(2, "a blue star")]
+SUPPORT = [example(n, f"a thing {n}") for n in range(10, 20)]
+
+
+def picture_of(prompt: Prompt) -> int:
+    return int([part for part in prompt if isinstance(part, Visual)][-1].frames.flat[0])
+
+
+def test_captioning_zero_shot_has_text_only_examples_and_scores_exact_matches() -> None:
+    engine = ScriptedEngine(lambda prompt: {1: " A red circle", 2: " a red circle"}[picture_of(prompt)])
+    result = captioning("captions", QUERIES, SUPPORT).run(engine, Settings())
+    assert result.accuracy == 0.5
+    assert [sample.prediction for sample in result.samples] == ["A red circle", "a red circle"]
+    for prompt in engine.prompts:
+        first, mark, second, again, shown, opening = prompt
+        assert mark is again is END_OF_CHUNK
+        assert first != second
+        assert first.startswith("Output: a thing ")
+        assert isinstance(shown, Visual)
+        assert opening == "Output:"
+    assert engine.prompts[0][:4] == engine.prompts[1][:4]
+
+
+def test_few_shot_prompts_show_their_examples_pictures_and_no_text_only_ones() -> None:
+    engine = ScriptedEngine()
+    captioning("captions", QUERIES, SUPPORT).run(engine, Settings(shots=4))
+    for prompt, query in zip(engine.prompts, QUERIES, strict=True):
+        assert [type(part) for part in prompt] == [Visual, str] * 5
+        for shown, text in zip(prompt[:8:2], prompt[1:8:2], strict=True):
+            assert text == f"Output: a thing {shown.frames.flat[0]}"
+        assert prompt[8:] == [query.visual, "Output:"]
+
+
+def test_questions_are_scored_by_type() -> None:
+    queries = [example(1, "red", "what colour is it?", "colour"), example(2, "star", "what shape is it?", "shape")]
+    engine = ScriptedEngine(lambda prompt: " red<EOC>"[:4])
+    result = question_answering("vqa", queries, []).run(engine, Settings(text_examples=0))
+    assert result.figures == {"accuracy": 0.5, "accuracy/colour": 1.0, "accuracy/shape": 0.0}
+    assert engine.prompts[0][-1] == "Question: what colour is it? Answer:"
+
+
+def test_classification_takes_the_likeliest_class_and_no_text_only_examples() -> None:
+    queries = [example(1, "circle", "what shape is it?"), example(2, "star", "what shape is it?")]
+    engine = ScriptedEngine(likes=lambda prompt, text: {" circle": -1.0, " star": -0.5 if picture_of(prompt) == 2 else -2.0}[text])
+    result = Classification("shapes", queries, SUPPORT, ["circle", "star"], QUESTION).run(engine, Settings())
+    assert result.accuracy == 1.0
+    assert engine.prompts[0] == [queries[0].visual, "Question: what shape is it? Answer:"]
+
+
+def test_binding_shows_the_last_pictures_and_asks_between_the_pages_words() -> None:
+    pages = [page(0, ["dax", "wug", "wug", "dax", "dax"]), page(1, ["fep", "toma", "fep", "fep", "toma"])]
+    engine = ScriptedEngine(likes=lambda prompt, text: {" dax": -1.0, " wug": -2.0, " fep": -1.0, " toma": -2.0}[text])
+    result = Binding("new words", pages).run(engine, Settings(shots=2))
+    assert result.accuracy == 0.5
+    assert [s.prediction for s in result.samples] == ["dax", "fep"]
+    assert engine.prompts[0] == [pages[0].visuals[2], "This is a wug", pages[0].visuals[3], "This is a dax", pages[0].visuals[4], "This is a"]
+
+
+@pytest.mark.parametrize("benchmark", [captioning("captions", [], SUPPORT), captioning("captions", QUERIES, SUPPORT[:1]), Binding("words", [])])
+def test_too_little_data_is_refused(benchmark: object) -> None:
+    with pytest.raises(UserError, match=r"captions|words"):
+        benchmark.run(ScriptedEngine(), Settings(shots=0))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"), [(" a red circle Output: a", "a red circle"), ("red Question: what", "red"), (" a star", "a star"), ("Output: x", "")]
+)
+def test_predictions_are_cut_at_the_next_examples_keywords(said: str, kept: str) -> None:
+    assert clean(said) == kept
+
+
+@pytest.mark.parametrize(("said", "right"), [("a blue star moving left", 1.0), ("a red circle moving right", 0.0), ("a red circle", 0.0)])
+def test_the_direction_alone_is_judged(said: str, right: float) -> None:
+    assert direction_right(said, ["a red circle moving left"]) == right
+
+
+def png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((6, 8, 3), value, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+CONFIG = tiny_config(40)
+
+
+def test_records_become_examples_at_the_models_size() -> None:
+    pair, = read_examples([{"id": b"a", "image": png(9), "captions": [b"one", "two"]}], "pairs", CONFIG)
+    assert pair.visual.frames.shape == (1, 32, 32, 3)
+    assert pair.answers == ("one", "two")
+    clip, = read_examples([{"id": b"v", "frames": [png(v) for v in range(9)], "captions": [b"x"]}], "videos", CONFIG)
+    assert clip.visual.frames[:, 16, 16, 0].tolist() == [0, 3, 5, 8]
+    asked, = read_examples([{"id": b"q", "frames": [png(1)], "question": b"why?", "answers": [b"so"], "type": b"one/why"}], "questions", CONFIG)
+    assert (asked.question, asked.answers, asked.type) == ("why?", ("so",), "one/why")
+
+
+def test_pages_give_support_examples() -> None:
+    texts = [b"", b"Output: a red star", b"Question: what is it? Answer: a star", b"This is a dax"]
+    pages = read_pages([{"id": b"p", "texts": texts, "images": [png(1), png(2), png(3)]}], CONFIG)
+    made = page_examples(pages)
+    assert [(e.question, e.answers) for e in made] == [("", ("a red star",)), ("what is it?", ("a star",))]
+    assert [int(e.visual.frames[0, 16, 16, 0]) for e in made] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("record", "said"), [({"image": b"nothing", "captions": [b"x"]}, "unreadable image"), ({"image": png(1), "captions": []}, "no right answer")]
+)
+def test_a_record_that_cannot_be_used_is_named(record: dict, said: str) -> None:  # type: ignore[type-arg]
+    with pytest.raises(UserError, match="bad/7") as error:
+        read_examples([{"id": b"bad/7", **record}], "pairs", CONFIG)
+    assert said in str(error.value)
+
+
+def test_samples_keep_what_was_shown() -> None:
+    result = captioning("captions", [example(1)], []).run(ScriptedEngine(), Settings(text_examples=0))
+    assert result.samples[0].prompt == "<image>Output:"
+    np.testing.assert_array_equal(result.samples[0].visual.frames, visual(1).frames)
