@@ -12,6 +12,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from flamingo_jax.errors import UserError
 from flamingo_jax.partitioning.mesh import FSDP, MODEL
 from flamingo_jax.pytrees import STACK
 
@@ -111,7 +112,7 @@ def shardings(task: str, shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, Nam
     """Each parameter's sharding.
 
     `model` lies where the task's table says. `fsdp` shards the largest other axis, that it divides, of every trained matrix; moments follow
-    their parameters. An axis that does not divide is left whole, which is an error for arrays of more than LARGE elements.
+    their parameters. An axis that does not divide is left whole, which is a UserError for arrays of more than LARGE elements.
 
     Args:
       shapes: {name: anything with a shape}, stacks with their leading layer axis.
@@ -148,7 +149,7 @@ def _spec(name: str, shape: tuple[int, ...], axes: Axes, mesh: Mesh, trained: bo
 
 def _require_small(name: str, shape: tuple[int, ...], axis: str, mesh: Mesh) -> None:
     if math.prod(shape) > LARGE:
-        raise ValueError(
+        raise UserError(
             f"{name!r} with shape {shape} cannot be sharded over {axis}={mesh.shape[axis]} and would be whole on every device: "
             f"choose a config.mesh.{axis} that divides one of its axes"
         )

@@ -1,0 +1,75 @@
+"""Mesh shapes that fit eight devices, those that do not, and batches that divide."""
+
+import dataclasses
+
+import jax
+import pytest
+from jax.sharding import AxisType
+
+from flamingo_jax.errors import UserError
+from flamingo_jax.experiment import DatasetConfig, Experiment, MeshConfig
+from flamingo_jax.partitioning.mesh import batch_sharding, check_batches, make_mesh
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [(MeshConfig(), (8, 1, 1)), (MeshConfig(model=2), (4, 1, 2)), (MeshConfig(2, -1, 2), (2, 2, 2)), (MeshConfig(1, 1, 8), (1, 1, 8)), (MeshConfig(1, 8, -1), (1, 8, 1))],
+)
+def test_meshes_of_all_devices_with_auto_axes(config: MeshConfig, shape: tuple[int, ...]) -> None:
+    mesh = make_mesh(config)
+    assert tuple(mesh.shape.values()) == shape and mesh.axis_names == ("data", "fsdp", "model")
+    assert set(mesh.axis_types) == {AxisType.Auto}
+
+
+def test_a_mesh_of_some_devices() -> None:
+    assert make_mesh(MeshConfig(), jax.devices()[:4]).size == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (MeshConfig(3, 1, 1), "does not fit 8 devices: choose sizes that multiply to 8"),
+        (MeshConfig(2, 1, 1), "does not fit 8 devices"),
+        (MeshConfig(-1, 3, 1), "make the product of the other sizes a divisor of 8"),
+        (MeshConfig(-1, -1, 1), "one of them may be -1"),
+        (MeshConfig(0, 1, 8), "sizes must be 1 or more"),
+    ],
+)
+def test_meshes_that_do_not_fit(config: MeshConfig, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        make_mesh(config)
+
+
+def test_rows_lie_over_data_and_fsdp() -> None:
+    sharding = batch_sharding(make_mesh(MeshConfig(2, 2, 2)))
+    places = sharding.devices_indices_map((8, 3))
+    assert {(index[0].start, index[0].stop) for index in places.values()} == {(0, 2), (2, 4), (4, 6), (6, 8)}
+    assert len(places) == 8
+
+
+def experiment(place: str = "data", task: str = "flamingo", **options: int) -> Experiment:
+    dataset = dataclasses.replace(DatasetConfig(batch_size=8), **options)  # type: ignore[arg-type]
+    return Experiment(task=task, **{place: {"m3w": dataset}})  # type: ignore[arg-type]
+
+
+def test_batches_that_divide_pass() -> None:
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    check_batches(experiment(batch_size=8, microbatches=2), mesh)
+    check_batches(experiment("held_out", batch_size=4, microbatches=4), mesh)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (experiment(batch_size=6), "config.data.m3w.batch_size is 6, but 2 (data) x 2 (fsdp) devices share it: make it a multiple of 4, such as 8"),
+        (experiment(batch_size=4, microbatches=2), "2 (data) x 2 (fsdp) devices x 2 microbatches share it: make it a multiple of 8, such as 8"),
+        (experiment("held_out", batch_size=2), "config.held_out.m3w.batch_size is 2"),
+        (experiment(batch_size=0), "make it a multiple of 4, such as 4"),
+        (experiment(microbatches=0), "config.data.m3w.microbatches is 0"),
+        (experiment(task="contrastive", microbatches=2), "every pair of a contrastive batch meets every other"),
+    ],
+)
+def test_batches_that_do_not_divide_are_refused_with_the_mend(given: Experiment, sentence: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_batches(given, make_mesh(MeshConfig(2, 2, 2)))
+    assert sentence in str(error.value)

@@ -1,0 +1,58 @@
+"""Parameter counts against the published figures (Flamingo table 5, Brock et al. 2021 table 6)."""
+
+import dataclasses
+import importlib
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+from flax import nnx
+
+from flamingo_jax.configuring import from_config
+from flamingo_jax.experiment import Experiment, VisionConfig
+from flamingo_jax.models.nfnet import NFNet
+from flamingo_jax.planning.counts import count_parameters
+
+ROOT = pathlib.Path(__file__).parents[2]
+SHARED = {"vision_encoder": 435.3e6, "resampler": 193.7e6}
+PUBLISHED = {
+    "flamingo_3b": {"gated_xattn": 1.208e9, "language_model": 1.374e9, "total": 3.21e9},
+    "flamingo_9b": {"gated_xattn": 1.611e9, "language_model": 7.110e9, "total": 9.35e9},
+    "flamingo_80b": {"gated_xattn": 9.664e9, "language_model": 70.06e9, "total": 80.35e9},
+}
+CLASSIFIERS = {"F0": 71.49, "F1": 132.63, "F2": 193.78, "F3": 254.92, "F4": 316.07, "F5": 377.21, "F6": 438.36}
+"""Millions of parameters with the classifier of 1,000 classes."""
+
+
+def load(name: str) -> Experiment:
+    return from_config(Experiment, importlib.import_module(f"configs.{name}").get_config())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_flamingos(name: str) -> None:
+    counts = count_parameters(load(name))
+    for part, published in (SHARED | PUBLISHED[name]).items():
+        assert counts[part] == pytest.approx(published, rel=5e-3), part
+    assert counts["trainable"] == sum(counts[part] for part in ("resampler", "gated_xattn", "visual_projection", "extra_embedding"))
+    assert counts["total"] == counts["trainable"] + counts["vision_encoder"] + counts["language_model"]
+
+
+def test_a_stage_that_trains_everything() -> None:
+    assert count_parameters(load("lm_70b")) == {"language_model": 70_057_992_192, "trainable": 70_057_992_192, "total": 70_057_992_192}
+
+
+@pytest.mark.parametrize("variant", CLASSIFIERS)
+def test_nfnets(variant: str) -> None:
+    model = nnx.eval_shape(lambda: NFNet(dataclasses.replace(VisionConfig(), variant=variant), rngs=nnx.Rngs(0)))
+    body = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model)))
+    assert (body + (model.width + 1) * 1_000) / 1e6 == pytest.approx(CLASSIFIERS[variant], rel=5e-3)
+
+
+def test_the_command_prints_json() -> None:
+    command = [sys.executable, "-m", "launch.plan", "--config=configs/flamingo_80b.py", "--counts", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {"parameters": count_parameters(load("flamingo_80b"))}

@@ -1,0 +1,82 @@
+"""Dataclasses to ConfigDicts and JSON and back, and what is refused on the way."""
+
+import importlib
+import json
+
+import pytest
+
+from flamingo_jax.configuring import from_config, from_json, key_type, to_config, to_json
+from flamingo_jax.errors import UserError
+from flamingo_jax.experiment import DatasetConfig, Experiment, FlamingoConfig, LanguageModelConfig, MeshConfig, OptimizerConfig
+
+FULL = Experiment(
+    name="x", flamingo=FlamingoConfig(language_model=LanguageModelConfig(layers=3), every=2), data={"a": DatasetConfig(weight=1), "b": DatasetConfig(kind="pages")},
+    optimizer=OptimizerConfig(no_decay=("a.*", "b")),
+)
+CONFIGS = ("flamingo_3b", "flamingo_9b", "flamingo_80b", "contrastive_nfnet_f6", "lm_1b4", "lm_7b", "lm_70b")
+
+
+@pytest.mark.parametrize("experiment", [Experiment(), FULL])
+def test_round_trips(experiment: Experiment) -> None:
+    assert from_config(Experiment, to_config(experiment)) == experiment
+    assert from_json(Experiment, json.loads(json.dumps(to_json(experiment)))) == experiment
+
+
+def test_an_override_becomes_part_of_the_experiment() -> None:
+    config = to_config(FULL)
+    config.data.a.weight = 0.5
+    config.flamingo.language_model.layers = 9
+    config.optimizer.no_decay = ("c",)
+    experiment = from_config(Experiment, config)
+    assert experiment.data["a"].weight == 0.5 and experiment.flamingo is not None and experiment.flamingo.language_model.layers == 9
+    assert experiment.optimizer.no_decay == ("c",) and experiment.data["b"] == FULL.data["b"]
+
+
+def test_ints_stand_for_floats_and_missing_keys_for_defaults() -> None:
+    assert type(to_config(FULL).data.a.weight) is float
+    assert from_json(MeshConfig, {"model": 2}) == MeshConfig(model=2)
+    assert type(from_json(OptimizerConfig, {"peak_rate": 1}).peak_rate) is float
+
+
+@pytest.mark.parametrize(
+    ("document", "sentence"),
+    [
+        ({"sede": 1}, "config has no key 'sede', did you mean seed?"),
+        ({"mesh": {"zzz": 1}}, "config.mesh has no key 'zzz': it has data, fsdp, model"),
+        ({"seed": "1"}, "config.seed is '1', but must be an int"),
+        ({"seed": True}, "config.seed is True, but must be an int"),
+        ({"training": {"use_visuals": 1}}, "config.training.use_visuals is 1, but must be a bool"),
+        ({"optimizer": {"peak_rate": "fast"}}, "config.optimizer.peak_rate is 'fast', but must be a float"),
+        ({"task": "sleep"}, "config.task is 'sleep', but must be one of 'contrastive', 'language_modelling', 'flamingo'"),
+        ({"optimizer": {"no_decay": "a"}}, "config.optimizer.no_decay is 'a', but must be a tuple of strings"),
+        ({"optimizer": {"no_decay": ["a", 2]}}, "config.optimizer.no_decay[1] is 2, but must be a string"),
+        ({"data": {"m3w": {"lenght": 3}}}, "config.data.m3w has no key 'lenght', did you mean length or weight?"),
+        ({"data": {"m3w": 3}}, "config.data.m3w is 3, but must be a DatasetConfig"),
+        ({"flamingo": 3}, "config.flamingo is 3, but must be a FlamingoConfig"),
+        ({"mesh": None}, "config.mesh is None, but must be a MeshConfig"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(document: dict, sentence: str) -> None:
+    with pytest.raises(UserError) as error:
+        from_json(Experiment, document)
+    assert sentence in str(error.value)
+
+
+def test_types_of_dotted_keys() -> None:
+    config = to_config(FULL)
+    assert key_type(Experiment, "data.a.weight", config) is float
+    assert key_type(Experiment, "flamingo.language_model.layers", config) is int
+    for key, sentence in (
+        ("data.c.weight", "config.data has no key 'c'"), ("contrastive.joint_width", "config.contrastive is None"), ("seed.x", "config.seed is an int"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            key_type(Experiment, key, config)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_has_a_full_and_a_tiny_form(name: str) -> None:
+    get_config = importlib.import_module(f"configs.{name}").get_config
+    full, tiny = (from_config(Experiment, get_config(*arg)) for arg in ((), ("tiny",)))
+    assert full.task == tiny.task and set(full.data) == set(tiny.data) and full.held_out.keys() == full.data.keys()
+    with pytest.raises(UserError, match=":tiny"):
+        get_config("huge")

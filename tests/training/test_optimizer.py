@@ -1,0 +1,141 @@
+"""The optimizer against AdamW, clipping and schedules written out in float64 numpy."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flamingo_jax.errors import UserError
+from flamingo_jax.experiment import OptimizerConfig
+from flamingo_jax.training.optimizer import adaptive_clip, decay_mask, make_optimizer, make_schedule
+
+CONFIG = OptimizerConfig(peak_rate=1e-2, warmup_steps=3, decay="linear", beta1=0.8, beta2=0.95, weight_decay=0.3, clip_norm=1.0)
+SHAPES = {
+    "resampler/latents": (3, 4), "visual_projection": (4, 2), "gated_xattn/layers/query": (2, 3, 2, 2), "gated_xattn/layers/attention_norm/scale": (2, 3),
+    "gated_xattn/layers/attention_gate": (2,), "extra_embedding": (1, 5),
+}
+DECAYED = {"visual_projection", "gated_xattn/layers/query", "extra_embedding"}
+STEPS = 7
+
+
+def arrays(seed: int, shapes: dict[str, tuple[int, ...]] = SHAPES, scale: float = 1.0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {name: (scale * rng.normal(size=shape)).astype(np.float32) for name, shape in shapes.items()}
+
+
+def run(config: OptimizerConfig, parameters: dict[str, np.ndarray], gradients: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    optimizer = make_optimizer(config, STEPS, parameters)
+    values: dict[str, jax.Array] = jax.tree.map(jnp.asarray, parameters)
+    state = optimizer.init(values)
+    for gradient in gradients:
+        updates, state = jax.jit(optimizer.update)(jax.tree.map(jnp.asarray, gradient), state, values)
+        values = optax.apply_updates(values, updates)
+    return jax.tree.map(np.asarray, values)
+
+
+def adamw(config: OptimizerConfig, parameters: dict[str, np.ndarray], gradients: list[dict[str, np.ndarray]], decayed: set[str]) -> dict[str, np.ndarray]:
+    x = {name: p.astype(np.float64) for name, p in parameters.items()}
+    m, v = ({name: np.zeros_like(p) for name, p in x.items()} for _ in range(2))
+    for step, gradient in enumerate(gradients, start=1):
+        rate = config.peak_rate * min(step / config.warmup_steps, 1)
+        if step - 1 > config.warmup_steps:
+            rate *= 1 - (step - 1 - config.warmup_steps) / (STEPS - config.warmup_steps)
+        norm = math.sqrt(sum(float(np.sum(np.square(g, dtype=np.float64))) for g in gradient.values()))
+        scale = min(1.0, config.clip_norm / norm)
+        for name in x:
+            g = gradient[name].astype(np.float64) * scale
+            m[name] = config.beta1 * m[name] + (1 - config.beta1) * g
+            v[name] = config.beta2 * v[name] + (1 - config.beta2) * g**2
+            direction = m[name] / (1 - config.beta1**step) / (np.sqrt(v[name] / (1 - config.beta2**step)) + config.eps)
+            x[name] -= rate * (direction + (config.weight_decay * x[name] if name in decayed else 0))
+    return x
+
+
+@pytest.mark.parametrize("scale", [0.05, 3.0])
+def test_adamw_with_clipping_and_masked_decay(scale: float) -> None:
+    """Gradients below the clipping norm and above it."""
+    parameters, gradients = arrays(0), [arrays(seed, scale=scale) for seed in range(1, STEPS + 1)]
+    found, expected = run(CONFIG, parameters, gradients), adamw(CONFIG, parameters, gradients, DECAYED)
+    for name in SHAPES:
+        np.testing.assert_allclose(found[name], expected[name], rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+def test_decay_by_name() -> None:
+    names = lambda **changes: {name for name, decays in decay_mask(dataclasses.replace(CONFIG, **changes), arrays(0)).items() if decays}
+    assert names() == DECAYED
+    assert names(decay_vectors=True) == set(SHAPES) - {"resampler/latents"}
+    assert names(no_decay=()) == DECAYED | {"resampler/latents"}
+    assert names(weight_decay=0.0, no_decay=("nothing",)) == set()
+    with pytest.raises(UserError, match="'resampla/\\.\\*', which matches no trained parameter"):
+        names(no_decay=("resampla/.*",))
+    with pytest.raises(UserError, match="matches no trained parameter"):
+        names(no_decay=("resampler",))  # whole names, not prefixes
+
+
+def test_attention_biases_are_vectors() -> None:
+    shapes = {"layers/attention/content_bias": jnp.zeros((2, 4, 8)), "layers/attention/query": jnp.zeros((2, 8, 4, 8))}
+    assert decay_mask(dataclasses.replace(CONFIG, no_decay=()), shapes) == {"layers/attention/content_bias": False, "layers/attention/query": True}
+
+
+@pytest.mark.parametrize(
+    ("decay", "end", "expected"),
+    [
+        ("constant", 0.0, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1]),
+        ("linear", 0.2, [0.25, 0.5, 0.75, 1, 1, 0.8, 0.6, 0.4, 0.2]),
+        ("cosine", 0.0, [0.25, 0.5, 0.75, 1, 1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2, 0]),
+    ],
+)
+def test_schedules(decay: str, end: float, expected: list[float]) -> None:
+    config = OptimizerConfig(peak_rate=2.0, warmup_steps=4, decay=decay, end_rate=2 * end)  # type: ignore[arg-type]
+    schedule = make_schedule(config, steps=8)
+    np.testing.assert_allclose([schedule(n) for n in range(9)], 2 * np.array(expected), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(schedule(100), 2 * expected[-1], rtol=1e-6, atol=1e-7)
+
+
+def test_no_warm_up() -> None:
+    assert make_schedule(OptimizerConfig(peak_rate=0.5, warmup_steps=0), steps=3)(0) == 0.5
+
+
+@pytest.mark.parametrize("name", ["vision/final/weight", "vision/stages/0/layers/first/weight", "vision/layers/squeeze_excite/down", "vision/layers/first/bias"])
+def test_adaptive_clip_of_every_unit(name: str) -> None:
+    """Unit by unit in numpy; units below the limit stay as they are."""
+    shape = {"weight": (2, 2, 3, 4), "down": (3, 4), "bias": (4,)}[name.split("/")[-1]]
+    layers = 2 if "layers" in name else 1
+    rng = np.random.default_rng(3)
+    parameter = rng.normal(size=(layers, *shape))
+    gradient = rng.normal(size=(layers, *shape)) * 10 ** rng.uniform(-4, 0, size=(layers, *[1] * (len(shape) - 1), shape[-1]))
+    parameter[0, ..., 0] = 0  # held to eps
+    expected = gradient.copy()
+    for layer in range(layers):
+        for unit in range(shape[-1]) if len(shape) > 1 else [slice(None)]:
+            g, w = gradient[layer][..., unit], parameter[layer][..., unit]
+            allowed, norm = 0.01 * max(np.linalg.norm(w), 1e-3), np.linalg.norm(g)
+            expected[layer][..., unit] = g * min(1.0, allowed / norm)
+    squeeze = (lambda a: a) if "layers" in name else (lambda a: a[0])
+    found = adaptive_clip(name, jnp.asarray(squeeze(gradient), jnp.float32), jnp.asarray(squeeze(parameter), jnp.float32), 0.01)
+    np.testing.assert_allclose(found, squeeze(expected), rtol=1e-5, atol=1e-9)
+    assert 0 < np.sum(np.asarray(found) != squeeze(gradient).astype(np.float32))
+
+
+def test_adaptive_clipping_leaves_the_global_norm_to_the_rest() -> None:
+    """The paper's contrastive stage: unit by unit on the vision encoder, a global norm on the text encoder."""
+    shapes = {"vision/final/weight": (1, 1, 3, 4), "text/embedding": (5, 4)}
+    config = OptimizerConfig(weight_decay=0.0, no_decay=(), clip_norm=10.0, adaptive_clip=1e-2, beta1=0.0, eps=1e6, peak_rate=1e6, warmup_steps=0)
+    parameters, gradient = arrays(0, shapes), arrays(1, shapes, scale=100.0)
+    # With beta1 = 0 and a large eps Adam's direction is the gradient over eps, so that the step shows the clipped gradient.
+    moved = run(config, parameters, [gradient])
+    clipped = {name: parameters[name] - moved[name] for name in shapes}
+    np.testing.assert_allclose(np.linalg.norm(clipped["text/embedding"]), 10.0, rtol=1e-3)
+    units = np.linalg.norm(clipped["vision/final/weight"].reshape(3, 4), axis=0)
+    np.testing.assert_allclose(units, 1e-2 * np.linalg.norm(parameters["vision/final/weight"].reshape(3, 4), axis=0), rtol=1e-2)
+
+
+def test_a_gradient_of_zeros_stays_finite() -> None:
+    parameters = arrays(0)
+    moved = run(dataclasses.replace(CONFIG, weight_decay=0.0), parameters, [jax.tree.map(np.zeros_like, parameters)])
+    for name in SHAPES:
+        np.testing.assert_array_equal(moved[name], parameters[name])
