@@ -50,7 +50,7 @@ TEXT_EXAMPLES = flags.DEFINE_integer("text_examples", 2, "Text-only examples of 
 BEAM = flags.DEFINE_integer("beam", 3, "Hypotheses of beam search (paper: 3); 1 is greedy.", lower_bound=1)
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", 24, "Tokens of an answer at most.", lower_bound=1)
 LIMIT = flags.DEFINE_integer("limit", 0, "Records of each benchmark at most; 0 for all.", lower_bound=0)
-FEW_SHOT_LIMIT = flags.DEFINE_integer("few_shot_limit", 96, "suite: records of each few-shot figure at most.", lower_bound=1)
+FEW_SHOT_LIMIT = flags.DEFINE_integer("few_shot_limit", 64, "suite: records of each few-shot figure at most.", lower_bound=1)
 ROWS = flags.DEFINE_integer("rows", 64, "Prompts in a batch at most.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the choice of examples.")
 SECONDS = flags.DEFINE_string("seconds", "", "JSON file {stage: seconds} for the report.")
