@@ -10,8 +10,8 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import DatasetConfig, Experiment, FlamingoConfig, LanguageModelConfig, MeshConfig, OptimizerConfig
 
 FULL = Experiment(
-    name="x", flamingo=FlamingoConfig(language_model=LanguageModelConfig(layers=3), every=2), data={"a": DatasetConfig(weight=1), "b": DatasetConfig(kind="pages")},
-    optimizer=OptimizerConfig(no_decay=("a.*", "b")),
+    name="x", flamingo=FlamingoConfig(language_model=LanguageModelConfig(layers=3), every=2),
+    data={"a": DatasetConfig(weight=1), "b": DatasetConfig(kind="pages")}, optimizer=OptimizerConfig(no_decay=("a.*", "b")),
 )
 CONFIGS = ("flamingo_3b", "flamingo_9b", "flamingo_80b", "contrastive_nfnet_f6", "lm_1b4", "lm_7b", "lm_70b")
 

@@ -13,7 +13,10 @@ from flamingo_jax.partitioning.mesh import batch_sharding, check_batches, make_m
 
 @pytest.mark.parametrize(
     ("config", "shape"),
-    [(MeshConfig(), (8, 1, 1)), (MeshConfig(model=2), (4, 1, 2)), (MeshConfig(2, -1, 2), (2, 2, 2)), (MeshConfig(1, 1, 8), (1, 1, 8)), (MeshConfig(1, 8, -1), (1, 8, 1))],
+    [
+        (MeshConfig(), (8, 1, 1)), (MeshConfig(model=2), (4, 1, 2)), (MeshConfig(2, -1, 2), (2, 2, 2)), (MeshConfig(1, 1, 8), (1, 1, 8)),
+        (MeshConfig(1, 8, -1), (1, 8, 1)),
+    ],
 )
 def test_meshes_of_all_devices_with_auto_axes(config: MeshConfig, shape: tuple[int, ...]) -> None:
     mesh = make_mesh(config)

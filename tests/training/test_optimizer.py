@@ -100,7 +100,10 @@ def test_no_warm_up() -> None:
     assert make_schedule(OptimizerConfig(peak_rate=0.5, warmup_steps=0), steps=3)(0) == 0.5
 
 
-@pytest.mark.parametrize("name", ["vision/final/weight", "vision/stages/0/layers/first/weight", "vision/layers/squeeze_excite/down", "vision/layers/first/bias"])
+UNITS = ["vision/final/weight", "vision/stages/0/layers/first/weight", "vision/layers/squeeze_excite/down", "vision/layers/first/bias"]
+
+
+@pytest.mark.parametrize("name", UNITS)
 def test_adaptive_clip_of_every_unit(name: str) -> None:
     """Unit by unit in numpy; units below the limit stay as they are."""
     shape = {"weight": (2, 2, 3, 4), "down": (3, 4), "bias": (4,)}[name.split("/")[-1]]
@@ -118,7 +121,7 @@ def test_adaptive_clip_of_every_unit(name: str) -> None:
     squeeze = (lambda a: a) if "layers" in name else (lambda a: a[0])
     found = adaptive_clip(name, jnp.asarray(squeeze(gradient), jnp.float32), jnp.asarray(squeeze(parameter), jnp.float32), 0.01)
     np.testing.assert_allclose(found, squeeze(expected), rtol=1e-5, atol=1e-9)
-    assert 0 < np.sum(np.asarray(found) != squeeze(gradient).astype(np.float32))
+    assert (np.asarray(found) != squeeze(gradient).astype(np.float32)).any()
 
 
 def test_adaptive_clipping_leaves_the_global_norm_to_the_rest() -> None:
