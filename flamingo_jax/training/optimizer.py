@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from optax import contrib
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import OptimizerConfig
@@ -44,14 +43,6 @@ def make_optimizer(config: OptimizerConfig, steps: int, trainable: Mapping[str, 
         optax.add_decayed_weights(config.weight_decay, decayed) if config.weight_decay else optax.identity(),
         optax.scale_by_learning_rate(make_schedule(config, steps)),
     )
-
-MATRICES: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = (
-    (r"(.*/)?(query|key|value|position)", (0,), (1, 2)),
-    (r"(.*/)?out", (0, 1), (2,)),
-    (r"(.*/)?(up|down|[a-z_]*projection)", (0,), (1,)),
-    (r"(.*/)?weight", (0, 1, 2), (3,)),
-)
-"""Parameters that act as matrices: the axes they read along and those they write along, a stack's layer axis not counted."""
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[Array | int], Array]:
