@@ -67,7 +67,8 @@ class Flamingo(nnx.Module):
         return jax.lax.map(lambda s: nnx.merge(graph, s).project_visuals(visual_tokens), state)
 
     def __call__(
-        self, tokens: Array, positions: Array, segments: Array, media_index: Array, visual_tokens: Array | None, visuals: Array | None
+        self, tokens: Array, positions: Array, segments: Array, media_index: Array, visual_tokens: Array | None, visuals: Array | None,
+        *, rows_own_visuals: bool = False,
     ) -> Array:
         """Packed rows -> logits float32 [B, L, V + extra].
 
@@ -75,15 +76,18 @@ class Flamingo(nnx.Module):
           tokens, positions, segments, media_index: int32 [B, L].
           visual_tokens: [M, R, D] of `encode_visuals`, or None: the text is read with every visual taken away.
           visuals: int32 [B, N], each row's visuals as places in M, -1 for none.
+          rows_own_visuals: M = B * N and row b's visuals stand at b * N + n (as training batches have it), so that none need be gathered:
+            the gradient of a gather is a scatter, slow on every backend.
         """
         mask = None
         if visual_tokens is not None:
             assert visuals is not None
             mask = media_mask(media_index, segments, visuals, visual_tokens.shape[1], self.config.attend)
+        gathered = None if rows_own_visuals else visuals
 
         def block(gated: GatedCrossAttentionBlock, x: Array, _: Any) -> Array:
             media = None if visual_tokens is None else gated.project_visuals(visual_tokens)
-            return gated.attend(x, media, visuals, mask)
+            return gated.attend(x, media, gathered, mask)
 
         def layer(decoder: Any, x: Array, cache: None) -> tuple[Array, None]:
             return decoder(x, positions, segments, cache)

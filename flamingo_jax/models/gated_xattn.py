@@ -69,11 +69,14 @@ class GatedCrossAttentionBlock(nnx.Module):
         return Media(linear(x, self.key[...]), linear(x, self.value[...]))
 
     def attend(self, y: Array, media: Media | None, visuals: Array | None, mask: Array | None) -> Array:
-        """y [B, L, D], visuals int32 [B, N], mask from `media_mask` -> [B, L, D]; media None: there is nothing to see."""
+        """y [B, L, D], mask from `media_mask` -> [B, L, D].
+
+        visuals int32 [B, N] are each row's visuals as places in `media`; None: row b owns the b-th N of them, and nothing is gathered.
+        media None: there is nothing to see.
+        """
         if media is not None:
-            assert visuals is not None
-            rows, places = visuals.shape
-            key, value = (m[visuals].reshape(rows, places * m.shape[1], *m.shape[2:]) for m in media)
+            rows = y.shape[0]
+            key, value = ((m if visuals is None else m[visuals]).reshape(rows, -1, *m.shape[2:]) for m in media)
             h = attend(linear(self.attention_norm(y), self.query[...]), key, value, mask)
             y = y + jnp.tanh(self.attention_gate[...]).astype(y.dtype) * linear(h, self.out[...], 2)
         return y + jnp.tanh(self.dense_gate[...]).astype(y.dtype) * self.feed_forward(self.dense_norm(y))

@@ -11,7 +11,7 @@ VISUAL_ARRAYS = ("images", "features", "frame_mask", "visuals")
 
 class FlamingoTask:
     """Batches: tokens, positions, segments, media_index int32 [B, L], loss_mask bool [B, L], visuals int32 [B, N], frame_mask bool [M, T]
-    and images uint8 [M, T, H, W, 3], or in their place the frozen encoder's `features` [M, T, S, C]."""
+    and images uint8 [M, T, H, W, 3] with M = B * N, row b owning the places b * N + n, or in their place the frozen encoder's `features` [M, T, S, C]."""
 
     def __init__(self, reduction: str = "sequence_sum", use_visuals: bool = True):
         self.reduction = reduction
@@ -22,7 +22,9 @@ class FlamingoTask:
         if self.use_visuals and "visuals" in batch:
             features = batch["features"] if "features" in batch else model.encode_images(batch["images"])
             visual_tokens, visuals = model.resample(features.astype(model.dtype), batch["frame_mask"]), batch["visuals"]
-        logits = model(batch["tokens"], batch["positions"], batch["segments"], batch["media_index"], visual_tokens, visuals)
+        logits = model(
+            batch["tokens"], batch["positions"], batch["segments"], batch["media_index"], visual_tokens, visuals, rows_own_visuals=True
+        )
         return token_loss(logits, batch, self.reduction)
 
     def microbatches(self, batch: Batch, count: int) -> Batch:
