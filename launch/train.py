@@ -37,10 +37,14 @@ def main() -> int:
     check_vocabulary(experiment, tokenizer)
     iterators = make_iterators(experiment, tokenizer)
     held_out = held_out_batches(experiment, tokenizer)
-    workdir.mkdir(parents=True, exist_ok=True)
-    command.write_config(experiment, workdir / "config.json")
-    tokenizer.save(workdir)
-    outcome = train(experiment, iterators, held_out, workdir)
+
+    def on_start() -> None:
+        # Not before: a config that is refused must not replace the one of the run that is there.
+        workdir.mkdir(parents=True, exist_ok=True)
+        command.write_config(experiment, workdir / "config.json")
+        tokenizer.save(workdir)
+
+    outcome = train(experiment, iterators, held_out, workdir, on_start)
     if outcome.preempted:
         log.warning("stopped by a signal at step %d and saved: run the same command to go on", outcome.step)
         return errors.EXIT_PREEMPTED

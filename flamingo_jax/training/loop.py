@@ -12,7 +12,7 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -41,9 +41,15 @@ class Outcome(NamedTuple):
 
 
 def train(
-    experiment: Experiment, iterators: Mapping[str, DataIterator], held_out: Mapping[str, list[HostBatch]], workdir: pathlib.Path
+    experiment: Experiment,
+    iterators: Mapping[str, DataIterator],
+    held_out: Mapping[str, list[HostBatch]],
+    workdir: pathlib.Path,
+    on_start: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Trains to `experiment.training.steps`, from the newest whole checkpoint in `workdir` if there is one.
+
+    `on_start` is called once when everything fits, bases and checkpoint among it, before the first file is written.
 
     Raises: UserError before any work for what does not fit; NotFiniteError when too many steps in a row were not finite.
     """
@@ -77,6 +83,7 @@ def train(
         clock["starts"] += 1
         began = time.monotonic() - clock["seconds"]
 
+        on_start()
         records = Records(workdir, resume_step=start, enabled=primary)
         feed = Feed(iterators, batch_sharding(mesh))
         stopper = _Stopper()
