@@ -32,7 +32,8 @@ MODEL = dataclasses.replace(
 def run(workdir: pathlib.Path, mesh: MeshConfig) -> np.ndarray:
     """The losses of `STEPS` steps."""
     training = dataclasses.replace(world.experiment().training, steps=STEPS, save_every=STEPS)
-    optimizer = dataclasses.replace(world.experiment().optimizer, peak_rate=1e-3)
+    # At higher rates a hundred steps of Adam on random tokens blow rounding up past the bound.
+    optimizer = dataclasses.replace(world.experiment().optimizer, peak_rate=1e-4)
     experiment = world.experiment(flamingo=MODEL, mesh=mesh, training=training, optimizer=optimizer)
     loop.train(experiment, world.streams(), {}, workdir)
     return np.array([line["loss"] for line in read_lines(workdir / "metrics.jsonl")])

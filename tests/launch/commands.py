@@ -1,0 +1,20 @@
+"""Launch files as modules in the tests' own process."""
+
+import importlib
+import types
+
+from absl import flags
+
+
+def load(name: str) -> types.ModuleType:
+    """`launch.<name>`; absl forgets its flags, so that another command can define its own of the same names."""
+    module = importlib.import_module(f"launch.{name}")
+    for value in vars(module).values():
+        if isinstance(value, flags.FlagHolder) and value.name in flags.FLAGS:
+            delattr(flags.FLAGS, value.name)
+    return module
+
+
+def flag(value: object) -> types.SimpleNamespace:
+    """What stands in for a parsed flag."""
+    return types.SimpleNamespace(value=value)

@@ -1,0 +1,124 @@
+"""Training refuses bad input in one sentence, before it writes anything."""
+
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_pipelines.build.quickstart import build_quickstart
+from flamingo_jax import configuring
+from flamingo_jax.checkpointing.export import export_model
+from flamingo_jax.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, UserError
+from flamingo_jax.experiment import Experiment
+from flamingo_jax.training import loop
+from tests.end_to_end import small
+from tests.launch import commands
+
+ROOT = pathlib.Path(__file__).parents[2]
+Train = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("world")
+    build_quickstart(folder, limit=8)
+    return folder
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch) -> Train:
+    """(experiment, workdir, **config keys with __ for a dot) -> what the command's main returns."""
+    command = commands.load("train")
+
+    def run(experiment: Experiment, workdir: pathlib.Path | None, **overrides: Any) -> int:
+        config = configuring.to_config(experiment)
+        config.update_from_flattened_dict({key.replace("__", "."): value for key, value in overrides.items()})
+        monkeypatch.setattr(command, "CONFIG", commands.flag(config))
+        monkeypatch.setattr(command, "WORKDIR", commands.flag(workdir and str(workdir)))
+        return command.main()
+
+    return run
+
+
+def refused(train: Train, sentence: str, experiment: Experiment, workdir: pathlib.Path | None, **overrides: Any) -> None:
+    with pytest.raises(UserError) as caught:
+        train(experiment, workdir, **overrides)
+    message = str(caught.value)
+    assert caught.value.exit_code == EXIT_BAD_INPUT and sentence in message and "\n" not in message
+
+
+def test_the_command_line(tmp_path: pathlib.Path) -> None:
+    def call(*arguments: str) -> tuple[int, str, str]:
+        done = subprocess.run([sys.executable, "-m", "launch.train", *arguments], cwd=ROOT, env=os.environ, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    code, out, err = call("--help")
+    assert code == 0 and err == "" and "--config" in out and "--workdir" in out
+    for override in ("--config.training.stps=3", "--config.data.text.batch_size=3"):
+        code, out, err = call("--config=configs/quickstart.py:language_model", f"--workdir={tmp_path}/run", override)
+        assert code == EXIT_BAD_INPUT and out == "" and err.startswith("error: config.") and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_workdir(train: Train, data: pathlib.Path) -> None:
+    refused(train, "--workdir is not set", small.language_model(data), None)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "overrides"),
+    [
+        ("config.data.text.batch_size is 6, but 8 (data) x 1 (fsdp) devices share it", {"data__text__batch_size": 6}),
+        ("does not fit 8 devices", {"mesh__model": 3}),
+        ("nowhere", {"data__text__path": "nowhere"}),
+        ("'trian'", {"data__text__split": "trian"}),
+        ("nowhere", {"tokenizer": "nowhere"}),
+        ("vocab_size is 500, but the tokenizer", {"language_model__vocab_size": 500}),
+        ("config.contrastive is empty", {"task": "contrastive"}),
+        ("reads datasets of kind text", {"data__text__kind": "pairs"}),
+    ],
+)
+def test_what_does_not_fit_is_refused(train: Train, data: pathlib.Path, tmp_path: pathlib.Path, sentence: str, overrides: dict[str, Any]) -> None:
+    refused(train, sentence, small.language_model(data), tmp_path / "run", **overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_dataset_folder(train: Train, data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "empty").mkdir()
+    refused(train, f"{tmp_path}/empty", small.language_model(data), tmp_path / "run", data__text__path=str(tmp_path / "empty"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["", "missing", "folder", "language_model", "contrastive"])
+def test_exports_that_are_missing_or_wrong(train: Train, data: pathlib.Path, tmp_path: pathlib.Path, kind: str) -> None:
+    base = tmp_path / "base"
+    if kind == "folder":
+        base.mkdir()
+    elif kind in ("language_model", "contrastive"):
+        # The second is of the right kind, but of another encoder.
+        export_model(base, kind=kind, config={"vision": {"variant": "F0"}}, parameters={"a": np.zeros(2, np.float32)})
+    sentence = {
+        "": "config.vision_encoder_from is empty",
+        "missing": "which is no folder: run the contrastive stage",
+        "folder": f"{base} is no export of this project",
+        "language_model": f"{base} holds a language_model export, but config.vision_encoder_from needs one of kind contrastive",
+        "contrastive": f"{base} was trained with",
+    }[kind]
+    refused(train, sentence, small.flamingo(data), tmp_path / "run", vision_encoder_from=str(base) if kind else "")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_foreign_checkpoint_is_refused_and_left_as_it_is(train: Train, data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    assert train(small.language_model(data), tmp_path, training__steps=1) == 0
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    refused(train, "was made by another model or optimizer", small.language_model(data), tmp_path, language_model__feed_forward=48)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_a_signal_is_exit_code_75(train: Train, data: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands.load("train"), "train", lambda *_: loop.Outcome(3, preempted=True))
+    assert train(small.language_model(data), tmp_path) == EXIT_PREEMPTED
