@@ -1,0 +1,99 @@
+"""Three stages, each on the exports of those before: what is frozen stays as it was to the bit, and an export is the model trained."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from data_pipelines.inputs import make_iterators
+from flamingo_jax import configuring
+from flamingo_jax.checkpointing.checkpoints import Checkpoints
+from flamingo_jax.checkpointing.export import Export, open_export
+from flamingo_jax.experiment import Experiment
+from flamingo_jax.inference.model import load_flamingo
+from flamingo_jax.models.flamingo import Flamingo
+from flamingo_jax.partitioning.mesh import make_mesh
+from flamingo_jax.processing.tokenizer import Tokenizer
+from flamingo_jax.training.assembly import assemble, initialise, load_frozen
+from flamingo_jax.training.state import merge_model
+from tests.end_to_end import small
+from tests.launch import commands
+
+TRAINING = dataclasses.replace(small.TRAINING, steps=4)
+
+
+def run(experiment: Experiment, folder: pathlib.Path) -> Export:
+    """Trains and exports with the commands' own main functions; `folder/export` is the export."""
+    with pytest.MonkeyPatch.context() as patch:
+        train, export = commands.load("train"), commands.load("export")
+        patch.setattr(train, "CONFIG", commands.flag(configuring.to_config(experiment)))
+        for command in (train, export):
+            patch.setattr(command, "WORKDIR", commands.flag(str(folder)))
+        patch.setattr(export, "OUTPUT", commands.flag(str(folder / "export")))
+        assert train.main() == 0
+        assert export.main() == 0
+    return open_export(folder / "export")
+
+
+@pytest.fixture(scope="module")
+def stages(data: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Export, Export, Export]:
+    """The Flamingo's experiment, and the exports of the encoder, the language model and the Flamingo."""
+    folder = tmp_path_factory.mktemp("stages")
+    contrastive = run(small.contrastive(data, training=TRAINING), folder / "contrastive")
+    language_model = run(small.language_model(data, training=TRAINING), folder / "language_model")
+    # One dataset compiles in a quarter of the time of four.
+    pages = {"m3w": small.flamingo(data).data["m3w"]}
+    experiment = small.flamingo(
+        data, data=pages, training=TRAINING, vision_encoder_from=str(contrastive.folder), language_model_from=str(language_model.folder)
+    )
+    return experiment, contrastive, language_model, run(experiment, folder / "flamingo")
+
+
+def test_frozen_parts_are_their_exports_to_the_bit(stages: tuple[Experiment, Export, Export, Export]) -> None:
+    _, contrastive, language_model, flamingo = stages
+    for base, source, part in ((contrastive, "vision/", "vision_encoder/"), (language_model, "", "language_model/")):
+        expected = {part + name.removeprefix(source): value for name, value in base.read(source).items()}
+        found = flamingo.read(part)
+        assert found and sorted(found) == sorted(expected)
+        for name, value in found.items():
+            assert value.dtype == expected[name].dtype and value.tobytes() == expected[name].tobytes(), name
+
+
+def test_every_trained_parameter_has_moved(stages: tuple[Experiment, Export, Export, Export]) -> None:
+    experiment, _, _, flamingo = stages
+    mesh = make_mesh(experiment.mesh)
+    with jax.set_mesh(mesh):
+        start = initialise(experiment, assemble(experiment, mesh)).trainable
+    found = flamingo.read()
+    assert {name.split("/")[0] for name in start} == {"resampler", "visual_projection", "gated_xattn", "extra_embedding"}
+    still = [name for name, value in start.items() if np.array_equal(found[name], np.asarray(value))]
+    assert not still
+
+
+def test_an_export_gives_the_logits_of_the_model_trained(stages: tuple[Experiment, Export, Export, Export]) -> None:
+    experiment, *_, flamingo = stages
+    mesh = make_mesh(experiment.mesh)
+    with jax.set_mesh(mesh):
+        assembly = assemble(experiment, mesh)
+        checkpoints = Checkpoints(flamingo.folder.parent / "checkpoints", keep_last=2)
+        state = checkpoints.restore(TRAINING.steps, assembly.state)
+        checkpoints.close()
+        frozen, _ = load_frozen(experiment, assembly)
+    parameters = jax.device_get(state.trainable | frozen)
+    iterator = make_iterators(experiment, Tokenizer.load(experiment.tokenizer))["m3w"]
+    batch = next(iterator)
+    iterator.close()
+
+    @nnx.jit
+    def logits(model: Flamingo) -> jax.Array:
+        visuals = model.encode_visuals(batch["images"], batch["frame_mask"])
+        return model(batch["tokens"], batch["positions"], batch["segments"], batch["media_index"], visuals, batch["visuals"])
+
+    loaded = load_flamingo(flamingo.folder)
+    assert loaded.config == experiment.flamingo
+    trained = merge_model(assembly.graph, {name: jnp.asarray(value) for name, value in parameters.items()})
+    np.testing.assert_array_equal(logits(loaded.model), logits(trained))
