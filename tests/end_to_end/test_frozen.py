@@ -45,11 +45,11 @@ def stages(data: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     folder = tmp_path_factory.mktemp("stages")
     contrastive = run(small.contrastive(data, training=TRAINING), folder / "contrastive")
     language_model = run(small.language_model(data, training=TRAINING), folder / "language_model")
-    # One dataset compiles in a quarter of the time of four.
-    pages = {"m3w": small.flamingo(data).data["m3w"]}
     experiment = small.flamingo(
-        data, data=pages, training=TRAINING, vision_encoder_from=str(contrastive.folder), language_model_from=str(language_model.folder)
+        data, training=TRAINING, vision_encoder_from=str(contrastive.folder), language_model_from=str(language_model.folder)
     )
+    # One dataset compiles in a quarter of the time of four.
+    experiment = dataclasses.replace(experiment, data={"m3w": experiment.data["m3w"]})
     return experiment, contrastive, language_model, run(experiment, folder / "flamingo")
 
 
@@ -85,7 +85,7 @@ def test_an_export_gives_the_logits_of_the_model_trained(stages: tuple[Experimen
         frozen, _ = load_frozen(experiment, assembly)
     parameters = jax.device_get(state.trainable | frozen)
     iterator = make_iterators(experiment, Tokenizer.load(experiment.tokenizer))["m3w"]
-    batch = next(iterator)
+    batch = {name: jnp.asarray(value) for name, value in next(iterator).items()}
     iterator.close()
 
     @nnx.jit
