@@ -59,7 +59,7 @@ def contrastive(root: str) -> Experiment:
         name="contrastive",
         task="contrastive",
         contrastive=ContrastiveConfig(
-            vision=VISION, text=TextEncoderConfig(vocab_size=VOCABULARY, layers=2, width=128, heads=4, max_length=24), joint_width=128,
+            vision=VISION, text=TextEncoderConfig(vocab_size=VOCABULARY, layers=2, width=128, heads=4, max_length=16), joint_width=128,
             initial_temperature=0.1, label_smoothing=0.0, merge_duplicates=True,
         ),
         tokenizer=f"{root}/data/tokenizer",
@@ -90,9 +90,9 @@ def language_model(root: str) -> Experiment:
 def flamingo(root: str, use_visuals: bool = True) -> Experiment:
     """The visual language model on the four datasets."""
     data = {
-        "m3w": _data(root, "pages", "m3w", batch_size=8, length=128, visuals=8, weight=1.0),
+        "m3w": _data(root, "pages", "m3w", batch_size=6, length=128, visuals=12, weight=1.0),
         "align": _data(root, "pairs", "align", batch_size=4, length=48, visuals=6, weight=0.2),
-        "ltip": _data(root, "pairs", "ltip", batch_size=8, length=64, visuals=5, weight=0.2),
+        "ltip": _data(root, "pairs", "ltip", batch_size=8, length=64, visuals=6, weight=0.2),
         "vtp": _data(root, "videos", "vtp", batch_size=4, length=32, visuals=2, frames=8, weight=0.03),
     }
     return Experiment(
@@ -107,7 +107,7 @@ def flamingo(root: str, use_visuals: bool = True) -> Experiment:
         tokenizer=f"{root}/data/tokenizer",
         data=data,
         held_out=_held_out(data),
-        optimizer=OptimizerConfig(peak_rate=2e-3, warmup_steps=50, decay="cosine", beta2=0.98, weight_decay=0.1),
+        optimizer=OptimizerConfig(peak_rate=2e-3, warmup_steps=50, decay="cosine", beta2=0.98, weight_decay=0.1, gate_rate=20.0),
         training=TrainingConfig(
             steps=1500, evaluate_every=500, evaluate_batches=4, save_every=250, keep_last=2, compute_dtype="float32", use_visuals=use_visuals, log_every=10
         ),

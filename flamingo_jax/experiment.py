@@ -146,6 +146,9 @@ class OptimizerConfig:
     """Regular expressions over parameter names that get no weight decay (paper: the resampler)."""
     decay_vectors: bool = False
     """Weight decay also on norm scales, biases and gates (see `training.optimizer.make_optimizer`)."""
+    gate_rate: float = 1.0
+    """The tanh gates learn at this many times the rate. While a gate is near 0 nothing behind it learns: at 1 the gates of a run of some
+    hundred steps stay under 0.1, so short runs want 10 to 30."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient; 0 for no clipping. With `adaptive_clip`, of all but the vision encoder's."""
     adaptive_clip: float = 0.0

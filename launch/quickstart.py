@@ -52,6 +52,7 @@ def main() -> int:
     part(
         "evaluation", "launch.evaluate", "--suite=quickstart", f"--data={root}/data", f"--model={root}/flamingo/export",
         f"--baseline={root}/without_pictures/export", f"--seconds={seconds_file}", f"--output={root}",
+        *(f"--curves={stage}={root}/{stage}/metrics.jsonl" for stage in STAGES if stage != "flamingo"),
     )
     print(f"\n{sum(seconds.values()) / 60:.1f} minutes in all; open {root}/report.html, figures in {root}/report.json", flush=True)
     return 0
