@@ -54,7 +54,7 @@ def _held_out(datasets: dict[str, DatasetConfig]) -> dict[str, DatasetConfig]:
 
 def contrastive(root: str) -> Experiment:
     """The vision encoder beside a text encoder (paper B.1.3)."""
-    data = {name: _data(root, "pairs", name, batch_size=128) for name in ("align", "ltip")}
+    data = {name: _data(root, "pairs", name, batch_size=128, weight=weight) for name, weight in (("align", 1.0), ("ltip", 0.3))}
     return Experiment(
         name="contrastive",
         task="contrastive",
@@ -67,7 +67,7 @@ def contrastive(root: str) -> Experiment:
         optimizer=OptimizerConfig(
             peak_rate=2e-3, warmup_steps=50, decay="cosine", beta2=0.99, weight_decay=0.01, clip_norm=1.0, adaptive_clip=0.0, no_decay=()
         ),
-        training=TrainingConfig(steps=500, evaluate_every=10_000, save_every=100, keep_last=2, compute_dtype="float32", log_every=10),
+        training=TrainingConfig(steps=350, evaluate_every=10_000, save_every=100, keep_last=2, compute_dtype="float32", log_every=10),
     )
 
 
@@ -101,7 +101,7 @@ def flamingo(root: str, use_visuals: bool = True) -> Experiment:
         flamingo=FlamingoConfig(
             vision=VISION,
             language_model=LANGUAGE_MODEL,
-            resampler=ResamplerConfig(layers=2, width=128, heads=4, head_width=32, latents=16, frames=8, feed_forward=512),
+            resampler=ResamplerConfig(layers=2, width=128, heads=4, head_width=32, latents=16, frames=8, feed_forward=512, position_grid=6),
             every=1, xattn_heads=4, xattn_head_width=32, xattn_feed_forward=512,
         ),
         tokenizer=f"{root}/data/tokenizer",

@@ -13,6 +13,7 @@ from flamingo_jax.processing.tokenizer import FILE_NAME
 
 TRAINED_ON = tuple(name for name, dataset in quickstart.DATASETS.items() if "train" in dataset.sizes)
 VOCABULARY = 384
+OPENINGS = 500
 
 
 def build_quickstart(
@@ -26,5 +27,8 @@ def build_quickstart(
     made = {name: write_dataset(output / name, World(name, seed, limit), executor) for name in quickstart.DATASETS}
     if not (output / "tokenizer" / FILE_NAME).exists():
         texts = itertools.chain.from_iterable(texts_in(output / name) for name in TRAINED_ON)
+        # Captions begin with any of these words, some so rarely that they would not become one piece each.
+        openings = itertools.chain.from_iterable(itertools.repeat(word, OPENINGS) for word in (*quickstart.COLOURS, *quickstart.SHAPES))
+        texts = itertools.chain(texts, openings)
         train_tokenizer(texts, output / "tokenizer", vocab_size=VOCABULARY, byte_fallback=False)
     return made

@@ -1,5 +1,7 @@
 """Perceiver Resampler: any number of frames and grid cells in, a fixed number of visual tokens out (paper A.1.1)."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -45,6 +47,8 @@ class PerceiverResampler(nnx.Module):
         self.config = config
         self.input_projection = fan_in_normal(rngs, (feature_width, config.width))
         self.time_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.frames, config.width)))
+        grid = (config.position_grid, config.position_grid, config.width)
+        self.position_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), grid)) if config.position_grid else None
         self.latents = nnx.Param(jax.random.normal(rngs.params(), (config.latents, config.width)))
         self.layers = stack(lambda r: ResamplerLayer(config, rngs=r), config.layers, rngs)
         self.final_norm = LayerNorm(config.width)
@@ -61,11 +65,24 @@ class PerceiverResampler(nnx.Module):
         table = self.time_embedding[...]
         return table[low] * (1 - share) + table[high] * share
 
+    def position_embeddings(self, cells: int) -> Array | None:
+        """float32 [cells, D] for the cells of a square grid, row by row; None where the resampler has none."""
+        if self.position_embedding is None:
+            return None
+        side = math.isqrt(cells)
+        table = self.position_embedding[...]
+        if table.shape[0] != side:
+            table = jax.image.resize(table, (side, side, table.shape[-1]), "linear")
+        return table.reshape(cells, -1)
+
     def __call__(self, features: Array, frame_mask: Array) -> Array:
         """features [M, T, S, C] (S grid cells a frame), frame_mask bool [M, T] -> visual tokens [M, R, D]."""
         visuals, frames, cells, _ = features.shape
         x = linear(features, self.input_projection[...])
         x = x + self.time_embeddings(frames)[:, None].astype(x.dtype)
+        positions = self.position_embeddings(cells)
+        if positions is not None:
+            x = x + positions.astype(x.dtype)
         x = x.reshape(visuals, frames * cells, -1)
         latents = jnp.broadcast_to(self.latents[...].astype(x.dtype), (visuals, *self.latents.shape))
         keys = jnp.concatenate([jnp.repeat(frame_mask, cells, axis=1), jnp.ones((visuals, self.config.latents), bool)], axis=1)

@@ -126,7 +126,9 @@ def test_noisy_captions_are_never_wrong(unpainted):
         assert set(re.findall(rf"({SHAPE})", said)) <= {thing.shape for thing in scene.things}, said
         for relation in re.findall("left of|above", said):
             first, second = said.split(relation)
-            assert scene.relation == relation and scene.things[0].shape in first and scene.things[1].shape in second
+            assert scene.relation == relation
+            assert any(word in first for word in (scene.things[0].shape, scene.things[0].colour))
+            assert any(word in second for word in (scene.things[1].shape, scene.things[1].colour))
         if place := re.findall("|".join(sorted(world.PLACES, key=len, reverse=True)), said.replace("left of", "")):
             assert place == [world.PLACES[scene.cells[0]]]
         if number := re.findall("two|three|four", said):
@@ -180,7 +182,7 @@ def test_pages_are_of_three_sorts_and_tell_of_their_pictures(unpainted):
     sorts: collections.Counter[str] = collections.Counter()
     for drawn in all_drawn("m3w", "train", 600):
         texts = drawn.record["texts"]
-        assert texts[0] == "" and 4 <= len(drawn.scenes) <= 8
+        assert 4 <= len(drawn.scenes) <= 12
         bound: dict[str, world.Thing] = {}
         kinds = set()
         for scene, text in zip(drawn.scenes, texts[1:], strict=True):
@@ -191,21 +193,23 @@ def test_pages_are_of_three_sorts_and_tell_of_their_pictures(unpainted):
                 assert match[2] == answer(scene, match[1])
                 kinds.add("questions")
             else:
-                match = re.fullmatch(r"(?:(an? .*)\. )?This is a ([a-z]+)", text)
-                assert match and match[2] in world.WORDS and match[1] in (None, world.a(scene.things[0]))
+                match = re.fullmatch(r"(?: (.*))? ([a-z]+)", text)
+                assert match and match[2] in world.WORDS and match[1] in (None, str(scene.things[0]))
                 assert bound.setdefault(match[2], scene.things[0]) == scene.things[0]
                 kinds.add("binding")
         assert len(kinds) == 1
+        # An example without its picture may open a page of captions or questions, in the form of the page.
+        assert texts[0] == "" or (texts[0].split(":")[0], kinds) in (("Output", {"captions"}), ("Question", {"questions"}))
         assert len({t.colour for t in bound.values()}) == len({t.shape for t in bound.values()}) == len(bound)
         sorts.update(kinds)
     shares = {sort: count / 600 for sort, count in sorts.items()}
-    assert shares == pytest.approx({"captions": 0.25, "questions": 0.40, "binding": 0.35}, abs=0.08)
+    assert shares == pytest.approx({"captions": 0.10, "questions": 0.40, "binding": 0.50}, abs=0.08)
 
 
 def test_binding_pages_are_balanced_for_every_number_of_shots(unpainted):
     queries = collections.Counter()
     for drawn in all_drawn("binding", "test"):
-        words = [text.removeprefix("This is a ") for text in drawn.record["texts"][1:]]
+        words = [text.strip() for text in drawn.record["texts"][1:]]
         assert len(words) == 33 and len(set(words)) == 2
         meaning = dict(zip(words, (scene.things[0] for scene in drawn.scenes), strict=True))
         assert all(meaning[word] == scene.things[0] for word, scene in zip(words, drawn.scenes, strict=True))
