@@ -3,53 +3,85 @@
 import jax
 import jax.numpy as jnp
 
+from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import ContrastiveConfig
+from flamingo_jax.models.attention import MASKED
 from flamingo_jax.models.dual_encoder import DualEncoder
 from flamingo_jax.tasks.task import Batch, Loss
 
 Array = jax.Array
 
 
-def contrastive_loss(images: Array, texts: Array, scale: Array, label_smoothing: float, same: Array | None = None) -> tuple[Array, Array]:
+def contrastive_loss(
+    images: Array, texts: Array, scale: Array, label_smoothing: float, same: Array | None = None, real: Array | None = None
+) -> tuple[Array, Array]:
     """Softmax cross-entropy over the batch, picture to text plus text to picture.
 
     Args:
       images, texts: float32 [B, J] of length 1, row by row a pair. scale: the inverse temperature.
       label_smoothing: the share of each target that is spread over the batch.
       same: bool [B, B], True where two pairs have the same caption and so share the target; by default only a pair itself.
+      real: bool [B], False on rows that hold no pair: they have no loss and are nobody's negative. By default all are real.
 
-    Returns: the loss and the share of pictures whose own caption (or one equal to it) scores highest.
+    Returns: the loss, a mean over pairs, and the share of pictures whose own caption (or one equal to it) scores highest.
     """
     batch = images.shape[0]
-    logits = scale * images @ texts.T
+    # In full float32: accelerators multiply with less by default, and the inverse temperature grows to 100.
+    logits = scale * jnp.matmul(images, texts.T, precision=jax.lax.Precision.HIGHEST)
     same = jnp.eye(batch, dtype=bool) if same is None else same
-    target = same / same.sum(1, keepdims=True)
-    target = target * (1 - label_smoothing) + label_smoothing / batch
-    loss = -(target * jax.nn.log_softmax(logits, axis=1)).sum(1).mean() - (target * jax.nn.log_softmax(logits.T, axis=1)).sum(1).mean()
-    return loss, same[jnp.arange(batch), logits.argmax(1)].mean()
+    real = jnp.ones((batch,), bool) if real is None else real
+    both, count = real[:, None] & real[None], jnp.maximum(real.sum(), 1)
+    logits, same = jnp.where(both, logits, MASKED), same & both
+    target = same / jnp.maximum(same.sum(1, keepdims=True), 1)
+    target = jnp.where(both, target * (1 - label_smoothing) + label_smoothing / count, 0.0)
+    # `same` and so `target` are symmetric: one serves both directions.
+    loss = -(target * (jax.nn.log_softmax(logits, axis=1) + jax.nn.log_softmax(logits, axis=0))).sum() / count
+    return loss, same[jnp.arange(batch), logits.argmax(1)].sum() / count
 
 
 class ContrastiveTask:
-    """Batches: images uint8 [B, H, W, 3], tokens int32 [B, L], mask bool [B, L]; every row is every other's negative."""
+    """Batches: images uint8 [B, H, W, 3], tokens int32 [B, L], mask bool [B, L]; every row is every other's negative.
 
-    def __init__(self, config: ContrastiveConfig):
+    A row without one token in its mask holds no pair.
+    """
+
+    def __init__(self, config: ContrastiveConfig, microbatches: int = 1):
+        """microbatches: parts of a batch that are encoded one after the other, and again for the gradient, so that large batches fit in
+        memory; the similarity is always over the whole batch."""
         self.config = config
+        self.parts = microbatches
 
     def loss(self, model: DualEncoder, batch: Batch, key: Array | None) -> Loss:
         tokens, mask = batch["tokens"], batch["mask"]
-        images = model.encode_images(batch["images"], train=key is not None, key=key)
-        texts = model.encode_texts(tokens, mask)
+        images, texts = self._encode(model, batch, key)
         same = None
         if self.config.merge_duplicates:
             rows = jnp.where(mask, tokens, -1)
             same = (rows[:, None] == rows[None]).all(-1)
         scale = jnp.exp(model.log_inverse_temperature[...].astype(jnp.float32))
-        loss, accuracy = contrastive_loss(images, texts, scale, self.config.label_smoothing, same)
+        loss, accuracy = contrastive_loss(images, texts, scale, self.config.label_smoothing, same, mask.any(1))
         one = jnp.float32(1)
         return Loss(loss, one, {"accuracy": (accuracy, one), "inverse_temperature": (scale, one)})
 
+    def _encode(self, model: DualEncoder, batch: Batch, key: Array | None) -> tuple[Array, Array]:
+        def encode(arrays: tuple[Batch, Array | None]) -> tuple[Array, Array]:
+            part, key = arrays
+            images = model.encode_images(part["images"], train=key is not None, key=key)
+            return images, model.encode_texts(part["tokens"], part["mask"])
+
+        if self.parts == 1:
+            return encode((batch, key))
+        rows = batch["tokens"].shape[0]
+        if rows % self.parts:
+            raise UserError(f"a batch of {rows} pairs cannot be encoded in {self.parts} equal parts: choose a divisor of {rows}")
+        # Every parts-th row, not a run of rows: each device then has its share of every part.
+        split = {name: a.reshape(rows // self.parts, self.parts, *a.shape[1:]).swapaxes(0, 1) for name, a in batch.items()}
+        keys = None if key is None else jax.random.split(key, self.parts)
+        images, texts = jax.lax.map(jax.checkpoint(encode, prevent_cse=False), (split, keys))
+        return images.swapaxes(0, 1).reshape(rows, -1), texts.swapaxes(0, 1).reshape(rows, -1)
+
     def microbatches(self, batch: Batch, count: int) -> Batch:
-        raise NotImplementedError("the contrastive loss is no sum over microbatches")
+        raise ValueError("the contrastive loss is no sum over microbatches: give them to ContrastiveTask, which encodes in parts")
 
     def without_pictures(self, batch: Batch) -> None:
         return None
