@@ -24,8 +24,8 @@ from launch import command
 
 log = logging.getLogger("launch")
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run.")
-OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must not be there yet.")
+WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the training run.")
+OUTPUT = flags.DEFINE_string("output", "", "Folder to write; must not be there yet.")
 
 
 def main() -> int:

@@ -202,7 +202,7 @@ class _Meter:
                 f"(config.training.max_not_finite is {self._max}); the last checkpoint is whole"
             )
         now = time.monotonic()
-        values["tokens_per_second"] = np.float64(tokens / max(now - self._last_time, 1e-9))
+        values["tokens_per_second"] = np.asarray(tokens / max(now - self._last_time, 1e-9))
         self._last_time = now
         return step, {name: value for name, value in values.items() if not name.startswith("finite/")}
 

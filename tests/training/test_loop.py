@@ -12,7 +12,7 @@ import pytest
 from flamingo_jax.errors import NotFiniteError, UserError
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.training import loop
-from flamingo_jax.training.assembly import assemble, load_frozen
+from flamingo_jax.training.assembly import assemble
 from flamingo_jax.training.records import read_lines
 from tests.training import world
 

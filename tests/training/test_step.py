@@ -40,6 +40,11 @@ def run(parts: Any, data: Any, batches: Any = None, state: TrainState | None = N
     return update(state or initial_state(trainable, optimizer, 0), frozen, batches or world.batches())
 
 
+def alone(values: np.ndarray, here: np.ndarray, fill: int) -> np.ndarray:
+    """One segment of a row as a row of its own: what is elsewhere in the row becomes padding after it."""
+    return np.concatenate([values[here], np.full((~here).sum(), fill, values.dtype)])[None]
+
+
 def test_the_update_is_the_papers_equation(parts: Any, updated: Any) -> None:
     """sum over datasets of lambda * mean over sequences of - sum over tokens of log p, differentiated whole, then AdamW."""
     graph, trainable, frozen = parts
@@ -53,11 +58,9 @@ def test_the_update_is_the_papers_equation(parts: Any, updated: Any) -> None:
             for row in range(data["tokens"].shape[0]):
                 for segment in range(1, data["segments"][row].max() + 1):
                     here = data["segments"][row] == segment
-                    padded = lambda a, fill: np.concatenate([a[row][here], np.full((~here).sum(), fill, a.dtype)])[None]
-                    tokens, mask = padded(data["tokens"], 0), padded(data["loss_mask"], False)
-                    logits = model(
-                        tokens, padded(data["positions"], 0), padded(data["segments"], 0), padded(data["media_index"], -1), visual_tokens, data["visuals"][row][None]
-                    )
+                    tokens, positions, segments, mask = (alone(data[part][row], here, 0) for part in ("tokens", "positions", "segments", "loss_mask"))
+                    media_index = alone(data["media_index"][row], here, -1)
+                    logits = model(tokens, positions, segments, media_index, visual_tokens, data["visuals"][row][None])
                     log_p = jax.nn.log_softmax(logits[0, :-1])[jnp.arange(tokens.shape[1] - 1), tokens[0, 1:]]
                     likelihoods.append(jnp.sum(log_p * mask[0, 1:]))
             total += world.DATA[name].weight * -jnp.mean(jnp.stack(likelihoods))

@@ -2,7 +2,16 @@
 
 import numpy as np
 
-from flamingo_jax.experiment import DatasetConfig, Experiment, FlamingoConfig, LanguageModelConfig, OptimizerConfig, ResamplerConfig, TrainingConfig, VisionConfig
+from flamingo_jax.experiment import (
+    DatasetConfig,
+    Experiment,
+    FlamingoConfig,
+    LanguageModelConfig,
+    OptimizerConfig,
+    ResamplerConfig,
+    TrainingConfig,
+    VisionConfig,
+)
 
 VOCABULARY = 30
 FLAMINGO = FlamingoConfig(
