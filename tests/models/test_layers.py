@@ -1,0 +1,117 @@
+"""The shared small parts against float64 numpy, and stacked layers against a loop over them."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from flamingo_jax.models.layers import FeedForward, LayerNorm, RMSNorm, fan_in_normal, linear, scan_layers, stack
+from flamingo_jax.pytrees import to_flat
+from tests.models.filling import filled
+
+RNG = np.random.default_rng(0)
+X = RNG.standard_normal((2, 3, 8)) * 3 + 1
+
+
+@pytest.mark.parametrize(("shape", "weight", "contract", "equation"), [
+    ((2, 3, 8), (8, 5), 1, "abi,io->abo"),
+    ((2, 3, 8), (8, 2, 5), 1, "abi,iho->abho"),
+    ((2, 3, 4, 2), (4, 2, 5), 2, "abhd,hdo->abo"),
+    ((4, 2), (4, 2, 5, 3), 2, "hd,hdop->op"),
+    ((8,), (8, 5), 1, "i,io->o"),
+])
+def test_linear(shape: tuple[int, ...], weight: tuple[int, ...], contract: int, equation: str) -> None:
+    x, w = RNG.standard_normal(shape), RNG.standard_normal(weight)
+    out = linear(jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32), contract)
+    np.testing.assert_allclose(out, np.einsum(equation, x, w), rtol=1e-5, atol=1e-5)
+
+
+def test_a_weight_is_cast_to_its_activation() -> None:
+    assert linear(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4), jnp.float32)).dtype == jnp.bfloat16
+
+
+def test_layer_norm() -> None:
+    module = filled(lambda _: LayerNorm(8, 1e-2))
+    scale, bias = (np.asarray(a[...], np.float64) for a in (module.scale, module.bias))
+    expected = (X - X.mean(-1, keepdims=True)) / np.sqrt(X.var(-1, keepdims=True) + 1e-2) * scale + bias
+    np.testing.assert_allclose(module(jnp.asarray(X, jnp.float32)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rms_norm() -> None:
+    module = filled(lambda _: RMSNorm(8, 1e-2))
+    expected = X / np.sqrt((X**2).mean(-1, keepdims=True) + 1e-2) * np.asarray(module.scale[...], np.float64)
+    np.testing.assert_allclose(module(jnp.asarray(X, jnp.float32)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [LayerNorm, RMSNorm])
+def test_norms_take_their_statistics_in_float32(norm: Any) -> None:
+    """1,000 values of 1.0 and one of 64 in bfloat16, whose own sums stop growing at 256."""
+    x = np.ones((1, 1001))
+    x[0, 0] = 64
+    out = norm(1001)(jnp.asarray(x, jnp.bfloat16))
+    centred = x - x.mean() if norm is LayerNorm else x
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(out, np.float64), centred / np.sqrt((centred**2).mean()), rtol=1e-2)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_feed_forward(bias: bool) -> None:
+    module = filled(lambda rngs: FeedForward(8, 6, "squared_relu", bias=bias, rngs=rngs))
+    w = {name: np.asarray(a, np.float64) for name, a in to_flat(nnx.state(module)).items()}
+    hidden = np.maximum(X @ w["up"] + w.get("up_bias", 0), 0) ** 2
+    np.testing.assert_allclose(module(jnp.asarray(X, jnp.float32)), hidden @ w["down"] + w.get("down_bias", 0), rtol=1e-4, atol=1e-4)
+    assert len(w) == (4 if bias else 2)
+
+
+def test_initial_deviation() -> None:
+    w = np.asarray(fan_in_normal(nnx.Rngs(0), (50, 20, 100), 1000, scale=0.5)[...])
+    assert w.std() == pytest.approx(0.5 / math.sqrt(1000), rel=0.02)
+    assert np.abs(w).max() <= 2 / 0.8796 * 0.5 / math.sqrt(1000)
+
+
+class Affine(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.w, self.b = fan_in_normal(rngs, (4, 4)), nnx.Param(jnp.zeros((4,)))
+
+
+def body(layer: Affine, x: jax.Array, given: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Order matters, and so does which input a layer is given."""
+    x = jnp.tanh(linear(x, layer.w[...]) + layer.b[...])
+    if given is not None:
+        x = x * given
+    return x, x.sum()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("with_inputs", [False, True])
+def test_stacked_layers_equal_a_loop_over_them(count: int, with_inputs: bool) -> None:
+    stacked = stack(lambda rngs: Affine(rngs), count, nnx.Rngs(0))
+    graph, state = nnx.split(stacked)
+    assert {name: a.shape for name, a in to_flat(state).items()} == {"w": (count, 4, 4), "b": (count, 4)}
+    x, inputs = jax.random.normal(jax.random.key(1), (2, 4)), jnp.arange(1.0, count + 1) if with_inputs else None
+
+    def scanned(state: nnx.State) -> tuple[jax.Array, jax.Array]:
+        return scan_layers(nnx.merge(graph, state), body, x, inputs)
+
+    def looped(state: nnx.State) -> tuple[jax.Array, jax.Array]:
+        carry, outputs = x, []
+        for place in range(count):
+            layer = nnx.merge(graph, jax.tree.map(lambda a, place=place: a[place], state))
+            carry, output = body(layer, carry, None if inputs is None else inputs[place])
+            outputs.append(output)
+        return carry, jnp.stack(outputs)
+
+    for a, b in zip(jax.tree.leaves(scanned(state)), jax.tree.leaves(looped(state)), strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    slopes = [jax.grad(lambda s, f=f: f(s)[0].sum() + f(s)[1].sum())(state) for f in (scanned, looped)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *slopes)
+
+
+def test_layers_of_a_stack_are_drawn_each_for_itself() -> None:
+    w = np.asarray(stack(lambda rngs: Affine(rngs), 3, nnx.Rngs(0)).w[...])
+    assert all(np.abs(w[i] - w[j]).max() > 0.1 for i, j in ((0, 1), (0, 2), (1, 2)))

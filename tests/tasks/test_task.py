@@ -1,0 +1,115 @@
+"""The token loss against numpy written token by token, and parts of a batch against the whole."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from flamingo_jax.experiment import FlamingoConfig, LanguageModelConfig, ResamplerConfig, VisionConfig
+from flamingo_jax.models.flamingo import Flamingo
+from flamingo_jax.tasks.flamingo import FlamingoTask
+from flamingo_jax.tasks.language_modelling import LanguageModellingTask
+from flamingo_jax.tasks.task import token_loss
+from tests.models.filling import filled
+
+VOCABULARY = 7
+RNG = np.random.default_rng(0)
+SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 2, 2, 3, 3, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0]])
+"""Seven sequences in four rows."""
+TOKENS = RNG.integers(0, VOCABULARY, SEGMENTS.shape)
+LOSS_MASK = RNG.random(SEGMENTS.shape) < 0.7
+LOGITS = RNG.standard_normal((*SEGMENTS.shape, VOCABULARY)) * 2
+LOSS_MASK[0, 4] = LOSS_MASK[0, 7] = LOSS_MASK[2, 2] = True  # First of a segment, and padding: no targets, whatever the mask says.
+
+
+def as_batch(tokens: np.ndarray = TOKENS, segments: np.ndarray = SEGMENTS, loss_mask: np.ndarray = LOSS_MASK) -> dict[str, jax.Array]:
+    return {"tokens": jnp.asarray(tokens, jnp.int32), "segments": jnp.asarray(segments, jnp.int32), "loss_mask": jnp.asarray(loss_mask)}
+
+
+def is_target(row: int, place: int) -> bool:
+    return bool(place > 0 and LOSS_MASK[row, place] and SEGMENTS[row, place] > 0 and SEGMENTS[row, place] == SEGMENTS[row, place - 1])
+
+
+@pytest.mark.parametrize("reduction", ["sequence_sum", "token_mean"])
+def test_equals_the_sum_written_out(reduction: str) -> None:
+    losses, hits = [], 0
+    for row, place in np.ndindex(*SEGMENTS.shape):
+        if is_target(row, place):
+            scores = LOGITS[row, place - 1]
+            losses.append(-np.log(np.exp(scores[TOKENS[row, place]]) / np.exp(scores).sum()))
+            hits += int(scores.argmax() == TOKENS[row, place])
+    loss = token_loss(jnp.asarray(LOGITS, jnp.float32), as_batch(), reduction)
+    np.testing.assert_allclose(loss.total / loss.weight, sum(losses) / (7 if reduction == "sequence_sum" else len(losses)), rtol=1e-5)
+    np.testing.assert_allclose(loss.metrics["loss_per_token"], (sum(losses), len(losses)), rtol=1e-5)
+    np.testing.assert_allclose(loss.metrics["accuracy"], (hits, len(losses)))
+
+
+def test_only_targets_and_the_logits_before_them_count() -> None:
+    """Padding, image tags and the first token of a segment are predicted by nobody: the gradient there is exactly zero."""
+    slope = np.asarray(jax.grad(lambda logits: token_loss(logits, as_batch(), "token_mean").total)(jnp.asarray(LOGITS, jnp.float32)))
+    predicts = np.array([[place + 1 < 8 and is_target(row, place + 1) for place in range(8)] for row in range(4)])
+    np.testing.assert_array_equal(np.abs(slope).max(-1) > 0, predicts)
+    untargeted = np.array([[not is_target(row, place) for place in range(8)] for row in range(4)])
+    other = np.where(untargeted, (TOKENS + 1) % VOCABULARY, TOKENS)
+    first, second = (token_loss(jnp.asarray(LOGITS, jnp.float32), as_batch(tokens), "token_mean").total for tokens in (TOKENS, other))
+    np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("reduction", ["sequence_sum", "token_mean"])
+def test_a_batch_of_padding_weighs_nothing(reduction: str) -> None:
+    loss = token_loss(jnp.asarray(LOGITS, jnp.float32), as_batch(segments=np.zeros_like(SEGMENTS)), reduction)
+    assert (float(loss.total), float(loss.weight)) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("reduction", ["sequence_sum", "token_mean"])
+def test_parts_sum_to_the_whole(reduction: str) -> None:
+    parts = LanguageModellingTask(reduction).microbatches(as_batch(), 2)
+    logits = jnp.asarray(LOGITS, jnp.float32)
+    halves = [token_loss(logits[2 * i : 2 * i + 2], {name: a[i] for name, a in parts.items()}, reduction) for i in range(2)]
+    jax.tree.map(lambda whole, a, b: np.testing.assert_allclose(whole, a + b, rtol=1e-5), token_loss(logits, as_batch(), reduction), *halves)
+
+
+CONFIG = FlamingoConfig(
+    vision=VisionConfig(variant="tiny", image_size=48),
+    language_model=LanguageModelConfig(vocab_size=VOCABULARY - 1, layers=1, width=8, heads=2, head_width=4, feed_forward=12),
+    resampler=ResamplerConfig(layers=1, width=8, heads=2, head_width=4, latents=2, frames=1, feed_forward=12),
+    xattn_heads=2, xattn_head_width=4, xattn_feed_forward=12,
+)
+
+
+def flamingo_batch() -> dict[str, jax.Array]:
+    """Two visuals a row, the third row with one and the fourth with none."""
+    visuals = jnp.array([[0, 1], [2, 3], [4, -1], [-1, -1]], jnp.int32)
+    return as_batch() | {
+        "positions": jnp.asarray([[int((row[:i] == row[i]).sum()) for i in range(8)] for row in SEGMENTS], jnp.int32),
+        "media_index": jnp.asarray([[0] * 4 + [1] * 4, [-1] * 2 + [0] * 3 + [1] * 3, [0] * 8, [-1] * 8], jnp.int32),
+        "visuals": visuals,
+        "frame_mask": jnp.repeat((visuals >= 0).reshape(-1, 1), 1, axis=1),
+        "features": jnp.asarray(RNG.standard_normal((8, 1, 4, 160)), jnp.float32),
+    }
+
+
+def test_visuals_count_from_the_start_of_their_part() -> None:
+    batch = flamingo_batch()
+    parts = FlamingoTask().microbatches(batch, 2)
+    np.testing.assert_array_equal(parts["visuals"], [[[0, 1], [2, 3]], [[0, -1], [-1, -1]]])
+    np.testing.assert_array_equal(parts["features"][1, parts["visuals"][1, 0, 0]], batch["features"][batch["visuals"][2, 0]])
+
+
+def test_parts_of_pages_lose_as_the_whole_does() -> None:
+    graph, state = nnx.split(filled(lambda rngs: Flamingo(CONFIG, rngs=rngs)))
+    loss = jax.jit(lambda state, batch: FlamingoTask().loss(nnx.merge(graph, state), batch, None))
+    batch = flamingo_batch()
+    parts = FlamingoTask().microbatches(batch, 2)
+    whole, halves = loss(state, batch), [loss(state, {name: a[i] for name, a in parts.items()}) for i in range(2)]
+    jax.tree.map(lambda w, a, b: np.testing.assert_allclose(w, a + b, rtol=1e-4), whole, *halves)
+    blind = loss(state, FlamingoTask().without_pictures(batch))
+    assert abs(float(blind.total - whole.total)) > 1e-3
+
+
+def test_watched_gates_are_those_of_every_block() -> None:
+    gates = {"gated_xattn/layers/attention_gate": jnp.array([0.0, 0.5]), "gated_xattn/layers/dense_gate": jnp.array([1.0, -2.0])}
+    watched = FlamingoTask().watch(gates)
+    np.testing.assert_allclose(watched["gates/attention"], np.tanh([0, 0.5]), rtol=1e-6)
+    np.testing.assert_allclose(watched["gates/dense"], np.tanh([1, -2]), rtol=1e-6)
