@@ -82,7 +82,7 @@ def body(layer: Affine, x: jax.Array, given: jax.Array | None) -> tuple[jax.Arra
     """Order matters, and so does which input a layer is given."""
     x = jnp.tanh(linear(x, layer.w[...]) + layer.b[...])
     if given is not None:
-        x = x * given
+        x = x * given[:, None]
     return x, x.sum()
 
 
@@ -92,7 +92,7 @@ def test_stacked_layers_equal_a_loop_over_them(count: int, with_inputs: bool) ->
     stacked = stack(lambda rngs: Affine(rngs), count, nnx.Rngs(0))
     graph, state = nnx.split(stacked)
     assert {name: a.shape for name, a in to_flat(state).items()} == {"w": (count, 4, 4), "b": (count, 4)}
-    x, inputs = jax.random.normal(jax.random.key(1), (2, 4)), jnp.arange(1.0, count + 1) if with_inputs else None
+    x, inputs = jax.random.normal(jax.random.key(1), (2, 4)), jnp.arange(1.0, 2 * count + 1).reshape(count, 2) if with_inputs else None
 
     def scanned(state: nnx.State) -> tuple[jax.Array, jax.Array]:
         return scan_layers(nnx.merge(graph, state), body, x, inputs)

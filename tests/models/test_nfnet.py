@@ -137,7 +137,7 @@ def test_the_tiny_one() -> None:
     model = nnx.eval_shape(lambda: NFNet(TINY, rngs=nnx.Rngs(0)))
     assert sum(math.prod(a.shape) for a in to_flat(nnx.state(model)).values()) < 5e5
     features = jax.eval_shape(lambda: NFNet(TINY, rngs=nnx.Rngs(0))(jnp.zeros((1, 48, 48, 3))))
-    assert features.shape == (1, 6, 6, model.width)
+    assert features.shape == (1, 6, 6, model.width) == (1, 6, 6, 160)
 
 
 def test_variance_grows_as_the_betas_say() -> None:
@@ -172,6 +172,14 @@ def test_stochastic_depth(small: NFNet) -> None:
     keep = jnp.array([[True, True, True], [False, False, True], [False, False, True]])
     out, whole, first = stage(x, 1.0, keep), stage(x, 1.0, None), stage.transition(x, 1.0)
     np.testing.assert_allclose(out, jnp.concatenate([first[:2], whole[2:]]), atol=1e-5)
+
+
+def test_at_rate_0_no_key_changes_anything(small: NFNet) -> None:
+    graph, state = nnx.split(small)
+    still = nnx.merge(graph, state)
+    still.stochastic_depth = 0.0
+    images = jax.random.normal(jax.random.key(0), (6, 8, 8, 3))
+    np.testing.assert_array_equal(run(still, images, train=True, key=jax.random.key(1)), run(small, images))
 
 
 def test_how_often_blocks_are_dropped(small: NFNet, monkeypatch: pytest.MonkeyPatch) -> None:
