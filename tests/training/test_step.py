@@ -17,6 +17,8 @@ from flamingo_jax.training.step import make_update
 from tests.training import world
 
 EXPERIMENT = world.experiment()
+COMPILED: dict[Any, Any] = {}
+"""Updates by their options, since compiling is most of the time here."""
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +38,15 @@ def updated(parts: Any) -> tuple[TrainState, dict[str, Any]]:
 def run(parts: Any, data: Any, batches: Any = None, state: TrainState | None = None, **options: Any) -> Any:
     graph, trainable, frozen = parts
     optimizer = make_optimizer(EXPERIMENT.optimizer, 6, trainable)
-    update = jax.jit(make_update(graph, stages.make_task(EXPERIMENT), optimizer, data, **options))
-    return update(state or initial_state(trainable, optimizer, 0), frozen, batches or world.batches())
+    key = (*data.items(), *options.items())
+    if key not in COMPILED:
+        COMPILED[key] = jax.jit(make_update(graph, stages.make_task(EXPERIMENT), optimizer, data, **options))
+    return COMPILED[key](state or initial_state(trainable, optimizer, 0), frozen, batches or world.batches())
 
 
 def alone(values: np.ndarray, here: np.ndarray, fill: int) -> np.ndarray:
     """One segment of a row as a row of its own: what is elsewhere in the row becomes padding after it."""
-    return np.concatenate([values[here], np.full((~here).sum(), fill, values.dtype)])[None]
+    return np.concatenate([values[here], np.full((~here).sum(), fill, values.dtype)])
 
 
 def test_the_update_is_the_papers_equation(parts: Any, updated: Any) -> None:
@@ -54,16 +58,15 @@ def test_the_update_is_the_papers_equation(parts: Any, updated: Any) -> None:
         total = jnp.float32(0)
         for name, data in world.batches().items():
             visual_tokens = model.encode_visuals(data["images"], data["frame_mask"])
-            likelihoods = []
-            for row in range(data["tokens"].shape[0]):
-                for segment in range(1, data["segments"][row].max() + 1):
-                    here = data["segments"][row] == segment
-                    tokens, positions, segments, mask = (alone(data[part][row], here, 0) for part in ("tokens", "positions", "segments", "loss_mask"))
-                    media_index = alone(data["media_index"][row], here, -1)
-                    logits = model(tokens, positions, segments, media_index, visual_tokens, data["visuals"][row][None])
-                    log_p = jax.nn.log_softmax(logits[0, :-1])[jnp.arange(tokens.shape[1] - 1), tokens[0, 1:]]
-                    likelihoods.append(jnp.sum(log_p * mask[0, 1:]))
-            total += world.DATA[name].weight * -jnp.mean(jnp.stack(likelihoods))
+            # Every sequence as a row of its own.
+            places = [(row, segment) for row in range(len(data["tokens"])) for segment in range(1, data["segments"][row].max() + 1)]
+            fills = {"tokens": 0, "positions": 0, "segments": 0, "loss_mask": 0, "media_index": -1}
+            rows = {part: np.stack([alone(data[part][r], data["segments"][r] == s, fill) for r, s in places]) for part, fill in fills.items()}
+            visuals = data["visuals"][[r for r, _ in places]]
+            logits = model(rows["tokens"], rows["positions"], rows["segments"], rows["media_index"], visual_tokens, visuals)
+            log_p = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), rows["tokens"][:, 1:, None], axis=-1)[..., 0]
+            likelihoods = jnp.sum(log_p * rows["loss_mask"][:, 1:], axis=1)
+            total += world.DATA[name].weight * -jnp.mean(likelihoods)
         return total
 
     loss, gradient = jax.jit(jax.value_and_grad(objective))(trainable)
