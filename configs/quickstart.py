@@ -54,7 +54,7 @@ def _held_out(datasets: dict[str, DatasetConfig]) -> dict[str, DatasetConfig]:
 
 def contrastive(root: str) -> Experiment:
     """The vision encoder beside a text encoder (paper B.1.3)."""
-    data = {name: _data(root, "pairs", name, batch_size=128, weight=weight) for name, weight in (("align", 1.0), ("ltip", 0.3))}
+    data = {name: _data(root, "pairs", name, batch_size=128) for name in ("align", "ltip")}
     return Experiment(
         name="contrastive",
         task="contrastive",
@@ -67,7 +67,7 @@ def contrastive(root: str) -> Experiment:
         optimizer=OptimizerConfig(
             peak_rate=2e-3, warmup_steps=50, decay="cosine", beta2=0.99, weight_decay=0.01, clip_norm=1.0, adaptive_clip=0.0, no_decay=()
         ),
-        training=TrainingConfig(steps=320, evaluate_every=10_000, save_every=100, keep_last=2, compute_dtype="float32", log_every=10),
+        training=TrainingConfig(steps=400, evaluate_every=10_000, save_every=100, keep_last=2, compute_dtype="float32", log_every=10),
     )
 
 
@@ -82,7 +82,7 @@ def language_model(root: str) -> Experiment:
         held_out={"text": _data(root, "text", "text", batch_size=32, length=128, split="validation")},
         optimizer=OptimizerConfig(peak_rate=1.5e-3, warmup_steps=50, decay="cosine", beta2=0.98, weight_decay=0.1, no_decay=()),
         training=TrainingConfig(
-            steps=2600, evaluate_every=500, evaluate_batches=4, save_every=500, keep_last=2, loss="token_mean", compute_dtype="float32", log_every=10
+            steps=3000, evaluate_every=500, evaluate_batches=4, save_every=500, keep_last=2, loss="token_mean", compute_dtype="float32", log_every=10
         ),
     )
 

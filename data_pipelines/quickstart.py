@@ -291,27 +291,25 @@ def caption(scene: Scene) -> str:
 
 
 def noisy_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A short caption as people write them on the web: half of it left out, in any order, words that say nothing; never wrong.
-
-    It names colours or shapes, not both: an encoder that must match either alone learns them apart, and so knows a shape again in a
-    colour that it never had.
-    """
+    """A short caption as people write them on the web: parts left out or in another order, words that say nothing; never wrong."""
     first, last = scene.things[0], scene.things[-1]
     colour, shape = first.colour, first.shape
     forms: tuple[str, ...]
     if scene.sort == "one":
         place = PLACES[scene.cells[0]]
-        forms = (shape, colour, f"{shape} {place}", f"{colour} {place}", f"{place} : {shape}")
+        forms = (
+            str(first), shape, colour, f"{shape} {place}", f"{colour} {place}", f"{shape} , {colour}", f"{place} : {shape}", caption(scene),
+        )
     elif scene.sort == "two":
         both = first, last
         one, other = both if rng.random() < 0.5 else both[::-1]
         forms = (
-            f"{one.shape} and {other.shape}", f"{one.colour} and {other.colour}",
-            f"{first.shape} {scene.relation} {last.shape}", f"{first.colour} {scene.relation} {last.colour}",
+            f"{one.shape} and {other.shape}", f"{one} and {other}", f"{one.colour} and {other.colour}", f"{one.shape} , {other}",
+            f"{first.shape} {scene.relation} {last.shape}", f"{first} {scene.relation} {last}", caption(scene),
         )
     else:
         number, many = NUMBERS[len(scene.things)], plural(shape)
-        forms = (f"{number} {many}", f"{number} {colour}", many, f"{many} , {number}")
+        forms = (f"{number} {many}", f"{colour} {many}", many, f"{number} {colour} {many}", f"{many} , {number}")
     text = _pick(rng, forms)
     if rng.random() < 0.5:
         text = f"{_pick(rng, FILLERS_BEFORE)} {text}"

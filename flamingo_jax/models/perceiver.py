@@ -48,7 +48,7 @@ class PerceiverResampler(nnx.Module):
         self.input_projection = fan_in_normal(rngs, (feature_width, config.width))
         self.time_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.frames, config.width)))
         grid = (config.position_grid, config.position_grid, config.width)
-        self.position_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), grid)) if config.position_grid else None
+        self.position_embedding = nnx.Param(0.5 * jax.random.normal(rngs.params(), grid)) if config.position_grid else None
         self.latents = nnx.Param(jax.random.normal(rngs.params(), (config.latents, config.width)))
         self.layers = stack(lambda r: ResamplerLayer(config, rngs=r), config.layers, rngs)
         self.final_norm = LayerNorm(config.width)
