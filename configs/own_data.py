@@ -7,10 +7,9 @@ with what `launch.build_data` made: `pairs`, `pages`, `videos`, `text` and `toke
 records; what to raise first on an accelerator is said at each number.
 """
 
-import dataclasses
-
 import ml_collections
 
+from configs.base import held_out
 from flamingo_jax.configuring import to_config
 from flamingo_jax.experiment import (
     ContrastiveConfig,
@@ -55,10 +54,6 @@ def _optimizer(**changes: object) -> OptimizerConfig:
     return OptimizerConfig(**({"peak_rate": 1e-3, "warmup_steps": 30, "decay": "cosine", "beta2": 0.98} | changes))  # type: ignore[arg-type]
 
 
-def _validation(datasets: dict[str, DatasetConfig]) -> dict[str, DatasetConfig]:
-    return {name: dataclasses.replace(dataset, split="validation") for name, dataset in datasets.items()}
-
-
 def _contrastive(folder: str) -> Experiment:
     """One dataset of pairs; with several, each update takes a batch of every one (paper B.1.3)."""
     return Experiment(
@@ -83,7 +78,7 @@ def _language_model(folder: str) -> Experiment:
         language_model=LANGUAGE_MODEL,
         tokenizer=f"{folder}/data/tokenizer",
         data=data,
-        held_out=_validation(data),
+        held_out=held_out(data),
         optimizer=_optimizer(no_decay=()),
         training=_training("language_model"),
     )
@@ -107,7 +102,7 @@ def _flamingo(folder: str) -> Experiment:
         ),
         tokenizer=f"{folder}/data/tokenizer",
         data=data,
-        held_out=_validation(data),
+        held_out=held_out(data),
         optimizer=_optimizer(),
         training=_training("flamingo"),
         vision_encoder_from=f"{folder}/contrastive/export",

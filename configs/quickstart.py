@@ -12,6 +12,7 @@ import dataclasses
 
 import ml_collections
 
+from configs.base import held_out
 from flamingo_jax.configuring import to_config
 from flamingo_jax.experiment import (
     ContrastiveConfig,
@@ -46,10 +47,6 @@ def get_config(arg: str = "flamingo") -> ml_collections.ConfigDict:
 
 def _data(root: str, kind: str, name: str, **options: object) -> DatasetConfig:
     return DatasetConfig(kind=kind, path=f"{root}/data/{name}", leading_space=0.0, **options)  # type: ignore[arg-type]
-
-
-def _held_out(datasets: dict[str, DatasetConfig]) -> dict[str, DatasetConfig]:
-    return {name: dataclasses.replace(d, split="validation") for name, d in datasets.items()}
 
 
 def contrastive(root: str) -> Experiment:
@@ -106,7 +103,7 @@ def flamingo(root: str, use_visuals: bool = True) -> Experiment:
         ),
         tokenizer=f"{root}/data/tokenizer",
         data=data,
-        held_out=_held_out(data),
+        held_out=held_out(data),
         optimizer=OptimizerConfig(peak_rate=2e-3, warmup_steps=50, decay="cosine", beta2=0.98, weight_decay=0.1, gate_rate=20.0),
         training=TrainingConfig(
             steps=900, evaluate_every=450, evaluate_batches=4, save_every=250, keep_last=2, compute_dtype="float32", use_visuals=use_visuals, log_every=10

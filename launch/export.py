@@ -5,7 +5,6 @@
 The newest whole checkpoint in the workdir is taken; frozen parts are read from the exports they came from, so that the folder stands alone.
 """
 
-import dataclasses
 import json
 import logging
 import pathlib
@@ -48,7 +47,7 @@ def main() -> int:
     export_model(
         output,
         kind=stages.MODEL_FIELD[experiment.task],
-        config=dataclasses.asdict(stages.model_config(experiment)),
+        config=configuring.to_json(stages.model_config(experiment)),
         parameters=state.trainable | frozen,
         tokenizer_file=workdir / "tokenizer.model",
         extra_files={"metrics.jsonl": workdir / "metrics.jsonl", "experiment.json": workdir / "config.json"},

@@ -1,7 +1,5 @@
 """From an experiment to arrays on devices: model, frozen parts, optimizer and state, sharded from their first byte."""
 
-import dataclasses
-import json
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flamingo_jax.checkpointing.export import open_export
+from flamingo_jax.configuring import to_json
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.partitioning import rules
@@ -80,7 +79,7 @@ def load_frozen(experiment: Experiment, assembly: Assembly) -> tuple[Parameters,
         theirs: Any = export.config
         for key in base.config_path:
             theirs = theirs[key]
-        _require_equal(theirs, json.loads(json.dumps(dataclasses.asdict(base.config))), base)
+        _require_equal(theirs, to_json(base.config), base)
         prefix = base.source_prefix + "/" if base.source_prefix else ""
         for name, value in export.read(prefix).items():
             here = f"{base.part}/{name.removeprefix(prefix)}"

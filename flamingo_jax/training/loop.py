@@ -5,8 +5,6 @@ next batch, update and write what was measured.
 """
 
 import collections
-import dataclasses
-import json
 import logging
 import pathlib
 import signal
@@ -19,6 +17,7 @@ import jax
 import numpy as np
 
 from flamingo_jax.checkpointing.checkpoints import Checkpoints
+from flamingo_jax.configuring import to_json
 from flamingo_jax.errors import NotFiniteError, UserError
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.partitioning.mesh import batch_sharding, make_mesh
@@ -95,7 +94,7 @@ def train(
 
         def save() -> None:
             now = clock | {"seconds": time.monotonic() - began}
-            checkpoints.save(step, state, {"positions": positions, "clock": now, "bases": origins, "experiment": _as_json(experiment)})
+            checkpoints.save(step, state, {"positions": positions, "clock": now, "bases": origins, "experiment": to_json(experiment)})
 
         def write(ready: Iterable[tuple[int, dict[str, Any]]], bar: Bar) -> None:
             for number, values in ready:
@@ -140,10 +139,6 @@ def _compile(update: Any, state: TrainState, frozen: Parameters, batches: Any) -
     size = "" if memory is None else f", {(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20:,.0f} MiB a device"
     log.info("compiled the update in %.0f s%s", time.monotonic() - began, size)
     return compiled
-
-
-def _as_json(experiment: Experiment) -> Any:
-    return json.loads(json.dumps(dataclasses.asdict(experiment)))
 
 
 def _require_same_bases(saved: dict[str, Any], current: dict[str, Any], workdir: pathlib.Path) -> None:
