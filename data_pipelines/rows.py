@@ -180,19 +180,19 @@ class Rows:
         return self._finish(shown) | pictures
 
     def _contrastive(self, place: int, visit: Visit) -> Arrays:
-        """A pair whose picture cannot be read is an empty picture with an empty text."""
+        """A pair whose picture cannot be read is an empty picture without one token in its mask, which the loss leaves out."""
         record, length = self._records[place], self._making.text_length
         rng = self._rng(visit, record.id)
         caption = caption_of(record.fields, rng)
         augment = draw(rng, flip=self._making.dataset.flip, colour=self._making.dataset.colour) if rng is not None else None
         image = np.zeros((self._making.image_size, self._making.image_size, 3), np.uint8)
+        ids = text_tokens(caption, self._making.tokenizer)
         try:
             pixels = record.read(0, 0)
             pad(augment([pixels])[0] if augment else pixels, self._making.image_size, self._making.mean, out=image)
         except ImageError as error:
             self._failures.add(record.id, error)
-            caption = ""
-        ids = text_tokens(caption, self._making.tokenizer)
+            ids = ids[:0]
         if len(ids) > length:
             ids = np.append(ids[: length - 1], ids[-1])
         tokens = np.full(length, self._making.tokenizer.pad, np.int32)
