@@ -120,6 +120,8 @@ class DatasetConfig:
     weight: float = 1.0
     """lambda of the training objective (paper 2.4)."""
     microbatches: int = 1
+    """Equal parts of a batch that go through the model one after the other, so that a large batch fits in memory; the gradient is the same.
+    In the contrastive stage parts are encoded, and once more for the gradient; similarities are over the whole batch."""
     p_next: float = 0.0
     """Probability, once per page, that text looks at the next visual rather than the previous one (pages only; paper 0.5)."""
     leading_space: float = 0.5

@@ -48,8 +48,6 @@ def check_batches(experiment: Experiment, mesh: Mesh) -> None:
             parts = dataset.microbatches if place == "data" else 1
             if parts < 1:
                 raise UserError(f"config.{place}.{name}.microbatches is {parts}, but must be 1 or more")
-            if parts > 1 and experiment.task == "contrastive":
-                raise UserError(f"config.{place}.{name}.microbatches is {parts}, but every pair of a contrastive batch meets every other: leave it at 1")
             divisor, size = shards * parts, dataset.batch_size
             if size < 1 or size % divisor:
                 what = f"{mesh.shape[DATA]} (data) x {mesh.shape[FSDP]} (fsdp) devices" + (f" x {parts} microbatches" if parts > 1 else "")

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import ContrastiveConfig
 from flamingo_jax.models.attention import MASKED
 from flamingo_jax.models.dual_encoder import DualEncoder
@@ -42,18 +41,15 @@ def contrastive_loss(
 class ContrastiveTask:
     """Batches: images uint8 [B, H, W, 3], tokens int32 [B, L], mask bool [B, L]; every row is every other's negative.
 
-    A row without one token in its mask holds no pair.
+    A row without one token in its mask holds no pair. Arrays [P, B / P, ...], as `microbatches` makes them, are encoded part after part,
+    and again for the gradient, so that a large batch fits in memory; similarities are over the whole batch all the same.
     """
 
-    def __init__(self, config: ContrastiveConfig, microbatches: int = 1):
-        """microbatches: parts of a batch that are encoded one after the other, and again for the gradient, so that large batches fit in
-        memory; the similarity is always over the whole batch."""
+    def __init__(self, config: ContrastiveConfig):
         self.config = config
-        self.parts = microbatches
 
     def loss(self, model: DualEncoder, batch: Batch, key: Array | None) -> Loss:
-        tokens, mask = batch["tokens"], batch["mask"]
-        images, texts = self._encode(model, batch, key)
+        images, texts, tokens, mask = self._encode(model, batch, key)
         same = None
         if self.config.merge_duplicates:
             rows = jnp.where(mask, tokens, -1)
@@ -63,25 +59,26 @@ class ContrastiveTask:
         one = jnp.float32(1)
         return Loss(loss, one, {"accuracy": (accuracy, one), "inverse_temperature": (scale, one)})
 
-    def _encode(self, model: DualEncoder, batch: Batch, key: Array | None) -> tuple[Array, Array]:
+    def _encode(self, model: DualEncoder, batch: Batch, key: Array | None) -> tuple[Array, Array, Array, Array]:
+        """Both sides' vectors [B, J], and the texts they are of as one part: tokens, mask [B, L]."""
+
         def encode(arrays: tuple[Batch, Array | None]) -> tuple[Array, Array]:
             part, key = arrays
             images = model.encode_images(part["images"], train=key is not None, key=key)
             return images, model.encode_texts(part["tokens"], part["mask"])
 
-        if self.parts == 1:
-            return encode((batch, key))
-        rows = batch["tokens"].shape[0]
-        if rows % self.parts:
-            raise UserError(f"a batch of {rows} pairs cannot be encoded in {self.parts} equal parts: choose a divisor of {rows}")
-        # Every parts-th row, not a run of rows: each device then has its share of every part.
-        split = {name: a.reshape(rows // self.parts, self.parts, *a.shape[1:]).swapaxes(0, 1) for name, a in batch.items()}
-        keys = None if key is None else jax.random.split(key, self.parts)
-        images, texts = jax.lax.map(jax.checkpoint(encode, prevent_cse=False), (split, keys))
-        return images.swapaxes(0, 1).reshape(rows, -1), texts.swapaxes(0, 1).reshape(rows, -1)
+        tokens, mask = batch["tokens"], batch["mask"]
+        if tokens.ndim == 2:
+            return *encode((batch, key)), tokens, mask
+        keys = None if key is None else jax.random.split(key, tokens.shape[0])
+        images, texts = jax.lax.map(jax.checkpoint(encode, prevent_cse=False), (batch, keys))
+        images, texts, tokens, mask = (a.swapaxes(0, 1).reshape(-1, a.shape[-1]) for a in (images, texts, tokens, mask))
+        return images, texts, tokens, mask
 
     def microbatches(self, batch: Batch, count: int) -> Batch:
-        raise ValueError("the contrastive loss is no sum over microbatches: give them to ContrastiveTask, which encodes in parts")
+        """One part, since the loss is no sum over rows, which `loss` itself encodes in `count` parts: [1, count, B / count, ...]."""
+        # Every count-th row, not a run of rows: each device then has its share of every part.
+        return {name: a.reshape(a.shape[0] // count, count, *a.shape[1:]).swapaxes(0, 1)[None] for name, a in batch.items()}
 
     def without_pictures(self, batch: Batch) -> None:
         return None

@@ -28,7 +28,7 @@ class Task(Protocol):
         ...
 
     def microbatches(self, batch: Batch, count: int) -> Batch:
-        """The batch as `count` parts stacked on a new first axis, if the loss is a sum over parts."""
+        """The batch as parts stacked on a new first axis, over which the loss is a sum: `count` of them, or one that `loss` splits itself."""
         ...
 
     def without_pictures(self, batch: Batch) -> Batch | None:

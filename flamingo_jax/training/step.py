@@ -35,7 +35,7 @@ def dataset_gradient(
         return jax.tree.map(jnp.add, carry, (loss, grads)), None
 
     parts = task.microbatches(batch, microbatches)
-    keys = jax.random.split(key, microbatches)
+    keys = jax.random.split(key, jax.tree.leaves(parts)[0].shape[0])
     shapes = jax.eval_shape(gradient, trainable, jax.tree.map(lambda a: a[0], parts), keys[0])
     grads_shape, loss_shape = shapes
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (loss_shape, grads_shape))

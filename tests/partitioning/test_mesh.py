@@ -57,7 +57,8 @@ def experiment(place: str = "data", task: str = "flamingo", **options: int) -> E
 
 def test_batches_that_divide_pass() -> None:
     mesh = make_mesh(MeshConfig(2, 2, 2))
-    check_batches(experiment(batch_size=8, microbatches=2), mesh)
+    for task in ("contrastive", "flamingo"):
+        check_batches(experiment(task=task, batch_size=8, microbatches=2), mesh)
     check_batches(experiment("held_out", batch_size=4, microbatches=4), mesh)
 
 
@@ -69,7 +70,7 @@ def test_batches_that_divide_pass() -> None:
         (experiment("held_out", batch_size=2), "config.held_out.m3w.batch_size is 2"),
         (experiment(batch_size=0), "make it a multiple of 4, such as 4"),
         (experiment(microbatches=0), "config.data.m3w.microbatches is 0"),
-        (experiment(task="contrastive", microbatches=2), "every pair of a contrastive batch meets every other"),
+        (experiment(task="contrastive", microbatches=3), "2 (data) x 2 (fsdp) devices x 3 microbatches share it: make it a multiple of 12, such as 12"),
     ],
 )
 def test_batches_that_do_not_divide_are_refused_with_the_mend(given: Experiment, sentence: str) -> None:

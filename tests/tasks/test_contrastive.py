@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import ContrastiveConfig, TextEncoderConfig, VisionConfig
 from flamingo_jax.models import nfnet
 from flamingo_jax.models.dual_encoder import DualEncoder
 from flamingo_jax.tasks.contrastive import ContrastiveTask, contrastive_loss
+from flamingo_jax.tasks.task import Loss
+from flamingo_jax.training.state import split_model
+from flamingo_jax.training.step import dataset_gradient
 from tests.models.filling import ONE_STAGE, filled
 
 CONFIG = ContrastiveConfig(
@@ -116,19 +117,35 @@ def test_the_task_scores_the_models_vectors(model: DualEncoder, batch: dict[str,
         np.testing.assert_allclose((loss.total / loss.weight, total / weight), expected, rtol=1e-5)
 
 
-def gradient(model: DualEncoder, batch: dict[str, jax.Array], parts: int, key: jax.Array | None = None) -> tuple[jax.Array, nnx.State]:
-    graph, state = nnx.split(model)
-    task = ContrastiveTask(model.config, parts)
-    return jax.jit(jax.value_and_grad(lambda state, batch: task.loss(nnx.merge(graph, state), batch, key).total))(state, batch)
+Gradient = tuple[Loss, dict[str, jax.Array]]
 
 
-def assert_same(first: tuple[jax.Array, nnx.State], second: tuple[jax.Array, nnx.State]) -> None:
-    np.testing.assert_allclose(first[0], second[0], rtol=1e-5)
+def gradient(model: DualEncoder, batch: dict[str, jax.Array], microbatches: int) -> Gradient:
+    """The loss and its gradient as the update takes them."""
+    graph, parameters = split_model(model)
+    task = ContrastiveTask(model.config)
+    return jax.jit(lambda p, b: dataset_gradient(graph, task, p, {}, b, jax.random.key(0), microbatches))(parameters, batch)
+
+
+def assert_same(first: Gradient, second: Gradient) -> None:
+    for a, b in zip(jax.tree.leaves(first[0]), jax.tree.leaves(second[0]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), first[1], second[1])
 
 
-def test_encoding_in_parts_changes_nothing(model: DualEncoder, batch: dict[str, jax.Array]) -> None:
-    assert_same(gradient(model, batch, 1), gradient(model, batch, 4))
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_a_pair_that_was_unreadable_is_as_if_not_there(model: DualEncoder, batch: dict[str, jax.Array], microbatches: int) -> None:
+    bad = jnp.array([2, 11, 12, 13])
+    marked = batch | {"images": batch["images"].at[bad].set(0), "mask": batch["mask"].at[bad].set(False)}
+    kept = {name: jnp.delete(a, bad, axis=0) for name, a in batch.items()}
+    assert_same(gradient(model, marked, microbatches), gradient(model, kept, 1))
+
+
+def test_microbatches_change_nothing(model: DualEncoder, batch: dict[str, jax.Array]) -> None:
+    whole = gradient(model, batch, 1)
+    # A bias of all keys moves no softmax.
+    assert all(float(jnp.abs(g).max()) > 1e-4 for name, g in whole[1].items() if not name.endswith("key_bias"))
+    assert_same(whole, gradient(model, batch, 4))
 
 
 def test_rows_on_eight_devices_are_each_others_negatives(model: DualEncoder, batch: dict[str, jax.Array]) -> None:
@@ -141,12 +158,9 @@ def test_stochastic_depth_draws_anew_in_every_part(batch: dict[str, jax.Array]) 
     """Equal rows in equal places of two parts: only the draws can tell them apart."""
     model = make(dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, stochastic_depth=0.9)))
     equal = batch | {"images": jnp.broadcast_to(batch["images"][:1], batch["images"].shape)}
-    images = ContrastiveTask(model.config, 2)._encode(model, equal, jax.random.key(0))[0]
+    task = ContrastiveTask(model.config)
+    parts = {name: a[0] for name, a in task.microbatches(equal, 2).items()}
+    images = task._encode(model, parts, jax.random.key(0))[0]
     assert float(jnp.abs(images[0::2] - images[1::2]).max()) > 1e-4
-    still = ContrastiveTask(model.config, 2)._encode(model, equal, None)[0]
+    still = task._encode(model, parts, None)[0]
     np.testing.assert_allclose(still, jnp.broadcast_to(still[:1], still.shape), atol=1e-6)
-
-
-def test_parts_that_do_not_divide_the_batch_are_refused(model: DualEncoder, batch: dict[str, jax.Array]) -> None:
-    with pytest.raises(UserError, match="16 pairs .* 3 equal parts"):
-        ContrastiveTask(CONFIG, 3).loss(model, batch, None)
