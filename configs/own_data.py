@@ -45,7 +45,8 @@ def _training(stage: str) -> TrainingConfig:
     steps = STEPS[stage]
     return TrainingConfig(
         steps=steps, log_every=10, evaluate_every=100, evaluate_batches=2, save_every=100, compute_dtype="float32",
-        loss="token_mean" if stage == "language_model" else "sequence_sum",
+        # The paper sums over a sequence; beside long pages, short captions would then hardly count.
+        loss="token_mean",
     )
 
 
@@ -98,7 +99,8 @@ def _flamingo(folder: str) -> Experiment:
             vision=VISION,
             language_model=LANGUAGE_MODEL,
             resampler=ResamplerConfig(layers=2, width=128, heads=4, head_width=32, latents=16, frames=8, feed_forward=512),
-            xattn_heads=4, xattn_head_width=32, xattn_feed_forward=512,
+            # Gates that start at 0, as the paper's do, need some thousand steps to open.
+            xattn_heads=4, xattn_head_width=32, xattn_feed_forward=512, gate_start=1.0, gated_out_scale=0.3,
         ),
         tokenizer=f"{folder}/data/tokenizer",
         data=data,

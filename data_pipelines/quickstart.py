@@ -10,7 +10,7 @@ import functools
 import io
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -98,6 +98,8 @@ OPPOSITE = {"left of": "right of", "above": "below"}
 CORNERS_AND_CENTRE = (0, 2, 4, 6, 8)
 SORTS = {"one": 0.45, "two": 0.40, "counts": 0.15}
 """Shares of scenes among pictures."""
+TOLD = {"one": 0.20, "two": 0.65, "counts": 0.15}
+"""Shares among pictures with clean captions: two things are the hardest to tell."""
 
 
 FILLERS_BEFORE = ("photo of", "picture of", "drawing of", "nice", "my", "image :")
@@ -128,8 +130,8 @@ def draw_motion(rng: np.random.Generator, things: Sequence[Thing]) -> Scene:
     return Scene((_pick(rng, things),), (4,), _pick(rng, tuple(DIRECTIONS)))
 
 
-def draw_scene(rng: np.random.Generator, things: Sequence[Thing]) -> Scene:
-    sort = rng.choice(list(SORTS), p=list(SORTS.values()))
+def draw_scene(rng: np.random.Generator, things: Sequence[Thing], sorts: Mapping[str, float] = SORTS) -> Scene:
+    sort = rng.choice(list(sorts), p=list(sorts.values()))
     return {"one": draw_one, "two": draw_two, "counts": draw_counts}[str(sort)](rng, things)
 
 
@@ -370,13 +372,13 @@ def question_text(question: Question) -> str:
     return f"Question: {question.question} Answer: {question.answer}"
 
 
-def naming_text(word: str, thing: Thing | None = None) -> str:
-    """A chunk of a page that binds new words; with the thing, it is named first.
+def naming_text(word: str, known: str = "") -> str:
+    """A chunk of a page that binds new words; with a known word, that is said first.
 
-    The word follows at once on what it names, on a picture as in text: what a language model learns of binding in text then needs
-    nothing but a picture that reads like a word.
+    The new word follows at once on what it names, a picture or one known word: what a language model learns of binding in text then
+    needs nothing but a picture that reads like a word. With two known words it would learn to look two words back, where a page has no picture.
     """
-    return f" {word}" if thing is None else f" {thing} {word}"
+    return f" {known} {word}" if known else f" {word}"
 
 
 # Records.
@@ -414,18 +416,22 @@ def question(rng: np.random.Generator, things: Sequence[Thing]) -> Drawn:
 
 
 def page(rng: np.random.Generator, things: Sequence[Thing]) -> Drawn:
-    """Pictures with captions (a tenth), questions (two fifths), or new words bound to what they show.
+    """Pictures with captions (3 in 10), questions (4 in 10), or new words bound to what they show.
 
-    A third of the pages of captions or questions begin with an example that has no picture.
+    Two thirds of the pages of captions or questions begin with an example that has no picture. It may tell of any thing: what the model
+    trains on text must not learn that there is no thing but those in its pictures.
     """
     sort = rng.random()
-    if sort >= 0.5:
-        shown, texts = _binding(rng, things, int(rng.integers(6, 13)))
+    if sort >= 0.7:
+        shown, known, new = _binding(rng, things, int(rng.integers(6, 13)))
+        texts = [naming_text(word, name if rng.random() < 0.5 else "") for name, word in zip(known, new, strict=True)]
         return _page(rng, [Scene((thing,), (int(rng.integers(9)),)) for thing in shown], texts)
     count = int(rng.integers(4, 9))
-    tell = output_text if sort < 0.1 else lambda scene: question_text(ask(scene, rng, things))
-    scenes = [draw_scene(rng, things) for _ in range(count)]
-    opening = tell(draw_scene(rng, ALL_THINGS)) if rng.random() < 0.33 else ""
+    captions = sort < 0.3
+    sorts = TOLD if captions else SORTS
+    tell = output_text if captions else lambda scene: question_text(ask(scene, rng, things))
+    scenes = [draw_scene(rng, things, sorts) for _ in range(count)]
+    opening = tell(draw_scene(rng, ALL_THINGS, sorts)) if rng.random() < 2 / 3 else ""
     return _page(rng, scenes, [tell(scene) for scene in scenes], opening)
 
 
@@ -442,17 +448,16 @@ def binding_page(rng: np.random.Generator, things: Sequence[Thing], supports: in
     return _page(rng, scenes, [naming_text(words[i]) for i in order])
 
 
-def _binding(rng: np.random.Generator, things: Sequence[Thing], count: int) -> tuple[list[Thing], list[str]]:
-    """Things in the order they are shown, and a chunk for each."""
-    named = _new_words(rng, things)
-    shown = [_pick(rng, tuple(named)) for _ in range(count)]
-    return shown, [naming_text(named[thing], thing if rng.random() < 0.5 else None) for thing in shown]
+def _binding(rng: np.random.Generator, things: Sequence[Thing], count: int) -> tuple[list[Thing], list[str], list[str]]:
+    """What a page or text that binds two to four new words shows: things in their order, the known word for each, the new word for each.
 
-
-def _new_words(rng: np.random.Generator, things: Sequence[Thing]) -> dict[Thing, str]:
-    """Two to four things that differ in colour and shape, with a new word for each."""
+    Things differ in colour and in shape; the known word is the colour throughout, or the shape.
+    """
     number = int(rng.integers(2, 5))
-    return dict(zip(differing(rng, things, number), (str(word) for word in rng.choice(WORDS, number, replace=False)), strict=True))
+    named = dict(zip(differing(rng, things, number), (str(word) for word in rng.choice(WORDS, number, replace=False)), strict=True))
+    known = _pick(rng, (lambda thing: thing.colour, lambda thing: thing.shape))
+    shown = [_pick(rng, tuple(named)) for _ in range(count)]
+    return shown, [known(thing) for thing in shown], [named[thing] for thing in shown]
 
 
 def _page(rng: np.random.Generator, scenes: Sequence[Scene], texts: Sequence[str], opening: str = "") -> Drawn:
@@ -463,33 +468,34 @@ def document(rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS) -> 
     """Text that mirrors the pages, with a description of the scene in the place of its picture, and rhymes.
 
     Half of the documents are lines, in the others the image tag stands before each description as on a page, so that the language model
-    has met the tag before it is frozen. Rhymes are random words said three times: copying is what binding is learned from.
+    has met the tag before it is frozen. Rhymes are a few random words said again and again: copying is what binding is learned from, and
+    it is learned soonest where there is little to choose from.
     """
     sort, tagged = rng.random(), rng.random() < 0.5
-    if sort < 0.2:
-        return Drawn({"text": "\n".join([" ".join(_rhyme(rng))] * 3)})
-    if sort < 0.55:
+    if sort < 0.35:
+        return Drawn({"text": _rhyme(rng)})
+    if sort < 0.65:
         lines = _bound_lines(rng, things)
         return Drawn({"text": "".join(f"<image>{line}" for line in lines) if tagged else ".".join(lines)})
     lines = []
-    for _ in range(int(rng.integers(4, 9))):
+    for _ in range(int(rng.integers(3, 6))):
         scene = draw_motion(rng, things) if rng.random() < 0.08 else draw_scene(rng, things)
-        told = output_text(scene) if sort < 0.7 else question_text(ask(scene, rng, things))
+        told = output_text(scene) if sort < 0.75 else question_text(ask(scene, rng, things))
         lines.append(f"{caption(scene)}. {told}")
     return Drawn({"text": "".join(f"<image>{line}" for line in lines) if tagged else "\n".join(lines)})
 
 
-def _rhyme(rng: np.random.Generator) -> list[str]:
-    """8 to 29 words of all kinds; the first is no new word, since those are one piece of the tokenizer only after a space."""
+def _rhyme(rng: np.random.Generator) -> str:
+    """3 to 12 words of all kinds, said as often as 60 words allow; the first is no new word, since those are one piece only after a space."""
     known = (*COLOURS, *SHAPES)
-    return [_pick(rng, known), *(_pick(rng, (*known, *WORDS)) for _ in range(int(rng.integers(7, 29))))]
+    words = [_pick(rng, known), *(_pick(rng, (*known, *WORDS)) for _ in range(int(rng.integers(2, 12))))]
+    return "\n".join([" ".join(words)] * min(60 // len(words), 8))
 
 
 def _bound_lines(rng: np.random.Generator, things: Sequence[Thing]) -> list[str]:
-    """4 to 16 namings of two to four things; each names the thing first, since here that stands for the picture."""
-    named = _new_words(rng, things)
-    shown = [_pick(rng, tuple(named)) for _ in range(int(rng.integers(4, 17)))]
-    return [naming_text(named[thing], thing) for thing in shown]
+    """4 to 16 namings; a known word stands for the picture."""
+    _, known, new = _binding(rng, things, int(rng.integers(4, 17)))
+    return [naming_text(word, name) for name, word in zip(known, new, strict=True)]
 
 
 # Datasets.
@@ -506,10 +512,11 @@ class WorldDataset:
 
 
 HELD_OUT_SPLIT = "unseen"
+_told = functools.partial(draw_scene, sorts=TOLD)
 _TESTS = {"test": 300, HELD_OUT_SPLIT: 300}
 DATASETS: dict[str, WorldDataset] = {
     "align": WorldDataset("pairs", functools.partial(pair, noisy=True), {"train": 8_000, "validation": 300}, "short noisy captions"),
-    "ltip": WorldDataset("pairs", functools.partial(pair, tell=output_text), {"train": 8_000, "validation": 300}, "clean captions"),
+    "ltip": WorldDataset("pairs", functools.partial(pair, draw=_told, tell=output_text), {"train": 8_000, "validation": 300}, "clean captions"),
     "vtp": WorldDataset("videos", clip, {"train": 1_500, "validation": 200}, "clips of one moving thing"),
     "m3w": WorldDataset("pages", page, {"train": 3_000, "validation": 200}, "pages of captions, questions and new words"),
     "text": WorldDataset("text", lambda rng, _: document(rng), {"train": 20_000, "validation": 200}, "text that mirrors the pages"),

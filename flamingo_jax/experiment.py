@@ -62,6 +62,9 @@ class LanguageModelConfig:
     tied_embeddings: bool = True
     embedding_scale: float = 1.0
     """Input embeddings are multiplied by this. Small ones beside what attention writes let copying in context emerge sooner."""
+    position_bias: float = 0.0
+    """Deviation of Transformer-XL's position bias v at the start. Away from 0, some heads prefer some distances from the first step on, and
+    copying in context, which needs a head that looks one token back, emerges in a third of the steps in a small model."""
     norm_eps: float = 1e-6
 
 
@@ -95,6 +98,12 @@ class FlamingoConfig:
     xattn_heads: int = 16
     xattn_head_width: int = 128
     xattn_feed_forward: int = 8192
+    gate_start: float = 0.0
+    """Both gates' parameters at the start. 0 (paper): training begins with the language model's own outputs, and while a gate is near 0 the
+    noise of its gradient turns its sign again and again, so that nothing behind it learns. Runs of some hundred steps want open gates, as 1,
+    with a small `gated_out_scale`: then the first blocks learn to write what the language model's first layers can read."""
+    gated_out_scale: float = 1.0
+    """What gated blocks write starts at this many times its usual size; their gates make it 0 in the paper's start."""
     attend: Literal["last", "all_previous"] = "last"
     """Which visuals a text token sees: the last one before it (paper) or all before it (ablation)."""
     extra_tokens: int = 1
@@ -151,9 +160,6 @@ class OptimizerConfig:
     """Regular expressions over parameter names that get no weight decay (paper: the resampler)."""
     decay_vectors: bool = False
     """Weight decay also on norm scales, biases and gates (see `training.optimizer.make_optimizer`)."""
-    gate_rate: float = 1.0
-    """The tanh gates learn at this many times the rate. While a gate is near 0 nothing behind it learns: at 1 the gates of a run of some
-    hundred steps stay under 0.1, so short runs want 10 to 30."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient; 0 for no clipping. With `adaptive_clip`, of all but the vision encoder's."""
     adaptive_clip: float = 0.0

@@ -81,7 +81,7 @@ class SelfAttention(nnx.Module):
     """Causal self-attention with Transformer-XL relative positions (Dai et al. 2019) or rotary ones."""
 
     def __init__(
-        self, width: int, heads: int, head_width: int, *, positions: str, rope_base: float, out_scale: float, rngs: nnx.Rngs
+        self, width: int, heads: int, head_width: int, *, positions: str, rope_base: float, position_bias: float = 0.0, out_scale: float, rngs: nnx.Rngs
     ):
         self.query = fan_in_normal(rngs, (width, heads, head_width))
         self.key = fan_in_normal(rngs, (width, heads, head_width))
@@ -92,7 +92,7 @@ class SelfAttention(nnx.Module):
         if self.relative:
             self.position = fan_in_normal(rngs, (width, heads, head_width))
             self.content_bias = nnx.Param(jnp.zeros((heads, head_width)))
-            self.position_bias = nnx.Param(jnp.zeros((heads, head_width)))
+            self.position_bias = nnx.Param(position_bias * jax.random.normal(rngs.params(), (heads, head_width)))
 
     def __call__(self, x: Array, positions: Array, segments: Array | None, cache: Cache | None) -> tuple[Array, Cache | None]:
         """x [B, L, D] -> [B, L, D]. With a cache the row is one segment, and tokens at positions past its end are dropped."""

@@ -43,7 +43,7 @@ def media_mask(media_index: Array, segments: Array | None, visuals: Array, token
 
 
 class GatedCrossAttentionBlock(nnx.Module):
-    """y += tanh(a) * CrossAttn(LN(y), LN(X)); y += tanh(b) * FFW(LN(y)), with both gates 0 at the start.
+    """y += tanh(a) * CrossAttn(LN(y), LN(X)); y += tanh(b) * FFW(LN(y)), with both gates 0 at the start (unless `config.gate_start`).
 
     One LayerNorm serves keys and values (paper v1, 3.1.2); no part that follows the attention has a bias, so that a token with no
     visual gets exactly zero from it.
@@ -57,11 +57,12 @@ class GatedCrossAttentionBlock(nnx.Module):
         self.query = fan_in_normal(rngs, shape)
         self.key = fan_in_normal(rngs, shape)
         self.value = fan_in_normal(rngs, shape)
-        self.out = fan_in_normal(rngs, (*shape[1:], width), config.xattn_heads * config.xattn_head_width)
-        self.attention_gate = nnx.Param(jnp.zeros(()))
+        self.out = fan_in_normal(rngs, (*shape[1:], width), config.xattn_heads * config.xattn_head_width, config.gated_out_scale)
+        self.attention_gate = nnx.Param(jnp.full((), config.gate_start))
         self.dense_norm = LayerNorm(width)
         self.feed_forward = FeedForward(width, config.xattn_feed_forward, "squared_relu", rngs=rngs)
-        self.dense_gate = nnx.Param(jnp.zeros(()))
+        self.feed_forward.down[...] *= config.gated_out_scale
+        self.dense_gate = nnx.Param(jnp.full((), config.gate_start))
 
     def project_visuals(self, visual_tokens: Array) -> Media:
         """[M, R, D] -> keys and values, once per visual however many rows look at it."""

@@ -25,7 +25,8 @@ class DecoderLayer(nnx.Module):
         branch = 1 / math.sqrt(2 * config.layers)
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
         self.attention = SelfAttention(
-            config.width, config.heads, config.head_width, positions=config.positions, rope_base=config.rope_base, out_scale=branch, rngs=rngs
+            config.width, config.heads, config.head_width, positions=config.positions, rope_base=config.rope_base,
+            position_bias=config.position_bias, out_scale=branch, rngs=rngs,
         )
         self.feed_forward_norm = RMSNorm(config.width, config.norm_eps)
         self.feed_forward = FeedForward(config.width, config.feed_forward, config.activation, rngs=rngs)

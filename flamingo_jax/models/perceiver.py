@@ -46,7 +46,8 @@ class PerceiverResampler(nnx.Module):
     def __init__(self, config: ResamplerConfig, feature_width: int, *, rngs: nnx.Rngs):
         self.config = config
         self.input_projection = fan_in_normal(rngs, (feature_width, config.width))
-        self.time_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.frames, config.width)))
+        # As large as the features they are added to: where small, a short training does not tell the frames of a clip apart.
+        self.time_embedding = nnx.Param(jax.random.normal(rngs.params(), (config.frames, config.width)))
         grid = (config.position_grid, config.position_grid, config.width)
         self.position_embedding = nnx.Param(0.5 * jax.random.normal(rngs.params(), grid)) if config.position_grid else None
         self.latents = nnx.Param(jax.random.normal(rngs.params(), (config.latents, config.width)))

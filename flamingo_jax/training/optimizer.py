@@ -41,7 +41,6 @@ def make_optimizer(config: OptimizerConfig, steps: int, trainable: Mapping[str, 
         clip(config, trainable),
         optax.scale_by_adam(config.beta1, config.beta2, config.eps),
         optax.add_decayed_weights(config.weight_decay, decayed) if config.weight_decay else optax.identity(),
-        optax.masked(optax.scale(config.gate_rate), {name: name.endswith("_gate") for name in trainable}),
         optax.scale_by_learning_rate(make_schedule(config, steps)),
     )
 

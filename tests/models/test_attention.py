@@ -84,3 +84,14 @@ def test_a_fully_masked_query_gets_exactly_zero() -> None:
     out = attention.attend(x, x, x, mask)
     assert not np.asarray(out[0, 1]).any()
     np.testing.assert_allclose(out[0, 2], x[0, 1], atol=1e-6)
+
+
+def test_a_position_bias_makes_heads_prefer_distances_from_the_start() -> None:
+    make = lambda bias: attention.SelfAttention(
+        8, 2, 4, positions="transformer_xl", rope_base=1e4, position_bias=bias, out_scale=1.0, rngs=nnx.Rngs(0)
+    )
+    assert not make(0.0).position_bias[...].any()
+    scores = make(8.0)._position_scores(jnp.zeros((1, 5, 2, 4)), jnp.arange(5)[None], 5, cached=False)
+    # Without any content, a key's score depends on its distance alone.
+    np.testing.assert_allclose(scores[0, :, 4, 3], scores[0, :, 3, 2], rtol=1e-5)
+    assert np.ptp(scores[0, :, 4, :], axis=-1).min() > 1

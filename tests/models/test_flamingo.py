@@ -122,3 +122,13 @@ def test_the_size_of_the_program_does_not_grow_with_depth() -> None:
         return len(jax.jit(lambda s: nnx.merge(graph, s)(TOKENS, POSITIONS, SEGMENTS, MEDIA_INDEX, VISUAL_TOKENS, VISUALS)).lower(state).as_text().splitlines())
 
     assert lines(13) == lines(5)
+
+
+def test_gates_start_at_0_unless_told_otherwise() -> None:
+    make = lambda **options: Flamingo(dataclasses.replace(CONFIG, **options), rngs=nnx.Rngs(0)).gated_xattn.layers
+    paper, opened = make(), make(gate_start=1.0, gated_out_scale=0.3)
+    for gate in ("attention_gate", "dense_gate"):
+        assert not getattr(paper, gate)[...].any() and (getattr(opened, gate)[...] == 1).all()
+    np.testing.assert_allclose(opened.out[...], 0.3 * paper.out[...], rtol=1e-6)
+    np.testing.assert_allclose(opened.feed_forward.down[...], 0.3 * paper.feed_forward.down[...], rtol=1e-6)
+    np.testing.assert_array_equal(opened.query[...], paper.query[...])
