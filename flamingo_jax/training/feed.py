@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from flamingo_jax.planning.flops import Work, work_in
+
 HostBatch = dict[str, np.ndarray]
 
 
@@ -24,8 +26,8 @@ class Fed(NamedTuple):
     batches: dict[str, dict[str, jax.Array]]
     positions: dict[str, Any]
     """Every dataset's position after these batches."""
-    tokens: int
-    """Tokens in them that are not padding, on this process."""
+    work: Work
+    """What is real in them, on this process."""
 
 
 def put(batch: HostBatch, sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
@@ -49,8 +51,7 @@ class Feed:
             while not self._stop.is_set():
                 host = {name: next(iterator) for name, iterator in self._iterators.items()}
                 positions = {name: iterator.get_state() for name, iterator in self._iterators.items()}
-                tokens = sum(int((b["segments"] > 0).sum()) if "segments" in b else int(b["mask"].sum()) for b in host.values())
-                self._offer(Fed({name: put(batch, self._sharding) for name, batch in host.items()}, positions, tokens))
+                self._offer(Fed({name: put(batch, self._sharding) for name, batch in host.items()}, positions, work_in(host.values())))
         except BaseException as error:  # noqa: BLE001 - handed to the loop, which raises it
             self._offer(error)
 

@@ -21,6 +21,7 @@ from flamingo_jax.configuring import to_json
 from flamingo_jax.errors import NotFiniteError, UserError
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.partitioning.mesh import batch_sharding, make_mesh
+from flamingo_jax.planning.flops import Cost, Work, peak_flops, step_cost
 from flamingo_jax.progress import Bar
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.assembly import Assembly, assemble, initialise, load_frozen
@@ -86,7 +87,7 @@ def train(
         records = Records(workdir, resume_step=start, enabled=primary)
         feed = Feed(iterators, batch_sharding(mesh))
         stopper = _Stopper()
-        meter = _Meter(training.max_not_finite, list(iterators))
+        meter = _Meter(training.max_not_finite, list(iterators), step_cost(experiment), _peak(mesh))
         evaluate = _HeldOut(assembly, task, held_out, batch_sharding(mesh))
         update = make_update(assembly.graph, task, assembly.optimizer, experiment.data, training.update)
         compiled = None
@@ -101,7 +102,8 @@ def train(
                 if number % training.log_every == 0 or number == training.steps:
                     values |= {"seconds_waiting": feed.seconds_waiting, "time": time.monotonic() - began}
                     records.write(number, values)
-                    bar.advance(number - bar.done, f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tokens/s")
+                    speed = f"{values['mfu']:.1%} MFU" if "mfu" in values else f"{values['flops_per_second'] / 1e12:.3g} TFLOP/s"
+                    bar.advance(number - bar.done, f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tokens/s  {speed}")
 
         try:
             with Bar(experiment.name or experiment.task, training.steps, start=start, enabled=primary) as bar:
@@ -116,7 +118,7 @@ def train(
                     with jax.transfer_guard("disallow"):
                         state, metrics = compiled(state, frozen, fed.batches)
                     step, positions = step + 1, fed.positions
-                    write(meter.add(step, metrics, fed.tokens), bar)
+                    write(meter.add(step, metrics, fed.work), bar)
                 write(meter.drain(), bar)
             if step > start:
                 save()
@@ -139,6 +141,12 @@ def _compile(update: Any, state: TrainState, frozen: Parameters, batches: Any) -
     size = "" if memory is None else f", {(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20:,.0f} MiB a device"
     log.info("compiled the update in %.0f s%s", time.monotonic() - began, size)
     return compiled
+
+
+def _peak(mesh: jax.sharding.Mesh) -> float | None:
+    """FLOPs a second of this process's devices, if they are of a known kind."""
+    peak = peak_flops(mesh.local_devices[0].device_kind)
+    return None if peak is None else peak * len(mesh.local_devices)
 
 
 def _require_same_bases(saved: dict[str, Any], current: dict[str, Any], workdir: pathlib.Path) -> None:
@@ -170,24 +178,28 @@ class _Stopper:
 
 
 class _Meter:
-    """Holds each step's metrics back by two steps, so that reading them never makes the host wait for the device."""
+    """Holds each step's metrics back by two steps, so that reading them never makes the host wait for the device.
+
+    Adds how fast this process and its devices are: tokens_per_second, flops_per_second (model FLOPs: see `planning.flops`) and, where `peak`
+    (FLOPs a second) is known, mfu, their share of it.
+    """
 
     BEHIND = 2
 
-    def __init__(self, max_not_finite: int, datasets: list[str]):
-        self._pending: collections.deque[tuple[int, dict[str, Any], int]] = collections.deque()
-        self._max, self._datasets = max_not_finite, datasets
+    def __init__(self, max_not_finite: int, datasets: list[str], cost: Cost, peak: float | None):
+        self._pending: collections.deque[tuple[int, dict[str, Any], Work]] = collections.deque()
+        self._max, self._datasets, self._cost, self._peak = max_not_finite, datasets, cost, peak
         self._last_time = time.monotonic()
 
-    def add(self, step: int, metrics: dict[str, Any], tokens: int) -> list[tuple[int, dict[str, Any]]]:
-        self._pending.append((step, metrics, tokens))
+    def add(self, step: int, metrics: dict[str, Any], work: Work) -> list[tuple[int, dict[str, Any]]]:
+        self._pending.append((step, metrics, work))
         return [self._take()] if len(self._pending) > self.BEHIND else []
 
     def drain(self) -> list[tuple[int, dict[str, Any]]]:
         return [self._take() for _ in range(len(self._pending))]
 
     def _take(self) -> tuple[int, dict[str, Any]]:
-        step, metrics, tokens = self._pending.popleft()
+        step, metrics, work = self._pending.popleft()
         values = {name: np.asarray(value) for name, value in jax.device_get(metrics).items()}
         if int(values["skipped_in_a_row"]) > self._max:
             guilty = [name for name in self._datasets if not values[f"finite/{name}"]]
@@ -197,8 +209,10 @@ class _Meter:
                 f"(config.training.max_not_finite is {self._max}); the last checkpoint is whole"
             )
         now = time.monotonic()
-        values["tokens_per_second"] = np.asarray(tokens / max(now - self._last_time, 1e-9))
-        self._last_time = now
+        seconds, self._last_time = max(now - self._last_time, 1e-9), now
+        values |= {"tokens_per_second": np.asarray(work.tokens / seconds), "flops_per_second": np.asarray(self._cost.of(work) / seconds)}
+        if self._peak is not None:
+            values["mfu"] = values["flops_per_second"] / self._peak
         return step, {name: value for name, value in values.items() if not name.startswith("finite/")}
 
 

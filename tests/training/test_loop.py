@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 import signal
+import types
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from flamingo_jax.errors import NotFiniteError, UserError
 from flamingo_jax.partitioning.mesh import make_mesh
+from flamingo_jax.planning.flops import Cost, Work, step_cost, work_in
 from flamingo_jax.training import loop
 from flamingo_jax.training.assembly import assemble
 from flamingo_jax.training.records import read_lines
@@ -47,6 +49,27 @@ def test_every_step_is_recorded_with_its_gates(unbroken: pathlib.Path) -> None:
     assert len(lines[3]["gates/attention"]) == 2 and lines[0]["gates/attention"] != lines[5]["gates/attention"]
     held_out = lines[-1]
     assert held_out["held_out/vtp/loss"] > 0 and held_out["held_out/vtp/loss_without_pictures"] > 0
+
+
+def test_speed_is_recorded_in_model_flops(unbroken: pathlib.Path) -> None:
+    """Batches differ in their tokens, so that a step credited with another's work would show."""
+    cost = step_cost(world.experiment())
+    lines = [line for line in read_lines(unbroken / "metrics.jsonl") if "loss" in line]
+    stream = world.streams()
+    for line in lines:
+        work = work_in([next(s) for s in stream.values()])
+        assert line["flops_per_second"] / line["tokens_per_second"] == pytest.approx(cost.of(work) / work.tokens)
+        assert "mfu" not in line
+
+
+def test_mfu_is_the_share_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 12.0])
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    meter = loop._Meter(1, ["a"], Cost(token=600, frame=1_000), peak=8_000.0)
+    metrics = {"skipped_in_a_row": np.int32(0), "finite/a": np.True_}
+    assert meter.add(1, metrics, Work(tokens=10, frames=2)) == []
+    ((step, values),) = meter.drain()
+    assert step == 1 and values["tokens_per_second"] == 5 and values["flops_per_second"] == 4_000 and values["mfu"] == 0.5
 
 
 def test_a_signal_saves_and_the_next_start_goes_on_to_the_bit(unbroken: pathlib.Path, tmp_path: pathlib.Path) -> None:
