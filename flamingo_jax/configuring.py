@@ -82,7 +82,8 @@ def describe(kind: Any) -> str:
     if origin is dict:
         return f"a dict of {describe(arguments[1]).split(' ', 1)[1]}s by name"
     words = {int: "an int", float: "a float", bool: "a bool", str: "a string", types.NoneType: "None"}
-    return words.get(kind, f"a {getattr(kind, '__name__', kind)}")
+    name = getattr(kind, "__name__", str(kind))
+    return words.get(kind, f"{'an' if name[0] in 'AEIOU' else 'a'} {name}")
 
 
 def _build(kind: Any, value: Any, name: str) -> Any:

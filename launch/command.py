@@ -161,9 +161,13 @@ def _help(argv: Sequence[str]) -> str:
     if CONFIG in flags.FLAGS:
         own = {CONFIG: flags.FLAGS[CONFIG]} | own
     for flag in own.values():
+        # absl puts an enum's choices before the help and says behind it that a flag repeats, both in its own way.
+        text = re.sub(r"^<[^>]*>: ", "", flag.help).split(";\n", maxsplit=1)[0]
         choices = f" One of {', '.join(flag.parser.enum_values)}." if isinstance(flag.parser, flags.EnumParser) else ""
-        default = "" if flag.default in (None, [], "") else f" (default: {flag.default})"
-        lines += [f"  --{flag.name}", textwrap.fill(f"{flag.help}{choices}{default}", 110, initial_indent="      ", subsequent_indent="      ")]
+        several = " May be given several times." if isinstance(flag, flags.MultiFlag) else ""
+        value = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
+        default = "" if value in (None, "") else f" (default: {value})"
+        lines += [f"  --{flag.name}", textwrap.fill(f"{text}{choices}{several}{default}", 110, initial_indent="      ", subsequent_indent="      ")]
     if CONFIG in own:
         location = _config_location(argv)
         if location is None:

@@ -57,7 +57,8 @@ def check_vocabulary(experiment: Experiment, tokenizer: Tokenizer) -> None:
     part = {"contrastive": "text", "flamingo": "language_model"}.get(experiment.task)
     size = (getattr(config, part) if part else config).vocab_size
     if size != tokenizer.vocab_size:
-        raise errors.UserError(f"the model's vocab_size is {size}, but the tokenizer {experiment.tokenizer} has {tokenizer.vocab_size} pieces: make them equal")
+        key = ".".join(["config", stages.MODEL_FIELD[experiment.task], *([part] if part else []), "vocab_size"])
+        raise errors.UserError(f"{key} is {size}, but the tokenizer {experiment.tokenizer} has {tokenizer.vocab_size} pieces: make them equal")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import io
 import pathlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import sentencepiece
@@ -49,7 +50,9 @@ def train_tokenizer(
             unk_id=0, bos_id=1, eos_id=2, pad_id=3, num_threads=THREADS, minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        reason = str(error).rsplit("] ", maxsplit=1)[-1].rstrip(".")
+        reason = str(error).rsplit("] ", maxsplit=1)[-1].rstrip(".").replace(". ", "; ")
+        if most := re.search(r"Vocabulary size too high.*<= (\d+)", reason):
+            raise UserError(f"this text gives {most[1]} pieces at most: choose a --vocab_size of {most[1]} or less, not {vocab_size}") from error
         raise UserError(f"SentencePiece cannot make {vocab_size} pieces of this text ({reason}): choose another --vocab_size") from error
     output = pathlib.Path(output)
     output.mkdir(parents=True, exist_ok=True)

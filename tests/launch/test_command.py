@@ -27,6 +27,7 @@ from launch import command
 
 WORKDIR = flags.DEFINE_string("workdir", "here", "Folder to work in.")
 KIND = flags.DEFINE_enum("kind", "one", ("one", "two"), "Which.")
+PLACES = flags.DEFINE_multi_string("place", [], "Where.")
 CONFIG = command.define_config()
 
 def main():
@@ -78,6 +79,7 @@ def test_overrides_reach_the_experiment_and_main_gives_the_exit_code(call: Call)
         ((CONFIG, "--config.training.use_visuals=maybe"), "config.training.use_visuals is 'maybe', but must be a bool"),
         ((CONFIG, "--config.task=sleep"), "config.task is 'sleep', but must be one of 'contrastive'"),
         ((CONFIG, "--config.optimizer.no_decay=(1, 2)"), "config.optimizer.no_decay[0] is 1, but must be a string"),
+        ((CONFIG, "--config.optimizer=3"), "config.optimizer is an OptimizerConfig: set its keys one by one"),
         ((CONFIG, "--config.data=3"), "config.data is a dict of DatasetConfigs by name: set its keys one by one"),
         (("--config.seed=3",), "--config.seed comes without --config=FILE"),
         (("--config=nowhere.py",), "there is no file nowhere.py"),
@@ -116,7 +118,10 @@ def test_errors_bring_their_own_exit_code(call: Call) -> None:
 def test_help_is_the_docstring_the_flags_and_the_keys(call: Call) -> None:
     code, out, err = call("--help")
     assert code == 0 and err == "" and out.startswith("Does a thing.")
-    for part in ("--config\n", "--workdir\n", "Folder to work in. (default: here)", "Which. One of one, two. (default: one)"):
+    for part in (
+        "--config\n", "--workdir\n", "      Folder to work in. (default: here)\n", "      Which. One of one, two. (default: one)\n",
+        "      Where. May be given several times.\n",
+    ):
         assert part in out
     assert "--config.optimizer.peak_rate=0.002" in call(CONFIG, "--help")[1]
 

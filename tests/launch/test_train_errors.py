@@ -77,7 +77,7 @@ def test_without_a_workdir(train: Train, data: pathlib.Path) -> None:
         ("nowhere", {"data__text__path": "nowhere"}),
         ("'trian'", {"data__text__split": "trian"}),
         ("nowhere", {"tokenizer": "nowhere"}),
-        ("vocab_size is 500, but the tokenizer", {"language_model__vocab_size": 500}),
+        ("config.language_model.vocab_size is 500, but the tokenizer", {"language_model__vocab_size": 500}),
         ("config.contrastive is empty", {"task": "contrastive"}),
         ("reads datasets of kind text", {"data__text__kind": "pairs"}),
     ],
