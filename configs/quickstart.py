@@ -67,7 +67,7 @@ def contrastive(root: str) -> Experiment:
         optimizer=OptimizerConfig(
             peak_rate=2e-3, warmup_steps=50, decay="cosine", beta2=0.99, weight_decay=0.01, clip_norm=1.0, adaptive_clip=0.0, no_decay=()
         ),
-        training=TrainingConfig(steps=400, evaluate_every=10_000, save_every=100, keep_last=2, compute_dtype="float32", log_every=10),
+        training=TrainingConfig(steps=350, evaluate_every=10_000, save_every=100, keep_last=2, compute_dtype="float32", log_every=10),
     )
 
 
@@ -82,7 +82,7 @@ def language_model(root: str) -> Experiment:
         held_out={"text": _data(root, "text", "text", batch_size=32, length=128, split="validation")},
         optimizer=OptimizerConfig(peak_rate=1.5e-3, warmup_steps=50, decay="cosine", beta2=0.98, weight_decay=0.1, no_decay=()),
         training=TrainingConfig(
-            steps=2000, evaluate_every=500, evaluate_batches=4, save_every=500, keep_last=2, loss="token_mean", compute_dtype="float32", log_every=10
+            steps=3000, evaluate_every=500, evaluate_batches=4, save_every=500, keep_last=2, loss="token_mean", compute_dtype="float32", log_every=10
         ),
     )
 
@@ -109,7 +109,7 @@ def flamingo(root: str, use_visuals: bool = True) -> Experiment:
         held_out=held_out(data),
         optimizer=OptimizerConfig(peak_rate=2e-3, warmup_steps=50, decay="cosine", beta2=0.98, weight_decay=0.1),
         training=TrainingConfig(
-            steps=1000, evaluate_every=500, evaluate_batches=4, save_every=250, keep_last=2, loss="token_mean", compute_dtype="float32",
+            steps=1050, evaluate_every=350, evaluate_batches=4, save_every=250, keep_last=2, loss="token_mean", compute_dtype="float32",
             use_visuals=use_visuals, log_every=10,
         ),
         vision_encoder_from=f"{root}/contrastive/export",
@@ -120,4 +120,4 @@ def flamingo(root: str, use_visuals: bool = True) -> Experiment:
 def without_pictures(root: str) -> Experiment:
     """The same model on the same text, never shown a picture: what the answers are worth without looking."""
     experiment = flamingo(root, use_visuals=False)
-    return dataclasses.replace(experiment, name="without pictures", training=dataclasses.replace(experiment.training, steps=250))
+    return dataclasses.replace(experiment, name="without pictures", training=dataclasses.replace(experiment.training, steps=200))

@@ -98,8 +98,8 @@ OPPOSITE = {"left of": "right of", "above": "below"}
 CORNERS_AND_CENTRE = (0, 2, 4, 6, 8)
 SORTS = {"one": 0.45, "two": 0.40, "counts": 0.15}
 """Shares of scenes among pictures."""
-TOLD = {"one": 0.20, "two": 0.65, "counts": 0.15}
-"""Shares among pictures with clean captions: two things are the hardest to tell."""
+TAUGHT = {"one": 0.20, "two": 0.65, "counts": 0.15}
+"""Shares among pictures of pages and of clean captions: two things are the hardest to tell."""
 
 
 FILLERS_BEFORE = ("photo of", "picture of", "drawing of", "nice", "my", "image :")
@@ -416,7 +416,7 @@ def question(rng: np.random.Generator, things: Sequence[Thing]) -> Drawn:
 
 
 def page(rng: np.random.Generator, things: Sequence[Thing]) -> Drawn:
-    """Pictures with captions (3 in 10), questions (4 in 10), or new words bound to what they show.
+    """Pictures with captions (2 in 10), questions (5 in 10), or new words bound to what they show.
 
     Two thirds of the pages of captions or questions begin with an example that has no picture. It may tell of any thing: what the model
     trains on text must not learn that there is no thing but those in its pictures.
@@ -427,11 +427,9 @@ def page(rng: np.random.Generator, things: Sequence[Thing]) -> Drawn:
         texts = [naming_text(word, name if rng.random() < 0.5 else "") for name, word in zip(known, new, strict=True)]
         return _page(rng, [Scene((thing,), (int(rng.integers(9)),)) for thing in shown], texts)
     count = int(rng.integers(4, 9))
-    captions = sort < 0.3
-    sorts = TOLD if captions else SORTS
-    tell = output_text if captions else lambda scene: question_text(ask(scene, rng, things))
-    scenes = [draw_scene(rng, things, sorts) for _ in range(count)]
-    opening = tell(draw_scene(rng, ALL_THINGS, sorts)) if rng.random() < 2 / 3 else ""
+    tell = output_text if sort < 0.2 else lambda scene: question_text(ask(scene, rng, things))
+    scenes = [draw_scene(rng, things, TAUGHT) for _ in range(count)]
+    opening = tell(draw_scene(rng, ALL_THINGS, TAUGHT)) if rng.random() < 2 / 3 else ""
     return _page(rng, scenes, [tell(scene) for scene in scenes], opening)
 
 
@@ -512,11 +510,11 @@ class WorldDataset:
 
 
 HELD_OUT_SPLIT = "unseen"
-_told = functools.partial(draw_scene, sorts=TOLD)
+_taught = functools.partial(draw_scene, sorts=TAUGHT)
 _TESTS = {"test": 300, HELD_OUT_SPLIT: 300}
 DATASETS: dict[str, WorldDataset] = {
     "align": WorldDataset("pairs", functools.partial(pair, noisy=True), {"train": 8_000, "validation": 300}, "short noisy captions"),
-    "ltip": WorldDataset("pairs", functools.partial(pair, draw=_told, tell=output_text), {"train": 8_000, "validation": 300}, "clean captions"),
+    "ltip": WorldDataset("pairs", functools.partial(pair, draw=_taught, tell=output_text), {"train": 8_000, "validation": 300}, "clean captions"),
     "vtp": WorldDataset("videos", clip, {"train": 1_500, "validation": 200}, "clips of one moving thing"),
     "m3w": WorldDataset("pages", page, {"train": 3_000, "validation": 200}, "pages of captions, questions and new words"),
     "text": WorldDataset("text", lambda rng, _: document(rng), {"train": 20_000, "validation": 200}, "text that mirrors the pages"),

@@ -50,7 +50,7 @@ def main() -> int:
         part(stage, "launch.train", *config)
         part(f"export {stage}", "launch.export", f"--workdir={root}/{stage}", f"--output={root}/{stage}/export")
     part(
-        "evaluation", "launch.evaluate", "--suite=quickstart", "--few_shot_limit=32", f"--data={root}/data", f"--model={root}/flamingo/export",
+        "evaluation", "launch.evaluate", "--suite=quickstart", "--few_shot_limit=16", f"--data={root}/data", f"--model={root}/flamingo/export",
         f"--baseline={root}/without_pictures/export", f"--seconds={seconds_file}", f"--output={root}",
         *(f"--curves={stage}={root}/{stage}/metrics.jsonl" for stage in STAGES if stage != "flamingo"),
     )

@@ -46,10 +46,11 @@ class PerceiverResampler(nnx.Module):
     def __init__(self, config: ResamplerConfig, feature_width: int, *, rngs: nnx.Rngs):
         self.config = config
         self.input_projection = fan_in_normal(rngs, (feature_width, config.width))
-        # As large as the features they are added to: where small, a short training does not tell the frames of a clip apart.
-        self.time_embedding = nnx.Param(jax.random.normal(rngs.params(), (config.frames, config.width)))
+        # Where and when are drawn larger than the features they are added to: only then do the latents of a short training look at one place
+        # and time each, and tell what is left of what and which way it moves.
+        self.time_embedding = nnx.Param(3.0 * jax.random.normal(rngs.params(), (config.frames, config.width)))
         grid = (config.position_grid, config.position_grid, config.width)
-        self.position_embedding = nnx.Param(0.5 * jax.random.normal(rngs.params(), grid)) if config.position_grid else None
+        self.position_embedding = nnx.Param(3.0 * jax.random.normal(rngs.params(), grid)) if config.position_grid else None
         self.latents = nnx.Param(jax.random.normal(rngs.params(), (config.latents, config.width)))
         self.layers = stack(lambda r: ResamplerLayer(config, rngs=r), config.layers, rngs)
         self.final_norm = LayerNorm(config.width)
