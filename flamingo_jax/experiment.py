@@ -82,7 +82,7 @@ class ResamplerConfig:
     """Number of learned time embeddings; other lengths are interpolated linearly."""
     feed_forward: int = 6144
     position_grid: int = 0
-    """Side of a learned grid of spatial position embeddings, interpolated to other sizes; 0 for none. The paper found no gain: a deep CNN's
+    """Rows and columns of a grid with learned embeddings, interpolated to other sizes; 0 for none. The paper found no gain: a deep CNN's
     features carry position. A shallow one's do not, and without them a small model cannot tell which of two things is on the left."""
 
 

@@ -46,11 +46,12 @@ class PerceiverResampler(nnx.Module):
     def __init__(self, config: ResamplerConfig, feature_width: int, *, rngs: nnx.Rngs):
         self.config = config
         self.input_projection = fan_in_normal(rngs, (feature_width, config.width))
-        # Where and when are drawn larger than the features they are added to: only then do the latents of a short training look at one place
-        # and time each, and tell what is left of what and which way it moves.
-        self.time_embedding = nnx.Param(3.0 * jax.random.normal(rngs.params(), (config.frames, config.width)))
-        grid = (config.position_grid, config.position_grid, config.width)
-        self.position_embedding = nnx.Param(3.0 * jax.random.normal(rngs.params(), grid)) if config.position_grid else None
+        # As large as the features they are added to: where small, a short training does not tell the frames of a clip apart.
+        self.time_embedding = nnx.Param(jax.random.normal(rngs.params(), (config.frames, config.width)))
+        # A cell's place is its row's code plus its column's: 2 n codes for n x n cells, in which all that lies left of a thing is alike.
+        # Larger than the features: only then do the latents soon look at one place each, and tell what is left of what.
+        codes = (2, config.position_grid, config.width)
+        self.position_embedding = nnx.Param(3.0 / math.sqrt(2) * jax.random.normal(rngs.params(), codes)) if config.position_grid else None
         self.latents = nnx.Param(jax.random.normal(rngs.params(), (config.latents, config.width)))
         self.layers = stack(lambda r: ResamplerLayer(config, rngs=r), config.layers, rngs)
         self.final_norm = LayerNorm(config.width)
@@ -72,10 +73,11 @@ class PerceiverResampler(nnx.Module):
         if self.position_embedding is None:
             return None
         side = math.isqrt(cells)
-        table = self.position_embedding[...]
-        if table.shape[0] != side:
-            table = jax.image.resize(table, (side, side, table.shape[-1]), "linear")
-        return table.reshape(cells, -1)
+        codes = self.position_embedding[...]
+        if codes.shape[1] != side:
+            codes = jax.image.resize(codes, (2, side, codes.shape[-1]), "linear")
+        rows, columns = codes
+        return (rows[:, None] + columns[None, :]).reshape(cells, -1)
 
     def __call__(self, features: Array, frame_mask: Array) -> Array:
         """features [M, T, S, C] (S grid cells a frame), frame_mask bool [M, T] -> visual tokens [M, R, D]."""

@@ -48,3 +48,15 @@ def test_time_embeddings_are_interpolated_linearly(resampler: PerceiverResampler
 def test_a_single_trained_frame_stretches_to_many() -> None:
     resampler = PerceiverResampler(ResamplerConfig(layers=1, width=8, heads=1, head_width=8, latents=2, frames=1, feed_forward=8), 4, rngs=nnx.Rngs(0))
     np.testing.assert_allclose(resampler.time_embeddings(3), np.repeat(resampler.time_embedding[...], 3, 0), atol=1e-6)
+
+
+def test_a_cells_place_is_its_row_and_its_column() -> None:
+    config = ResamplerConfig(layers=1, width=8, heads=1, head_width=8, latents=2, frames=1, feed_forward=8, position_grid=3)
+    resampler = PerceiverResampler(config, 4, rngs=nnx.Rngs(0))
+    rows, columns = np.asarray(resampler.position_embedding[...])
+    np.testing.assert_allclose(resampler.position_embeddings(9)[3 * 2 + 1], rows[2] + columns[1], rtol=1e-6)
+    # A finer grid has the same corners' order: a row's cells differ by their columns alone.
+    finer = np.asarray(resampler.position_embeddings(36)).reshape(6, 6, 8)
+    np.testing.assert_allclose(finer[0] - finer[5], np.broadcast_to(finer[0, 0] - finer[5, 0], (6, 8)), atol=1e-5)
+    features, mask = jax.random.normal(jax.random.key(0), (1, 1, 9, 4)), jnp.ones((1, 1), bool)
+    assert np.abs(np.asarray(resampler(features, mask) - resampler(features[:, :, ::-1], mask))).max() > 0.1
