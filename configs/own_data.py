@@ -99,7 +99,7 @@ def _flamingo(folder: str) -> Experiment:
             vision=VISION,
             language_model=LANGUAGE_MODEL,
             resampler=ResamplerConfig(layers=2, width=128, heads=4, head_width=32, latents=16, frames=8, feed_forward=512),
-            # Gates that start at 0, as the paper's do, need some thousand steps to open.
+            # Gates that start at 0, as the paper's do, hardly open in a run this short.
             xattn_heads=4, xattn_head_width=32, xattn_feed_forward=512, gate_start=1.0, gated_out_scale=0.3,
         ),
         tokenizer=f"{folder}/data/tokenizer",

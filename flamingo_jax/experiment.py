@@ -64,7 +64,7 @@ class LanguageModelConfig:
     """Input embeddings are multiplied by this. Small ones beside what attention writes let copying in context emerge sooner."""
     position_bias: float = 0.0
     """Deviation of Transformer-XL's position bias v at the start. Away from 0, some heads prefer some distances from the first step on, and
-    copying in context, which needs a head that looks one token back, emerges in a third of the steps in a small model."""
+    copying in context, which needs a head that looks one token back, emerges sooner in a small model."""
     norm_eps: float = 1e-6
 
 

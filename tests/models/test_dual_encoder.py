@@ -10,7 +10,7 @@ from flamingo_jax.experiment import ContrastiveConfig, TextEncoderConfig, Vision
 from flamingo_jax.models import nfnet
 from flamingo_jax.models.dual_encoder import DualEncoder
 from flamingo_jax.processing.normalise import normalise
-from tests.models.filling import ONE_STAGE, filled
+from tests.models.filling import ONE_STAGE, filled_dual_encoder
 
 CONFIG = ContrastiveConfig(
     vision=VisionConfig(variant="one_stage", image_size=16, mean=(0.2, 0.4, 0.6), std=(0.5, 0.25, 0.125)),
@@ -20,15 +20,9 @@ CONFIG = ContrastiveConfig(
 )
 
 
-def make(config: ContrastiveConfig, dtype: jnp.dtype = jnp.float32) -> DualEncoder:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(nfnet.VARIANTS, "one_stage", ONE_STAGE)
-        return filled(lambda rngs: DualEncoder(config, rngs=rngs, dtype=dtype))
-
-
 @pytest.fixture(scope="module")
 def model() -> DualEncoder:
-    return make(CONFIG)
+    return filled_dual_encoder(CONFIG)
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -78,7 +72,7 @@ def test_temperature_starts_as_configured() -> None:
 
 
 def test_half_precision_gives_float32_vectors_of_length_1() -> None:
-    half = make(CONFIG, jnp.bfloat16)
+    half = filled_dual_encoder(CONFIG, jnp.bfloat16)
     images, tokens, mask = jnp.zeros((1, 16, 16, 3), jnp.uint8), jnp.ones((1, 4), jnp.int32), jnp.ones((1, 4), bool)
     for out in (half.encode_images(images), half.encode_texts(tokens, mask)):
         assert out.dtype == jnp.float32

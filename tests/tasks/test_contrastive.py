@@ -9,13 +9,12 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flamingo_jax.experiment import ContrastiveConfig, TextEncoderConfig, VisionConfig
-from flamingo_jax.models import nfnet
 from flamingo_jax.models.dual_encoder import DualEncoder
 from flamingo_jax.tasks.contrastive import ContrastiveTask, contrastive_loss
 from flamingo_jax.tasks.task import Loss
 from flamingo_jax.training.state import split_model
 from flamingo_jax.training.step import dataset_gradient
-from tests.models.filling import ONE_STAGE, filled
+from tests.models.filling import filled_dual_encoder
 
 CONFIG = ContrastiveConfig(
     vision=VisionConfig(variant="one_stage", image_size=16),
@@ -25,15 +24,9 @@ CONFIG = ContrastiveConfig(
 BATCH = 16
 
 
-def make(config: ContrastiveConfig, dtype: jnp.dtype = jnp.float32) -> DualEncoder:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(nfnet.VARIANTS, "one_stage", ONE_STAGE)
-        return filled(lambda rngs: DualEncoder(config, rngs=rngs, dtype=dtype))
-
-
 @pytest.fixture(scope="module")
 def model() -> DualEncoder:
-    return make(CONFIG)
+    return filled_dual_encoder(CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +149,7 @@ def test_rows_on_eight_devices_are_each_others_negatives(model: DualEncoder, bat
 
 def test_stochastic_depth_draws_anew_in_every_part(batch: dict[str, jax.Array]) -> None:
     """Equal rows in equal places of two parts: only the draws can tell them apart."""
-    model = make(dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, stochastic_depth=0.9)))
+    model = filled_dual_encoder(dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, stochastic_depth=0.9)))
     equal = batch | {"images": jnp.broadcast_to(batch["images"][:1], batch["images"].shape)}
     task = ContrastiveTask(model.config)
     parts = {name: a[0] for name, a in task.microbatches(equal, 2).items()}
