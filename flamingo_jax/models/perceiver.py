@@ -46,12 +46,13 @@ class PerceiverResampler(nnx.Module):
     def __init__(self, config: ResamplerConfig, feature_width: int, *, rngs: nnx.Rngs):
         self.config = config
         self.input_projection = fan_in_normal(rngs, (feature_width, config.width))
-        # As large as the features they are added to: where small, a short training does not tell the frames of a clip apart.
-        self.time_embedding = nnx.Param(jax.random.normal(rngs.params(), (config.frames, config.width)))
+        # Larger than the features they are added to: where small, a short training does not tell the frames of a clip apart. Much larger, and
+        # above all much larger for places than for times, and the direction of a motion is learned late.
+        self.time_embedding = nnx.Param(1.5 * jax.random.normal(rngs.params(), (config.frames, config.width)))
         # A cell's place is its row's code plus its column's: 2 n codes for n x n cells, in which all that lies left of a thing is alike.
         # Larger than the features: only then do the latents soon look at one place each, and tell what is left of what.
         codes = (2, config.position_grid, config.width)
-        self.position_embedding = nnx.Param(3.0 / math.sqrt(2) * jax.random.normal(rngs.params(), codes)) if config.position_grid else None
+        self.position_embedding = nnx.Param(2.0 / math.sqrt(2) * jax.random.normal(rngs.params(), codes)) if config.position_grid else None
         self.latents = nnx.Param(jax.random.normal(rngs.params(), (config.latents, config.width)))
         self.layers = stack(lambda r: ResamplerLayer(config, rngs=r), config.layers, rngs)
         self.final_norm = LayerNorm(config.width)
