@@ -4,21 +4,22 @@ from typing import Any
 
 import jax
 
+from data_pipelines.encoded import Encoder
 from data_pipelines.mixture import BatchIterator, Shard, held_out, make_iterator
 from data_pipelines.transforms.examples import Arrays
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.processing.tokenizer import Tokenizer
 
 
-def make_iterators(experiment: Experiment, tokenizer: Tokenizer) -> dict[str, BatchIterator]:
-    """This process's part of every training dataset; raises UserError for what cannot be read."""
-    options = _options(experiment, tokenizer)
+def make_iterators(experiment: Experiment, tokenizer: Tokenizer, encoder: Encoder | None = None) -> dict[str, BatchIterator]:
+    """This process's part of every training dataset, its pictures encoded where an encoder is given; raises UserError for what cannot be read."""
+    options = _options(experiment, tokenizer) | {"encoder": encoder}
     return {name: make_iterator(dataset, seed=experiment.seed, **options) for name, dataset in experiment.data.items()}
 
 
-def held_out_batches(experiment: Experiment, tokenizer: Tokenizer) -> dict[str, list[Arrays]]:
+def held_out_batches(experiment: Experiment, tokenizer: Tokenizer, encoder: Encoder | None = None) -> dict[str, list[Arrays]]:
     """The first batches of every held-out dataset."""
-    options = _options(experiment, tokenizer)
+    options = _options(experiment, tokenizer) | {"encoder": encoder}
     batches = experiment.training.evaluate_batches
     return {name: held_out(dataset, batches=batches, **options) for name, dataset in experiment.held_out.items()}
 

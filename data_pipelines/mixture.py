@@ -13,6 +13,7 @@ import grain
 import numpy as np
 from grain.experimental import ElasticIterator
 
+from data_pipelines.encoded import Encoder
 from data_pipelines.rows import Making, Rows, Task
 from data_pipelines.transforms.examples import Arrays
 from flamingo_jax.errors import UserError
@@ -84,6 +85,7 @@ def make_iterator(
     threads: int = 2,
     source: Sequence[Any] | None = None,
     cache_bytes: int = CACHE_BYTES,
+    encoder: Encoder | None = None,
 ) -> BatchIterator:
     """This process's rows of the dataset's global batches, without end, in a new order and with new draws each epoch.
 
@@ -93,6 +95,7 @@ def make_iterator(
       threads: each makes one whole batch; 0 makes batches when they are asked for.
       source: records to read in place of those at `dataset.path`.
       cache_bytes: records stay in memory, their pictures decoded, until these are used.
+      encoder: every picture is encoded once, here, and batches hold `features` [B * N, T, S, C] in place of images.
 
     Returns:
       Batches of `batch_size / shard.count` = B rows. flamingo: images uint8 [B * N, T, H, W, 3], frame_mask bool [B * N, T], visuals int32
@@ -101,12 +104,17 @@ def make_iterator(
       uint8 [B, H, W, 3], tokens int32 [B, text_length], mask bool [B, text_length].
 
     Raises:
-      UserError: no such folder or split, nothing in it that fits a row, a kind that the task cannot read, or (while iterating) too many
-        records that cannot be decoded.
+      UserError: no such folder or split, nothing in it that fits a row, a kind that the task cannot read, fewer pairs than a contrastive
+        batch, or (while iterating) too many records that cannot be decoded.
     """
     _check_split(dataset, shard)
-    making = Making(dataset, task, tokenizer, image_size, tuple(mean), text_length, seed, training=True)
+    making = Making(dataset, task, tokenizer, image_size, tuple(mean), text_length, seed, True, encoder, (shard.index, shard.count))
     rows = Rows(making, source, cache_bytes)
+    if task == "contrastive" and len(rows) < dataset.batch_size:
+        raise UserError(
+            f"the dataset {rows.name} has {len(rows)} pairs, fewer than its batch_size of {dataset.batch_size}, so that a batch would hold a pair "
+            "twice, each the other's negative; make batch_size smaller"
+        )
     return BatchIterator(rows, dataset.batch_size, shard, threads)
 
 
@@ -121,6 +129,7 @@ def held_out(
     shard: Shard = WHOLE,
     text_length: int = 64,
     source: Sequence[Any] | None = None,
+    encoder: Encoder | None = None,
 ) -> list[Arrays]:
     """At most `batches` batches that are the same at every call: one order, and no draws (the first caption without a leading space,
     the first window and clip, "previous" visuals, no augmentation). Rows that are missing in the last batch are padding; the contrastive
@@ -129,7 +138,8 @@ def held_out(
     Args and Raises as `make_iterator`; also UserError where there is not even one contrastive batch.
     """
     _check_split(dataset, shard)
-    rows = Rows(Making(dataset, task, tokenizer, image_size, tuple(mean), text_length, seed=0, training=False), source, CACHE_BYTES)
+    making = Making(dataset, task, tokenizer, image_size, tuple(mean), text_length, 0, False, encoder, (shard.index, shard.count))
+    rows = Rows(making, source, CACHE_BYTES)
     size = dataset.batch_size
     whole = len(rows) // size
     if task == "contrastive" and not whole:
@@ -148,7 +158,7 @@ def place_visuals(batch: Arrays, shard: Shard) -> Arrays:
         return batch
     rows, places = batch["visuals"].shape
     start = (shard.index * rows + np.arange(rows, dtype=np.int32)) * places
-    flat = {name: batch[name].reshape(rows * places, *batch[name].shape[2:]) for name in ("images", "frame_mask")}
+    flat = {name: batch[name].reshape(rows * places, *batch[name].shape[2:]) for name in ("images", "features", "frame_mask") if name in batch}
     return batch | flat | {"visuals": np.where(batch["visuals"] >= 0, batch["visuals"] + start[:, None], -1).astype(np.int32)}
 
 

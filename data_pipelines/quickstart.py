@@ -473,8 +473,7 @@ def document(rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS) -> 
     if sort < 0.35:
         return Drawn({"text": _rhyme(rng)})
     if sort < 0.65:
-        lines = _bound_lines(rng, things)
-        return Drawn({"text": "".join(f"<image>{line}" for line in lines) if tagged else ".".join(lines)})
+        return namings(rng, things, tagged)
     lines = []
     for _ in range(int(rng.integers(3, 6))):
         scene = draw_motion(rng, things) if rng.random() < 0.08 else draw_scene(rng, things)
@@ -483,17 +482,18 @@ def document(rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS) -> 
     return Drawn({"text": "".join(f"<image>{line}" for line in lines) if tagged else "\n".join(lines)})
 
 
+def namings(rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS, tagged: bool = True) -> Drawn:
+    """4 to 16 new words after known words, which stand for pictures: what binding takes, in text alone."""
+    _, known, new = _binding(rng, things, int(rng.integers(4, 17)))
+    lines = [naming_text(word, name) for name, word in zip(known, new, strict=True)]
+    return Drawn({"text": "".join(f"<image>{line}" for line in lines) if tagged else ".".join(lines)})
+
+
 def _rhyme(rng: np.random.Generator) -> str:
     """3 to 12 words of all kinds, said as often as 60 words allow; the first is no new word, since those are one piece only after a space."""
     known = (*COLOURS, *SHAPES)
     words = [_pick(rng, known), *(_pick(rng, (*known, *WORDS)) for _ in range(int(rng.integers(2, 12))))]
     return "\n".join([" ".join(words)] * min(60 // len(words), 8))
-
-
-def _bound_lines(rng: np.random.Generator, things: Sequence[Thing]) -> list[str]:
-    """4 to 16 namings; a known word stands for the picture."""
-    _, known, new = _binding(rng, things, int(rng.integers(4, 17)))
-    return [naming_text(word, name) for name, word in zip(known, new, strict=True)]
 
 
 # Datasets.
@@ -518,6 +518,7 @@ DATASETS: dict[str, WorldDataset] = {
     "vtp": WorldDataset("videos", clip, {"train": 1_500, "validation": 200}, "clips of one moving thing"),
     "m3w": WorldDataset("pages", page, {"train": 3_000, "validation": 200}, "pages of captions, questions and new words"),
     "text": WorldDataset("text", lambda rng, _: document(rng), {"train": 20_000, "validation": 200}, "text that mirrors the pages"),
+    "namings": WorldDataset("text", lambda rng, _: namings(rng), {"validation": 200}, "new words bound in text alone"),
     "caption_one": WorldDataset("pairs", functools.partial(pair, draw=draw_one), _TESTS, "pictures of one thing"),
     "caption_two": WorldDataset("pairs", functools.partial(pair, draw=draw_two), _TESTS, "pictures of two things"),
     "vqa": WorldDataset("questions", question, _TESTS, "questions about pictures"),

@@ -7,10 +7,23 @@ from typing import Any, Literal
 
 import numpy as np
 
+from data_pipelines.encoded import EncodedPictures, Encoder, load_or_encode
 from data_pipelines.features import dataset_folder
-from data_pipelines.records import Failures, Records, open_records
+from data_pipelines.records import PICTURES, Failures, Record, Records, open_records
 from data_pipelines.transforms.augmentation import draw
-from data_pipelines.transforms.examples import Arrays, Segment, Visit, assemble, caption_of, flamingo_segment, show, strings, text_segment
+from data_pipelines.transforms.examples import (
+    Arrays,
+    Segment,
+    Visit,
+    assemble,
+    caption_of,
+    feature_canvas,
+    flamingo_segment,
+    image_canvas,
+    show,
+    strings,
+    text_segment,
+)
 from data_pipelines.transforms.lengths import Lengths, load_or_measure, measure
 from data_pipelines.transforms.packing import Plan, plan
 from data_pipelines.transforms.windows import pieces
@@ -31,7 +44,8 @@ KINDS: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Making:
-    """What rows are made from and for. training: False makes no draws, so that every visit of a record is the same."""
+    """What rows are made from and for. training: False makes no draws, so that every visit of a record is the same. encoder: rows hold its
+    features in place of pictures."""
 
     dataset: DatasetConfig
     task: Task
@@ -41,6 +55,9 @@ class Making:
     text_length: int
     seed: int
     training: bool
+    encoder: Encoder | None = None
+    shard: tuple[int, int] = (0, 1)
+    """This process and how many there are: each encodes its part."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +110,27 @@ class Rows:
                 f"nothing in the dataset {self.name} fits a row of {dataset.length} tokens and {dataset.visuals} visuals; "
                 "raise its `length` or `visuals`"
             )
+        self._canvas = image_canvas(making.image_size, making.mean)
+        self._encoded: EncodedPictures | None = None
+        if making.encoder is not None and dataset.kind in PICTURES:
+            self._encoded = self._encode(opened, making.encoder)
+            self._canvas = feature_canvas(self._encoded.shape, self._encoded.dtype)
 
     def __len__(self) -> int:
         """Rows in an epoch, the same in every epoch."""
         return self._count or 0
+
+    def _encode(self, opened: Sequence[Any], encoder: Encoder) -> EncodedPictures:
+        dataset = self._making.dataset
+        if dataset.flip or dataset.colour:
+            raise UserError(
+                f"the dataset {self.name} is augmented, so its features cannot be kept: set its flip and colour to 0, or training.cache_features off"
+            )
+        index, count = self._making.shard
+        return load_or_encode(
+            opened, PICTURES[dataset.kind], encoder, dataset_folder(dataset.path), dataset.split, image_size=self._making.image_size,
+            mean=self._making.mean, index=index, count=count,
+        )
 
     def _make_items(self, opened: Sequence[Any], stored: bool) -> Items:
         dataset = self._making.dataset
@@ -164,20 +198,22 @@ class Rows:
 
     def _visual(self, items: np.ndarray, visit: Visit) -> Arrays:
         dataset = self._making.dataset
-        records = [self._records[place] for place in self._items.record[items].tolist()]
+        places = self._items.record[items].tolist()
+        records = [self._records[place] for place in places]
         segments: list[tuple[Segment, Callable[[int, int], np.ndarray]]] = []
-        for record in records:
+        for place, record in zip(places, records, strict=True):
             rng = self._rng(visit, record.id)
-            segments.append((flamingo_segment(record.fields, record.frame_counts, dataset, self._making.tokenizer, rng), record.read))
-        shown, pictures = show(
-            segments,
-            lambda number, error: self._failures.add(records[number].id, error),
-            visuals=dataset.visuals,
-            frames=dataset.frames,
-            size=self._making.image_size,
-            mean=self._making.mean,
-        )
+            segment = flamingo_segment(record.fields, record.frame_counts, dataset, self._making.tokenizer, rng)
+            segments.append((segment, self._reader(place, record)))
+        failed = lambda number, error: self._failures.add(records[number].id, error)
+        shown, pictures = show(segments, failed, self._canvas, visuals=dataset.visuals, frames=dataset.frames)
         return self._finish(shown) | pictures
+
+    def _reader(self, place: int, record: Record) -> Callable[[int, int], np.ndarray]:
+        encoded = self._encoded
+        if encoded is None:
+            return record.read
+        return lambda visual, frame: encoded.read(place, sum(record.frame_counts[:visual]) + frame)
 
     def _contrastive(self, place: int, visit: Visit) -> Arrays:
         """A pair whose picture cannot be read is an empty picture without one token in its mask, which the loss leaves out."""

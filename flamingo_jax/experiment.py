@@ -194,6 +194,12 @@ class TrainingConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     use_visuals: bool = True
     """False trains the same model on the same text with every picture taken away: the baseline that shows what looking is worth."""
+    required_loss: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Held-out dataset -> the most that its loss per token may be when training ends. Above it the run is saved as ever, but ends with an error:
+    for a stage that others stand on, as binding in context stands on a language model that does it in text."""
+    cache_features: bool = False
+    """The frozen encoder's outputs for every picture are made once, before the first step, and kept beside each dataset, so that no step
+    runs the encoder: for several epochs over small data, without augmentation. A picture takes cells x channels values of `compute_dtype`."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,6 +48,10 @@ SHOTS = flags.DEFINE_list("shots", ["0"], "Numbers of examples before the query,
 SELECTION = flags.DEFINE_enum("selection", "random", ["random", "rices"], "How few-shot examples are chosen: at random, or by likeness of their pictures.")
 TEXT_EXAMPLES = flags.DEFINE_integer("text_examples", 2, "Text-only examples of zero-shot prompts (paper: 2).", lower_bound=0)
 BEAM = flags.DEFINE_integer("beam", 3, "Hypotheses of beam search (paper: 3); 1 is greedy.", lower_bound=1)
+CAPTION_PROMPT = flags.DEFINE_string(
+    "caption_prompt", prompts.CAPTION.template, "What stands between a picture and its caption, for --benchmark (paper: Output:); empty for models "
+    "that have met captions right after their pictures alone, as in plain pairs.",
+)
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", 24, "Tokens of an answer at most.", lower_bound=1)
 LIMIT = flags.DEFINE_integer("limit", 0, "Records of each benchmark at most; 0 for all.", lower_bound=0)
 FEW_SHOT_LIMIT = flags.DEFINE_integer("few_shot_limit", 64, "suite: records of each few-shot figure at most.", lower_bound=1)
@@ -169,7 +173,7 @@ def make_benchmark(text: str, config: FlamingoConfig, shots: int) -> Benchmark:
     if support_place or shots or (TEXT_EXAMPLES.value and sort != "classification"):
         support = _examples(*_path_and_split(support_place or path, "train"), config, limited=False)
     if sort == "captioning":
-        return captioning(name, queries, support)
+        return captioning(name, queries, support, form=prompts.Format(CAPTION_PROMPT.value))
     if sort == "vqa":
         return question_answering(name, queries, support)
     classes = sorted({example.answers[0] for example in [*queries, *support]})

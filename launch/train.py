@@ -3,7 +3,7 @@
     python -m launch.train --config=configs/quickstart.py:flamingo --workdir=runs/quickstart/flamingo [--config.training.steps=2000 ...]
 
 Everything is checked before work starts; bad input is one sentence and exit code 2. SIGTERM saves and exits with code 75: the same
-command goes on from there. A run whose steps are not finite stops with code 3.
+command goes on from there. A run whose steps are not finite stops with code 3, one that ends above a required loss with code 4.
 """
 
 import logging
@@ -17,6 +17,7 @@ from flamingo_jax.experiment import Experiment
 from flamingo_jax.partitioning.mesh import check_batches, make_mesh
 from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.tasks import stages
+from flamingo_jax.training.assembly import load_encoder
 from flamingo_jax.training.loop import train
 from launch import command
 
@@ -35,8 +36,9 @@ def main() -> int:
     stages.bases(experiment)
     tokenizer = Tokenizer.load(experiment.tokenizer)
     check_vocabulary(experiment, tokenizer)
-    iterators = make_iterators(experiment, tokenizer)
-    held_out = held_out_batches(experiment, tokenizer)
+    encoder = load_encoder(experiment) if experiment.training.cache_features else None
+    iterators = make_iterators(experiment, tokenizer, encoder)
+    held_out = held_out_batches(experiment, tokenizer, encoder)
 
     def on_start() -> None:
         # Not before: a config that is refused must not replace the one of the run that is there.

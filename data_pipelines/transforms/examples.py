@@ -126,21 +126,39 @@ def assemble(segments: Sequence[Segment], *, length: int, pad_token: int) -> Arr
     return row
 
 
+class Canvas(NamedTuple):
+    """What a visual's frames become: `name` of the array, a blank frame, and how what was read is put on it."""
+
+    name: str
+    blank: np.ndarray
+    put: Callable[[np.ndarray, np.ndarray], object]
+    """(what was read, frame to write to)"""
+
+
+def image_canvas(size: int, mean: Sequence[float]) -> Canvas:
+    """Frames as pictures uint8 [size, size, 3]; blanks are zero."""
+    return Canvas("images", np.zeros((size, size, 3), np.uint8), lambda pixels, frame: pad(pixels, size, mean, out=frame))
+
+
+def feature_canvas(shape: tuple[int, int], dtype: np.dtype) -> Canvas:
+    """Frames as an encoder's features [S, C]; blanks are zero."""
+    return Canvas("features", np.zeros(shape, dtype), lambda features, frame: np.copyto(frame, features))
+
+
 def show(
     segments: Sequence[tuple[Segment, Callable[[int, int], np.ndarray]]],
     failed: Callable[[int, ImageError], None],
+    canvas: Canvas,
     *,
     visuals: int,
     frames: int,
-    size: int,
-    mean: Sequence[float],
 ) -> tuple[list[Segment], Arrays]:
-    """Reads a row's pictures: `images` uint8 [N, T, H, W, 3] (blanks are zero), `frame_mask` bool [N, T], `visuals` int32 [N].
+    """Reads a row's pictures: [N, T, *blank] by the canvas's name, `frame_mask` bool [N, T], `visuals` int32 [N].
 
     Each segment comes with what reads frame f of visual v of its record. One whose pictures cannot be read is reported by its place to
     `failed` and blanked; the others are as they would have been without it.
     """
-    images = np.zeros((visuals, frames, size, size, 3), np.uint8)
+    drawn = np.tile(canvas.blank, (visuals, frames, *[1] * canvas.blank.ndim))
     mask = np.zeros((visuals, frames), bool)
     present = np.full(visuals, -1, np.int32)
     shown: list[Segment] = []
@@ -156,10 +174,10 @@ def show(
             place += len(segment.visuals)
             continue
         for visual, augment in zip(pictures, segment.augment or [None] * len(pictures), strict=True):
-            for frame, pixels in enumerate(augment(visual) if augment else visual):
-                pad(pixels, size, mean, out=images[place, frame])
+            for frame, picture in enumerate(augment(visual) if augment else visual):
+                canvas.put(picture, drawn[place, frame])
                 mask[place, frame] = True
             present[place] = place
             place += 1
         shown.append(segment)
-    return shown, {"images": images, "frame_mask": mask, "visuals": present}
+    return shown, {canvas.name: drawn, "frame_mask": mask, "visuals": present}

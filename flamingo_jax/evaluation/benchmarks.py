@@ -95,9 +95,11 @@ class OpenEnded:
         return summarise(self.name, settings.shots, samples)
 
 
-def captioning(name: str, queries: Sequence[Example], support: Sequence[Example], judge: Judge = metrics.exact_match) -> OpenEnded:
+def captioning(
+    name: str, queries: Sequence[Example], support: Sequence[Example], judge: Judge = metrics.exact_match, form: prompts.Format = prompts.CAPTION
+) -> OpenEnded:
     """`<image>Output: ...`; by default a caption is right when it is one of the example's, word for word."""
-    return OpenEnded(name, queries, support, prompts.CAPTION, judge)
+    return OpenEnded(name, queries, support, form, judge)
 
 
 def question_answering(name: str, queries: Sequence[Example], support: Sequence[Example]) -> OpenEnded:

@@ -18,7 +18,7 @@ class Format:
     template: str
 
     def opening(self, example: Example) -> str:
-        return self.template.format(question=example.question)
+        return self.template.replace("{question}", example.question)
 
     def whole(self, example: Example) -> str:
         return f"{self.opening(example)} {example.answers[0]}"
@@ -39,7 +39,8 @@ def few_shot(query: Example, shots: Sequence[Example], text_only: Sequence[Examp
         parts += [form.whole(example), END_OF_CHUNK]
     for shot in shots:
         parts += [shot.visual, form.whole(shot)]
-    return [*parts, query.visual, form.opening(query)]
+    opening = form.opening(query)
+    return [*parts, query.visual, *([opening] if opening else [])]
 
 
 def binding(page: Page, shots: int) -> list[Part]:

@@ -1,5 +1,7 @@
 """From an experiment to arrays on devices: model, frozen parts, optimizer and state, sharded from their first byte."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,11 +11,14 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flamingo_jax.checkpointing.export import open_export
+from flamingo_jax.checkpointing.export import Export, open_export
 from flamingo_jax.configuring import to_json
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
+from flamingo_jax.models.nfnet import NFNet
 from flamingo_jax.partitioning import rules
+from flamingo_jax.processing.normalise import normalise
+from flamingo_jax.pytrees import from_flat, to_flat
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.optimizer import make_optimizer
 from flamingo_jax.training.state import Parameters, TrainState, initial_state, split_model
@@ -28,6 +33,18 @@ class Assembly(NamedTuple):
     optimizer: optax.GradientTransformation
     state: TrainState
     """Shapes and shardings of the state, as ShapeDtypeStructs."""
+
+
+class FrozenEncoder(NamedTuple):
+    """The vision encoder as a function of pictures.
+
+    digest: names weights, picture size and type. shape, dtype: those of a picture's features, [S, C]. encode: uint8 [n, H, W, 3] -> [n, S, C].
+    """
+
+    digest: str
+    shape: tuple[int, int]
+    dtype: np.dtype
+    encode: Callable[[np.ndarray], np.ndarray]
 
 
 def assemble(experiment: Experiment, mesh: Mesh) -> Assembly:
@@ -73,23 +90,64 @@ def load_frozen(experiment: Experiment, assembly: Assembly) -> tuple[Parameters,
             frozen |= _random_parameters(experiment, wanted)
             origins[base.part] = {"folder": "random", "digest": f"seed {experiment.seed}"}
             continue
-        export = open_export(base.folder)
-        if export.kind != base.kind:
-            raise UserError(f"{base.folder} holds a {export.kind} export, but config.{base.part}_from needs one of kind {base.kind}")
-        theirs: Any = export.config
-        for key in base.config_path:
-            theirs = theirs[key]
-        _require_equal(theirs, to_json(base.config), base)
-        prefix = base.source_prefix + "/" if base.source_prefix else ""
-        for name, value in export.read(prefix).items():
-            here = f"{base.part}/{name.removeprefix(prefix)}"
-            if here in wanted:
-                frozen[here] = _place(value, wanted[here])
-        missing = sorted(set(wanted) - set(frozen))
-        if missing:
-            raise UserError(f"{base.folder} lacks {len(missing)} parameters of the {base.part}, {missing[0]} first: export that stage again")
+        export = _open_base(base)
+        frozen |= {name: _place(value, wanted[name]) for name, value in _read_base(export, base, set(wanted)).items()}
         origins[base.part] = {"folder": base.folder, "digest": export.digest}
     return frozen, origins
+
+
+def load_encoder(experiment: Experiment) -> FrozenEncoder:
+    """The frozen vision encoder alone, on this process's devices; a UserError where there is none, or its export does not fit the config."""
+    if experiment.task != "flamingo":
+        raise UserError(f"training.cache_features is on, but task {experiment.task!r} has no frozen encoder: turn it off")
+    config, dtype = stages.model_config(experiment).vision, jnp.dtype(experiment.training.compute_dtype)
+    base = next(base for base in stages.bases(experiment) if base.part == "vision_encoder")
+    if base.folder == "random":
+        raise UserError("training.cache_features needs an encoder that stays: name its export in config.vision_encoder_from")
+    export = _open_base(base)
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: NFNet(config, rngs=nnx.Rngs(0))))
+    prefix = base.part + "/"
+    found = _read_base(export, base, {prefix + name for name in to_flat(shapes)})
+    mesh = Mesh(np.asarray(jax.local_devices()), "data")
+    parameters = {
+        name.removeprefix(prefix): jax.device_put(np.asarray(value).astype(dtype), NamedSharding(mesh, PartitionSpec())) for name, value in found.items()
+    }
+
+    @functools.partial(jax.jit, in_shardings=(None, NamedSharding(mesh, PartitionSpec("data"))))
+    def features(parameters: Parameters, images: jax.Array) -> jax.Array:
+        encoder = nnx.merge(graph, nnx.State(from_flat(parameters)))
+        grid = encoder(normalise(images, config.mean, config.std, dtype))
+        return grid.reshape(grid.shape[0], -1, grid.shape[-1])
+
+    def encode(images: np.ndarray) -> np.ndarray:
+        padding = -len(images) % mesh.size
+        return np.asarray(features(parameters, np.pad(images, ((0, padding), *[(0, 0)] * 3))))[: len(images)]
+
+    image = jax.ShapeDtypeStruct((mesh.size, config.image_size, config.image_size, 3), jnp.uint8)
+    _, cells, channels = jax.eval_shape(features, parameters, image).shape
+    return FrozenEncoder(f"{export.digest[:16]}_{config.image_size}_{dtype.name}", (cells, channels), np.dtype(dtype), encode)
+
+
+def _open_base(base: stages.Base) -> Export:
+    """The export of a frozen part, whose config agrees with the one here."""
+    export = open_export(base.folder)
+    if export.kind != base.kind:
+        raise UserError(f"{base.folder} holds a {export.kind} export, but config.{base.part}_from needs one of kind {base.kind}")
+    theirs: Any = export.config
+    for key in base.config_path:
+        theirs = theirs[key]
+    _require_equal(theirs, to_json(base.config), base)
+    return export
+
+
+def _read_base(export: Export, base: stages.Base, wanted: set[str]) -> dict[str, np.ndarray]:
+    """The wanted parameters by their names here."""
+    prefix = base.source_prefix + "/" if base.source_prefix else ""
+    found = {f"{base.part}/{name.removeprefix(prefix)}": value for name, value in export.read(prefix).items()}
+    missing = sorted(wanted - set(found))
+    if missing:
+        raise UserError(f"{base.folder} lacks {len(missing)} parameters of the {base.part}, {missing[0]} first: export that stage again")
+    return {name: value for name, value in found.items() if name in wanted}
 
 
 def _place(value: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:

@@ -18,7 +18,7 @@ import numpy as np
 
 from flamingo_jax.checkpointing.checkpoints import Checkpoints
 from flamingo_jax.configuring import to_json
-from flamingo_jax.errors import NotFiniteError, UserError
+from flamingo_jax.errors import NotFiniteError, NotLearnedError, UserError
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.partitioning.mesh import batch_sharding, make_mesh
 from flamingo_jax.planning.flops import Cost, Work, peak_flops, step_cost
@@ -51,9 +51,12 @@ def train(
 
     `on_start` is called once when everything fits, bases and checkpoint among it, before the first file is written.
 
-    Raises: UserError before any work for what does not fit; NotFiniteError when too many steps in a row were not finite.
+    Raises: UserError before any work for what does not fit; NotFiniteError when too many steps in a row were not finite; NotLearnedError,
+    with everything saved, where a required loss was not reached.
     """
     training = experiment.training
+    for name in set(training.required_loss) - set(held_out):
+        raise UserError(f"config.training.required_loss names {name!r}, which is no held-out dataset: add it to config.held_out or take it out")
     primary = jax.process_index() == 0
 
     log.info("mesh and model")
@@ -122,8 +125,10 @@ def train(
                 write(meter.drain(), bar)
             if step > start:
                 save()
-                if held_out and step == training.steps:
-                    records.write(step, evaluate(state, frozen))
+            if held_out and step == training.steps and (step > start or training.required_loss):
+                values = evaluate(state, frozen)
+                records.write(step, values)
+                _require_learned(training.required_loss, values)
         finally:
             feed.close()
             stopper.close()
@@ -156,6 +161,16 @@ def _require_same_bases(saved: dict[str, Any], current: dict[str, Any], workdir:
             raise UserError(
                 f"the checkpoint in {workdir} was trained on the {part} of {before.get('folder')} ({before.get('digest')}), but {origin['folder']} "
                 f"now holds another ({origin['digest']}): restore that export or train in a new workdir"
+            )
+
+
+def _require_learned(required: Mapping[str, float], values: Mapping[str, float]) -> None:
+    for name, most in required.items():
+        loss = values[f"held_out/{name}/loss_per_token"]
+        if not loss <= most:
+            raise NotLearnedError(
+                f"training ended with a held-out loss per token of {loss:.3f} on {name}, above the {most} of config.training.required_loss: "
+                "go on with a higher config.training.steps"
             )
 
 

@@ -382,3 +382,9 @@ def test_hue_and_saturation_leave_greys_grey_up_to_brightness():
     for seed in range(5):
         (out,) = draw(np.random.default_rng(seed), flip=False, colour=0.5)(frames)
         assert np.ptp(out.astype(int)) <= 1
+
+
+def test_a_contrastive_batch_larger_than_the_dataset_is_refused(tokenizer):
+    dataset = DatasetConfig(kind="pairs", batch_size=41)
+    with pytest.raises(UserError, match="has 40 pairs, fewer than its batch_size of 41"):
+        make_iterator(dataset, tokenizer=tokenizer, task="contrastive", image_size=SIZE, mean=MEAN, source=SOURCES["pairs"])

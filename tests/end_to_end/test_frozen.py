@@ -1,6 +1,7 @@
 """Three stages, each on the exports of those before: what is frozen stays as it was to the bit, and an export is the model trained."""
 
 import dataclasses
+import json
 import pathlib
 
 import jax
@@ -97,3 +98,17 @@ def test_an_export_gives_the_logits_of_the_model_trained(stages: tuple[Experimen
     assert loaded.config == experiment.flamingo
     trained = merge_model(assembly.graph, {name: jnp.asarray(value) for name, value in parameters.items()})
     np.testing.assert_array_equal(logits(loaded.model), logits(trained))
+
+
+def test_with_kept_features_the_losses_are_those_of_the_pictures(stages: tuple[Experiment, Export, Export, Export], tmp_path: pathlib.Path) -> None:
+    experiment, *_, flamingo = stages
+    cached = dataclasses.replace(experiment, training=dataclasses.replace(experiment.training, cache_features=True))
+    run(cached, tmp_path)
+
+    def losses(folder: pathlib.Path) -> list[float]:
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        return [line["loss"] for line in lines if "loss" in line]
+
+    expected = losses(flamingo.folder.parent)
+    assert len(expected) == TRAINING.steps
+    np.testing.assert_allclose(losses(tmp_path), expected, rtol=1e-5)

@@ -8,7 +8,7 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation.benchmarks import Binding, Classification, Settings, captioning, question_answering
 from flamingo_jax.evaluation.drawn_world import direction_right
 from flamingo_jax.evaluation.examples import page_examples, read_examples, read_pages
-from flamingo_jax.evaluation.prompts import QUESTION, clean
+from flamingo_jax.evaluation.prompts import QUESTION, Format, clean
 from flamingo_jax.inference.prompts import END_OF_CHUNK, Prompt, Visual
 from tests.evaluation.world import ScriptedEngine, example, page, visual
 from tests.inference.world import tiny_config
@@ -123,6 +123,14 @@ def test_a_record_that_cannot_be_used_is_named(record: dict, said: str) -> None:
     with pytest.raises(UserError, match="bad/7") as error:
         read_examples([{"id": b"bad/7", **record}], "pairs", CONFIG)
     assert said in str(error.value)
+
+
+def test_captions_may_follow_their_pictures_at_once() -> None:
+    engine = ScriptedEngine()
+    captioning("captions", QUERIES, SUPPORT, form=Format("")).run(engine, Settings(shots=1))
+    for (shown, text, last), query in zip(engine.prompts, QUERIES, strict=True):
+        assert isinstance(shown, Visual) and text == f" a thing {shown.frames.flat[0]}"
+        assert last is query.visual
 
 
 def test_samples_keep_what_was_shown() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import shutil
 import signal
 import types
 
@@ -10,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from flamingo_jax.errors import NotFiniteError, UserError
+from flamingo_jax.errors import NotFiniteError, NotLearnedError, UserError
+from flamingo_jax.experiment import Experiment
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.planning.flops import Cost, Work, step_cost, work_in
 from flamingo_jax.training import loop
@@ -98,6 +100,23 @@ def test_a_run_that_is_not_finite_stops_and_names_the_gradient(tmp_path: pathlib
     training = dataclasses.replace(world.experiment().training, max_not_finite=1, steps=20)
     with pytest.raises(NotFiniteError, match="not finite, 2 steps in a row"):
         loop.train(world.experiment(optimizer=optimizer, training=training), world.streams(), {}, tmp_path)
+
+
+def test_a_run_above_its_required_loss_is_saved_and_says_so(unbroken: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    held_out = {"vtp": [world.batch(world.DATA["vtp"], 9)]}
+    reached = read_lines(unbroken / "metrics.jsonl")[-1]["held_out/vtp/loss_per_token"]
+
+    def requiring(**most: float) -> Experiment:
+        return world.experiment(training=dataclasses.replace(world.experiment().training, required_loss=most))
+
+    shutil.copytree(unbroken, tmp_path / "run")
+    loop.train(requiring(vtp=reached + 1e-3), world.streams(), held_out, tmp_path / "run")
+    # Also where nothing was left to train: the next stage must not start because a launcher tried twice.
+    with pytest.raises(NotLearnedError, match=r"on vtp, above the .* higher config\.training\.steps"):
+        loop.train(requiring(vtp=reached - 1e-3), world.streams(), held_out, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints" / "6").is_dir()
+    with pytest.raises(UserError, match="'vtt', which is no held-out dataset"):
+        loop.train(requiring(vtt=1.0), world.streams(), held_out, tmp_path / "run")
 
 
 def test_frozen_parameters_have_no_gradient_or_moments() -> None:

@@ -1,0 +1,165 @@
+"""Features in the pictures' place: each picture's own, made once, whatever is torn, rebuilt or unreadable."""
+
+import dataclasses
+import io
+import os
+import pathlib
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines import encoded
+from data_pipelines.build.source import Example
+from data_pipelines.build.writer import write_dataset
+from data_pipelines.features import INFO_FILE
+from data_pipelines.mixture import held_out, make_iterator
+from data_pipelines.records import open_records
+from flamingo_jax.errors import UserError
+from flamingo_jax.experiment import DatasetConfig
+from flamingo_jax.processing.images import ImageError
+from flamingo_jax.processing.tokenizer import Tokenizer
+from tests.data_pipelines.test_features import Given
+from tests.data_pipelines.test_mixture import tokenizer  # noqa: F401 - a fixture
+
+SIZE = 8
+MEAN = (0.5, 0.5, 0.5)
+
+
+@dataclasses.dataclass
+class Quarters:
+    """An encoder whose features are the mean colours of a picture's four quarters."""
+
+    digest: str = "quarters"
+    shape: tuple[int, int] = (4, 3)
+    dtype: np.dtype = dataclasses.field(default_factory=lambda: np.dtype(np.float32))
+    calls: int = 0
+
+    @property
+    def encode(self) -> Callable[[np.ndarray], np.ndarray]:
+        def encode(images: np.ndarray) -> np.ndarray:
+            self.calls += 1
+            assert images.shape[1:] == (SIZE, SIZE, 3) and images.dtype == np.uint8
+            return quarters(images).astype(self.dtype)
+
+        return encode
+
+
+def quarters(images: np.ndarray) -> np.ndarray:
+    """uint8 [..., 8, 8, 3] -> float32 [..., 4, 3]."""
+    blocks = images.reshape(*images.shape[:-3], 2, 4, 2, 4, 3).astype(np.float32).mean(axis=(-4, -2))
+    return blocks.reshape(*images.shape[:-3], 4, 3)
+
+
+def noise(number: int) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(np.random.default_rng(number).integers(0, 256, (SIZE, SIZE, 3), np.uint8)).save(data, "PNG")
+    return data.getvalue()
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
+    """Pages and clips with unequal numbers of pictures, in several parts."""
+    folder = tmp_path_factory.mktemp("sets")
+    pages, clips = [], []
+    for i in range(7):
+        pictures = [noise(10 * i + j) for j in range(1 + i % 3)]
+        pages.append(Example("train", {"id": f"page{i}", "texts": ["", *(f"red circle {j}" for j in range(len(pictures)))], "images": pictures}))
+        frames = [noise(100 + 10 * i + j) for j in range(2 + i)]
+        clips.append(Example("train", {"id": f"clip{i}", "frames": frames, "fps": 1.0, "captions": [f"star left {i}"]}))
+    write_dataset(folder / "pages", Given("pages", tuple(pages)))
+    write_dataset(folder / "videos", Given("videos", tuple(clips)))
+    return {"pages": folder / "pages", "videos": folder / "videos"}
+
+
+DATASETS = {
+    "pages": DatasetConfig("pages", batch_size=2, length=48, visuals=3),
+    "videos": DatasetConfig("videos", batch_size=2, length=48, visuals=2, frames=4),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoded, "RECORDS", 3)
+    monkeypatch.setattr(encoded, "BATCH", 4)
+
+
+@pytest.mark.parametrize("kind", ["pages", "videos"])
+def test_rows_hold_the_features_of_the_pictures_they_would_hold(kind: str, sets: dict[str, pathlib.Path], tokenizer: Tokenizer) -> None:  # noqa: F811
+    dataset = dataclasses.replace(DATASETS[kind], path=str(sets[kind]))
+    options = {"tokenizer": tokenizer, "task": "flamingo", "image_size": SIZE, "mean": MEAN}
+    plain = make_iterator(dataset, **options)
+    cached = make_iterator(dataset, encoder=Quarters(), **options)
+    for _ in range(8):
+        expected, found = next(plain), next(cached)
+        images = expected.pop("images")
+        # Blanks are zero in either form.
+        np.testing.assert_allclose(found.pop("features"), quarters(images), rtol=1e-6)
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            np.testing.assert_array_equal(found[name], value)
+    plain.close()
+    cached.close()
+    fixed = held_out(dataset, batches=1, encoder=Quarters(), **options)[0]
+    np.testing.assert_allclose(fixed["features"], quarters(held_out(dataset, batches=1, **options)[0]["images"]), rtol=1e-6)
+
+
+def opened(path: pathlib.Path, encoder: Quarters, feature: str = "images", kind: str = "pages", **options: int) -> encoded.EncodedPictures:
+    folder = next(path.iterdir())
+    return encoded.load_or_encode(
+        open_records(folder, "train", kind), feature, encoder, folder, "train", image_size=SIZE, mean=MEAN, **options
+    )
+
+
+def test_parts_are_made_once_and_anew_when_the_dataset_is(sets: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    encoder = Quarters("once")
+    first = opened(sets["pages"], encoder)
+    calls = encoder.calls
+    assert calls > 0
+    again = opened(sets["pages"], encoder)
+    assert encoder.calls == calls
+    np.testing.assert_array_equal(first.read(4, 1), again.read(4, 1))
+    folder = next(sets["pages"].iterdir())
+    store = folder / "features_once_train"
+    (store / "00001.npy").unlink()
+    opened(sets["pages"], encoder)
+    assert encoder.calls == calls + 2, "only the part that was missing: six pictures, four at a time"
+    for part in store.glob("?????.npy"):
+        os.utime(part, (0, (folder / INFO_FILE).stat().st_mtime - 10))
+    opened(sets["pages"], encoder)
+    assert encoder.calls > calls + 2
+
+
+def test_bfloat16_features_come_back_as_such(sets: dict[str, pathlib.Path]) -> None:
+    found = opened(sets["videos"], Quarters("half", dtype=np.dtype(ml_dtypes.bfloat16)), "frames", "videos").read(2, 3)
+    assert found.dtype == ml_dtypes.bfloat16
+    expected = quarters(np.asarray(Image.open(io.BytesIO(noise(123)))))
+    np.testing.assert_allclose(found.astype(np.float32), expected, rtol=1e-2)
+
+
+def test_a_picture_that_cannot_be_read_is_an_error_of_its_own(tmp_path: pathlib.Path) -> None:
+    pictures = [noise(1), noise(2)[:60], noise(3)]
+    example = Example("train", {"id": "p", "texts": ["", "a", "b", "c"], "images": pictures})
+    write_dataset(tmp_path / "torn", Given("pages", (example,)))
+    found = opened(tmp_path / "torn", Quarters())
+    assert np.isfinite(found.read(0, 0)).all() and np.isfinite(found.read(0, 2)).all()
+    with pytest.raises(ImageError, match="could not be read"):
+        found.read(0, 1)
+    with pytest.raises(ImageError, match="more pictures than the 3"):
+        found.read(0, 3)
+
+
+def test_one_sentence_where_features_cannot_be_kept(
+    sets: dict[str, pathlib.Path], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
+    augmented = dataclasses.replace(DATASETS["pages"], path=str(sets["pages"]), colour=0.1)
+    with pytest.raises(UserError, match="augmented.*flip and colour to 0"):
+        make_iterator(augmented, tokenizer=tokenizer, task="flamingo", image_size=SIZE, mean=MEAN, encoder=Quarters())
+    monkeypatch.setattr(encoded.multihost_utils, "sync_global_devices", lambda name: None)
+    with pytest.raises(UserError, match="lacks 1 of 3 parts.*all hosts"):
+        opened(sets["pages"], Quarters("shared"), index=0, count=2)
+    monkeypatch.setattr(encoded.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
+    with pytest.raises(UserError, match="MiB are needed.*make room"):
+        opened(sets["pages"], Quarters("full"))
