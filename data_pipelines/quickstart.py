@@ -475,11 +475,17 @@ def document(rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS) -> 
     if sort < 0.65:
         return namings(rng, things, tagged)
     lines = []
-    for _ in range(int(rng.integers(3, 6))):
-        scene = draw_motion(rng, things) if rng.random() < 0.08 else draw_scene(rng, things)
-        told = output_text(scene) if sort < 0.75 else question_text(ask(scene, rng, things))
-        lines.append(f"{caption(scene)}. {told}")
+    for _ in range(int(rng.integers(2, 5))):
+        scene = draw_motion(rng, things) if rng.random() < 0.08 else draw_scene(rng, things, TAUGHT)
+        told = [output_text(scene)] if sort < 0.75 else _some_questions(rng, scene, things)
+        lines.append(f"{caption(scene)}. {' '.join(told)}")
     return Drawn({"text": "".join(f"<image>{line}" for line in lines) if tagged else "\n".join(lines)})
+
+
+def _some_questions(rng: np.random.Generator, scene: Scene, things: Sequence[Thing]) -> list[str]:
+    """One to three different questions about a scene: what is asked must be found in what was said, not guessed from its form."""
+    asked = questions(scene, rng, things)
+    return [question_text(asked[place]) for place in rng.permutation(len(asked))[: int(rng.integers(1, 4))]]
 
 
 def namings(rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS, tagged: bool = True) -> Drawn:

@@ -91,7 +91,8 @@ def train(
         feed = Feed(iterators, batch_sharding(mesh))
         stopper = _Stopper()
         meter = _Meter(training.max_not_finite, list(iterators), step_cost(experiment), _peak(mesh))
-        evaluate = _HeldOut(assembly, task, held_out, batch_sharding(mesh))
+        weights = {name: dataset.weight for name, dataset in experiment.held_out.items()}
+        evaluate = _HeldOut(assembly, task, held_out, weights, batch_sharding(mesh))
         update = make_update(assembly.graph, task, assembly.optimizer, experiment.data, training.update)
         compiled = None
         step = start
@@ -232,10 +233,13 @@ class _Meter:
 
 
 class _HeldOut:
-    """Each held-out dataset's loss per token, with its pictures and without them, so that one sees whether the model looks."""
+    """Each held-out dataset's loss, with its pictures and without them, so that one sees whether the model looks; and the weighted sum of them,
+    as training has it."""
 
-    def __init__(self, assembly: Assembly, task: Any, batches: Mapping[str, list[HostBatch]], sharding: jax.sharding.Sharding):
-        self._batches, self._sharding, self._task = batches, sharding, task
+    def __init__(
+        self, assembly: Assembly, task: Any, batches: Mapping[str, list[HostBatch]], weights: Mapping[str, float], sharding: jax.sharding.Sharding
+    ):
+        self._batches, self._weights, self._sharding, self._task = batches, weights, sharding, task
         self._loss = jax.jit(make_held_out_loss(assembly.graph, task))
 
     def __call__(self, state: TrainState, frozen: Parameters) -> dict[str, float]:
@@ -251,4 +255,8 @@ class _HeldOut:
                     for metric, pair in ({"loss": (loss.total, loss.weight)} | loss.metrics).items():
                         sums[f"held_out/{name}/{metric}{suffix}"] += np.array(pair, np.float64)
             values |= {metric: float(a / max(b, 1e-9)) for metric, (a, b) in sums.items()}
+        for suffix in ("", "_without_pictures"):
+            losses = {name: values.get(f"held_out/{name}/loss{suffix}") for name in self._batches}
+            if losses and None not in losses.values():
+                values[f"held_out/loss{suffix}"] = sum(self._weights.get(name, 1.0) * loss for name, loss in losses.items() if loss is not None)
         return values

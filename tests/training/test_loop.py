@@ -40,7 +40,8 @@ class Stopping(world.Stream):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("unbroken")
-    outcome = loop.train(world.experiment(), world.streams(), {"vtp": [world.batch(world.DATA["vtp"], 9)]}, workdir)
+    experiment = world.experiment(held_out={"vtp": world.DATA["vtp"]})
+    outcome = loop.train(experiment, world.streams(), {"vtp": [world.batch(world.DATA["vtp"], 9)]}, workdir)
     assert outcome == loop.Outcome(6, preempted=False)
     return workdir
 
@@ -51,6 +52,8 @@ def test_every_step_is_recorded_with_its_gates(unbroken: pathlib.Path) -> None:
     assert len(lines[3]["gates/attention"]) == 2 and lines[0]["gates/attention"] != lines[5]["gates/attention"]
     held_out = lines[-1]
     assert held_out["held_out/vtp/loss"] > 0 and held_out["held_out/vtp/loss_without_pictures"] > 0
+    weight = world.DATA["vtp"].weight
+    assert weight != 1 and held_out["held_out/loss"] == pytest.approx(weight * held_out["held_out/vtp/loss"])
 
 
 def test_speed_is_recorded_in_model_flops(unbroken: pathlib.Path) -> None:
