@@ -9,16 +9,42 @@ from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """Vision Transformer (Dosovitskiy et al. 2021) as CLIP and SigLIP have it. The defaults are CLIP's ViT-L/14, the ablation's encoder (paper 3.3)."""
+
+    patch_size: int = 14
+    layers: int = 24
+    width: int = 1024
+    heads: int = 16
+    feed_forward: int = 4096
+    activation: Literal["quick_gelu", "exact_gelu", "gelu"] = "quick_gelu"
+    """quick_gelu: OpenAI's CLIP; exact_gelu: most others; gelu, the tanh form: SigLIP."""
+    class_token: bool = True
+    """A token before the patches, its position part of it (CLIP); the features are the patches' alone."""
+    patch_bias: bool = False
+    """Biases in the map from patches (SigLIP)."""
+    first_norm: bool = True
+    """A norm before the first layer (CLIP)."""
+    last_norm: bool = False
+    """A norm after the last layer. CLIP has one for its pooled vector, which grid features are commonly taken without; SigLIP's are behind it."""
+    norm_eps: float = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """NormaliserFree ResNet (Brock et al. 2021). `variant` is F0..F7, or `tiny` for laptops."""
+    """The vision encoder: a NormaliserFree ResNet (Brock et al. 2021), or a Vision Transformer where `vit` is given."""
 
     variant: str = "F6"
+    """Of the NFNet: F0..F7, or `tiny` for laptops."""
     image_size: int = 320
     """Side of the square input in pixels: 288 for contrastive training, 320 for Flamingo, 480 for fine-tuning (paper 3.2, B.1.3)."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Channel means of pixels scaled to 0..1; also the colour that pads an image to a square."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     stochastic_depth: float = 0.0
+    """NFNet: the most that a block is left out in training."""
+    vit: ViTConfig | None = None
+    """A Vision Transformer in the NFNet's place; its `image_size` says how many positions are stored."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +73,22 @@ class ContrastiveConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Rotary frequencies stretched for longer texts than a model was first trained on."""
+
+    kind: Literal["linear", "llama3"] = "llama3"
+    """linear: all frequencies by `factor`; llama3: low ones by `factor`, high ones not at all, and those between in part."""
+    factor: float = 8.0
+    low_frequency_factor: float = 1.0
+    """llama3: waves longer than original_length / this are low frequencies."""
+    high_frequency_factor: float = 4.0
+    """llama3: waves shorter than original_length / this are high ones."""
+    original_length: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
 class LanguageModelConfig:
-    """Decoder language model in the Chinchilla form."""
+    """Decoder language model. The defaults are the Chinchilla form; the open families (Llama, Mistral, Qwen) are switches of the same layer."""
 
     vocab_size: int = 32_000
     layers: int = 24
@@ -59,6 +99,15 @@ class LanguageModelConfig:
     activation: Literal["gelu", "squared_relu", "relu", "silu"] = "gelu"
     positions: Literal["transformer_xl", "rotary"] = "transformer_xl"
     rope_base: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    kv_heads: int = 0
+    """Heads of keys and values, each shared by heads / kv_heads queries (grouped-query attention); 0 for as many as queries."""
+    attention_bias: bool = False
+    """Biases on queries, keys and values (Qwen2)."""
+    query_key_norm: bool = False
+    """RMSNorm over each head's queries and keys, before the rotation (Qwen3)."""
+    gated_feed_forward: bool = False
+    """down(activation(gate(x)) * up(x)), SwiGLU with `activation` silu (Llama)."""
     tied_embeddings: bool = True
     embedding_scale: float = 1.0
     """Input embeddings are multiplied by this. Small ones beside what attention writes let copying in context emerge sooner."""

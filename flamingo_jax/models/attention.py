@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flamingo_jax.models.layers import fan_in_normal, linear
+from flamingo_jax.experiment import LanguageModelConfig, RopeScaling
+from flamingo_jax.models.layers import RMSNorm, fan_in_normal, linear
 
 Array = jax.Array
 
@@ -21,12 +22,14 @@ def attend(query: Array, key: Array, value: Array, mask: Array | None = None, ex
     """Softmax attention; a query whose every key is masked gets exactly zero.
 
     Args:
-      query: [B, L, H, d]. key, value: [B, S, H, d].
+      query: [B, L, H, d]. key, value: [B, S, H, d], or [B, S, K, d] where H / K neighbouring queries share a head of keys and values.
       mask: bool, broadcastable to [B, H, L, S]; True where a query may look.
       extra_scores: float32 [B, H, L, S], added to query . key before the scaling by 1 / sqrt(d).
 
     Returns: [B, L, H, d] in the dtype of `value`.
     """
+    if (shared := query.shape[2] // key.shape[2]) > 1:
+        key, value = jnp.repeat(key, shared, axis=2), jnp.repeat(value, shared, axis=2)
     scores = jnp.einsum("blhd,bshd->bhls", query, key, preferred_element_type=jnp.float32)
     if extra_scores is not None:
         scores = scores + extra_scores
@@ -46,10 +49,20 @@ def causal_mask(segments: Array) -> Array:
     return (same & jnp.tril(jnp.ones((length, length), bool)))[:, None]
 
 
-def rotate(x: Array, positions: Array, base: float) -> Array:
-    """Rotary embedding (Su et al. 2021) of x [B, L, H, d] at `positions` [B, L], the two halves of d forming the pairs."""
-    half = x.shape[-1] // 2
+def rotary_frequencies(half: int, base: float, scaling: RopeScaling | None = None) -> np.ndarray:
+    """Radians a position for each of d / 2 pairs, float32 [half]."""
     frequencies = base ** (-np.arange(half, dtype=np.float32) / half)
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / np.float32(scaling.factor)
+    turns = scaling.original_length * frequencies / (2 * np.pi)
+    kept = np.clip((turns - scaling.low_frequency_factor) / (scaling.high_frequency_factor - scaling.low_frequency_factor), 0, 1)
+    return (frequencies * (kept + (1 - kept) / scaling.factor)).astype(np.float32)
+
+
+def rotate(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
+    """Rotary embedding (Su et al. 2021) of x [B, L, H, d] at `positions` [B, L], the two halves of d forming the pairs."""
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
@@ -77,28 +90,53 @@ class Cache(NamedTuple):
     value: Array
 
 
+class FullAttention(nnx.Module):
+    """Every position looks at every other; biases everywhere, as BERT and ViT have them."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+        shape = (width, heads, width // heads)
+        self.query, self.key, self.value = (fan_in_normal(rngs, shape) for _ in range(3))
+        self.query_bias, self.key_bias, self.value_bias = (nnx.Param(jnp.zeros(shape[1:])) for _ in range(3))
+        self.out = fan_in_normal(rngs, (*shape[1:], width), width)
+        self.out_bias = nnx.Param(jnp.zeros((width,)))
+
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """x [B, L, D], mask bool broadcastable to [B, H, L, L] -> [B, L, D]."""
+        weights = ((self.query, self.query_bias), (self.key, self.key_bias), (self.value, self.value_bias))
+        query, key, value = (linear(x, w[...]) + b[...].astype(x.dtype) for w, b in weights)
+        return linear(attend(query, key, value, mask), self.out[...], 2) + self.out_bias[...].astype(x.dtype)
+
+
 class SelfAttention(nnx.Module):
     """Causal self-attention with Transformer-XL relative positions (Dai et al. 2019) or rotary ones."""
 
-    def __init__(
-        self, width: int, heads: int, head_width: int, *, positions: str, rope_base: float, position_bias: float = 0.0, out_scale: float, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: LanguageModelConfig, *, out_scale: float, rngs: nnx.Rngs):
+        width, heads, head_width = config.width, config.heads, config.head_width
+        shared = config.kv_heads or heads
         self.query = fan_in_normal(rngs, (width, heads, head_width))
-        self.key = fan_in_normal(rngs, (width, heads, head_width))
-        self.value = fan_in_normal(rngs, (width, heads, head_width))
+        self.key = fan_in_normal(rngs, (width, shared, head_width))
+        self.value = fan_in_normal(rngs, (width, shared, head_width))
         self.out = fan_in_normal(rngs, (heads, head_width, width), heads * head_width, out_scale)
-        self.relative = positions == "transformer_xl"
-        self.rope_base = rope_base
+        bias = lambda count: nnx.Param(jnp.zeros((count, head_width))) if config.attention_bias else None
+        self.query_bias, self.key_bias, self.value_bias = bias(heads), bias(shared), bias(shared)
+        norm = lambda: RMSNorm(head_width, config.norm_eps) if config.query_key_norm else None
+        self.query_norm, self.key_norm = norm(), norm()
+        self.relative = config.positions == "transformer_xl"
         if self.relative:
             self.position = fan_in_normal(rngs, (width, heads, head_width))
             self.content_bias = nnx.Param(jnp.zeros((heads, head_width)))
-            self.position_bias = nnx.Param(position_bias * jax.random.normal(rngs.params(), (heads, head_width)))
+            self.position_bias = nnx.Param(config.position_bias * jax.random.normal(rngs.params(), (heads, head_width)))
+        self.rope_base, self.rope_scaling = config.rope_base, config.rope_scaling
 
     def __call__(self, x: Array, positions: Array, segments: Array | None, cache: Cache | None) -> tuple[Array, Cache | None]:
         """x [B, L, D] -> [B, L, D]. With a cache the row is one segment, and tokens at positions past its end are dropped."""
-        query, key, value = (linear(x, w[...]) for w in (self.query, self.key, self.value))
+        maps = ((self.query, self.query_bias), (self.key, self.key_bias), (self.value, self.value_bias))
+        query, key, value = (linear(x, w[...]) if b is None else linear(x, w[...]) + b[...].astype(x.dtype) for w, b in maps)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
         if not self.relative:
-            query, key = rotate(query, positions, self.rope_base), rotate(key, positions, self.rope_base)
+            frequencies = rotary_frequencies(query.shape[-1] // 2, self.rope_base, self.rope_scaling)
+            query, key = rotate(query, positions, frequencies), rotate(key, positions, frequencies)
         if cache is None:
             assert segments is not None
             mask = causal_mask(segments)

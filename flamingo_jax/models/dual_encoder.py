@@ -8,8 +8,8 @@ from flax import nnx
 
 from flamingo_jax.experiment import ContrastiveConfig
 from flamingo_jax.models.layers import fan_in_normal, linear
-from flamingo_jax.models.nfnet import NFNet
 from flamingo_jax.models.text_encoder import TextEncoder
+from flamingo_jax.models.vision import vision_encoder
 from flamingo_jax.processing.normalise import normalise
 
 Array = jax.Array
@@ -21,7 +21,7 @@ class DualEncoder(nnx.Module):
     def __init__(self, config: ContrastiveConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
         self.config = config
         self.dtype = dtype
-        self.vision = NFNet(config.vision, rngs=rngs)
+        self.vision = vision_encoder(config.vision, rngs=rngs)
         self.text = TextEncoder(config.text, rngs=rngs, dtype=dtype)
         self.vision_projection = fan_in_normal(rngs, (self.vision.width, config.joint_width))
         self.text_projection = fan_in_normal(rngs, (config.text.width, config.joint_width))

@@ -12,8 +12,8 @@ from flamingo_jax.models.attention import Cache
 from flamingo_jax.models.gated_xattn import GatedCrossAttentionBlock, Media, media_mask
 from flamingo_jax.models.language_model import LanguageModel
 from flamingo_jax.models.layers import fan_in_normal, linear, stack
-from flamingo_jax.models.nfnet import NFNet
 from flamingo_jax.models.perceiver import PerceiverResampler
+from flamingo_jax.models.vision import vision_encoder
 from flamingo_jax.processing.normalise import normalise
 
 Array = jax.Array
@@ -38,7 +38,7 @@ class Flamingo(nnx.Module):
         self.config = config
         self.dtype = dtype
         width = config.language_model.width
-        self.vision_encoder = NFNet(config.vision, rngs=rngs)
+        self.vision_encoder = vision_encoder(config.vision, rngs=rngs)
         self.resampler = PerceiverResampler(config.resampler, self.vision_encoder.width, rngs=rngs)
         self.visual_projection = fan_in_normal(rngs, (config.resampler.width, width))
         self.gated_xattn = GatedBlocks(config, rngs=rngs)

@@ -1,7 +1,8 @@
-"""Decoder language model in the Chinchilla form: RMSNorm before each part, relative positions, tied embeddings.
+"""Decoder language model: RMSNorm before each part, relative or rotary positions, tied or separate embeddings.
 
-Gopher and Chinchilla (Rae et al. 2021, Hoffmann et al. 2022) use RMSNorm, Transformer-XL positions and GELU. Parameters are
-13 D^2 a layer (12 of attention and feed-forward, 1 of the relative positions) and one embedding: the counts of the paper's table.
+Its default is the Chinchilla form: Gopher and Chinchilla (Rae et al. 2021, Hoffmann et al. 2022) use RMSNorm, Transformer-XL positions and
+GELU. Its parameters are 13 D^2 a layer (12 of attention and feed-forward, 1 of the relative positions) and one embedding: the counts of
+the paper's table.
 """
 
 import math
@@ -24,12 +25,9 @@ class DecoderLayer(nnx.Module):
         # Each of the 2 * layers residual branches starts small, so that the sum over depth keeps its scale.
         branch = 1 / math.sqrt(2 * config.layers)
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
-        self.attention = SelfAttention(
-            config.width, config.heads, config.head_width, positions=config.positions, rope_base=config.rope_base,
-            position_bias=config.position_bias, out_scale=branch, rngs=rngs,
-        )
+        self.attention = SelfAttention(config, out_scale=branch, rngs=rngs)
         self.feed_forward_norm = RMSNorm(config.width, config.norm_eps)
-        self.feed_forward = FeedForward(config.width, config.feed_forward, config.activation, rngs=rngs)
+        self.feed_forward = FeedForward(config.width, config.feed_forward, config.activation, gated=config.gated_feed_forward, rngs=rngs)
         self.feed_forward.down[...] *= branch
 
     def __call__(self, x: Array, positions: Array, segments: Array | None, cache: Cache | None) -> tuple[Array, Cache | None]:
@@ -65,9 +63,9 @@ class LanguageModel(nnx.Module):
         return self.logits(x)
 
     def init_cache(self, batch: int, max_length: int) -> Cache:
-        """An empty cache for all layers; leaves [layers, B, max_length, H, d]."""
+        """An empty cache for all layers; leaves [layers, B, max_length, H, d], H being the heads of keys and values."""
         c = self.config
-        empty = jnp.zeros((c.layers, batch, max_length, c.heads, c.head_width), self.dtype)
+        empty = jnp.zeros((c.layers, batch, max_length, c.kv_heads or c.heads, c.head_width), self.dtype)
         return Cache(empty, empty)
 
     def decode(self, tokens: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:

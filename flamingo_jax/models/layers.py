@@ -12,6 +12,8 @@ Array = jax.Array
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": jax.nn.gelu,
+    "exact_gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
     "squared_relu": lambda x: jnp.square(jax.nn.relu(x)),
@@ -61,9 +63,10 @@ class RMSNorm(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """Two linear maps with an activation between them; biases only where asked for."""
+    """Two linear maps with an activation between them; biases only where asked for. Gated: down(activation(gate(x)) * up(x))."""
 
-    def __init__(self, width: int, hidden: int, activation: str, *, bias: bool = False, rngs: nnx.Rngs):
+    def __init__(self, width: int, hidden: int, activation: str, *, bias: bool = False, gated: bool = False, rngs: nnx.Rngs):
+        self.gate = fan_in_normal(rngs, (width, hidden)) if gated else None
         self.up = fan_in_normal(rngs, (width, hidden))
         self.down = fan_in_normal(rngs, (hidden, width))
         self.up_bias = nnx.Param(jnp.zeros((hidden,))) if bias else None
@@ -74,7 +77,9 @@ class FeedForward(nnx.Module):
         h = linear(x, self.up[...])
         if self.up_bias is not None:
             h = h + self.up_bias[...].astype(h.dtype)
-        h = linear(ACTIVATIONS[self.activation](h), self.down[...])
+        activate = ACTIVATIONS[self.activation]
+        h = activate(h) if self.gate is None else activate(linear(x, self.gate[...])) * h
+        h = linear(h, self.down[...])
         if self.down_bias is not None:
             h = h + self.down_bias[...].astype(h.dtype)
         return h

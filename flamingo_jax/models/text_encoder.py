@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flamingo_jax.experiment import TextEncoderConfig
-from flamingo_jax.models.attention import attend
-from flamingo_jax.models.layers import FeedForward, LayerNorm, fan_in_normal, linear, scan_layers, stack
+from flamingo_jax.models.attention import FullAttention
+from flamingo_jax.models.layers import FeedForward, LayerNorm, scan_layers, stack
 
 Array = jax.Array
 
@@ -15,20 +15,14 @@ class EncoderLayer(nnx.Module):
     """x = Norm(x + Attention(x)); x = Norm(x + FeedForward(x))."""
 
     def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs):
-        shape = (config.width, config.heads, config.width // config.heads)
-        self.query, self.key, self.value = (fan_in_normal(rngs, shape) for _ in range(3))
-        self.query_bias, self.key_bias, self.value_bias = (nnx.Param(jnp.zeros(shape[1:])) for _ in range(3))
-        self.out = fan_in_normal(rngs, (*shape[1:], config.width), config.width)
-        self.out_bias = nnx.Param(jnp.zeros((config.width,)))
+        self.attention = FullAttention(config.width, config.heads, rngs=rngs)
         self.attention_norm = LayerNorm(config.width, 1e-12)
         self.feed_forward = FeedForward(config.width, 4 * config.width, "gelu", bias=True, rngs=rngs)
         self.feed_forward_norm = LayerNorm(config.width, 1e-12)
 
     def __call__(self, x: Array, mask: Array) -> Array:
         """x [B, L, W], mask bool [B, 1, 1, L]."""
-        weights = ((self.query, self.query_bias), (self.key, self.key_bias), (self.value, self.value_bias))
-        query, key, value = (linear(x, w[...]) + b[...].astype(x.dtype) for w, b in weights)
-        x = self.attention_norm(x + linear(attend(query, key, value, mask), self.out[...], 2) + self.out_bias[...].astype(x.dtype))
+        x = self.attention_norm(x + self.attention(x, mask))
         return self.feed_forward_norm(x + self.feed_forward(x))
 
 

@@ -55,9 +55,10 @@ def _language_model(prefix: str) -> tuple[Rule[Axes], ...]:
         Rule(f"{prefix}embedding", (MODEL, None)),
         Rule(f"{prefix}head", (None, MODEL), optional=True),
         Rule(f"{prefix}layers/attention/(query|key|value|position)", (None, MODEL, None)),
-        Rule(f"{prefix}layers/attention/(content|position)_bias", (MODEL, None), optional=True),
+        Rule(f"{prefix}layers/attention/(content|position|query|key|value)_bias", (MODEL, None), optional=True),
+        Rule(f"{prefix}layers/attention/(query|key)_norm/scale", REPLICATED, optional=True),
         Rule(f"{prefix}layers/attention/out", (MODEL, None, None)),
-        Rule(f"{prefix}layers/feed_forward/up", (None, MODEL)),
+        Rule(f"{prefix}layers/feed_forward/(gate|up)", (None, MODEL)),
         Rule(f"{prefix}layers/feed_forward/down", (MODEL, None)),
         Rule(f"{prefix}(layers/[a-z_]+_norm|final_norm)/scale", REPLICATED),
     )

@@ -31,7 +31,7 @@ PEAKS = (
 )
 """Regular expressions over a device's kind -> dense bfloat16 FLOPs a second, as the makers publish them."""
 
-_LAYER = "layers/(attention/)?(query|key|value|out)|layers/feed_forward/(up|down)"
+_LAYER = "layers/(attention/)?(query|key|value|out)|layers/feed_forward/(gate|up|down)"
 
 
 class Work(NamedTuple):

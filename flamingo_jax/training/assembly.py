@@ -12,10 +12,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flamingo_jax.checkpointing.export import Export, open_export
-from flamingo_jax.configuring import to_json
+from flamingo_jax.configuring import from_json, to_json
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
-from flamingo_jax.models.nfnet import NFNet
+from flamingo_jax.models.vision import vision_encoder
 from flamingo_jax.partitioning import rules
 from flamingo_jax.processing.normalise import normalise
 from flamingo_jax.pytrees import from_flat, to_flat
@@ -105,7 +105,7 @@ def load_encoder(experiment: Experiment) -> FrozenEncoder:
     if base.folder == "random":
         raise UserError("training.cache_features needs an encoder that stays: name its export in config.vision_encoder_from")
     export = _open_base(base)
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: NFNet(config, rngs=nnx.Rngs(0))))
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: vision_encoder(config, rngs=nnx.Rngs(0))))
     prefix = base.part + "/"
     found = _read_base(export, base, {prefix + name for name in to_flat(shapes)})
     mesh = Mesh(np.asarray(jax.local_devices()), "data")
@@ -136,6 +136,8 @@ def _open_base(base: stages.Base) -> Export:
     theirs: Any = export.config
     for key in base.config_path:
         theirs = theirs[key]
+    # An export of an earlier version lacks the keys that came since: their defaults are what it was.
+    theirs = to_json(from_json(type(base.config), theirs, f"the config of {base.folder}"))
     _require_equal(theirs, to_json(base.config), base)
     return export
 

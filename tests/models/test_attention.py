@@ -1,12 +1,23 @@
 """Attention against float64 numpy, written as sums over positions."""
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from flamingo_jax.experiment import LanguageModelConfig, RopeScaling
 from flamingo_jax.models import attention
+from tests.models.filling import filled
+
+CONFIG = LanguageModelConfig(width=8, heads=2, head_width=4)
+
+
+def make(**changes: object) -> attention.SelfAttention:
+    return attention.SelfAttention(dataclasses.replace(CONFIG, **changes), out_scale=1.0, rngs=nnx.Rngs(0))  # type: ignore[arg-type]
 
 
 def reference_transformer_xl(module: attention.SelfAttention, x: np.ndarray, segments: np.ndarray) -> np.ndarray:
@@ -35,7 +46,7 @@ def reference_transformer_xl(module: attention.SelfAttention, x: np.ndarray, seg
 
 @pytest.fixture(scope="module")
 def module() -> attention.SelfAttention:
-    m = attention.SelfAttention(8, 2, 4, positions="transformer_xl", rope_base=1e4, out_scale=1.0, rngs=nnx.Rngs(0))
+    m = make()
     m.content_bias[...] = jax.random.normal(jax.random.key(1), (2, 4))
     m.position_bias[...] = jax.random.normal(jax.random.key(2), (2, 4))
     return m
@@ -50,7 +61,7 @@ def test_transformer_xl_attention_equals_its_equation(module: attention.SelfAtte
 
 @pytest.mark.parametrize("positions", ["transformer_xl", "rotary"])
 def test_decoding_with_a_cache_equals_the_whole_row(positions: str) -> None:
-    module = attention.SelfAttention(8, 2, 4, positions=positions, rope_base=1e4, out_scale=1.0, rngs=nnx.Rngs(0))
+    module = make(positions=positions)
     x = jax.random.normal(jax.random.key(0), (2, 6, 8))
     places = jnp.tile(jnp.arange(6), (2, 1))
     whole, _ = module(x, places, jnp.ones((2, 6), jnp.int32), None)
@@ -63,7 +74,7 @@ def test_decoding_with_a_cache_equals_the_whole_row(positions: str) -> None:
 
 
 def test_padding_never_enters_a_cache() -> None:
-    module = attention.SelfAttention(8, 2, 4, positions="rotary", rope_base=1e4, out_scale=1.0, rngs=nnx.Rngs(0))
+    module = make(positions="rotary")
     cache = attention.Cache(jnp.zeros((1, 4, 2, 4)), jnp.zeros((1, 4, 2, 4)))
     _, cache = module(jnp.ones((1, 3, 8)), jnp.array([[0, 4, 4]]), None, cache)
     assert np.asarray(cache.key[0, 0]).any() and not np.asarray(cache.key[0, 1:]).any()
@@ -72,7 +83,8 @@ def test_padding_never_enters_a_cache() -> None:
 def test_rotation_keeps_scores_a_function_of_distance() -> None:
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
     def score(i: int, j: int) -> float:
-        return float(jnp.sum(attention.rotate(q, jnp.array([[i]]), 1e4) * attention.rotate(k, jnp.array([[j]]), 1e4)))
+        turned = (attention.rotate(x, jnp.array([[place]]), attention.rotary_frequencies(4, 1e4)) for x, place in ((q, i), (k, j)))
+        return float(jnp.sum(next(turned) * next(turned)))
 
     assert score(5, 3) == pytest.approx(score(12, 10), abs=1e-5)
     assert abs(score(5, 3) - score(5, 1)) > 1e-3
@@ -87,11 +99,84 @@ def test_a_fully_masked_query_gets_exactly_zero() -> None:
 
 
 def test_a_position_bias_makes_heads_prefer_distances_from_the_start() -> None:
-    make = lambda bias: attention.SelfAttention(
-        8, 2, 4, positions="transformer_xl", rope_base=1e4, position_bias=bias, out_scale=1.0, rngs=nnx.Rngs(0)
-    )
-    assert not make(0.0).position_bias[...].any()
-    scores = make(8.0)._position_scores(jnp.zeros((1, 5, 2, 4)), jnp.arange(5)[None], 5, cached=False)
+    assert not make(position_bias=0.0).position_bias[...].any()
+    scores = make(position_bias=8.0)._position_scores(jnp.zeros((1, 5, 2, 4)), jnp.arange(5)[None], 5, cached=False)
     # Without any content, a key's score depends on its distance alone.
     np.testing.assert_allclose(scores[0, :, 4, 3], scores[0, :, 3, 2], rtol=1e-5)
     assert np.ptp(scores[0, :, 4, :], axis=-1).min() > 1
+
+
+def published_frequency(pair: int, scaling: RopeScaling | None, half: int = 2, base: float = 100.0) -> float:
+    """As Llama 3.1's code has it: by wave length, in three cases."""
+    frequency = base ** (-pair / half)
+    if scaling is None:
+        return frequency
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    wave, length = 2 * math.pi / frequency, scaling.original_length
+    if wave < length / scaling.high_frequency_factor:
+        return frequency
+    if wave > length / scaling.low_frequency_factor:
+        return frequency / scaling.factor
+    smooth = (length / wave - scaling.low_frequency_factor) / (scaling.high_frequency_factor - scaling.low_frequency_factor)
+    return (1 - smooth) * frequency / scaling.factor + smooth * frequency
+
+
+@pytest.mark.parametrize("length", [5, 30, 100, 400])
+@pytest.mark.parametrize("kind", ["linear", "llama3", None])
+def test_scaled_frequencies_are_the_published_ones(kind: str | None, length: int) -> None:
+    scaling = None if kind is None else RopeScaling(kind=kind, original_length=length)  # type: ignore[arg-type]
+    found = attention.rotary_frequencies(8, 100.0, scaling)
+    np.testing.assert_allclose(found, [published_frequency(pair, scaling, half=8) for pair in range(8)], rtol=1e-5)
+
+
+OPEN = {
+    "llama": {"kv_heads": 2, "rope_scaling": RopeScaling(original_length=30)},
+    "qwen2": {"kv_heads": 1, "attention_bias": True},
+    "qwen3": {"kv_heads": 2, "query_key_norm": True},
+}
+
+
+def reference_open(module: attention.SelfAttention, config: LanguageModelConfig, x: np.ndarray) -> np.ndarray:
+    """Grouped-query attention with rotary positions of one text [L, D], token by token and pair by pair."""
+    value_of = lambda a: None if a is None else np.asarray(a[...], np.float64)
+    w = {name: value_of(getattr(module, name)) for name in ("query", "key", "value", "out", "query_bias", "key_bias", "value_bias")}
+    half = config.head_width // 2
+
+    def head(name: str, place: int, number: int) -> np.ndarray:
+        h = x[place] @ w[name][:, number] + (0 if w[f"{name}_bias"] is None else w[f"{name}_bias"][number])
+        if name == "value":
+            return h
+        if config.query_key_norm:
+            h = h / np.sqrt(np.mean(h**2) + config.norm_eps) * value_of(getattr(module, f"{name}_norm").scale)
+        turned = np.zeros_like(h)
+        for pair in range(half):
+            angle = place * published_frequency(pair, config.rope_scaling, half, config.rope_base)
+            one, other = h[pair], h[pair + half]
+            turned[pair] = one * math.cos(angle) - other * math.sin(angle)
+            turned[pair + half] = other * math.cos(angle) + one * math.sin(angle)
+        return turned
+
+    out = np.zeros_like(x)
+    for i in range(len(x)):
+        for number in range(config.heads):
+            shared = number // (config.heads // config.kv_heads)
+            scores = np.array([head("query", i, number) @ head("key", j, shared) for j in range(i + 1)]) / math.sqrt(config.head_width)
+            weights = np.exp(scores - scores.max())
+            out[i] += sum(p * head("value", j, shared) for j, p in enumerate(weights / weights.sum())) @ w["out"][number]
+    return out
+
+
+@pytest.mark.parametrize("family", OPEN)
+def test_the_open_families_attention_equals_its_equation(family: str) -> None:
+    config = dataclasses.replace(CONFIG, width=8, heads=4, head_width=4, positions="rotary", rope_base=100.0, **OPEN[family])
+    module = filled(lambda rngs: attention.SelfAttention(config, out_scale=1.0, rngs=rngs))
+    x = np.random.default_rng(0).normal(size=(2, 6, 8))
+    places = jnp.tile(jnp.arange(6), (2, 1))
+    whole, _ = module(jnp.asarray(x, jnp.float32), places, jnp.ones((2, 6), jnp.int32), None)
+    for row, text in enumerate(x):
+        np.testing.assert_allclose(whole[row], reference_open(module, config, text), atol=2e-5)
+    empty = jnp.zeros((2, 8, config.kv_heads, 4))
+    first, cache = module(jnp.asarray(x[:, :4], jnp.float32), places[:, :4], None, attention.Cache(empty, empty))
+    second, _ = module(jnp.asarray(x[:, 4:], jnp.float32), places[:, 4:], None, cache)
+    np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, atol=2e-5)

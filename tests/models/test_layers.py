@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flamingo_jax.models.layers import FeedForward, LayerNorm, RMSNorm, fan_in_normal, linear, scan_layers, stack
+from flamingo_jax.models.layers import ACTIVATIONS, FeedForward, LayerNorm, RMSNorm, fan_in_normal, linear, scan_layers, stack
 from flamingo_jax.pytrees import to_flat
 from tests.models.filling import filled
 
@@ -115,3 +115,16 @@ def test_stacked_layers_equal_a_loop_over_them(count: int, with_inputs: bool) ->
 def test_layers_of_a_stack_are_drawn_each_for_itself() -> None:
     w = np.asarray(stack(lambda rngs: Affine(rngs), 3, nnx.Rngs(0)).w[...])
     assert all(np.abs(w[i] - w[j]).max() > 0.1 for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_a_gated_feed_forward_is_the_product_of_gate_and_up() -> None:
+    """SwiGLU (Shazeer 2020), as Llama has it."""
+    module = filled(lambda rngs: FeedForward(3, 5, "silu", gated=True, rngs=rngs))
+    x = np.random.default_rng(0).standard_normal((2, 3))
+    gate, up, down = (np.asarray(w[...], np.float64) for w in (module.gate, module.up, module.down))
+    np.testing.assert_allclose(module(jnp.asarray(x, jnp.float32)), (x @ gate / (1 + np.exp(-(x @ gate))) * (x @ up)) @ down, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "at_one"), [("gelu", 0.8411920), ("exact_gelu", 0.8413447), ("quick_gelu", 0.8457958)])
+def test_the_three_gelus(name: str, at_one: float) -> None:
+    assert float(ACTIVATIONS[name](jnp.float32(1.0))) == pytest.approx(at_one, abs=1e-6)

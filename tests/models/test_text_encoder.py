@@ -35,13 +35,14 @@ def bert(tokens: np.ndarray, parameters: dict[str, Any]) -> np.ndarray:
     x = norm(parameters["embedding"][tokens] + parameters["position_embedding"][: len(tokens)], parameters["embedding_norm"])
     for number in range(CONFIG.layers):
         layer = jax.tree.map(lambda a, number=number: a[number], parameters["layers"])
+        attention = layer["attention"]
         attended = np.zeros_like(x)
         for head in range(CONFIG.heads):
-            query, key, value = (x @ layer[name][:, head] + layer[f"{name}_bias"][head] for name in ("query", "key", "value"))
+            query, key, value = (x @ attention[name][:, head] + attention[f"{name}_bias"][head] for name in ("query", "key", "value"))
             for place in range(len(tokens)):
                 weights = np.exp(key @ query[place] / math.sqrt(CONFIG.width // CONFIG.heads))
-                attended[place] += (weights / weights.sum()) @ value @ layer["out"][head]
-        x = norm(x + attended + layer["out_bias"], layer["attention_norm"])
+                attended[place] += (weights / weights.sum()) @ value @ attention["out"][head]
+        x = norm(x + attended + attention["out_bias"], layer["attention_norm"])
         feed = layer["feed_forward"]
         hidden = gelu(x @ feed["up"] + feed["up_bias"]) @ feed["down"] + feed["down_bias"]
         x = norm(x + hidden, layer["feed_forward_norm"])

@@ -1,0 +1,78 @@
+"""Vision Transformer in the forms of CLIP (Radford et al. 2021) and SigLIP (Zhai et al. 2023): the encoder of open checkpoints and of the ablation."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flamingo_jax.errors import UserError
+from flamingo_jax.experiment import VisionConfig, ViTConfig
+from flamingo_jax.models.attention import FullAttention
+from flamingo_jax.models.layers import FeedForward, LayerNorm, fan_in_normal, linear, scan_layers, stack
+
+Array = jax.Array
+
+
+class ViTLayer(nnx.Module):
+    """x += Attention(Norm(x)); x += FeedForward(Norm(x))."""
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = LayerNorm(config.width, config.norm_eps)
+        self.attention = FullAttention(config.width, config.heads, rngs=rngs)
+        self.feed_forward_norm = LayerNorm(config.width, config.norm_eps)
+        self.feed_forward = FeedForward(config.width, config.feed_forward, config.activation, bias=True, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class ViT(nnx.Module):
+    """Normalised pictures [M, H, W, 3] -> grid features [M, H / patch, W / patch, C], the patches' last states.
+
+    Pictures of another size than the config's have their positions interpolated. Raises: UserError where a picture does not divide into patches.
+    """
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        assert config.vit is not None
+        vit = self.config = config.vit
+        self.grid = _cells(config.image_size, vit.patch_size)
+        self.width = vit.width
+        self.patch_embedding = fan_in_normal(rngs, (3 * vit.patch_size**2, vit.width))
+        self.patch_bias = nnx.Param(jnp.zeros((vit.width,))) if vit.patch_bias else None
+        small = lambda *shape: nnx.Param(0.02 * jax.random.normal(rngs.params(), (*shape, vit.width)))
+        self.position_embedding = small(self.grid, self.grid)
+        self.class_embedding = small() if vit.class_token else None
+        self.first_norm = LayerNorm(vit.width, vit.norm_eps) if vit.first_norm else None
+        self.layers = stack(lambda r: ViTLayer(vit, rngs=r), vit.layers, rngs)
+        self.last_norm = LayerNorm(vit.width, vit.norm_eps) if vit.last_norm else None
+
+    def __call__(self, images: Array, *, train: bool = False, key: Array | None = None) -> Array:
+        """Nothing is random, whether in training or not."""
+        patch = self.config.patch_size
+        pictures, rows, columns = images.shape[0], _cells(images.shape[1], patch), _cells(images.shape[2], patch)
+        x = images.reshape(pictures, rows, patch, columns, patch, 3).swapaxes(2, 3).reshape(pictures, rows, columns, -1)
+        x = linear(x, self.patch_embedding[...])
+        if self.patch_bias is not None:
+            x = x + self.patch_bias[...].astype(x.dtype)
+        x = (x + self._positions(rows, columns).astype(x.dtype)).reshape(pictures, rows * columns, self.width)
+        if self.class_embedding is not None:
+            first = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (pictures, 1, self.width))
+            x = jnp.concatenate([first, x], axis=1)
+        if self.first_norm is not None:
+            x = self.first_norm(x)
+        x, _ = scan_layers(self.layers, lambda layer, h, _: (layer(h), None), x)
+        if self.class_embedding is not None:
+            x = x[:, 1:]
+        if self.last_norm is not None:
+            x = self.last_norm(x)
+        return x.reshape(pictures, rows, columns, self.width)
+
+    def _positions(self, rows: int, columns: int) -> Array:
+        table = self.position_embedding[...]
+        return table if table.shape[:2] == (rows, columns) else jax.image.resize(table, (rows, columns, self.width), "bicubic")
+
+
+def _cells(size: int, patch: int) -> int:
+    if size % patch:
+        raise UserError(f"vision.image_size is {size}, which does not divide into patches of {patch}: make it a multiple of vision.vit.patch_size")
+    return size // patch
