@@ -35,6 +35,8 @@ setuptools.setup(
         "test": ["mypy>=1.15", "pytest>=8", "ruff>=0.11"],
         "gpu": ["jax[cuda12]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        # The compiler alone, for `launch.plan --topology`: it needs no TPU.
+        "plan": ["jax[tpu]>=0.10.2"],
         "interop-test": ["torch>=2.4", "transformers>=4.50"],
     },
 )

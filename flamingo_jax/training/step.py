@@ -111,6 +111,12 @@ def make_update(
     return update
 
 
+def lower_update(update: Update, state: Any, frozen: Any, batches: Any) -> jax.stages.Lowered:
+    """The update ready to be compiled for arrays, or shapes with shardings, like these; it takes over the state's memory."""
+    shardings = jax.tree.map(lambda a: a.sharding, state)
+    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None)).lower(state, frozen, batches)
+
+
 def make_held_out_loss(graph: Any, task: Task) -> Callable[..., Loss]:
     """The jittable loss (trainable, frozen, batch) -> Loss of one held-out batch."""
     return lambda trainable, frozen, batch: task.loss(merge_model(graph, trainable, frozen), batch, None)

@@ -1,0 +1,120 @@
+"""The training step compiled ahead of time, on shapes alone, and what the compiler says of it."""
+
+import math
+import resource
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from flamingo_jax.experiment import DatasetConfig, Experiment
+from flamingo_jax.partitioning.mesh import batch_sharding, check_batches
+from flamingo_jax.planning.flops import Work, product_flops, step_cost
+from flamingo_jax.tasks import stages
+from flamingo_jax.training.assembly import assemble
+from flamingo_jax.training.step import lower_update, make_update
+
+
+class Memory(NamedTuple):
+    """Bytes on each device. peak: arguments, results that have no argument's place, and temporaries."""
+
+    arguments: int
+    results: int
+    temporaries: int
+
+    @property
+    def peak(self) -> int:
+        return self.arguments + self.results + self.temporaries
+
+
+class Program(NamedTuple):
+    """An update compiled for a mesh.
+
+    formula_flops: of full rows with all their visuals, by `flops.step_cost`. jaxpr_flops: of the traced update, what is computed twice
+    among it. Both are of all devices together. seconds, compiler_bytes: what tracing and compiling took; the most memory that this process had.
+    """
+
+    memory: Memory
+    formula_flops: int
+    jaxpr_flops: int
+    seconds: float
+    compiler_bytes: int
+    hlo: str
+
+
+def compile_program(experiment: Experiment, mesh: Mesh) -> Program:
+    """Compiles the experiment's update for `mesh`, whose devices may be of a topology that is not here. Nothing is allocated on them.
+
+    Raises: UserError where batches or parameters do not divide over the mesh.
+    """
+    check_batches(experiment, mesh)
+    began = time.monotonic()
+    # Outside of the mesh: optax makes a few scalars, and the mesh's devices may be unable to.
+    assembly = assemble(experiment, mesh)
+    with jax.set_mesh(mesh):
+        update = make_update(assembly.graph, stages.make_task(experiment), assembly.optimizer, experiment.data, experiment.training.update)
+        batches = batch_shapes(experiment, mesh)
+        jaxpr = jax.make_jaxpr(update)(assembly.state, assembly.frozen, batches)
+        compiled = lower_update(update, assembly.state, assembly.frozen, batches).compile()
+    analysis, text = compiled.memory_analysis(), compiled.as_text()
+    assert analysis is not None and text is not None, "every XLA backend has both"
+    memory = Memory(
+        analysis.argument_size_in_bytes, analysis.output_size_in_bytes - analysis.alias_size_in_bytes, analysis.temp_size_in_bytes
+    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    flops = step_cost(experiment).of(full_work(experiment))
+    return Program(memory, flops, product_flops(jaxpr.jaxpr), time.monotonic() - began, peak, text)
+
+
+def full_work(experiment: Experiment) -> Work:
+    """The work of an update whose every row is full, with every visual and frame it has room for."""
+    works = [_full_work(experiment, dataset) for dataset in experiment.data.values()]
+    return Work(*(sum(counts) for counts in zip(*works, strict=True)))
+
+
+def _full_work(experiment: Experiment, dataset: DatasetConfig) -> Work:
+    rows = dataset.batch_size
+    if experiment.task == "contrastive":
+        return Work(rows * _text_length(experiment), 0, rows, rows)
+    tokens = rows * dataset.length
+    if dataset.kind == "text":
+        return Work(tokens)
+    return Work(tokens, tokens, rows * dataset.visuals, rows * dataset.visuals * dataset.frames)
+
+
+def batch_shapes(experiment: Experiment, mesh: Mesh) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """Every dataset's global batch as shapes with their shardings (the arrays of `data_pipelines.mixture`)."""
+    return {name: _batch_shapes(experiment, dataset, mesh) for name, dataset in experiment.data.items()}
+
+
+def _batch_shapes(experiment: Experiment, dataset: DatasetConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    def array(dtype: jnp.dtype, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+
+    rows, length, number, flag, byte = dataset.batch_size, dataset.length, jnp.int32, jnp.bool_, jnp.uint8
+    if experiment.task == "contrastive":
+        size, text = stages.model_config(experiment).vision.image_size, _text_length(experiment)
+        return {"images": array(byte, rows, size, size, 3), "tokens": array(number, rows, text), "mask": array(flag, rows, text)}
+    batch = {name: array(number, rows, length) for name in ("tokens", "positions", "segments")} | {"loss_mask": array(flag, rows, length)}
+    if experiment.task == "language_modelling":
+        return batch
+    batch["media_index"] = array(number, rows, length)
+    if dataset.kind == "text":
+        return batch
+    visuals, size = rows * dataset.visuals, stages.model_config(experiment).vision.image_size
+    return batch | {
+        "visuals": array(number, rows, dataset.visuals),
+        "frame_mask": array(flag, visuals, dataset.frames),
+        "images": array(byte, visuals, dataset.frames, size, size, 3),
+    }
+
+
+def _text_length(experiment: Experiment) -> int:
+    return stages.model_config(experiment).text.max_length
+
+
+def floor_seconds(program: Program, chips: int, flops: float) -> float:
+    """The least that a step can take: the formula's FLOPs at the chips' peak."""
+    return program.formula_flops / (chips * flops) if chips else math.inf

@@ -1,0 +1,63 @@
+"""TPU topologies as meshes of devices that are not here: programs compile for them on any machine with libtpu, but cannot run."""
+
+import importlib.util
+import os
+import re
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from flamingo_jax.errors import UserError
+from flamingo_jax.experiment import MeshConfig
+from flamingo_jax.partitioning.mesh import make_mesh
+
+
+class Chip(NamedTuple):
+    """memory: bytes of HBM a program may use. flops: dense bfloat16 a second. options: what libtpu must be told besides the topology."""
+
+    memory: int
+    flops: float
+    options: dict[str, Any]
+
+
+CHIPS = {
+    # One device a chip, as programs see a v4: "megacore" joins its two cores.
+    "v4": Chip(int(30.75 * 2**30), 275e12, {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1), "num_slices": 1}),
+    "v5e": Chip(int(15.75 * 2**30), 197e12, {}),
+    "v5p": Chip(int(95.74 * 2**30), 459e12, {}),
+    "v6e": Chip(int(31.25 * 2**30), 918e12, {}),
+}
+
+
+class Topology(NamedTuple):
+    """name: as in "v4:2x2x4"."""
+
+    name: str
+    chip: Chip
+    devices: list[jax.Device]
+
+    def mesh(self, config: MeshConfig) -> Mesh:
+        """The config's mesh over all of the chips; a UserError where its sizes do not multiply to them."""
+        return make_mesh(config, self.devices)
+
+
+def open_topology(name: str) -> Topology:
+    """The topology of a name such as "v4:2x2x4": a kind of chip and the sizes of its torus.
+
+    Raises: UserError for a name of another form, an unknown chip, sizes that no such machine has, or a missing libtpu.
+    """
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", name)
+    if not match or match[1] not in CHIPS:
+        raise UserError(f"--topology={name} must be CHIP:SIZES, such as v4:2x2x4, with one of the chips {', '.join(CHIPS)}")
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"--topology={name} needs the TPU compiler, which runs without a TPU: pip install 'flamingo_jax[plan]'")
+    chip = CHIPS[match[1]]
+    # Or libtpu asks a metadata server that only a TPU machine has, and waits for it.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=name, **chip.options)
+    except Exception as error:  # noqa: BLE001 - XLA raises what it likes, JaxRuntimeError and RuntimeError among it
+        raise UserError(f"--topology={name} is refused by the TPU compiler: {' '.join(str(error).split())}") from error
+    return Topology(name, chip, list(described.devices))

@@ -1,0 +1,53 @@
+"""A step compiled on shapes alone: its memory and FLOPs, on the host's devices and, where libtpu is installed, for TPUs that are not here."""
+
+import importlib.util
+
+import jax
+import numpy as np
+import pytest
+
+from flamingo_jax.errors import UserError
+from flamingo_jax.experiment import MeshConfig
+from flamingo_jax.partitioning.mesh import make_mesh
+from flamingo_jax.planning.flops import work_in
+from flamingo_jax.planning.program import batch_shapes, compile_program, full_work
+from flamingo_jax.planning.topology import open_topology
+from flamingo_jax.training.assembly import assemble
+from tests.training import world
+
+
+def test_batches_are_those_that_training_gets() -> None:
+    mesh = make_mesh(MeshConfig())
+    made = batch_shapes(world.experiment(flamingo=world.FLAMINGO), mesh)
+    for name, batch in world.batches().items():
+        assert {key: (value.shape, value.dtype) for key, value in batch.items()} == {key: (s.shape, s.dtype) for key, s in made[name].items()}
+
+
+def test_full_work_is_the_work_of_full_batches() -> None:
+    full = {name: batch | {"segments": np.ones_like(batch["segments"])} for name, batch in world.batches().items()}
+    assert full_work(world.experiment()) == work_in(full.values())
+
+
+def test_memory_and_flops_of_a_compiled_step() -> None:
+    experiment = world.experiment()
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    program = compile_program(experiment, mesh)
+    assembly = assemble(experiment, mesh)
+    arrays = jax.tree.leaves((assembly.state, assembly.frozen, batch_shapes(experiment, mesh)))
+    expected = sum(a.size * a.dtype.itemsize for a in arrays)
+    assert expected * 0.95 <= program.memory.arguments <= expected * 1.05
+    assert program.memory.peak > program.memory.arguments
+    # Attention's products of activations, which the formula leaves out, weigh much at this size.
+    assert 1.0 < program.jaxpr_flops / program.formula_flops < 3.0
+
+
+@pytest.mark.parametrize("name", ["v4", "h200:8", "v4:2by2"])
+def test_an_unknown_topology_is_one_sentence(name: str) -> None:
+    with pytest.raises(UserError, match="must be CHIP:SIZES, such as v4:2x2x4"):
+        open_topology(name)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the compiler is installed")
+def test_without_the_compiler_it_is_named() -> None:
+    with pytest.raises(UserError, match="pip install"):
+        open_topology("v4:2x2x1")
