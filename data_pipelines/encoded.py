@@ -15,7 +15,7 @@ import grain
 import numpy as np
 from jax.experimental import multihost_utils
 
-from data_pipelines.features import INFO_FILE
+from data_pipelines.features import is_current
 from data_pipelines.records import Record
 from flamingo_jax.errors import UserError
 from flamingo_jax.processing.images import ImageError, pad
@@ -88,7 +88,7 @@ def load_or_encode(
     """
     store = folder / f"features_{encoder.digest}_{split}"
     parts = -(-len(records) // RECORDS)
-    mine = [number for number in range(index, parts, count) if not _fresh(_part(store, number), folder / INFO_FILE)]
+    mine = [number for number in range(index, parts, count) if not is_current(_part(store, number), folder)]
     try:
         if mine:
             store.mkdir(exist_ok=True)
@@ -152,10 +152,6 @@ def _part(store: pathlib.Path, number: int) -> pathlib.Path:
 
 def _counts(store: pathlib.Path, number: int) -> pathlib.Path:
     return store / f"{number:05d}.counts.npy"
-
-
-def _fresh(path: pathlib.Path, than: pathlib.Path) -> bool:
-    return path.exists() and path.stat().st_mtime >= than.stat().st_mtime
 
 
 def _write(path: pathlib.Path, values: np.ndarray) -> None:

@@ -65,3 +65,9 @@ def dataset_folder(path: str | pathlib.Path) -> pathlib.Path:
         if (candidate / INFO_FILE).is_file():
             return candidate
     raise UserError(f"{folder} holds no dataset: build one there with launch.build_data, or mend the path")
+
+
+def is_current(path: pathlib.Path, folder: pathlib.Path) -> bool:
+    """Whether a file made from the dataset in `folder` is there and no older than the dataset."""
+    info = folder / INFO_FILE
+    return path.exists() and not (info.exists() and path.stat().st_mtime < info.stat().st_mtime)

@@ -13,19 +13,20 @@ from flamingo_jax.processing.tokenizer import Tokenizer
 
 def make_iterators(experiment: Experiment, tokenizer: Tokenizer, encoder: Encoder | None = None) -> dict[str, BatchIterator]:
     """This process's part of every training dataset, its pictures encoded where an encoder is given; raises UserError for what cannot be read."""
-    options = _options(experiment, tokenizer) | {"encoder": encoder}
+    options = _options(experiment, tokenizer, encoder)
     return {name: make_iterator(dataset, seed=experiment.seed, **options) for name, dataset in experiment.data.items()}
 
 
 def held_out_batches(experiment: Experiment, tokenizer: Tokenizer, encoder: Encoder | None = None) -> dict[str, list[Arrays]]:
     """The first batches of every held-out dataset."""
-    options = _options(experiment, tokenizer) | {"encoder": encoder}
+    options = _options(experiment, tokenizer, encoder)
     batches = experiment.training.evaluate_batches
     return {name: held_out(dataset, batches=batches, **options) for name, dataset in experiment.held_out.items()}
 
 
-def _options(experiment: Experiment, tokenizer: Tokenizer) -> dict[str, Any]:
-    options: dict[str, Any] = {"tokenizer": tokenizer, "task": experiment.task, "shard": Shard(jax.process_index(), jax.process_count())}
+def _options(experiment: Experiment, tokenizer: Tokenizer, encoder: Encoder | None) -> dict[str, Any]:
+    shard = Shard(jax.process_index(), jax.process_count())
+    options: dict[str, Any] = {"tokenizer": tokenizer, "task": experiment.task, "shard": shard, "encoder": encoder}
     vision = experiment.contrastive.vision if experiment.contrastive else experiment.flamingo.vision if experiment.flamingo else None
     if vision is not None:
         options |= {"image_size": vision.image_size, "mean": vision.mean}

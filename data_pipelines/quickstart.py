@@ -282,28 +282,25 @@ def plural(shape: str) -> str:
 
 def caption(scene: Scene) -> str:
     """The one clean caption of a scene."""
-    first = scene.things[0]
-    if scene.sort == "motion":
-        return f"{a(first)} moving {scene.moving}"
-    if scene.sort == "one":
-        return f"{a(first)} at the {PLACES[scene.cells[0]]}"
-    if scene.sort == "two":
-        return f"{a(first)} {scene.relation} {a(scene.things[1])}"
-    return f"{NUMBERS[len(scene.things)]} {first.colour} {plural(first.shape)}"
+    return _told(scene, a, lambda thing: f"{thing.colour} {plural(thing.shape)}")
 
 
 def shape_first(scene: Scene) -> str:
     """A scene told with shapes before colours, for text alone: a language model looks up what follows a word long before what precedes it, and
     must learn to look up by shape ("what colour is the star?") as well as by colour."""
+    return _told(scene, lambda thing: f"{thing.shape} {thing.colour}", lambda thing: f"{plural(thing.shape)} {thing.colour}")
+
+
+def _told(scene: Scene, one: Callable[[Thing], str], several: Callable[[Thing], str]) -> str:
+    """A scene, with what to call one thing and several equal ones."""
     first = scene.things[0]
     if scene.sort == "motion":
-        return f"{first.shape} {first.colour} moving {scene.moving}"
+        return f"{one(first)} moving {scene.moving}"
     if scene.sort == "one":
-        return f"{first.shape} {first.colour} at the {PLACES[scene.cells[0]]}"
+        return f"{one(first)} at the {PLACES[scene.cells[0]]}"
     if scene.sort == "two":
-        last = scene.things[1]
-        return f"{first.shape} {first.colour} {scene.relation} {last.shape} {last.colour}"
-    return f"{NUMBERS[len(scene.things)]} {plural(first.shape)} {first.colour}"
+        return f"{one(first)} {scene.relation} {one(scene.things[1])}"
+    return f"{NUMBERS[len(scene.things)]} {several(first)}"
 
 
 def noisy_caption(scene: Scene, rng: np.random.Generator) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.features import INFO_FILE
+from data_pipelines.features import is_current
 from data_pipelines.transforms.examples import strings
 from flamingo_jax.processing.sequences import page_sequence, pair_overhead
 from flamingo_jax.processing.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ def load_or_measure(records: Sequence[Any], kind: str, tokenizer: Tokenizer, fol
     """From `lengths_<fingerprint>_<split>.npz` in the dataset's folder, written there first where it is missing or older than the
     dataset. A folder that cannot be written to is measured each time."""
     path = folder / f"lengths_{tokenizer.fingerprint}_{split}.npz"
-    if path.exists() and not _older(path, folder / INFO_FILE):
+    if is_current(path, folder):
         try:
             with np.load(path) as stored:
                 lengths = Lengths(stored["tokens"], stored["visuals"])
@@ -62,10 +62,6 @@ def load_or_measure(records: Sequence[Any], kind: str, tokenizer: Tokenizer, fol
         with contextlib.suppress(OSError):
             temporary.unlink()
     return lengths
-
-
-def _older(path: pathlib.Path, than: pathlib.Path) -> bool:
-    return than.exists() and path.stat().st_mtime < than.stat().st_mtime
 
 
 def _of(record: Any, kind: str, tokenizer: Tokenizer) -> tuple[int, int]:

@@ -1,6 +1,5 @@
 """The training step compiled ahead of time, on shapes alone, and what the compiler says of it."""
 
-import math
 import resource
 import time
 from typing import NamedTuple
@@ -117,4 +116,4 @@ def _text_length(experiment: Experiment) -> int:
 
 def floor_seconds(program: Program, chips: int, flops: float) -> float:
     """The least that a step can take: the formula's FLOPs at the chips' peak."""
-    return program.formula_flops / (chips * flops) if chips else math.inf
+    return program.formula_flops / (chips * flops)
