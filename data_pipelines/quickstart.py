@@ -340,10 +340,7 @@ def questions(scene: Scene, rng: np.random.Generator, things: Sequence[Thing]) -
     if sort == "counts":
         return [Question(f"how many {plural(first.shape)} are there?", NUMBERS[len(scene.things)], "counts/number")]
     about = _pick(rng, scene.things)
-    asked = [
-        Question(f"what colour is the {about.shape}?", about.colour, f"{sort}/colour"),
-        Question(f"what shape is the {about.colour} thing?", about.shape, f"{sort}/shape"),
-    ]
+    asked = [_colour_question(about, sort), _shape_question(about, sort)]
     if sort == "one":
         absent = _pick(rng, _near(rng, first, things))
         named, answer = (first, "yes") if rng.random() < 0.5 else (absent, "no")
@@ -359,6 +356,14 @@ def questions(scene: Scene, rng: np.random.Generator, things: Sequence[Thing]) -
     true = (one is first) == (said == relation)
     asked.append(Question(f"is the {one.shape} {said} the {other.shape}?", "yes" if true else "no", "two/order"))
     return asked
+
+
+def _colour_question(about: Thing, sort: str) -> Question:
+    return Question(f"what colour is the {about.shape}?", about.colour, f"{sort}/colour")
+
+
+def _shape_question(about: Thing, sort: str) -> Question:
+    return Question(f"what shape is {about.colour}?", about.shape, f"{sort}/shape")
 
 
 def ask(scene: Scene, rng: np.random.Generator, things: Sequence[Thing]) -> Question:
@@ -478,13 +483,15 @@ def document(rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS) -> 
 
     Half of the documents are lines, in the others the image tag stands before each description as on a page, so that the language model
     has met the tag before it is frozen. Rhymes are a few random words said again and again: copying is what binding is learned from, and
-    it is learned soonest where there is little to choose from.
+    it is learned soonest where there is little to choose from. What questions take is learned from lists of many things.
     """
     sort, tagged = rng.random(), rng.random() < 0.5
-    if sort < 0.35:
+    if sort < 0.25:
         return Drawn({"text": _rhyme(rng)})
-    if sort < 0.65:
+    if sort < 0.50:
         return namings(rng, things, tagged)
+    if sort < 0.67:
+        return lookups(rng, things, tagged)
     lines = []
     for _ in range(int(rng.integers(2, 5))):
         scene = draw_motion(rng, things) if rng.random() < 0.08 else draw_scene(rng, things, TAUGHT)
@@ -505,6 +512,20 @@ def namings(rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS, tagg
     _, known, new = _binding(rng, things, int(rng.integers(4, 17)))
     lines = [naming_text(word, name) for name, word in zip(known, new, strict=True)]
     return Drawn({"text": "".join(f"<image>{line}" for line in lines) if tagged else ".".join(lines)})
+
+
+def lookups(rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS, tagged: bool = True) -> Drawn:
+    """Three to six things told one after the other, then ten questions about the colour or shape of one of them, many cut to their last word.
+
+    Of two things the answer can be guessed half of the time, and a language model may rest there; of many it must be looked up. What is to
+    be looked up stands right before the answer of a short question: there it is learned first.
+    """
+    told = differing(rng, things, int(rng.integers(3, 7)))
+    colours_first = rng.random() < 0.5
+    listed = ", ".join(a(thing) if colours_first else f"{thing.shape} {thing.colour}" for thing in told) + "."
+    asked = [_pick(rng, (_colour_question, _shape_question))(_pick(rng, told), "many") for _ in range(10)]
+    texts = [f"{one.question.split()[-1]} {one.answer}" if rng.random() < 0.6 else question_text(one) for one in asked]
+    return Drawn({"text": " ".join([("<image>" if tagged else "") + listed, *texts])})
 
 
 def _rhyme(rng: np.random.Generator) -> str:
@@ -537,6 +558,7 @@ DATASETS: dict[str, WorldDataset] = {
     "m3w": WorldDataset("pages", page, {"train": 3_000, "validation": 200}, "pages of captions, questions and new words"),
     "text": WorldDataset("text", lambda rng, _: document(rng), {"train": 20_000, "validation": 200}, "text that mirrors the pages"),
     "namings": WorldDataset("text", lambda rng, _: namings(rng), {"validation": 200}, "new words bound in text alone"),
+    "lookups": WorldDataset("text", lambda rng, _: lookups(rng), {"validation": 200}, "many things and questions about them"),
     "caption_one": WorldDataset("pairs", functools.partial(pair, draw=draw_one), _TESTS, "pictures of one thing"),
     "caption_two": WorldDataset("pairs", functools.partial(pair, draw=draw_two), _TESTS, "pictures of two things"),
     "vqa": WorldDataset("questions", question, _TESTS, "questions about pictures"),

@@ -51,7 +51,7 @@ def read_examples(records: Iterable[Any], kind: str, config: FlamingoConfig, *, 
         pictures = [record["image"]] if kind == "pairs" else list(record["frames"])
         kept = spread(len(pictures), frames or config.resampler.frames)
         visual = read_visual([pictures[place] for place in kept], config, name)
-        answers = tuple(_text(t) for t in record["answers" if kind == "questions" else "captions"])
+        answers = tuple(_text(t) for t in record["answers"]) if kind == "questions" else tuple(_plain(_text(t)) for t in record["captions"])
         if not answers:
             raise UserError(f"the record {name!r} has no right answer to hold a prediction to: leave it out of the evaluation data")
         question, sort = (_text(record["question"]), _text(record["type"])) if kind == "questions" else ("", "")
@@ -81,6 +81,11 @@ def page_examples(pages: Sequence[Page]) -> list[Example]:
             elif asked:
                 examples.append(Example(f"{page.id}/{place}", visual, (asked[2],), asked[1]))
     return examples
+
+
+def _plain(caption: str) -> str:
+    """A caption without the prompt that some training data tell it with: prompts would say it twice."""
+    return re.sub(r"^\s*Output: ", "", caption)
 
 
 def read_visual(pictures: Sequence[bytes], config: FlamingoConfig, name: str) -> Visual:

@@ -140,7 +140,7 @@ def answer(scene: world.Scene, question: str) -> str:
     by_shape = {thing.shape: (thing, cell) for thing, cell in zip(scene.things, scene.cells, strict=True)}
     if match := re.fullmatch(rf"what colour is the ({SHAPE})\?", question):
         return by_shape[match[1]][0].colour
-    if match := re.fullmatch(rf"what shape is the ({COLOUR}) thing\?", question):
+    if match := re.fullmatch(rf"what shape is ({COLOUR})\?", question):
         return next(thing.shape for thing in scene.things if thing.colour == match[1])
     if match := re.fullmatch(rf"where is the ({SHAPE})\?", question):
         return next(name for name, (row, column) in PLACES.items() if 3 * row + column == by_shape[match[1]][1])
@@ -216,6 +216,8 @@ def test_what_text_tells_of_a_scene_follows_from_its_description():
     forms, told = collections.Counter(), collections.Counter()
     for drawn in all_drawn("text", "train", 1500):
         text = drawn.record["text"]
+        if re.search(rf"(?:{COLOUR}|{SHAPE})\? ", text.replace("Question:", "")) and ", " in text:
+            continue  # Lookups.
         if ". Output:" not in text and ". Question:" not in text:
             continue
         for line in filter(None, re.split(r"<image>|\n", text)):
@@ -232,6 +234,23 @@ def test_what_text_tells_of_a_scene_follows_from_its_description():
                 assert said == (scene.moving if "move" in question else answer(scene, question)), line
     assert forms[True] == pytest.approx(forms[False], rel=0.2)
     assert min(told[1], told[2], told[3]) > 100
+
+
+def test_lookups_ask_about_things_in_their_list():
+    rng = np.random.default_rng(5)
+    forms: collections.Counter[str] = collections.Counter()
+    for _ in range(300):
+        text = world.lookups(rng).record["text"].removeprefix("<image>")
+        listed, rest = text.split(". ", 1)
+        things = [world.Thing(*colours_first(one).removeprefix("an ").removeprefix("a ").split()) for one in listed.split(", ")]
+        assert 3 <= len(things) <= 6 and len({t.colour for t in things}) == len({t.shape for t in things}) == len(things)
+        known = {t.colour: t.shape for t in things} | {t.shape: t.colour for t in things}
+        asked = re.findall(r"(Question: what \w+ is (?:the )?)?(\w+)\? (?:Answer: )?(\w+)", rest)
+        assert len(asked) == 10 and " ".join(re.findall(r"\w+", rest)).count("Question") == sum(bool(whole) for whole, _, _ in asked)
+        for whole, word, said in asked:
+            assert known[word] == said, text
+            forms["whole" if whole else "short"] += 1
+    assert forms["short"] / forms.total() == pytest.approx(0.6, abs=0.05)
 
 
 def test_binding_pages_are_balanced_for_every_number_of_shots(unpainted):

@@ -99,7 +99,7 @@ CONFIG = tiny_config(40)
 
 
 def test_records_become_examples_at_the_models_size() -> None:
-    pair, = read_examples([{"id": b"a", "image": png(9), "captions": [b"one", "two"]}], "pairs", CONFIG)
+    pair, = read_examples([{"id": b"a", "image": png(9), "captions": [b"Output: one", "two"]}], "pairs", CONFIG)
     assert pair.visual.frames.shape == (1, 32, 32, 3)
     assert pair.answers == ("one", "two")
     clip, = read_examples([{"id": b"v", "frames": [png(v) for v in range(9)], "captions": [b"x"]}], "videos", CONFIG)
