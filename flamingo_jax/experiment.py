@@ -239,7 +239,13 @@ class TrainingConfig:
     """Steps in a row that may be skipped because they are not finite; one more stops the run."""
     loss: Literal["sequence_sum", "token_mean"] = "sequence_sum"
     """Sum over a sequence's tokens, mean over sequences (the paper's equation), or mean over tokens."""
-    update: Literal["accumulate", "round_robin"] = "accumulate"
+    mixing: Literal["accumulate", "stream", "round_robin"] = "accumulate"
+    """accumulate: dataset after dataset, their gradients summed (paper 2.4). stream: the same gradient from all of them at once, every weight
+    meeting the tokens of all datasets in one product. round_robin: one step of the optimizer for each dataset (the paper's ablation)."""
+    remat: Literal["none", "products", "layers"] = "none"
+    """What is computed again for the gradient rather than kept: nothing; all but the products with weights; whole layers."""
+    frames_at_once: int = 0
+    """Frames that each device encodes at a time, 0 for all of a batch's: the encoder's memory."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     use_visuals: bool = True
     """False trains the same model on the same text with every picture taken away: the baseline that shows what looking is worth."""

@@ -11,7 +11,8 @@ import numpy as np
 from flax import nnx
 
 from flamingo_jax.experiment import LanguageModelConfig, RopeScaling
-from flamingo_jax.models.layers import RMSNorm, fan_in_normal, linear
+from flamingo_jax.models.layers import RMSNorm, fan_in_normal, kept, linear
+from flamingo_jax.models.stream import Parts, as_parts, join, shapes_of, split
 
 Array = jax.Array
 
@@ -128,35 +129,47 @@ class SelfAttention(nnx.Module):
             self.position_bias = nnx.Param(config.position_bias * jax.random.normal(rngs.params(), (heads, head_width)))
         self.rope_base, self.rope_scaling = config.rope_base, config.rope_scaling
 
-    def __call__(self, x: Array, positions: Array, segments: Array | None, cache: Cache | None) -> tuple[Array, Cache | None]:
-        """x [B, L, D] -> [B, L, D]. With a cache the row is one segment, and tokens at positions past its end are dropped."""
+    def __call__(
+        self, x: Array, positions: Array | Parts, segments: Array | Parts | None, cache: Cache | None
+    ) -> tuple[Array, Cache | None]:
+        """x [B, L, D] -> [B, L, D], or a stream [S, T, D] whose positions and segments are one array for each of its parts.
+
+        With a cache the row is one segment, and tokens at positions past its end are dropped.
+        """
         maps = ((self.query, self.query_bias), (self.key, self.key_bias), (self.value, self.value_bias))
-        query, key, value = (linear(x, w[...]) if b is None else linear(x, w[...]) + b[...].astype(x.dtype) for w, b in maps)
+        query, key, value = (
+            kept(linear(x, w[...])) if b is None else kept(linear(x, w[...])) + b[...].astype(x.dtype) for w, b in maps
+        )
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if not self.relative:
             frequencies = rotary_frequencies(query.shape[-1] // 2, self.rope_base, self.rope_scaling)
-            query, key = rotate(query, positions, frequencies), rotate(key, positions, frequencies)
+            places = join(as_parts(positions))
+            query, key = rotate(query, places, frequencies), rotate(key, places, frequencies)
         if cache is None:
             assert segments is not None
-            mask = causal_mask(segments)
-        else:
-            rows = jnp.arange(x.shape[0])[:, None]
-            key = cache.key.at[rows, positions].set(key.astype(cache.key.dtype), mode="drop")
-            value = cache.value.at[rows, positions].set(value.astype(cache.value.dtype), mode="drop")
-            cache = Cache(key, value)
-            mask = (jnp.arange(key.shape[1]) <= positions[:, :, None])[:, None]
-        scores = None
-        if self.relative:
-            scores = self._position_scores(query, positions, key.shape[1], cached=cache is not None)
-            query = query + self.content_bias[...].astype(query.dtype)
-        return linear(attend(query, key, value, mask, scores), self.out[...], 2), cache
+            parts = as_parts(segments)
+            rows = zip(*(split(a, shapes_of(parts)) for a in (query, key, value)), parts, strict=True)
+            return linear(join([self._mix(q, k, v, causal_mask(part)) for q, k, v, part in rows]), self.out[...], 2), None
+        places = join(as_parts(positions))
+        row = jnp.arange(x.shape[0])[:, None]
+        key = cache.key.at[row, places].set(key.astype(cache.key.dtype), mode="drop")
+        value = cache.value.at[row, places].set(value.astype(cache.value.dtype), mode="drop")
+        h = self._mix(query, key, value, (jnp.arange(key.shape[1]) <= places[:, :, None])[:, None], places)
+        return linear(h, self.out[...], 2), Cache(key, value)
 
-    def _position_scores(self, query: Array, positions: Array, keys: int, cached: bool) -> Array:
-        """(q_i + v) . W r_(i-j), the position part of Transformer-XL's score: float32 [B, H, L, S]."""
+    def _mix(self, query: Array, key: Array, value: Array, mask: Array, cached_positions: Array | None = None) -> Array:
+        """[B, L, H, d], [B, S, K, d] twice, the positions of the queries where keys are a cache's -> [B, L, H, d]."""
+        if not self.relative:
+            return attend(query, key, value, mask)
+        scores = self._position_scores(query, cached_positions, key.shape[1])
+        return attend(query + self.content_bias[...].astype(query.dtype), key, value, mask, scores)
+
+    def _position_scores(self, query: Array, positions: Array | None, keys: int) -> Array:
+        """(q_i + v) . W r_(i-j), the position part of Transformer-XL's score: float32 [B, H, L, S]. Without positions, query i stands at i."""
         query = query + self.position_bias[...].astype(query.dtype)
         codes = linear(sinusoids(keys, self.position.shape[0]).astype(query.dtype), self.position[...])
-        if not cached:
+        if positions is None:
             scores = jnp.einsum("blhd,shd->bhls", query, codes[::-1], preferred_element_type=jnp.float32)
             return shift_distances(scores)
         scores = jnp.einsum("blhd,shd->bhls", query, codes, preferred_element_type=jnp.float32)

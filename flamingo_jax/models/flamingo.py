@@ -1,7 +1,8 @@
 """The visual language model: frozen encoder and language model, and the trained parts between them (paper figure 3)."""
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,25 @@ from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.models.attention import Cache
 from flamingo_jax.models.gated_xattn import GatedCrossAttentionBlock, Media, media_mask
 from flamingo_jax.models.language_model import LanguageModel
-from flamingo_jax.models.layers import fan_in_normal, linear, stack
+from flamingo_jax.models.layers import fan_in_normal, linear, rematerialised, stack
 from flamingo_jax.models.perceiver import PerceiverResampler
+from flamingo_jax.models.stream import Parts, join, shapes_of, split
 from flamingo_jax.models.vision import vision_encoder
+from flamingo_jax.partitioning.constraints import constrain, everywhere, gathered, residual, row_shards
+from flamingo_jax.partitioning.mesh import MODEL, ROWS
 from flamingo_jax.processing.normalise import normalise
 
 Array = jax.Array
+
+
+class Rows(NamedTuple):
+    """Packed rows of one dataset. tokens, positions, segments, media_index: int32 [B, L]; visuals: int32 [B, N], -1 for none, or None for text."""
+
+    tokens: Array
+    positions: Array
+    segments: Array
+    media_index: Array
+    visuals: Array | None
 
 
 class GatedBlocks(nnx.Module):
@@ -32,14 +46,21 @@ class Flamingo(nnx.Module):
 
     Token ids from the language model's vocabulary size on are the trained additions, `<EOC>` first; they live in
     `extra_embedding` for input and output, so that the frozen table stays as it is.
+
+    remat: what is computed again for the gradient (see `layers.rematerialised`). frames_at_once: how many frames each device encodes at a
+    time, 0 for all.
     """
 
-    def __init__(self, config: FlamingoConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+    def __init__(
+        self, config: FlamingoConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, remat: str = "none", frames_at_once: int = 0
+    ):
         self.config = config
         self.dtype = dtype
+        self.remat = remat
+        self.frames_at_once = frames_at_once
         width = config.language_model.width
         self.vision_encoder = vision_encoder(config.vision, rngs=rngs)
-        self.resampler = PerceiverResampler(config.resampler, self.vision_encoder.width, rngs=rngs)
+        self.resampler = PerceiverResampler(config.resampler, self.vision_encoder.width, rngs=rngs, remat=remat)
         self.visual_projection = fan_in_normal(rngs, (config.resampler.width, width))
         self.gated_xattn = GatedBlocks(config, rngs=rngs)
         self.language_model = LanguageModel(config.language_model, rngs=rngs, dtype=dtype)
@@ -47,11 +68,42 @@ class Flamingo(nnx.Module):
 
     def encode_images(self, images: Array) -> Array:
         """uint8 [M, T, H, W, 3] -> grid features [M, T, S, C]."""
+        return self.encode_stream([images])[0]
+
+    def encode_stream(self, images: Parts) -> list[Array]:
+        """The pictures of several datasets, uint8 [M, T, H, W, 3] each, as one batch over all devices -> grid features [M, T, S, C] of each."""
+        shards = row_shards()
+        if len(images) == 1 and images[0].shape[0] % shards:
+            shards = 1
+        frames = join(images).reshape(shards, -1, *images[0].shape[2:])
+        count = frames.shape[1]
+        steps, padded = self._rounds(count)
+        x = jnp.pad(frames, ((0, 0), (0, padded - count), *[(0, 0)] * 3)) if padded > count else frames
+        if steps == 1:
+            features = self._encode(x)
+        else:
+            rounds = x.reshape(shards, steps, -1, *x.shape[2:]).swapaxes(0, 1)
+            features = jax.lax.map(self._encode, rounds).swapaxes(0, 1)
+            features = features.reshape(shards, padded, *features.shape[3:])
+        features = constrain(features[:, :count], ROWS)
+        if len(images) == 1:
+            return [features.reshape(*images[0].shape[:2], *features.shape[2:])]
+        return split(features, shapes_of(images))
+
+    def _rounds(self, count: int) -> tuple[int, int]:
+        """In how many rounds the encoder takes `count` frames of each row shard, and how many frames these are when padded."""
+        mesh = jax.sharding.get_abstract_mesh()
+        devices = 1 if mesh.empty else mesh.shape[MODEL]
+        steps = math.ceil(count / (self.frames_at_once * devices or count))
+        each = math.ceil(math.ceil(count / steps) / devices) * devices
+        return steps, steps * each
+
+    def _encode(self, frames: Array) -> Array:
+        """uint8 [G, F, H, W, 3] -> [G, F, S, C], data-parallel over all devices."""
         vision = self.config.vision
-        visuals, frames = images.shape[:2]
-        x = normalise(images.reshape(-1, *images.shape[2:]), vision.mean, vision.std, self.dtype)
-        features = self.vision_encoder(x)
-        return features.reshape(visuals, frames, -1, features.shape[-1])
+        x = normalise(everywhere(frames.reshape(-1, *frames.shape[2:])), vision.mean, vision.std, self.dtype)
+        features = everywhere(self.vision_encoder(x))
+        return features.reshape(*frames.shape[:2], -1, features.shape[-1])
 
     def resample(self, features: Array, frame_mask: Array) -> Array:
         """Grid features [M, T, S, C] -> visual tokens [M, R, D] in the language model's width."""
@@ -79,21 +131,68 @@ class Flamingo(nnx.Module):
           rows_own_visuals: M = B * N and row b's visuals stand at b * N + n (as training batches have it), so that none need be gathered:
             the gradient of a gather is a scatter, slow on every backend.
         """
-        mask = None
+        rows = Rows(tokens, positions, segments, media_index, visuals)
+        return self._logits(self.read([rows], visual_tokens, gathered_visuals=None if rows_own_visuals else visuals))
+
+    def read(self, rows: Sequence[Rows], visual_tokens: Array | None, *, gathered_visuals: Array | None = None) -> Array:
+        """Rows of one dataset -> last hidden states [B, L, D]; of several, as one stream -> [S, T, D].
+
+        Args:
+          visual_tokens: [M, R, D]; of a stream [S, V, R, D], all of a group's visuals, dataset after dataset; or None.
+          gathered_visuals: int32 [B, N], places in M; None: each row owns its N visuals, in order.
+        """
+        masks = None
         if visual_tokens is not None:
-            assert visuals is not None
-            mask = media_mask(media_index, segments, visuals, visual_tokens.shape[1], self.config.attend)
-        gathered = None if rows_own_visuals else visuals
+            masks = [self._media_mask(r, visual_tokens.shape[-2]) for r in rows]
+        positions, segments = [r.positions for r in rows], [r.segments for r in rows]
 
         def block(gated: GatedCrossAttentionBlock, x: Array, _: Any) -> Array:
             media = None if visual_tokens is None else gated.project_visuals(visual_tokens)
-            return gated.attend(x, media, gathered, mask)
+            return gated.attend(x, media, gathered_visuals, masks)
 
         def layer(decoder: Any, x: Array, cache: None) -> tuple[Array, None]:
             return decoder(x, positions, segments, cache)
 
-        x, _ = self._groups(self._embed(tokens), None, block, layer, None)
-        return self._logits(x)
+        return self._groups(residual(self._embed(join([r.tokens for r in rows]))), None, block, layer, None)[0]
+
+    def _media_mask(self, rows: Rows, tokens_per_visual: int) -> Array:
+        if rows.visuals is None:
+            return jnp.zeros((rows.tokens.shape[0], 1, rows.tokens.shape[1], 0), bool)
+        return media_mask(rows.media_index, rows.segments, rows.visuals, tokens_per_visual, self.config.attend)
+
+    def resample_stream(self, features: Parts, frame_masks: Parts) -> Array:
+        """Grid features [M, T, S, C] and frame masks [M, T] of several datasets -> visual tokens [G, V, R, D], for `read`.
+
+        Visuals with as many frames go through the resampler together, whichever their dataset.
+        """
+        found: dict[int, Array] = {}
+        for frames in {f.shape[1] for f in features}:
+            places = [place for place, f in enumerate(features) if f.shape[1] == frames]
+            grids, masks = (join([parts[place][:, None] for place in places]) for parts in (features, frame_masks))
+            flat = lambda a: a.reshape(-1, *a.shape[2:])
+            visual_tokens = self.resample(constrain(flat(grids), ROWS).astype(self.dtype), flat(masks))
+            stream = visual_tokens.reshape(*grids.shape[:2], *visual_tokens.shape[1:])
+            found |= dict(zip(places, split(stream, [(features[place].shape[0], 1) for place in places]), strict=True))
+        return join([found[place].reshape(features[place].shape[0], 1, *found[place].shape[2:]) for place in range(len(features))])
+
+    def target_losses(self, x: Array, targets: Array) -> tuple[Array, Array]:
+        """Last hidden states [S, T, D] and target ids int32 [S, T] -> their negative log-likelihoods float32 and whether they were the likeliest.
+
+        Without the logits of all tokens at once in memory for the gradient, and with the vocabulary over `model`.
+        """
+        vocabulary = self.config.language_model.vocab_size
+
+        def losses(x: Array, targets: Array) -> tuple[Array, Array]:
+            x = gathered(x)
+            parts = (constrain(self.language_model.logits(x), ROWS, None, MODEL), self._extra_logits(x))
+            both = jnp.stack([jax.nn.logsumexp(part, axis=-1) for part in parts])
+            best = jnp.maximum(*(part.max(axis=-1) for part in parts))
+            # Not a gather: that would bring the whole vocabulary to each device.
+            at = lambda part, first: jnp.where(targets[..., None] == first + jnp.arange(part.shape[-1]), part, 0.0).sum(-1)
+            picked = at(parts[0], 0) + at(parts[1], vocabulary)
+            return jax.nn.logsumexp(both, axis=0) - picked, picked >= best
+
+        return rematerialised(losses, "none" if self.remat == "none" else "layers")(x, targets)
 
     def init_cache(self, batch: int, max_length: int) -> Cache:
         """An empty cache; every leaf has the batch at axis 1."""
@@ -131,17 +230,21 @@ class Flamingo(nnx.Module):
         layers_graph, layers = nnx.split(self.language_model.layers)
         depth, every = self.config.language_model.layers, self.config.every
 
+        take = lambda tree, index: jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, 0, keepdims=False), tree)
+        # The weights of a layer are taken within, or a copy of all of them would be saved for the gradient.
+        run_layer = rematerialised(lambda x, cache, index: layer(nnx.merge(layers_graph, take(layers, index)), x, take(cache, index)), self.remat)
+        run_block = rematerialised(lambda state, x, given: block(nnx.merge(blocks_graph, state), x, given), self.remat)
+
         def one_layer(carry: Any, index: Array) -> Any:
             x, cache = carry
-            take = lambda tree: jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, 0, keepdims=False), tree)
-            x, new = layer(nnx.merge(layers_graph, take(layers)), x, take(cache))
+            x, new = run_layer(x, cache, index)
             put = lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, index, 0)
             return x, jax.tree.map(put, cache, new)
 
         def one_group(carry: Any, inputs: Any) -> tuple[Any, None]:
             x, cache = carry
             number, block_state, block_input = inputs
-            carry = block(nnx.merge(blocks_graph, block_state), x, block_input), cache
+            carry = run_block(block_state, x, block_input), cache
 
             def step(carry: Any, offset: Array) -> tuple[Any, None]:
                 index = number * every + offset
@@ -163,5 +266,7 @@ class Flamingo(nnx.Module):
     def _logits(self, x: Array) -> Array:
         # Concatenated after the frozen product: one product with more columns changes the other columns' last bits.
         frozen = self.language_model.logits(x)
-        extra = linear(self.language_model.final_norm(x), self.extra_embedding[...].T).astype(jnp.float32)
-        return jnp.concatenate([frozen, extra], axis=-1)
+        return jnp.concatenate([frozen, self._extra_logits(x)], axis=-1)
+
+    def _extra_logits(self, x: Array) -> Array:
+        return linear(self.language_model.final_norm(x), self.extra_embedding[...].T).astype(jnp.float32)

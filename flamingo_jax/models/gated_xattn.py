@@ -8,7 +8,9 @@ from flax import nnx
 
 from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.models.attention import attend
-from flamingo_jax.models.layers import FeedForward, LayerNorm, fan_in_normal, linear
+from flamingo_jax.models.layers import FeedForward, LayerNorm, fan_in_normal, kept, linear
+from flamingo_jax.models.stream import Parts, as_parts, join, split
+from flamingo_jax.partitioning.constraints import gathered, residual
 
 Array = jax.Array
 
@@ -67,17 +69,26 @@ class GatedCrossAttentionBlock(nnx.Module):
     def project_visuals(self, visual_tokens: Array) -> Media:
         """[M, R, D] -> keys and values, once per visual however many rows look at it."""
         x = self.media_norm(visual_tokens)
-        return Media(linear(x, self.key[...]), linear(x, self.value[...]))
+        return Media(kept(linear(x, self.key[...])), kept(linear(x, self.value[...])))
 
-    def attend(self, y: Array, media: Media | None, visuals: Array | None, mask: Array | None) -> Array:
+    def attend(self, y: Array, media: Media | None, visuals: Array | None, mask: Array | Parts | None) -> Array:
         """y [B, L, D], mask from `media_mask` -> [B, L, D].
 
         visuals int32 [B, N] are each row's visuals as places in `media`; None: row b owns the b-th N of them, and nothing is gathered.
-        media None: there is nothing to see.
+        media None: there is nothing to see. For a stream [S, T, D] of several datasets: their masks, and media [S, V, R, H, d], all of a
+        group's visuals, dataset after dataset.
         """
         if media is not None:
-            rows = y.shape[0]
-            key, value = ((m if visuals is None else m[visuals]).reshape(rows, -1, *m.shape[2:]) for m in media)
-            h = attend(linear(self.attention_norm(y), self.query[...]), key, value, mask)
-            y = y + jnp.tanh(self.attention_gate[...]).astype(y.dtype) * linear(h, self.out[...], 2)
-        return y + jnp.tanh(self.dense_gate[...]).astype(y.dtype) * self.feed_forward(self.dense_norm(y))
+            query = kept(linear(gathered(self.attention_norm(y)), self.query[...]))
+            assert mask is not None
+            masks = as_parts(mask)
+            if visuals is not None:
+                media = Media(*(m[visuals] for m in media))
+            own = [(m.shape[0], m.shape[-1] // media.key.shape[-3]) for m in masks]
+            keys, values = (split(m, own) for m in media)
+            queries = split(query, [(m.shape[0], m.shape[2]) for m in masks])
+            flat = lambda m, q: m.reshape(q.shape[0], -1, *m.shape[-2:])
+            looks = lambda q, k, v, m: attend(q, flat(k, q), flat(v, q), m) if m.shape[-1] else jnp.zeros_like(q)
+            h = join([looks(*part) for part in zip(queries, keys, values, masks, strict=True)])
+            y = kept(residual(y + jnp.tanh(self.attention_gate[...]).astype(y.dtype) * linear(h, self.out[...], 2)))
+        return residual(y + jnp.tanh(self.dense_gate[...]).astype(y.dtype) * self.feed_forward(gathered(self.dense_norm(y))))

@@ -13,7 +13,9 @@ from flax import nnx
 
 from flamingo_jax.experiment import LanguageModelConfig
 from flamingo_jax.models.attention import Cache, SelfAttention
-from flamingo_jax.models.layers import FeedForward, RMSNorm, fan_in_normal, linear, scan_layers, stack
+from flamingo_jax.models.layers import FeedForward, RMSNorm, fan_in_normal, kept, linear, scan_layers, stack
+from flamingo_jax.models.stream import Parts
+from flamingo_jax.partitioning.constraints import gathered, residual
 
 Array = jax.Array
 
@@ -30,19 +32,22 @@ class DecoderLayer(nnx.Module):
         self.feed_forward = FeedForward(config.width, config.feed_forward, config.activation, gated=config.gated_feed_forward, rngs=rngs)
         self.feed_forward.down[...] *= branch
 
-    def __call__(self, x: Array, positions: Array, segments: Array | None, cache: Cache | None) -> tuple[Array, Cache | None]:
-        """x [B, L, D]; positions, segments int32 [B, L]; a cache means decoding (see SelfAttention)."""
-        h, cache = self.attention(self.attention_norm(x), positions, segments, cache)
-        x = x + h
-        return x + self.feed_forward(self.feed_forward_norm(x)), cache
+    def __call__(
+        self, x: Array, positions: Array | Parts, segments: Array | Parts | None, cache: Cache | None
+    ) -> tuple[Array, Cache | None]:
+        """x [B, L, D]; positions, segments int32 [B, L], or those of every part of a stream; a cache means decoding (see SelfAttention)."""
+        h, cache = self.attention(gathered(self.attention_norm(x)), positions, segments, cache)
+        x = kept(residual(x + h))
+        return residual(x + self.feed_forward(gathered(self.feed_forward_norm(x)))), cache
 
 
 class LanguageModel(nnx.Module):
     """tokens -> logits. `layers` is one stack of equal DecoderLayers."""
 
-    def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+    def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, remat: str = "none"):
         self.config = config
         self.dtype = dtype
+        self.remat = remat
         self.embedding = fan_in_normal(rngs, (config.vocab_size, config.width), config.width)
         self.layers = stack(lambda r: DecoderLayer(config, rngs=r), config.layers, rngs)
         self.final_norm = RMSNorm(config.width, config.norm_eps)
@@ -59,8 +64,11 @@ class LanguageModel(nnx.Module):
 
     def __call__(self, tokens: Array, positions: Array, segments: Array) -> Array:
         """Packed rows int32 [B, L] (segment 0 is padding) -> logits float32 [B, L, V]."""
-        x, _ = scan_layers(self.layers, lambda layer, x, _: (layer(x, positions, segments, None)[0], None), self.embed(tokens))
-        return self.logits(x)
+        return self.logits(self.run_layers(self.embed(tokens), positions, segments))
+
+    def run_layers(self, x: Array, positions: Array, segments: Array) -> Array:
+        """Embeddings [B, L, D] -> last hidden states [B, L, D]."""
+        return scan_layers(self.layers, lambda layer, x, _: (layer(x, positions, segments, None)[0], None), x, None, self.remat)[0]
 
     def init_cache(self, batch: int, max_length: int) -> Cache:
         """An empty cache for all layers; leaves [layers, B, max_length, H, d], H being the heads of keys and values."""

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 Array = jax.Array
 
@@ -26,6 +27,25 @@ def linear(x: Array, w: Array, contract: int = 1) -> Array:
     # As one matrix product: XLA's CPU backend is twice as slow at the gradient of a product over several row axes.
     product = x.reshape(-1, inner) @ w.astype(x.dtype).reshape(inner, -1)
     return product.reshape(*x.shape[: x.ndim - contract], *w.shape[contract:])
+
+
+KEPT = "kept"
+"""Name of what `rematerialised` keeps."""
+
+
+def kept(x: Array) -> Array:
+    """Marks what is dear to compute again: products with weights and sums over the mesh."""
+    return checkpoint_name(x, KEPT)
+
+
+def rematerialised(body: Callable[..., Any], mode: str) -> Callable[..., Any]:
+    """`body` with less saved for its gradient: "none" saves all that is needed, "products" (nearly) the products with weights alone, so that
+    nothing but norms, activations and attention's weights is computed twice, "layers" nothing but the body's arguments."""
+    if mode == "none":
+        return body
+    policy = jax.checkpoint_policies.save_only_these_names(KEPT) if mode == "products" else None
+    # Within a scan nothing is merged across iterations, so that the barriers against it would only cost.
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 
 def fan_in_normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int | None = None, scale: float = 1.0) -> nnx.Param:
@@ -74,11 +94,11 @@ class FeedForward(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: Array) -> Array:
-        h = linear(x, self.up[...])
+        h = kept(linear(x, self.up[...]))
         if self.up_bias is not None:
             h = h + self.up_bias[...].astype(h.dtype)
         activate = ACTIVATIONS[self.activation]
-        h = activate(h) if self.gate is None else activate(linear(x, self.gate[...])) * h
+        h = activate(h) if self.gate is None else activate(kept(linear(x, self.gate[...]))) * h
         h = linear(h, self.down[...])
         if self.down_bias is not None:
             h = h + self.down_bias[...].astype(h.dtype)
@@ -94,12 +114,18 @@ def stack(make_layer: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rn
     return nnx.merge(graph, jax.vmap(parameters)(jax.random.split(rngs.params(), count)))
 
 
-def scan_layers(stacked: nnx.Module, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, inputs: Any = None) -> tuple[Any, Any]:
-    """`carry, output = body(layer, carry, input)` over the layers of `stacked` in order, compiled once whatever their number."""
+def scan_layers(
+    stacked: nnx.Module, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, inputs: Any = None, remat: str = "none"
+) -> tuple[Any, Any]:
+    """`carry, output = body(layer, carry, input)` over the layers of `stacked` in order, compiled once whatever their number.
+
+    remat: what of a layer is computed again for the gradient, see `rematerialised`.
+    """
     graph, state = nnx.split(stacked)
+    step = rematerialised(lambda c, xs: body(nnx.merge(graph, xs[0]), c, xs[1]), remat)
     if jax.tree.leaves(state)[0].shape[0] == 1:
         # XLA's CPU backend runs a convolution's gradient ten times slower inside a loop.
         first = lambda tree: jax.tree.map(lambda a: a[0], tree)
         carry, output = body(nnx.merge(graph, first(state)), carry, first(inputs))
         return carry, jax.tree.map(lambda a: a[None], output)
-    return jax.lax.scan(lambda c, xs: body(nnx.merge(graph, xs[0]), c, xs[1]), carry, (state, inputs))
+    return jax.lax.scan(step, carry, (state, inputs))

@@ -8,7 +8,7 @@ from flax import nnx
 
 from flamingo_jax.experiment import ResamplerConfig
 from flamingo_jax.models.attention import attend
-from flamingo_jax.models.layers import FeedForward, LayerNorm, fan_in_normal, linear, scan_layers, stack
+from flamingo_jax.models.layers import FeedForward, LayerNorm, fan_in_normal, kept, linear, scan_layers, stack
 
 Array = jax.Array
 
@@ -35,7 +35,8 @@ class ResamplerLayer(nnx.Module):
         """x [M, R, D], features [M, S, D], mask bool [M, 1, 1, S + R] -> [M, R, D]."""
         latents = self.latent_norm(x)
         media = jnp.concatenate([self.feature_norm(features), latents], axis=1)
-        h = attend(linear(latents, self.query[...]), linear(media, self.key[...]), linear(media, self.value[...]), mask)
+        query, key, value = kept(linear(latents, self.query[...])), kept(linear(media, self.key[...])), kept(linear(media, self.value[...]))
+        h = attend(query, key, value, mask)
         x = x + linear(h, self.out[...], 2)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
@@ -43,8 +44,9 @@ class ResamplerLayer(nnx.Module):
 class PerceiverResampler(nnx.Module):
     """Learned latents read a visual's features. A linear map brings the encoder's width to the resampler's (facts: 193.7 M with it)."""
 
-    def __init__(self, config: ResamplerConfig, feature_width: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: ResamplerConfig, feature_width: int, *, rngs: nnx.Rngs, remat: str = "none"):
         self.config = config
+        self.remat = remat
         self.input_projection = fan_in_normal(rngs, (feature_width, config.width))
         # Larger than the features they are added to: where small, a short training does not tell the frames of a clip apart. Much larger, and
         # above all much larger for places than for times, and the direction of a motion is learned late.
@@ -92,5 +94,5 @@ class PerceiverResampler(nnx.Module):
         latents = jnp.broadcast_to(self.latents[...].astype(x.dtype), (visuals, *self.latents.shape))
         keys = jnp.concatenate([jnp.repeat(frame_mask, cells, axis=1), jnp.ones((visuals, self.config.latents), bool)], axis=1)
         mask = keys[:, None, None, :]
-        latents, _ = scan_layers(self.layers, lambda layer, h, _: (layer(h, x, mask), None), latents)
+        latents, _ = scan_layers(self.layers, lambda layer, h, _: (layer(h, x, mask), None), latents, None, self.remat)
         return self.final_norm(latents)

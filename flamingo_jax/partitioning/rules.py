@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flamingo_jax.errors import UserError
-from flamingo_jax.partitioning.mesh import FSDP, MODEL
+from flamingo_jax.partitioning.mesh import DATA, FSDP, MODEL
 from flamingo_jax.pytrees import STACK
 
 R = TypeVar("R")
@@ -75,12 +75,12 @@ SHARDING: dict[str, tuple[Rule[Axes], ...]] = {
     "flamingo": (
         # The paper leaves the encoder whole on every device; it runs data-parallel.
         Rule("vision_encoder/.*", REPLICATED),
+        Rule("(resampler|gated_xattn)/layers/(query|key|value)", (None, MODEL, None)),
+        Rule("(resampler|gated_xattn)/layers/out", (MODEL, None, None)),
+        Rule("(resampler|gated_xattn)/layers/feed_forward/up", (None, MODEL)),
+        Rule("(resampler|gated_xattn)/layers/feed_forward/down", (MODEL, None)),
         Rule("resampler/.*", REPLICATED),
         Rule("visual_projection", REPLICATED),
-        Rule("gated_xattn/layers/(query|key|value)", (None, MODEL, None)),
-        Rule("gated_xattn/layers/out", (MODEL, None, None)),
-        Rule("gated_xattn/layers/feed_forward/up", (None, MODEL)),
-        Rule("gated_xattn/layers/feed_forward/down", (MODEL, None)),
         Rule("gated_xattn/layers/([a-z]+_norm/(scale|bias)|[a-z]+_gate)", REPLICATED),
         *_language_model("language_model/"),
         Rule("extra_embedding", REPLICATED),
@@ -112,8 +112,8 @@ def trainable_names(task: str, names: Iterable[str]) -> frozenset[str]:
 def shardings(task: str, shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
     """Each parameter's sharding.
 
-    `model` lies where the task's table says. `fsdp` shards the largest other axis, that it divides, of every trained matrix; moments follow
-    their parameters. An axis that does not divide is left whole, which is a UserError for arrays of more than LARGE elements.
+    `model` lies where the task's table says. `fsdp` shards the largest other axis, that it divides, of every trained matrix. An axis that does
+    not divide is left whole, which is a UserError for arrays of more than LARGE elements.
 
     Args:
       shapes: {name: anything with a shape}, stacks with their leading layer axis.
@@ -121,6 +121,25 @@ def shardings(task: str, shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, Nam
     trained = trainable_names(task, shapes)
     axes = match(SHARDING[task], shapes)
     return {name: NamedSharding(mesh, _spec(name, s.shape, axes[name], mesh, name in trained)) for name, s in shapes.items()}
+
+
+def moment_shardings(parameters: Mapping[str, Any]) -> dict[str, NamedSharding]:
+    """Where the moments and the summed gradient of trained parameters lie: as they do, and over `data` besides, on the largest axis that is
+    free and divides (ZeRO-1, Rajbhandari et al. 2020; paper B.1.2).
+
+    Args:
+      parameters: {name: anything with a shape and a NamedSharding}.
+    """
+    return {name: NamedSharding(p.sharding.mesh, _over_data(name, p.shape, p.sharding)) for name, p in parameters.items()}
+
+
+def _over_data(name: str, shape: tuple[int, ...], sharding: NamedSharding) -> PartitionSpec:
+    lead, count = stack_axes(name), sharding.mesh.shape[DATA]
+    spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
+    free = [place for place in range(lead, len(shape)) if spec[place] is None and shape[place] % count == 0]
+    if count > 1 and len(shape) - lead > 1 and free:
+        spec[max(free, key=lambda place: shape[place])] = DATA
+    return PartitionSpec(*spec)
 
 
 def stack_axes(name: str) -> int:

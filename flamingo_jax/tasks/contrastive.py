@@ -6,7 +6,9 @@ import jax.numpy as jnp
 from flamingo_jax.experiment import ContrastiveConfig
 from flamingo_jax.models.attention import MASKED
 from flamingo_jax.models.dual_encoder import DualEncoder
-from flamingo_jax.tasks.task import Batch, Loss
+from flamingo_jax.models.stream import join, split
+from flamingo_jax.partitioning.constraints import row_shards
+from flamingo_jax.tasks.task import Batch, Loss, split_rows
 
 Array = jax.Array
 
@@ -49,7 +51,25 @@ class ContrastiveTask:
         self.config = config
 
     def loss(self, model: DualEncoder, batch: Batch, key: Array | None) -> Loss:
-        images, texts, tokens, mask = self._encode(model, batch, key)
+        return self._compare(model, *self._encode(model, batch, key))
+
+    def weight(self, batch: Batch) -> Array:
+        return jnp.float32(1)
+
+    def stream_losses(self, model: DualEncoder, batches: dict[str, Batch], key: Array | None) -> dict[str, Loss]:
+        """Both towers take the pairs of all datasets as one batch; each dataset's pairs are then compared with its own."""
+        if len(batches) == 1:
+            return {name: self.loss(model, batch, key) for name, batch in batches.items()}
+        parts = list(batches.values())
+        rows = [(batch["mask"].size // batch["mask"].shape[-1], 1) for batch in parts]
+        merge = lambda *arrays: join([a[:, None] for a in arrays]).reshape(-1, *arrays[0].shape[1:])
+        # Of parts [P, B / P, ...], part by part.
+        merge = merge if parts[0]["mask"].ndim == 2 else jax.vmap(merge)
+        encoded = self._encode(model, {name: merge(*(batch[name] for batch in parts)) for name in parts[0]}, key)
+        apart = [split(a.reshape(row_shards(), -1, *a.shape[1:]), rows) for a in encoded]
+        return {name: self._compare(model, *(a[place][:, 0] for a in apart)) for place, name in enumerate(batches)}
+
+    def _compare(self, model: DualEncoder, images: Array, texts: Array, tokens: Array, mask: Array) -> Loss:
         same = None
         if self.config.merge_duplicates:
             rows = jnp.where(mask, tokens, -1)
@@ -77,8 +97,7 @@ class ContrastiveTask:
 
     def microbatches(self, batch: Batch, count: int) -> Batch:
         """One part, since the loss is no sum over rows, which `loss` itself encodes in `count` parts: [1, count, B / count, ...]."""
-        # Every count-th row, not a run of rows: each device then has its share of every part.
-        return {name: a.reshape(a.shape[0] // count, count, *a.shape[1:]).swapaxes(0, 1)[None] for name, a in batch.items()}
+        return {name: a[None] for name, a in split_rows(batch, count).items()}
 
     def without_pictures(self, batch: Batch) -> None:
         return None

@@ -3,10 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from flamingo_jax.models.flamingo import Flamingo
-from flamingo_jax.tasks.task import Batch, Loss, split_rows, token_loss
+from flamingo_jax.models.flamingo import Flamingo, Rows
+from flamingo_jax.models.stream import join, shapes_of, split
+from flamingo_jax.tasks.task import Batch, Loss, loss_weight, split_rows, summed_loss, target_mask, token_loss
 
-VISUAL_ARRAYS = ("images", "features", "frame_mask", "visuals")
+BY_VISUAL = ("images", "features", "frame_mask")
+"""Arrays of a batch whose first axis is its visuals'."""
+VISUAL_ARRAYS = (*BY_VISUAL, "visuals")
 
 
 class FlamingoTask:
@@ -27,12 +30,38 @@ class FlamingoTask:
         )
         return token_loss(logits, batch, self.reduction)
 
+    def weight(self, batch: Batch) -> jax.Array:
+        return loss_weight(target_mask(batch), batch["segments"], self.reduction)
+
+    def stream_losses(self, model: Flamingo, batches: dict[str, Batch], key: jax.Array | None) -> dict[str, Loss]:
+        """Text of all datasets as one stream of tokens, pictures as one batch of the encoder."""
+        seen = {name: batch for name, batch in batches.items() if self.use_visuals and "visuals" in batch}
+        visual_tokens = None
+        if seen:
+            given = all("features" in batch for batch in seen.values())
+            features = [batch["features"] for batch in seen.values()] if given else model.encode_stream([batch["images"] for batch in seen.values()])
+            visual_tokens = model.resample_stream(features, [batch["frame_mask"] for batch in seen.values()])
+        rows = [
+            Rows(batch["tokens"], batch["positions"], batch["segments"], batch["media_index"], batch["visuals"] if name in seen else None)
+            for name, batch in batches.items()
+        ]
+        # One target more than there are: rows of a stream have whole lengths, and what the last token is followed by counts nothing.
+        targets = [jnp.pad(batch["tokens"][:, 1:], ((0, 0), (0, 1))) for batch in batches.values()]
+        losses, correct = (split(a, shapes_of(targets)) for a in model.target_losses(model.read(rows, visual_tokens), join(targets)))
+        return {
+            name: summed_loss(loss[:, :-1], right[:, :-1], target_mask(batch), batch["segments"], self.reduction)
+            for (name, batch), loss, right in zip(batches.items(), losses, correct, strict=True)
+        }
+
     def microbatches(self, batch: Batch, count: int) -> Batch:
         """Rows and their visuals stay together; `visuals` counts from the start of its own part."""
-        parts = split_rows(batch, count)
+        rows = batch["tokens"].shape[0]
+        # A row with its visuals is [N, ...] of what is [B * N, ...].
+        by_row = {name: a.reshape(rows, -1, *a.shape[1:]) if name in BY_VISUAL else a for name, a in batch.items()}
+        parts = {name: a.reshape(count, -1, *a.shape[3:]) if name in BY_VISUAL else a for name, a in split_rows(by_row, count).items()}
         if "visuals" in parts:
-            start = jnp.arange(count) * parts["frame_mask"].shape[1]
-            parts["visuals"] = jnp.where(parts["visuals"] >= 0, parts["visuals"] - start[:, None, None], -1)
+            own = jnp.arange(parts["visuals"][0].size).reshape(parts["visuals"].shape[1:])
+            parts["visuals"] = jnp.where(parts["visuals"] >= 0, own, -1)
         return parts
 
     def without_pictures(self, batch: Batch) -> Batch:

@@ -52,8 +52,8 @@ def build_model(experiment: Experiment, rngs: nnx.Rngs) -> nnx.Module:
     if experiment.task == "contrastive":
         return DualEncoder(config, rngs=rngs, dtype=dtype)
     if experiment.task == "language_modelling":
-        return LanguageModel(config, rngs=rngs, dtype=dtype)
-    return Flamingo(config, rngs=rngs, dtype=dtype)
+        return LanguageModel(config, rngs=rngs, dtype=dtype, remat=experiment.training.remat)
+    return Flamingo(config, rngs=rngs, dtype=dtype, remat=experiment.training.remat, frames_at_once=experiment.training.frames_at_once)
 
 
 def make_task(experiment: Experiment) -> Task:

@@ -1,6 +1,6 @@
 """What every task offers the training step, and the token loss that two of them share."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,19 @@ class Task(Protocol):
         ...
 
 
+@runtime_checkable
+class StreamTask(Task, Protocol):
+    """A task whose datasets can go through the model together."""
+
+    def weight(self, batch: Batch) -> Array:
+        """The `weight` of the batch's loss, which no parameter changes."""
+        ...
+
+    def stream_losses(self, model: Any, batches: dict[str, Batch], key: Array | None) -> dict[str, Loss]:
+        """The losses of several datasets' batches at once, equal to those of `loss` one by one."""
+        ...
+
+
 def token_loss(logits: Array, batch: Batch, reduction: str) -> Loss:
     """Next-token cross-entropy of packed rows.
 
@@ -50,17 +63,33 @@ def token_loss(logits: Array, batch: Batch, reduction: str) -> Loss:
         "token_mean": mean over tokens.
     """
     targets, segments = batch["tokens"][:, 1:], batch["segments"]
-    mask = batch["loss_mask"][:, 1:] & (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    mask = target_mask(batch)
     logits = logits[:, :-1]
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    losses = jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)
-    total, tokens = losses.sum(), mask.sum().astype(jnp.float32)
+    losses = jax.nn.logsumexp(logits, axis=-1) - picked
+    return summed_loss(losses, logits.argmax(-1) == targets, mask, segments, reduction)
+
+
+def target_mask(batch: Batch) -> Array:
+    """bool [B, L - 1]: which predictions count, the one at l being of the token at l + 1."""
+    segments = batch["segments"]
+    return batch["loss_mask"][:, 1:] & (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+
+
+def summed_loss(losses: Array, correct: Array, mask: Array, segments: Array, reduction: str) -> Loss:
+    """Each prediction's loss float32 and whether it is right, [B, L - 1] as `mask`, as a Loss of their rows."""
+    total = jnp.where(mask, losses, 0.0).sum()
+    hits, tokens = (mask & correct).sum().astype(jnp.float32), mask.sum().astype(jnp.float32)
+    return Loss(total, loss_weight(mask, segments, reduction), {"loss_per_token": (total, tokens), "accuracy": (hits, tokens)})
+
+
+def loss_weight(mask: Array, segments: Array, reduction: str) -> Array:
+    """What the loss of rows is divided by: the number of their sequences, or of their targets."""
     sequences = segments.max(axis=1).sum().astype(jnp.float32)
-    correct = jnp.where(mask, logits.argmax(-1) == targets, False).sum().astype(jnp.float32)
-    weight = jnp.maximum(sequences if reduction == "sequence_sum" else tokens, 1.0)
-    return Loss(total, weight, {"loss_per_token": (total, tokens), "accuracy": (correct, tokens)})
+    return jnp.maximum(sequences if reduction == "sequence_sum" else mask.sum().astype(jnp.float32), 1.0)
 
 
 def split_rows(batch: Batch, count: int) -> Batch:
-    """Every array's first axis [n, ...] as [count, n / count, ...]."""
-    return {name: a.reshape(count, a.shape[0] // count, *a.shape[1:]) for name, a in batch.items()}
+    """Every array's first axis [n, ...] as [count, n / count, ...], part p having every count-th row from row p on."""
+    # Not runs of rows: each device then has its share of every part.
+    return {name: a.reshape(a.shape[0] // count, count, *a.shape[1:]).swapaxes(0, 1) for name, a in batch.items()}

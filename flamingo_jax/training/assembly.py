@@ -33,6 +33,8 @@ class Assembly(NamedTuple):
     optimizer: optax.GradientTransformation
     state: TrainState
     """Shapes and shardings of the state, as ShapeDtypeStructs."""
+    gradient_shardings: dict[str, NamedSharding]
+    """Where the gradient is summed to: where the moments lie."""
 
 
 class FrozenEncoder(NamedTuple):
@@ -63,10 +65,11 @@ def assemble(experiment: Experiment, mesh: Mesh) -> Assembly:
     optimizer = make_optimizer(experiment.optimizer, experiment.training.steps, trainable)
     state = jax.eval_shape(lambda p: initial_state(p, optimizer, 0), trainable)
     state = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(mesh, PartitionSpec())), state)
+    moment_shardings = rules.moment_shardings(trainable)
     moments = optax.tree_utils.tree_map_params(
-        optimizer, lambda leaf, like: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.sharding), state.optimizer, trainable
+        optimizer, lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state.optimizer, moment_shardings
     )
-    return Assembly(graph, trainable, frozen, optimizer, state._replace(trainable=trainable, optimizer=moments))
+    return Assembly(graph, trainable, frozen, optimizer, state._replace(trainable=trainable, optimizer=moments), moment_shardings)
 
 
 def initialise(experiment: Experiment, assembly: Assembly) -> TrainState:

@@ -28,7 +28,7 @@ from flamingo_jax.training.assembly import Assembly, assemble, initialise, load_
 from flamingo_jax.training.feed import DataIterator, Feed, HostBatch, put
 from flamingo_jax.training.records import Records
 from flamingo_jax.training.state import Parameters, TrainState
-from flamingo_jax.training.step import lower_update, make_held_out_loss, make_update
+from flamingo_jax.training.step import compile_update, make_held_out_loss, make_update
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def train(
         meter = _Meter(training.max_not_finite, list(iterators), step_cost(experiment), _peak(mesh))
         weights = {name: dataset.weight for name, dataset in experiment.held_out.items()}
         evaluate = _HeldOut(assembly, task, held_out, weights, batch_sharding(mesh))
-        update = make_update(assembly.graph, task, assembly.optimizer, experiment.data, training.update)
+        update = make_update(assembly.graph, task, assembly.optimizer, experiment.data, training.mixing, assembly.gradient_shardings)
         compiled = None
         step = start
 
@@ -141,7 +141,7 @@ def train(
 def _compile(update: Any, state: TrainState, frozen: Parameters, batches: Any) -> Any:
     """The update, compiled before the first step so that its memory is known then."""
     began = time.monotonic()
-    compiled = lower_update(update, state, frozen, batches).compile()
+    compiled = compile_update(update, state, frozen, batches)
     memory = compiled.memory_analysis()
     size = "" if memory is None else f", {(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20:,.0f} MiB a device"
     log.info("compiled the update in %.0f s%s", time.monotonic() - began, size)

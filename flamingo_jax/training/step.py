@@ -7,73 +7,102 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import DatasetConfig
-from flamingo_jax.tasks.task import Batch, Loss, Task
+from flamingo_jax.tasks.task import Batch, Loss, StreamTask, Task
 from flamingo_jax.training.state import Parameters, TrainState, merge_model
 
 Array = jax.Array
 Update = Callable[[TrainState, Parameters, dict[str, Batch]], tuple[TrainState, dict[str, Any]]]
 
 
-def dataset_gradient(
-    graph: Any, task: Task, trainable: Parameters, frozen: Parameters, batch: Batch, key: Array, microbatches: int
-) -> tuple[Loss, Parameters]:
-    """A dataset's loss and the gradient of its total, float32, accumulated over microbatches where there are several."""
+def accumulated(
+    graph: Any, task: Task, trainable: Parameters, frozen: Parameters, batches: Mapping[str, Batch], key: Array, datasets: Mapping[str, DatasetConfig]
+) -> tuple[dict[str, Loss], Parameters]:
+    """The reference form: dataset after dataset, each one's gradient scaled by lambda_m / weight_m and added in float32."""
+    losses: dict[str, Loss] = {}
+    gradient: Parameters = {}
+    for number, (name, batch) in enumerate(batches.items()):
 
-    def total(trainable: Parameters, batch: Batch, key: Array) -> tuple[Array, Loss]:
-        loss = task.loss(merge_model(graph, trainable, frozen), batch, key)
-        return loss.total, loss
+        def total(trainable: Parameters, part: Batch, key: Array) -> tuple[Array, Loss]:
+            loss = task.loss(merge_model(graph, trainable, frozen), part, key)
+            return loss.total, loss
 
-    gradient = jax.grad(total, has_aux=True)
-    if microbatches == 1:
-        grads, loss = gradient(trainable, batch, key)
-        return loss, grads
+        config = datasets[name]
+        parts = task.microbatches(batch, config.microbatches) if config.microbatches > 1 else None
+        losses[name], grads = _over_parts(jax.grad(total, has_aux=True), trainable, batch, parts, jax.random.fold_in(key, number))
+        scale = config.weight / losses[name].weight
+        scaled = {k: scale * g.astype(jnp.float32) for k, g in grads.items()}
+        gradient = {k: gradient[k] + g for k, g in scaled.items()} if gradient else scaled
+    return losses, gradient
+
+
+def streamed(
+    graph: Any, task: StreamTask, trainable: Parameters, frozen: Parameters, batches: Mapping[str, Batch], key: Array, datasets: Mapping[str, DatasetConfig]
+) -> tuple[dict[str, Loss], Parameters]:
+    """The fast form of the same gradient: the sum of the scaled gradients is the gradient of the scaled sum, taken once of all datasets' tokens."""
+    scales = {name: datasets[name].weight / task.weight(batch) for name, batch in batches.items()}
+
+    def total(trainable: Parameters, part: dict[str, Batch], key: Array) -> tuple[Array, dict[str, Loss]]:
+        losses = task.stream_losses(merge_model(graph, trainable, frozen), part, key)
+        return sum((scales[name] * loss.total for name, loss in losses.items()), jnp.float32(0)), losses
+
+    count = next(iter(datasets.values())).microbatches
+    parts = {name: task.microbatches(batch, count) for name, batch in batches.items()} if count > 1 else None
+    losses, grads = _over_parts(jax.grad(total, has_aux=True), trainable, dict(batches), parts, key)
+    # The scales are of whole batches, and a part's own weight may be less than one for the sum over parts.
+    losses = {name: loss._replace(weight=task.weight(batches[name])) for name, loss in losses.items()}
+    return losses, {name: g.astype(jnp.float32) for name, g in grads.items()}
+
+
+def _over_parts(gradient: Callable[..., Any], trainable: Parameters, batch: Any, parts: Any, key: Array) -> tuple[Any, Parameters]:
+    """What `gradient(trainable, batch, key) -> (gradient, losses)` gives, summed over the parts of the batch, one after the other, where there are any."""
+    if parts is None:
+        grads, losses = gradient(trainable, batch, key)
+        return losses, grads
 
     def add(carry: Any, inputs: Any) -> tuple[Any, None]:
         part, key = inputs
-        grads, loss = gradient(trainable, part, key)
-        return jax.tree.map(jnp.add, carry, (loss, grads)), None
+        grads, losses = gradient(trainable, part, key)
+        return jax.tree.map(jnp.add, carry, (losses, grads)), None
 
-    parts = task.microbatches(batch, microbatches)
     keys = jax.random.split(key, jax.tree.leaves(parts)[0].shape[0])
-    shapes = jax.eval_shape(gradient, trainable, jax.tree.map(lambda a: a[0], parts), keys[0])
-    grads_shape, loss_shape = shapes
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (loss_shape, grads_shape))
-    (loss, grads), _ = jax.lax.scan(add, zeros, (parts, keys))
-    return loss, grads
+    grads, losses = jax.eval_shape(gradient, trainable, jax.tree.map(lambda a: a[0], parts), keys[0])
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (losses, grads))
+    return jax.lax.scan(add, zeros, (parts, keys))[0]
 
 
 def make_update(
-    graph: Any, task: Task, optimizer: optax.GradientTransformation, datasets: Mapping[str, DatasetConfig], mode: str = "accumulate"
+    graph: Any, task: Task, optimizer: optax.GradientTransformation, datasets: Mapping[str, DatasetConfig], mode: str = "accumulate",
+    gradient_shardings: Mapping[str, jax.sharding.NamedSharding] | None = None,
 ) -> Update:
     """The jittable update (state, frozen, {dataset: batch}) -> (state, metrics).
 
     gradient = sum over datasets m of lambda_m * d(total_m) / weight_m. A step whose losses or gradient are not finite leaves
-    parameters, moments and the optimizer's count as they were, and is counted. `mode` "round_robin" (the paper's ablation) makes one
-    optimizer step per dataset instead.
+    parameters, moments and the optimizer's count as they were, and is counted. `mode`: `TrainingConfig.mixing`. gradient_shardings:
+    where the gradient is summed to; by default the compiler chooses.
 
     metrics: {"loss", "loss/<dataset>", "<metric>/<dataset>", "gradient_norm", "finite/<dataset>", "skipped", "skipped_in_a_row"}.
+    Raises: UserError where the task has no form for the mode, or a stream's datasets have different numbers of microbatches.
     """
+    if mode == "stream":
+        if not isinstance(task, StreamTask):
+            raise UserError("config.training.mixing is 'stream', which this task has no form of: set it to 'accumulate'")
+        if len({config.microbatches for config in datasets.values()}) > 1:
+            raise UserError("config.training.mixing is 'stream', whose datasets share their microbatches: give them all the same number")
+    form: Callable[..., Any] = streamed if mode == "stream" else accumulated
 
     def losses_and_gradients(state: TrainState, frozen: Parameters, batches: dict[str, Batch], names: list[str]) -> Any:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        losses, gradient = form(graph, task, state.trainable, frozen, {name: batches[name] for name in names}, key, datasets)
+        if gradient_shardings is not None:
+            gradient = jax.lax.with_sharding_constraint(gradient, dict(gradient_shardings))
         metrics: dict[str, Any] = {"loss": jnp.float32(0)}
-        gradient: Parameters | None = None
-        for number, name in enumerate(names):
-            config = datasets[name]
-            loss, grads = dataset_gradient(
-                graph, task, state.trainable, frozen, batches[name], jax.random.fold_in(key, number), config.microbatches
-            )
+        for name, loss in losses.items():
             value = loss.total / loss.weight
-            metrics["loss"] += config.weight * value
+            metrics["loss"] += datasets[name].weight * value
             metrics[f"loss/{name}"] = value
             metrics |= {f"{metric}/{name}": a / jnp.maximum(b, 1e-9) for metric, (a, b) in loss.metrics.items()}
-            scale = config.weight / loss.weight
-            gradient = (
-                {k: scale * g.astype(jnp.float32) for k, g in grads.items()}
-                if gradient is None
-                else {k: gradient[k] + scale * g.astype(jnp.float32) for k, g in grads.items()}
-            )
         return metrics, gradient
 
     def apply(state: TrainState, metrics: dict[str, Any], gradient: Parameters, names: list[str]) -> tuple[TrainState, dict[str, Any]]:
@@ -99,7 +128,7 @@ def make_update(
 
     def update(state: TrainState, frozen: Parameters, batches: dict[str, Batch]) -> tuple[TrainState, dict[str, Any]]:
         names = list(datasets)
-        groups = [names] if mode == "accumulate" else [[name] for name in names]
+        groups = [[name] for name in names] if mode == "round_robin" else [names]
         metrics: dict[str, Any] = {}
         for group in groups:
             part, gradient = losses_and_gradients(state, frozen, batches, group)
@@ -111,10 +140,17 @@ def make_update(
     return update
 
 
-def lower_update(update: Update, state: Any, frozen: Any, batches: Any) -> jax.stages.Lowered:
-    """The update ready to be compiled for arrays, or shapes with shardings, like these; it takes over the state's memory."""
+TPU_OPTIONS: dict[str, str | bool] = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+"""A product whose weight is gathered, or whose result is scattered, stays whole rather than a loop over the devices' shares: the loops' small
+products take several times the compiler's cycles of the whole one, and their code most of the time to compile."""
+
+
+def compile_update(update: Update, state: Any, frozen: Any, batches: Any) -> jax.stages.Compiled:
+    """The update compiled for arrays, or shapes with shardings, like these; it takes over the state's memory."""
     shardings = jax.tree.map(lambda a: a.sharding, state)
-    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None)).lower(state, frozen, batches)
+    lowered = jax.jit(update, donate_argnums=0, out_shardings=(shardings, None)).lower(state, frozen, batches)
+    platform = next(iter(state.step.sharding.device_set)).platform
+    return lowered.compile(compiler_options=TPU_OPTIONS if platform == "tpu" else None)
 
 
 def make_held_out_loss(graph: Any, task: Task) -> Callable[..., Loss]:

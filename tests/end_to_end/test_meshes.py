@@ -29,9 +29,9 @@ MODEL = dataclasses.replace(
 )
 
 
-def run(workdir: pathlib.Path, mesh: MeshConfig) -> np.ndarray:
+def run(workdir: pathlib.Path, mesh: MeshConfig, **form: object) -> np.ndarray:
     """The losses of `STEPS` steps."""
-    training = dataclasses.replace(world.experiment().training, steps=STEPS, save_every=STEPS)
+    training = dataclasses.replace(world.experiment().training, steps=STEPS, save_every=STEPS, **form)  # type: ignore[arg-type]
     # At higher rates a hundred steps of Adam on random tokens blow rounding up past the bound.
     optimizer = dataclasses.replace(world.experiment().optimizer, peak_rate=1e-4)
     experiment = world.experiment(flamingo=MODEL, mesh=mesh, training=training, optimizer=optimizer)
@@ -53,6 +53,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_mesh_gives_the_losses_of_one_device(alone: np.ndarray, shape: tuple[int, int, int], tmp_path: pathlib.Path) -> None:
     np.testing.assert_allclose(run(tmp_path, MeshConfig(*shape)), alone, rtol=1e-5)
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_stream_with_less_kept_gives_them_on_every_mesh(alone: np.ndarray, shape: tuple[int, int, int], tmp_path: pathlib.Path) -> None:
+    """Where `model` is more than 1, the residual stream lies over it along the sequence."""
+    losses = run(tmp_path, MeshConfig(*shape), mixing="stream", remat="products", frames_at_once=3)
+    np.testing.assert_allclose(losses, alone, rtol=1e-5)
 
 
 def test_packing_changes_no_tokens_loss() -> None:

@@ -60,6 +60,12 @@ GOLDEN_MODEL = {
     "gated_xattn/layers/out": (None, "model"),
     "gated_xattn/layers/feed_forward/up": (None, None, "model"),
     "gated_xattn/layers/feed_forward/down": (None, "model"),
+    "resampler/layers/query": (None, None, "model"),
+    "resampler/layers/key": (None, None, "model"),
+    "resampler/layers/value": (None, None, "model"),
+    "resampler/layers/out": (None, "model"),
+    "resampler/layers/feed_forward/up": (None, None, "model"),
+    "resampler/layers/feed_forward/down": (None, "model"),
 }
 
 
@@ -77,7 +83,7 @@ def test_fsdp_takes_another_axis_of_trained_matrices_alone(shapes_80b: dict[str,
         "gated_xattn/layers/feed_forward/down": (None, "model", "fsdp"),
         "resampler/input_projection": ("fsdp",),
         "resampler/latents": (None, "fsdp"),
-        "resampler/layers/feed_forward/down": (None, "fsdp"),
+        "resampler/layers/feed_forward/down": (None, "model", "fsdp"),
         "visual_projection": (None, "fsdp"),
         "extra_embedding": (None, "fsdp"),
         "gated_xattn/layers/attention_gate": (),
@@ -86,6 +92,27 @@ def test_fsdp_takes_another_axis_of_trained_matrices_alone(shapes_80b: dict[str,
     assert {name: found[name] for name in expected} == expected
     frozen = {name: spec for name, spec in found.items() if name.startswith(("language_model", "vision_encoder"))}
     assert {name: spec for name, spec in frozen.items() if spec} == {k: v for k, v in GOLDEN_MODEL.items() if k.startswith("language_model")}
+
+
+def test_moments_lie_over_data_besides_where_an_axis_divides(shapes_80b: dict[str, Any]) -> None:
+    trained = rules.trainable_names("flamingo", shapes_80b)
+    places = rules.shardings("flamingo", shapes_80b, mesh(32, 2, 8))
+    arrays = {name: jax.ShapeDtypeStruct(shapes_80b[name].shape, np.float32, sharding=places[name]) for name in trained}
+    found = {name: strip(sharding.spec) for name, sharding in rules.moment_shardings(arrays).items()}
+    expected = {
+        "gated_xattn/layers/query": (None, "fsdp", "model", "data"),
+        "gated_xattn/layers/feed_forward/up": (None, "fsdp", "model"),
+        "resampler/input_projection": ("fsdp", "data"),
+        "gated_xattn/layers/attention_gate": (),
+        "resampler/final_norm/scale": (),
+    }
+    assert {name: found[name] for name in expected} == expected
+    alone = rules.moment_shardings({name: laid_whole(a, mesh(64, 1, 1)) for name, a in arrays.items()})
+    assert strip(alone["gated_xattn/layers/feed_forward/up"].spec) == (None, None, "data")
+
+
+def laid_whole(array: Any, on: Any) -> Any:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=jax.sharding.NamedSharding(on, PartitionSpec()))
 
 
 def test_what_trains(shapes_80b: dict[str, Any]) -> None:

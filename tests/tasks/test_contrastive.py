@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flamingo_jax.experiment import ContrastiveConfig, TextEncoderConfig, VisionConfig
+from flamingo_jax.experiment import ContrastiveConfig, DatasetConfig, TextEncoderConfig, VisionConfig
 from flamingo_jax.models.dual_encoder import DualEncoder
 from flamingo_jax.tasks.contrastive import ContrastiveTask, contrastive_loss
 from flamingo_jax.tasks.task import Loss
 from flamingo_jax.training.state import split_model
-from flamingo_jax.training.step import dataset_gradient
+from flamingo_jax.training.step import accumulated, streamed
 from tests.models.filling import filled_dual_encoder
 
 CONFIG = ContrastiveConfig(
@@ -117,7 +117,9 @@ def gradient(model: DualEncoder, batch: dict[str, jax.Array], microbatches: int)
     """The loss and its gradient as the update takes them."""
     graph, parameters = split_model(model)
     task = ContrastiveTask(model.config)
-    return jax.jit(lambda p, b: dataset_gradient(graph, task, p, {}, b, jax.random.key(0), microbatches))(parameters, batch)
+    data = {"align": DatasetConfig(microbatches=microbatches)}
+    losses, gradient = jax.jit(lambda p, b: accumulated(graph, task, p, {}, {"align": b}, jax.random.key(0), data))(parameters, batch)
+    return losses["align"], gradient
 
 
 def assert_same(first: Gradient, second: Gradient) -> None:
@@ -157,3 +159,13 @@ def test_stochastic_depth_draws_anew_in_every_part(batch: dict[str, jax.Array]) 
     assert float(jnp.abs(images[0::2] - images[1::2]).max()) > 1e-4
     still = task._encode(model, parts, None)[0]
     np.testing.assert_allclose(still, jnp.broadcast_to(still[:1], still.shape), atol=1e-6)
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_two_datasets_at_once_are_compared_apart(model: DualEncoder, batch: dict[str, jax.Array], microbatches: int) -> None:
+    graph, parameters = split_model(model)
+    task = ContrastiveTask(model.config)
+    batches = {"align": {name: a[:8] for name, a in batch.items()}, "ltip": {name: a[4:] for name, a in batch.items()}}
+    data = {"align": DatasetConfig(microbatches=microbatches), "ltip": DatasetConfig(microbatches=microbatches, weight=0.5)}
+    forms = [jax.jit(lambda p, b, form=form: form(graph, task, p, {}, b, jax.random.key(0), data)) for form in (accumulated, streamed)]
+    assert_same(*(form(parameters, batches) for form in forms))

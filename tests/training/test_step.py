@@ -10,6 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
+from flamingo_jax.errors import UserError
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.optimizer import make_optimizer
 from flamingo_jax.training.state import TrainState, initial_state, merge_model, split_model
@@ -84,6 +85,24 @@ def test_microbatches_give_the_same_gradient(parts: Any, updated: Any) -> None:
     state, metrics = run(parts, data)
     np.testing.assert_allclose(metrics["loss"], updated[1]["loss"], rtol=1e-5)
     np.testing.assert_allclose(metrics["gradient_norm"], updated[1]["gradient_norm"], rtol=1e-5)
+
+
+def test_a_stream_of_all_datasets_gives_the_same_gradient(parts: Any, updated: Any) -> None:
+    data = {name: dataclasses.replace(dataset, microbatches=2) for name, dataset in EXPERIMENT.data.items()}
+    state, metrics = run(parts, data, mode="stream")
+    assert set(metrics) == set(updated[1])
+    for name, value in metrics.items():
+        np.testing.assert_allclose(value, updated[1][name], rtol=2e-5, err_msg=name)
+    # After one update Adam's first moment is the gradient.
+    first, second = (optax.tree.get(s.optimizer, "mu") for s in (state, updated[0]))
+    for name in first:
+        np.testing.assert_allclose(first[name], second[name], rtol=1e-3, atol=2e-6 * float(jnp.abs(second[name]).max()) + 1e-9, err_msg=name)
+
+
+def test_a_stream_needs_the_same_microbatches_everywhere(parts: Any) -> None:
+    data = EXPERIMENT.data | {"vtp": dataclasses.replace(EXPERIMENT.data["vtp"], microbatches=2)}
+    with pytest.raises(UserError, match="the same number"):
+        make_update(parts[0], stages.make_task(EXPERIMENT), optax.identity(), data, "stream")
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_counts(parts: Any, updated: Any) -> None:

@@ -1,0 +1,46 @@
+"""Where activations lie on the mesh. Every function reads the mesh that `jax.set_mesh` has set and does nothing without one.
+
+The residual stream lies over `model` along the sequence between the parts that Megatron splits by heads and hidden units (Korthikanti et al.
+2022): norms are not computed once more on every device, what is saved for the gradient shrinks by as much, and the same bytes are sent.
+"""
+
+import math
+
+import jax
+from jax.sharding import PartitionSpec
+
+from flamingo_jax.partitioning.mesh import AXES, MODEL, ROWS
+
+Array = jax.Array
+Axis = str | tuple[str, ...] | None
+
+
+def row_shards() -> int:
+    """How many devices, or groups of devices along `model`, share a batch's rows; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def constrain(x: Array, *axes: Axis) -> Array:
+    """`x` with its leading axes over these axes of the mesh, those that do not divide left whole, as are the axes that are not named."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    sizes = [math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ())) for axis in axes]
+    spec = [axis if size > 1 and x.shape[place] % size == 0 else None for place, (axis, size) in enumerate(zip(axes, sizes, strict=True))]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def residual(x: Array) -> Array:
+    """The residual stream [B, L, D] between blocks: rows over data and fsdp, the sequence over model."""
+    return constrain(x, ROWS, MODEL)
+
+
+def gathered(x: Array) -> Array:
+    """[B, L, D] before products whose weights lie over model: the whole sequence on each device."""
+    return constrain(x, ROWS, None)
+
+
+def everywhere(x: Array) -> Array:
+    """The first axis over all devices: for the vision encoder, which runs data-parallel."""
+    return constrain(x, AXES)
