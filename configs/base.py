@@ -32,26 +32,41 @@ COLOUR = 0.2
 """Strength of colour augmentation; the paper augments colour, but does not say how much."""
 
 
-def tiny_or_full(arg: str, config: str) -> bool:
-    """True for the argument "tiny", False for none; a UserError for another one."""
-    if arg not in ("", "tiny"):
-        raise UserError(f"configs/{config}.py has no form {arg!r}: leave it away, or write :tiny for a laptop")
-    return arg == "tiny"
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """How an experiment is laid out on one kind of machine. microbatches: of every dataset."""
+
+    mesh: MeshConfig
+    microbatches: int = 1
 
 
-def mixture(multiple: int = 1) -> dict[str, DatasetConfig]:
-    """The four datasets of the paper (2.4, A.3), one example a row.
+def form_of(experiment: Experiment, arg: str, config: str, machines: dict[str, Machine]) -> Experiment:
+    """The form of an experiment that the config's argument names: "" for the experiment, "tiny" for a laptop, or a machine. UserError for another."""
+    if not arg:
+        return experiment
+    if arg == "tiny":
+        return tiny(experiment)
+    if arg not in machines:
+        forms = ", ".join(f":{name}" for name in ("tiny", *machines))
+        raise UserError(f"configs/{config}.py has no form {arg!r}: choose one of {forms}, or leave it away and set config.mesh")
+    machine = machines[arg]
+    data = {name: dataclasses.replace(dataset, microbatches=machine.microbatches) for name, dataset in experiment.data.items()}
+    return dataclasses.replace(experiment, name=f"{experiment.name} on {arg}", mesh=machine.mesh, data=data)
 
-    Batch sizes are `multiple` times the ablation's, the only published ones. Texts of pairs have 32 or 64 tokens "depending on the
+
+def mixture(m3w: int = 256, align: int = 512, ltip: int = 512, vtp: int = 64) -> dict[str, DatasetConfig]:
+    """The four datasets of the paper (2.4, A.3), one example a row, with their batch sizes: by default the ablation's, the only published ones.
+
+    Texts of pairs have 32 or 64 tokens "depending on the
     dataset": ALIGN's captions are the short ones (12.4 tokens on average against LTIP's 20.5).
     """
     data = {
-        "m3w": DatasetConfig("pages", f"{DATA}/m3w", batch_size=256, length=256, visuals=5, weight=1.0, p_next=0.5),
-        "align": DatasetConfig("pairs", f"{DATA}/align", batch_size=512, length=32, visuals=1, weight=0.2, pack=False),
-        "ltip": DatasetConfig("pairs", f"{DATA}/ltip", batch_size=512, length=64, visuals=1, weight=0.2, pack=False),
-        "vtp": DatasetConfig("videos", f"{DATA}/vtp", batch_size=64, length=64, visuals=1, frames=8, weight=0.03, pack=False),
+        "m3w": DatasetConfig("pages", f"{DATA}/m3w", batch_size=m3w, length=256, visuals=5, weight=1.0, p_next=0.5),
+        "align": DatasetConfig("pairs", f"{DATA}/align", batch_size=align, length=32, visuals=1, weight=0.2, pack=False),
+        "ltip": DatasetConfig("pairs", f"{DATA}/ltip", batch_size=ltip, length=64, visuals=1, weight=0.2, pack=False),
+        "vtp": DatasetConfig("videos", f"{DATA}/vtp", batch_size=vtp, length=64, visuals=1, frames=8, weight=0.03, pack=False),
     }
-    return {name: dataclasses.replace(d, batch_size=multiple * d.batch_size, flip=True, colour=COLOUR) for name, d in data.items()}
+    return {name: dataclasses.replace(d, flip=True, colour=COLOUR) for name, d in data.items()}
 
 
 def held_out(data: dict[str, DatasetConfig]) -> dict[str, DatasetConfig]:
@@ -59,13 +74,15 @@ def held_out(data: dict[str, DatasetConfig]) -> dict[str, DatasetConfig]:
     return {name: dataclasses.replace(d, split="validation", flip=False, colour=0.0, microbatches=1) for name, d in data.items()}
 
 
-def flamingo(name: str, language_model: LanguageModelConfig, every: int, *, lm_export: str, multiple: int = 1, mesh: MeshConfig | None = None) -> Experiment:
+def flamingo(
+    name: str, language_model: LanguageModelConfig, every: int, *, lm_export: str, data: dict[str, DatasetConfig] | None = None, mesh: MeshConfig | None = None
+) -> Experiment:
     """A Flamingo of the paper: gated blocks as wide and with as many heads as its language model, the same resampler and encoder for all.
 
     AdamW as in B.1.2: rate 1e-4 after 5,000 updates of warm-up and constant from there, clip 1, decay 0.1 but none on the resampler,
     500,000 steps, read as updates (the paper does not say whether it counts those or the gradients of single datasets).
     """
-    data = mixture(multiple)
+    data = data or mixture()
     return Experiment(
         name=name,
         task="flamingo",
@@ -83,7 +100,7 @@ def flamingo(name: str, language_model: LanguageModelConfig, every: int, *, lm_e
         held_out=held_out(data),
         optimizer=OptimizerConfig(),
         mesh=mesh or MeshConfig(),
-        training=TrainingConfig(),
+        training=TrainingConfig(mixing="stream", remat="products", frames_at_once=16),
         vision_encoder_from=f"{EXPORTS}/contrastive_nfnet_f6",
         language_model_from=f"{EXPORTS}/{lm_export}",
     )
@@ -101,7 +118,7 @@ def language_modelling(name: str, model: LanguageModelConfig, *, rate: float, ro
         held_out=held_out(data),
         optimizer=OptimizerConfig(peak_rate=rate, end_rate=rate / 10, warmup_steps=1_500, decay="cosine", beta2=0.95, no_decay=()),
         mesh=mesh,
-        training=TrainingConfig(steps=steps, loss="token_mean"),
+        training=TrainingConfig(steps=steps, loss="token_mean", remat="products"),
     )
 
 

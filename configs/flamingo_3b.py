@@ -1,16 +1,25 @@
 """Flamingo-3B: a gated block before every one of 24 layers of the 1.4B language model (paper table 5, B.1.1).
 
-`--config=configs/flamingo_3b.py` or `:tiny`. Batches are the ablation's (M3W 256, ALIGN 512, LTIP 512, VTP 64). The paper needs no model
-sharding at this size.
+`--config=configs/flamingo_3b.py`, `:tiny`, or a machine of `MACHINES`. Batches are the ablation's (M3W 256, ALIGN 512, LTIP 512, VTP 64).
+The paper needs no model sharding at this size.
 """
 
 import ml_collections
 
 from configs import base
 from flamingo_jax.configuring import to_config
+from flamingo_jax.experiment import MeshConfig
+
+MACHINES = {
+    "v4_2x2x4": base.Machine(MeshConfig(1, 16, 1)),
+    "v5e_8x8": base.Machine(MeshConfig(1, 64, 1)),
+    "v5p_8x8x4": base.Machine(MeshConfig(4, 16, 4)),
+    "h200_1": base.Machine(MeshConfig(1, 1, 1), microbatches=4),
+    "h200_8": base.Machine(MeshConfig(1, 8, 1)),
+}
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The config, or with "tiny" its laptop form."""
+    """The config, or the form that the argument names."""
     experiment = base.flamingo("flamingo 3B", base.LM_1B4, every=1, lm_export="lm_1b4")
-    return to_config(base.tiny(experiment) if base.tiny_or_full(arg, "flamingo_3b") else experiment)
+    return to_config(base.form_of(experiment, arg, "flamingo_3b", MACHINES))

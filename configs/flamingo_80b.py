@@ -1,8 +1,10 @@
 """Flamingo-80B: a gated block before every 7th layer of the 70B language model, 12 of them (paper table 5, B.1.1).
 
-`--config=configs/flamingo_80b.py` or `:tiny`. The mesh is the paper's (B.1.2): 16-way Megatron for language model and gated blocks, the
-rest replicas; on its 1,536 chips these are 96. The batch of this size is not published: nine times the ablation's (M3W 2,304, ALIGN and
-LTIP 4,608, VTP 576) divides into 96 replicas and keeps every chip busy.
+`--config=configs/flamingo_80b.py`, `:tiny`, or a machine of `MACHINES`. The mesh is the paper's (B.1.2): 16-way Megatron for language
+model, resampler and gated blocks, the rest replicas; on its 1,536 chips (v4_8x12x16, the cloud's v4-3072: v4 counts cores there) these are
+96. The paper shards the optimizer's state over them; here 32 of them share trained parameters, gradients and moments (fsdp), since 96
+divides no axis. The batch of this size is not published: nine times the ablation's M3W (2,304) and VTP (576) and 8.25 times its ALIGN and
+LTIP (4,224) give each replica 256 frames, 16 for each of its chips, and 10,752 tokens, which 16 divides too.
 """
 
 import ml_collections
@@ -11,8 +13,15 @@ from configs import base
 from flamingo_jax.configuring import to_config
 from flamingo_jax.experiment import MeshConfig
 
+MACHINES = {
+    "v4_8x12x16": base.Machine(MeshConfig(3, 32, 16)),
+    "v4_8x12x16_wide": base.Machine(MeshConfig(3, 64, 8)),
+    "v5p_8x8x4": base.Machine(MeshConfig(1, 16, 16), microbatches=6),
+}
+
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The config, or with "tiny" its laptop form."""
-    experiment = base.flamingo("flamingo 80B", base.LM_70B, every=7, lm_export="lm_70b", multiple=9, mesh=MeshConfig(model=16))
-    return to_config(base.tiny(experiment) if base.tiny_or_full(arg, "flamingo_80b") else experiment)
+    """The config, or the form that the argument names."""
+    data = base.mixture(m3w=2304, align=4224, ltip=4224, vtp=576)
+    experiment = base.flamingo("flamingo 80B", base.LM_70B, every=7, lm_export="lm_70b", data=data, mesh=MeshConfig(model=16))
+    return to_config(base.form_of(experiment, arg, "flamingo_80b", MACHINES))

@@ -1,7 +1,7 @@
 """The language model of Flamingo-3B: 24 layers of width 2048, 1.37 B parameters (paper table 4).
 
-`--config=configs/lm_1b4.py` or `:tiny`. The paper gives no training settings for this size; rate and batch (0.26 M tokens) are Gopher's for
-its model of 1.4 B (Rae et al. 2021, table 1), over 300 B tokens.
+`--config=configs/lm_1b4.py`, `:tiny`, or a machine of `MACHINES`. The paper gives no training settings for this size; rate and batch (0.26
+M tokens) are Gopher's for its model of 1.4 B (Rae et al. 2021, table 1), over 300 B tokens.
 """
 
 import ml_collections
@@ -10,8 +10,14 @@ from configs import base
 from flamingo_jax.configuring import to_config
 from flamingo_jax.experiment import MeshConfig
 
+MACHINES = {
+    "v4_2x2x4": base.Machine(MeshConfig(1, 16, 1)),
+    "v5e_8x8": base.Machine(MeshConfig(1, 64, 1)),
+    "h200_8": base.Machine(MeshConfig(1, 8, 1)),
+}
+
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The config, or with "tiny" its laptop form."""
+    """The config, or the form that the argument names."""
     experiment = base.language_modelling("lm 1.4B", base.LM_1B4, rate=2e-4, rows=128, steps=1_144_000, mesh=MeshConfig())
-    return to_config(base.tiny(experiment) if base.tiny_or_full(arg, "lm_1b4") else experiment)
+    return to_config(base.form_of(experiment, arg, "lm_1b4", MACHINES))

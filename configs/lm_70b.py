@@ -1,7 +1,7 @@
 """The language model of Flamingo-80B, Chinchilla: 80 layers of width 8192, 70.06 B parameters (Hoffmann et al. 2022, table 4).
 
-`--config=configs/lm_70b.py` or `:tiny`. Rate 1e-4 and 1.4 T tokens are Chinchilla's; its batch of 1.5 M tokens that doubles midway is 3.1 M
-from the start here. Parameters and moments (841 GB in float32) are sharded over 16 x 16 devices.
+`--config=configs/lm_70b.py`, `:tiny`, or a machine of `MACHINES`. Rate 1e-4 and 1.4 T tokens are Chinchilla's; its batch of 1.5 M tokens
+that doubles midway is 3.1 M from the start here. Parameters and moments (841 GB in float32) are sharded over 16 x 16 devices.
 """
 
 import ml_collections
@@ -10,9 +10,14 @@ from configs import base
 from flamingo_jax.configuring import to_config
 from flamingo_jax.experiment import MeshConfig
 
+MACHINES = {
+    "v4_8x12x16": base.Machine(MeshConfig(3, 32, 16), microbatches=4),
+    "v5p_8x8x4": base.Machine(MeshConfig(1, 16, 16), microbatches=12),
+}
+
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The config, or with "tiny" its laptop form."""
+    """The config, or the form that the argument names."""
     mesh = MeshConfig(fsdp=16, model=16)
     experiment = base.language_modelling("lm 70B", base.LM_70B, rate=1e-4, rows=1536, steps=445_000, mesh=mesh)
-    return to_config(base.tiny(experiment) if base.tiny_or_full(arg, "lm_70b") else experiment)
+    return to_config(base.form_of(experiment, arg, "lm_70b", MACHINES))

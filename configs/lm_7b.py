@@ -1,7 +1,8 @@
 """The language model of Flamingo-9B: 32 layers of width 4096, 7.11 B parameters.
 
-`--config=configs/lm_7b.py` or `:tiny`. The paper gives no training settings for this size; rate and batch (2 M tokens) are Gopher's for its
-model of 7.1 B (Rae et al. 2021, table 1), over 300 B tokens. Parameters and moments (85 GB in float32) are sharded over 16 devices.
+`--config=configs/lm_7b.py`, `:tiny`, or a machine of `MACHINES`. The paper gives no training settings for this size; rate and batch (2 M
+tokens) are Gopher's for its model of 7.1 B (Rae et al. 2021, table 1), over 300 B tokens. Parameters and moments (85 GB in float32) are
+sharded over 16 devices.
 """
 
 import ml_collections
@@ -10,8 +11,14 @@ from configs import base
 from flamingo_jax.configuring import to_config
 from flamingo_jax.experiment import MeshConfig
 
+MACHINES = {
+    "v4_4x4x4": base.Machine(MeshConfig(1, 64, 1)),
+    "v5p_8x8x4": base.Machine(MeshConfig(1, 64, 4)),
+    "h200_8": base.Machine(MeshConfig(1, 8, 1), microbatches=4),
+}
+
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The config, or with "tiny" its laptop form."""
+    """The config, or the form that the argument names."""
     experiment = base.language_modelling("lm 7B", base.LM_7B, rate=1.2e-4, rows=1024, steps=143_000, mesh=MeshConfig(fsdp=16))
-    return to_config(base.tiny(experiment) if base.tiny_or_full(arg, "lm_7b") else experiment)
+    return to_config(base.form_of(experiment, arg, "lm_7b", MACHINES))

@@ -46,8 +46,8 @@ def write_config(value: Experiment, path: pathlib.Path) -> None:
     os.replace(file.name, path)
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
-    """Parses the command line, runs `main` and exits with what it returns.
+def run(main: Callable[..., int | None], verbs: Sequence[str] = ()) -> NoReturn:
+    """Parses the command line, runs `main` and exits with what it returns. With `verbs`, the first word must be one of them and is what `main` gets.
 
     A UserError, and whatever is wrong with the command line, is `error: <sentence>` on stderr and its exit code (2), without a traceback.
     """
@@ -56,8 +56,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if {"--help", "-help", "-h", "--helpshort", "--helpfull"} & set(sys.argv[1:]):
             print(_help(sys.argv))
             sys.exit(0)
+        words = [_pop_verb(sys.argv, verbs)] if verbs else []
         _parse(sys.argv)
-        code = main()
+        code = main(*words)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
@@ -94,6 +95,12 @@ def _set_up_logging() -> None:
     # At the level of information these report every save and every compilation.
     for noisy in ("jax", "orbax", "absl", "tensorstore", "grain", "tensorflow_datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _pop_verb(argv: list[str], verbs: Sequence[str]) -> str:
+    if len(argv) < 2 or argv[1] not in verbs:
+        raise UserError(f"the first word must say what to do: {' or '.join(verbs)}; see --help")
+    return argv.pop(1)
 
 
 def _parse(argv: Sequence[str]) -> None:

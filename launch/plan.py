@@ -5,26 +5,31 @@
 
 `--counts` gives the parameters of every part of the model, from the real modules but without allocating anything. `--topology` compiles the
 training step for that machine, which need not be there, and says for each device what memory it takes, how many FLOPs and the compiler's own
-estimate of its cycles, and what it sends to others.
+estimate of its cycles, what it sends to others, and how long the run should take. Where the step does not fit, `--search` tries what would.
 """
 
 import json
+import sys
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.planning.counts import count_parameters
-from flamingo_jax.planning.hlo import summarise
-from flamingo_jax.planning.program import compile_program, floor_seconds
+from flamingo_jax.planning.hlo import Collective, summarise
+from flamingo_jax.planning.program import DoesNotFit, Program, compile_program, floor_seconds, smaller
 from flamingo_jax.planning.topology import open_topology
 from launch import command
 
 COUNTS = flags.DEFINE_bool("counts", False, "Count the parameters.")
 TOPOLOGY = flags.DEFINE_string("topology", "", "Machine to compile the step for, as v4:2x2x4: a kind of chip and the sizes of its torus.")
+SEARCH = flags.DEFINE_bool("search", False, "Where the step does not fit, compile what needs less memory until it does: minutes for each try.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
 CONFIG = command.define_config()
 GIB = 2**30
@@ -36,7 +41,7 @@ def main() -> int:
         raise UserError("nothing to plan: add --counts or --topology=v4:2x2x4")
     plan: dict[str, Any] = {"parameters": count_parameters(experiment)} if COUNTS.value else {}
     if TOPOLOGY.value:
-        plan["step"] = plan_step(experiment, TOPOLOGY.value)
+        plan["step"] = plan_step(experiment, TOPOLOGY.value, SEARCH.value)
     if JSON.value:
         print(json.dumps(plan))
         return 0
@@ -45,30 +50,74 @@ def main() -> int:
     return 0
 
 
-def plan_step(experiment: Experiment, name: str) -> dict[str, Any]:
-    """The step compiled for a topology, as JSON-able figures; bytes and cycles are those of one device."""
+def plan_step(experiment: Experiment, name: str, search: bool = False) -> dict[str, Any]:
+    """The step compiled for a topology, as JSON-able figures; bytes, cycles and program FLOPs are those of one device.
+
+    Raises: UserError with the mend where the step does not fit.
+    """
     topology = open_topology(name)
     mesh = topology.mesh(experiment.mesh)
-    program = compile_program(experiment, mesh)
+    change = ""
+    try:
+        program = compile_program(experiment, mesh)
+    except DoesNotFit as error:
+        if not search:
+            raise UserError(f"{error}, but a {name.partition(':')[0]} has {topology.chip.memory / GIB:.2f} GiB: add --search to find what fits") from None
+        change, experiment, program = _fitting(experiment, mesh)
     summary = summarise(program.hlo)
-    chips = len(topology.devices)
-    floor = floor_seconds(program, chips, topology.chip.flops)
+    chips, chip = len(topology.devices), topology.chip
+    floor = floor_seconds(program, chips, chip.flops)
+    sent = _by_axes(summary.collectives, mesh)
+    computing, sending = summary.cycles / chip.clock, sum(kind["bytes"] for kind in sent) / chip.link
+    # Whether what is sent hides behind the computing is not known before a run: no overlap at all is the safe side.
+    seconds = computing + sending
     return {
         "topology": name,
         "chips": chips,
         "mesh": dict(mesh.shape),
+        "change": change,
         "bytes": {"arguments": program.memory.arguments, "results": program.memory.results, "temporaries": program.memory.temporaries},
         "peak_bytes": program.memory.peak,
-        "chip_bytes": topology.chip.memory,
-        "fits": program.memory.peak <= topology.chip.memory,
-        "flops": {"formula": program.formula_flops, "jaxpr": program.jaxpr_flops},
+        "chip_bytes": chip.memory,
+        "fits": program.memory.peak <= chip.memory,
+        "largest": program.largest,
+        "flops": {"formula": program.formula_flops, "jaxpr": program.jaxpr_flops, "program": summary.flops * chips},
         "floor_seconds": floor,
         "estimated_cycles": summary.cycles,
-        "collectives": [c._asdict() for c in sorted(summary.collectives, key=lambda c: -c.bytes * c.times)],
+        "cycles_over_floor": computing / floor,
+        "seconds": {"computing": computing, "sending": sending, "step": seconds},
+        "mfu": floor / seconds if seconds else 0.0,
+        "days": seconds * experiment.training.steps / 86_400,
+        "chip_hours": seconds * experiment.training.steps / 3_600 * chips,
+        "collectives": sent,
         "instructions": summary.instructions,
         "compile_seconds": program.seconds,
         "compiler_bytes": program.compiler_bytes,
     }
+
+
+def _fitting(experiment: Experiment, mesh: Mesh) -> tuple[str, Experiment, Program]:
+    for change, tried in smaller(experiment, mesh):
+        print(f"compiling with {change}", file=sys.stderr, flush=True)
+        try:
+            return change, tried, compile_program(tried, mesh)
+        except DoesNotFit as error:
+            print(f"  {error}", file=sys.stderr, flush=True)
+    raise UserError("nothing that was tried fits: shard more (config.mesh.fsdp, config.mesh.model), or take more chips or a smaller batch")
+
+
+def _by_axes(collectives: Sequence[Collective], mesh: Mesh) -> list[dict[str, Any]]:
+    """Collectives by kind and the axes of the mesh that they cross, the most bytes first."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for c in collectives:
+        places = np.unravel_index(np.asarray(c.group or range(mesh.size)), tuple(mesh.shape.values()))
+        axes = " x ".join(axis for axis, place in zip(mesh.shape, places, strict=True) if np.ptp(place)) or "none"
+        counts = found.setdefault((c.kind, axes), [0, 0, 0])
+        counts[0] += c.times
+        counts[1] += c.times * c.bytes
+        counts[2] = max(counts[2], c.bytes)
+    sent = [{"kind": kind, "axes": axes, "times": times, "bytes": total, "largest": most} for (kind, axes), (times, total, most) in found.items()]
+    return sorted(sent, key=lambda kind: -kind["bytes"])
 
 
 def _counts_table(experiment: Experiment, counts: dict[str, int]) -> Table:
@@ -82,31 +131,38 @@ def _counts_table(experiment: Experiment, counts: dict[str, int]) -> Table:
     return table
 
 
-TOP = 12
-"""Collectives shown in the table; JSON has all."""
-
-
 def _step_tables(step: dict[str, Any]) -> list[Table]:
     mesh = " x ".join(f"{axis}={size}" for axis, size in step["mesh"].items())
     table = Table("", title=f"one step on {step['chips']} chips, {step['topology']}, mesh {mesh}")
     table.add_column("", justify="right")
+    if step["change"]:
+        table.add_row("fits with", step["change"])
     for part, count in step["bytes"].items():
         table.add_row(f"{part}, a device", f"{count / GIB:.2f} GiB")
     verdict = "fits" if step["fits"] else "[bold]does not fit[/bold]"
     table.add_row("peak of the chip's memory", f"{step['peak_bytes'] / GIB:.2f} of {step['chip_bytes'] / GIB:.2f} GiB: {verdict}")
     table.add_section()
-    ratio = step["flops"]["jaxpr"] / max(step["flops"]["formula"], 1)
-    table.add_row("FLOPs by the formula, full rows", f"{step['flops']['formula']:.4g}")
-    table.add_row("FLOPs of the traced step", f"{step['flops']['jaxpr']:.4g} ({ratio:.2f} x)")
+    formula = step["flops"]["formula"]
+    table.add_row("FLOPs by the formula, full rows", f"{formula:.4g}")
+    for name, key in (("of the traced step", "jaxpr"), ("of the compiled program", "program")):
+        table.add_row(f"FLOPs {name}", f"{step['flops'][key]:.4g} ({step['flops'][key] / max(formula, 1):.2f} x)")
+    table.add_section()
     table.add_row("least time, at the chips' peak", f"{step['floor_seconds']:.3f} s")
-    table.add_row("the compiler's cycles", f"{step['estimated_cycles']:.4g}" if step["estimated_cycles"] else "not given")
+    table.add_row("computing, by the compiler's cycles", f"{step['seconds']['computing']:.3f} s ({step['cycles_over_floor']:.2f} x)")
+    table.add_row("sending, at the links' rate", f"{step['seconds']['sending']:.3f} s")
+    table.add_row("a step with no overlap", f"{step['seconds']['step']:.3f} s, {step['mfu']:.0%} MFU")
+    table.add_row("the run", f"{step['days']:.1f} days, {step['chip_hours']:,.0f} chip-hours")
     table.add_row("compiled in", f"{step['compile_seconds']:.0f} s with {step['compiler_bytes'] / GIB:.1f} GiB")
-    sent = Table("collective", "groups", title="sent between devices, the largest first")
-    for column in ("MiB", "times a step", "GiB a step"):
+    sent = Table("collective", "axes", title="sent between devices in a step")
+    for column in ("times", "GiB", "largest, MiB"):
         sent.add_column(column, justify="right")
-    for c in step["collectives"][:TOP]:
-        sent.add_row(c["kind"], c["groups"][:40], f"{c['bytes'] / 2**20:.1f}", str(c["times"]), f"{c['bytes'] * c['times'] / GIB:.2f}")
-    return [table, sent]
+    for c in step["collectives"]:
+        sent.add_row(c["kind"], c["axes"], str(c["times"]), f"{c['bytes'] / GIB:.2f}", f"{c['largest'] / 2**20:.1f}")
+    held = Table("tensor", "sharding", title="the largest that each device holds between steps")
+    held.add_column("GiB", justify="right")
+    for tensor in step["largest"]:
+        held.add_row(tensor["name"], tensor["sharding"], f"{tensor['bytes'] / GIB:.2f}")
+    return [table, held, sent]
 
 
 def _short(count: int) -> str:

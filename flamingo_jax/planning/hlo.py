@@ -3,8 +3,10 @@
 import collections
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast", "ragged-all-to-all")
 _BITS = {"pred": 8, "token": 0}
@@ -26,19 +28,24 @@ class Instruction(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """kind, e.g. "all-reduce"; groups: the replica groups as they stand in the program; bytes: of its largest operand or result on a device;
-    times: how often a step runs it."""
+    """kind, e.g. "all-reduce"; group: devices of one of its groups, by their places in the mesh (of a permutation: a sender and its receiver);
+    bytes: of its largest operand or result on a device; times: how often a step runs it."""
 
     kind: str
-    groups: str
+    group: tuple[int, ...]
     bytes: int
     times: int
 
 
 class Summary(NamedTuple):
-    """cycles: the TPU compiler's estimate of one step, 0 where it gives none. instructions: lines of the program, a measure of its size."""
+    """What a device does in one step.
+
+    cycles: the TPU compiler's estimate, 0 where it gives none. flops: of products and convolutions. instructions: lines of the program, a
+    measure of its size.
+    """
 
     cycles: int
+    flops: int
     collectives: list[Collective]
     instructions: int
 
@@ -46,16 +53,39 @@ class Summary(NamedTuple):
 def summarise(text: str) -> Summary:
     """Raises ValueError where the text has no entry computation."""
     computations, entry = parse(text)
-    cycles = 0
-    collectives: collections.Counter[tuple[str, str, int]] = collections.Counter()
+    cycles = flops = 0
+    collectives: collections.Counter[tuple[str, tuple[int, ...], int]] = collections.Counter()
+    inner = {name: _flops(computations, name) for name in computations}
     for instruction, times in _runs(computations, entry, 1):
         found = _CYCLES.search(instruction.rest)
         cycles += times * int(found[1]) if found else 0
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            groups = re.search(r"(?:replica_groups|source_target_pairs)=(\S+?\}\}|\S+)", instruction.rest)
-            collectives[kind, groups[1].rstrip(",") if groups else "", _largest(instruction.shape)] += times
-    return Summary(cycles, [Collective(*key, times) for key, times in collectives.items()], sum(map(len, computations.values())))
+            collectives[kind, first_group(instruction.rest), _largest(instruction.shape)] += times
+    for name, times in _computations_run(computations, entry, 1):
+        flops += times * inner[name]
+    return Summary(cycles, flops, [Collective(*key, times) for key, times in collectives.items()], sum(map(len, computations.values())))
+
+
+def first_group(attributes: str) -> tuple[int, ...]:
+    """The first of a collective's groups, from any of the forms in which XLA writes them; () for none, which means all devices."""
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?: device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", attributes):
+        names, sizes = zip(*((name, int(size)) for name, size in re.findall(r"'?([\w.]+)'?=(\d+)", found[1])), strict=True)
+        order = np.arange(math.prod(sizes))
+        if found[2]:
+            order = order.reshape(_numbers(found[2])).transpose(_numbers(found[3]) if found[3] else None)
+        varies = re.findall(r"'([\w.]+)'", found[4])
+        return tuple(order.reshape(sizes)[tuple(slice(None) if name in varies else 0 for name in names)].ravel().tolist())
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        order = np.arange(math.prod(_numbers(found[3]))).reshape(_numbers(found[3])).transpose(_numbers(found[4]) if found[4] else None)
+        return tuple(order.reshape(int(found[1]), int(found[2]))[0].tolist())
+    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", attributes):
+        return tuple(_numbers(found[1]))
+    return ()
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
@@ -79,10 +109,79 @@ def _runs(computations: Mapping[str, list[Instruction]], name: str, times: int) 
     for instruction in computations[name]:
         yield instruction, times
         if instruction.opcode in ("while", "conditional", "call", "async-start"):
-            trips = int(found[1]) if instruction.opcode == "while" and (found := _TRIPS.search(instruction.rest)) else 1
+            trips = _trips(computations, instruction.rest) if instruction.opcode == "while" else 1
             for called in _called(instruction.rest):
                 if called in computations:
                     yield from _runs(computations, called, times * trips)
+
+
+def _trips(computations: Mapping[str, list[Instruction]], rest: str) -> int:
+    """How often a loop runs: as the compiler notes it, or as its condition has it, `i < n` with i counting from 0; 1 where neither says."""
+    if found := _TRIPS.search(rest):
+        return int(found[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", rest)
+    instructions = {i.name: i for i in computations.get(condition[1], [])} if condition else {}
+    for instruction in instructions.values():
+        if instruction.opcode == "compare" and "direction=LT" in instruction.rest:
+            operands = [instructions[name] for name in re.findall(r"%([\w.\-]+)", instruction.rest) if name in instructions]
+            limits = [int(i.rest.partition(")")[0]) for i in operands if i.opcode == "constant" and re.match(r"\d+\)", i.rest)]
+            return max(limits, default=1)
+    return 1
+
+
+def _computations_run(computations: Mapping[str, list[Instruction]], name: str, times: int) -> Iterator[tuple[str, int]]:
+    """Every computation that a computation runs, itself first, with how often; of a conditional, every branch."""
+    yield name, times
+    for instruction in computations[name]:
+        if instruction.opcode in ("while", "conditional", "call", "async-start", "fusion"):
+            trips = _trips(computations, instruction.rest) if instruction.opcode == "while" else 1
+            for called in _called(instruction.rest):
+                if called in computations:
+                    yield from _computations_run(computations, called, times * trips)
+
+
+def _flops(computations: Mapping[str, list[Instruction]], name: str) -> int:
+    """FLOPs of the products and convolutions that stand in a computation itself."""
+    shapes = {instruction.name: _sizes(instruction.shape) for instruction in computations[name]}
+    total = 0
+    for instruction in computations[name]:
+        if instruction.opcode not in ("dot", "convolution"):
+            continue
+        operands = [shapes.get(operand, []) for operand in re.findall(r"%([\w.\-]+)", instruction.rest.partition(")")[0])]
+        if len(operands) != 2:
+            continue
+        left, right = operands
+        result = _sizes(instruction.shape)
+        if instruction.opcode == "dot":
+            axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
+            total += 2 * math.prod(result) * (math.prod(left[axis] for axis in _numbers(axes[1])) if axes and axes[1] else 1)
+        else:
+            total += 2 * _taps(left, right, result, instruction.rest)
+    return total
+
+
+def _taps(left: Sequence[int], right: Sequence[int], result: Sequence[int], attributes: str) -> int:
+    """Multiplications of a convolution. Taps that fall on padding or between dilated inputs are none: TPU programs write all products as
+    convolutions, those with batch axes as such of which most taps fall there."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+    assert labels, "a convolution has labels"
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", found[1])) if (found := re.search(r"window=\{([^}]*)\}", attributes)) else {}
+    numbers = lambda name: [int(n) for n in window[name].split("x")] if name in window else None
+    taps = result[labels[3].index("b")] * result[labels[3].index("f")] * right[labels[2].index("i")]
+    for axis in filter(str.isdigit, labels[1]):
+        place = int(axis)
+        size, kernel, out = left[labels[1].index(axis)], right[labels[2].index(axis)], result[labels[3].index(axis)]
+        stride, spread, step = ((numbers(name) or [1] * (place + 1))[place] for name in ("stride", "lhs_dilate", "rhs_dilate"))
+        low = int(window["pad"].split("x")[place].split("_")[0]) if "pad" in window else 0
+        at = np.arange(out)[:, None] * stride + np.arange(kernel) * step - low
+        taps *= int(((at >= 0) & (at <= (size - 1) * spread) & (at % spread == 0)).sum())
+    return taps
+
+
+def _sizes(shape: str) -> list[int]:
+    """Of the first array of a shape."""
+    found = _SHAPE.search(shape)
+    return _numbers(found[2]) if found and found[2] else []
 
 
 def _called(rest: str) -> list[str]:

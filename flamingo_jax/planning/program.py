@@ -1,19 +1,24 @@
 """The training step compiled ahead of time, on shapes alone, and what the compiler says of it."""
 
+import dataclasses
+import math
+import re
 import resource
 import time
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from flamingo_jax.experiment import DatasetConfig, Experiment
-from flamingo_jax.partitioning.mesh import batch_sharding, check_batches
+from flamingo_jax.partitioning.mesh import ROWS, batch_sharding, check_batches
 from flamingo_jax.planning.flops import Work, product_flops, step_cost
 from flamingo_jax.tasks import stages
-from flamingo_jax.training.assembly import assemble
-from flamingo_jax.training.step import lower_update, make_update
+from flamingo_jax.training.assembly import Assembly, assemble
+from flamingo_jax.training.step import compile_update, make_update
 
 
 class Memory(NamedTuple):
@@ -28,11 +33,20 @@ class Memory(NamedTuple):
         return self.arguments + self.results + self.temporaries
 
 
+class DoesNotFit(Exception):
+    """The compiler found no way to hold the step in a chip's memory. needed: bytes of one device, as far as it says; 0 where it does not."""
+
+    def __init__(self, needed: int):
+        super().__init__(f"the step needs {needed / 2**30:.1f} GiB a device" if needed else "the step does not fit")
+        self.needed = needed
+
+
 class Program(NamedTuple):
     """An update compiled for a mesh.
 
     formula_flops: of full rows with all their visuals, by `flops.step_cost`. jaxpr_flops: of the traced update, what is computed twice
     among it. Both are of all devices together. seconds, compiler_bytes: what tracing and compiling took; the most memory that this process had.
+    largest: the arrays that take most of each device between steps, {"name", "sharding", "bytes"}.
     """
 
     memory: Memory
@@ -41,22 +55,30 @@ class Program(NamedTuple):
     seconds: float
     compiler_bytes: int
     hlo: str
+    largest: list[dict[str, Any]]
 
 
 def compile_program(experiment: Experiment, mesh: Mesh) -> Program:
     """Compiles the experiment's update for `mesh`, whose devices may be of a topology that is not here. Nothing is allocated on them.
 
-    Raises: UserError where batches or parameters do not divide over the mesh.
+    Raises: UserError where batches or parameters do not divide over the mesh; DoesNotFit where a device's memory is too small.
     """
     check_batches(experiment, mesh)
     began = time.monotonic()
     # Outside of the mesh: optax makes a few scalars, and the mesh's devices may be unable to.
     assembly = assemble(experiment, mesh)
     with jax.set_mesh(mesh):
-        update = make_update(assembly.graph, stages.make_task(experiment), assembly.optimizer, experiment.data, experiment.training.update)
+        update = make_update(
+            assembly.graph, stages.make_task(experiment), assembly.optimizer, experiment.data, experiment.training.mixing, assembly.gradient_shardings
+        )
         batches = batch_shapes(experiment, mesh)
         jaxpr = jax.make_jaxpr(update)(assembly.state, assembly.frozen, batches)
-        compiled = lower_update(update, assembly.state, assembly.frozen, batches).compile()
+        try:
+            compiled = compile_update(update, assembly.state, assembly.frozen, batches)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise DoesNotFit(_needed(str(error))) from error
     analysis, text = compiled.memory_analysis(), compiled.as_text()
     assert analysis is not None and text is not None, "every XLA backend has both"
     memory = Memory(
@@ -64,7 +86,41 @@ def compile_program(experiment: Experiment, mesh: Mesh) -> Program:
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     flops = step_cost(experiment).of(full_work(experiment))
-    return Program(memory, flops, product_flops(jaxpr.jaxpr), time.monotonic() - began, peak, text)
+    return Program(memory, flops, product_flops(jaxpr.jaxpr), time.monotonic() - began, peak, text, _largest(assembly))
+
+
+TOP = 8
+"""How many of the largest arrays are told."""
+
+
+def _largest(assembly: Assembly) -> list[dict[str, Any]]:
+    held = {"trained": assembly.trainable, "frozen": assembly.frozen, "moments": optax.tree.get(assembly.state.optimizer, "mu")}
+    found = []
+    for role, arrays in held.items():
+        for name, a in (arrays or {}).items():
+            shape = a.sharding.shard_shape(a.shape)
+            size = math.prod(shape) * a.dtype.itemsize * (2 if role == "moments" else 1)
+            found.append({"name": f"{name} ({role})", "sharding": str(tuple(a.sharding.spec)), "bytes": size})
+    return sorted(found, key=lambda tensor: -tensor["bytes"])[:TOP]
+
+
+def _needed(message: str) -> int:
+    """The largest size that the compiler's message speaks of, such as "83.93G"."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    return max((int(float(number) * units[unit]) for number, unit in re.findall(r"\b(\d+(?:\.\d+)?)([KMG])\b", message)), default=0)
+
+
+def smaller(experiment: Experiment, mesh: Mesh) -> Iterator[tuple[str, Experiment]]:
+    """Forms of the experiment that need less memory, the cheapest first, each with how to ask for it."""
+    training, shards = experiment.training, math.prod(mesh.shape[axis] for axis in ROWS)
+    modes: tuple[Literal["products", "layers"], ...] = ("products", "layers")
+    for remat in modes[{"none": 0, "products": 1, "layers": 2}[training.remat] :]:
+        yield f"--config.training.remat={remat}", dataclasses.replace(experiment, training=dataclasses.replace(training, remat=remat))
+    for parts in (2, 4, 8, 16):
+        data = {name: dataclasses.replace(dataset, microbatches=dataset.microbatches * parts) for name, dataset in experiment.data.items()}
+        if all(dataset.batch_size % (shards * dataset.microbatches) == 0 for dataset in data.values()):
+            options = ["--config.training.remat=products", *(f"--config.data.{name}.microbatches={d.microbatches}" for name, d in data.items())]
+            yield " ".join(options), dataclasses.replace(experiment, data=data, training=dataclasses.replace(training, remat="products"))
 
 
 def full_work(experiment: Experiment) -> Work:

@@ -15,19 +15,22 @@ from flamingo_jax.partitioning.mesh import make_mesh
 
 
 class Chip(NamedTuple):
-    """memory: bytes of HBM a program may use. flops: dense bfloat16 a second. options: what libtpu must be told besides the topology."""
+    """memory: bytes of HBM a program may use. flops: dense bfloat16 a second. clock: cycles a second, in which the compiler estimates.
+    link: bytes a second that a chip sends to all of its neighbours together, as published. options: what libtpu must be told besides the topology."""
 
     memory: int
     flops: float
+    clock: float
+    link: float
     options: dict[str, Any]
 
 
 CHIPS = {
     # One device a chip, as programs see a v4: "megacore" joins its two cores.
-    "v4": Chip(int(30.75 * 2**30), 275e12, {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1), "num_slices": 1}),
-    "v5e": Chip(int(15.75 * 2**30), 197e12, {}),
-    "v5p": Chip(int(95.74 * 2**30), 459e12, {}),
-    "v6e": Chip(int(31.25 * 2**30), 918e12, {}),
+    "v4": Chip(int(30.75 * 2**30), 275e12, 1.05e9, 300e9, {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1), "num_slices": 1}),
+    "v5e": Chip(int(15.75 * 2**30), 197e12, 1.5e9, 200e9, {}),
+    "v5p": Chip(int(95.74 * 2**30), 459e12, 1.75e9, 600e9, {}),
+    "v6e": Chip(int(31.25 * 2**30), 918e12, 1.75e9, 448e9, {}),
 }
 
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flamingo_jax.experiment import ContrastiveConfig, Experiment, LanguageModelConfig, TextEncoderConfig, TrainingConfig, VisionConfig
+from flamingo_jax.experiment import ContrastiveConfig, DatasetConfig, Experiment, LanguageModelConfig, TextEncoderConfig, TrainingConfig, VisionConfig
 from flamingo_jax.models.nfnet import NFNet
 from flamingo_jax.planning.flops import Cost, Work, encoder_cost, peak_flops, product_flops, step_cost, work_in
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.state import split_model
-from flamingo_jax.training.step import dataset_gradient
+from flamingo_jax.training.step import accumulated
 from tests.training import world
 
 FLOAT32 = TrainingConfig(compute_dtype="float32")
@@ -33,7 +33,8 @@ def gradient_flops(experiment: Experiment, batch: dict[str, np.ndarray]) -> int:
     frozen = {name: s for name, s in shapes.items() if experiment.task == "flamingo" and name.startswith(("vision_encoder/", "language_model/"))}
     trainable = {name: s for name, s in shapes.items() if name not in frozen}
     task = stages.make_task(experiment)
-    run = lambda trainable, frozen, batch, key: dataset_gradient(graph, task, trainable, frozen, batch, key, 1)
+    data = {"one": DatasetConfig()}
+    run = lambda trainable, frozen, batch, key: accumulated(graph, task, trainable, frozen, {"one": batch}, key, data)
     key = jax.eval_shape(lambda: jax.random.key(0))
     return product_flops(jax.make_jaxpr(run)(trainable, frozen, batch, key).jaxpr)
 

@@ -1,5 +1,6 @@
 """A step compiled on shapes alone: its memory and FLOPs, on the host's devices and, where libtpu is installed, for TPUs that are not here."""
 
+import dataclasses
 import importlib.util
 
 import jax
@@ -8,9 +9,10 @@ import pytest
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import MeshConfig
-from flamingo_jax.partitioning.mesh import make_mesh
+from flamingo_jax.partitioning.mesh import check_batches, make_mesh
 from flamingo_jax.planning.flops import work_in
-from flamingo_jax.planning.program import batch_shapes, compile_program, full_work
+from flamingo_jax.planning.hlo import summarise
+from flamingo_jax.planning.program import DoesNotFit, _needed, batch_shapes, compile_program, full_work, smaller
 from flamingo_jax.planning.topology import open_topology
 from flamingo_jax.training.assembly import assemble
 from tests.training import world
@@ -33,12 +35,38 @@ def test_memory_and_flops_of_a_compiled_step() -> None:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     program = compile_program(experiment, mesh)
     assembly = assemble(experiment, mesh)
+    assert program.largest[0]["bytes"] >= program.largest[-1]["bytes"] > 0
     arrays = jax.tree.leaves((assembly.state, assembly.frozen, batch_shapes(experiment, mesh)))
     expected = sum(a.size * a.dtype.itemsize for a in arrays)
     assert expected * 0.95 <= program.memory.arguments <= expected * 1.05
     assert program.memory.peak > program.memory.arguments
     # Attention's products of activations, which the formula leaves out, weigh much at this size.
     assert 1.0 < program.jaxpr_flops / program.formula_flops < 3.0
+
+
+def test_depth_does_not_lengthen_the_step() -> None:
+    def lines(layers: int) -> int:
+        language_model = dataclasses.replace(world.FLAMINGO.language_model, layers=layers)
+        training = dataclasses.replace(world.experiment().training, mixing="stream", remat="products")
+        experiment = world.experiment(flamingo=dataclasses.replace(world.FLAMINGO, language_model=language_model, every=2), training=training)
+        return summarise(compile_program(experiment, make_mesh(MeshConfig(), jax.devices()[:1])).hlo).instructions
+
+    assert lines(12) <= 1.05 * lines(4)
+
+
+def test_what_needs_less_memory_is_tried_from_the_cheapest_on() -> None:
+    mesh = make_mesh(MeshConfig(data=2, model=4))
+    tried = list(smaller(world.experiment(), mesh))
+    assert [change for change, _ in tried][:2] == ["--config.training.remat=products", "--config.training.remat=layers"]
+    assert "--config.data.vtp.microbatches=4" in tried[-1][0] and len(tried) == 4
+    for _, experiment in tried:
+        check_batches(experiment, mesh)
+
+
+def test_what_the_compiler_says_of_memory() -> None:
+    message = "RESOURCE_EXHAUSTED: Ran out of memory: temporaries (83.93G) exceeds available HBM (30.75G), 512.0M of 1.5K"
+    assert DoesNotFit(_needed(message)).needed == int(83.93 * 2**30)
+    assert "83.9 GiB a device" in str(DoesNotFit(_needed(message)))
 
 
 @pytest.mark.parametrize("name", ["v4", "h200:8", "v4:2by2"])

@@ -1,0 +1,35 @@
+"""Batches made of nothing, for benchmarks: every row full, every place for a visual taken."""
+
+import numpy as np
+
+from flamingo_jax.experiment import DatasetConfig, Experiment
+from flamingo_jax.tasks import stages
+
+
+def full_batches(experiment: Experiment) -> dict[str, dict[str, np.ndarray]]:
+    """A Flamingo's or language model's batches (the arrays of `data_pipelines.mixture`) of random tokens and pixels."""
+    rng = np.random.default_rng(0)
+    return {name: _full_batch(experiment, dataset, rng) for name, dataset in experiment.data.items()}
+
+
+def _full_batch(experiment: Experiment, dataset: DatasetConfig, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    config = stages.model_config(experiment)
+    rows, length, places = dataset.batch_size, dataset.length, dataset.visuals
+    shape, whole = (rows, length), np.arange(length, dtype=np.int32)
+    vocabulary = (config.language_model if experiment.task == "flamingo" else config).vocab_size
+    batch = {
+        "tokens": rng.integers(0, vocabulary, shape, dtype=np.int32),
+        "positions": np.broadcast_to(whole, shape).copy(),
+        "segments": np.ones(shape, np.int32),
+        "loss_mask": np.ones(shape, bool),
+    }
+    if experiment.task != "flamingo" or dataset.kind == "text":
+        return batch
+    size = config.vision.image_size
+    return batch | {
+        # Visuals stand evenly over the row, the first at its start.
+        "media_index": np.broadcast_to(whole * places // length, shape).astype(np.int32),
+        "visuals": np.arange(rows * places, dtype=np.int32).reshape(rows, places),
+        "frame_mask": np.ones((rows * places, dataset.frames), bool),
+        "images": rng.integers(0, 256, (rows * places, dataset.frames, size, size, 3), dtype=np.uint8),
+    }

@@ -1,0 +1,121 @@
+"""How long a training step takes, part by part, on the devices that are here."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flamingo_jax.experiment import Experiment
+from flamingo_jax.partitioning.mesh import batch_sharding, check_batches, make_mesh
+from flamingo_jax.planning.flops import step_cost, work_in
+from flamingo_jax.planning.synthetic import full_batches
+from flamingo_jax.tasks import stages
+from flamingo_jax.training.assembly import assemble, initialise, load_frozen
+from flamingo_jax.training.state import merge_model
+from flamingo_jax.training.step import compile_update, make_update
+
+
+class Timing(NamedTuple):
+    """Seconds are medians. parts: of the whole step, each compiled and timed alone; what is left is the gated blocks' and the rest's.
+
+    flops: of the step by the formula (`planning.flops`). matrix_rate: FLOPs a second of one large product on the same devices in the same run.
+    """
+
+    step: float
+    parts: dict[str, float]
+    tokens: int
+    frames: int
+    flops: int
+    matrix_rate: float
+    compile_seconds: float
+
+    @property
+    def mfu(self) -> float:
+        """Of the matrix rate that was measured."""
+        return self.flops / self.step / self.matrix_rate
+
+
+def time_step(experiment: Experiment, *, steps: int = 10, trace: str = "") -> Timing:
+    """Runs the experiment's real update on full rows of random content; `trace` is a folder for a profiler trace of three steps.
+
+    Raises: UserError where batches do not fit the mesh.
+    """
+    mesh = make_mesh(experiment.mesh)
+    check_batches(experiment, mesh)
+    with jax.set_mesh(mesh):
+        assembly = assemble(experiment, mesh)
+        frozen, _ = load_frozen(experiment, assembly)
+        state = initialise(experiment, assembly)
+        task = stages.make_task(experiment)
+        update = make_update(assembly.graph, task, assembly.optimizer, experiment.data, experiment.training.mixing, assembly.gradient_shardings)
+        made = full_batches(experiment)
+        batches = jax.device_put(made, batch_sharding(mesh))
+        began = time.monotonic()
+        compiled = compile_update(update, state, frozen, batches)
+        compile_seconds = time.monotonic() - began
+        parts = _parts(experiment, assembly, state, frozen, batches, steps)
+
+        def step() -> Any:
+            nonlocal state
+            state, metrics = compiled(state, frozen, batches)
+            return metrics
+
+        seconds = median_seconds(step, steps)
+        if trace:
+            with jax.profiler.trace(trace):
+                jax.block_until_ready([step() for _ in range(3)])
+        work = work_in(made.values())
+        parts["gated blocks and the rest"] = max(seconds - sum(parts.values()), 0.0)
+    rate = matrix_rate(jnp.dtype(experiment.training.compute_dtype), steps) * mesh.size
+    return Timing(seconds, parts, work.tokens, work.frames, step_cost(experiment).of(work), rate, compile_seconds)
+
+
+def _parts(experiment: Experiment, assembly: Any, state: Any, frozen: Any, batches: Any, steps: int) -> dict[str, float]:
+    """Seconds of what a Flamingo's step is made of; of other tasks the optimizer alone."""
+    found = {}
+    if experiment.task == "flamingo":
+        seen = [batch for batch in batches.values() if "images" in batch]
+        images, masks = [batch["images"] for batch in seen], [batch["frame_mask"] for batch in seen]
+        model = lambda trainable: merge_model(assembly.graph, trainable, frozen)
+        encode = jax.jit(lambda trainable: model(trainable).encode_stream(images))
+        features = encode(state.trainable)
+        found["vision encoder"] = median_seconds(lambda: encode(state.trainable), steps)
+        resample = jax.jit(jax.grad(lambda trainable: model(trainable).resample_stream(features, masks).astype(jnp.float32).sum()))
+        found["resampler"] = median_seconds(lambda: resample(state.trainable), steps)
+
+        def text_loss(shift: jax.Array) -> jax.Array:
+            lm = model(state.trainable).language_model
+            total = jnp.float32(0)
+            for batch in batches.values():
+                x = lm.run_layers(lm.embed(batch["tokens"]) + shift, batch["positions"], batch["segments"])
+                total += jax.nn.logsumexp(lm.logits(x), axis=-1).sum()
+            return total
+
+        read = jax.jit(jax.grad(text_loss))
+        shift = jnp.zeros((stages.model_config(experiment).language_model.width,), jnp.dtype(experiment.training.compute_dtype))
+        found["language model"] = median_seconds(lambda: read(shift), steps)
+    optimise = jax.jit(lambda state: optax.apply_updates(state.trainable, assembly.optimizer.update(state.trainable, state.optimizer, state.trainable)[0]))
+    found["optimizer"] = median_seconds(lambda: optimise(state), steps)
+    return found
+
+
+def median_seconds(run: Callable[[], Any], steps: int) -> float:
+    """Of `steps` runs after one that warms up, each waited for."""
+    jax.block_until_ready(run())
+    taken = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        jax.block_until_ready(run())
+        taken.append(time.perf_counter() - began)
+    return sorted(taken)[len(taken) // 2]
+
+
+def matrix_rate(dtype: jnp.dtype, steps: int) -> float:
+    """FLOPs a second of a large square product on one device."""
+    size = 2048 if jax.devices()[0].platform == "cpu" else 8192
+    a = jax.device_put(jnp.ones((size, size), dtype), jax.devices()[0])
+    product = jax.jit(lambda a: a @ a)
+    return 2 * size**3 / median_seconds(lambda: product(a), steps)
