@@ -67,7 +67,9 @@ def contrastive(root: str) -> Experiment:
         optimizer=OptimizerConfig(
             peak_rate=2e-3, warmup_steps=50, decay="cosine", beta2=0.99, weight_decay=0.01, clip_norm=1.0, adaptive_clip=0.0, no_decay=()
         ),
-        training=TrainingConfig(steps=450, evaluate_every=10_000, save_every=100, keep_last=2, compute_dtype="float32", log_every=10),
+        training=TrainingConfig(
+            steps=450, evaluate_every=10_000, save_every=100, keep_last=2, mixing="stream", compute_dtype="float32", log_every=10
+        ),
     )
 
 
@@ -114,8 +116,8 @@ def flamingo(root: str, use_visuals: bool = True) -> Experiment:
         held_out=held_out(data),
         optimizer=OptimizerConfig(peak_rate=2e-3, warmup_steps=50, decay="cosine", beta2=0.98, weight_decay=0.1),
         training=TrainingConfig(
-            steps=1400, evaluate_every=700, evaluate_batches=4, save_every=250, keep_last=2, loss="token_mean", compute_dtype="float32",
-            use_visuals=use_visuals, cache_features=use_visuals, log_every=10,
+            steps=1400, evaluate_every=700, evaluate_batches=4, save_every=250, keep_last=2, loss="token_mean", mixing="stream",
+            compute_dtype="float32", use_visuals=use_visuals, cache_features=use_visuals, log_every=10,
         ),
         vision_encoder_from=f"{root}/contrastive/export",
         language_model_from=f"{root}/language_model/export",
@@ -125,4 +127,4 @@ def flamingo(root: str, use_visuals: bool = True) -> Experiment:
 def without_pictures(root: str) -> Experiment:
     """The same model on the same text, never shown a picture: what the answers are worth without looking."""
     experiment = flamingo(root, use_visuals=False)
-    return dataclasses.replace(experiment, name="without pictures", training=dataclasses.replace(experiment.training, steps=200))
+    return dataclasses.replace(experiment, name="without pictures", training=dataclasses.replace(experiment.training, steps=100))

@@ -44,7 +44,7 @@ OUTPUT = flags.DEFINE_string("output", "", "Folder for report.json and report.ht
 BENCHMARK = flags.DEFINE_multi_string("benchmark", [], "KIND:NAME=DATASET[:SPLIT][,support=DATASET[:SPLIT]].")
 SUITE = flags.DEFINE_enum("suite", None, ["quickstart"], "A set of benchmarks with its own report.")
 DATA = flags.DEFINE_string("data", "", "suite: the folder that holds its datasets.")
-SHOTS = flags.DEFINE_list("shots", ["0"], "Numbers of examples before the query, for --benchmark.")
+SHOTS = flags.DEFINE_list("shots", None, "Numbers of examples before the query; by default 0 for --benchmark, and 4, 8, 16 and 32 for the suite.")
 SELECTION = flags.DEFINE_enum("selection", "random", ["random", "rices"], "How few-shot examples are chosen: at random, or by likeness of their pictures.")
 TEXT_EXAMPLES = flags.DEFINE_integer("text_examples", 2, "Text-only examples of zero-shot prompts (paper: 2).", lower_bound=0)
 BEAM = flags.DEFINE_integer("beam", 3, "Hypotheses of beam search (paper: 3); 1 is greedy.", lower_bound=1)
@@ -87,9 +87,10 @@ def run_suite(
 ) -> None:
     """The quickstart's suite for the model and, if there is one, the baseline."""
     records: drawn_world.ReadRecords = lambda name, split, kind: open_records(pathlib.Path(DATA.value) / name, split, kind)
+    few_shots = [shots for shots in _shots([4, 8, 16, 32]) if shots]
     suite = drawn_world.read_suite(records, model.config, limit=LIMIT.value, few_shot_limit=FEW_SHOT_LIMIT.value)
-    outcome = drawn_world.run_suite(suite, Engine(model, rows=ROWS.value), settings)
-    blind = drawn_world.run_suite(suite, Engine(baseline, with_visuals=False, rows=ROWS.value), settings) if baseline else None
+    outcome = drawn_world.run_suite(suite, Engine(model, rows=ROWS.value), settings, few_shots)
+    blind = drawn_world.run_suite(suite, Engine(baseline, with_visuals=False, rows=ROWS.value), settings, few_shots) if baseline else None
     mine, theirs = drawn_world.figures(outcome), drawn_world.figures(blind) if blind else None
     report = mine | {
         "without_pictures": theirs,
@@ -116,7 +117,7 @@ def run_suite(
         tables=[
             Table("New pictures, zero-shot", ["", *columns], headline),
             Table("A word bound in the prompt, 2-way, by shots", ["", *shots], binding),
-            Table("Few-shot, by shots", ["", *map(str, drawn_world.FEW_SHOTS)], few),
+            Table("Few-shot, by shots", ["", *map(str, few_shots)], few),
             Table("Questions by type", ["", *columns], by_type),
             Table("Wall time", ["stage", "seconds"], [[name, f"{value:.0f}"] for name, value in report["seconds"].items()]),
         ],
@@ -126,16 +127,23 @@ def run_suite(
     )
 
 
-def run_benchmarks(
-    model: Loaded, baseline: Loaded | None, settings: Settings, seconds: dict[str, float], curves: dict[str, Any], began: float
-) -> None:
-    """Every --benchmark at every number of --shots."""
+def _shots(default: list[int]) -> list[int]:
+    if SHOTS.value is None:
+        return default
     try:
         shots = [int(text) for text in SHOTS.value]
     except ValueError as error:
         raise UserError(f"--shots={','.join(SHOTS.value)} must be numbers with commas between them, as in 0,4,8") from error
     if not shots or min(shots) < 0:
         raise UserError(f"--shots={','.join(SHOTS.value)} must be numbers from 0 up")
+    return shots
+
+
+def run_benchmarks(
+    model: Loaded, baseline: Loaded | None, settings: Settings, seconds: dict[str, float], curves: dict[str, Any], began: float
+) -> None:
+    """Every --benchmark at every number of --shots."""
+    shots = _shots([0])
     benchmarks = [make_benchmark(text, model.config, max(shots)) for text in BENCHMARK.value]
     engines = {"model": Engine(model, rows=ROWS.value)}
     if baseline:

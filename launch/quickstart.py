@@ -56,8 +56,8 @@ def main() -> int:
         part(stage, "launch.train", *config, again=LONGER.get(stage, ()))
         part(f"export {stage}", "launch.export", f"--workdir={root}/{stage}", f"--output={root}/{stage}/export")
     part(
-        "evaluation", "launch.evaluate", "--suite=quickstart", "--few_shot_limit=16", f"--data={root}/data", f"--model={root}/flamingo/export",
-        f"--baseline={root}/without_pictures/export", f"--seconds={seconds_file}", f"--output={root}",
+        "evaluation", "launch.evaluate", "--suite=quickstart", "--shots=4,32", "--few_shot_limit=16", f"--data={root}/data",
+        f"--model={root}/flamingo/export", f"--baseline={root}/without_pictures/export", f"--seconds={seconds_file}", f"--output={root}",
         *(f"--curves={stage}={root}/{stage}/metrics.jsonl" for stage in STAGES if stage != "flamingo"),
     )
     print(f"\n{sum(seconds.values()) / 60:.1f} minutes in all; open {root}/report.html, figures in {root}/report.json", flush=True)

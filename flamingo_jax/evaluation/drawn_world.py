@@ -15,7 +15,6 @@ from flamingo_jax.inference.engine import Engine
 SPLITS = {"seen": "test", "unseen": "unseen"}
 """`unseen` shows only colour-shape pairs that are in no training picture."""
 BINDING_SHOTS = (1, 2, 4, 8, 16, 32)
-FEW_SHOTS = (4, 8, 16, 32)
 
 ReadRecords = Callable[[str, str, str], Sequence[Any]]
 """(dataset, split, kind) -> records."""
@@ -81,8 +80,8 @@ def read_suite(records: ReadRecords, config: FlamingoConfig, *, limit: int, few_
     return Suite(tasks, Binding("new words", pages), few_shot)
 
 
-def run_suite(suite: Suite, engine: Engine, settings: Settings) -> Outcome:
-    """Headline figures are zero-shot, with text-only examples before the query."""
+def run_suite(suite: Suite, engine: Engine, settings: Settings, few_shots: Sequence[int]) -> Outcome:
+    """Headline figures are zero-shot, with text-only examples before the query; few-shot figures have each of `few_shots`."""
     headline = {
         (split, task.figure): benchmark.run(engine, settings) for task in suite.tasks for split, benchmark in task.benchmarks.items()
     }
@@ -90,7 +89,7 @@ def run_suite(suite: Suite, engine: Engine, settings: Settings) -> Outcome:
     few_shot = {
         (name, shots): benchmark.run(engine, dataclasses.replace(settings, shots=shots))
         for name, benchmark in suite.few_shot.items()
-        for shots in FEW_SHOTS
+        for shots in few_shots
     }
     return Outcome(headline, binding, few_shot)
 
