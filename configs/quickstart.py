@@ -67,9 +67,7 @@ def contrastive(root: str) -> Experiment:
         optimizer=OptimizerConfig(
             peak_rate=2e-3, warmup_steps=50, decay="cosine", beta2=0.99, weight_decay=0.01, clip_norm=1.0, adaptive_clip=0.0, no_decay=()
         ),
-        training=TrainingConfig(
-            steps=450, evaluate_every=10_000, save_every=100, keep_last=2, mixing="stream", compute_dtype="float32", log_every=10
-        ),
+        training=TrainingConfig(steps=450, evaluate_every=10_000, save_every=100, keep_last=2, compute_dtype="float32", log_every=10),
     )
 
 
