@@ -161,7 +161,7 @@ def test_stochastic_depth_draws_anew_in_every_part(batch: dict[str, jax.Array]) 
     np.testing.assert_allclose(still, jnp.broadcast_to(still[:1], still.shape), atol=1e-6)
 
 
-@pytest.mark.parametrize("microbatches", [1, 4])
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.scale), 4])
 def test_two_datasets_at_once_are_compared_apart(model: DualEncoder, batch: dict[str, jax.Array], microbatches: int) -> None:
     graph, parameters = split_model(model)
     task = ContrastiveTask(model.config)
