@@ -44,6 +44,7 @@ def test_memory_and_flops_of_a_compiled_step() -> None:
     assert 1.0 < program.jaxpr_flops / program.formula_flops < 3.0
 
 
+@pytest.mark.scale
 def test_depth_does_not_lengthen_the_step() -> None:
     def lines(layers: int) -> int:
         language_model = dataclasses.replace(world.FLAMINGO.language_model, layers=layers)
