@@ -16,7 +16,7 @@ from flamingo_jax.models.layers import fan_in_normal, linear, rematerialised, st
 from flamingo_jax.models.perceiver import PerceiverResampler
 from flamingo_jax.models.stream import Parts, join, shapes_of, split
 from flamingo_jax.models.vision import vision_encoder
-from flamingo_jax.partitioning.constraints import constrain, everywhere, gathered, residual, row_shards
+from flamingo_jax.partitioning.constraints import constrain, everywhere, gathered, residual, row_shards, shards
 from flamingo_jax.partitioning.mesh import MODEL, ROWS
 from flamingo_jax.processing.normalise import normalise
 
@@ -72,19 +72,19 @@ class Flamingo(nnx.Module):
 
     def encode_stream(self, images: Parts) -> list[Array]:
         """The pictures of several datasets, uint8 [M, T, H, W, 3] each, as one batch over all devices -> grid features [M, T, S, C] of each."""
-        shards = row_shards()
-        if len(images) == 1 and images[0].shape[0] % shards:
-            shards = 1
-        frames = join(images).reshape(shards, -1, *images[0].shape[2:])
+        groups = row_shards()
+        if len(images) == 1 and images[0].shape[0] % groups:
+            groups = 1
+        frames = join(images).reshape(groups, -1, *images[0].shape[2:])
         count = frames.shape[1]
         steps, padded = self._rounds(count)
         x = jnp.pad(frames, ((0, 0), (0, padded - count), *[(0, 0)] * 3)) if padded > count else frames
         if steps == 1:
             features = self._encode(x)
         else:
-            rounds = x.reshape(shards, steps, -1, *x.shape[2:]).swapaxes(0, 1)
+            rounds = x.reshape(groups, steps, -1, *x.shape[2:]).swapaxes(0, 1)
             features = jax.lax.map(self._encode, rounds).swapaxes(0, 1)
-            features = features.reshape(shards, padded, *features.shape[3:])
+            features = features.reshape(groups, padded, *features.shape[3:])
         features = constrain(features[:, :count], ROWS)
         if len(images) == 1:
             return [features.reshape(*images[0].shape[:2], *features.shape[2:])]
@@ -92,8 +92,7 @@ class Flamingo(nnx.Module):
 
     def _rounds(self, count: int) -> tuple[int, int]:
         """In how many rounds the encoder takes `count` frames of each row shard, and how many frames these are when padded."""
-        mesh = jax.sharding.get_abstract_mesh()
-        devices = 1 if mesh.empty else mesh.shape[MODEL]
+        devices = shards(MODEL)
         steps = math.ceil(count / (self.frames_at_once * devices or count))
         each = math.ceil(math.ceil(count / steps) / devices) * devices
         return steps, steps * each
@@ -173,7 +172,7 @@ class Flamingo(nnx.Module):
             visual_tokens = self.resample(constrain(flat(grids), ROWS).astype(self.dtype), flat(masks))
             stream = visual_tokens.reshape(*grids.shape[:2], *visual_tokens.shape[1:])
             found |= dict(zip(places, split(stream, [(features[place].shape[0], 1) for place in places]), strict=True))
-        return join([found[place].reshape(features[place].shape[0], 1, *found[place].shape[2:]) for place in range(len(features))])
+        return join([found[place] for place in range(len(features))])
 
     def target_losses(self, x: Array, targets: Array) -> tuple[Array, Array]:
         """Last hidden states [S, T, D] and target ids int32 [S, T] -> their negative log-likelihoods float32 and whether they were the likeliest.

@@ -15,10 +15,15 @@ Array = jax.Array
 Axis = str | tuple[str, ...] | None
 
 
+def shards(axes: Axis) -> int:
+    """Over how many devices these axes of the mesh spread an array; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+
+
 def row_shards() -> int:
     """How many devices, or groups of devices along `model`, share a batch's rows; 1 without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ROWS)
+    return shards(ROWS)
 
 
 def constrain(x: Array, *axes: Axis) -> Array:
@@ -26,8 +31,7 @@ def constrain(x: Array, *axes: Axis) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    sizes = [math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ())) for axis in axes]
-    spec = [axis if size > 1 and x.shape[place] % size == 0 else None for place, (axis, size) in enumerate(zip(axes, sizes, strict=True))]
+    spec = [axis if shards(axis) > 1 and x.shape[place] % shards(axis) == 0 else None for place, axis in enumerate(axes)]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 

@@ -56,13 +56,14 @@ def summarise(text: str) -> Summary:
     cycles = flops = 0
     collectives: collections.Counter[tuple[str, tuple[int, ...], int]] = collections.Counter()
     inner = {name: _flops(computations, name) for name in computations}
-    for instruction, times in _runs(computations, entry, 1):
-        found = _CYCLES.search(instruction.rest)
-        cycles += times * int(found[1]) if found else 0
-        kind = instruction.opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
-            collectives[kind, first_group(instruction.rest), _largest(instruction.shape)] += times
-    for name, times in _computations_run(computations, entry, 1):
+    for name, times in _runs(computations, entry, 1):
+        for instruction in computations[name]:
+            found = _CYCLES.search(instruction.rest)
+            cycles += times * int(found[1]) if found else 0
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                collectives[kind, first_group(instruction.rest), _largest(instruction.shape)] += times
+    for name, times in _runs(computations, entry, 1, (*LOOPS_AND_CALLS, "fusion")):
         flops += times * inner[name]
     return Summary(cycles, flops, [Collective(*key, times) for key, times in collectives.items()], sum(map(len, computations.values())))
 
@@ -104,17 +105,6 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     return computations, entry
 
 
-def _runs(computations: Mapping[str, list[Instruction]], name: str, times: int) -> Iterator[tuple[Instruction, int]]:
-    """Every instruction that a computation runs, with how often. Fusions stand for what is in them; of a conditional, every branch counts."""
-    for instruction in computations[name]:
-        yield instruction, times
-        if instruction.opcode in ("while", "conditional", "call", "async-start"):
-            trips = _trips(computations, instruction.rest) if instruction.opcode == "while" else 1
-            for called in _called(instruction.rest):
-                if called in computations:
-                    yield from _runs(computations, called, times * trips)
-
-
 def _trips(computations: Mapping[str, list[Instruction]], rest: str) -> int:
     """How often a loop runs: as the compiler notes it, or as its condition has it, `i < n` with i counting from 0; 1 where neither says."""
     if found := _TRIPS.search(rest):
@@ -129,15 +119,19 @@ def _trips(computations: Mapping[str, list[Instruction]], rest: str) -> int:
     return 1
 
 
-def _computations_run(computations: Mapping[str, list[Instruction]], name: str, times: int) -> Iterator[tuple[str, int]]:
-    """Every computation that a computation runs, itself first, with how often; of a conditional, every branch."""
+LOOPS_AND_CALLS = ("while", "conditional", "call", "async-start")
+
+
+def _runs(computations: Mapping[str, list[Instruction]], name: str, times: int, through: Sequence[str] = LOOPS_AND_CALLS) -> Iterator[tuple[str, int]]:
+    """Every computation that a computation runs, itself first, with how often; of a conditional, every branch. `through`: the instructions
+    whose computations are followed; without "fusion" those stand for what is in them."""
     yield name, times
     for instruction in computations[name]:
-        if instruction.opcode in ("while", "conditional", "call", "async-start", "fusion"):
+        if instruction.opcode in through:
             trips = _trips(computations, instruction.rest) if instruction.opcode == "while" else 1
             for called in _called(instruction.rest):
                 if called in computations:
-                    yield from _computations_run(computations, called, times * trips)
+                    yield from _runs(computations, called, times * trips, through)
 
 
 def _flops(computations: Mapping[str, list[Instruction]], name: str) -> int:

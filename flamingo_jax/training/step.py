@@ -41,7 +41,8 @@ def streamed(
     graph: Any, task: StreamTask, trainable: Parameters, frozen: Parameters, batches: Mapping[str, Batch], key: Array, datasets: Mapping[str, DatasetConfig]
 ) -> tuple[dict[str, Loss], Parameters]:
     """The fast form of the same gradient: the sum of the scaled gradients is the gradient of the scaled sum, taken once of all datasets' tokens."""
-    scales = {name: datasets[name].weight / task.weight(batch) for name, batch in batches.items()}
+    weights = {name: task.weight(batch) for name, batch in batches.items()}
+    scales = {name: datasets[name].weight / weight for name, weight in weights.items()}
 
     def total(trainable: Parameters, part: dict[str, Batch], key: Array) -> tuple[Array, dict[str, Loss]]:
         losses = task.stream_losses(merge_model(graph, trainable, frozen), part, key)
@@ -51,7 +52,7 @@ def streamed(
     parts = {name: task.microbatches(batch, count) for name, batch in batches.items()} if count > 1 else None
     losses, grads = _over_parts(jax.grad(total, has_aux=True), trainable, dict(batches), parts, key)
     # The scales are of whole batches, and a part's own weight may be less than one for the sum over parts.
-    losses = {name: loss._replace(weight=task.weight(batches[name])) for name, loss in losses.items()}
+    losses = {name: loss._replace(weight=weights[name]) for name, loss in losses.items()}
     return losses, {name: g.astype(jnp.float32) for name, g in grads.items()}
 
 
