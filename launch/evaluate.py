@@ -36,6 +36,7 @@ from flamingo_jax.inference.engine import Engine
 from flamingo_jax.inference.generation import Decoding
 from flamingo_jax.inference.model import Loaded, load_flamingo
 from launch import command
+from launch.parts import TOTAL
 
 KINDS = ("captioning", "vqa", "classification", "binding")
 MODEL = flags.DEFINE_string("model", "", "Exported folder of a Flamingo.")
@@ -95,7 +96,7 @@ def run_suite(
     report = mine | {
         "without_pictures": theirs,
         "counts": drawn_world.counts(outcome),
-        "seconds": seconds | {"evaluation": time.monotonic() - began},
+        "seconds": _with_evaluation(seconds, time.monotonic() - began),
         **_about(model, baseline, settings),
     }
     other: Any = theirs or {}
@@ -156,7 +157,7 @@ def run_benchmarks(
         "benchmarks": figures["model"],
         "without_pictures": figures.get("without_pictures"),
         "counts": {b.name: {str(r.shots): len(r.samples) for r in results["model"] if r.name == b.name} for b in benchmarks},
-        "seconds": seconds | {"evaluation": time.monotonic() - began},
+        "seconds": _with_evaluation(seconds, time.monotonic() - began),
         **_about(model, baseline, settings),
     }
     rows = [[f"{r.name}, {who}", *([r.shots, r.accuracy, len(r.samples)])] for who, some in results.items() for r in some]
@@ -242,6 +243,12 @@ def _curves() -> dict[str, list[dict[str, Any]]]:
     if BASELINE.value:
         files["without pictures"] = pathlib.Path(BASELINE.value) / "metrics.jsonl"
     return {name: read_metrics(file) for name, file in files.items()}
+
+
+def _with_evaluation(seconds: dict[str, float], evaluation: float) -> dict[str, float]:
+    """Wall seconds by stage, with the evaluation's own among them and in their total, if they have one."""
+    total = {TOTAL: seconds[TOTAL] + evaluation} if TOTAL in seconds else {}
+    return {name: value for name, value in seconds.items() if name != TOTAL} | {"evaluation": evaluation} | total
 
 
 def _json_file(path: str) -> dict[str, float]:

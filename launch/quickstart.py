@@ -6,21 +6,23 @@ Each part is one of the ordinary commands, run as its own process; a part that i
 quickstart goes on where it stopped.
 """
 
-import json
+import functools
+import os
 import pathlib
 import subprocess
 import sys
-import time
 
 from absl import flags
 
-from flamingo_jax import errors
 from launch import command
+from launch.parts import Parts, Show, halves
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder for everything the quickstart makes.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of all stages.")
 
-STAGES = ("contrastive", "language_model", "flamingo", "without_pictures")
+BASES = ("contrastive", "language_model")
+"""Stages that need nothing of each other."""
+STAGES = (*BASES, "flamingo", "without_pictures")
 LONGER = {"language_model": ("--config.training.steps=4500",)}
 """How a stage goes on that ended above its required loss: when a language model learns to bind new words differs from seed to seed."""
 
@@ -28,40 +30,36 @@ LONGER = {"language_model": ("--config.training.steps=4500",)}
 def main() -> int:
     root = pathlib.Path(WORKDIR.value)
     root.mkdir(parents=True, exist_ok=True)
-    seconds_file = root / "seconds.json"
-    seconds: dict[str, float] = json.loads(seconds_file.read_text()) if seconds_file.exists() else {}
+    parts = Parts(root / "seconds.json")
 
-    def part(name: str, *arguments: str, again: tuple[str, ...] = ()) -> None:
-        """Runs a command that is not done yet; `again` are what to add where it has not learned what the next ones stand on."""
-        if name in seconds:
-            return
-        print(f"== {name}", flush=True)
-        began = time.monotonic()
-        code = subprocess.run([sys.executable, "-m", *arguments]).returncode
-        if code == errors.EXIT_NOT_LEARNED and again:
-            print(f"== {name}, longer: {' '.join(again)}", flush=True)
-            code = subprocess.run([sys.executable, "-m", *arguments, *again]).returncode
-        if code != 0:
-            raise errors.UserError(f"the quickstart stopped in {name!r} (exit code {code}); run it again to go on from there")
-        seconds[name] = seconds.get(name, 0.0) + time.monotonic() - began
-        seconds_file.write_text(json.dumps(seconds, indent=2))
+    def stage(name: str, show: Show | None = None) -> None:
+        """Trains and exports a stage."""
+        config = [f"--config=configs/quickstart.py:{name},{root}", f"--config.seed={SEED.value}", f"--workdir={root}/{name}"]
+        parts.run(name, "-m", "launch.train", *config, again=LONGER.get(name, ()), show=show)
+        parts.run(f"export {name}", "-m", "launch.export", f"--workdir={root}/{name}", f"--output={root}/{name}/export", show=show)
 
-    part("data", "launch.build_data", "--source=quickstart", f"--output={root}/data")
-    for stage in STAGES:
-        config = [
-            f"--config=configs/quickstart.py:{stage},{root}",
-            f"--config.seed={SEED.value}",
-            f"--workdir={root}/{stage}",
-        ]
-        part(stage, "launch.train", *config, again=LONGER.get(stage, ()))
-        part(f"export {stage}", "launch.export", f"--workdir={root}/{stage}", f"--output={root}/{stage}/export")
-    part(
-        "evaluation", "launch.evaluate", "--suite=quickstart", "--shots=4,32", "--few_shot_limit=16", f"--data={root}/data",
-        f"--model={root}/flamingo/export", f"--baseline={root}/without_pictures/export", f"--seconds={seconds_file}", f"--output={root}",
-        *(f"--curves={stage}={root}/{stage}/metrics.jsonl" for stage in STAGES if stage != "flamingo"),
+    parts.run("data", "-m", "launch.build_data", "--source=quickstart", f"--output={root}/data")
+    cores = halves()
+    if len(cores) == len(BASES) and not any(map(parts.is_done, BASES)) and _on_cpu():
+        # Stages this small use two cores half as well together as one core each.
+        parts.side_by_side([functools.partial(stage, name) for name in BASES], cores)
+    for name in STAGES:
+        stage(name)
+    parts.run(
+        "evaluation", "-m", "launch.evaluate", "--suite=quickstart", "--shots=4", "--few_shot_limit=16", f"--data={root}/data",
+        f"--model={root}/flamingo/export", f"--baseline={root}/without_pictures/export", f"--seconds={root}/seconds.json", f"--output={root}",
+        *(f"--curves={name}={root}/{name}/metrics.jsonl" for name in STAGES if name != "flamingo"),
     )
-    print(f"\n{sum(seconds.values()) / 60:.1f} minutes in all; open {root}/report.html, figures in {root}/report.json", flush=True)
+    print(f"\n{parts.total / 60:.1f} minutes in all; open {root}/report.html, figures in {root}/report.json", flush=True)
     return 0
+
+
+def _on_cpu() -> bool:
+    """Whether JAX runs on the CPU here; asked of another process, since an accelerator would be held by this one."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return True
+    asked = subprocess.run([sys.executable, "-c", "import jax; print(jax.default_backend())"], capture_output=True, text=True)
+    return asked.stdout.strip() == "cpu"
 
 
 if __name__ == "__main__":

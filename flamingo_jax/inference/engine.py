@@ -15,7 +15,7 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.inference.decoding import Prompts
 from flamingo_jax.inference.generation import Decoding, Generated, Vocabulary, generate
 from flamingo_jax.inference.model import Loaded
-from flamingo_jax.inference.prompts import Prompt, PromptBatch, Visual, collate, padded_length, power_of_two, tokenise
+from flamingo_jax.inference.prompts import Prompt, PromptBatch, Visual, collate, padded_length, power_of, tokenise
 from flamingo_jax.inference.scoring import candidate_scores
 from flamingo_jax.processing.tokenizer import Tokenizer
 
@@ -91,11 +91,11 @@ class Engine:
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding, *, seed: int = 0, progress: Progress | None = None) -> list[Completion]:
         """The continuation of every prompt, without its <EOC>. `seed` matters to sampling only."""
         found: dict[int, Completion] = {}
-        for places, batch, media_size in self._batches(prompts):
+        for places, batch in self._batches(prompts):
             # Keyed by the prompt's place in the list, so that what is drawn for it does not depend on its batch.
             numbers = np.resize(np.array(places, np.uint32), len(batch.lengths))
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
-            prepared, media = self._place(batch, media_size)
+            prepared, media = self._place(batch)
             made = jax.device_get(_generate(self._graph, self._state, prepared, media, keys, decoding, self._vocabulary))
             for row, place in enumerate(places):
                 text = self.tokenizer.decode(made.tokens[row].tolist())
@@ -119,7 +119,7 @@ class Engine:
         longest = -(-max(map(len, ids.values())) // 4) * 4
         most = max(map(len, candidates))
         found: dict[int, np.ndarray] = {}
-        for places, batch, media_size in self._batches(prompts):
+        for places, batch in self._batches(prompts):
             rows = len(batch.lengths)
             columns = self.config.language_model.vocab_size + self.config.extra_tokens
             at_once = max(1, min(most, LOGITS_AT_ONCE // (rows * longest * columns), 4 * TOKENS_IN_BATCH // batch.tokens.size))
@@ -128,7 +128,7 @@ class Engine:
             for row, place in enumerate(places):
                 for column, text in enumerate(candidates[place]):
                     ends[row, column, : len(ids[text])], lengths[row, column] = ids[text], len(ids[text])
-            prepared, media = self._place(batch, media_size)
+            prepared, media = self._place(batch)
             scores = jax.device_get(_score(self._graph, self._state, prepared, media, ends, lengths, at_once))
             for row, place in enumerate(places):
                 found[place] = scores[row, : len(candidates[place])].astype(np.float64)
@@ -143,33 +143,31 @@ class Engine:
         features = np.stack([rows[visual.digest] for visual in visuals])
         return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
-    def _batches(self, prompts: Sequence[Prompt]) -> Iterator[tuple[list[int], PromptBatch, int]]:
-        """Places of prompts, their batch, and how many visuals its media have room for; prompts of like length share a batch."""
+    def _batches(self, prompts: Sequence[Prompt]) -> Iterator[tuple[list[int], PromptBatch]]:
+        """Places of prompts and their batch; prompts of like length share a batch."""
         if not prompts:
             return
         tokenised = [tokenise(prompt, self.tokenizer) for prompt in prompts]
         longest = padded_length(max(len(p.tokens) for p in tokenised))
-        places = max(len(p.visuals) for p in tokenised)
+        # 1, 4, 16, 64, ...: a shape more costs the compilation of a program, a place more hardly anything.
+        places = power_of(4, max(len(p.visuals) for p in tokenised))
         rows = min(self._rows, TOKENS_IN_BATCH // longest, VISUALS_IN_BATCH // max(places, 1))
-        rows = min(max(power_of_two(rows + 1) // 2, 1), power_of_two(len(prompts)))
+        rows = min(max(power_of(2, rows + 1) // 2, 1), power_of(2, len(prompts)))
         order = sorted(range(len(prompts)), key=lambda place: len(tokenised[place].tokens))
         chosen = [order[start : start + rows] for start in range(0, len(order), rows)]
-        # One size for the whole call, whatever its batches happen to share.
-        different = len({visual.digest for prompt in tokenised for visual in prompt.visuals})
-        media = power_of_two(min(different, rows * places))
         for part in chosen:
             members = [tokenised[place] for place in part]
             length = padded_length(max(len(prompt.tokens) for prompt in members))
-            yield part, collate(members, rows=rows, length=length, places=places, pad_token=self.tokenizer.pad), media
+            yield part, collate(members, rows=rows, length=length, places=places, pad_token=self.tokenizer.pad)
 
-    def _place(self, batch: PromptBatch, media_size: int) -> tuple[Prompts, Any]:
+    def _place(self, batch: PromptBatch) -> tuple[Prompts, Any]:
         tokens, index, lengths = jax.device_put((batch.tokens, batch.media_index, batch.lengths))
         if not batch.distinct:
             return Prompts(tokens, index, lengths, None), None
         if self.with_visuals:
-            return Prompts(tokens, index, lengths, jnp.asarray(batch.visuals)), self._media(batch.distinct, media_size)
+            return Prompts(tokens, index, lengths, jnp.asarray(batch.visuals)), self._media(batch.distinct, batch.visuals.size)
         # Nothing is looked at, which adds exactly zero; the shapes stay, so that both kinds of engine share compiled programs.
-        blank = np.zeros((media_size, self.config.resampler.latents, self.config.language_model.width), np.float32)
+        blank = np.zeros((batch.visuals.size, self.config.resampler.latents, self.config.language_model.width), np.float32)
         media = _prepare(self._graph, self._state, blank.astype(self._dtype))
         return Prompts(tokens, jnp.full_like(index, -1), lengths, jnp.asarray(np.full_like(batch.visuals, -1))), media
 
@@ -196,7 +194,7 @@ class Engine:
             most = max(1, FRAMES_AT_ONCE // frames)
             for start in range(0, len(group), most):
                 part = group[start : start + most]
-                rows = min(power_of_two(len(part)), most)
+                rows = most if len(group) > most else min(power_of(8, len(part)), most)
                 images = np.zeros((rows, frames, *part[0].frames.shape[1:]), np.uint8)
                 mask = np.zeros((rows, frames), bool)
                 for row, visual in enumerate(part):

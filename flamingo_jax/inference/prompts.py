@@ -151,10 +151,13 @@ def collate(prompts: Sequence[TokenisedPrompt], *, rows: int, length: int, place
 
 def padded_length(count: int) -> int:
     """The least of 32, 64, 96, 128, 192, 256, 384, ... that is at least `count`: few lengths, little padding."""
-    length = LENGTH_STEP * power_of_two(-(-count // LENGTH_STEP))
+    length = LENGTH_STEP * power_of(2, -(-count // LENGTH_STEP))
     return length * 3 // 4 if length >= 4 * LENGTH_STEP and length * 3 // 4 >= count else length
 
 
-def power_of_two(count: int) -> int:
-    """The least power of two that is at least `count`."""
-    return 1 << max(count - 1, 0).bit_length()
+def power_of(base: int, count: int) -> int:
+    """The least power of `base` that is at least `count`, 0 for 0."""
+    power = min(count, 1)
+    while power < count:
+        power *= base
+    return power

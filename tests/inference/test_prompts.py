@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from flamingo_jax.errors import UserError
-from flamingo_jax.inference.prompts import END_OF_CHUNK, Visual, collate, padded_length, power_of_two, resolve_tags, tokenise
+from flamingo_jax.inference.prompts import END_OF_CHUNK, Visual, collate, padded_length, power_of, resolve_tags, tokenise
 from flamingo_jax.processing.sequences import media_index as page_media_index
 from flamingo_jax.processing.sequences import page_sequence
 from tests.inference.world import make_tokenizer
@@ -62,4 +62,5 @@ def test_a_batch_holds_each_different_picture_once() -> None:
 
 def test_sizes_are_rounded_up() -> None:
     assert [padded_length(n) for n in (1, 32, 33, 65, 97, 129, 193, 257, 385)] == [32, 32, 64, 96, 128, 192, 256, 384, 512]
-    assert [power_of_two(n) for n in (0, 1, 2, 3, 64, 65)] == [1, 1, 2, 4, 64, 128]
+    assert [power_of(2, n) for n in (0, 1, 2, 3, 64, 65)] == [0, 1, 2, 4, 64, 128]
+    assert [power_of(4, n) for n in (0, 1, 2, 5, 16, 17)] == [0, 1, 4, 16, 16, 64]

@@ -1,0 +1,111 @@
+"""Commands that are run once each in processes of their own, one after the other or side by side, and the seconds they took."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+from flamingo_jax import errors
+from flamingo_jax.progress import Relay
+
+TOTAL = "total"
+"""The key of the wall time of all parts together, which is less than their sum where some ran side by side."""
+Show = Callable[[str], None]
+
+
+class Parts:
+    """Runs parts that `file` does not tell of yet. It holds {part: wall seconds} of those that are finished, and TOTAL over all starts."""
+
+    def __init__(self, file: pathlib.Path):
+        self._file = file
+        self._seconds: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+        self._began = time.monotonic() - self._seconds.get(TOTAL, 0.0)
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[str]] = set()
+
+    @property
+    def total(self) -> float:
+        """Wall seconds so far, over all starts."""
+        return time.monotonic() - self._began
+
+    def is_done(self, name: str) -> bool:
+        return name in self._seconds
+
+    def run(self, name: str, *arguments: str, again: Sequence[str] = (), show: Show | None = None) -> None:
+        """Runs Python with `arguments` unless that was done before.
+
+        Args:
+          again: what to add when a stage has not learned what the next ones stand on; it goes on from where it ended.
+          show: gets the lines that the process writes, where it shares the terminal.
+
+        Raises:
+          UserError: the process failed.
+        """
+        if self.is_done(name):
+            return
+        say = show or (lambda line: print(line, flush=True))
+        say(f"== {name}")
+        began = time.monotonic()
+        code = self._call(arguments, show)
+        if code == errors.EXIT_NOT_LEARNED and again:
+            say(f"== {name}, longer: {' '.join(again)}")
+            code = self._call([*arguments, *again], show)
+        if code != 0:
+            raise errors.UserError(f"the run stopped in {name!r} (exit code {code}); start it again to go on from there")
+        with self._lock:
+            self._seconds |= {name: time.monotonic() - began, TOTAL: self.total}
+            self._file.write_text(json.dumps(self._seconds, indent=2))
+
+    def side_by_side(self, lanes: Sequence[Callable[[Show], None]], cores: Sequence[set[int]]) -> None:
+        """Runs each lane, which calls `run` with the `show` that it gets, on its own cores. When one fails, the others are asked to save and end."""
+
+        def lane_on(lane: Callable[[Show], None], mine: set[int], show: Show) -> None:
+            # Of this thread alone, and of the processes that it starts.
+            os.sched_setaffinity(0, mine)
+            lane(show)
+
+        with Relay() as relay, ThreadPoolExecutor(len(lanes)) as pool:
+            first: BaseException | None = None
+            for future in as_completed([pool.submit(lane_on, lane, mine, relay.show) for lane, mine in zip(lanes, cores, strict=True)]):
+                if future.exception() is not None and first is None:
+                    first = future.exception()
+                    self._stop()
+        if first is not None:
+            raise first
+
+    def _call(self, arguments: Sequence[str], show: Show | None) -> int:
+        stream = None if show is None else subprocess.PIPE
+        process = subprocess.Popen([sys.executable, *arguments], stdout=stream, stderr=None if show is None else subprocess.STDOUT, text=True)
+        with self._lock:
+            self._running.add(process)
+        try:
+            if show is not None and process.stdout is not None:
+                for line in process.stdout:
+                    show(line.rstrip("\n"))
+            return process.wait()
+        except KeyboardInterrupt:
+            # The process got it too, and saves.
+            process.wait()
+            raise
+        finally:
+            with self._lock:
+                self._running.discard(process)
+
+    def _stop(self) -> None:
+        with self._lock:
+            for process in self._running:
+                process.terminate()
+
+
+def halves() -> list[set[int]]:
+    """The cores that this process may use, in two halves; fewer where there is one, or where a process cannot choose its cores (macOS)."""
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    cores = sorted(os.sched_getaffinity(0))
+    middle = len(cores) // 2
+    return [half for half in (set(cores[:middle]), set(cores[middle:])) if half]
