@@ -76,7 +76,7 @@ class Records:
 class Record:
     """One record: `fields` without pictures, `id`, and its pictures by (visual, frame).
 
-    tokens: those of a text document, once someone has made them: a book is cut into many pieces, and each asks for them.
+    made: what was made of each of its texts, by the text, and of all together, by "": each visit and each piece of a book asks for it again.
     cost: the most bytes it takes with every picture decoded and every token made.
     """
 
@@ -89,7 +89,7 @@ class Record:
             pictures = [pictures]
         nested = [list(pictures)] if feature == "frames" else [[picture] for picture in pictures]
         self._pictures: list[list[bytes | np.ndarray]] = nested
-        self.tokens: np.ndarray | None = None
+        self.made: dict[str, Any] = {}
         self.cost = 2_000 + sum(map(len, nested)) * (3 * size * size + 200) + 5 * len(fields.get("text", ""))
 
     @property

@@ -13,8 +13,8 @@ from data_pipelines.records import PICTURES, Failures, Record, Records, open_rec
 from data_pipelines.transforms.augmentation import draw
 from data_pipelines.transforms.examples import (
     Arrays,
+    Draws,
     Segment,
-    Visit,
     assemble,
     caption_of,
     feature_canvas,
@@ -169,20 +169,19 @@ class Rows:
         """One row, without the batch axis; images [N, T, H, W, 3] and visuals [N] count within it."""
         epoch, within = divmod(place, len(self))
         items = self._plan(epoch).row(within)
-        visit = Visit(self._making.seed, epoch)
         self._failures.saw(len(items))
         if self._making.task == "contrastive":
-            return self._contrastive(int(self._items.record[items[0]]), visit)
+            return self._contrastive(int(self._items.record[items[0]]), epoch)
         if self._making.dataset.kind == "text":
             return self._finish([self._text(item) for item in items])
-        return self._visual(items, visit)
+        return self._visual(items, epoch)
 
     def padding(self) -> Arrays:
         """A row of nothing."""
-        return self._finish([]) if self._making.dataset.kind == "text" else self._visual(np.zeros(0, np.int32), Visit(0, 0))
+        return self._finish([]) if self._making.dataset.kind == "text" else self._visual(np.zeros(0, np.int32), 0)
 
-    def _rng(self, visit: Visit, record_id: str) -> np.random.Generator | None:
-        return visit.rng(record_id) if self._making.training else None
+    def _draws(self, epoch: int, record_id: str) -> Draws | None:
+        return Draws(self._making.seed, epoch, record_id) if self._making.training else None
 
     def _finish(self, segments: list[Segment]) -> Arrays:
         row = assemble(segments, length=self._making.dataset.length, pad_token=self._making.tokenizer.pad)
@@ -192,18 +191,18 @@ class Rows:
 
     def _text(self, item: int) -> Segment:
         record = self._records[int(self._items.record[item])]
-        if record.tokens is None:
-            record.tokens = text_tokens(strings([record.fields["text"]])[0], self._making.tokenizer)
-        return text_segment(record.tokens, int(self._items.start[item]), int(self._items.length[item]))
+        if "" not in record.made:
+            record.made[""] = text_tokens(strings([record.fields["text"]])[0], self._making.tokenizer)
+        return text_segment(record.made[""], int(self._items.start[item]), int(self._items.length[item]))
 
-    def _visual(self, items: np.ndarray, visit: Visit) -> Arrays:
+    def _visual(self, items: np.ndarray, epoch: int) -> Arrays:
         dataset = self._making.dataset
         places = self._items.record[items].tolist()
         records = [self._records[place] for place in places]
         segments: list[tuple[Segment, Callable[[int, int], np.ndarray]]] = []
         for place, record in zip(places, records, strict=True):
-            rng = self._rng(visit, record.id)
-            segment = flamingo_segment(record.fields, record.frame_counts, dataset, self._making.tokenizer, rng)
+            draws = self._draws(epoch, record.id)
+            segment = flamingo_segment(record.fields, record.frame_counts, dataset, self._making.tokenizer, draws, record.made)
             segments.append((segment, self._reader(place, record)))
         failed = lambda number, error: self._failures.add(records[number].id, error)
         shown, pictures = show(segments, failed, self._canvas, visuals=dataset.visuals, frames=dataset.frames)
@@ -215,14 +214,16 @@ class Rows:
             return record.read
         return lambda visual, frame: encoded.read(place, sum(record.frame_counts[:visual]) + frame)
 
-    def _contrastive(self, place: int, visit: Visit) -> Arrays:
+    def _contrastive(self, place: int, epoch: int) -> Arrays:
         """A pair whose picture cannot be read is an empty picture without one token in its mask, which the loss leaves out."""
         record, length = self._records[place], self._making.text_length
-        rng = self._rng(visit, record.id)
-        caption = caption_of(record.fields, rng)
-        augment = draw(rng, flip=self._making.dataset.flip, colour=self._making.dataset.colour) if rng is not None else None
+        dataset, draws = self._making.dataset, self._draws(epoch, record.id)
+        caption = caption_of(record.fields, draws)
+        augment = draw(draws.rng, flip=dataset.flip, colour=dataset.colour) if draws is not None and (dataset.flip or dataset.colour) else None
         image = np.zeros((self._making.image_size, self._making.image_size, 3), np.uint8)
-        ids = text_tokens(caption, self._making.tokenizer)
+        if caption not in record.made:
+            record.made[caption] = text_tokens(caption, self._making.tokenizer)
+        ids = record.made[caption]
         try:
             pixels = record.read(0, 0)
             pad(augment([pixels])[0] if augment else pixels, self._making.image_size, self._making.mean, out=image)

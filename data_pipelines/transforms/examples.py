@@ -1,6 +1,7 @@
 """Records to training segments, and segments to rows: everything random about an example is keyed by (seed, epoch, record id)."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -10,24 +11,32 @@ import numpy as np
 from data_pipelines.transforms import augmentation
 from data_pipelines.transforms.windows import Window, window
 from flamingo_jax.experiment import DatasetConfig
+from flamingo_jax.processing import sequences
 from flamingo_jax.processing.images import ImageError, pad
-from flamingo_jax.processing.sequences import page_sequence, pair_sequence
 from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.processing.video import clip
 
 Arrays = dict[str, np.ndarray]
 
 
-class Visit(NamedTuple):
-    """One visit of a record in training."""
+class Draws:
+    """What is random about one visit of a record: the same wherever, whenever and on however many processes it is visited."""
 
-    seed: int
-    epoch: int
+    def __init__(self, seed: int, epoch: int, record_id: str):
+        self._key = f"{seed}/{epoch}/{record_id}"
 
-    def rng(self, record_id: str) -> np.random.Generator:
-        """The same wherever, whenever and on however many processes the record is visited."""
-        digest = hashlib.blake2b(f"{self.seed}/{self.epoch}/{record_id}".encode(), digest_size=16).digest()
+    @functools.cached_property
+    def rng(self) -> np.random.Generator:
+        """Made when something is drawn: often nothing is, and then it would be half of a row's work."""
+        digest = hashlib.blake2b(self._key.encode(), digest_size=16).digest()
         return np.random.Generator(np.random.Philox(key=int.from_bytes(digest)))
+
+    def happens(self, probability: float) -> bool:
+        return probability > 0 and (probability >= 1 or self.rng.random() < probability)
+
+    def below(self, count: int) -> int:
+        """One of 0..count - 1."""
+        return 0 if count == 1 else int(self.rng.integers(count))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,34 +64,41 @@ def strings(values: Iterable[Any]) -> list[str]:
     return [value.decode() if isinstance(value, bytes) else str(value) for value in values]
 
 
-def caption_of(record: Any, rng: np.random.Generator | None) -> str:
-    """One of a record's captions at random, or the first without `rng`; "" where it has none."""
+def caption_of(record: Any, draws: Draws | None) -> str:
+    """One of a record's captions at random, or the first without `draws`; "" where it has none."""
     captions = strings(record["captions"])
     if not captions:
         return ""
-    return captions[0 if rng is None else int(rng.integers(len(captions)))]
+    return captions[0 if draws is None else draws.below(len(captions))]
 
 
 def flamingo_segment(
-    record: Any, frame_counts: list[int], dataset: DatasetConfig, tokenizer: Tokenizer, rng: np.random.Generator | None
+    record: Any, frame_counts: list[int], dataset: DatasetConfig, tokenizer: Tokenizer, draws: Draws | None, made: dict[str, Any]
 ) -> Segment:
-    """A page, a pair or a clip of a record; `rng` None gives the one fixed choice that evaluation makes.
+    """A page, a pair or a clip of a record; `draws` None gives the one fixed choice that evaluation makes.
 
     frame_counts: the stored frames of each of the record's visuals.
+    made: what earlier visits made of the record's texts.
     """
     if dataset.kind == "pages":
-        part = _page_window(record, dataset, tokenizer, rng)
+        if "" not in made:
+            made[""] = sequences.page_sequence(strings(record["texts"]), tokenizer)
+        part = _page_window(made[""], dataset, draws)
         visuals = [[(place, 0)] for place in part.visuals]
     else:
-        caption = caption_of(record, rng)
-        if rng is not None and rng.random() < dataset.leading_space:
+        caption = caption_of(record, draws)
+        if draws is not None and draws.happens(dataset.leading_space):
             caption = " " + caption
-        sequence = pair_sequence(caption, tokenizer, length=dataset.length)
-        part = window(sequence, 0, dataset.length, 1, "previous")
-        run = clip(frame_counts[0], dataset.frames, rng)
+        if caption not in made:
+            made[caption] = window(sequences.pair_sequence(caption, tokenizer, length=dataset.length), 0, dataset.length, 1, "previous")
+        part = made[caption]
+        whole = frame_counts[0] <= dataset.frames
+        run = clip(frame_counts[0], dataset.frames, None if draws is None or whole else draws.rng)
         visuals = [[(0, frame) for frame in run]]
-    draws = [] if rng is None else [augmentation.draw(rng, flip=dataset.flip, colour=dataset.colour) for _ in visuals]
-    return Segment(part.tokens, part.loss_mask, part.media_index, visuals, draws)
+    augment: list[augmentation.Augmentation | None] = []
+    if draws is not None and (dataset.flip or dataset.colour):
+        augment = [augmentation.draw(draws.rng, flip=dataset.flip, colour=dataset.colour) for _ in visuals]
+    return Segment(part.tokens, part.loss_mask, part.media_index, visuals, augment)
 
 
 def text_segment(document: np.ndarray, start: int, length: int) -> Segment:
@@ -93,12 +109,11 @@ def text_segment(document: np.ndarray, start: int, length: int) -> Segment:
     return Segment(tokens, loss_mask, np.full(len(tokens), -1, np.int32))
 
 
-def _page_window(record: Any, dataset: DatasetConfig, tokenizer: Tokenizer, rng: np.random.Generator | None) -> Window:
-    sequence = page_sequence(strings(record["texts"]), tokenizer)
-    if rng is None:
+def _page_window(sequence: sequences.Sequence, dataset: DatasetConfig, draws: Draws | None) -> Window:
+    if draws is None:
         return window(sequence, 0, dataset.length, dataset.visuals, "previous")
-    look_next = rng.random() < dataset.p_next
-    start = int(rng.integers(max(len(sequence) - dataset.length, 0) + 1))
+    look_next = draws.happens(dataset.p_next)
+    start = draws.below(max(len(sequence) - dataset.length, 0) + 1)
     return window(sequence, start, dataset.length, dataset.visuals, "next" if look_next else "previous")
 
 
