@@ -2,6 +2,9 @@
 
     python -m launch.train --config=configs/quickstart.py:flamingo --workdir=runs/quickstart/flamingo [--config.training.steps=2000 ...]
 
+With --prepare everything before the first step is done and nothing is trained: the config is checked, rows are planned, and the features of
+a frozen encoder are made where the config keeps them, for which no language model need be there yet.
+
 Everything is checked before work starts; bad input is one sentence and exit code 2. SIGTERM saves and exits with code 75: the same
 command goes on from there. A run whose steps are not finite stops with code 3, one that ends above a required loss with code 4.
 """
@@ -24,6 +27,7 @@ from launch import command
 log = logging.getLogger("launch")
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the config; made if it is not there.")
+PREPARE = flags.DEFINE_boolean("prepare", False, "Check the config and make what training reads, but do not train.")
 CONFIG = command.define_config()
 
 
@@ -39,6 +43,11 @@ def main() -> int:
     encoder = load_encoder(experiment) if experiment.training.cache_features else None
     iterators = make_iterators(experiment, tokenizer, encoder)
     held_out = held_out_batches(experiment, tokenizer, encoder)
+    if PREPARE.value:
+        for iterator in iterators.values():
+            iterator.close()
+        log.info("all is prepared: the same command without --prepare trains")
+        return 0
 
     def on_start() -> None:
         # Not before: a config that is refused must not replace the one of the run that is there.
