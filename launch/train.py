@@ -37,7 +37,8 @@ def main() -> int:
         raise errors.UserError("--workdir is not set: name a folder for checkpoints and metrics")
     workdir = pathlib.Path(WORKDIR.value)
     check_batches(experiment, make_mesh(experiment.mesh))
-    stages.bases(experiment)
+    if not PREPARE.value:
+        stages.bases(experiment)
     tokenizer = Tokenizer.load(experiment.tokenizer)
     check_vocabulary(experiment, tokenizer)
     encoder = load_encoder(experiment) if experiment.training.cache_features else None

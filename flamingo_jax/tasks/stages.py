@@ -1,6 +1,7 @@
 """The three stages: which model and task each has, and which frozen parts it takes from the stages before it."""
 
 import pathlib
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -65,8 +66,8 @@ def make_task(experiment: Experiment) -> Task:
     return FlamingoTask(training.loss, training.use_visuals)
 
 
-def bases(experiment: Experiment) -> list[Base]:
-    """The frozen parts of the task's model and the exports they come from; a UserError where one is not named or not there."""
+def bases(experiment: Experiment, parts: Collection[str] = ("vision_encoder", "language_model")) -> list[Base]:
+    """Those `parts` of the task's model that are frozen and the exports they come from; a UserError where one is not named or not there."""
     if experiment.task != "flamingo":
         return []
     config = model_config(experiment)
@@ -74,6 +75,7 @@ def bases(experiment: Experiment) -> list[Base]:
         Base("vision_encoder", experiment.vision_encoder_from, "contrastive", "vision", config.vision, ("vision",)),
         Base("language_model", experiment.language_model_from, "language_model", "", config.language_model, ()),
     ]
+    found = [base for base in found if base.part in parts]
     for base in found:
         if not base.folder:
             raise UserError(f"config.{base.part}_from is empty: name the folder exported by the {base.kind} stage, or 'random' for untrained weights")

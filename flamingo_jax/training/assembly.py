@@ -104,7 +104,7 @@ def load_encoder(experiment: Experiment) -> FrozenEncoder:
     if experiment.task != "flamingo":
         raise UserError(f"training.cache_features is on, but task {experiment.task!r} has no frozen encoder: turn it off")
     config, dtype = stages.model_config(experiment).vision, jnp.dtype(experiment.training.compute_dtype)
-    base = next(base for base in stages.bases(experiment) if base.part == "vision_encoder")
+    (base,) = stages.bases(experiment, ["vision_encoder"])
     if base.folder == "random":
         raise UserError("training.cache_features needs an encoder that stays: name its export in config.vision_encoder_from")
     export = _open_base(base)
