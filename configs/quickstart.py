@@ -54,8 +54,7 @@ def _data(root: str, kind: str, name: str, **options: object) -> DatasetConfig:
 
 def contrastive(root: str) -> Experiment:
     """The vision encoder beside a text encoder (paper B.1.3)."""
-    # Short and noisy captions teach less than long ones.
-    data = {name: _data(root, "pairs", name, batch_size=size) for name, size in (("align", 64), ("ltip", 128))}
+    data = {name: _data(root, "pairs", name, batch_size=128) for name in ("align", "ltip")}
     return Experiment(
         name="contrastive",
         task="contrastive",

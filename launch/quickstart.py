@@ -6,6 +6,7 @@ Each part is one of the ordinary commands, run as its own process; a part that i
 quickstart goes on where it stopped.
 """
 
+import functools
 import os
 import pathlib
 import subprocess
@@ -19,6 +20,9 @@ from launch.parts import Parts, Show, halves
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder for everything the quickstart makes.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of all stages.")
 
+BASES = ("contrastive", "language_model")
+"""Stages that need nothing of each other."""
+STAGES = (*BASES, "flamingo", "without_pictures")
 LONGER = {"language_model": ("--config.training.steps=4500",)}
 """How a stage goes on that ended above its required loss: when a language model learns to bind new words differs from seed to seed."""
 
@@ -28,35 +32,23 @@ def main() -> int:
     root.mkdir(parents=True, exist_ok=True)
     parts = Parts(root / "seconds.json")
 
-    def config(name: str) -> list[str]:
-        return [f"--config=configs/quickstart.py:{name},{root}", f"--config.seed={SEED.value}", f"--workdir={root}/{name}"]
-
     def stage(name: str, show: Show | None = None) -> None:
         """Trains and exports a stage."""
-        parts.run(name, "-m", "launch.train", *config(name), again=LONGER.get(name, ()), show=show)
+        config = [f"--config=configs/quickstart.py:{name},{root}", f"--config.seed={SEED.value}", f"--workdir={root}/{name}"]
+        parts.run(name, "-m", "launch.train", *config, again=LONGER.get(name, ()), show=show)
         parts.run(f"export {name}", "-m", "launch.export", f"--workdir={root}/{name}", f"--output={root}/{name}/export", show=show)
-
-    def encoder(show: Show | None = None) -> None:
-        """The vision encoder, and its features of every picture that the Flamingo stage sees."""
-        stage("contrastive", show)
-        parts.run("features", "-m", "launch.train", *config("flamingo"), "--prepare", show=show)
-
-    def language_model(show: Show | None = None) -> None:
-        stage("language_model", show)
 
     parts.run("data", "-m", "launch.build_data", "--source=quickstart", f"--output={root}/data")
     cores = halves()
-    if len(cores) == 2 and not parts.is_done("contrastive") and not parts.is_done("language_model") and _on_cpu():
+    if len(cores) == 2 and not any(map(parts.is_done, BASES)) and _on_cpu():
         # Steps this small do not keep two cores busy.
-        parts.side_by_side([encoder, language_model], cores)
-    encoder()
-    language_model()
-    stage("flamingo")
-    stage("without_pictures")
+        parts.side_by_side([functools.partial(stage, name) for name in BASES], cores)
+    for name in STAGES:
+        stage(name)
     parts.run(
         "evaluation", "-m", "launch.evaluate", "--suite=quickstart", "--shots=4", "--few_shot_limit=16", f"--data={root}/data",
         f"--model={root}/flamingo/export", f"--baseline={root}/without_pictures/export", f"--seconds={root}/seconds.json", f"--output={root}",
-        *(f"--curves={name}={root}/{name}/metrics.jsonl" for name in ("contrastive", "language_model", "without_pictures")),
+        *(f"--curves={name}={root}/{name}/metrics.jsonl" for name in STAGES if name != "flamingo"),
     )
     print(f"\n{parts.total / 60:.1f} minutes in all; open {root}/report.html, figures in {root}/report.json", flush=True)
     return 0
