@@ -6,7 +6,8 @@ trained on the same text with every picture taken away. `:flamingo,FOLDER` looks
 
 What differs from the paper, and why: rates are higher and fall to 0, gates start open and small, since the runs are short; the loss is the
 mean over tokens, since captions would hardly count beside long pages; p_next is 0 and pairs start without a space, since a small model
-does better with one form of each sentence; the resampler adds grid positions, since the encoder is shallow; no flips, since the text
+does better with one form of each sentence; long captions weigh as much as pages, since what is left of what is learned from them: at the
+paper's 0.2, meant for sums over sequences, that takes three times the steps; the resampler adds grid positions, since the encoder is shallow; no flips, since the text
 speaks of left and right.
 """
 
@@ -97,7 +98,7 @@ def flamingo(root: str, use_visuals: bool = True) -> Experiment:
     data = {
         "m3w": _data(root, "pages", "m3w", batch_size=6, length=128, visuals=12, weight=1.0),
         "align": _data(root, "pairs", "align", batch_size=2, length=48, visuals=6, weight=0.2),
-        "ltip": _data(root, "pairs", "ltip", batch_size=12, length=64, visuals=5, weight=0.2),
+        "ltip": _data(root, "pairs", "ltip", batch_size=12, length=64, visuals=5, weight=1.0),
         "vtp": _data(root, "videos", "vtp", batch_size=4, length=32, visuals=2, frames=8, weight=0.03),
     }
     return Experiment(
@@ -114,7 +115,7 @@ def flamingo(root: str, use_visuals: bool = True) -> Experiment:
         held_out=held_out(data),
         optimizer=OptimizerConfig(peak_rate=2e-3, warmup_steps=50, decay="cosine", beta2=0.98, weight_decay=0.1),
         training=TrainingConfig(
-            steps=1300, evaluate_every=650, evaluate_batches=2, save_every=250, keep_last=2, loss="token_mean", mixing="stream",
+            steps=1000, evaluate_every=500, evaluate_batches=2, save_every=250, keep_last=2, loss="token_mean", mixing="stream",
             compute_dtype="float32", use_visuals=use_visuals, cache_features=use_visuals, log_every=10,
         ),
         vision_encoder_from=f"{root}/contrastive/export",

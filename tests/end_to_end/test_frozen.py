@@ -32,6 +32,7 @@ def run(experiment: Experiment, folder: pathlib.Path) -> Export:
     with pytest.MonkeyPatch.context() as patch:
         train, export = commands.load("train"), commands.load("export")
         patch.setattr(train, "CONFIG", commands.flag(configuring.to_config(experiment)))
+        patch.setattr(train, "PREPARE", commands.flag(False))
         for command in (train, export):
             patch.setattr(command, "WORKDIR", commands.flag(str(folder)))
         patch.setattr(export, "OUTPUT", commands.flag(str(folder / "export")))

@@ -35,11 +35,12 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Train:
     """(experiment, workdir, **config keys with __ for a dot) -> what the command's main returns."""
     command = commands.load("train")
 
-    def run(experiment: Experiment, workdir: pathlib.Path | None, **overrides: Any) -> int:
+    def run(experiment: Experiment, workdir: pathlib.Path | None, prepare: bool = False, **overrides: Any) -> int:
         config = configuring.to_config(experiment)
         config.update_from_flattened_dict({key.replace("__", "."): value for key, value in overrides.items()})
         monkeypatch.setattr(command, "CONFIG", commands.flag(config))
         monkeypatch.setattr(command, "WORKDIR", commands.flag(workdir and str(workdir)))
+        monkeypatch.setattr(command, "PREPARE", commands.flag(prepare))
         return command.main()
 
     return run
@@ -50,6 +51,14 @@ def refused(train: Train, sentence: str, experiment: Experiment, workdir: pathli
         train(experiment, workdir, **overrides)
     message = str(caught.value)
     assert caught.value.exit_code == EXIT_BAD_INPUT and sentence in message and "\n" not in message
+
+
+def test_prepare_needs_no_language_model_and_trains_nothing(train: Train, data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    experiment = small.flamingo(data)
+    missing = {"language_model_from": str(tmp_path / "later")}
+    assert train(experiment, tmp_path / "run", prepare=True, **missing) == 0
+    assert not (tmp_path / "run").exists()
+    refused(train, "which is no folder: run the language_model stage", experiment, tmp_path / "run", **missing)
 
 
 def test_the_command_line(tmp_path: pathlib.Path) -> None:
