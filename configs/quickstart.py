@@ -5,10 +5,10 @@ trained on the same text with every picture taken away. `:flamingo,FOLDER` looks
 `runs/quickstart`.
 
 What differs from the paper, and why: rates are higher and fall to 0, gates start open and small, since the runs are short; the loss is the
-mean over tokens, since captions would hardly count beside long pages; p_next is 0 and pairs start without a space, since a small model
-does better with one form of each sentence; long captions weigh as much as pages, since what is left of what is learned from them: at the
-paper's 0.2, meant for sums over sequences, that takes three times the steps; the resampler adds grid positions, since the encoder is shallow; no flips, since the text
-speaks of left and right.
+mean over tokens, since captions would hardly count beside long pages; long captions weigh as much as pages, since they teach which of two
+things is on the left: at the paper's 0.2, which was meant for sums over sequences, that takes three times the steps; p_next is 0 and pairs
+start without a space, since a small model does better with one form of each sentence; the resampler adds grid positions, since the encoder
+is shallow; no flips, since the text speaks of left and right.
 """
 
 import dataclasses
