@@ -115,7 +115,7 @@ def flamingo(root: str, use_visuals: bool = True) -> Experiment:
         held_out=held_out(data),
         optimizer=OptimizerConfig(peak_rate=2e-3, warmup_steps=50, decay="cosine", beta2=0.98, weight_decay=0.1),
         training=TrainingConfig(
-            steps=1000, evaluate_every=500, evaluate_batches=2, save_every=250, keep_last=2, loss="token_mean", mixing="stream",
+            steps=1300, evaluate_every=650, evaluate_batches=2, save_every=250, keep_last=2, loss="token_mean", mixing="stream",
             compute_dtype="float32", use_visuals=use_visuals, cache_features=use_visuals, log_every=10,
         ),
         vision_encoder_from=f"{root}/contrastive/export",

@@ -28,7 +28,7 @@ from flamingo_jax.planning.topology import open_topology
 from launch import command
 
 COUNTS = flags.DEFINE_bool("counts", False, "Count the parameters.")
-TOPOLOGY = flags.DEFINE_string("topology", "", "Machine to compile the step for, as v4:2x2x4: a kind of chip and the sizes of its torus.")
+TOPOLOGY = flags.DEFINE_string("topology", "", "Machine to compile the step for, as v4:2x2x4: a kind of chip and its torus; 2*v4:2x2x4 is two slices.")
 SEARCH = flags.DEFINE_bool("search", False, "Where the step does not fit, compile what needs less memory until it does: minutes for each try.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
 CONFIG = command.define_config()
@@ -62,7 +62,8 @@ def plan_step(experiment: Experiment, name: str, search: bool = False) -> dict[s
         program = compile_program(experiment, mesh)
     except DoesNotFit as error:
         if not search:
-            raise UserError(f"{error}, but a {name.partition(':')[0]} has {topology.chip.memory / GIB:.2f} GiB: add --search to find what fits") from None
+            kind = name.partition(":")[0].rpartition("*")[2]
+            raise UserError(f"{error}, but a {kind} has {topology.chip.memory / GIB:.2f} GiB: add --search to find what fits") from None
         change, experiment, program = _fitting(experiment, mesh)
     summary = summarise(program.hlo)
     chips, chip = len(topology.devices), topology.chip

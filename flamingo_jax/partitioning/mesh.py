@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flamingo_jax.errors import UserError
@@ -17,9 +18,13 @@ ROWS = (DATA, FSDP)
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of all `devices` (by default every device of the run) with Auto axes data, fsdp and model.
 
-    Raises: UserError where the sizes do not multiply to the number of devices.
+    Where the devices are several slices (TPU pods joined by the data centre's network), the outermost part of `data` goes from one slice
+    to the next, so that only the sum of gradients crosses that network.
+
+    Raises: UserError where the sizes do not multiply to the number of devices, or `data` not to that of slices.
     """
-    count = len(jax.devices() if devices is None else devices)
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     sizes = [config.data, config.fsdp, config.model]
     wanted = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
@@ -31,7 +36,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             hint = f"make the product of the other sizes a divisor of {count}"
         raise UserError(f"config.mesh {wanted} does not fit {count} devices: {hint}")
     shape = tuple(count // fixed if size == -1 else size for size in sizes)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    if shape[0] % slices:
+        raise UserError(f"config.mesh.data is {shape[0]}, but the {count} devices are {slices} slices, which `data` joins: make it a multiple of {slices}")
+    within = (shape[0] // slices, *shape[1:])
+    array = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -27,7 +27,7 @@ class Chip(NamedTuple):
 
 CHIPS = {
     # One device a chip, as programs see a v4: "megacore" joins its two cores.
-    "v4": Chip(int(30.75 * 2**30), 275e12, 1.05e9, 300e9, {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1), "num_slices": 1}),
+    "v4": Chip(int(30.75 * 2**30), 275e12, 1.05e9, 300e9, {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}),
     "v5e": Chip(int(15.75 * 2**30), 197e12, 1.5e9, 200e9, {}),
     "v5p": Chip(int(95.74 * 2**30), 459e12, 1.75e9, 600e9, {}),
     "v6e": Chip(int(31.25 * 2**30), 918e12, 1.75e9, 448e9, {}),
@@ -35,7 +35,7 @@ CHIPS = {
 
 
 class Topology(NamedTuple):
-    """name: as in "v4:2x2x4"."""
+    """name: as in "v4:2x2x4" or "2*v4:2x2x4"."""
 
     name: str
     chip: Chip
@@ -47,20 +47,20 @@ class Topology(NamedTuple):
 
 
 def open_topology(name: str) -> Topology:
-    """The topology of a name such as "v4:2x2x4": a kind of chip and the sizes of its torus.
+    """The topology of a name such as "v4:2x2x4": a kind of chip and the sizes of its torus; of "2*v4:2x2x4", two such slices.
 
     Raises: UserError for a name of another form, an unknown chip, sizes that no such machine has, or a missing libtpu.
     """
-    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", name)
-    if not match or match[1] not in CHIPS:
-        raise UserError(f"--topology={name} must be CHIP:SIZES, such as v4:2x2x4, with one of the chips {', '.join(CHIPS)}")
+    match = re.fullmatch(r"(?:([1-9]\d*)\*)?((\w+):\d+(?:x\d+)+)", name)
+    if not match or match[3] not in CHIPS:
+        raise UserError(f"--topology={name} must be CHIP:SIZES or SLICES*CHIP:SIZES, such as v4:2x2x4, with one of the chips {', '.join(CHIPS)}")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"--topology={name} needs the TPU compiler, which runs without a TPU: pip install 'flamingo_jax[plan]'")
-    chip = CHIPS[match[1]]
+    slices, chip = int(match[1] or 1), CHIPS[match[3]]
     # Or libtpu asks a metadata server that only a TPU machine has, and waits for it.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=name, **chip.options)
+        described = topologies.get_topology_desc(platform="tpu", topology_name=match[2], num_slices=slices, **chip.options)
     except Exception as error:  # noqa: BLE001 - XLA raises what it likes, JaxRuntimeError and RuntimeError among it
         raise UserError(f"--topology={name} is refused by the TPU compiler: {' '.join(str(error).split())}") from error
     return Topology(name, chip, list(described.devices))

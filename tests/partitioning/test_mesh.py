@@ -1,8 +1,10 @@
 """Mesh shapes that fit eight devices, those that do not, and batches that divide."""
 
 import dataclasses
+from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 
@@ -41,6 +43,25 @@ def test_a_mesh_of_some_devices() -> None:
 def test_meshes_that_do_not_fit(config: MeshConfig, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         make_mesh(config)
+
+
+@dataclasses.dataclass(frozen=True)
+class SlicedDevice:
+    """As much of a TPU device as laying out a mesh of several slices asks for."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+def test_data_joins_slices_and_the_other_axes_stay_within() -> None:
+    devices: list[Any] = [SlicedDevice(place, place // 4) for place in range(8)]
+    slices = np.vectorize(lambda device: device.slice_index)(make_mesh(MeshConfig(4, 1, 2), devices).devices)
+    np.testing.assert_array_equal(slices, np.broadcast_to(np.array([0, 0, 1, 1])[:, None, None], (4, 1, 2)))
+    with pytest.raises(UserError, match="config.mesh.data is 1, but the 8 devices are 2 slices"):
+        make_mesh(MeshConfig(1, 4, 2), devices)
 
 
 def test_rows_lie_over_data_and_fsdp() -> None:

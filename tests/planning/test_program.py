@@ -72,7 +72,7 @@ def test_what_the_compiler_says_of_memory() -> None:
 
 @pytest.mark.parametrize("name", ["v4", "h200:8", "v4:2by2"])
 def test_an_unknown_topology_is_one_sentence(name: str) -> None:
-    with pytest.raises(UserError, match="must be CHIP:SIZES, such as v4:2x2x4"):
+    with pytest.raises(UserError, match="must be CHIP:SIZES or SLICES\\*CHIP:SIZES, such as v4:2x2x4"):
         open_topology(name)
 
 
