@@ -3,7 +3,7 @@
 import logging
 import pathlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,7 +76,6 @@ class Records:
 class Record:
     """One record: `fields` without pictures, `id`, and its pictures by (visual, frame).
 
-    made: what was made of each of its texts, by the text, and of all together, by "": each visit and each piece of a book asks for it again.
     cost: the most bytes it takes with every picture decoded and every token made.
     """
 
@@ -89,13 +88,20 @@ class Record:
             pictures = [pictures]
         nested = [list(pictures)] if feature == "frames" else [[picture] for picture in pictures]
         self._pictures: list[list[bytes | np.ndarray]] = nested
-        self.made: dict[str, Any] = {}
-        self.cost = 2_000 + sum(map(len, nested)) * (3 * size * size + 200) + 5 * len(fields.get("text", ""))
+        self._made: dict[str, Any] = {}
+        texts = [fields.get("text", ""), *fields.get("texts", ()), *fields.get("captions", ())]
+        self.cost = 2_000 + sum(map(len, nested)) * (3 * size * size + 200) + 5 * sum(map(len, texts))
 
     @property
     def frame_counts(self) -> list[int]:
         """Stored frames of each visual."""
         return [len(frames) for frames in self._pictures]
+
+    def once(self, text: str, make: Callable[[], Any]) -> Any:
+        """What `make` makes of one of the texts, or for "" of all together, kept: each visit and each piece of a book asks for it again."""
+        if text not in self._made:
+            self._made[text] = make()
+        return self._made[text]
 
     def read(self, visual: int, frame: int) -> np.ndarray:
         """uint8 [h, w, 3], its longer side the image size. Raises ImageError."""

@@ -10,7 +10,6 @@ import numpy as np
 from data_pipelines.encoded import EncodedPictures, Encoder, load_or_encode
 from data_pipelines.features import dataset_folder
 from data_pipelines.records import PICTURES, Failures, Record, Records, open_records
-from data_pipelines.transforms.augmentation import draw
 from data_pipelines.transforms.examples import (
     Arrays,
     Draws,
@@ -191,9 +190,8 @@ class Rows:
 
     def _text(self, item: int) -> Segment:
         record = self._records[int(self._items.record[item])]
-        if "" not in record.made:
-            record.made[""] = text_tokens(strings([record.fields["text"]])[0], self._making.tokenizer)
-        return text_segment(record.made[""], int(self._items.start[item]), int(self._items.length[item]))
+        document = record.once("", lambda: text_tokens(strings([record.fields["text"]])[0], self._making.tokenizer))
+        return text_segment(document, int(self._items.start[item]), int(self._items.length[item]))
 
     def _visual(self, items: np.ndarray, epoch: int) -> Arrays:
         dataset = self._making.dataset
@@ -202,7 +200,7 @@ class Rows:
         segments: list[tuple[Segment, Callable[[int, int], np.ndarray]]] = []
         for place, record in zip(places, records, strict=True):
             draws = self._draws(epoch, record.id)
-            segment = flamingo_segment(record.fields, record.frame_counts, dataset, self._making.tokenizer, draws, record.made)
+            segment = flamingo_segment(record.fields, record.frame_counts, dataset, self._making.tokenizer, draws, record.once)
             segments.append((segment, self._reader(place, record)))
         failed = lambda number, error: self._failures.add(records[number].id, error)
         shown, pictures = show(segments, failed, self._canvas, visuals=dataset.visuals, frames=dataset.frames)
@@ -219,11 +217,9 @@ class Rows:
         record, length = self._records[place], self._making.text_length
         dataset, draws = self._making.dataset, self._draws(epoch, record.id)
         caption = caption_of(record.fields, draws)
-        augment = draw(draws.rng, flip=dataset.flip, colour=dataset.colour) if draws is not None and (dataset.flip or dataset.colour) else None
+        augment = None if draws is None else draws.augmentation(dataset)
         image = np.zeros((self._making.image_size, self._making.image_size, 3), np.uint8)
-        if caption not in record.made:
-            record.made[caption] = text_tokens(caption, self._making.tokenizer)
-        ids = record.made[caption]
+        ids = record.once(caption, lambda: text_tokens(caption, self._making.tokenizer))
         try:
             pixels = record.read(0, 0)
             pad(augment([pixels])[0] if augment else pixels, self._making.image_size, self._making.mean, out=image)

@@ -17,6 +17,8 @@ from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.processing.video import clip
 
 Arrays = dict[str, np.ndarray]
+Once = Callable[[str, Callable[[], Any]], Any]
+"""(text, what makes something of it) -> what was made of it, now or before."""
 
 
 class Draws:
@@ -37,6 +39,10 @@ class Draws:
     def below(self, count: int) -> int:
         """One of 0..count - 1."""
         return 0 if count == 1 else int(self.rng.integers(count))
+
+    def augmentation(self, dataset: DatasetConfig) -> augmentation.Augmentation | None:
+        """A visual's, as the dataset wants it."""
+        return augmentation.draw(self.rng, flip=dataset.flip, colour=dataset.colour) if dataset.flip or dataset.colour else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,31 +79,26 @@ def caption_of(record: Any, draws: Draws | None) -> str:
 
 
 def flamingo_segment(
-    record: Any, frame_counts: list[int], dataset: DatasetConfig, tokenizer: Tokenizer, draws: Draws | None, made: dict[str, Any]
+    record: Any, frame_counts: list[int], dataset: DatasetConfig, tokenizer: Tokenizer, draws: Draws | None, once: Once
 ) -> Segment:
     """A page, a pair or a clip of a record; `draws` None gives the one fixed choice that evaluation makes.
 
     frame_counts: the stored frames of each of the record's visuals.
-    made: what earlier visits made of the record's texts.
+    once: keeps what is made of the record's texts for its next visits.
     """
     if dataset.kind == "pages":
-        if "" not in made:
-            made[""] = sequences.page_sequence(strings(record["texts"]), tokenizer)
-        part = _page_window(made[""], dataset, draws)
+        sequence = once("", lambda: sequences.page_sequence(strings(record["texts"]), tokenizer))
+        part = _page_window(sequence, dataset, draws)
         visuals = [[(place, 0)] for place in part.visuals]
     else:
         caption = caption_of(record, draws)
         if draws is not None and draws.happens(dataset.leading_space):
             caption = " " + caption
-        if caption not in made:
-            made[caption] = window(sequences.pair_sequence(caption, tokenizer, length=dataset.length), 0, dataset.length, 1, "previous")
-        part = made[caption]
+        part = once(caption, lambda: window(sequences.pair_sequence(caption, tokenizer, length=dataset.length), 0, dataset.length, 1, "previous"))
         whole = frame_counts[0] <= dataset.frames
         run = clip(frame_counts[0], dataset.frames, None if draws is None or whole else draws.rng)
         visuals = [[(0, frame) for frame in run]]
-    augment: list[augmentation.Augmentation | None] = []
-    if draws is not None and (dataset.flip or dataset.colour):
-        augment = [augmentation.draw(draws.rng, flip=dataset.flip, colour=dataset.colour) for _ in visuals]
+    augment = [] if draws is None else [draws.augmentation(dataset) for _ in visuals]
     return Segment(part.tokens, part.loss_mask, part.media_index, visuals, augment)
 
 
