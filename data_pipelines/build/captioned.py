@@ -5,8 +5,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from data_pipelines.build.captions import BAD_LINE, MISSING, NO_CAPTION, OUTSIDE, caption_file, existing_folder, inside, read_captions
-from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares
+from data_pipelines.build.captions import BAD_LINE, NO_CAPTION, caption_file, existing_folder, read_captions, why_not
+from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares, record_id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +46,16 @@ class CaptionedFolder:
             return [Dropped(BAD_LINE)]
         folder = pathlib.Path(entry.folder)
         file = folder / entry.name
-        if not inside(folder, file):
-            return [Dropped(OUTSIDE)]
-        if not file.is_file():
-            return [Dropped(MISSING)]
+        if reason := why_not(folder, file):
+            return [Dropped(reason)]
         if not entry.captions:
             return [Dropped(NO_CAPTION)]
         try:
             fields = self.read(file)
         except Unusable as error:
             return [Dropped(str(error))]
-        record_id = entry.name if len(self.folders) == 1 else f"{folder.name}/{entry.name}"
-        return [Example(self.shares.split(record_id), {"id": record_id, "captions": list(entry.captions), **fields})]
+        name = record_id(self.folders, folder, entry.name)
+        return [Example(self.shares.split(name), {"id": name, "captions": list(entry.captions), **fields})]
 
     def read(self, file: pathlib.Path) -> dict[str, Any]:
         """The fields that hold the file's pictures. Raises Unusable."""
@@ -65,8 +63,7 @@ class CaptionedFolder:
 
     def _entries(self, folder: str) -> list[Entry]:
         root = existing_folder(folder)
-        captions, bad = read_captions(caption_file(root, self.captions, self.caption_files), self.key)
-        named = {pathlib.PurePosixPath(name).as_posix() for name in captions}
+        captions, bad = read_captions(caption_file(root, self.captions, self.caption_files, self.key), self.key, root)
         there = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.suffix.lower() in self.suffixes]
         entries = [Entry(folder, name, tuple(texts)) for name, texts in captions.items()]
-        return entries + [Entry(folder, name) for name in there if name not in named] + [Entry(folder, None)] * bad
+        return entries + [Entry(folder, name) for name in there if name not in captions] + [Entry(folder, None)] * bad

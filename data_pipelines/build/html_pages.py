@@ -13,9 +13,9 @@ from typing import Any
 import lxml.html
 from lxml import etree
 
-from data_pipelines.build.captions import MISSING, OUTSIDE, existing_folder, inside
+from data_pipelines.build.captions import MISSING, OUTSIDE, existing_folder, why_not
 from data_pipelines.build.pictures import PictureRules, Unfit
-from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares
+from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares, record_id
 from flamingo_jax.errors import UserError
 
 SUFFIXES = {".html", ".htm", ".xhtml"}
@@ -95,8 +95,8 @@ class HtmlPages:
             return [Dropped("page without a picture that is fit", tuple(unfit))]
         if not any(texts):
             return [Dropped("page without text", (*unfit, *["on a page without text"] * len(images)))]
-        record_id = name if len(self.folders) == 1 else f"{root.name}/{name}"
-        return [Example(self.shares.split(record_id), {"id": record_id, "texts": texts, "images": images}, tuple(unfit))]
+        page_id = record_id(self.folders, root, name)
+        return [Example(self.shares.split(page_id), {"id": page_id, "texts": texts, "images": images}, tuple(unfit))]
 
 
 def walk(page: bytes) -> Iterator[str | Picture]:
@@ -142,19 +142,17 @@ def read_picture(root: pathlib.Path, page: pathlib.Path, source: str) -> bytes:
     if re.match(r"(?i)[a-z][a-z0-9+.-]*:|//", source):
         raise Unfit("on another machine")
     bare = re.split(r"[?#]", source)[0]
-    outside = False
+    reasons = set()
     for name in dict.fromkeys((source, bare, urllib.parse.unquote(bare))):
-        if not name or "\0" in name:
-            continue
         file = root / name.lstrip("/") if name.startswith("/") else page.parent / name
-        if not inside(root, file):
-            outside = True
-        elif file.is_file():
+        reason = why_not(root, file)
+        if reason is None:
             try:
                 return file.read_bytes()
             except OSError as error:
                 raise Unfit("unreadable") from error
-    raise Unfit(OUTSIDE if outside else MISSING)
+        reasons.add(reason)
+    raise Unfit(OUTSIDE if OUTSIDE in reasons else MISSING)
 
 
 def _encoding(page: bytes) -> str | None:

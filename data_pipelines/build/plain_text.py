@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from data_pipelines.build.captions import existing_folder
-from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares
+from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares, record_id
 from flamingo_jax.errors import UserError
 
 
@@ -44,11 +44,11 @@ class PlainText:
             text = (folder / name).read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             return [Dropped("not UTF-8" if isinstance(error, UnicodeDecodeError) else "unreadable")]
-        prefix = name if len(self.folders) == 1 else f"{folder.name}/{name}"
+        file_id = record_id(self.folders, folder, name)
         outcomes: list[Outcome] = []
         for number, document in enumerate(documents(text, self.document_characters)):
-            record_id = f"{prefix}#{number}"
-            outcomes.append(Example(self.shares.split(record_id), {"id": record_id, "text": document}))
+            document_id = f"{file_id}#{number}"
+            outcomes.append(Example(self.shares.split(document_id), {"id": document_id, "text": document}))
         return outcomes or [Dropped("empty")]
 
 

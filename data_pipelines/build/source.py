@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import pathlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -66,3 +67,9 @@ class Shares:
 
 
 DEFAULT_SHARES = Shares()
+
+
+def record_id(folders: Sequence[str], folder: pathlib.Path, name: str) -> str:
+    """The name of a file in its folder, which is named too where there are several; bytes of a name that are no UTF-8 are written as escapes."""
+    whole = name if len(folders) == 1 else f"{folder.name}/{name}"
+    return whole.encode(errors="backslashreplace").decode()

@@ -135,12 +135,12 @@ def test_image_folder(tmp_path):
         root / "captions.jsonl", {"image": "deep/one.jpg", "captions": [" a cat ", "two"]}, {"image": "two.webp", "caption": "ein Hund"},
         {"image": "deep/one.jpg", "caption": "three"}, {"image": "gone.jpg", "caption": "x"}, {"image": "../secret.png", "caption": "x"},
         {"image": "torn.jpg", "caption": "x"}, {"image": "silent.png", "captions": []}, "not JSON", '["a list"]',
-        {"image": 3, "caption": "x"}, {"image": "x.jpg", "captions": [1]}, "",
+        {"image": 3, "caption": "x"}, {"image": "x.jpg", "captions": [1]}, {"image": "two.webp", "caption": "half of an emoji: \ud83d"}, "",
     )
     statistics, _ = write_dataset(tmp_path / "out", ImageFolder((str(root),), ALL_TRAIN))
-    assert statistics["splits"] == {"train": 2} and statistics["records_read"] == 2 + 1 + 1 + 1 + 2 + 4
+    assert statistics["splits"] == {"train": 2} and statistics["records_read"] == 2 + 1 + 1 + 1 + 2 + 5
     assert statistics["dropped"] == {
-        "caption line that is not JSON with a name and captions": 4,
+        "caption line that is not JSON with a name and captions": 5,
         "missing": 1,
         "no caption": 2,
         "outside the folder": 1,
@@ -159,6 +159,44 @@ def test_links_do_not_lead_out_of_the_folder(tmp_path):
     lines(tmp_path / "photos" / "captions.jsonl", {"image": "link.png", "caption": "x"})
     with pytest.raises(UserError, match="1 outside the folder"):
         write_dataset(tmp_path / "out", ImageFolder((str(tmp_path / "photos"),), ALL_TRAIN))
+
+
+def test_a_picture_is_one_record_however_its_name_is_written(tmp_path):
+    root = tmp_path / "photos"
+    save(root / "a.png", colourful())
+    save(root / "b.png", colourful(seed=9))
+    os.symlink(root, tmp_path / "link")
+    names = ["a.png", "./a.png", "nowhere/../a.png", str(root / "a.png"), str(tmp_path / "link" / "b.png")]
+    captions = "".join(json.dumps({"image": name, "caption": str(number)}) + "\n" for number, name in enumerate(names))
+    (root / "captions.jsonl").write_text(captions, encoding="utf-8-sig")
+    statistics, _ = write_dataset(tmp_path / "out", ImageFolder((str(root),), ALL_TRAIN))
+    assert statistics["dropped"] == {}
+    assert {name: strings(record["captions"]) for name, record in read(tmp_path / "out").items()} == {"a.png": ["0", "1", "2", "3"], "b.png": ["4"]}
+
+
+def test_names_that_no_file_can_have_are_missing(tmp_path):
+    root = tmp_path / "photos"
+    save(root / "a.png", colourful())
+    os.symlink("circle.png", root / "circle.png")
+    names = ["x" * 300 + ".png", "a\0.png", "\ud83d.png", "circle.png"]
+    lines(root / "captions.jsonl", *({"image": name, "caption": "x"} for name in ["a.png", *names]))
+    statistics, _ = write_dataset(tmp_path / "out", ImageFolder((str(root),), ALL_TRAIN))
+    assert statistics["used"] == 1 and statistics["dropped"] == {"missing": 4}
+    (root / "page.html").write_text(f'<p>one<img src="a.png">two<img src="thumb.php?sig={"x" * 300}"><img src="circle.png">')
+    statistics, _ = write_dataset(tmp_path / "pages", HtmlPages((str(root),), ALL_TRAIN))
+    assert statistics["pictures"] == {"used": 1, "dropped": {"missing": 2}}
+
+
+@pytest.mark.parametrize("source, ending", [(ImageFolder, ".png"), (HtmlPages, ".html"), (PlainText, ".txt#0")])
+def test_file_names_that_are_not_unicode_give_ids(tmp_path, source, ending):
+    root, name = tmp_path / "files", os.fsdecode(b"caf\xe9")
+    save(root / f"{name}.png", colourful())
+    save(root / "a.png", colourful())
+    lines(root / "captions.jsonl", {"image": f"{name}.png", "caption": "x"})
+    (root / f"{name}.html").write_text('<p>one<img src="a.png">two')
+    (root / f"{name}.txt").write_text("text")
+    write_dataset(tmp_path / "out", source((str(root),), ALL_TRAIN))
+    assert set(read(tmp_path / "out")) == {"caf\\udce9" + ending}
 
 
 def test_several_folders_make_one_dataset_and_splits_cover_it(tmp_path):
@@ -180,6 +218,8 @@ def test_caption_file_of_another_name(tmp_path):
     lines(tmp_path / "photos" / "notes.jsonl", {"image": "a.png", "caption": "x"})
     with pytest.raises(UserError, match=r"no captions.jsonl.*--captions"):
         write_dataset(tmp_path / "out", ImageFolder((str(tmp_path / "photos"),)))
+    with pytest.raises(UserError, match=r'no captions.jsonl or videos.jsonl.*\{"video": '):
+        write_dataset(tmp_path / "out", VideoFolder((str(tmp_path / "photos"),)))
     write_dataset(tmp_path / "out", ImageFolder((str(tmp_path / "photos"),), ALL_TRAIN, "notes.jsonl"))
     assert set(read(tmp_path / "out")) == {"a.png"}
 
