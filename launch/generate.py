@@ -99,7 +99,7 @@ def _read_image(path: pathlib.Path, config: FlamingoConfig) -> Visual:
 def _read_video(path: pathlib.Path, config: FlamingoConfig) -> Visual:
     vision = config.vision
     try:
-        frames = read_frames(path, fps=FPS.value, longer_side=vision.image_size)
+        frames = read_frames(path, fps=FPS.value, resize=lambda frame: images.fit(frame, vision.image_size))
     except VideoError as error:
         raise UserError(f"{error}: check its path in the prompt file") from error
     kept = spread(len(frames), FRAMES.value or config.resampler.frames)

@@ -39,7 +39,8 @@ class VideoFolder(CaptionedFolder):
 
     def read(self, file: pathlib.Path) -> dict[str, Any]:
         try:
-            frames = read_frames(file, fps=self.fps, max_frames=max(1, math.ceil(self.max_seconds * self.fps)))
+            most = max(1, math.ceil(self.max_seconds * self.fps))
+            frames = read_frames(file, fps=self.fps, max_frames=most, resize=lambda frame: shrink(frame, self.short_side))
         except VideoError as error:
             raise Unusable("unreadable") from error
-        return {"frames": [encode(shrink(frame, self.short_side), "JPEG", FRAME_QUALITY) for frame in frames], "fps": self.fps}
+        return {"frames": [encode(frame, "JPEG", FRAME_QUALITY) for frame in frames], "fps": self.fps}

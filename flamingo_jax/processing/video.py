@@ -2,13 +2,13 @@
 
 import logging
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import av
 import av.container
 import numpy as np
 
-from flamingo_jax.processing.images import MAX_PIXELS, fit
+from flamingo_jax.processing.images import MAX_PIXELS
 
 MAX_FRAMES = 3_600
 """One hour at 1 fps."""
@@ -24,14 +24,14 @@ def read_frames(
     path: str | pathlib.Path,
     *,
     fps: float,
-    longer_side: int | None = None,
+    resize: Callable[[np.ndarray], np.ndarray] = lambda frame: frame,
     max_frames: int = MAX_FRAMES,
     max_pixels: int = MAX_PIXELS,
 ) -> list[np.ndarray]:
     """The pictures on screen at 0, 1/fps, 2/fps, ... seconds: at most `max_frames` of uint8 [H, W, 3], upright RGB.
 
-    Any file that FFmpeg reads, moving GIFs among them. One that breaks off gives the frames before the break. `longer_side` resizes
-    every frame as it is read, so that a long video of large frames needs little memory.
+    Any file that FFmpeg reads, moving GIFs among them. One that breaks off gives the frames before the break. `resize` is called
+    on every frame as it is read, so that a long video of large frames needs little memory.
     Raises VideoError where no frame can be read or frames have more than `max_pixels`.
     """
     frames: list[np.ndarray] = []
@@ -40,13 +40,15 @@ def read_frames(
             if not container.streams.video:
                 raise VideoError(f"{path} has no pictures in it")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise VideoError(f"{path}: there is no decoder for its pictures")
             if stream.width * stream.height > max_pixels:
                 raise VideoError(f"{path}: {stream.width} x {stream.height} pixels are more than {max_pixels}")
             for frame, end in _shown(container, stream):
                 pixels = None
                 while len(frames) < max_frames and len(frames) / fps < end - CLOCK:
                     if pixels is None:
-                        pixels = _upright(frame) if longer_side is None else fit(_upright(frame), longer_side)
+                        pixels = resize(_upright(frame))
                     frames.append(pixels)
                 if len(frames) == max_frames:
                     break

@@ -28,6 +28,7 @@ from data_pipelines.build.video_folder import VideoFolder
 from data_pipelines.build.writer import ordered_map, write_dataset
 from flamingo_jax.errors import UserError
 from flamingo_jax.processing.tokenizer import Tokenizer
+from flamingo_jax.processing.video import read_frames
 
 ALL_TRAIN = Shares(validation=0.0)
 
@@ -256,6 +257,21 @@ def test_video_folder(tmp_path):
     for record in records.values():
         assert [frame.shape for frame in record["frames"]] == [(32, 48, 3)] * 3
         assert [float(frame.mean()) for frame in record["frames"]] == pytest.approx([20, 60, 100], abs=4)
+
+
+def test_video_frames_shrink_as_they_are_read(tmp_path, monkeypatch):
+    film(tmp_path / "clips" / "a.mp4", 3)
+    lines(tmp_path / "clips" / "captions.jsonl", {"video": "a.mp4", "caption": "x"})
+    shapes = []
+
+    def reading(*args, **options):
+        frames = read_frames(*args, **options)
+        shapes.extend(frame.shape for frame in frames)
+        return frames
+
+    monkeypatch.setattr("data_pipelines.build.video_folder.read_frames", reading)
+    write_dataset(tmp_path / "out", VideoFolder((str(tmp_path / "clips"),), ALL_TRAIN, short_side=32))
+    assert shapes == [(32, 48, 3)] * 3
 
 
 # Pages.

@@ -34,7 +34,7 @@ def test_frames_at_one_and_at_four_a_second(tmp_path, name, codec):
     np.testing.assert_allclose(levels(read_frames(tmp_path / name, fps=4)), shown, atol=4)
     np.testing.assert_allclose(levels(read_frames(tmp_path / name, fps=8)), np.repeat(shown, 2), atol=4)
     assert len(read_frames(tmp_path / name, fps=4, max_frames=5)) == 5
-    assert read_frames(tmp_path / name, fps=1, longer_side=20)[0].shape == (20, 20, 3)
+    assert read_frames(tmp_path / name, fps=1, resize=lambda frame: frame[:20])[0].shape == (20, 64, 3)
 
 
 def test_moving_gif(tmp_path):
@@ -65,6 +65,10 @@ def test_bad_files_are_refused(tmp_path):
     write(tmp_path / "large.mp4", [1, 2], rate=1)
     with pytest.raises(VideoError, match="more than 100"):
         read_frames(tmp_path / "large.mp4", fps=1, max_pixels=100)
+    write(tmp_path / "known.avi", [1, 2], rate=1, codec="mpeg4")
+    (tmp_path / "unknown.avi").write_bytes((tmp_path / "known.avi").read_bytes().replace(b"FMP4", b"ZZZZ"))
+    with pytest.raises(VideoError, match=r"unknown.avi: there is no decoder"):
+        read_frames(tmp_path / "unknown.avi", fps=1)
 
 
 def test_clips():
