@@ -32,7 +32,10 @@ def open_records(path: str | pathlib.Path, split: str, kind: str) -> Sequence[An
     folder = dataset_folder(path)
     builder = tfds.builder_from_directory(str(folder))
     if split not in builder.info.splits:
-        raise UserError(f"the dataset {folder} has no split {split!r}; it has {', '.join(sorted(builder.info.splits))}")
+        raise UserError(
+            f"the dataset {folder} has no split {split!r}; it has {', '.join(sorted(builder.info.splits))}: name one of these, take the dataset "
+            "out of config.held_out, or remove its folder and build it again with a larger --validation_share or --test_share"
+        )
     if not builder.info.splits[split].num_examples:
         raise UserError(f"the split {split!r} of the dataset {folder} is empty; build it from more records, or name another split")
     feature = PICTURES.get(kind)

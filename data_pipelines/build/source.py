@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, Protocol
 
 from data_pipelines.features import TEST, TRAIN, VALIDATION
@@ -44,6 +44,10 @@ class Source(Protocol):
     def options(self) -> dict[str, Any]:
         """All that its outcome depends on, as JSON values: a finished dataset is only taken for the same options."""
 
+    @property
+    def shares(self) -> "Shares | None":
+        """How records are dealt to the splits; None where the source has splits of its own."""
+
     def entries(self) -> Sequence[Any]:
         """What there is to read, in a fixed order. Raises UserError where there is nothing."""
 
@@ -64,6 +68,11 @@ class Shares:
         if place < self.validation:
             return VALIDATION
         return TEST if place < self.validation + self.test else TRAIN
+
+    def lacking(self, splits: Container[str]) -> list[str]:
+        """The splits that shall have records and are not among these."""
+        wanted = {TRAIN: True, VALIDATION: self.validation > 0, TEST: self.test > 0}
+        return [split for split, share in wanted.items() if share and split not in splits]
 
 
 DEFAULT_SHARES = Shares()

@@ -28,6 +28,10 @@ class World:
     def options(self) -> dict[str, Any]:
         return {"source": "quickstart", **dataclasses.asdict(self)}
 
+    @property
+    def shares(self) -> None:
+        return None
+
     def entries(self) -> Sequence[tuple[str, int]]:
         sizes = DATASETS[self.dataset].sizes
         return [(split, index) for split, size in sizes.items() for index in range(size if self.limit is None else min(size, self.limit))]

@@ -7,6 +7,7 @@ beside its own and renamed at the end, so that a dataset that is there is whole.
 import collections
 import itertools
 import json
+import logging
 import pathlib
 import re
 import shutil
@@ -15,7 +16,7 @@ from concurrent.futures import Executor, Future
 from typing import Any, TypeVar
 
 from data_pipelines.build.source import Dropped, Example, Outcome, Source
-from data_pipelines.features import INFO_FILE, STATISTICS_FILE, VERSION, features
+from data_pipelines.features import INFO_FILE, STATISTICS_FILE, TRAIN, VERSION, features
 from flamingo_jax.errors import UserError
 from flamingo_jax.progress import Bar
 
@@ -51,10 +52,14 @@ def write_dataset(output: str | pathlib.Path, source: Source, executor: Executor
         outcomes = _watched(ordered_map(source.convert, entries, executor), bar)
         statistics = _write(building, name, source, outcomes)
     statistics["options"] = source.options
-    if not statistics["splits"]:
+    lacking = source.shares.lacking(statistics["splits"]) if source.shares else []
+    if not statistics["splits"] or TRAIN in lacking:
         shutil.rmtree(building)
-        reasons = ", ".join(f"{count} {reason}" for reason, count in statistics["dropped"].items()) or "there were none"
-        raise UserError(f"no record is left for {output} ({reasons}): look at the input folder or loosen the options")
+        counts = statistics["dropped"] | {f"for {split}": count for split, count in statistics["splits"].items()}
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "there were none"
+        raise UserError(f"no record is left for {output} to train on ({reasons}): look at the input folder, or loosen the options or the shares")
+    for split in lacking:
+        logging.warning("%s is too small for its share of %s: remove it and build it again with a larger --%s_share", output, split, split)
     (building / STATISTICS_FILE).write_text(json.dumps(statistics, indent=2))
     if final.exists():
         shutil.rmtree(final)

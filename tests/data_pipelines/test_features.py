@@ -38,6 +38,7 @@ class Given:
     kind: str
     outcomes: tuple[Outcome, ...]
     about: str = "a test"
+    shares: Shares | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -134,6 +135,19 @@ def test_bad_outputs_are_refused(tmp_path):
         write_dataset(tmp_path / "empty", Given("text", (Dropped("torn"),)))
     with pytest.raises(ValueError, match="no kind"):
         features.features("sounds")
+
+
+def test_splits_that_get_no_record_are_named(tmp_path, caplog):
+    shares, record = Shares(validation=0.1, test=0.2), RECORDS["text"]
+    with pytest.raises(UserError, match=r"no record is left .* to train on \(1 torn, 2 for validation\)"):
+        write_dataset(tmp_path / "small", Given("text", (Dropped("torn"), *[Example("validation", record)] * 2), shares=shares))
+    assert not list((tmp_path / "small").iterdir())
+    write_dataset(tmp_path / "small", Given("text", (Example("train", record), Example("validation", record)), shares=shares))
+    warnings = lambda: [message for message in caplog.messages if "share" in message]
+    (message,) = warnings()
+    assert "share of test" in message and "--test_share" in message
+    write_dataset(tmp_path / "own", Given("text", (Example("test", record),)))
+    assert len(warnings()) == 1, "a source with splits of its own need not have any"
 
 
 def test_splits_follow_the_id_alone():

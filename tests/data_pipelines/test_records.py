@@ -72,7 +72,7 @@ def test_records_of_every_kind(kind, folder):
 def test_what_is_no_dataset_is_refused(folder, tmp_path):
     path = build("pairs", folder, 3)
     assert len(open_records(pathlib.Path(path).parent, "train", "pairs")) == 3, "the version may be left out"
-    with pytest.raises(UserError, match="no split 'test'; it has train"):
+    with pytest.raises(UserError, match="no split 'test'; it has train: .* --test_share"):
         open_records(path, "test", "pairs")
     with pytest.raises(UserError, match="not of kind 'pages'"):
         open_records(path, "train", "pages")
