@@ -8,6 +8,7 @@ import collections
 import itertools
 import json
 import logging
+import os
 import pathlib
 import re
 import shutil
@@ -25,10 +26,11 @@ B = TypeVar("B")
 
 RECORDS_PER_SHARD = 5_000
 RECORDS_PER_FLUSH = 200
-"""TFDS writes its metadata anew at every flush."""
+BYTES_PER_FLUSH = 64 << 20
+"""Records of a split, or bytes of their pictures, that wait in memory to be written together: TFDS writes its metadata anew at every flush."""
 ENTRIES_PER_CALL = 8
-CALLS_AHEAD = 32
-"""Calls whose results may wait in memory for the writer."""
+CALLS_AHEAD = min(32, 4 * (os.cpu_count() or 1))
+"""Calls whose results may wait in memory for the writer: enough that no core is idle during a flush."""
 
 
 def write_dataset(output: str | pathlib.Path, source: Source, executor: Executor | None = None) -> tuple[dict[str, Any], bool]:
@@ -114,10 +116,12 @@ def _write(folder: pathlib.Path, name: str, source: Source, outcomes: Iterable[O
     parts: collections.Counter[str] = collections.Counter()
     pictures = 0
     waiting: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
+    size: collections.Counter[str] = collections.Counter()
 
     def flush(split: str) -> None:
         writer.initialize_splits([split], fail_if_exists=False)
         writer.add_examples({split: waiting.pop(split)})
+        del size[split]
 
     for outcome in outcomes:
         parts.update(outcome.parts_dropped)
@@ -125,9 +129,11 @@ def _write(folder: pathlib.Path, name: str, source: Source, outcomes: Iterable[O
             dropped[outcome.reason] += 1
             continue
         counts[outcome.split] += 1
-        pictures += _pictures(outcome)
+        shown = _pictures(outcome)
+        pictures += len(shown)
         waiting[outcome.split].append(outcome.fields)
-        if len(waiting[outcome.split]) == RECORDS_PER_FLUSH:
+        size[outcome.split] += sum(map(len, shown))
+        if len(waiting[outcome.split]) == RECORDS_PER_FLUSH or size[outcome.split] >= BYTES_PER_FLUSH:
             flush(outcome.split)
     for split in list(waiting):
         flush(split)
@@ -145,6 +151,6 @@ def _write(folder: pathlib.Path, name: str, source: Source, outcomes: Iterable[O
     return statistics
 
 
-def _pictures(example: Example) -> int:
+def _pictures(example: Example) -> list[bytes]:
     fields = example.fields
-    return int("image" in fields) + len(fields.get("images", ())) + len(fields.get("frames", ()))
+    return [*([fields["image"]] if "image" in fields else []), *fields.get("images", ()), *fields.get("frames", ())]

@@ -91,6 +91,15 @@ def test_many_records_make_several_shards_in_order(tmp_path, monkeypatch):
     assert [record["id"] for record in builder.as_data_source(split="train")] == [str(i).encode() for i in range(10)]
 
 
+def test_large_records_do_not_wait_for_many(tmp_path, monkeypatch):
+    written = []
+    add = tfds.core.SequentialWriter.add_examples
+    monkeypatch.setattr(tfds.core.SequentialWriter, "add_examples", lambda self, given: (written.append(len(given["train"])), add(self, given)))
+    monkeypatch.setattr("data_pipelines.build.writer.BYTES_PER_FLUSH", 2 * sum(map(len, RECORDS["pages"]["images"])))
+    statistics, _ = write_dataset(tmp_path / "large", Given("pages", (Example("train", RECORDS["pages"]),) * 5))
+    assert written == [2, 2, 1] and statistics["pictures"]["used"] == 10
+
+
 def test_statistics_account_for_every_record(tmp_path):
     outcomes = (Example("train", RECORDS["pages"], ("small",)), Dropped("torn"), Dropped("torn", ("small", "far")), Dropped("empty"))
     statistics, built = write_dataset(tmp_path / "counted", Given("pages", outcomes))
