@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.features import dataset_folder
+from data_pipelines.features import dataset_folder, features
 from data_pipelines.transforms.examples import strings
 from flamingo_jax.errors import UserError
 from flamingo_jax.processing import images
@@ -22,10 +22,10 @@ PICTURES = {"pages": "images", "pairs": "image", "videos": "frames", "questions"
 """The feature of each kind that holds its pictures."""
 
 
-def open_records(path: str | pathlib.Path, split: str, kind: str) -> Sequence[Any]:
-    """A split of a prepared TFDS dataset, its pictures left encoded.
+def open_records(path: str | pathlib.Path, split: str, kind: str | None = None) -> Sequence[Any]:
+    """A split of a prepared TFDS dataset, its pictures left encoded; kind None takes whatever it holds.
 
-    Raises UserError where the folder is missing or no dataset, or the split is unknown or empty.
+    Raises UserError where the folder is missing or no dataset, the split is unknown or empty, or features of the kind are missing.
     """
     import tensorflow_datasets as tfds  # Half a second, which commands without data need not wait for.
 
@@ -38,9 +38,10 @@ def open_records(path: str | pathlib.Path, split: str, kind: str) -> Sequence[An
         )
     if not builder.info.splits[split].num_examples:
         raise UserError(f"the split {split!r} of the dataset {folder} is empty; build it from more records, or name another split")
-    feature = PICTURES.get(kind)
-    if feature is not None and feature not in builder.info.features:
-        raise UserError(f"the dataset {folder} has no {feature!r}, so it is not of kind {kind!r}; mend the dataset's `kind`")
+    fields = builder.info.features
+    missing = [] if kind is None else sorted(set(features(kind)) - set(fields))
+    if missing:
+        raise UserError(f"the dataset {folder} has no {', '.join(missing)}, so it is not of kind {kind!r}: mend the dataset's `kind` or `path`")
 
     class Encoded(tfds.decode.SkipDecoding):
         """SkipDecoding knows single pictures only; this leaves sequences of them encoded too."""
@@ -48,7 +49,7 @@ def open_records(path: str | pathlib.Path, split: str, kind: str) -> Sequence[An
         def decode_batch_example_np(self, pictures: Any) -> Any:
             return pictures
 
-    return builder.as_data_source(split=split, decoders=None if feature is None else {feature: Encoded()})
+    return builder.as_data_source(split=split, decoders={name: Encoded() for name in PICTURES.values() if name in fields})
 
 
 class Records:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import sentencepiece
 
-from data_pipelines.features import INFO_FILE, TRAIN, VERSION, kind_of
+from data_pipelines.features import INFO_FILE, TRAIN, VERSION
 from data_pipelines.records import open_records
 from data_pipelines.transforms.examples import strings
 from flamingo_jax.errors import UserError
@@ -85,7 +85,7 @@ def _dataset_texts(folder: pathlib.Path) -> Iterator[str]:
 
     fields = tfds.builder_from_directory(str(folder)).info.features
     texts = [name for name in TEXT_FIELDS if name in fields]
-    for record in open_records(folder, TRAIN, kind_of(fields)):
+    for record in open_records(folder, TRAIN):
         for name in texts:
             yield from strings([record[name]] if isinstance(fields[name], tfds.features.Text) else record[name])
 

@@ -74,8 +74,11 @@ def test_what_is_no_dataset_is_refused(folder, tmp_path):
     assert len(open_records(pathlib.Path(path).parent, "train", "pairs")) == 3, "the version may be left out"
     with pytest.raises(UserError, match="no split 'test'; it has train: .* --test_share"):
         open_records(path, "test", "pairs")
-    with pytest.raises(UserError, match="not of kind 'pages'"):
+    with pytest.raises(UserError, match="has no images, texts, so it is not of kind 'pages'"):
         open_records(path, "train", "pages")
+    with pytest.raises(UserError, match="has no text, so it is not of kind 'text'"):
+        open_records(path, "train", "text")
+    assert {"id", "image", "captions"} == set(open_records(path, "train")[0])
     with pytest.raises(UserError, match="holds no dataset"):
         open_records(tmp_path, "train", "pairs")
 
