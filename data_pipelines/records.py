@@ -55,11 +55,11 @@ def open_records(path: str | pathlib.Path, split: str, kind: str | None = None) 
 class Records:
     """Records by position. What is read stays in memory until `cache_bytes` are used; the rest is read again on each visit.
 
-    Safe to use from several threads.
+    pictures: False where only their number is asked for. Safe to use from several threads.
     """
 
-    def __init__(self, source: Sequence[Any], kind: str, image_size: int, *, cache_bytes: int):
-        self._source, self._feature, self._size = source, PICTURES.get(kind), image_size
+    def __init__(self, source: Sequence[Any], kind: str, image_size: int, *, cache_bytes: int, pictures: bool = True):
+        self._source, self._feature, self._size, self._pictures = source, PICTURES.get(kind), image_size, pictures
         self._left = cache_bytes
         self._kept: dict[int, Record] = {}
 
@@ -69,7 +69,7 @@ class Records:
     def __getitem__(self, place: int) -> "Record":
         record = self._kept.get(place)
         if record is None:
-            record = Record(self._source[place], self._feature, self._size)
+            record = Record(self._source[place], self._feature, self._size, pictures=self._pictures)
             # Two threads may both pass here and overrun the budget by a record.
             if record.cost <= self._left:
                 self._left -= record.cost
@@ -80,26 +80,24 @@ class Records:
 class Record:
     """One record: `fields` without pictures, `id`, and its pictures by (visual, frame).
 
-    cost: the most bytes it takes with every picture decoded and every token made.
+    frame_counts: stored frames of each visual. pictures: False keeps no more of them than that. cost: the most bytes it takes, each
+    picture encoded or decoded, and every token made.
     """
 
-    def __init__(self, fields: Any, feature: str | None, size: int):
+    def __init__(self, fields: Any, feature: str | None, size: int, *, pictures: bool = True):
         self.fields = {name: value for name, value in fields.items() if name != feature}
         self.id = strings([fields["id"]])[0]
         self._size = size
-        pictures = [] if feature is None else fields[feature]
+        stored = [] if feature is None else fields[feature]
         if feature == "image":
-            pictures = [pictures]
-        nested = [list(pictures)] if feature == "frames" else [[picture] for picture in pictures]
-        self._pictures: list[list[bytes | np.ndarray]] = nested
+            stored = [stored]
+        nested = [list(stored)] if feature == "frames" else [[picture] for picture in stored]
+        self.frame_counts = [len(frames) for frames in nested]
+        self._pictures: list[list[bytes | np.ndarray]] = nested if pictures else []
         self._made: dict[str, Any] = {}
         texts = [fields.get("text", ""), *fields.get("texts", ()), *fields.get("captions", ())]
-        self.cost = 2_000 + sum(map(len, nested)) * (3 * size * size + 200) + 5 * sum(map(len, texts))
-
-    @property
-    def frame_counts(self) -> list[int]:
-        """Stored frames of each visual."""
-        return [len(frames) for frames in self._pictures]
+        kept = [max(len(picture), 3 * size * size) + 200 for frames in self._pictures for picture in frames]
+        self.cost = 2_000 + sum(kept) + 5 * sum(map(len, texts))
 
     def once(self, text: str, make: Callable[[], Any]) -> Any:
         """What `make` makes of one of the texts, or for "" of all together, kept: each visit and each piece of a book asks for it again."""

@@ -94,7 +94,7 @@ class Rows:
         opened = source if source is not None else open_records(dataset.path, dataset.split, dataset.kind)
         if not len(opened):
             raise UserError(f"the split {dataset.split!r} of the dataset {self.name} is empty; name another split")
-        self._records = Records(opened, dataset.kind, making.image_size, cache_bytes=cache_bytes)
+        self._records = Records(opened, dataset.kind, making.image_size, cache_bytes=cache_bytes, pictures=making.encoder is None)
         self._failures = Failures(self.name, len(opened))
         self._cut = 0
         self._items = self._make_items(opened, source is None)

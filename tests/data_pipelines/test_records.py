@@ -91,6 +91,14 @@ def test_memory_is_bounded():
     assert [records[i] is first[i] for i in range(5)] == [True, True, False, False, False]
 
 
+def test_memory_is_counted_by_the_larger_form_of_a_picture():
+    source = [{"id": "a", "frames": [bytes(5_000), bytes(10)], "captions": []}]
+    decoded = 3 * 6 * 6
+    costs = {pictures: Records(source, "videos", 6, cache_bytes=0, pictures=pictures)[0].cost for pictures in (True, False)}
+    assert costs[True] - costs[False] == 5_000 + decoded + 2 * 200
+    assert Records(source, "videos", 6, cache_bytes=0, pictures=False)[0].frame_counts == [2]
+
+
 def test_missing_pictures_are_failures():
     record = Records([{"id": "a", "texts": ["", "x", "y"], "images": [png(1).getvalue()]}], "pages", 6, cache_bytes=0)[0]
     with pytest.raises(ImageError, match="more pictures than the 1"):
