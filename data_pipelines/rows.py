@@ -96,7 +96,7 @@ class Rows:
             raise UserError(f"the split {dataset.split!r} of the dataset {self.name} is empty; name another split")
         self._records = Records(opened, dataset.kind, making.image_size, cache_bytes=cache_bytes, pictures=making.encoder is None)
         self._failures = Failures(self.name, len(opened))
-        self._cut = 0
+        self._cut = np.zeros(len(opened), bool)
         self._items = self._make_items(opened, source is None)
         self._lock = threading.Lock()
         self._plans: dict[int, Plan] = {}
@@ -140,7 +140,7 @@ class Rows:
             lengths = load_or_measure(opened, dataset.kind, self._making.tokenizer, dataset_folder(dataset.path), dataset.split)
         else:
             lengths = measure(opened, dataset.kind, self._making.tokenizer)
-        self._cut = int((lengths.tokens > dataset.length).sum())
+        self._cut = lengths.tokens > dataset.length
         if dataset.kind in ("pairs", "videos") and dataset.length < pair_overhead(self._making.tokenizer) + 1:
             raise UserError(f"rows of {dataset.length} tokens have no room for a caption in the dataset {self.name}; raise its `length`")
         return Items.of(lengths, dataset)
@@ -227,6 +227,7 @@ class Rows:
             self._failures.add(record.id, error)
             ids = ids[:0]
         if len(ids) > length:
+            self._cut[place] = True
             ids = np.append(ids[: length - 1], ids[-1])
         tokens = np.full(length, self._making.tokenizer.pad, np.int32)
         tokens[: len(ids)] = ids
@@ -236,14 +237,15 @@ class Rows:
         """What became of the dataset.
 
         records, rows (in an epoch), fill (part of the first epoch's tokens that is no padding, None for contrastive pairs); cut: records
-        longer than a row, which give a window, a caption without its end, or several pieces; too_long: items that fit no row; dropped:
-        items that the newest epoch leaves out for an equal number of rows; failed: ids of records whose pictures could not be read so far.
+        longer than a row, which give a window, a caption without its end, or several pieces, and contrastive pairs whose caption was cut
+        so far; too_long: items that fit no row; dropped: items that the newest epoch leaves out for an equal number of rows; failed: ids of
+        records whose pictures could not be read so far.
         """
         return {
             "records": len(self._records),
             "rows": len(self),
             "fill": None if self._making.task == "contrastive" else self._first.fill,
-            "cut": self._cut,
+            "cut": int(self._cut.sum()),
             "too_long": self._first.too_long,
             "dropped": self._dropped,
             "failed": sorted(self._failures.failed),

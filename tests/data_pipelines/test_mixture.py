@@ -312,6 +312,16 @@ def test_summary_accounts_for_every_record(tokenizer):
     assert full[0]["tokens"][0][-2:].tolist() == [tokenizer.eoc, tokenizer.eos], "a cut caption keeps its end marks"
 
 
+def test_cut_contrastive_captions_are_counted_once_each(tokenizer):
+    source = [{"id": str(i), "image": picture(i), "captions": ["star" if i else "star " * 200]} for i in range(8)]
+    it = iterator("contrastive", "pairs", tokenizer, source=source, batch_size=8)
+    assert it.summary()["cut"] == 0
+    for _ in range(2):
+        next(it)
+        assert it.summary()["cut"] == 1
+    it.close()
+
+
 @pytest.mark.parametrize("task, kind", CASES)
 def test_held_out_batches_are_fixed(task, kind, tokenizer):
     config = dataclasses.replace(CONFIGS[kind], batch_size=2)
