@@ -20,16 +20,20 @@ from flamingo_jax.errors import UserError
 
 SUFFIXES = {".html", ".htm", ".xhtml"}
 SKIPPED = {
-    "head", "script", "style", "noscript", "template", "nav", "footer", "form", "button", "select", "iframe", "object", "svg", "audio",
-    "video",
+    "head", "script", "style", "noscript", "template", "nav", "footer", "button", "select", "textarea", "iframe", "object", "svg",
+    "audio", "video",
 }
-"""Elements that hold no text of the page; nothing inside them is read."""
+"""Elements that hold no text of the page; nothing inside them is read. A form is none of them: many a page lies within one."""
 BLOCKS = {
     "address", "article", "aside", "blockquote", "body", "br", "caption", "center", "dd", "details", "div", "dl", "dt", "fieldset",
-    "figcaption", "figure", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr", "li", "main", "ol", "p", "pre", "section", "summary",
-    "table", "tbody", "tfoot", "thead", "tr", "ul",
+    "figcaption", "figure", "form", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr", "li", "main", "ol", "p", "pre", "section",
+    "summary", "table", "tbody", "tfoot", "thead", "tr", "ul",
 }
 """Elements whose text stands on lines of its own."""
+CLAIM_BYTES = 1024
+"""The beginning of a page in which HTML wants it to name its encoding."""
+WITHIN_PAGE = re.compile("data:", re.IGNORECASE)
+"""How the address of a picture begins that is written into the page itself."""
 PAGES_RULES = PictureRules(min_side=64, max_aspect=3.0)
 
 
@@ -117,7 +121,7 @@ def walk(page: bytes) -> Iterator[str | Picture]:
             if element.tag in SKIPPED:
                 skipping = element
             elif element.tag == "img":
-                yield Picture((element.get("src") or element.get("data-src") or "").strip(), " ".join((element.get("alt") or "").split()))
+                yield Picture(_address(element), " ".join((element.get("alt") or "").split()))
             else:
                 yield _edge(element.tag) + _spaces(element.text or "")
         elif event == "end":
@@ -137,7 +141,7 @@ def read_picture(root: pathlib.Path, page: pathlib.Path, source: str) -> bytes:
     """The file that an <img> of `page` means, below `root`. Raises Unfit."""
     if not source:
         raise Unfit("no address")
-    if re.match(r"(?i)data:", source):
+    if WITHIN_PAGE.match(source):
         raise Unfit("within the page")
     if re.match(r"(?i)[a-z][a-z0-9+.-]*:|//", source):
         raise Unfit("on another machine")
@@ -155,13 +159,21 @@ def read_picture(root: pathlib.Path, page: pathlib.Path, source: str) -> bytes:
     raise Unfit(OUTSIDE if OUTSIDE in reasons else MISSING)
 
 
+def _address(image: etree._Element) -> str:
+    """Pages that load pictures late name them in `data-src`, and have nothing or a blank within the page until then."""
+    address, late = ((image.get(name) or "").strip() for name in ("src", "data-src"))
+    return late if late and (not address or WITHIN_PAGE.match(address)) else address
+
+
 def _encoding(page: bytes) -> str | None:
-    """UTF-8 where the bytes are that, else None: lxml then looks for what the page says of itself."""
-    try:
-        page.decode("utf-8")
-    except UnicodeDecodeError:
-        return None
-    return "utf-8"
+    """UTF-8 where the bytes are that, or most are of a page that claims no other, else None: lxml then looks for what the page says of itself."""
+    text = page.decode("utf-8", "replace")
+    if text.encode() == page:
+        return "utf-8"
+    claimed = re.search(rb"""(?i)(?:charset|encoding)\s*=\s*["']?([\w-]+)""", page[:CLAIM_BYTES])
+    beyond_ascii = len(re.findall(r"[^\0-\x7f]", text))
+    mostly = 2 * text.count("\ufffd") < beyond_ascii
+    return "utf-8" if mostly and (claimed is None or claimed[1].lower() in (b"utf-8", b"utf8")) else None
 
 
 def _edge(tag: object) -> str:

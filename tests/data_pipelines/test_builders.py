@@ -18,7 +18,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from data_pipelines.build.html_pages import HtmlPages, tidy, walk
+from data_pipelines.build.html_pages import HtmlPages, Picture, tidy, walk
 from data_pipelines.build.image_folder import ImageFolder
 from data_pipelines.build.pictures import PictureRules, Unfit
 from data_pipelines.build.plain_text import PlainText, documents
@@ -331,11 +331,26 @@ def test_pages_in_several_encodings():
     assert page_text(text.encode()) == "Grüße, Señor — naïve"
     assert page_text(b'<?xml version="1.0" encoding="utf-8"?><html><body>' + text.encode()) == "Grüße, Señor — naïve"
     assert page_text(b'<meta charset="windows-1252">' + text.encode("cp1252")) == "Grüße, Señor — naïve"
+    torn = text.encode() + b"<p>\x93torn"
+    assert page_text(torn) == "Grüße, Señor — naïve\n\ufffdtorn"
+    assert page_text(b'<meta charset="utf-8">' + torn) == "Grüße, Señor — naïve\n\ufffdtorn"
+    assert page_text(b'<meta charset="windows-1252">' + torn).endswith("\n“torn")
+    assert page_text("<p>né à Genève".encode("latin-1")) == "né à Genève"
 
 
 def test_broken_pages_are_read_as_far_as_they_go():
     assert page_text(b"<p>one <b>two <i>three</p><div>four") == "one two three\nfour"
     assert page_text(b"<style>x</style>tail<footer>f</footer> after") == "tail after"
+
+
+def test_a_page_within_a_form_is_read_without_its_fields():
+    page = b"<form>one<p>two<button>b</button><select><option>c</select><textarea>d</textarea></form>three"
+    assert page_text(page) == "one\ntwo\nthree"
+
+
+def test_pictures_that_load_late_are_found_by_their_own_address():
+    page = b'<p>x<img src="data:image/gif;base64,AA" data-src=" a.png "><img data-src="b.png"><img src="c.png" data-src="d.png"><img src="data:,">'
+    assert [item.source for item in walk(page) if isinstance(item, Picture)] == ["a.png", "b.png", "c.png", "data:,"]
 
 
 # Text and tokenizer.
