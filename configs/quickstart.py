@@ -85,7 +85,7 @@ def language_model(root: str) -> Experiment:
         },
         optimizer=OptimizerConfig(peak_rate=1.5e-3, warmup_steps=50, decay="cosine", beta2=0.98, weight_decay=0.1, no_decay=()),
         training=TrainingConfig(
-            steps=3000, evaluate_every=500, evaluate_batches=4, save_every=500, keep_last=2, loss="token_mean", compute_dtype="float32", log_every=10,
+            steps=3000, evaluate_every=1000, evaluate_batches=4, save_every=500, keep_last=2, loss="token_mean", compute_dtype="float32", log_every=10,
             # About 1.0 where every new word is known the second time, 1.3 and more where it is guessed; 0.8 where what follows a word is
             # looked up, above 0.9 where it is guessed.
             required_loss={"namings": 1.1, "lookups": 0.87},
@@ -115,7 +115,7 @@ def flamingo(root: str, use_visuals: bool = True) -> Experiment:
         held_out=held_out(data),
         optimizer=OptimizerConfig(peak_rate=2e-3, warmup_steps=50, decay="cosine", beta2=0.98, weight_decay=0.1),
         training=TrainingConfig(
-            steps=1300, evaluate_every=650, evaluate_batches=2, save_every=250, keep_last=2, loss="token_mean", mixing="stream",
+            steps=1200, evaluate_every=600, evaluate_batches=2, save_every=250, keep_last=2, loss="token_mean", mixing="stream",
             compute_dtype="float32", use_visuals=use_visuals, cache_features=use_visuals, log_every=10,
         ),
         vision_encoder_from=f"{root}/contrastive/export",

@@ -32,6 +32,9 @@ COLOURS = {
     "cyan": (60, 215, 225),
     "white": (240, 240, 240),
 }
+NAMELESS = 0.5
+"""Share of the pictures with short captions whose things have colours that no text has a word for, and of which only shapes, places and numbers
+are told: shapes are then learned whatever their colour."""
 SHAPES = ("circle", "square", "triangle", "cross", "star", "ring", "heart", "moon")
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 """The cells of a 3 x 3 grid, row by row."""
@@ -59,12 +62,14 @@ class Scene:
     """What a picture or a clip shows.
 
     Two things stand in one row or one column, named left first or top first; several equal things make a count.
-    cells: each thing's place in the 3 x 3 grid. moving: a key of DIRECTIONS for a clip, else "".
+    cells: each thing's place in the 3 x 3 grid. moving: a key of DIRECTIONS for a clip, else "". nameless: the things are drawn in colours that
+    have no name, not in their own.
     """
 
     things: tuple[Thing, ...]
     cells: tuple[int, ...]
     moving: str = ""
+    nameless: bool = False
 
     @property
     def sort(self) -> str:
@@ -159,17 +164,18 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """uint8 [48, 48, 3]: the scene's things with random shade, size and place (within 2 pixels) on a dark, slightly noisy ground."""
     small = scene.sort == "counts"
     canvas = _ground(rng)
+    colours = {thing: _nameless(rng) if scene.nameless else np.asarray(COLOURS[thing.colour]) for thing in scene.things}
     for thing, cell in zip(scene.things, scene.cells, strict=True):
         radius = rng.uniform(5.6, 6.4) if small else rng.uniform(7.0, 9.0)
         jitter = rng.uniform(-0.5, 0.5, 2) if small else rng.uniform(-2.0, 2.0, 2)
-        _paint(canvas, thing.shape, _shade(thing.colour, rng), _centre(cell) + jitter, radius)
+        _paint(canvas, thing.shape, _shade(colours[thing], rng), _centre(cell) + jitter, radius)
     return _pixels(canvas, rng)
 
 
 def render_clip(scene: Scene, rng: np.random.Generator) -> list[np.ndarray]:
     """8 frames uint8 [48, 48, 3] in which the thing crosses the picture in its direction."""
     thing, step = scene.things[0], np.asarray(DIRECTIONS[scene.moving], float)
-    radius, shade = rng.uniform(7.0, 9.0), _shade(thing.colour, rng)
+    radius, shade = rng.uniform(7.0, 9.0), _shade(np.asarray(COLOURS[thing.colour]), rng)
     ground = _ground(rng)
     length = rng.uniform(20.0, 27.0)
     across = rng.uniform(-11.0, 11.0)
@@ -197,8 +203,16 @@ def _ground(rng: np.random.Generator) -> np.ndarray:
     return np.full((SIZE, SIZE, 3), rng.uniform(25.0, 75.0)) + rng.uniform(-4.0, 4.0, 3)
 
 
-def _shade(colour: str, rng: np.random.Generator) -> np.ndarray:
-    return np.asarray(COLOURS[colour]) * rng.uniform(0.9, 1.0) + rng.uniform(-10.0, 10.0, 3)
+def _nameless(rng: np.random.Generator) -> np.ndarray:
+    """Any colour that is unlike all that have a name, and unlike the ground."""
+    while True:
+        colour = rng.uniform(0.0, 255.0, 3)
+        if colour.max() > 140 and all(np.linalg.norm(colour - named) > 75 for named in COLOURS.values()):
+            return colour
+
+
+def _shade(colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return colour * rng.uniform(0.9, 1.0) + rng.uniform(-10.0, 10.0, 3)
 
 
 def _pixels(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -411,10 +425,18 @@ class Drawn:
 
 
 def pair(
-    rng: np.random.Generator, things: Sequence[Thing], draw: Callable[..., Scene] = draw_scene, noisy: bool = False, tell: Callable[[Scene], str] = caption
+    rng: np.random.Generator, things: Sequence[Thing], draw: Callable[..., Scene] = draw_scene, tell: Callable[[Scene], str] = caption
 ) -> Drawn:
     scene = draw(rng, things)
-    return Drawn({"image": png(render(scene, rng)), "captions": [noisy_caption(scene, rng) if noisy else tell(scene)]}, (scene,))
+    return Drawn({"image": png(render(scene, rng)), "captions": [tell(scene)]}, (scene,))
+
+
+def noisy_pair(rng: np.random.Generator, things: Sequence[Thing]) -> Drawn:
+    scene = dataclasses.replace(draw_scene(rng, things), nameless=bool(rng.random() < NAMELESS))
+    text = noisy_caption(scene, rng)
+    while scene.nameless and any(thing.colour in text for thing in scene.things):
+        text = noisy_caption(scene, rng)
+    return Drawn({"image": png(render(scene, rng)), "captions": [text]}, (scene,))
 
 
 def clip(rng: np.random.Generator, things: Sequence[Thing], plain: bool = False) -> Drawn:
@@ -552,7 +574,7 @@ HELD_OUT_SPLIT = "unseen"
 _taught = functools.partial(draw_scene, sorts=TAUGHT)
 _TESTS = {"test": 300, HELD_OUT_SPLIT: 300}
 DATASETS: dict[str, WorldDataset] = {
-    "align": WorldDataset("pairs", functools.partial(pair, noisy=True), {"train": 8_000, "validation": 300}, "short noisy captions"),
+    "align": WorldDataset("pairs", noisy_pair, {"train": 8_000, "validation": 300}, "short noisy captions"),
     "ltip": WorldDataset("pairs", functools.partial(pair, draw=_taught, tell=output_text), {"train": 16_000, "validation": 300}, "clean captions"),
     "vtp": WorldDataset("videos", clip, {"train": 2_500, "validation": 200}, "clips of one moving thing"),
     "m3w": WorldDataset("pages", page, {"train": 3_000, "validation": 200}, "pages of captions, questions and new words"),

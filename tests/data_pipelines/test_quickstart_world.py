@@ -104,6 +104,18 @@ def test_records_are_a_function_of_seed_split_and_index():
     assert len({key(*other) for other in others} | {key(*others[0], seed=1)}) == 5
 
 
+def test_things_in_colours_without_a_name_are_told_without_their_colour():
+    rng = np.random.default_rng(2)
+    for _ in range(200):
+        colour = world._nameless(rng)
+        assert min(np.linalg.norm(colour - named) for named in world.COLOURS.values()) > 75 and 140 < colour.max() <= 255
+    found = [world.drawn("align", "train", index) for index in range(200)]
+    nameless = [drawn for drawn in found if drawn.scenes[0].nameless]
+    assert 70 < len(nameless) < 130
+    assert not any(re.search(COLOUR, drawn.record["captions"][0]) for drawn in nameless)
+    assert not any(scene.nameless for scene in world.drawn("ltip", "train", 0).scenes)
+
+
 def test_a_scene_has_one_clean_caption(unpainted):
     rng = np.random.default_rng(0)
     for _ in range(2_000):
