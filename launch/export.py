@@ -15,10 +15,10 @@ from absl import flags
 from flamingo_jax import configuring, errors
 from flamingo_jax.checkpointing.checkpoints import Checkpoints
 from flamingo_jax.checkpointing.export import export_model
-from flamingo_jax.experiment import Experiment
+from flamingo_jax.experiment import Experiment, MeshConfig
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.tasks import stages
-from flamingo_jax.training.assembly import assemble, load_frozen
+from flamingo_jax.training.assembly import assemble, load_frozen, require_same_bases
 from launch import command
 
 log = logging.getLogger("launch")
@@ -35,7 +35,8 @@ def main() -> int:
     if not (workdir / "config.json").exists():
         raise errors.UserError(f"--workdir={workdir} holds no config.json: name the folder of a training run")
     experiment = configuring.from_json(Experiment, json.loads((workdir / "config.json").read_text()))
-    mesh = make_mesh(experiment.mesh)
+    # Its own mesh, not the run's: a checkpoint is read by any number of devices.
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
     with jax.set_mesh(mesh):
         assembly = assemble(experiment, mesh)
         checkpoints = Checkpoints(workdir / "checkpoints", keep_last=experiment.training.keep_last, keep_every=experiment.training.keep_every)
@@ -43,7 +44,8 @@ def main() -> int:
         if step is None:
             raise errors.UserError(f"{workdir} has no whole checkpoint: train first")
         state = checkpoints.restore(step, assembly.state)
-        frozen, _ = load_frozen(experiment, assembly)
+        frozen, origins = load_frozen(experiment, assembly)
+        require_same_bases(checkpoints.extra(step)["bases"], origins, workdir)
     export_model(
         output,
         kind=stages.MODEL_FIELD[experiment.task],

@@ -11,16 +11,21 @@ command goes on from there. A run whose steps are not finite stops with code 3, 
 
 import logging
 import pathlib
+import signal
+import sys
+from collections.abc import Mapping
+from typing import Any
 
 from absl import flags
 
 from data_pipelines.inputs import held_out_batches, make_iterators
 from flamingo_jax import errors
-from flamingo_jax.experiment import Experiment
+from flamingo_jax.experiment import Experiment, TrainingConfig
 from flamingo_jax.partitioning.mesh import check_batches, make_mesh
+from flamingo_jax.processing.tokenizer import FILE_NAME as TOKENIZER_FILE
 from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.tasks import stages
-from flamingo_jax.training.assembly import load_encoder
+from flamingo_jax.training.assembly import load_encoder, open_bases
 from flamingo_jax.training.loop import train
 from launch import command
 
@@ -36,14 +41,21 @@ def main() -> int:
     if not WORKDIR.value:
         raise errors.UserError("--workdir is not set: name a folder for checkpoints and metrics")
     workdir = pathlib.Path(WORKDIR.value)
+    if workdir.exists() and not workdir.is_dir():
+        raise errors.UserError(f"--workdir={workdir} is a file: name a folder for checkpoints and metrics")
+    # Until the loop saves on it: there is nothing to save yet, but whoever restarts a run by its exit code must see the same one.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(errors.EXIT_PREEMPTED))
+    check_intervals(experiment.training)
     check_batches(experiment, make_mesh(experiment.mesh))
-    if not PREPARE.value:
-        stages.bases(experiment)
     tokenizer = Tokenizer.load(experiment.tokenizer)
     check_vocabulary(experiment, tokenizer)
+    if not PREPARE.value:
+        check_tokenizer(experiment, tokenizer, workdir)
     encoder = load_encoder(experiment) if experiment.training.cache_features else None
     iterators = make_iterators(experiment, tokenizer, encoder)
     held_out = held_out_batches(experiment, tokenizer, encoder)
+    for name, iterator in iterators.items():
+        log.info("%s: %s", name, told(iterator.summary()))
     if PREPARE.value:
         for iterator in iterators.values():
             iterator.close()
@@ -61,6 +73,31 @@ def main() -> int:
         log.warning("stopped by a signal at step %d and saved: run the same command to go on", outcome.step)
         return errors.EXIT_PREEMPTED
     return 0
+
+
+def told(summary: Mapping[str, Any]) -> str:
+    """A dataset's summary (`data_pipelines.rows.Rows.summary`) as one line."""
+    filled = "" if summary["fill"] is None else f" filled to {summary['fill']:.0%}"
+    words = {"cut": "longer than a row", "too_long": "too long for any row", "dropped": "left out of an epoch"}
+    rest = [f"{summary[key]:,} {what}" for key, what in words.items() if summary[key]]
+    return ", ".join([f"{summary['records']:,} records in {summary['rows']:,} rows{filled}", *rest])
+
+
+def check_intervals(training: TrainingConfig) -> None:
+    """A UserError for a number of steps that must be at least 1."""
+    for key in ("steps", "log_every", "evaluate_every", "evaluate_batches", "save_every"):
+        if (value := getattr(training, key)) < 1:
+            raise errors.UserError(f"config.training.{key} is {value}, but must be 1 or more")
+
+
+def check_tokenizer(experiment: Experiment, tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
+    """A UserError where the frozen language model, or the run in `workdir`, was trained on another tokenizer, however many pieces it has."""
+    exports = open_bases(experiment)
+    frozen = exports["language_model"].tokenizer_file if "language_model" in exports else None
+    earlier = workdir / TOKENIZER_FILE if any((workdir / "checkpoints").glob("*")) else None
+    for file in (frozen, earlier):
+        if file is not None and file.is_file() and Tokenizer.load(file).fingerprint != tokenizer.fingerprint:
+            raise errors.UserError(f"the tokenizer {experiment.tokenizer} is not {file}, which was trained with: name that one in config.tokenizer")
 
 
 def check_vocabulary(experiment: Experiment, tokenizer: Tokenizer) -> None:

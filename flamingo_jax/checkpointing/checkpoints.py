@@ -182,15 +182,28 @@ class Checkpoints:
         kept = {newest, *self._steps()[: self._keep_last]}
         for step in self._steps():
             if step not in kept and not (self._keep_every and step % self._keep_every == 0):
-                # Without its manifest it is no checkpoint any more, wherever a kill interrupts the rest.
-                (self._path(step) / manifest.NAME).unlink()
-                shutil.rmtree(self._path(step))
+                self._remove(self._path(step))
 
     def _remove_leftovers(self) -> None:
-        for path in self._folder.glob("*"):
-            if path.is_dir() and path.name.isdecimal() and not (path / manifest.NAME).exists():
-                log.warning("removing %s: its save was never finished", path)
-                shutil.rmtree(path)
+        for path in self._unfinished():
+            log.warning("removing %s: its save was never finished", path)
+            self._remove(path)
+
+    def _unfinished(self) -> list[pathlib.Path]:
+        """Folders of steps without a manifest. Raises UserError for one that no save of ours began: it is somebody's work."""
+        found = [path for path in sorted(self._folder.glob("*")) if path.is_dir() and path.name.isdecimal() and not (path / manifest.NAME).exists()]
+        for path in found:
+            inside = {part.name for part in path.iterdir()}
+            if inside and CONTENTS not in inside and inside != {manifest.unfinished(CONTENTS)}:
+                raise UserError(f"{path} is no checkpoint of this project: train in a new workdir")
+        return found
+
+    @staticmethod
+    def _remove(path: pathlib.Path) -> None:
+        """In an order in which what a kill leaves is no checkpoint any more, but still known as one of ours."""
+        (path / manifest.NAME).unlink(missing_ok=True)
+        shutil.rmtree(path / STATE, ignore_errors=True)
+        shutil.rmtree(path)
 
     # -- finding and checking --
 
@@ -202,9 +215,8 @@ class Checkpoints:
         return sorted((int(path.parent.name) for path in self._folder.glob(f"*/{manifest.NAME}") if path.parent.name.isdecimal()), reverse=True)
 
     def _newest_whole(self) -> int | None:
-        for path in sorted(self._folder.glob("*")):
-            if path.is_dir() and path.name.isdecimal() and not (path / manifest.NAME).exists():
-                log.warning("passing over %s: its save was never finished", path)
+        for path in self._unfinished():
+            log.warning("passing over %s: its save was never finished", path)
         for step in self._steps():
             damage = self._damage(step)
             if damage is None:

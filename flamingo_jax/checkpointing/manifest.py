@@ -83,13 +83,18 @@ def check_digests(folder: pathlib.Path, manifest: Manifest) -> None:
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
     """After this the file is there whole and on disk; before, at any moment, it is not there."""
-    temporary = path.with_name(path.name + ".writing")
+    temporary = path.with_name(unfinished(path.name))
     with open(temporary, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+def unfinished(name: str) -> str:
+    """Under which name `write_atomically` writes a file until it is whole."""
+    return name + ".writing"
 
 
 def sync_folder(folder: pathlib.Path) -> None:

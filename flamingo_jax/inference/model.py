@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flamingo_jax.checkpointing.export import open_export
+from flamingo_jax.checkpointing.export import Export, open_export
 from flamingo_jax.configuring import from_json
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import FlamingoConfig
@@ -36,9 +36,7 @@ def load_flamingo(folder: str | pathlib.Path, dtype: Any = None) -> Loaded:
     Raises:
       UserError: no export, one of another kind, or parameters that are missing, foreign or of another shape.
     """
-    export = open_export(folder)
-    if export.kind != "flamingo":
-        raise UserError(f"{folder} holds a {export.kind} export, but a Flamingo is needed: name the folder exported from its Flamingo stage")
+    export = _open(folder)
     config = from_json(FlamingoConfig, export.config)
     if export.tokenizer_file is None:
         raise UserError(f"{folder} holds no tokenizer.model: export the stage again with its tokenizer")
@@ -52,10 +50,23 @@ def load_flamingo(folder: str | pathlib.Path, dtype: Any = None) -> Loaded:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     abstract = nnx.eval_shape(lambda: Flamingo(config, rngs=nnx.Rngs(0), dtype=dtype))
     graph, shapes = nnx.split(abstract)
+    export.verify()
     parameters = export.read()
     _check(str(folder), to_flat(shapes), parameters)
     state = nnx.State(from_flat({name: jnp.asarray(value) for name, value in parameters.items()}))
     return Loaded(nnx.merge(graph, state), tokenizer, config, export.digest)
+
+
+def flamingo_config(folder: str | pathlib.Path) -> FlamingoConfig:
+    """The config alone of an exported Flamingo. Raises UserError for what is none."""
+    return from_json(FlamingoConfig, _open(folder).config)
+
+
+def _open(folder: str | pathlib.Path) -> Export:
+    export = open_export(folder)
+    if export.kind != "flamingo":
+        raise UserError(f"{folder} holds a {export.kind} export, but a Flamingo is needed: name the folder exported from its Flamingo stage")
+    return export
 
 
 def _check(folder: str, wanted: dict[str, Any], found: dict[str, Any]) -> None:

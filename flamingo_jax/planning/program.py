@@ -18,7 +18,7 @@ from flamingo_jax.partitioning.mesh import ROWS, batch_sharding, check_batches
 from flamingo_jax.planning.flops import Work, product_flops, step_cost
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.assembly import Assembly, assemble
-from flamingo_jax.training.step import compile_update, make_update
+from flamingo_jax.training.step import compile_traced, make_update, trace_update
 
 
 class Memory(NamedTuple):
@@ -58,27 +58,39 @@ class Program(NamedTuple):
     largest: list[dict[str, Any]]
 
 
-def compile_program(experiment: Experiment, mesh: Mesh) -> Program:
-    """Compiles the experiment's update for `mesh`, whose devices may be of a topology that is not here. Nothing is allocated on them.
+class TracedStep(NamedTuple):
+    """An experiment's update, traced on shapes with shardings."""
 
-    Raises: UserError where batches or parameters do not divide over the mesh; DoesNotFit where a device's memory is too small.
-    """
+    assembly: Assembly
+    traced: jax.stages.Traced
+
+
+def trace_step(experiment: Experiment, mesh: Mesh) -> TracedStep:
+    """The experiment's update for `mesh`, whose devices may be of a topology that is not here. UserError where batches or parameters do not divide over it."""
     check_batches(experiment, mesh)
-    began = time.monotonic()
     # Outside of the mesh: optax makes a few scalars, and the mesh's devices may be unable to.
     assembly = assemble(experiment, mesh)
     with jax.set_mesh(mesh):
         update = make_update(
             assembly.graph, stages.make_task(experiment), assembly.optimizer, experiment.data, experiment.training.mixing, assembly.gradient_shardings
         )
-        batches = batch_shapes(experiment, mesh)
-        jaxpr = jax.make_jaxpr(update)(assembly.state, assembly.frozen, batches)
-        try:
-            compiled = compile_update(update, assembly.state, assembly.frozen, batches)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise DoesNotFit(_needed(str(error))) from error
+        return TracedStep(assembly, trace_update(update, assembly.state, assembly.frozen, batch_shapes(experiment, mesh)))
+
+
+def compile_program(experiment: Experiment, mesh: Mesh) -> Program:
+    """Compiles what `trace_step` traces. Nothing is allocated on the mesh's devices.
+
+    Raises: UserError where batches or parameters do not divide over the mesh; DoesNotFit where a device's memory is too small.
+    """
+    began = time.monotonic()
+    assembly, traced = trace_step(experiment, mesh)
+    try:
+        with jax.set_mesh(mesh):
+            compiled = compile_traced(traced, mesh.devices.flat[0].platform)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFit(_needed(str(error))) from error
     analysis, text = compiled.memory_analysis(), compiled.as_text()
     assert analysis is not None and text is not None, "every XLA backend has both"
     memory = Memory(
@@ -86,7 +98,7 @@ def compile_program(experiment: Experiment, mesh: Mesh) -> Program:
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     flops = step_cost(experiment).of(full_work(experiment))
-    return Program(memory, flops, product_flops(jaxpr.jaxpr), time.monotonic() - began, peak, text, _largest(assembly))
+    return Program(memory, flops, product_flops(traced.jaxpr.jaxpr), time.monotonic() - began, peak, text, _largest(assembly))
 
 
 TOP = 8

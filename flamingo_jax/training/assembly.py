@@ -1,6 +1,7 @@
 """From an experiment to arrays on devices: model, frozen parts, optimizer and state, sharded from their first byte."""
 
 import functools
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -62,7 +63,8 @@ def assemble(experiment: Experiment, mesh: Mesh) -> Assembly:
 
     trainable = {name: declare(name, jnp.float32) for name in shapes if name in trainable_names}
     frozen = {name: declare(name, frozen_dtype) for name in shapes if name not in trainable_names}
-    optimizer = make_optimizer(experiment.optimizer, experiment.training.steps, trainable)
+    updates = len(experiment.data) if experiment.training.mixing == "round_robin" else 1
+    optimizer = make_optimizer(experiment.optimizer, experiment.training.steps, trainable, updates)
     state = jax.eval_shape(lambda p: initial_state(p, optimizer, 0), trainable)
     state = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(mesh, PartitionSpec())), state)
     moment_shardings = rules.moment_shardings(trainable)
@@ -131,6 +133,22 @@ def load_encoder(experiment: Experiment) -> FrozenEncoder:
     return FrozenEncoder(f"{export.digest[:16]}_{config.image_size}_{dtype.name}", (cells, channels), np.dtype(dtype), encode)
 
 
+def require_same_bases(saved: dict[str, Any], current: dict[str, Any], workdir: pathlib.Path) -> None:
+    """A UserError where a frozen part is another one now than when a checkpoint of `workdir` was saved; both as `load_frozen` tells them."""
+    for part, origin in current.items():
+        before = saved.get(part, {})
+        if before.get("digest") != origin["digest"]:
+            raise UserError(
+                f"the checkpoint in {workdir} was trained on the {part} of {before.get('folder')} ({before.get('digest')}), but {origin['folder']} "
+                f"now holds another ({origin['digest']}): restore that export or train in a new workdir"
+            )
+
+
+def open_bases(experiment: Experiment) -> dict[str, Export]:
+    """The export of every frozen part, by part, those that are random left out. UserError where one is missing, foreign or of another config."""
+    return {base.part: _open_base(base) for base in stages.bases(experiment) if base.folder != "random"}
+
+
 def _open_base(base: stages.Base) -> Export:
     """The export of a frozen part, whose config agrees with the one here."""
     export = open_export(base.folder)
@@ -146,7 +164,8 @@ def _open_base(base: stages.Base) -> Export:
 
 
 def _read_base(export: Export, base: stages.Base, wanted: set[str]) -> dict[str, np.ndarray]:
-    """The wanted parameters by their names here."""
+    """The wanted parameters by their names here, from files that are what was exported."""
+    export.verify()
     prefix = base.source_prefix + "/" if base.source_prefix else ""
     found = {f"{base.part}/{name.removeprefix(prefix)}": value for name, value in export.read(prefix).items()}
     missing = sorted(wanted - set(found))

@@ -5,6 +5,7 @@ next batch, update and write what was measured.
 """
 
 import collections
+import contextlib
 import logging
 import pathlib
 import signal
@@ -17,14 +18,14 @@ import jax
 import numpy as np
 
 from flamingo_jax.checkpointing.checkpoints import Checkpoints
-from flamingo_jax.configuring import to_json
+from flamingo_jax.configuring import from_json, to_json
 from flamingo_jax.errors import NotFiniteError, NotLearnedError, UserError
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.partitioning.mesh import batch_sharding, make_mesh
 from flamingo_jax.planning.flops import Cost, Work, peak_flops, step_cost
 from flamingo_jax.progress import Bar
 from flamingo_jax.tasks import stages
-from flamingo_jax.training.assembly import Assembly, assemble, initialise, load_frozen
+from flamingo_jax.training.assembly import Assembly, assemble, initialise, load_frozen, require_same_bases
 from flamingo_jax.training.feed import DataIterator, Feed, HostBatch, put
 from flamingo_jax.training.records import Records
 from flamingo_jax.training.state import Parameters, TrainState
@@ -72,11 +73,10 @@ def train(
         clock = {"seconds": 0.0, "starts": 0}
         if start:
             extra = checkpoints.extra(start)
-            _require_same_bases(extra["bases"], origins, workdir)
+            require_same_bases(extra["bases"], origins, workdir)
+            _require_same_run(from_json(Experiment, extra["experiment"]), experiment, workdir)
             state = checkpoints.restore(start, assembly.state)
             for name, iterator in iterators.items():
-                if name not in extra["positions"]:
-                    raise UserError(f"the checkpoint at step {start} in {workdir} knows no dataset {name!r}: train in a new workdir")
                 iterator.set_state(extra["positions"][name])
             clock = extra["clock"]
         else:
@@ -85,6 +85,7 @@ def train(
         positions = extra["positions"]
         clock["starts"] += 1
         began = time.monotonic() - clock["seconds"]
+        update = make_update(assembly.graph, task, assembly.optimizer, experiment.data, training.mixing, assembly.gradient_shardings)
 
         on_start()
         records = Records(workdir, resume_step=start, enabled=primary)
@@ -93,7 +94,6 @@ def train(
         meter = _Meter(training.max_not_finite, list(iterators), step_cost(experiment), _peak(mesh))
         weights = {name: dataset.weight for name, dataset in experiment.held_out.items()}
         evaluate = _HeldOut(assembly, task, held_out, weights, batch_sharding(mesh))
-        update = make_update(assembly.graph, task, assembly.optimizer, experiment.data, training.mixing, assembly.gradient_shardings)
         compiled = None
         step = start
 
@@ -109,12 +109,17 @@ def train(
                     speed = f"{values['mfu']:.1%} MFU" if "mfu" in values else f"{values['flops_per_second'] / 1e12:.3g} TFLOP/s"
                     bar.advance(number - bar.done, f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tokens/s  {speed}")
 
-        try:
+        with contextlib.ExitStack() as ending:
+            # Called in reverse: a second signal still finds its handler while the last save ends.
+            for part in (stopper, checkpoints, records, feed):
+                ending.callback(part.close)
             with Bar(experiment.name or experiment.task, training.steps, start=start, enabled=primary) as bar:
                 while step < training.steps and not stopper.asked:
                     if step % training.evaluate_every == 0 and step > start:
                         records.write(step, evaluate(state, frozen))
                     if step % training.save_every == 0 and step > start:
+                        # A run that is killed from here on goes on after these steps, and would never write them.
+                        write(meter.drain(), bar)
                         save()
                     fed = next(feed)
                     if compiled is None:
@@ -126,15 +131,11 @@ def train(
                 write(meter.drain(), bar)
             if step > start:
                 save()
-            if held_out and step == training.steps and (step > start or training.required_loss):
+            if held_out and step >= training.steps:
+                # Also where nothing was left to train: the start before may have been killed in the middle of it.
                 values = evaluate(state, frozen)
                 records.write(step, values)
                 _require_learned(training.required_loss, values)
-        finally:
-            feed.close()
-            stopper.close()
-            records.close()
-            checkpoints.close()
     return Outcome(step, preempted=step < training.steps)
 
 
@@ -154,13 +155,22 @@ def _peak(mesh: jax.sharding.Mesh) -> float | None:
     return None if peak is None else peak * len(mesh.local_devices)
 
 
-def _require_same_bases(saved: dict[str, Any], current: dict[str, Any], workdir: pathlib.Path) -> None:
-    for part, origin in current.items():
-        before = saved.get(part, {})
-        if before.get("digest") != origin["digest"]:
+def _require_same_run(saved: Experiment, current: Experiment, workdir: pathlib.Path) -> None:
+    """What the state and the datasets' positions mean nothing without. Rates, weights, batches, paths and the mesh may change on the way."""
+
+    def held(experiment: Experiment) -> dict[str, Any]:
+        field = stages.MODEL_FIELD[experiment.task]
+        found = {"task": experiment.task, "seed": experiment.seed, "training.use_visuals": experiment.training.use_visuals}
+        found |= {"data": sorted(experiment.data)}
+        found |= {f"{field}.{key}": value for key, value in to_json(stages.model_config(experiment)).items()}
+        rows = ("kind", "split", "length", "visuals", "frames", "pack")
+        return found | {f"data.{name}.{key}": getattr(d, key) for name, d in experiment.data.items() for key in rows}
+
+    before, now = held(saved), held(current)
+    for key in [*before, *now]:
+        if before.get(key) != now.get(key):
             raise UserError(
-                f"the checkpoint in {workdir} was trained on the {part} of {before.get('folder')} ({before.get('digest')}), but {origin['folder']} "
-                f"now holds another ({origin['digest']}): restore that export or train in a new workdir"
+                f"the run in {workdir} has config.{key} = {before.get(key)!r}, but it is {now.get(key)!r} here: set it back or train in a new workdir"
             )
 
 

@@ -19,7 +19,7 @@ VISION_ENCODER = "(vision|vision_encoder)/.*"
 """What adaptive clipping applies to."""
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, trainable: Mapping[str, Any]) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, steps: int, trainable: Mapping[str, Any], updates_per_step: int = 1) -> optax.GradientTransformation:
     """Clip, then Adam's direction plus weight decay, times the scheduled rate.
 
     Weight decay skips the names of `config.no_decay` (paper: the resampler) and, unless `config.decay_vectors`, all norm scales, biases and
@@ -32,6 +32,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, trainable: Mapping[str, 
     Args:
       steps: length of the run, where a falling rate reaches its end.
       trainable: {flat name: anything with a shape}, what `init` and `update` will be given.
+      updates_per_step: how often `update` is called in each of the `steps`, which share their rate.
 
     Raises: UserError for an expression in `no_decay` that matches no parameter.
     """
@@ -41,19 +42,19 @@ def make_optimizer(config: OptimizerConfig, steps: int, trainable: Mapping[str, 
         clip(config, trainable),
         optax.scale_by_adam(config.beta1, config.beta2, config.eps),
         optax.add_decayed_weights(config.weight_decay, decayed) if config.weight_decay else optax.identity(),
-        optax.scale_by_learning_rate(make_schedule(config, steps)),
+        optax.scale_by_learning_rate(make_schedule(config, steps, updates_per_step)),
     )
 
 
-def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[Array | int], Array]:
+def make_schedule(config: OptimizerConfig, steps: int, updates_per_step: int = 1) -> Callable[[Array | int], Array]:
     """Update number (from 0) -> learning rate.
 
-    Update n of the warm-up, counted from 1, has n / warmup_steps of the peak, so that the first one already learns. Afterwards the rate is
+    Step n of the warm-up, counted from 1, has n / warmup_steps of the peak, so that the first one already learns. Afterwards the rate is
     constant, or falls linearly or as a cosine to `end_rate` at `steps`.
     """
 
     def rate(count: Array | int) -> Array:
-        done = jnp.asarray(count, jnp.float32)
+        done = jnp.asarray(count // updates_per_step, jnp.float32)
         warm = jnp.minimum((done + 1) / max(config.warmup_steps, 1), 1.0)
         progress = jnp.clip((done - config.warmup_steps) / max(steps - config.warmup_steps, 1), 0.0, 1.0)
         remaining = {

@@ -17,6 +17,7 @@ class Records:
             return
         path = workdir / "metrics.jsonl"
         kept = [line for line in read_lines(path) if line["step"] <= resume_step]
+        self._last = json.dumps(kept[-1]) if kept else ""
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(path)
@@ -24,11 +25,14 @@ class Records:
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Scalars and short vectors at a step."""
+        """Scalars and short vectors at a step. What the file ended with when it was opened is not written again."""
         if self._file is None or self._board is None:
             return
         plain = {name: np.asarray(value).tolist() for name, value in values.items()}
-        self._file.write(json.dumps({"step": step} | plain) + "\n")
+        line = json.dumps({"step": step} | plain)
+        if line == self._last:
+            return
+        self._file.write(line + "\n")
         for name, value in plain.items():
             if isinstance(value, (int, float)):
                 self._board.add_scalar(name, value, step)

@@ -123,7 +123,6 @@ def make_update(
             trainable=trainable,
             optimizer=keep(moments, state.optimizer),
             skipped=state.skipped + skip,
-            skipped_in_a_row=(state.skipped_in_a_row + 1) * skip,
         )
         return state, metrics
 
@@ -131,10 +130,12 @@ def make_update(
         names = list(datasets)
         groups = [[name] for name in names] if mode == "round_robin" else [names]
         metrics: dict[str, Any] = {}
+        skipped_before = state.skipped
         for group in groups:
             part, gradient = losses_and_gradients(state, frozen, batches, group)
             state, part = apply(state, part, gradient, group)
             metrics |= part | {"loss": metrics.get("loss", 0.0) + part["loss"]}
+        state = state._replace(skipped_in_a_row=jnp.where(state.skipped > skipped_before, state.skipped_in_a_row + 1, 0))
         metrics |= task.watch(state.trainable) | {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
         return state._replace(step=state.step + 1), metrics
 
@@ -146,12 +147,20 @@ TPU_OPTIONS: dict[str, str | bool] = {"xla_jf_spmd_threshold_for_windowed_einsum
 products take several times the compiler's cycles of the whole one, and their code most of the time to compile."""
 
 
-def compile_update(update: Update, state: Any, frozen: Any, batches: Any) -> jax.stages.Compiled:
-    """The update compiled for arrays, or shapes with shardings, like these; it takes over the state's memory."""
+def trace_update(update: Update, state: Any, frozen: Any, batches: Any) -> jax.stages.Traced:
+    """The update traced for arrays, or shapes with shardings, like these; compiled, it takes over the state's memory."""
     shardings = jax.tree.map(lambda a: a.sharding, state)
-    lowered = jax.jit(update, donate_argnums=0, out_shardings=(shardings, None)).lower(state, frozen, batches)
-    platform = next(iter(state.step.sharding.device_set)).platform
-    return lowered.compile(compiler_options=TPU_OPTIONS if platform == "tpu" else None)
+    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None)).trace(state, frozen, batches)
+
+
+def compile_traced(traced: jax.stages.Traced, platform: str) -> jax.stages.Compiled:
+    """What was traced, with the options that its kind of device wants of the compiler."""
+    return traced.lower().compile(compiler_options=TPU_OPTIONS if platform == "tpu" else None)
+
+
+def compile_update(update: Update, state: Any, frozen: Any, batches: Any) -> jax.stages.Compiled:
+    """`trace_update`, compiled."""
+    return compile_traced(trace_update(update, state, frozen, batches), next(iter(state.step.sharding.device_set)).platform)
 
 
 def make_held_out_loss(graph: Any, task: Task) -> Callable[..., Loss]:

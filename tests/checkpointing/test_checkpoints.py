@@ -144,6 +144,7 @@ def test_a_step_without_a_manifest_is_passed_over_and_removed_by_the_next_save(t
     saved(tmp_path, [1, 2]).close()
     (tmp_path / "2" / manifest.NAME).unlink()
     (tmp_path / "3" / "state.orbax-checkpoint-tmp").mkdir(parents=True)
+    (tmp_path / "3" / "contents.json").touch()
     (tmp_path / "notes").mkdir()
     checkpoints = Checkpoints(tmp_path, keep_last=9)
     assert checkpoints.latest() == 1
@@ -152,6 +153,18 @@ def test_a_step_without_a_manifest_is_passed_over_and_removed_by_the_next_save(t
     checkpoints.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3", "notes"]
     assert checkpoints.latest() == 3
+
+
+def test_somebody_elses_checkpoints_are_refused_and_stay(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "1000" / "default").mkdir(parents=True)
+    (tmp_path / "1000" / "_CHECKPOINT_METADATA").write_text("{}")
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    with pytest.raises(UserError, match="1000 is no checkpoint of this project"):
+        checkpoints.latest()
+    with pytest.raises(UserError, match="1000 is no checkpoint of this project"):
+        checkpoints.save(3, make_state(3), {})
+    checkpoints.close()
+    assert (tmp_path / "1000" / "_CHECKPOINT_METADATA").exists()
 
 
 def test_another_models_state_is_refused_by_name(tmp_path: pathlib.Path) -> None:

@@ -48,6 +48,16 @@ def test_an_export_is_loaded_as_it_was_saved(tmp_path: pathlib.Path) -> None:
         np.testing.assert_array_equal(found[key], value)
 
 
+def test_a_flipped_byte_is_found_and_named(tmp_path: pathlib.Path) -> None:
+    folder = export(tmp_path, parameters())
+    file = next(folder.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=f"{file.name} has other content"):
+        load_flamingo(folder)
+
+
 def test_what_does_not_fit_is_refused(tmp_path: pathlib.Path) -> None:
     values = parameters()
     name = "extra_embedding"

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sentencepiece import sentencepiece_model_pb2
 
 from data_pipelines.build.quickstart import build_quickstart
 from flamingo_jax import configuring
 from flamingo_jax.checkpointing.export import export_model
 from flamingo_jax.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, UserError
 from flamingo_jax.experiment import Experiment
+from flamingo_jax.processing.tokenizer import FILE_NAME
 from flamingo_jax.training import loop
 from tests.end_to_end import small
 from tests.launch import commands
@@ -89,11 +91,30 @@ def test_without_a_workdir(train: Train, data: pathlib.Path) -> None:
         ("config.language_model.vocab_size is 500, but the tokenizer", {"language_model__vocab_size": 500}),
         ("config.contrastive is empty", {"task": "contrastive"}),
         ("reads datasets of kind text", {"data__text__kind": "pairs"}),
+        ("config.training.save_every is 0, but must be 1 or more", {"training__save_every": 0}),
     ],
 )
 def test_what_does_not_fit_is_refused(train: Train, data: pathlib.Path, tmp_path: pathlib.Path, sentence: str, overrides: dict[str, Any]) -> None:
     refused(train, sentence, small.language_model(data), tmp_path / "run", **overrides)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_that_is_a_file(train: Train, data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "run").touch()
+    refused(train, "is a file: name a folder", small.language_model(data), tmp_path / "run")
+
+
+def test_another_tokenizer_of_the_same_size(train: Train, data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    other = tmp_path / "other.model"
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString((data / "tokenizer" / FILE_NAME).read_bytes())
+    model.pieces[-1].score -= 1
+    other.write_bytes(model.SerializeToString())
+    assert train(small.language_model(data), tmp_path / "run", training__steps=1) == 0
+    refused(train, f"is not {tmp_path}/run/tokenizer.model", small.language_model(data), tmp_path / "run", tokenizer=str(other))
+    base = tmp_path / "base"
+    export_model(base, kind="language_model", config=configuring.to_json(small.LANGUAGE_MODEL), parameters={"a": np.zeros(2)}, tokenizer_file=other)
+    refused(train, f"is not {base}/tokenizer.model", small.flamingo(data), tmp_path / "flamingo", language_model_from=str(base))
 
 
 def test_an_empty_dataset_folder(train: Train, data: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -4,6 +4,7 @@ Minutes and gigabytes each, so that they run one after the other, each in a proc
 prints the table.
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -12,6 +13,12 @@ import sys
 from typing import Any, NamedTuple
 
 import pytest
+
+from configs import flamingo_80b
+from flamingo_jax.configuring import from_config
+from flamingo_jax.experiment import Experiment, MeshConfig
+from flamingo_jax.partitioning.mesh import make_mesh
+from flamingo_jax.planning.program import trace_step
 
 GIB = 2**30
 
@@ -59,3 +66,20 @@ def test_the_papers_models_fit_their_machines(row: Row, printed: list[str]) -> N
     assert step["cycles_over_floor"] <= row.cycles
     assert ratio <= (1.10 if row.name == "3B" else 1.05)
     assert all(sent["bytes"] <= 3.5e9 for sent in step["collectives"] if sent["axes"] == "data")
+
+
+@pytest.mark.scale
+def test_the_step_of_80_layers_lowers_to_little_more_than_that_of_14() -> None:
+    """14 layers are two whole groups of 7, 80 eleven and a shorter one."""
+    experiment = dataclasses.replace(from_config(Experiment, flamingo_80b.get_config()), mesh=MeshConfig(model=8))
+    mesh = make_mesh(experiment.mesh)
+
+    def lines(layers: int) -> int:
+        flamingo = experiment.flamingo
+        assert flamingo is not None
+        smaller = dataclasses.replace(flamingo, language_model=dataclasses.replace(flamingo.language_model, layers=layers))
+        return trace_step(dataclasses.replace(experiment, flamingo=smaller), mesh).traced.lower().as_text().count("\n")
+
+    shallow, deep = lines(14), lines(80)
+    print(f"\nlines of HLO: {shallow:,} with 14 layers, {deep:,} with 80")
+    assert deep <= 1.3 * shallow

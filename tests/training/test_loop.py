@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import signal
 import types
+from typing import Any
 
 import jax
 import numpy as np
@@ -98,6 +99,22 @@ def test_a_base_that_changed_is_refused(unbroken: pathlib.Path) -> None:
         loop.train(world.experiment(seed=1), world.streams(), {}, unbroken)
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"data": {"m3w": world.DATA["m3w"]}}, r"config\.data = \['align', 'ltip', 'm3w', 'vtp'\], but it is \['m3w'\] here"),
+        ({"data": world.DATA | {"vtp": dataclasses.replace(world.DATA["vtp"], length=16)}}, r"config\.data\.vtp\.length = 12, but it is 16 here"),
+        ({"flamingo": dataclasses.replace(world.FLAMINGO, attend="all_previous")}, r"config\.flamingo\.attend = 'last'"),
+        ({"training": dataclasses.replace(world.experiment().training, use_visuals=False)}, r"config\.training\.use_visuals = True"),
+    ],
+)
+def test_another_run_is_refused(unbroken: pathlib.Path, changes: dict[str, Any], sentence: str) -> None:
+    before = (unbroken / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=sentence):
+        loop.train(world.experiment(**changes), world.streams(), {}, unbroken)
+    assert (unbroken / "metrics.jsonl").read_bytes() == before
+
+
 def test_a_run_that_is_not_finite_stops_and_names_the_gradient(tmp_path: pathlib.Path) -> None:
     optimizer = dataclasses.replace(world.experiment().optimizer, peak_rate=float("inf"), warmup_steps=0)
     training = dataclasses.replace(world.experiment().training, max_not_finite=1, steps=20)
@@ -118,6 +135,12 @@ def test_a_run_above_its_required_loss_is_saved_and_says_so(unbroken: pathlib.Pa
     with pytest.raises(NotLearnedError, match=r"on vtp, above the .* higher config\.training\.steps"):
         loop.train(requiring(vtp=reached - 1e-3), world.streams(), held_out, tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / "6").is_dir()
+    recorded = read_lines(tmp_path / "run" / "metrics.jsonl")
+    shorter = requiring(vtp=reached - 1e-3)
+    shorter = dataclasses.replace(shorter, training=dataclasses.replace(shorter.training, steps=4))
+    with pytest.raises(NotLearnedError, match="on vtp"):
+        loop.train(shorter, world.streams(), held_out, tmp_path / "run")
+    assert read_lines(tmp_path / "run" / "metrics.jsonl") == recorded
     with pytest.raises(UserError, match="'vtt', which is no held-out dataset"):
         loop.train(requiring(vtt=1.0), world.streams(), held_out, tmp_path / "run")
 

@@ -94,6 +94,8 @@ def test_schedules(decay: str, end: float, expected: list[float]) -> None:
     schedule = make_schedule(config, steps=8)
     np.testing.assert_allclose([schedule(n) for n in range(9)], 2 * np.array(expected), rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(schedule(100), 2 * expected[-1], rtol=1e-6, atol=1e-7)
+    shared = make_schedule(config, steps=8, updates_per_step=2)
+    assert [shared(n) for n in range(6)] == [schedule(n) for n in (0, 0, 1, 1, 2, 2)]
 
 
 def test_no_warm_up() -> None:

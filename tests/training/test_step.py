@@ -129,3 +129,11 @@ def test_round_robin_makes_one_optimizer_step_per_dataset(parts: Any) -> None:
     counts = [int(leaf) for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim == 0]
     assert counts and set(counts) == {2} and int(state.step) == 1
     assert metrics["loss"] > metrics["loss/vtp"] * 0.03
+
+
+def test_round_robin_counts_a_step_that_any_dataset_spoils(parts: Any) -> None:
+    graph, trainable, frozen = parts
+    broken = frozen | {"language_model/embedding": frozen["language_model/embedding"].at[7].set(jnp.nan)}
+    data = {name: EXPERIMENT.data[name] for name in ("vtp", "ltip")}
+    state, metrics = run((graph, trainable, broken), data, {name: world.batches()[name] for name in data}, mode="round_robin")
+    assert int(state.skipped) >= 1 and int(state.skipped_in_a_row) == 1 and int(metrics["skipped_in_a_row"]) == 1
