@@ -34,7 +34,7 @@ from flamingo_jax.evaluation.report import Table, read_metrics, write_report
 from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.inference.engine import Engine
 from flamingo_jax.inference.generation import Decoding
-from flamingo_jax.inference.model import Loaded, load_flamingo
+from flamingo_jax.inference.model import Loaded, flamingo_config, load_flamingo
 from launch import command
 from launch.parts import TOTAL
 
@@ -45,12 +45,12 @@ OUTPUT = flags.DEFINE_string("output", "", "Folder for report.json and report.ht
 BENCHMARK = flags.DEFINE_multi_string("benchmark", [], "KIND:NAME=DATASET[:SPLIT][,support=DATASET[:SPLIT]].")
 SUITE = flags.DEFINE_enum("suite", None, ["quickstart"], "A set of benchmarks with its own report.")
 DATA = flags.DEFINE_string("data", "", "suite: the folder that holds its datasets.")
-SHOTS = flags.DEFINE_list("shots", None, "Numbers of examples before the query; by default 0 for --benchmark, and 4, 8, 16 and 32 for the suite.")
+SHOTS = flags.DEFINE_list("shots", None, "Numbers of examples before the query; by default 0 for --benchmark, and 0, 4, 8, 16 and 32 for the suite.")
 SELECTION = flags.DEFINE_enum("selection", "random", ["random", "rices"], "How few-shot examples are chosen: at random, or by likeness of their pictures.")
 TEXT_EXAMPLES = flags.DEFINE_integer("text_examples", 2, "Text-only examples of zero-shot prompts (paper: 2).", lower_bound=0)
 BEAM = flags.DEFINE_integer("beam", 3, "Hypotheses of beam search (paper: 3); 1 is greedy.", lower_bound=1)
 CAPTION_PROMPT = flags.DEFINE_string(
-    "caption_prompt", prompts.CAPTION.template, "What stands between a picture and its caption, for --benchmark (paper: Output:); empty for models "
+    "caption_prompt", prompts.CAPTION.template, "What stands between a picture and its caption or class, for --benchmark (paper: Output:); empty for models "
     "that have met captions right after their pictures alone, as in plain pairs.",
 )
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", 24, "Tokens of an answer at most.", lower_bound=1)
@@ -76,20 +76,18 @@ def main() -> int:
     began = time.monotonic()
     seconds = _json_file(SECONDS.value) if SECONDS.value else {}
     curves = _curves()
-    model = load_flamingo(MODEL.value)
-    baseline = load_flamingo(BASELINE.value) if BASELINE.value else None
-    (run_suite if SUITE.value else run_benchmarks)(model, baseline, settings, seconds, curves, began)
+    (run_suite if SUITE.value else run_benchmarks)(settings, seconds, curves, began)
     print(f"wrote {OUTPUT.value}/report.json and {OUTPUT.value}/report.html")
     return 0
 
 
-def run_suite(
-    model: Loaded, baseline: Loaded | None, settings: Settings, seconds: dict[str, float], curves: dict[str, Any], began: float
-) -> None:
+def run_suite(settings: Settings, seconds: dict[str, float], curves: dict[str, Any], began: float) -> None:
     """The quickstart's suite for the model and, if there is one, the baseline."""
     records: drawn_world.ReadRecords = lambda name, split, kind: open_records(pathlib.Path(DATA.value) / name, split, kind)
-    few_shots = [shots for shots in _shots([4, 8, 16, 32]) if shots]
-    suite = drawn_world.read_suite(records, model.config, limit=LIMIT.value, few_shot_limit=FEW_SHOT_LIMIT.value)
+    few_shots = _shots([0, 4, 8, 16, 32])
+    suite = drawn_world.read_suite(records, flamingo_config(MODEL.value), limit=LIMIT.value, few_shot_limit=FEW_SHOT_LIMIT.value)
+    drawn_world.check_suite(suite, settings, few_shots)
+    model, baseline = _load()
     outcome = drawn_world.run_suite(suite, Engine(model, rows=ROWS.value), settings, few_shots)
     blind = drawn_world.run_suite(suite, Engine(baseline, with_visuals=False, rows=ROWS.value), settings, few_shots) if baseline else None
     mine, theirs = drawn_world.figures(outcome), drawn_world.figures(blind) if blind else None
@@ -140,12 +138,16 @@ def _shots(default: list[int]) -> list[int]:
     return shots
 
 
-def run_benchmarks(
-    model: Loaded, baseline: Loaded | None, settings: Settings, seconds: dict[str, float], curves: dict[str, Any], began: float
-) -> None:
+def run_benchmarks(settings: Settings, seconds: dict[str, float], curves: dict[str, Any], began: float) -> None:
     """Every --benchmark at every number of --shots."""
-    shots = _shots([0])
-    benchmarks = [make_benchmark(text, model.config, max(shots)) for text in BENCHMARK.value]
+    shots, config = _shots([0]), flamingo_config(MODEL.value)
+    benchmarks = [make_benchmark(text, config, max(shots)) for text in BENCHMARK.value]
+    for place, benchmark in enumerate(benchmarks):
+        if benchmark.name in (other.name for other in benchmarks[:place]):
+            raise UserError(f"two benchmarks are named {benchmark.name!r}, under which the report has one: give each --benchmark its own NAME")
+        for n in shots:
+            benchmark.check(dataclasses.replace(settings, shots=n))
+    model, baseline = _load()
     engines = {"model": Engine(model, rows=ROWS.value)}
     if baseline:
         engines["without_pictures"] = Engine(baseline, with_visuals=False, rows=ROWS.value)
@@ -186,7 +188,8 @@ def make_benchmark(text: str, config: FlamingoConfig, shots: int) -> Benchmark:
     if sort == "vqa":
         return question_answering(name, queries, support)
     classes = sorted({example.answers[0] for example in [*queries, *support]})
-    return Classification(name, queries, support, classes, prompts.QUESTION if queries[0].question else prompts.CAPTION)
+    form = prompts.QUESTION if any(query.question for query in queries) else prompts.Format(CAPTION_PROMPT.value)
+    return Classification(name, queries, support, classes, form)
 
 
 SUPPORT_LIMIT = 2048
@@ -216,6 +219,11 @@ def _limited(records: Sequence[Any]) -> list[Any]:
 
 def _first(records: Sequence[Any], count: int) -> list[Any]:
     return [records[place] for place in range(min(count, len(records)))]
+
+
+def _load() -> tuple[Loaded, Loaded | None]:
+    """The model and the baseline, if there is one."""
+    return load_flamingo(MODEL.value), load_flamingo(BASELINE.value) if BASELINE.value else None
 
 
 def _about(model: Loaded, baseline: Loaded | None, settings: Settings) -> dict[str, Any]:

@@ -3,8 +3,9 @@
     python -m launch.generate --model=runs/quickstart/flamingo/export --prompt=prompt.json [--beam=3 | --temperature=0.7 --top_p=0.9]
 
 The prompt file holds a JSON list of parts in any order, {"text": "Output:"}, {"image": "photo.jpg"} or {"video": "clip.mp4"}, or one such
-list a line (JSONL) for several prompts. Paths are relative to the file. A prompt's own form matters: training text reads
-`<image>Output: a caption`, so a captioning prompt is [{"image": "photo.jpg"}, {"text": "Output:"}].
+list a line (JSONL) for several prompts. Paths are relative to the file. A prompt's own form matters: where training text reads
+`<image>Output: a caption`, as the quickstart's does, a captioning prompt is [{"image": "photo.jpg"}, {"text": "Output:"}]; for a model of plain
+pairs (configs/own_data.py), whose captions follow their pictures at once, it is [{"image": "photo.jpg"}].
 """
 
 import json
@@ -19,7 +20,7 @@ from flamingo_jax.evaluation.examples import read_visual
 from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.inference.engine import Engine
 from flamingo_jax.inference.generation import Decoding
-from flamingo_jax.inference.model import load_flamingo
+from flamingo_jax.inference.model import flamingo_config, load_flamingo
 from flamingo_jax.inference.prompts import Part, Visual, resolve_tags
 from flamingo_jax.processing import images
 from flamingo_jax.processing.video import VideoError, read_frames, spread
@@ -36,6 +37,9 @@ FPS = flags.DEFINE_float("fps", 1.0, "Frames a second that are read from videos 
 FRAMES = flags.DEFINE_integer("frames", None, "Frames of a video at most, taken evenly; by default as many as the model was trained with.", lower_bound=1)
 
 
+EXAMPLE = '[{"image": "a.png"}, {"text": "Output:"}]'
+
+
 def main() -> int:
     for name, value in (("model", MODEL.value), ("prompt", PROMPT.value)):
         if not value:
@@ -43,8 +47,9 @@ def main() -> int:
     if TOP_P.value == 0.0:
         raise UserError("--top_p is 0, which allows no token: use a number above 0, or --temperature=0 for the likeliest token")
     written = read_prompts(pathlib.Path(PROMPT.value))
+    config = flamingo_config(MODEL.value)
+    prompts = [prompt_of(parts, config, pathlib.Path(PROMPT.value).parent) for parts in written]
     loaded = load_flamingo(MODEL.value)
-    prompts = [prompt_of(parts, loaded.config, pathlib.Path(PROMPT.value).parent) for parts in written]
     decoding = Decoding(
         max_tokens=MAX_TOKENS.value, beam=1 if TEMPERATURE.value > 0 else BEAM.value, temperature=TEMPERATURE.value, top_p=TOP_P.value
     )
@@ -65,8 +70,9 @@ def read_prompts(path: pathlib.Path) -> list[list[Any]]:
         except json.JSONDecodeError:
             prompts = [json.loads(line) for line in text.splitlines() if line.strip()]
     except json.JSONDecodeError as error:
-        example = '[{"image": "a.png"}, {"text": "Output:"}]'
-        raise UserError(f"{path} is neither JSON nor JSONL ({error}): write a list of parts such as {example}") from error
+        raise UserError(f"{path} is neither JSON nor JSONL ({error}): write a list of parts such as {EXAMPLE}") from error
+    if not prompts:
+        raise UserError(f"{path} holds no prompt: write a list of parts such as {EXAMPLE}")
     for prompt in prompts:
         if not isinstance(prompt, list) or not prompt:
             raise UserError(f"{path}: a prompt is {json.dumps(prompt)[:80]}, but must be a list of parts")

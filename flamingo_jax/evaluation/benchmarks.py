@@ -69,8 +69,11 @@ class Benchmark(Protocol):
     @property
     def name(self) -> str: ...
 
-    def run(self, engine: Engine, settings: Settings) -> Result:
+    def check(self, settings: Settings) -> None:
         """Raises UserError where there is nothing to evaluate on, or too little support for the prompts."""
+
+    def run(self, engine: Engine, settings: Settings) -> Result:
+        """Raises UserError as `check` does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +86,11 @@ class OpenEnded:
     form: prompts.Format
     judge: Judge
 
+    def check(self, settings: Settings) -> None:
+        _check_examples(self, settings, settings.text_examples)
+
     def run(self, engine: Engine, settings: Settings) -> Result:
+        self.check(settings)
         shown = _few_shot_prompts(self, engine, settings, settings.text_examples)
         with Bar(_title(self.name, settings.shots), len(shown)) as bar:
             completions = engine.generate(shown, settings.decoding, seed=settings.seed, progress=bar.advance)
@@ -117,7 +124,11 @@ class Classification:
     classes: Sequence[str]
     form: prompts.Format = prompts.CAPTION
 
+    def check(self, settings: Settings) -> None:
+        _check_examples(self, settings, 0)
+
     def run(self, engine: Engine, settings: Settings) -> Result:
+        self.check(settings)
         shown = _few_shot_prompts(self, engine, settings, 0)
         candidates = [[f" {name}" for name in self.classes]] * len(shown)
         with Bar(_title(self.name, settings.shots), len(shown)) as bar:
@@ -140,10 +151,16 @@ class Binding:
     name: str
     pages: Sequence[Page]
 
-    def run(self, engine: Engine, settings: Settings) -> Result:
-        pages = [page for page in self.pages if len(page.visuals) > settings.shots]
-        if not pages:
+    def check(self, settings: Settings) -> None:
+        if not self._long_enough(settings):
             raise UserError(f"no page of {self.name} has {settings.shots} pictures before its last: ask for fewer shots")
+
+    def _long_enough(self, settings: Settings) -> list[Page]:
+        return [page for page in self.pages if len(page.visuals) > settings.shots]
+
+    def run(self, engine: Engine, settings: Settings) -> Result:
+        self.check(settings)
+        pages = self._long_enough(settings)
         shown = [prompts.binding(page, settings.shots) for page in pages]
         words = [sorted({prompts.split_last_word(text)[1] for text in page.texts[1:]}) for page in pages]
         candidates = [[f" {word}" for word in some] for some in words]
@@ -171,13 +188,17 @@ def as_text(prompt: Prompt) -> str:
     return "".join(part if isinstance(part, str) else "<image>" if isinstance(part, Visual) else part.value for part in prompt)
 
 
-def _few_shot_prompts(benchmark: OpenEnded | Classification, engine: Engine, settings: Settings, text_examples: int) -> list[list[Part]]:
+def _check_examples(benchmark: OpenEnded | Classification, settings: Settings, text_examples: int) -> None:
     support, name = benchmark.support, benchmark.name
     if not benchmark.queries:
         raise UserError(f"{name} has no examples to evaluate on: name another split or a higher --limit")
     need = max(settings.shots, 0 if settings.shots else text_examples)
     if len(support) < need:
         raise UserError(f"{name} needs {need} support examples for its prompts, but there are {len(support)}: ask for fewer shots or name a larger set")
+
+
+def _few_shot_prompts(benchmark: OpenEnded | Classification, engine: Engine, settings: Settings, text_examples: int) -> list[list[Part]]:
+    support, name = benchmark.support, benchmark.name
     # The same examples stand before every query of a zero-shot prompt.
     text_only: list[Example] = []
     if not settings.shots and text_examples:

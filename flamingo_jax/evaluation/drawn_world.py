@@ -80,6 +80,18 @@ def read_suite(records: ReadRecords, config: FlamingoConfig, *, limit: int, few_
     return Suite(tasks, Binding("new words", pages), few_shot)
 
 
+def check_suite(suite: Suite, settings: Settings, few_shots: Sequence[int]) -> None:
+    """Raises UserError where there are too few examples for a prompt of `run_suite`."""
+    for task in suite.tasks:
+        for benchmark in task.benchmarks.values():
+            benchmark.check(settings)
+    for shots in BINDING_SHOTS:
+        suite.binding.check(dataclasses.replace(settings, shots=shots))
+    for few_shot in suite.few_shot.values():
+        for shots in few_shots:
+            few_shot.check(dataclasses.replace(settings, shots=shots))
+
+
 def run_suite(suite: Suite, engine: Engine, settings: Settings, few_shots: Sequence[int]) -> Outcome:
     """Headline figures are zero-shot, with text-only examples before the query; few-shot figures have each of `few_shots`."""
     headline = {

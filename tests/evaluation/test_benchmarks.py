@@ -73,8 +73,9 @@ def test_binding_shows_the_last_pictures_and_asks_between_the_pages_words() -> N
 
 @pytest.mark.parametrize("benchmark", [captioning("captions", [], SUPPORT), captioning("captions", QUERIES, SUPPORT[:1]), Binding("words", [])])
 def test_too_little_data_is_refused(benchmark: object) -> None:
-    with pytest.raises(UserError, match=r"captions|words"):
-        benchmark.run(ScriptedEngine(), Settings(shots=0))  # type: ignore[attr-defined]
+    for ask in (lambda: benchmark.check(Settings()), lambda: benchmark.run(ScriptedEngine(), Settings())):  # type: ignore[attr-defined]
+        with pytest.raises(UserError, match=r"captions|words"):
+            ask()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+"""Evaluation refuses what it cannot run before it reads any weights."""
+
+import dataclasses
+import pathlib
+
+import pytest
+
+from data_pipelines.build.quickstart import build_quickstart
+from flamingo_jax.checkpointing.export import export_model
+from flamingo_jax.errors import UserError
+from tests.inference.world import make_loaded
+from tests.launch import commands
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """`data/`, and `export/` without parameters, which must not be asked for."""
+    folder, loaded = tmp_path_factory.mktemp("evaluate"), make_loaded()
+    build_quickstart(folder / "data", limit=8)
+    loaded.tokenizer.save(folder)
+    export_model(
+        folder / "export", kind="flamingo", config=dataclasses.asdict(loaded.config), parameters={}, tokenizer_file=folder / "tokenizer.model"
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("benchmarks", "shots", "sentence"),
+    [
+        (["captioning:a={}/ltip:validation", "classification:a={}/ltip:validation"], "0", "two benchmarks are named 'a'"),
+        (["captioning:a={}/ltip:validation", "captioning:b={}/ltip:validation"], "0,900", "a needs 900 support examples"),
+        (["reading:a={}/ltip"], "0", "with KIND one of captioning"),
+        (["captioning:a={}/ltip:validation"], "x", "must be numbers with commas between them"),
+    ],
+)
+def test_what_cannot_be_run(
+    folder: pathlib.Path, benchmarks: list[str], shots: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = commands.load("evaluate")
+    values = {"MODEL": f"{folder}/export", "OUTPUT": f"{folder}/out", "BENCHMARK": [b.format(folder / "data") for b in benchmarks], "SHOTS": shots.split(",")}
+    for name, value in values.items():
+        monkeypatch.setattr(evaluate, name, commands.flag(value))
+    for name, flag in vars(evaluate).items():
+        if name.isupper() and name not in values and hasattr(flag, "default"):
+            monkeypatch.setattr(evaluate, name, commands.flag(flag.default))
+    with pytest.raises(UserError, match=sentence):
+        evaluate.main()
+    assert not (folder / "out").exists()
