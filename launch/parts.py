@@ -25,7 +25,9 @@ class Parts:
         self._file = file
         self._seconds: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
         self._began = time.monotonic() - self._seconds.get(TOTAL, 0.0)
-        self._lock = threading.Lock()
+        # Reentrant: a signal's handler may call `stop` while its own thread holds it.
+        self._lock = threading.RLock()
+        self._stopped = False
         self._running: set[subprocess.Popen[str]] = set()
 
     @property
@@ -74,14 +76,16 @@ class Parts:
             for future in as_completed([pool.submit(lane_on, lane, mine, relay.show) for lane, mine in zip(lanes, cores, strict=True)]):
                 if future.exception() is not None and first is None:
                     first = future.exception()
-                    self._stop()
+                    self.stop()
         if first is not None:
             raise first
 
     def _call(self, arguments: Sequence[str], show: Show | None) -> int:
         stream = None if show is None else subprocess.PIPE
-        process = subprocess.Popen([sys.executable, *arguments], stdout=stream, stderr=None if show is None else subprocess.STDOUT, text=True)
         with self._lock:
+            if self._stopped:
+                raise errors.UserError("the run was stopped; start it again to go on from there")
+            process = subprocess.Popen([sys.executable, *arguments], stdout=stream, stderr=None if show is None else subprocess.STDOUT, text=True)
             self._running.add(process)
         try:
             if show is not None and process.stdout is not None:
@@ -96,8 +100,10 @@ class Parts:
             with self._lock:
                 self._running.discard(process)
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Asks what runs to save and end, and starts nothing more."""
         with self._lock:
+            self._stopped = True
             for process in self._running:
                 process.terminate()
 

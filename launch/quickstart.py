@@ -7,13 +7,17 @@ quickstart goes on where it stopped.
 """
 
 import functools
+import json
 import os
 import pathlib
+import shutil
+import signal
 import subprocess
 import sys
 
 from absl import flags
 
+from flamingo_jax.errors import UserError
 from launch import command
 from launch.parts import Parts, Show, halves
 
@@ -29,13 +33,18 @@ LONGER = {"language_model": ("--config.training.steps=4500",)}
 
 def main() -> int:
     root = pathlib.Path(WORKDIR.value)
+    _require_seed(root, SEED.value)
     root.mkdir(parents=True, exist_ok=True)
     parts = Parts(root / "seconds.json")
+    signal.signal(signal.SIGTERM, lambda *_: parts.stop())
 
     def stage(name: str, show: Show | None = None) -> None:
         """Trains and exports a stage."""
         config = [f"--config=configs/quickstart.py:{name},{root}", f"--config.seed={SEED.value}", f"--workdir={root}/{name}"]
         parts.run(name, "-m", "launch.train", *config, again=LONGER.get(name, ()), show=show)
+        if not parts.is_done(f"export {name}"):
+            # What a start left that was killed between the export and the note of it.
+            shutil.rmtree(root / name / "export", ignore_errors=True)
         parts.run(f"export {name}", "-m", "launch.export", f"--workdir={root}/{name}", f"--output={root}/{name}/export", show=show)
 
     parts.run("data", "-m", "launch.build_data", "--source=quickstart", f"--output={root}/data")
@@ -52,6 +61,13 @@ def main() -> int:
     )
     print(f"\n{parts.total / 60:.1f} minutes in all; open {root}/report.html, figures in {root}/report.json", flush=True)
     return 0
+
+
+def _require_seed(root: pathlib.Path, seed: int) -> None:
+    """A UserError where a stage that is there was trained from another seed: what is finished would be told as this one's."""
+    for file in root.glob("*/config.json"):
+        if (found := json.loads(file.read_text())["seed"]) != seed:
+            raise UserError(f"{file.parent} was trained with --seed={found}, not {seed}: name another --workdir, or that seed")
 
 
 def _on_cpu() -> bool:

@@ -10,6 +10,7 @@ import pytest
 from flamingo_jax.errors import EXIT_NOT_LEARNED, UserError
 from flamingo_jax.progress import LINE
 from launch.parts import TOTAL, Parts, Show, halves
+from tests.launch import commands
 
 APPEND = "import sys; open(sys.argv[1], 'a').write(sys.argv[2] + ' ')"
 
@@ -64,6 +65,23 @@ def test_when_a_lane_fails_the_other_is_asked_to_end(tmp_path: pathlib.Path) -> 
             [lambda show: parts.run("waits", "-c", waits, show=show), lambda show: parts.run("fails", "-c", fails, show=show)], halves()
         )
     assert not parts.is_done("waits")
+
+
+def test_nothing_starts_once_the_run_was_stopped(tmp_path: pathlib.Path) -> None:
+    parts = Parts(tmp_path / "seconds.json")
+    parts.stop()
+    with pytest.raises(UserError, match="was stopped; start it again"):
+        parts.run("late", "-c", APPEND, f"{tmp_path}/out", "1")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_seed_in_the_same_folder_is_refused(tmp_path: pathlib.Path) -> None:
+    quickstart = commands.load("quickstart")
+    (tmp_path / "flamingo").mkdir()
+    (tmp_path / "flamingo" / "config.json").write_text('{"seed": 1}')
+    quickstart._require_seed(tmp_path, 1)
+    with pytest.raises(UserError, match=r"flamingo was trained with --seed=1, not 0: name another --workdir"):
+        quickstart._require_seed(tmp_path, 0)
 
 
 def test_a_relay_knows_the_lines_of_a_bar() -> None:
