@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 
 # The first of these that runs and is new enough; set PYTHON to choose another.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
-	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { command -v $$p; break; }; done)
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { command -v $$p; break; }; done)
 
 # glibc gives XLA's buffers huge pages and keeps what is freed, so that no step maps and clears its memory anew: a quarter to a third off every step.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
@@ -31,7 +31,7 @@ lint: $(INSTALLED)
 
 # Made again when the dependencies change; the stamp is written only once everything is installed.
 $(INSTALLED): setup.py
-	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer with venv was found: install one, or name it with PYTHON=/path/to/python" >&2; exit 2; }
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer with venv and ensurepip was found (Debian: python3-venv): install one, or name it with PYTHON=/path/to/python" >&2; exit 2; }
 	"$(PYTHON)" -m venv $(VENV)
 	$(PY) -m pip install --upgrade pip
 	$(PY) -m pip install -e '.[test]'
