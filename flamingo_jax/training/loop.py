@@ -160,7 +160,7 @@ def _require_same_run(saved: Experiment, current: Experiment, workdir: pathlib.P
 
     def held(experiment: Experiment) -> dict[str, Any]:
         field = stages.MODEL_FIELD[experiment.task]
-        found = {"task": experiment.task, "seed": experiment.seed, "training.use_visuals": experiment.training.use_visuals}
+        found: dict[str, Any] = {"task": experiment.task, "seed": experiment.seed, "training.use_visuals": experiment.training.use_visuals}
         found |= {"data": sorted(experiment.data)}
         found |= {f"{field}.{key}": value for key, value in to_json(stages.model_config(experiment)).items()}
         rows = ("kind", "split", "length", "visuals", "frames", "pack")
