@@ -37,12 +37,13 @@ def test_what_cannot_be_run(
     folder: pathlib.Path, benchmarks: list[str], shots: str, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate = commands.load("evaluate")
-    values = {"MODEL": f"{folder}/export", "OUTPUT": f"{folder}/out", "BENCHMARK": [b.format(folder / "data") for b in benchmarks], "SHOTS": shots.split(",")}
+    values = {
+        "MODEL": f"{folder}/export", "OUTPUT": f"{folder}/out", "BENCHMARK": [b.format(folder / "data") for b in benchmarks], "SHOTS": shots.split(","),
+        "BASELINE": "", "SUITE": None, "TEXT_EXAMPLES": 2, "SELECTION": "random", "SEED": 0, "MAX_TOKENS": 24, "BEAM": 3, "SECONDS": "", "CURVES": [],
+        "LIMIT": 0, "CAPTION_PROMPT": "Output:",
+    }
     for name, value in values.items():
         monkeypatch.setattr(evaluate, name, commands.flag(value))
-    for name, flag in vars(evaluate).items():
-        if name.isupper() and name not in values and hasattr(flag, "default"):
-            monkeypatch.setattr(evaluate, name, commands.flag(flag.default))
     with pytest.raises(UserError, match=sentence):
         evaluate.main()
     assert not (folder / "out").exists()

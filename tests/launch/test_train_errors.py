@@ -145,7 +145,7 @@ def test_exports_that_are_missing_or_wrong(train: Train, data: pathlib.Path, tmp
 def test_a_foreign_checkpoint_is_refused_and_left_as_it_is(train: Train, data: pathlib.Path, tmp_path: pathlib.Path) -> None:
     assert train(small.language_model(data), tmp_path, training__steps=1) == 0
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    refused(train, "was made by another model or optimizer", small.language_model(data), tmp_path, language_model__feed_forward=48)
+    refused(train, "config.language_model.feed_forward = 32, but it is 48 here", small.language_model(data), tmp_path, language_model__feed_forward=48)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
