@@ -115,11 +115,13 @@ def train(
                 ending.callback(part.close)
             with Bar(experiment.name or experiment.task, training.steps, start=start, enabled=primary) as bar:
                 while step < training.steps and not stopper.asked:
-                    if step % training.evaluate_every == 0 and step > start:
-                        records.write(step, evaluate(state, frozen))
-                    if step % training.save_every == 0 and step > start:
-                        # A run that is killed from here on goes on after these steps, and would never write them.
+                    evaluating, saving = (step > start and step % every == 0 for every in (training.evaluate_every, training.save_every))
+                    if evaluating or saving:
+                        # A run that is killed once this step is saved goes on after it, and would never write what is held back.
                         write(meter.drain(), bar)
+                    if evaluating:
+                        records.write(step, evaluate(state, frozen))
+                    if saving:
                         save()
                     fed = next(feed)
                     if compiled is None:
@@ -218,13 +220,25 @@ class _Meter:
 
     def add(self, step: int, metrics: dict[str, Any], work: Work) -> list[tuple[int, dict[str, Any]]]:
         self._pending.append((step, metrics, work))
-        return [self._take()] if len(self._pending) > self.BEHIND else []
+        return self._take(1) if len(self._pending) > self.BEHIND else []
 
     def drain(self) -> list[tuple[int, dict[str, Any]]]:
-        return [self._take() for _ in range(len(self._pending))]
+        return self._take(len(self._pending))
 
-    def _take(self) -> tuple[int, dict[str, Any]]:
-        step, metrics, work = self._pending.popleft()
+    def _take(self, count: int) -> list[tuple[int, dict[str, Any]]]:
+        taken = [self._pending.popleft() for _ in range(count)]
+        read = [self._read(step, metrics) for step, metrics, _ in taken]
+        # Steps that are waited for together share the time they took: when each ended is not known.
+        now = time.monotonic()
+        seconds, self._last_time = max((now - self._last_time) / max(count, 1), 1e-9), now
+        for values, (_, _, work) in zip(read, taken, strict=True):
+            values |= {"tokens_per_second": np.asarray(work.tokens / seconds), "flops_per_second": np.asarray(self._cost.of(work) / seconds)}
+            if self._peak is not None:
+                values["mfu"] = values["flops_per_second"] / self._peak
+        return [(step, values) for values, (step, _, _) in zip(read, taken, strict=True)]
+
+    def _read(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
+        """A step's metrics on the host. Raises NotFiniteError where too many steps in a row were not finite."""
         values = {name: np.asarray(value) for name, value in jax.device_get(metrics).items()}
         if int(values["skipped_in_a_row"]) > self._max:
             guilty = [name for name in self._datasets if not values[f"finite/{name}"]]
@@ -233,12 +247,7 @@ class _Meter:
                 f"stopped at step {step}: {culprit} was not finite, {values['skipped_in_a_row']} steps in a row "
                 f"(config.training.max_not_finite is {self._max}); the last checkpoint is whole"
             )
-        now = time.monotonic()
-        seconds, self._last_time = max(now - self._last_time, 1e-9), now
-        values |= {"tokens_per_second": np.asarray(work.tokens / seconds), "flops_per_second": np.asarray(self._cost.of(work) / seconds)}
-        if self._peak is not None:
-            values["mfu"] = values["flops_per_second"] / self._peak
-        return step, {name: value for name, value in values.items() if not name.startswith("finite/")}
+        return {name: value for name, value in values.items() if not name.startswith("finite/")}
 
 
 class _HeldOut:
