@@ -62,8 +62,7 @@ def plan_step(experiment: Experiment, name: str, search: bool = False) -> dict[s
         program = compile_program(experiment, mesh)
     except DoesNotFit as error:
         if not search:
-            kind = name.partition(":")[0].rpartition("*")[2]
-            raise UserError(f"{error}, but a {kind} has {topology.chip.memory / GIB:.2f} GiB: add --search to find what fits") from None
+            raise UserError(f"{error}, but a {topology.kind} has {topology.chip.memory / GIB:.2f} GiB: add --search to find what fits") from None
         change, experiment, program = _fitting(experiment, mesh)
     summary = summarise(program.hlo)
     chips, chip = len(topology.devices), topology.chip

@@ -66,7 +66,7 @@ def export_model(
             raise UserError(f"{path} is missing, but the export should hold a copy of it")
     content = json.dumps({"format": FORMAT, "version": VERSION, "kind": kind, "config": config}, indent=2) + "\n"
 
-    temporary = folder.with_name(folder.name + ".writing")
+    temporary = folder.with_name(manifest.unfinished(folder.name))
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)

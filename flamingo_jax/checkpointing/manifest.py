@@ -93,7 +93,7 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
 
 
 def unfinished(name: str) -> str:
-    """Under which name `write_atomically` writes a file until it is whole."""
+    """The name that a file or folder has until it is whole."""
     return name + ".writing"
 
 

@@ -152,14 +152,15 @@ class Binding:
     pages: Sequence[Page]
 
     def check(self, settings: Settings) -> None:
-        if not self._long_enough(settings):
-            raise UserError(f"no page of {self.name} has {settings.shots} pictures before its last: ask for fewer shots")
+        self._long_enough(settings)
 
     def _long_enough(self, settings: Settings) -> list[Page]:
-        return [page for page in self.pages if len(page.visuals) > settings.shots]
+        pages = [page for page in self.pages if len(page.visuals) > settings.shots]
+        if not pages:
+            raise UserError(f"no page of {self.name} has {settings.shots} pictures before its last: ask for fewer shots")
+        return pages
 
     def run(self, engine: Engine, settings: Settings) -> Result:
-        self.check(settings)
         pages = self._long_enough(settings)
         shown = [prompts.binding(page, settings.shots) for page in pages]
         words = [sorted({prompts.split_last_word(text)[1] for text in page.texts[1:]}) for page in pages]

@@ -7,7 +7,7 @@ from typing import Any
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation import metrics, prompts
-from flamingo_jax.evaluation.benchmarks import Binding, Classification, OpenEnded, Result, Settings, captioning, question_answering
+from flamingo_jax.evaluation.benchmarks import Benchmark, Binding, Classification, OpenEnded, Result, Settings, captioning, question_answering
 from flamingo_jax.evaluation.examples import Example, Page, page_examples, read_examples, read_pages
 from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.inference.engine import Engine
@@ -82,28 +82,24 @@ def read_suite(records: ReadRecords, config: FlamingoConfig, *, limit: int, few_
 
 def check_suite(suite: Suite, settings: Settings, few_shots: Sequence[int]) -> None:
     """Raises UserError where there are too few examples for a prompt of `run_suite`."""
-    for task in suite.tasks:
-        for benchmark in task.benchmarks.values():
-            benchmark.check(settings)
-    for shots in BINDING_SHOTS:
-        suite.binding.check(dataclasses.replace(settings, shots=shots))
-    for few_shot in suite.few_shot.values():
-        for shots in few_shots:
-            few_shot.check(dataclasses.replace(settings, shots=shots))
+    for asked in _asked(suite, settings, few_shots):
+        for benchmark, how in asked.values():
+            benchmark.check(how)
 
 
 def run_suite(suite: Suite, engine: Engine, settings: Settings, few_shots: Sequence[int]) -> Outcome:
     """Headline figures are zero-shot, with text-only examples before the query; few-shot figures have each of `few_shots`."""
-    headline = {
-        (split, task.figure): benchmark.run(engine, settings) for task in suite.tasks for split, benchmark in task.benchmarks.items()
-    }
-    binding = {shots: suite.binding.run(engine, dataclasses.replace(settings, shots=shots)) for shots in BINDING_SHOTS}
-    few_shot = {
-        (name, shots): benchmark.run(engine, dataclasses.replace(settings, shots=shots))
-        for name, benchmark in suite.few_shot.items()
-        for shots in few_shots
-    }
-    return Outcome(headline, binding, few_shot)
+    return Outcome(*({key: benchmark.run(engine, how) for key, (benchmark, how) in asked.items()} for asked in _asked(suite, settings, few_shots)))
+
+
+def _asked(suite: Suite, settings: Settings, few_shots: Sequence[int]) -> tuple[dict[Any, tuple[Benchmark, Settings]], ...]:
+    """What is run and how, by the keys of an Outcome's three parts."""
+    at = lambda shots: dataclasses.replace(settings, shots=shots)
+    return (
+        {(split, task.figure): (benchmark, settings) for task in suite.tasks for split, benchmark in task.benchmarks.items()},
+        {shots: (suite.binding, at(shots)) for shots in BINDING_SHOTS},
+        {(name, shots): (benchmark, at(shots)) for name, benchmark in suite.few_shot.items() for shots in few_shots},
+    )
 
 
 def direction_right(prediction: str, answers: Sequence[str]) -> float:

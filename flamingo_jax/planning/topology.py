@@ -35,9 +35,10 @@ CHIPS = {
 
 
 class Topology(NamedTuple):
-    """name: as in "v4:2x2x4" or "2*v4:2x2x4"."""
+    """name: as in "v4:2x2x4" or "2*v4:2x2x4". kind: of its chips, as in "v4"."""
 
     name: str
+    kind: str
     chip: Chip
     devices: list[jax.Device]
 
@@ -63,4 +64,4 @@ def open_topology(name: str) -> Topology:
         described = topologies.get_topology_desc(platform="tpu", topology_name=match[2], num_slices=slices, **chip.options)
     except Exception as error:  # noqa: BLE001 - XLA raises what it likes, JaxRuntimeError and RuntimeError among it
         raise UserError(f"--topology={name} is refused by the TPU compiler: {' '.join(str(error).split())}") from error
-    return Topology(name, chip, list(described.devices))
+    return Topology(name, match[3], chip, list(described.devices))
