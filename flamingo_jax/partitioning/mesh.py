@@ -1,6 +1,7 @@
 """The device mesh: `data` (replicas), `fsdp` (parameters sharded, gathered to use), `model` (Megatron)."""
 
 import math
+import os
 from collections.abc import Sequence
 
 import jax
@@ -13,6 +14,20 @@ from flamingo_jax.experiment import Experiment, MeshConfig
 DATA, FSDP, MODEL = AXES = ("data", "fsdp", "model")
 ROWS = (DATA, FSDP)
 """The axes that share a batch's rows."""
+
+
+_CPU_THREADS = "64"
+
+
+def give_cpu_devices_threads() -> None:
+    """Where the host's CPU stands in for several devices, gives XLA threads for all that they may wait in; to be called before the first device is used.
+
+    XLA:CPU starts a program's loops and collectives as soon as their inputs are there, in another order on each device, and each waits for the
+    other devices in a thread of its own. With one thread a device, its default, a step can wait for itself for ever.
+    """
+    several = "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or jax.config.read("jax_num_cpu_devices") > 1
+    if several:
+        os.environ.setdefault("NPROC", _CPU_THREADS)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import os
 import pathlib
 import signal
 import subprocess
@@ -18,6 +17,7 @@ import pytest
 from flamingo_jax.checkpointing import manifest
 from flamingo_jax.checkpointing.checkpoints import Checkpoints, SaveError
 from flamingo_jax.errors import UserError
+from tests.processes import one_device
 
 
 class State(NamedTuple):
@@ -248,7 +248,7 @@ def test_killed_while_it_saves_it_leaves_whole_steps_alone(tmp_path: pathlib.Pat
             stdout=subprocess.PIPE,
             text=True,
             cwd=pathlib.Path(__file__).parents[2],
-            env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+            env=one_device(),
         )
         assert process.stdout is not None
         first = int(process.stdout.readline() or -1)

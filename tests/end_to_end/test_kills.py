@@ -14,6 +14,7 @@ import pytest
 from flamingo_jax.checkpointing import manifest
 from flamingo_jax.errors import EXIT_PREEMPTED
 from flamingo_jax.training.records import read_lines
+from tests.processes import one_device
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS, KILLS = 30, 10
@@ -27,9 +28,8 @@ def start(data: pathlib.Path) -> Start:
     """(workdir, *overrides, stage) -> the training command, running on one device."""
 
     def run(workdir: pathlib.Path, *overrides: str, stage: str = "flamingo") -> "subprocess.Popen[str]":
-        environment = os.environ | {"XLA_FLAGS": ""}
         arguments = [f"--config=tests/end_to_end/small.py:{stage},{data}", f"--workdir={workdir}", *overrides]
-        return subprocess.Popen([sys.executable, "-m", "launch.train", *arguments], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen([sys.executable, "-m", "launch.train", *arguments], cwd=ROOT, env=one_device(), stderr=subprocess.PIPE, text=True)
 
     return run
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.inference.model import load_flamingo
 from flamingo_jax.pytrees import to_flat
 from tests.inference.world import make_loaded
+from tests.processes import one_device
 
 LOADED = make_loaded()
 
@@ -78,7 +78,7 @@ def test_what_does_not_fit_is_refused(tmp_path: pathlib.Path) -> None:
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     root = pathlib.Path(__file__).parents[2]
     return subprocess.run(
-        [sys.executable, "-m", "launch.generate", *arguments], cwd=root, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "launch.generate", *arguments], cwd=root, env=one_device(), capture_output=True, text=True, timeout=300
     )
 
 
