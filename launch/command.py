@@ -24,6 +24,8 @@ from flamingo_jax.experiment import Experiment
 from flamingo_jax.partitioning.mesh import give_cpu_devices_threads
 
 CONFIG = "config"
+_INTERRUPTED = 130
+"""What shells give a command that Ctrl-C ended."""
 _OVERRIDE = re.compile(rf"^--?(?:no)?{CONFIG}\.([^=]*)")
 
 
@@ -64,6 +66,9 @@ def run(main: Callable[..., int | None], verbs: Sequence[str] = ()) -> NoReturn:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr, flush=True)
+        sys.exit(_INTERRUPTED)
     sys.exit(code or 0)
 
 

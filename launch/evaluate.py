@@ -85,7 +85,7 @@ def run_suite(settings: Settings, seconds: dict[str, float], curves: dict[str, A
     """The quickstart's suite for the model and, if there is one, the baseline."""
     records: drawn_world.ReadRecords = lambda name, split, kind: open_records(pathlib.Path(DATA.value) / name, split, kind)
     few_shots = _shots([0, 4, 8, 16, 32])
-    suite = drawn_world.read_suite(records, flamingo_config(MODEL.value), limit=LIMIT.value, few_shot_limit=FEW_SHOT_LIMIT.value)
+    suite = drawn_world.read_suite(records, _config(), limit=LIMIT.value, few_shot_limit=FEW_SHOT_LIMIT.value)
     drawn_world.check_suite(suite, settings, few_shots)
     model, baseline = _load()
     outcome = drawn_world.run_suite(suite, Engine(model, rows=ROWS.value), settings, few_shots)
@@ -140,7 +140,7 @@ def _shots(default: list[int]) -> list[int]:
 
 def run_benchmarks(settings: Settings, seconds: dict[str, float], curves: dict[str, Any], began: float) -> None:
     """Every --benchmark at every number of --shots."""
-    shots, config = _shots([0]), flamingo_config(MODEL.value)
+    shots, config = _shots([0]), _config()
     benchmarks = [make_benchmark(text, config, max(shots)) for text in BENCHMARK.value]
     for place, benchmark in enumerate(benchmarks):
         if benchmark.name in (other.name for other in benchmarks[:place]):
@@ -219,6 +219,13 @@ def _limited(records: Sequence[Any]) -> list[Any]:
 
 def _first(records: Sequence[Any], count: int) -> list[Any]:
     return [records[place] for place in range(min(count, len(records)))]
+
+
+def _config() -> FlamingoConfig:
+    """The model's. The baseline is opened as well, so that a wrong folder is said before any work."""
+    if BASELINE.value:
+        flamingo_config(BASELINE.value)
+    return flamingo_config(MODEL.value)
 
 
 def _load() -> tuple[Loaded, Loaded | None]:

@@ -44,7 +44,8 @@ def main() -> int:
     if workdir.exists() and not workdir.is_dir():
         raise errors.UserError(f"--workdir={workdir} is a file: name a folder for checkpoints and metrics")
     # Until the loop saves on it: there is nothing to save yet, but whoever restarts a run by its exit code must see the same one.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(errors.EXIT_PREEMPTED))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(errors.EXIT_PREEMPTED))
     check_intervals(experiment.training)
     check_batches(experiment, make_mesh(experiment.mesh))
     tokenizer = Tokenizer.load(experiment.tokenizer)

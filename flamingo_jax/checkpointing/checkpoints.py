@@ -7,6 +7,7 @@
 A step counts as saved when its manifest is there. What a killed process leaves has none, is never read, and is removed by the next save.
 """
 
+import contextlib
 import json
 import logging
 import pathlib
@@ -174,7 +175,8 @@ class Checkpoints:
         (step, error), self._failure = self._failure, None
         self._saved.discard(step)
         if self._primary and not (self._path(step) / manifest.NAME).exists():
-            shutil.rmtree(self._path(step), ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self._remove(self._path(step))
         reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
         raise SaveError(f"step {step} could not be saved in {self._folder} ({reason}): mend the storage and start again from the step before") from error
 
@@ -202,7 +204,9 @@ class Checkpoints:
     def _remove(path: pathlib.Path) -> None:
         """In an order in which what a kill leaves is no checkpoint any more, but still known as one of ours."""
         (path / manifest.NAME).unlink(missing_ok=True)
-        shutil.rmtree(path / STATE, ignore_errors=True)
+        for part in path.iterdir():
+            if part.is_dir():
+                shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(path)
 
     # -- finding and checking --

@@ -25,22 +25,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.mark.parametrize(
-    ("benchmarks", "shots", "sentence"),
+    ("benchmarks", "shots", "baseline", "sentence"),
     [
-        (["captioning:a={}/ltip:validation", "classification:a={}/ltip:validation"], "0", "two benchmarks are named 'a'"),
-        (["captioning:a={}/ltip:validation", "captioning:b={}/ltip:validation"], "0,900", "a needs 900 support examples"),
-        (["reading:a={}/ltip"], "0", "with KIND one of captioning"),
-        (["captioning:a={}/ltip:validation"], "x", "must be numbers with commas between them"),
+        (["captioning:a={}/ltip:validation", "classification:a={}/ltip:validation"], "0", "", "two benchmarks are named 'a'"),
+        (["captioning:a={}/ltip:validation", "captioning:b={}/ltip:validation"], "0,900", "", "a needs 900 support examples"),
+        (["reading:a={}/ltip"], "0", "", "with KIND one of captioning"),
+        (["captioning:a={}/ltip:validation"], "x", "", "must be numbers with commas between them"),
+        (["captioning:a={}/ltip:validation"], "0", "{}", "data is no export"),
     ],
 )
 def test_what_cannot_be_run(
-    folder: pathlib.Path, benchmarks: list[str], shots: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+    folder: pathlib.Path, benchmarks: list[str], shots: str, baseline: str, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate = commands.load("evaluate")
     values = {
         "MODEL": f"{folder}/export", "OUTPUT": f"{folder}/out", "BENCHMARK": [b.format(folder / "data") for b in benchmarks], "SHOTS": shots.split(","),
-        "BASELINE": "", "SUITE": None, "TEXT_EXAMPLES": 2, "SELECTION": "random", "SEED": 0, "MAX_TOKENS": 24, "BEAM": 3, "SECONDS": "", "CURVES": [],
-        "LIMIT": 0, "CAPTION_PROMPT": "Output:",
+        "BASELINE": baseline.format(folder / "data"), "SUITE": None, "TEXT_EXAMPLES": 2, "SELECTION": "random", "SEED": 0, "MAX_TOKENS": 24,
+        "BEAM": 3, "SECONDS": "", "CURVES": [], "LIMIT": 0, "CAPTION_PROMPT": "Output:",
     }
     for name, value in values.items():
         monkeypatch.setattr(evaluate, name, commands.flag(value))
