@@ -13,6 +13,7 @@ from flax import nnx
 from flamingo_jax.experiment import LanguageModelConfig, RopeScaling
 from flamingo_jax.models.layers import RMSNorm, fan_in_normal, kept, linear
 from flamingo_jax.models.stream import Parts, as_parts, join, shapes_of, split
+from flamingo_jax.partitioning.constraints import platform
 
 Array = jax.Array
 
@@ -27,8 +28,10 @@ def attend(query: Array, key: Array, value: Array, mask: Array | None = None, ex
       mask: bool, broadcastable to [B, H, L, S]; True where a query may look.
       extra_scores: float32 [B, H, L, S], added to query . key before the scaling by 1 / sqrt(d).
 
-    Returns: [B, L, H, d] in the dtype of `value`.
+    Returns: [B, L, H, d] in the dtype of `value`. On GPUs cuDNN's kernel computes it where it can, without the scores in memory.
     """
+    if extra_scores is None and _fuses(query, key, value):
+        return _fused(query, key, value, mask)
     if (shared := query.shape[2] // key.shape[2]) > 1:
         key, value = jnp.repeat(key, shared, axis=2), jnp.repeat(value, shared, axis=2)
     scores = jnp.einsum("blhd,bshd->bhls", query, key, preferred_element_type=jnp.float32)
@@ -41,6 +44,26 @@ def attend(query: Array, key: Array, value: Array, mask: Array | None = None, ex
     if mask is not None:
         weights = jnp.where(mask, weights, 0.0)
     return jnp.einsum("bhls,bshd->blhd", weights.astype(value.dtype), value)
+
+
+def _fuses(query: Array, key: Array, value: Array) -> bool:
+    """Whether cuDNN takes arrays of these shapes and types, forward and backward, with any mask; an added score it would round to bfloat16."""
+    even = query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0
+    width = query.shape[-1]
+    halves = all(a.dtype in (jnp.bfloat16, jnp.float16) for a in (query, key, value))
+    return platform() == "gpu" and halves and even and width % 8 == 0 and width <= CUDNN_WIDTH
+
+
+CUDNN_WIDTH = 128
+"""The widest heads that cuDNN's kernel takes on every GPU with bfloat16."""
+
+
+def _fused(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+    h = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
+    if mask is None:
+        return h
+    # [B, H, L, S] -> [B, L, H, 1]: the kernel gives a query that sees nothing the mean of all values.
+    return jnp.where(mask.any(-1, keepdims=True).swapaxes(1, 2), h, jnp.zeros((), h.dtype))
 
 
 def causal_mask(segments: Array) -> Array:

@@ -21,6 +21,12 @@ def shards(axes: Axis) -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
+def platform() -> str:
+    """"cpu", "gpu" or "tpu": of the mesh's devices, or the default ones without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty or mesh.abstract_device is None else mesh.abstract_device.platform
+
+
 def row_shards() -> int:
     """How many devices, or groups of devices along `model`, share a batch's rows; 1 without a mesh."""
     return shards(ROWS)

@@ -180,3 +180,33 @@ def test_the_open_families_attention_equals_its_equation(family: str) -> None:
     first, cache = module(jnp.asarray(x[:, :4], jnp.float32), places[:, :4], None, attention.Cache(empty, empty))
     second, _ = module(jnp.asarray(x[:, 4:], jnp.float32), places[:, 4:], None, cache)
     np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, atol=2e-5)
+
+
+@pytest.mark.parametrize("keys", [2, 6])
+def test_the_fused_form_is_the_same_function(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With XLA's form of the call in the place of cuDNN's, which wants a GPU: heads that share keys, a query that sees nothing, the gradient."""
+    draw = np.random.default_rng(0)
+    query, key, value = (
+        jnp.asarray(draw.normal(size=(2, length, heads, 8)), jnp.bfloat16) for length, heads in ((4, 6), (10, keys), (10, keys))
+    )
+    mask = jnp.asarray(draw.random((2, 1, 4, 10)) < 0.5).at[1, :, 2].set(False)
+
+    def total(*arrays: jax.Array) -> jax.Array:
+        return jnp.square(attention.attend(*arrays, mask).astype(jnp.float32)).sum()
+
+    values_and_gradients = lambda: [
+        np.asarray(a, np.float32) for a in (attention.attend(query, key, value, mask), *jax.grad(total, (0, 1, 2))(query, key, value))
+    ]
+    plain = values_and_gradients()
+    calls: list[str] = []
+    fused = jax.nn.dot_product_attention
+
+    def call(*arrays: jax.Array, implementation: str, **rest: object) -> jax.Array:
+        calls.append(implementation)
+        return fused(*arrays, implementation="xla", **rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(attention, "platform", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", call)
+    for found, expected in zip(values_and_gradients(), plain, strict=True):
+        np.testing.assert_allclose(found, expected, atol=0.03 * np.abs(expected).max())
+    assert set(calls) == {"cudnn"} and not np.asarray(attention.attend(query, key, value, mask)[1, 2]).any()
