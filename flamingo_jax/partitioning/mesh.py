@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
@@ -25,8 +26,8 @@ def give_cpu_devices_threads() -> None:
     XLA:CPU starts a program's loops and collectives as soon as their inputs are there, in another order on each device, and each waits for the
     other devices in a thread of its own. With one thread a device, its default, a step can wait for itself for ever.
     """
-    several = "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or jax.config.read("jax_num_cpu_devices") > 1
-    if several:
+    config: Any = jax.config
+    if "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or config.jax_num_cpu_devices > 1:
         os.environ.setdefault("NPROC", _CPU_THREADS)
 
 
