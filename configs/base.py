@@ -100,7 +100,7 @@ def flamingo(
         held_out=held_out(data),
         optimizer=OptimizerConfig(),
         mesh=mesh or MeshConfig(),
-        training=TrainingConfig(mixing="stream", remat="products", frames_at_once=16),
+        training=TrainingConfig(mixing="stream", remat="products", frames_at_once=88),
         vision_encoder_from=f"{EXPORTS}/contrastive_nfnet_f6",
         language_model_from=f"{EXPORTS}/{lm_export}",
     )

@@ -12,8 +12,8 @@ from flax import nnx
 
 from flamingo_jax.experiment import LanguageModelConfig, RopeScaling
 from flamingo_jax.models.layers import RMSNorm, fan_in_normal, kept, linear
-from flamingo_jax.models.stream import Parts, as_parts, join, shapes_of, split
-from flamingo_jax.partitioning.constraints import platform
+from flamingo_jax.models.stream import Parts, as_parts, block_length, block_segments, join, shapes_of, split
+from flamingo_jax.partitioning.constraints import in_order, platform
 
 Array = jax.Array
 
@@ -36,7 +36,7 @@ def attend(query: Array, key: Array, value: Array, mask: Array | None = None, ex
         key, value = jnp.repeat(key, shared, axis=2), jnp.repeat(value, shared, axis=2)
     scores = jnp.einsum("blhd,bshd->bhls", query, key, preferred_element_type=jnp.float32)
     if extra_scores is not None:
-        scores = scores + extra_scores
+        scores = in_order(scores + extra_scores)
     scores = scores * (query.shape[-1] ** -0.5)
     if mask is not None:
         scores = jnp.where(mask, scores, MASKED)
@@ -171,15 +171,23 @@ class SelfAttention(nnx.Module):
             query, key = rotate(query, places, frequencies), rotate(key, places, frequencies)
         if cache is None:
             assert segments is not None
-            parts = as_parts(segments)
-            rows = zip(*(split(a, shapes_of(parts)) for a in (query, key, value)), parts, strict=True)
-            return linear(join([self._mix(q, k, v, causal_mask(part)) for q, k, v, part in rows]), self.out[...], 2), None
+            return linear(self._mix_rows(query, key, value, as_parts(segments)), self.out[...], 2), None
         places = join(as_parts(positions))
         row = jnp.arange(x.shape[0])[:, None]
         key = cache.key.at[row, places].set(key.astype(cache.key.dtype), mode="drop")
         value = cache.value.at[row, places].set(value.astype(cache.value.dtype), mode="drop")
         h = self._mix(query, key, value, (jnp.arange(key.shape[1]) <= places[:, :, None])[:, None], places)
         return linear(h, self.out[...], 2), Cache(key, value)
+
+    def _mix_rows(self, query: Array, key: Array, value: Array, segments: Parts) -> Array:
+        """Each row within itself: [B, L, H, d], or [S, T, H, d] for the rows of several datasets."""
+        if length := block_length(shapes_of(segments)):
+            # In one product, and nothing is taken apart and put together again.
+            blocks = lambda a: a.reshape(-1, length, *a.shape[2:])
+            mask = causal_mask(blocks(block_segments(segments)))
+            return self._mix(blocks(query), blocks(key), blocks(value), mask).reshape(query.shape)
+        rows = zip(*(split(a, shapes_of(segments)) for a in (query, key, value)), segments, strict=True)
+        return join([self._mix(q, k, v, causal_mask(part)) for q, k, v, part in rows])
 
     def _mix(self, query: Array, key: Array, value: Array, mask: Array, cached_positions: Array | None = None) -> Array:
         """[B, L, H, d], [B, S, K, d] twice, the positions of the queries where keys are a cache's -> [B, L, H, d]."""

@@ -1,5 +1,7 @@
 """The visual language model: frozen encoder and language model, and the trained parts between them (paper figure 3)."""
 
+import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ from flamingo_jax.models.language_model import LanguageModel
 from flamingo_jax.models.layers import fan_in_normal, linear, rematerialised, stack
 from flamingo_jax.models.perceiver import PerceiverResampler
 from flamingo_jax.models.stream import Parts, join, shapes_of, split
-from flamingo_jax.models.vision import vision_encoder
+from flamingo_jax.models.vision import VisionEncoder, vision_encoder
 from flamingo_jax.partitioning.constraints import constrain, everywhere, gathered, residual, row_shards, shards
 from flamingo_jax.partitioning.mesh import MODEL, ROWS
 from flamingo_jax.processing.normalise import normalise
@@ -31,6 +33,13 @@ class Rows(NamedTuple):
     segments: Array
     media_index: Array
     visuals: Array | None
+
+
+def merge_alike(rows: Sequence[Rows]) -> list[Rows]:
+    """Neighbours in the stream whose rows have as many tokens and visuals become one: the same stream in fewer, larger parts."""
+    shape = lambda r: (r.tokens.shape[1], None if r.visuals is None else r.visuals.shape[1])
+    together = lambda *arrays: join(arrays).reshape(-1, *arrays[0].shape[1:])
+    return [jax.tree.map(together, *group) for group in (list(found) for _, found in itertools.groupby(rows, shape))]
 
 
 class GatedBlocks(nnx.Module):
@@ -79,11 +88,12 @@ class Flamingo(nnx.Module):
         count = frames.shape[1]
         steps, padded = self._rounds(count)
         x = jnp.pad(frames, ((0, 0), (0, padded - count), *[(0, 0)] * 3)) if padded > count else frames
+        encode = functools.partial(self._encode, self.vision_encoder.prepared(self.dtype))
         if steps == 1:
-            features = self._encode(x)
+            features = encode(x)
         else:
             rounds = x.reshape(groups, steps, -1, *x.shape[2:]).swapaxes(0, 1)
-            features = jax.lax.map(self._encode, rounds).swapaxes(0, 1)
+            features = jax.lax.map(encode, rounds).swapaxes(0, 1)
             features = features.reshape(groups, padded, *features.shape[3:])
         features = constrain(features[:, :count], ROWS)
         if len(images) == 1:
@@ -97,11 +107,11 @@ class Flamingo(nnx.Module):
         each = math.ceil(math.ceil(count / steps) / devices) * devices
         return steps, steps * each
 
-    def _encode(self, frames: Array) -> Array:
+    def _encode(self, encoder: VisionEncoder, frames: Array) -> Array:
         """uint8 [G, F, H, W, 3] -> [G, F, S, C], data-parallel over all devices."""
         vision = self.config.vision
         x = normalise(everywhere(frames.reshape(-1, *frames.shape[2:])), vision.mean, vision.std, self.dtype)
-        features = everywhere(self.vision_encoder(x))
+        features = everywhere(encoder(x))
         return features.reshape(*frames.shape[:2], -1, features.shape[-1])
 
     def resample(self, features: Array, frame_mask: Array) -> Array:
@@ -140,7 +150,7 @@ class Flamingo(nnx.Module):
           visual_tokens: [M, R, D]; of a stream [S, V, R, D], all of a group's visuals, dataset after dataset; or None.
           gathered_visuals: int32 [B, N], places in M; None: each row owns its N visuals, in order.
         """
-        masks = None
+        rows, masks = merge_alike(rows), None
         if visual_tokens is not None:
             masks = [self._media_mask(r, visual_tokens.shape[-2]) for r in rows]
         positions, segments = [r.positions for r in rows], [r.segments for r in rows]

@@ -8,7 +8,7 @@ from flax import nnx
 
 from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.models.attention import attend
-from flamingo_jax.models.layers import FeedForward, LayerNorm, fan_in_normal, kept, linear
+from flamingo_jax.models.layers import FeedForward, LayerNorm, fan_in_normal, gated_linear, kept, linear
 from flamingo_jax.models.stream import Parts, as_parts, join, split
 from flamingo_jax.partitioning.constraints import gathered, residual
 
@@ -69,7 +69,7 @@ class GatedCrossAttentionBlock(nnx.Module):
     def project_visuals(self, visual_tokens: Array) -> Media:
         """[M, R, D] -> keys and values, once per visual however many rows look at it."""
         x = self.media_norm(visual_tokens)
-        return Media(kept(linear(x, self.key[...])), kept(linear(x, self.value[...])))
+        return Media(linear(x, self.key[...]), linear(x, self.value[...]))
 
     def attend(self, y: Array, media: Media | None, visuals: Array | None, mask: Array | Parts | None) -> Array:
         """y [B, L, D], mask from `media_mask` -> [B, L, D].
@@ -90,5 +90,5 @@ class GatedCrossAttentionBlock(nnx.Module):
             flat = lambda m, q: m.reshape(q.shape[0], -1, *m.shape[-2:])
             looks = lambda q, k, v, m: attend(q, flat(k, q), flat(v, q), m) if m.shape[-1] else jnp.zeros_like(q)
             h = join([looks(*part) for part in zip(queries, keys, values, masks, strict=True)])
-            y = kept(residual(y + jnp.tanh(self.attention_gate[...]).astype(y.dtype) * linear(h, self.out[...], 2)))
-        return residual(y + jnp.tanh(self.dense_gate[...]).astype(y.dtype) * self.feed_forward(gathered(self.dense_norm(y))))
+            y = kept(residual(y + gated_linear(h, self.out[...], jnp.tanh(self.attention_gate[...]), 2)))
+        return residual(y + self.feed_forward(gathered(self.dense_norm(y)), jnp.tanh(self.dense_gate[...])))

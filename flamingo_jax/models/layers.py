@@ -1,5 +1,6 @@
 """The small parts that all models share. Modules compute in the dtype of their activations and cast weights at use."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+
+from flamingo_jax.partitioning.constraints import platform
 
 Array = jax.Array
 
@@ -23,11 +26,32 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 def linear(x: Array, w: Array, contract: int = 1) -> Array:
     """Contracts the last `contract` axes of `x` with the first of `w`: the only place where a weight meets an activation."""
-    inner = math.prod(w.shape[:contract])
+    if platform() != "cpu":
+        # TPUs tile the last two axes: those that are no multiple of 8 (164 keys of a picture) would be copied to become one row axis.
+        return jnp.tensordot(x, w.astype(x.dtype), contract)
     # As one matrix product: XLA's CPU backend is twice as slow at the gradient of a product over several row axes.
+    inner = math.prod(w.shape[:contract])
     product = x.reshape(-1, inner) @ w.astype(x.dtype).reshape(inner, -1)
     return product.reshape(*x.shape[: x.ndim - contract], *w.shape[contract:])
 
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def gated_linear(x: Array, w: Array, gate: Array, contract: int = 1) -> Array:
+    """gate * linear(x, w) for a scalar gate. The gate's gradient <dy, x w> is taken as <x^T dy, w>: the product is neither kept for it nor computed again."""
+    return gate.astype(x.dtype) * linear(x, w, contract)
+
+
+def _gated_forward(x: Array, w: Array, gate: Array, contract: int) -> tuple[Array, tuple[Array, Array, Array]]:
+    return gated_linear(x, w, gate, contract), (x, w, gate)
+
+
+def _gated_backward(contract: int, given: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array, Array]:
+    x, w, gate = given
+    dx, dw = jax.vjp(lambda x, w: linear(x, w, contract), x, w)[1](dy)
+    return gate.astype(dx.dtype) * dx, gate.astype(dw.dtype) * dw, jnp.vdot(dw.astype(jnp.float32), w.astype(jnp.float32)).astype(gate.dtype)
+
+
+gated_linear.defvjp(_gated_forward, _gated_backward)
 
 KEPT = "kept"
 """Name of what `rematerialised` keeps."""
@@ -93,13 +117,14 @@ class FeedForward(nnx.Module):
         self.down_bias = nnx.Param(jnp.zeros((width,))) if bias else None
         self.activation = activation
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, gate: Array | None = None) -> Array:
+        """[..., D] -> [..., D], all of it times a scalar gate where there is one."""
         h = kept(linear(x, self.up[...]))
         if self.up_bias is not None:
             h = h + self.up_bias[...].astype(h.dtype)
         activate = ACTIVATIONS[self.activation]
         h = activate(h) if self.gate is None else activate(kept(linear(x, self.gate[...]))) * h
-        h = linear(h, self.down[...])
+        h = linear(h, self.down[...]) if gate is None else gated_linear(h, self.down[...], gate)
         if self.down_bias is not None:
             h = h + self.down_bias[...].astype(h.dtype)
         return h

@@ -62,16 +62,24 @@ class WSConv(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, size: int, *, stride: int = 1, groups: int = 1, rngs: nnx.Rngs):
         self.stride, self.groups = stride, groups
+        self.ready = False
         fan_in = size * size * inputs // groups
         self.weight = nnx.Param(jax.random.normal(rngs.params(), (size, size, inputs // groups, outputs)) / math.sqrt(fan_in))
         self.gain = nnx.Param(jnp.ones((outputs,)))
         self.bias = nnx.Param(jnp.zeros((outputs,)))
 
-    def __call__(self, x: Array) -> Array:
+    def standardised(self, dtype: jnp.dtype) -> Array:
+        """The weights that convolve, [..., size, size, inputs / groups, outputs], as a stack of layers has them too."""
+        if self.ready:
+            return self.weight[...]
         w = self.weight[...].astype(jnp.float32)
-        mean, variance = w.mean((0, 1, 2)), w.var((0, 1, 2))
-        scale = self.gain[...].astype(jnp.float32) * jax.lax.rsqrt(jnp.maximum(variance * math.prod(w.shape[:3]), 1e-4))
-        w = ((w - mean) * scale).astype(x.dtype)
+        filters = (-4, -3, -2)
+        mean, variance = w.mean(filters, keepdims=True), w.var(filters, keepdims=True)
+        gain = jnp.expand_dims(self.gain[...].astype(jnp.float32), filters)
+        return ((w - mean) * (gain * jax.lax.rsqrt(jnp.maximum(variance * math.prod(w.shape[-4:-1]), 1e-4)))).astype(dtype)
+
+    def __call__(self, x: Array) -> Array:
+        w = self.standardised(x.dtype)
         if w.shape[:2] == (1, 1) and self.stride == 1:
             # As a product: five times faster than a 1x1 convolution on CPU.
             x = linear(x, w[0, 0])
@@ -180,3 +188,12 @@ class NFNet(nnx.Module):
             deviation = math.sqrt(1 + ALPHA**2 * stage.depth)
             done += stage.depth
         return activation(self.final(x))
+
+    def prepared(self, dtype: jnp.dtype) -> "NFNet":
+        """The same function of pictures of this dtype with every weight standardised, once for however many batches."""
+        copy = nnx.merge(*nnx.split(self))
+        for _, module in nnx.iter_modules(copy):
+            if isinstance(module, WSConv):
+                module.weight = nnx.Param(module.standardised(dtype))
+                module.ready = True
+        return copy

@@ -36,6 +36,30 @@ def split(stream: Array, shapes: Sequence[tuple[int, int]]) -> list[Array]:
     return found
 
 
+def block_length(shapes: Sequence[tuple[int, int]]) -> int | None:
+    """The length of equal blocks into which the stream of rows (B_p, L_p) can be cut with no row across two of them: that of the longest row.
+
+    None for a single part, where rows do not lie so, or where attention within blocks rather than rows would compute more than twice as much.
+    """
+    shards, longest = row_shards(), max(length for _, length in shapes)
+    counts = [rows * length // shards for rows, length in shapes]
+    starts = [sum(counts[:place]) for place in range(len(counts))]
+    aligned = sum(counts) % longest == 0 and all(longest % length == 0 and start % length == 0 for start, (_, length) in zip(starts, shapes, strict=True))
+    needed = sum(count * length for count, (_, length) in zip(counts, shapes, strict=True))
+    return longest if len(shapes) > 1 and aligned and sum(counts) * longest <= 2 * needed else None
+
+
+def block_segments(segments: Parts) -> Array:
+    """[B_p, L_p] segment numbers of every part -> [S, T] numbers that no two rows of a group share; padding stays 0."""
+    found, first = [], 0
+    for part in segments:
+        rows, length = part.shape[0] // row_shards(), part.shape[1]
+        row = first + jnp.arange(part.shape[0])[:, None] % rows
+        found.append(jnp.where(part > 0, row * (length + 1) + part, 0))
+        first += rows * (length + 1)
+    return join(found)
+
+
 def as_parts(rows: Array | Parts) -> Parts:
     """One dataset's array as the parts of a stream."""
     return rows if isinstance(rows, tuple | list) else (rows,)

@@ -6,7 +6,9 @@ from flamingo_jax.experiment import VisionConfig
 from flamingo_jax.models.nfnet import NFNet
 from flamingo_jax.models.vit import ViT
 
+VisionEncoder = NFNet | ViT
 
-def vision_encoder(config: VisionConfig, *, rngs: nnx.Rngs) -> NFNet | ViT:
+
+def vision_encoder(config: VisionConfig, *, rngs: nnx.Rngs) -> VisionEncoder:
     """Both map normalised pictures [M, H, W, 3] to grid features [M, h, w, C], C being their `width`."""
     return NFNet(config, rngs=rngs) if config.vit is None else ViT(config, rngs=rngs)

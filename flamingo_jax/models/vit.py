@@ -67,6 +67,10 @@ class ViT(nnx.Module):
             x = self.last_norm(x)
         return x.reshape(pictures, rows, columns, self.width)
 
+    def prepared(self, dtype: jnp.dtype) -> "ViT":
+        """Itself: nothing of it is worth computing once for many batches."""
+        return self
+
     def _positions(self, rows: int, columns: int) -> Array:
         table = self.position_embedding[...]
         return table if table.shape[:2] == (rows, columns) else jax.image.resize(table, (rows, columns, self.width), "bicubic")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flamingo_jax.models.layers import ACTIVATIONS, FeedForward, LayerNorm, RMSNorm, fan_in_normal, linear, scan_layers, stack
+from flamingo_jax.models import layers
+from flamingo_jax.models.layers import ACTIVATIONS, FeedForward, LayerNorm, RMSNorm, fan_in_normal, gated_linear, linear, scan_layers, stack
 from flamingo_jax.pytrees import to_flat
 from tests.models.filling import filled
 
@@ -24,10 +25,25 @@ X = RNG.standard_normal((2, 3, 8)) * 3 + 1
     ((4, 2), (4, 2, 5, 3), 2, "hd,hdop->op"),
     ((8,), (8, 5), 1, "i,io->o"),
 ])
-def test_linear(shape: tuple[int, ...], weight: tuple[int, ...], contract: int, equation: str) -> None:
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_linear(
+    shape: tuple[int, ...], weight: tuple[int, ...], contract: int, equation: str, platform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "platform", lambda: platform)
     x, w = RNG.standard_normal(shape), RNG.standard_normal(weight)
     out = linear(jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32), contract)
     np.testing.assert_allclose(out, np.einsum(equation, x, w), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gate", [0.0, -0.6])
+def test_a_gates_gradient_is_that_of_the_gated_product(gate: float) -> None:
+    x, w = jnp.asarray(RNG.standard_normal((3, 4, 2)), jnp.float32), jnp.asarray(RNG.standard_normal((4, 2, 5)), jnp.float32)
+    total = lambda x, w, gate: jnp.sin(gated_linear(x, w, jnp.tanh(gate), 2)).sum()
+    plain = lambda x, w, gate: jnp.sin(jnp.tanh(gate) * linear(x, w, 2)).sum()
+    given = (x, w, jnp.float32(gate))
+    np.testing.assert_array_equal(total(*given), plain(*given))
+    for found, expected in zip(jax.grad(total, (0, 1, 2))(*given), jax.grad(plain, (0, 1, 2))(*given), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_weight_is_cast_to_its_activation() -> None:

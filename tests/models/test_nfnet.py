@@ -191,6 +191,14 @@ def test_how_often_blocks_are_dropped(small: NFNet, monkeypatch: pytest.MonkeyPa
     np.testing.assert_allclose(dropped, 0.1 * np.arange(5), atol=0.03)
 
 
+def test_prepared_it_is_the_same_function(small: NFNet) -> None:
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 3)), jnp.float32)
+    prepared = small.prepared(jnp.dtype(jnp.float32))
+    np.testing.assert_allclose(prepared(images), small(images), rtol=1e-5, atol=1e-6)
+    again = prepared.prepared(jnp.dtype(jnp.float32))
+    np.testing.assert_array_equal(again(images), prepared(images))
+
+
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(UserError, match=r"'F9'.*F0, F1.*tiny"):
         NFNet(dataclasses.replace(TINY, variant="F9"), rngs=nnx.Rngs(0))

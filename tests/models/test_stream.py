@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from flamingo_jax.experiment import MeshConfig
-from flamingo_jax.models.stream import join, shapes_of, split
+from flamingo_jax.experiment import LanguageModelConfig, MeshConfig
+from flamingo_jax.models import attention
+from flamingo_jax.models.flamingo import Rows, merge_alike
+from flamingo_jax.models.stream import block_length, join, shapes_of, split
 from flamingo_jax.partitioning.constraints import constrain, residual, row_shards
 from flamingo_jax.partitioning.mesh import ROWS, batch_sharding, make_mesh
 
@@ -42,3 +45,59 @@ def test_axes_that_do_not_divide_are_left_whole() -> None:
     with jax.set_mesh(mesh):
         x = jax.jit(lambda x: constrain(x, ROWS, "model"))(jnp.zeros((4, 6)))
         assert x.sharding.shard_shape(x.shape) == (2, 6)
+
+
+@pytest.mark.parametrize(("shapes", "length"), [
+    ([(16, 256), (32, 32), (32, 64), (4, 64)], 256),
+    ([(8, 64)], None),
+    ([(8, 64), (8, 48)], None),
+    ([(8, 64), (7, 32)], None),
+    ([(1, 64), (64, 2)], None),
+    ([(2, 2), (1, 64), (31, 2)], None),
+])
+def test_when_a_stream_is_cut_into_equal_blocks(shapes: list[tuple[int, int]], length: int | None) -> None:
+    """Not: a single part, a length that does not divide the longest, a rest, short rows for the most part, and a row across two blocks."""
+    assert block_length(shapes) == length
+
+
+@pytest.mark.parametrize("positions", ["transformer_xl", "rotary"])
+@pytest.mark.parametrize("data", [1, 2])
+def test_attention_by_blocks_is_attention_by_rows(positions: str, data: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LanguageModelConfig(width=8, heads=2, head_width=4, positions=positions)
+    module = attention.SelfAttention(config, out_scale=1.0, rngs=nnx.Rngs(0))
+    draw = np.random.default_rng(0)
+    shapes = [(4, 8), (8, 4), (4, 4), (8, 2)]
+    segments = [np.sort(draw.integers(1, 3, shape), axis=1) for shape in shapes]
+    segments[0][1, 5:] = segments[2][0, 3:] = segments[3][5] = 0
+    places = [np.broadcast_to(np.arange(length), (rows, length)) for rows, length in shapes]
+    mesh = make_mesh(MeshConfig(data, 1, 1), jax.devices()[:data])
+    with jax.set_mesh(mesh):
+        x = jnp.asarray(draw.normal(size=(data, 96 // data, 8)), jnp.float32)
+        taken = []
+
+        def run(x: jax.Array, segments: list[jax.Array]) -> jax.Array:
+            monkeypatch.setattr(attention, "block_length", lambda shapes: taken.append(by_blocks and block_length(shapes)) or taken[-1])
+            return module(x, [jnp.asarray(p) for p in places], segments, None)[0]
+
+        for by_blocks in (True, False):
+            value, gradient = jax.value_and_grad(lambda x: jnp.square(run(x, [jnp.asarray(s) for s in segments])).sum())(x)
+            if by_blocks:
+                expected = value, gradient
+    assert taken == [8, False]
+    np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(gradient, expected[1], atol=1e-5)
+
+
+def test_neighbours_of_one_shape_become_one_part_of_the_same_stream() -> None:
+    with jax.set_mesh(make_mesh(MeshConfig(2, 1, 1), jax.devices()[:2])):
+        draw = np.random.default_rng(0)
+        rows = [
+            Rows(*(jnp.asarray(draw.integers(0, 9, (count, length))) for _ in range(4)), jnp.asarray(draw.integers(0, 9, (count, visuals))))
+            for count, length, visuals in ((2, 8, 3), (4, 4, 1), (6, 4, 1), (2, 4, 2))
+        ]
+        merged = merge_alike(rows)
+        assert [r.tokens.shape for r in merged] == [(2, 8), (10, 4), (2, 4)]
+        for before, after in zip(zip(*rows, strict=True), zip(*merged, strict=True), strict=True):
+            np.testing.assert_array_equal(join(before), join(after))
+        texts = merge_alike([r._replace(visuals=None) for r in rows])
+        assert [r.tokens.shape for r in texts] == [(2, 8), (12, 4)] and texts[1].visuals is None
