@@ -13,7 +13,7 @@ from flax import nnx
 from flamingo_jax.experiment import LanguageModelConfig, RopeScaling
 from flamingo_jax.models.layers import RMSNorm, fan_in_normal, kept, linear
 from flamingo_jax.models.stream import Parts, as_parts, block_length, block_segments, join, shapes_of, split
-from flamingo_jax.partitioning.constraints import in_order, platform
+from flamingo_jax.partitioning.constraints import heads_first, platform
 
 Array = jax.Array
 
@@ -36,7 +36,7 @@ def attend(query: Array, key: Array, value: Array, mask: Array | None = None, ex
         key, value = jnp.repeat(key, shared, axis=2), jnp.repeat(value, shared, axis=2)
     scores = jnp.einsum("blhd,bshd->bhls", query, key, preferred_element_type=jnp.float32)
     if extra_scores is not None:
-        scores = in_order(scores + extra_scores)
+        scores = heads_first(scores + extra_scores)
     scores = scores * (query.shape[-1] ** -0.5)
     if mask is not None:
         scores = jnp.where(mask, scores, MASKED)
@@ -101,10 +101,9 @@ def sinusoids(count: int, width: int) -> Array:
 
 
 def shift_distances(scores: Array) -> Array:
-    """[..., L, L] scores by descending distance (column t is distance L-1-t) -> column j is distance i - j; j > i holds rubbish."""
+    """[..., L, L + 1] scores by descending distance (column t is distance L - t) -> [..., L, L], column j being distance i - j; j > i holds rubbish."""
     *lead, length, _ = scores.shape
-    padded = jnp.pad(scores, [(0, 0)] * len(lead) + [(0, 0), (1, 0)])
-    return padded.reshape(*lead, length + 1, length)[..., 1:, :].reshape(scores.shape)
+    return scores.reshape(*lead, length + 1, length)[..., 1:, :]
 
 
 class Cache(NamedTuple):
@@ -199,10 +198,11 @@ class SelfAttention(nnx.Module):
     def _position_scores(self, query: Array, positions: Array | None, keys: int) -> Array:
         """(q_i + v) . W r_(i-j), the position part of Transformer-XL's score: float32 [B, H, L, S]. Without positions, query i stands at i."""
         query = query + self.position_bias[...].astype(query.dtype)
-        codes = linear(sinusoids(keys, self.position.shape[0]).astype(query.dtype), self.position[...])
+        count = keys + 1 if positions is None else keys
+        codes = linear(sinusoids(count, self.position.shape[0]).astype(query.dtype), self.position[...])
         if positions is None:
             scores = jnp.einsum("blhd,shd->bhls", query, codes[::-1], preferred_element_type=jnp.float32)
-            return shift_distances(scores)
+            return shift_distances(heads_first(scores))
         scores = jnp.einsum("blhd,shd->bhls", query, codes, preferred_element_type=jnp.float32)
         distance = jnp.clip(positions[:, :, None] - jnp.arange(keys), 0, keys - 1)
         return jnp.take_along_axis(scores, distance[:, None], axis=-1)

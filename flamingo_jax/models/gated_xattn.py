@@ -69,7 +69,8 @@ class GatedCrossAttentionBlock(nnx.Module):
     def project_visuals(self, visual_tokens: Array) -> Media:
         """[M, R, D] -> keys and values, once per visual however many rows look at it."""
         x = self.media_norm(visual_tokens)
-        return Media(linear(x, self.key[...]), linear(x, self.value[...]))
+        # One of the two: both together are the most memory for the least that is computed again.
+        return Media(kept(linear(x, self.key[...])), linear(x, self.value[...]))
 
     def attend(self, y: Array, media: Media | None, visuals: Array | None, mask: Array | Parts | None) -> Array:
         """y [B, L, D], mask from `media_mask` -> [B, L, D].

@@ -47,7 +47,8 @@ def _gated_forward(x: Array, w: Array, gate: Array, contract: int) -> tuple[Arra
 
 def _gated_backward(contract: int, given: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array, Array]:
     x, w, gate = given
-    dx, dw = jax.vjp(lambda x, w: linear(x, w, contract), x, w)[1](dy)
+    (dx,) = jax.linear_transpose(lambda x: linear(x, w, contract), x)(dy)
+    (dw,) = jax.linear_transpose(lambda w: linear(x, w, contract), w)(dy)
     return gate.astype(dx.dtype) * dx, gate.astype(dw.dtype) * dw, jnp.vdot(dw.astype(jnp.float32), w.astype(jnp.float32)).astype(gate.dtype)
 
 

@@ -42,14 +42,22 @@ def constrain(x: Array, *axes: Axis) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
-def in_order(x: Array) -> Array:
-    """On TPUs, `x` in memory with its last axis as the fastest: left to itself the compiler turns some arrays round, and copies them back for what follows."""
-    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim)))) if platform() == "tpu" else x
+def _in_memory(x: Array, order: tuple[int, ...]) -> Array:
+    """On TPUs, `x` with its axes in this order in memory, the last the fastest. The compiler's own choice is another at times, with copies around it.
+
+    Not where `model` shards: what lies over several axes the compiler would first gather whole on every device.
+    """
+    return with_layout_constraint(x, Layout(major_to_minor=order)) if platform() == "tpu" and shards(MODEL) == 1 else x
+
+
+def heads_first(scores: Array) -> Array:
+    """Attention's scores [B, H, L, S], as the products with the heads' weights leave queries and keys: no copy brings rows before heads."""
+    return _in_memory(scores, (1, 0, 2, 3))
 
 
 def residual(x: Array) -> Array:
     """The residual stream [B, L, D] between blocks: rows over data and fsdp, the sequence over model."""
-    return in_order(constrain(x, ROWS, MODEL))
+    return _in_memory(constrain(x, ROWS, MODEL), (0, 1, 2))
 
 
 def gathered(x: Array) -> Array:

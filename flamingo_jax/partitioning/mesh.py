@@ -53,12 +53,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         raise UserError(f"config.mesh {wanted} does not fit {count} devices: {hint}")
     shape = tuple(count // fixed if size == -1 else size for size in sizes)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
-    if shape[0] % slices:
+    if slices > 1 and shape[0] % slices:
         raise UserError(f"config.mesh.data is {shape[0]}, but the {count} devices are {slices} slices, which `data` joins: make it a multiple of {slices}")
-    within = (shape[0] // slices, *shape[1:])
-    array = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+    # Split where it must be: of a torus of 8 x 12 x 16 no axes together have 32.
+    if slices == 1:
+        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        array = mesh_utils.create_hybrid_device_mesh((shape[0] // slices, *shape[1:]), (slices, 1, 1), devices, allow_split_physical_axes=True)
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

@@ -60,6 +60,8 @@ def open_topology(name: str) -> Topology:
     slices, chip = int(match[1] or 1), CHIPS[match[3]]
     # Or libtpu asks a metadata server that only a TPU machine has, and waits for it.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Plans may run side by side: none of them holds a chip.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=match[2], num_slices=slices, **chip.options)
     except Exception as error:  # noqa: BLE001 - XLA raises what it likes, JaxRuntimeError and RuntimeError among it

@@ -68,7 +68,8 @@ def test_a_language_model_is_its_gradients_products(tied: bool) -> None:
     work = work_in([batch])
     assert work == Work(rows * length)
     assert step_cost(experiment) == Cost(6 * (layers * (4 * width * width + 2 * width * 48) + 40 * width))
-    attention = 3 * layers * 3 * 2 * rows * length**2 * width + layers * 4 * length * width * width
+    scores = length * (3 * length + 1)  # queries by keys, by distances from 0 to length, and weights by values
+    attention = 3 * layers * 2 * rows * scores * width + layers * 4 * (length + 1) * width * width
     assert gradient_flops(experiment, batch) == step_cost(experiment).of(work) + attention
 
 
