@@ -119,7 +119,7 @@ class FeedForward(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: Array, gate: Array | None = None) -> Array:
-        """[..., D] -> [..., D], all of it times a scalar gate where there is one."""
+        """[..., D] -> [..., D]; a scalar gate, where there is one, multiplies the last product, and not its bias."""
         h = kept(linear(x, self.up[...]))
         if self.up_bias is not None:
             h = h + self.up_bias[...].astype(h.dtype)
