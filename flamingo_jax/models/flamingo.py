@@ -230,41 +230,41 @@ class Flamingo(nnx.Module):
         return self._logits(x), cache
 
     def _groups(self, x: Array, cache: Any, block: Any, layer: Any, block_inputs: Any) -> tuple[Array, Any]:
-        """Scans over groups of one gated block and `every` language model layers, of which the last group may lack some.
+        """Scans over groups of one gated block and `every` language model layers, then the rest: a block and the layers that are left.
 
         The language model stays one flat stack that each step indexes, since the depth need not be a multiple of `every`
-        (the 80B model's 80 layers are 11 groups of 7 and one of 3) and slicing a frozen stack would copy it.
+        (the 80B model's 80 layers are 11 groups of 7 and one of 3) and slicing a frozen stack would copy it. The rest has code of its own:
+        a condition in the loop would keep the largest arrays of both its branches, and its weights, in memory.
         """
         blocks_graph, blocks = nnx.split(self.gated_xattn.layers)
         layers_graph, layers = nnx.split(self.language_model.layers)
-        depth, every = self.config.language_model.layers, self.config.every
+        every = self.config.every
+        groups, rest = divmod(self.config.language_model.layers, every)
 
         take = lambda tree, index: jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, 0, keepdims=False), tree)
         # The weights of a layer are taken within, or a copy of all of them would be saved for the gradient.
         run_layer = rematerialised(lambda x, cache, index: layer(nnx.merge(layers_graph, take(layers, index)), x, take(cache, index)), self.remat)
         run_block = rematerialised(lambda state, x, given: block(nnx.merge(blocks_graph, state), x, given), self.remat)
 
-        def one_layer(carry: Any, index: Array) -> Any:
+        def one_layer(carry: Any, index: Array) -> tuple[Any, None]:
             x, cache = carry
             x, new = run_layer(x, cache, index)
             put = lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, index, 0)
-            return x, jax.tree.map(put, cache, new)
+            return (x, jax.tree.map(put, cache, new)), None
 
-        def one_group(carry: Any, inputs: Any) -> tuple[Any, None]:
+        def group(carry: Any, inputs: Any, count: int) -> tuple[Any, None]:
             x, cache = carry
-            number, block_state, block_input = inputs
+            first, block_state, block_input = inputs
             carry = run_block(block_state, x, block_input), cache
+            return one_layer(carry, first) if count == 1 else jax.lax.scan(one_layer, carry, first + jnp.arange(count))
 
-            def step(carry: Any, offset: Array) -> tuple[Any, None]:
-                index = number * every + offset
-                if depth % every == 0:
-                    return one_layer(carry, index), None
-                return jax.lax.cond(index < depth, lambda c: one_layer(c, index), lambda c: c, carry), None
-
-            return (step(carry, jnp.int32(0)) if every == 1 else jax.lax.scan(step, carry, jnp.arange(every)))[0], None
-
-        count = math.ceil(depth / every)
-        return jax.lax.scan(one_group, (x, cache), (jnp.arange(count), blocks, block_inputs))[0]
+        carry, inputs = (x, cache), (jnp.arange(groups) * every, blocks, block_inputs)
+        if not rest:
+            return jax.lax.scan(functools.partial(group, count=every), carry, inputs)[0]
+        whole = jax.tree.map(lambda a: a[:groups], (blocks, block_inputs))
+        carry, _ = jax.lax.scan(functools.partial(group, count=every), carry, (inputs[0], *whole))
+        last = jax.tree.map(lambda a: a[groups], (blocks, block_inputs))
+        return group(carry, (jnp.int32(groups * every), *last), rest)[0]
 
     def _embed(self, tokens: Array) -> Array:
         vocabulary = self.config.language_model.vocab_size

@@ -10,7 +10,7 @@ from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.models.attention import attend
 from flamingo_jax.models.layers import FeedForward, LayerNorm, fan_in_normal, gated_linear, kept, linear
 from flamingo_jax.models.stream import Parts, as_parts, join, split
-from flamingo_jax.partitioning.constraints import gathered, residual
+from flamingo_jax.partitioning.constraints import gathered, residual, summed
 
 Array = jax.Array
 
@@ -91,5 +91,5 @@ class GatedCrossAttentionBlock(nnx.Module):
             flat = lambda m, q: m.reshape(q.shape[0], -1, *m.shape[-2:])
             looks = lambda q, k, v, m: attend(q, flat(k, q), flat(v, q), m) if m.shape[-1] else jnp.zeros_like(q)
             h = join([looks(*part) for part in zip(queries, keys, values, masks, strict=True)])
-            y = kept(residual(y + gated_linear(h, self.out[...], jnp.tanh(self.attention_gate[...]), 2)))
-        return residual(y + self.feed_forward(gathered(self.dense_norm(y)), jnp.tanh(self.dense_gate[...])))
+            y = kept(residual(y + summed(gated_linear(h, self.out[...], jnp.tanh(self.attention_gate[...]), 2))))
+        return residual(y + summed(self.feed_forward(gathered(self.dense_norm(y)), jnp.tanh(self.dense_gate[...]))))

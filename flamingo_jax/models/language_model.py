@@ -15,7 +15,7 @@ from flamingo_jax.experiment import LanguageModelConfig
 from flamingo_jax.models.attention import Cache, SelfAttention
 from flamingo_jax.models.layers import FeedForward, RMSNorm, fan_in_normal, kept, linear, scan_layers, stack
 from flamingo_jax.models.stream import Parts
-from flamingo_jax.partitioning.constraints import gathered, residual
+from flamingo_jax.partitioning.constraints import gathered, residual, summed
 
 Array = jax.Array
 
@@ -37,8 +37,8 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Array, Cache | None]:
         """x [B, L, D]; positions, segments int32 [B, L], or those of every part of a stream; a cache means decoding (see SelfAttention)."""
         h, cache = self.attention(gathered(self.attention_norm(x)), positions, segments, cache)
-        x = kept(residual(x + h))
-        return residual(x + self.feed_forward(gathered(self.feed_forward_norm(x)))), cache
+        x = kept(residual(x + summed(h)))
+        return residual(x + summed(self.feed_forward(gathered(self.feed_forward_norm(x))))), cache
 
 
 class LanguageModel(nnx.Module):

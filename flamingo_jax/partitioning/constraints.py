@@ -60,9 +60,22 @@ def residual(x: Array) -> Array:
     return _in_memory(constrain(x, ROWS, MODEL), (0, 1, 2))
 
 
+@jax.custom_vjp
 def gathered(x: Array) -> Array:
-    """[B, L, D] before products whose weights lie over model: the whole sequence on each device."""
+    """[B, L, D] before products whose weights lie over model: the whole sequence on each device. Its gradient is summed over model to where the
+    residual stream lies."""
     return constrain(x, ROWS, None)
+
+
+@jax.custom_vjp
+def summed(x: Array) -> Array:
+    """The inverse of `gathered`: [B, L, D] after products that each device has a part of, summed over model to where the residual stream lies.
+    Its gradient is gathered: left to itself, the compiler may gather the weights of those products instead, on every device."""
+    return constrain(x, ROWS, MODEL)
+
+
+gathered.defvjp(lambda x: (gathered(x), None), lambda _, dy: (constrain(dy, ROWS, MODEL),))
+summed.defvjp(lambda x: (summed(x), None), lambda _, dy: (constrain(dy, ROWS, None),))
 
 
 def everywhere(x: Array) -> Array:
