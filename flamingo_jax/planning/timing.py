@@ -15,7 +15,7 @@ from flamingo_jax.planning.synthetic import full_batches
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.assembly import assemble, initialise, load_frozen
 from flamingo_jax.training.state import merge_model
-from flamingo_jax.training.step import compile_update, make_update
+from flamingo_jax.training.step import compile_update, laid_out, make_update
 
 
 class Timing(NamedTuple):
@@ -56,6 +56,7 @@ def time_step(experiment: Experiment, *, steps: int = 10, trace: str = "") -> Ti
         began = time.monotonic()
         compiled = compile_update(update, state, frozen, batches)
         compile_seconds = time.monotonic() - began
+        frozen = laid_out(compiled, frozen)
         parts = _parts(experiment, assembly, state, frozen, batches, steps)
 
         def step() -> Any:

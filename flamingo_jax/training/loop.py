@@ -29,7 +29,7 @@ from flamingo_jax.training.assembly import Assembly, assemble, initialise, load_
 from flamingo_jax.training.feed import DataIterator, Feed, HostBatch, put
 from flamingo_jax.training.records import Records
 from flamingo_jax.training.state import Parameters, TrainState
-from flamingo_jax.training.step import compile_update, make_held_out_loss, make_update
+from flamingo_jax.training.step import compile_update, laid_out, make_held_out_loss, make_update
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +126,7 @@ def train(
                     fed = next(feed)
                     if compiled is None:
                         compiled = _compile(update, state, frozen, fed.batches)
+                        frozen = laid_out(compiled, frozen)
                     with jax.transfer_guard("disallow"):
                         state, metrics = compiled(state, frozen, fed.batches)
                     step, positions = step + 1, fed.positions

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.layout import Format, Layout
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import DatasetConfig
@@ -148,9 +149,26 @@ products take several times the compiler's cycles of the whole one, and their co
 
 
 def trace_update(update: Update, state: Any, frozen: Any, batches: Any) -> jax.stages.Traced:
-    """The update traced for arrays, or shapes with shardings, like these; compiled, it takes over the state's memory."""
-    shardings = jax.tree.map(lambda a: a.sharding, state)
-    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None)).trace(state, frozen, batches)
+    """The update traced for arrays, or shapes with shardings, like these; compiled, it takes over the state's memory.
+
+    On TPUs the compiler chooses how frozen parameters lie in memory (see `laid_out`): in the default order a step would begin with copies of them.
+    """
+    given = jax.tree.map(lambda a: a.sharding, (state, frozen, batches))
+    if platform_of(state) == "tpu":
+        given = (given[0], jax.tree.map(lambda sharding: Format(Layout.AUTO, sharding), given[1]), given[2])
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (state, frozen, batches))
+    return jax.jit(update, donate_argnums=0, in_shardings=given, out_shardings=(given[0], None)).trace(*shapes)
+
+
+def laid_out(compiled: jax.stages.Compiled, frozen: Parameters) -> Parameters:
+    """Frozen parameters in the memory layout that a compiled update takes them in, one after the other."""
+    formats = compiled.input_formats[0][1]
+    return {name: jax.device_put(value, formats[name], donate=True) for name, value in frozen.items()}
+
+
+def platform_of(state: Any) -> str:
+    """"cpu", "gpu" or "tpu": of the devices that the state's arrays, or shapes with shardings, lie on."""
+    return next(iter(state.step.sharding.device_set)).platform
 
 
 def compile_traced(traced: jax.stages.Traced, platform: str) -> jax.stages.Compiled:
@@ -160,7 +178,7 @@ def compile_traced(traced: jax.stages.Traced, platform: str) -> jax.stages.Compi
 
 def compile_update(update: Update, state: Any, frozen: Any, batches: Any) -> jax.stages.Compiled:
     """`trace_update`, compiled."""
-    return compile_traced(trace_update(update, state, frozen, batches), next(iter(state.step.sharding.device_set)).platform)
+    return compile_traced(trace_update(update, state, frozen, batches), platform_of(state))
 
 
 def make_held_out_loss(graph: Any, task: Task) -> Callable[..., Loss]:

@@ -9,12 +9,13 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.experimental.layout import Format, Layout
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.optimizer import make_optimizer
 from flamingo_jax.training.state import TrainState, initial_state, merge_model, split_model
-from flamingo_jax.training.step import make_update
+from flamingo_jax.training.step import laid_out, make_update
 from tests.training import world
 
 EXPERIMENT = world.experiment()
@@ -137,3 +138,19 @@ def test_round_robin_counts_a_step_that_any_dataset_spoils(parts: Any) -> None:
     data = {name: EXPERIMENT.data[name] for name in ("vtp", "ltip")}
     state, metrics = run((graph, trainable, broken), data, {name: world.batches()[name] for name in data}, mode="round_robin")
     assert int(state.skipped) >= 1 and int(state.skipped_in_a_row) == 1 and int(metrics["skipped_in_a_row"]) == 1
+
+
+def test_frozen_parameters_are_laid_out_as_the_compiled_update_takes_them() -> None:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    columns = Format(Layout((1, 0)), here)
+    shape = jax.ShapeDtypeStruct((3, 4), jnp.float32)
+    compiled = jax.jit(lambda state, frozen, batches: frozen["w"] @ frozen["v"].T, in_shardings=(None, {"w": columns, "v": here}, None)).lower(
+        0.0, {"w": shape, "v": shape}, 0.0
+    ).compile()
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    placed = laid_out(compiled, {"w": jax.device_put(values, here), "v": jax.device_put(values, here)})
+    assert placed["w"].format.layout.major_to_minor == (1, 0)
+    np.testing.assert_array_equal(compiled(0.0, placed, 0.0), values @ values.T)
+    # Whatever else takes them takes them so.
+    np.testing.assert_array_equal(jax.jit(lambda w: 2 * w)(placed["w"]), 2 * values)
+    np.testing.assert_array_equal(laid_out(compiled, placed)["v"], values)
