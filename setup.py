@@ -30,6 +30,7 @@ setuptools.setup(
         "sentencepiece>=0.2",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.10",
+        "tokenizers>=0.20",
     ],
     extras_require={
         "test": ["mypy>=1.15", "pytest>=8", "ruff>=0.11"],

@@ -104,6 +104,8 @@ class LanguageModelConfig:
     """Heads of keys and values, each shared by heads / kv_heads queries (grouped-query attention); 0 for as many as queries."""
     attention_bias: bool = False
     """Biases on queries, keys and values (Qwen2)."""
+    attention_window: int = 0
+    """A token sees itself and this many less one before it (Mistral 7B of 2023: 4096); 0 for all before it."""
     query_key_norm: bool = False
     """RMSNorm over each head's queries and keys, before the rotation (Qwen3)."""
     gated_feed_forward: bool = False
@@ -269,7 +271,7 @@ class Experiment:
     flamingo: FlamingoConfig | None = None
     """The model of the task; the other two are None."""
     tokenizer: str = ""
-    """SentencePiece model file."""
+    """SentencePiece model file or tokenizer.json, or the folder that holds one."""
     data: dict[str, DatasetConfig] = dataclasses.field(default_factory=dict)
     held_out: dict[str, DatasetConfig] = dataclasses.field(default_factory=dict)
     """Datasets of the periodic evaluation."""
@@ -277,6 +279,6 @@ class Experiment:
     mesh: MeshConfig = MeshConfig()
     training: TrainingConfig = TrainingConfig()
     vision_encoder_from: str = ""
-    """Exported folder (contrastive stage) that the frozen vision encoder comes from."""
+    """Folder that the frozen vision encoder comes from: an export of the contrastive stage or of launch.convert, or a CLIP or SigLIP as published."""
     language_model_from: str = ""
-    """Exported folder (language modelling stage) that the frozen language model comes from."""
+    """Folder that the frozen language model comes from: an export of its stage or of launch.convert, or a Llama, Mistral or Qwen as published."""

@@ -22,8 +22,7 @@ from data_pipelines.inputs import held_out_batches, make_iterators
 from flamingo_jax import errors
 from flamingo_jax.experiment import Experiment, TrainingConfig
 from flamingo_jax.partitioning.mesh import check_batches, make_mesh
-from flamingo_jax.processing.tokenizer import FILE_NAME as TOKENIZER_FILE
-from flamingo_jax.processing.tokenizer import Tokenizer
+from flamingo_jax.processing.tokenizer import Tokenizer, tokenizer_file
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.assembly import load_encoder, open_bases
 from flamingo_jax.training.loop import train
@@ -48,8 +47,7 @@ def main() -> int:
         signal.signal(number, lambda *_: sys.exit(errors.EXIT_PREEMPTED))
     check_intervals(experiment.training)
     check_batches(experiment, make_mesh(experiment.mesh))
-    tokenizer = Tokenizer.load(experiment.tokenizer)
-    check_vocabulary(experiment, tokenizer)
+    tokenizer = load_tokenizer(experiment)
     if not PREPARE.value:
         check_tokenizer(experiment, tokenizer, workdir)
     encoder = load_encoder(experiment) if experiment.training.cache_features else None
@@ -93,22 +91,24 @@ def check_intervals(training: TrainingConfig) -> None:
 
 def check_tokenizer(experiment: Experiment, tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
     """A UserError where the frozen language model, or the run in `workdir`, was trained on another tokenizer, however many pieces it has."""
-    exports = open_bases(experiment)
-    frozen = exports["language_model"].tokenizer_file if "language_model" in exports else None
-    earlier = workdir / TOKENIZER_FILE if any((workdir / "checkpoints").glob("*")) else None
+    bases = open_bases(experiment)
+    frozen = bases["language_model"].tokenizer_file if "language_model" in bases else None
+    earlier = tokenizer_file(workdir) if any((workdir / "checkpoints").glob("*")) else None
     for file in (frozen, earlier):
         if file is not None and file.is_file() and Tokenizer.load(file).fingerprint != tokenizer.fingerprint:
             raise errors.UserError(f"the tokenizer {experiment.tokenizer} is not {file}, which was trained with: name that one in config.tokenizer")
 
 
-def check_vocabulary(experiment: Experiment, tokenizer: Tokenizer) -> None:
-    """A UserError where the model's vocabulary is not the tokenizer's."""
+def load_tokenizer(experiment: Experiment) -> Tokenizer:
+    """The config's tokenizer; a UserError where the model's vocabulary is not its own, padded to some multiple or not."""
+    tokenizer = Tokenizer.load(experiment.tokenizer)
     config = stages.model_config(experiment)
     part = {"contrastive": "text", "flamingo": "language_model"}.get(experiment.task)
     size = (getattr(config, part) if part else config).vocab_size
-    if size != tokenizer.vocab_size:
+    if not tokenizer.fits(size):
         key = ".".join(["config", stages.MODEL_FIELD[experiment.task], *([part] if part else []), "vocab_size"])
-        raise errors.UserError(f"{key} is {size}, but the tokenizer {experiment.tokenizer} has {tokenizer.vocab_size} pieces: make them equal")
+        raise errors.UserError(f"{key} is {size}, but the tokenizer {experiment.tokenizer} has {tokenizer.pieces} pieces: make them equal")
+    return Tokenizer.load(experiment.tokenizer, size)
 
 
 if __name__ == "__main__":

@@ -211,7 +211,7 @@ class Engine:
 def vocabulary_of(tokenizer: Tokenizer, extra_tokens: int = 1) -> Vocabulary:
     """<EOC> or <EOS> ends a text; what is never learned as a target is never written."""
     stop = (tokenizer.eoc, tokenizer.eos)
-    never = {tokenizer.bos, tokenizer.pad, *range(tokenizer.eoc + 1, tokenizer.vocab_size + extra_tokens)}
+    never = {tokenizer.bos, tokenizer.pad, *range(tokenizer.pieces, tokenizer.eoc), *range(tokenizer.eoc + 1, tokenizer.vocab_size + extra_tokens)}
     if len(tokenizer.image_tag_ids) == 1:
         never.add(tokenizer.image_tag_ids[0])
     return Vocabulary(stop, tuple(sorted(never - set(stop))))

@@ -39,13 +39,8 @@ def load_flamingo(folder: str | pathlib.Path, dtype: Any = None) -> Loaded:
     export = _open(folder)
     config = from_json(FlamingoConfig, export.config)
     if export.tokenizer_file is None:
-        raise UserError(f"{folder} holds no tokenizer.model: export the stage again with its tokenizer")
-    tokenizer = Tokenizer.load(export.tokenizer_file)
-    if tokenizer.vocab_size != config.language_model.vocab_size:
-        raise UserError(
-            f"the tokenizer in {folder} has {tokenizer.vocab_size} pieces, but its language model {config.language_model.vocab_size}: "
-            "they do not belong together"
-        )
+        raise UserError(f"{folder} holds no tokenizer: export the stage again with its tokenizer")
+    tokenizer = Tokenizer.load(export.tokenizer_file, config.language_model.vocab_size)
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     abstract = nnx.eval_shape(lambda: Flamingo(config, rngs=nnx.Rngs(0), dtype=dtype))

@@ -66,11 +66,17 @@ def _fused(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
     return jnp.where(mask.any(-1, keepdims=True).swapaxes(1, 2), h, jnp.zeros((), h.dtype))
 
 
-def causal_mask(segments: Array) -> Array:
-    """[B, L] segment numbers (0 is padding) -> bool [B, 1, L, L]: a token sees itself and what comes before it in its segment."""
+def causal_mask(segments: Array, window: int = 0) -> Array:
+    """[B, L] segment numbers (0 is padding) -> bool [B, 1, L, L]: a token sees itself and what comes before it in its segment.
+
+    window: of these the last so many, itself among them; 0 for all.
+    """
     length = segments.shape[1]
     same = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, :, None]
-    return (same & jnp.tril(jnp.ones((length, length), bool)))[:, None]
+    seen = jnp.tril(jnp.ones((length, length), bool))
+    if 0 < window < length:
+        seen = jnp.triu(seen, 1 - window)
+    return (same & seen)[:, None]
 
 
 def rotary_frequencies(half: int, base: float, scaling: RopeScaling | None = None) -> np.ndarray:
@@ -150,6 +156,7 @@ class SelfAttention(nnx.Module):
             self.content_bias = nnx.Param(jnp.zeros((heads, head_width)))
             self.position_bias = nnx.Param(config.position_bias * jax.random.normal(rngs.params(), (heads, head_width)))
         self.rope_base, self.rope_scaling = config.rope_base, config.rope_scaling
+        self.window = config.attention_window
 
     def __call__(
         self, x: Array, positions: Array | Parts, segments: Array | Parts | None, cache: Cache | None
@@ -175,7 +182,11 @@ class SelfAttention(nnx.Module):
         row = jnp.arange(x.shape[0])[:, None]
         key = cache.key.at[row, places].set(key.astype(cache.key.dtype), mode="drop")
         value = cache.value.at[row, places].set(value.astype(cache.value.dtype), mode="drop")
-        h = self._mix(query, key, value, (jnp.arange(key.shape[1]) <= places[:, :, None])[:, None], places)
+        slots = jnp.arange(key.shape[1])
+        seen = slots <= places[:, :, None]
+        if 0 < self.window < key.shape[1]:
+            seen &= slots > places[:, :, None] - self.window
+        h = self._mix(query, key, value, seen[:, None], places)
         return linear(h, self.out[...], 2), Cache(key, value)
 
     def _mix_rows(self, query: Array, key: Array, value: Array, segments: Parts) -> Array:
@@ -183,10 +194,10 @@ class SelfAttention(nnx.Module):
         if length := block_length(shapes_of(segments)):
             # In one product, and nothing is taken apart and put together again.
             blocks = lambda a: a.reshape(-1, length, *a.shape[2:])
-            mask = causal_mask(blocks(block_segments(segments)))
+            mask = causal_mask(blocks(block_segments(segments)), self.window)
             return self._mix(blocks(query), blocks(key), blocks(value), mask).reshape(query.shape)
         rows = zip(*(split(a, shapes_of(segments)) for a in (query, key, value)), segments, strict=True)
-        return join([self._mix(q, k, v, causal_mask(part)) for q, k, v, part in rows])
+        return join([self._mix(q, k, v, causal_mask(part, self.window)) for q, k, v, part in rows])
 
     def _mix(self, query: Array, key: Array, value: Array, mask: Array, cached_positions: Array | None = None) -> Array:
         """[B, L, H, d], [B, S, K, d] twice, the positions of the queries where keys are a cache's -> [B, L, H, d]."""

@@ -29,7 +29,8 @@ class ViTLayer(nnx.Module):
 class ViT(nnx.Module):
     """Normalised pictures [M, H, W, 3] -> grid features [M, H / patch, W / patch, C], the patches' last states.
 
-    Pictures of another size than the config's have their positions interpolated. Raises: UserError where a picture does not divide into patches.
+    Pictures of another size than the config's have their positions interpolated. What does not fill a patch, on the right and below, is left out
+    (SigLIP: 384 pixels are 27 patches of 14). Raises: UserError where a picture is smaller than a patch.
     """
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
@@ -50,7 +51,8 @@ class ViT(nnx.Module):
         """Nothing is random, whether in training or not."""
         patch = self.config.patch_size
         pictures, rows, columns = images.shape[0], _cells(images.shape[1], patch), _cells(images.shape[2], patch)
-        x = images.reshape(pictures, rows, patch, columns, patch, 3).swapaxes(2, 3).reshape(pictures, rows, columns, -1)
+        x = images[:, : rows * patch, : columns * patch]
+        x = x.reshape(pictures, rows, patch, columns, patch, 3).swapaxes(2, 3).reshape(pictures, rows, columns, -1)
         x = linear(x, self.patch_embedding[...])
         if self.patch_bias is not None:
             x = x + self.patch_bias[...].astype(x.dtype)
@@ -77,6 +79,6 @@ class ViT(nnx.Module):
 
 
 def _cells(size: int, patch: int) -> int:
-    if size % patch:
-        raise UserError(f"vision.image_size is {size}, which does not divide into patches of {patch}: make it a multiple of vision.vit.patch_size")
+    if size < patch:
+        raise UserError(f"vision.image_size is {size}, which is less than a patch of {patch}: make it a multiple of vision.vit.patch_size")
     return size // patch

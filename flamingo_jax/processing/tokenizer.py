@@ -1,27 +1,109 @@
-"""Text to token ids and back: SentencePiece, with <EOC> as one more id after its vocabulary."""
+"""Text to token ids and back: SentencePiece or Hugging Face's tokenizers, with <EOC> as one more id after the vocabulary."""
 
+import abc
 import functools
 import hashlib
+import json
 import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import sentencepiece
+import tokenizers
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from flamingo_jax.errors import UserError
 
 FILE_NAME = "tokenizer.model"
+"""A SentencePiece model."""
+JSON_NAME = "tokenizer.json"
+"""A tokenizer of Hugging Face's library, which the next file tells the special tokens of."""
+SPECIALS_NAME = "tokenizer_config.json"
 
 
-class Tokenizer:
-    """A SentencePiece model read so that text is taken exactly: no space put in front, none removed.
+class Tokenizer(abc.ABC):
+    """A tokenizer read so that text is taken exactly: no space put in front, none removed, and no special token found in it.
 
-    A leading space is information here (paper A.3.3 puts one before half of all paired text), so the model's `add_dummy_prefix` and
-    `remove_extra_whitespaces` are switched off; its Unicode normalisation stays as it was trained.
-    Ids 0..V-1 are SentencePiece's, V is <EOC>. Safe to use from several threads.
+    A leading space is information here (paper A.3.3 puts one before half of all paired text), so that a model's own dummy prefix is switched
+    off; its Unicode normalisation stays as it was trained. Ids 0..pieces-1 are the tokenizer's; those up to vocab_size, where a language
+    model's vocabulary is padded, mean nothing; vocab_size is <EOC>. Safe to use from several threads.
     """
 
     image_tag = "<image>"
+
+    pieces: int
+    vocab_size: int
+    bos: int
+    """Begins a document; for a model that was trained without (Qwen), what stood between its documents."""
+    eos: int
+    pad: int
+    """Fills the end of a row, which is masked everywhere."""
+
+    @staticmethod
+    def load(path: str | pathlib.Path, vocab_size: int = 0) -> "Tokenizer":
+        """From a file, or a folder that holds `tokenizer.json` or `tokenizer.model` (the first where it holds both).
+
+        Args:
+          vocab_size: ids of the language model, 0 for as many as the tokenizer has.
+
+        Raises: UserError where there is none, or it has more ids than the model, or fewer by more than a padding.
+        """
+        file = tokenizer_file(path)
+        if file is None:
+            raise UserError(f"there is no tokenizer at {path}; name a SentencePiece model or a {JSON_NAME}, or a folder that holds {FILE_NAME} or {JSON_NAME}")
+        found: Tokenizer
+        if file.suffix == ".json":
+            found = JSONTokenizer(file.read_bytes(), special_tokens(file.parent))
+        else:
+            found = SentencePieceTokenizer(file.read_bytes())
+        if vocab_size and not found.fits(vocab_size):
+            raise UserError(f"the tokenizer {path} has {found.pieces} pieces, but the language model {vocab_size}: they do not belong together")
+        found.vocab_size = vocab_size or found.pieces
+        return found
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Writes the files that `load` reads, in place of other tokenizers'."""
+        files = self.files()
+        for name in (FILE_NAME, JSON_NAME, SPECIALS_NAME):
+            file = pathlib.Path(folder) / name
+            if name in files:
+                file.write_bytes(files[name])
+            else:
+                file.unlink(missing_ok=True)
+
+    def fits(self, vocab_size: int) -> bool:
+        """Whether a language model of so many ids can be this tokenizer's: as many, or some more where its vocabulary is padded to a multiple."""
+        return self.pieces <= vocab_size <= self.pieces + max(64, self.pieces // 10)
+
+    @abc.abstractmethod
+    def files(self) -> dict[str, bytes]:
+        """What `load` needs, by name."""
+
+    @property
+    def eoc(self) -> int:
+        return self.vocab_size
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that name these exact files."""
+        return hashlib.sha256(b"".join(self.files().values())).hexdigest()[:16]
+
+    @functools.cached_property
+    def image_tag_ids(self) -> tuple[int, ...]:
+        return tuple(self.encode(self.image_tag))
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone: no <BOS>, <EOS> or <EOC>."""
+
+    @abc.abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; <BOS>, <EOS>, padding, other special tokens and everything past the pieces are left out."""
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model, whose `add_dummy_prefix` and `remove_extra_whitespaces` are switched off."""
 
     def __init__(self, model: bytes):
         """Raises UserError where `model` is no SentencePiece model or has no <BOS> or <EOS>."""
@@ -34,42 +116,117 @@ class Tokenizer:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
         except (DecodeError, RuntimeError) as error:
             raise UserError(f"the tokenizer is no SentencePiece model ({error}); name a .model file that SentencePiece wrote") from error
-        self.vocab_size: int = self._processor.vocab_size()
-        self.bos: int = self._processor.bos_id()
-        self.eos: int = self._processor.eos_id()
+        self.pieces = self.vocab_size = self._processor.vocab_size()
+        self.bos, self.eos = self._processor.bos_id(), self._processor.eos_id()
         if self.bos < 0 or self.eos < 0:
             raise UserError("the tokenizer has no <BOS> or no <EOS>; train it with bos_id and eos_id")
-        self.pad: int = max(self._processor.pad_id(), 0)
-        """Fills the end of a row, which is masked everywhere; 0 where the model has no padding of its own."""
-        self.eoc: int = self.vocab_size
+        # 0 where the model has no padding of its own.
+        self.pad = max(self._processor.pad_id(), 0)
+        self._silent = {self.bos, self.eos, self._processor.pad_id()}
 
-    @classmethod
-    def load(cls, path: str | pathlib.Path) -> "Tokenizer":
-        """From a model file, or a folder that holds `tokenizer.model`. Raises UserError where there is none."""
-        file = pathlib.Path(path)
-        file = file / FILE_NAME if file.is_dir() else file
-        if not file.is_file():
-            raise UserError(f"there is no tokenizer at {file}; name a SentencePiece model file, or a folder that holds {FILE_NAME}")
-        return cls(file.read_bytes())
-
-    def save(self, folder: str | pathlib.Path) -> None:
-        """Writes the model, unchanged, as `tokenizer.model`."""
-        (pathlib.Path(folder) / FILE_NAME).write_bytes(self._model)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits that name these exact model bytes."""
-        return hashlib.sha256(self._model).hexdigest()[:16]
-
-    @functools.cached_property
-    def image_tag_ids(self) -> tuple[int, ...]:
-        return tuple(self.encode(self.image_tag))
+    def files(self) -> dict[str, bytes]:
+        return {FILE_NAME: self._model}
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone: no <BOS>, <EOS> or <EOC>."""
         return self._processor.encode(text)
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of the ids; <BOS>, <EOS>, padding and everything from <EOC> up are left out."""
-        dropped = {self.bos, self.eos, self._processor.pad_id()}
-        return self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size and i not in dropped])
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.decode([int(i) for i in ids if 0 <= i < self.pieces and i not in self._silent])
+
+
+class JSONTokenizer(Tokenizer):
+    """A `tokenizer.json`, whose prefix spaces, truncation and padding are switched off."""
+
+    def __init__(self, content: bytes, specials: Mapping[str, str]):
+        """specials: as `special_tokens` gives them. Raises UserError where `content` is no tokenizer, or it has no end of text."""
+        self._content = content
+        try:
+            document = json.loads(content)
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_without_prefix(document)))
+        except Exception as error:  # noqa: BLE001 - the library raises plain Exceptions
+            raise UserError(f"the tokenizer is no tokenizer.json that can be read ({error}); name one that Hugging Face's tokenizers wrote") from error
+        # Text that says "<|endoftext|>" is text.
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.pieces = self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        ids: dict[str, int] = {}
+        for role, token in specials.items():
+            number = self._tokenizer.token_to_id(token)
+            if number is None:
+                raise UserError(f"the tokenizer has no token {token!r}, which its {SPECIALS_NAME} calls the {role}: copy both files from the same model")
+            ids[role] = number
+        if "eos_token" not in ids:
+            raise UserError(f"the tokenizer has no eos_token: name one in the {SPECIALS_NAME} beside it")
+        self.eos = ids["eos_token"]
+        self.bos = ids.get("bos_token", self.eos)
+        self.pad = ids.get("pad_token", self.bos)
+        self._specials = dict(specials)
+
+    def files(self) -> dict[str, bytes]:
+        return {JSON_NAME: self._content, SPECIALS_NAME: (json.dumps(self._specials, indent=1, sort_keys=True) + "\n").encode()}
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        silent = {self.bos, self.eos, self.pad}
+        return self._tokenizer.decode([int(i) for i in ids if 0 <= i < self.pieces and i not in silent], skip_special_tokens=True)
+
+
+def tokenizer_file(path: str | pathlib.Path) -> pathlib.Path | None:
+    """The tokenizer's file at a path, which may be the folder that holds it; None where there is none."""
+    file = pathlib.Path(path)
+    places = [file / JSON_NAME, file / FILE_NAME] if file.is_dir() else [file]
+    return next((place for place in places if place.is_file()), None)
+
+
+def special_tokens(folder: pathlib.Path) -> dict[str, str]:
+    """The texts of bos_token, eos_token and pad_token of the model whose tokenizer.json lies in a folder, as far as it has them.
+
+    They stand in tokenizer_config.json or special_tokens_map.json. A model without a beginning of text has in its config.json the id of what
+    stood between its documents.
+    """
+    found: dict[str, str] = {}
+    for name in (SPECIALS_NAME, "special_tokens_map.json"):
+        for role, token in _json(folder / name).items():
+            if role in ("bos_token", "eos_token", "pad_token") and token is not None:
+                found.setdefault(role, token["content"] if isinstance(token, dict) else token)
+    config = _json(folder / "config.json")
+    config = config if isinstance(config.get("model_type"), str) else {}
+    names = {entry["id"]: entry["content"] for entry in _json(folder / JSON_NAME).get("added_tokens", [])}
+    for role in ("bos_token", "eos_token", "pad_token"):
+        number = config.get(f"{role}_id")
+        number = number[0] if isinstance(number, list) and number else number
+        if number in names:
+            found.setdefault(role, names[number])
+    return found
+
+
+def _json(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        document = json.loads(file.read_bytes()) if file.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{file} is no JSON document ({error}): copy it again") from error
+    return document if isinstance(document, dict) else {}
+
+
+def _without_prefix(part: Any) -> Any:
+    """A tokenizer.json whose parts put no space before a text and take none away behind."""
+    if isinstance(part, list):
+        return [_without_prefix(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    kind = part.get("type")
+    part = {key: _without_prefix(value) if key not in ("model", "added_tokens") else value for key, value in part.items()}
+    if kind == "Metaspace":
+        part |= {"prepend_scheme": "never", "add_prefix_space": False} if "add_prefix_space" in part else {"prepend_scheme": "never"}
+    elif kind == "ByteLevel" and "add_prefix_space" in part:
+        part["add_prefix_space"] = False
+    for key, inside in (("normalizers", "Prepend"), ("decoders", "Strip")):
+        if kind == "Sequence" and key in part:
+            part[key] = [item for item in part[key] if item["type"] != inside]
+    for key, outer in (("normalizer", "Prepend"), ("decoder", "Strip")):
+        if isinstance(part.get(key), dict) and part[key].get("type") == outer:
+            part[key] = None
+    return part

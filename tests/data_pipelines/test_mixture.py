@@ -14,7 +14,7 @@ from data_pipelines.transforms.augmentation import draw
 from data_pipelines.transforms.lengths import load_or_measure
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import DatasetConfig
-from flamingo_jax.processing.tokenizer import Tokenizer
+from flamingo_jax.processing.tokenizer import SentencePieceTokenizer, Tokenizer
 
 MEAN = (0.2, 0.4, 0.6)
 SIZE = 8
@@ -28,7 +28,7 @@ def tokenizer() -> Tokenizer:
         sentence_iterator=iter([" ".join(WORDS), "This is a dax. Output: wug"] * 20), model_writer=model, vocab_size=320, pad_id=3,
         hard_vocab_limit=False, byte_fallback=True, normalization_rule_name="identity", minloglevel=2, user_defined_symbols=["<image>"],
     )
-    return Tokenizer(model.getvalue())
+    return SentencePieceTokenizer(model.getvalue())
 
 
 def picture(number: int) -> bytes:

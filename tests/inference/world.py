@@ -13,7 +13,7 @@ from flax import nnx
 from flamingo_jax.experiment import FlamingoConfig, LanguageModelConfig, ResamplerConfig, VisionConfig
 from flamingo_jax.inference.model import Loaded
 from flamingo_jax.models.flamingo import Flamingo
-from flamingo_jax.processing.tokenizer import Tokenizer
+from flamingo_jax.processing.tokenizer import SentencePieceTokenizer, Tokenizer
 from flamingo_jax.pytrees import from_flat, to_flat
 
 WORDS = "a an red blue green circle square star at the top left Output Question Answer what colour is this dax wug".split()  # noqa: SIM905
@@ -53,7 +53,7 @@ def make_tokenizer() -> Tokenizer:
         model_writer=model, vocab_size=90, model_type="unigram", hard_vocab_limit=False, user_defined_symbols=["<image>"], pad_id=3,
         minloglevel=2,
     )
-    return Tokenizer(model.getvalue())
+    return SentencePieceTokenizer(model.getvalue())
 
 
 def tiny_config(vocabulary: int) -> FlamingoConfig:

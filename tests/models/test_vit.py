@@ -88,6 +88,12 @@ def test_size_of_clips_large_encoder() -> None:
     assert sum(math.prod(a.shape) for a in to_flat(nnx.state(model)).values()) == 303_179_776 - 2 * 1024 - 1024
 
 
-def test_a_picture_that_does_not_divide_into_patches_is_refused() -> None:
-    with pytest.raises(UserError, match="image_size is 10, .* patches of 4: make it a multiple"):
-        make("clip", image_size=10)
+def test_what_does_not_fill_a_patch_is_left_out() -> None:
+    encoder, images = make("siglip", image_size=14), jnp.asarray(np.random.default_rng(1).normal(size=(1, 14, 14, 3)), jnp.float32)
+    assert encoder.grid == 3
+    np.testing.assert_array_equal(encoder(images), encoder(images[:, :12, :12]))
+
+
+def test_a_picture_smaller_than_a_patch_is_refused() -> None:
+    with pytest.raises(UserError, match="image_size is 3, .* a patch of 4: make it a multiple"):
+        make("clip", image_size=3)

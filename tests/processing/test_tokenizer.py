@@ -6,7 +6,7 @@ import pytest
 import sentencepiece
 
 from flamingo_jax.errors import UserError
-from flamingo_jax.processing.tokenizer import Tokenizer
+from flamingo_jax.processing.tokenizer import SentencePieceTokenizer, Tokenizer
 
 
 def train(**options) -> bytes:
@@ -21,7 +21,7 @@ def train(**options) -> bytes:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer(train())
+    return SentencePieceTokenizer(train())
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_specials(tokenizer):
 
 
 def test_a_model_without_an_image_piece_spells_the_tag_out():
-    spelled = Tokenizer(train(user_defined_symbols=[]))
+    spelled = SentencePieceTokenizer(train(user_defined_symbols=[]))
     assert len(spelled.image_tag_ids) > 1
     assert spelled.decode(list(spelled.image_tag_ids)) == "<image>"
 
@@ -55,13 +55,13 @@ def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
     for path in (tmp_path, tmp_path / "tokenizer.model"):
         assert Tokenizer.load(path).fingerprint == tokenizer.fingerprint
     assert len(tokenizer.fingerprint) == 16
-    assert Tokenizer(train(user_defined_symbols=[])).fingerprint != tokenizer.fingerprint
+    assert SentencePieceTokenizer(train(user_defined_symbols=[])).fingerprint != tokenizer.fingerprint
 
 
 def test_bad_models_are_refused(tmp_path):
     with pytest.raises(UserError, match="no tokenizer at"):
         Tokenizer.load(tmp_path)
     with pytest.raises(UserError, match="no SentencePiece model"):
-        Tokenizer(b"hello, this is no model")
+        SentencePieceTokenizer(b"hello, this is no model")
     with pytest.raises(UserError, match="<BOS>"):
-        Tokenizer(train(bos_id=-1))
+        SentencePieceTokenizer(train(bos_id=-1))

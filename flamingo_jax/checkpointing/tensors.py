@@ -1,0 +1,388 @@
+"""Safetensors files straight into sharded arrays: each process reads the bytes that its own devices hold, a piece at a time.
+
+A parameter is never whole on the host of an accelerator: pieces of some MiB are read, sent and laid into buffers that are on the devices
+already. On CPU the buffers are the arrays themselves, filled in place.
+"""
+
+import concurrent.futures
+import functools
+import json
+import math
+import os
+import pathlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from flamingo_jax.errors import UserError
+from flamingo_jax.progress import Bar
+from flamingo_jax.pytrees import stacked_name
+
+Slices = tuple[slice, ...]
+
+DTYPES: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+"""The types that parameters come in, by their names in a safetensors header."""
+PIECE = 16 * 2**20
+"""Bytes that are read at a time, by each thread."""
+THREADS = max(2, min(8, os.cpu_count() or 1))
+TILE = 256
+"""Rows and columns that are transposed at a time: they fit a core's cache."""
+SHORT = 2**28
+"""Fewer bytes than this are read before a bar would be seen."""
+ALIGNMENT = 64
+"""Of numpy's memory in bytes, so that it can be a jax.Array on CPU without a copy."""
+
+
+class Stored(NamedTuple):
+    """A tensor in a file. dtype: as the header names it. start: the place of its first byte."""
+
+    file: pathlib.Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
+
+
+class Term(NamedTuple):
+    """A stored tensor and how it becomes one layer of a parameter, which is the sum of its terms.
+
+    form: the tensor's axes and the parameter's, "(h d) w -> w h d"; those in brackets are one axis, the first of them the slowest. "" for the same.
+    sizes: of axes that the parameter's shape does not tell, as those in brackets on the right.
+    first, taken: its rows, so many from `first` on; by default all.
+    """
+
+    name: str
+    form: str = ""
+    sizes: Mapping[str, int] = {}
+    first: int = 0
+    taken: int | None = None
+
+
+class Layout(NamedTuple):
+    """What a term's form means for one shape of a parameter.
+
+    stored: the shape of the tensor's rows that are taken. split: the same with the brackets opened. order: the axes of `split` in the
+    parameter's order. merged: some of these are one axis of the parameter.
+    """
+
+    stored: tuple[int, ...]
+    split: tuple[int, ...]
+    order: tuple[int, ...]
+    merged: bool
+
+    @property
+    def turn(self) -> int | None:
+        """How many of the first axes stand behind the others in the parameter, which is then a transposed matrix (0: the same); else None."""
+        count = len(self.order)
+        turn = self.order[0] if count else 0
+        return turn if not self.merged and self.order == tuple((turn + place) % count for place in range(count)) else None
+
+
+def read_headers(files: Iterable[pathlib.Path]) -> dict[str, Stored]:
+    """Every tensor of some safetensors files, by name; no tensor is read. Raises UserError for a file that is missing, cut short or foreign."""
+    found: dict[str, Stored] = {}
+    for file in files:
+        try:
+            # The library checks the header against the file, but does not tell where a tensor lies; its own reading maps whole files
+            # into memory, which then count as the process's.
+            with safetensors.safe_open(file, framework="numpy"):
+                pass
+            with open(file, "rb") as stream:
+                size = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(size))
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise UserError(f"{file} is no whole safetensors file ({error}): copy it again") from error
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            if name in found:
+                raise UserError(f"{name} is both in {found[name].file} and in {file}: remove the one that does not belong there")
+            found[name] = Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
+    return found
+
+
+def layout(term: Term, shape: tuple[int, ...]) -> Layout:
+    """How a stored tensor becomes a parameter, or one layer of it, of this shape."""
+    if not term.form:
+        return Layout(shape, shape, tuple(range(len(shape))), False)
+    left, right = (list(_axes(side)) for side in term.form.split("->"))
+    sizes = dict(term.sizes)
+    for axes, size in zip(right, shape, strict=True):
+        for axis in axes:
+            sizes.setdefault(axis, size // math.prod(sizes[other] for other in axes if other in sizes))
+    names = [axis for axes in left for axis in axes]
+    order = tuple(names.index(axis) for axes in right for axis in axes)
+    stored = tuple(math.prod(sizes[axis] for axis in axes) for axes in left)
+    return Layout(stored, tuple(sizes[axis] for axis in names), order, any(len(axes) > 1 for axes in right))
+
+
+def _axes(side: str) -> Iterator[list[str]]:
+    """ "(h d) w" -> ["h", "d"], ["w"]."""
+    while side := side.strip():
+        part, _, side = side[1:].partition(")") if side[0] == "(" else side.partition(" ")
+        yield part.split()
+
+
+def read_sharded(
+    stored: Mapping[str, Stored], sources: Mapping[str, Sequence[Term]], targets: Mapping[str, jax.ShapeDtypeStruct], title: str = "reading"
+) -> dict[str, jax.Array]:
+    """The targets' arrays, with the types and shardings that they name.
+
+    Args:
+      stored: what the files hold: every term's tensor, in the shape that `layout` gives.
+      sources: {per-layer name of a parameter: its terms}, "layers/12/attention/query".
+      targets: {stacked name: shape, dtype and sharding}; one without a sharding goes to the first local device.
+
+    Raises: UserError where a file cannot be read any more.
+    """
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = {name: target.sharding or here for name, target in targets.items()}
+    shards: dict[str, list[_Shard]] = {}
+    pieces: list[_Piece] = []
+    for leaf, terms in sources.items():
+        name, index = stacked_name(leaf)
+        if name in targets:
+            target = targets[name]
+            if name not in shards:
+                shards[name] = _shards(target, shardings[name], len(index))
+            pieces += _pieces(stored, terms, index, target.shape[len(index) :], shards[name])
+    _run(pieces, title)
+    return {
+        name: jax.make_array_from_single_device_arrays(
+            target.shape, shardings[name], [array for shard in shards[name] for array in shard.arrays()]
+        )
+        for name, target in targets.items()
+    }
+
+
+def read_layers(stored: Mapping[str, Stored], sources: Mapping[str, Sequence[Term]], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarray]]:
+    """(Per-layer name, array in its stored type) in the order of `sources`, one at a time on the host. shapes: {stacked name: shape}."""
+    for leaf, terms in sources.items():
+        name, index = stacked_name(leaf)
+        shape = shapes[name][len(index) :]
+        shard = HostShard(np.dtype(DTYPES[stored[terms[0].name].dtype]), (), tuple(slice(0, size) for size in shape), [])
+        _run(list(_pieces(stored, terms, (), shape, [shard])), "")
+        yield leaf, shard.buffer
+
+
+class HostShard:
+    """What CPU devices hold of an array: memory that is filled in place and then becomes theirs without a copy.
+
+    layers: the slices of the leading layer axes. slices: those of the others.
+    """
+
+    def __init__(self, dtype: np.dtype, layers: Slices, slices: Slices, devices: Sequence[jax.Device]):
+        self.layers, self.slices, self._devices = layers, slices, devices
+        shape = tuple(part.stop - part.start for part in (*layers, *slices))
+        size = math.prod(shape) * dtype.itemsize
+        memory = np.empty(size + ALIGNMENT, np.uint8)
+        first = -memory.ctypes.data % ALIGNMENT
+        self.buffer = memory[first : first + size].view(dtype).reshape(shape)
+
+    def put(self, layer: tuple[int, ...], places: Slices, rows: np.ndarray, order: tuple[int, ...], turn: int | None) -> None:
+        """Lays `rows`, whose axes in `order` are the parameter's, into these places of a layer. turn: see `Layout`."""
+        index: Any = (*layer, *places, ...)
+        target = self.buffer[index]
+        if turn:
+            matrix = rows.reshape(math.prod(rows.shape[:turn]), -1)
+            flat = target.reshape(matrix.shape[::-1])
+            if np.may_share_memory(flat, target):
+                _transpose(flat, matrix)
+                return
+        _cast(target, rows.transpose(order))
+
+    def arrays(self) -> list[jax.Array]:
+        return [jax.device_put(self.buffer, device, may_alias=True) for device in self._devices]
+
+
+class DeviceShard:
+    """What accelerators hold of an array: buffers that pieces are laid into, transposed and cast on the device. Arguments as in HostShard."""
+
+    def __init__(self, dtype: np.dtype, layers: Slices, slices: Slices, devices: Sequence[jax.Device]):
+        self.layers, self.slices = layers, slices
+        shape = tuple(part.stop - part.start for part in (*layers, *slices))
+        self._buffers = [jnp.zeros(shape, dtype, device=device) for device in devices]
+        self._lock = threading.Lock()
+
+    def put(self, layer: tuple[int, ...], places: Slices, rows: np.ndarray, order: tuple[int, ...], turn: int | None) -> None:
+        starts = np.array([*layer, *(part.start or 0 for part in places)], np.int32)
+        rows = np.ascontiguousarray(rows)
+        sent = [jax.device_put(rows, next(iter(buffer.devices()))) for buffer in self._buffers]
+        with self._lock:
+            self._buffers = [_lay(buffer, piece, starts, order) for buffer, piece in zip(self._buffers, sent, strict=True)]
+        # The caller reads the next piece into the same memory.
+        jax.block_until_ready(sent)
+
+    def arrays(self) -> list[jax.Array]:
+        return self._buffers
+
+
+_Shard = HostShard | DeviceShard
+
+
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _lay(buffer: jax.Array, rows: jax.Array, starts: jax.Array, order: tuple[int, ...]) -> jax.Array:
+    piece = rows.transpose(order).astype(buffer.dtype)
+    return jax.lax.dynamic_update_slice(buffer, piece.reshape((1,) * (buffer.ndim - piece.ndim) + piece.shape), tuple(starts))
+
+
+def _shards(target: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding, lead: int) -> list[_Shard]:
+    """One shard for each part of the array that devices of this process hold."""
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(target.shape).items():
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), target.shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    found: list[_Shard] = []
+    for bounds, devices in holders.items():
+        slices = tuple(slice(*pair) for pair in bounds)
+        kind = HostShard if devices[0].platform == "cpu" else DeviceShard
+        found.append(kind(np.dtype(target.dtype), slices[:lead], slices[lead:], devices))
+    return found
+
+
+class _Piece(NamedTuple):
+    """A read of `bytes` from `start` on in a file, and what is done with it."""
+
+    file: pathlib.Path
+    start: int
+    bytes: int
+    put: Callable[[np.ndarray], None]
+
+
+def _pieces(
+    stored: Mapping[str, Stored], terms: Sequence[Term], layer: tuple[int, ...], shape: tuple[int, ...], shards: Sequence[_Shard]
+) -> Iterator[_Piece]:
+    """The reads that bring one layer of a parameter to the shards that hold some of it."""
+    shards = [s for s in shards if all(part.start <= place < part.stop for part, place in zip(s.layers, layer, strict=True))]
+    form = layout(terms[0], shape)
+    simple = len(terms) == 1 and not form.merged and terms[0].taken is None and form.split
+    if not shards:
+        return
+    if not simple:
+        yield _sum(stored, terms, layer, shape, shards)
+        return
+    tensor, order = stored[terms[0].name], form.order
+    dtype = np.dtype(DTYPES[tensor.dtype])
+    row = math.prod(form.split[1:]) * dtype.itemsize
+    start = tensor.start + math.prod(tensor.shape[1:]) * dtype.itemsize * terms[0].first
+    wanted = [shard.slices[order.index(0)] for shard in shards]
+    first, last = min(part.start for part in wanted), max(part.stop for part in wanted)
+    step = max(1, PIECE // max(row, 1))
+    for begin in range(first, last, step):
+        end = min(begin + step, last)
+        put = functools.partial(_distribute, shards, layer, form, (begin, end), dtype)
+        yield _Piece(tensor.file, start + begin * row, (end - begin) * row, put)
+
+
+def _distribute(
+    shards: Sequence[_Shard], layer: tuple[int, ...], form: Layout, rows: tuple[int, int], dtype: np.dtype, read: np.ndarray
+) -> None:
+    """Rows begin..end of a tensor, as they were read, to every shard that holds some of them."""
+    begin, end = rows
+    piece = read.view(dtype).reshape(end - begin, *form.split[1:])
+    axis = form.order.index(0)
+    for shard in shards:
+        part = shard.slices[axis]
+        low, high = max(begin, part.start), min(end, part.stop)
+        if low >= high:
+            continue
+        cut = [shard.slices[form.order.index(place)] for place in range(len(form.split))]
+        cut[0] = slice(low - begin, high - begin)
+        places = [slice(0, other.stop - other.start) for other in shard.slices]
+        places[axis] = slice(low - part.start, high - part.start)
+        number = tuple(place - part.start for place, part in zip(layer, shard.layers, strict=True))
+        shard.put(number, tuple(places), piece[tuple(cut)], form.order, form.turn)
+
+
+def _sum(stored: Mapping[str, Stored], terms: Sequence[Term], layer: tuple[int, ...], shape: tuple[int, ...], shards: Sequence[_Shard]) -> _Piece:
+    """A small parameter in one: its terms are read whole, brought to its shape and added."""
+    tensor = stored[terms[0].name]
+
+    def put(read: np.ndarray) -> None:
+        values = []
+        for term in terms:
+            found = stored[term.name]
+            raw = read if term is terms[0] else _read(found.file, found.start, np.empty(found.bytes, np.uint8))
+            rows = raw.view(DTYPES[found.dtype]).reshape(found.shape)
+            if found.shape:
+                rows = rows[term.first : None if term.taken is None else term.first + term.taken]
+            form = layout(term, shape)
+            values.append(rows.reshape(form.split).transpose(form.order).reshape(shape))
+        value = values[0] if len(values) == 1 else np.asarray(sum(v.astype(np.float32) for v in values))
+        for shard in shards:
+            number = tuple(place - part.start for place, part in zip(layer, shard.layers, strict=True))
+            places = tuple(slice(0, part.stop - part.start) for part in shard.slices)
+            shard.put(number, places, value[shard.slices], tuple(range(len(shape))), 0)
+
+    return _Piece(tensor.file, tensor.start, tensor.bytes, put)
+
+
+def _run(pieces: list[_Piece], title: str) -> None:
+    """Reads every piece, in the order of the files, by threads that each have their own memory to read into."""
+    mine = threading.local()
+
+    def one(piece: _Piece) -> int:
+        if getattr(mine, "memory", None) is None or mine.memory.size < piece.bytes:
+            mine.memory = np.empty(max(piece.bytes, min(PIECE, largest)), np.uint8)
+        piece.put(_read(piece.file, piece.start, mine.memory[: piece.bytes]))
+        return piece.bytes
+
+    total, largest = sum(piece.bytes for piece in pieces), max((piece.bytes for piece in pieces), default=0)
+    done = 0
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool, Bar(title, total >> 20, enabled=bool(title) and total >= SHORT) as bar:
+        pending = [pool.submit(one, piece) for piece in sorted(pieces, key=lambda piece: (piece.file, piece.start))]
+        try:
+            for future in concurrent.futures.as_completed(pending):
+                before, done = done, done + future.result()
+                bar.advance((done >> 20) - (before >> 20), "MiB")
+        except OSError as error:
+            raise UserError(f"the files cannot be read to their end ({error}): copy them again") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _read(file: pathlib.Path, start: int, memory: np.ndarray) -> np.ndarray:
+    """Fills `memory` (uint8) from a place of a file."""
+    with open(file, "rb", buffering=0) as stream:
+        stream.seek(start)
+        view, done = memory.data, 0
+        while done < len(view):
+            count = stream.readinto(view[done:])
+            if not count:
+                raise OSError(f"{file} ends too early")
+            done += count
+    return memory
+
+
+def _transpose(target: np.ndarray, matrix: np.ndarray) -> None:
+    """target[...] = matrix.T, in tiles: numpy's own loop misses the cache at every element."""
+    # Rows of a power of two in length fall into few of the cache's sets; these do not.
+    tile = np.empty((TILE, TILE + 32), target.dtype)
+    for row in range(0, matrix.shape[0], TILE):
+        for column in range(0, matrix.shape[1], TILE):
+            part = matrix[row : row + TILE, column : column + TILE]
+            near = tile[: part.shape[0], : part.shape[1]]
+            _cast(near, part)
+            _bits(target)[column : column + TILE, row : row + TILE] = _bits(near).T
+
+
+def _cast(target: np.ndarray, source: np.ndarray) -> None:
+    """target[...] = source in its type. As integers where the bits stay what they are: numpy knows no fast way with bfloat16."""
+    if source.dtype == target.dtype:
+        np.copyto(_bits(target), _bits(source))
+    elif source.dtype == ml_dtypes.bfloat16 and target.dtype == np.float32:
+        np.left_shift(_bits(source), 16, out=_bits(target), dtype=np.uint32)
+    else:
+        np.copyto(target, source.astype(target.dtype))
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return array.view(f"u{array.dtype.itemsize}")

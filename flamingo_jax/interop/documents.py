@@ -1,0 +1,81 @@
+"""A model's published config.json and what goes with it, read with care: nobody of this project wrote them."""
+
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
+
+from flamingo_jax.errors import UserError
+
+CONFIG = "config.json"
+
+
+class Document:
+    """A JSON object of a model's folder. Every method raises UserError in one sentence that names the file and the key."""
+
+    def __init__(self, file: pathlib.Path, content: Mapping[str, Any]):
+        self.file, self._content = file, content
+
+    @classmethod
+    def read(cls, file: pathlib.Path) -> "Document":
+        try:
+            content = json.loads(file.read_bytes())
+        except FileNotFoundError:
+            raise UserError(f"there is no {file}: name the folder of a model as Hugging Face's transformers save it") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} is no JSON document ({error}): copy it again") from error
+        if not isinstance(content, dict):
+            raise UserError(f"{file} is no JSON object: copy it again")
+        return cls(file, content)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._content)
+
+    def given(self, key: str) -> Any:
+        """The value, or None where there is none."""
+        return self._content.get(key)
+
+    def has(self, key: str) -> bool:
+        """Whether the key is there, if only as null."""
+        return key in self._content
+
+    def inside(self, key: str) -> "Document":
+        """The object at a key, empty where there is none."""
+        value = self.given(key)
+        if value is not None and not isinstance(value, dict):
+            self.refuse(key, "an object")
+        return Document(self.file, value or {})
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.given(key)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            self.refuse(key, "a whole number of 1 or more")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.given(key)
+        value = default if value is None else value
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            self.refuse(key, "a number")
+        return float(value)
+
+    def choice(self, key: str, choices: Mapping[Any, Any], default: Any) -> Any:
+        """What `choices` has for the value."""
+        value = self.given(key)
+        value = default if value is None else value
+        if not isinstance(value, str) or value not in choices:
+            self.refuse(key, f"one of {', '.join(map(repr, choices))}")
+        return choices[value]
+
+    def require(self, key: str, *allowed: Any) -> None:
+        """Where the key is there at all, its value is one of these."""
+        value = self.given(key)
+        if value is not None and value not in allowed:
+            self.refuse(key, " or ".join(map(repr, allowed)) or "models without it")
+
+    def refuse(self, key: str, wanted: str) -> NoReturn:
+        value = self.given(key)
+        shown = repr(value) if len(repr(value)) < 80 else repr(value)[:77] + "..."
+        said = f"has no {key}" if value is None else f"has {key} = {shown}"
+        raise UserError(f"{self.file} {said}, but only {wanted} can be read here: take another model")
