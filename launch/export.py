@@ -17,6 +17,7 @@ from flamingo_jax.checkpointing.checkpoints import Checkpoints
 from flamingo_jax.checkpointing.export import export_model
 from flamingo_jax.experiment import Experiment, MeshConfig
 from flamingo_jax.partitioning.mesh import make_mesh
+from flamingo_jax.processing.tokenizer import FILE_NAME, tokenizer_file
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.assembly import assemble, load_frozen, require_same_bases
 from launch import command
@@ -51,7 +52,7 @@ def main() -> int:
         kind=stages.MODEL_FIELD[experiment.task],
         config=configuring.to_json(stages.model_config(experiment)),
         parameters=state.trainable | frozen,
-        tokenizer_file=workdir / "tokenizer.model",
+        tokenizer_file=tokenizer_file(workdir) or workdir / FILE_NAME,
         extra_files={"metrics.jsonl": workdir / "metrics.jsonl", "experiment.json": workdir / "config.json"},
     )
     log.info("exported step %d of %s to %s", step, workdir, output)

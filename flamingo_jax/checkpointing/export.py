@@ -5,10 +5,11 @@ Stacks of layers are split on disk (`language_model/layers/12/attention/query`) 
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,14 +18,16 @@ import safetensors
 from safetensors.numpy import save_file
 
 from flamingo_jax.checkpointing import manifest
+from flamingo_jax.checkpointing.tensors import DTYPES, Stored, Term, read_headers, read_sharded
 from flamingo_jax.errors import UserError
+from flamingo_jax.processing.tokenizer import FILE_NAME, JSON_NAME, SPECIALS_NAME, Tokenizer
+from flamingo_jax.processing.tokenizer import tokenizer_file as find_tokenizer
 from flamingo_jax.pytrees import restack, stacked_name, unstack_names
 
 FORMAT = "flamingo_jax"
 VERSION = 1
-KINDS = ("contrastive", "language_model", "flamingo")
+KINDS = ("contrastive", "language_model", "vision_encoder", "flamingo")
 CONFIG = "config.json"
-TOKENIZER = "tokenizer.model"
 INDEX = "model.safetensors.index.json"
 
 
@@ -33,7 +36,7 @@ def export_model(
     *,
     kind: str,
     config: dict[str, Any],
-    parameters: Mapping[str, Any],
+    parameters: Mapping[str, Any] | Iterable[tuple[str, np.ndarray]],
     tokenizer_file: pathlib.Path | str | None = None,
     extra_files: Mapping[str, pathlib.Path | str] | None = None,
     shard_bytes: int = 2_000_000_000,
@@ -42,10 +45,10 @@ def export_model(
 
     Args:
       folder: must not be there yet.
-      kind: "contrastive", "language_model" or "flamingo".
+      kind: one of KINDS.
       config: the model's config, JSON-able.
-      parameters: arrays of any dtype by flat stacked name; each fully addressable from this process.
-      tokenizer_file: the SentencePiece model, copied as tokenizer.model.
+      parameters: arrays of any dtype by flat stacked name, each fully addressable from this process; or an iterable of (per-layer name, array).
+      tokenizer_file: a SentencePiece model, copied as tokenizer.model, or a tokenizer.json, copied with the special tokens that go with it.
       extra_files: further files to copy, {name in the folder: path}.
       shard_bytes: the most that one safetensors file holds; a larger array has a file to itself.
     Raises: UserError when the folder is there, a file is missing or the storage cannot be written.
@@ -56,14 +59,16 @@ def export_model(
     if folder.exists():
         raise UserError(f"{folder} is there already: name another folder or remove it")
     copies = {name: pathlib.Path(path) for name, path in (extra_files or {}).items()}
-    taken = {CONFIG, INDEX, TOKENIZER, manifest.NAME} & set(copies)
+    taken = {CONFIG, INDEX, FILE_NAME, JSON_NAME, SPECIALS_NAME, manifest.NAME} & set(copies)
     if taken:
         raise ValueError(f"extra_files may not be named {taken}: the export itself writes that")
-    if tokenizer_file is not None:
-        copies[TOKENIZER] = pathlib.Path(tokenizer_file)
-    for path in copies.values():
+    tokenizer = None if tokenizer_file is None else pathlib.Path(tokenizer_file)
+    for path in (*copies.values(), *([tokenizer] if tokenizer else [])):
         if not path.is_file():
             raise UserError(f"{path} is missing, but the export should hold a copy of it")
+    written: dict[str, bytes] = {}
+    if tokenizer is not None:
+        written = Tokenizer.load(tokenizer).files() if tokenizer.suffix == ".json" else {FILE_NAME: tokenizer.read_bytes()}
     content = json.dumps({"format": FORMAT, "version": VERSION, "kind": kind, "config": config}, indent=2) + "\n"
 
     temporary = folder.with_name(manifest.unfinished(folder.name))
@@ -72,6 +77,8 @@ def export_model(
         temporary.mkdir(parents=True)
         _write_shards(temporary, parameters, shard_bytes)
         (temporary / CONFIG).write_text(content)
+        for name, data in written.items():
+            (temporary / name).write_bytes(data)
         for name, path in copies.items():
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, temporary / name)
@@ -83,10 +90,11 @@ def export_model(
         raise UserError(f"{folder} could not be written: {error}") from error
 
 
-def _write_shards(folder: pathlib.Path, parameters: Mapping[str, Any], shard_bytes: int) -> None:
+def _write_shards(folder: pathlib.Path, parameters: Mapping[str, Any] | Iterable[tuple[str, np.ndarray]], shard_bytes: int) -> None:
     places: list[list[str]] = []
     total = 0
-    for number, shard in enumerate(_shards(parameters, shard_bytes)):
+    layers = _layers(parameters) if isinstance(parameters, Mapping) else parameters
+    for number, shard in enumerate(_shards(layers, shard_bytes)):
         save_file(shard, folder / f"{number}.safetensors", metadata={"format": "np"})
         places.append(list(shard))
         total += sum(value.nbytes for value in shard.values())
@@ -100,21 +108,26 @@ def _write_shards(folder: pathlib.Path, parameters: Mapping[str, Any], shard_byt
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
 
-def _shards(parameters: Mapping[str, Any], shard_bytes: int) -> Iterator[dict[str, np.ndarray]]:
-    """Arrays by per-layer name, a file's worth at a time; one stack and one file are on the host at once."""
-    shard: dict[str, np.ndarray] = {}
-    size = 0
+def _layers(parameters: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Arrays by per-layer name; one stack is on the host at once."""
     for name in sorted(parameters):
         value = parameters[name]
         if isinstance(value, jax.Array) and not value.is_fully_addressable:
             raise ValueError(f"{name} lies partly on other processes: gather it before the export")
-        for leaf, array in unstack_names({name: np.asarray(value)}).items():
-            array = np.asarray(array, order="C")
-            if shard and size + array.nbytes > shard_bytes:
-                yield shard
-                shard, size = {}, 0
-            shard[leaf] = array
-            size += array.nbytes
+        yield from unstack_names({name: np.asarray(value)}).items()
+
+
+def _shards(layers: Iterable[tuple[str, np.ndarray]], shard_bytes: int) -> Iterator[dict[str, np.ndarray]]:
+    """A file's worth at a time."""
+    shard: dict[str, np.ndarray] = {}
+    size = 0
+    for leaf, array in layers:
+        array = np.asarray(array, order="C")
+        if shard and size + array.nbytes > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[leaf] = array
+        size += array.nbytes
     yield shard
 
 
@@ -124,7 +137,7 @@ class Export:
 
     folder: pathlib.Path
     kind: str
-    """"contrastive", "language_model" or "flamingo"."""
+    """One of KINDS."""
     config: dict[str, Any]
     tokenizer_file: pathlib.Path | None
     digest: str
@@ -133,6 +146,45 @@ class Export:
     """Flat stacked names of the parameters, sorted."""
     _files: dict[str, str] = dataclasses.field(repr=False)
     _manifest: manifest.Manifest = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def _stored(self) -> dict[str, Stored]:
+        found = read_headers([self.folder / name for name in sorted(set(self._files.values()))])
+        lacking = sorted(set(self._files) - set(found))
+        if lacking:
+            raise UserError(f"{self.folder} lacks {lacking[0]}, which its {INDEX} names: copy or export it again")
+        return found
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{Flat stacked name: shape}."""
+        counts: dict[str, list[int]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for leaf in self._files:
+            name, index = stacked_name(leaf)
+            most = counts.setdefault(name, [0] * len(index))
+            counts[name] = [max(count, place + 1) for count, place in zip(most, index, strict=True)]
+            shapes[name] = self._stored[leaf].shape
+        return {name: (*counts[name], *shape) for name, shape in shapes.items()}
+
+    @property
+    def dtypes(self) -> dict[str, np.dtype]:
+        """{Flat stacked name: the type it was written in}."""
+        return {stacked_name(leaf)[0]: np.dtype(DTYPES[self._stored[leaf].dtype]) for leaf in self._files}
+
+    def read_sharded(self, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """The parameters of these flat stacked names with the types and shardings of `targets`, each process reading what its devices hold.
+
+        Raises: UserError when a file is not what it should be.
+        """
+        for leaf, tensor in self._stored.items():
+            name, index = stacked_name(leaf)
+            if name in targets and targets[name].shape != self.shapes[name]:
+                raise UserError(f"{self.folder}: {name} is {self.shapes[name]}, but the config makes it {targets[name].shape}: the folder is damaged")
+            if name in targets and tensor.shape != targets[name].shape[len(index) :]:
+                raise UserError(f"{self.folder}: {leaf} has another shape than the other layers: the folder is damaged")
+        sources = {leaf: (Term(leaf),) for leaf in self._files}
+        return read_sharded(self._stored, sources, targets, f"reading {self.folder.name}")
 
     def read(self, prefix: str = "") -> dict[str, np.ndarray]:
         """Parameters whose flat stacked name starts with `prefix`, joined over layers, in the dtype they were written in.
@@ -194,5 +246,4 @@ def open_export(folder: pathlib.Path | str) -> Export:
         raise UserError(f"{error}: copy or export {folder} again") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} lacks its {manifest.NAME} or {INDEX}: copy or export it again") from error
-    tokenizer = folder / TOKENIZER
-    return Export(folder, kind, config, tokenizer if tokenizer.is_file() else None, listing.digest, names, files, listing)
+    return Export(folder, kind, config, find_tokenizer(folder), listing.digest, names, files, listing)

@@ -46,9 +46,9 @@ def load_flamingo(folder: str | pathlib.Path, dtype: Any = None) -> Loaded:
     abstract = nnx.eval_shape(lambda: Flamingo(config, rngs=nnx.Rngs(0), dtype=dtype))
     graph, shapes = nnx.split(abstract)
     export.verify()
-    parameters = export.read()
-    _check(str(folder), to_flat(shapes), parameters)
-    state = nnx.State(from_flat({name: jnp.asarray(value) for name, value in parameters.items()}))
+    _check(str(folder), to_flat(shapes), export.shapes)
+    dtypes = export.dtypes
+    state = nnx.State(from_flat(export.read_sharded({name: jax.ShapeDtypeStruct(shape, dtypes[name]) for name, shape in export.shapes.items()})))
     return Loaded(nnx.merge(graph, state), tokenizer, config, export.digest)
 
 
@@ -64,11 +64,11 @@ def _open(folder: str | pathlib.Path) -> Export:
     return export
 
 
-def _check(folder: str, wanted: dict[str, Any], found: dict[str, Any]) -> None:
+def _check(folder: str, wanted: dict[str, Any], found: dict[str, tuple[int, ...]]) -> None:
     missing, foreign = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     if missing or foreign:
         name, what = (missing[0], "lacks") if missing else (foreign[0], "has the unknown parameter")
         raise UserError(f"{folder} {what} {name} ({len(missing)} missing, {len(foreign)} unknown): export it again with this version")
     for name, like in wanted.items():
-        if found[name].shape != like.shape:
-            raise UserError(f"{folder}: {name} is {found[name].shape}, but its config.json makes it {like.shape}: the folder is damaged")
+        if found[name] != like.shape:
+            raise UserError(f"{folder}: {name} is {found[name]}, but its config.json makes it {like.shape}: the folder is damaged")

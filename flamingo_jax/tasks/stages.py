@@ -21,20 +21,19 @@ MODEL_FIELD = {"contrastive": "contrastive", "language_modelling": "language_mod
 """Task -> the field of Experiment that declares its model; also the kind of its export."""
 
 
+SOURCES = {"vision_encoder": {"contrastive": "vision", "vision_encoder": ""}, "language_model": {"language_model": ""}}
+"""Frozen part -> the kinds of export that hold it -> where its parameters and its config stand in them, "" for at the top."""
+
+
 class Base(NamedTuple):
-    """A frozen part that comes from an export."""
+    """A frozen part that comes from an export, or from a published model."""
 
     part: str
     """Name of the part in this model, also the prefix of its parameters."""
     folder: str
-    """Exported folder, or "random" for untrained weights (benchmarks, tests)."""
-    kind: str
-    """Kind of the export."""
-    source_prefix: str
-    """Where the part's parameters stand in the export."""
+    """Exported or published folder, or "random" for untrained weights (benchmarks, tests)."""
     config: Any
-    """The part's configuration here, and the place of the one that the export must agree with."""
-    config_path: tuple[str, ...]
+    """The part's configuration here."""
 
 
 def model_config(experiment: Experiment) -> Any:
@@ -67,18 +66,25 @@ def make_task(experiment: Experiment) -> Task:
 
 
 def bases(experiment: Experiment, parts: Collection[str] = ("vision_encoder", "language_model")) -> list[Base]:
-    """Those `parts` of the task's model that are frozen and the exports they come from; a UserError where one is not named or not there."""
+    """Those `parts` of the task's model that are frozen and the folders they come from; a UserError where one is not named or not there."""
     if experiment.task != "flamingo":
         return []
     config = model_config(experiment)
     found = [
-        Base("vision_encoder", experiment.vision_encoder_from, "contrastive", "vision", config.vision, ("vision",)),
-        Base("language_model", experiment.language_model_from, "language_model", "", config.language_model, ()),
+        Base("vision_encoder", experiment.vision_encoder_from, config.vision),
+        Base("language_model", experiment.language_model_from, config.language_model),
     ]
     found = [base for base in found if base.part in parts]
     for base in found:
+        stage = next(iter(SOURCES[base.part]))
         if not base.folder:
-            raise UserError(f"config.{base.part}_from is empty: name the folder exported by the {base.kind} stage, or 'random' for untrained weights")
+            raise UserError(
+                f"config.{base.part}_from is empty: name the folder exported by the {stage} stage, that of a published model, "
+                "or 'random' for untrained weights"
+            )
         if base.folder != "random" and not pathlib.Path(base.folder).is_dir():
-            raise UserError(f"config.{base.part}_from is {base.folder!r}, which is no folder: run the {base.kind} stage and launch.export first")
+            raise UserError(
+                f"config.{base.part}_from is {base.folder!r}, which is no folder: run the {stage} stage and launch.export first, "
+                "or name the folder of a published model"
+            )
     return found

@@ -12,10 +12,11 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flamingo_jax.checkpointing.export import Export, open_export
+from flamingo_jax.checkpointing.export import open_export
 from flamingo_jax.configuring import from_json, to_json
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
+from flamingo_jax.interop.folders import Part, is_foreign, open_folder
 from flamingo_jax.models.vision import vision_encoder
 from flamingo_jax.partitioning import rules
 from flamingo_jax.processing.normalise import normalise
@@ -48,6 +49,20 @@ class FrozenEncoder(NamedTuple):
     shape: tuple[int, int]
     dtype: np.dtype
     encode: Callable[[np.ndarray], np.ndarray]
+
+
+class Origin(NamedTuple):
+    """Where a frozen part comes from: an export or a published model's folder, opened but not read.
+
+    shapes: of its parameters, by their flat stacked names within the part. digest: names the weights; may read all of them. read: the parameters of
+    these names, with the types and shardings that they are given.
+    """
+
+    folder: str
+    tokenizer_file: pathlib.Path | None
+    shapes: dict[str, tuple[int, ...]]
+    digest: Callable[[], str]
+    read: Callable[[dict[str, jax.ShapeDtypeStruct]], Parameters]
 
 
 def assemble(experiment: Experiment, mesh: Mesh) -> Assembly:
@@ -86,7 +101,7 @@ def initialise(experiment: Experiment, assembly: Assembly) -> TrainState:
 
 
 def load_frozen(experiment: Experiment, assembly: Assembly) -> tuple[Parameters, dict[str, dict[str, str]]]:
-    """The frozen parameters from the exports they come from, and {part: {"folder", "digest"}} to hold a checkpoint to."""
+    """The frozen parameters from the folders they come from, read straight to where they lie, and {part: {"folder", "digest"}} to hold a checkpoint to."""
     frozen: Parameters = {}
     origins: dict[str, dict[str, str]] = {}
     for base in stages.bases(experiment):
@@ -95,9 +110,9 @@ def load_frozen(experiment: Experiment, assembly: Assembly) -> tuple[Parameters,
             frozen |= _random_parameters(experiment, wanted)
             origins[base.part] = {"folder": "random", "digest": f"seed {experiment.seed}"}
             continue
-        export = _open_base(base)
-        frozen |= {name: _place(value, wanted[name]) for name, value in _read_base(export, base, set(wanted)).items()}
-        origins[base.part] = {"folder": base.folder, "digest": export.digest}
+        origin = _open_base(base)
+        frozen |= _read_base(origin, base, wanted)
+        origins[base.part] = {"folder": base.folder, "digest": origin.digest()}
     return frozen, origins
 
 
@@ -109,14 +124,13 @@ def load_encoder(experiment: Experiment) -> FrozenEncoder:
     (base,) = stages.bases(experiment, ["vision_encoder"])
     if base.folder == "random":
         raise UserError("training.cache_features needs an encoder that stays: name its export in config.vision_encoder_from")
-    export = _open_base(base)
+    origin = _open_base(base)
     graph, shapes = nnx.split(nnx.eval_shape(lambda: vision_encoder(config, rngs=nnx.Rngs(0))))
     prefix = base.part + "/"
-    found = _read_base(export, base, {prefix + name for name in to_flat(shapes)})
     mesh = Mesh(np.asarray(jax.local_devices()), "data")
-    parameters = {
-        name.removeprefix(prefix): jax.device_put(np.asarray(value).astype(dtype), NamedSharding(mesh, PartitionSpec())) for name, value in found.items()
-    }
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    wanted = {prefix + name: jax.ShapeDtypeStruct(value.shape, dtype, sharding=everywhere) for name, value in to_flat(shapes).items()}
+    parameters = {name.removeprefix(prefix): value for name, value in _read_base(origin, base, wanted).items()}
 
     @functools.partial(jax.jit, in_shardings=(None, NamedSharding(mesh, PartitionSpec("data"))))
     def features(parameters: Parameters, images: jax.Array) -> jax.Array:
@@ -130,7 +144,7 @@ def load_encoder(experiment: Experiment) -> FrozenEncoder:
 
     image = jax.ShapeDtypeStruct((mesh.size, config.image_size, config.image_size, 3), jnp.uint8)
     _, cells, channels = jax.eval_shape(features, parameters, image).shape
-    return FrozenEncoder(f"{export.digest[:16]}_{config.image_size}_{dtype.name}", (cells, channels), np.dtype(dtype), encode)
+    return FrozenEncoder(f"{origin.digest()[:16]}_{config.image_size}_{dtype.name}", (cells, channels), np.dtype(dtype), encode)
 
 
 def require_same_bases(saved: dict[str, Any], current: dict[str, Any], workdir: pathlib.Path) -> None:
@@ -144,39 +158,51 @@ def require_same_bases(saved: dict[str, Any], current: dict[str, Any], workdir: 
             )
 
 
-def open_bases(experiment: Experiment) -> dict[str, Export]:
-    """The export of every frozen part, by part, those that are random left out. UserError where one is missing, foreign or of another config."""
+def open_bases(experiment: Experiment) -> dict[str, Origin]:
+    """Where every frozen part comes from, by part, those that are random left out. UserError where one is missing, foreign or of another config."""
     return {base.part: _open_base(base) for base in stages.bases(experiment) if base.folder != "random"}
 
 
-def _open_base(base: stages.Base) -> Export:
-    """The export of a frozen part, whose config agrees with the one here."""
+def _open_base(base: stages.Base) -> Origin:
+    """Where a frozen part comes from, whose config agrees with the one here."""
+    if is_foreign(base.folder):
+        part: Part = "language_model" if base.part == "language_model" else "vision_encoder"
+        foreign = open_folder(base.folder, part)
+        _require_equal(to_json(foreign.config), to_json(base.config), base)
+        return Origin(base.folder, foreign.tokenizer_file, foreign.shapes, lambda: foreign.digest, foreign.read)
     export = open_export(base.folder)
-    if export.kind != base.kind:
-        raise UserError(f"{base.folder} holds a {export.kind} export, but config.{base.part}_from needs one of kind {base.kind}")
-    theirs: Any = export.config
-    for key in base.config_path:
-        theirs = theirs[key]
+    places = stages.SOURCES[base.part]
+    if export.kind not in places:
+        raise UserError(f"{base.folder} holds a {export.kind} export, but config.{base.part}_from needs one of kind {' or '.join(places)}")
+    place = places[export.kind]
+    theirs: Any = export.config[place] if place else export.config
     # An export of an earlier version lacks the keys that came since: their defaults are what it was.
     theirs = to_json(from_json(type(base.config), theirs, f"the config of {base.folder}"))
     _require_equal(theirs, to_json(base.config), base)
-    return export
+    prefix = place + "/" if place else ""
+
+    def read(targets: dict[str, jax.ShapeDtypeStruct]) -> Parameters:
+        export.verify()
+        found = export.read_sharded({prefix + name: target for name, target in targets.items()})
+        return {name.removeprefix(prefix): value for name, value in found.items()}
+
+    shapes = {name.removeprefix(prefix): shape for name, shape in export.shapes.items() if name.startswith(prefix)}
+    return Origin(base.folder, export.tokenizer_file, shapes, lambda: export.digest, read)
 
 
-def _read_base(export: Export, base: stages.Base, wanted: set[str]) -> dict[str, np.ndarray]:
-    """The wanted parameters by their names here, from files that are what was exported."""
-    export.verify()
-    prefix = base.source_prefix + "/" if base.source_prefix else ""
-    found = {f"{base.part}/{name.removeprefix(prefix)}": value for name, value in export.read(prefix).items()}
-    missing = sorted(wanted - set(found))
+def _read_base(origin: Origin, base: stages.Base, wanted: dict[str, jax.ShapeDtypeStruct]) -> Parameters:
+    """The wanted parameters by their names here."""
+    prefix = base.part + "/"
+    targets = {name.removeprefix(prefix): target for name, target in wanted.items()}
+    missing = sorted(set(targets) - set(origin.shapes))
     if missing:
-        raise UserError(f"{base.folder} lacks {len(missing)} parameters of the {base.part}, {missing[0]} first: export that stage again")
-    return {name: value for name, value in found.items() if name in wanted}
-
-
-def _place(value: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
-    value = np.asarray(value).astype(like.dtype)
-    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: value[index])
+        raise UserError(f"{base.folder} lacks {len(missing)} parameters of the {base.part}, {prefix}{missing[0]} first: export that stage again")
+    for name, target in targets.items():
+        if origin.shapes[name] != target.shape:
+            raise UserError(
+                f"{base.folder}: {prefix}{name} is {origin.shapes[name]}, but this config makes it {target.shape}: make config.flamingo that of the folder"
+            )
+    return {prefix + name: value for name, value in origin.read(targets).items()}
 
 
 def _random_parameters(experiment: Experiment, wanted: dict[str, jax.ShapeDtypeStruct]) -> Parameters:
