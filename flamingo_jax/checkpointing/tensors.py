@@ -207,7 +207,7 @@ class DeviceShard:
     """What accelerators hold of an array: buffers that pieces are laid into, transposed and cast on the device. Arguments as in HostShard."""
 
     def __init__(self, dtype: np.dtype, layers: Slices, slices: Slices, devices: Sequence[jax.Device]):
-        self.layers, self.slices = layers, slices
+        self.layers, self.slices, self._devices = layers, slices, devices
         shape = tuple(part.stop - part.start for part in (*layers, *slices))
         self._buffers = [jnp.zeros(shape, dtype, device=device) for device in devices]
         self._lock = threading.Lock()
@@ -215,7 +215,7 @@ class DeviceShard:
     def put(self, layer: tuple[int, ...], places: Slices, rows: np.ndarray, order: tuple[int, ...], turn: int | None) -> None:
         starts = np.array([*layer, *(part.start or 0 for part in places)], np.int32)
         rows = np.ascontiguousarray(rows)
-        sent = [jax.device_put(rows, next(iter(buffer.devices()))) for buffer in self._buffers]
+        sent = [jax.device_put(rows, device, may_alias=False) for device in self._devices]
         with self._lock:
             self._buffers = [_lay(buffer, piece, starts, order) for buffer, piece in zip(self._buffers, sent, strict=True)]
         # The caller reads the next piece into the same memory.

@@ -1,0 +1,122 @@
+"""A Flamingo on a made Qwen-form language model and a made CLIP tower: through the same commands, from the folders or from their exports."""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import tokenizers
+
+from flamingo_jax.checkpointing.export import Export, open_export
+from flamingo_jax.errors import UserError
+from flamingo_jax.experiment import Experiment, FlamingoConfig
+from flamingo_jax.inference.engine import Engine
+from flamingo_jax.inference.generation import Decoding
+from flamingo_jax.inference.model import load_flamingo
+from flamingo_jax.interop.folders import open_folder, read_config
+from flamingo_jax.processing.tokenizer import JSONTokenizer, Tokenizer
+from flamingo_jax.training.assembly import open_bases
+from tests.end_to_end import small
+from tests.end_to_end.test_frozen import run
+from tests.interop import cases
+from tests.launch import commands
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, pathlib.Path]:
+    """A language model whose vocabulary is padded beyond its tokenizer's, without a beginning of text; a tower whose patches leave a rest."""
+    root = tmp_path_factory.mktemp("models")
+    config, tensors = cases.fixture("qwen3")
+    tensors = {name: (320, *shape[1:]) if shape[0] == 101 else shape for name, shape in tensors.items()}
+    language_model = cases.write_folder(root / "qwen", config | {"vocab_size": 320}, tensors, files=2, dtype=np.float16)
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer, made.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    made.train_from_iterator(
+        ["a small red circle"],
+        tokenizers.trainers.BpeTrainer(initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|endoftext|>"], show_progress=False),
+    )
+    made.save(str(language_model / "tokenizer.json"))
+    (language_model / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>", "bos_token": None}))
+    return language_model, cases.write_folder(root / "clip", *cases.fixture("clip"))
+
+
+def experiment_of(data: pathlib.Path, language_model: pathlib.Path, vision_encoder: pathlib.Path, config: FlamingoConfig, **changes: str) -> Experiment:
+    experiment = small.flamingo(data, training=dataclasses.replace(small.TRAINING, steps=STEPS), flamingo=config, tokenizer=str(language_model))
+    return dataclasses.replace(
+        experiment, data={"ltip": dataclasses.replace(experiment.data["ltip"], length=96)},
+        language_model_from=str(language_model), vision_encoder_from=str(vision_encoder), **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def config(data: pathlib.Path, folders: tuple[pathlib.Path, pathlib.Path]) -> FlamingoConfig:
+    base = small.flamingo(data).flamingo
+    assert base is not None
+    language_model, vision = read_config(folders[0], "language_model"), read_config(folders[1], "vision_encoder")
+    return dataclasses.replace(base, language_model=language_model, vision=vision)
+
+
+@pytest.fixture(scope="module")
+def direct(data: pathlib.Path, folders: tuple[pathlib.Path, pathlib.Path], config: FlamingoConfig, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    return run(experiment_of(data, *folders, config), tmp_path_factory.mktemp("direct"))
+
+
+def convert(flag: str, folder: pathlib.Path, output: pathlib.Path) -> None:
+    command = commands.load("convert")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"LANGUAGE_MODEL": "", "VISION_ENCODER": "", flag: str(folder), "OUTPUT": str(output), "VERIFY": False}.items():
+            patch.setattr(command, name, commands.flag(value))
+        assert command.main() == 0
+
+
+def losses(folder: pathlib.Path) -> list[float]:
+    return [line["loss"] for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
+
+
+def test_exports_train_as_the_folders_do(
+    data: pathlib.Path, folders: tuple[pathlib.Path, pathlib.Path], config: FlamingoConfig, direct: Export, tmp_path: pathlib.Path
+) -> None:
+    exports = tmp_path / "qwen", tmp_path / "clip"
+    for flag, folder, output in zip(("LANGUAGE_MODEL", "VISION_ENCODER"), folders, exports, strict=True):
+        convert(flag, folder, output)
+    assert [open_export(export).kind for export in exports] == ["language_model", "vision_encoder"]
+    assert open_export(exports[0]).dtypes["embedding"] == np.float16
+    again = run(experiment_of(data, *exports, config), tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(direct.folder.parent) and len(losses(tmp_path / "run")) == STEPS
+    ours, theirs = again.read(), direct.read()
+    assert sorted(ours) == sorted(theirs)
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def test_the_export_stands_alone(direct: Export, folders: tuple[pathlib.Path, pathlib.Path]) -> None:
+    """Frozen parts are the published ones to the bit, and the tokenizer is the published one."""
+    for folder, part in zip(folders, ("language_model", "vision_encoder"), strict=True):
+        found = open_folder(folder, part)  # type: ignore[arg-type]
+        exported = direct.read(f"{part}/")
+        assert len(exported) == len(found.shapes)
+        for leaf, array in found.layers():
+            stack, layer = (leaf.replace("layers/1/", "layers/"), 1) if "layers/1/" in leaf else (leaf.replace("layers/0/", "layers/"), 0)
+            whole = exported[f"{part}/{stack}"]
+            np.testing.assert_array_equal(whole[layer] if stack != leaf else whole, array.astype(np.float32))
+    loaded = load_flamingo(direct.folder)
+    assert isinstance(loaded.tokenizer, JSONTokenizer) and loaded.tokenizer.fingerprint == Tokenizer.load(folders[0]).fingerprint
+    assert loaded.tokenizer.eoc == 320 > loaded.tokenizer.pieces and loaded.tokenizer.bos == loaded.tokenizer.eos
+    (made,) = Engine(loaded).generate([["a small"]], Decoding(max_tokens=4))
+    assert isinstance(made.text, str)
+
+
+def test_what_does_not_belong_together_is_refused(
+    data: pathlib.Path, folders: tuple[pathlib.Path, pathlib.Path], config: FlamingoConfig
+) -> None:
+    def refused(experiment: Experiment) -> str:
+        with pytest.raises(UserError) as caught:
+            open_bases(experiment)
+        return str(caught.value)
+
+    narrow = dataclasses.replace(config, language_model=dataclasses.replace(config.language_model, rope_base=3.0))
+    assert "was trained with rope_base = 1000000.0, but this config's language_model has 3.0" in refused(experiment_of(data, *folders, narrow))
+    assert "model_type = 'clip_vision_model'" in refused(experiment_of(data, folders[1], folders[1], config))
