@@ -28,7 +28,7 @@ Slices = tuple[slice, ...]
 
 DTYPES: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 """The types that parameters come in, by their names in a safetensors header."""
-PIECE = 16 * 2**20
+PIECE = 8 * 2**20
 """Bytes that are read at a time, by each thread."""
 THREADS = max(2, min(8, os.cpu_count() or 1))
 TILE = 256
