@@ -24,6 +24,7 @@ from flamingo_jax.configuring import to_json
 from flamingo_jax.errors import UserError
 from flamingo_jax.interop.folders import Foreign, Part, open_folder
 from flamingo_jax.interop.verify import require_original, verify_language_model, verify_vision_encoder
+from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.progress import Bar
 from launch import command
 
@@ -50,8 +51,10 @@ def main() -> int:
     if VERIFY.value:
         require_original()
     found = open_folder(folder, part)
-    if part == "language_model" and OUTPUT.value and found.tokenizer_file is None:
-        raise UserError(f"{folder} holds no tokenizer.json or tokenizer.model, which its export needs: copy it there")
+    if part == "language_model" and OUTPUT.value:
+        if found.tokenizer_file is None:
+            raise UserError(f"{folder} holds no tokenizer.json or tokenizer.model, which its export needs: copy it there")
+        Tokenizer.load(found.tokenizer_file, found.config.vocab_size)
     if OUTPUT.value:
         export_model(
             pathlib.Path(OUTPUT.value),

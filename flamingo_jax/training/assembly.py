@@ -215,9 +215,10 @@ def _random_parameters(experiment: Experiment, wanted: dict[str, jax.ShapeDtypeS
 
 
 def _require_equal(theirs: dict[str, Any], ours: dict[str, Any], base: stages.Base) -> None:
-    # An image may have another size in training and in use; everything else is part of the weights' meaning.
+    # An image may have another size in training and in use, where no positions are stored; everything else is part of the weights' meaning.
+    free = {"stochastic_depth"} if theirs.get("vit") else {"image_size", "stochastic_depth"}
     for key in sorted(set(theirs) | set(ours)):
-        if key not in ("image_size", "stochastic_depth") and theirs.get(key) != ours.get(key):
+        if key not in free and theirs.get(key) != ours.get(key):
             raise UserError(
                 f"{base.folder} was trained with {key} = {theirs.get(key)!r}, but this config's {base.part} has {ours.get(key)!r}: make them equal"
             )

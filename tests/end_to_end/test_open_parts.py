@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from flamingo_jax import configuring
 from flamingo_jax.checkpointing.export import Export, open_export
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment, FlamingoConfig
@@ -72,11 +73,19 @@ def convert(flag: str, folder: pathlib.Path, output: pathlib.Path) -> None:
         assert command.main() == 0
 
 
+def train(experiment: Experiment, folder: pathlib.Path) -> None:
+    command = commands.load("train")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"CONFIG": configuring.to_config(experiment), "WORKDIR": str(folder), "PREPARE": False}.items():
+            patch.setattr(command, name, commands.flag(value))
+        assert command.main() == 0
+
+
 def losses(folder: pathlib.Path) -> list[float]:
     return [line["loss"] for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
 
 
-def test_exports_train_as_the_folders_do(
+def test_exports_train_and_resume_as_the_folders_do(
     data: pathlib.Path, folders: tuple[pathlib.Path, pathlib.Path], config: FlamingoConfig, direct: Export, tmp_path: pathlib.Path
 ) -> None:
     exports = tmp_path / "qwen", tmp_path / "clip"
@@ -84,7 +93,10 @@ def test_exports_train_as_the_folders_do(
         convert(flag, folder, output)
     assert [open_export(export).kind for export in exports] == ["language_model", "vision_encoder"]
     assert open_export(exports[0]).dtypes["embedding"] == np.float16
-    again = run(experiment_of(data, *exports, config), tmp_path / "run")
+    experiment = experiment_of(data, *exports, config)
+    # Stopped after a step less, and gone on with.
+    train(dataclasses.replace(experiment, training=dataclasses.replace(experiment.training, steps=STEPS - 1)), tmp_path / "run")
+    again = run(experiment, tmp_path / "run")
     assert losses(tmp_path / "run") == losses(direct.folder.parent) and len(losses(tmp_path / "run")) == STEPS
     ours, theirs = again.read(), direct.read()
     assert sorted(ours) == sorted(theirs)
