@@ -4,6 +4,7 @@
     python -m launch.build_data --source=image_folder --input=photos --output=data/photos
     python -m launch.build_data --source=html_pages --input=site --input=more --output=data/site
     python -m launch.build_data --source=video_folder --input=clips --output=data/clips
+    python -m launch.build_data --source=questions_folder --input=asked --output=data/asked
     python -m launch.build_data --source=plain_text --input=books --output=data/books
     python -m launch.build_data --source=sentencepiece --input=data/books --input=data/photos --output=data/tokenizer --vocab_size=8000
 
@@ -29,6 +30,7 @@ from data_pipelines.build.html_pages import PAGES_RULES, HtmlPages
 from data_pipelines.build.image_folder import ImageFolder
 from data_pipelines.build.pictures import ANY_PICTURE, PictureRules
 from data_pipelines.build.plain_text import PlainText
+from data_pipelines.build.questions_folder import QuestionsFolder
 from data_pipelines.build.quickstart import build_quickstart
 from data_pipelines.build.sentencepiece_trainer import IMAGE_TAG, texts_in, train_tokenizer
 from data_pipelines.build.source import Shares, Source
@@ -38,7 +40,7 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.processing.tokenizer import FILE_NAME
 from launch import command
 
-SOURCES = ("quickstart", "image_folder", "html_pages", "video_folder", "plain_text", "sentencepiece")
+SOURCES = ("quickstart", "image_folder", "html_pages", "video_folder", "questions_folder", "plain_text", "sentencepiece")
 SOURCE = flags.DEFINE_enum("source", None, SOURCES, "What to build from.")
 INPUT = flags.DEFINE_multi_string("input", [], "Folder to read; several make one dataset. sentencepiece: also datasets and text files.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder of the dataset, its last part the name; quickstart, sentencepiece: folder to fill.")
@@ -46,13 +48,13 @@ WORKERS = flags.DEFINE_integer("workers", 0, "Processes that read the sources; 0
 SEED = flags.DEFINE_integer("seed", 0, "quickstart: seed of the drawn world.")
 VALIDATION_SHARE = flags.DEFINE_float("validation_share", 0.1, "Part of the records, by a hash of the id.", lower_bound=0.0)
 TEST_SHARE = flags.DEFINE_float("test_share", 0.0, "Part of the records for the split test.", lower_bound=0.0)
-CAPTIONS = flags.DEFINE_string("captions", None, "image_folder, video_folder: the JSONL file; else captions.jsonl (or videos.jsonl).")
+CAPTIONS = flags.DEFINE_string("captions", None, "Folders: the JSONL file; else captions.jsonl (or videos.jsonl), qa.jsonl.")
 MIN_SIDE = flags.DEFINE_integer("min_side", None, "Pictures with a shorter side are dropped; 64 for pages, else 1.", lower_bound=1)
 MAX_ASPECT = flags.DEFINE_float("max_aspect", None, "Pictures with a larger aspect are dropped; 3 for pages, else 20.", lower_bound=1.0)
 SHORT_SIDE = flags.DEFINE_integer("short_side", None, "Larger pictures shrink to this, 0 for never; 256 for videos, else 0.", lower_bound=0)
 ALT_TEXT = flags.DEFINE_bool("alt_text", False, "html_pages: a picture's alternative text follows it.")
-FPS = flags.DEFINE_float("fps", 1.0, "video_folder: frames a second.")
-MAX_SECONDS = flags.DEFINE_float("max_seconds", 64.0, "video_folder: only the beginning of longer videos is used.")
+FPS = flags.DEFINE_float("fps", 1.0, "Videos: frames a second.")
+MAX_SECONDS = flags.DEFINE_float("max_seconds", 64.0, "Videos: only the beginning of longer videos is used.")
 DOCUMENT_CHARACTERS = flags.DEFINE_integer("document_characters", 4_000, "plain_text: paragraphs gather up to this.", lower_bound=1)
 VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 32_000, "sentencepiece: number of pieces.", lower_bound=1)
 MODEL_TYPE = flags.DEFINE_enum("model_type", "bpe", ("bpe", "unigram"), "sentencepiece: how pieces are chosen.")
@@ -89,12 +91,19 @@ def source(shares: Shares) -> Source:
         case "html_pages":
             return HtmlPages(folders, shares, _rules(PAGES_RULES), ALT_TEXT.value)
         case "video_folder":
-            if FPS.value <= 0 or MAX_SECONDS.value <= 0:
-                raise UserError(f"--fps={FPS.value} and --max_seconds={MAX_SECONDS.value} must both be more than 0")
-            short_side = VideoFolder.short_side if SHORT_SIDE.value is None else SHORT_SIDE.value
-            return VideoFolder(folders, shares, CAPTIONS.value, fps=FPS.value, max_seconds=MAX_SECONDS.value, short_side=short_side)
+            return VideoFolder(folders, shares, CAPTIONS.value, **_sampling("short_side"))
+        case "questions_folder":
+            return QuestionsFolder(folders, shares, CAPTIONS.value, _rules(ANY_PICTURE), **_sampling("video_short_side"))
         case _:
             return PlainText(folders, shares, DOCUMENT_CHARACTERS.value)
+
+
+def _sampling(short_side: str) -> dict[str, Any]:
+    """How videos are read; `short_side` is the source's name for theirs."""
+    if FPS.value <= 0 or MAX_SECONDS.value <= 0:
+        raise UserError(f"--fps={FPS.value} and --max_seconds={MAX_SECONDS.value} must both be more than 0")
+    sides = {} if SHORT_SIDE.value is None else {short_side: SHORT_SIDE.value}
+    return {"fps": FPS.value, "max_seconds": MAX_SECONDS.value, **sides}
 
 
 def _rules(rules: PictureRules) -> PictureRules:

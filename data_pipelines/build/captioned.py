@@ -5,17 +5,18 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from data_pipelines.build.captions import BAD_LINE, NO_CAPTION, caption_file, existing_folder, read_captions, why_not
+from data_pipelines.build.captions import NO_CAPTION, caption_file, existing_folder, read_captions, why_not
 from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares, record_id
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One file of one of the folders with its captions; `name` None stands for a bad line of the caption file."""
+    """One file of one of the folders with its captions, or a line of the caption file that is of no use: `bad` says why."""
 
     folder: str
-    name: str | None
+    name: str = ""
     captions: tuple[str, ...] = ()
+    bad: str = ""
 
 
 class Unusable(ValueError):
@@ -42,8 +43,8 @@ class CaptionedFolder:
         return [entry for folder in self.folders for entry in self._entries(folder)]
 
     def convert(self, entry: Entry) -> list[Outcome]:
-        if entry.name is None:
-            return [Dropped(BAD_LINE)]
+        if entry.bad:
+            return [Dropped(entry.bad)]
         folder = pathlib.Path(entry.folder)
         file = folder / entry.name
         if reason := why_not(folder, file):
@@ -63,7 +64,8 @@ class CaptionedFolder:
 
     def _entries(self, folder: str) -> list[Entry]:
         root = existing_folder(folder)
-        captions, bad = read_captions(caption_file(root, self.captions, self.caption_files, self.key), self.key, root)
+        line = f'{{"{self.key}": "path/below/the/folder", "captions": ["a cat"]}}'
+        captions, bad = read_captions(caption_file(root, self.captions, self.caption_files, line), self.key, root)
         there = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.suffix.lower() in self.suffixes]
         entries = [Entry(folder, name, tuple(texts)) for name, texts in captions.items()]
-        return entries + [Entry(folder, name) for name in there if name not in captions] + [Entry(folder, None)] * bad
+        return entries + [Entry(folder, name) for name in there if name not in captions] + [Entry(folder, bad=reason) for reason in bad]

@@ -38,9 +38,14 @@ class VideoFolder(CaptionedFolder):
         return f"Videos with captions, {self.fps:g} frames a second."
 
     def read(self, file: pathlib.Path) -> dict[str, Any]:
-        try:
-            most = max(1, math.ceil(self.max_seconds * self.fps))
-            frames = read_frames(file, fps=self.fps, max_frames=most, resize=lambda frame: shrink(frame, self.short_side))
-        except VideoError as error:
-            raise Unusable("unreadable") from error
-        return {"frames": [encode(frame, "JPEG", FRAME_QUALITY) for frame in frames], "fps": self.fps}
+        return {"frames": stored_frames(file, fps=self.fps, max_seconds=self.max_seconds, short_side=self.short_side), "fps": self.fps}
+
+
+def stored_frames(file: pathlib.Path, *, fps: float, max_seconds: float, short_side: int) -> list[bytes]:
+    """A video's frames as JPEG files; the arguments are VideoFolder's. Raises Unusable."""
+    try:
+        most = max(1, math.ceil(max_seconds * fps))
+        frames = read_frames(file, fps=fps, max_frames=most, resize=lambda frame: shrink(frame, short_side))
+    except VideoError as error:
+        raise Unusable("unreadable") from error
+    return [encode(frame, "JPEG", FRAME_QUALITY) for frame in frames]

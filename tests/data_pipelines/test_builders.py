@@ -22,6 +22,7 @@ from data_pipelines.build.html_pages import HtmlPages, Picture, tidy, walk
 from data_pipelines.build.image_folder import ImageFolder
 from data_pipelines.build.pictures import PictureRules, Unfit
 from data_pipelines.build.plain_text import PlainText, documents
+from data_pipelines.build.questions_folder import QuestionsFolder
 from data_pipelines.build.sentencepiece_trainer import texts_in, train_tokenizer
 from data_pipelines.build.source import Shares
 from data_pipelines.build.video_folder import VideoFolder
@@ -141,10 +142,11 @@ def test_image_folder(tmp_path):
     statistics, _ = write_dataset(tmp_path / "out", ImageFolder((str(root),), ALL_TRAIN))
     assert statistics["splits"] == {"train": 2} and statistics["records_read"] == 2 + 1 + 1 + 1 + 2 + 5
     assert statistics["dropped"] == {
-        "caption line that is not JSON with a name and captions": 5,
+        "caption line that is not JSON with a name and captions": 4,
         "missing": 1,
         "no caption": 2,
         "outside the folder": 1,
+        "text that is not UTF-8": 1,
         "unreadable": 1,
     }
     records = read(tmp_path / "out")
@@ -272,6 +274,44 @@ def test_video_frames_shrink_as_they_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr("data_pipelines.build.video_folder.read_frames", reading)
     write_dataset(tmp_path / "out", VideoFolder((str(tmp_path / "clips"),), ALL_TRAIN, short_side=32))
     assert shapes == [(32, 48, 3)] * 3
+
+
+def test_questions_folder(tmp_path):
+    root = tmp_path / "asked"
+    save(root / "pics" / "a.png", colourful())
+    save(root / "silent.png", colourful())
+    film(root / "b.mp4", 3)
+    lines(
+        root / "qa.jsonl", {"image": "pics/a.png", "question": " what? ", "answer": "a slope"}, {"image": "gone.png", "question": "x?", "answer": "x"},
+        {"video": "b.mp4", "question": "brighter?", "answers": ["yes", "yes", "no"], "type": "motion"},
+        {"image": "./pics/a.png", "question": "how many?", "answer": 2}, {"image": "pics/a.png", "question": "nothing?", "answers": []},
+        {"image": "pics/a.png", "question": "a list?", "answers": [2]}, {"image": "pics/a.png", "answer": "no question"}, "[1]", "3", "null",
+        {"video": "pics/../../out.mp4", "question": "x?", "answer": "x"}, {"image": "pics/a.png", "question": "half: \ud83d", "answer": "x"},
+    )
+    statistics, _ = write_dataset(tmp_path / "out", QuestionsFolder((str(root),), ALL_TRAIN, fps=2.0, video_short_side=32))
+    assert statistics["splits"] == {"train": 3} and statistics["records_read"] == 3 + 1 + 1 + 1 + 5 + 1 + 1
+    assert statistics["dropped"] == {
+        "line that is not JSON with a picture, a question and answers": 5, "missing": 1, "no answer": 1, "no question": 1, "outside the folder": 1,
+        "text that is not UTF-8": 1,
+    }
+    records = read(tmp_path / "out")
+    told = {name: (record["question"].decode(), strings(record["answers"]), record["type"].decode()) for name, record in records.items()}
+    assert told == {
+        "pics/a.png#0": ("what?", ["a slope"], ""), "pics/a.png#1": ("how many?", ["2"], ""), "b.mp4#0": ("brighter?", ["yes", "yes", "no"], "motion"),
+    }
+    assert [frame.shape for frame in records["b.mp4#0"]["frames"]] == [(32, 48, 3)] * 6
+    assert all((record["frames"][0] == colourful()).all() for name, record in records.items() if "png" in name)
+
+
+def test_all_questions_about_a_picture_are_in_one_split(tmp_path):
+    names = [f"{number}.png" for number in range(30)]
+    for name in names:
+        save(tmp_path / "asked" / name, colourful(8, 8))
+    lines(tmp_path / "asked" / "questions.jsonl", *({"image": name, "question": str(turn), "answer": "x"} for turn in range(4) for name in names))
+    statistics, _ = write_dataset(tmp_path / "out", QuestionsFolder((str(tmp_path / "asked"),), Shares(validation=0.3)))
+    about = {split: {name.split("#")[0] for name in read(tmp_path / "out", split)} for split in ("train", "validation")}
+    assert about["train"].isdisjoint(about["validation"]) and about["train"] | about["validation"] == set(names)
+    assert statistics["splits"] == {split: 4 * len(found) for split, found in about.items()}
 
 
 # Pages.

@@ -1,0 +1,123 @@
+"""A folder of pictures or videos with a JSONL of questions to a dataset of questions (VQA; paper 3.3).
+
+`qa.jsonl` or `questions.jsonl` has a line per question, `{"image": "any/where/below.jpg", "question": "What is it?", "answer": "a cat"}`:
+`video` in place of `image`, `answers` (those of several people) in place of `answer`, and `type` where questions have sorts. All questions
+about a picture land in the same split, so that what is kept out of training is pictures. Each record holds its picture again, as any reader
+of the kind expects; `short_side` keeps that small.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from data_pipelines.build.captioned import Unusable
+from data_pipelines.build.captions import NotUtf8, as_utf8, caption_file, existing_folder, json_lines, relative, texts_of, why_not
+from data_pipelines.build.image_folder import ImageFolder
+from data_pipelines.build.pictures import ANY_PICTURE, PictureRules
+from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares, record_id
+from data_pipelines.build.video_folder import VideoFolder, stored_frames
+
+FILES = ("qa.jsonl", "questions.jsonl")
+BAD_LINE = "line that is not JSON with a picture, a question and answers"
+NO_QUESTION = "no question"
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    text: str
+    answers: tuple[str, ...]
+    type: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One picture or video with all questions about it, or a line that is of no use: `bad` says why."""
+
+    folder: str
+    name: str = ""
+    is_video: bool = False
+    questions: tuple[Question, ...] = ()
+    bad: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionsFolder:
+    """file: the JSONL, where it has another name. fps, max_seconds, short_side of videos: as in VideoFolder."""
+
+    folders: tuple[str, ...]
+    shares: Shares = DEFAULT_SHARES
+    file: str | None = None
+    rules: PictureRules = ANY_PICTURE
+    fps: float = VideoFolder.fps
+    max_seconds: float = VideoFolder.max_seconds
+    video_short_side: int = VideoFolder.short_side
+
+    @property
+    def kind(self) -> str:
+        return "questions"
+
+    @property
+    def about(self) -> str:
+        return "Questions about pictures or videos."
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"source": type(self).__name__, **dataclasses.asdict(self)}
+
+    def entries(self) -> Sequence[Entry]:
+        return [entry for folder in self.folders for entry in self._entries(folder)]
+
+    def convert(self, entry: Entry) -> list[Outcome]:
+        if entry.bad:
+            return [Dropped(entry.bad)]
+        folder = pathlib.Path(entry.folder)
+        file = folder / entry.name
+        wanted = max(1, len(entry.questions))
+        if reason := why_not(folder, file):
+            return [Dropped(reason)] * wanted
+        if not entry.questions:
+            return [Dropped(NO_QUESTION)]
+        try:
+            frames = self._frames(file, entry.is_video)
+        except Unusable as error:
+            return [Dropped(str(error))] * wanted
+        name = record_id(self.folders, folder, entry.name)
+        split = self.shares.split(name)
+        return [
+            Example(split, {"id": f"{name}#{number}", "frames": frames, "question": asked.text, "answers": list(asked.answers), "type": asked.type})
+            if asked.answers else Dropped("no answer")
+            for number, asked in enumerate(entry.questions)
+        ]
+
+    def _frames(self, file: pathlib.Path, is_video: bool) -> list[bytes]:
+        if is_video:
+            return stored_frames(file, fps=self.fps, max_seconds=self.max_seconds, short_side=self.video_short_side)
+        return [ImageFolder((), rules=self.rules).read(file)["image"]]
+
+    def _entries(self, folder: str) -> list[Entry]:
+        root = existing_folder(folder)
+        line = '{"image": "path/below/the/folder", "question": "What is it?", "answer": "a cat"}'
+        found: dict[tuple[str, bool], list[Question]] = {}
+        bad = []
+        for record in json_lines(caption_file(root, self.file, FILES, line)):
+            try:
+                is_video = "image" not in record
+                question = Question(as_utf8(record["question"]), _answers(record), as_utf8(record.get("type") or ""))
+                found.setdefault((relative(record["video" if is_video else "image"], root), is_video), []).append(question)
+            except NotUtf8 as error:
+                bad.append(str(error))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                bad.append(BAD_LINE)
+        asked = {name for name, _ in found}
+        suffixes = ImageFolder.suffixes | VideoFolder.suffixes
+        there = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.suffix.lower() in suffixes]
+        entries = [Entry(folder, name, is_video, tuple(questions)) for (name, is_video), questions in found.items()]
+        return entries + [Entry(folder, name) for name in there if name not in asked] + [Entry(folder, bad=reason) for reason in bad]
+
+
+def _answers(record: dict[str, Any]) -> tuple[str, ...]:
+    """An answer that is a number is its digits."""
+    if type(record.get("answer")) in (int, float):
+        record = record | {"answer": str(record["answer"])}
+    return tuple(texts_of(record, "answers", "answer"))
