@@ -27,13 +27,15 @@ setuptools.setup(
         "pillow>=11",
         "rich>=13",
         "safetensors>=0.5",
+        "scipy>=1.11",
         "sentencepiece>=0.2",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.10",
         "tokenizers>=0.20",
     ],
     extras_require={
-        "test": ["mypy>=1.15", "pytest>=8", "ruff>=0.11"],
+        "parquet": ["pyarrow>=16"],
+        "test": ["mypy>=1.15", "pyarrow>=16", "pytest>=8", "ruff>=0.11"],
         "gpu": ["jax[cuda12]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
         # The compiler alone, for `launch.plan --topology`: it needs no TPU.

@@ -3,7 +3,7 @@
 import logging
 import pathlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,13 +43,20 @@ def open_records(path: str | pathlib.Path, split: str, kind: str | None = None) 
     if missing:
         raise UserError(f"the dataset {folder} has no {', '.join(missing)}, so it is not of kind {kind!r}: mend the dataset's `kind` or `path`")
 
+    return builder.as_data_source(split=split, decoders=left_encoded(name for name in PICTURES.values() if name in fields))
+
+
+def left_encoded(names: Iterable[str]) -> dict[str, Any]:
+    """TFDS decoders that leave these features as the bytes they are stored in, sequences of pictures too."""
+    import tensorflow_datasets as tfds
+
     class Encoded(tfds.decode.SkipDecoding):
-        """SkipDecoding knows single pictures only; this leaves sequences of them encoded too."""
+        """SkipDecoding knows single pictures only."""
 
         def decode_batch_example_np(self, pictures: Any) -> Any:
             return pictures
 
-    return builder.as_data_source(split=split, decoders={name: Encoded() for name in PICTURES.values() if name in fields})
+    return {name: Encoded() for name in names}
 
 
 class Records:

@@ -5,6 +5,11 @@
     python -m launch.build_data --source=html_pages --input=site --input=more --output=data/site
     python -m launch.build_data --source=video_folder --input=clips --output=data/clips
     python -m launch.build_data --source=questions_folder --input=asked --output=data/asked
+    python -m launch.build_data --source=webdataset --input=laion --output=data/laion
+    python -m launch.build_data --source=coco --input=coco/annotations/captions_train2017.json --images=coco/train2017 --output=data/coco
+    python -m launch.build_data --source=mmc4 --input=mmc4/shards --images=mmc4/images --output=data/mmc4
+    python -m launch.build_data --source=obelics --input=obelics/data --images=obelics/downloaded --output=data/obelics
+    python -m launch.build_data --source=tfds --input=coco_captions --output=data/coco_captions
     python -m launch.build_data --source=plain_text --input=books --output=data/books
     python -m launch.build_data --source=sentencepiece --input=data/books --input=data/photos --output=data/tokenizer --vocab_size=8000
 
@@ -26,8 +31,13 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
-from data_pipelines.build.html_pages import PAGES_RULES, HtmlPages
+from data_pipelines.build import tfds
+from data_pipelines.build.coco import Coco
+from data_pipelines.build.html_pages import HtmlPages
 from data_pipelines.build.image_folder import ImageFolder
+from data_pipelines.build.interleaved import PAGES_RULES
+from data_pipelines.build.mmc4 import Mmc4
+from data_pipelines.build.obelics import Obelics
 from data_pipelines.build.pictures import ANY_PICTURE, PictureRules
 from data_pipelines.build.plain_text import PlainText
 from data_pipelines.build.questions_folder import QuestionsFolder
@@ -35,14 +45,28 @@ from data_pipelines.build.quickstart import build_quickstart
 from data_pipelines.build.sentencepiece_trainer import IMAGE_TAG, texts_in, train_tokenizer
 from data_pipelines.build.source import Shares, Source
 from data_pipelines.build.video_folder import VideoFolder
+from data_pipelines.build.webdataset import WebDataset
 from data_pipelines.build.writer import write_dataset
 from flamingo_jax.errors import UserError
 from flamingo_jax.processing.tokenizer import FILE_NAME
 from launch import command
 
-SOURCES = ("quickstart", "image_folder", "html_pages", "video_folder", "questions_folder", "plain_text", "sentencepiece")
+SOURCES = (
+    "quickstart", "image_folder", "html_pages", "video_folder", "questions_folder", "webdataset", "coco", "mmc4", "obelics", "tfds", "plain_text",
+    "sentencepiece",
+)
 SOURCE = flags.DEFINE_enum("source", None, SOURCES, "What to build from.")
-INPUT = flags.DEFINE_multi_string("input", [], "Folder to read; several make one dataset. sentencepiece: also datasets and text files.")
+INPUT = flags.DEFINE_multi_string(
+    "input", [], "Folder (webdataset, coco, mmc4, obelics: or file) to read; several make one dataset. tfds: the name or folder of one dataset. "
+    "sentencepiece: also datasets and text files.",
+)
+IMAGES = flags.DEFINE_multi_string(
+    "images", [], "coco, mmc4, obelics: folder with the pictures, by name, as img2dataset downloads them, or named by the SHA-256 of their address; "
+    "else they lie beside the input.",
+)
+MIN_SIMILARITY = flags.DEFINE_float("min_similarity", Mmc4.min_similarity, "mmc4: pictures less similar to their sentence are dropped.")
+KIND = flags.DEFINE_enum("kind", None, tuple(tfds.USUAL), "tfds: what the records are; else what their features say.")
+FIELDS = flags.DEFINE_multi_string("field", [], "tfds: feature that holds a field of the records, such as captions=annotations/text.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder of the dataset, its last part the name; quickstart, sentencepiece: folder to fill.")
 WORKERS = flags.DEFINE_integer("workers", 0, "Processes that read the sources; 0 for one per core.", lower_bound=0)
 SEED = flags.DEFINE_integer("seed", 0, "quickstart: seed of the drawn world.")
@@ -53,7 +77,7 @@ MIN_SIDE = flags.DEFINE_integer("min_side", None, "Pictures with a shorter side 
 MAX_ASPECT = flags.DEFINE_float("max_aspect", None, "Pictures with a larger aspect are dropped; 3 for pages, else 20.", lower_bound=1.0)
 SHORT_SIDE = flags.DEFINE_integer("short_side", None, "Larger pictures shrink to this, 0 for never; 256 for videos, else 0.", lower_bound=0)
 ALT_TEXT = flags.DEFINE_bool("alt_text", False, "html_pages: a picture's alternative text follows it.")
-FPS = flags.DEFINE_float("fps", 1.0, "Videos: frames a second.")
+FPS = flags.DEFINE_float("fps", 1.0, "Videos: frames a second (tfds: that its videos have).")
 MAX_SECONDS = flags.DEFINE_float("max_seconds", 64.0, "Videos: only the beginning of longer videos is used.")
 DOCUMENT_CHARACTERS = flags.DEFINE_integer("document_characters", 4_000, "plain_text: paragraphs gather up to this.", lower_bound=1)
 VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 32_000, "sentencepiece: number of pieces.", lower_bound=1)
@@ -84,7 +108,7 @@ def main() -> int:
 
 def source(shares: Shares) -> Source:
     """The source that the flags describe."""
-    folders = tuple(INPUT.value)
+    folders, images = tuple(INPUT.value), tuple(IMAGES.value)
     match SOURCE.value:
         case "image_folder":
             return ImageFolder(folders, shares, CAPTIONS.value, _rules(ANY_PICTURE))
@@ -94,8 +118,27 @@ def source(shares: Shares) -> Source:
             return VideoFolder(folders, shares, CAPTIONS.value, **_sampling("short_side"))
         case "questions_folder":
             return QuestionsFolder(folders, shares, CAPTIONS.value, _rules(ANY_PICTURE), **_sampling("video_short_side"))
+        case "webdataset":
+            return WebDataset(folders, shares, _rules(ANY_PICTURE))
+        case "coco":
+            return Coco(folders, images, shares, _rules(ANY_PICTURE))
+        case "mmc4":
+            return Mmc4(folders, images, shares, _rules(PAGES_RULES), MIN_SIMILARITY.value)
+        case "obelics":
+            return Obelics(folders, images, shares, _rules(PAGES_RULES))
+        case "tfds":
+            return _tfds(folders, shares)
         case _:
             return PlainText(folders, shares, DOCUMENT_CHARACTERS.value)
+
+
+def _tfds(names: tuple[str, ...], shares: Shares) -> Source:
+    if len(names) > 1:
+        raise UserError(f"--source=tfds reads one dataset, and --input names {len(names)}: build each into a folder of its own")
+    if wrong := [field for field in FIELDS.value if not all(field.partition("="))]:
+        raise UserError(f"--field={wrong[0]} is not FIELD=FEATURE, such as --field=captions=annotations/text")
+    fields = tuple((name, feature) for name, _, feature in (field.partition("=") for field in FIELDS.value))
+    return tfds.Tfds(names[0], shares, fields, KIND.value, _rules(ANY_PICTURE), FPS.value)
 
 
 def _sampling(short_side: str) -> dict[str, Any]:

@@ -15,11 +15,11 @@ NOT_UTF8 = "text that is not UTF-8"
 OUTSIDE = "outside the folder"
 
 
-def existing_folder(folder: str | pathlib.Path) -> pathlib.Path:
-    """Raises UserError where the folder is not there."""
+def existing_folder(folder: str | pathlib.Path, flag: str = "--input") -> pathlib.Path:
+    """Raises UserError where the folder is not there, which `flag` names."""
     path = pathlib.Path(folder)
     if not path.is_dir():
-        raise UserError(f"there is no folder {path}: mend --input")
+        raise UserError(f"there is no folder {path}: mend {flag}")
     return path
 
 

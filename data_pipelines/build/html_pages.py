@@ -14,8 +14,9 @@ import lxml.html
 from lxml import etree
 
 from data_pipelines.build.captions import MISSING, OUTSIDE, existing_folder, why_not
+from data_pipelines.build.interleaved import PAGES_RULES, Shown, make_page
 from data_pipelines.build.pictures import PictureRules, Unfit
-from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares, record_id
+from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Outcome, Shares, record_id
 from flamingo_jax.errors import UserError
 
 SUFFIXES = {".html", ".htm", ".xhtml"}
@@ -34,7 +35,6 @@ CLAIM_BYTES = 1024
 """The beginning of a page in which HTML wants it to name its encoding."""
 WITHIN_PAGE = re.compile("data:", re.IGNORECASE)
 """How the address of a picture begins that is written into the page itself."""
-PAGES_RULES = PictureRules(min_side=64, max_aspect=3.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,26 +81,14 @@ class HtmlPages:
             items = list(walk((root / name).read_bytes()))
         except (OSError, ValueError, etree.LxmlError):
             return [Dropped("unreadable page")]
-        texts, images, unfit = [""], [], []
-        for item in items:
-            if isinstance(item, str):
-                texts[-1] += item
-                continue
-            try:
-                images.append(self.rules.store(read_picture(root, root / name, item.source)))
-                texts.append("")
-            except Unfit as error:
-                unfit.append(str(error))
-                continue
-            if self.alt_text and item.alternative:
-                texts[-1] += f"\n{item.alternative}\n"
-        texts = [tidy(text) for text in texts]
-        if not images:
-            return [Dropped("page without a picture that is fit", tuple(unfit))]
-        if not any(texts):
-            return [Dropped("page without text", (*unfit, *["on a page without text"] * len(images)))]
         page_id = record_id(self.folders, root, name)
-        return [Example(self.shares.split(page_id), {"id": page_id, "texts": texts, "images": images}, tuple(unfit))]
+        return [make_page(page_id, self.shares.split(page_id), (self._item(root, root / name, item) for item in items), self.rules)]
+
+    def _item(self, root: pathlib.Path, page: pathlib.Path, item: "str | Picture") -> str | Shown:
+        if isinstance(item, str):
+            return item
+        after = f"\n{item.alternative}\n" if self.alt_text and item.alternative else ""
+        return Shown(lambda: read_picture(root, page, item.source), after)
 
 
 def walk(page: bytes) -> Iterator[str | Picture]:
@@ -129,12 +117,6 @@ def walk(page: bytes) -> Iterator[str | Picture]:
                 skipping = None
             if skipping is None:
                 yield _edge(element.tag) + _spaces(element.tail or "")
-
-
-def tidy(text: str) -> str:
-    """Blanks joined, empty lines and the blanks around lines gone."""
-    lines = (" ".join(line.split()) for line in text.split("\n"))
-    return "\n".join(line for line in lines if line)
 
 
 def read_picture(root: pathlib.Path, page: pathlib.Path, source: str) -> bytes:

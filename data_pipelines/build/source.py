@@ -3,10 +3,12 @@
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Container, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Container, Iterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 from data_pipelines.features import TEST, TRAIN, VALIDATION
+
+E = TypeVar("E")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,20 @@ class Dropped:
 Outcome = Example | Dropped
 
 
+@dataclasses.dataclass(frozen=True)
+class Stream(Generic[E]):
+    """Entries that are read as they are asked for, where all of them would not fit memory. count: about how many, for the progress bar."""
+
+    count: int
+    read: Callable[[], Iterator[E]]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[E]:
+        return self.read()
+
+
 class Source(Protocol):
     """Raw data to be written as a dataset. Light enough to be sent to a worker process with every few entries."""
 
@@ -48,7 +64,7 @@ class Source(Protocol):
     def shares(self) -> "Shares | None":
         """How records are dealt to the splits; None where the source has splits of its own."""
 
-    def entries(self) -> Sequence[Any]:
+    def entries(self) -> "Sequence[Any] | Stream[Any]":
         """What there is to read, in a fixed order. Raises UserError where there is nothing."""
 
     def convert(self, entry: Any) -> list[Outcome]:

@@ -22,8 +22,10 @@ class VideoFolder(CaptionedFolder):
     key: ClassVar[str] = "video"
     caption_files: ClassVar[tuple[str, ...]] = ("captions.jsonl", "videos.jsonl")
     suffixes: ClassVar[frozenset[str]] = frozenset(
-        {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif", ".mpg", ".mpeg", ".ogv", ".wmv", ".flv"}
+        {".mp4", ".m4v", ".mov", ".qt", ".webm", ".mkv", ".avi", ".divx", ".gif", ".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".ts", ".mts", ".m2ts", ".vob"}
+        | {".ogv", ".ogg", ".wmv", ".asf", ".flv", ".f4v", ".3gp", ".3g2", ".mj2", ".mjpeg", ".y4m", ".apng"}
     )
+    """Those that no line names are counted by these; a file that a line names may have any ending."""
 
     fps: float = 1.0
     max_seconds: float = 64.0

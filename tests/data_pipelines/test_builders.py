@@ -18,8 +18,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from data_pipelines.build.html_pages import HtmlPages, Picture, tidy, walk
+from data_pipelines.build.html_pages import HtmlPages, Picture, walk
 from data_pipelines.build.image_folder import ImageFolder
+from data_pipelines.build.interleaved import tidy
 from data_pipelines.build.pictures import PictureRules, Unfit
 from data_pipelines.build.plain_text import PlainText, documents
 from data_pipelines.build.questions_folder import QuestionsFolder

@@ -1,0 +1,159 @@
+"""MMC4 (Multimodal C4) to a dataset of pages: JSON lines of documents with sentences, pictures, and how similar each is to each.
+
+A document has `text_list` (sentences) and `image_info`, whose members have `image_name` (and `raw_url`), `matched_text_index` (the place of
+the sentence that the picture belongs to) and `matched_sim` (their CLIP similarity); the rows of `similarity_matrix` are pictures, its columns
+sentences. Each picture stands right before its own sentence; those of one sentence stand as `image_info` lists them. Where a picture has
+no `matched_text_index`, pictures and sentences are matched one to one for the largest sum of similarities, as MMC4's authors did.
+"""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from data_pipelines.build.captions import NOT_UTF8, existing_folder, parsed
+from data_pipelines.build.interleaved import PAGES_RULES, Shown, make_page
+from data_pipelines.build.pictures import PictureRules
+from data_pipelines.build.shards import Piece, address_key, by_address, files_in, folders_of, reader
+from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Outcome, Shares, Stream, record_id
+from flamingo_jax.errors import UserError
+
+BAD_LINE = "line that is not JSON with sentences and pictures"
+UNMATCHED = "matched to no sentence"
+MAX_LINE = 64 << 20
+"""Bytes; a longer line is no document."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A line of a file. downloaded: for each picture its file, where it is known by its address."""
+
+    id: str
+    line: bytes
+    downloaded: tuple[Piece | None, ...] = ()
+
+
+class Match(NamedTuple):
+    sentence: int
+    similarity: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Mmc4:
+    """inputs: the JSON lines. images: folders of pictures, by name or as `shards.by_address` says, by default those of the lines.
+
+    min_similarity: pictures less similar to their sentence are left out. A cosine from -1 to 1; MMC4's own files hold none below 0.15,
+    OpenFlamingo trained with 0.24.
+    """
+
+    inputs: tuple[str, ...]
+    images: tuple[str, ...] = ()
+    shares: Shares = DEFAULT_SHARES
+    rules: PictureRules = PAGES_RULES
+    min_similarity: float = 0.0
+
+    @property
+    def kind(self) -> str:
+        return "pages"
+
+    @property
+    def about(self) -> str:
+        return "Documents of MMC4 with their pictures."
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"source": type(self).__name__, **dataclasses.asdict(self)}
+
+    def entries(self) -> Stream[Entry]:
+        if not -1 <= self.min_similarity <= 1:
+            raise UserError(f"--min_similarity={self.min_similarity:g} is no cosine: similarities of MMC4 lie between -1 and 1, most between 0.15 and 0.35")
+        for folder in self.images:
+            existing_folder(folder, "--images")
+        files = files_in(self.inputs, (".jsonl",), "file of MMC4")
+        downloaded = by_address(self.images or folders_of(self.inputs))
+
+        def lines() -> Iterator[Entry]:
+            for file in files:
+                with file.path.open("rb") as opened:
+                    for number, line in enumerate(opened):
+                        name = f"{record_id(self.inputs, file.root, file.name)}#{number}"
+                        yield Entry(name, line[:MAX_LINE], _downloaded(line, downloaded) if downloaded else ())
+
+        return Stream(sum(_count_lines(file.path) for file in files), lines)
+
+    def convert(self, entry: Entry) -> list[Outcome]:
+        if not entry.line.strip():
+            return []
+        record = parsed(entry.line.decode("utf-8-sig", "surrogateescape"))
+        try:
+            sentences, pictures = record["text_list"], record["image_info"]
+            if not isinstance(sentences, list) or not isinstance(pictures, list) or not all(isinstance(text, str) for text in sentences):
+                return [Dropped(BAD_LINE)]
+            "".join(sentences).encode()
+        except UnicodeEncodeError:
+            return [Dropped(NOT_UTF8)]
+        except (KeyError, TypeError):
+            return [Dropped(BAD_LINE)]
+        folders = self.images or folders_of(self.inputs)
+        matches = match(pictures, len(sentences), record.get("similarity_matrix"))
+        before: list[list[Shown]] = [[] for _ in sentences]
+        lost = []
+        for place, (picture, matched) in enumerate(zip(pictures, matches, strict=True)):
+            if matched is None:
+                lost.append(UNMATCHED)
+            elif not matched.similarity >= self.min_similarity:
+                lost.append(f"similarity under {self.min_similarity:g}")
+            else:
+                piece = entry.downloaded[place] if place < len(entry.downloaded) else None
+                before[matched.sentence].append(Shown(reader(folders, picture.get("image_name"), piece)))
+        items: list[str | Shown] = []
+        for shown, sentence in zip(before, sentences, strict=True):
+            items += [*shown, f"{sentence} "]
+        outcome = make_page(entry.id, self.shares.split(entry.id), items, self.rules)
+        return [dataclasses.replace(outcome, parts_dropped=(*lost, *outcome.parts_dropped))]
+
+
+def match(pictures: list[Any], sentences: int, matrix: Any) -> list[Match | None]:
+    """For each picture of `image_info` its sentence, None where there is none; a similarity that is not given is infinite."""
+    similar = _similarities(matrix, (len(pictures), sentences))
+    found = [_given(picture, place, sentences, similar) for place, picture in enumerate(pictures)]
+    free = [place for place, picture in enumerate(pictures) if isinstance(picture, dict) and picture.get("matched_text_index") is None]
+    if free and similar is not None:
+        for row, sentence in zip(*linear_sum_assignment(similar[free], maximize=True), strict=True):
+            found[free[row]] = Match(int(sentence), float(similar[free[row], sentence]))
+    return found
+
+
+def _given(picture: Any, place: int, sentences: int, similar: np.ndarray | None) -> Match | None:
+    index = picture.get("matched_text_index") if isinstance(picture, dict) else None
+    if type(index) is not int or not 0 <= index < sentences:
+        return None
+    similarity = picture.get("matched_sim")
+    if type(similarity) not in (int, float):
+        similarity = math.inf if similar is None else similar[place, index]
+    return Match(index, float(similarity))
+
+
+def _similarities(matrix: Any, shape: tuple[int, int]) -> np.ndarray | None:
+    """float [pictures, sentences], None where the matrix is missing or another's."""
+    try:
+        values = np.asarray(matrix, float)
+    except (TypeError, ValueError):
+        return None
+    return values if values.shape == shape and np.isfinite(values).all() else None
+
+
+def _downloaded(line: bytes, known: dict[bytes, Piece]) -> tuple[Piece | None, ...]:
+    record = parsed(line.decode("utf-8-sig", "surrogateescape"))
+    pictures = record.get("image_info") if isinstance(record, dict) else None
+    addresses = [picture.get("raw_url") if isinstance(picture, dict) else None for picture in pictures] if isinstance(pictures, list) else []
+    return tuple(known.get(address_key(address)) if isinstance(address, str) else None for address in addresses)
+
+
+def _count_lines(file: pathlib.Path) -> int:
+    with file.open("rb") as opened:
+        return sum(part.count(b"\n") for part in iter(lambda: opened.read(1 << 20), b""))

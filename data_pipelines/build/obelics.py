@@ -1,0 +1,149 @@
+"""OBELICS parquet files to a dataset of pages.
+
+A row has the lists `images` and `texts` of equal length; at each place one of them has an entry and the other has none. The published
+files hold addresses on the web in `images`; their pictures are looked for among what was downloaded (see `shards.by_address`: the output of
+img2dataset, or files named by the SHA-256 of their address). Files that hold the pictures themselves, as bytes or as {"bytes": ...}, the form
+that Hugging Face's datasets have, need nothing else. A picture that is not there is left out and counted.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from data_pipelines.build.captions import NOT_UTF8, existing_folder
+from data_pipelines.build.interleaved import PAGES_RULES, Shown, make_page
+from data_pipelines.build.pictures import PictureRules
+from data_pipelines.build.shards import Found, Piece, address_key, by_address, files_in, folders_of, reader
+from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Outcome, Shares, Stream, record_id
+from flamingo_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+COLUMNS = ("images", "texts")
+ROWS = 16
+"""Rows that are read at once: with the pictures within, each may take many megabytes."""
+BAD_FILE = "unreadable parquet file"
+BAD_ROWS = "row of a damaged part of a parquet file"
+BAD_ROW = "row without lists of pictures and texts"
+PARAGRAPH = "\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A row as texts, pictures (bytes, or where they lie) and, as None, those that are not there; or why it is of no use."""
+
+    id: str
+    items: tuple[str | bytes | Piece | None, ...] = ()
+    bad: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Obelics:
+    """inputs: the parquet files. images: folders of downloaded pictures, by default those of the files."""
+
+    inputs: tuple[str, ...]
+    images: tuple[str, ...] = ()
+    shares: Shares = DEFAULT_SHARES
+    rules: PictureRules = PAGES_RULES
+
+    @property
+    def kind(self) -> str:
+        return "pages"
+
+    @property
+    def about(self) -> str:
+        return "Documents of OBELICS with their pictures."
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"source": type(self).__name__, **dataclasses.asdict(self)}
+
+    def entries(self) -> Stream[Entry]:
+        for folder in self.images:
+            existing_folder(folder, "--images")
+        files = files_in(self.inputs, (".parquet",), "parquet file")
+        counts = [_rows(file) for file in files]
+        downloaded = by_address(self.images or folders_of(self.inputs))
+
+        def rows() -> Iterator[Entry]:
+            for file, count in zip(files, counts, strict=True):
+                yield from self._read(file, count, downloaded)
+
+        return Stream(sum(max(1, count) for count in counts), rows)
+
+    def convert(self, entry: Entry) -> list[Outcome]:
+        if entry.bad:
+            return [Dropped(entry.bad)]
+        items = [item + PARAGRAPH if isinstance(item, str) else Shown(_reader(item)) for item in entry.items]
+        return [make_page(entry.id, self.shares.split(entry.id), items, self.rules)]
+
+    def _read(self, file: Found, count: int, downloaded: dict[bytes, Piece]) -> Iterator[Entry]:
+        name = record_id(self.inputs, file.root, file.name)
+        done = 0
+        try:
+            parquet = _parquet().ParquetFile(file.path)
+            if not set(COLUMNS) <= set(parquet.schema_arrow.names):
+                yield Entry(name, bad=f"parquet file without columns {' and '.join(COLUMNS)}")
+                return
+            for group in range(parquet.num_row_groups):
+                size = parquet.metadata.row_group(group).num_rows
+                first, begun = done, done
+                try:
+                    for batch in parquet.iter_batches(ROWS, row_groups=[group], columns=list(COLUMNS)):
+                        for row in range(len(batch)):
+                            yield _entry(f"{name}#{done}", batch, row, downloaded)
+                            done += 1
+                except _errors():
+                    pass
+                for _ in range(size - (done - first)):
+                    yield Entry(name, bad=BAD_ROWS)
+                done = begun + size
+        except _errors():
+            yield Entry(name, bad=BAD_FILE)
+
+
+def _entry(name: str, batch: "pyarrow.RecordBatch", row: int, downloaded: dict[bytes, Piece]) -> Entry:
+    try:
+        images, texts = (batch.column(column)[row].as_py() for column in COLUMNS)
+    except UnicodeDecodeError:
+        return Entry(name, bad=NOT_UTF8)
+    if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
+        return Entry(name, bad=BAD_ROW)
+    items: list[str | bytes | Piece | None] = []
+    for image, text in zip(images, texts, strict=True):
+        if isinstance(text, str):
+            items.append(text)
+        elif text is not None:
+            return Entry(name, bad=BAD_ROW)
+        if image is not None:
+            within = image.get("bytes") or image.get("path") if isinstance(image, dict) else image
+            items.append(downloaded.get(address_key(within)) if isinstance(within, str) else within if isinstance(within, bytes) else None)
+    return Entry(name, tuple(items))
+
+
+def _rows(file: Found) -> int:
+    """0 for a file that cannot be read."""
+    try:
+        return _parquet().ParquetFile(file.path).metadata.num_rows
+    except _errors():
+        return 0
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """What pyarrow raises on damaged files."""
+    import pyarrow
+
+    return pyarrow.ArrowException, OSError, ValueError
+
+
+def _parquet() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError("reading parquet files needs pyarrow, which is not installed: `pip install pyarrow` or `pip install -e '.[parquet]'`") from error
+    return pyarrow.parquet
+
+
+def _reader(item: bytes | Piece | None) -> Any:
+    return (lambda: item) if isinstance(item, bytes) else reader((), None, item)

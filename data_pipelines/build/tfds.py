@@ -1,0 +1,221 @@
+"""A TFDS dataset, by its name or its folder, to one of our kinds: its features found by their usual names, or by those that are given.
+
+Read once and written again rather than trained from directly: its pictures are checked and bounded as those of any other source, what cannot
+be used is counted, and everything after has one form of record. Splits named train, validation (val, valid, dev) and test stay what they are;
+a dataset with one split alone is dealt out as other sources are. Features named in `fields` may lie deeper, as `captions/text`.
+"""
+
+import dataclasses
+import functools
+import glob
+import hashlib
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.build.captions import NO_CAPTION, NotUtf8, as_utf8
+from data_pipelines.build.pictures import ANY_PICTURE, PictureRules, Unfit
+from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares, Stream
+from data_pipelines.features import INFO_FILE, TEST, TRAIN, VALIDATION
+from data_pipelines.records import left_encoded
+from flamingo_jax.errors import UserError
+
+USUAL: dict[str, dict[str, tuple[str, ...]]] = {
+    "questions": {
+        "frames": ("frames", "video", "image"), "question": ("question", "question/text"),
+        "answers": ("answers", "answers/answer", "answers/text", "answer", "multiple_choice_answer", "label"),
+    },
+    "videos": {"frames": ("frames", "video"), "captions": ("captions", "captions/text", "caption", "text", "label")},
+    "pairs": {"image": ("image",), "captions": ("captions", "captions/text", "caption", "text", "label")},
+}
+"""For each kind the fields that it needs, and the features that may hold each, the likelier first. Kinds stand in the order in which they are tried."""
+OPTIONAL = {"questions": ("type", "id"), "videos": ("id",), "pairs": ("id",)}
+SPLITS = {TRAIN: TRAIN, VALIDATION: VALIDATION, "val": VALIDATION, "valid": VALIDATION, "dev": VALIDATION, TEST: TEST}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A record by its place. target: the split it goes to, None where its hash decides."""
+
+    folder: str
+    split: str
+    place: int
+    target: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tfds:
+    """name: of a dataset that TFDS knows, prepared under `TFDS_DATA_DIR`, or a folder with a prepared one.
+
+    fields: {field of the kind: feature}. as_kind: pairs, videos or questions, by default the first that its features make.
+    fps: how many of a video's frames make a second; TFDS does not say.
+    """
+
+    name: str
+    shares_if_one: Shares = DEFAULT_SHARES
+    fields: tuple[tuple[str, str], ...] = ()
+    as_kind: str | None = None
+    rules: PictureRules = ANY_PICTURE
+    fps: float = 1.0
+
+    @property
+    def kind(self) -> str:
+        return self._mapped[0]
+
+    @property
+    def about(self) -> str:
+        return f"Records of the TFDS dataset {self.name}."
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"source": type(self).__name__, **dataclasses.asdict(self)}
+
+    @property
+    def shares(self) -> Shares | None:
+        return self.shares_if_one if len(self._splits) == 1 else None
+
+    def entries(self) -> Stream[Entry]:
+        builder = _builder(self.name)
+        splits = self._splits
+        if left := sorted(set(builder.info.splits) - set(splits)):
+            logging.warning("%s: the splits %s are none of train, validation and test and are left out", self.name, ", ".join(left))
+        sizes = {split: builder.info.splits[split].num_examples for split in splits}
+        target = {split: None if len(splits) == 1 else SPLITS[split] for split in splits}
+        folder = str(builder.data_path)
+        _records(folder, next(iter(splits)), self._picture)  # One sentence for a form that cannot be read, before work starts.
+
+        def places() -> Iterator[Entry]:
+            for split, size in sizes.items():
+                yield from (Entry(folder, split, place, target[split]) for place in range(size))
+
+        return Stream(sum(sizes.values()), places)
+
+    def convert(self, entry: Entry) -> list[Outcome]:
+        try:
+            record = _records(entry.folder, entry.split, self._picture)[entry.place]
+        except Exception:  # noqa: BLE001 - readers of damaged records raise whatever they stumble on.
+            return [Dropped("unreadable record")]
+        kind, features = self._mapped
+        picture = features["image" if kind == "pairs" else "frames"]
+        try:
+            stored = _at(record, picture)
+            shown = [self.rules.store(data) for data in ([stored] if isinstance(stored, bytes) else list(stored))]
+            texts = {field: self._texts(record, features[field]) for field in features if field not in ("image", "frames", "id")}
+            name = "".join(self._texts(record, features["id"])[:1]) if "id" in features else ""
+        except (Unfit, NotUtf8) as error:
+            return [Dropped(str(error))]
+        except (KeyError, TypeError, ValueError):
+            return [Dropped("record of another form")]
+        if not shown:
+            return [Dropped("no picture")]
+        record_id = f"{entry.split}/{entry.place}" + (f"/{name}" if name else "")
+        # All questions about a picture land in one split.
+        dealt = record_id if kind != "questions" else hashlib.blake2b(shown[0], digest_size=16).hexdigest()
+        split = entry.target or self.shares_if_one.split(dealt)
+        if kind == "questions":
+            if not texts["question"] or not texts["answers"]:
+                return [Dropped("no question" if not texts["question"] else "no answer")]
+            told = {"question": texts["question"][0], "answers": texts["answers"], "type": "".join(texts.get("type", [])[:1])}
+            return [Example(split, {"id": record_id, "frames": shown, **told})]
+        if not texts["captions"]:
+            return [Dropped(NO_CAPTION)]
+        pictures = {"image": shown[0]} if kind == "pairs" else {"frames": shown, "fps": self.fps}
+        return [Example(split, {"id": record_id, "captions": texts["captions"], **pictures})]
+
+    @functools.cached_property
+    def _splits(self) -> list[str]:
+        there = [split for split, info in _builder(self.name).info.splits.items() if info.num_examples]
+        known = [split for split in there if split in SPLITS]
+        if not known and len(there) != 1:
+            raise UserError(f"{self.name} has the splits {', '.join(there) or '(none)'}, and none is train, validation or test: name another dataset")
+        return known or there
+
+    @functools.cached_property
+    def _mapped(self) -> tuple[str, dict[str, str]]:
+        """The kind, and for each of its fields the feature."""
+        paths = dict(_paths(_builder(self.name).info.features))
+        given = dict(self.fields)
+        if unknown := [feature for feature in given.values() if feature not in paths]:
+            raise UserError(f"{self.name} has no feature {unknown[0]!r}; it has {', '.join(paths)}: mend --field")
+        missing = []
+        for kind, usual in USUAL.items():
+            if self.as_kind not in (None, kind):
+                continue
+            if wrong := [field for field in given if field not in (*usual, *OPTIONAL[kind])]:
+                missing.append(f"{kind} have no {wrong[0]}")
+                continue
+            found = given | {field: next((name for name in names if name in paths), "") for field, names in usual.items() if field not in given}
+            lacking = [field for field, feature in found.items() if not feature]
+            if not lacking:
+                return kind, found
+            missing.append(f"{kind} need {' and '.join(lacking)}")
+        raise UserError(
+            f"the features of {self.name} ({', '.join(paths)}) make no record: {'; '.join(missing)}; "
+            "say what holds them, such as --field=captions=NAME"
+        )
+
+    @property
+    def _picture(self) -> str:
+        kind, features = self._mapped
+        return features["image" if kind == "pairs" else "frames"]
+
+    def _texts(self, record: Mapping[str, Any], path: str) -> list[str]:
+        """Texts, names of classes, or digits of numbers, without empty ones. Raises NotUtf8."""
+        names = getattr(dict(_paths(_builder(self.name).info.features))[path], "names", None)
+        values = _at(record, path)
+        values = values if isinstance(values, (list, tuple)) else np.asarray(values, object).ravel().tolist()
+        texts = (value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else names[int(value)] if names else str(value) for value in values)
+        return [text for text in map(as_utf8, texts) if text]
+
+
+def _paths(features: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    """Every feature by its path. A sequence of dictionaries counts as a dictionary of sequences, as records have it."""
+    import tensorflow_datasets as tfds
+
+    for name, feature in features.items():
+        inner = getattr(feature, "feature", feature)
+        if isinstance(inner, tfds.features.FeaturesDict):
+            yield from _paths(inner, f"{above}{name}/")
+        else:
+            yield above + name, inner
+
+
+def _at(record: Any, path: str) -> Any:
+    for name in path.split("/"):
+        record = record[name]
+    return record
+
+
+@functools.lru_cache(maxsize=4)
+def _builder(name: str) -> Any:
+    """Raises UserError where there is no such dataset and none can be made."""
+    import tensorflow_datasets as tfds
+
+    try:
+        if os.path.isdir(name):
+            versions = sorted(glob.glob(os.path.join(glob.escape(name), "*", INFO_FILE)))
+            return tfds.builder_from_directory(os.path.dirname(versions[-1]) if versions else name)
+        builder = tfds.builder(name)
+        if not builder.is_prepared():
+            builder.download_and_prepare(file_format="array_record")
+        return builder
+    except ImportError as error:
+        raise UserError(f"the dataset {name} needs a package that is not installed ({error}): install it, tensorflow for most") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"TFDS has no dataset {name}, or cannot make it ({reason}): name another, or the folder of a prepared one") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _records(folder: str, split: str, picture: str) -> Sequence[Any]:
+    """Raises UserError for a dataset that has no random access."""
+    try:
+        return _builder(folder).as_data_source(split=split, decoders=left_encoded([picture.split("/")[0]]))
+    except (NotImplementedError, ValueError, FileNotFoundError) as error:
+        raise UserError(
+            f"{folder} cannot be read record by record: prepare it anew with `tfds build --file_format=array_record`, "
+            "or convert it with `python -m tensorflow_datasets.scripts.convert_format`"
+        ) from error
