@@ -1,6 +1,7 @@
 """Records of a dataset on disk by position, with their pictures decoded once where memory allows."""
 
 import logging
+import math
 import pathlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -8,18 +9,30 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.features import dataset_folder, features
+from data_pipelines.features import dataset_folder, features, kind_of
 from data_pipelines.transforms.examples import strings
 from flamingo_jax.errors import UserError
 from flamingo_jax.processing import images
 
 FAILED_SHARE = 0.01
 """Part of the records that may fail to decode."""
+SLACK = 4
+"""Standard deviations by which those seen so far may have more failures than that: a share is judged by what is certain of it."""
 FAILED_AFTER = 100
 """Records to have seen before that part is judged."""
 
 PICTURES = {"pages": "images", "pairs": "image", "videos": "frames", "questions": "frames"}
 """The feature of each kind that holds its pictures."""
+UNREADABLE = "unreadable"
+"""A field that only records have whose bytes on disk are damaged."""
+BLANKS: dict[str, dict[str, Any]] = {
+    "pages": {"texts": ["", ""], "images": [b""]},
+    "pairs": {"image": b"", "captions": [""]},
+    "videos": {"frames": [], "fps": 1.0, "captions": [""]},
+    "text": {"text": ""},
+    "questions": {"frames": [], "question": "", "answers": [""], "type": ""},
+}
+"""What stands in for a record that cannot be read: it has texts, and pictures that cannot be read."""
 
 
 def open_records(path: str | pathlib.Path, split: str, kind: str | None = None) -> Sequence[Any]:
@@ -43,7 +56,8 @@ def open_records(path: str | pathlib.Path, split: str, kind: str | None = None) 
     if missing:
         raise UserError(f"the dataset {folder} has no {', '.join(missing)}, so it is not of kind {kind!r}: mend the dataset's `kind` or `path`")
 
-    return builder.as_data_source(split=split, decoders=left_encoded(name for name in PICTURES.values() if name in fields))
+    decoders = left_encoded(name for name in PICTURES.values() if name in fields)
+    return Readable(builder.as_data_source(split=split, decoders=decoders), kind or kind_of(fields), f"{folder} {split}")
 
 
 def left_encoded(names: Iterable[str]) -> dict[str, Any]:
@@ -57,6 +71,28 @@ def left_encoded(names: Iterable[str]) -> dict[str, Any]:
             return pictures
 
     return {name: Encoded() for name in names}
+
+
+class Readable(Sequence[Any]):
+    """A split whose damaged records, which the files' checksums tell, are blank ones; each is named once. `name` is the split's in the log."""
+
+    def __init__(self, source: Sequence[Any], kind: str, name: str):
+        self._source, self._kind, self._name = source, kind, name
+        self._damaged: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, place: Any) -> Any:
+        try:
+            return self._source[place]
+        except IndexError:
+            raise
+        except Exception as error:  # noqa: BLE001 - readers of damaged bytes raise whatever they stumble on.
+            if place not in self._damaged:
+                self._damaged.add(place)
+                logging.warning("record %d of %s is damaged on disk: %s", place, self._name, str(error)[:200])
+            return {"id": f"#{place}", UNREADABLE: True, **BLANKS[self._kind]}
 
 
 class Records:
@@ -136,7 +172,8 @@ class Failures:
         with self._lock:
             self.seen += count
             judged = min(self.seen, self._records)
-            if self.seen >= FAILED_AFTER and len(self.failed) > FAILED_SHARE * max(judged, FAILED_AFTER):
+            expected = FAILED_SHARE * max(judged, FAILED_AFTER)
+            if self.seen >= FAILED_AFTER and len(self.failed) > expected + SLACK * math.sqrt(expected):
                 raise UserError(
                     f"{len(self.failed)} of the first {judged} records of the dataset {self.name} cannot be read, more than "
                     f"{FAILED_SHARE:.0%} (for one {sorted(self.failed)[0]!r}); build the dataset again from whole pictures"

@@ -9,7 +9,7 @@ import numpy as np
 
 from data_pipelines.encoded import EncodedPictures, Encoder, load_or_encode
 from data_pipelines.features import dataset_folder
-from data_pipelines.records import PICTURES, Failures, Record, Records, open_records
+from data_pipelines.records import PICTURES, UNREADABLE, Failures, Record, Records, open_records
 from data_pipelines.transforms.examples import (
     Arrays,
     Draws,
@@ -190,6 +190,10 @@ class Rows:
 
     def _text(self, item: int) -> Segment:
         record = self._records[int(self._items.record[item])]
+        if UNREADABLE in record.fields:
+            self._failures.add(record.id, ValueError("it is damaged on disk"))
+            nothing = np.zeros(int(self._items.length[item]), np.int32)
+            return Segment(np.full_like(nothing, self._making.tokenizer.pad), nothing.astype(bool), nothing - 1)
         document = record.once("", lambda: text_tokens(strings([record.fields["text"]])[0], self._making.tokenizer))
         return text_segment(document, int(self._items.start[item]), int(self._items.length[item]))
 

@@ -82,7 +82,7 @@ class Obelics:
         name = record_id(self.inputs, file.root, file.name)
         done = 0
         try:
-            parquet = _parquet().ParquetFile(file.path)
+            parquet = _parquet().ParquetFile(file.path, page_checksum_verification=True)
             if not set(COLUMNS) <= set(parquet.schema_arrow.names):
                 yield Entry(name, bad=f"parquet file without columns {' and '.join(COLUMNS)}")
                 return

@@ -143,9 +143,10 @@ def _members(shard: pathlib.Path) -> Iterator[tuple[str, Piece] | str]:
                     yield DAMAGED
                 seen, data = True, member.size if member.isreg() else 0
                 end = member.offset_data + -(-data // BLOCK) * BLOCK
-                if data and member.offset_data + data > size:
+                if member.offset_data + data > size:
                     yield TRUNCATED
-                elif member.isreg() and not member.issparse():
+                    return
+                if member.isreg() and not member.issparse():
                     unsafe = member.name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", member.name) or re.match(r"[A-Za-z]:", member.name)
                     yield UNSAFE if unsafe else (member.name.removeprefix("./"), Piece(str(shard), member.offset_data, data))
                 elif not member.isdir():

@@ -3,19 +3,12 @@
 import io
 import json
 import os
-import pathlib
-import struct
 import subprocess
 import sys
-import zlib
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
-from typing import Any
 
-import av
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from PIL import Image
 
 from data_pipelines.build.html_pages import HtmlPages, Picture, walk
@@ -31,44 +24,7 @@ from data_pipelines.build.writer import ordered_map, write_dataset
 from flamingo_jax.errors import UserError
 from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.processing.video import read_frames
-
-ALL_TRAIN = Shares(validation=0.0)
-
-
-def colourful(height: int = 80, width: int = 100, seed: int = 0) -> np.ndarray:
-    """Smooth, so that JPEG changes little."""
-    rows, columns = np.mgrid[0:height, 0:width]
-    return np.stack([rows * 2, columns * 2, (rows + columns + seed) % 256], -1).clip(0, 255).astype(np.uint8)
-
-
-def save(path: pathlib.Path, image: np.ndarray | Image.Image, **options: Any) -> bytes:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path, **options)
-    return path.read_bytes()
-
-
-def lines(path: pathlib.Path, *records: Any) -> None:
-    path.write_text("".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records))
-
-
-def huge_png(side: int) -> bytes:
-    """A header that claims side x side pixels."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
-
-
-def read(folder: pathlib.Path, split: str = "train") -> dict[str, Any]:
-    source = tfds.builder_from_directory(str(folder / "1.0.0")).as_data_source(split=split)
-    return {source[i]["id"].decode(): source[i] for i in range(len(source))}
-
-
-def strings(values: Any) -> list[str]:
-    return [value.decode() for value in values]
-
+from tests.data_pipelines.raw import ALL_TRAIN, colourful, film, huge_png, lines, read, save, strings
 
 # Pictures.
 
@@ -226,20 +182,6 @@ def test_caption_file_of_another_name(tmp_path):
         write_dataset(tmp_path / "out", VideoFolder((str(tmp_path / "photos"),)))
     write_dataset(tmp_path / "out", ImageFolder((str(tmp_path / "photos"),), ALL_TRAIN, "notes.jsonl"))
     assert set(read(tmp_path / "out")) == {"a.png"}
-
-
-def film(path: pathlib.Path, seconds: int, rate: int = 4, size: tuple[int, int] = (64, 96)) -> None:
-    """Second s is grey of level 40 s + 20."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=rate)
-        stream.height, stream.width, stream.pix_fmt, stream.time_base = *size, "yuv420p", Fraction(1, rate)
-        for number in range(seconds * rate):
-            picture = np.full((*size, 3), 40 * (number // rate) + 20, np.uint8)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
 
 
 def test_video_folder(tmp_path):

@@ -3,6 +3,7 @@
 import io
 import pathlib
 
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
@@ -111,8 +112,16 @@ def test_share_of_failures():
         few.saw(50)
         few.add("bad", ValueError("cut short"))
     many = Failures("many", 10_000)
-    many.add("a", ValueError("x"))
-    many.add("b", ValueError("x"))
+    for name in "abcdef":
+        many.add(name, ValueError("x"))
     many.saw(99)
-    with pytest.raises(UserError, match="2 of the first 100 records of the dataset many"):
+    with pytest.raises(UserError, match="6 of the first 100 records of the dataset many"):
         many.saw(1)
+
+
+def test_one_failure_in_a_hundred_does_not_stop_a_run():
+    for seed in range(20):
+        failures = Failures("many", 20_000)
+        for place in np.flatnonzero(np.random.default_rng(seed).random(20_000) < 0.01):
+            failures.saw(int(place) + 1 - failures.seen)
+            failures.add(str(place), ValueError("x"))
