@@ -13,7 +13,8 @@
     python -m launch.build_data --source=plain_text --input=books --output=data/books
     python -m launch.build_data --source=sentencepiece --input=data/books --input=data/photos --output=data/tokenizer --vocab_size=8000
 
-A dataset lands in OUTPUT/1.0.0 and opens with `tfds.builder_from_directory`; its statistics.json says what became of every source record.
+A dataset lands in OUTPUT/1.0.0 and opens with `tfds.builder_from_directory`; its statistics.json says what became of every source record,
+and samples.html shows some.
 A dataset that is finished is left as it is; one that was interrupted is built again.
 """
 

@@ -30,11 +30,12 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation import drawn_world, prompts
 from flamingo_jax.evaluation.benchmarks import Benchmark, Binding, Classification, Result, Settings, captioning, question_answering
 from flamingo_jax.evaluation.examples import Example, read_examples, read_pages
-from flamingo_jax.evaluation.report import Table, read_metrics, write_report
+from flamingo_jax.evaluation.report import read_metrics, write_report
 from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.inference.engine import Engine
 from flamingo_jax.inference.generation import Decoding
 from flamingo_jax.inference.model import Loaded, flamingo_config, load_flamingo
+from flamingo_jax.web_page import Table
 from launch import command
 from launch.parts import TOTAL
 

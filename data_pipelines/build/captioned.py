@@ -18,6 +18,9 @@ class Entry:
     captions: tuple[str, ...] = ()
     bad: str = ""
 
+    def __str__(self) -> str:
+        return self.name
+
 
 class Unusable(ValueError):
     """A file that gives no record; the message is the reason."""

@@ -25,6 +25,9 @@ class Entry:
     captions: tuple[str, ...] = ()
     bad: str = ""
 
+    def __str__(self) -> str:
+        return self.id
+
 
 @dataclasses.dataclass(frozen=True)
 class Coco:

@@ -36,6 +36,9 @@ class Entry:
     line: bytes
     downloaded: tuple[Piece | None, ...] = ()
 
+    def __str__(self) -> str:
+        return self.id
+
 
 class Match(NamedTuple):
     sentence: int

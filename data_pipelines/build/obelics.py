@@ -37,6 +37,9 @@ class Entry:
     items: tuple[str | bytes | Piece | None, ...] = ()
     bad: str = ""
 
+    def __str__(self) -> str:
+        return self.id
+
 
 @dataclasses.dataclass(frozen=True)
 class Obelics:
@@ -60,6 +63,7 @@ class Obelics:
         return {"source": type(self).__name__, **dataclasses.asdict(self)}
 
     def entries(self) -> Stream[Entry]:
+        _parquet()
         for folder in self.images:
             existing_folder(folder, "--images")
         files = files_in(self.inputs, (".parquet",), "parquet file")

@@ -40,6 +40,9 @@ class Entry:
     questions: tuple[Question, ...] = ()
     bad: str = ""
 
+    def __str__(self) -> str:
+        return self.name
+
 
 @dataclasses.dataclass(frozen=True)
 class QuestionsFolder:

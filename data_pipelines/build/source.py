@@ -65,7 +65,10 @@ class Source(Protocol):
         """How records are dealt to the splits; None where the source has splits of its own."""
 
     def entries(self) -> "Sequence[Any] | Stream[Any]":
-        """What there is to read, in a fixed order. Raises UserError where there is nothing."""
+        """What there is to read, in a fixed order. Raises UserError where there is nothing.
+
+        `str(entry)`, or that of a tuple's last member, names it among those dropped; "" for one without a name.
+        """
 
     def convert(self, entry: Any) -> list[Outcome]:
         """Every source record of an entry, used or dropped; a pure function."""

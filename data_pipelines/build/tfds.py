@@ -45,6 +45,9 @@ class Entry:
     place: int
     target: str | None
 
+    def __str__(self) -> str:
+        return f"{self.split}/{self.place}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Tfds:
@@ -139,7 +142,7 @@ class Tfds:
         paths = dict(_paths(_builder(self.name).info.features))
         given = dict(self.fields)
         if unknown := [feature for feature in given.values() if feature not in paths]:
-            raise UserError(f"{self.name} has no feature {unknown[0]!r}; it has {', '.join(paths)}: mend --field")
+            raise UserError(f"{self.name} has no feature {unknown[0]!r}; it has {', '.join(sorted(paths))}: mend --field")
         missing = []
         for kind, usual in USUAL.items():
             if self.as_kind not in (None, kind):
@@ -153,7 +156,7 @@ class Tfds:
                 return kind, found
             missing.append(f"{kind} need {' and '.join(lacking)}")
         raise UserError(
-            f"the features of {self.name} ({', '.join(paths)}) make no record: {'; '.join(missing)}; "
+            f"the features of {self.name} ({', '.join(sorted(paths))}) make no record: {'; '.join(missing)}; "
             "say what holds them, such as --field=captions=NAME"
         )
 

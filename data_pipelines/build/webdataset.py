@@ -28,6 +28,9 @@ class Entry:
     about: Piece | None = None
     bad: str = ""
 
+    def __str__(self) -> str:
+        return self.id
+
 
 @dataclasses.dataclass(frozen=True)
 class WebDataset:

@@ -1,4 +1,4 @@
-"""Writes a source as a TFDS dataset in the ArrayRecord format: shards, features, splits with counts, statistics.json.
+"""Writes a source as a TFDS dataset in the ArrayRecord format: shards, features, splits with counts, statistics.json, samples.html.
 
 Any TFDS user opens it with `tfds.builder_from_directory(folder / "1.0.0").as_data_source(split=...)`. It is written into a folder
 beside its own and renamed at the end, so that a dataset that is there is whole.
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from typing import Any, TypeVar
 
+from data_pipelines.build.samples import Drawn, samples_page
 from data_pipelines.build.source import Dropped, Example, Outcome, Source
 from data_pipelines.features import INFO_FILE, STATISTICS_FILE, TRAIN, VERSION, features
 from flamingo_jax.errors import UserError
@@ -24,6 +25,9 @@ from flamingo_jax.progress import Bar
 A = TypeVar("A")
 B = TypeVar("B")
 
+SAMPLES_FILE = "samples.html"
+NAMES = 5
+"""Entries named of each reason to drop."""
 RECORDS_PER_SHARD = 5_000
 RECORDS_PER_FLUSH = 200
 BYTES_PER_FLUSH = 64 << 20
@@ -51,8 +55,8 @@ def write_dataset(output: str | pathlib.Path, source: Source, executor: Executor
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     with Bar(name, len(entries)) as bar:
-        outcomes = _watched(ordered_map(source.convert, entries, executor), bar)
-        statistics = _write(building, name, source, outcomes)
+        outcomes = _watched(ordered_map(_Named(source.convert), entries, executor), bar)
+        statistics, drawn = _write(building, name, source, outcomes)
     statistics["options"] = source.options
     lacking = source.shares.lacking(statistics["splits"]) if source.shares else []
     if not statistics["splits"] or TRAIN in lacking:
@@ -63,6 +67,7 @@ def write_dataset(output: str | pathlib.Path, source: Source, executor: Executor
     for split in lacking:
         logging.warning("%s is too small for its share of %s: remove it and build it again with a larger --%s_share", output, split, split)
     (building / STATISTICS_FILE).write_text(json.dumps(statistics, indent=2))
+    (building / SAMPLES_FILE).write_text(samples_page(name, source.about, statistics, drawn.examples()), "utf-8")
     if final.exists():
         shutil.rmtree(final)
     building.rename(final)
@@ -88,9 +93,20 @@ def _each(function: Callable[[A], B], items: Iterable[A]) -> list[B]:
     return [function(item) for item in items]
 
 
-def _watched(converted: Iterable[list[Outcome]], bar: Bar) -> Iterator[Outcome]:
-    for outcomes in converted:
-        yield from outcomes
+class _Named:
+    """A source's `convert` with the name of each entry beside its outcomes."""
+
+    def __init__(self, convert: Callable[[Any], list[Outcome]]):
+        self._convert = convert
+
+    def __call__(self, entry: Any) -> tuple[str, list[Outcome]]:
+        return str(entry[-1] if isinstance(entry, tuple) else entry), self._convert(entry)
+
+
+def _watched(converted: Iterable[tuple[str, list[Outcome]]], bar: Bar) -> Iterator[tuple[str, Outcome]]:
+    for name, outcomes in converted:
+        for outcome in outcomes:
+            yield name, outcome
         bar.advance()
 
 
@@ -104,7 +120,7 @@ def _finished(final: pathlib.Path, source: Source) -> dict[str, Any]:
     return statistics
 
 
-def _write(folder: pathlib.Path, name: str, source: Source, outcomes: Iterable[Outcome]) -> dict[str, Any]:
+def _write(folder: pathlib.Path, name: str, source: Source, outcomes: Iterable[tuple[str, Outcome]]) -> tuple[dict[str, Any], Drawn]:
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
@@ -113,6 +129,8 @@ def _write(folder: pathlib.Path, name: str, source: Source, outcomes: Iterable[O
     writer = tfds.core.SequentialWriter(info, RECORDS_PER_SHARD, file_format="array_record")
     counts: collections.Counter[str] = collections.Counter()
     dropped: collections.Counter[str] = collections.Counter()
+    names: dict[str, list[str]] = {}
+    drawn = Drawn()
     parts: collections.Counter[str] = collections.Counter()
     pictures = 0
     waiting: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
@@ -123,11 +141,15 @@ def _write(folder: pathlib.Path, name: str, source: Source, outcomes: Iterable[O
         writer.add_examples({split: waiting.pop(split)})
         del size[split]
 
-    for outcome in outcomes:
+    for entry, outcome in outcomes:
         parts.update(outcome.parts_dropped)
         if isinstance(outcome, Dropped):
             dropped[outcome.reason] += 1
+            known = names.setdefault(outcome.reason, [])
+            if entry and entry not in known and len(known) < NAMES:
+                known.append(entry.encode(errors="backslashreplace").decode())
             continue
+        drawn.offer(outcome)
         counts[outcome.split] += 1
         shown = _pictures(outcome)
         pictures += len(shown)
@@ -145,10 +167,11 @@ def _write(folder: pathlib.Path, name: str, source: Source, outcomes: Iterable[O
         "records_read": used + dropped.total(),
         "used": used,
         "dropped": dict(sorted(dropped.items())),
+        "dropped_names": {reason: known for reason, known in sorted(names.items()) if known},
     }
     if pictures or parts:
         statistics["pictures"] = {"used": pictures, "dropped": dict(sorted(parts.items()))}
-    return statistics
+    return statistics, drawn
 
 
 def _pictures(example: Example) -> list[bytes]:

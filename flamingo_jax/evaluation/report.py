@@ -1,7 +1,5 @@
 """report.json and report.html: one file that a person opens, with pictures, predictions, curves and tables inside it."""
 
-import base64
-import dataclasses
 import html
 import io
 import json
@@ -9,36 +7,14 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 
 from flamingo_jax.evaluation.benchmarks import Result, Sample
+from flamingo_jax.web_page import Table, page, strip, table
 
 SAMPLES = 12
 """Samples shown of each result."""
 PICTURE_SIDE = 112
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; background: #fff }
-h1, h2, h3 { line-height: 1.2; margin: 1.6em 0 .5em }
-table { border-collapse: collapse; margin: .5rem 0 1.5rem } th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right }
-th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #888 }
-.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem }
-.sample { border: 1px solid #ddd; border-left: 5px solid #c33; border-radius: 4px; padding: .6rem; font-size: 13px; overflow-wrap: anywhere }
-.sample.right { border-left-color: #2a8 } .sample img { image-rendering: pixelated; max-width: 100%; display: block; margin-bottom: .4rem }
-.prompt { color: #777 } .charts { display: flex; flex-wrap: wrap; gap: 1rem } .charts svg { width: 34rem; max-width: 100%; height: auto }
-"""
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Rows of cells; numbers between 0 and 1 are shown in per cent, other values as they are."""
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[Any]]
-
-
 def write_report(
     folder: pathlib.Path,
     report: Mapping[str, Any],
@@ -61,15 +37,11 @@ def write_report(
     charts = [chart(name, series) for name, series in (lines or {}).items()]
     for stage, measured in training.items():
         charts += training_charts(stage, measured)
-    parts = [f"<h1>{html.escape(title)}</h1>", *map(_table, tables)]
+    parts = [*map(table, tables)]
     if charts:
         parts.append(f'<h2>Curves</h2><div class="charts">{"".join(charts)}</div>')
     parts += [_samples(heading, result) for heading, result in results]
-    page = "\n".join(parts)
-    (folder / "report.html").write_text(
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style></head>\n'
-        f"<body>\n{page}\n</body></html>\n"
-    )
+    (folder / "report.html").write_text(page(title, parts))
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -132,15 +104,7 @@ def chart(title: str, series: Mapping[str, tuple[Sequence[float], Sequence[float
 
 def picture(sample: Sample) -> str:
     """The visual of a sample as a data URI: a picture, or the frames of a clip side by side."""
-    frames = sample.visual.frames
-    if len(frames) > 4:
-        frames = frames[np.linspace(0, len(frames) - 1, 4).round().astype(int)]
-    strip = Image.fromarray(np.concatenate(list(frames), axis=1))
-    scale = PICTURE_SIDE / strip.height
-    strip = strip.resize((round(strip.width * scale), PICTURE_SIDE), Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    strip.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return strip(sample.visual.frames, PICTURE_SIDE)
 
 
 def _samples(heading: str, result: Result) -> str:
@@ -159,18 +123,6 @@ def _card(sample: Sample) -> str:
         f'<div class="prompt">{html.escape(prompt)}</div><div><b>{html.escape(sample.prediction) or "(nothing)"}</b></div>'
         f"<div>should be: {html.escape(' | '.join(sorted(set(sample.answers))))}</div></div>"
     )
-
-
-def _table(table: Table) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(_cell(cell))}</td>" for cell in row) + "</tr>" for row in table.rows)
-    return f"<h2>{html.escape(table.title)}</h2><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{100 * value:.1f} %" if isinstance(value, float) and 0 <= value <= 1 else str(value)
 
 
 def _is_number(value: Any) -> bool:

@@ -52,12 +52,14 @@ def strings(values: Any) -> list[str]:
     return [value.decode() for value in values]
 
 
-def film(path: pathlib.Path, seconds: int, rate: int = 4, size: tuple[int, int] = (64, 96)) -> None:
+def film(
+    path: pathlib.Path, seconds: int, rate: int = 4, size: tuple[int, int] = (64, 96), codec: str = "mpeg4", form: str | None = None
+) -> None:
     """Second s is grey of level 40 s + 20."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=rate)
-        stream.height, stream.width, stream.pix_fmt, stream.time_base = *size, "yuv420p", Fraction(1, rate)
+    with av.open(str(path), "w", format=form) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width, stream.pix_fmt, stream.time_base = *size, "rgb8" if codec == "gif" else "yuv420p", Fraction(1, rate)
         for number in range(seconds * rate):
             picture = np.full((*size, 3), 40 * (number // rate) + 20, np.uint8)
             for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):

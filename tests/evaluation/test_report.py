@@ -3,7 +3,8 @@ import pathlib
 from html.parser import HTMLParser
 
 from flamingo_jax.evaluation.benchmarks import Sample, summarise
-from flamingo_jax.evaluation.report import Table, last_gates, read_metrics, training_charts, write_report
+from flamingo_jax.evaluation.report import last_gates, read_metrics, training_charts, write_report
+from flamingo_jax.web_page import Table
 from tests.evaluation.world import visual
 
 METRICS = [
