@@ -21,6 +21,8 @@ SLACK = 4
 FAILED_AFTER = 100
 """Records to have seen before that part is judged."""
 
+TEXT_BYTES = 64 << 20
+
 PICTURES = {"pages": "images", "pairs": "image", "videos": "frames", "questions": "frames"}
 """The feature of each kind that holds its pictures."""
 UNREADABLE = "unreadable"
@@ -84,10 +86,10 @@ class Readable(Sequence[Any]):
         return len(self._source)
 
     def __getitem__(self, place: Any) -> Any:
+        if not 0 <= place < len(self):
+            raise IndexError(f"{self._name} has {len(self)} records")
         try:
             return self._source[place]
-        except IndexError:
-            raise
         except Exception as error:  # noqa: BLE001 - readers of damaged bytes raise whatever they stumble on.
             if place not in self._damaged:
                 self._damaged.add(place)
@@ -96,15 +98,17 @@ class Readable(Sequence[Any]):
 
 
 class Records:
-    """Records by position. What is read stays in memory until `cache_bytes` are used; the rest is read again on each visit.
+    """Records by position. What is read stays in memory until `cache_bytes` are used; the rest is read again on each visit, but for what was made
+    of its texts, which has a budget of its own: tokens are small, and making them may take as long as decoding the pictures.
 
     pictures: False where only their number is asked for. Safe to use from several threads.
     """
 
     def __init__(self, source: Sequence[Any], kind: str, image_size: int, *, cache_bytes: int, pictures: bool = True):
         self._source, self._feature, self._size, self._pictures = source, PICTURES.get(kind), image_size, pictures
-        self._left = cache_bytes
+        self._left, self._left_for_texts = cache_bytes, TEXT_BYTES
         self._kept: dict[int, Record] = {}
+        self._made: dict[int, dict[str, Any]] = {}
 
     def __len__(self) -> int:
         return len(self._source)
@@ -112,22 +116,25 @@ class Records:
     def __getitem__(self, place: int) -> "Record":
         record = self._kept.get(place)
         if record is None:
-            record = Record(self._source[place], self._feature, self._size, pictures=self._pictures)
+            record = Record(self._source[place], self._feature, self._size, pictures=self._pictures, made=self._made.get(place))
             # Two threads may both pass here and overrun the budget by a record.
             if record.cost <= self._left:
                 self._left -= record.cost
                 self._kept[place] = record
+            elif place not in self._made and record.text_cost <= self._left_for_texts:
+                self._left_for_texts -= record.text_cost
+                self._made[place] = record.made
         return record
 
 
 class Record:
     """One record: `fields` without pictures, `id`, and its pictures by (visual, frame).
 
-    frame_counts: stored frames of each visual. pictures: False keeps no more of them than that. cost: the most bytes it takes, each
-    picture encoded or decoded, and every token made.
+    frame_counts: stored frames of each visual. pictures: False keeps no more of them than that. made: see `once`, from an earlier visit.
+    cost: the most bytes it takes, each picture encoded or decoded, and every token made; text_cost: the most that what is made takes.
     """
 
-    def __init__(self, fields: Any, feature: str | None, size: int, *, pictures: bool = True):
+    def __init__(self, fields: Any, feature: str | None, size: int, *, pictures: bool = True, made: dict[str, Any] | None = None):
         self.fields = {name: value for name, value in fields.items() if name != feature}
         self.id = strings([fields["id"]])[0]
         self._size = size
@@ -137,16 +144,17 @@ class Record:
         nested = [list(stored)] if feature == "frames" else [[picture] for picture in stored]
         self.frame_counts = [len(frames) for frames in nested]
         self._pictures: list[list[bytes | np.ndarray]] = nested if pictures else []
-        self._made: dict[str, Any] = {}
+        self.made: dict[str, Any] = {} if made is None else made
         texts = [fields.get("text", ""), *fields.get("texts", ()), *fields.get("captions", ())]
         kept = [max(len(picture), 3 * size * size) + 200 for frames in self._pictures for picture in frames]
-        self.cost = 2_000 + sum(kept) + 5 * sum(map(len, texts))
+        self.text_cost = 1_000 + 5 * sum(map(len, texts))
+        self.cost = 1_000 + sum(kept) + self.text_cost
 
     def once(self, text: str, make: Callable[[], Any]) -> Any:
         """What `make` makes of one of the texts, or for "" of all together, kept: each visit and each piece of a book asks for it again."""
-        if text not in self._made:
-            self._made[text] = make()
-        return self._made[text]
+        if text not in self.made:
+            self.made[text] = make()
+        return self.made[text]
 
     def read(self, visual: int, frame: int) -> np.ndarray:
         """uint8 [h, w, 3], its longer side the image size. Raises ImageError."""

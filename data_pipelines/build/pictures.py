@@ -11,8 +11,6 @@ from flamingo_jax.processing import images
 JPEG_QUALITY = 95
 """Of pictures that cannot be stored as they come."""
 LOSSLESS = ("PNG", "GIF", "BMP", "TIFF", "PPM")
-ORIENTATION = 0x0112
-"""The EXIF entry that says how a camera was held; TFDS does not look at it."""
 SINGLE_COLOUR = 8
 """A picture whose channels all vary by less than this, of 255, shows nothing."""
 
@@ -39,7 +37,7 @@ class PictureRules:
             with Image.open(io.BytesIO(data)) as header:
                 self._check(*header.size)
                 as_is = header.format in ("JPEG", "PNG") and header.mode == "RGB" and not header.has_transparency_data
-                as_is = as_is and header.getexif().get(ORIENTATION, 1) == 1
+                as_is = as_is and header.getexif().get(images.ORIENTATION, 1) == 1  # TFDS does not look at it.
                 lossless = header.format in LOSSLESS
                 longer, shorter = max(header.size), min(header.size)
             pixels = images.decode(data, longer, max_pixels=self.max_pixels)

@@ -90,5 +90,8 @@ def _pictures(encoded: Sequence[bytes]) -> str:
     if not encoded:
         return ""
     shown = [encoded[place * (len(encoded) - 1) // max(1, FRAMES - 1)] for place in range(FRAMES)] if len(encoded) > FRAMES else encoded
-    frames = [images.decode(data, 2 * HEIGHT) for data in shown]
+    try:
+        frames = [images.decode(data, 2 * HEIGHT) for data in shown]
+    except images.ImageError:
+        return '<div class="prompt">(a picture that cannot be read)</div>'
     return f'<img src="{strip(frames, HEIGHT, "JPEG")}" alt="">'

@@ -174,7 +174,7 @@ def show(
     Each segment comes with what reads frame f of visual v of its record. One whose pictures cannot be read is reported by its place to
     `failed` and blanked; the others are as they would have been without it.
     """
-    drawn = np.tile(canvas.blank, (visuals, frames, *[1] * canvas.blank.ndim))
+    drawn = np.zeros((visuals, frames, *canvas.blank.shape), canvas.blank.dtype)
     mask = np.zeros((visuals, frames), bool)
     present = np.full(visuals, -1, np.int32)
     shown: list[Segment] = []

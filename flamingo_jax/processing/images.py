@@ -9,6 +9,9 @@ from PIL import Image, ImageOps
 MAX_PIXELS = 64_000_000
 """Larger pictures are refused before they are decoded: a few bytes can claim terabytes."""
 
+ORIENTATION = 0x0112
+"""The EXIF entry that says how a camera was held."""
+
 
 class ImageError(ValueError):
     """A picture that cannot be read."""
@@ -25,7 +28,9 @@ def decode(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS) -> np.ndarra
                 raise ImageError(f"{image.width} x {image.height} pixels are more than {max_pixels}")
             # JPEGs are decoded at a half, a quarter or an eighth where that still leaves twice the size wanted.
             image.draft("RGB", (2 * size, 2 * size))
-            return fit(_rgb(ImageOps.exif_transpose(image)), size)
+            # Both copy the picture even where there is nothing to do.
+            turned = image.getexif().get(ORIENTATION, 1) != 1
+            return fit(_rgb(ImageOps.exif_transpose(image) if turned else image), size)
     except ImageError:
         raise
     except Exception as error:  # noqa: BLE001 - PIL's readers raise whatever they stumble on: OSError, SyntaxError, struct.error
@@ -49,9 +54,11 @@ def pad(pixels: np.ndarray, size: int, mean: Sequence[float], out: np.ndarray | 
     """Centres uint8 [h, w, 3] on a square of the mean colour (0..1 a channel): uint8 [size, size, 3], written to `out` where given."""
     square = np.empty((size, size, 3), np.uint8) if out is None else out
     height, width = pixels.shape[:2]
-    if (height, width) != (size, size):
-        square[:] = np.round(255 * np.asarray(mean)).astype(np.uint8)
     top, left = (size - height) // 2, (size - width) // 2
+    if (height, width) != (size, size):
+        colour = np.round(255 * np.asarray(mean)).astype(np.uint8)
+        square[:top], square[top + height :] = colour, colour
+        square[:, :left], square[:, left + width :] = colour, colour
     square[top : top + height, left : left + width] = pixels
     return square
 
@@ -69,4 +76,4 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

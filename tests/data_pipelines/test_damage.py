@@ -281,7 +281,7 @@ def test_a_record_damaged_on_disk_is_left_out_of_the_loss(kind: str, task: str, 
     data[len(data) // 2] ^= 16
     file.write_bytes(data)
     source = open_records(folder, "train", kind)
-    (hurt,) = [place for place in range(len(source)) if UNREADABLE in source[place]]
+    (hurt,) = [place for place, record in enumerate(source) if UNREADABLE in record]
     for _ in range(2):
         left, failed = targets()
         assert failed == [f"#{hurt}"] and whole * 0.8 < left < whole

@@ -206,7 +206,7 @@ def test_tfds_features_are_found_by_their_usual_names_or_as_told(tmp_path: pathl
     }
     write_dataset(tmp_path / "classes", Tfds(name, fields=(("captions", "label"),)))
     assert [strings(record["captions"]) for record in read(tmp_path / "classes").values()] == [["cat"], ["dog"]]
-    with pytest.raises(UserError, match=r"has no feature 'title'; it has image, captions/id, captions/text, label"):
+    with pytest.raises(UserError, match=r"has no feature 'title'; it has captions/id, captions/text, image, label"):
         write_dataset(tmp_path / "none", Tfds(name, fields=(("captions", "title"),)))
     with pytest.raises(UserError, match="questions need question"):
         write_dataset(tmp_path / "none", Tfds(name, as_kind="questions"))

@@ -1,0 +1,115 @@
+"""How fast a dataset is read on one core, against a loop that does nothing but decode the same pictures, and how long a step waits for it."""
+
+import contextlib
+import io
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from data_pipelines.mixture import BatchIterator
+from flamingo_jax.processing import images
+
+PASSES = 5
+"""Of each loop, in turn, so that a slow moment of the machine meets both; the medians are taken."""
+
+
+class Reading(NamedTuple):
+    """Pictures a second of the bare loop and of the rows. fill: part of the rows' tokens that is no padding. pictures: met in one pass."""
+
+    bare: float
+    rows: float
+    fill: float
+    pictures: int
+
+    @property
+    def share(self) -> float:
+        """Of the bare loop's speed."""
+        return self.rows / self.bare
+
+
+def time_reading(iterator: BatchIterator, image_size: int, batches: int) -> Reading:
+    """Makes the first `batches` batches of an iterator that reads nothing ahead and keeps no picture, and decodes their pictures alone.
+
+    Every pass makes the same rows. What an iterator keeps of texts is there from the second on, as it is in training from the second epoch.
+    """
+
+    def rows() -> list[dict[str, Any]]:
+        iterator.set_state({"global_next_index": 0})
+        return [next(iterator) for _ in range(batches)]
+
+    with _one_core():
+        with _decoded() as pictures:
+            full = [float((batch["segments"] > 0).mean()) for batch in rows() if "segments" in batch]
+        seconds: dict[str, list[float]] = {"bare": [], "rows": []}
+        for _ in range(PASSES):
+            seconds["bare"].append(_seconds(lambda: [bare(data, image_size) for data in pictures]))
+            seconds["rows"].append(_seconds(rows))
+    rate = {name: len(pictures) / statistics.median(taken) for name, taken in seconds.items()}
+    return Reading(rate["bare"], rate["rows"], statistics.fmean(full) if full else 0.0, len(pictures))
+
+
+def bare(data: bytes, size: int) -> np.ndarray:
+    """What anyone would write: decoded, as small as the JPEG allows, and resized so that the longer side is `size`."""
+    with Image.open(io.BytesIO(data)) as image:
+        image.draft("RGB", (2 * size, 2 * size))
+        scale = size / max(image.size)
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        return np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
+
+
+def waiting_share(iterators: Mapping[str, BatchIterator], step_seconds: float, steps: int) -> float:
+    """Part of the time that a loop waits which takes a batch of each iterator and `step_seconds` for a step; the first batches are not counted."""
+    for it in iterators.values():
+        next(it)
+    waited = 0.0
+    began = time.perf_counter()
+    for _ in range(steps):
+        time.sleep(step_seconds)
+        asked = time.perf_counter()
+        for it in iterators.values():
+            next(it)
+        waited += time.perf_counter() - asked
+    return waited / (time.perf_counter() - began)
+
+
+def _seconds(work: Callable[[], Sequence[Any]]) -> float:
+    """Of the processor, so that what else runs on the machine does not count."""
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+@contextlib.contextmanager
+def _decoded() -> Iterator[list[bytes]]:
+    """The files that are decoded meanwhile, in order."""
+    met: list[bytes] = []
+    decode = images.decode
+
+    def noting(data: bytes, size: int, **options: Any) -> np.ndarray:
+        met.append(data)
+        return decode(data, size, **options)
+
+    images.decode = noting
+    try:
+        yield met
+    finally:
+        images.decode = decode
+
+
+@contextlib.contextmanager
+def _one_core() -> Iterator[None]:
+    """Where the system can pin a process."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
