@@ -23,7 +23,7 @@ from data_pipelines.transforms.examples import (
     strings,
     text_segment,
 )
-from data_pipelines.transforms.lengths import Lengths, load_or_measure, measure
+from data_pipelines.transforms.lengths import Choices, Lengths, load_or_measure, measure
 from data_pipelines.transforms.packing import Plan, plan
 from data_pipelines.transforms.windows import pieces
 from flamingo_jax.errors import UserError
@@ -99,10 +99,10 @@ class Rows:
         self._cut = np.zeros(len(opened), bool)
         self._items = self._make_items(opened, source is None)
         self._lock = threading.Lock()
-        self._plans: dict[int, Plan] = {}
+        self._plans: dict[int, tuple[Plan, Choices | None]] = {}
         self._count: int | None = None
         self._dropped = 0
-        self._first = self._plan(0)
+        self._first, _ = self._plan(0)
         self._count = len(self._first)
         if not self._count:
             raise UserError(
@@ -135,24 +135,37 @@ class Rows:
         dataset = self._making.dataset
         if self._making.task == "contrastive":
             count = np.arange(len(opened), dtype=np.int32)
+            self._lengths = None
             return Items(count, np.zeros_like(count), np.ones_like(count), np.zeros_like(count))
         if stored:
             lengths = load_or_measure(opened, dataset.kind, self._making.tokenizer, dataset_folder(dataset.path), dataset.split)
         else:
             lengths = measure(opened, dataset.kind, self._making.tokenizer)
         self._cut = lengths.tokens > dataset.length
+        self._lengths = lengths if len(lengths.captions) else None
         if dataset.kind in ("pairs", "videos") and dataset.length < pair_overhead(self._making.tokenizer) + 1:
             raise UserError(f"rows of {dataset.length} tokens have no room for a caption in the dataset {self.name}; raise its `length`")
         return Items.of(lengths, dataset)
 
-    def _plan(self, epoch: int) -> Plan:
+    def _choose(self, epoch: int) -> Choices | None:
+        """Captions are chosen before rows are planned: a row planned for the longest of several would be a third empty."""
+        if self._lengths is None:
+            return None
+        making = self._making
+        return self._lengths.choose(making.dataset.leading_space, making.seed, epoch) if making.training else self._lengths.first_choices()
+
+    def _plan(self, epoch: int) -> tuple[Plan, Choices | None]:
         with self._lock:
             if epoch not in self._plans:
                 # Threads read ahead over the end of an epoch, so two plans are alive at a time.
                 for old in sorted(self._plans)[:-1]:
                     del self._plans[old]
-                self._plans[epoch] = plan(
-                    self._items.length,
+                choices = self._choose(epoch)
+                length = self._items.length
+                if choices is not None and self._lengths is not None:
+                    length = np.minimum(self._lengths.of(choices), self._making.dataset.length)
+                made = plan(
+                    length,
                     self._items.visuals,
                     row_length=self._making.dataset.length,
                     row_visuals=self._making.dataset.visuals,
@@ -161,26 +174,28 @@ class Rows:
                     rows=self._count,
                     pack=self._making.dataset.pack and self._making.task != "contrastive",
                 )
-                self._dropped = self._plans[epoch].dropped
+                self._plans[epoch] = made, choices
+                self._dropped = made.dropped
             return self._plans[epoch]
 
     def row(self, place: int) -> Arrays:
         """One row, without the batch axis; images [N, T, H, W, 3] and visuals [N] count within it."""
         epoch, within = divmod(place, len(self))
-        items = self._plan(epoch).row(within)
+        planned, choices = self._plan(epoch)
+        items = planned.row(within)
         self._failures.saw(len(items))
         if self._making.task == "contrastive":
             return self._contrastive(int(self._items.record[items[0]]), epoch)
         if self._making.dataset.kind == "text":
             return self._finish([self._text(item) for item in items])
-        return self._visual(items, epoch)
+        return self._visual(items, epoch, choices)
 
     def padding(self) -> Arrays:
         """A row of nothing."""
-        return self._finish([]) if self._making.dataset.kind == "text" else self._visual(np.zeros(0, np.int32), 0)
+        return self._finish([]) if self._making.dataset.kind == "text" else self._visual(np.zeros(0, np.int32), 0, None)
 
-    def _draws(self, epoch: int, record_id: str) -> Draws | None:
-        return Draws(self._making.seed, epoch, record_id) if self._making.training else None
+    def _draws(self, epoch: int, record_id: str, caption: tuple[int, bool] | None = None) -> Draws | None:
+        return Draws(self._making.seed, epoch, record_id, caption) if self._making.training else None
 
     def _finish(self, segments: list[Segment]) -> Arrays:
         row = assemble(segments, length=self._making.dataset.length, pad_token=self._making.tokenizer.pad)
@@ -197,13 +212,14 @@ class Rows:
         document = record.once("", lambda: text_tokens(strings([record.fields["text"]])[0], self._making.tokenizer))
         return text_segment(document, int(self._items.start[item]), int(self._items.length[item]))
 
-    def _visual(self, items: np.ndarray, epoch: int) -> Arrays:
+    def _visual(self, items: np.ndarray, epoch: int, choices: Choices | None) -> Arrays:
         dataset = self._making.dataset
         places = self._items.record[items].tolist()
         records = [self._records[place] for place in places]
         segments: list[tuple[Segment, Callable[[int, int], np.ndarray]]] = []
         for place, record in zip(places, records, strict=True):
-            draws = self._draws(epoch, record.id)
+            chosen = None if choices is None else (int(choices.caption[place]), bool(choices.space[place]))
+            draws = self._draws(epoch, record.id, chosen)
             segment = flamingo_segment(record.fields, record.frame_counts, dataset, self._making.tokenizer, draws, record.once)
             segments.append((segment, self._reader(place, record)))
         failed = lambda number, error: self._failures.add(records[number].id, error)

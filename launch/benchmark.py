@@ -3,35 +3,64 @@
     python -m launch.benchmark train --config=configs/flamingo_3b.py:h200_1 [--steps=10] [--json] [--trace=FOLDER]
     python -m launch.benchmark train --sizes=layers=4,width=256,heads=4,vocab=8192,every=1,vit_layers=4,vit_width=256,vit_heads=4,\\
 image=96,patch=16,interleaved=8x3x128,pairs=16x1x32
+    python -m launch.benchmark data --config=configs/own_data.py:flamingo,runs/mine [--step_seconds=0.2]
+    python -m launch.benchmark data --dataset=data/photos --dataset=data/site --tokenizer=data/tokenizer [--image_size=224]
 
 `train` runs the real update on random weights and full rows of random content, and prints tokens and images a second, the time of each part
 and the model FLOPs utilisation, measured against a large matrix product on the same devices in the same run. `--sizes` makes a Flamingo that
 a PyTorch peer can be built with as well: a language model of the GPT-NeoX form (rotary positions, GELU, a head of its own), a ViT, a
 resampler of 6 layers, cross-attention of 8 heads of 64; `interleaved` and `pairs` are rows x pictures x tokens.
+
+`data` makes rows of each dataset on one core, nothing kept but what is made of texts, and prints their pictures a second beside those of a loop
+that only decodes and resizes the same pictures, and the part of the rows' tokens that is no padding. Then it reads all of them together as
+training does, by threads and with pictures kept while memory allows, and prints which part of the time a step of `--step_seconds` would wait.
 """
 
 import dataclasses
 import json
+import pathlib
+from typing import Any
 
+import tensorflow_datasets as tfds
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 
 from configs.benchmark import experiment_of
+from data_pipelines.features import dataset_folder, kind_of
+from data_pipelines.inputs import make_iterators
+from data_pipelines.mixture import make_iterator
+from data_pipelines.records import PICTURES
+from data_pipelines.timing import Reading, time_reading, waiting_share
 from flamingo_jax.errors import UserError
-from flamingo_jax.experiment import Experiment
+from flamingo_jax.experiment import DatasetConfig, Experiment
 from flamingo_jax.planning.timing import Timing, time_step
+from flamingo_jax.processing.tokenizer import Tokenizer
 from launch import command
 
 SIZES = flags.DEFINE_string("sizes", "", "Sizes of a model and its batches in place of a config, NAME=VALUE separated by commas.")
 STEPS = flags.DEFINE_integer("steps", 10, "Steps that are timed.", lower_bound=1)
 TRACE = flags.DEFINE_string("trace", "", "Folder for a profiler trace of three steps, for TensorBoard or Perfetto.")
+DATASETS = flags.DEFINE_multi_string("dataset", [], "data: folder of a dataset that was built, in place of a config's.")
+TOKENIZER = flags.DEFINE_string("tokenizer", "", "data: the tokenizer's folder, with --dataset.")
+IMAGE_SIZE = flags.DEFINE_integer("image_size", 224, "data: side of the pictures, with --dataset.", lower_bound=1)
+STEP_SECONDS = flags.DEFINE_float("step_seconds", 0.2, "data: seconds of a step; the quickstart's takes 0.2 on two cores.", lower_bound=0.0)
+BATCHES = flags.DEFINE_integer("batches", 20, "data: batches of each dataset that are timed.", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
 CONFIG = command.define_config()
 
 
+ROWS = {
+    "pages": DatasetConfig(kind="pages", length=256, visuals=5),
+    "pairs": DatasetConfig(kind="pairs", length=256, visuals=16),
+    "videos": DatasetConfig(kind="videos", length=64, visuals=4, frames=8),
+}
+"""What rows are made of a dataset that no config describes. Pages as in the paper (A.3.1), short texts packed as full as they come."""
+
+
 def main(verb: str) -> int:
-    assert verb == "train"
+    if verb == "data":
+        return data()
     if SIZES.value and CONFIG.value is not None:
         raise UserError("--sizes and --config both describe a model: give one of them")
     experiment = experiment_of(SIZES.value) if SIZES.value else command.experiment(CONFIG)
@@ -44,6 +73,58 @@ def main(verb: str) -> int:
     else:
         Console().print(_table(experiment, timing))
     return 0
+
+
+def data() -> int:
+    """Raises UserError where a dataset is missing or has no pictures."""
+    if bool(DATASETS.value) == (CONFIG.value is not None):
+        raise UserError("data to read: name a config with --config, or folders with --dataset and --tokenizer")
+    if DATASETS.value:
+        experiment, tokenizer, size = None, _tokenizer(), IMAGE_SIZE.value
+        mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+        datasets = {pathlib.Path(path).name: _dataset(path) for path in DATASETS.value}
+    else:
+        experiment = command.experiment(CONFIG)
+        vision = (experiment.contrastive or experiment.flamingo).vision  # type: ignore[union-attr]
+        tokenizer, size, mean = Tokenizer.load(pathlib.Path(experiment.tokenizer)), vision.image_size, vision.mean
+        datasets = {name: dataset for name, dataset in experiment.data.items() if dataset.kind in PICTURES}
+    options: dict[str, Any] = {"tokenizer": tokenizer, "task": experiment.task if experiment else "flamingo", "image_size": size, "mean": mean}
+    readings = {}
+    for name, dataset in datasets.items():
+        it = make_iterator(dataset, threads=0, cache_bytes=0, **options)
+        readings[name] = time_reading(it, size, BATCHES.value)
+        it.close()
+    iterators = make_iterators(experiment, tokenizer) if experiment else {name: make_iterator(dataset, **options) for name, dataset in datasets.items()}
+    share = waiting_share(iterators, STEP_SECONDS.value, BATCHES.value)
+    for it in iterators.values():
+        it.close()
+    if JSON.value:
+        print(json.dumps({"datasets": {name: made._asdict() | {"share": made.share} for name, made in readings.items()}, "waiting": share}))
+    else:
+        Console().print(_reading_table(readings, share))
+    return 0
+
+
+def _tokenizer() -> Tokenizer:
+    if not TOKENIZER.value:
+        raise UserError("--dataset wants --tokenizer: the folder of the tokenizer that the rows shall be made with")
+    return Tokenizer.load(pathlib.Path(TOKENIZER.value))
+
+
+def _dataset(path: str) -> DatasetConfig:
+    kind = kind_of(tfds.builder_from_directory(str(dataset_folder(path))).info.features)
+    if kind not in ROWS:
+        raise UserError(f"the dataset {path} holds {kind}, which has no pictures to read: take it out")
+    return dataclasses.replace(ROWS[kind], path=path, batch_size=8)
+
+
+def _reading_table(readings: dict[str, Reading], share: float) -> Table:
+    table = Table("dataset", title=f"reading; a step of {STEP_SECONDS.value:g} s waits {share:.2%} of the time")
+    for heading in ("pictures a second, rows", "bare loop", "rows / bare", "tokens that are no padding", "pictures met"):
+        table.add_column(heading, justify="right")
+    for name, made in readings.items():
+        table.add_row(name, f"{made.rows:,.0f}", f"{made.bare:,.0f}", f"{made.share:.1%}", f"{made.fill:.1%}", f"{made.pictures:,}")
+    return table
 
 
 def _table(experiment: Experiment, timing: Timing) -> Table:
@@ -64,4 +145,4 @@ def _table(experiment: Experiment, timing: Timing) -> Table:
 
 
 if __name__ == "__main__":
-    command.run(main, verbs=("train",))
+    command.run(main, verbs=("train", "data"))

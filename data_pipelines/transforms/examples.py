@@ -24,8 +24,10 @@ Once = Callable[[str, Callable[[], Any]], Any]
 class Draws:
     """What is random about one visit of a record: the same wherever, whenever and on however many processes it is visited."""
 
-    def __init__(self, seed: int, epoch: int, record_id: str):
+    def __init__(self, seed: int, epoch: int, record_id: str, caption: tuple[int, bool] | None = None):
+        """caption: which one, and whether a space goes before it, where that was chosen when rows were planned."""
         self._key = f"{seed}/{epoch}/{record_id}"
+        self.caption = caption
 
     @functools.cached_property
     def rng(self) -> np.random.Generator:
@@ -71,10 +73,13 @@ def strings(values: Iterable[Any]) -> list[str]:
 
 
 def caption_of(record: Any, draws: Draws | None) -> str:
-    """One of a record's captions at random, or the first without `draws`; "" where it has none."""
+    """One of a record's captions, with the space before it, as `draws` say or at random, or the first without `draws`; "" where it has none."""
     captions = strings(record["captions"])
     if not captions:
         return ""
+    if draws is not None and draws.caption is not None:
+        place, space = draws.caption
+        return " " * space + captions[place]
     return captions[0 if draws is None else draws.below(len(captions))]
 
 
@@ -92,8 +97,6 @@ def flamingo_segment(
         visuals = [[(place, 0)] for place in part.visuals]
     else:
         caption = caption_of(record, draws)
-        if draws is not None and draws.happens(dataset.leading_space):
-            caption = " " + caption
         part = once(caption, lambda: window(sequences.pair_sequence(caption, tokenizer, length=dataset.length), 0, dataset.length, 1, "previous"))
         whole = frame_counts[0] <= dataset.frames
         run = clip(frame_counts[0], dataset.frames, None if draws is None or whole else draws.rng)

@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import pathlib
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,21 +24,61 @@ LONG = 5_000
 @dataclasses.dataclass(frozen=True)
 class Lengths:
     """tokens, visuals: int32 [records]. Tokens are those of the whole sequence, specials included; of a record with several captions,
-    those of the longest, with or without a leading space."""
+    those of the longest, with or without a leading space.
+
+    captions: int32 [captions, 2], the same of every caption in the order of the records, without and with a leading space. first: int64
+    [records + 1], where those of each record begin. Both hold nothing for records without captions.
+    """
 
     tokens: np.ndarray
     visuals: np.ndarray
+    captions: np.ndarray
+    first: np.ndarray
+
+    def of(self, choices: "Choices") -> np.ndarray:
+        """int32 [records]: tokens of the sequences with these captions."""
+        if not len(self.captions):
+            return self.tokens
+        chosen = self.captions[np.minimum(self.first[:-1] + choices.caption, len(self.captions) - 1), choices.space.astype(int)]
+        return np.where(np.diff(self.first) > 0, chosen, self.tokens)
+
+    def choose(self, leading_space: float, seed: int, epoch: int) -> "Choices":
+        """A caption of every record for an epoch, with a leading space at this probability; each by the record's place in the dataset."""
+        digest = hashlib.blake2b(f"captions/{seed}/{epoch}".encode(), digest_size=16).digest()
+        rng = np.random.Generator(np.random.Philox(key=int.from_bytes(digest)))
+        records = len(self.tokens)
+        caption = (rng.random(records) * np.diff(self.first)).astype(np.int32)
+        return Choices(caption, rng.random(records) < leading_space)
+
+    def first_choices(self) -> "Choices":
+        """The first caption of every record, without a space."""
+        return Choices(np.zeros(len(self.tokens), np.int32), np.zeros(len(self.tokens), bool))
+
+
+class Choices(NamedTuple):
+    """caption int32, space bool [records]: which caption a record shows, and whether a space goes before it."""
+
+    caption: np.ndarray
+    space: np.ndarray
 
 
 def measure(records: Sequence[Any], kind: str, tokenizer: Tokenizer, *, title: str = "lengths") -> Lengths:
     """Reads every record once."""
     tokens = np.zeros(len(records), np.int32)
     visuals = np.zeros(len(records), np.int32)
+    captions: list[tuple[int, int]] = []
+    first = np.zeros(len(records) + 1, np.int64)
     with Bar(title, len(records), enabled=len(records) >= LONG) as bar:
         for place in range(len(records)):
-            tokens[place], visuals[place] = _of(records[place], kind, tokenizer)
+            if kind in ("pairs", "videos"):
+                lengths = _captions(records[place], tokenizer)
+                captions += lengths
+                tokens[place], visuals[place] = max((max(both) for both in lengths), default=pair_overhead(tokenizer)), 1
+            else:
+                tokens[place], visuals[place] = _of(records[place], kind, tokenizer)
+            first[place + 1] = len(captions)
             bar.advance()
-    return Lengths(tokens, visuals)
+    return Lengths(tokens, visuals, np.array(captions, np.int32).reshape(-1, 2), first)
 
 
 def load_or_measure(records: Sequence[Any], kind: str, tokenizer: Tokenizer, folder: pathlib.Path, split: str) -> Lengths:
@@ -47,7 +88,7 @@ def load_or_measure(records: Sequence[Any], kind: str, tokenizer: Tokenizer, fol
     if is_current(path, folder):
         try:
             with np.load(path) as stored:
-                lengths = Lengths(stored["tokens"], stored["visuals"])
+                lengths = Lengths(stored["tokens"], stored["visuals"], stored["captions"], stored["first"])
             if len(lengths.tokens) == len(records):
                 return lengths
         except (OSError, ValueError, KeyError, EOFError) as error:
@@ -55,7 +96,7 @@ def load_or_measure(records: Sequence[Any], kind: str, tokenizer: Tokenizer, fol
     lengths = measure(records, kind, tokenizer, title=f"token lengths of {folder.parent.name} {split}")
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.npz")
     try:
-        np.savez(temporary, tokens=lengths.tokens, visuals=lengths.visuals)
+        np.savez(temporary, **dataclasses.asdict(lengths))
         temporary.replace(path)
     except OSError as error:
         logging.info("%s is not kept, it will be measured again next time: %s", path.name, error)
@@ -68,7 +109,11 @@ def _of(record: Any, kind: str, tokenizer: Tokenizer) -> tuple[int, int]:
     if kind == "pages":
         texts = strings(record["texts"])
         return len(page_sequence(texts, tokenizer)), len(texts) - 1
-    if kind == "text":
-        return 2 + len(tokenizer.encode(*strings([record["text"]]))), 0
-    both = (len(tokenizer.encode(space + caption)) for caption in strings(record["captions"]) for space in ("", " "))
-    return pair_overhead(tokenizer) + max(both, default=0), 1
+    return 2 + len(tokenizer.encode(*strings([record["text"]]))), 0
+
+
+def _captions(record: Any, tokenizer: Tokenizer) -> list[tuple[int, int]]:
+    """Tokens of the sequence with each caption, without and with a leading space."""
+    overhead = pair_overhead(tokenizer)
+    count = lambda text: overhead + len(tokenizer.encode(text))
+    return [(count(caption), count(" " + caption)) for caption in strings(record["captions"])]

@@ -215,6 +215,26 @@ def test_both_coins_and_all_captions_come_up(tokenizer):
         assert captions[name] == {*both, *(" " + c for c in both)}
 
 
+@pytest.mark.parametrize("kind", ["pairs", "videos"])
+def test_rows_are_full_of_the_captions_that_are_shown(kind, tokenizer):
+    """Captions of one record differ in length by far more than what may stay empty; another is shown in another epoch."""
+    rng = np.random.default_rng(5)
+    fields = {"pairs": lambda i: {"image": picture(i)}, "videos": lambda i: {"frames": [picture(i)], "fps": 1.0}}[kind]
+    source = [{"id": str(i), "captions": [words(rng, 1, 16) for _ in range(5)], **fields(i)} for i in range(400)]
+    it = iterator("flamingo", kind, tokenizer, source=source, batch_size=1, length=128, visuals=32, leading_space=0.5)
+    rows = it.summary()["rows"]
+    shown = []
+    for _ in range(2):
+        epoch = [next(it) for _ in range(rows)]
+        assert np.mean([batch["segments"] > 0 for batch in epoch]) > 0.95
+        shown.append({tuple(batch["tokens"][0][batch["segments"][0] == n]) for batch in epoch for n in range(1, batch["segments"].max() + 1)})
+    assert len(shown[0] & shown[1]) < 250, "one of ten forms of each"
+    it.close()
+    config = dataclasses.replace(CONFIGS[kind], length=128, visuals=32, batch_size=1)
+    padded = held_out(config, tokenizer=tokenizer, task="flamingo", batches=1_000, image_size=SIZE, source=source)
+    assert np.mean([batch["segments"] > 0 for batch in padded]) > 0.95
+
+
 def test_pages_look_either_way_by_p_next(tokenizer):
     for p_next, starts in ((0.0, {-1}), (1.0, {0})):
         batch = next(iterator("flamingo", "pages", tokenizer, p_next=p_next, length=256))
