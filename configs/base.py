@@ -143,14 +143,15 @@ def tiny(experiment: Experiment) -> Experiment:
         training=dataclasses.replace(
             training, steps=100, log_every=5, evaluate_every=50, evaluate_batches=2, save_every=50, compute_dtype="float32"
         ),
-        vision_encoder_from=experiment.vision_encoder_from and "random",
-        language_model_from=experiment.language_model_from and "random",
+        vision_encoder_from=(experiment.vision_encoder_from or experiment.flamingo_from) and "random",
+        language_model_from=(experiment.language_model_from or experiment.flamingo_from) and "random",
+        flamingo_from="",
     )
 
 
 TINY_ROWS = 16
 """Rows of a tiny batch: two for each of eight devices."""
-TINY_LENGTHS = {"pages": 128, "pairs": 48, "videos": 32, "text": 128}
+TINY_LENGTHS = {"pages": 128, "pairs": 48, "videos": 32, "text": 128, "questions": 48}
 
 
 def _tiny_dataset(name: str, dataset: DatasetConfig) -> DatasetConfig:

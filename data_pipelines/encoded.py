@@ -1,7 +1,8 @@
 """A frozen encoder's features of every picture of a split: made once, kept beside the dataset, read in the pictures' place.
 
-`<dataset>/features_<encoder>_<split>/00003.npy` holds those of the pictures of records 3 * RECORDS to 4 * RECORDS, `00003.counts.npy` how
-many pictures each of these has. A picture that cannot be read is NaN throughout. A part is there whole or not at all.
+`<dataset>/features_<encoder>_<split>/00003.npy` holds those of the different pictures of records 3 * RECORDS to 4 * RECORDS, of which many
+may share one (questions do), `00003.counts.npy` how many pictures each of these has, and `00003.places.npy` where each picture's features are.
+A picture that cannot be read is NaN throughout. A part is there whole or not at all.
 """
 
 import logging
@@ -50,6 +51,7 @@ class EncodedPictures:
         # numpy stores bfloat16 as bytes without a meaning; a plain array over the mapped file is read with less work than a memmap.
         self._parts = [np.asarray(np.load(_part(folder, number), mmap_mode="r")).view(dtype) for number in range(parts)]
         self._first = [np.concatenate([[0], np.cumsum(np.load(_counts(folder, number)))]) for number in range(parts)]
+        self._places = [np.load(_places(folder, number)) for number in range(parts)]
         self.shape, self.dtype = shape, dtype
 
     def read(self, place: int, picture: int) -> np.ndarray:
@@ -58,7 +60,7 @@ class EncodedPictures:
         first, after = self._first[part][within : within + 2]
         if picture >= after - first:
             raise ImageError(f"its texts ask for more pictures than the {after - first} it has")
-        features = self._parts[part][first + picture]
+        features = self._parts[part][self._places[part][first + picture]]
         if np.isnan(features[0, 0]):
             raise ImageError("it could not be read when its features were made")
         return features
@@ -88,7 +90,8 @@ def load_or_encode(
     """
     store = folder / f"features_{encoder.digest}_{split}"
     parts = -(-len(records) // RECORDS)
-    mine = [number for number in range(index, parts, count) if not is_current(_part(store, number), folder)]
+    whole = lambda number: all(is_current(path, folder) for path in (_part(store, number), _places(store, number)))
+    mine = [number for number in range(index, parts, count) if not whole(number)]
     try:
         if mine:
             store.mkdir(exist_ok=True)
@@ -109,7 +112,7 @@ def _make(pictures_in: "_Pictures", encoder: Encoder, store: pathlib.Path, parts
     pictures_of = grain.MapDataset.source(parts).map(pictures_in).to_iter_dataset(ahead)
     with Bar(title, len(parts)) as bar:
         done = 0
-        for number, (counts, pictures) in zip(parts, pictures_of, strict=True):
+        for number, (counts, places_of, pictures) in zip(parts, pictures_of, strict=True):
             made = np.full((len(pictures), *encoder.shape), np.nan, encoder.dtype)
             _require_room(store, made.nbytes)
             readable = [place for place, pixels in enumerate(pictures) if pixels is not None]
@@ -119,24 +122,32 @@ def _make(pictures_in: "_Pictures", encoder: Encoder, store: pathlib.Path, parts
                 batch = np.stack([pictures[place] for place in places] + [pictures[places[0]]] * (BATCH - len(places)))
                 made[places] = encoder.encode(batch)[: len(places)]
             _write(_counts(store, number), counts)
+            _write(_places(store, number), places_of)
             _write(_part(store, number), made)
-            done += len(pictures)
+            done += len(places_of)
             bar.advance(1, f"{done:,} pictures")
 
 
 class _Pictures:
-    """A part's pictures: how many each record has, and all in a row, with None for those that cannot be read."""
+    """A part's pictures: how many each record has, for all in a row which of the different ones it is, and these, with None for what cannot be read."""
 
     def __init__(self, records: Sequence[Any], feature: str, image_size: int, mean: Sequence[float]):
         self._records, self._feature, self._size, self._mean = records, feature, image_size, mean
 
-    def __call__(self, part: int) -> tuple[np.ndarray, list[np.ndarray | None]]:
-        counts, pictures = [], []
+    def __call__(self, part: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray | None]]:
+        counts, places, pictures = [], [], []
+        met: dict[bytes, int] = {}
         for place in range(part * RECORDS, min((part + 1) * RECORDS, len(self._records))):
             record = Record(self._records[place], self._feature, self._size)
             counts.append(sum(record.frame_counts))
-            pictures += [self._picture(record, visual, frame) for visual, frames in enumerate(record.frame_counts) for frame in range(frames)]
-        return np.array(counts, np.int64), pictures
+            for visual, frames in enumerate(record.frame_counts):
+                for frame in range(frames):
+                    key = record.digest(visual, frame)
+                    if key not in met:
+                        met[key] = len(pictures)
+                        pictures.append(self._picture(record, visual, frame))
+                    places.append(met[key])
+        return np.array(counts, np.int64), np.array(places, np.int64), pictures
 
     def _picture(self, record: Record, visual: int, frame: int) -> np.ndarray | None:
         try:
@@ -152,6 +163,10 @@ def _part(store: pathlib.Path, number: int) -> pathlib.Path:
 
 def _counts(store: pathlib.Path, number: int) -> pathlib.Path:
     return store / f"{number:05d}.counts.npy"
+
+
+def _places(store: pathlib.Path, number: int) -> pathlib.Path:
+    return store / f"{number:05d}.places.npy"
 
 
 def _write(path: pathlib.Path, values: np.ndarray) -> None:

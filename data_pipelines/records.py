@@ -1,5 +1,6 @@
 """Records of a dataset on disk by position, with their pictures decoded once where memory allows."""
 
+import hashlib
 import logging
 import math
 import pathlib
@@ -145,7 +146,7 @@ class Record:
         self.frame_counts = [len(frames) for frames in nested]
         self._pictures: list[list[bytes | np.ndarray]] = nested if pictures else []
         self.made: dict[str, Any] = {} if made is None else made
-        texts = [fields.get("text", ""), *fields.get("texts", ()), *fields.get("captions", ())]
+        texts = [fields.get("text", ""), *(text for name in ("texts", "captions", "answers") for text in fields.get(name, ()))]
         kept = [max(len(picture), 3 * size * size) + 200 for frames in self._pictures for picture in frames]
         self.text_cost = 1_000 + 5 * sum(map(len, texts))
         self.cost = 1_000 + sum(kept) + self.text_cost
@@ -155,6 +156,12 @@ class Record:
         if text not in self.made:
             self.made[text] = make()
         return self.made[text]
+
+    def digest(self, visual: int, frame: int) -> bytes:
+        """Names a picture's bytes as they are on disk; to be asked for before it is read."""
+        picture = self._pictures[visual][frame]
+        assert isinstance(picture, bytes), "it has been decoded"
+        return hashlib.blake2b(picture, digest_size=16).digest()
 
     def read(self, visual: int, frame: int) -> np.ndarray:
         """uint8 [h, w, 3], its longer side the image size. Raises ImageError."""

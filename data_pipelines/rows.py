@@ -14,11 +14,13 @@ from data_pipelines.transforms.examples import (
     Arrays,
     Draws,
     Segment,
+    answer_of,
     assemble,
     caption_of,
     feature_canvas,
     flamingo_segment,
     image_canvas,
+    opening_of,
     show,
     strings,
     text_segment,
@@ -29,14 +31,14 @@ from data_pipelines.transforms.windows import pieces
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import DatasetConfig
 from flamingo_jax.processing.images import ImageError, pad
-from flamingo_jax.processing.sequences import pair_overhead, text_tokens
+from flamingo_jax.processing.sequences import pair_overhead, question_tokens, text_tokens
 from flamingo_jax.processing.tokenizer import Tokenizer
 
 Task = Literal["contrastive", "language_modelling", "flamingo"]
 KINDS: dict[str, tuple[str, ...]] = {
     "contrastive": ("pairs",),
-    "language_modelling": ("text",),
-    "flamingo": ("pages", "pairs", "videos", "text"),
+    "language_modelling": ("text", "questions"),
+    "flamingo": ("pages", "pairs", "videos", "text", "questions"),
 }
 """The kinds of dataset that each task can read."""
 
@@ -70,11 +72,12 @@ class Items:
 
     @classmethod
     def of(cls, lengths: Lengths, dataset: DatasetConfig) -> "Items":
-        """A page is one window, a pair or clip is cut to a row, a text gives all its pieces."""
+        """A page is one window, a pair or clip is cut to a row, a text gives all its pieces; a question is whole, or too long for any row."""
         records = np.arange(len(lengths.tokens), dtype=np.int32)
         if dataset.kind != "text":
             visuals = np.minimum(lengths.visuals, dataset.visuals) if dataset.kind == "pages" else lengths.visuals
-            return cls(records, np.zeros_like(records), np.minimum(lengths.tokens, dataset.length), visuals)
+            tokens = lengths.tokens if dataset.kind == "questions" else np.minimum(lengths.tokens, dataset.length)
+            return cls(records, np.zeros_like(records), tokens, visuals)
         cut = [(record, *piece) for record, tokens in enumerate(lengths.tokens.tolist()) for piece in pieces(tokens, dataset.length)]
         record, start, length = np.array(cut, np.int32).reshape(-1, 3).T
         return cls(record, start, length, np.zeros_like(record))
@@ -90,11 +93,14 @@ class Rows:
             kinds = " or ".join(KINDS[task])
             raise UserError(f"the {task} task reads datasets of kind {kinds}, and {dataset.path!r} is of kind {dataset.kind}; take it out")
         self.name = dataset.path or dataset.kind
+        if dataset.kind == "questions" and "{question}" not in dataset.prompt:
+            raise UserError(f"the prompt {dataset.prompt!r} of the dataset {self.name} has no {{question}} in it, so that nothing would be asked; write it in")
         self._making = making
+        self._looks = task != "language_modelling" and dataset.kind != "text"
         opened = source if source is not None else open_records(dataset.path, dataset.split, dataset.kind)
         if not len(opened):
             raise UserError(f"the split {dataset.split!r} of the dataset {self.name} is empty; name another split")
-        self._records = Records(opened, dataset.kind, making.image_size, cache_bytes=cache_bytes, pictures=making.encoder is None)
+        self._records = Records(opened, dataset.kind, making.image_size, cache_bytes=cache_bytes, pictures=self._looks and making.encoder is None)
         self._failures = Failures(self.name, len(opened))
         self._cut = np.zeros(len(opened), bool)
         self._items = self._make_items(opened, source is None)
@@ -111,7 +117,7 @@ class Rows:
             )
         self._canvas = image_canvas(making.image_size, making.mean)
         self._encoded: EncodedPictures | None = None
-        if making.encoder is not None and dataset.kind in PICTURES:
+        if making.encoder is not None and self._looks:
             self._encoded = self._encode(opened, making.encoder)
             self._canvas = feature_canvas(self._encoded.shape, self._encoded.dtype)
 
@@ -138,14 +144,16 @@ class Rows:
             self._lengths = None
             return Items(count, np.zeros_like(count), np.ones_like(count), np.zeros_like(count))
         if stored:
-            lengths = load_or_measure(opened, dataset.kind, self._making.tokenizer, dataset_folder(dataset.path), dataset.split)
+            lengths = load_or_measure(opened, dataset.kind, self._making.tokenizer, dataset_folder(dataset.path), dataset.split, dataset.prompt)
         else:
-            lengths = measure(opened, dataset.kind, self._making.tokenizer)
-        self._cut = lengths.tokens > dataset.length
+            lengths = measure(opened, dataset.kind, self._making.tokenizer, dataset.prompt)
+        if dataset.kind != "questions":
+            self._cut = lengths.tokens > dataset.length
         self._lengths = lengths if len(lengths.captions) else None
         if dataset.kind in ("pairs", "videos") and dataset.length < pair_overhead(self._making.tokenizer) + 1:
             raise UserError(f"rows of {dataset.length} tokens have no room for a caption in the dataset {self.name}; raise its `length`")
-        return Items.of(lengths, dataset)
+        items = Items.of(lengths, dataset)
+        return items if self._looks else dataclasses.replace(items, visuals=np.zeros_like(items.visuals))
 
     def _choose(self, epoch: int) -> Choices | None:
         """Captions are chosen before rows are planned: a row planned for the longest of several would be a third empty."""
@@ -186,13 +194,13 @@ class Rows:
         self._failures.saw(len(items))
         if self._making.task == "contrastive":
             return self._contrastive(int(self._items.record[items[0]]), epoch)
-        if self._making.dataset.kind == "text":
-            return self._finish([self._text(item) for item in items])
+        if not self._looks:
+            return self._finish([self._text(item, epoch) for item in items])
         return self._visual(items, epoch, choices)
 
     def padding(self) -> Arrays:
         """A row of nothing."""
-        return self._finish([]) if self._making.dataset.kind == "text" else self._visual(np.zeros(0, np.int32), 0, None)
+        return self._visual(np.zeros(0, np.int32), 0, None) if self._looks else self._finish([])
 
     def _draws(self, epoch: int, record_id: str, caption: tuple[int, bool] | None = None) -> Draws | None:
         return Draws(self._making.seed, epoch, record_id, caption) if self._making.training else None
@@ -203,13 +211,17 @@ class Rows:
             del row["media_index"]
         return row
 
-    def _text(self, item: int) -> Segment:
-        record = self._records[int(self._items.record[item])]
+    def _text(self, item: int, epoch: int) -> Segment:
+        record, dataset, tokenizer = self._records[int(self._items.record[item])], self._making.dataset, self._making.tokenizer
         if UNREADABLE in record.fields:
             self._failures.add(record.id, ValueError("it is damaged on disk"))
             nothing = np.zeros(int(self._items.length[item]), np.int32)
-            return Segment(np.full_like(nothing, self._making.tokenizer.pad), nothing.astype(bool), nothing - 1)
-        document = record.once("", lambda: text_tokens(strings([record.fields["text"]])[0], self._making.tokenizer))
+            return Segment(np.full_like(nothing, tokenizer.pad), nothing.astype(bool), nothing - 1)
+        if dataset.kind == "questions":
+            answer = answer_of(record.fields, self._draws(epoch, record.id))
+            document = record.once(answer, lambda: question_tokens(opening_of(record.fields, dataset), answer, tokenizer))
+            return text_segment(document, 0, len(document))
+        document = record.once("", lambda: text_tokens(strings([record.fields["text"]])[0], tokenizer))
         return text_segment(document, int(self._items.start[item]), int(self._items.length[item]))
 
     def _visual(self, items: np.ndarray, epoch: int, choices: Choices | None) -> Arrays:

@@ -7,6 +7,9 @@ overrides single fields, and the result is checked against these types again bef
 import dataclasses
 from typing import Literal
 
+QUESTION_PROMPT = "Question: {question} Answer:"
+"""What is asked of a visual, in training and in evaluation alike (paper B.1.5); the answer follows after a space."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
@@ -165,7 +168,9 @@ class FlamingoConfig:
 class DatasetConfig:
     """One dataset on disk and how its rows are formed."""
 
-    kind: Literal["pages", "pairs", "videos", "text"] = "pairs"
+    kind: Literal["pages", "pairs", "videos", "text", "questions"] = "pairs"
+    """questions: pictures or clips with a prompt and an answer, of which the answer alone is learned; in the language modelling stage they are
+    read as texts, without their pictures."""
     path: str = ""
     """Folder of a prepared TFDS dataset (`data_dir/name/version`), opened with `tfds.builder_from_directory`."""
     split: str = "train"
@@ -186,6 +191,8 @@ class DatasetConfig:
     """Probability, once per page, that text looks at the next visual rather than the previous one (pages only; paper 0.5)."""
     leading_space: float = 0.5
     """Probability that paired text starts with a space (paper A.3.3)."""
+    prompt: str = QUESTION_PROMPT
+    """Questions: what stands between the visual and the answer, with the record's question at {question}; for instructions, "{question}" alone."""
     pack: bool = True
     """Several short examples share a row."""
     flip: bool = False
@@ -200,9 +207,13 @@ class OptimizerConfig:
 
     peak_rate: float = 1e-4
     warmup_steps: int = 5_000
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    """After warm-up. The paper's Flamingo stays constant; its contrastive stage falls linearly to 0."""
+    decay: Literal["constant", "linear", "cosine", "stepwise"] = "constant"
+    """After warm-up. The paper's Flamingo stays constant; its contrastive stage falls linearly to 0; fine-tuning falls by factors of 10 (B.2.2)."""
     end_rate: float = 0.0
+    """linear, cosine: the rate at the last step."""
+    decay_at: tuple[int, ...] = ()
+    """stepwise: the steps after which the rate is multiplied by `decay_factor`."""
+    decay_factor: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -247,7 +258,11 @@ class TrainingConfig:
     remat: Literal["none", "products", "layers"] = "none"
     """What is computed again for the gradient rather than kept: nothing; all but the products with weights; whole layers."""
     frames_at_once: int = 0
-    """Frames that each device encodes at a time, 0 for all of a batch's: the encoder's memory."""
+    """Frames that each device encodes at a time, 0 for all of a batch's: the encoder's memory. Where the encoder is trained, each time's are
+    encoded again for the gradient."""
+    unfreeze_vision_encoder: bool = False
+    """The vision encoder is trained too, as in fine-tuning (paper 3.2); "random" is then a start like any other. Nothing of it is random in
+    training: `stochastic_depth` is the contrastive stage's."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     use_visuals: bool = True
     """False trains the same model on the same text with every picture taken away: the baseline that shows what looking is worth."""
@@ -279,6 +294,9 @@ class Experiment:
     mesh: MeshConfig = MeshConfig()
     training: TrainingConfig = TrainingConfig()
     vision_encoder_from: str = ""
-    """Folder that the frozen vision encoder comes from: an export of the contrastive stage or of launch.convert, or a CLIP or SigLIP as published."""
+    """Folder that the vision encoder comes from: an export of the contrastive stage or of launch.convert, or a CLIP or SigLIP as published."""
     language_model_from: str = ""
     """Folder that the frozen language model comes from: an export of its stage or of launch.convert, or a Llama, Mistral or Qwen as published."""
+    flamingo_from: str = ""
+    """Exported folder (Flamingo stage) to go on from, as fine-tuning does: frozen parts and the start of trained ones all come from it, in place
+    of the other two."""

@@ -66,7 +66,7 @@ def main(verb: str) -> int:
     experiment = experiment_of(SIZES.value) if SIZES.value else command.experiment(CONFIG)
     if experiment.task == "contrastive":
         raise UserError("this config trains the contrastive stage, which the benchmark has no batches for: choose a Flamingo's or a language model's")
-    experiment = dataclasses.replace(experiment, vision_encoder_from="random", language_model_from="random")
+    experiment = dataclasses.replace(experiment, vision_encoder_from="random", language_model_from="random", flamingo_from="")
     timing = time_step(experiment, steps=STEPS.value, trace=TRACE.value)
     if JSON.value:
         print(json.dumps(timing._asdict() | {"mfu": timing.mfu}))

@@ -83,10 +83,23 @@ def caption_of(record: Any, draws: Draws | None) -> str:
     return captions[0 if draws is None else draws.below(len(captions))]
 
 
+def answer_of(record: Any, draws: Draws | None) -> str:
+    """One of a question's answers at random, or the first without `draws`; "" where it has none."""
+    answers = strings(record["answers"])
+    if not answers:
+        return ""
+    return answers[0 if draws is None else draws.below(len(answers))]
+
+
+def opening_of(record: Any, dataset: DatasetConfig) -> str:
+    """What is asked of a question's visual, in the dataset's words."""
+    return sequences.asked(dataset.prompt, strings([record["question"]])[0])
+
+
 def flamingo_segment(
     record: Any, frame_counts: list[int], dataset: DatasetConfig, tokenizer: Tokenizer, draws: Draws | None, once: Once
 ) -> Segment:
-    """A page, a pair or a clip of a record; `draws` None gives the one fixed choice that evaluation makes.
+    """A page, a pair, a clip or a question of a record; `draws` None gives the one fixed choice that evaluation makes.
 
     frame_counts: the stored frames of each of the record's visuals.
     once: keeps what is made of the record's texts for its next visits.
@@ -96,8 +109,13 @@ def flamingo_segment(
         part = _page_window(sequence, dataset, draws)
         visuals = [[(place, 0)] for place in part.visuals]
     else:
-        caption = caption_of(record, draws)
-        part = once(caption, lambda: window(sequences.pair_sequence(caption, tokenizer, length=dataset.length), 0, dataset.length, 1, "previous"))
+        if dataset.kind == "questions":
+            text = answer_of(record, draws)
+            make = lambda: sequences.question_sequence(opening_of(record, dataset), text, tokenizer)
+        else:
+            text = caption_of(record, draws)
+            make = lambda: sequences.pair_sequence(text, tokenizer, length=dataset.length)
+        part = once(text, lambda: window(make(), 0, dataset.length, 1, "previous"))
         whole = frame_counts[0] <= dataset.frames
         run = clip(frame_counts[0], dataset.frames, None if draws is None or whole else draws.rng)
         visuals = [[(0, frame) for frame in run]]

@@ -13,7 +13,7 @@ import numpy as np
 
 from data_pipelines.features import is_current
 from data_pipelines.transforms.examples import strings
-from flamingo_jax.processing.sequences import page_sequence, pair_overhead
+from flamingo_jax.processing.sequences import asked, page_sequence, pair_overhead, question_sequence
 from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.progress import Bar
 
@@ -24,7 +24,7 @@ LONG = 5_000
 @dataclasses.dataclass(frozen=True)
 class Lengths:
     """tokens, visuals: int32 [records]. Tokens are those of the whole sequence, specials included; of a record with several captions,
-    those of the longest, with or without a leading space.
+    those of the longest, with or without a leading space; of a question with several answers, those of the longest.
 
     captions: int32 [captions, 2], the same of every caption in the order of the records, without and with a leading space. first: int64
     [records + 1], where those of each record begin. Both hold nothing for records without captions.
@@ -62,8 +62,8 @@ class Choices(NamedTuple):
     space: np.ndarray
 
 
-def measure(records: Sequence[Any], kind: str, tokenizer: Tokenizer, *, title: str = "lengths") -> Lengths:
-    """Reads every record once."""
+def measure(records: Sequence[Any], kind: str, tokenizer: Tokenizer, prompt: str = "", *, title: str = "lengths") -> Lengths:
+    """Reads every record once. prompt: of questions."""
     tokens = np.zeros(len(records), np.int32)
     visuals = np.zeros(len(records), np.int32)
     captions: list[tuple[int, int]] = []
@@ -75,16 +75,17 @@ def measure(records: Sequence[Any], kind: str, tokenizer: Tokenizer, *, title: s
                 captions += lengths
                 tokens[place], visuals[place] = max((max(both) for both in lengths), default=pair_overhead(tokenizer)), 1
             else:
-                tokens[place], visuals[place] = _of(records[place], kind, tokenizer)
+                tokens[place], visuals[place] = _of(records[place], kind, tokenizer, prompt)
             first[place + 1] = len(captions)
             bar.advance()
     return Lengths(tokens, visuals, np.array(captions, np.int32).reshape(-1, 2), first)
 
 
-def load_or_measure(records: Sequence[Any], kind: str, tokenizer: Tokenizer, folder: pathlib.Path, split: str) -> Lengths:
+def load_or_measure(records: Sequence[Any], kind: str, tokenizer: Tokenizer, folder: pathlib.Path, split: str, prompt: str = "") -> Lengths:
     """From `lengths_<fingerprint>_<split>.npz` in the dataset's folder, written there first where it is missing or older than the
-    dataset. A folder that cannot be written to is measured each time."""
-    path = folder / f"lengths_{tokenizer.fingerprint}_{split}.npz"
+    dataset; for questions the name tells their prompt too. A folder that cannot be written to is measured each time."""
+    asked_so = f"_{hashlib.sha256(prompt.encode()).hexdigest()[:16]}" if kind == "questions" else ""
+    path = folder / f"lengths_{tokenizer.fingerprint}{asked_so}_{split}.npz"
     if is_current(path, folder):
         try:
             with np.load(path) as stored:
@@ -93,7 +94,7 @@ def load_or_measure(records: Sequence[Any], kind: str, tokenizer: Tokenizer, fol
                 return lengths
         except (OSError, ValueError, KeyError, EOFError) as error:
             logging.warning("%s cannot be read and is made anew: %s", path, error)
-    lengths = measure(records, kind, tokenizer, title=f"token lengths of {folder.parent.name} {split}")
+    lengths = measure(records, kind, tokenizer, prompt, title=f"token lengths of {folder.parent.name} {split}")
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.npz")
     try:
         np.savez(temporary, **dataclasses.asdict(lengths))
@@ -105,10 +106,13 @@ def load_or_measure(records: Sequence[Any], kind: str, tokenizer: Tokenizer, fol
     return lengths
 
 
-def _of(record: Any, kind: str, tokenizer: Tokenizer) -> tuple[int, int]:
+def _of(record: Any, kind: str, tokenizer: Tokenizer, prompt: str) -> tuple[int, int]:
     if kind == "pages":
         texts = strings(record["texts"])
         return len(page_sequence(texts, tokenizer)), len(texts) - 1
+    if kind == "questions":
+        opening = asked(prompt, *strings([record["question"]]))
+        return max(len(question_sequence(opening, answer, tokenizer)) for answer in strings(record["answers"]) or [""]), 1
     return 2 + len(tokenizer.encode(*strings([record["text"]]))), 0
 
 

@@ -8,7 +8,9 @@ import re
 from collections.abc import Sequence
 
 from flamingo_jax.evaluation.examples import Example, Page
+from flamingo_jax.experiment import QUESTION_PROMPT
 from flamingo_jax.inference.prompts import END_OF_CHUNK, Part
+from flamingo_jax.processing.sequences import asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,14 +20,14 @@ class Format:
     template: str
 
     def opening(self, example: Example) -> str:
-        return self.template.replace("{question}", example.question)
+        return asked(self.template, example.question)
 
     def whole(self, example: Example) -> str:
         return f"{self.opening(example)} {example.answers[0]}"
 
 
 CAPTION = Format("Output:")
-QUESTION = Format("Question: {question} Answer:")
+QUESTION = Format(QUESTION_PROMPT)
 KEYWORDS = re.compile(r"\s*(?:Question:|Answer:|Output:|<image>).*", re.DOTALL)
 
 

@@ -57,16 +57,18 @@ class Flamingo(nnx.Module):
     `extra_embedding` for input and output, so that the frozen table stays as it is.
 
     remat: what is computed again for the gradient (see `layers.rematerialised`). frames_at_once: how many frames each device encodes at a
-    time, 0 for all.
+    time, 0 for all. encoder_trains: the encoder has a gradient, for which frames are encoded again where something is, or where they are many.
     """
 
     def __init__(
-        self, config: FlamingoConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, remat: str = "none", frames_at_once: int = 0
+        self, config: FlamingoConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, remat: str = "none", frames_at_once: int = 0,
+        encoder_trains: bool = False,
     ):
         self.config = config
         self.dtype = dtype
         self.remat = remat
         self.frames_at_once = frames_at_once
+        self.encoder_trains = encoder_trains
         width = config.language_model.width
         self.vision_encoder = vision_encoder(config.vision, rngs=rngs)
         self.resampler = PerceiverResampler(config.resampler, self.vision_encoder.width, rngs=rngs, remat=remat)
@@ -89,6 +91,9 @@ class Flamingo(nnx.Module):
         steps, padded = self._rounds(count)
         x = jnp.pad(frames, ((0, 0), (0, padded - count), *[(0, 0)] * 3)) if padded > count else frames
         encode = functools.partial(self._encode, self.vision_encoder.prepared(self.dtype))
+        if self.encoder_trains and (steps > 1 or self.remat != "none"):
+            # No more than a round's activations are then held at any time.
+            encode = rematerialised(encode, "layers")
         if steps == 1:
             features = encode(x)
         else:

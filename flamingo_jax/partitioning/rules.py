@@ -7,7 +7,7 @@ layer axis is never sharded, since the scan over layers would gather it at every
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -104,12 +104,12 @@ def match(rules: Sequence[Rule[R]], names: Iterable[str]) -> dict[str, R]:
     return found
 
 
-def trainable_names(task: str, names: Iterable[str]) -> frozenset[str]:
-    """The names of the parameters that the task trains."""
-    return frozenset(name for name, trains in match(FREEZING[task], names).items() if trains)
+def trainable_names(task: str, names: Iterable[str], unfrozen: Collection[str] = ()) -> frozenset[str]:
+    """The names of the parameters that the task trains. unfrozen: parts (what names begin with) that train although the table freezes them."""
+    return frozenset(name for name, trains in match(FREEZING[task], names).items() if trains or name.split("/")[0] in unfrozen)
 
 
-def shardings(task: str, shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
+def shardings(task: str, shapes: Mapping[str, Any], mesh: Mesh, unfrozen: Collection[str] = ()) -> dict[str, NamedSharding]:
     """Each parameter's sharding.
 
     `model` lies where the task's table says. `fsdp` shards the largest other axis, that it divides, of every trained matrix. An axis that does
@@ -117,8 +117,9 @@ def shardings(task: str, shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, Nam
 
     Args:
       shapes: {name: anything with a shape}, stacks with their leading layer axis.
+      unfrozen: as for `trainable_names`.
     """
-    trained = trainable_names(task, shapes)
+    trained = trainable_names(task, shapes, unfrozen)
     axes = match(SHARDING[task], shapes)
     return {name: NamedSharding(mesh, _spec(name, s.shape, axes[name], mesh, name in trained)) for name, s in shapes.items()}
 

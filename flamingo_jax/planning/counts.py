@@ -32,5 +32,5 @@ def count_parameters(experiment: Experiment) -> dict[str, int]:
     for name, size in sizes.items():
         part = "language_model" if experiment.task == "language_modelling" else name.split("/")[0]
         parts[part] = parts.get(part, 0) + size
-    trained = trainable_names(experiment.task, sizes)
+    trained = trainable_names(experiment.task, sizes, stages.unfrozen(experiment))
     return parts | {"trainable": sum(sizes[name] for name in trained), "total": sum(sizes.values())}

@@ -96,10 +96,10 @@ def step_cost(experiment: Experiment) -> Cost:
     if not experiment.training.use_visuals:
         return Cost(token)
     encoder, cells = encoder_cost(model.vision_encoder, config.vision.image_size)
-    if experiment.training.cache_features:
-        encoder = 0
+    unfrozen = bool(stages.unfrozen(experiment))
+    encoder *= 0 if experiment.training.cache_features else 3 if unfrozen else 1
     latent = weights(_LAYER, "resampler/") + weights("visual_projection|gated_xattn/layers/(key|value)")
-    cell = 4 * weights("resampler/input_projection") + 6 * weights("resampler/layers/(key|value)")
+    cell = (6 if unfrozen else 4) * weights("resampler/input_projection") + 6 * weights("resampler/layers/(key|value)")
     return Cost(token, 6 * weights("gated_xattn/layers/(query|out)"), 6 * config.resampler.latents * latent, encoder + cells * cell)
 
 

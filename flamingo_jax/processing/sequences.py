@@ -1,6 +1,7 @@
 """Token sequences of text with visuals in it, the same for training and for prompts (paper 2.3, figure 7).
 
-Page: `<BOS>text<EOC><image>text<EOC><image>text<EOC><EOS>`; pair: `<BOS><image>caption<EOC><EOS>`. `<EOC>` closes a chunk: it stands
+Page: `<BOS>text<EOC><image>text<EOC><image>text<EOC><EOS>`; pair: `<BOS><image>caption<EOC><EOS>`; question:
+`<BOS><image>prompt answer<EOC><EOS>`, of which ` answer<EOC>` is learned. `<EOC>` closes a chunk: it stands
 before every image tag, except directly after <BOS>, and at the end of the document.
 """
 
@@ -22,7 +23,7 @@ class Sequence:
     tokens: int32 [n].
     chunk: int32 [n], never falling: 0 before the first image, c from the first token of image c's tag (counted from 1) to its <EOC>;
       <EOS> belongs to the last chunk.
-    is_text: bool [n], what a model learns to predict: all but <BOS> and the image tags.
+    is_text: bool [n], what a model learns to predict: all but <BOS> and the image tags; of a question its answer and <EOC> alone.
     """
 
     tokens: np.ndarray
@@ -44,6 +45,25 @@ def pair_sequence(caption: str, tokenizer: Tokenizer, *, length: int | None = No
     if length is not None:
         tokens = tokens[: max(length - pair_overhead(tokenizer), 0)]
     return _sequence([[], tokens], tokenizer, close=True)
+
+
+def asked(prompt: str, question: str) -> str:
+    """What stands between a visual and the answer: `prompt` with the question at {question}. The answer follows after a space."""
+    return prompt.replace("{question}", question)
+
+
+def question_sequence(opening: str, answer: str, tokenizer: Tokenizer) -> Sequence:
+    """A visual, what is `asked` of it and the answer. The two are tokenised apart, since at inference the answer is yet to come."""
+    before = [*tokenizer.image_tag_ids, *tokenizer.encode(opening)]
+    learned = [*tokenizer.encode(f" {answer}"), tokenizer.eoc]
+    tokens = [tokenizer.bos, *before, *learned, tokenizer.eos]
+    is_text = [False] * (1 + len(before)) + [True] * len(learned) + [False]
+    return Sequence(np.array(tokens, np.int32), np.array([0] + [1] * (len(tokens) - 1), np.int32), np.array(is_text, bool))
+
+
+def question_tokens(opening: str, answer: str, tokenizer: Tokenizer) -> np.ndarray:
+    """`<BOS>prompt answer<EOS>`, the same in the language modelling stage, where there is no visual: int32 [n]."""
+    return np.array([tokenizer.bos, *tokenizer.encode(opening), *tokenizer.encode(f" {answer}"), tokenizer.eos], np.int32)
 
 
 def pair_overhead(tokenizer: Tokenizer) -> int:

@@ -1,7 +1,7 @@
 """The three stages: which model and task each has, and which frozen parts it takes from the stages before it."""
 
 import pathlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -21,19 +21,33 @@ MODEL_FIELD = {"contrastive": "contrastive", "language_modelling": "language_mod
 """Task -> the field of Experiment that declares its model; also the kind of its export."""
 
 
-SOURCES = {"vision_encoder": {"contrastive": "vision", "vision_encoder": ""}, "language_model": {"language_model": ""}}
-"""Frozen part -> the kinds of export that hold it -> where its parameters and its config stand in them, "" for at the top."""
+class Source(NamedTuple):
+    """Where a part stands in an export, "" for at the top. parameters: the prefix of their names. config: its key in the export's."""
+
+    parameters: str = ""
+    config: str = ""
+
+
+SOURCES = {
+    "vision_encoder": {"contrastive": Source("vision", "vision"), "vision_encoder": Source()},
+    "language_model": {"language_model": Source()},
+}
+"""Part -> the kinds of export that hold it, the one of its own stage first -> where it stands in them."""
 
 
 class Base(NamedTuple):
-    """A frozen part that comes from an export, or from a published model."""
+    """A part that comes from an export, or from a published model."""
 
     part: str
-    """Name of the part in this model, also the prefix of its parameters."""
+    """Name of the part in this model, also the prefix of its parameters; "" for all of it."""
     folder: str
     """Exported or published folder, or "random" for untrained weights (benchmarks, tests)."""
     config: Any
     """The part's configuration here."""
+    field: str
+    """The field of Experiment that names the folder."""
+    sources: Mapping[str, Source]
+    """The kinds of export that hold the part, and where."""
 
 
 def model_config(experiment: Experiment) -> Any:
@@ -53,7 +67,10 @@ def build_model(experiment: Experiment, rngs: nnx.Rngs) -> nnx.Module:
         return DualEncoder(config, rngs=rngs, dtype=dtype)
     if experiment.task == "language_modelling":
         return LanguageModel(config, rngs=rngs, dtype=dtype, remat=experiment.training.remat)
-    return Flamingo(config, rngs=rngs, dtype=dtype, remat=experiment.training.remat, frames_at_once=experiment.training.frames_at_once)
+    return Flamingo(
+        config, rngs=rngs, dtype=dtype, remat=experiment.training.remat, frames_at_once=experiment.training.frames_at_once,
+        encoder_trains=bool(unfrozen(experiment)),
+    )
 
 
 def make_task(experiment: Experiment) -> Task:
@@ -65,26 +82,60 @@ def make_task(experiment: Experiment) -> Task:
     return FlamingoTask(training.loss, training.use_visuals)
 
 
-def bases(experiment: Experiment, parts: Collection[str] = ("vision_encoder", "language_model")) -> list[Base]:
+PARTS = ("vision_encoder", "language_model")
+"""What a Flamingo takes from the stages before it."""
+
+
+def unfrozen(experiment: Experiment) -> tuple[str, ...]:
+    """The parts that train although their task's table freezes them."""
+    if not experiment.training.unfreeze_vision_encoder:
+        return ()
+    if experiment.task != "flamingo":
+        raise UserError(f"config.training.unfreeze_vision_encoder is on, but task {experiment.task!r} has no frozen encoder: turn it off")
+    return ("vision_encoder",)
+
+
+def bases(experiment: Experiment, parts: Collection[str] = PARTS) -> list[Base]:
     """Those `parts` of the task's model that are frozen and the folders they come from; a UserError where one is not named or not there."""
     if experiment.task != "flamingo":
         return []
+    return [_base(experiment, part) for part in PARTS if part in parts and part not in unfrozen(experiment)]
+
+
+def starts(experiment: Experiment) -> list[Base]:
+    """The exports that trained parts start from; what none of them has starts at random. A UserError as of `bases`."""
+    if experiment.task != "flamingo":
+        return []
+    if experiment.flamingo_from:
+        return [_of_flamingo(experiment, "", model_config(experiment), Source())]
+    return [base for base in (_base(experiment, part) for part in unfrozen(experiment)) if base.folder != "random"]
+
+
+def _base(experiment: Experiment, part: str) -> Base:
     config = model_config(experiment)
-    found = [
-        Base("vision_encoder", experiment.vision_encoder_from, config.vision),
-        Base("language_model", experiment.language_model_from, config.language_model),
-    ]
-    found = [base for base in found if base.part in parts]
-    for base in found:
-        stage = next(iter(SOURCES[base.part]))
-        if not base.folder:
-            raise UserError(
-                f"config.{base.part}_from is empty: name the folder exported by the {stage} stage, that of a published model, "
-                "or 'random' for untrained weights"
-            )
-        if base.folder != "random" and not pathlib.Path(base.folder).is_dir():
-            raise UserError(
-                f"config.{base.part}_from is {base.folder!r}, which is no folder: run the {stage} stage and launch.export first, "
-                "or name the folder of a published model"
-            )
-    return found
+    fields = {"vision_encoder": "vision", "language_model": "language_model"}
+    part_config = getattr(config, fields[part])
+    if experiment.flamingo_from:
+        return _of_flamingo(experiment, part, part_config, Source(part, fields[part]))
+    field = f"{part}_from"
+    folder = getattr(experiment, field)
+    stage = next(iter(SOURCES[part]))
+    if not folder:
+        raise UserError(
+            f"config.{field} is empty: name the folder exported by the {stage} stage, that of a published model, or 'random' for untrained weights"
+        )
+    if folder != "random" and not pathlib.Path(folder).is_dir():
+        raise UserError(
+            f"config.{field} is {folder!r}, which is no folder: run the {stage} stage and launch.export first, or name the folder of a published model"
+        )
+    return Base(part, folder, part_config, field, SOURCES[part])
+
+
+def _of_flamingo(experiment: Experiment, part: str, config: Any, source: Source) -> Base:
+    """A part of the Flamingo that the experiment goes on from."""
+    folder = experiment.flamingo_from
+    if experiment.vision_encoder_from or experiment.language_model_from:
+        raise UserError("config.flamingo_from brings the encoder and the language model along: set config.vision_encoder_from and language_model_from to ''")
+    if folder != "random" and not pathlib.Path(folder).is_dir():
+        raise UserError(f"config.flamingo_from is {folder!r}, which is no folder: run the flamingo stage and launch.export first")
+    return Base(part, folder, config, "flamingo_from", {"flamingo": source})

@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -69,8 +69,9 @@ def assemble(experiment: Experiment, mesh: Mesh) -> Assembly:
     """Shapes and shardings of everything, without allocating anything on a device."""
     model = nnx.eval_shape(lambda: stages.build_model(experiment, nnx.Rngs(params=jax.random.key(0))))
     graph, shapes = split_model(model)
-    trainable_names = rules.trainable_names(experiment.task, shapes)
-    shardings = rules.shardings(experiment.task, shapes, mesh)
+    unfrozen = stages.unfrozen(experiment)
+    trainable_names = rules.trainable_names(experiment.task, shapes, unfrozen)
+    shardings = rules.shardings(experiment.task, shapes, mesh, unfrozen)
     frozen_dtype = jnp.dtype(experiment.training.compute_dtype)
 
     def declare(name: str, dtype: Any) -> jax.ShapeDtypeStruct:
@@ -90,14 +91,19 @@ def assemble(experiment: Experiment, mesh: Mesh) -> Assembly:
 
 
 def initialise(experiment: Experiment, assembly: Assembly) -> TrainState:
-    """A fresh state, made on the devices that hold it; frozen parts are not initialised."""
+    """A fresh state, made on the devices that hold it; frozen parts are not initialised. Trained parts that an export has start from it."""
 
     def make(key: jax.Array) -> TrainState:
         _, parameters = split_model(stages.build_model(experiment, nnx.Rngs(params=key)))
         return initial_state({name: parameters[name] for name in assembly.trainable}, assembly.optimizer, experiment.seed)
 
     shardings = jax.tree.map(lambda s: s.sharding, assembly.state)
-    return jax.jit(make, out_shardings=shardings)(jax.random.key(experiment.seed))
+    found: Parameters = {}
+    for base in stages.starts(experiment):
+        wanted = {name: s for name, s in assembly.trainable.items() if name.startswith(_prefix(base.part))}
+        found |= _read_base(_open_base(base), base, wanted)
+    state = jax.jit(make, out_shardings=shardings)(jax.random.key(experiment.seed))
+    return state._replace(trainable=state.trainable | found)
 
 
 def load_frozen(experiment: Experiment, assembly: Assembly) -> tuple[Parameters, dict[str, dict[str, str]]]:
@@ -105,7 +111,7 @@ def load_frozen(experiment: Experiment, assembly: Assembly) -> tuple[Parameters,
     frozen: Parameters = {}
     origins: dict[str, dict[str, str]] = {}
     for base in stages.bases(experiment):
-        wanted = {name: s for name, s in assembly.frozen.items() if name.startswith(base.part + "/")}
+        wanted = {name: s for name, s in assembly.frozen.items() if name.startswith(_prefix(base.part))}
         if base.folder == "random":
             frozen |= _random_parameters(experiment, wanted)
             origins[base.part] = {"folder": "random", "digest": f"seed {experiment.seed}"}
@@ -120,16 +126,17 @@ def load_encoder(experiment: Experiment) -> FrozenEncoder:
     """The frozen vision encoder alone, on this process's devices; a UserError where there is none, or its export does not fit the config."""
     if experiment.task != "flamingo":
         raise UserError(f"training.cache_features is on, but task {experiment.task!r} has no frozen encoder: turn it off")
+    if stages.unfrozen(experiment):
+        raise UserError("training.cache_features keeps what a frozen encoder makes, but training.unfreeze_vision_encoder trains it: turn one of them off")
     config, dtype = stages.model_config(experiment).vision, jnp.dtype(experiment.training.compute_dtype)
     (base,) = stages.bases(experiment, ["vision_encoder"])
     if base.folder == "random":
         raise UserError("training.cache_features needs an encoder that stays: name its export in config.vision_encoder_from")
     origin = _open_base(base)
     graph, shapes = nnx.split(nnx.eval_shape(lambda: vision_encoder(config, rngs=nnx.Rngs(0))))
-    prefix = base.part + "/"
-    mesh = Mesh(np.asarray(jax.local_devices()), "data")
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    wanted = {prefix + name: jax.ShapeDtypeStruct(value.shape, dtype, sharding=everywhere) for name, value in to_flat(shapes).items()}
+    mesh, prefix = Mesh(np.asarray(jax.local_devices()), "data"), _prefix(base.part)
+    whole = NamedSharding(mesh, PartitionSpec())
+    wanted = {prefix + name: jax.ShapeDtypeStruct(s.shape, dtype, sharding=whole) for name, s in to_flat(shapes).items()}
     parameters = {name.removeprefix(prefix): value for name, value in _read_base(origin, base, wanted).items()}
 
     @functools.partial(jax.jit, in_shardings=(None, NamedSharding(mesh, PartitionSpec("data"))))
@@ -165,21 +172,20 @@ def open_bases(experiment: Experiment) -> dict[str, Origin]:
 
 def _open_base(base: stages.Base) -> Origin:
     """Where a frozen part comes from, whose config agrees with the one here."""
-    if is_foreign(base.folder):
+    if base.field != "flamingo_from" and is_foreign(base.folder):
         part: Part = "language_model" if base.part == "language_model" else "vision_encoder"
         foreign = open_folder(base.folder, part)
         _require_equal(to_json(foreign.config), to_json(base.config), base)
         return Origin(base.folder, foreign.tokenizer_file, foreign.shapes, lambda: foreign.digest, foreign.read)
     export = open_export(base.folder)
-    places = stages.SOURCES[base.part]
-    if export.kind not in places:
-        raise UserError(f"{base.folder} holds a {export.kind} export, but config.{base.part}_from needs one of kind {' or '.join(places)}")
-    place = places[export.kind]
-    theirs: Any = export.config[place] if place else export.config
+    if export.kind not in base.sources:
+        raise UserError(f"{base.folder} holds a {export.kind} export, but config.{base.field} needs one of kind {' or '.join(base.sources)}")
+    place = base.sources[export.kind]
+    theirs: Any = export.config[place.config] if place.config else export.config
     # An export of an earlier version lacks the keys that came since: their defaults are what it was.
     theirs = to_json(from_json(type(base.config), theirs, f"the config of {base.folder}"))
     _require_equal(theirs, to_json(base.config), base)
-    prefix = place + "/" if place else ""
+    prefix = _prefix(place.parameters)
 
     def read(targets: dict[str, jax.ShapeDtypeStruct]) -> Parameters:
         export.verify()
@@ -190,19 +196,36 @@ def _open_base(base: stages.Base) -> Origin:
     return Origin(base.folder, export.tokenizer_file, shapes, lambda: export.digest, read)
 
 
-def _read_base(origin: Origin, base: stages.Base, wanted: dict[str, jax.ShapeDtypeStruct]) -> Parameters:
-    """The wanted parameters by their names here."""
-    prefix = base.part + "/"
+def _read_base(origin: Origin, base: stages.Base, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Parameters:
+    """The wanted parameters by their names here, where they shall lie."""
+    prefix = _prefix(base.part)
     targets = {name.removeprefix(prefix): target for name, target in wanted.items()}
     missing = sorted(set(targets) - set(origin.shapes))
     if missing:
-        raise UserError(f"{base.folder} lacks {len(missing)} parameters of the {base.part}, {prefix}{missing[0]} first: export that stage again")
-    for name, target in targets.items():
-        if origin.shapes[name] != target.shape:
-            raise UserError(
-                f"{base.folder}: {prefix}{name} is {origin.shapes[name]}, but this config makes it {target.shape}: make config.flamingo that of the folder"
-            )
-    return {prefix + name: value for name, value in origin.read(targets).items()}
+        raise UserError(f"{base.folder} lacks {len(missing)} parameters of the {base.part or 'model'}, {prefix}{missing[0]} first: export that stage again")
+    stored = {name: _as_stored(prefix + name, target, origin.shapes[name], base.folder) for name, target in targets.items()}
+    return {prefix + name: _fitted(value, targets[name]) for name, value in origin.read(stored).items()}
+
+
+def _prefix(part: str) -> str:
+    return part + "/" if part else ""
+
+
+def _as_stored(name: str, target: jax.ShapeDtypeStruct, shape: tuple[int, ...], folder: str) -> jax.ShapeDtypeStruct:
+    """The target in its stored shape, which may be another for a ViT's positions: those of another picture size are interpolated."""
+    if shape == target.shape:
+        return target
+    if name != "vision_encoder/position_embedding" or shape[-1] != target.shape[-1]:
+        raise UserError(f"{folder}: {name} is {shape}, but this config makes it {target.shape}: make config.flamingo that of the folder")
+    assert isinstance(target.sharding, NamedSharding)
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(target.sharding.mesh, PartitionSpec()))
+
+
+def _fitted(value: jax.Array, target: jax.ShapeDtypeStruct) -> jax.Array:
+    """A ViT's positions interpolated as its own forward does for pictures of another size; all else as it is."""
+    if value.shape == target.shape:
+        return value
+    return jax.jit(lambda v: jax.image.resize(v, target.shape, "bicubic").astype(target.dtype), out_shardings=target.sharding)(value)
 
 
 def _random_parameters(experiment: Experiment, wanted: dict[str, jax.ShapeDtypeStruct]) -> Parameters:
@@ -215,10 +238,14 @@ def _random_parameters(experiment: Experiment, wanted: dict[str, jax.ShapeDtypeS
 
 
 def _require_equal(theirs: dict[str, Any], ours: dict[str, Any], base: stages.Base) -> None:
-    # An image may have another size in training and in use, where no positions are stored; everything else is part of the weights' meaning.
-    free = {"stochastic_depth"} if theirs.get("vit") else {"image_size", "stochastic_depth"}
     for key in sorted(set(theirs) | set(ours)):
-        if key not in free and theirs.get(key) != ours.get(key):
-            raise UserError(
-                f"{base.folder} was trained with {key} = {theirs.get(key)!r}, but this config's {base.part} has {ours.get(key)!r}: make them equal"
-            )
+        mine, other = ours.get(key), theirs.get(key)
+        if isinstance(mine, dict) and isinstance(other, dict):
+            _require_equal(other, mine, base)
+        elif key not in FREE and other != mine:
+            raise UserError(f"{base.folder} was trained with {key} = {other!r}, but this config's {base.part or 'model'} has {mine!r}: make them equal")
+
+
+FREE = ("image_size", "stochastic_depth", "gate_start", "gated_out_scale")
+"""What may be another than in an export: an image may have another size in training and in use, and a start is behind it; everything else is part
+of the weights' meaning."""

@@ -164,9 +164,10 @@ def _require_same_run(saved: Experiment, current: Experiment, workdir: pathlib.P
     def held(experiment: Experiment) -> dict[str, Any]:
         field = stages.MODEL_FIELD[experiment.task]
         found: dict[str, Any] = {"task": experiment.task, "seed": experiment.seed, "training.use_visuals": experiment.training.use_visuals}
+        found["training.unfreeze_vision_encoder"] = experiment.training.unfreeze_vision_encoder
         found |= {"data": sorted(experiment.data)}
         found |= {f"{field}.{key}": value for key, value in to_json(stages.model_config(experiment)).items()}
-        rows = ("kind", "split", "length", "visuals", "frames", "pack")
+        rows = ("kind", "split", "length", "visuals", "frames", "pack", "prompt")
         return found | {f"data.{name}.{key}": getattr(d, key) for name, d in experiment.data.items() for key in rows}
 
     before, now = held(saved), held(current)

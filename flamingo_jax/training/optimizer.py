@@ -50,8 +50,11 @@ def make_schedule(config: OptimizerConfig, steps: int, updates_per_step: int = 1
     """Update number (from 0) -> learning rate.
 
     Step n of the warm-up, counted from 1, has n / warmup_steps of the peak, so that the first one already learns. Afterwards the rate is
-    constant, or falls linearly or as a cosine to `end_rate` at `steps`.
+    constant, falls linearly or as a cosine to `end_rate` at `steps`, or is multiplied by `decay_factor` after each step of `decay_at`.
+
+    Raises: UserError where steps and decay do not belong together.
     """
+    _check_decay(config, steps)
 
     def rate(count: Array | int) -> Array:
         done = jnp.asarray(count // updates_per_step, jnp.float32)
@@ -61,10 +64,26 @@ def make_schedule(config: OptimizerConfig, steps: int, updates_per_step: int = 1
             "constant": jnp.ones_like(progress),
             "linear": 1 - progress,
             "cosine": 0.5 * (1 + jnp.cos(jnp.pi * progress)),
+            "stepwise": config.decay_factor ** (done[..., None] >= jnp.asarray(config.decay_at, jnp.float32)).sum(-1),
         }[config.decay]
-        return warm * (config.end_rate + (config.peak_rate - config.end_rate) * remaining)
+        end = config.end_rate if config.decay in ("linear", "cosine") else 0.0
+        return warm * (end + (config.peak_rate - end) * remaining)
 
     return rate
+
+
+def _check_decay(config: OptimizerConfig, steps: int) -> None:
+    places = config.decay_at
+    if config.decay != "stepwise":
+        if places:
+            raise UserError(f"config.optimizer.decay_at is set, but decay is {config.decay!r}: set decay to 'stepwise' or decay_at to ()")
+        return
+    if not places or list(places) != sorted(set(places)) or not 0 < places[0] <= places[-1] < steps:
+        raise UserError(
+            f"config.optimizer.decay_at is {places}, but a stepwise decay needs rising steps between 1 and {steps - 1}, the last but one of the run: mend it"
+        )
+    if not 0 < config.decay_factor <= 1:
+        raise UserError(f"config.optimizer.decay_factor is {config.decay_factor}, but must be above 0 and at most 1: the paper's is 0.1")
 
 
 def decay_mask(config: OptimizerConfig, trainable: Mapping[str, Any]) -> dict[str, bool]:
