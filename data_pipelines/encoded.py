@@ -135,7 +135,8 @@ class _Pictures:
         self._records, self._feature, self._size, self._mean = records, feature, image_size, mean
 
     def __call__(self, part: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray | None]]:
-        counts, places, pictures = [], [], []
+        counts, places = [], []
+        pictures: list[np.ndarray | None] = []
         met: dict[bytes, int] = {}
         for place in range(part * RECORDS, min((part + 1) * RECORDS, len(self._records))):
             record = Record(self._records[place], self._feature, self._size)

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -90,7 +90,7 @@ class Flamingo(nnx.Module):
         count = frames.shape[1]
         steps, padded = self._rounds(count)
         x = jnp.pad(frames, ((0, 0), (0, padded - count), *[(0, 0)] * 3)) if padded > count else frames
-        encode = functools.partial(self._encode, self.vision_encoder.prepared(self.dtype))
+        encode: Callable[[Array], Array] = functools.partial(self._encode, self.vision_encoder.prepared(self.dtype))
         if self.encoder_trains and (steps > 1 or self.remat != "none"):
             # No more than a round's activations are then held at any time.
             encode = rematerialised(encode, "layers")
