@@ -44,12 +44,13 @@ def page(title: str, parts: Iterable[str]) -> str:
 
 def table(table: Table) -> str:
     """A heading and the rows below it."""
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(_cell(cell))}</td>" for cell in row) + "</tr>" for row in table.rows)
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in table.header)
+    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell(value))}</td>" for value in row) + "</tr>" for row in table.rows)
     return f"<h2>{html.escape(table.title)}</h2><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A table's value as a person reads it."""
     if value is None:
         return "–"
     return f"{100 * value:.1f} %" if isinstance(value, float) and 0 <= value <= 1 else str(value)

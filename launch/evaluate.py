@@ -4,10 +4,11 @@
 
 A benchmark is KIND:NAME=DATASET[:SPLIT][,support=DATASET[:SPLIT]], with KIND one of
   captioning      pairs or videos; a caption is right when it is one of the record's, word for word
-  vqa             questions; VQA accuracy
+  vqa             questions; VQA accuracy, beside what the commonest answer of the training split would have
   classification  pairs, videos or questions whose answers are class names, ranked by log-likelihood
   binding         pages whose texts end with new words; which word names the last picture
-SPLIT is `test` if it is not given. Few-shot examples come from the support set, by default the dataset's own `train` split.
+SPLIT is `test` if it is not given. A model that was trained on questions is asked as it was then; a Flamingo of pages and pairs is asked as in the
+paper, after two text-only examples. Few-shot examples come from the support set, by default the dataset's own `train` split.
 
     python -m launch.evaluate --suite=quickstart --data=runs/quickstart/data --model=EXPORT --baseline=EXPORT --output=FOLDER
 
@@ -18,24 +19,39 @@ import dataclasses
 import json
 import pathlib
 import re
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
+import rich.table
 from absl import flags
+from rich.console import Console
 
-from data_pipelines.features import kind_of
+from data_pipelines.features import dataset_folder, kind_of
 from data_pipelines.records import open_records
+from data_pipelines.transforms.examples import strings
+from flamingo_jax.configuring import from_json
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation import drawn_world, prompts
-from flamingo_jax.evaluation.benchmarks import Benchmark, Binding, Classification, Result, Settings, captioning, question_answering
+from flamingo_jax.evaluation.benchmarks import (
+    Benchmark,
+    Binding,
+    Classification,
+    OpenEnded,
+    Result,
+    Settings,
+    captioning,
+    commonest_answer,
+    question_answering,
+)
 from flamingo_jax.evaluation.examples import Example, read_examples, read_pages
 from flamingo_jax.evaluation.report import read_metrics, write_report
-from flamingo_jax.experiment import FlamingoConfig
+from flamingo_jax.experiment import Experiment, FlamingoConfig
 from flamingo_jax.inference.engine import Engine
 from flamingo_jax.inference.generation import Decoding
 from flamingo_jax.inference.model import Loaded, flamingo_config, load_flamingo
-from flamingo_jax.web_page import Table
+from flamingo_jax.web_page import Table, cell
 from launch import command
 from launch.parts import TOTAL
 
@@ -48,7 +64,13 @@ SUITE = flags.DEFINE_enum("suite", None, ["quickstart"], "A set of benchmarks wi
 DATA = flags.DEFINE_string("data", "", "suite: the folder that holds its datasets.")
 SHOTS = flags.DEFINE_list("shots", None, "Numbers of examples before the query; by default 0 for --benchmark, and 0, 4, 8, 16 and 32 for the suite.")
 SELECTION = flags.DEFINE_enum("selection", "random", ["random", "rices"], "How few-shot examples are chosen: at random, or by likeness of their pictures.")
-TEXT_EXAMPLES = flags.DEFINE_integer("text_examples", 2, "Text-only examples of zero-shot prompts (paper: 2).", lower_bound=0)
+TEXT_EXAMPLES = flags.DEFINE_integer(
+    "text_examples", None, "Text-only examples of zero-shot prompts; by default 2 (as in the paper), or 0 for a model trained on questions.", lower_bound=0
+)
+QUESTION_PROMPT = flags.DEFINE_string(
+    "question_prompt", None, "What stands between a picture and the answer, with {question} in it, for --benchmark; by default what the model was "
+    f"trained with, or '{prompts.QUESTION.template}'.",
+)
 BEAM = flags.DEFINE_integer("beam", 3, "Hypotheses of beam search (paper: 3); 1 is greedy.", lower_bound=1)
 CAPTION_PROMPT = flags.DEFINE_string(
     "caption_prompt", prompts.CAPTION.template, "What stands between a picture and its caption or class, for --benchmark (paper: Output:); empty for models "
@@ -71,11 +93,12 @@ def main() -> int:
         raise UserError("name either --suite or at least one --benchmark, not both")
     if SUITE.value and not DATA.value:
         raise UserError("--data is not set: name the folder that holds the suite's datasets")
+    text_examples = TEXT_EXAMPLES.value if TEXT_EXAMPLES.value is not None else 0 if _trained_prompts() else Settings.text_examples
     settings = Settings(
-        text_examples=TEXT_EXAMPLES.value, selection=SELECTION.value, seed=SEED.value, decoding=Decoding(max_tokens=MAX_TOKENS.value, beam=BEAM.value)
+        text_examples=text_examples, selection=SELECTION.value, seed=SEED.value, decoding=Decoding(max_tokens=MAX_TOKENS.value, beam=BEAM.value)
     )
     began = time.monotonic()
-    seconds = _json_file(SECONDS.value) if SECONDS.value else {}
+    seconds = _read_json(pathlib.Path(SECONDS.value)) if SECONDS.value else {}
     curves = _curves()
     (run_suite if SUITE.value else run_benchmarks)(settings, seconds, curves, began)
     print(f"wrote {OUTPUT.value}/report.json and {OUTPUT.value}/report.html")
@@ -142,7 +165,7 @@ def _shots(default: list[int]) -> list[int]:
 def run_benchmarks(settings: Settings, seconds: dict[str, float], curves: dict[str, Any], began: float) -> None:
     """Every --benchmark at every number of --shots."""
     shots, config = _shots([0]), _config()
-    benchmarks = [make_benchmark(text, config, max(shots)) for text in BENCHMARK.value]
+    benchmarks = [make_benchmark(text, config, max(shots), settings.text_examples) for text in BENCHMARK.value]
     for place, benchmark in enumerate(benchmarks):
         if benchmark.name in (other.name for other in benchmarks[:place]):
             raise UserError(f"two benchmarks are named {benchmark.name!r}, under which the report has one: give each --benchmark its own NAME")
@@ -159,19 +182,30 @@ def run_benchmarks(settings: Settings, seconds: dict[str, float], curves: dict[s
     report = {
         "benchmarks": figures["model"],
         "without_pictures": figures.get("without_pictures"),
+        "commonest_answers": {b.name: b.commonest for b in benchmarks if isinstance(b, OpenEnded) and b.commonest},
         "counts": {b.name: {str(r.shots): len(r.samples) for r in results["model"] if r.name == b.name} for b in benchmarks},
         "seconds": _with_evaluation(seconds, time.monotonic() - began),
         **_about(model, baseline, settings),
     }
-    rows = [[f"{r.name}, {who}", *([r.shots, r.accuracy, len(r.samples)])] for who, some in results.items() for r in some]
+    rows = [[f"{r.name}, {who}", r.shots, r.accuracy, r.figures.get("commonest_answer"), len(r.samples)] for who, some in results.items() for r in some]
+    header = ["benchmark", "shots", "accuracy", "commonest answer", "samples"]
+    print_table(header, rows)
     write_report(
         pathlib.Path(OUTPUT.value), report, title=f"Evaluation of {MODEL.value}",
-        tables=[Table("Accuracy", ["benchmark", "shots", "accuracy", "samples"], rows)],
+        tables=[Table("Accuracy", header, rows)],
         results=[(f"{result.name}, {result.shots} shots", result) for result in results["model"]], training=curves,
     )
 
 
-def make_benchmark(text: str, config: FlamingoConfig, shots: int) -> Benchmark:
+def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """The report's table for whoever watches."""
+    table = rich.table.Table(*header)
+    for row in rows:
+        table.add_row(*map(cell, row))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def make_benchmark(text: str, config: FlamingoConfig, shots: int, text_examples: int) -> Benchmark:
     """The benchmark that a --benchmark describes, with its data read."""
     match = re.fullmatch(r"(\w+):([^=]+)=([^,]+?)(?:,support=([^,]+))?", text)
     if not match or match[1] not in KINDS:
@@ -182,15 +216,47 @@ def make_benchmark(text: str, config: FlamingoConfig, shots: int) -> Benchmark:
         return Binding(name, read_pages(_limited(open_records(path, split, "pages")), config))
     queries = _examples(path, split, config, limited=True)
     support: list[Example] = []
-    if support_place or shots or (TEXT_EXAMPLES.value and sort != "classification"):
+    if support_place or shots or (text_examples and sort != "classification"):
         support = _examples(*_path_and_split(support_place or path, "train"), config, limited=False)
     if sort == "captioning":
         return captioning(name, queries, support, form=prompts.Format(CAPTION_PROMPT.value))
+    asking = _question_form()
     if sort == "vqa":
-        return question_answering(name, queries, support)
+        return question_answering(name, queries, support, asking, _commonest(*_path_and_split(support_place or path, "train")))
     classes = sorted({example.answers[0] for example in [*queries, *support]})
-    form = prompts.QUESTION if any(query.question for query in queries) else prompts.Format(CAPTION_PROMPT.value)
+    form = asking if any(query.question for query in queries) else prompts.Format(CAPTION_PROMPT.value)
     return Classification(name, queries, support, classes, form)
+
+
+def _question_form() -> prompts.Format:
+    """How questions are asked: as --question_prompt says, or as the model was trained to be."""
+    trained = _trained_prompts()
+    if QUESTION_PROMPT.value is None and len(trained) > 1:
+        listed = ", ".join(map(repr, trained))
+        raise UserError(f"the model was trained with several prompts ({listed}): choose one with --question_prompt")
+    template = QUESTION_PROMPT.value if QUESTION_PROMPT.value is not None else trained[0] if trained else prompts.QUESTION.template
+    if "{question}" not in template:
+        raise UserError(f"--question_prompt={template!r} has no {{question}} in it, so that nothing would be asked: write it in")
+    return prompts.Format(template)
+
+
+def _trained_prompts() -> list[str]:
+    """The different prompts of the questions that the model was trained on, as far as its export tells."""
+    file = pathlib.Path(MODEL.value) / "experiment.json"
+    if not file.is_file():
+        return []
+    experiment = from_json(Experiment, _read_json(file))
+    return sorted({dataset.prompt for dataset in experiment.data.values() if dataset.kind == "questions"})
+
+
+def _commonest(path: str, split: str) -> str:
+    """The commonest answer of a split, "" where the dataset lacks it."""
+    import tensorflow_datasets as tfds
+
+    if split not in tfds.builder_from_directory(str(dataset_folder(path))).info.splits:
+        return ""
+    records = open_records(path, split, "questions")
+    return commonest_answer(strings(records[place]["answers"]) for place in range(len(records)))
 
 
 SUPPORT_LIMIT = 2048
@@ -199,8 +265,6 @@ SUPPORT_LIMIT = 2048
 
 def _examples(path: str, split: str, config: FlamingoConfig, *, limited: bool) -> list[Example]:
     import tensorflow_datasets as tfds
-
-    from data_pipelines.features import dataset_folder
 
     kind = kind_of(tfds.builder_from_directory(str(dataset_folder(path))).info.features)
     if kind not in ("pairs", "videos", "questions"):
@@ -267,11 +331,11 @@ def _with_evaluation(seconds: dict[str, float], evaluation: float) -> dict[str, 
     return {name: value for name, value in seconds.items() if name != TOTAL} | {"evaluation": evaluation} | total
 
 
-def _json_file(path: str) -> dict[str, float]:
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
     try:
-        return json.loads(pathlib.Path(path).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"--seconds={path} cannot be read as JSON: {error}") from error
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as JSON ({error}): write it again") from error
 
 
 if __name__ == "__main__":

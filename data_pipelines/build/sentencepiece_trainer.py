@@ -11,12 +11,14 @@ from data_pipelines.features import INFO_FILE, TRAIN, VERSION
 from data_pipelines.records import open_records
 from data_pipelines.transforms.examples import strings
 from flamingo_jax.errors import UserError
+from flamingo_jax.experiment import QUESTION_PROMPT
+from flamingo_jax.processing.sequences import asked
 from flamingo_jax.processing.tokenizer import FILE_NAME
 
 IMAGE_TAG = "<image>"
 THREADS = 4
 """Fixed, so that the model does not depend on the machine."""
-TEXT_FIELDS = ("text", "texts", "captions", "question", "answers")
+TEXT_FIELDS = ("text", "texts", "captions")
 
 
 def train_tokenizer(
@@ -64,7 +66,7 @@ def train_tokenizer(
 
 
 def texts_in(path: str | pathlib.Path) -> Iterator[str]:
-    """All text of a .txt file, of the .txt files below a folder, or of the training split of a dataset.
+    """All text of a .txt file, of the .txt files below a folder, or of the training split of a dataset, questions within the prompt.
 
     Raises UserError where `path` is none of these.
     """
@@ -86,6 +88,9 @@ def _dataset_texts(folder: pathlib.Path) -> Iterator[str]:
     fields = tfds.builder_from_directory(str(folder)).info.features
     texts = [name for name in TEXT_FIELDS if name in fields]
     for record in open_records(folder, TRAIN):
+        if "question" in fields:
+            opening = asked(QUESTION_PROMPT, *strings([record["question"]]))
+            yield from (f"{opening} {answer}" for answer in strings(record["answers"]))
         for name in texts:
             yield from strings([record[name]] if isinstance(fields[name], tfds.features.Text) else record[name])
 

@@ -1,8 +1,8 @@
 """Benchmarks: examples and a model to figures and samples (paper 3.1, facts 6)."""
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -51,7 +51,8 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """figures: {"accuracy": mean over samples, and "accuracy/<type>" where examples have types}, each 0 to 1."""
+    """figures: {"accuracy": mean over samples, "accuracy/<type>" where examples have types, and "commonest_answer", what it is worth to give the
+    commonest answer of the training split to everything, where that is known}, each 0 to 1."""
 
     name: str
     shots: int
@@ -78,13 +79,14 @@ class Benchmark(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class OpenEnded:
-    """Answers written freely: captions and answers to questions."""
+    """Answers written freely: captions and answers to questions. commonest: the answer that whoever does not look would give; "" for none."""
 
     name: str
     queries: Sequence[Example]
     support: Sequence[Example]
     form: prompts.Format
     judge: Judge
+    commonest: str = ""
 
     def check(self, settings: Settings) -> None:
         _check_examples(self, settings, settings.text_examples)
@@ -99,7 +101,11 @@ class OpenEnded:
             prediction = prompts.clean(completion.text)
             right = self.judge(prediction, query.answers)
             samples.append(Sample(query.id, as_text(prompt), query.visual, prediction, query.answers, right, query.type))
-        return summarise(self.name, settings.shots, samples)
+        result = summarise(self.name, settings.shots, samples)
+        if not self.commonest:
+            return result
+        guessed = float(np.mean([self.judge(self.commonest, query.answers) for query in self.queries]))
+        return dataclasses.replace(result, figures=result.figures | {"commonest_answer": guessed})
 
 
 def captioning(
@@ -109,9 +115,17 @@ def captioning(
     return OpenEnded(name, queries, support, form, judge)
 
 
-def question_answering(name: str, queries: Sequence[Example], support: Sequence[Example]) -> OpenEnded:
+def question_answering(
+    name: str, queries: Sequence[Example], support: Sequence[Example], form: prompts.Format = prompts.QUESTION, commonest: str = ""
+) -> OpenEnded:
     """`<image>Question: ... Answer: ...`, scored by VQA accuracy."""
-    return OpenEnded(name, queries, support, prompts.QUESTION, metrics.vqa_accuracy)
+    return OpenEnded(name, queries, support, form, metrics.vqa_accuracy, commonest)
+
+
+def commonest_answer(answers: Iterable[Sequence[str]]) -> str:
+    """The answer that most of the records give, the first of equals; "" where there is none."""
+    counts = Counter(answer for some in answers for answer in some)
+    return max(counts, key=counts.__getitem__, default="")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -132,6 +132,23 @@ def test_parts_are_made_once_and_anew_when_the_dataset_is(sets: dict[str, pathli
     assert encoder.calls > calls + 2
 
 
+def test_a_picture_that_questions_share_is_encoded_once(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoded, "RECORDS", 6)
+    frames = [[noise(1)], [noise(1)], [noise(2), noise(1)], [noise(2)], [noise(3)], [noise(1)], [noise(1)]]
+    asked = [
+        Example("train", {"id": f"q{i}", "frames": some, "question": f"which {i}?", "answers": ["red"], "type": ""}) for i, some in enumerate(frames)
+    ]
+    write_dataset(tmp_path / "asked", Given("questions", tuple(asked)))
+    found = opened(tmp_path / "asked", Quarters(), "frames", "questions")
+    store = next(tmp_path.glob("asked/*/features_quarters_train"))
+    assert [np.load(store / f"0000{part}.npy").shape[0] for part in range(2)] == [3, 1]
+    for place, some in enumerate(frames):
+        for number, picture in enumerate(some):
+            np.testing.assert_allclose(found.read(place, number), quarters(np.asarray(Image.open(io.BytesIO(picture)))), rtol=1e-6)
+    with pytest.raises(ImageError, match="more pictures than the 1"):
+        found.read(0, 1)
+
+
 def test_bfloat16_features_come_back_as_such(sets: dict[str, pathlib.Path]) -> None:
     found = opened(sets["videos"], Quarters("half", dtype=np.dtype(ml_dtypes.bfloat16)), "frames", "videos").read(2, 3)
     assert found.dtype == ml_dtypes.bfloat16

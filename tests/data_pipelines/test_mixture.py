@@ -13,7 +13,10 @@ from data_pipelines.mixture import WHOLE, Shard, held_out, make_iterator
 from data_pipelines.transforms.augmentation import draw
 from data_pipelines.transforms.lengths import load_or_measure
 from flamingo_jax.errors import UserError
+from flamingo_jax.evaluation.examples import Example
+from flamingo_jax.evaluation.prompts import QUESTION, few_shot
 from flamingo_jax.experiment import DatasetConfig
+from flamingo_jax.inference.prompts import Visual, tokenise
 from flamingo_jax.processing.tokenizer import SentencePieceTokenizer, Tokenizer
 
 MEAN = (0.2, 0.4, 0.6)
@@ -72,14 +75,29 @@ def texts(count=15):
     return [{"id": f"text{i}", "text": f"t{i} {words(rng, 3, 40)}"} for i in range(count)]
 
 
-SOURCES = {"pairs": pairs(), "pages": pages(), "videos": videos(), "text": texts()}
+def questions(count=30):
+    """About pictures and clips by turns; their first word names their first frame."""
+    return [
+        {
+            "id": f"question{i}", "frames": [picture(7 * i + j) for j in range(1 + i % 2 * 3)], "question": f"n{i} star or circle?",
+            "answers": [b"red", "blue a"][: 1 + i % 2], "type": "",
+        }
+        for i in range(count)
+    ]
+
+
+SOURCES = {"pairs": pairs(), "pages": pages(), "videos": videos(), "text": texts(), "questions": questions()}
 CONFIGS = {
     "pairs": DatasetConfig(kind="pairs", batch_size=4, length=64, visuals=5),
     "pages": DatasetConfig(kind="pages", batch_size=4, length=48, visuals=3, p_next=0.5),
     "videos": DatasetConfig(kind="videos", batch_size=4, length=64, visuals=3, frames=4),
     "text": DatasetConfig(kind="text", batch_size=4, length=32, visuals=0),
+    "questions": DatasetConfig(kind="questions", batch_size=4, length=96, visuals=3, frames=2),
 }
-CASES = [("contrastive", "pairs"), ("flamingo", "pairs"), ("flamingo", "pages"), ("flamingo", "videos"), ("language_modelling", "text")]
+CASES = [
+    ("contrastive", "pairs"), ("flamingo", "pairs"), ("flamingo", "pages"), ("flamingo", "videos"), ("language_modelling", "text"),
+    ("flamingo", "questions"), ("language_modelling", "questions"),
+]
 
 
 def iterator(task, kind, tokenizer, *, source=None, threads=0, seed=3, shard=WHOLE, cache_bytes=1 << 20, **changes):
@@ -235,6 +253,61 @@ def test_rows_are_full_of_the_captions_that_are_shown(kind, tokenizer):
     assert np.mean([batch["segments"] > 0 for batch in padded]) > 0.95
 
 
+def test_of_a_question_the_answer_and_its_end_alone_are_learned(tokenizer):
+    """In the very tokens that a prompt and its continuation have; one of its answers on each visit; several to a row, each with its own frames."""
+    it = iterator("flamingo", "questions", tokenizer, source=questions(6), batch_size=1)
+    told, packed = {}, False
+    for _ in range(40):
+        batch = next(it)
+        packed |= batch["segments"].max() > 1
+        for mask in segments_of(batch, 0):
+            tokens, learned, index = (batch[name][0][mask] for name in ("tokens", "loss_mask", "media_index"))
+            number = int(tokenizer.decode(tokens.tolist()).split(" n")[1].split()[0])
+            example = Example("", Visual(np.zeros((1, SIZE, SIZE, 3), np.uint8)), ("",), questions(6)[number]["question"])
+            prompt = tokenise(few_shot(example, [], [], QUESTION), tokenizer)
+            answer = tokens[len(prompt.tokens) : -2]
+            np.testing.assert_array_equal(tokens[: len(prompt.tokens)], prompt.tokens)
+            np.testing.assert_array_equal(index[: len(prompt.tokens)] >= 0, prompt.media_index >= 0)
+            assert tokens[-2:].tolist() == [tokenizer.eoc, tokenizer.eos]
+            np.testing.assert_array_equal(np.flatnonzero(learned), np.arange(len(prompt.tokens), len(tokens) - 1))
+            told.setdefault(number, set()).add(tokenizer.decode(answer.tolist()))
+            place = batch["visuals"][0][index[1]]
+            reds = batch["images"][place][batch["frame_mask"][place]][:, 0, 0, 0].astype(int) - 7 * number
+            assert reds.tolist() == [0] if number % 2 == 0 else reds[0] in (0, 1, 2) and reds[1] == reds[0] + 1
+    it.close()
+    assert packed and told == {number: {" red", " blue a"} if number % 2 else {" red"} for number in range(6)}
+
+
+def test_questions_as_text_are_the_same_words_without_a_visual(tokenizer):
+    it = iterator("language_modelling", "questions", tokenizer, source=questions(4), batch_size=1, visuals=0, length=256)
+    batch = next(it)
+    assert batch["segments"].max() == 4 == it.summary()["records"]
+    it.close()
+    for mask in segments_of(batch, 0):
+        tokens = batch["tokens"][0][mask]
+        text = tokenizer.decode(tokens.tolist())
+        number = int(text.split(" n")[1].split()[0])
+        assert text in {f"Question: {questions(4)[number]['question']} Answer: {answer}" for answer in ("red", "blue a")}
+        assert tokens[0] == tokenizer.bos and tokens[-1] == tokenizer.eos and batch["loss_mask"][0][mask].tolist() == [False] + [True] * (len(tokens) - 1)
+
+
+def test_a_question_too_long_for_a_row_is_left_out_and_counted(tokenizer):
+    source = [*questions(5), questions(6)[5] | {"question": "star " * 100}]
+    it = iterator("flamingo", "questions", tokenizer, source=source, batch_size=1)
+    assert (it.summary()["too_long"], it.summary()["cut"]) == (1, 0)
+    it.close()
+    other = iterator("flamingo", "questions", tokenizer, source=questions(2), prompt="{question}", batch_size=1)
+    assert tokenizer.decode(next(other)["tokens"][0].tolist()).startswith(("<image>n0 star or circle? red", "<image>n1 star or circle? "))
+    other.close()
+    with pytest.raises(UserError, match="has no {question} in it"):
+        iterator("flamingo", "questions", tokenizer, prompt="Answer:")
+
+
+def test_lengths_of_questions_are_kept_by_prompt(tokenizer, tmp_path):
+    sizes = [int(load_or_measure(questions(2), "questions", tokenizer, tmp_path, "train", prompt).tokens[0]) for prompt in ("{question}", "a {question}")]
+    assert sizes[1] == sizes[0] + len(tokenizer.encode("a n0")) - len(tokenizer.encode("n0")) and len(list(tmp_path.iterdir())) == 2
+
+
 def test_pages_look_either_way_by_p_next(tokenizer):
     for p_next, starts in ((0.0, {-1}), (1.0, {0})):
         batch = next(iterator("flamingo", "pages", tokenizer, p_next=p_next, length=256))
@@ -367,7 +440,7 @@ def test_a_small_held_out_set_is_padded(tokenizer):
 def test_bad_configs_are_refused(tokenizer, tmp_path):
     with pytest.raises(UserError, match="holds no dataset"):
         make_iterator(DatasetConfig(path=str(tmp_path)), tokenizer=tokenizer, task="flamingo")
-    with pytest.raises(UserError, match="kind text"):
+    with pytest.raises(UserError, match="kind text or questions"):
         iterator("language_modelling", "pairs", tokenizer)
     with pytest.raises(UserError, match="3 data shards"):
         iterator("flamingo", "pairs", tokenizer, shard=Shard(0, 3))

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from flamingo_jax.errors import UserError
-from flamingo_jax.evaluation.benchmarks import Binding, Classification, Settings, captioning, question_answering
+from flamingo_jax.evaluation.benchmarks import Binding, Classification, Settings, captioning, commonest_answer, question_answering
 from flamingo_jax.evaluation.drawn_world import direction_right
 from flamingo_jax.evaluation.examples import page_examples, read_examples, read_pages
 from flamingo_jax.evaluation.prompts import QUESTION, Format, clean
@@ -52,6 +52,14 @@ def test_questions_are_scored_by_type() -> None:
     result = question_answering("vqa", queries, []).run(engine, Settings(text_examples=0))
     assert result.figures == {"accuracy": 0.5, "accuracy/colour": 1.0, "accuracy/shape": 0.0}
     assert engine.prompts[0][-1] == "Question: what colour is it? Answer:"
+
+
+def test_the_commonest_answer_stands_beside_the_accuracy() -> None:
+    assert commonest_answer([["no"], ["yes", "yes"], ["no", "yes"]]) == "yes" and commonest_answer([["b"], ["a"]]) == "b" and commonest_answer([]) == ""
+    queries = [example(n, answer, "is it red?") for n, answer in enumerate(("no", "yes", "no", "no"))]
+    result = question_answering("vqa", queries, [], Format("{question}"), "no").run(ScriptedEngine(lambda prompt: " yes"), Settings(text_examples=0))
+    assert result.figures == {"accuracy": 0.25, "commonest_answer": 0.75}
+    assert result.samples[0].prompt == "<image>is it red?"
 
 
 def test_classification_takes_the_likeliest_class_and_no_text_only_examples() -> None:

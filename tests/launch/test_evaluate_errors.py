@@ -40,8 +40,8 @@ def test_what_cannot_be_run(
     evaluate = commands.load("evaluate")
     values = {
         "MODEL": f"{folder}/export", "OUTPUT": f"{folder}/out", "BENCHMARK": [b.format(folder / "data") for b in benchmarks], "SHOTS": shots.split(","),
-        "BASELINE": baseline.format(folder / "data"), "SUITE": None, "TEXT_EXAMPLES": 2, "SELECTION": "random", "SEED": 0, "MAX_TOKENS": 24,
-        "BEAM": 3, "SECONDS": "", "CURVES": [], "LIMIT": 0, "CAPTION_PROMPT": "Output:",
+        "BASELINE": baseline.format(folder / "data"), "SUITE": None, "TEXT_EXAMPLES": 2, "QUESTION_PROMPT": None,
+        "SELECTION": "random", "SEED": 0, "MAX_TOKENS": 24, "BEAM": 3, "SECONDS": "", "CURVES": [], "LIMIT": 0, "CAPTION_PROMPT": "Output:",
     }
     for name, value in values.items():
         monkeypatch.setattr(evaluate, name, commands.flag(value))

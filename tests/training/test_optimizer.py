@@ -64,6 +64,17 @@ def test_adamw_with_clipping_and_masked_decay(scale: float) -> None:
         np.testing.assert_allclose(found[name], expected[name], rtol=2e-5, atol=1e-6, err_msg=name)
 
 
+def test_a_rate_that_falls_in_steps() -> None:
+    config = dataclasses.replace(CONFIG, peak_rate=2e-3, end_rate=1e-4, warmup_steps=2, decay="stepwise", decay_at=(4, 6))
+    rates = [float(make_schedule(config, 8)(step)) for step in range(8)]
+    np.testing.assert_allclose(rates, [1e-3, 2e-3, 2e-3, 2e-3, 2e-4, 2e-4, 2e-5, 2e-5], rtol=1e-6)
+    refused = {"(6, 4)": {"decay_at": (6, 4)}, "()": {"decay_at": ()}, "(8,)": {"decay_at": (8,)}, "decay is 'linear'": {"decay": "linear"}}
+    for words, changes in (refused | {"decay_factor is 0": {"decay_factor": 0.0}}).items():
+        with pytest.raises(UserError) as caught:
+            make_schedule(dataclasses.replace(config, **changes), 8)
+        assert words in str(caught.value)
+
+
 def test_decay_by_name() -> None:
     names = lambda **changes: {name for name, decays in decay_mask(dataclasses.replace(CONFIG, **changes), arrays(0)).items() if decays}
     assert names() == DECAYED
