@@ -1,5 +1,6 @@
 """Small stages on a small drawn world, as a config file (`--config=tests/end_to_end/small.py:STAGE,DATA`) and as Experiments."""
 
+import dataclasses
 import pathlib
 
 import ml_collections
@@ -27,7 +28,7 @@ TRAINING = TrainingConfig(steps=30, log_every=1, save_every=3, keep_last=2, eval
 
 def get_config(argument: str) -> ml_collections.ConfigDict:
     stage, _, data = argument.partition(",")
-    stages = {"contrastive": contrastive, "language_model": language_model, "flamingo": flamingo}
+    stages = {"contrastive": contrastive, "language_model": language_model, "flamingo": flamingo, "questions": questions, "unfrozen": unfrozen}
     return to_config(stages[stage](pathlib.Path(data)))
 
 
@@ -63,6 +64,18 @@ def flamingo(data: pathlib.Path, **changes: object) -> Experiment:
         },
         vision_encoder_from="random", language_model_from="random",
     )
+
+
+def questions(data: pathlib.Path, **changes: object) -> Experiment:
+    """The Flamingo on questions alone, several to a row."""
+    asked = DatasetConfig("questions", str(data / "vqa"), split="test", batch_size=8, length=64, visuals=2)
+    return dataclasses.replace(flamingo(data, **changes), data={"vqa": asked})
+
+
+def unfrozen(data: pathlib.Path, **changes: object) -> Experiment:
+    """The same with the vision encoder trained, two of a device's pictures at a time."""
+    training = dataclasses.replace(TRAINING, unfreeze_vision_encoder=True, frames_at_once=2)
+    return questions(data, **({"training": training} | changes))
 
 
 def _experiment(folder: pathlib.Path, changes: dict[str, object], **options: object) -> Experiment:
