@@ -67,7 +67,7 @@ def _language_model(folder: str) -> Experiment:
 
 
 def _flamingo(folder: str) -> Experiment:
-    data = _questions(folder, batch_size=8, length=64, visuals=4)
+    data = _questions(folder, batch_size=16, length=64, visuals=1)
     return Experiment(
         name="flamingo",
         task="flamingo",
@@ -93,7 +93,7 @@ def _flamingo(folder: str) -> Experiment:
 
 
 def _video(folder: str) -> Experiment:
-    return dataclasses.replace(_flamingo(folder), data=_questions(folder, batch_size=16, length=64, visuals=4, frames=4))
+    return dataclasses.replace(_flamingo(folder), data=_questions(folder, batch_size=16, length=64, visuals=1, frames=4))
 
 
 def _finetune(folder: str) -> Experiment:

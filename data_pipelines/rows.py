@@ -63,24 +63,46 @@ class Making:
 
 @dataclasses.dataclass(frozen=True)
 class Items:
-    """What rows are planned from: a record, or a piece of one. All int32 [items]."""
+    """What rows are planned from: a record, a piece of one, or `count` questions about one visual from `record` on. All int32 [items]."""
 
     record: np.ndarray
     start: np.ndarray
     length: np.ndarray
     visuals: np.ndarray
+    count: np.ndarray
 
     @classmethod
     def of(cls, lengths: Lengths, dataset: DatasetConfig) -> "Items":
         """A page is one window, a pair or clip is cut to a row, a text gives all its pieces; a question is whole, or too long for any row."""
+        if dataset.kind == "questions" and dataset.pack:
+            return cls._sharing(lengths, dataset.length)
         records = np.arange(len(lengths.tokens), dtype=np.int32)
+        ones = np.ones_like(records)
         if dataset.kind != "text":
             visuals = np.minimum(lengths.visuals, dataset.visuals) if dataset.kind == "pages" else lengths.visuals
             tokens = lengths.tokens if dataset.kind == "questions" else np.minimum(lengths.tokens, dataset.length)
-            return cls(records, np.zeros_like(records), tokens, visuals)
+            return cls(records, np.zeros_like(records), tokens, visuals, ones)
         cut = [(record, *piece) for record, tokens in enumerate(lengths.tokens.tolist()) for piece in pieces(tokens, dataset.length)]
         record, start, length = np.array(cut, np.int32).reshape(-1, 3).T
-        return cls(record, start, length, np.zeros_like(record))
+        return cls(record, start, length, np.zeros_like(record), np.ones_like(record))
+
+    @classmethod
+    def _sharing(cls, lengths: Lengths, row_length: int) -> "Items":
+        """Questions about the same visual that follow one another, in as few and as equal parts as fit a row: each part shows it once."""
+        starts = np.flatnonzero(~lengths.same)
+        found: list[tuple[int, int, int]] = []
+        for first, run in zip(starts.tolist(), np.split(lengths.tokens, starts[1:]), strict=True):
+            whole = int(run.sum())
+            enough = whole / -(-whole // row_length)
+            size = count = 0
+            for place, tokens in enumerate(run.tolist(), start=first):
+                if count and (size >= enough or size + tokens > row_length):
+                    found.append((place - count, size, count))
+                    size = count = 0
+                size, count = size + tokens, count + 1
+            found.append((first + len(run) - count, size, count))
+        record, length, count_of = np.array(found, np.int32).reshape(-1, 3).T
+        return cls(record, np.zeros_like(record), length, np.ones_like(record), count_of)
 
 
 class Rows:
@@ -142,7 +164,7 @@ class Rows:
         if self._making.task == "contrastive":
             count = np.arange(len(opened), dtype=np.int32)
             self._lengths = None
-            return Items(count, np.zeros_like(count), np.ones_like(count), np.zeros_like(count))
+            return Items(count, np.zeros_like(count), np.ones_like(count), np.zeros_like(count), np.ones_like(count))
         if stored:
             lengths = load_or_measure(opened, dataset.kind, self._making.tokenizer, dataset_folder(dataset.path), dataset.split, dataset.prompt)
         else:
@@ -152,8 +174,11 @@ class Rows:
         self._lengths = lengths if len(lengths.captions) else None
         if dataset.kind in ("pairs", "videos") and dataset.length < pair_overhead(self._making.tokenizer) + 1:
             raise UserError(f"rows of {dataset.length} tokens have no room for a caption in the dataset {self.name}; raise its `length`")
-        items = Items.of(lengths, dataset)
-        return items if self._looks else dataclasses.replace(items, visuals=np.zeros_like(items.visuals))
+        if self._looks:
+            return Items.of(lengths, dataset)
+        # As texts, questions share nothing.
+        items = Items.of(dataclasses.replace(lengths, same=np.zeros_like(lengths.same)), dataset)
+        return dataclasses.replace(items, visuals=np.zeros_like(items.visuals))
 
     def _choose(self, epoch: int) -> Choices | None:
         """Captions are chosen before rows are planned: a row planned for the longest of several would be a third empty."""
@@ -191,7 +216,7 @@ class Rows:
         epoch, within = divmod(place, len(self))
         planned, choices = self._plan(epoch)
         items = planned.row(within)
-        self._failures.saw(len(items))
+        self._failures.saw(int(self._items.count[items].sum()))
         if self._making.task == "contrastive":
             return self._contrastive(int(self._items.record[items[0]]), epoch)
         if not self._looks:
@@ -226,14 +251,15 @@ class Rows:
 
     def _visual(self, items: np.ndarray, epoch: int, choices: Choices | None) -> Arrays:
         dataset = self._making.dataset
-        places = self._items.record[items].tolist()
-        records = [self._records[place] for place in places]
+        runs = zip(self._items.record[items].tolist(), self._items.count[items].tolist(), strict=True)
+        places = [(first + further, further > 0) for first, count in runs for further in range(count)]
+        records = [self._records[place] for place, _ in places]
         segments: list[tuple[Segment, Callable[[int, int], np.ndarray]]] = []
-        for place, record in zip(places, records, strict=True):
+        for (place, shares), record in zip(places, records, strict=True):
             chosen = None if choices is None else (int(choices.caption[place]), bool(choices.space[place]))
             draws = self._draws(epoch, record.id, chosen)
             segment = flamingo_segment(record.fields, record.frame_counts, dataset, self._making.tokenizer, draws, record.once)
-            segments.append((segment, self._reader(place, record)))
+            segments.append((segment.sharing() if shares else segment, self._reader(place, record)))
         failed = lambda number, error: self._failures.add(records[number].id, error)
         shown, pictures = show(segments, failed, self._canvas, visuals=dataset.visuals, frames=dataset.frames)
         return self._finish(shown) | pictures

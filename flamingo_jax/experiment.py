@@ -194,7 +194,7 @@ class DatasetConfig:
     prompt: str = QUESTION_PROMPT
     """Questions: what stands between the visual and the answer, with the record's question at {question}; for instructions, "{question}" alone."""
     pack: bool = True
-    """Several short examples share a row."""
+    """Several short examples share a row, and questions about the same visual that follow one another share that too."""
     flip: bool = False
     """Random left-right flips; off where text speaks of left and right."""
     colour: float = 0.0

@@ -54,6 +54,7 @@ class Segment:
     tokens int32 [n], loss_mask bool [n], media_index int32 [n] (place within `visuals`).
     visuals: for each visual its frames as (visual, frame) of the record, to be read when the row is made.
     augment: for each visual, or empty.
+    shares: it has no visuals of its own, but looks at the one visual of the segment before it.
     """
 
     tokens: np.ndarray
@@ -61,6 +62,11 @@ class Segment:
     media_index: np.ndarray
     visuals: list[list[tuple[int, int]]] = dataclasses.field(default_factory=list)
     augment: list[augmentation.Augmentation | None] = dataclasses.field(default_factory=list)
+    shares: bool = False
+
+    def sharing(self) -> "Segment":
+        """The same text about the visual of the segment before it."""
+        return dataclasses.replace(self, visuals=[], augment=[], shares=True)
 
     def blank(self) -> "Segment":
         """The same tokens with nothing to learn and nothing to see: what stands in for a record whose pictures cannot be read."""
@@ -158,7 +164,8 @@ def assemble(segments: Sequence[Segment], *, length: int, pad_token: int) -> Arr
         row["positions"][part] = np.arange(len(segment.tokens))
         row["segments"][part] = number
         row["loss_mask"][part] = segment.loss_mask
-        row["media_index"][part] = np.where(segment.media_index >= 0, segment.media_index + places, -1)
+        first = places - 1 if segment.shares else places
+        row["media_index"][part] = np.where(segment.media_index >= 0, segment.media_index + first, -1)
         start, places = part.stop, places + len(segment.visuals)
     return row
 
@@ -193,20 +200,25 @@ def show(
     """Reads a row's pictures: [N, T, *blank] by the canvas's name, `frame_mask` bool [N, T], `visuals` int32 [N].
 
     Each segment comes with what reads frame f of visual v of its record. One whose pictures cannot be read is reported by its place to
-    `failed` and blanked; the others are as they would have been without it.
+    `failed` and blanked, with those that share them; the others are as they would have been without it.
     """
     drawn = np.zeros((visuals, frames, *canvas.blank.shape), canvas.blank.dtype)
     mask = np.zeros((visuals, frames), bool)
     present = np.full(visuals, -1, np.int32)
     shown: list[Segment] = []
-    place = 0
+    place, blank = 0, False
     for number, (segment, read) in enumerate(segments):
+        if segment.shares:
+            shown.append(segment.blank() if blank else segment)
+            continue
+        blank = False
         try:
             pictures = [[read(*frame) for frame in visual] for visual in segment.visuals]
             if not all(pictures):
                 raise ImageError("there are no frames")
         except ImageError as error:
             failed(number, error)
+            blank = True
             shown.append(segment.blank())
             place += len(segment.visuals)
             continue

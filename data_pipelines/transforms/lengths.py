@@ -27,13 +27,15 @@ class Lengths:
     those of the longest, with or without a leading space; of a question with several answers, those of the longest.
 
     captions: int32 [captions, 2], the same of every caption in the order of the records, without and with a leading space. first: int64
-    [records + 1], where those of each record begin. Both hold nothing for records without captions.
+    [records + 1], where those of each record begin. Both hold nothing for records without captions. same:
+    bool [records], True for a question whose visual is that of the question before it.
     """
 
     tokens: np.ndarray
     visuals: np.ndarray
     captions: np.ndarray
     first: np.ndarray
+    same: np.ndarray
 
     def of(self, choices: "Choices") -> np.ndarray:
         """int32 [records]: tokens of the sequences with these captions."""
@@ -68,17 +70,22 @@ def measure(records: Sequence[Any], kind: str, tokenizer: Tokenizer, prompt: str
     visuals = np.zeros(len(records), np.int32)
     captions: list[tuple[int, int]] = []
     first = np.zeros(len(records) + 1, np.int64)
+    same, before = np.zeros(len(records), bool), []
     with Bar(title, len(records), enabled=len(records) >= LONG) as bar:
         for place in range(len(records)):
+            record = records[place]
             if kind in ("pairs", "videos"):
-                lengths = _captions(records[place], tokenizer)
+                lengths = _captions(record, tokenizer)
                 captions += lengths
                 tokens[place], visuals[place] = max((max(both) for both in lengths), default=pair_overhead(tokenizer)), 1
             else:
-                tokens[place], visuals[place] = _of(records[place], kind, tokenizer, prompt)
+                tokens[place], visuals[place] = _of(record, kind, tokenizer, prompt)
+            if kind == "questions":
+                frames = list(record["frames"])
+                same[place], before = bool(frames) and frames == before, frames
             first[place + 1] = len(captions)
             bar.advance()
-    return Lengths(tokens, visuals, np.array(captions, np.int32).reshape(-1, 2), first)
+    return Lengths(tokens, visuals, np.array(captions, np.int32).reshape(-1, 2), first, same)
 
 
 def load_or_measure(records: Sequence[Any], kind: str, tokenizer: Tokenizer, folder: pathlib.Path, split: str, prompt: str = "") -> Lengths:
@@ -89,7 +96,7 @@ def load_or_measure(records: Sequence[Any], kind: str, tokenizer: Tokenizer, fol
     if is_current(path, folder):
         try:
             with np.load(path) as stored:
-                lengths = Lengths(stored["tokens"], stored["visuals"], stored["captions"], stored["first"])
+                lengths = Lengths(*(stored[field.name] for field in dataclasses.fields(Lengths)))
             if len(lengths.tokens) == len(records):
                 return lengths
         except (OSError, ValueError, KeyError, EOFError) as error:

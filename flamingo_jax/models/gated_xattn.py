@@ -39,7 +39,8 @@ def media_mask(media_index: Array, segments: Array | None, visuals: Array, token
             # A visual belongs to the segment of the tokens that look at it.
             owner = jnp.max(jnp.where(mask, segments[:, :, None], 0), axis=1)
             before = before & (owner[:, None, :] == segments[:, :, None])
-        mask = before
+        # Several segments may look at one visual, which then belongs to the last of them.
+        mask = mask | before
     mask = mask & (visuals >= 0)[:, None, :]
     return jnp.repeat(mask, tokens_per_visual, axis=-1)[:, None]
 

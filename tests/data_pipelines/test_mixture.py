@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_pipelines.mixture import WHOLE, Shard, held_out, make_iterator
 from data_pipelines.transforms.augmentation import draw
-from data_pipelines.transforms.lengths import load_or_measure
+from data_pipelines.transforms.lengths import load_or_measure, measure
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation.examples import Example
 from flamingo_jax.evaluation.prompts import QUESTION, few_shot
@@ -276,6 +276,49 @@ def test_of_a_question_the_answer_and_its_end_alone_are_learned(tokenizer):
             assert reds.tolist() == [0] if number % 2 == 0 else reds[0] in (0, 1, 2) and reds[1] == reds[0] + 1
     it.close()
     assert packed and told == {number: {" red", " blue a"} if number % 2 else {" red"} for number in range(6)}
+
+
+def asked(count=7, about=3):
+    """`about` questions about one picture after another."""
+    return [questions(count)[i] | {"frames": [picture(i // about)], "answers": ["red"]} for i in range(count)]
+
+
+def test_questions_about_one_picture_share_it_in_a_row(tokenizer):
+    """Three of them fit a row, and the seventh is alone with its picture; each is packed as it would be with a picture of its own."""
+    longest = int(measure(asked(), "questions", tokenizer, QUESTION.template).tokens.max())
+    options = dict(source=asked(), batch_size=1, length=3 * longest, visuals=1, frames=1)
+    apart = {}
+    for batch in take(iterator("flamingo", "questions", tokenizer, pack=False, **options), 7):
+        tokens = batch["tokens"][0][batch["segments"][0] == 1]
+        apart[tokens.tobytes()] = batch["loss_mask"][0][: len(tokens)], batch["media_index"][0][: len(tokens)], batch["images"]
+    it = iterator("flamingo", "questions", tokenizer, **options)
+    assert it.summary()["rows"] == 3
+    numbers = []
+    for batch in take(it, 3):
+        numbers.append(int(batch["segments"].max()))
+        assert batch["images"].shape[0] == 1 and batch["frame_mask"].all() and batch["visuals"].tolist() == [[0]]
+        for mask in segments_of(batch, 0):
+            learned, index, images = apart.pop(batch["tokens"][0][mask].tobytes())
+            np.testing.assert_array_equal(batch["loss_mask"][0][mask], learned)
+            np.testing.assert_array_equal(batch["media_index"][0][mask], index)
+            np.testing.assert_array_equal(batch["images"], images)
+    assert sorted(numbers) == [1, 3, 3] and not apart
+    # Two fit a row: three of them are parted as evenly as can be.
+    short = iterator("flamingo", "questions", tokenizer, **(options | {"length": 2 * longest, "visuals": 2}))
+    assert short.summary()["too_long"] == 0 and max(int(batch["segments"].max()) for batch in take(short, 6)) == 2
+
+
+def test_a_bad_picture_blanks_all_questions_that_share_it(tokenizer):
+    source = broken(asked(), {0, 1, 2})
+    it = iterator("flamingo", "questions", tokenizer, source=source, batch_size=1, length=200, visuals=2, frames=1)
+    lost = 0
+    for batch in take(it, it.summary()["rows"]):
+        for mask in segments_of(batch, 0):
+            text = tokenizer.decode(batch["tokens"][0][mask].tolist())
+            blank = int(text.split(" n")[1].split()[0]) < 3
+            lost += blank
+            assert batch["loss_mask"][0][mask].any() != blank and (batch["media_index"][0][mask] >= 0).any() != blank
+    assert lost == 3 and it.summary()["failed"] == ["question0"]
 
 
 def test_questions_as_text_are_the_same_words_without_a_visual(tokenizer):

@@ -79,6 +79,13 @@ def test_an_empty_place_is_never_seen(model: Flamingo) -> None:
     np.testing.assert_array_equal(forward(model, media_index=index)[1], forward(model, media_index=index, visual_tokens=-VISUAL_TOKENS)[1])
 
 
+def test_segments_that_share_a_visual_both_see_it() -> None:
+    index, segments = jnp.asarray([[-1, 0, 0, -1, 0, 0]]), jnp.asarray([[1, 1, 1, 2, 2, 2]])
+    for attend in ("last", "all_previous"):
+        mask = media_mask(index, segments, jnp.asarray([[0]]), 1, attend)
+        np.testing.assert_array_equal(mask[0, 0, :, 0], [False, True, True, False, True, True])
+
+
 def test_all_previous_sees_earlier_visuals_of_its_own_segment_only() -> None:
     media_index = jnp.asarray([[0, 0, 1, 2, 3, 3]])
     segments = jnp.asarray([[1, 1, 1, 2, 2, 2]])
