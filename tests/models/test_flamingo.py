@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flamingo_jax.experiment import FlamingoConfig, LanguageModelConfig, ResamplerConfig, VisionConfig
+from flamingo_jax.experiment import FlamingoConfig, LanguageModelConfig, ResamplerConfig, VisionConfig, ViTConfig
+from flamingo_jax.models import nfnet
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.models.gated_xattn import media_mask
+from flamingo_jax.processing.normalise import normalise
+from flamingo_jax.pytrees import to_flat
+from tests.models.filling import ONE_STAGE, filled
 
 LANGUAGE_MODEL = LanguageModelConfig(vocab_size=40, layers=5, width=32, heads=2, head_width=16, feed_forward=64)
 CONFIG = FlamingoConfig(
@@ -139,3 +143,27 @@ def test_gates_start_at_0_unless_told_otherwise() -> None:
     np.testing.assert_allclose(opened.out[...], 0.3 * paper.out[...], rtol=1e-6)
     np.testing.assert_allclose(opened.feed_forward.down[...], 0.3 * paper.feed_forward.down[...], rtol=1e-6)
     np.testing.assert_array_equal(opened.query[...], paper.query[...])
+
+
+@pytest.mark.parametrize("vit", [None, ViTConfig(patch_size=4, layers=1, width=8, heads=2, feed_forward=16)])
+def test_an_encoder_that_trains_has_its_own_gradient_in_rounds_that_are_not_kept(vit: ViTConfig | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the encoder called on all frames at once, with no rounds and nothing computed again."""
+    monkeypatch.setitem(nfnet.VARIANTS, "one_stage", ONE_STAGE)
+    vision = VisionConfig(variant="one_stage", image_size=16, vit=vit)
+    small = dataclasses.replace(LANGUAGE_MODEL, layers=1)
+    config = dataclasses.replace(CONFIG, vision=vision, language_model=small)
+    images = jnp.asarray(RNG.integers(0, 256, (32, 2, 16, 16, 3)), jnp.uint8)
+
+    model = filled(lambda rngs: Flamingo(config, rngs=rngs, frames_at_once=4, encoder_trains=True))
+    graph, encoder, rest = nnx.split(model, nnx.PathContains("vision_encoder"), ...)
+    in_rounds = jax.jit(jax.grad(lambda encoder, rest: jnp.square(nnx.merge(graph, encoder, rest).encode_images(images)).sum())).lower(encoder, rest).compile()
+    alone_graph, alone_state = nnx.split(model.vision_encoder)
+    frames = normalise(images.reshape(-1, 16, 16, 3), vision.mean, vision.std, jnp.float32)
+    alone = jax.jit(jax.grad(lambda state: jnp.square(nnx.merge(alone_graph, state)(frames)).sum())).lower(alone_state).compile()
+    assert in_rounds.memory_analysis().temp_size_in_bytes < alone.memory_analysis().temp_size_in_bytes / 3
+
+    found, expected = to_flat(in_rounds(encoder, rest)), to_flat(alone(alone_state))
+    assert found.keys() == {f"vision_encoder/{name}" for name in expected}
+    largest = max(float(jnp.abs(value).max()) for value in expected.values())
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[f"vision_encoder/{name}"], value, rtol=1e-4, atol=1e-6 * largest, err_msg=name)
