@@ -70,7 +70,8 @@ def measure(records: Sequence[Any], kind: str, tokenizer: Tokenizer, prompt: str
     visuals = np.zeros(len(records), np.int32)
     captions: list[tuple[int, int]] = []
     first = np.zeros(len(records) + 1, np.int64)
-    same, before = np.zeros(len(records), bool), []
+    same = np.zeros(len(records), bool)
+    before: list[Any] = []
     with Bar(title, len(records), enabled=len(records) >= LONG) as bar:
         for place in range(len(records)):
             record = records[place]
