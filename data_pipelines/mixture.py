@@ -11,7 +11,6 @@ from typing import Any
 
 import grain
 import numpy as np
-from grain.experimental import ElasticIterator
 
 from data_pipelines.encoded import Encoder
 from data_pipelines.rows import Making, Rows, Task
@@ -38,30 +37,36 @@ class BatchIterator:
     """Endless batches of this process's rows, as dicts of numpy arrays. `summary` says what the plan could not use."""
 
     def __init__(self, rows: Rows, batch_size: int, shard: Shard, threads: int):
-        self._rows, self._shard = rows, shard
-        self._iterator = iter(
-            ElasticIterator(
-                # grain repeats a dataset by its indices' remainder; a range without end keeps the epoch in the index.
-                grain.MapDataset.range(sys.maxsize).map(rows.row),
-                batch_size,
-                grain.sharding.ShardOptions(shard_index=shard.index, shard_count=shard.count),
-                read_options=grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads),
-            )
-        )
+        self._rows, self._size, self._shard = rows, batch_size, shard
+        self._options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+        self._go_to(0)
 
     def __iter__(self) -> "BatchIterator":
         return self
 
     def __next__(self) -> Arrays:
-        return place_visuals(next(self._iterator), self._shard)
+        batch = next(self._iterator)
+        self._next += self._size
+        return batch
+
+    def _go_to(self, first: int) -> None:
+        """Batches of rows from `first` on; grain's threads make them ahead."""
+        self._next = first
+        # A range without end keeps the epoch in the rows' places: grain repeats a dataset by its indices' remainder.
+        batches = grain.MapDataset.range((sys.maxsize - first) // self._size).map(lambda number: self._make(first + number * self._size))
+        self._iterator = iter(batches.to_iter_dataset(self._options))
+
+    def _make(self, first: int) -> Arrays:
+        return place_visuals(self._rows.batch(range(first + self._shard.index, first + self._size, self._shard.count)), self._shard)
 
     def get_state(self) -> dict[str, int]:
         """The position after the last batch given, the same on every process: {"global_next_index": rows used so far}."""
-        return self._iterator.get_state()
+        return {"global_next_index": self._next}
 
     def set_state(self, state: dict[str, int]) -> None:
         """Goes to a position that any number of processes saved."""
-        self._iterator.set_state(state)
+        self._iterator.close()
+        self._go_to(state["global_next_index"])
 
     def summary(self) -> dict[str, Any]:
         """Counts of records and rows, and of what was left out or cut, by reason."""

@@ -211,17 +211,28 @@ class Rows:
                 self._dropped = made.dropped
             return self._plans[epoch]
 
-    def row(self, place: int) -> Arrays:
-        """One row, without the batch axis; images [N, T, H, W, 3] and visuals [N] count within it."""
+    def batch(self, places: Sequence[int]) -> Arrays:
+        """Rows stacked: [B, ...] for each array of `row`. Pictures, the most of a batch, are put where they shall lie and not copied again."""
+        blank = self._canvas.blank
+        shape = (len(places), self._making.dataset.visuals, self._making.dataset.frames, *blank.shape)
+        name = self._canvas.name
+        if self._making.task == "contrastive":
+            name, shape = "images", (len(places), *blank.shape)
+        shown = np.zeros(shape if self._making.dataset.kind in PICTURES else 0, blank.dtype)
+        rows = [self.row(place, shown[number] if shown.size else None) for number, place in enumerate(places)]
+        return {key: shown if key == name else np.stack([row[key] for row in rows]) for key in rows[0]}
+
+    def row(self, place: int, out: np.ndarray | None = None) -> Arrays:
+        """One row, without the batch axis; images [N, T, H, W, 3] and visuals [N] count within it. out: zeros to put its pictures on."""
         epoch, within = divmod(place, len(self))
         planned, choices = self._plan(epoch)
         items = planned.row(within)
         self._failures.saw(int(self._items.count[items].sum()))
         if self._making.task == "contrastive":
-            return self._contrastive(int(self._items.record[items[0]]), epoch)
+            return self._contrastive(int(self._items.record[items[0]]), epoch, out)
         if not self._looks:
             return self._finish([self._text(item, epoch) for item in items])
-        return self._visual(items, epoch, choices)
+        return self._visual(items, epoch, choices, out)
 
     def padding(self) -> Arrays:
         """A row of nothing."""
@@ -249,7 +260,7 @@ class Rows:
         document = record.once("", lambda: text_tokens(strings([record.fields["text"]])[0], tokenizer))
         return text_segment(document, int(self._items.start[item]), int(self._items.length[item]))
 
-    def _visual(self, items: np.ndarray, epoch: int, choices: Choices | None) -> Arrays:
+    def _visual(self, items: np.ndarray, epoch: int, choices: Choices | None, out: np.ndarray | None = None) -> Arrays:
         dataset = self._making.dataset
         runs = zip(self._items.record[items].tolist(), self._items.count[items].tolist(), strict=True)
         places = [(first + further, further > 0) for first, count in runs for further in range(count)]
@@ -261,7 +272,7 @@ class Rows:
             segment = flamingo_segment(record.fields, record.frame_counts, dataset, self._making.tokenizer, draws, record.once)
             segments.append((segment.sharing() if shares else segment, self._reader(place, record)))
         failed = lambda number, error: self._failures.add(records[number].id, error)
-        shown, pictures = show(segments, failed, self._canvas, visuals=dataset.visuals, frames=dataset.frames)
+        shown, pictures = show(segments, failed, self._canvas, visuals=dataset.visuals, frames=dataset.frames, out=out)
         return self._finish(shown) | pictures
 
     def _reader(self, place: int, record: Record) -> Callable[[int, int], np.ndarray]:
@@ -270,13 +281,13 @@ class Rows:
             return record.read
         return lambda visual, frame: encoded.read(place, sum(record.frame_counts[:visual]) + frame)
 
-    def _contrastive(self, place: int, epoch: int) -> Arrays:
+    def _contrastive(self, place: int, epoch: int, out: np.ndarray | None) -> Arrays:
         """A pair whose picture cannot be read is an empty picture without one token in its mask, which the loss leaves out."""
         record, length = self._records[place], self._making.text_length
         dataset, draws = self._making.dataset, self._draws(epoch, record.id)
         caption = caption_of(record.fields, draws)
         augment = None if draws is None else draws.augmentation(dataset)
-        image = np.zeros((self._making.image_size, self._making.image_size, 3), np.uint8)
+        image = np.zeros((self._making.image_size, self._making.image_size, 3), np.uint8) if out is None else out
         ids = record.once(caption, lambda: text_tokens(caption, self._making.tokenizer))
         try:
             pixels = record.read(0, 0)

@@ -196,13 +196,15 @@ def show(
     *,
     visuals: int,
     frames: int,
+    out: np.ndarray | None = None,
 ) -> tuple[list[Segment], Arrays]:
     """Reads a row's pictures: [N, T, *blank] by the canvas's name, `frame_mask` bool [N, T], `visuals` int32 [N].
 
     Each segment comes with what reads frame f of visual v of its record. One whose pictures cannot be read is reported by its place to
-    `failed` and blanked, with those that share them; the others are as they would have been without it.
+    `failed` and blanked, with those that share them; the others are as they would have been without it. out: zeros to put the frames on, made
+    here where it is None.
     """
-    drawn = np.zeros((visuals, frames, *canvas.blank.shape), canvas.blank.dtype)
+    drawn = np.zeros((visuals, frames, *canvas.blank.shape), canvas.blank.dtype) if out is None else out
     mask = np.zeros((visuals, frames), bool)
     present = np.full(visuals, -1, np.int32)
     shown: list[Segment] = []
