@@ -4,7 +4,7 @@ make: writes a Llama-form checkpoint of 8 GB in bfloat16. read: a bare read of i
 print JSON: seconds, and of load the most memory that the process held beyond what it had before and beyond the arrays themselves, which on CPU lie
 in host memory as well. The second load takes the memory that the first gave back (with the Makefile's GLIBC_TUNABLES, which keep it in the process):
 a machine that must find 8 GB of fresh pages first may take longer over that than over reading, and an accelerator's host needs none. "cold" drops the
-files from the page cache before.
+files from the page cache before each.
 """
 
 import gc
@@ -73,7 +73,9 @@ def drop(folder: pathlib.Path) -> None:
         os.close(descriptor)
 
 
-def bare_read(folder: pathlib.Path) -> dict[str, float]:
+def bare_read(folder: pathlib.Path, cold: bool) -> dict[str, float]:
+    if cold:
+        drop(folder)
     memory, total, began = bytearray(2**24), 0, time.monotonic()
     for file in sorted(folder.glob("*.safetensors")):
         with open(file, "rb", buffering=0) as stream:
@@ -83,7 +85,7 @@ def bare_read(folder: pathlib.Path) -> dict[str, float]:
     return {"seconds": seconds, "bytes": total, "bytes_a_second": total / seconds}
 
 
-def load(folder: pathlib.Path) -> dict[str, float]:
+def load(folder: pathlib.Path, cold: bool) -> dict[str, float]:
     import jax
     from flax import nnx
 
@@ -96,6 +98,8 @@ def load(folder: pathlib.Path) -> dict[str, float]:
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     before, times, overheads = status("VmRSS"), [], []
     for _ in range(2):
+        if cold:
+            drop(folder)
         began = time.monotonic()
         loaded = load_language_model(folder)
         jax.block_until_ready(nnx.state(loaded.model))
@@ -116,9 +120,7 @@ def status(key: str) -> int:
 
 if __name__ == "__main__":
     target, what, *rest = pathlib.Path(sys.argv[1]), *sys.argv[2:]
-    if "cold" in rest:
-        drop(target)
     if what == "make":
         make(target)
     else:
-        print(json.dumps({"read": bare_read, "load": load}[what](target)))
+        print(json.dumps({"read": bare_read, "load": load}[what](target, "cold" in rest)))
