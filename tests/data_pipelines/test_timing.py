@@ -1,0 +1,37 @@
+"""The timing of reading: what it counts, and that it leaves things as they were."""
+
+import time
+
+import numpy as np
+import pytest
+
+from data_pipelines import timing
+from flamingo_jax.processing import images
+from flamingo_jax.processing.tokenizer import Tokenizer
+from tests.data_pipelines.test_mixture import SIZE, iterator, picture, take, tokenizer  # noqa: F401 - a fixture
+
+
+@pytest.mark.parametrize("kind", ["pairs", "pages", "videos"])
+def test_reading_counts_what_the_rows_hold(kind: str, tokenizer: Tokenizer) -> None:  # noqa: F811
+    decode = images.decode
+    it = iterator("flamingo", kind, tokenizer, cache_bytes=0)
+    reading = timing.time_reading(it, SIZE, 3)
+    it.close()
+    batches = take(iterator("flamingo", kind, tokenizer), 3)
+    assert reading.pictures == sum(int(batch["frame_mask"].sum()) for batch in batches)
+    assert reading.fill == pytest.approx(np.mean([batch["segments"] > 0 for batch in batches]))
+    assert reading.rows > 0 and reading.bare > 0 and reading.share == reading.rows / reading.bare
+    assert images.decode is decode
+
+
+def test_the_bare_loop_makes_the_same_pictures() -> None:
+    np.testing.assert_array_equal(timing.bare(picture(7), 5), images.decode(picture(7), 5))
+
+
+def test_waiting_is_what_a_step_waits_for() -> None:
+    class Slow:
+        def __next__(self) -> None:
+            time.sleep(0.02)
+
+    assert timing.waiting_share({"a": Slow(), "b": Slow()}, 0.04, 10) == pytest.approx(0.5, abs=0.15)  # type: ignore[dict-item]
+    assert timing.waiting_share({"a": iter(range(100))}, 0.01, 10) < 0.1  # type: ignore[dict-item]
