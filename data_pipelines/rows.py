@@ -218,7 +218,7 @@ class Rows:
         name = self._canvas.name
         if self._making.task == "contrastive":
             name, shape = "images", (len(places), *blank.shape)
-        shown = np.zeros(shape if self._making.dataset.kind in PICTURES else 0, blank.dtype)
+        shown = np.zeros(shape if self._looks else 0, blank.dtype)
         rows = [self.row(place, shown[number] if shown.size else None) for number, place in enumerate(places)]
         return {key: shown if key == name else np.stack([row[key] for row in rows]) for key in rows[0]}
 

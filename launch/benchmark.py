@@ -54,6 +54,7 @@ ROWS = {
     "pages": DatasetConfig(kind="pages", length=256, visuals=5),
     "pairs": DatasetConfig(kind="pairs", length=256, visuals=16),
     "videos": DatasetConfig(kind="videos", length=64, visuals=4, frames=8),
+    "questions": DatasetConfig(kind="questions", length=256, visuals=16),
 }
 """What rows are made of a dataset that no config describes. Pages as in the paper (A.3.1), short texts packed as full as they come."""
 
