@@ -12,7 +12,7 @@ from flamingo_jax.configuring import to_config
 from flamingo_jax.experiment import MeshConfig
 
 MACHINES = {
-    "v4_4x4x4": base.Machine(MeshConfig(1, 16, 4)),
+    "v4_4x4x4": base.Machine(MeshConfig(1, 32, 2)),
     "v5e_8x8": base.Machine(MeshConfig(1, 16, 4)),
     "v5p_8x8x4": base.Machine(MeshConfig(4, 16, 4)),
     "h200_8": base.Machine(MeshConfig(1, 8, 1)),
