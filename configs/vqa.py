@@ -18,12 +18,14 @@ import ml_collections
 from configs.base import held_out
 from flamingo_jax.configuring import to_config
 from flamingo_jax.experiment import (
+    ContrastiveConfig,
     DatasetConfig,
     Experiment,
     FlamingoConfig,
     LanguageModelConfig,
     OptimizerConfig,
     ResamplerConfig,
+    TextEncoderConfig,
     TrainingConfig,
     VisionConfig,
 )
@@ -39,7 +41,7 @@ LANGUAGE_MODEL = LanguageModelConfig(
 def get_config(arg: str = "flamingo") -> ml_collections.ConfigDict:
     """The config of one stage: `stage,folder`."""
     stage, _, folder = arg.partition(",")
-    stages = {"language_model": _language_model, "flamingo": _flamingo, "video": _video, "finetune": _finetune}
+    stages = {"contrastive": _contrastive, "language_model": _language_model, "flamingo": _flamingo, "video": _video, "finetune": _finetune}
     if stage not in stages:
         raise ValueError(f"configs/vqa.py has no stage {stage!r}: choose one of {', '.join(stages)}")
     return to_config(stages[stage](folder or "runs/vqa"))
@@ -47,6 +49,22 @@ def get_config(arg: str = "flamingo") -> ml_collections.ConfigDict:
 
 def _questions(folder: str, **options: object) -> dict[str, DatasetConfig]:
     return {"questions": DatasetConfig(kind="questions", path=f"{folder}/data/questions", **options)}  # type: ignore[arg-type]
+
+
+def _contrastive(folder: str) -> Experiment:
+    """Pictures beside their questions and answers as one text: the encoder learns from all of them at once what tells pictures apart."""
+    return Experiment(
+        name="contrastive",
+        task="contrastive",
+        contrastive=ContrastiveConfig(
+            vision=VISION, text=TextEncoderConfig(vocab_size=VOCABULARY, layers=2, width=128, heads=4, max_length=64), joint_width=128,
+            initial_temperature=0.1, label_smoothing=0.0,
+        ),
+        tokenizer=f"{folder}/data/tokenizer",
+        data=_questions(folder, batch_size=64),
+        optimizer=OptimizerConfig(peak_rate=2e-3, warmup_steps=30, decay="cosine", beta2=0.98, no_decay=()),
+        training=TrainingConfig(steps=300, log_every=10, evaluate_every=10_000, save_every=150, keep_last=2, compute_dtype="float32"),
+    )
 
 
 def _language_model(folder: str) -> Experiment:

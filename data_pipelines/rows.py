@@ -36,7 +36,7 @@ from flamingo_jax.processing.tokenizer import Tokenizer
 
 Task = Literal["contrastive", "language_modelling", "flamingo"]
 KINDS: dict[str, tuple[str, ...]] = {
-    "contrastive": ("pairs",),
+    "contrastive": ("pairs", "questions"),
     "language_modelling": ("text", "questions"),
     "flamingo": ("pages", "pairs", "videos", "text", "questions"),
 }
@@ -85,6 +85,13 @@ class Items:
         cut = [(record, *piece) for record, tokens in enumerate(lengths.tokens.tolist()) for piece in pieces(tokens, dataset.length)]
         record, start, length = np.array(cut, np.int32).reshape(-1, 3).T
         return cls(record, start, length, np.zeros_like(record), np.ones_like(record))
+
+    @classmethod
+    def by_visual(cls, lengths: Lengths) -> "Items":
+        """All questions about a visual that follow one another."""
+        first = np.flatnonzero(~lengths.same).astype(np.int32)
+        count = np.diff(np.append(first, len(lengths.same))).astype(np.int32)
+        return cls(first, np.zeros_like(first), np.ones_like(first), np.zeros_like(first), count)
 
     @classmethod
     def _sharing(cls, lengths: Lengths, row_length: int) -> "Items":
@@ -161,7 +168,8 @@ class Rows:
 
     def _make_items(self, opened: Sequence[Any], stored: bool) -> Items:
         dataset = self._making.dataset
-        if self._making.task == "contrastive":
+        contrastive = self._making.task == "contrastive"
+        if contrastive and dataset.kind == "pairs":
             count = np.arange(len(opened), dtype=np.int32)
             self._lengths = None
             return Items(count, np.zeros_like(count), np.ones_like(count), np.zeros_like(count), np.ones_like(count))
@@ -174,6 +182,8 @@ class Rows:
         self._lengths = lengths if len(lengths.captions) else None
         if dataset.kind in ("pairs", "videos") and dataset.length < pair_overhead(self._making.tokenizer) + 1:
             raise UserError(f"rows of {dataset.length} tokens have no room for a caption in the dataset {self.name}; raise its `length`")
+        if contrastive:
+            return Items.by_visual(lengths)
         if self._looks:
             return Items.of(lengths, dataset)
         # As texts, questions share nothing.
@@ -229,7 +239,7 @@ class Rows:
         items = planned.row(within)
         self._failures.saw(int(self._items.count[items].sum()))
         if self._making.task == "contrastive":
-            return self._contrastive(int(self._items.record[items[0]]), epoch, out)
+            return self._contrastive(int(self._items.record[items[0]]), int(self._items.count[items[0]]), epoch, out)
         if not self._looks:
             return self._finish([self._text(item, epoch) for item in items])
         return self._visual(items, epoch, choices, out)
@@ -281,16 +291,20 @@ class Rows:
             return record.read
         return lambda visual, frame: encoded.read(place, sum(record.frame_counts[:visual]) + frame)
 
-    def _contrastive(self, place: int, epoch: int, out: np.ndarray | None) -> Arrays:
-        """A pair whose picture cannot be read is an empty picture without one token in its mask, which the loss leaves out."""
+    def _contrastive(self, place: int, count: int, epoch: int, out: np.ndarray | None) -> Arrays:
+        """A pair whose picture cannot be read is an empty picture without one token in its mask, which the loss leaves out.
+
+        Of questions, `count` from `place` on are about one visual: the pair is one of its frames and as many of them, answered, as the text has room for.
+        """
         record, length = self._records[place], self._making.text_length
         dataset, draws = self._making.dataset, self._draws(epoch, record.id)
-        caption = caption_of(record.fields, draws)
+        asking = dataset.kind == "questions"
+        ids = self._told(place, count, draws) if asking else self._caption(record, draws)
         augment = None if draws is None else draws.augmentation(dataset)
         image = np.zeros((self._making.image_size, self._making.image_size, 3), np.uint8) if out is None else out
-        ids = record.once(caption, lambda: text_tokens(caption, self._making.tokenizer))
         try:
-            pixels = record.read(0, 0)
+            frames = record.frame_counts[0]
+            pixels = record.read(0, draws.below(frames) if asking and draws is not None and frames else 0)
             pad(augment([pixels])[0] if augment else pixels, self._making.image_size, self._making.mean, out=image)
         except ImageError as error:
             self._failures.add(record.id, error)
@@ -301,6 +315,23 @@ class Rows:
         tokens = np.full(length, self._making.tokenizer.pad, np.int32)
         tokens[: len(ids)] = ids
         return {"images": image, "tokens": tokens, "mask": np.arange(length) < len(ids)}
+
+    def _caption(self, record: Record, draws: Draws | None) -> np.ndarray:
+        caption = caption_of(record.fields, draws)
+        return record.once(caption, lambda: text_tokens(caption, self._making.tokenizer))
+
+    def _told(self, first: int, count: int, draws: Draws | None) -> np.ndarray:
+        """<BOS>, whole questions with their answers, in any order, <EOS>: int32 [n], n at most the text's length where one of them fits it."""
+        dataset, tokenizer = self._making.dataset, self._making.tokenizer
+        told: list[int] = []
+        for place in first + (np.arange(count) if draws is None else draws.rng.permutation(count)):
+            record = self._records[int(place)]
+            answer = answer_of(record.fields, draws)
+            make = lambda: question_tokens(opening_of(record.fields, dataset), answer, tokenizer)[1:-1].tolist()  # noqa: B023 - called at once
+            ids = record.once(answer, make)
+            if not told or len(told) + len(ids) + 2 <= self._making.text_length:
+                told += ids
+        return np.array([tokenizer.bos, *told, tokenizer.eos], np.int32)
 
     def summary(self) -> dict[str, Any]:
         """What became of the dataset.

@@ -308,6 +308,22 @@ def test_questions_about_one_picture_share_it_in_a_row(tokenizer):
     assert short.summary()["too_long"] == 0 and max(int(batch["segments"].max()) for batch in take(short, 6)) == 2
 
 
+def test_contrastive_texts_of_questions_are_those_of_their_picture(tokenizer):
+    source = asked(12)
+    texts, numbers = set(), []
+    for batch in take(iterator("contrastive", "questions", tokenizer, source=source, batch_size=4, prompt="{question}"), 12):
+        for row in range(4):
+            ids = batch["tokens"][row][batch["mask"][row]]
+            assert ids[0] == tokenizer.bos and ids[-1] == tokenizer.eos
+            text = tokenizer.decode(ids.tolist())
+            texts.add(text)
+            number = int(batch["images"][row, 0, 0, 0])
+            numbers.append(number)
+            asks = {int(word.split("n")[1]) // 3 for word in text.split() if word[-1].isdigit()}
+            assert asks == {number} and text.endswith(" red")
+    assert sorted(numbers) == sorted([0, 1, 2, 3] * 12) and len(texts) > 8
+
+
 def test_a_bad_picture_blanks_all_questions_that_share_it(tokenizer):
     source = broken(asked(), {0, 1, 2})
     it = iterator("flamingo", "questions", tokenizer, source=source, batch_size=1, length=200, visuals=2, frames=1)
