@@ -2,14 +2,12 @@
 
     python -m launch.build_data --source=questions_folder --input=my_questions --output=runs/vqa/data/questions --test_share=0.2
     python -m launch.build_data --source=sentencepiece --input=runs/vqa/data/questions --output=runs/vqa/data/tokenizer --vocab_size=480
-    python -m launch.train --config=configs/vqa.py:language_model,runs/vqa --workdir=runs/vqa/language_model
+    python -m launch.train --config=configs/vqa.py:contrastive,runs/vqa --workdir=runs/vqa/contrastive
 
-and then `:flamingo`, each exported to `<folder>/<stage>/export` (README). The language model learns the questions and their answers as text; then
-it is frozen, and the vision encoder, from nothing, learns together with the resampler and the gated blocks what the answers are about. Whoever has
-a trained encoder and language model names their exports instead, and freezes the encoder: training.unfreeze_vision_encoder=False.
-
-`:video` is the Flamingo for clips of several frames. `:finetune` goes on from `<folder>/flamingo/export` with larger pictures and a rate that
-falls in steps (paper 3.2, B.2.2).
+and then `:language_model` and `:flamingo` (for clips `:video`), each exported to `<folder>/<stage>/export` before the next (README). The encoder
+learns first, from all of a picture's questions and answers at once: from single answers alone, most of them yes or no, it would learn what is easy
+to see, as colours, and for thousands of steps nothing else. Then it is frozen, and each picture encoded once. Whoever has a trained encoder names its
+export in `vision_encoder_from` and leaves that stage out. `:finetune` goes on from the Flamingo with the encoder unfrozen (paper 3.2, B.2.2).
 """
 import dataclasses
 
@@ -63,7 +61,7 @@ def _contrastive(folder: str) -> Experiment:
         tokenizer=f"{folder}/data/tokenizer",
         data=_questions(folder, batch_size=64),
         optimizer=OptimizerConfig(peak_rate=2e-3, warmup_steps=30, decay="cosine", beta2=0.98, no_decay=()),
-        training=TrainingConfig(steps=300, log_every=10, evaluate_every=10_000, save_every=150, keep_last=2, compute_dtype="float32"),
+        training=TrainingConfig(steps=600, log_every=10, evaluate_every=10_000, save_every=200, keep_last=2, compute_dtype="float32"),
     )
 
 
@@ -85,6 +83,7 @@ def _language_model(folder: str) -> Experiment:
 
 
 def _flamingo(folder: str) -> Experiment:
+    """Pictures, one to a row with its questions. A row that is too short for all of them is followed by others with the same picture."""
     data = _questions(folder, batch_size=16, length=64, visuals=1)
     return Experiment(
         name="flamingo",
@@ -100,19 +99,32 @@ def _flamingo(folder: str) -> Experiment:
         tokenizer=f"{folder}/data/tokenizer",
         data=data,
         held_out=held_out(data),
-        optimizer=OptimizerConfig(peak_rate=1.5e-3, warmup_steps=50, decay="cosine", beta2=0.98),
+        optimizer=OptimizerConfig(peak_rate=1e-3, warmup_steps=50, decay="cosine", beta2=0.98),
         training=TrainingConfig(
-            steps=1500, log_every=10, evaluate_every=250, evaluate_batches=4, save_every=250, keep_last=2, loss="token_mean", compute_dtype="float32",
-            unfreeze_vision_encoder=True,
+            steps=800, log_every=10, evaluate_every=200, evaluate_batches=4, save_every=200, keep_last=2, loss="token_mean", compute_dtype="float32",
+            cache_features=True,
         ),
-        vision_encoder_from="random",
+        vision_encoder_from=f"{folder}/contrastive/export",
         language_model_from=f"{folder}/language_model/export",
     )
 
 
 def _video(folder: str) -> Experiment:
-    return dataclasses.replace(_flamingo(folder), data=_questions(folder, batch_size=16, length=64, visuals=1, frames=4))
+    """Clips of eight frames, a run of neighbours among those stored (`launch.build_data --fps`)."""
+    data = _questions(folder, batch_size=16, length=64, visuals=1, frames=8)
+    return dataclasses.replace(_flamingo(folder), data=data, held_out=held_out(data))
 
 
 def _finetune(folder: str) -> Experiment:
-    return _flamingo(folder)
+    """On from `<folder>/flamingo/export` with the encoder trained too, at a rate that falls by factors of 10. Larger pictures are another
+    flamingo.vision.image_size (paper: 480)."""
+    flamingo = _flamingo(folder)
+    return dataclasses.replace(
+        flamingo,
+        name="fine-tuning",
+        optimizer=OptimizerConfig(peak_rate=1e-4, warmup_steps=10, decay="stepwise", decay_at=(150, 250), beta2=0.98),
+        training=dataclasses.replace(flamingo.training, steps=300, evaluate_every=100, save_every=100, cache_features=False, unfreeze_vision_encoder=True),
+        vision_encoder_from="",
+        language_model_from="",
+        flamingo_from=f"{folder}/flamingo/export",
+    )
