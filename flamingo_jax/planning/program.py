@@ -146,7 +146,7 @@ def _full_work(experiment: Experiment, dataset: DatasetConfig) -> Work:
     if experiment.task == "contrastive":
         return Work(rows * _text_length(experiment), 0, rows, rows)
     tokens = rows * dataset.length
-    if dataset.kind == "text":
+    if dataset.kind == "text" or experiment.task == "language_modelling":
         return Work(tokens)
     return Work(tokens, tokens, rows * dataset.visuals, rows * dataset.visuals * dataset.frames)
 
