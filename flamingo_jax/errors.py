@@ -6,8 +6,18 @@ EXIT_NOT_FINITE = 3
 """Too many steps in a row were not finite; the last good checkpoint is whole."""
 EXIT_NOT_LEARNED = 4
 """The run is finished and saved, but a held-out loss is above what the config requires of it."""
+EXIT_ABSENT = 69
+"""Of a run of several processes, one never arrived at the start."""
+EXIT_SAVE_FAILED = 74
+"""A checkpoint could not be written; the ones before it are whole."""
 EXIT_PREEMPTED = 75
 """SIGTERM (or SIGINT): everything is saved; start the same command again to go on."""
+EXIT_LOST = 76
+"""Another process of the run died, or was not heard of for too long; what was saved is whole."""
+EXIT_HUNG = 77
+"""No step ended within the time limit; what was saved is whole."""
+RESTARTABLE = (EXIT_ABSENT, EXIT_SAVE_FAILED, EXIT_PREEMPTED, EXIT_LOST, EXIT_HUNG)
+"""After these the same command may go on where the run stood: nothing of its input is wrong."""
 
 
 class UserError(Exception):

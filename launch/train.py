@@ -16,10 +16,15 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from absl import flags
 
 from data_pipelines.inputs import held_out_batches, make_iterators
 from flamingo_jax import errors
+from flamingo_jax.cluster.link import Crew, Link, is_supervised
+from flamingo_jax.cluster.place import find_place
+from flamingo_jax.cluster.register import Limits
+from flamingo_jax.cluster.supervisor import supervise
 from flamingo_jax.experiment import Experiment, TrainingConfig
 from flamingo_jax.partitioning.mesh import check_batches, make_mesh
 from flamingo_jax.processing.tokenizer import Tokenizer, tokenizer_file
@@ -31,6 +36,12 @@ from launch import command
 log = logging.getLogger("launch")
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the config; made if it is not there.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, for a run of several processes that the cluster does not tell of.")
+PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the run has.")
+PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
+START_TIMEOUT = flags.DEFINE_float("start_timeout", Limits().start, "Seconds until all processes must have arrived.")
+LOST_AFTER = flags.DEFINE_float("lost_after", Limits().lost, "Seconds without a word of a process after which the others end.")
+STEP_TIMEOUT = flags.DEFINE_float("step_timeout", Limits().step, "Seconds without the end of a step after which all processes end.")
 PREPARE = flags.DEFINE_boolean("prepare", False, "Check the config and make what training reads, but do not train.")
 CONFIG = command.define_config()
 
@@ -42,10 +53,27 @@ def main() -> int:
     workdir = pathlib.Path(WORKDIR.value)
     if workdir.exists() and not workdir.is_dir():
         raise errors.UserError(f"--workdir={workdir} is a file: name a folder for checkpoints and metrics")
+    check_intervals(experiment.training)
+    place = find_place(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    limits = Limits(START_TIMEOUT.value, LOST_AFTER.value, STEP_TIMEOUT.value)
+    if place is not None and not is_supervised():
+        return supervise(place, limits, [sys.executable, *sys.orig_argv[1:]], workdir)
     # Until the loop saves on it: there is nothing to save yet, but whoever restarts a run by its exit code must see the same one.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(errors.EXIT_PREEMPTED))
-    check_intervals(experiment.training)
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
+    if place is None:
+        return run(experiment, workdir)
+    with Link(place, limits) as link:
+        link.join(experiment, workdir)
+        code = run(experiment, workdir, link)
+        link.leave(code)
+        return code
+
+
+def run(experiment: Experiment, workdir: pathlib.Path, crew: Crew | None = None) -> int:
+    """This process's part of the run, once all are there; returns its exit code."""
     check_batches(experiment, make_mesh(experiment.mesh))
     tokenizer = load_tokenizer(experiment)
     if not PREPARE.value:
@@ -62,12 +90,14 @@ def main() -> int:
         return 0
 
     def on_start() -> None:
+        if jax.process_index():
+            return
         # Not before: a config that is refused must not replace the one of the run that is there.
         workdir.mkdir(parents=True, exist_ok=True)
         command.write_config(experiment, workdir / "config.json")
         tokenizer.save(workdir)
 
-    outcome = train(experiment, iterators, held_out, workdir, on_start)
+    outcome = train(experiment, iterators, held_out, workdir, on_start, crew)
     if outcome.preempted:
         log.warning("stopped by a signal at step %d and saved: run the same command to go on", outcome.step)
         return errors.EXIT_PREEMPTED

@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from flamingo_jax.checkpointing import manifest
-from flamingo_jax.errors import UserError
+from flamingo_jax.errors import EXIT_SAVE_FAILED, UserError
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ STATE = "state"
 class SaveError(UserError):
     """A checkpoint could not be written; the ones before it are whole."""
 
-    exit_code = 74
+    exit_code = EXIT_SAVE_FAILED
 
 
 class Checkpoints:

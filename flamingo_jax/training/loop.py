@@ -4,32 +4,31 @@ The order within the loop is its contract: evaluate the state, save it with the 
 next batch, update and write what was measured.
 """
 
-import collections
 import contextlib
 import logging
 import pathlib
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from flamingo_jax.checkpointing.checkpoints import Checkpoints
+from flamingo_jax.cluster.link import Alone, Crew
 from flamingo_jax.configuring import from_json, to_json
-from flamingo_jax.errors import NotFiniteError, NotLearnedError, UserError
+from flamingo_jax.errors import NotLearnedError, UserError
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.partitioning.mesh import batch_sharding, make_mesh
-from flamingo_jax.planning.flops import Cost, Work, peak_flops, step_cost
+from flamingo_jax.planning.flops import peak_flops, step_cost
 from flamingo_jax.progress import Bar
 from flamingo_jax.tasks import stages
-from flamingo_jax.training.assembly import Assembly, assemble, initialise, load_frozen, require_same_bases
-from flamingo_jax.training.feed import DataIterator, Feed, HostBatch, put
+from flamingo_jax.training.assembly import assemble, initialise, load_frozen, require_same_bases
+from flamingo_jax.training.feed import DataIterator, Feed, HostBatch
+from flamingo_jax.training.held_out import HeldOut
+from flamingo_jax.training.meter import Meter
 from flamingo_jax.training.records import Records
 from flamingo_jax.training.state import Parameters, TrainState
-from flamingo_jax.training.step import compile_update, laid_out, make_held_out_loss, make_update
+from flamingo_jax.training.step import compile_update, laid_out, make_update
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +46,12 @@ def train(
     held_out: Mapping[str, list[HostBatch]],
     workdir: pathlib.Path,
     on_start: Callable[[], None] = lambda: None,
+    crew: Crew | None = None,
 ) -> Outcome:
     """Trains to `experiment.training.steps`, from the newest whole checkpoint in `workdir` if there is one.
 
-    `on_start` is called once when everything fits, bases and checkpoint among it, before the first file is written.
+    `on_start` is called once when everything fits, bases and checkpoint among it, before the first file is written. crew: the run's processes;
+    by default this one is alone.
 
     Raises: UserError before any work for what does not fit; NotFiniteError when too many steps in a row were not finite; NotLearnedError,
     with everything saved, where a required loss was not reached.
@@ -90,10 +91,9 @@ def train(
         on_start()
         records = Records(workdir, resume_step=start, enabled=primary)
         feed = Feed(iterators, batch_sharding(mesh))
-        stopper = _Stopper()
-        meter = _Meter(training.max_not_finite, list(iterators), step_cost(experiment), _peak(mesh))
+        meter = Meter(training.max_not_finite, list(iterators), step_cost(experiment), _peak(mesh))
         weights = {name: dataset.weight for name, dataset in experiment.held_out.items()}
-        evaluate = _HeldOut(assembly, task, held_out, weights, batch_sharding(mesh))
+        evaluate = HeldOut(assembly, task, held_out, weights, batch_sharding(mesh))
         compiled = None
         step = start
 
@@ -111,10 +111,11 @@ def train(
 
         with contextlib.ExitStack() as ending:
             # Called in reverse: a second signal still finds its handler while the last save ends.
-            for part in (stopper, checkpoints, records, feed):
+            crew = crew or ending.enter_context(Alone())
+            for part in (checkpoints, records, feed):
                 ending.callback(part.close)
             with Bar(experiment.name or experiment.task, training.steps, start=start, enabled=primary) as bar:
-                while step < training.steps and not stopper.asked:
+                while step < training.steps and not crew.should_stop(step):
                     evaluating, saving = (step > start and step % every == 0 for every in (training.evaluate_every, training.save_every))
                     if evaluating or saving:
                         # A run that is killed once this step is saved goes on after it, and would never write what is held back.
@@ -186,97 +187,3 @@ def _require_learned(required: Mapping[str, float], values: Mapping[str, float])
                 f"training ended with a held-out loss per token of {loss:.3f} on {name}, above the {most} of config.training.required_loss: "
                 "go on with a higher config.training.steps"
             )
-
-
-class _Stopper:
-    """SIGTERM and SIGINT ask the loop to end after the step in flight."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._ask)
-
-    def _ask(self, number: int, frame: Any) -> None:
-        self.asked = True
-
-    def close(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-class _Meter:
-    """Holds each step's metrics back by two steps, so that reading them never makes the host wait for the device.
-
-    Adds how fast this process and its devices are: tokens_per_second, flops_per_second (model FLOPs: see `planning.flops`) and, where `peak`
-    (FLOPs a second) is known, mfu, their share of it.
-    """
-
-    BEHIND = 2
-
-    def __init__(self, max_not_finite: int, datasets: list[str], cost: Cost, peak: float | None):
-        self._pending: collections.deque[tuple[int, dict[str, Any], Work]] = collections.deque()
-        self._max, self._datasets, self._cost, self._peak = max_not_finite, datasets, cost, peak
-        self._last_time = time.monotonic()
-
-    def add(self, step: int, metrics: dict[str, Any], work: Work) -> list[tuple[int, dict[str, Any]]]:
-        self._pending.append((step, metrics, work))
-        return self._take(1) if len(self._pending) > self.BEHIND else []
-
-    def drain(self) -> list[tuple[int, dict[str, Any]]]:
-        return self._take(len(self._pending))
-
-    def _take(self, count: int) -> list[tuple[int, dict[str, Any]]]:
-        taken = [self._pending.popleft() for _ in range(count)]
-        read = [self._read(step, metrics) for step, metrics, _ in taken]
-        # Steps that are waited for together share the time they took: when each ended is not known.
-        now = time.monotonic()
-        seconds, self._last_time = max((now - self._last_time) / max(count, 1), 1e-9), now
-        for values, (_, _, work) in zip(read, taken, strict=True):
-            values |= {"tokens_per_second": np.asarray(work.tokens / seconds), "flops_per_second": np.asarray(self._cost.of(work) / seconds)}
-            if self._peak is not None:
-                values["mfu"] = values["flops_per_second"] / self._peak
-        return [(step, values) for values, (step, _, _) in zip(read, taken, strict=True)]
-
-    def _read(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
-        """A step's metrics on the host. Raises NotFiniteError where too many steps in a row were not finite."""
-        values = {name: np.asarray(value) for name, value in jax.device_get(metrics).items()}
-        if int(values["skipped_in_a_row"]) > self._max:
-            guilty = [name for name in self._datasets if not values[f"finite/{name}"]]
-            culprit = f"the loss of {' and '.join(guilty)}" if guilty else "the gradient"
-            raise NotFiniteError(
-                f"stopped at step {step}: {culprit} was not finite, {values['skipped_in_a_row']} steps in a row "
-                f"(config.training.max_not_finite is {self._max}); the last checkpoint is whole"
-            )
-        return {name: value for name, value in values.items() if not name.startswith("finite/")}
-
-
-class _HeldOut:
-    """Each held-out dataset's loss, with its pictures and without them, so that one sees whether the model looks; and the weighted sum of them,
-    as training has it."""
-
-    def __init__(
-        self, assembly: Assembly, task: Any, batches: Mapping[str, list[HostBatch]], weights: Mapping[str, float], sharding: jax.sharding.Sharding
-    ):
-        self._batches, self._weights, self._sharding, self._task = batches, weights, sharding, task
-        self._loss = jax.jit(make_held_out_loss(assembly.graph, task))
-
-    def __call__(self, state: TrainState, frozen: Parameters) -> dict[str, float]:
-        values: dict[str, float] = {}
-        for name, batches in self._batches.items():
-            sums: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(2))
-            for host in batches:
-                batch = put(host, self._sharding)
-                for suffix, part in (("", batch), ("_without_pictures", self._task.without_pictures(batch))):
-                    if part is None:
-                        continue
-                    loss = jax.device_get(self._loss(state.trainable, frozen, part))
-                    for metric, pair in ({"loss": (loss.total, loss.weight)} | loss.metrics).items():
-                        sums[f"held_out/{name}/{metric}{suffix}"] += np.array(pair, np.float64)
-            values |= {metric: float(a / max(b, 1e-9)) for metric, (a, b) in sums.items()}
-        for suffix in ("", "_without_pictures"):
-            losses = {name: values.get(f"held_out/{name}/loss{suffix}") for name in self._batches}
-            if losses and None not in losses.values():
-                values[f"held_out/loss{suffix}"] = sum(self._weights.get(name, 1.0) * loss for name, loss in losses.items() if loss is not None)
-        return values

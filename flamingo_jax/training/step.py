@@ -157,7 +157,7 @@ def trace_update(update: Update, state: Any, frozen: Any, batches: Any) -> jax.s
     if platform_of(state) == "tpu":
         given = (given[0], jax.tree.map(lambda sharding: Format(Layout.AUTO, sharding), given[1]), given[2])
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (state, frozen, batches))
-    return jax.jit(update, donate_argnums=0, in_shardings=given, out_shardings=(given[0], None)).trace(*shapes)
+    return jax.jit(update, donate_argnums=0, in_shardings=given, out_shardings=(given[0], state.step.sharding)).trace(*shapes)
 
 
 def laid_out(compiled: jax.stages.Compiled, frozen: Parameters) -> Parameters:

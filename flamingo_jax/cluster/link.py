@@ -1,0 +1,147 @@
+"""A training process's word to its supervisor, and what it does alone where it has none."""
+
+import logging
+import math
+import os
+import pathlib
+import signal
+import socket
+import threading
+import time
+from types import TracebackType
+from typing import Any, Protocol
+
+import jax
+from jax.experimental import multihost_utils
+
+from flamingo_jax.cluster.facts import gather
+from flamingo_jax.cluster.line import Line
+from flamingo_jax.cluster.place import Place
+from flamingo_jax.cluster.register import Limits
+from flamingo_jax.errors import UserError
+from flamingo_jax.experiment import Experiment
+
+log = logging.getLogger(__name__)
+
+LINK = "FLAMINGO_JAX_LINK"
+"""The environment variable that tells a supervised process the file descriptor of its supervisor."""
+SECONDS_BETWEEN_BEATS = 0.2
+SHUTDOWN_SECONDS = 60
+"""For which a process that ends waits for the others to end."""
+VERDICT_SECONDS = 5.0
+"""What fails because another process has died waits so long for the supervisor, which knows which one."""
+
+
+class Crew(Protocol):
+    """All processes of a run, as the training loop sees them."""
+
+    def beat(self, step: int, phase: str, waited: float) -> None:
+        """Tells the others how far this one is. waited: seconds spent waiting for data so far."""
+
+    def should_stop(self, step: int) -> bool:
+        """Whether all save and end at this step, since a signal asked one of them to. Every process asks at every step."""
+
+
+class Alone:
+    """A run of one process: `with Alone() as crew` ends it at its next step after SIGTERM or SIGINT."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Alone":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self._asked = True
+
+    def beat(self, step: int, phase: str, waited: float) -> None:
+        pass
+
+    def should_stop(self, step: int) -> bool:
+        return self._asked
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def is_supervised() -> bool:
+    return LINK in os.environ
+
+
+class Link:
+    """`with Link(place, limits) as link: link.join(...)`: a supervised process from its start to its end."""
+
+    def __init__(self, place: Place, limits: Limits):
+        self._place, self._limits = place, limits
+        # Not for processes that this one starts.
+        self._line = Line(socket.socket(fileno=int(os.environ.pop(LINK))))
+        self._lock = threading.Lock()
+        self._phase, self._step, self._beaten, self._stride = "", 0, time.monotonic(), 1
+
+    def __enter__(self) -> "Link":
+        return self
+
+    def join(self, experiment: Experiment, workdir: pathlib.Path) -> None:
+        """Returns once all processes are there and agree, with JAX's own service running between them. To be called before any device is used."""
+        self._send({"facts": gather(experiment, workdir)})
+        while not any("go" in message for message in self._line.take()):
+            if not self._line.open:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.05)
+        threading.Thread(target=self._outlive_nobody, daemon=True, name="link").start()
+        # The supervisors notice before JAX's service does, which aborts without a word of who is gone.
+        patience = round(10 * self._limits.lost) + 100
+        jax.distributed.initialize(
+            self._place.address, self._place.count, self._place.index, local_device_ids=self._place.local_devices,
+            initialization_timeout=round(self._limits.start), heartbeat_timeout_seconds=patience, shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
+        # JAX's service listens to SIGTERM alone, and agrees with the others on the step.
+        signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+
+    def beat(self, step: int, phase: str, waited: float) -> None:
+        if phase == self._phase and step % self._stride:
+            return
+        now = time.monotonic()
+        if step > self._step:
+            # Powers of two, so that all processes tell of the same steps, about as often as SECONDS_BETWEEN_BEATS.
+            steps = SECONDS_BETWEEN_BEATS * (step - self._step) / max(now - self._beaten, 1e-6)
+            self._stride = 1 << max(0, math.ceil(math.log2(steps)))
+            self._step, self._beaten = step, now
+        self._phase = phase
+        self._send({"beat": {"step": step, "phase": phase, "waited": waited}})
+
+    def should_stop(self, step: int) -> bool:
+        return multihost_utils.reached_preemption_sync_point(step)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            return
+        if isinstance(error, UserError):
+            self._send({"left": error.exit_code, "why": str(error)})
+        elif isinstance(error, SystemExit):
+            self.leave(error.code if isinstance(error.code, int) else 1)
+        else:
+            self._send({"left": 1, "why": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"})
+            # Its traceback would only hide the reason.
+            time.sleep(VERDICT_SECONDS)
+
+    def leave(self, code: int) -> None:
+        """Says that this process ends as it should."""
+        self._send({"left": code, "why": "it was asked to"})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        with self._lock:
+            self._line.send(message)
+
+    def _outlive_nobody(self) -> None:
+        """Ends with the supervisor: without it nobody would end this process when the others are gone."""
+        while self._line.open:
+            time.sleep(0.2)
+            with self._lock:
+                self._line.take()
+        os.kill(os.getpid(), signal.SIGKILL)

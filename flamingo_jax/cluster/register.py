@@ -1,0 +1,257 @@
+"""What process 0's supervisor knows of all processes, and what follows from it: who is missing, who differs, who is gone, who holds the others up.
+
+Only decisions, no sockets and no clock: `decide` is given the time and gives messages to send.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from flamingo_jax.cluster.facts import first_difference
+from flamingo_jax.cluster.line import Message
+from flamingo_jax.errors import EXIT_ABSENT, EXIT_BAD_INPUT, EXIT_HUNG, EXIT_LOST, EXIT_PREEMPTED, EXIT_SAVE_FAILED
+
+SAY_EVERY = 10.0
+"""Seconds between words on whom all wait for."""
+CLOCK_SECONDS = 60.0
+"""The most that two hosts' clocks may differ: what is newer than what is told by files' times."""
+SETTLE_SECONDS = 2.0
+"""A process that fails may do so because another died: word of that may take as long to arrive."""
+LOOK_EVERY = 30.0
+"""Seconds between looks for one that holds the others up."""
+HELD_UP = 0.1
+"""The share of the time that one must hold the others up to be named."""
+
+STARTING = "starting"
+
+
+class Limits(NamedTuple):
+    """Seconds: until all have arrived; without a word of a process; without the end of a step."""
+
+    start: float = 600.0
+    lost: float = 60.0
+    step: float = 1800.0
+
+
+@dataclasses.dataclass
+class Member:
+    """One process, as far as it is known."""
+
+    index: int
+    host: str
+    pid: int
+    heard: float
+    facts: dict[str, Any] | None = None
+    probed: str | None = None
+    """The last stage of the look at the storage that it ended."""
+    step: int = 0
+    phase: str = STARTING
+    since: float = 0.0
+    """When step or phase changed last."""
+    waited: float = 0.0
+    """Seconds it waited for data."""
+    waited_before: float = 0.0
+    """The same at the last look for one that holds the others up."""
+    left: bool = False
+
+    def __str__(self) -> str:
+        return f"process {self.index} ({self.host}, pid {self.pid})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Why the run ends for all, and with which exit code. index: of the process that is the reason, -1 for none."""
+
+    code: int
+    why: str
+    index: int = -1
+
+
+STAGES = ("write", "read", "clear")
+"""Of the look at the storage: every process writes a file, looks for everyone's, and removes its own; nobody goes on before all have."""
+
+
+class Register:
+    """All processes of a run. `verdict` is why it ends for all, once it is known."""
+
+    def __init__(self, count: int, limits: Limits, now: float):
+        self._count, self._limits, self._began = count, limits, now
+        self._members: dict[int, Member] = {}
+        self._stage: int | None = None
+        self._running = False
+        self._said = now
+        self._suspected: tuple[float, Verdict] | None = None
+        self._first_left: tuple[float, int, str] | None = None
+        self._looked = now
+        self._arrivals: dict[int, dict[int, float]] = {}
+        self._lags: dict[int, list[float]] = {}
+        self.verdict: Verdict | None = None
+
+    # -- what is heard --
+
+    def arrived(self, index: int, count: int, host: str, pid: int, behind: float, now: float) -> None:
+        """A process has called. behind: seconds that its clock is behind this one's. One that calls a run that has all its processes is not of it."""
+        member = Member(index, host, pid, heard=now, since=now)
+        if self._running:
+            return
+        if index in self._members:
+            both = f"{self._members[index]} and {member}"
+            return self._end(EXIT_BAD_INPUT, f"{both} say that they are the same one: give every process its own --process")
+        if count != self._count or not 0 <= index < self._count:
+            return self._end(EXIT_BAD_INPUT, f"{member} was started as one of {count}, process 0 as one of {self._count}: start all with the same --processes")
+        self._members[index] = member
+        if abs(behind) > CLOCK_SECONDS:
+            way = "behind" if behind > 0 else "ahead of"
+            mend = "set it (NTP): what is newer is told by files' times"
+            self._end(EXIT_BAD_INPUT, f"the clock of {member} is {abs(behind):,.0f} s {way} that of process 0: {mend}")
+
+    def told(self, index: int, facts: dict[str, Any], now: float) -> None:
+        """What all processes must agree on (see `facts`)."""
+        member = self._members[index]
+        member.facts, member.heard, member.since = facts, now, now
+
+    def probed(self, index: int, stage: str, problem: str, now: float) -> None:
+        member = self._members[index]
+        member.probed, member.heard = stage, now
+        if problem:
+            self._end(EXIT_BAD_INPUT, f"{member} {problem}")
+
+    def beat(self, index: int, now: float, step: int | None = None, phase: str = "", waited: float = 0.0) -> None:
+        """A sign of life, with the training's progress where there is some."""
+        member = self._members[index]
+        member.heard = now
+        if step is None:
+            return
+        if (step, phase) != (member.step, member.phase):
+            member.since = now
+        if step != member.step:
+            self._arrivals.setdefault(step, {})[index] = now
+        member.step, member.phase, member.waited = step, phase, waited
+
+    def left(self, index: int, code: int, why: str, now: float) -> None:
+        """A process has ended, or is about to, and says how."""
+        member = self._members[index]
+        if member.left:
+            return
+        member.left = True
+        if code in (0, EXIT_PREEMPTED):
+            if self._running:
+                self._first_left = self._first_left or (now, code, f"{member} ended at step {member.step}, and others did not")
+            else:
+                self._end(code, f"{member} was stopped before all had started")
+        elif code in (EXIT_SAVE_FAILED, 1) or code < 0:
+            # A save, a collective or JAX's service fails as well when another process has died.
+            self._suspect(now, Verdict(code if code == EXIT_SAVE_FAILED else EXIT_LOST, f"{member} stopped: {why}", index))
+        else:
+            self._end(code, f"{member} stopped: {why}", index)
+
+    def vanished(self, index: int, now: float) -> None:
+        """A connection broke without a word before."""
+        member = self._members[index]
+        if not member.left:
+            member.left = True
+            self._end(EXIT_LOST, f"{member} died at step {member.step} ({member.phase})", index)
+
+    # -- what follows --
+
+    def decide(self, now: float) -> Iterator[tuple[Sequence[int], Message]]:
+        """(to whom, what) for all that is to be said at this time."""
+        present = [index for index, member in self._members.items() if not member.left]
+        if self.verdict is None:
+            self._time_out(now)
+        if self._suspected is not None and now - self._suspected[0] >= SETTLE_SECONDS:
+            self._end(*dataclasses.astuple(self._suspected[1]))
+        if self.verdict is not None:
+            yield present, {"end": dataclasses.astuple(self.verdict)}
+        elif self._running:
+            if now - self._looked >= LOOK_EVERY:
+                yield from (([0], {"say": sentence}) for sentence in self._held_up(now))
+        elif self._stage is not None:
+            if all(member.probed == STAGES[self._stage] for member in self._members.values()):
+                yield from self._next_stage(present, now)
+        elif len(self._members) == self._count and all(member.facts is not None for member in self._members.values()):
+            different = first_difference({str(member): member.facts for _, member in sorted(self._members.items()) if member.facts is not None})
+            if different:
+                self._end(EXIT_BAD_INPUT, different)
+                yield from self.decide(now)
+            else:
+                self._stage = -1
+                yield from self._next_stage(present, now)
+        elif now - self._said >= SAY_EVERY:
+            self._said = now
+            yield present, {"say": f"waiting for {self._missing()}, for {now - self._began:.0f} s"}
+
+    def _next_stage(self, present: Sequence[int], now: float) -> Iterator[tuple[Sequence[int], Message]]:
+        assert self._stage is not None
+        self._stage += 1
+        if self._stage < len(STAGES):
+            yield present, {"probe": STAGES[self._stage]}
+        else:
+            self._running, self._stage, self._looked = True, None, now
+            for member in self._members.values():
+                member.since = now
+            yield present, {"go": [str(member) for _, member in sorted(self._members.items())]}
+
+    def _missing(self) -> str:
+        absent = [index for index in range(self._count) if index not in self._members]
+        unready = [str(member) for member in self._members.values() if member.facts is None]
+        parts = []
+        if absent:
+            which = f"process {absent[0]}" if len(absent) == 1 else f"processes {', '.join(map(str, absent[:-1]))} and {absent[-1]}"
+            parts.append(f"{which} of {self._count}, which did not arrive")
+        if unready:
+            parts.append(f"{', '.join(unready)} to read the config")
+        return " and ".join(parts) or "all to look at the storage"
+
+    def _time_out(self, now: float) -> None:
+        if self._first_left is not None and now - self._first_left[0] > self._limits.lost:
+            return self._end(self._first_left[1], self._first_left[2])
+        here = [member for member in self._members.values() if not member.left]
+        for member in here:
+            if now - member.heard > self._limits.lost:
+                return self._end(EXIT_LOST, f"{member} was not heard of for {now - member.heard:.0f} s; its last step was {member.step} ({member.phase})")
+        if not self._running:
+            if now - self._began > self._limits.start:
+                mend = "look at the logs of its host, or raise --start_timeout"
+                self._end(EXIT_ABSENT, f"gave up after {now - self._began:.0f} s of waiting for {self._missing()}: {mend}")
+            return
+        # Until its first step a process may have much to read and to encode: others wait for it in theirs.
+        stuck = [member for member in here if member.phase != STARTING and now - member.since > self._limits.step]
+        if stuck:
+            first = min(here, key=lambda member: (member.step, member.since))
+            level = "all are there" if len({member.step for member in here}) == 1 else f"others are at step {max(member.step for member in here)}"
+            self._end(
+                EXIT_HUNG, f"no step ended for {now - first.since:.0f} s: {first} is at step {first.step} ({first.phase}), {level}; look at its host, "
+                "or raise --step_timeout"
+            )
+
+    def _held_up(self, now: float) -> Iterator[str]:
+        """A sentence for each process that holds the others up: by its data, or by coming to its steps later than they do."""
+        window, self._looked = now - self._looked, now
+        members = [member for _, member in sorted(self._members.items())]
+        waits = {member.index: (member.waited - member.waited_before) / window for member in members}
+        for member in members:
+            member.waited_before = member.waited
+        together = {step: times for step, times in self._arrivals.items() if len(times) == self._count}
+        steps = max(together, default=0) - min(together, default=0)
+        lags = {member.index: 0.0 for member in members}
+        if len(together) > 2 and steps:
+            seconds = (max(min(times.values()) for times in together.values()) - min(min(times.values()) for times in together.values())) / steps
+            for member in members:
+                lags[member.index] = statistics.fmean(times[member.index] - min(times.values()) for times in together.values()) / max(seconds, 1e-9)
+        newest = max((member.step for member in members), default=0)
+        self._arrivals = {step: times for step, times in self._arrivals.items() if step >= newest - 1 and len(times) < self._count}
+        for shares, what in ((waits, "waits for its data"), (lags, "comes later to its steps")):
+            for member in members:
+                others = statistics.median(share for index, share in shares.items() if index != member.index) if len(members) > 1 else 0.0
+                if shares[member.index] > max(HELD_UP, 3 * others):
+                    yield f"{member} holds the others up: {shares[member.index]:.0%} of the time it {what}"
+
+    def _suspect(self, now: float, verdict: Verdict) -> None:
+        if self._suspected is None:
+            self._suspected = now, verdict
+
+    def _end(self, code: int, why: str, index: int = -1) -> None:
+        if self.verdict is None:
+            self.verdict = Verdict(code, why, index)
