@@ -294,8 +294,12 @@ def test_jobsets_have_the_fields_of_their_api(name: str) -> None:
     assert spec["failurePolicy"]["restartStrategy"] in ("Recreate", "BlockingRecreate")
     for rule in spec["failurePolicy"]["rules"]:
         assert {"name", "action"} <= rule.keys() <= JOBSET["rule"]
+
+
+@pytest.mark.parametrize("name", ["tpu", "gpu"])
+def test_the_jobs_within_are_what_kubernetes_takes(name: str) -> None:
     kubernetes_validate = pytest.importorskip("kubernetes_validate")
-    version = kubernetes_validate.latest_version()
+    version, (_, job, _) = kubernetes_validate.latest_version(), jobset(name)
     batch = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}, "spec": job["template"]["spec"]}
     kubernetes_validate.validate(batch, version, strict=True)
     with pytest.raises(kubernetes_validate.ValidationError):
