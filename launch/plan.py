@@ -3,14 +3,15 @@
     python -m launch.plan --config=configs/flamingo_80b.py --counts [--json]
     python -m launch.plan --config=configs/flamingo_3b.py --topology=v4:2x2x4 [--json]
 
-`--counts` gives the parameters of every part of the model, from the real modules but without allocating anything. `--topology` compiles the
+`--counts` gives the parameters of every part of the model, from the real modules but without allocating anything, and both say how large a
+checkpoint is: what is trained and its moments, since frozen parameters stay in the exports they came from. `--topology` compiles the
 training step for that machine, which need not be there, and says for each device what memory it takes, how many FLOPs and the compiler's own
 estimate of its cycles, what it sends to others, and how long the run should take. Where the step does not fit, `--search` tries what would.
 """
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from rich.table import Table
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
-from flamingo_jax.planning.counts import count_parameters
+from flamingo_jax.planning.counts import checkpoint_bytes, count_parameters
 from flamingo_jax.planning.hlo import Collective, summarise
 from flamingo_jax.planning.program import DoesNotFit, Program, compile_program, floor_seconds, smaller
 from flamingo_jax.planning.topology import open_topology
@@ -33,6 +34,8 @@ SEARCH = flags.DEFINE_bool("search", False, "Where the step does not fit, compil
 JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
 CONFIG = command.define_config()
 GIB = 2**30
+NUMBERS = {"B": 1e9, "M": 1e6, "k": 1e3}
+BYTES = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "bytes": 1}
 
 
 def main() -> int:
@@ -40,12 +43,15 @@ def main() -> int:
     if not COUNTS.value and not TOPOLOGY.value:
         raise UserError("nothing to plan: add --counts or --topology=v4:2x2x4")
     plan: dict[str, Any] = {"parameters": count_parameters(experiment)} if COUNTS.value else {}
+    plan["checkpoint"] = checkpoint_bytes(experiment)
     if TOPOLOGY.value:
         plan["step"] = plan_step(experiment, TOPOLOGY.value, SEARCH.value)
     if JSON.value:
         print(json.dumps(plan))
         return 0
-    for made in ([_counts_table(experiment, plan["parameters"])] if COUNTS.value else []) + (_step_tables(plan["step"]) if TOPOLOGY.value else []):
+    tables = [_counts_table(experiment, plan["parameters"])] if COUNTS.value else []
+    tables += _step_tables(plan["step"]) if TOPOLOGY.value else []
+    for made in [*tables, _checkpoint_table(plan["checkpoint"])]:
         Console().print(made)
     return 0
 
@@ -131,6 +137,19 @@ def _counts_table(experiment: Experiment, counts: dict[str, int]) -> Table:
     return table
 
 
+def _checkpoint_table(sizes: dict[str, int]) -> Table:
+    table = Table("", title="a checkpoint")
+    table.add_column("", justify="right")
+    rest = ("step, key and counters", "rest")
+    for name, key in (("trained parameters, float32", "trainables"), ("their moments, float32", "moments"), rest, ("the whole checkpoint", "total")):
+        if key == "total":
+            table.add_section()
+        table.add_row(name, _short(sizes[key], BYTES))
+    table.add_section()
+    table.add_row("frozen parameters, not in it", _short(sizes["frozen"], BYTES))
+    return table
+
+
 def _step_tables(step: dict[str, Any]) -> list[Table]:
     mesh = " x ".join(f"{axis}={size}" for axis, size in step["mesh"].items())
     table = Table("", title=f"one step on {step['chips']} chips, {step['topology']}, mesh {mesh}")
@@ -165,8 +184,8 @@ def _step_tables(step: dict[str, Any]) -> list[Table]:
     return [table, held, sent]
 
 
-def _short(count: int) -> str:
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+def _short(count: int, units: Mapping[str, float] = NUMBERS) -> str:
+    for unit, size in units.items():
         if count >= size:
             return f"{count / size:.4g} {unit}"
     return str(count)

@@ -1,14 +1,16 @@
-"""How many parameters an experiment's model has, part by part, without allocating any."""
+"""How many parameters an experiment's model has, part by part, and how large its checkpoints are, without allocating any."""
 
 import math
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.partitioning.rules import trainable_names
 from flamingo_jax.pytrees import to_flat
 from flamingo_jax.tasks import stages
+from flamingo_jax.training.assembly import state_shapes
 
 FLOW = ("vision_encoder", "resampler", "visual_projection", "gated_xattn", "language_model", "extra_embedding")
 """The parts of a Flamingo in the order in which a picture meets them."""
@@ -34,3 +36,22 @@ def count_parameters(experiment: Experiment) -> dict[str, int]:
         parts[part] = parts.get(part, 0) + size
     trained = trainable_names(experiment.task, sizes, stages.unfrozen(experiment))
     return parts | {"trainable": sum(sizes[name] for name in trained), "total": sum(sizes.values())}
+
+
+def checkpoint_bytes(experiment: Experiment) -> dict[str, int]:
+    """What each checkpoint of a run holds, in bytes: "trainables" and their "moments" in float32, "rest" (step, key, counters) and "total".
+
+    "frozen" are bytes that are not in it: frozen parameters, as they lie in memory, stay in the exports they came from. Positions, the clock, the
+    config and the manifest are some kilobytes besides.
+    """
+    shapes = parameter_shapes(experiment)
+    trained = trainable_names(experiment.task, shapes, stages.unfrozen(experiment))
+    _, state = state_shapes(experiment, {name: jax.ShapeDtypeStruct(shapes[name].shape, jnp.float32) for name in shapes if name in trained})
+
+    def size(tree: object) -> int:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    total, trainables = size(state), size(state.trainable)
+    moments = size([leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim])
+    frozen = sum(math.prod(shape.shape) for name, shape in shapes.items() if name not in trained) * jnp.dtype(experiment.training.compute_dtype).itemsize
+    return {"trainables": trainables, "moments": moments, "rest": total - trainables - moments, "total": total, "frozen": frozen}

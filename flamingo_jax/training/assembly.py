@@ -79,15 +79,20 @@ def assemble(experiment: Experiment, mesh: Mesh) -> Assembly:
 
     trainable = {name: declare(name, jnp.float32) for name in shapes if name in trainable_names}
     frozen = {name: declare(name, frozen_dtype) for name in shapes if name not in trainable_names}
-    updates = len(experiment.data) if experiment.training.mixing == "round_robin" else 1
-    optimizer = make_optimizer(experiment.optimizer, experiment.training.steps, trainable, updates)
-    state = jax.eval_shape(lambda p: initial_state(p, optimizer, 0), trainable)
+    optimizer, state = state_shapes(experiment, trainable)
     state = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(mesh, PartitionSpec())), state)
     moment_shardings = rules.moment_shardings(trainable)
     moments = optax.tree_utils.tree_map_params(
         optimizer, lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state.optimizer, moment_shardings
     )
     return Assembly(graph, trainable, frozen, optimizer, state._replace(trainable=trainable, optimizer=moments), moment_shardings)
+
+
+def state_shapes(experiment: Experiment, trainable: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[optax.GradientTransformation, TrainState]:
+    """The optimizer of what is trained, and the shapes of the state that a checkpoint holds."""
+    updates = len(experiment.data) if experiment.training.mixing == "round_robin" else 1
+    optimizer = make_optimizer(experiment.optimizer, experiment.training.steps, trainable, updates)
+    return optimizer, jax.eval_shape(lambda p: initial_state(p, optimizer, 0), dict(trainable))
 
 
 def initialise(experiment: Experiment, assembly: Assembly) -> TrainState:

@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import tensorboardX
@@ -18,10 +18,7 @@ class Records:
         path = workdir / "metrics.jsonl"
         kept = [line for line in read_lines(path) if line["step"] <= resume_step]
         self._last = json.dumps(kept[-1]) if kept else ""
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(path)
-        self._file = path.open("a", buffering=1)
+        self._file = reopen(path, kept)
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
@@ -46,8 +43,16 @@ class Records:
             self._board.close()
 
 
+def reopen(path: pathlib.Path, kept: list[dict[str, Any]]) -> TextIO:
+    """The file with these lines alone, replaced in one move, to append to; each line that is written goes to the system at once."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    temporary.replace(path)
+    return path.open("a", buffering=1)
+
+
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line that a kill cut short is left out."""
+    """The lines of such a file; a last line that a kill cut short is left out."""
     if not path.exists():
         return []
     lines = []

@@ -13,9 +13,12 @@ import pytest
 from flax import nnx
 
 from flamingo_jax.configuring import from_config
-from flamingo_jax.experiment import Experiment, VisionConfig
+from flamingo_jax.experiment import Experiment, MeshConfig, VisionConfig
 from flamingo_jax.models.nfnet import NFNet
-from flamingo_jax.planning.counts import count_parameters
+from flamingo_jax.partitioning.mesh import make_mesh
+from flamingo_jax.planning.counts import checkpoint_bytes, count_parameters
+from flamingo_jax.training.assembly import assemble
+from tests.training import world
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHARED = {"vision_encoder": 435.3e6, "resampler": 193.7e6}
@@ -52,7 +55,33 @@ def test_nfnets(variant: str) -> None:
     assert (body + (model.width + 1) * 1_000) / 1e6 == pytest.approx(CLASSIFIERS[variant], rel=5e-3)
 
 
-def test_the_command_prints_json() -> None:
-    command = [sys.executable, "-m", "launch.plan", "--config=configs/flamingo_80b.py", "--counts", "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == {"parameters": count_parameters(load("flamingo_80b"))}
+def test_a_checkpoint_of_the_80b_model() -> None:
+    experiment = load("flamingo_80b")
+    counts, sizes = count_parameters(experiment), checkpoint_bytes(experiment)
+    # Each trained parameter and Adam's two moments of it, in float32; frozen ones in bfloat16 stay outside.
+    assert sizes["trainables"] == 4 * counts["trainable"] and sizes["moments"] == 8 * counts["trainable"]
+    assert sizes["frozen"] == 2 * (counts["total"] - counts["trainable"])
+    assert sizes["total"] == sizes["trainables"] + sizes["moments"] + sizes["rest"] == pytest.approx(120e9, rel=0.02)
+    assert 0 < sizes["rest"] < 100
+
+
+@pytest.mark.parametrize("unfreeze", [False, True])
+def test_a_checkpoint_is_as_large_as_the_state_that_is_restored(unfreeze: bool) -> None:
+    experiment = world.experiment()
+    experiment = dataclasses.replace(experiment, training=dataclasses.replace(experiment.training, unfreeze_vision_encoder=unfreeze))
+    assembly = assemble(experiment, make_mesh(MeshConfig(fsdp=2, model=2)))
+    sizes = checkpoint_bytes(experiment)
+    assert sizes["total"] == sum(shape.size * shape.dtype.itemsize for shape in jax.tree.leaves(assembly.state))
+    assert sizes["trainables"] == sum(4 * shape.size for shape in assembly.trainable.values())
+    assert sizes["frozen"] == sum(4 * shape.size for shape in assembly.frozen.values())
+
+
+def test_the_command_says_so() -> None:
+    def printed(*arguments: str) -> str:
+        command = [sys.executable, "-m", "launch.plan", "--config=configs/flamingo_80b.py", "--counts", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    experiment = load("flamingo_80b")
+    assert json.loads(printed("--json")) == {"parameters": count_parameters(experiment), "checkpoint": checkpoint_bytes(experiment)}
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed().splitlines() if "│" in line]
+    assert ["the whole checkpoint", "118.4 GB"] in rows and ["frozen parameters, not in it", "141 GB"] in rows

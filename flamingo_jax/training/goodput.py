@@ -1,0 +1,170 @@
+"""Goodput: the share of a run's wall time that went into steps that counted, over all of its starts, and where the rest went.
+
+Each start writes to `<workdir>/goodput.jsonl` where it began and how many seconds each kind of work took since the line before. Within a
+start only the monotonic clock is asked, between starts only the wall clock, so that a clock that is set meanwhile moves no more than the time
+between two starts, and nothing below zero.
+"""
+
+import collections
+import contextlib
+import json
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import NamedTuple, TextIO
+
+from flamingo_jax.errors import UserError
+from flamingo_jax.training.records import read_lines, reopen
+
+FILE_NAME = "goodput.jsonl"
+STEPS = "steps"
+KINDS = (STEPS, "start", "compile", "data", "save", "evaluate", "lost", "down")
+"""Where the time of a run goes. steps: those that counted. start: from the command to the loop. data: the loop waited for the next batch. save:
+the loop waited for a save; what is written beside it costs nothing. lost: steps of which a later start began before. down: between the last
+line of a start and the next start, what a killed start did after its last line among it."""
+
+
+class Goodput:
+    """Measures one start. A disabled one (every process but the first) does nothing.
+
+    Args:
+      workdir: the run's folder, which is there.
+      resume_step: the step that this start begins after.
+      began: time.monotonic() when the command began; all from then on, until this is made, is "start".
+    """
+
+    def __init__(self, workdir: pathlib.Path, resume_step: int, enabled: bool = True, began: float | None = None):
+        self._file: TextIO | None = None
+        if not enabled:
+            return
+        self._since = time.monotonic() if began is None else began
+        wall = time.time() - (time.monotonic() - self._since)
+        self._kind, self._step, self._waited = "start", resume_step, 0.0
+        self._seconds: dict[str, float] = collections.defaultdict(float)
+        path = workdir / FILE_NAME
+        self._file = reopen(path, read_lines(path))
+        self._charge()
+        self._kind = STEPS
+        self._write({"resume": resume_step, "time": wall})
+
+    @contextlib.contextmanager
+    def spending(self, kind: str) -> Iterator[None]:
+        """The time within goes to this kind, but what an inner one takes. Outside of all of them it goes to steps.
+
+        Raises: ValueError for a kind that is none of `KINDS`.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"{kind!r} is no kind of time: use one of {', '.join(KINDS)}")
+        if self._file is None:
+            yield
+            return
+        self._charge()
+        before, self._kind = self._kind, kind
+        try:
+            yield
+        finally:
+            self._charge()
+            self._kind = before
+
+    def mark(self, step: int, waited: float = 0.0) -> None:
+        """Writes where the time since the last mark went, with its steps as those up to this one.
+
+        Args:
+          waited: seconds that the loop has waited for data in this start so far, outside of `spending`; they are taken from its steps.
+        """
+        if self._file is None:
+            return
+        self._charge()
+        moved = min(max(waited - self._waited, 0.0), self._seconds[STEPS])
+        self._waited = max(waited, self._waited)
+        self._seconds[STEPS] -= moved
+        self._seconds["data"] += moved
+        self._step = step
+        self._write({"step": step})
+
+    def close(self) -> None:
+        """Writes the rest. Steps after the last mark are lost: nothing says that they were saved."""
+        if self._file is None:
+            return
+        self._charge()
+        self._seconds["lost"] += self._seconds.pop(STEPS, 0.0)
+        self._write({"step": self._step})
+        self._file.close()
+        self._file = None
+
+    def _charge(self) -> None:
+        now = time.monotonic()
+        self._seconds[self._kind] += now - self._since
+        self._since = now
+
+    def _write(self, line: dict[str, float]) -> None:
+        assert self._file is not None
+        spent = {kind: round(seconds, 4) for kind, seconds in self._seconds.items() if seconds > 0}
+        self._seconds.clear()
+        self._file.write(json.dumps(line | {"seconds": spent}) + "\n")
+
+
+class Start(NamedTuple):
+    """One start of a run: the steps it began after and ended with, and its seconds by kind, all of `KINDS`, "down" being those before it."""
+
+    resume: int
+    step: int
+    seconds: dict[str, float]
+
+
+class Breakdown(NamedTuple):
+    """Where the time of a run went."""
+
+    starts: list[Start]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of all starts, by kind."""
+        return {kind: sum(start.seconds[kind] for start in self.starts) for kind in KINDS}
+
+    @property
+    def share(self) -> float:
+        return share(self.seconds)
+
+    def sentence(self) -> str:
+        """As "goodput 91.2 %: compile 5.0, data 3.8", what took most of the rest first, in per cent of all time."""
+        seconds = self.seconds
+        total = sum(seconds.values()) or 1.0
+        rest = sorted(((100 * seconds[kind] / total, kind) for kind in KINDS if kind != STEPS), reverse=True)
+        told = ", ".join(f"{kind} {part:.1f}" for part, kind in rest if part >= 0.05)
+        return f"goodput {100 * self.share:.1f} %" + (f": {told}" if told else "")
+
+
+def share(seconds: dict[str, float]) -> float:
+    """The part of the seconds that steps which counted took; 0 where there are none."""
+    return seconds[STEPS] / (sum(seconds.values()) or 1.0)
+
+
+def read_goodput(workdir: pathlib.Path) -> Breakdown:
+    """Where the time of the run in a folder went, over all of its starts. Raises: UserError where it has recorded none."""
+    groups: list[list[dict]] = []
+    for line in read_lines(workdir / FILE_NAME):
+        if "resume" in line:
+            groups.append([])
+        groups[-1].append(line)
+    if not groups:
+        raise UserError(f"{workdir} holds no {FILE_NAME}: name the folder of a run that has trained")
+    starts, end = [], groups[0][0]["time"]
+    for place, (first, *marks) in enumerate(groups):
+        # What counts of this start are the steps up to the earliest of those that later ones began after.
+        counted = min((group[0]["resume"] for group in groups[place + 1 :]), default=float("inf"))
+        seconds = dict.fromkeys(KINDS, 0.0) | first["seconds"]
+        step = first["resume"]
+        for mark in marks:
+            for kind, value in mark["seconds"].items():
+                seconds[kind] += value
+            if mark["step"] > counted:
+                lost = mark["seconds"].get(STEPS, 0.0) * min((mark["step"] - counted) / max(mark["step"] - step, 1), 1.0)
+                seconds[STEPS] -= lost
+                seconds["lost"] += lost
+            step = mark["step"]
+        running = sum(seconds.values())
+        seconds["down"] = max(first["time"] - end, 0.0)
+        starts.append(Start(first["resume"], step, seconds))
+        end = first["time"] + running
+    return Breakdown(starts)

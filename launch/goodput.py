@@ -1,0 +1,52 @@
+"""Which share of a run's wall time went into steps that counted, and where the rest went, start by start.
+
+    python -m launch.goodput --workdir=runs/quickstart/flamingo [--json]
+
+The run may still be training. `lost` are steps that a later start had to do again, `down` is the time before a start in which nothing ran.
+"""
+
+import json
+import pathlib
+
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from flamingo_jax.errors import UserError
+from flamingo_jax.training.goodput import KINDS, Breakdown, read_goodput, share
+from launch import command
+
+WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the training run.")
+JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
+
+
+def main() -> int:
+    if not WORKDIR.value:
+        raise UserError("--workdir is not set: name the folder of a training run")
+    breakdown = read_goodput(pathlib.Path(WORKDIR.value))
+    if JSON.value:
+        starts = [start._asdict() for start in breakdown.starts]
+        print(json.dumps({"goodput": breakdown.share, "seconds": breakdown.seconds, "starts": starts}))
+    else:
+        Console().print(_table(breakdown))
+        print(breakdown.sentence())
+    return 0
+
+
+def _table(breakdown: Breakdown) -> Table:
+    table = Table("start", title="where the time went, in seconds")
+    for column in ("from step", "to", *KINDS, "goodput"):
+        table.add_column(column, justify="right")
+
+    def row(name: str, first: str, last: str, seconds: dict[str, float]) -> None:
+        table.add_row(name, first, last, *(f"{seconds[kind]:,.1f}" for kind in KINDS), f"{share(seconds):.1%}")
+
+    for number, start in enumerate(breakdown.starts, 1):
+        row(str(number), f"{start.resume:,}", f"{start.step:,}", start.seconds)
+    table.add_section()
+    row("all", "", "", breakdown.seconds)
+    return table
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,72 @@
+#!/bin/bash
+# Cloud TPU machines without Kubernetes: made, used and deleted with gcloud, from the repository's folder.
+#
+#   export NAME=flamingo ZONE=us-central2-b TYPE=v4-32     # v4-32 is v4:2x2x4: v4 and v5p are named by cores, two a chip
+#   launch/tpu_vm/tpu.sh create                            # SLICES=2 for two slices, SPOT=1 for capacity that may be taken back
+#   NFS=10.0.0.2:/share launch/tpu_vm/tpu.sh setup         # this commit on every host, and a Filestore share as /shared
+#   launch/tpu_vm/tpu.sh start --config=configs/flamingo_3b.py:v4_2x2x4 --workdir=/shared/runs/3b
+#   launch/tpu_vm/tpu.sh watch                             # the log of the first host; Ctrl-C leaves the run alone
+#   launch/tpu_vm/tpu.sh stop                              # saves and ends; `start` goes on
+#   launch/tpu_vm/tpu.sh delete
+#
+# Each host starts its process again by its exit code (again.sh). Spot machines that were taken back are gone: delete, create, setup, start.
+set -euo pipefail
+: "${NAME:=flamingo}" "${ZONE:?set ZONE, such as us-central2-b}" "${SLICES:=1}" "${VERSION:=tpu-ubuntu2204-base}"
+
+tpus() { gcloud compute tpus "$@" --zone="$ZONE"; }
+
+nodes() {
+    if [ "$SLICES" = 1 ]; then echo "$NAME"; else seq -f "$NAME-%.0f" 0 $((SLICES - 1)); fi
+}
+
+on_all() { # runs a command on every host of every slice, side by side; fails where one does
+    local node pids=() failed=0
+    for node in $(nodes); do tpus tpu-vm ssh "$node" --worker=all --command="$1" & pids+=($!); done
+    for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
+    return $failed
+}
+
+create() {
+    : "${TYPE:?set TYPE, such as v4-32}"
+    local options=(--accelerator-type="$TYPE" --runtime-version="$VERSION")
+    if [ "$SLICES" = 1 ]; then options+=(--node-id="$NAME"); else options+=(--node-count="$SLICES" --node-prefix="$NAME"); fi
+    if [ -n "${SPOT:-}" ]; then options+=(--spot); fi
+    tpus queued-resources create "$NAME" "${options[@]}"
+    local state=
+    until [ "$state" = ACTIVE ]; do
+        state=$(tpus queued-resources describe "$NAME" --format='value(state.state)')
+        case $state in FAILED | SUSPENDED) echo "error: $NAME is $state: delete it and create it again" >&2; exit 1 ;; esac
+        [ "$state" = ACTIVE ] || sleep "${POLL_SECONDS:-30}"
+    done
+}
+
+setup() {
+    local archive node
+    archive=$(mktemp --suffix=.tar.gz)
+    git archive --format=tar.gz --output="$archive" HEAD
+    for node in $(nodes); do tpus tpu-vm scp "$archive" "$node:flamingo_jax.tar.gz" --worker=all; done
+    rm "$archive"
+    on_all "set -e
+        sudo apt-get update -q && sudo apt-get install -yq nfs-common python3.11 python3.11-venv
+        if [ -n '${NFS:-}' ]; then sudo mkdir -p /shared && { mountpoint -q /shared || sudo mount -t nfs '${NFS:-}' /shared; }; fi
+        mkdir -p flamingo_jax && tar -xzf flamingo_jax.tar.gz -C flamingo_jax && cd flamingo_jax
+        python3.11 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'"
+}
+
+start() {
+    if [ $# = 0 ]; then echo "error: start wants the flags of launch.train, --config and --workdir first" >&2; exit 2; fi
+    # The place of each process comes from the machine's own metadata, which jax asks.
+    on_all "cd flamingo_jax && export JAX_COMPILATION_CACHE_DIR=\${JAX_COMPILATION_CACHE_DIR:-/shared/compiled}
+        setsid nohup bash launch/tpu_vm/again.sh .venv/bin/python -u -m launch.train $(printf '%q ' "$@") >> train.log 2>&1 < /dev/null &"
+}
+
+watch() { tpus tpu-vm ssh "$(nodes | head -n 1)" --worker=0 --command="tail -n 100 -F flamingo_jax/train.log"; }
+
+stop() { on_all 'cd flamingo_jax && kill -TERM "$(cat again.pid)" && while kill -0 "$(cat again.pid)" 2> /dev/null; do sleep 1; done'; }
+
+delete() { tpus queued-resources delete "$NAME" --force --quiet; }
+
+case ${1:-} in
+    create | setup | start | watch | stop | delete) "$@" ;;
+    *) echo "error: say what to do: create, setup, start, watch, stop or delete" >&2; exit 2 ;;
+esac
