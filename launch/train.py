@@ -13,6 +13,7 @@ import logging
 import pathlib
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,9 +31,11 @@ from flamingo_jax.partitioning.mesh import check_batches, make_mesh
 from flamingo_jax.processing.tokenizer import Tokenizer, tokenizer_file
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.assembly import load_encoder, open_bases
+from flamingo_jax.training.goodput import read_goodput
 from flamingo_jax.training.loop import train
 from launch import command
 
+BEGAN = time.monotonic()
 log = logging.getLogger("launch")
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the config; made if it is not there.")
@@ -97,7 +100,9 @@ def run(experiment: Experiment, workdir: pathlib.Path, crew: Crew | None = None)
         command.write_config(experiment, workdir / "config.json")
         tokenizer.save(workdir)
 
-    outcome = train(experiment, iterators, held_out, workdir, on_start, crew)
+    outcome = train(experiment, iterators, held_out, workdir, on_start, crew, BEGAN)
+    if jax.process_index() == 0:
+        log.info("%s", read_goodput(workdir).sentence())
     if outcome.preempted:
         log.warning("stopped by a signal at step %d and saved: run the same command to go on", outcome.step)
         return errors.EXIT_PREEMPTED

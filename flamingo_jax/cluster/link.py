@@ -1,5 +1,6 @@
 """A training process's word to its supervisor, and what it does alone where it has none."""
 
+import contextlib
 import logging
 import math
 import os
@@ -8,6 +9,8 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -35,6 +38,9 @@ VERDICT_SECONDS = 5.0
 class Crew(Protocol):
     """All processes of a run, as the training loop sees them."""
 
+    def listening(self) -> AbstractContextManager[None]:
+        """Within, a signal asks for an end at a step; before and after it ends the process at once."""
+
     def beat(self, step: int, phase: str, waited: float) -> None:
         """Tells the others how far this one is. waited: seconds spent waiting for data so far."""
 
@@ -43,17 +49,20 @@ class Crew(Protocol):
 
 
 class Alone:
-    """A run of one process: `with Alone() as crew` ends it at its next step after SIGTERM or SIGINT."""
+    """A run of one process."""
 
     def __init__(self) -> None:
         self._asked = False
-        self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> "Alone":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._ask)
-        return self
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+        before = {number: signal.signal(number, self._ask) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _ask(self, number: int, frame: Any) -> None:
         self._asked = True
@@ -63,10 +72,6 @@ class Alone:
 
     def should_stop(self, step: int) -> bool:
         return self._asked
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 def is_supervised() -> bool:
@@ -100,8 +105,12 @@ class Link:
             self._place.address, self._place.count, self._place.index, local_device_ids=self._place.local_devices,
             initialization_timeout=round(self._limits.start), heartbeat_timeout_seconds=patience, shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
-        # JAX's service listens to SIGTERM alone, and agrees with the others on the step.
+        # JAX's service listens to SIGTERM alone.
         signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+
+    def listening(self) -> AbstractContextManager[None]:
+        """JAX's service listens from `join` on, and agrees with the others on the step."""
+        return contextlib.nullcontext()
 
     def beat(self, step: int, phase: str, waited: float) -> None:
         if phase == self._phase and step % self._stride:

@@ -72,4 +72,6 @@ def _detect() -> tuple[str | None, int | None, int | None, tuple[int, ...] | Non
     except (ImportError, AttributeError):
         return None, None, None, None
     address, count, index, devices = detect(None, None, None, None, None, DETECTION_SECONDS)
-    return address, count, index, None if devices is None else tuple(devices)
+    # JAX reads these itself where it is not given any.
+    told = "JAX_LOCAL_DEVICE_IDS" in os.environ
+    return address, count, index, None if devices is None or told else tuple(devices)

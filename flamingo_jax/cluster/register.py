@@ -4,6 +4,7 @@ Only decisions, no sockets and no clock: `decide` is given the time and gives me
 """
 
 import dataclasses
+import signal
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ SETTLE_SECONDS = 2.0
 """A process that fails may do so because another died: word of that may take as long to arrive."""
 LOOK_EVERY = 30.0
 """Seconds between looks for one that holds the others up."""
+FEWEST_STEPS = 5
+"""Steps that all have told of, before one is said to be late."""
 HELD_UP = 0.1
 """The share of the time that one must hold the others up to be named."""
 
@@ -81,7 +84,7 @@ class Register:
         self._stage: int | None = None
         self._running = False
         self._said = now
-        self._suspected: tuple[float, Verdict] | None = None
+        self._suspected: tuple[float, int, Verdict] | None = None
         self._first_left: tuple[float, int, str] | None = None
         self._looked = now
         self._arrivals: dict[int, dict[int, float]] = {}
@@ -141,8 +144,9 @@ class Register:
             else:
                 self._end(code, f"{member} was stopped before all had started")
         elif code in (EXIT_SAVE_FAILED, 1) or code < 0:
-            # A save, a collective or JAX's service fails as well when another process has died.
-            self._suspect(now, Verdict(code if code == EXIT_SAVE_FAILED else EXIT_LOST, f"{member} stopped: {why}", index))
+            # A save, a collective or JAX's service (which aborts) fails as well when another process has died.
+            likely = 2 if code < 0 and code != -signal.SIGABRT else 1 if code == EXIT_SAVE_FAILED else 0
+            self._suspect(now, likely, Verdict(code if code == EXIT_SAVE_FAILED else EXIT_LOST, f"{member} stopped: {why}", index))
         else:
             self._end(code, f"{member} stopped: {why}", index)
 
@@ -161,9 +165,10 @@ class Register:
         if self.verdict is None:
             self._time_out(now)
         if self._suspected is not None and now - self._suspected[0] >= SETTLE_SECONDS:
-            self._end(*dataclasses.astuple(self._suspected[1]))
+            self._end(*dataclasses.astuple(self._suspected[2]))
         if self.verdict is not None:
-            yield present, {"end": dataclasses.astuple(self.verdict)}
+            # Also to those whose child has ended: they wait to hear why.
+            yield list(self._members), {"end": dataclasses.astuple(self.verdict)}
         elif self._running:
             if now - self._looked >= LOOK_EVERY:
                 yield from (([0], {"say": sentence}) for sentence in self._held_up(now))
@@ -205,9 +210,9 @@ class Register:
         return " and ".join(parts) or "all to look at the storage"
 
     def _time_out(self, now: float) -> None:
-        if self._first_left is not None and now - self._first_left[0] > self._limits.lost:
-            return self._end(self._first_left[1], self._first_left[2])
         here = [member for member in self._members.values() if not member.left]
+        if here and self._first_left is not None and now - self._first_left[0] > self._limits.lost:
+            return self._end(self._first_left[1], self._first_left[2])
         for member in here:
             if now - member.heard > self._limits.lost:
                 return self._end(EXIT_LOST, f"{member} was not heard of for {now - member.heard:.0f} s; its last step was {member.step} ({member.phase})")
@@ -236,10 +241,10 @@ class Register:
         together = {step: times for step, times in self._arrivals.items() if len(times) == self._count}
         steps = max(together, default=0) - min(together, default=0)
         lags = {member.index: 0.0 for member in members}
-        if len(together) > 2 and steps:
+        if len(together) >= FEWEST_STEPS:
             seconds = (max(min(times.values()) for times in together.values()) - min(min(times.values()) for times in together.values())) / steps
             for member in members:
-                lags[member.index] = statistics.fmean(times[member.index] - min(times.values()) for times in together.values()) / max(seconds, 1e-9)
+                lags[member.index] = statistics.median(times[member.index] - min(times.values()) for times in together.values()) / max(seconds, 1e-9)
         newest = max((member.step for member in members), default=0)
         self._arrivals = {step: times for step, times in self._arrivals.items() if step >= newest - 1 and len(times) < self._count}
         for shares, what in ((waits, "waits for its data"), (lags, "comes later to its steps")):
@@ -248,9 +253,10 @@ class Register:
                 if shares[member.index] > max(HELD_UP, 3 * others):
                     yield f"{member} holds the others up: {shares[member.index]:.0%} of the time it {what}"
 
-    def _suspect(self, now: float, verdict: Verdict) -> None:
-        if self._suspected is None:
-            self._suspected = now, verdict
+    def _suspect(self, now: float, likely: int, verdict: Verdict) -> None:
+        """Of several failures the likeliest to be the reason of the others, and the first of these."""
+        if self._suspected is None or likely > self._suspected[1]:
+            self._suspected = self._suspected[0] if self._suspected else now, likely, verdict
 
     def _end(self, code: int, why: str, index: int = -1) -> None:
         if self.verdict is None:

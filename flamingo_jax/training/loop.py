@@ -9,6 +9,7 @@ import logging
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from flamingo_jax.progress import Bar
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.assembly import assemble, initialise, load_frozen, require_same_bases
 from flamingo_jax.training.feed import DataIterator, Feed, HostBatch
+from flamingo_jax.training.goodput import Goodput
 from flamingo_jax.training.held_out import HeldOut
 from flamingo_jax.training.meter import Meter
 from flamingo_jax.training.records import Records
@@ -47,11 +49,12 @@ def train(
     workdir: pathlib.Path,
     on_start: Callable[[], None] = lambda: None,
     crew: Crew | None = None,
+    began: float | None = None,
 ) -> Outcome:
     """Trains to `experiment.training.steps`, from the newest whole checkpoint in `workdir` if there is one.
 
     `on_start` is called once when everything fits, bases and checkpoint among it, before the first file is written. crew: the run's processes;
-    by default this one is alone.
+    by default this one is alone. began: time.monotonic() when the command began, for goodput.
 
     Raises: UserError before any work for what does not fit; NotFiniteError when too many steps in a row were not finite; NotLearnedError,
     with everything saved, where a required loss was not reached.
@@ -59,7 +62,7 @@ def train(
     training = experiment.training
     for name in set(training.required_loss) - set(held_out):
         raise UserError(f"config.training.required_loss names {name!r}, which is no held-out dataset: add it to config.held_out or take it out")
-    primary = jax.process_index() == 0
+    primary, team = jax.process_index() == 0, crew or Alone()
 
     log.info("mesh and model")
     mesh = make_mesh(experiment.mesh)
@@ -85,7 +88,7 @@ def train(
             state = initialise(experiment, assembly)
         positions = extra["positions"]
         clock["starts"] += 1
-        began = time.monotonic() - clock["seconds"]
+        trained = time.monotonic() - clock["seconds"]
         update = make_update(assembly.graph, task, assembly.optimizer, experiment.data, training.mixing, assembly.gradient_shardings)
 
         on_start()
@@ -94,50 +97,68 @@ def train(
         meter = Meter(training.max_not_finite, list(iterators), step_cost(experiment), _peak(mesh))
         weights = {name: dataset.weight for name, dataset in experiment.held_out.items()}
         evaluate = HeldOut(assembly, task, held_out, weights, batch_sharding(mesh))
+        goodput = Goodput(workdir, start, primary, began)
         compiled = None
-        step = start
+        step, seconds_saving = start, 0.0
+
+        def spending(kind: str) -> AbstractContextManager[None]:
+            """What is no step, told to whom it concerns."""
+            team.beat(step, kind, feed.seconds_waiting)
+            return goodput.spending(kind)
 
         def save() -> None:
-            now = clock | {"seconds": time.monotonic() - began}
-            checkpoints.save(step, state, {"positions": positions, "clock": now, "bases": origins, "experiment": to_json(experiment)})
+            nonlocal seconds_saving
+            now = clock | {"seconds": time.monotonic() - trained}
+            asked = time.monotonic()
+            with spending("save"):
+                checkpoints.save(step, state, {"positions": positions, "clock": now, "bases": origins, "experiment": to_json(experiment)})
+            seconds_saving += time.monotonic() - asked
+            goodput.mark(step, feed.seconds_waiting)
+
+        def measure() -> dict[str, float]:
+            with spending("evaluate"):
+                return evaluate(state, frozen)
 
         def write(ready: Iterable[tuple[int, dict[str, Any]]], bar: Bar) -> None:
             for number, values in ready:
                 if number % training.log_every == 0 or number == training.steps:
-                    values |= {"seconds_waiting": feed.seconds_waiting, "time": time.monotonic() - began}
+                    values |= {"seconds_waiting": feed.seconds_waiting, "time": time.monotonic() - trained, "seconds_saving": seconds_saving}
                     records.write(number, values)
+                    goodput.mark(number, feed.seconds_waiting)
                     speed = f"{values['mfu']:.1%} MFU" if "mfu" in values else f"{values['flops_per_second'] / 1e12:.3g} TFLOP/s"
                     bar.advance(number - bar.done, f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tokens/s  {speed}")
 
         with contextlib.ExitStack() as ending:
             # Called in reverse: a second signal still finds its handler while the last save ends.
-            crew = crew or ending.enter_context(Alone())
-            for part in (checkpoints, records, feed):
+            ending.enter_context(team.listening())
+            for part in (checkpoints, records, goodput, feed):
                 ending.callback(part.close)
             with Bar(experiment.name or experiment.task, training.steps, start=start, enabled=primary) as bar:
-                while step < training.steps and not crew.should_stop(step):
+                while step < training.steps and not team.should_stop(step):
                     evaluating, saving = (step > start and step % every == 0 for every in (training.evaluate_every, training.save_every))
                     if evaluating or saving:
                         # A run that is killed once this step is saved goes on after it, and would never write what is held back.
                         write(meter.drain(), bar)
                     if evaluating:
-                        records.write(step, evaluate(state, frozen))
+                        records.write(step, measure())
                     if saving:
                         save()
                     fed = next(feed)
                     if compiled is None:
-                        compiled = _compile(update, state, frozen, fed.batches)
-                        frozen = laid_out(compiled, frozen)
+                        with spending("compile"):
+                            compiled = _compile(update, state, frozen, fed.batches)
+                            frozen = laid_out(compiled, frozen)
                     with jax.transfer_guard("disallow"):
                         state, metrics = compiled(state, frozen, fed.batches)
                     step, positions = step + 1, fed.positions
+                    team.beat(step, "training", feed.seconds_waiting)
                     write(meter.add(step, metrics, fed.work), bar)
                 write(meter.drain(), bar)
             if step > start:
                 save()
             if held_out and step >= training.steps:
                 # Also where nothing was left to train: the start before may have been killed in the middle of it.
-                values = evaluate(state, frozen)
+                values = measure()
                 records.write(step, values)
                 _require_learned(training.required_loss, values)
     return Outcome(step, preempted=step < training.steps)
