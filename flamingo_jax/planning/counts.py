@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from flamingo_jax.experiment import Experiment
@@ -52,6 +53,6 @@ def checkpoint_bytes(experiment: Experiment) -> dict[str, int]:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
     total, trainables = size(state), size(state.trainable)
-    moments = size([leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim])
-    frozen = sum(math.prod(shape.shape) for name, shape in shapes.items() if name not in trained) * jnp.dtype(experiment.training.compute_dtype).itemsize
+    moments = size([optax.tree.get(state.optimizer, name) for name in ("mu", "nu")])
+    frozen = sum(shape.size for name, shape in shapes.items() if name not in trained) * jnp.dtype(experiment.training.compute_dtype).itemsize
     return {"trainables": trainables, "moments": moments, "rest": total - trainables - moments, "total": total, "frozen": frozen}

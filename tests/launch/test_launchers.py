@@ -267,7 +267,7 @@ def test_tpu_machines_start_on_every_node_and_stop_saved(stubs: pathlib.Path) ->
 
 
 JOBSET = {
-    "spec": {"failurePolicy", "network", "replicatedJobs", "successPolicy", "coordinator", "suspend", "ttlSecondsAfterFinished", "managedBy", "startupPolicy"},
+    "spec": {"failurePolicy", "network", "replicatedJobs", "successPolicy", "coordinator", "suspend", "ttlSecondsAfterFinished", "managedBy"},
     "failurePolicy": {"maxRestarts", "restartStrategy", "rules"},
     "rule": {"name", "action", "onJobFailureReasons", "targetReplicatedJobs"},
     "network": {"enableDNSHostnames", "subdomain", "publishNotReadyAddresses"},

@@ -72,6 +72,7 @@ def test_a_checkpoint_is_as_large_as_the_state_that_is_restored(unfreeze: bool) 
     assembly = assemble(experiment, make_mesh(MeshConfig(fsdp=2, model=2)))
     sizes = checkpoint_bytes(experiment)
     assert sizes["total"] == sum(shape.size * shape.dtype.itemsize for shape in jax.tree.leaves(assembly.state))
+    assert sizes["moments"] == 2 * sizes["trainables"]
     assert sizes["trainables"] == sum(4 * shape.size for shape in assembly.trainable.values())
     assert sizes["frozen"] == sum(4 * shape.size for shape in assembly.frozen.values())
 
