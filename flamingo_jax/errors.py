@@ -9,7 +9,7 @@ EXIT_NOT_LEARNED = 4
 EXIT_ABSENT = 69
 """Of a run of several processes, one never arrived at the start."""
 EXIT_SAVE_FAILED = 74
-"""A checkpoint could not be written; the ones before it are whole."""
+"""A checkpoint, or another file, could not be written; the checkpoints before it are whole."""
 EXIT_PREEMPTED = 75
 """SIGTERM (or SIGINT): everything is saved; start the same command again to go on."""
 EXIT_LOST = 76
@@ -36,3 +36,9 @@ class NotLearnedError(UserError):
     """The run ended above a loss that the config requires of it."""
 
     exit_code = EXIT_NOT_LEARNED
+
+
+class StorageError(UserError):
+    """Something could not be written, or read, while the run went on; the checkpoints before it are whole."""
+
+    exit_code = EXIT_SAVE_FAILED

@@ -77,6 +77,14 @@ def main() -> int:
 
 def run(experiment: Experiment, workdir: pathlib.Path, crew: Crew | None = None) -> int:
     """This process's part of the run, once all are there; returns its exit code."""
+    try:
+        return _run(experiment, workdir, crew)
+    except OSError as error:
+        where = f" of {error.filename}" if error.filename else f" in {workdir}"
+        raise errors.StorageError(f"the storage{where} failed ({error.strerror or error}): mend it and start again; what was saved is whole") from error
+
+
+def _run(experiment: Experiment, workdir: pathlib.Path, crew: Crew | None) -> int:
     check_batches(experiment, make_mesh(experiment.mesh))
     tokenizer = load_tokenizer(experiment)
     if not PREPARE.value:

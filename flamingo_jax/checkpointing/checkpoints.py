@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from flamingo_jax.checkpointing import manifest
-from flamingo_jax.errors import EXIT_SAVE_FAILED, UserError
+from flamingo_jax.errors import StorageError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +31,8 @@ CONTENTS = "contents.json"
 STATE = "state"
 
 
-class SaveError(UserError):
+class SaveError(StorageError):
     """A checkpoint could not be written; the ones before it are whole."""
-
-    exit_code = EXIT_SAVE_FAILED
 
 
 class Checkpoints:

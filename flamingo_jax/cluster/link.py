@@ -21,7 +21,7 @@ from flamingo_jax.cluster.facts import gather
 from flamingo_jax.cluster.line import Line
 from flamingo_jax.cluster.place import Place
 from flamingo_jax.cluster.register import Limits
-from flamingo_jax.errors import UserError
+from flamingo_jax.errors import EXIT_SAVE_FAILED, UserError
 from flamingo_jax.experiment import Experiment
 
 log = logging.getLogger(__name__)
@@ -130,13 +130,14 @@ class Link:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None:
             return
+        if isinstance(error, SystemExit):
+            return self.leave(error.code if isinstance(error.code, int) else 1)
+        code, why = 1, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         if isinstance(error, UserError):
-            self._send({"left": error.exit_code, "why": str(error)})
-        elif isinstance(error, SystemExit):
-            self.leave(error.code if isinstance(error.code, int) else 1)
-        else:
-            self._send({"left": 1, "why": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"})
-            # Its traceback would only hide the reason.
+            code, why = error.exit_code, str(error)
+        self._send({"left": code, "why": why})
+        if code in (1, EXIT_SAVE_FAILED):
+            # What it would say itself would only hide the reason.
             time.sleep(VERDICT_SECONDS)
 
     def leave(self, code: int) -> None:
