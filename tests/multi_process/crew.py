@@ -30,21 +30,21 @@ class Ended(NamedTuple):
 
 
 class Crew:
-    """The processes of one start. configs, commands: of every process, where they are not the same."""
+    """The processes of one start. commands, extra: what each runs and its further flags, where they are not the same; logs: where they are written,
+    by default beside the workdir."""
 
     def __init__(
-        self, count: int, config: str, workdir: pathlib.Path, *overrides: str, devices: int = 2, configs: Sequence[str] = (),
-        commands: Sequence[Sequence[str]] = (), extra: Sequence[Sequence[str]] = (),
+        self, count: int, config: str, workdir: pathlib.Path, *overrides: str, devices: int = 2,
+        commands: Sequence[Sequence[str]] = (), extra: Sequence[Sequence[str]] = (), logs: pathlib.Path | None = None,
     ):
         environment = one_device() | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_cpu_collective_call_terminate_timeout_seconds=600"}
         port = _free_port()
         self.workdir, self._files = workdir, []
         self.processes: list[subprocess.Popen[str]] = []
-        workdir.parent.mkdir(parents=True, exist_ok=True)
         for index in range(count):
-            log = (workdir.parent / f"{workdir.name}.{index}.log").open("w+")
+            log = ((logs or workdir.parent) / f"{workdir.name}.{index}.log").open("w+")
             place = [f"--coordinator=localhost:{port}", f"--processes={count}", f"--process={index}"] if count > 1 else []
-            arguments = [f"--config={configs[index] if configs else config}", f"--workdir={workdir}", *place, *overrides, *(extra[index] if extra else ())]
+            arguments = [f"--config={config}", f"--workdir={workdir}", *place, *overrides, *(extra[index] if extra else ())]
             command = [sys.executable, *(commands[index] if commands else MODULE), *arguments]
             self._files.append(log)
             self.processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log, text=True))

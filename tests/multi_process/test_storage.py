@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -70,10 +71,9 @@ def test_a_checkpoint_folder_gone_read_only(config: str, disk: pathlib.Path) -> 
     run(2, config, disk / "run", f"--config.training.steps={saved(disk / 'run')[-1] + 2}", ENDLESS[1])
 
 
-def test_a_folder_that_is_read_only_from_the_start(config: str, disk: pathlib.Path) -> None:
+def test_a_folder_that_is_read_only_from_the_start(config: str, disk: pathlib.Path, tmp_path: pathlib.Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    with Crew(2, config, disk / "run") as crew:
-        # Logs are written beside the run.
+    with Crew(2, config, disk / "run", logs=tmp_path) as crew:
         ended = crew.finish(seconds=90)
     assert ended.codes == [EXIT_BAD_INPUT] * 2, ended.logs
     require_told(ended.sentences(), "Read-only file system")
@@ -90,21 +90,21 @@ def test_a_clock_that_is_an_hour_ahead(config: str, tmp_path: pathlib.Path) -> N
 
 def test_a_machine_that_stands_still(config: str, tmp_path: pathlib.Path) -> None:
     """SIGSTOP to a training process: its supervisor lives, and no step ends; to both: nothing is heard of them."""
-    with Crew(2, config, tmp_path / "run", *ENDLESS, "--step_timeout=8") as crew:
+    with Crew(2, config, tmp_path / "run", *ENDLESS, "--step_timeout=30") as crew:
         crew.wait_for(3)
         child = crew.child(1)
-        os.kill(child, 19)
-        ended = crew.finish(seconds=90)
+        os.kill(child, signal.SIGSTOP)
+        ended = crew.finish(seconds=120)
     assert ended.codes == [EXIT_HUNG] * 2, ended.logs
     require_told(ended.sentences(), "no step ended for")
-    with Crew(2, config, tmp_path / "run", *ENDLESS, "--lost_after=8") as crew:
-        crew.wait_for(saved(tmp_path / "run")[-1] + 2 if saved(tmp_path / "run") else 3)
+    with Crew(2, config, tmp_path / "silent", *ENDLESS, "--lost_after=8") as crew:
+        crew.wait_for(3)
         child = crew.child(1)
-        os.kill(child, 19)
-        os.kill(crew.processes[1].pid, 19)
+        os.kill(child, signal.SIGSTOP)
+        os.kill(crew.processes[1].pid, signal.SIGSTOP)
         code = crew.processes[0].wait(60)
-        os.kill(child, 9)
-        os.kill(crew.processes[1].pid, 9)
+        os.kill(child, signal.SIGKILL)
+        os.kill(crew.processes[1].pid, signal.SIGKILL)
         ended = crew.finish()
     assert code == EXIT_LOST
     require_told(ended.sentences()[:1], "process 1")
