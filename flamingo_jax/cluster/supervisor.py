@@ -21,7 +21,7 @@ from flamingo_jax.cluster.line import Line, Message
 from flamingo_jax.cluster.link import LINK
 from flamingo_jax.cluster.place import Place
 from flamingo_jax.cluster.register import SAY_EVERY, Limits, Register, Verdict
-from flamingo_jax.errors import EXIT_ABSENT, EXIT_LOST, EXIT_PREEMPTED, UserError
+from flamingo_jax.errors import EXIT_ABSENT, EXIT_HUNG, EXIT_LOST, EXIT_NOT_FINITE, EXIT_NOT_LEARNED, EXIT_PREEMPTED, UserError
 
 log = logging.getLogger("launch")
 
@@ -46,6 +46,8 @@ class _Supervisor:
         self._greeted = False
         self._began = self._heard = self._beaten = self._said = time.monotonic()
         self._verdict: Verdict | None = None
+        self._judged = self._began
+        self._started = False
         self._leaving: tuple[int, float] | None = None
         """The exit code that the child has announced, and when."""
         self._waiting: list[Message] = []
@@ -77,7 +79,9 @@ class _Supervisor:
             for message in below.take():
                 self._from_child(message, now)
             if ended is not None and self._leaving is None:
-                self._leave(ended, _how(ended), now)
+                # Until it listens to these they end it outright.
+                asked = ended in (-signal.SIGTERM, -signal.SIGINT)
+                self._leave(EXIT_PREEMPTED if asked else ended, _how(ended), now)
             if self._desk is not None:
                 self._desk.turn(now)
             self._reach(now)
@@ -113,12 +117,20 @@ class _Supervisor:
             mine = announced is not None and (announced[0] == self._verdict.code or self._named(self._verdict))
             if announced is not None and mine and announced[0] > 0:
                 return announced[0] if ended is not None or now - announced[1] > GRACE_SECONDS else None
+            if ended is None and announced is None and now - self._judged < self._patience(self._verdict):
+                return None
             print(f"error: {self._verdict.why}", file=sys.stderr, flush=True)
             return self._verdict.code
         if announced is not None and now - announced[1] > GRACE_SECONDS:
             # Nobody is left to ask.
             return announced[0] if announced[0] > 0 else EXIT_LOST
         return None
+
+    def _patience(self, verdict: Verdict) -> float:
+        """Seconds for the child to end by itself: what ends all processes at the same step may find it in the middle of its last save."""
+        if not self._started or verdict.code in (EXIT_LOST, EXIT_HUNG):
+            return 0.0
+        return self._limits.lost if verdict.code in (EXIT_NOT_FINITE, EXIT_NOT_LEARNED) else GRACE_SECONDS
 
     def _named(self, verdict: Verdict) -> bool:
         return verdict.index == self._place.index
@@ -182,9 +194,10 @@ class _Supervisor:
             self._up({"probed": message["probe"], "problem": problem})
         if "go" in message:
             log.info("all %d processes are there and agree: %s", len(message["go"]), ", ".join(message["go"]))
+            self._started = True
             below.send({"go": True})
         if "end" in message and self._verdict is None:
-            self._verdict = Verdict(*message["end"])
+            self._verdict, self._judged = Verdict(*message["end"]), self._heard
 
     def _time_out(self, now: float) -> None:
         if self._verdict is not None:

@@ -110,6 +110,16 @@ def test_a_machine_that_stands_still(config: str, tmp_path: pathlib.Path) -> Non
     require_told(ended.sentences()[:1], "process 1")
 
 
+def test_a_host_that_reads_slowly_is_named(config: str, tmp_path: pathlib.Path) -> None:
+    slow = (str(pathlib.Path(__file__).with_name("slow_reader.py")),)
+    with Crew(2, config, tmp_path / "run", *ENDLESS, commands=[MODULE, slow]) as crew:
+        deadline = time.monotonic() + 240
+        while "process 1" not in "".join(line for line in crew.logs()[0].splitlines() if "waits for its data" in line):
+            assert time.monotonic() < deadline, crew.logs()
+            time.sleep(0.5)
+        assert not any("process 0" in line for line in crew.logs()[0].splitlines() if "waits for its data" in line)
+
+
 def test_two_hundred_saves_leave_memory_flat(config: str, tmp_path: pathlib.Path) -> None:
     workdir = tmp_path / "run"
     with Crew(2, config, workdir, "--config.training.steps=400", "--config.training.save_every=2", "--config.training.log_every=10") as crew:
