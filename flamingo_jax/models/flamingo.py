@@ -18,8 +18,8 @@ from flamingo_jax.models.layers import fan_in_normal, linear, rematerialised, st
 from flamingo_jax.models.perceiver import PerceiverResampler
 from flamingo_jax.models.stream import Parts, join, shapes_of, split
 from flamingo_jax.models.vision import VisionEncoder, vision_encoder
-from flamingo_jax.partitioning.constraints import constrain, everywhere, gathered, residual, row_shards, shards
-from flamingo_jax.partitioning.mesh import MODEL, ROWS
+from flamingo_jax.partitioning.constraints import constrain, everywhere, gathered, residual, shards
+from flamingo_jax.partitioning.mesh import AXES, MODEL, ROWS
 from flamingo_jax.processing.normalise import normalise
 
 Array = jax.Array
@@ -82,13 +82,17 @@ class Flamingo(nnx.Module):
         return self.encode_stream([images])[0]
 
     def encode_stream(self, images: Parts) -> list[Array]:
-        """The pictures of several datasets, uint8 [M, T, H, W, 3] each, as one batch over all devices -> grid features [M, T, S, C] of each."""
-        groups = row_shards()
+        """The pictures of several datasets, uint8 [M, T, H, W, 3] each, as one batch over all devices -> grid features [M, T, S, C] of each.
+
+        Where all M divide, every device encodes the pictures that lie on it; else row shards share theirs out anew.
+        """
+        axes = AXES if all(part.shape[0] % shards(AXES) == 0 for part in images) else ROWS
+        groups = shards(axes)
         if len(images) == 1 and images[0].shape[0] % groups:
             groups = 1
-        frames = join(images).reshape(groups, -1, *images[0].shape[2:])
+        frames = join([constrain(part, axes) for part in images], groups).reshape(groups, -1, *images[0].shape[2:])
         count = frames.shape[1]
-        steps, padded = self._rounds(count)
+        steps, padded = self._rounds(count, 1 if axes == AXES else shards(MODEL))
         x = jnp.pad(frames, ((0, 0), (0, padded - count), *[(0, 0)] * 3)) if padded > count else frames
         encode: Callable[[Array], Array] = functools.partial(self._encode, self.vision_encoder.prepared(self.dtype))
         if self.encoder_trains and (steps > 1 or self.remat != "none"):
@@ -100,14 +104,13 @@ class Flamingo(nnx.Module):
             rounds = x.reshape(groups, steps, -1, *x.shape[2:]).swapaxes(0, 1)
             features = jax.lax.map(encode, rounds).swapaxes(0, 1)
             features = features.reshape(groups, padded, *features.shape[3:])
-        features = constrain(features[:, :count], ROWS)
+        features = constrain(features[:, :count], axes)
         if len(images) == 1:
-            return [features.reshape(*images[0].shape[:2], *features.shape[2:])]
-        return split(features, shapes_of(images))
+            return [constrain(features.reshape(*images[0].shape[:2], *features.shape[2:]), ROWS)]
+        return [constrain(part, ROWS) for part in split(features, shapes_of(images))]
 
-    def _rounds(self, count: int) -> tuple[int, int]:
-        """In how many rounds the encoder takes `count` frames of each row shard, and how many frames these are when padded."""
-        devices = shards(MODEL)
+    def _rounds(self, count: int, devices: int) -> tuple[int, int]:
+        """In how many rounds the encoder takes `count` frames of each group of devices, and how many frames these are when padded."""
         steps = math.ceil(count / (self.frames_at_once * devices or count))
         each = math.ceil(math.ceil(count / steps) / devices) * devices
         return steps, steps * each

@@ -16,12 +16,12 @@ Parts = Sequence[Array]
 """One array for each dataset."""
 
 
-def join(parts: Parts) -> Array:
-    """[B_p, L_p, ...] of every part -> [S, T, ...]; a single part as it is."""
+def join(parts: Parts, groups: int | None = None) -> Array:
+    """[B_p, L_p, ...] of every part -> [S, T, ...]; a single part as it is. groups: S, by default of those that share rows."""
     if len(parts) == 1:
         return parts[0]
-    shards = row_shards()
-    return jnp.concatenate([part.reshape(shards, -1, *part.shape[2:]) for part in parts], axis=1)
+    groups = groups or row_shards()
+    return jnp.concatenate([part.reshape(groups, -1, *part.shape[2:]) for part in parts], axis=1)
 
 
 def split(stream: Array, shapes: Sequence[tuple[int, int]]) -> list[Array]:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,8 @@ from flamingo_jax.experiment import Experiment, MeshConfig
 DATA, FSDP, MODEL = AXES = ("data", "fsdp", "model")
 ROWS = (DATA, FSDP)
 """The axes that share a batch's rows."""
+BY_VISUAL = ("images", "features", "frame_mask")
+"""Arrays of a batch whose first axis is a list of its rows' visuals."""
 
 
 _CPU_THREADS = "64"
@@ -63,9 +65,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows (and visuals) over data and fsdp, repeated over model."""
-    return NamedSharding(mesh, PartitionSpec(ROWS))
+def batch_shardings(names: Iterable[str], mesh: Mesh) -> dict[str, NamedSharding]:
+    """Where a batch's arrays lie, by their names: rows over data and fsdp, repeated over model; the list of visuals over all three.
+
+    Only batches with `visuals` have such a list: the pictures of contrastive pairs lie with their rows. `share` has the hosts' side of this.
+    """
+    names = set(names)
+    listed = BY_VISUAL if "visuals" in names else ()
+    return {name: NamedSharding(mesh, PartitionSpec(AXES if name in listed else ROWS)) for name in names}
 
 
 def check_batches(experiment: Experiment, mesh: Mesh) -> None:

@@ -58,17 +58,17 @@ class Cost(NamedTuple):
         return sum(cost * count for cost, count in zip(self, work, strict=True))
 
 
-def work_in(batches: Iterable[Mapping[str, np.ndarray]]) -> Work:
-    """The real work in any task's batches, as they are on the host."""
-    works = [_work_in(batch) for batch in batches]
+def work_in(batches: Iterable[Mapping[str, np.ndarray]], own: float = 1.0) -> Work:
+    """The real work in any task's batches, as they are on the host. own: the part of their rows' that counts (`Share.own`); visuals count whole."""
+    works = [_work_in(batch, own) for batch in batches]
     return Work(*(sum(counts) for counts in zip(*works, strict=True)))
 
 
-def _work_in(batch: Mapping[str, np.ndarray]) -> Work:
+def _work_in(batch: Mapping[str, np.ndarray], own: float) -> Work:
     if "mask" in batch:
-        pairs = int(batch["mask"].any(1).sum())
-        return Work(int(batch["mask"].sum()), 0, pairs, pairs)
-    tokens = int((batch["segments"] > 0).sum())
+        pairs = round(own * batch["mask"].any(1).sum())
+        return Work(round(own * batch["mask"].sum()), 0, pairs, pairs)
+    tokens = round(own * (batch["segments"] > 0).sum())
     if "frame_mask" not in batch:
         return Work(tokens)
     return Work(tokens, tokens, int(batch["frame_mask"].any(1).sum()), int(batch["frame_mask"].sum()))

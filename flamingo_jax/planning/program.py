@@ -14,7 +14,8 @@ import optax
 from jax.sharding import Mesh
 
 from flamingo_jax.experiment import DatasetConfig, Experiment
-from flamingo_jax.partitioning.mesh import ROWS, batch_sharding, check_batches
+from flamingo_jax.partitioning.mesh import ROWS, batch_shardings, check_batches
+from flamingo_jax.partitioning.share import Share
 from flamingo_jax.planning.flops import Work, product_flops, step_cost
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.assembly import Assembly, assemble
@@ -153,12 +154,14 @@ def _full_work(experiment: Experiment, dataset: DatasetConfig) -> Work:
 
 def batch_shapes(experiment: Experiment, mesh: Mesh) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     """Every dataset's global batch as shapes with their shardings (the arrays of `data_pipelines.mixture`)."""
-    return {name: _batch_shapes(experiment, dataset, mesh) for name, dataset in experiment.data.items()}
+    found = {name: _batch_shapes(experiment, dataset, mesh) for name, dataset in experiment.data.items()}
+    lie = lambda shapes, shardings: {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[name]) for name, s in shapes.items()}
+    return {name: lie(shapes, batch_shardings(shapes, mesh)) for name, shapes in found.items()}
 
 
 def _batch_shapes(experiment: Experiment, dataset: DatasetConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     def array(dtype: jnp.dtype, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+        return jax.ShapeDtypeStruct(shape, dtype)
 
     rows, length, number, flag, byte = dataset.batch_size, dataset.length, jnp.int32, jnp.bool_, jnp.uint8
     if experiment.task == "contrastive":
@@ -170,7 +173,7 @@ def _batch_shapes(experiment: Experiment, dataset: DatasetConfig, mesh: Mesh) ->
     batch["media_index"] = array(number, rows, length)
     if dataset.kind == "text":
         return batch
-    visuals, size = rows * dataset.visuals, stages.model_config(experiment).vision.image_size
+    visuals, size = Share.of(mesh).listed(rows, dataset.visuals), stages.model_config(experiment).vision.image_size
     return batch | {
         "visuals": array(number, rows, dataset.visuals),
         "frame_mask": array(flag, visuals, dataset.frames),

@@ -3,19 +3,20 @@
 import numpy as np
 
 from flamingo_jax.experiment import DatasetConfig, Experiment
+from flamingo_jax.partitioning.share import WHOLE, Share
 from flamingo_jax.tasks import stages
 
 
-def full_batches(experiment: Experiment) -> dict[str, dict[str, np.ndarray]]:
-    """A Flamingo's or language model's batches (the arrays of `data_pipelines.mixture`) of random tokens and pixels."""
+def full_batches(experiment: Experiment, share: Share = WHOLE) -> dict[str, dict[str, np.ndarray]]:
+    """A process's share of a Flamingo's or language model's batches (the arrays of `data_pipelines.mixture`) of random tokens and pixels."""
     rng = np.random.default_rng(0)
-    return {name: _full_batch(experiment, dataset, rng) for name, dataset in experiment.data.items()}
+    return {name: _full_batch(experiment, dataset, share, rng) for name, dataset in experiment.data.items()}
 
 
-def _full_batch(experiment: Experiment, dataset: DatasetConfig, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def _full_batch(experiment: Experiment, dataset: DatasetConfig, share: Share, rng: np.random.Generator) -> dict[str, np.ndarray]:
     config = stages.model_config(experiment)
-    rows, length, places = dataset.batch_size, dataset.length, dataset.visuals
-    shape, whole = (rows, length), np.arange(length, dtype=np.int32)
+    rows, length, places = share.rows(dataset.batch_size), dataset.length, dataset.visuals
+    shape, whole = (len(rows), length), np.arange(length, dtype=np.int32)
     vocabulary = (config.language_model if experiment.task == "flamingo" else config).vocab_size
     batch = {
         "tokens": rng.integers(0, vocabulary, shape, dtype=np.int32),
@@ -25,11 +26,11 @@ def _full_batch(experiment: Experiment, dataset: DatasetConfig, rng: np.random.G
     }
     if experiment.task != "flamingo" or dataset.kind == "text":
         return batch
-    size = config.vision.image_size
+    size, listed = config.vision.image_size, share.visuals(dataset.batch_size, places)
     return batch | {
         # Visuals stand evenly over the row, the first at its start.
         "media_index": np.broadcast_to(whole * places // length, shape).astype(np.int32),
-        "visuals": np.arange(rows * places, dtype=np.int32).reshape(rows, places),
-        "frame_mask": np.ones((rows * places, dataset.frames), bool),
-        "images": rng.integers(0, 256, (rows * places, dataset.frames, size, size, 3), dtype=np.uint8),
+        "visuals": (rows[:, None] * places + np.arange(places)).astype(np.int32),
+        "frame_mask": np.repeat(listed[:, None] >= 0, dataset.frames, axis=1),
+        "images": rng.integers(0, 256, (len(listed), dataset.frames, size, size, 3), dtype=np.uint8),
     }

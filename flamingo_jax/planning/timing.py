@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import optax
 
 from flamingo_jax.experiment import Experiment
-from flamingo_jax.partitioning.mesh import batch_sharding, check_batches, make_mesh
+from flamingo_jax.partitioning.mesh import check_batches, make_mesh
+from flamingo_jax.partitioning.share import Share
 from flamingo_jax.planning.flops import step_cost, work_in
 from flamingo_jax.planning.synthetic import full_batches
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.assembly import assemble, initialise, load_frozen
+from flamingo_jax.training.feed import put
 from flamingo_jax.training.state import merge_model
 from flamingo_jax.training.step import compile_update, laid_out, make_update
 
@@ -51,8 +53,8 @@ def time_step(experiment: Experiment, *, steps: int = 10, trace: str = "") -> Ti
         state = initialise(experiment, assembly)
         task = stages.make_task(experiment)
         update = make_update(assembly.graph, task, assembly.optimizer, experiment.data, experiment.training.mixing, assembly.gradient_shardings)
-        made = full_batches(experiment)
-        batches = jax.device_put(made, batch_sharding(mesh))
+        made = full_batches(experiment, Share.of(mesh))
+        batches = {name: put(batch, mesh) for name, batch in made.items()}
         began = time.monotonic()
         compiled = compile_update(update, state, frozen, batches)
         compile_seconds = time.monotonic() - began

@@ -5,22 +5,65 @@ import jax.numpy as jnp
 
 from flamingo_jax.models.flamingo import Flamingo, Rows
 from flamingo_jax.models.stream import join, shapes_of, split
+from flamingo_jax.partitioning.constraints import constrain, row_shards
+from flamingo_jax.partitioning.mesh import BY_VISUAL, ROWS
 from flamingo_jax.tasks.task import Batch, Loss, loss_weight, split_rows, summed_loss, target_mask, token_loss
 
-BY_VISUAL = ("images", "features", "frame_mask")
-"""Arrays of a batch whose first axis is its visuals'."""
 VISUAL_ARRAYS = (*BY_VISUAL, "visuals")
+
+
+def in_rows(batch: Batch) -> Batch:
+    """The batch without the blanks that fill its list of visuals up for the mesh's `model` axis (`partitioning.share`): M = B * N, in the order of
+    rows. Pictures that need none stay where they lie."""
+    rows, places = batch["visuals"].shape
+    groups = row_shards() if rows % row_shards() == 0 else 1
+
+    def real(a: jax.Array) -> jax.Array:
+        if a.shape[0] == rows * places:
+            return a
+        # Gathered over `model` first: the compiler would send a slice of it place by place.
+        return constrain(a, ROWS).reshape(groups, -1, *a.shape[1:])[:, : rows // groups * places].reshape(-1, *a.shape[1:])
+
+    listed = {name: real(batch[name]) for name in BY_VISUAL if name in batch}
+    return batch | listed | {"frame_mask": constrain(listed["frame_mask"], ROWS)}
+
+
+def without_failed(batch: Batch) -> Batch:
+    """Masks what could not be read: a visual in `visuals` without one frame, and every segment of which a token looks at such a visual.
+
+    Such a segment has nothing to learn and nothing to see. It is told here and not where rows are made, since processes that read the same
+    rows decode different visuals of them, and know nothing of the others' failures.
+    """
+    visuals, segments, index = batch["visuals"], batch["segments"], batch["media_index"]
+    failed = (visuals >= 0) & ~batch["frame_mask"].reshape(*visuals.shape, -1).any(-1)
+    looks = ((index[:, :, None] == jnp.arange(visuals.shape[1])) & failed[:, None]).any(-1)
+    lost = ((segments[:, :, None] == segments[:, None]) & looks[:, None]).any(-1)
+    masked = {"loss_mask": batch["loss_mask"] & ~lost, "media_index": jnp.where(lost, -1, index), "visuals": jnp.where(failed, -1, visuals)}
+    return batch | masked
+
+
+def readable(batch: Batch) -> Batch:
+    """The batch as the model reads it; a batch of texts, and one that this was done to, is left as it is."""
+    return without_failed(in_rows(batch)) if "frame_mask" in batch else batch
+
+
+@jax.jit
+def text_alone(batch: Batch) -> Batch:
+    """The text of a readable batch."""
+    return {name: a for name, a in readable(batch).items() if name not in VISUAL_ARRAYS}
 
 
 class FlamingoTask:
     """Batches: tokens, positions, segments, media_index int32 [B, L], loss_mask bool [B, L], visuals int32 [B, N], frame_mask bool [M, T]
-    and images uint8 [M, T, H, W, 3] with M = B * N, row b owning the places b * N + n, or in their place the frozen encoder's `features` [M, T, S, C]."""
+    and images uint8 [M, T, H, W, 3], or in their place the frozen encoder's `features` [M, T, S, C]. M = B * N, row b owning the places
+    b * N + n, or as much more as fills up each row shard's part for the mesh's `model` axis."""
 
     def __init__(self, reduction: str = "sequence_sum", use_visuals: bool = True):
         self.reduction = reduction
         self.use_visuals = use_visuals
 
     def loss(self, model: Flamingo, batch: Batch, key: jax.Array | None) -> Loss:
+        batch = readable(batch)
         visual_tokens = visuals = None
         if self.use_visuals and "visuals" in batch:
             features = batch["features"] if "features" in batch else model.encode_images(batch["images"])
@@ -31,10 +74,11 @@ class FlamingoTask:
         return token_loss(logits, batch, self.reduction)
 
     def weight(self, batch: Batch) -> jax.Array:
-        return loss_weight(target_mask(batch), batch["segments"], self.reduction)
+        return loss_weight(target_mask(readable(batch)), batch["segments"], self.reduction)
 
     def stream_losses(self, model: Flamingo, batches: dict[str, Batch], key: jax.Array | None) -> dict[str, Loss]:
         """Text of all datasets as one stream of tokens, pictures as one batch of the encoder."""
+        batches = {name: readable(batch) for name, batch in batches.items()}
         seen = {name: batch for name, batch in batches.items() if self.use_visuals and "visuals" in batch}
         visual_tokens = None
         if seen:
@@ -55,9 +99,9 @@ class FlamingoTask:
 
     def microbatches(self, batch: Batch, count: int) -> Batch:
         """Rows and their visuals stay together; `visuals` counts from the start of its own part."""
-        rows = batch["tokens"].shape[0]
+        batch, rows = readable(batch), batch["tokens"].shape[0]
         # A row with its visuals is [N, ...] of what is [B * N, ...].
-        by_row = {name: a.reshape(rows, -1, *a.shape[1:]) if name in BY_VISUAL else a for name, a in batch.items()}
+        by_row = {name: constrain(a, ROWS).reshape(rows, -1, *a.shape[1:]) if name in BY_VISUAL else a for name, a in batch.items()}
         parts = {name: a.reshape(count, -1, *a.shape[3:]) if name in BY_VISUAL else a for name, a in split_rows(by_row, count).items()}
         if "visuals" in parts:
             own = jnp.arange(parts["visuals"][0].size).reshape(parts["visuals"].shape[1:])
@@ -65,7 +109,7 @@ class FlamingoTask:
         return parts
 
     def without_pictures(self, batch: Batch) -> Batch:
-        return {name: a for name, a in batch.items() if name not in VISUAL_ARRAYS}
+        return text_alone(batch)
 
     def watch(self, trainable: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """tanh of the gates, by block (paper figure 6)."""

@@ -1,5 +1,6 @@
 """Batches on their way to the devices: a thread reads ahead, and every batch brings the data position that follows it."""
 
+import functools
 import queue
 import threading
 import time
@@ -8,14 +9,17 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from flamingo_jax.partitioning.mesh import batch_shardings
+from flamingo_jax.partitioning.share import Share
 from flamingo_jax.planning.flops import Work, work_in
 
 HostBatch = dict[str, np.ndarray]
 
 
 class DataIterator(Protocol):
-    """What the loop asks of a dataset: endless batches of this process's rows, and a JSON-able position."""
+    """What the loop asks of a dataset: endless batches of this process's `Share`, and a JSON-able position."""
 
     def __next__(self) -> HostBatch: ...
     def get_state(self) -> Any: ...
@@ -27,19 +31,23 @@ class Fed(NamedTuple):
     positions: dict[str, Any]
     """Every dataset's position after these batches."""
     work: Work
-    """What is real in them, on this process."""
+    """What is real in them, on this process's devices."""
 
 
-def put(batch: HostBatch, sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
-    """This process's rows as its part of global arrays."""
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+def put(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
+    """What this process has read, by its `Share` of the mesh, as its part of global arrays."""
+    shardings, parts = batch_shardings(batch, mesh), Share.of(mesh).parts(batch)
+    return {
+        name: jax.make_array_from_callback(parts[name].shape(array), shardings[name], functools.partial(parts[name].cut, array))
+        for name, array in batch.items()
+    }
 
 
 class Feed:
     """Reads `depth` updates ahead. Errors of the reading thread are raised to whoever asks for the next batch."""
 
-    def __init__(self, iterators: Mapping[str, DataIterator], sharding: jax.sharding.Sharding, *, depth: int = 2):
-        self._iterators, self._sharding = dict(iterators), sharding
+    def __init__(self, iterators: Mapping[str, DataIterator], mesh: Mesh, *, depth: int = 2):
+        self._iterators, self._mesh = dict(iterators), mesh
         self._queue: queue.Queue[Fed | BaseException] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read, daemon=True, name="feed")
@@ -48,10 +56,12 @@ class Feed:
 
     def _read(self) -> None:
         try:
+            own = Share.of(self._mesh).own
             while not self._stop.is_set():
                 host = {name: next(iterator) for name, iterator in self._iterators.items()}
                 positions = {name: iterator.get_state() for name, iterator in self._iterators.items()}
-                self._offer(Fed({name: put(batch, self._sharding) for name, batch in host.items()}, positions, work_in(host.values())))
+                batches = {name: put(batch, self._mesh) for name, batch in host.items()}
+                self._offer(Fed(batches, positions, work_in(host.values(), own)))
         except BaseException as error:  # noqa: BLE001 - handed to the loop, which raises it
             self._offer(error)
 

@@ -18,9 +18,9 @@ class HeldOut:
     as training has it."""
 
     def __init__(
-        self, assembly: Assembly, task: Any, batches: Mapping[str, list[HostBatch]], weights: Mapping[str, float], sharding: jax.sharding.Sharding
+        self, assembly: Assembly, task: Any, batches: Mapping[str, list[HostBatch]], weights: Mapping[str, float], mesh: jax.sharding.Mesh
     ):
-        self._batches, self._weights, self._sharding, self._task = batches, weights, sharding, task
+        self._batches, self._weights, self._mesh, self._task = batches, weights, mesh, task
         self._loss = jax.jit(make_held_out_loss(assembly.graph, task))
 
     def __call__(self, state: TrainState, frozen: Parameters) -> dict[str, float]:
@@ -28,7 +28,7 @@ class HeldOut:
         for name, batches in self._batches.items():
             sums: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(2))
             for host in batches:
-                batch = put(host, self._sharding)
+                batch = put(host, self._mesh)
                 for suffix, part in (("", batch), ("_without_pictures", self._task.without_pictures(batch))):
                     if part is None:
                         continue

@@ -19,7 +19,7 @@ from flamingo_jax.cluster.link import Alone, Crew
 from flamingo_jax.configuring import from_json, to_json
 from flamingo_jax.errors import NotLearnedError, UserError
 from flamingo_jax.experiment import Experiment
-from flamingo_jax.partitioning.mesh import batch_sharding, make_mesh
+from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.planning.flops import peak_flops, step_cost
 from flamingo_jax.progress import Bar
 from flamingo_jax.tasks import stages
@@ -93,10 +93,10 @@ def train(
 
         on_start()
         records = Records(workdir, resume_step=start, enabled=primary)
-        feed = Feed(iterators, batch_sharding(mesh))
+        feed = Feed(iterators, mesh)
         meter = Meter(training.max_not_finite, list(iterators), step_cost(experiment), _peak(mesh))
         weights = {name: dataset.weight for name, dataset in experiment.held_out.items()}
-        evaluate = HeldOut(assembly, task, held_out, weights, batch_sharding(mesh))
+        evaluate = HeldOut(assembly, task, held_out, weights, mesh)
         goodput = Goodput(workdir, start, primary, began)
         compiled = None
         step, seconds_saving = start, 0.0

@@ -11,7 +11,7 @@ from flamingo_jax.models import attention
 from flamingo_jax.models.flamingo import Rows, merge_alike
 from flamingo_jax.models.stream import block_length, join, shapes_of, split
 from flamingo_jax.partitioning.constraints import constrain, residual, row_shards
-from flamingo_jax.partitioning.mesh import ROWS, batch_sharding, make_mesh
+from flamingo_jax.partitioning.mesh import ROWS, batch_shardings, make_mesh
 
 PARTS = [np.arange(8 * 6 * 2, dtype=np.float32).reshape(8, 6, 2), -np.arange(16 * 3 * 2, dtype=np.float32).reshape(16, 3, 2)]
 
@@ -22,7 +22,7 @@ def test_split_undoes_join_and_nothing_crosses_devices(shape: tuple[int, int, in
     with jax.set_mesh(mesh):
         assert row_shards() == shape[0] * shape[1]
         there_and_back = jax.jit(lambda *parts: (stream := residual(join(parts)), split(stream, shapes_of(parts))))
-        parts = jax.device_put(PARTS, batch_sharding(mesh))
+        parts = jax.device_put(PARTS, batch_shardings(["tokens"], mesh)["tokens"])
         stream, found = there_and_back(*parts)
         assert stream.shape == (row_shards(), 96 // row_shards(), 2)
         for part, again in zip(PARTS, found, strict=True):

@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import DatasetConfig, Experiment, MeshConfig
-from flamingo_jax.partitioning.mesh import batch_sharding, check_batches, make_mesh
+from flamingo_jax.partitioning.mesh import batch_shardings, check_batches, make_mesh
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_data_joins_slices_and_the_other_axes_stay_within() -> None:
 
 
 def test_rows_lie_over_data_and_fsdp() -> None:
-    sharding = batch_sharding(make_mesh(MeshConfig(2, 2, 2)))
+    sharding = batch_shardings(["tokens"], make_mesh(MeshConfig(2, 2, 2)))["tokens"]
     places = sharding.devices_indices_map((8, 3))
     assert {(index[0].start, index[0].stop) for index in places.values()} == {(0, 2), (2, 4), (4, 6), (6, 8)}
     assert len(places) == 8

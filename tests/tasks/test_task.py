@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flamingo_jax.experiment import FlamingoConfig, LanguageModelConfig, ResamplerConfig, VisionConfig
+from flamingo_jax.experiment import FlamingoConfig, LanguageModelConfig, MeshConfig, ResamplerConfig, VisionConfig
 from flamingo_jax.models.flamingo import Flamingo
-from flamingo_jax.tasks.flamingo import FlamingoTask
+from flamingo_jax.partitioning.mesh import make_mesh
+from flamingo_jax.partitioning.share import Share
+from flamingo_jax.tasks.flamingo import FlamingoTask, in_rows, without_failed
 from flamingo_jax.tasks.language_modelling import LanguageModellingTask
-from flamingo_jax.tasks.task import token_loss
+from flamingo_jax.tasks.task import Loss, target_mask, token_loss
+from flamingo_jax.training.feed import put
 from tests.models.filling import filled
 
 VOCABULARY = 7
@@ -107,6 +110,90 @@ def test_parts_of_pages_lose_as_the_whole_does() -> None:
     jax.tree.map(lambda w, a, b: np.testing.assert_allclose(w, a + b, rtol=1e-4), whole, *halves)
     blind = loss(state, FlamingoTask().without_pictures(batch))
     assert abs(float(blind.total - whole.total)) > 1e-3
+
+
+def looked_at_and_lost() -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """A batch of which three visuals could not be read, and what a host would make of it that knew: every segment that looks at one of them has
+    nothing to learn and nothing to see."""
+    visuals = np.arange(8).reshape(4, 2)
+    batch = flamingo_batch() | {
+        "visuals": jnp.asarray(visuals, jnp.int32),
+        # Two questions about one visual, and a page with one of two lost; a row whose lost visual nobody looks at; padding.
+        "media_index": jnp.asarray([[0, 0, 0, 0, 0, 0, 0, -1], [-1, 0, 0, 0, 1, 1, 1, 1], [-1, -1, 0, 0, 1, 1, -1, -1], [0] * 3 + [-1] * 5], jnp.int32),
+        "loss_mask": jnp.ones((4, 8), bool),
+    }
+    lost = [0, 3, 7]
+    batch["frame_mask"] = jnp.ones((8, 1), bool).at[jnp.array(lost), 0].set(False)
+    known = {name: np.array(batch[name]) for name in ("loss_mask", "media_index", "visuals")}
+    for row, place in np.ndindex(4, 2):
+        if visuals[row, place] in lost:
+            known["visuals"][row, place] = -1
+            for segment in range(1, 9):
+                inside = SEGMENTS[row] == segment
+                if (np.asarray(batch["media_index"])[row][inside] == place).any():
+                    known["loss_mask"][row][inside], known["media_index"][row][inside] = False, -1
+    return batch, batch | {name: jnp.asarray(value) for name, value in known.items()}
+
+
+def test_what_looks_at_a_visual_that_could_not_be_read_is_masked_whole() -> None:
+    batch, known = looked_at_and_lost()
+    found = without_failed(batch)
+    for name in batch:
+        np.testing.assert_array_equal(found[name], known[name], err_msg=name)
+    rest = np.asarray(found["loss_mask"]).any(1).tolist()
+    assert rest == [True, False, True, True], "padding is no target whatever its mask says"
+    for name, value in without_failed(found).items():
+        np.testing.assert_array_equal(value, found[name])
+
+
+@pytest.mark.parametrize("form, reduction", [("accumulate", "sequence_sum"), ("stream", "token_mean")])
+def test_losses_and_gradients_are_those_of_rows_made_without_it(form: str, reduction: str) -> None:
+    """In both forms, in parts, and with every picture taken away; whatever stands where the visual would have stood."""
+    batch, known = looked_at_and_lost()
+    known["features"] = jnp.where(batch["frame_mask"][..., None, None], batch["features"], 0.0)
+    task = FlamingoTask(reduction)
+    graph, state = nnx.split(filled(lambda rngs: Flamingo(CONFIG, rngs=rngs)))
+
+    def total(state: nnx.State, batch: dict[str, jax.Array]) -> tuple[jax.Array, Loss]:
+        loss = task.loss(nnx.merge(graph, state), batch, None)
+        return loss.total, loss
+
+    def streamed(state: nnx.State, batch: dict[str, jax.Array]) -> tuple[jax.Array, Loss]:
+        text = {name: batch[name] for name in ("tokens", "positions", "segments", "media_index", "loss_mask")}
+        loss = task.stream_losses(nnx.merge(graph, state), {"seen": batch, "text": text | {"media_index": jnp.full((4, 8), -1)}}, None)["seen"]
+        return loss.total, loss
+
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    slope = jax.jit(jax.grad(total if form == "accumulate" else streamed, has_aux=True))
+    found, expected = slope(state, batch), slope(state, known)
+    jax.tree.map(close, found, expected)
+    assert float(found[1].metrics["loss_per_token"][1]) == target_mask(known).sum() < target_mask(batch).sum()
+    np.testing.assert_array_equal(task.weight(batch), task.weight(known))
+    parts, expected_parts = task.microbatches(batch, 2), task.microbatches(known, 2)
+    for name in set(parts) - {"features"}:
+        np.testing.assert_array_equal(parts[name], expected_parts[name])
+    blind, expected_blind = task.without_pictures(batch), task.without_pictures(known)
+    assert blind.keys() == expected_blind.keys() == {"tokens", "positions", "segments", "media_index", "loss_mask"}
+    jax.tree.map(np.testing.assert_array_equal, blind, expected_blind)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 4)])
+def test_lists_filled_up_for_the_mesh_are_those_of_rows(shape: tuple[int, int, int]) -> None:
+    """Three visuals a row shard, or six, over two devices or four."""
+    mesh = make_mesh(MeshConfig(*shape))
+    share = Share.of(mesh)
+    real = np.random.default_rng(0).integers(0, 256, (12, 2, 4), np.uint8)
+    listed = share.visuals(4, 3)
+    assert (listed < 0).any()
+    mask = np.array(real[..., 0] > 100)
+    batch = {
+        "images": np.where(listed[:, None, None] >= 0, real[listed], 0), "frame_mask": np.where(listed[:, None] >= 0, mask[listed], False),
+        "visuals": np.arange(12, dtype=np.int32).reshape(4, 3),
+    }
+    with jax.set_mesh(mesh):
+        found = jax.jit(in_rows)(put(batch, mesh))
+    np.testing.assert_array_equal(found["images"], real)
+    np.testing.assert_array_equal(found["frame_mask"], mask)
 
 
 def test_watched_gates_are_those_of_every_block() -> None:
