@@ -13,6 +13,7 @@ from data_pipelines.records import PICTURES, UNREADABLE, Failures, Record, Recor
 from data_pipelines.transforms.examples import (
     Arrays,
     Draws,
+    Place,
     Segment,
     answer_of,
     assemble,
@@ -30,6 +31,7 @@ from data_pipelines.transforms.packing import Plan, plan
 from data_pipelines.transforms.windows import pieces
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import DatasetConfig
+from flamingo_jax.partitioning.share import WHOLE, Share
 from flamingo_jax.processing.images import ImageError, pad
 from flamingo_jax.processing.sequences import pair_overhead, question_tokens, text_tokens
 from flamingo_jax.processing.tokenizer import Tokenizer
@@ -57,8 +59,8 @@ class Making:
     seed: int
     training: bool
     encoder: Encoder | None = None
-    shard: tuple[int, int] = (0, 1)
-    """This process and how many there are: each encodes its part."""
+    process: tuple[int, int] = (0, 1)
+    """This one and how many there are: each encodes its part."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +162,7 @@ class Rows:
             raise UserError(
                 f"the dataset {self.name} is augmented, so its features cannot be kept: set its flip and colour to 0, or training.cache_features off"
             )
-        index, count = self._making.shard
+        index, count = self._making.process
         return load_or_encode(
             opened, PICTURES[dataset.kind], encoder, dataset_folder(dataset.path), dataset.split, image_size=self._making.image_size,
             mean=self._making.mean, index=index, count=count,
@@ -221,32 +223,44 @@ class Rows:
                 self._dropped = made.dropped
             return self._plans[epoch]
 
-    def batch(self, places: Sequence[int]) -> Arrays:
-        """Rows stacked: [B, ...] for each array of `row`. Pictures, the most of a batch, are put where they shall lie and not copied again."""
-        blank = self._canvas.blank
-        shape = (len(places), self._making.dataset.visuals, self._making.dataset.frames, *blank.shape)
-        name = self._canvas.name
-        if self._making.task == "contrastive":
-            name, shape = "images", (len(places), *blank.shape)
-        shown = np.zeros(shape if self._looks else 0, blank.dtype)
-        rows = [self.row(place, shown[number] if shown.size else None) for number, place in enumerate(places)]
-        return {key: shown if key == name else np.stack([row[key] for row in rows]) for key in rows[0]}
+    def batch(self, first: int, size: int, share: Share = WHOLE) -> Arrays:
+        """A share of the global batch of the `size` rows from `first` on; those past a pass over fixed rows are padding.
 
-    def row(self, place: int, out: np.ndarray | None = None) -> Arrays:
-        """One row, without the batch axis; images [N, T, H, W, 3] and visuals [N] count within it. out: zeros to put its pictures on."""
+        Pictures, the most of a batch, are put where they shall lie and not copied again.
+        """
+        dataset, blank, numbers = self._making.dataset, self._canvas.blank, share.rows(size)
+        given: list[Any] = [None] * len(numbers)
+        arrays: Arrays = {}
+        if self._making.task == "contrastive":
+            arrays["images"] = np.zeros((len(numbers), *blank.shape), blank.dtype)
+            given = list(arrays["images"])
+        elif self._looks:
+            listed = share.visuals(size, dataset.visuals)
+            drawn, mask = np.zeros((len(listed), dataset.frames, *blank.shape), blank.dtype), np.zeros((len(listed), dataset.frames), bool)
+            arrays = {self._canvas.name: drawn, "frame_mask": mask}
+            places = {visual: Place(drawn[place], mask[place]) for place, visual in enumerate(listed.tolist())}
+            given = [[places.get(number * dataset.visuals + place) for place in range(dataset.visuals)] for number in numbers.tolist()]
+        rows = [self.row(first + number, out) for number, out in zip(numbers.tolist(), given, strict=True)]
+        arrays |= {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        if "visuals" in arrays:
+            start = (numbers[:, None] * dataset.visuals).astype(np.int32)
+            arrays["visuals"] = np.where(arrays["visuals"] >= 0, arrays["visuals"] + start, -1)
+        return arrays
+
+    def row(self, place: int, out: Any) -> Arrays:
+        """One row, without the batch axis or its pictures; visuals [N] count within it. out: where pictures are put, of a pair zeros [H, W, 3], else
+        Place or None [N]."""
+        if not self._making.training and place >= len(self):
+            return self._visual(np.zeros(0, np.int32), 0, None, out) if self._looks else self._finish([])
         epoch, within = divmod(place, len(self))
         planned, choices = self._plan(epoch)
         items = planned.row(within)
+        if self._looks and self._making.task != "contrastive":
+            return self._visual(items, epoch, choices, out)
         self._failures.saw(int(self._items.count[items].sum()))
         if self._making.task == "contrastive":
             return self._contrastive(int(self._items.record[items[0]]), int(self._items.count[items[0]]), epoch, out)
-        if not self._looks:
-            return self._finish([self._text(item, epoch) for item in items])
-        return self._visual(items, epoch, choices, out)
-
-    def padding(self) -> Arrays:
-        """A row of nothing."""
-        return self._visual(np.zeros(0, np.int32), 0, None) if self._looks else self._finish([])
+        return self._finish([self._text(item, epoch) for item in items])
 
     def _draws(self, epoch: int, record_id: str, caption: tuple[int, bool] | None = None) -> Draws | None:
         return Draws(self._making.seed, epoch, record_id, caption) if self._making.training else None
@@ -270,20 +284,29 @@ class Rows:
         document = record.once("", lambda: text_tokens(strings([record.fields["text"]])[0], tokenizer))
         return text_segment(document, int(self._items.start[item]), int(self._items.length[item]))
 
-    def _visual(self, items: np.ndarray, epoch: int, choices: Choices | None, out: np.ndarray | None = None) -> Arrays:
+    def _visual(self, items: np.ndarray, epoch: int, choices: Choices | None, out: Sequence[Place | None]) -> Arrays:
         dataset = self._making.dataset
         runs = zip(self._items.record[items].tolist(), self._items.count[items].tolist(), strict=True)
         places = [(first + further, further > 0) for first, count in runs for further in range(count)]
         records = [self._records[place] for place, _ in places]
         segments: list[tuple[Segment, Callable[[int, int], np.ndarray]]] = []
+        lost = False
         for (place, shares), record in zip(places, records, strict=True):
             chosen = None if choices is None else (int(choices.caption[place]), bool(choices.space[place]))
             draws = self._draws(epoch, record.id, chosen)
             segment = flamingo_segment(record.fields, record.frame_counts, dataset, self._making.tokenizer, draws, record.once)
+            # Every process that reads the row finds the same damage, and blanks the segments that would share the visual besides.
+            damaged = UNREADABLE in record.fields
+            lost = lost if shares else damaged
+            segment = segment.blank() if damaged or lost else segment
             segments.append((segment.sharing() if shares else segment, self._reader(place, record)))
-        failed = lambda number, error: self._failures.add(records[number].id, error)
-        shown, pictures = show(segments, failed, self._canvas, visuals=dataset.visuals, frames=dataset.frames, out=out)
-        return self._finish(shown) | pictures
+        visuals, here = show(segments, lambda number, error: self._failures.add(records[number].id, error), self._canvas, out)
+        for record, is_here in zip(records, here, strict=True):
+            if is_here and UNREADABLE in record.fields:
+                self._failures.add(record.id, ValueError("it is damaged on disk"))
+        # What other processes read they count: a share of all rows would be too small for the failures that are met here.
+        self._failures.saw(sum(here))
+        return self._finish([segment for segment, _ in segments]) | {"visuals": visuals}
 
     def _reader(self, place: int, record: Record) -> Callable[[int, int], np.ndarray]:
         encoded = self._encoded
@@ -291,7 +314,7 @@ class Rows:
             return record.read
         return lambda visual, frame: encoded.read(place, sum(record.frame_counts[:visual]) + frame)
 
-    def _contrastive(self, place: int, count: int, epoch: int, out: np.ndarray | None) -> Arrays:
+    def _contrastive(self, place: int, count: int, epoch: int, out: np.ndarray) -> Arrays:
         """A pair whose picture cannot be read is an empty picture without one token in its mask, which the loss leaves out.
 
         Of questions, `count` from `place` on are about one visual: the pair is one of its frames and as many of them, answered, as the text has room for.
@@ -301,11 +324,10 @@ class Rows:
         asking = dataset.kind == "questions"
         ids = self._told(place, count, draws) if asking else self._caption(record, draws)
         augment = None if draws is None else draws.augmentation(dataset)
-        image = np.zeros((self._making.image_size, self._making.image_size, 3), np.uint8) if out is None else out
         try:
             frames = record.frame_counts[0]
             pixels = record.read(0, draws.below(frames) if asking and draws is not None and frames else 0)
-            pad(augment([pixels])[0] if augment else pixels, self._making.image_size, self._making.mean, out=image)
+            pad(augment([pixels])[0] if augment else pixels, self._making.image_size, self._making.mean, out=out)
         except ImageError as error:
             self._failures.add(record.id, error)
             ids = ids[:0]
@@ -314,7 +336,7 @@ class Rows:
             ids = np.append(ids[: length - 1], ids[-1])
         tokens = np.full(length, self._making.tokenizer.pad, np.int32)
         tokens[: len(ids)] = ids
-        return {"images": image, "tokens": tokens, "mask": np.arange(length) < len(ids)}
+        return {"tokens": tokens, "mask": np.arange(length) < len(ids)}
 
     def _caption(self, record: Record, draws: Draws | None) -> np.ndarray:
         caption = caption_of(record.fields, draws)

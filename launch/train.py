@@ -28,6 +28,7 @@ from flamingo_jax.cluster.register import Limits
 from flamingo_jax.cluster.supervisor import supervise
 from flamingo_jax.experiment import Experiment, TrainingConfig
 from flamingo_jax.partitioning.mesh import check_batches, make_mesh
+from flamingo_jax.partitioning.share import Share
 from flamingo_jax.processing.tokenizer import Tokenizer, tokenizer_file
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.assembly import load_encoder, open_bases
@@ -85,13 +86,15 @@ def run(experiment: Experiment, workdir: pathlib.Path, crew: Crew | None = None)
 
 
 def _run(experiment: Experiment, workdir: pathlib.Path, crew: Crew | None) -> int:
-    check_batches(experiment, make_mesh(experiment.mesh))
+    mesh = make_mesh(experiment.mesh)
+    check_batches(experiment, mesh)
+    share = Share.of(mesh)
     tokenizer = load_tokenizer(experiment)
     if not PREPARE.value:
         check_tokenizer(experiment, tokenizer, workdir)
     encoder = load_encoder(experiment) if experiment.training.cache_features else None
-    iterators = make_iterators(experiment, tokenizer, encoder)
-    held_out = held_out_batches(experiment, tokenizer, encoder)
+    iterators = make_iterators(experiment, tokenizer, encoder, share)
+    held_out = held_out_batches(experiment, tokenizer, encoder, share)
     for name, iterator in iterators.items():
         log.info("%s: %s", name, told(iterator.summary()))
     if PREPARE.value:

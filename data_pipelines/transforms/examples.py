@@ -69,8 +69,9 @@ class Segment:
         return dataclasses.replace(self, visuals=[], augment=[], shares=True)
 
     def blank(self) -> "Segment":
-        """The same tokens with nothing to learn and nothing to see: what stands in for a record whose pictures cannot be read."""
-        return dataclasses.replace(self, loss_mask=np.zeros_like(self.loss_mask), media_index=np.full_like(self.media_index, -1))
+        """The same tokens with nothing to learn and nothing to see: what stands in for a damaged record."""
+        nothing = np.zeros_like(self.loss_mask), np.full_like(self.media_index, -1)
+        return dataclasses.replace(self, loss_mask=nothing[0], media_index=nothing[1], visuals=[], augment=[])
 
 
 def strings(values: Iterable[Any]) -> list[str]:
@@ -189,46 +190,50 @@ def feature_canvas(shape: tuple[int, int], dtype: np.dtype) -> Canvas:
     return Canvas("features", np.zeros(shape, dtype), lambda features, frame: np.copyto(frame, features))
 
 
+class Place(NamedTuple):
+    """Where a visual's frames are put, all of it zero before. drawn [T, *blank]; mask bool [T], True where there is a frame."""
+
+    drawn: np.ndarray
+    mask: np.ndarray
+
+
 def show(
     segments: Sequence[tuple[Segment, Callable[[int, int], np.ndarray]]],
     failed: Callable[[int, ImageError], None],
     canvas: Canvas,
-    *,
-    visuals: int,
-    frames: int,
-    out: np.ndarray | None = None,
-) -> tuple[list[Segment], Arrays]:
-    """Reads a row's pictures: [N, T, *blank] by the canvas's name, `frame_mask` bool [N, T], `visuals` int32 [N].
+    places: Sequence[Place | None],
+) -> tuple[np.ndarray, list[bool]]:
+    """Reads a row's visuals and puts them in their `places` [N], None for those that another process reads.
 
-    Each segment comes with what reads frame f of visual v of its record. One whose pictures cannot be read is reported by its place to
-    `failed` and blanked, with those that share them; the others are as they would have been without it. out: zeros to put the frames on, made
-    here where it is None.
+    Each segment comes with what reads frame f of visual v of its record. A visual that cannot be read is reported by its segment's place to
+    `failed` and left blank; nothing else of the row changes, or processes that read the same row would not hold the same one.
+
+    Returns: `visuals` int32 [N], each one's place in the row or -1 for none; and whether each segment is read here, by its visuals or those
+    it shares, or if it has none by the place where they would stand.
     """
-    drawn = np.zeros((visuals, frames, *canvas.blank.shape), canvas.blank.dtype) if out is None else out
-    mask = np.zeros((visuals, frames), bool)
-    present = np.full(visuals, -1, np.int32)
-    shown: list[Segment] = []
-    place, blank = 0, False
+    present = np.full(len(places), -1, np.int32)
+    here: list[bool] = []
+    start = 0
     for number, (segment, read) in enumerate(segments):
         if segment.shares:
-            shown.append(segment.blank() if blank else segment)
+            here.append(here[-1])
             continue
-        blank = False
-        try:
-            pictures = [[read(*frame) for frame in visual] for visual in segment.visuals]
-            if not all(pictures):
-                raise ImageError("there are no frames")
-        except ImageError as error:
-            failed(number, error)
-            blank = True
-            shown.append(segment.blank())
-            place += len(segment.visuals)
-            continue
-        for visual, augment in zip(pictures, segment.augment or [None] * len(pictures), strict=True):
-            for frame, picture in enumerate(augment(visual) if augment else visual):
-                canvas.put(picture, drawn[place, frame])
-                mask[place, frame] = True
-            present[place] = place
-            place += 1
-        shown.append(segment)
-    return shown, {canvas.name: drawn, "frame_mask": mask, "visuals": present}
+        own = range(start, start + len(segment.visuals))
+        start = own.stop
+        standing = places[own.start : own.stop]
+        here.append(any(place is not None for place in standing or places[start:][:1] or places[-1:]))
+        present[own.start : own.stop] = own
+        for found, visual, augment in zip(standing, segment.visuals, segment.augment or [None] * len(own), strict=True):
+            if found is None:
+                continue
+            try:
+                frames = [read(*frame) for frame in visual]
+                if not frames:
+                    raise ImageError("there are no frames")
+            except ImageError as error:
+                failed(number, error)
+                continue
+            for frame, picture in enumerate(augment(frames) if augment else frames):
+                canvas.put(picture, found.drawn[frame])
+                found.mask[frame] = True
+    return present, here

@@ -2,14 +2,16 @@
 
 import dataclasses
 import io
+import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 import sentencepiece
 from PIL import Image
 
-from data_pipelines.mixture import WHOLE, Shard, held_out, make_iterator
+from data_pipelines.mixture import held_out, make_iterator
 from data_pipelines.transforms.augmentation import draw
 from data_pipelines.transforms.lengths import load_or_measure, measure
 from flamingo_jax.errors import UserError
@@ -17,7 +19,11 @@ from flamingo_jax.evaluation.examples import Example
 from flamingo_jax.evaluation.prompts import QUESTION, few_shot
 from flamingo_jax.experiment import DatasetConfig
 from flamingo_jax.inference.prompts import Visual, tokenise
+from flamingo_jax.partitioning.share import WHOLE, Share
+from flamingo_jax.processing import images
 from flamingo_jax.processing.tokenizer import SentencePieceTokenizer, Tokenizer
+from flamingo_jax.tasks.flamingo import without_failed
+from tests.partitioning.processes import processes
 
 MEAN = (0.2, 0.4, 0.6)
 SIZE = 8
@@ -100,9 +106,9 @@ CASES = [
 ]
 
 
-def iterator(task, kind, tokenizer, *, source=None, threads=0, seed=3, shard=WHOLE, cache_bytes=1 << 20, **changes):
+def iterator(task, kind, tokenizer, *, source=None, threads=0, seed=3, share=WHOLE, cache_bytes=1 << 20, **changes):
     return make_iterator(
-        dataclasses.replace(CONFIGS[kind], **changes), tokenizer=tokenizer, task=task, image_size=SIZE, mean=MEAN, seed=seed, shard=shard,
+        dataclasses.replace(CONFIGS[kind], **changes), tokenizer=tokenizer, task=task, image_size=SIZE, mean=MEAN, seed=seed, share=share,
         text_length=24, source=SOURCES[kind] if source is None else source, threads=threads, cache_bytes=cache_bytes,
     )
 
@@ -119,37 +125,53 @@ def same(first, second):
         np.testing.assert_array_equal(first[name], second[name], err_msg=name)
 
 
-def joined(parts, shards):
-    """The batch of one process out of the batches of several: row i of shard s is row i * shards + s."""
-    whole = {}
-    places = parts[0]["visuals"].shape[1] if "visuals" in parts[0] else 1
-    for name in parts[0]:
-        blocks = places if name in ("images", "frame_mask") and "visuals" in parts[0] else 1
-        rows = [part[name].reshape(-1, blocks, *part[name].shape[1:]) for part in parts]
-        mixed = np.stack(rows, axis=1)
-        whole[name] = mixed.reshape(-1, *parts[0][name].shape[1:])
-    if "visuals" in whole:
-        own = np.arange(places)[None] + places * np.arange(len(whole["visuals"]))[:, None]
-        whole["visuals"] = np.where(whole["visuals"] >= 0, own, -1)
-    return whole
+def in_lists(batch, group):
+    """The arrays of one process with every row shard's list of visuals filled up with blanks for the mesh's `model`."""
+    rows, model = group.mesh.size // group.mesh.shape["model"], group.mesh.shape["model"]
+    lists = {name: a.reshape(rows, -1, *a.shape[1:]) for name, a in batch.items() if name in ("images", "frame_mask") and "visuals" in batch}
+    filled = {name: np.pad(a, [(0, 0), (0, -a.shape[1] % model), *[(0, 0)] * (a.ndim - 2)]) for name, a in lists.items()}
+    return batch | {name: a.reshape(-1, *a.shape[2:]) for name, a in filled.items()}
+
+
+GROUPS = [((2, 2, 2), 2, None), ((4, 1, 2), 4, 0), ((1, 2, 4), 4, None), ((1, 1, 8), 2, 1)]
+"""Meshes whose devices several processes hold, the last three with `model` across them, two of them in disorder."""
 
 
 @pytest.mark.parametrize("task, kind", CASES)
-def test_the_same_batches_on_one_or_two_processes_threaded_or_not(task, kind, tokenizer):
-    one = take(iterator(task, kind, tokenizer), 8)
-    two = [take(iterator(task, kind, tokenizer, shard=Shard(i, 2), threads=2, cache_bytes=0), 8) for i in range(2)]
-    for step, batch in enumerate(one):
-        same(batch, joined([part[step] for part in two], 2))
+def test_the_same_batches_on_any_number_of_processes_threaded_or_not(task, kind, tokenizer):
+    """Array for array, with a picture that cannot be read among them, which some of the processes never try to."""
+    source = broken(SOURCES[kind], {5})
+    one = take(iterator(task, kind, tokenizer, source=source), 8)
+    for shape, count, seed in GROUPS:
+        group = processes(shape, count, seed)
+        parts = [take(iterator(task, kind, tokenizer, source=source, share=share, threads=2, cache_bytes=0), 8) for share in group.shares]
+        for step, batch in enumerate(one):
+            same(in_lists(batch, group), group.assembled([part[step] for part in parts]))
     assert any(not np.array_equal(one[0]["tokens"], batch["tokens"]) for batch in one[1:])
     other = next(iterator(task, kind, tokenizer, seed=4))
     assert not np.array_equal(other["tokens"], one[0]["tokens"])
+
+
+def test_a_process_decodes_the_pictures_of_its_own_devices_alone(tokenizer, monkeypatch):
+    met = []
+    decode = images.decode
+    monkeypatch.setattr(images, "decode", lambda data, size, **options: met.append(data) or decode(data, size, **options))
+
+    def decoded(share):
+        met.clear()
+        take(iterator("flamingo", "pages", tokenizer, share=share, cache_bytes=0), 1)
+        return sorted(met)
+
+    whole = decoded(WHOLE)
+    each = [decoded(share) for share in processes((1, 2, 4), 4).shares]
+    assert sorted(itertools.chain(*each)) == whole and max(map(len, each)) <= len(whole) / 2
 
 
 @pytest.mark.parametrize("task, kind", CASES)
 @pytest.mark.parametrize("stop", [1, 5])
 def test_an_interrupted_run_goes_on_with_the_same_batches(task, kind, stop, tokenizer):
     whole = take(iterator(task, kind, tokenizer), 9)
-    began = iterator(task, kind, tokenizer, threads=2, shard=Shard(1, 2))
+    began = iterator(task, kind, tokenizer, threads=2, share=processes((4, 1, 2), 4).shares[1])
     for _ in range(stop):
         next(began)
     state = json.loads(json.dumps(began.get_state()))
@@ -333,7 +355,8 @@ def test_a_bad_picture_blanks_all_questions_that_share_it(tokenizer):
             text = tokenizer.decode(batch["tokens"][0][mask].tolist())
             blank = int(text.split(" n")[1].split()[0]) < 3
             lost += blank
-            assert batch["loss_mask"][0][mask].any() != blank and (batch["media_index"][0][mask] >= 0).any() != blank
+            read = masked(batch)
+            assert read["loss_mask"][0][mask].any() != blank and (read["media_index"][0][mask] >= 0).any() != blank
     assert lost == 3 and it.summary()["failed"] == ["question0"]
 
 
@@ -413,6 +436,11 @@ def broken(source, numbers):
     return out
 
 
+def masked(batch):
+    """As the task reads it."""
+    return jax.tree.map(np.asarray, without_failed(batch))
+
+
 @pytest.mark.parametrize("kind", ["pairs", "pages", "videos"])
 def test_a_bad_picture_masks_its_segment_and_moves_nothing(kind, tokenizer, caplog):
     record = SOURCES[kind][5]
@@ -420,8 +448,10 @@ def test_a_bad_picture_masks_its_segment_and_moves_nothing(kind, tokenizer, capl
     hit = 0
     for _ in range(2 * good.summary()["rows"]):
         whole, holed = next(good), next(bad)
-        for name in ("tokens", "positions", "segments"):
+        for name in ("tokens", "positions", "segments", "media_index", "loss_mask", "visuals"):
             np.testing.assert_array_equal(whole[name], holed[name])
+        same(whole, masked(whole))
+        holed = masked(holed)
         changed = (whole["loss_mask"] != holed["loss_mask"])[0]
         places = (whole["visuals"] != holed["visuals"])[0]
         if changed.any():
@@ -454,6 +484,22 @@ def test_too_many_bad_pictures_stop_the_run(threads, tokenizer):
     it.close()
 
 
+def test_the_share_of_bad_pictures_is_that_of_those_a_process_reads(tokenizer):
+    """Four processes share every row: what each counts as seen is what it decodes itself, and no good picture for what another does."""
+    bad = {7, 50, 99, 120}
+    rows = iterator("flamingo", "pairs", tokenizer, source=broken(pairs(200), bad), batch_size=1, visuals=4).summary()["rows"]
+    seen, failed = [], set()
+    for share in processes((1, 1, 8), 4).shares:
+        it = iterator("flamingo", "pairs", tokenizer, source=broken(pairs(200), bad), batch_size=2, visuals=4, share=share)
+        take(it, rows // 2)
+        seen.append(it._rows._failures.seen)
+        failed |= set(it.summary()["failed"])
+    everyone = iterator("flamingo", "pairs", tokenizer, source=broken(pairs(200), bad), batch_size=2, visuals=4)
+    take(everyone, rows // 2)
+    assert sum(seen) == everyone._rows._failures.seen > 150 and 0 < min(seen) <= max(seen) < 100
+    assert failed == set(everyone.summary()["failed"]) and len(failed) >= 3
+
+
 def test_summary_accounts_for_every_record(tokenizer):
     source = [*pairs(10), {"id": "long", "image": picture(1), "captions": ["star " * 200]}]
     it = iterator("flamingo", "pairs", tokenizer, source=source, batch_size=1)
@@ -477,13 +523,14 @@ def test_cut_contrastive_captions_are_counted_once_each(tokenizer):
 @pytest.mark.parametrize("task, kind", CASES)
 def test_held_out_batches_are_fixed(task, kind, tokenizer):
     config = dataclasses.replace(CONFIGS[kind], batch_size=2)
-    make = lambda shard: held_out(  # noqa: E731
-        config, tokenizer=tokenizer, task=task, batches=2, image_size=SIZE, mean=MEAN, shard=shard, text_length=24, source=SOURCES[kind]
+    make = lambda share: held_out(  # noqa: E731
+        config, tokenizer=tokenizer, task=task, batches=2, image_size=SIZE, mean=MEAN, share=share, text_length=24, source=SOURCES[kind]
     )
-    one, halves = make(Shard()), [make(Shard(i, 2)) for i in range(2)]
+    group = processes((2, 1, 4), 4)
+    one, parts = make(WHOLE), [make(share) for share in group.shares]
     assert len(one) == 2
     for step, batch in enumerate(one):
-        same(batch, joined([half[step] for half in halves], 2))
+        same(in_lists(batch, group), group.assembled([part[step] for part in parts]))
 
 
 def test_a_small_held_out_set_is_padded(tokenizer):
@@ -502,7 +549,7 @@ def test_bad_configs_are_refused(tokenizer, tmp_path):
     with pytest.raises(UserError, match="kind text or questions"):
         iterator("language_modelling", "pairs", tokenizer)
     with pytest.raises(UserError, match="3 data shards"):
-        iterator("flamingo", "pairs", tokenizer, shard=Shard(0, 3))
+        iterator("flamingo", "pairs", tokenizer, share=Share(row_shards=3))
     with pytest.raises(UserError, match="is empty"):
         iterator("flamingo", "pairs", tokenizer, source=[])
     with pytest.raises(UserError, match="no room for a caption"):
