@@ -1,6 +1,7 @@
 """Visual conditioning: the frozen language model at gates 0, who sees what, packing, decoding."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flamingo_jax.experiment import FlamingoConfig, LanguageModelConfig, ResamplerConfig, VisionConfig, ViTConfig
+from flamingo_jax.experiment import FlamingoConfig, LanguageModelConfig, MeshConfig, ResamplerConfig, VisionConfig, ViTConfig
 from flamingo_jax.models import nfnet
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.models.gated_xattn import media_mask
+from flamingo_jax.partitioning.mesh import batch_shardings, make_mesh
 from flamingo_jax.processing.normalise import normalise
 from flamingo_jax.pytrees import to_flat
 from tests.models.filling import ONE_STAGE, filled
@@ -123,6 +125,29 @@ def test_decoding_token_by_token_equals_the_whole_row(attend: str) -> None:
         logits, cache = step(state, TOKENS[:, start:stop], POSITIONS[:, start:stop], MEDIA_INDEX[:, start:stop], cache)
         parts.append(logits)
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("counts", [(16, 8), (16, 12), (12,), (8,)])
+@pytest.mark.parametrize("frames_at_once", [0, 2])
+def test_pictures_that_divide_are_encoded_where_they_lie(counts: tuple[int, ...], frames_at_once: int) -> None:
+    """Only features move then; where they do not divide over all devices, the encoder's work is shared out anew."""
+    vision = VisionConfig(image_size=8, vit=ViTConfig(patch_size=4, layers=1, width=8, heads=2, feed_forward=16))
+    config = dataclasses.replace(CONFIG, vision=vision, language_model=dataclasses.replace(LANGUAGE_MODEL, layers=1))
+    graph, state = nnx.split(filled(lambda rngs: Flamingo(config, rngs=rngs, frames_at_once=frames_at_once)))
+    parts = [RNG.integers(0, 256, (count, 1 + place, 8, 8, 3), np.uint8) for place, count in enumerate(counts)]
+    encode = lambda state, parts: nnx.merge(graph, state).encode_stream(parts)
+    expected = jax.jit(encode)(state, parts)
+    divide = all(count % 8 == 0 for count in counts)
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    with jax.set_mesh(mesh):
+        lie = batch_shardings(["images" if divide else "tokens", "visuals"], mesh)["images" if divide else "tokens"]
+        compiled = jax.jit(encode, in_shardings=(None, lie)).lower(state, parts).compile()
+        found = compiled(state, jax.device_put(parts, lie))
+    for a, b in zip(found, expected, strict=True):
+        assert a.sharding.shard_shape(a.shape)[0] == a.shape[0] // 4
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    moved = re.findall(r"= \(?u8\[.* (?:all-gather|all-to-all|collective-permute|all-reduce)", compiled.as_text())
+    assert not (divide and moved)
 
 
 def test_the_size_of_the_program_does_not_grow_with_depth() -> None:
