@@ -233,7 +233,7 @@ class _Desk:
 
     @property
     def deserted(self) -> bool:
-        return not any(line.open for line in self._lines)
+        return not any(line.open for line, index in self._lines.items() if index is not None)
 
     def turn(self, now: float) -> None:
         """Hears who has something to say and answers."""
@@ -244,8 +244,12 @@ class _Desk:
                 break
             self._lines[Line(connection)] = None
         for line in list(self._lines):
-            for message in line.take():
-                self._hear(line, message, now)
+            try:
+                for message in line.take():
+                    self._hear(line, message, now)
+            except (KeyError, TypeError, ValueError):
+                # Whoever this is, it is no process of the run.
+                line.close()
             if not line.open:
                 index = self._lines.pop(line)
                 line.close()

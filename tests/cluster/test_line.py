@@ -1,0 +1,48 @@
+"""Messages over a socket that never blocks."""
+
+import socket
+
+from flamingo_jax.cluster.line import MOST_BYTES, Line
+
+
+def pair() -> tuple[Line, Line]:
+    return tuple(Line(end) for end in socket.socketpair())  # type: ignore[return-value]
+
+
+def test_messages_arrive_whole_and_in_order_however_large() -> None:
+    one, other = pair()
+    large = {"text": "ä\n" * 300_000}
+    one.send({"number": 1})
+    one.send(large)
+    found = []
+    while len(found) < 2:
+        found += other.take()
+        one.take()
+    assert found == [{"number": 1}, large] and one.open and other.open
+
+
+def test_what_was_sent_before_the_end_is_still_heard() -> None:
+    one, other = pair()
+    one.send({"last": True})
+    one.close()
+    assert other.take() == [{"last": True}] and not other.open
+    other.send({"nobody": "hears"})
+    assert not other.open
+
+
+def test_what_is_no_message_closes_the_line() -> None:
+    for noise in (b"GET / HTTP/1.1\r\n\r\n", b"[1, 2]\n", b'{"a": \xff}\n'):
+        raw, ours = socket.socketpair()
+        line = Line(ours)
+        raw.sendall(noise)
+        assert line.take() == [] and not line.open
+    raw, ours = socket.socketpair()
+    line = Line(ours)
+    raw.setblocking(False)
+    sent = 0
+    while line.open and sent <= 2 * MOST_BYTES:
+        try:
+            sent += raw.send(b"x" * (1 << 20))
+        except BlockingIOError:
+            line.take()
+    assert not line.open and sent < 2 * MOST_BYTES
