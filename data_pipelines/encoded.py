@@ -139,7 +139,7 @@ class _Pictures:
         pictures: list[np.ndarray | None] = []
         met: dict[bytes, int] = {}
         for place in range(part * RECORDS, min((part + 1) * RECORDS, len(self._records))):
-            record = Record(self._records[place], self._feature, self._size)
+            record = Record(self._records, place, self._feature, self._size)
             counts.append(sum(record.frame_counts))
             for visual, frames in enumerate(record.frame_counts):
                 for frame in range(frames):

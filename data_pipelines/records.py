@@ -5,8 +5,8 @@ import logging
 import math
 import pathlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,8 +59,16 @@ def open_records(path: str | pathlib.Path, split: str, kind: str | None = None) 
     if missing:
         raise UserError(f"the dataset {folder} has no {', '.join(missing)}, so it is not of kind {kind!r}: mend the dataset's `kind` or `path`")
 
-    decoders = left_encoded(name for name in PICTURES.values() if name in fields)
-    return Readable(builder.as_data_source(split=split, decoders=decoders), kind or kind_of(fields), f"{folder} {split}")
+    kind = kind or kind_of(fields)
+    own = fields.get_serialized_info()
+    source: Sequence[Any]
+    if own == features(kind).get_serialized_info() and builder.info.file_format is tfds.core.FileFormat.ARRAY_RECORD:
+        raw = builder.as_data_source(split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+        source = Parsed(raw, {name: bool(info.shape) for name, info in own.items()})
+    else:
+        decoders = left_encoded(name for name in PICTURES.values() if name in fields)
+        source = builder.as_data_source(split=split, decoders=decoders)
+    return Readable(source, kind, f"{folder} {split}")
 
 
 def left_encoded(names: Iterable[str]) -> dict[str, Any]:
@@ -74,6 +82,35 @@ def left_encoded(names: Iterable[str]) -> dict[str, Any]:
             return pictures
 
     return {name: Encoded() for name in names}
+
+
+class Parsed(Sequence[Any]):
+    """A split of serialised tf.train.Examples, as TFDS decodes them but for pictures, which stay encoded, and for sequences, which are lists.
+
+    TFDS's own decoding knows every feature there is and takes four times as long. plural: {name of a field: whether it is a sequence}.
+    """
+
+    def __init__(self, raw: Sequence[bytes], plural: Mapping[str, bool]):
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        self._raw, self._plural, self._parse = raw, plural, tf_example_pb2.Example.FromString
+
+    def __len__(self) -> int:
+        return len(self._raw)
+
+    def __getitem__(self, place: Any) -> Any:
+        """Raises ValueError where a field is missing, or is several and not a sequence."""
+        stored = self._parse(self._raw[place]).features.feature
+        record: dict[str, Any] = {}
+        for name, plural in self._plural.items():
+            form = stored[name].WhichOneof("kind")
+            if form is None:
+                raise ValueError(f"it has no {name}")
+            values = list(getattr(stored[name], form).value)
+            if not plural and len(values) != 1:
+                raise ValueError(f"it has {len(values)} of {name} in place of one")
+            record[name] = values if plural else values[0]
+        return record
 
 
 class Readable(Sequence[Any]):
@@ -98,9 +135,21 @@ class Readable(Sequence[Any]):
             return {"id": f"#{place}", UNREADABLE: True, **BLANKS[self._kind]}
 
 
+class Known(NamedTuple):
+    """What stays of a record in memory when its pictures do not: a row that shows none of them is made of this alone.
+
+    made: see `Record.once`. damaged: its bytes on disk are.
+    """
+
+    id: str
+    frame_counts: list[int]
+    made: dict[str, Any]
+    damaged: bool
+
+
 class Records:
-    """Records by position. What is read stays in memory until `cache_bytes` are used; the rest is read again on each visit, but for what was made
-    of its texts, which has a budget of its own: tokens are small, and making them may take as long as decoding the pictures.
+    """Records by position. What is read stays in memory until `cache_bytes` are used; the rest is read again when it is asked for, but for what was
+    made of its texts, which has a budget of its own: tokens are small, and making them may take as long as decoding the pictures.
 
     pictures: False where only their number is asked for. Safe to use from several threads.
     """
@@ -109,47 +158,81 @@ class Records:
         self._source, self._feature, self._size, self._pictures = source, PICTURES.get(kind), image_size, pictures
         self._left, self._left_for_texts = cache_bytes, TEXT_BYTES
         self._kept: dict[int, Record] = {}
-        self._made: dict[int, dict[str, Any]] = {}
+        self._known: dict[int, Known] = {}
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, place: int) -> "Record":
         record = self._kept.get(place)
-        if record is None:
-            record = Record(self._source[place], self._feature, self._size, pictures=self._pictures, made=self._made.get(place))
+        if record is not None:
+            return record
+        known = self._known.get(place)
+        record = Record(self._source, place, self._feature, self._size, pictures=self._pictures, known=known)
+        if known is None:
             # Two threads may both pass here and overrun the budget by a record.
             if record.cost <= self._left:
                 self._left -= record.cost
                 self._kept[place] = record
-            elif place not in self._made and record.text_cost <= self._left_for_texts:
+            elif record.text_cost <= self._left_for_texts:
                 self._left_for_texts -= record.text_cost
-                self._made[place] = record.made
+                self._known[place] = record.known
         return record
 
 
 class Record:
-    """One record: `fields` without pictures, `id`, and its pictures by (visual, frame).
+    """One record of `source`: what is `known` of it, its `fields` without pictures, and its pictures by (visual, frame).
 
-    frame_counts: stored frames of each visual. pictures: False keeps no more of them than that. made: see `once`, from an earlier visit.
-    cost: the most bytes it takes, each picture encoded or decoded, and every token made; text_cost: the most that what is made takes.
+    frame_counts: stored frames of each visual. pictures: False keeps no more of them than that. known: from an earlier visit; then the record is
+    not read before its fields or pictures are asked for.
     """
 
-    def __init__(self, fields: Any, feature: str | None, size: int, *, pictures: bool = True, made: dict[str, Any] | None = None):
-        self.fields = {name: value for name, value in fields.items() if name != feature}
-        self.id = strings([fields["id"]])[0]
-        self._size = size
-        stored = [] if feature is None else fields[feature]
-        if feature == "image":
-            stored = [stored]
-        nested = [list(stored)] if feature == "frames" else [[picture] for picture in stored]
-        self.frame_counts = [len(frames) for frames in nested]
-        self._pictures: list[list[bytes | np.ndarray]] = nested if pictures else []
-        self.made: dict[str, Any] = {} if made is None else made
-        texts = [fields.get("text", ""), *(text for name in ("texts", "captions", "answers") for text in fields.get(name, ()))]
-        kept = [max(len(picture), 3 * size * size) + 200 for frames in self._pictures for picture in frames]
-        self.text_cost = 1_000 + 5 * sum(map(len, texts))
-        self.cost = 1_000 + sum(kept) + self.text_cost
+    def __init__(self, source: Sequence[Any], place: int, feature: str | None, size: int, *, pictures: bool = True, known: Known | None = None):
+        self._source, self._place, self._feature, self._size, self._keep = source, place, feature, size, pictures
+        self._fields: dict[str, Any] | None = None
+        self._pictures: list[list[bytes | np.ndarray]] = []
+        if known is None:
+            counts = self._load()
+            known = Known(strings([self.fields["id"]])[0], counts, {}, UNREADABLE in self.fields)
+        self.known = known
+        self.id, self.frame_counts, self.made, self.damaged = known
+
+    def _load(self) -> list[int]:
+        """Reads it; the stored frames of each visual."""
+        stored = self._source[self._place]
+        pictures = [] if self._feature is None else stored[self._feature]
+        if self._feature == "image":
+            pictures = [pictures]
+        nested = [list(pictures)] if self._feature == "frames" else [[picture] for picture in pictures]
+        self._pictures = nested if self._keep else []
+        self._fields = {name: value for name, value in stored.items() if name != self._feature}
+        return [len(frames) for frames in nested]
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        if self._fields is None:
+            self._load()
+        assert self._fields is not None
+        return self._fields
+
+    @property
+    def pictures(self) -> list[list[bytes | np.ndarray]]:
+        """By visual and frame, as they are on disk or as they were decoded; none where they are not kept."""
+        if self._fields is None:
+            self._load()
+        return self._pictures
+
+    @property
+    def text_cost(self) -> int:
+        """The most bytes that what is known of it takes, every token made."""
+        texts = [self.fields.get("text", ""), *(text for name in ("texts", "captions", "answers") for text in self.fields.get(name, ()))]
+        return 1_000 + 5 * sum(map(len, texts))
+
+    @property
+    def cost(self) -> int:
+        """The most bytes it takes, each picture encoded or decoded, and every token made; to be asked for before pictures are read."""
+        kept = [max(len(picture), 3 * self._size * self._size) + 200 for frames in self.pictures for picture in frames]
+        return 1_000 + sum(kept) + self.text_cost
 
     def once(self, text: str, make: Callable[[], Any]) -> Any:
         """What `make` makes of one of the texts, or for "" of all together, kept: each visit and each piece of a book asks for it again."""
@@ -159,17 +242,18 @@ class Record:
 
     def digest(self, visual: int, frame: int) -> bytes:
         """Names a picture's bytes as they are on disk; to be asked for before it is read."""
-        picture = self._pictures[visual][frame]
+        picture = self.pictures[visual][frame]
         assert isinstance(picture, bytes), "it has been decoded"
         return hashlib.blake2b(picture, digest_size=16).digest()
 
     def read(self, visual: int, frame: int) -> np.ndarray:
         """uint8 [h, w, 3], its longer side the image size. Raises ImageError."""
-        if visual >= len(self._pictures):
-            raise images.ImageError(f"its texts ask for more pictures than the {len(self._pictures)} it has")
-        picture = self._pictures[visual][frame]
+        pictures = self.pictures
+        if visual >= len(pictures):
+            raise images.ImageError(f"its texts ask for more pictures than the {len(pictures)} it has")
+        picture = pictures[visual][frame]
         if isinstance(picture, bytes):
-            picture = self._pictures[visual][frame] = images.decode(picture, self._size)
+            picture = pictures[visual][frame] = images.decode(picture, self._size)
         return picture
 
 

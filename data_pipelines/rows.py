@@ -9,7 +9,8 @@ import numpy as np
 
 from data_pipelines.encoded import EncodedPictures, Encoder, load_or_encode
 from data_pipelines.features import dataset_folder
-from data_pipelines.records import PICTURES, UNREADABLE, Failures, Record, Records, open_records
+from data_pipelines.records import PICTURES, Failures, Record, Records, open_records
+from data_pipelines.transforms.blanks import Blanks
 from data_pipelines.transforms.examples import (
     Arrays,
     Draws,
@@ -147,6 +148,7 @@ class Rows:
                 "raise its `length` or `visuals`"
             )
         self._canvas = image_canvas(making.image_size, making.mean)
+        self._blanks = Blanks()
         self._encoded: EncodedPictures | None = None
         if making.encoder is not None and self._looks:
             self._encoded = self._encode(opened, making.encoder)
@@ -232,16 +234,19 @@ class Rows:
         given: list[Any] = [None] * len(numbers)
         arrays: Arrays = {}
         if self._making.task == "contrastive":
-            arrays["images"] = np.zeros((len(numbers), *blank.shape), blank.dtype)
-            given = list(arrays["images"])
+            drawn, mask = self._blanks.take((len(numbers), *blank.shape), blank.dtype), np.ones(len(numbers), bool)
+            arrays, given = {"images": drawn}, list(drawn)
         elif self._looks:
             listed = share.visuals(size, dataset.visuals)
-            drawn, mask = np.zeros((len(listed), dataset.frames, *blank.shape), blank.dtype), np.zeros((len(listed), dataset.frames), bool)
+            drawn = self._blanks.take((len(listed), dataset.frames, *blank.shape), blank.dtype)
+            mask = np.zeros((len(listed), dataset.frames), bool)
             arrays = {self._canvas.name: drawn, "frame_mask": mask}
             places = {visual: Place(drawn[place], mask[place]) for place, visual in enumerate(listed.tolist())}
             given = [[places.get(number * dataset.visuals + place) for place in range(dataset.visuals)] for number in numbers.tolist()]
         rows = [self.row(first + number, out) for number, out in zip(numbers.tolist(), given, strict=True)]
-        arrays |= {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        arrays |= {name: np.array([row[name] for row in rows]) for name in rows[0]}
+        if self._looks:
+            self._blanks.wrote(drawn, mask)
         if "visuals" in arrays:
             start = (numbers[:, None] * dataset.visuals).astype(np.int32)
             arrays["visuals"] = np.where(arrays["visuals"] >= 0, arrays["visuals"] + start, -1)
@@ -273,7 +278,7 @@ class Rows:
 
     def _text(self, item: int, epoch: int) -> Segment:
         record, dataset, tokenizer = self._records[int(self._items.record[item])], self._making.dataset, self._making.tokenizer
-        if UNREADABLE in record.fields:
+        if record.damaged:
             self._failures.add(record.id, ValueError("it is damaged on disk"))
             nothing = np.zeros(int(self._items.length[item]), np.int32)
             return Segment(np.full_like(nothing, tokenizer.pad), nothing.astype(bool), nothing - 1)
@@ -294,15 +299,15 @@ class Rows:
         for (place, shares), record in zip(places, records, strict=True):
             chosen = None if choices is None else (int(choices.caption[place]), bool(choices.space[place]))
             draws = self._draws(epoch, record.id, chosen)
-            segment = flamingo_segment(record.fields, record.frame_counts, dataset, self._making.tokenizer, draws, record.once)
+            segment = flamingo_segment(record, dataset, self._making.tokenizer, draws)
             # Every process that reads the row finds the same damage, and blanks the segments that would share the visual besides.
-            damaged = UNREADABLE in record.fields
+            damaged = record.damaged
             lost = lost if shares else damaged
             segment = segment.blank() if damaged or lost else segment
             segments.append((segment.sharing() if shares else segment, self._reader(place, record)))
         visuals, here = show(segments, lambda number, error: self._failures.add(records[number].id, error), self._canvas, out)
         for record, is_here in zip(records, here, strict=True):
-            if is_here and UNREADABLE in record.fields:
+            if is_here and record.damaged:
                 self._failures.add(record.id, ValueError("it is damaged on disk"))
         # What other processes read they count: a share of all rows would be too small for the failures that are met here.
         self._failures.saw(sum(here))

@@ -17,8 +17,6 @@ from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.processing.video import clip
 
 Arrays = dict[str, np.ndarray]
-Once = Callable[[str, Callable[[], Any]], Any]
-"""(text, what makes something of it) -> what was made of it, now or before."""
 
 
 class Draws:
@@ -33,7 +31,7 @@ class Draws:
     def rng(self) -> np.random.Generator:
         """Made when something is drawn: often nothing is, and then it would be half of a row's work."""
         digest = hashlib.blake2b(self._key.encode(), digest_size=16).digest()
-        return np.random.Generator(np.random.Philox(key=int.from_bytes(digest)))
+        return np.random.Generator(np.random.Philox(_Key(digest)))  # type: ignore[arg-type]
 
     def happens(self, probability: float) -> bool:
         return probability > 0 and (probability >= 1 or self.rng.random() < probability)
@@ -45,6 +43,19 @@ class Draws:
     def augmentation(self, dataset: DatasetConfig) -> augmentation.Augmentation | None:
         """A visual's, as the dataset wants it."""
         return augmentation.draw(self.rng, flip=dataset.flip, colour=dataset.colour) if dataset.flip or dataset.colour else None
+
+
+class _Key(np.random.bit_generator.ISeedSequence):
+    """A Philox generator's key in place of its seed: what `Philox(key=...)` gives without asking the system for a seed that it has no use for.
+
+    numpy's type stubs know of no such sequence.
+    """
+
+    def __init__(self, digest: bytes):
+        self._digest = digest
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
+        return np.frombuffer(self._digest[::-1], np.dtype(dtype).newbyteorder("<"), n_words).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,28 +114,26 @@ def opening_of(record: Any, dataset: DatasetConfig) -> str:
     return sequences.asked(dataset.prompt, strings([record["question"]])[0])
 
 
-def flamingo_segment(
-    record: Any, frame_counts: list[int], dataset: DatasetConfig, tokenizer: Tokenizer, draws: Draws | None, once: Once
-) -> Segment:
-    """A page, a pair, a clip or a question of a record; `draws` None gives the one fixed choice that evaluation makes.
+def flamingo_segment(record: Any, dataset: DatasetConfig, tokenizer: Tokenizer, draws: Draws | None) -> Segment:
+    """A page, a pair, a clip or a question of a `records.Record`; `draws` None gives the one fixed choice that evaluation makes.
 
-    frame_counts: the stored frames of each of the record's visuals.
-    once: keeps what is made of the record's texts for its next visits.
+    Its fields are asked for only where something is made of them that is not kept: a page whose window shows no picture need not be read again.
     """
     if dataset.kind == "pages":
-        sequence = once("", lambda: sequences.page_sequence(strings(record["texts"]), tokenizer))
+        sequence = record.once("", lambda: sequences.page_sequence(strings(record.fields["texts"]), tokenizer))
         part = _page_window(sequence, dataset, draws)
         visuals = [[(place, 0)] for place in part.visuals]
     else:
         if dataset.kind == "questions":
-            text = answer_of(record, draws)
-            make = lambda: sequences.question_sequence(opening_of(record, dataset), text, tokenizer)
+            text = answer_of(record.fields, draws)
+            make = lambda: sequences.question_sequence(opening_of(record.fields, dataset), text, tokenizer)
         else:
-            text = caption_of(record, draws)
+            text = caption_of(record.fields, draws)
             make = lambda: sequences.pair_sequence(text, tokenizer, length=dataset.length)
-        part = once(text, lambda: window(make(), 0, dataset.length, 1, "previous"))
-        whole = frame_counts[0] <= dataset.frames
-        run = clip(frame_counts[0], dataset.frames, None if draws is None or whole else draws.rng)
+        part = record.once(text, lambda: window(make(), 0, dataset.length, 1, "previous"))
+        frames = record.frame_counts[0]
+        whole = frames <= dataset.frames
+        run = clip(frames, dataset.frames, None if draws is None or whole else draws.rng)
         visuals = [[(0, frame) for frame in run]]
     augment = [] if draws is None else [draws.augmentation(dataset) for _ in visuals]
     return Segment(part.tokens, part.loss_mask, part.media_index, visuals, augment)
@@ -162,11 +171,11 @@ def assemble(segments: Sequence[Segment], *, length: int, pad_token: int) -> Arr
     for number, segment in enumerate(segments, start=1):
         part = slice(start, start + len(segment.tokens))
         row["tokens"][part] = segment.tokens
-        row["positions"][part] = np.arange(len(segment.tokens))
+        row["positions"][part] = np.arange(len(segment.tokens), dtype=np.int32)
         row["segments"][part] = number
         row["loss_mask"][part] = segment.loss_mask
         first = places - 1 if segment.shares else places
-        row["media_index"][part] = np.where(segment.media_index >= 0, segment.media_index + first, -1)
+        row["media_index"][part] = np.where(segment.media_index >= 0, segment.media_index + first, -1) if first else segment.media_index
         start, places = part.stop, places + len(segment.visuals)
     return row
 

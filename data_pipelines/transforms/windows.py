@@ -27,11 +27,11 @@ def window(sequence: Sequence, start: int, length: int, visuals: int, look: Look
     tokens, chunk = sequence.tokens[part], sequence.chunk[part]
     first = int(sequence.chunk[start - 1]) if start else 0
     taken = range(first, first + min(int(chunk[-1]) - first, visuals))
-    everywhere = media_index(chunk, int(sequence.chunk[-1]), look)
-    inside = (everywhere >= taken.start) & (everywhere < taken.stop)
+    within = media_index(chunk, int(sequence.chunk[-1]), look) - np.int32(first)
+    within[(within < 0) | (within >= len(taken))] = -1
     loss_mask = sequence.is_text[part].copy()
     loss_mask[0] = False
-    return Window(tokens, loss_mask, np.where(inside, everywhere - first, -1).astype(np.int32), taken)
+    return Window(tokens, loss_mask, within, taken)
 
 
 def pieces(tokens: int, length: int) -> list[tuple[int, int]]:

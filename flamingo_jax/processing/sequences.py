@@ -82,7 +82,7 @@ def media_index(chunk: np.ndarray, number_of_visuals: int, look: Look) -> np.nda
     "previous" is the last visual before the token; "next" the first after it (paper's p_next), none past the last visual.
     """
     index = chunk - 1 if look == "previous" else np.where(chunk < number_of_visuals, chunk, -1)
-    return index.astype(np.int32)
+    return index.astype(np.int32, copy=False)
 
 
 def _sequence(texts: list[list[int]], tokenizer: Tokenizer, *, close: bool) -> Sequence:

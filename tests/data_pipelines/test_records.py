@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2
 
 from data_pipelines.features import features
-from data_pipelines.records import Failures, Records, open_records
+from data_pipelines.records import PICTURES, Failures, Parsed, Records, left_encoded, open_records
 from flamingo_jax.errors import UserError
 from flamingo_jax.processing.images import ImageError
 
@@ -68,6 +69,54 @@ def test_records_of_every_kind(kind, folder):
         assert (record.read(0, 0) == level).all() and record.read(0, 0).shape == (4, 6, 3)
         if kind != "pairs":
             assert (record.read(*((1, 0) if kind == "pages" else (0, 1))) == level + 100).all()
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_records_are_what_tfds_decodes(kind, folder):
+    path = build(kind, folder, 3)
+    feature = PICTURES.get(kind)
+    decoded = tfds.builder_from_directory(path).as_data_source("train", decoders=left_encoded([feature] if feature else []))
+    opened = open_records(path, "train", kind)
+    assert len(opened) == len(decoded) == 3
+    for ours, theirs in zip((opened[place] for place in range(3)), decoded, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            values = list(theirs[name]) if isinstance(ours[name], list) else theirs[name]
+            assert ours[name] == values and type(ours[name]) is type(values), name
+
+
+@pytest.mark.parametrize("hurt", ["id", "captions", "image"])
+def test_an_example_that_lacks_a_field_or_has_several_is_an_error(hurt):
+    example = tf_example_pb2.Example()
+    for name in ("id", "captions", "image"):
+        example.features.feature[name].bytes_list.value.extend([b"a", b"b"] if name == "captions" else [b"a"])
+    parsed = lambda: Parsed([example.SerializeToString()], {"id": False, "captions": True, "image": False})[0]
+    assert parsed() == {"id": b"a", "captions": [b"a", b"b"], "image": b"a"}
+    if hurt != "captions":
+        example.features.feature[hurt].bytes_list.value.append(b"c")
+        with pytest.raises(ValueError, match=f"2 of {hurt}"):
+            parsed()
+    del example.features.feature[hurt]
+    with pytest.raises(ValueError, match=f"no {hurt}"):
+        parsed()
+
+
+def test_what_is_known_of_a_record_is_not_read_again():
+    class Counted(list):
+        read = 0
+
+        def __getitem__(self, place):
+            self.read += 1
+            return super().__getitem__(place)
+
+    source = Counted([{"id": "a", "texts": ["", "x"], "images": [png(7).getvalue()]}])
+    records = Records(source, "pages", 6, cache_bytes=0)
+    assert records[0].once("", lambda: "made") == "made"
+    again = records[0]
+    assert (again.id, again.frame_counts, again.damaged, again.once("", lambda: "made anew")) == ("a", [1], False, "made")
+    assert source.read == 1
+    assert (again.read(0, 0) == 7).all() and again.fields["texts"] == ["", "x"]
+    assert source.read == 2, "one visit reads it once"
 
 
 def test_what_is_no_dataset_is_refused(folder, tmp_path):
