@@ -28,10 +28,14 @@ def start(data: pathlib.Path) -> Start:
     """(workdir, *overrides, stage) -> the training command, running on one device."""
 
     def run(workdir: pathlib.Path, *overrides: str, stage: str = "flamingo") -> "subprocess.Popen[str]":
-        arguments = [f"--config=tests/end_to_end/small.py:{stage},{data}", f"--workdir={workdir}", *overrides]
-        return subprocess.Popen([sys.executable, "-m", "launch.train", *arguments], cwd=ROOT, env=one_device(), stderr=subprocess.PIPE, text=True)
+        return launch("train", f"--config=tests/end_to_end/small.py:{stage},{data}", f"--workdir={workdir}", *overrides)
 
     return run
+
+
+def launch(command: str, *arguments: str) -> "subprocess.Popen[str]":
+    """A command of launch/, running on one device."""
+    return subprocess.Popen([sys.executable, "-m", f"launch.{command}", *arguments], cwd=ROOT, env=one_device(), stderr=subprocess.PIPE, text=True)
 
 
 def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
