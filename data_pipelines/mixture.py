@@ -88,7 +88,7 @@ def make_iterator(
       source: records to read in place of those at `dataset.path`.
       process: this one and how many there are, which make the features that are missing, whatever their shares.
       cache_bytes: records stay in memory, their pictures decoded, until these are used.
-      encoder: every picture is encoded once, here, and batches hold `features` [B * N, T, S, C] in place of images.
+      encoder: every picture is encoded once, here, and batches hold `features` [M, T, S, C] in place of images.
 
     Returns:
       Batches of the B rows that the share reads and the M visuals that it decodes. flamingo: images uint8 [M, T, H, W, 3], frame_mask bool

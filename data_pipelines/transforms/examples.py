@@ -81,8 +81,9 @@ class Segment:
 
     def blank(self) -> "Segment":
         """The same tokens with nothing to learn and nothing to see: what stands in for a damaged record."""
-        nothing = np.zeros_like(self.loss_mask), np.full_like(self.media_index, -1)
-        return dataclasses.replace(self, loss_mask=nothing[0], media_index=nothing[1], visuals=[], augment=[])
+        return dataclasses.replace(
+            self, loss_mask=np.zeros_like(self.loss_mask), media_index=np.full_like(self.media_index, -1), visuals=[], augment=[]
+        )
 
 
 def strings(values: Iterable[Any]) -> list[str]:

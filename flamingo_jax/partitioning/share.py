@@ -6,6 +6,7 @@ Rows stand in a batch in their order: row shard r of R = data * fsdp has the r-t
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -23,7 +24,9 @@ class Parts(NamedTuple):
     total: int
 
     def shape(self, local: np.ndarray) -> tuple[int, ...]:
-        """The global array's, of which `local` has the parts held, one after the other."""
+        """The global array's, of which `local` has the parts held, one after the other. Raises ValueError where it cannot have."""
+        if len(local) % len(self.held):
+            raise ValueError(f"{len(local)} rows or visuals are no {len(self.held)} equal parts: an iterator must give what its share says")
         return len(local) // len(self.held) * self.total, *local.shape[1:]
 
     def cut(self, local: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
@@ -50,6 +53,7 @@ class Share:
     devices: tuple[tuple[int, int], ...] = ((0, 0),)
 
     @classmethod
+    @functools.cache
     def of(cls, mesh: Mesh, process: int | None = None) -> "Share":
         """That of a process, by default this one."""
         process = jax.process_index() if process is None else process

@@ -59,6 +59,8 @@ def test_a_part_that_is_not_held_is_no_part() -> None:
     first, _ = processes((2, 2, 2), 2).shares
     with pytest.raises(ValueError):
         first.by_row.cut(np.zeros((8, 2)), (slice(12, 16), slice(None)))
+    with pytest.raises(ValueError, match="7 rows or visuals are no 2 equal parts"):
+        first.by_row.shape(np.zeros((7, 2)))
 
 
 def test_pictures_of_pairs_lie_with_their_rows() -> None:

@@ -5,7 +5,9 @@ import pytest
 
 from configs.benchmark import experiment_of
 from flamingo_jax.errors import UserError
+from flamingo_jax.experiment import MeshConfig
 from flamingo_jax.partitioning.mesh import make_mesh
+from flamingo_jax.partitioning.share import Share
 from flamingo_jax.planning.counts import count_parameters
 from flamingo_jax.planning.flops import work_in
 from flamingo_jax.planning.program import batch_shapes, full_work
@@ -38,11 +40,14 @@ def test_wrong_sizes_are_one_sentence(sizes: str, sentence: str) -> None:
     assert sentence in str(error.value)
 
 
-def test_batches_are_full_and_of_the_shapes_that_plans_compile() -> None:
-    experiment = experiment_of(SIZES)
-    batches = full_batches(experiment)
+@pytest.mark.parametrize("shape", [(8, 1, 1), (4, 1, 2)])
+def test_batches_are_full_and_of_the_shapes_that_plans_compile(shape: tuple[int, int, int]) -> None:
+    """Also where three visuals of each row shard are filled up for two devices."""
+    experiment, mesh = experiment_of(SIZES if shape[2] == 1 else SIZES.replace("8x3x12", "4x3x12")), make_mesh(MeshConfig(*shape))
+    batches = full_batches(experiment, Share.of(mesh))
     assert work_in(batches.values()) == full_work(experiment)
-    planned = batch_shapes(experiment, make_mesh(experiment.mesh))
+    assert batches["m3w"]["images"].shape[0] == (24 if shape[2] == 1 else 16)
+    planned = batch_shapes(experiment, mesh)
     assert {n: {k: (a.shape, a.dtype) for k, a in b.items()} for n, b in batches.items()} == {
         n: {k: (s.shape, s.dtype) for k, s in b.items()} for n, b in planned.items()
     }
