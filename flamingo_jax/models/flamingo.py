@@ -14,7 +14,7 @@ from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.models.attention import Cache
 from flamingo_jax.models.gated_xattn import GatedCrossAttentionBlock, Media, media_mask
 from flamingo_jax.models.language_model import LanguageModel
-from flamingo_jax.models.layers import fan_in_normal, linear, rematerialised, stack
+from flamingo_jax.models.layers import at_once, fan_in_normal, linear, rematerialised, stack
 from flamingo_jax.models.perceiver import PerceiverResampler
 from flamingo_jax.models.stream import Parts, join, shapes_of, split
 from flamingo_jax.models.vision import VisionEncoder, vision_encoder
@@ -264,13 +264,13 @@ class Flamingo(nnx.Module):
             x, cache = carry
             first, block_state, block_input = inputs
             carry = run_block(block_state, x, block_input), cache
-            return one_layer(carry, first) if count == 1 else jax.lax.scan(one_layer, carry, first + jnp.arange(count))
+            return one_layer(carry, first) if count == 1 else jax.lax.scan(one_layer, carry, first + jnp.arange(count), unroll=at_once(count))
 
         carry, inputs = (x, cache), (jnp.arange(groups) * every, blocks, block_inputs)
         if not rest:
-            return jax.lax.scan(functools.partial(group, count=every), carry, inputs)[0]
+            return jax.lax.scan(functools.partial(group, count=every), carry, inputs, unroll=at_once(groups))[0]
         whole = jax.tree.map(lambda a: a[:groups], (blocks, block_inputs))
-        carry, _ = jax.lax.scan(functools.partial(group, count=every), carry, (inputs[0], *whole))
+        carry, _ = jax.lax.scan(functools.partial(group, count=every), carry, (inputs[0], *whole), unroll=at_once(groups))
         last = jax.tree.map(lambda a: a[groups], (blocks, block_inputs))
         return group(carry, (jnp.int32(groups * every), *last), rest)[0]
 

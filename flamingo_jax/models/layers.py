@@ -154,4 +154,10 @@ def scan_layers(
         first = lambda tree: jax.tree.map(lambda a: a[0], tree)
         carry, output = body(nnx.merge(graph, first(state)), carry, first(inputs))
         return carry, jax.tree.map(lambda a: a[None], output)
-    return jax.lax.scan(step, carry, (state, inputs))
+    return jax.lax.scan(step, carry, (state, inputs), unroll=at_once(jax.tree.leaves(state)[0].shape[0]))
+
+
+def at_once(count: int) -> int:
+    """How many of `count` layers an iteration of the loop over them runs: one, or on CPUs all where they are few. There a loop costs a third of
+    small layers' time: what their gradient needs is written to stacks and read from them, one thread at a time."""
+    return count if platform() == "cpu" and count <= 8 else 1

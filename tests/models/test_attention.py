@@ -183,6 +183,38 @@ def test_the_open_families_attention_equals_its_equation(family: str) -> None:
 
 
 @pytest.mark.parametrize("keys", [2, 6])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_every_platforms_form_is_the_same_function(platform: str, added: bool, keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads that share keys, an added score, a query that sees nothing; the gradient in finite differences."""
+    monkeypatch.setattr(attention, "platform", lambda: platform)
+    draw = np.random.default_rng(1)
+    arrays = [draw.normal(size=(2, length, heads, 8)) for length, heads in ((4, 6), (10, keys), (10, keys))]
+    arrays += [draw.normal(size=(2, 6, 4, 10))] if added else []
+    mask = draw.random((2, 1, 4, 10)) < 0.5
+    mask[1, :, 2] = False
+
+    def equation(query: np.ndarray, key: np.ndarray, value: np.ndarray, scores: np.ndarray | float = 0.0) -> np.ndarray:
+        key, value = (np.repeat(a, 6 // keys, axis=2) for a in (key, value))
+        p = np.exp((np.einsum("blhd,bshd->bhls", query, key) + scores) / math.sqrt(8)) * mask
+        return np.einsum("bhls,bshd->blhd", p / np.maximum(p.sum(-1, keepdims=True), 1e-300), value)
+
+    def ours(*given: jax.Array) -> jax.Array:
+        return attention.attend(*given[:3], jnp.asarray(mask), *given[3:])
+
+    given = [jnp.asarray(a, jnp.float32) for a in arrays]
+    np.testing.assert_allclose(ours(*given), equation(*arrays), atol=1e-5)
+    assert not np.asarray(ours(*given)[1, 2]).any()
+    wanted = draw.normal(size=arrays[0].shape)
+    gradients = jax.grad(lambda *a: (ours(*a) * wanted).sum(), tuple(range(len(given))))(*given)
+    for place, gradient in enumerate(gradients):
+        way = draw.normal(size=arrays[place].shape)
+        moved = [equation(*(a + step * way if n == place else a for n, a in enumerate(arrays))) for step in (1e-5, -1e-5)]
+        slope = ((moved[0] - moved[1]) * wanted).sum() / 2e-5
+        np.testing.assert_allclose((gradient * way).sum(), slope, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("keys", [2, 6])
 def test_the_fused_form_is_the_same_function(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With XLA's form of the call in the place of cuDNN's, which wants a GPU: heads that share keys, a query that sees nothing, the gradient."""
     draw = np.random.default_rng(0)

@@ -52,7 +52,8 @@ def test_depth_does_not_lengthen_the_step() -> None:
         experiment = world.experiment(flamingo=dataclasses.replace(world.FLAMINGO, language_model=language_model, every=2), training=training)
         return summarise(compile_program(experiment, make_mesh(MeshConfig(), jax.devices()[:1])).hlo).instructions
 
-    assert lines(12) <= 1.05 * lines(4)
+    # More groups than are unrolled on CPUs.
+    assert lines(40) <= 1.05 * lines(20)
 
 
 def test_what_needs_less_memory_is_tried_from_the_cheapest_on() -> None:
