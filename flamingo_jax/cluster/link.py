@@ -44,6 +44,9 @@ class Crew(Protocol):
     def beat(self, step: int, phase: str, waited: float) -> None:
         """Tells the others how far this one is. waited: seconds spent waiting for data so far."""
 
+    def meet(self) -> None:
+        """Returns once all have come here: what follows waits for the others on a device, with time limits of its own."""
+
     def should_stop(self, step: int) -> bool:
         """Whether all save and end at this step, since a signal asked one of them to. Every process asks at every step."""
 
@@ -70,6 +73,9 @@ class Alone:
     def beat(self, step: int, phase: str, waited: float) -> None:
         pass
 
+    def meet(self) -> None:
+        pass
+
     def should_stop(self, step: int) -> bool:
         return self._asked
 
@@ -86,6 +92,7 @@ class Link:
         # Not for processes that this one starts.
         self._line = Line(socket.socket(fileno=int(os.environ.pop(LINK))))
         self._lock = threading.Lock()
+        self._going, self._met = threading.Event(), threading.Semaphore(0)
         self._phase, self._step, self._beaten, self._stride = "", 0, time.monotonic(), 1
 
     def __enter__(self) -> "Link":
@@ -94,11 +101,8 @@ class Link:
     def join(self, experiment: Experiment, workdir: pathlib.Path) -> None:
         """Returns once all processes are there and agree, with JAX's own service running between them. To be called before any device is used."""
         self._send({"facts": gather(experiment, workdir)})
-        while not any("go" in message for message in self._line.take()):
-            if not self._line.open:
-                os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(0.05)
-        threading.Thread(target=self._outlive_nobody, daemon=True, name="link").start()
+        threading.Thread(target=self._listen, daemon=True, name="link").start()
+        self._going.wait()
         # The supervisors notice before JAX's service does, which aborts without a word of who is gone.
         patience = round(10 * self._limits.lost) + 100
         jax.distributed.initialize(
@@ -124,6 +128,10 @@ class Link:
         self._phase = phase
         self._send({"beat": {"step": step, "phase": phase, "waited": waited}})
 
+    def meet(self) -> None:
+        self._send({"meet": True})
+        self._met.acquire()
+
     def should_stop(self, step: int) -> bool:
         return multihost_utils.reached_preemption_sync_point(step)
 
@@ -148,10 +156,15 @@ class Link:
         with self._lock:
             self._line.send(message)
 
-    def _outlive_nobody(self) -> None:
-        """Ends with the supervisor: without it nobody would end this process when the others are gone."""
+    def _listen(self) -> None:
+        """Hears the supervisor, and ends with it: without it nobody would end this process when the others are gone."""
         while self._line.open:
-            time.sleep(0.2)
+            time.sleep(0.05)
             with self._lock:
-                self._line.take()
+                messages = self._line.take()
+            for message in messages:
+                if "go" in message:
+                    self._going.set()
+                if "met" in message:
+                    self._met.release()
         os.kill(os.getpid(), signal.SIGKILL)

@@ -56,6 +56,8 @@ class Member:
     """Seconds it waited for data."""
     waited_before: float = 0.0
     """The same at the last look for one that holds the others up."""
+    met: int = 0
+    """How many times it has waited, or waits, for all others to come to the same place."""
     left: bool = False
 
     def __str__(self) -> str:
@@ -83,6 +85,7 @@ class Register:
         self._members: dict[int, Member] = {}
         self._stage: int | None = None
         self._running = False
+        self._met = 0
         self._said = now
         self._suspected: tuple[float, int, Verdict] | None = None
         self._first_left: tuple[float, int, str] | None = None
@@ -132,6 +135,11 @@ class Register:
             self._arrivals.setdefault(step, {})[index] = now
         member.step, member.phase, member.waited = step, phase, waited
 
+    def meets(self, index: int, now: float) -> None:
+        """A process waits for all others to come to the same place of its program."""
+        member = self._members[index]
+        member.met, member.heard = member.met + 1, now
+
     def left(self, index: int, code: int, why: str, now: float) -> None:
         """A process has ended, or is about to, and says how."""
         member = self._members[index]
@@ -170,6 +178,9 @@ class Register:
             # Also to those whose child has ended: they wait to hear why.
             yield list(self._members), {"end": dataclasses.astuple(self.verdict)}
         elif self._running:
+            if (times := min(member.met for member in self._members.values())) > self._met:
+                self._met = times
+                yield present, {"met": times}
             if now - self._looked >= LOOK_EVERY:
                 yield from (([0], {"say": sentence}) for sentence in self._held_up(now))
         elif self._stage is not None:

@@ -196,6 +196,8 @@ class _Supervisor:
             log.info("all %d processes are there and agree: %s", len(message["go"]), ", ".join(message["go"]))
             self._started = True
             below.send({"go": True})
+        if "met" in message:
+            below.send(message)
         if "end" in message and self._verdict is None:
             self._verdict, self._judged = Verdict(*message["end"]), self._heard
 
@@ -286,6 +288,8 @@ class _Desk:
                 register.probed(index, message["probed"], message["problem"], now)
             elif "beat" in message:
                 register.beat(index, now, **message["beat"])
+            elif "meet" in message:
+                register.meets(index, now)
             elif "left" in message:
                 register.left(index, message["left"], message["why"], now)
 

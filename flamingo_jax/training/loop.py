@@ -73,6 +73,7 @@ def train(
 
         log.info("state")
         checkpoints = Checkpoints(workdir / "checkpoints", keep_last=training.keep_last, keep_every=training.keep_every)
+        team.meet()
         start = checkpoints.latest() or 0
         clock = {"seconds": 0.0, "starts": 0}
         if start:
@@ -148,6 +149,7 @@ def train(
                         with spending("compile"):
                             compiled = _compile(update, state, frozen, fed.batches)
                             frozen = laid_out(compiled, frozen)
+                            team.meet()
                     with jax.transfer_guard("disallow"):
                         state, metrics = compiled(state, frozen, fed.batches)
                     step, positions = step + 1, fed.positions

@@ -171,6 +171,19 @@ def test_good_ends_end_nobody_else_unless_the_others_stay() -> None:
     assert code == EXIT_PREEMPTED and why.startswith("process 0 (host0, pid 100) ended at step 0, and others did not")
 
 
+def test_those_who_meet_go_on_together() -> None:
+    register = running()
+    for index in (0, 2):
+        register.meets(index, now=5.0)
+    assert not said(register, 5.0)
+    register.meets(1, now=6.0)
+    assert said(register, 6.0) == [([0, 1, 2], {"met": 1})]
+    assert not said(register, 7.0)
+    for index in (1, 0, 2):
+        register.meets(index, now=8.0)
+    assert said(register, 8.0) == [([0, 1, 2], {"met": 2})]
+
+
 def test_a_hung_step_names_the_one_behind() -> None:
     register = running()
     beat(register, 10.0, {0: 5, 1: 4, 2: 5})
