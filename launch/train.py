@@ -59,7 +59,7 @@ def main() -> int:
         raise errors.UserError(f"--workdir={workdir} is a file: name a folder for checkpoints and metrics")
     check_intervals(experiment.training)
     place = find_place(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-    limits = Limits(START_TIMEOUT.value, LOST_AFTER.value, STEP_TIMEOUT.value)
+    limits = Limits() if place is None else Limits(START_TIMEOUT.value, LOST_AFTER.value, STEP_TIMEOUT.value)
     if place is not None and not is_supervised():
         return supervise(place, limits, [sys.executable, *sys.orig_argv[1:]], workdir)
     # Until the loop saves on it: there is nothing to save yet, but whoever restarts a run by its exit code must see the same one.
