@@ -28,11 +28,11 @@ Slices = tuple[slice, ...]
 
 DTYPES: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 """The types that parameters come in, by their names in a safetensors header."""
-PIECE = 8 * 2**20
+PIECE = 16 * 2**20
 """Bytes that are read at a time, by each thread."""
 THREADS = max(2, min(8, os.cpu_count() or 1))
-TILE = 256
-"""Rows and columns that are transposed at a time: they fit a core's cache."""
+TILE = (512, 256)
+"""Rows and columns that are transposed at a time: they fit a core's cache, and so many rows are a KiB or more of each row that is written."""
 SHORT = 2**28
 """Fewer bytes than this are read before a bar would be seen."""
 ALIGNMENT = 64
@@ -276,6 +276,7 @@ def _pieces(
     wanted = [shard.slices[order.index(0)] for shard in shards]
     first, last = min(part.start for part in wanted), max(part.stop for part in wanted)
     step = max(1, PIECE // max(row, 1))
+    step -= step % TILE[0] if step > TILE[0] else 0
     for begin in range(first, last, step):
         end = min(begin + step, last)
         put = functools.partial(_distribute, shards, layer, form, (begin, end), dtype)
@@ -364,14 +365,15 @@ def _read(file: pathlib.Path, start: int, memory: np.ndarray) -> np.ndarray:
 
 def _transpose(target: np.ndarray, matrix: np.ndarray) -> None:
     """target[...] = matrix.T, in tiles: numpy's own loop misses the cache at every element."""
+    rows, columns = TILE
     # Rows of a power of two in length fall into few of the cache's sets; these do not.
-    tile = np.empty((TILE, TILE + 32), target.dtype)
-    for row in range(0, matrix.shape[0], TILE):
-        for column in range(0, matrix.shape[1], TILE):
-            part = matrix[row : row + TILE, column : column + TILE]
+    tile = np.empty((rows, columns + 32), target.dtype)
+    for row in range(0, matrix.shape[0], rows):
+        for column in range(0, matrix.shape[1], columns):
+            part = matrix[row : row + rows, column : column + columns]
             near = tile[: part.shape[0], : part.shape[1]]
             _cast(near, part)
-            _bits(target)[column : column + TILE, row : row + TILE] = _bits(near).T
+            _bits(target)[column : column + columns, row : row + rows] = _bits(near).T
 
 
 def _cast(target: np.ndarray, source: np.ndarray) -> None:

@@ -39,13 +39,13 @@ def stored(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> dict[str, ten
 
 @pytest.mark.parametrize("kind", ["HostShard", "DeviceShard"])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("piece", [1, 2**24])
+@pytest.mark.parametrize("piece", [1, 200, 2**24])
 def test_forms_on_a_mesh(form: str, kind: str, piece: int, mesh: jax.sharding.Mesh, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two layers of a stack, every axis in turn over `model`, another over `fsdp`."""
     text, shape, target, expected = FORMS[form]
     monkeypatch.setattr(tensors, "HostShard", getattr(tensors, kind))
     monkeypatch.setattr(tensors, "PIECE", piece)
-    monkeypatch.setattr(tensors, "TILE", 4)
+    monkeypatch.setattr(tensors, "TILE", (4, 3))
     layers = {f"t{n}": RNG.normal(size=shape).astype(np.float32) for n in range(2)}
     found = stored(tmp_path, layers)
     term = Term("t0", text, {"c": 3, "p": 2, "q": 2} if form == "patches" else {})
