@@ -157,7 +157,8 @@ def test_the_size_of_the_program_does_not_grow_with_depth() -> None:
         graph, state = nnx.split(model)
         return len(jax.jit(lambda s: nnx.merge(graph, s)(TOKENS, POSITIONS, SEGMENTS, MEDIA_INDEX, VISUAL_TOKENS, VISUALS)).lower(state).as_text().splitlines())
 
-    assert lines(14) == lines(6)
+    # More groups than are unrolled on CPUs.
+    assert lines(58) == lines(38)
 
 
 def test_gates_start_at_0_unless_told_otherwise() -> None:
