@@ -33,8 +33,6 @@ def run(experiment: Experiment, folder: pathlib.Path) -> Export:
         train, export = commands.load("train"), commands.load("export")
         patch.setattr(train, "CONFIG", commands.flag(configuring.to_config(experiment)))
         patch.setattr(train, "PREPARE", commands.flag(False))
-        for name in ("COORDINATOR", "PROCESSES", "PROCESS"):
-            patch.setattr(train, name, commands.flag(None))
         for command in (train, export):
             patch.setattr(command, "WORKDIR", commands.flag(str(folder)))
         patch.setattr(export, "OUTPUT", commands.flag(str(folder / "export")))

@@ -7,11 +7,13 @@ from absl import flags
 
 
 def load(name: str) -> types.ModuleType:
-    """`launch.<name>`; absl forgets its flags, so that another command can define its own of the same names."""
+    """`launch.<name>` with its flags at their defaults; absl forgets them, so that another command can define its own of the same names."""
     module = importlib.import_module(f"launch.{name}")
-    for value in vars(module).values():
-        if isinstance(value, flags.FlagHolder) and value.name in flags.FLAGS:
-            delattr(flags.FLAGS, value.name)
+    for place, value in list(vars(module).items()):
+        if isinstance(value, flags.FlagHolder):
+            setattr(module, place, flag(value.default))
+            if value.name in flags.FLAGS:
+                delattr(flags.FLAGS, value.name)
     return module
 
 
