@@ -32,7 +32,6 @@ from flamingo_jax.partitioning.share import Share
 from flamingo_jax.processing.tokenizer import Tokenizer, tokenizer_file
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.assembly import load_encoder, open_bases
-from flamingo_jax.training.goodput import read_goodput
 from flamingo_jax.training.loop import train
 from launch import command
 
@@ -112,8 +111,6 @@ def _run(experiment: Experiment, workdir: pathlib.Path, crew: Crew | None) -> in
         tokenizer.save(workdir)
 
     outcome = train(experiment, iterators, held_out, workdir, on_start, crew, BEGAN)
-    if jax.process_index() == 0:
-        log.info("%s", read_goodput(workdir).sentence())
     if outcome.preempted:
         log.warning("stopped by a signal at step %d and saved: run the same command to go on", outcome.step)
         return errors.EXIT_PREEMPTED

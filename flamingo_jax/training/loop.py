@@ -25,7 +25,7 @@ from flamingo_jax.progress import Bar
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.assembly import assemble, initialise, load_frozen, require_same_bases
 from flamingo_jax.training.feed import DataIterator, Feed, HostBatch
-from flamingo_jax.training.goodput import Goodput
+from flamingo_jax.training.goodput import Goodput, read_goodput
 from flamingo_jax.training.held_out import HeldOut
 from flamingo_jax.training.meter import Meter
 from flamingo_jax.training.records import Records
@@ -163,6 +163,8 @@ def train(
                 values = measure()
                 records.write(step, values)
                 _require_learned(training.required_loss, values)
+    if primary:
+        log.info("%s", read_goodput(workdir).sentence())
     return Outcome(step, preempted=step < training.steps)
 
 

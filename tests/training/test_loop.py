@@ -16,7 +16,7 @@ from flamingo_jax.errors import NotFiniteError, NotLearnedError, UserError
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.planning.flops import Cost, Work, step_cost, work_in
-from flamingo_jax.training import loop
+from flamingo_jax.training import loop, meter
 from flamingo_jax.training.assembly import assemble
 from flamingo_jax.training.records import read_lines
 from tests.training import world
@@ -70,11 +70,11 @@ def test_speed_is_recorded_in_model_flops(unbroken: pathlib.Path) -> None:
 
 def test_mfu_is_the_share_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 12.0])
-    monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
-    meter = loop._Meter(1, ["a"], Cost(token=600, frame=1_000), peak=8_000.0)
+    monkeypatch.setattr(meter, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    measured = meter.Meter(1, ["a"], Cost(token=600, frame=1_000), peak=8_000.0)
     metrics = {"skipped_in_a_row": np.int32(0), "finite/a": np.True_}
-    assert meter.add(1, metrics, Work(tokens=10, frames=2)) == []
-    ((step, values),) = meter.drain()
+    assert measured.add(1, metrics, Work(tokens=10, frames=2)) == []
+    ((step, values),) = measured.drain()
     assert step == 1 and values["tokens_per_second"] == 5 and values["flops_per_second"] == 4_000 and values["mfu"] == 0.5
 
 
