@@ -159,5 +159,6 @@ def scan_layers(
 
 def at_once(count: int) -> int:
     """How many of `count` layers an iteration of the loop over them runs: one, or on CPUs all where they are few. There a loop costs a third of
-    small layers' time: what their gradient needs is written to stacks and read from them, one thread at a time."""
-    return count if platform() == "cpu" and count <= 8 else 1
+    small layers' time: what their gradient needs is written to stacks and read from them, one thread at a time. Of the fewest it is little, and
+    compiling them apart takes longer than it saves."""
+    return count if platform() == "cpu" and 4 <= count <= 8 else 1
