@@ -13,8 +13,8 @@ from data_pipelines.records import PICTURES, Failures, Record, Records, open_rec
 from data_pipelines.transforms.blanks import Blanks
 from data_pipelines.transforms.examples import (
     Arrays,
+    Board,
     Draws,
-    Place,
     Segment,
     answer_of,
     assemble,
@@ -226,55 +226,35 @@ class Rows:
             return self._plans[epoch]
 
     def batch(self, first: int, size: int, share: Share = WHOLE) -> Arrays:
-        """A share of the global batch of the `size` rows from `first` on; those past a pass over fixed rows are padding.
-
-        Pictures, the most of a batch, are put where they shall lie and not copied again.
-        """
-        dataset, blank, numbers = self._making.dataset, self._canvas.blank, share.rows(size)
-        given: list[Any] = [None] * len(numbers)
-        arrays: Arrays = {}
+        """A share of the global batch of the `size` rows from `first` on; those past a pass over fixed rows are padding."""
+        numbers = share.rows(size)
+        rows = [self._items_at(place) for place in (first + numbers).tolist()]
         if self._making.task == "contrastive":
-            drawn, mask = self._blanks.take((len(numbers), *blank.shape), blank.dtype), np.ones(len(numbers), bool)
-            arrays, given = {"images": drawn}, list(drawn)
-        elif self._looks:
-            listed = share.visuals(size, dataset.visuals)
-            drawn = self._blanks.take((len(listed), dataset.frames, *blank.shape), blank.dtype)
-            mask = np.zeros((len(listed), dataset.frames), bool)
-            arrays = {self._canvas.name: drawn, "frame_mask": mask}
-            places = {visual: Place(drawn[place], mask[place]) for place, visual in enumerate(listed.tolist())}
-            given = [[places.get(number * dataset.visuals + place) for place in range(dataset.visuals)] for number in numbers.tolist()]
-        rows = [self.row(first + number, out) for number, out in zip(numbers.tolist(), given, strict=True)]
-        arrays |= {name: np.array([row[name] for row in rows]) for name in rows[0]}
+            return self._pairs(rows)
         if self._looks:
-            self._blanks.wrote(drawn, mask)
-        if "visuals" in arrays:
-            start = (numbers[:, None] * dataset.visuals).astype(np.int32)
-            arrays["visuals"] = np.where(arrays["visuals"] >= 0, arrays["visuals"] + start, -1)
-        return arrays
+            return self._visuals(rows, numbers, share.visuals(size, self._making.dataset.visuals))
+        return self._finish([self._texts(items, epoch) for items, epoch, _ in rows])
 
-    def row(self, place: int, out: Any) -> Arrays:
-        """One row, without the batch axis or its pictures; visuals [N] count within it. out: where pictures are put, of a pair zeros [H, W, 3], else
-        Place or None [N]."""
+    def _items_at(self, place: int) -> tuple[np.ndarray, int, Choices | None]:
+        """What the row at this place is made of, in which epoch, and the captions of that epoch."""
         if not self._making.training and place >= len(self):
-            return self._visual(np.zeros(0, np.int32), 0, None, out) if self._looks else self._finish([])
+            return np.zeros(0, np.int32), 0, None
         epoch, within = divmod(place, len(self))
         planned, choices = self._plan(epoch)
-        items = planned.row(within)
-        if self._looks and self._making.task != "contrastive":
-            return self._visual(items, epoch, choices, out)
-        self._failures.saw(int(self._items.count[items].sum()))
-        if self._making.task == "contrastive":
-            return self._contrastive(int(self._items.record[items[0]]), int(self._items.count[items[0]]), epoch, out)
-        return self._finish([self._text(item, epoch) for item in items])
+        return planned.row(within), epoch, choices
 
     def _draws(self, epoch: int, record_id: str, caption: tuple[int, bool] | None = None) -> Draws | None:
         return Draws(self._making.seed, epoch, record_id, caption) if self._making.training else None
 
-    def _finish(self, segments: list[Segment]) -> Arrays:
-        row = assemble(segments, length=self._making.dataset.length, pad_token=self._making.tokenizer.pad)
+    def _finish(self, rows: Sequence[Sequence[Segment]]) -> Arrays:
+        arrays = assemble(rows, length=self._making.dataset.length, pad_token=self._making.tokenizer.pad)
         if self._making.task == "language_modelling":
-            del row["media_index"]
-        return row
+            del arrays["media_index"]
+        return arrays
+
+    def _texts(self, items: np.ndarray, epoch: int) -> list[Segment]:
+        self._failures.saw(int(self._items.count[items].sum()))
+        return [self._text(item, epoch) for item in items]
 
     def _text(self, item: int, epoch: int) -> Segment:
         record, dataset, tokenizer = self._records[int(self._items.record[item])], self._making.dataset, self._making.tokenizer
@@ -289,29 +269,49 @@ class Rows:
         document = record.once("", lambda: text_tokens(strings([record.fields["text"]])[0], tokenizer))
         return text_segment(document, int(self._items.start[item]), int(self._items.length[item]))
 
-    def _visual(self, items: np.ndarray, epoch: int, choices: Choices | None, out: Sequence[Place | None]) -> Arrays:
-        dataset = self._making.dataset
-        runs = zip(self._items.record[items].tolist(), self._items.count[items].tolist(), strict=True)
-        places = [(first + further, further > 0) for first, count in runs for further in range(count)]
-        records = [self._records[place] for place, _ in places]
-        segments: list[tuple[Segment, Callable[[int, int], np.ndarray]]] = []
+    def _visuals(self, rows: Sequence[tuple[np.ndarray, int, Choices | None]], numbers: np.ndarray, listed: np.ndarray) -> Arrays:
+        """Rows with the visuals that are `listed`, as row * places + place. These, the most of a batch, are put where they shall lie and not
+        copied again."""
+        dataset, blank = self._making.dataset, self._canvas.blank
+        drawn = self._blanks.take((len(listed), dataset.frames, *blank.shape), blank.dtype)
+        board = Board(self._canvas, drawn, np.zeros((len(listed), dataset.frames), bool))
+        places = {visual: place for place, visual in enumerate(listed.tolist())}
+        starts = (numbers * dataset.visuals).astype(np.int32)
+        segments, shown = [], np.full((len(numbers), dataset.visuals), -1, np.int32)
+        for row, (start, (items, epoch, choices)) in enumerate(zip(starts.tolist(), rows, strict=True)):
+            own, present = self._visual(items, epoch, choices, board, [places.get(visual) for visual in range(start, start + dataset.visuals)])
+            segments.append(own)
+            shown[row, :present] = np.arange(start, start + present, dtype=np.int32)
+        self._blanks.wrote(drawn, board.mask)
+        return {self._canvas.name: drawn, "frame_mask": board.mask, "visuals": shown} | self._finish(segments)
+
+    def _visual(
+        self, items: np.ndarray, epoch: int, choices: Choices | None, board: Board, places: Sequence[int | None]
+    ) -> tuple[list[Segment], int]:
+        """A row's segments and how many visuals it has, which are put on the board in their `places` (see `show`)."""
+        dataset, tokenizer = self._making.dataset, self._making.tokenizer
+        segments: list[Segment] = []
+        readers: list[Callable[[int, int], np.ndarray]] = []
+        records: list[Record] = []
         lost = False
-        for (place, shares), record in zip(places, records, strict=True):
-            chosen = None if choices is None else (int(choices.caption[place]), bool(choices.space[place]))
-            draws = self._draws(epoch, record.id, chosen)
-            segment = flamingo_segment(record, dataset, self._making.tokenizer, draws)
-            # Every process that reads the row finds the same damage, and blanks the segments that would share the visual besides.
-            damaged = record.damaged
-            lost = lost if shares else damaged
-            segment = segment.blank() if damaged or lost else segment
-            segments.append((segment.sharing() if shares else segment, self._reader(place, record)))
-        visuals, here = show(segments, lambda number, error: self._failures.add(records[number].id, error), self._canvas, out)
+        for first, count in zip(self._items.record[items].tolist(), self._items.count[items].tolist(), strict=True):
+            for place in range(first, first + count):
+                record, shares = self._records[place], place > first
+                chosen = None if choices is None else (int(choices.caption[place]), bool(choices.space[place]))
+                segment = flamingo_segment(record, dataset, tokenizer, self._draws(epoch, record.id, chosen))
+                # Every process that reads the row finds the same damage, and blanks the segments that would share the visual besides.
+                lost = lost if shares else record.damaged
+                segment = segment.blank() if record.damaged or lost else segment
+                segments.append(segment.sharing() if shares else segment)
+                readers.append(self._reader(place, record))
+                records.append(record)
+        here = show(segments, readers, lambda number, error: self._failures.add(records[number].id, error), board, places)
         for record, is_here in zip(records, here, strict=True):
             if is_here and record.damaged:
                 self._failures.add(record.id, ValueError("it is damaged on disk"))
         # What other processes read they count: a share of all rows would be too small for the failures that are met here.
         self._failures.saw(sum(here))
-        return self._finish([segment for segment, _ in segments]) | {"visuals": visuals}
+        return segments, sum(len(segment.visuals) for segment in segments)
 
     def _reader(self, place: int, record: Record) -> Callable[[int, int], np.ndarray]:
         encoded = self._encoded
@@ -319,11 +319,21 @@ class Rows:
             return record.read
         return lambda visual, frame: encoded.read(place, sum(record.frame_counts[:visual]) + frame)
 
-    def _contrastive(self, place: int, count: int, epoch: int, out: np.ndarray) -> Arrays:
+    def _pairs(self, rows: Sequence[tuple[np.ndarray, int, Choices | None]]) -> Arrays:
+        blank = self._canvas.blank
+        drawn = self._blanks.take((len(rows), *blank.shape), blank.dtype)
+        made = [self._contrastive(items, epoch, out) for (items, epoch, _), out in zip(rows, drawn, strict=True)]
+        self._blanks.wrote(drawn, np.ones(len(rows), bool))
+        return {"images": drawn} | {name: np.array([row[name] for row in made]) for name in made[0]}
+
+    def _contrastive(self, items: np.ndarray, epoch: int, out: np.ndarray) -> Arrays:
         """A pair whose picture cannot be read is an empty picture without one token in its mask, which the loss leaves out.
 
         Of questions, `count` from `place` on are about one visual: the pair is one of its frames and as many of them, answered, as the text has room for.
         """
+        (item,) = items
+        place, count = int(self._items.record[item]), int(self._items.count[item])
+        self._failures.saw(count)
         record, length = self._records[place], self._making.text_length
         dataset, draws = self._making.dataset, self._draws(epoch, record.id)
         asking = dataset.kind == "questions"

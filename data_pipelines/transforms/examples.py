@@ -156,29 +156,25 @@ def _page_window(sequence: sequences.Sequence, dataset: DatasetConfig, draws: Dr
     return window(sequence, start, dataset.length, dataset.visuals, "next" if look_next else "previous")
 
 
-def assemble(segments: Sequence[Segment], *, length: int, pad_token: int) -> Arrays:
-    """Segments side by side in one row: tokens, positions, segments, media_index int32 [L], loss_mask bool [L].
+def assemble(rows: Sequence[Sequence[Segment]], *, length: int, pad_token: int) -> Arrays:
+    """Each row's segments side by side: tokens, positions, segments, media_index int32 [B, L], loss_mask bool [B, L].
 
     Segments count from 1, 0 is padding; positions start again in each; media_index counts the row's visuals.
     """
-    row = {
-        "tokens": np.full(length, pad_token, np.int32),
-        "positions": np.zeros(length, np.int32),
-        "segments": np.zeros(length, np.int32),
-        "loss_mask": np.zeros(length, bool),
-        "media_index": np.full(length, -1, np.int32),
-    }
-    start = places = 0
-    for number, segment in enumerate(segments, start=1):
-        part = slice(start, start + len(segment.tokens))
-        row["tokens"][part] = segment.tokens
-        row["positions"][part] = np.arange(len(segment.tokens), dtype=np.int32)
-        row["segments"][part] = number
-        row["loss_mask"][part] = segment.loss_mask
-        first = places - 1 if segment.shares else places
-        row["media_index"][part] = np.where(segment.media_index >= 0, segment.media_index + first, -1) if first else segment.media_index
-        start, places = part.stop, places + len(segment.visuals)
-    return row
+    shape, steps = (len(rows), length), np.arange(length, dtype=np.int32)
+    tokens, media_index = np.full(shape, pad_token, np.int32), np.full(shape, -1, np.int32)
+    positions, numbers, loss_mask = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
+    for row, segments in enumerate(rows):
+        start = places = 0
+        for number, segment in enumerate(segments, start=1):
+            count = len(segment.tokens)
+            part = row, slice(start, start + count)
+            tokens[part], loss_mask[part] = segment.tokens, segment.loss_mask
+            positions[part], numbers[part] = steps[:count], number
+            first = places - 1 if segment.shares else places
+            media_index[part] = np.where(segment.media_index >= 0, segment.media_index + first, -1) if first else segment.media_index
+            start, places = start + count, places + len(segment.visuals)
+    return {"tokens": tokens, "positions": positions, "segments": numbers, "loss_mask": loss_mask, "media_index": media_index}
 
 
 class Canvas(NamedTuple):
@@ -200,40 +196,44 @@ def feature_canvas(shape: tuple[int, int], dtype: np.dtype) -> Canvas:
     return Canvas("features", np.zeros(shape, dtype), lambda features, frame: np.copyto(frame, features))
 
 
-class Place(NamedTuple):
-    """Where a visual's frames are put, all of it zero before. drawn [T, *blank]; mask bool [T], True where there is a frame."""
+class Board(NamedTuple):
+    """Where a batch's M visuals are put. drawn [M, T, *blank], all of it blank before; mask bool [M, T], True where there is a frame."""
 
+    canvas: Canvas
     drawn: np.ndarray
     mask: np.ndarray
 
+    def put(self, place: int, frames: Sequence[np.ndarray]) -> None:
+        """One visual's frames, as they were read."""
+        for number, frame in enumerate(frames):
+            self.canvas.put(frame, self.drawn[place, number])
+            self.mask[place, number] = True
+
 
 def show(
-    segments: Sequence[tuple[Segment, Callable[[int, int], np.ndarray]]],
+    segments: Sequence[Segment],
+    readers: Sequence[Callable[[int, int], np.ndarray]],
     failed: Callable[[int, ImageError], None],
-    canvas: Canvas,
-    places: Sequence[Place | None],
-) -> tuple[np.ndarray, list[bool]]:
-    """Reads a row's visuals and puts them in their `places` [N], None for those that another process reads.
+    board: Board,
+    places: Sequence[int | None],
+) -> list[bool]:
+    """Reads a row's visuals and puts them on the board, one after the other in `places` [N]; None stands for those that another process reads.
 
-    Each segment comes with what reads frame f of visual v of its record. A visual that cannot be read is reported by its segment's place to
+    readers: of each segment, what reads frame f of visual v of its record. A visual that cannot be read is reported by its segment's place to
     `failed` and left blank; nothing else of the row changes, or processes that read the same row would not hold the same one.
 
-    Returns: `visuals` int32 [N], each one's place in the row or -1 for none; and whether each segment is read here, by its visuals or those
-    it shares, or if it has none by the place where they would stand.
+    Returns: whether each segment is read here, by its visuals or those it shares, or if it has none by the place where they would stand.
     """
-    present = np.full(len(places), -1, np.int32)
     here: list[bool] = []
     start = 0
-    for number, (segment, read) in enumerate(segments):
+    for number, (segment, read) in enumerate(zip(segments, readers, strict=True)):
         if segment.shares:
             here.append(here[-1])
             continue
-        own = range(start, start + len(segment.visuals))
-        start = own.stop
-        standing = places[own.start : own.stop]
-        here.append(any(place is not None for place in standing or places[start:][:1] or places[-1:]))
-        present[own.start : own.stop] = own
-        for found, visual, augment in zip(standing, segment.visuals, segment.augment or [None] * len(own), strict=True):
+        standing = places[start : start + len(segment.visuals)]
+        here.append(any(place is not None for place in standing or places[start : start + 1] or places[-1:]))
+        start += len(segment.visuals)
+        for found, visual, augment in zip(standing, segment.visuals, segment.augment or [None] * len(segment.visuals), strict=True):
             if found is None:
                 continue
             try:
@@ -243,7 +243,5 @@ def show(
             except ImageError as error:
                 failed(number, error)
                 continue
-            for frame, picture in enumerate(augment(frames) if augment else frames):
-                canvas.put(picture, found.drawn[frame])
-                found.mask[frame] = True
-    return present, here
+            board.put(found, augment(frames) if augment else frames)
+    return here

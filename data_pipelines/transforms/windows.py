@@ -28,7 +28,8 @@ def window(sequence: Sequence, start: int, length: int, visuals: int, look: Look
     first = int(sequence.chunk[start - 1]) if start else 0
     taken = range(first, first + min(int(chunk[-1]) - first, visuals))
     within = media_index(chunk, int(sequence.chunk[-1]), look) - np.int32(first)
-    within[(within < 0) | (within >= len(taken))] = -1
+    # Without a sign, what is below 0 is past them too.
+    within[within.view(np.uint32) >= len(taken)] = -1
     loss_mask = sequence.is_text[part].copy()
     loss_mask[0] = False
     return Window(tokens, loss_mask, within, taken)
