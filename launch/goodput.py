@@ -9,6 +9,7 @@ import json
 import pathlib
 
 from absl import flags
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -18,6 +19,8 @@ from launch import command
 
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the training run.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
+WIDEST = 400
+"""Characters of a line of the table."""
 
 
 def main() -> int:
@@ -28,13 +31,16 @@ def main() -> int:
         starts = [start._asdict() for start in breakdown.starts]
         print(json.dumps({"goodput": breakdown.share, "seconds": breakdown.seconds, "starts": starts}))
     else:
-        Console().print(_table(breakdown))
+        table, console = _table(breakdown), Console()
+        # In a narrow window its lines go on below: cut off, figures would read as smaller ones.
+        needed = console.measure(table, options=console.options.update(max_width=WIDEST)).maximum
+        Console(width=max(console.width, needed)).print(table)
         print(breakdown.sentence())
     return 0
 
 
 def _table(breakdown: Breakdown) -> Table:
-    table = Table("start", title="where the time went, in seconds")
+    table = Table("start", title="where the time went, in seconds", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("from step", "to", *KINDS, "goodput"):
         table.add_column(column, justify="right")
 

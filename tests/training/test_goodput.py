@@ -173,12 +173,12 @@ def test_the_command(clock: Clock, tmp_path: pathlib.Path, monkeypatch: pytest.M
     assert command.main() == 0
     told = json.loads(capsys.readouterr().out)
     assert told["goodput"] == pytest.approx(57 / 335) and told["seconds"]["lost"] == 12 and told["starts"][1]["seconds"]["down"] == 107
-    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setattr(command, "JSON", commands.flag(False))
     assert command.main() == 0
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines() if "│" in line]
-    assert rows[1] == ["2", "20", "40", "20.0", "25.0", "0.0", "1.0", "4.0", "0.0", "0.0", "107.0", "12.7%"]
-    assert rows[-1] == ["all", "", "", "57.0", "60.0", "30.0", "4.0", "9.0", "6.0", "12.0", "157.0", "17.0%"]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["2", "20", "40", "20.0", "25.0", "0.0", "1.0", "4.0", "0.0", "0.0", "107.0", "12.7%"] in rows
+    assert ["all", "57.0", "60.0", "30.0", "4.0", "9.0", "6.0", "12.0", "157.0", "17.0%"] in rows
     monkeypatch.setattr(command, "WORKDIR", commands.flag(""))
     with pytest.raises(UserError, match="--workdir is not set"):
         command.main()
