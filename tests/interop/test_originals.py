@@ -77,7 +77,7 @@ def test_loading_eight_gigabytes(tmp_path: pathlib.Path) -> None:
     """The most memory beside the arrays, and the time beside a bare read of the files from the disk, the best of three each."""
     if shutil.disk_usage(tmp_path).free < 10e9:
         pytest.skip("10 GB of disk are needed")
-    keeping = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1"
+    keeping = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
     env = os.environ | {"XLA_FLAGS": "", "GLIBC_TUNABLES": keeping}
 
     def call(*what: str) -> dict[str, float]:
