@@ -1,5 +1,6 @@
 """Processes that are stopped and killed, ten times each: all end as documented, nothing that was saved is lost, the next start goes on."""
 
+import contextlib
 import os
 import pathlib
 import random
@@ -26,8 +27,13 @@ def config(data: pathlib.Path) -> str:
 
 def begun(workdir: pathlib.Path) -> set[tuple[str, int]]:
     """Saves whose folder is there and whose manifest is not, known by their inodes: what an earlier start left is removed by the next save."""
-    found = [path for path in workdir.glob("checkpoints/*") if path.name.isdecimal() and not (path / manifest.NAME).exists()]
-    return {(path.name, path.stat().st_ino) for path in found if path.exists()}
+    found = set()
+    for path in workdir.glob("checkpoints/*"):
+        # The run may remove it at any moment.
+        with contextlib.suppress(FileNotFoundError):
+            if path.name.isdecimal() and not (path / manifest.NAME).exists():
+                found.add((path.name, path.stat().st_ino))
+    return found
 
 
 def require_whole(workdir: pathlib.Path) -> None:
