@@ -3,7 +3,7 @@
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -113,6 +113,14 @@ class Items:
             found.append((first + len(run) - count, size, count))
         record, length, count_of = np.array(found, np.int32).reshape(-1, 3).T
         return cls(record, np.zeros_like(record), length, np.ones_like(record), count_of)
+
+
+class PlannedRow(NamedTuple):
+    """The items of a row, the epoch it stands in, and the captions that were chosen for that epoch."""
+
+    items: np.ndarray
+    epoch: int
+    choices: Choices | None
 
 
 class Rows:
@@ -228,20 +236,20 @@ class Rows:
     def batch(self, first: int, size: int, share: Share = WHOLE) -> Arrays:
         """A share of the global batch of the `size` rows from `first` on; those past a pass over fixed rows are padding."""
         numbers = share.rows(size)
-        rows = [self._items_at(place) for place in (first + numbers).tolist()]
+        rows = [self._planned(place) for place in (first + numbers).tolist()]
         if self._making.task == "contrastive":
             return self._pairs(rows)
         if self._looks:
             return self._visuals(rows, numbers, share.visuals(size, self._making.dataset.visuals))
-        return self._finish([self._texts(items, epoch) for items, epoch, _ in rows])
+        return self._finish([self._texts(row) for row in rows])
 
-    def _items_at(self, place: int) -> tuple[np.ndarray, int, Choices | None]:
-        """What the row at this place is made of, in which epoch, and the captions of that epoch."""
+    def _planned(self, place: int) -> PlannedRow:
+        """The row at this place; an empty one past a pass over fixed rows."""
         if not self._making.training and place >= len(self):
-            return np.zeros(0, np.int32), 0, None
+            return PlannedRow(np.zeros(0, np.int32), 0, None)
         epoch, within = divmod(place, len(self))
         planned, choices = self._plan(epoch)
-        return planned.row(within), epoch, choices
+        return PlannedRow(planned.row(within), epoch, choices)
 
     def _draws(self, epoch: int, record_id: str, caption: tuple[int, bool] | None = None) -> Draws | None:
         return Draws(self._making.seed, epoch, record_id, caption) if self._making.training else None
@@ -252,9 +260,9 @@ class Rows:
             del arrays["media_index"]
         return arrays
 
-    def _texts(self, items: np.ndarray, epoch: int) -> list[Segment]:
-        self._failures.saw(int(self._items.count[items].sum()))
-        return [self._text(item, epoch) for item in items]
+    def _texts(self, row: PlannedRow) -> list[Segment]:
+        self._failures.saw(int(self._items.count[row.items].sum()))
+        return [self._text(item, row.epoch) for item in row.items]
 
     def _text(self, item: int, epoch: int) -> Segment:
         record, dataset, tokenizer = self._records[int(self._items.record[item])], self._making.dataset, self._making.tokenizer
@@ -269,27 +277,26 @@ class Rows:
         document = record.once("", lambda: text_tokens(strings([record.fields["text"]])[0], tokenizer))
         return text_segment(document, int(self._items.start[item]), int(self._items.length[item]))
 
-    def _visuals(self, rows: Sequence[tuple[np.ndarray, int, Choices | None]], numbers: np.ndarray, listed: np.ndarray) -> Arrays:
+    def _visuals(self, rows: Sequence[PlannedRow], numbers: np.ndarray, listed: np.ndarray) -> Arrays:
         """Rows with the visuals that are `listed`, as row * places + place. These, the most of a batch, are put where they shall lie and not
         copied again."""
         dataset, blank = self._making.dataset, self._canvas.blank
         drawn = self._blanks.take((len(listed), dataset.frames, *blank.shape), blank.dtype)
         board = Board(self._canvas, drawn, np.zeros((len(listed), dataset.frames), bool))
         places = {visual: place for place, visual in enumerate(listed.tolist())}
-        starts = (numbers * dataset.visuals).astype(np.int32)
+        starts = (numbers * dataset.visuals).tolist()
         segments, shown = [], np.full((len(numbers), dataset.visuals), -1, np.int32)
-        for row, (start, (items, epoch, choices)) in enumerate(zip(starts.tolist(), rows, strict=True)):
-            own, present = self._visual(items, epoch, choices, board, [places.get(visual) for visual in range(start, start + dataset.visuals)])
+        for number, (start, row) in enumerate(zip(starts, rows, strict=True)):
+            own, present = self._visual(row, board, [places.get(visual) for visual in range(start, start + dataset.visuals)])
             segments.append(own)
-            shown[row, :present] = np.arange(start, start + present, dtype=np.int32)
+            shown[number, :present] = np.arange(start, start + present, dtype=np.int32)
         self._blanks.wrote(drawn, board.mask)
         return {self._canvas.name: drawn, "frame_mask": board.mask, "visuals": shown} | self._finish(segments)
 
-    def _visual(
-        self, items: np.ndarray, epoch: int, choices: Choices | None, board: Board, places: Sequence[int | None]
-    ) -> tuple[list[Segment], int]:
+    def _visual(self, row: PlannedRow, board: Board, places: Sequence[int | None]) -> tuple[list[Segment], int]:
         """A row's segments and how many visuals it has, which are put on the board in their `places` (see `show`)."""
         dataset, tokenizer = self._making.dataset, self._making.tokenizer
+        items, epoch, choices = row
         segments: list[Segment] = []
         readers: list[Callable[[int, int], np.ndarray]] = []
         records: list[Record] = []
@@ -319,19 +326,20 @@ class Rows:
             return record.read
         return lambda visual, frame: encoded.read(place, sum(record.frame_counts[:visual]) + frame)
 
-    def _pairs(self, rows: Sequence[tuple[np.ndarray, int, Choices | None]]) -> Arrays:
+    def _pairs(self, rows: Sequence[PlannedRow]) -> Arrays:
         blank = self._canvas.blank
         drawn = self._blanks.take((len(rows), *blank.shape), blank.dtype)
-        made = [self._contrastive(items, epoch, out) for (items, epoch, _), out in zip(rows, drawn, strict=True)]
+        made = [self._contrastive(row, out) for row, out in zip(rows, drawn, strict=True)]
         self._blanks.wrote(drawn, np.ones(len(rows), bool))
         return {"images": drawn} | {name: np.array([row[name] for row in made]) for name in made[0]}
 
-    def _contrastive(self, items: np.ndarray, epoch: int, out: np.ndarray) -> Arrays:
-        """A pair whose picture cannot be read is an empty picture without one token in its mask, which the loss leaves out.
+    def _contrastive(self, row: PlannedRow, out: np.ndarray) -> Arrays:
+        """Tokens and mask of a pair, its picture put on `out`, zeros [H, W, 3]. One whose picture cannot be read is an empty picture without one
+        token in its mask, which the loss leaves out.
 
-        Of questions, `count` from `place` on are about one visual: the pair is one of its frames and as many of them, answered, as the text has room for.
+        An item of questions holds all about one visual: the pair is one of its frames and as many of them, answered, as the text has room for.
         """
-        (item,) = items
+        (item,), epoch, _ = row
         place, count = int(self._items.record[item]), int(self._items.count[item])
         self._failures.saw(count)
         record, length = self._records[place], self._making.text_length

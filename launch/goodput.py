@@ -20,7 +20,7 @@ from launch import command
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the training run.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
 WIDEST = 400
-"""Characters of a line of the table."""
+"""Characters of a line that the table may take, however narrow the window."""
 
 
 def main() -> int:
@@ -31,10 +31,8 @@ def main() -> int:
         starts = [start._asdict() for start in breakdown.starts]
         print(json.dumps({"goodput": breakdown.share, "seconds": breakdown.seconds, "starts": starts}))
     else:
-        table, console = _table(breakdown), Console()
         # In a narrow window its lines go on below: cut off, figures would read as smaller ones.
-        needed = console.measure(table, options=console.options.update(max_width=WIDEST)).maximum
-        Console(width=max(console.width, needed)).print(table)
+        Console(width=WIDEST).print(_table(breakdown))
         print(breakdown.sentence())
     return 0
 
