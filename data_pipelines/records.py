@@ -106,10 +106,10 @@ class Parsed(Sequence[Any]):
             form = stored[name].WhichOneof("kind")
             if form is None:
                 raise ValueError(f"it has no {name}")
-            values = list(getattr(stored[name], form).value)
+            values = getattr(stored[name], form).value
             if not plural and len(values) != 1:
                 raise ValueError(f"it has {len(values)} of {name} in place of one")
-            record[name] = values if plural else values[0]
+            record[name] = list(values) if plural else values[0]
         return record
 
 
@@ -186,6 +186,8 @@ class Record:
     frame_counts: stored frames of each visual. pictures: False keeps no more of them than that. known: from an earlier visit; then the record is
     not read before its fields or pictures are asked for.
     """
+
+    __slots__ = ("_feature", "_fields", "_keep", "_pictures", "_place", "_size", "_source", "damaged", "frame_counts", "id", "known", "made")
 
     def __init__(self, source: Sequence[Any], place: int, feature: str | None, size: int, *, pictures: bool = True, known: Known | None = None):
         self._source, self._place, self._feature, self._size, self._keep = source, place, feature, size, pictures

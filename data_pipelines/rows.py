@@ -1,6 +1,7 @@
 """The rows of a dataset: which examples share one, and its arrays, from nothing but its place in the endless stream of rows."""
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -123,6 +124,36 @@ class PlannedRow(NamedTuple):
     choices: Choices | None
 
 
+class Visit(NamedTuple):
+    """A record's place in the dataset and what a row has of it."""
+
+    place: int
+    record: Record
+    segment: Segment
+
+
+class Standing(NamedTuple):
+    """Where a share of a global batch stands in it, which is the same in every batch.
+
+    rows: int [B], those that are read here. visuals: int32 [B, N], row * N + place of each of theirs. decoded: M, with blanks.
+    among: for each row and visual, its place among those that are decoded here, None for one that another process decodes.
+    """
+
+    rows: np.ndarray
+    visuals: np.ndarray
+    decoded: int
+    among: list[list[int | None]]
+
+    @classmethod
+    @functools.cache
+    def of(cls, share: Share, size: int, visuals: int) -> "Standing":
+        """Of batches of `size` rows with `visuals` each."""
+        rows, listed = share.rows(size), share.visuals(size, visuals)
+        own = rows[:, None] * visuals + np.arange(visuals)
+        places = {visual: place for place, visual in enumerate(listed.tolist())}
+        return cls(rows, own.astype(np.int32), len(listed), [[places.get(visual) for visual in row] for row in own.tolist()])
+
+
 class Rows:
     """Every row of every epoch by its place in the endless stream of rows. Safe to use from several threads."""
 
@@ -235,12 +266,12 @@ class Rows:
 
     def batch(self, first: int, size: int, share: Share = WHOLE) -> Arrays:
         """A share of the global batch of the `size` rows from `first` on; those past a pass over fixed rows are padding."""
-        numbers = share.rows(size)
-        rows = [self._planned(place) for place in (first + numbers).tolist()]
+        standing = Standing.of(share, size, self._making.dataset.visuals)
+        rows = [self._planned(place) for place in (first + standing.rows).tolist()]
         if self._making.task == "contrastive":
             return self._pairs(rows)
         if self._looks:
-            return self._visuals(rows, numbers, share.visuals(size, self._making.dataset.visuals))
+            return self._visuals(rows, standing)
         return self._finish([self._texts(row) for row in rows])
 
     def _planned(self, place: int) -> PlannedRow:
@@ -277,54 +308,52 @@ class Rows:
         document = record.once("", lambda: text_tokens(strings([record.fields["text"]])[0], tokenizer))
         return text_segment(document, int(self._items.start[item]), int(self._items.length[item]))
 
-    def _visuals(self, rows: Sequence[PlannedRow], numbers: np.ndarray, listed: np.ndarray) -> Arrays:
-        """Rows with the visuals that are `listed`, as row * places + place. These, the most of a batch, are put where they shall lie and not
-        copied again."""
-        dataset, blank = self._making.dataset, self._canvas.blank
-        drawn = self._blanks.take((len(listed), dataset.frames, *blank.shape), blank.dtype)
-        board = Board(self._canvas, drawn, np.zeros((len(listed), dataset.frames), bool))
-        places = {visual: place for place, visual in enumerate(listed.tolist())}
-        starts = (numbers * dataset.visuals).tolist()
-        segments, shown = [], np.full((len(numbers), dataset.visuals), -1, np.int32)
-        for number, (start, row) in enumerate(zip(starts, rows, strict=True)):
-            own, present = self._visual(row, board, [places.get(visual) for visual in range(start, start + dataset.visuals)])
-            segments.append(own)
-            shown[number, :present] = np.arange(start, start + present, dtype=np.int32)
+    def _visuals(self, rows: Sequence[PlannedRow], standing: Standing) -> Arrays:
+        """Rows with the visuals that are decoded here. These, the most of a batch, are put where they shall lie and not copied again."""
+        blank = self._canvas.blank
+        drawn = self._blanks.take((standing.decoded, self._making.dataset.frames, *blank.shape), blank.dtype)
+        board = Board(self._canvas, drawn, np.zeros(drawn.shape[:2], bool))
+        # All texts before the first picture: in turn they would push each other's code and data out of the processor's caches.
+        visits = [self._visits(row) for row in rows]
+        self._failures.saw(sum(self._show(row, board, places) for row, places in zip(visits, standing.among, strict=True)))
         self._blanks.wrote(drawn, board.mask)
+        segments = [[visit.segment for visit in row] for row in visits]
+        present = np.array([sum(len(segment.visuals) for segment in row) for row in segments])
+        shown = np.where(np.arange(standing.visuals.shape[1]) < present[:, None], standing.visuals, -1)
         return {self._canvas.name: drawn, "frame_mask": board.mask, "visuals": shown} | self._finish(segments)
 
-    def _visual(self, row: PlannedRow, board: Board, places: Sequence[int | None]) -> tuple[list[Segment], int]:
-        """A row's segments and how many visuals it has, which are put on the board in their `places` (see `show`)."""
+    def _visits(self, row: PlannedRow) -> list[Visit]:
         dataset, tokenizer = self._making.dataset, self._making.tokenizer
         items, epoch, choices = row
-        segments: list[Segment] = []
-        readers: list[Callable[[int, int], np.ndarray]] = []
-        records: list[Record] = []
+        visits: list[Visit] = []
         lost = False
-        for first, count in zip(self._items.record[items].tolist(), self._items.count[items].tolist(), strict=True):
-            for place in range(first, first + count):
+        for item in items:
+            first = int(self._items.record[item])
+            for place in range(first, first + int(self._items.count[item])):
                 record, shares = self._records[place], place > first
                 chosen = None if choices is None else (int(choices.caption[place]), bool(choices.space[place]))
                 segment = flamingo_segment(record, dataset, tokenizer, self._draws(epoch, record.id, chosen))
                 # Every process that reads the row finds the same damage, and blanks the segments that would share the visual besides.
                 lost = lost if shares else record.damaged
                 segment = segment.blank() if record.damaged or lost else segment
-                segments.append(segment.sharing() if shares else segment)
-                readers.append(self._reader(place, record))
-                records.append(record)
-        here = show(segments, readers, lambda number, error: self._failures.add(records[number].id, error), board, places)
-        for record, is_here in zip(records, here, strict=True):
-            if is_here and record.damaged:
-                self._failures.add(record.id, ValueError("it is damaged on disk"))
-        # What other processes read they count: a share of all rows would be too small for the failures that are met here.
-        self._failures.saw(sum(here))
-        return segments, sum(len(segment.visuals) for segment in segments)
+                visits.append(Visit(place, record, segment.sharing() if shares else segment))
+        return visits
 
-    def _reader(self, place: int, record: Record) -> Callable[[int, int], np.ndarray]:
-        encoded = self._encoded
+    def _show(self, visits: Sequence[Visit], board: Board, places: Sequence[int | None]) -> int:
+        """Puts a row's visuals on the board in their `places` (see `show`). How many of its records are read here: what other processes read
+        they count, or a share of all rows would be too small for the failures that are met here."""
+        failed = lambda number, error: self._failures.add(visits[number].record.id, error)
+        here = show([visit.segment for visit in visits], [self._reader(visit) for visit in visits], failed, board, places)
+        for visit, is_here in zip(visits, here, strict=True):
+            if is_here and visit.record.damaged:
+                self._failures.add(visit.record.id, ValueError("it is damaged on disk"))
+        return sum(here)
+
+    def _reader(self, visit: Visit) -> Callable[[int, int], np.ndarray]:
+        encoded, record = self._encoded, visit.record
         if encoded is None:
             return record.read
-        return lambda visual, frame: encoded.read(place, sum(record.frame_counts[:visual]) + frame)
+        return lambda visual, frame: encoded.read(visit.place, sum(record.frame_counts[:visual]) + frame)
 
     def _pairs(self, rows: Sequence[PlannedRow]) -> Arrays:
         blank = self._canvas.blank
@@ -369,8 +398,8 @@ class Rows:
         """<BOS>, whole questions with their answers, in any order, <EOS>: int32 [n], n at most the text's length where one of them fits it."""
         dataset, tokenizer = self._making.dataset, self._making.tokenizer
         told: list[int] = []
-        for place in first + (np.arange(count) if draws is None else draws.rng.permutation(count)):
-            record = self._records[int(place)]
+        for place in range(count) if draws is None else draws.order(count):
+            record = self._records[first + place]
             answer = answer_of(record.fields, draws)
             make = lambda: question_tokens(opening_of(record.fields, dataset), answer, tokenizer)[1:-1].tolist()  # noqa: B023 - called at once
             ids = record.once(answer, make)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -30,19 +31,20 @@ class Augmentation:
         return [(frame.astype(np.float32) @ matrix.T + offset).round().clip(0, 255).astype(np.uint8) for frame in frames]
 
 
-def draw(rng: np.random.Generator, *, flip: bool, colour: float) -> Augmentation | None:
+def draw(uniform: Callable[[float, float], float], *, flip: bool, colour: float) -> Augmentation | None:
     """A random augmentation; None, and nothing drawn, where both are off.
 
+    uniform: draws a number from low up to high.
     colour: strength; brightness, contrast and saturation are scaled by 1 - colour to 1 + colour, hue turns by up to 36 degrees x colour.
     """
     if not flip and not colour:
         return None
-    flipped = flip and rng.random() < 0.5
+    flipped = flip and uniform(0, 1) < 0.5
     if not colour:
         return Augmentation(flipped, None)
-    brightness, contrast, saturation = np.maximum(rng.uniform(1 - colour, 1 + colour, size=3), 0)
-    turn = 2 * math.pi * HUE_TURN * colour * rng.uniform(-1, 1)
-    return Augmentation(flipped, brightness * _saturation(saturation) @ _hue(turn), float(contrast))
+    brightness, contrast, saturation = (max(uniform(1 - colour, 1 + colour), 0.0) for _ in range(3))
+    turn = 2 * math.pi * HUE_TURN * colour * uniform(-1, 1)
+    return Augmentation(flipped, brightness * _saturation(saturation) @ _hue(turn), contrast)
 
 
 def _saturation(factor: float) -> np.ndarray:

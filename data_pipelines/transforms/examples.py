@@ -1,7 +1,6 @@
 """Records to training segments, and segments to rows: everything random about an example is keyed by (seed, epoch, record id)."""
 
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -20,42 +19,40 @@ Arrays = dict[str, np.ndarray]
 
 
 class Draws:
-    """What is random about one visit of a record: the same wherever, whenever and on however many processes it is visited."""
+    """What is random about one visit of a record: the same wherever, whenever and on however many processes it is visited.
+
+    Each draw is a hash of its own: a generator of many numbers takes longer to set up than a row to make, and most rows want one or two.
+    """
 
     def __init__(self, seed: int, epoch: int, record_id: str, caption: tuple[int, bool] | None = None):
         """caption: which one, and whether a space goes before it, where that was chosen when rows were planned."""
         self._key = f"{seed}/{epoch}/{record_id}"
+        self._drawn = 0
         self.caption = caption
 
-    @functools.cached_property
-    def rng(self) -> np.random.Generator:
-        """Made when something is drawn: often nothing is, and then it would be half of a row's work."""
-        digest = hashlib.blake2b(self._key.encode(), digest_size=16).digest()
-        return np.random.Generator(np.random.Philox(_Key(digest)))  # type: ignore[arg-type]
+    def _word(self) -> int:
+        """64 random bits."""
+        self._drawn += 1
+        return int.from_bytes(hashlib.blake2b(f"{self._drawn}/{self._key}".encode(), digest_size=8).digest())
+
+    def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
+        """From low up to, but not including, high."""
+        return low + (high - low) * (self._word() >> 11) * 2.0**-53
 
     def happens(self, probability: float) -> bool:
-        return probability > 0 and (probability >= 1 or self.rng.random() < probability)
+        return probability > 0 and (probability >= 1 or self.uniform() < probability)
 
     def below(self, count: int) -> int:
         """One of 0..count - 1."""
-        return 0 if count == 1 else int(self.rng.integers(count))
+        return 0 if count == 1 else self._word() * count >> 64
+
+    def order(self, count: int) -> list[int]:
+        """0..count - 1 in any order."""
+        return sorted(range(count), key=lambda _: self._word())
 
     def augmentation(self, dataset: DatasetConfig) -> augmentation.Augmentation | None:
         """A visual's, as the dataset wants it."""
-        return augmentation.draw(self.rng, flip=dataset.flip, colour=dataset.colour) if dataset.flip or dataset.colour else None
-
-
-class _Key(np.random.bit_generator.ISeedSequence):
-    """A Philox generator's key in place of its seed: what `Philox(key=...)` gives without asking the system for a seed that it has no use for.
-
-    numpy's type stubs know of no such sequence.
-    """
-
-    def __init__(self, digest: bytes):
-        self._digest = digest
-
-    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
-        return np.frombuffer(self._digest[::-1], np.dtype(dtype).newbyteorder("<"), n_words).astype(dtype)
+        return augmentation.draw(self.uniform, flip=dataset.flip, colour=dataset.colour) if dataset.flip or dataset.colour else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,9 +129,7 @@ def flamingo_segment(record: Any, dataset: DatasetConfig, tokenizer: Tokenizer, 
             text = caption_of(record.fields, draws)
             make = lambda: sequences.pair_sequence(text, tokenizer, length=dataset.length)
         part = record.once(text, lambda: window(make(), 0, dataset.length, 1, "previous"))
-        frames = record.frame_counts[0]
-        whole = frames <= dataset.frames
-        run = clip(frames, dataset.frames, None if draws is None or whole else draws.rng)
+        run = clip(record.frame_counts[0], dataset.frames, None if draws is None else draws.below)
         visuals = [[(0, frame) for frame in run]]
     augment = [] if draws is None else [draws.augmentation(dataset) for _ in visuals]
     return Segment(part.tokens, part.loss_mask, part.media_index, visuals, augment)

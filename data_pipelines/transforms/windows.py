@@ -24,14 +24,15 @@ def window(sequence: Sequence, start: int, length: int, visuals: int, look: Look
     target: nothing stands before it.
     """
     part = slice(start, start + length)
-    tokens, chunk = sequence.tokens[part], sequence.chunk[part]
-    first = int(sequence.chunk[start - 1]) if start else 0
-    taken = range(first, first + min(int(chunk[-1]) - first, visuals))
+    tokens, chunk, loss_mask = sequence.tokens[part], sequence.chunk[part], sequence.is_text[part].copy()
+    loss_mask[0] = False
+    first, last = int(sequence.chunk[start - 1]) if start else 0, int(chunk[-1])
+    if first == last:  # The most of a long text has no image in sight.
+        return Window(tokens, loss_mask, np.full(len(tokens), -1, np.int32), range(0))
+    taken = range(first, min(last, first + visuals))
     within = media_index(chunk, int(sequence.chunk[-1]), look) - np.int32(first)
     # Without a sign, what is below 0 is past them too.
     within[within.view(np.uint32) >= len(taken)] = -1
-    loss_mask = sequence.is_text[part].copy()
-    loss_mask[0] = False
     return Window(tokens, loss_mask, within, taken)
 
 

@@ -61,11 +61,12 @@ def read_frames(
     return frames
 
 
-def clip(count: int, frames: int, rng: np.random.Generator | None = None) -> range:
-    """Which of `count` stored frames a clip of `frames` takes: a run of neighbours, at random with `rng`, else the first."""
-    if rng is None or count <= frames:
+def clip(count: int, frames: int, below: Callable[[int], int] | None = None) -> range:
+    """Which of `count` stored frames a clip of `frames` takes: a run of neighbours, the first ones where `below`, which draws one of
+    0..n - 1, is None."""
+    if below is None or count <= frames:
         return range(min(count, frames))
-    start = int(rng.integers(count - frames + 1))
+    start = below(count - frames + 1)
     return range(start, start + frames)
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from data_pipelines.mixture import held_out, make_iterator
 from data_pipelines.transforms.augmentation import draw
+from data_pipelines.transforms.examples import Draws
 from data_pipelines.transforms.lengths import load_or_measure, measure
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation.examples import Example
@@ -572,12 +573,24 @@ def test_lengths_are_kept_beside_the_dataset(tokenizer, tmp_path):
     np.testing.assert_array_equal(load_or_measure(SOURCES["pages"], "pages", tokenizer, tmp_path, "train").tokens, made.tokens)
 
 
+def test_draws_are_even_and_of_one_visit():
+    of = lambda visit, seed=0, epoch=0: Draws(seed, epoch, f"record {visit}")
+    counts = np.bincount([of(visit).below(5) for visit in range(4_000)], minlength=5)
+    assert abs(counts - 800).max() < 4 * np.sqrt(800)
+    values = np.array([[draws.uniform(), draws.uniform(-3, 1)] for draws in map(of, range(4_000))])
+    assert values[:, 0].min() >= 0 and values[:, 0].max() < 1 and values[:, 1].min() >= -3 and values[:, 1].max() < 1
+    assert abs(values.mean(0) - [0.5, -1]).max() < 0.06 and abs(np.corrcoef(values.T)[0, 1]) < 0.06
+    assert abs(sum(of(visit).happens(0.3) for visit in range(4_000)) - 1200) < 4 * np.sqrt(4_000 * 0.3 * 0.7)
+    assert sorted(of(1).order(6)) == list(range(6)) and len({tuple(of(visit).order(3)) for visit in range(100)}) == 6
+    assert of(1).order(9) == of(1).order(9) != of(1, seed=1).order(9) != of(1, epoch=1).order(9)
+
+
 def test_augmentation_is_one_draw_for_a_clip():
     rng = np.random.default_rng(0)
-    assert draw(rng, flip=False, colour=0.0) is None
+    assert draw(rng.uniform, flip=False, colour=0.0) is None
     frames = [np.full((4, 4, 3), 90, np.uint8), np.full((4, 4, 3), 90, np.uint8)]
     frames[0][:, 0] = frames[1][:, 0] = [200, 30, 60]
-    results = [draw(np.random.default_rng(seed), flip=True, colour=0.4)(frames) for seed in range(8)]
+    results = [draw(np.random.default_rng(seed).uniform, flip=True, colour=0.4)(frames) for seed in range(8)]
     for first, second in results:
         np.testing.assert_array_equal(first, second)
         assert first.dtype == np.uint8 and first.shape == (4, 4, 3)
@@ -589,7 +602,7 @@ def test_augmentation_is_one_draw_for_a_clip():
 def test_hue_and_saturation_leave_greys_grey_up_to_brightness():
     frames = [np.full((2, 2, 3), 120, np.uint8)]
     for seed in range(5):
-        (out,) = draw(np.random.default_rng(seed), flip=False, colour=0.5)(frames)
+        (out,) = draw(np.random.default_rng(seed).uniform, flip=False, colour=0.5)(frames)
         assert np.ptp(out.astype(int)) <= 1
 
 
