@@ -315,9 +315,10 @@ class Rows:
         board = Board(self._canvas, drawn, np.zeros(drawn.shape[:2], bool))
         # All texts before the first picture: in turn they would push each other's code and data out of the processor's caches.
         visits = [self._visits(row) for row in rows]
-        self._failures.saw(sum(self._show(row, board, places) for row, places in zip(visits, standing.among, strict=True)))
-        self._blanks.wrote(drawn, board.mask)
         segments = [[visit.segment for visit in row] for row in visits]
+        # Each row's records are let go when they are drawn: all decoded pictures at once would take as much memory again as the batch.
+        self._failures.saw(sum(self._show(visits.pop(0), board, places) for places in standing.among))
+        self._blanks.wrote(drawn, board.mask)
         present = np.array([sum(len(segment.visuals) for segment in row) for row in segments])
         shown = np.where(np.arange(standing.visuals.shape[1]) < present[:, None], standing.visuals, -1)
         return {self._canvas.name: drawn, "frame_mask": board.mask, "visuals": shown} | self._finish(segments)
