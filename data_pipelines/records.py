@@ -187,8 +187,6 @@ class Record:
     not read before its fields or pictures are asked for.
     """
 
-    __slots__ = ("_feature", "_fields", "_keep", "_pictures", "_place", "_size", "_source", "damaged", "frame_counts", "id", "known", "made")
-
     def __init__(self, source: Sequence[Any], place: int, feature: str | None, size: int, *, pictures: bool = True, known: Known | None = None):
         self._source, self._place, self._feature, self._size, self._keep = source, place, feature, size, pictures
         self._fields: dict[str, Any] | None = None

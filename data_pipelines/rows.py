@@ -133,13 +133,12 @@ class Visit(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """Where a share of a global batch stands in it, which is the same in every batch.
+    """Where the visuals of a share's rows stand, which is the same in every batch.
 
-    rows: int [B], those that are read here. visuals: int32 [B, N], row * N + place of each of theirs. decoded: M, with blanks.
-    among: for each row and visual, its place among those that are decoded here, None for one that another process decodes.
+    visuals: int32 [B, N], row * N + place in the global batch. decoded: M, those that are decoded here, with blanks.
+    among: for each row and visual, its place among these, None for one that another process decodes.
     """
 
-    rows: np.ndarray
     visuals: np.ndarray
     decoded: int
     among: list[list[int | None]]
@@ -148,10 +147,9 @@ class Standing(NamedTuple):
     @functools.cache
     def of(cls, share: Share, size: int, visuals: int) -> "Standing":
         """Of batches of `size` rows with `visuals` each."""
-        rows, listed = share.rows(size), share.visuals(size, visuals)
-        own = rows[:, None] * visuals + np.arange(visuals)
+        own, listed = share.row_visuals(size, visuals), share.visuals(size, visuals)
         places = {visual: place for place, visual in enumerate(listed.tolist())}
-        return cls(rows, own.astype(np.int32), len(listed), [[places.get(visual) for visual in row] for row in own.tolist()])
+        return cls(own, len(listed), [[places.get(visual) for visual in row] for row in own.tolist()])
 
 
 class Rows:
@@ -266,12 +264,11 @@ class Rows:
 
     def batch(self, first: int, size: int, share: Share = WHOLE) -> Arrays:
         """A share of the global batch of the `size` rows from `first` on; those past a pass over fixed rows are padding."""
-        standing = Standing.of(share, size, self._making.dataset.visuals)
-        rows = [self._planned(place) for place in (first + standing.rows).tolist()]
+        rows = [self._planned(place) for place in (first + share.rows(size)).tolist()]
         if self._making.task == "contrastive":
             return self._pairs(rows)
         if self._looks:
-            return self._visuals(rows, standing)
+            return self._visuals(rows, Standing.of(share, size, self._making.dataset.visuals))
         return self._finish([self._texts(row) for row in rows])
 
     def _planned(self, place: int) -> PlannedRow:
@@ -324,6 +321,7 @@ class Rows:
         return {self._canvas.name: drawn, "frame_mask": board.mask, "visuals": shown} | self._finish(segments)
 
     def _visits(self, row: PlannedRow) -> list[Visit]:
+        """What a row has of its records, in order."""
         dataset, tokenizer = self._making.dataset, self._making.tokenizer
         items, epoch, choices = row
         visits: list[Visit] = []

@@ -44,7 +44,7 @@ TRACE = flags.DEFINE_string("trace", "", "Folder for a profiler trace of three s
 DATASETS = flags.DEFINE_multi_string("dataset", [], "data: folder of a dataset that was built, in place of a config's.")
 TOKENIZER = flags.DEFINE_string("tokenizer", "", "data: the tokenizer's folder, with --dataset.")
 IMAGE_SIZE = flags.DEFINE_integer("image_size", 224, "data: side of the pictures, with --dataset.", lower_bound=1)
-STEP_SECONDS = flags.DEFINE_float("step_seconds", 0.2, "data: seconds of a step; the quickstart's takes 0.2 on two cores.", lower_bound=0.0)
+STEP_SECONDS = flags.DEFINE_float("step_seconds", 0.2, "data: seconds of a step; the quickstart's takes 0.2 to 0.3 on two cores.", lower_bound=0.0)
 BATCHES = flags.DEFINE_integer("batches", 20, "data: batches of each dataset that are timed.", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
 CONFIG = command.define_config()

@@ -52,7 +52,7 @@ class Draws:
 
     def augmentation(self, dataset: DatasetConfig) -> augmentation.Augmentation | None:
         """A visual's, as the dataset wants it."""
-        return augmentation.draw(self.uniform, flip=dataset.flip, colour=dataset.colour) if dataset.flip or dataset.colour else None
+        return augmentation.draw(self.uniform, flip=dataset.flip, colour=dataset.colour)
 
 
 @dataclasses.dataclass(frozen=True)

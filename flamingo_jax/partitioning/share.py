@@ -80,6 +80,10 @@ class Share:
         """The rows that the process reads, as places in the global batch of `count`, a multiple of `row_shards`: int [B], ascending."""
         return self.by_row.numbers(count // self.row_shards)
 
+    def row_visuals(self, rows: int, places: int) -> np.ndarray:
+        """All visuals of the rows that the process reads, whoever decodes them, as row * places + place: int32 [B, N]."""
+        return (self.rows(rows)[:, None] * places + np.arange(places)).astype(np.int32)
+
     def visuals(self, rows: int, places: int) -> np.ndarray:
         """The visuals that the process decodes in a global batch of `rows` with `places` each, as row * places + place: int [M], -1 for blanks."""
         real, listed = rows // self.row_shards * places, self.listed(rows, places) // self.row_shards

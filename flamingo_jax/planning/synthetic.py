@@ -15,8 +15,8 @@ def full_batches(experiment: Experiment, share: Share = WHOLE) -> dict[str, dict
 
 def _full_batch(experiment: Experiment, dataset: DatasetConfig, share: Share, rng: np.random.Generator) -> dict[str, np.ndarray]:
     config = stages.model_config(experiment)
-    rows, length, places = share.rows(dataset.batch_size), dataset.length, dataset.visuals
-    shape, whole = (len(rows), length), np.arange(length, dtype=np.int32)
+    length, places = dataset.length, dataset.visuals
+    shape, whole = (len(share.rows(dataset.batch_size)), length), np.arange(length, dtype=np.int32)
     vocabulary = (config.language_model if experiment.task == "flamingo" else config).vocab_size
     batch = {
         "tokens": rng.integers(0, vocabulary, shape, dtype=np.int32),
@@ -30,7 +30,7 @@ def _full_batch(experiment: Experiment, dataset: DatasetConfig, share: Share, rn
     return batch | {
         # Visuals stand evenly over the row, the first at its start.
         "media_index": np.broadcast_to(whole * places // length, shape).astype(np.int32),
-        "visuals": (rows[:, None] * places + np.arange(places)).astype(np.int32),
+        "visuals": share.row_visuals(dataset.batch_size, places),
         "frame_mask": np.repeat(listed[:, None] >= 0, dataset.frames, axis=1),
         "images": rng.integers(0, 256, (len(listed), dataset.frames, size, size, 3), dtype=np.uint8),
     }
