@@ -117,8 +117,8 @@ def median_seconds(run: Callable[[], Any], steps: int) -> float:
 
 
 def matrix_rate(dtype: jnp.dtype, steps: int) -> float:
-    """FLOPs a second of a large square product on one device."""
+    """FLOPs a second and device of a large square product on each of this process's devices at once: those of a CPU share its cores."""
     size = 2048 if jax.devices()[0].platform == "cpu" else 8192
-    a = jax.device_put(jnp.ones((size, size), dtype), jax.devices()[0])
+    factors = [jax.device_put(jnp.ones((size, size), dtype), device) for device in jax.local_devices()]
     product = jax.jit(lambda a: a @ a)
-    return 2 * size**3 / median_seconds(lambda: product(a), steps)
+    return 2 * size**3 / median_seconds(lambda: [product(a) for a in factors], steps)

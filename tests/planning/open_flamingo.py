@@ -1,0 +1,163 @@
+"""A training step beside open_flamingo's, both of the same sizes, in turn on the same cores.
+
+    pip install -e '.[interop-test]' einops einops-exts && pip install --no-deps open_flamingo==2.0.1
+    python -m tests.planning.open_flamingo --sizes=layers=4,width=256,heads=4,vocab=8192,every=1,vit_layers=4,vit_width=256,vit_heads=4,\\
+image=96,patch=16,interleaved=8x3x128,pairs=16x1x32 [--rounds=3]
+
+open_flamingo wants torchvision, which its model does not need: hence --no-deps. Its step is as its train_utils.py has it: a loss and its
+gradient for each dataset, the embedding's gradient masked to the tokens that were added, clipping, AdamW; float32, as ours.
+"""
+
+import importlib.machinery
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags
+from rich.console import Console
+from rich.table import Table
+
+from configs.benchmark import experiment_of
+from flamingo_jax.experiment import DatasetConfig, FlamingoConfig
+
+SIZES = flags.DEFINE_string("sizes", None, "As launch.benchmark takes them.", required=True)
+ROUNDS = flags.DEFINE_integer("rounds", 3, "Of each, in turn.", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", 12, "Steps that are timed in each.", lower_bound=1)
+PEER = flags.DEFINE_bool("peer", False, "Time open_flamingo alone, in this process, and print JSON.")
+
+MATRIX = 2048
+
+
+def main(_: list[str]) -> None:
+    if PEER.value:
+        print(json.dumps(time_peer()))
+        return
+    given = [f"--sizes={SIZES.value}", f"--steps={STEPS.value}"]
+    ours, peers = [], []
+    for _round in range(ROUNDS.value):
+        ours.append(_run("-m", "launch.benchmark", "train", "--json", *given))
+        peers.append(_run("-m", "tests.planning.open_flamingo", "--peer", *given))
+    table = Table("", title="one training step, runs in turn")
+    for heading in ("seconds", "matrix rate, GFLOP/s", "share of it"):
+        table.add_column(heading, justify="right")
+    for mine, peer in zip(ours, peers, strict=True):
+        for name, found in (("flamingo_jax", mine), ("open_flamingo", peer)):
+            table.add_row(name, f"{found['step']:.3f}", f"{found['matrix_rate'] / 1e9:.0f}", f"{mine['flops'] / found['step'] / found['matrix_rate']:.1%}")
+    median = lambda runs: sorted(run["step"] for run in runs)[len(runs) // 2]
+    table.caption = f"the median of ours takes {median(ours) / median(peers):.2f} of the peer's"
+    Console().print(table)
+
+
+def _run(*command: str) -> dict[str, Any]:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    found = subprocess.run([sys.executable, *command], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+def time_peer() -> dict[str, float]:
+    """The median step's seconds and the FLOPs a second of a large product, as `planning.timing` takes them."""
+    import torch
+
+    experiment = experiment_of(SIZES.value)
+    assert experiment.flamingo is not None
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    step = peer_step(experiment.flamingo, list(experiment.data.values()))
+    step()
+    seconds = _median(step)
+    a = torch.ones(MATRIX, MATRIX)
+    a @ a
+    return {"step": seconds, "matrix_rate": 2 * MATRIX**3 / _median(lambda: a @ a)}
+
+
+def _median(run: Callable[[], Any]) -> float:
+    run()
+    taken = []
+    for _ in range(STEPS.value):
+        began = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - began)
+    return sorted(taken)[len(taken) // 2]
+
+
+def peer_step(config: FlamingoConfig, datasets: list[DatasetConfig]) -> Callable[[], None]:
+    """open_flamingo's update of random weights on full rows of random content; each dataset's visuals stand at equal distances."""
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel, GPTNeoXConfig, GPTNeoXForCausalLM
+
+    # The package's own __init__ imports open_clip, and with it torchvision.
+    found = importlib.util.find_spec("open_flamingo")
+    assert found is not None and found.submodule_search_locations, "open_flamingo is not installed: see above"
+    package = types.ModuleType("open_flamingo")
+    package.__path__ = list(found.submodule_search_locations)
+    source = types.ModuleType("open_flamingo.src")
+    source.__path__ = [f"{folder}/src" for folder in package.__path__]
+    sys.modules |= {"open_flamingo": package, "open_flamingo.src": source}
+    from open_flamingo.src.flamingo import Flamingo
+    from open_flamingo.src.flamingo_lm import FlamingoLMMixin
+    from open_flamingo.src.utils import extend_instance
+
+    lm, vision, vit = config.language_model, config.vision, config.vision.vit
+    text = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=lm.vocab_size, hidden_size=lm.width, num_hidden_layers=lm.layers, num_attention_heads=lm.heads,
+            intermediate_size=lm.feed_forward, max_position_embeddings=max(dataset.length for dataset in datasets),
+        )
+    )
+    extend_instance(text, FlamingoLMMixin)
+    text.set_decoder_layers_attr_name("gpt_neox.layers")
+
+    class Vision(torch.nn.Module):
+        """A CLIP's vision part as open_clip's `visual` answers: pooled features, then those of the patches."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit = CLIPVisionModel(
+                CLIPVisionConfig(
+                    hidden_size=vit.width, intermediate_size=vit.feed_forward, num_hidden_layers=vit.layers, num_attention_heads=vit.heads,
+                    image_size=vision.image_size, patch_size=vit.patch_size,
+                )
+            )
+
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            features = self.vit(images)
+            return features.pooler_output, features.last_hidden_state[:, 1:]
+
+    clip = torch.nn.Module()
+    clip.visual = Vision()
+    image, end = lm.vocab_size - 1, lm.vocab_size - 2
+    model = Flamingo(clip, text, end, image, vis_dim=vit.width, cross_attn_every_n_layers=config.every).train()
+    model.requires_grad_(False)
+    embedding = text.get_input_embeddings()
+    for part in (model.perceiver, text.gated_cross_attn_layers, embedding):
+        part.requires_grad_(True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    batches = []
+    for data in datasets:
+        tokens = torch.randint(0, end, (data.batch_size, data.length))
+        tokens[:, :: data.length // data.visuals][:, : data.visuals] = image
+        pictures = torch.rand(data.batch_size, data.visuals, 1, 3, vision.image_size, vision.image_size)
+        inputs = {"vision_x": pictures, "lang_x": tokens, "attention_mask": torch.ones_like(tokens)}
+        batches.append((inputs | {"labels": torch.where(tokens == image, -100, tokens)}, data.weight))
+    added = torch.zeros(lm.vocab_size, 1)
+    added[[image, end]] = 1
+
+    def step() -> None:
+        for inputs, weight in batches:
+            (model(**inputs)[0] * weight).backward()
+        embedding.weight.grad = embedding.weight.grad * added
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+if __name__ == "__main__":
+    app.run(main)
