@@ -14,7 +14,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import types
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +24,7 @@ from rich.table import Table
 
 from configs.benchmark import experiment_of
 from flamingo_jax.experiment import DatasetConfig, FlamingoConfig
+from flamingo_jax.planning.timing import median_seconds
 
 SIZES = flags.DEFINE_string("sizes", None, "As launch.benchmark takes them.", required=True)
 ROUNDS = flags.DEFINE_integer("rounds", 3, "Of each, in turn.", lower_bound=1)
@@ -69,20 +69,8 @@ def time_peer() -> dict[str, float]:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     step = peer_step(experiment.flamingo, list(experiment.data.values()))
     step()
-    seconds = _median(step)
     a = torch.ones(MATRIX, MATRIX)
-    a @ a
-    return {"step": seconds, "matrix_rate": 2 * MATRIX**3 / _median(lambda: a @ a)}
-
-
-def _median(run: Callable[[], Any]) -> float:
-    run()
-    taken = []
-    for _ in range(STEPS.value):
-        began = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - began)
-    return sorted(taken)[len(taken) // 2]
+    return {"step": median_seconds(step, STEPS.value), "matrix_rate": 2 * MATRIX**3 / median_seconds(lambda: a @ a, STEPS.value)}
 
 
 def peer_step(config: FlamingoConfig, datasets: list[DatasetConfig]) -> Callable[[], None]:
@@ -92,7 +80,8 @@ def peer_step(config: FlamingoConfig, datasets: list[DatasetConfig]) -> Callable
 
     # The package's own __init__ imports open_clip, and with it torchvision.
     found = importlib.util.find_spec("open_flamingo")
-    assert found is not None and found.submodule_search_locations, "open_flamingo is not installed: see above"
+    if found is None or not found.submodule_search_locations:
+        sys.exit("open_flamingo is not installed: pip install --no-deps open_flamingo==2.0.1")
     package = types.ModuleType("open_flamingo")
     package.__path__ = list(found.submodule_search_locations)
     source = types.ModuleType("open_flamingo.src")
