@@ -8,10 +8,10 @@ open_flamingo wants torchvision, which its model does not need: hence --no-deps.
 gradient for each dataset, the embedding's gradient masked to the tokens that were added, clipping, AdamW; float32, as ours.
 """
 
-import importlib.machinery
 import importlib.util
 import json
 import os
+import statistics
 import subprocess
 import sys
 import types
@@ -38,6 +38,8 @@ def main(_: list[str]) -> None:
     if PEER.value:
         print(json.dumps(time_peer()))
         return
+    if importlib.util.find_spec("open_flamingo") is None:
+        sys.exit("open_flamingo is not installed: pip install --no-deps open_flamingo==2.0.1")
     given = [f"--sizes={SIZES.value}", f"--steps={STEPS.value}"]
     ours, peers = [], []
     for _round in range(ROUNDS.value):
@@ -49,7 +51,7 @@ def main(_: list[str]) -> None:
     for mine, peer in zip(ours, peers, strict=True):
         for name, found in (("flamingo_jax", mine), ("open_flamingo", peer)):
             table.add_row(name, f"{found['step']:.3f}", f"{found['matrix_rate'] / 1e9:.0f}", f"{mine['flops'] / found['step'] / found['matrix_rate']:.1%}")
-    median = lambda runs: sorted(run["step"] for run in runs)[len(runs) // 2]
+    median = lambda runs: statistics.median(run["step"] for run in runs)
     table.caption = f"the median of ours takes {median(ours) / median(peers):.2f} of the peer's"
     Console().print(table)
 
@@ -68,7 +70,6 @@ def time_peer() -> dict[str, float]:
     assert experiment.flamingo is not None
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     step = peer_step(experiment.flamingo, list(experiment.data.values()))
-    step()
     a = torch.ones(MATRIX, MATRIX)
     return {"step": median_seconds(step, STEPS.value), "matrix_rate": 2 * MATRIX**3 / median_seconds(lambda: a @ a, STEPS.value)}
 
@@ -80,8 +81,7 @@ def peer_step(config: FlamingoConfig, datasets: list[DatasetConfig]) -> Callable
 
     # The package's own __init__ imports open_clip, and with it torchvision.
     found = importlib.util.find_spec("open_flamingo")
-    if found is None or not found.submodule_search_locations:
-        sys.exit("open_flamingo is not installed: pip install --no-deps open_flamingo==2.0.1")
+    assert found is not None and found.submodule_search_locations is not None
     package = types.ModuleType("open_flamingo")
     package.__path__ = list(found.submodule_search_locations)
     source = types.ModuleType("open_flamingo.src")
