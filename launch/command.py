@@ -19,9 +19,10 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from flamingo_jax import configuring
+from flamingo_jax.cluster.link import is_supervised
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
-from flamingo_jax.partitioning.mesh import give_cpu_devices_threads
+from flamingo_jax.partitioning.mesh import settle_cpu_devices
 
 CONFIG = "config"
 _INTERRUPTED = 130
@@ -55,7 +56,7 @@ def run(main: Callable[..., int | None], verbs: Sequence[str] = ()) -> NoReturn:
     A UserError, and whatever is wrong with the command line, is `error: <sentence>` on stderr and its exit code (2), without a traceback.
     """
     _set_up_logging()
-    give_cpu_devices_threads()
+    settle_cpu_devices(is_supervised())
     try:
         if {"--help", "-help", "-h", "--helpshort", "--helpfull"} & set(sys.argv[1:]):
             print(_help(sys.argv))

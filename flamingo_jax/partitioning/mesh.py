@@ -20,17 +20,24 @@ BY_VISUAL = ("images", "features", "frame_mask")
 
 
 _CPU_THREADS = "64"
+_CPU_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler"
 
 
-def give_cpu_devices_threads() -> None:
-    """Where the host's CPU stands in for several devices, gives XLA threads for all that they may wait in; to be called before the first device is used.
+def settle_cpu_devices(several_processes: bool = False) -> None:
+    """Where CPUs stand in for several devices, of this process or of several, keeps steps from waiting for themselves; to be called before the first device
+    is used.
 
-    XLA:CPU starts a program's loops and collectives as soon as their inputs are there, in another order on each device, and each waits for the
-    other devices in a thread of its own. With one thread a device, its default, a step can wait for itself for ever.
+    XLA:CPU starts a program's loops and collectives as soon as their inputs are there, in another order on each device, and a thread that waits in
+    one for the other devices can hold up what they wait for. So threads are given for all that may wait, by default one a device, and instructions
+    are ordered to save memory rather than to run at once, so that few wait together.
     """
     config: Any = jax.config
-    if "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or config.jax_num_cpu_devices > 1:
+    flags = os.environ.get("XLA_FLAGS", "")
+    several_devices = "--xla_force_host_platform_device_count" in flags or config.jax_num_cpu_devices > 1
+    if several_devices or (several_processes and config.jax_platforms == "cpu"):
         os.environ.setdefault("NPROC", _CPU_THREADS)
+        if _CPU_ORDER not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} {_CPU_ORDER}=false".strip()
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
+from flamingo_jax.experiment import MeshConfig
 from flamingo_jax.models import layers
 from flamingo_jax.models.layers import ACTIVATIONS, FeedForward, LayerNorm, RMSNorm, fan_in_normal, gated_linear, linear, scan_layers, stack
+from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.pytrees import to_flat
 from tests.models.filling import filled
 
@@ -72,6 +75,16 @@ def test_norms_take_their_statistics_in_float32(norm: Any) -> None:
     centred = x - x.mean() if norm is LayerNorm else x
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(out, np.float64), centred / np.sqrt((centred**2).mean()), rtol=1e-2)
+
+
+@pytest.mark.parametrize("norm", [LayerNorm, RMSNorm])
+def test_norms_of_rows_that_lie_over_the_mesh_gather_nothing(norm: Any) -> None:
+    mesh = make_mesh(MeshConfig(data=2, model=4))
+    x = jax.ShapeDtypeStruct((4, 8, 16), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data", "model")))
+    graph, parameters = nnx.split(norm(16))
+    gradient = jax.jit(jax.grad(lambda parameters, x: jnp.square(nnx.merge(graph, parameters)(x)).sum()))
+    text = gradient.lower(parameters, x).compile().as_text()
+    assert "all-reduce" in text and "all-gather" not in text
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -1,6 +1,5 @@
-"""Threads for the devices that a CPU stands in for."""
+"""What keeps the steps of devices that a CPU stands in for from waiting for themselves."""
 
-import os
 import subprocess
 import sys
 
@@ -8,10 +7,25 @@ import pytest
 
 from tests.processes import one_device
 
-SAY = "import os, jax; from flamingo_jax.partitioning.mesh import give_cpu_devices_threads as give; give(); print(os.environ.get('NPROC'), jax.device_count())"
+SAY = """
+import os, sys, jax
+from flamingo_jax.partitioning.mesh import settle_cpu_devices
+settle_cpu_devices(len(sys.argv) > 1)
+print(os.environ.get("NPROC"), os.environ.get("XLA_FLAGS"), jax.device_count())
+"""
+ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler"
 
 
-@pytest.mark.parametrize(("setting", "said"), [({}, "None 1"), ({"JAX_NUM_CPU_DEVICES": "4"}, "64 4"), ({"JAX_NUM_CPU_DEVICES": "2", "NPROC": "7"}, "7 2")])
-def test_only_several_devices_get_them(setting: dict[str, str], said: str) -> None:
-    done = subprocess.run([sys.executable, "-c", SAY], env=one_device() | setting, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == said and os.environ["NPROC"] == "64"
+@pytest.mark.parametrize(
+    ("setting", "processes", "said"),
+    [
+        ({}, [], "None None 1"),
+        ({}, ["several"], f"64 {ORDER}=false 1"),
+        ({"JAX_NUM_CPU_DEVICES": "4"}, [], f"64 {ORDER}=false 4"),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, [], f"64 --xla_force_host_platform_device_count=3 {ORDER}=false 3"),
+        ({"JAX_NUM_CPU_DEVICES": "2", "NPROC": "7", "XLA_FLAGS": f"{ORDER}=true"}, [], f"7 {ORDER}=true 2"),
+    ],
+)
+def test_only_several_devices_or_processes_are_settled(setting: dict[str, str], processes: list[str], said: str) -> None:
+    done = subprocess.run([sys.executable, "-c", SAY, *processes], env=one_device() | setting, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == said
