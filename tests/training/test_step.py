@@ -27,7 +27,7 @@ COMPILED: dict[Any, Any] = {}
 def parts() -> tuple[Any, dict[str, jax.Array], dict[str, jax.Array]]:
     graph, parameters = split_model(stages.build_model(EXPERIMENT, nnx.Rngs(params=jax.random.key(3))))
     for gate in ("attention_gate", "dense_gate"):
-        parameters[f"gated_xattn/layers/{gate}"] = jnp.full((2,), 0.5)
+        parameters[f"gated_xattn/layers/{gate}"] = jnp.full((2,), 0.5, jnp.float32)
     frozen = {name: value for name, value in parameters.items() if name.startswith(("vision_encoder", "language_model"))}
     return graph, {name: value for name, value in parameters.items() if name not in frozen}, frozen
 
