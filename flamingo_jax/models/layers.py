@@ -80,7 +80,7 @@ def fan_in_normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int | None = N
 
 
 def squeezed(x: Array) -> Array:
-    """`x` without axes of length 1 but its last on CPUs, where sums over axes that follow one take ten times as long; elsewhere `x` as it is.
+    """On CPUs `x` without its axes of length 1 (the last stays): sums over axes that follow one take ten times as long there. Elsewhere `x` as it is.
 
     Rows are not put together: an axis made of two that lie over the mesh would have to be gathered.
     """

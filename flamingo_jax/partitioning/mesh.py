@@ -24,8 +24,7 @@ _CPU_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler"
 
 
 def settle_cpu_devices(several_processes: bool = False) -> None:
-    """Where CPUs stand in for several devices, of this process or of several, keeps steps from waiting for themselves; to be called before the first device
-    is used.
+    """Keeps steps from waiting for themselves where CPUs stand in for several devices, of one process or of several; to be called before one is used.
 
     XLA:CPU starts a program's loops and collectives as soon as their inputs are there, in another order on each device, and a thread that waits in
     one for the other devices can hold up what they wait for. So threads are given for all that may wait, by default one a device, and instructions
