@@ -26,8 +26,6 @@ endif
 quickstart: $(INSTALLED)
 	$(PY) -m launch.quickstart --workdir=runs/quickstart
 
-# Most of the time here is compiling, and half of that LLVM's optimisations; the long proofs and the commands that tests start have them.
-test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 test: lint
 	$(PY) -m pytest -m "not scale"
 
