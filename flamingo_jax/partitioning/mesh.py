@@ -42,10 +42,13 @@ def settle_cpu_devices(several_processes: bool = False) -> None:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of all `devices` (by default every device of the run) with Auto axes data, fsdp and model.
 
-    Where the devices are several slices (TPU pods joined by the data centre's network), the outermost part of `data` goes from one slice
-    to the next, so that only the sum of gradients crosses that network.
+    Where the devices are several slices (TPU pods joined by the data centre's network), the
+    outermost part of `data` goes from one slice to the next, so that only the sum of gradients
+    crosses that network. Among GPUs any axis may cross hosts; the inner ones stay within a host as
+    far as they fit.
 
-    Raises: UserError where the sizes do not multiply to the number of devices, or `data` not to that of slices.
+    Raises: UserError where the sizes do not multiply to the number of devices, or `data` not to
+      that of slices.
     """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
@@ -60,7 +63,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             hint = f"make the product of the other sizes a divisor of {count}"
         raise UserError(f"config.mesh {wanted} does not fit {count} devices: {hint}")
     shape = tuple(count // fixed if size == -1 else size for size in sizes)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = _slices(devices)
     if slices > 1 and shape[0] % slices:
         raise UserError(f"config.mesh.data is {shape[0]}, but the {count} devices are {slices} slices, which `data` joins: make it a multiple of {slices}")
     # Split where it must be: of a torus of 8 x 12 x 16 no axes together have 32.
@@ -69,6 +72,27 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     else:
         array = mesh_utils.create_hybrid_device_mesh((shape[0] // slices, *shape[1:]), (slices, 1, 1), devices, allow_split_physical_axes=True)
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _slices(devices: Sequence[jax.Device]) -> int:
+    """Returns how many TPU slices the devices are; 1 for devices of another kind.
+
+    XLA gives GPUs (and CPUs) a `slice_index` too, one for each host that it meets, which says
+    nothing about their network: NVLink and InfiniBand join hosts as they join GPUs.
+
+    Raises: UserError where the environment tells of several slices and the devices do not.
+    """
+    if any(device.platform != "tpu" for device in devices):
+        return 1
+    found = {getattr(device, "slice_index", None) for device in devices}
+    told = os.environ.get("MEGASCALE_NUM_SLICES", "1")
+    if None in found and told != "1":
+        raise UserError(
+            f"the environment tells of {told} slices (MEGASCALE_NUM_SLICES), but jax "
+            f"{jax.__version__} does not say which devices are of which: install another version "
+            "of jax, or start each slice as a run of its own"
+        )
+    return len(found)
 
 
 def batch_shardings(names: Iterable[str], mesh: Mesh) -> dict[str, NamedSharding]:

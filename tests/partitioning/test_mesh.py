@@ -46,22 +46,53 @@ def test_meshes_that_do_not_fit(config: MeshConfig, sentence: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class SlicedDevice:
-    """As much of a TPU device as laying out a mesh of several slices asks for."""
+class Device:
+    """As much of a device as laying out a mesh asks for: chips in a line, one core each."""
 
     id: int
-    slice_index: int
+    platform: str
     process_index: int = 0
-    platform: str = "cpu"
-    device_kind: str = "cpu"
+    device_kind: str = "stand-in"
+    core_on_chip: int = 0
+
+    @property
+    def coords(self) -> tuple[int, int, int]:
+        return self.id % 4, 0, 0
 
 
-def test_data_joins_slices_and_the_other_axes_stay_within() -> None:
-    devices: list[Any] = [SlicedDevice(place, place // 4) for place in range(8)]
-    slices = np.vectorize(lambda device: device.slice_index)(make_mesh(MeshConfig(4, 1, 2), devices).devices)
+@dataclasses.dataclass(frozen=True)
+class SlicedDevice(Device):
+    slice_index: int = 0
+
+
+def sliced(platform: str) -> list[Any]:
+    """Eight devices of two hosts, which XLA numbers as two slices."""
+    return [SlicedDevice(place, platform, place // 4, slice_index=place // 4) for place in range(8)]
+
+
+def test_data_joins_tpu_slices_and_the_other_axes_stay_within() -> None:
+    mesh = make_mesh(MeshConfig(4, 1, 2), sliced("tpu"))
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
     np.testing.assert_array_equal(slices, np.broadcast_to(np.array([0, 0, 1, 1])[:, None, None], (4, 1, 2)))
     with pytest.raises(UserError, match="config.mesh.data is 1, but the 8 devices are 2 slices"):
-        make_mesh(MeshConfig(1, 4, 2), devices)
+        make_mesh(MeshConfig(1, 4, 2), sliced("tpu"))
+
+
+@pytest.mark.parametrize("platform", ["gpu", "cpu"])
+@pytest.mark.parametrize("shape", [(1, 8, 1), (1, 4, 2), (1, 1, 8), (2, 2, 2)])
+def test_axes_cross_the_hosts_of_a_gpu_cluster(platform: str, shape: tuple[int, int, int]) -> None:
+    """The inner axes have neighbours: those of one host before those of the next."""
+    mesh = make_mesh(MeshConfig(*shape), sliced(platform))
+    ids = np.vectorize(lambda device: device.id)(mesh.devices)
+    np.testing.assert_array_equal(ids, np.arange(8).reshape(shape))
+
+
+def test_slices_that_cannot_be_told_apart_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[Any] = [Device(place, "tpu") for place in range(4)]
+    assert make_mesh(MeshConfig(1, 4, 1), devices).size == 4
+    monkeypatch.setenv("MEGASCALE_NUM_SLICES", "2")
+    with pytest.raises(UserError, match="tells of 2 slices"):
+        make_mesh(MeshConfig(1, 4, 1), devices)
 
 
 def test_rows_lie_over_data_and_fsdp() -> None:
