@@ -207,7 +207,7 @@ def _nameless(rng: np.random.Generator) -> np.ndarray:
     """Any colour that is unlike all that have a name, and unlike the ground."""
     while True:
         colour = rng.uniform(0.0, 255.0, 3)
-        if colour.max() > 140 and all(np.linalg.norm(colour - named) > 75 for named in COLOURS.values()):
+        if np.max(colour) > 140 and all(np.linalg.norm(colour - named) > 75 for named in COLOURS.values()):
             return colour
 
 

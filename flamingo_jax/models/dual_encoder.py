@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from flamingo_jax.experiment import ContrastiveConfig
 from flamingo_jax.models.layers import fan_in_normal, linear
@@ -18,7 +19,7 @@ Array = jax.Array
 class DualEncoder(nnx.Module):
     """Both sides are mean-pooled, projected and normalised to length 1; their products are scaled by a learned inverse temperature."""
 
-    def __init__(self, config: ContrastiveConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+    def __init__(self, config: ContrastiveConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.config = config
         self.dtype = dtype
         self.vision = vision_encoder(config.vision, rngs=rngs)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.models.attention import Cache
@@ -61,7 +62,7 @@ class Flamingo(nnx.Module):
     """
 
     def __init__(
-        self, config: FlamingoConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, remat: str = "none", frames_at_once: int = 0,
+        self, config: FlamingoConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32, remat: str = "none", frames_at_once: int = 0,
         encoder_trains: bool = False,
     ):
         self.config = config

@@ -10,6 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from flamingo_jax.experiment import LanguageModelConfig
 from flamingo_jax.models.attention import Cache, SelfAttention
@@ -44,7 +45,7 @@ class DecoderLayer(nnx.Module):
 class LanguageModel(nnx.Module):
     """tokens -> logits. `layers` is one stack of equal DecoderLayers."""
 
-    def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, remat: str = "none"):
+    def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32, remat: str = "none"):
         self.config = config
         self.dtype = dtype
         self.remat = remat

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import VisionConfig
@@ -68,7 +69,7 @@ class WSConv(nnx.Module):
         self.gain = nnx.Param(jnp.ones((outputs,)))
         self.bias = nnx.Param(jnp.zeros((outputs,)))
 
-    def standardised(self, dtype: jnp.dtype) -> Array:
+    def standardised(self, dtype: DTypeLike) -> Array:
         """The weights that convolve, [..., size, size, inputs / groups, outputs], as a stack of layers has them too."""
         if self.ready:
             return self.weight[...]
@@ -189,7 +190,7 @@ class NFNet(nnx.Module):
             done += stage.depth
         return activation(self.final(x))
 
-    def prepared(self, dtype: jnp.dtype) -> "NFNet":
+    def prepared(self, dtype: DTypeLike) -> "NFNet":
         """The same function of pictures of this dtype with every weight standardised, once for however many batches."""
         copy = nnx.merge(*nnx.split(self))
         for _, module in nnx.iter_modules(copy):

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from flamingo_jax.experiment import TextEncoderConfig
 from flamingo_jax.models.attention import FullAttention
@@ -29,7 +30,7 @@ class EncoderLayer(nnx.Module):
 class TextEncoder(nnx.Module):
     """tokens -> one vector a token."""
 
-    def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+    def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.dtype = dtype
         self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.vocab_size, config.width)))
         self.position_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.max_length, config.width)))

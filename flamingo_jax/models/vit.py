@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import VisionConfig, ViTConfig
@@ -69,7 +70,7 @@ class ViT(nnx.Module):
             x = self.last_norm(x)
         return x.reshape(pictures, rows, columns, self.width)
 
-    def prepared(self, dtype: jnp.dtype) -> "ViT":
+    def prepared(self, dtype: DTypeLike) -> "ViT":
         """Itself: nothing of it is worth computing once for many batches."""
         return self
 

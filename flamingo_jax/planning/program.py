@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from flamingo_jax.experiment import DatasetConfig, Experiment
 from flamingo_jax.partitioning.mesh import ROWS, batch_shardings, check_batches
@@ -160,7 +161,7 @@ def batch_shapes(experiment: Experiment, mesh: Mesh) -> dict[str, dict[str, jax.
 
 
 def _batch_shapes(experiment: Experiment, dataset: DatasetConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    def array(dtype: jnp.dtype, *shape: int) -> jax.ShapeDtypeStruct:
+    def array(dtype: DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     rows, length, number, flag, byte = dataset.batch_size, dataset.length, jnp.int32, jnp.bool_, jnp.uint8

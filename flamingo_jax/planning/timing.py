@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.partitioning.mesh import check_batches, make_mesh
@@ -116,7 +117,7 @@ def median_seconds(run: Callable[[], Any], steps: int) -> float:
     return sorted(taken)[len(taken) // 2]
 
 
-def matrix_rate(dtype: jnp.dtype, steps: int) -> float:
+def matrix_rate(dtype: DTypeLike, steps: int) -> float:
     """FLOPs a second and device of a large square product on each of this process's devices at once: those of a CPU share its cores."""
     size = 2048 if jax.devices()[0].platform == "cpu" else 8192
     factors = [jax.device_put(jnp.ones((size, size), dtype), device) for device in jax.local_devices()]

@@ -78,7 +78,7 @@ def load(data: bytes, size: int, mean: Sequence[float], *, max_pixels: int = MAX
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):  # 16-bit grey: PIL would clip it to white.
         values = np.asarray(image, np.float32)
-        image = Image.fromarray((values / (256 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((values / (256 if np.max(values) > 255 else 1)).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
