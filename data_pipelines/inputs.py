@@ -17,7 +17,7 @@ def make_iterators(
 ) -> dict[str, BatchIterator]:
     """A share of every training dataset, its pictures encoded where an encoder is given; raises UserError for what cannot be read."""
     options = _options(experiment, tokenizer, encoder, share)
-    return {name: make_iterator(dataset, seed=experiment.seed, **options) for name, dataset in experiment.data.items()}
+    return {name: make_iterator(dataset, name=name, seed=experiment.seed, **options) for name, dataset in experiment.data.items()}
 
 
 def held_out_batches(
@@ -26,7 +26,7 @@ def held_out_batches(
     """A share of the first batches of every held-out dataset."""
     options = _options(experiment, tokenizer, encoder, share)
     batches = experiment.training.evaluate_batches
-    return {name: held_out(dataset, batches=batches, **options) for name, dataset in experiment.held_out.items()}
+    return {name: held_out(dataset, name=name, batches=batches, **options) for name, dataset in experiment.held_out.items()}
 
 
 def _options(experiment: Experiment, tokenizer: Tokenizer, encoder: Encoder | None, share: Share) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def make_iterator(
     source: Sequence[Any] | None = None,
     cache_bytes: int = CACHE_BYTES,
     encoder: Encoder | None = None,
+    name: str = "",
 ) -> BatchIterator:
     """A process's share of the dataset's global batches, without end, in a new order and with new draws each epoch.
 
@@ -89,6 +90,7 @@ def make_iterator(
       process: this one and how many there are, which make the features that are missing, whatever their shares.
       cache_bytes: records stay in memory, their pictures decoded, until these are used.
       encoder: every picture is encoded once, here, and batches hold `features` [M, T, S, C] in place of images.
+      name: the dataset's in the config; its order and all draws are its own, also where others have its size or its records.
 
     Returns:
       Batches of the B rows that the share reads and the M visuals that it decodes. flamingo: images uint8 [M, T, H, W, 3], frame_mask bool
@@ -103,7 +105,7 @@ def make_iterator(
         batch, or (while iterating) too many records that cannot be decoded.
     """
     _check_split(dataset, share)
-    making = Making(dataset, task, tokenizer, image_size, tuple(mean), text_length, seed, True, encoder, process)
+    making = Making(dataset, task, tokenizer, image_size, tuple(mean), text_length, seed, True, encoder, process, name)
     rows = Rows(making, source, cache_bytes)
     if task == "contrastive" and len(rows) < dataset.batch_size:
         raise UserError(
@@ -126,6 +128,7 @@ def held_out(
     text_length: int = 64,
     source: Sequence[Any] | None = None,
     encoder: Encoder | None = None,
+    name: str = "",
 ) -> list[Arrays]:
     """At most `batches` batches that are the same at every call: one order, and no draws (the first caption without a leading space,
     the first window and clip, "previous" visuals, no augmentation). Rows that are missing in the last batch are padding; the contrastive
@@ -134,7 +137,7 @@ def held_out(
     Args and Raises as `make_iterator`; also UserError where there is not even one contrastive batch.
     """
     _check_split(dataset, share)
-    making = Making(dataset, task, tokenizer, image_size, tuple(mean), text_length, 0, False, encoder, process)
+    making = Making(dataset, task, tokenizer, image_size, tuple(mean), text_length, 0, False, encoder, process, name)
     rows = Rows(making, source, CACHE_BYTES)
     size = dataset.batch_size
     whole = len(rows) // size

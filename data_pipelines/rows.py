@@ -63,6 +63,8 @@ class Making:
     encoder: Encoder | None = None
     process: tuple[int, int] = (0, 1)
     """This one and how many there are: each encodes its part."""
+    name: str = ""
+    """The dataset's in the config: part of the key of all that is drawn for it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +177,7 @@ class Rows:
         self._items = self._make_items(opened, source is None)
         self._lock = threading.Lock()
         self._plans: dict[int, tuple[Plan, Choices | None]] = {}
-        self._count: int | None = None
+        self._count = self._whole_batches()
         self._dropped = 0
         self._first, _ = self._plan(0)
         self._count = len(self._first)
@@ -194,6 +196,17 @@ class Rows:
     def __len__(self) -> int:
         """Rows in an epoch, the same in every epoch."""
         return self._count or 0
+
+    def _whole_batches(self) -> int | None:
+        """Rows of an epoch of contrastive training, None for any that the first plan gives.
+
+        Only whole batches: in one of two epochs a pair could stand twice, each the other's negative.
+        What is left over is another pair in each epoch.
+        """
+        if self._making.task != "contrastive" or not self._making.training:
+            return None
+        items, size = len(self._items.record), self._making.dataset.batch_size
+        return items - items % size if items >= size else None
 
     def _encode(self, opened: Sequence[Any], encoder: Encoder) -> EncodedPictures:
         dataset = self._making.dataset
@@ -236,7 +249,7 @@ class Rows:
         if self._lengths is None:
             return None
         making = self._making
-        return self._lengths.choose(making.dataset.leading_space, making.seed, epoch) if making.training else self._lengths.first_choices()
+        return self._lengths.choose(making.dataset.leading_space, making.seed, epoch, making.name) if making.training else self._lengths.first_choices()
 
     def _plan(self, epoch: int) -> tuple[Plan, Choices | None]:
         with self._lock:
@@ -255,6 +268,7 @@ class Rows:
                     row_visuals=self._making.dataset.visuals,
                     seed=self._making.seed,
                     epoch=epoch,
+                    dataset=self._making.name,
                     rows=self._count,
                     pack=self._making.dataset.pack and self._making.task != "contrastive",
                 )
@@ -264,6 +278,9 @@ class Rows:
 
     def batch(self, first: int, size: int, share: Share = WHOLE) -> Arrays:
         """A share of the global batch of the `size` rows from `first` on; those past a pass over fixed rows are padding."""
+        if self._making.task == "contrastive":
+            # Where another batch size left off in the midst of one: no batch holds rows of two epochs.
+            first = -(-first // size) * size
         rows = [self._planned(place) for place in (first + share.rows(size)).tolist()]
         if self._making.task == "contrastive":
             return self._pairs(rows)
@@ -280,7 +297,8 @@ class Rows:
         return PlannedRow(planned.row(within), epoch, choices)
 
     def _draws(self, epoch: int, record_id: str, caption: tuple[int, bool] | None = None) -> Draws | None:
-        return Draws(self._making.seed, epoch, record_id, caption) if self._making.training else None
+        making = self._making
+        return Draws(making.seed, epoch, record_id, caption, dataset=making.name) if making.training else None
 
     def _finish(self, rows: Sequence[Sequence[Segment]]) -> Arrays:
         arrays = assemble(rows, length=self._making.dataset.length, pad_token=self._making.tokenizer.pad)

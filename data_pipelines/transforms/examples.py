@@ -1,4 +1,4 @@
-"""Records to training segments, and segments to rows: everything random about an example is keyed by (seed, epoch, record id)."""
+"""Records to training segments, and segments to rows: everything random about an example is keyed by (seed, dataset, epoch, record id)."""
 
 import dataclasses
 import hashlib
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_pipelines.transforms import augmentation
+from data_pipelines.transforms.keys import key
 from data_pipelines.transforms.windows import Window, window
 from flamingo_jax.experiment import DatasetConfig
 from flamingo_jax.processing import sequences
@@ -24,9 +25,9 @@ class Draws:
     Each draw is a hash of its own: a generator of many numbers takes longer to set up than a row to make, and most rows want one or two.
     """
 
-    def __init__(self, seed: int, epoch: int, record_id: str, caption: tuple[int, bool] | None = None):
-        """caption: which one, and whether a space goes before it, where that was chosen when rows were planned."""
-        self._key = f"{seed}/{epoch}/{record_id}"
+    def __init__(self, seed: int, epoch: int, record_id: str, caption: tuple[int, bool] | None = None, *, dataset: str = ""):
+        """caption: which one, and whether a space goes before it, where that was chosen when rows were planned. dataset: its name."""
+        self._key = f"{key(seed, dataset, epoch)}/{record_id}"
         self._drawn = 0
         self.caption = caption
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from data_pipelines.features import is_current
 from data_pipelines.transforms.examples import strings
+from data_pipelines.transforms.keys import generator
 from flamingo_jax.processing.sequences import asked, page_sequence, pair_overhead, question_sequence
 from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.progress import Bar
@@ -44,10 +45,10 @@ class Lengths:
         chosen = self.captions[np.minimum(self.first[:-1] + choices.caption, len(self.captions) - 1), choices.space.astype(int)]
         return np.where(np.diff(self.first) > 0, chosen, self.tokens)
 
-    def choose(self, leading_space: float, seed: int, epoch: int) -> "Choices":
-        """A caption of every record for an epoch, with a leading space at this probability; each by the record's place in the dataset."""
-        digest = hashlib.blake2b(f"captions/{seed}/{epoch}".encode(), digest_size=16).digest()
-        rng = np.random.Generator(np.random.Philox(key=int.from_bytes(digest)))
+    def choose(self, leading_space: float, seed: int, epoch: int, dataset: str = "") -> "Choices":
+        """A caption of every record for an epoch of the dataset of this name, with a leading space at
+        this probability; each by the record's place in the dataset."""
+        rng = generator("captions", seed, dataset, epoch)
         records = len(self.tokens)
         caption = (rng.random(records) * np.diff(self.first)).astype(np.int32)
         return Choices(caption, rng.random(records) < leading_space)

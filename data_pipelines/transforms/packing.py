@@ -1,8 +1,10 @@
-"""Which examples share a row: a pure function of their lengths, the seed and the epoch."""
+"""Which examples share a row: a pure function of their lengths, the seed, the dataset and the epoch."""
 
 import dataclasses
 
 import numpy as np
+
+from data_pipelines.transforms.keys import generator
 
 OPEN_ROWS = 64
 """Rows that an example may still go into. Bounds the work for each example; more fill rows hardly better."""
@@ -38,28 +40,35 @@ def plan(
     row_visuals: int,
     seed: int,
     epoch: int,
+    dataset: str = "",
     rows: int | None = None,
     pack: bool = True,
 ) -> Plan:
     """Rows of at most `row_length` tokens and `row_visuals` visuals, each item in at most one.
 
-    Items come in an order shuffled by (seed, epoch) and go into the first of a bounded number of open rows that has room.
+    Items come in an order shuffled by (seed, dataset, epoch) and go into the first of a bounded number of open rows that has room.
 
     Args:
       lengths, visuals: int [items], tokens and visuals of each.
       rows: the number of rows wanted, so that every epoch has the same. With too many, the emptiest are left out and their items counted
         as dropped (another epoch's order drops others); with too few, the rows of the most items are halved.
-      pack: False gives every item a row of its own.
+      dataset: its name, so that datasets of equal size have orders of their own.
+      pack: False gives every item a row of its own; of those past `rows`, another epoch's order
+        leaves out others.
     """
     lengths, visuals = np.asarray(lengths), np.asarray(visuals)
-    rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    rng = generator("order", seed, dataset, epoch)
     fits = (lengths <= row_length) & (visuals <= row_visuals)
     order = rng.permutation(len(lengths))
     order = order[fits[order]]
-    filled = _first_fit(order, lengths, visuals, row_length, row_visuals) if pack else [[item] for item in order.tolist()]
     dropped = 0
-    if rows is not None:
-        filled, dropped = _exactly(filled, rows, lengths)
+    if pack:
+        filled = _first_fit(order, lengths, visuals, row_length, row_visuals)
+        if rows is not None:
+            filled, dropped = _exactly(filled, rows, lengths)
+    else:
+        filled = [[item] for item in order[:rows].tolist()]
+        dropped = len(order) - len(filled)
     filled = [filled[place] for place in rng.permutation(len(filled))]
     items = np.array([item for row in filled for item in row], np.int32)
     offsets = np.cumsum([0, *map(len, filled)])

@@ -107,10 +107,10 @@ CASES = [
 ]
 
 
-def iterator(task, kind, tokenizer, *, source=None, threads=0, seed=3, share=WHOLE, cache_bytes=1 << 20, **changes):
+def iterator(task, kind, tokenizer, *, source=None, threads=0, seed=3, share=WHOLE, cache_bytes=1 << 20, name="", **changes):
     return make_iterator(
         dataclasses.replace(CONFIGS[kind], **changes), tokenizer=tokenizer, task=task, image_size=SIZE, mean=MEAN, seed=seed, share=share,
-        text_length=24, source=SOURCES[kind] if source is None else source, threads=threads, cache_bytes=cache_bytes,
+        text_length=24, source=SOURCES[kind] if source is None else source, threads=threads, cache_bytes=cache_bytes, name=name,
     )
 
 
@@ -258,10 +258,13 @@ def test_both_coins_and_all_captions_come_up(tokenizer):
 
 @pytest.mark.parametrize("kind", ["pairs", "videos"])
 def test_rows_are_full_of_the_captions_that_are_shown(kind, tokenizer):
-    """Captions of one record differ in length by far more than what may stay empty; another is shown in another epoch."""
+    """Captions of one record differ in length by far more than what may stay empty; another is shown in another epoch.
+
+    An epoch has as many rows as the first, whatever captions it chose: the fewer the records, the more these differ.
+    """
     rng = np.random.default_rng(5)
     fields = {"pairs": lambda i: {"image": picture(i)}, "videos": lambda i: {"frames": [picture(i)], "fps": 1.0}}[kind]
-    source = [{"id": str(i), "captions": [words(rng, 1, 16) for _ in range(5)], **fields(i)} for i in range(400)]
+    source = [{"id": str(i), "captions": [words(rng, 1, 16) for _ in range(5)], **fields(i)} for i in range(1_600)]
     it = iterator("flamingo", kind, tokenizer, source=source, batch_size=1, length=128, visuals=32, leading_space=0.5)
     rows = it.summary()["rows"]
     shown = []
@@ -269,7 +272,7 @@ def test_rows_are_full_of_the_captions_that_are_shown(kind, tokenizer):
         epoch = [next(it) for _ in range(rows)]
         assert np.mean([batch["segments"] > 0 for batch in epoch]) > 0.95
         shown.append({tuple(batch["tokens"][0][batch["segments"][0] == n]) for batch in epoch for n in range(1, batch["segments"].max() + 1)})
-    assert len(shown[0] & shown[1]) < 250, "one of ten forms of each"
+    assert len(shown[0] & shown[1]) < 1_000, "one of ten forms of each"
     it.close()
     config = dataclasses.replace(CONFIGS[kind], length=128, visuals=32, batch_size=1)
     padded = held_out(config, tokenizer=tokenizer, task="flamingo", batches=1_000, image_size=SIZE, source=source)
