@@ -5,7 +5,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from data_pipelines.build.captions import NO_CAPTION, caption_file, existing_folder, read_captions, why_not
+from data_pipelines.build.captions import NO_CAPTION, caption_file, read_captions
+from data_pipelines.build.files import NoFile, Spelled, existing_folder, find, walk
 from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares, record_id
 
 
@@ -49,9 +50,10 @@ class CaptionedFolder:
         if entry.bad:
             return [Dropped(entry.bad)]
         folder = pathlib.Path(entry.folder)
-        file = folder / entry.name
-        if reason := why_not(folder, file):
-            return [Dropped(reason)]
+        try:
+            file = find((folder,), entry.name, self.folders)
+        except NoFile as error:
+            return [Dropped(str(error))]
         if not entry.captions:
             return [Dropped(NO_CAPTION)]
         try:
@@ -68,7 +70,15 @@ class CaptionedFolder:
     def _entries(self, folder: str) -> list[Entry]:
         root = existing_folder(folder)
         line = f'{{"{self.key}": "path/below/the/folder", "captions": ["a cat"]}}'
-        captions, bad = read_captions(caption_file(root, self.captions, self.caption_files, line), self.key, root)
-        there = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.suffix.lower() in self.suffixes]
+        told = caption_file(root, self.captions, self.caption_files, line)
+        listing = walk(root, given=self.folders)
+        captions, bad = read_captions(told, self.key, Spelled(root, listing.names))
+        there = listing.ending(self.suffixes)
         entries = [Entry(folder, name, tuple(texts)) for name, texts in captions.items()]
-        return entries + [Entry(folder, name) for name in there if name not in captions] + [Entry(folder, bad=reason) for reason in bad]
+        entries += [Entry(folder, name) for name in there.names if name not in captions]
+        entries += [
+            Entry(folder, met.name, bad=met.reason)
+            for met in there.refused
+            if met.name not in captions
+        ]
+        return entries + [Entry(folder, bad=reason) for reason in bad]

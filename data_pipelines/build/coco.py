@@ -5,7 +5,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from data_pipelines.build.captions import NO_CAPTION, NotUtf8, as_utf8, existing_folder
+from data_pipelines.build.captions import NO_CAPTION, NotUtf8, as_utf8
+from data_pipelines.build.files import existing_folder
 from data_pipelines.build.pictures import ANY_PICTURE, PictureRules, Unfit
 from data_pipelines.build.shards import Found, files_in, folders_of, read_named
 from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares, record_id

@@ -13,11 +13,10 @@ from typing import Any
 import lxml.html
 from lxml import etree
 
-from data_pipelines.build.captions import MISSING, OUTSIDE, existing_folder, why_not
+from data_pipelines.build.files import MISSING, FileEntry, NoFile, file_entries, find, read
 from data_pipelines.build.interleaved import PAGES_RULES, Shown, make_page
 from data_pipelines.build.pictures import PictureRules, Unfit
 from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Outcome, Shares, record_id
-from flamingo_jax.errors import UserError
 
 SUFFIXES = {".html", ".htm", ".xhtml"}
 SKIPPED = {
@@ -66,20 +65,18 @@ class HtmlPages:
     def options(self) -> dict[str, Any]:
         return {"source": type(self).__name__, **dataclasses.asdict(self)}
 
-    def entries(self) -> Sequence[tuple[str, str]]:
-        found = [
-            (folder, path.relative_to(folder).as_posix())
-            for folder in self.folders for path in sorted(existing_folder(folder).rglob("*")) if path.suffix.lower() in SUFFIXES
-        ]
-        if not found:
-            raise UserError(f"there is no HTML page below {', '.join(self.folders)}: mend --input")
-        return found
+    def entries(self) -> Sequence[FileEntry]:
+        return file_entries(self.folders, SUFFIXES, "HTML page")
 
-    def convert(self, entry: tuple[str, str]) -> list[Outcome]:
-        root, name = pathlib.Path(entry[0]), entry[1]
+    def convert(self, entry: FileEntry) -> list[Outcome]:
+        if entry.bad:
+            return [Dropped(entry.bad)]
+        root, name = pathlib.Path(entry.folder), entry.name
         try:
-            items = list(walk((root / name).read_bytes()))
-        except (OSError, ValueError, etree.LxmlError):
+            items = list(walk(read(root / name)))
+        except NoFile as error:
+            return [Dropped(str(error))]
+        except (ValueError, etree.LxmlError):
             return [Dropped("unreadable page")]
         page_id = record_id(self.folders, root, name)
         return [make_page(page_id, self.shares.split(page_id), (self._item(root, root / name, item) for item in items), self.rules)]
@@ -88,7 +85,7 @@ class HtmlPages:
         if isinstance(item, str):
             return item
         after = f"\n{item.alternative}\n" if self.alt_text and item.alternative else ""
-        return Shown(lambda: read_picture(root, page, item.source), after)
+        return Shown(lambda: read_picture(root, page, item.source, self.folders), after)
 
 
 def walk(page: bytes) -> Iterator[str | Picture]:
@@ -119,7 +116,9 @@ def walk(page: bytes) -> Iterator[str | Picture]:
                 yield _edge(element.tag) + _spaces(element.tail or "")
 
 
-def read_picture(root: pathlib.Path, page: pathlib.Path, source: str) -> bytes:
+def read_picture(
+    root: pathlib.Path, page: pathlib.Path, source: str, given: Sequence[str] = ()
+) -> bytes:
     """The file that an <img> of `page` means, below `root`. Raises Unfit."""
     if not source:
         raise Unfit("no address")
@@ -128,17 +127,15 @@ def read_picture(root: pathlib.Path, page: pathlib.Path, source: str) -> bytes:
     if re.match(r"(?i)[a-z][a-z0-9+.-]*:|//", source):
         raise Unfit("on another machine")
     bare = re.split(r"[?#]", source)[0]
-    reasons = set()
+    here = page.parent.relative_to(root).as_posix()
+    reasons = []
     for name in dict.fromkeys((source, bare, urllib.parse.unquote(bare))):
-        file = root / name.lstrip("/") if name.startswith("/") else page.parent / name
-        reason = why_not(root, file)
-        if reason is None:
-            try:
-                return file.read_bytes()
-            except OSError as error:
-                raise Unfit("unreadable") from error
-        reasons.add(reason)
-    raise Unfit(OUTSIDE if OUTSIDE in reasons else MISSING)
+        below = name.lstrip("/") if name.startswith("/") else f"{here}/{name}"
+        try:
+            return read(find((root,), below, given))
+        except NoFile as error:
+            reasons.append(error)
+    raise next((reason for reason in reasons if str(reason) != MISSING), reasons[0])
 
 
 def _address(image: etree._Element) -> str:

@@ -8,6 +8,7 @@ import pathlib
 from typing import Any, ClassVar
 
 from data_pipelines.build.captioned import CaptionedFolder, Unusable
+from data_pipelines.build.files import read
 from data_pipelines.build.pictures import ANY_PICTURE, PictureRules, Unfit
 
 
@@ -29,6 +30,6 @@ class ImageFolder(CaptionedFolder):
 
     def read(self, file: pathlib.Path) -> dict[str, Any]:
         try:
-            return {"image": self.rules.store(file.read_bytes())}
-        except (Unfit, OSError) as error:
-            raise Unusable("unreadable" if isinstance(error, OSError) else str(error)) from error
+            return {"image": self.rules.store(read(file))}
+        except Unfit as error:
+            raise Unusable(str(error)) from error

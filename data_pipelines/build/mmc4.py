@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from data_pipelines.build.captions import NOT_UTF8, existing_folder, parsed
+from data_pipelines.build.captions import NOT_UTF8, parsed
+from data_pipelines.build.files import existing_folder
 from data_pipelines.build.interleaved import PAGES_RULES, Shown, make_page
 from data_pipelines.build.pictures import PictureRules
 from data_pipelines.build.shards import Piece, address_key, by_address, files_in, folders_of, reader

@@ -10,7 +10,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from data_pipelines.build.captions import NOT_UTF8, existing_folder
+from data_pipelines.build.captions import NOT_UTF8
+from data_pipelines.build.files import existing_folder
 from data_pipelines.build.interleaved import PAGES_RULES, Shown, make_page
 from data_pipelines.build.pictures import PictureRules
 from data_pipelines.build.shards import Found, Piece, address_key, by_address, files_in, folders_of, reader

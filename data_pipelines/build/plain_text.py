@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from data_pipelines.build.captions import existing_folder
+from data_pipelines.build.files import FileEntry, file_entries
 from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares, record_id
-from flamingo_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,17 +28,13 @@ class PlainText:
     def options(self) -> dict[str, Any]:
         return {"source": type(self).__name__, **dataclasses.asdict(self)}
 
-    def entries(self) -> Sequence[tuple[str, str]]:
-        found = [
-            (folder, path.relative_to(folder).as_posix())
-            for folder in self.folders for path in sorted(existing_folder(folder).rglob("*.txt"))
-        ]
-        if not found:
-            raise UserError(f"there is no .txt file below {', '.join(self.folders)}: mend --input")
-        return found
+    def entries(self) -> Sequence[FileEntry]:
+        return file_entries(self.folders, (".txt",), ".txt file")
 
-    def convert(self, entry: tuple[str, str]) -> list[Outcome]:
-        folder, name = pathlib.Path(entry[0]), entry[1]
+    def convert(self, entry: FileEntry) -> list[Outcome]:
+        if entry.bad:
+            return [Dropped(entry.bad)]
+        folder, name = pathlib.Path(entry.folder), entry.name
         try:
             text = (folder / name).read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from data_pipelines.build.captioned import Unusable
-from data_pipelines.build.captions import NotUtf8, as_utf8, caption_file, existing_folder, json_lines, relative, texts_of, why_not
+from data_pipelines.build.captions import NotUtf8, as_utf8, caption_file, json_lines, texts_of
+from data_pipelines.build.files import NoFile, Spelled, existing_folder, find, walk
 from data_pipelines.build.image_folder import ImageFolder
 from data_pipelines.build.pictures import ANY_PICTURE, PictureRules
 from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares, record_id
@@ -75,10 +76,11 @@ class QuestionsFolder:
         if entry.bad:
             return [Dropped(entry.bad)]
         folder = pathlib.Path(entry.folder)
-        file = folder / entry.name
         wanted = max(1, len(entry.questions))
-        if reason := why_not(folder, file):
-            return [Dropped(reason)] * wanted
+        try:
+            file = find((folder,), entry.name, self.folders)
+        except NoFile as error:
+            return [Dropped(str(error))] * wanted
         if not entry.questions:
             return [Dropped(NO_QUESTION)]
         try:
@@ -103,20 +105,27 @@ class QuestionsFolder:
         line = '{"image": "path/below/the/folder", "question": "What is it?", "answer": "a cat"}'
         found: dict[tuple[str, bool], list[Question]] = {}
         bad = []
-        for record in json_lines(caption_file(root, self.file, FILES, line)):
+        told = caption_file(root, self.file, FILES, line)
+        listing = walk(root, given=self.folders)
+        spelled = Spelled(root, listing.names)
+        for record in json_lines(told):
             try:
                 is_video = "image" not in record
                 question = Question(as_utf8(record["question"]), _answers(record), as_utf8(record.get("type") or ""))
-                found.setdefault((relative(record["video" if is_video else "image"], root), is_video), []).append(question)
+                name = spelled(record["video" if is_video else "image"])
+                found.setdefault((name, is_video), []).append(question)
             except NotUtf8 as error:
                 bad.append(str(error))
             except (ValueError, KeyError, TypeError, AttributeError):
                 bad.append(BAD_LINE)
         asked = {name for name, _ in found}
-        suffixes = ImageFolder.suffixes | VideoFolder.suffixes
-        there = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.suffix.lower() in suffixes]
+        there = listing.ending(ImageFolder.suffixes | VideoFolder.suffixes)
         entries = [Entry(folder, name, is_video, tuple(questions)) for (name, is_video), questions in found.items()]
-        return entries + [Entry(folder, name) for name in there if name not in asked] + [Entry(folder, bad=reason) for reason in bad]
+        entries += [Entry(folder, name) for name in there.names if name not in asked]
+        entries += [
+            Entry(folder, met.name, bad=met.reason) for met in there.refused if met.name not in asked
+        ]
+        return entries + [Entry(folder, bad=reason) for reason in bad]
 
 
 def _answers(record: dict[str, Any]) -> tuple[str, ...]:

@@ -9,7 +9,8 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from data_pipelines.build.captions import MISSING, OUTSIDE, parsed, why_not
+from data_pipelines.build import files
+from data_pipelines.build.captions import parsed
 from data_pipelines.build.pictures import Unfit
 from flamingo_jax.errors import UserError
 from flamingo_jax.progress import Bar
@@ -78,7 +79,14 @@ def files_in(inputs: Sequence[str], suffixes: Sequence[str], what: str) -> list[
     for name in inputs:
         path = pathlib.Path(name)
         if path.is_dir():
-            found += [Found(path, file.relative_to(path).as_posix()) for file in sorted(path.rglob("*")) if file.name.lower().endswith(tuple(suffixes))]
+            listing = files.walk(path, suffixes, inputs)
+            if listing.refused:
+                met = listing.refused[0]
+                raise UserError(
+                    f"{path / met.name} is not read ({met.reason}): mend it, remove it, "
+                    "or name what a link leads to with --input"
+                )
+            found += [Found(path, name) for name in listing.names]
         elif path.is_file():
             found.append(Found(path.parent, path.name))
         else:
@@ -90,16 +98,7 @@ def files_in(inputs: Sequence[str], suffixes: Sequence[str], what: str) -> list[
 
 def read_named(folders: Sequence[str], name: str) -> bytes:
     """The file of that name in the first of the folders that has it. Raises Unfit."""
-    reasons = []
-    for folder in map(pathlib.Path, folders):
-        if reason := why_not(folder, folder / name):
-            reasons.append(reason)
-            continue
-        try:
-            return Piece(str(folder / name)).read()
-        except OSError as error:
-            raise Unfit("unreadable") from error
-    raise Unfit(OUTSIDE if OUTSIDE in reasons else MISSING)
+    return files.read(files.find(folders, name))
 
 
 def folders_of(inputs: Sequence[str]) -> tuple[str, ...]:
@@ -177,8 +176,17 @@ def by_address(folders: Sequence[str]) -> dict[bytes, Piece]:
     - files named by the SHA-256 of their address in hexadecimal digits, with any ending of a picture.
     """
     found: dict[bytes, Piece] = {}
-    files = [os.path.join(root, name) for folder in folders for root, _, names in os.walk(folder) for name in names]
-    paths = [pathlib.Path(file) for file in sorted(files) if file.lower().endswith((".tar", ".json")) or DIGITS.search(file)]
+    below = [
+        str(pathlib.Path(folder, name))
+        for folder in folders
+        for name in files.walk(folder, given=folders).names
+    ]
+    paths = [
+        pathlib.Path(file)
+        for file in sorted(below)
+        if file.lower().endswith((".tar", ".json")) or DIGITS.search(file)
+    ]
+    known = frozenset(below)
     with Bar("pictures by address", len(paths)) as bar:
         for path in paths:
             bar.advance()
@@ -189,7 +197,7 @@ def by_address(folders: Sequence[str]) -> dict[bytes, Piece]:
                         _enter(found, about, picture)
             elif ending == "json":
                 beside = (path.with_suffix(f".{ending}") for ending in PICTURES)
-                if picture_file := next((file for file in beside if file.is_file()), None):
+                if picture_file := next((file for file in beside if str(file) in known), None):
                     _enter(found, Piece(str(path)), Piece(str(picture_file)))
             elif ending in PICTURES:
                 found.setdefault(bytes.fromhex(path.stem), Piece(str(path)))
@@ -207,7 +215,7 @@ def reader(folders: Sequence[str], name: object, downloaded: Piece | None) -> Ca
         if downloaded is None and isinstance(name, str) and name:
             return read_named(folders, name)
         if downloaded is None:
-            raise Unfit(MISSING)
+            raise Unfit(files.MISSING)
         try:
             return downloaded.read()
         except OSError as error:

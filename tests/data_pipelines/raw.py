@@ -12,7 +12,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from data_pipelines.build.source import Shares
+from data_pipelines.build.source import Shares, Source
+from data_pipelines.build.writer import write_dataset
 
 ALL_TRAIN = Shares(validation=0.0)
 
@@ -46,6 +47,29 @@ def huge_png(side: int) -> bytes:
 def read(folder: pathlib.Path, split: str = "train") -> dict[str, Any]:
     source = tfds.builder_from_directory(str(folder / "1.0.0")).as_data_source(split=split)
     return {source[i]["id"].decode(): source[i] for i in range(len(source))}
+
+
+def accounted(
+    output: pathlib.Path,
+    source: Source,
+    dropped: dict[str, int],
+    pictures_dropped: dict[str, int] | None = None,
+) -> dict[str, Any]:
+    """Builds a source whose `dropped` records, by reason, the test knows: the training records.
+
+    No record may be lost without a count, nor counted for another reason: what was read is what
+    was used and what was dropped, and what was used is on disk. pictures_dropped: of its pages.
+    """
+    statistics, _ = write_dataset(output, source)
+    assert statistics["dropped"] == dropped
+    assert statistics["records_read"] == statistics["used"] + sum(dropped.values())
+    assert sum(statistics["splits"].values()) == statistics["used"]
+    records = [record for split in statistics["splits"] for record in read(output, split).items()]
+    assert len(records) == len(dict(records)) == statistics["used"]
+    if pictures_dropped is not None:
+        shown = sum(len(record.get("images", ())) for _, record in records)
+        assert statistics["pictures"] == {"used": shown, "dropped": pictures_dropped}
+    return read(output)
 
 
 def strings(values: Any) -> list[str]:

@@ -117,7 +117,7 @@ def test_links_do_not_lead_out_of_the_folder(tmp_path):
     (tmp_path / "photos").mkdir()
     os.symlink(tmp_path / "secret.png", tmp_path / "photos" / "link.png")
     lines(tmp_path / "photos" / "captions.jsonl", {"image": "link.png", "caption": "x"})
-    with pytest.raises(UserError, match="1 outside the folder"):
+    with pytest.raises(UserError, match="1 link that leads outside the folder"):
         write_dataset(tmp_path / "out", ImageFolder((str(tmp_path / "photos"),), ALL_TRAIN))
 
 
