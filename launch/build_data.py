@@ -19,12 +19,11 @@ A dataset that is finished is left as it is; one that was interrupted is built a
 """
 
 import itertools
-import multiprocessing
 import os
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from typing import Any
 
 from absl import flags
@@ -47,6 +46,7 @@ from data_pipelines.build.sentencepiece_trainer import IMAGE_TAG, texts_in, trai
 from data_pipelines.build.source import Shares, Source
 from data_pipelines.build.video_folder import VideoFolder
 from data_pipelines.build.webdataset import WebDataset
+from data_pipelines.build.workers import WorkerPool
 from data_pipelines.build.writer import write_dataset
 from flamingo_jax.errors import UserError
 from flamingo_jax.processing.tokenizer import FILE_NAME
@@ -174,8 +174,8 @@ def build_tokenizer(output: pathlib.Path) -> int:
 
 
 def workers() -> Executor:
-    """Worker processes that begin afresh: a fork would copy the threads of whoever calls."""
-    return ProcessPoolExecutor(WORKERS.value or os.cpu_count(), mp_context=multiprocessing.get_context("spawn"))
+    """Processes that read the sources."""
+    return WorkerPool(WORKERS.value or os.cpu_count() or 1)
 
 
 def report(made: dict[str, tuple[dict[str, Any], bool]]) -> None:

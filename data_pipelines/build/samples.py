@@ -53,6 +53,10 @@ def samples_page(name: str, about: str, statistics: Mapping[str, Any], examples:
         pictures = statistics["pictures"]
         lost = [[f"dropped: {reason}", count] for reason, count in pictures["dropped"].items()]
         tables.append(Table("Pictures", ["", "pictures"], [["used", pictures["used"]], *lost]))
+    if "texts" in statistics:
+        texts = statistics["texts"]
+        lost = [[f"dropped: {reason}", count] for reason, count in texts["dropped"].items()]
+        tables.append(Table("Texts of records", ["", "texts"], [["used", texts["used"]], *lost]))
     cards = "".join(map(_card, examples))
     heading = f"<h2>{len(examples)} records of {html.escape(examples[0].split)}</h2>" if examples else ""
     return page(name, [f"<p>{html.escape(about)}</p>", *map(table, tables), heading, f'<div class="samples">{cards}</div>'])

@@ -5,43 +5,42 @@ beside its own and renamed at the end, so that a dataset that is there is whole.
 """
 
 import collections
-import itertools
+import contextlib
 import json
 import logging
-import os
 import pathlib
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
-from typing import Any, TypeVar
+from concurrent.futures import Executor
+from typing import Any
 
 from data_pipelines.build.samples import Drawn, samples_page
 from data_pipelines.build.source import Dropped, Example, Outcome, Source
+from data_pipelines.build.workers import DIED, ordered_map
 from data_pipelines.features import INFO_FILE, STATISTICS_FILE, TRAIN, VERSION, features
 from flamingo_jax.errors import UserError
+from flamingo_jax.holder import holding
 from flamingo_jax.progress import Bar
 
-A = TypeVar("A")
-B = TypeVar("B")
-
 SAMPLES_FILE = "samples.html"
+TEXT_FIELDS = ("captions", "answers", "texts")
+"""Fields of which a record may lose some texts and keep others; statistics count these."""
 NAMES = 5
 """Entries named of each reason to drop."""
 RECORDS_PER_SHARD = 5_000
 RECORDS_PER_FLUSH = 200
 BYTES_PER_FLUSH = 64 << 20
 """Records of a split, or bytes of their pictures, that wait in memory to be written together: TFDS writes its metadata anew at every flush."""
-ENTRIES_PER_CALL = 8
-CALLS_AHEAD = min(32, 4 * (os.cpu_count() or 1))
-"""Calls whose results may wait in memory for the writer: enough that no core is idle during a flush."""
+FAILED = "the reader failed"
 
 
 def write_dataset(output: str | pathlib.Path, source: Source, executor: Executor | None = None) -> tuple[dict[str, Any], bool]:
     """Writes `source` to `output/1.0.0` and returns its statistics, and whether it had to be built.
 
-    A finished dataset of the same options is left as it is; what an interrupted build left is made again.
-    Raises UserError where the folder's name is none for TFDS, it holds a dataset of other options, or no record is left to train on.
+    A finished dataset of the same options is left as it is; what an interrupted build left is made
+    again. Raises UserError where the folder's name is none for TFDS, it holds a dataset of other
+    options, another build works in it, or no record is left to train on.
     """
     output = pathlib.Path(output)
     name = output.name
@@ -50,12 +49,24 @@ def write_dataset(output: str | pathlib.Path, source: Source, executor: Executor
     final = output / VERSION
     if (final / INFO_FILE).is_file():
         return _finished(final, source), False
+    try:
+        with holding(output, "a build"):
+            if (final / INFO_FILE).is_file():  # Since the look above.
+                return _finished(final, source), False
+            return _build(output, source, executor), True
+    finally:
+        with contextlib.suppress(OSError):
+            output.rmdir()  # Where nothing came of it.
+
+
+def _build(output: pathlib.Path, source: Source, executor: Executor | None) -> dict[str, Any]:
+    """Writes the dataset into an output folder that is held, and returns its statistics."""
+    name, final, building = output.name, output / VERSION, output / f"{VERSION}.incomplete"
     entries = source.entries()
-    building = output / f"{VERSION}.incomplete"
     shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
+    building.mkdir()
     with Bar(name, len(entries)) as bar:
-        outcomes = _watched(ordered_map(_Named(source.convert), entries, executor), bar)
+        outcomes = _watched(ordered_map(_Named(source.convert), entries, executor, _died), bar)
         statistics, drawn = _write(building, name, source, outcomes)
     statistics["options"] = source.options
     lacking = source.shares.lacking(statistics["splits"]) if source.shares else []
@@ -71,26 +82,7 @@ def write_dataset(output: str | pathlib.Path, source: Source, executor: Executor
     if final.exists():
         shutil.rmtree(final)
     building.rename(final)
-    return statistics, True
-
-
-def ordered_map(function: Callable[[A], B], items: Iterable[A], executor: Executor | None) -> Iterator[B]:
-    """`map` on an executor: results in order, and only so many of them in memory."""
-    if executor is None:
-        yield from map(function, items)
-        return
-    waiting: collections.deque[Future[list[B]]] = collections.deque()
-    left = iter(items)
-    while call := list(itertools.islice(left, ENTRIES_PER_CALL)):
-        waiting.append(executor.submit(_each, function, call))
-        if len(waiting) >= CALLS_AHEAD:
-            yield from waiting.popleft().result()
-    while waiting:
-        yield from waiting.popleft().result()
-
-
-def _each(function: Callable[[A], B], items: Iterable[A]) -> list[B]:
-    return [function(item) for item in items]
+    return statistics
 
 
 class _Named:
@@ -100,7 +92,34 @@ class _Named:
         self._convert = convert
 
     def __call__(self, entry: Any) -> tuple[str, list[Outcome]]:
-        return str(entry[-1] if isinstance(entry, tuple) else entry), self._convert(entry)
+        try:
+            return _name(entry), self._convert(entry)
+        except UserError:
+            raise
+        except Exception as error:
+            # One record in millions that a library stumbles on must not cost the others.
+            _log_once(type(error).__name__, _name(entry))
+            return _name(entry), [Dropped(f"{FAILED} ({type(error).__name__})")]
+
+
+def _name(entry: Any) -> str:
+    return str(entry[-1] if isinstance(entry, tuple) else entry)
+
+
+def _log_once(kind: str, name: str) -> None:
+    """The traceback of the first failure of each kind in each process."""
+    if kind not in _LOGGED:
+        _LOGGED.add(kind)
+        logging.exception("reading %s failed with %s: it is left out", name, kind)
+
+
+_LOGGED: set[str] = set()
+
+
+def _died(entry: Any) -> tuple[str, list[Outcome]]:
+    """The outcome of an entry that kills the process that works on it."""
+    logging.warning("%s %s: it is left out", _name(entry), DIED)
+    return _name(entry), [Dropped(DIED)]
 
 
 def _watched(converted: Iterable[tuple[str, list[Outcome]]], bar: Bar) -> Iterator[tuple[str, Outcome]]:
@@ -132,7 +151,8 @@ def _write(folder: pathlib.Path, name: str, source: Source, outcomes: Iterable[t
     names: dict[str, list[str]] = {}
     drawn = Drawn()
     parts: collections.Counter[str] = collections.Counter()
-    pictures = 0
+    texts_dropped: collections.Counter[str] = collections.Counter()
+    pictures = texts = 0
     waiting: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
     size: collections.Counter[str] = collections.Counter()
 
@@ -143,6 +163,7 @@ def _write(folder: pathlib.Path, name: str, source: Source, outcomes: Iterable[t
 
     for entry, outcome in outcomes:
         parts.update(outcome.parts_dropped)
+        texts_dropped.update(outcome.texts_dropped)
         if isinstance(outcome, Dropped):
             dropped[outcome.reason] += 1
             known = names.setdefault(outcome.reason, [])
@@ -153,6 +174,7 @@ def _write(folder: pathlib.Path, name: str, source: Source, outcomes: Iterable[t
         counts[outcome.split] += 1
         shown = _pictures(outcome)
         pictures += len(shown)
+        texts += sum(len(outcome.fields.get(field, ())) for field in TEXT_FIELDS)
         waiting[outcome.split].append(outcome.fields)
         size[outcome.split] += sum(map(len, shown))
         if len(waiting[outcome.split]) == RECORDS_PER_FLUSH or size[outcome.split] >= BYTES_PER_FLUSH:
@@ -171,6 +193,8 @@ def _write(folder: pathlib.Path, name: str, source: Source, outcomes: Iterable[t
     }
     if pictures or parts:
         statistics["pictures"] = {"used": pictures, "dropped": dict(sorted(parts.items()))}
+    if texts_dropped:
+        statistics["texts"] = {"used": texts, "dropped": dict(sorted(texts_dropped.items()))}
     return statistics, drawn
 
 
