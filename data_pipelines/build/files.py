@@ -24,7 +24,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from data_pipelines.build.pictures import Unfit
+from data_pipelines.build.pictures import UNREADABLE, Unfit
 from flamingo_jax.errors import UserError
 
 MISSING = "missing"
@@ -33,7 +33,6 @@ LINKED = "link that leads outside the folder"
 LINKED_FOLDER = "linked folder that lies outside the folder"
 UNLISTED = "folder that cannot be listed"
 NOT_A_FILE = "not a file"
-UNREADABLE = "unreadable"
 MAX_BYTES = 256 << 20
 """A larger file is no picture, no caption and no page."""
 TOO_LARGE = f"larger than {MAX_BYTES >> 20} MiB"

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from flamingo_jax.processing import images
+from flamingo_jax.processing.metadata import without_metadata
 
 JPEG_QUALITY = 95
 """Of pictures that cannot be stored as they come."""
@@ -15,8 +16,11 @@ SINGLE_COLOUR = 8
 """A picture whose channels all vary by less than this, of 255, shows nothing."""
 
 
+UNREADABLE = "unreadable"
+
+
 class Unfit(ValueError):
-    """A picture that is left out; the message is the reason."""
+    """A picture, or the file that should hold one, that is left out; the message is the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +35,18 @@ class PictureRules:
     def store(self, data: bytes) -> bytes:
         """JPEG or PNG with three channels: `data` itself where it is that already, upright and not too large.
 
-        Formats without loss become PNG, others and shrunk ones JPEG. Raises Unfit.
+        Formats without loss become PNG, others and shrunk ones JPEG. Metadata on which a reader
+        stumbles is not kept. Raises Unfit.
         """
+        try:
+            return self._store(data)
+        except Unfit as error:
+            bare = without_metadata(data) if str(error) == UNREADABLE else None
+            if bare is None:
+                raise
+        return self._store(bare)
+
+    def _store(self, data: bytes) -> bytes:
         try:
             with Image.open(io.BytesIO(data)) as header:
                 self._check(*header.size)
@@ -40,13 +54,13 @@ class PictureRules:
                 as_is = as_is and header.getexif().get(images.ORIENTATION, 1) == 1  # TFDS does not look at it.
                 lossless = header.format in LOSSLESS
                 longer, shorter = max(header.size), min(header.size)
-            pixels = images.decode(data, longer, max_pixels=self.max_pixels)
+            pixels = images.decode(data, longer, max_pixels=self.max_pixels, strict=True)
         except Unfit:
             raise
         except Image.DecompressionBombError as error:
             raise Unfit("too many pixels") from error
         except Exception as error:  # PIL's readers raise whatever they stumble on.
-            raise Unfit("unreadable") from error
+            raise Unfit(UNREADABLE) from error
         if (np.ptp(pixels, axis=(0, 1)) < SINGLE_COLOUR).all():
             raise Unfit("single colour")
         if 0 < self.short_side < shorter:

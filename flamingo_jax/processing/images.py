@@ -5,7 +5,9 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from flamingo_jax.processing.metadata import without_metadata
 
 MAX_PIXELS = 64_000_000
 """Larger pictures are refused before they are decoded: a few bytes can claim terabytes."""
@@ -14,28 +16,52 @@ ORIENTATION = 0x0112
 """The EXIF entry that says how a camera was held."""
 
 
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By what each orientation but the usual one is undone (Exif 2.32, tag 0112)."""
+
+
 class ImageError(ValueError):
     """A picture that cannot be read."""
 
 
-def decode(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """An encoded picture, upright and resized so that its longer side is `size`: uint8 [h, w, 3], max(h, w) = size.
+def decode(
+    data: bytes, size: int, *, max_pixels: int = MAX_PIXELS, strict: bool = False
+) -> np.ndarray:
+    """An encoded picture, upright and resized so that its longer side is `size`: uint8 [h, w, 3].
 
-    Transparent parts turn white. Raises ImageError where the bytes are no picture, are cut short, or hold more than `max_pixels`.
+    Transparent parts turn white. Metadata that is damaged or too large is passed over, unless
+    `strict`. Raises ImageError where the bytes are no picture, are cut short, or hold more than
+    `max_pixels`.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > max_pixels:
-                raise ImageError(f"{image.width} x {image.height} pixels are more than {max_pixels}")
-            # JPEGs are decoded at a half, a quarter or an eighth where that still leaves twice the size wanted.
-            image.draft("RGB", (2 * size, 2 * size))
-            # Both copy the picture even where there is nothing to do.
-            turned = image.getexif().get(ORIENTATION, 1) != 1
-            return fit(_rgb(ImageOps.exif_transpose(image) if turned else image), size)
+        return _decode(data, size, max_pixels)
     except ImageError:
         raise
     except Exception as error:  # noqa: BLE001 - PIL's readers raise whatever they stumble on: OSError, SyntaxError, struct.error
-        raise ImageError(f"not a readable picture: {error}") from error
+        bare = None if strict else without_metadata(data)
+        if bare is None:
+            raise ImageError(f"not a readable picture: {error}") from error
+    return decode(bare, size, max_pixels=max_pixels, strict=True)
+
+
+def _decode(data: bytes, size: int, max_pixels: int) -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as image:
+        if image.width * image.height > max_pixels:
+            raise ImageError(f"{image.width} x {image.height} pixels are more than {max_pixels}")
+        # JPEGs are decoded at a half, a quarter or an eighth where that still leaves twice the size wanted.
+        image.draft("RGB", (2 * size, 2 * size))
+        image.load()  # TIFF's reader turns pictures itself, and forgets their orientation then.
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+        # PIL's own exif_transpose also writes the other entries anew, which fails on damaged ones.
+        return fit(_rgb(image if turn is None else image.transpose(turn)), size)
 
 
 def fit(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
