@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
+from flamingo_jax.dataset_identity import INFO_FILE, VERSION, find_dataset
 from flamingo_jax.errors import UserError
 
+__all__ = ["INFO_FILE", "VERSION"]
+
 KINDS = ("pages", "pairs", "videos", "text", "questions")
-VERSION = "1.0.0"
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 SPLITS = (TRAIN, VALIDATION, TEST)
-INFO_FILE = "dataset_info.json"
 STATISTICS_FILE = "statistics.json"
 
 
@@ -60,11 +61,12 @@ def dataset_folder(path: str | pathlib.Path) -> pathlib.Path:
 
     Raises UserError where neither is a finished dataset.
     """
-    folder = pathlib.Path(path)
-    for candidate in (folder, folder / VERSION):
-        if (candidate / INFO_FILE).is_file():
-            return candidate
-    raise UserError(f"{folder} holds no dataset: build one there with launch.build_data, or mend the path")
+    folder = find_dataset(path)
+    if folder is None:
+        raise UserError(
+            f"{path} holds no dataset: build one there with launch.build_data, or mend the path"
+        )
+    return folder
 
 
 def is_current(path: pathlib.Path, folder: pathlib.Path) -> bool:

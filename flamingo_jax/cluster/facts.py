@@ -5,28 +5,43 @@ import importlib.metadata
 import json
 import pathlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flamingo_jax.configuring import to_json
+from flamingo_jax.dataset_identity import NOTHING, identify
 from flamingo_jax.experiment import Experiment
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 SOURCES = ("flamingo_jax", "configs", "data_pipelines", "launch")
 ROOT = pathlib.Path(__file__).parents[2]
-_ABSENT = "nothing"
+SMALL = (".json", ".model")
+"""Endings of files that are compared by their content: descriptions and tokenizers."""
 
 
 def gather(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
-    """{kind: {name: value}}, small and JSON-able. Data are known by the sizes of their files and the content of the small ones that describe them."""
-    folders = {dataset.path for part in (experiment.data, experiment.held_out) for dataset in part.values()}
-    folders |= {experiment.vision_encoder_from, experiment.language_model_from, experiment.flamingo_from, experiment.tokenizer} - {"", "random"}
+    """Gathers {kind: {name: value}}, small and JSON-able.
+
+    Datasets are known by their identities, other folders by the sizes of their files and the
+    content of the small ones.
+    """
+    datasets = [*experiment.data.values(), *experiment.held_out.values()]
+    splits = {(dataset.path, dataset.split) for dataset in datasets}
+    folders = {
+        experiment.vision_encoder_from,
+        experiment.language_model_from,
+        experiment.flamingo_from,
+        experiment.tokenizer,
+    } - {"", "random"}
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
         "config": {f"config.{key}": value for key, value in _leaves(to_json(experiment), "")} | {"--workdir": str(workdir)},
         "version": versions,
         "code": {str(path.relative_to(ROOT)): _digest(path.read_bytes()) for folder in SOURCES for path in sorted((ROOT / folder).rglob("*.py"))},
-        "data": {folder: _folder(pathlib.Path(folder)) for folder in sorted(folders)},
+        "data": {
+            **{f"{path} ({split})": _readable(_split, path, split) for path, split in sorted(splits)},
+            **{folder: _readable(_folder, folder) for folder in sorted(folders)},
+        },
     }
 
 
@@ -37,8 +52,8 @@ def first_difference(facts: Mapping[str, Mapping[str, Any]]) -> str:
         for kind, sentence in _SENTENCES.items():
             a, b = expected[kind], found[kind]
             for key in [*a, *(key for key in b if key not in a)]:
-                if a.get(key, _ABSENT) != b.get(key, _ABSENT):
-                    return sentence.format(key=key, first=first, other=name, a=a.get(key, _ABSENT), b=b.get(key, _ABSENT))
+                if a.get(key, NOTHING) != b.get(key, NOTHING):
+                    return sentence.format(key=key, first=first, other=name, a=a.get(key, NOTHING), b=b.get(key, NOTHING))
     return ""
 
 
@@ -56,15 +71,31 @@ def _leaves(tree: Any, prefix: str) -> list[tuple[str, Any]]:
     return [(prefix, tree)]
 
 
-def _folder(path: pathlib.Path) -> str:
-    """Its files in a few words that differ where the files do."""
+def _readable(describe: Callable[..., str], *place: str) -> str:
+    """Describes what lies at a place; a host whose storage fails differs from the others."""
+    try:
+        return describe(*place)
+    except OSError as error:
+        return f"what cannot be read: {error.strerror or error}"
+
+
+def _split(path: str, split: str) -> str:
+    found = identify(path, split)
+    return NOTHING if found is None else str(found)
+
+
+def _folder(folder: str) -> str:
+    """Describes the files of an export, a published model or a tokenizer in a few words."""
+    path = pathlib.Path(folder)
     if path.is_file():
         return f"{path.stat().st_size} bytes, {_digest(path.read_bytes())}"
-    # Runs put files of their own beside a dataset's.
-    files = [file for file in sorted(path.glob("*")) if file.suffix in (".json", ".model", ".safetensors") or "record-" in file.name]
+    files = [file for file in sorted(path.glob("*")) if file.suffix in (*SMALL, ".safetensors")]
     if not files:
-        return _ABSENT
-    described = [(file.name, file.stat().st_size, _digest(file.read_bytes()) if file.suffix == ".json" else "") for file in files]
+        return NOTHING
+    described = [
+        (file.name, file.stat().st_size, _digest(file.read_bytes()) if file.suffix in SMALL else "")
+        for file in files
+    ]
     return f"{len(files)} files, {_digest(json.dumps(described).encode())}"
 
 

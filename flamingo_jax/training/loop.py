@@ -17,6 +17,7 @@ import jax
 from flamingo_jax.checkpointing.checkpoints import Checkpoints
 from flamingo_jax.cluster.link import Alone, Crew
 from flamingo_jax.configuring import from_json, to_json
+from flamingo_jax.dataset_identity import identities, require_same_datasets
 from flamingo_jax.errors import NotLearnedError, UserError
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.partitioning.mesh import make_mesh
@@ -70,6 +71,7 @@ def train(
     with jax.set_mesh(mesh):
         assembly = assemble(experiment, mesh)
         frozen, origins = load_frozen(experiment, assembly)
+        datasets = identities(experiment)
 
         log.info("state")
         checkpoints = Checkpoints(workdir / "checkpoints", keep_last=training.keep_last, keep_every=training.keep_every)
@@ -80,6 +82,7 @@ def train(
             extra = checkpoints.extra(start)
             require_same_bases(extra["bases"], origins, workdir)
             _require_same_run(from_json(Experiment, extra["experiment"]), experiment, workdir)
+            require_same_datasets(extra.get("datasets", {}), datasets, experiment, workdir)
             state = checkpoints.restore(start, assembly.state)
             for name, iterator in iterators.items():
                 iterator.set_state(extra["positions"][name])
@@ -112,7 +115,8 @@ def train(
             now = clock | {"seconds": time.monotonic() - trained}
             asked = time.monotonic()
             with spending("save"):
-                checkpoints.save(step, state, {"positions": positions, "clock": now, "bases": origins, "experiment": to_json(experiment)})
+                kept = {"positions": positions, "datasets": datasets, "clock": now, "bases": origins}
+                checkpoints.save(step, state, kept | {"experiment": to_json(experiment)})
             seconds_saving += time.monotonic() - asked
             goodput.mark(step, feed.seconds_waiting)
 

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,10 @@ import pytest
 from sentencepiece import sentencepiece_model_pb2
 
 from data_pipelines.build.quickstart import build_quickstart
+from data_pipelines.build.world import World
+from data_pipelines.build.writer import write_dataset
 from flamingo_jax import configuring
+from flamingo_jax.checkpointing.checkpoints import Checkpoints
 from flamingo_jax.checkpointing.export import export_model
 from flamingo_jax.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, UserError
 from flamingo_jax.experiment import Experiment
@@ -152,3 +156,26 @@ def test_a_foreign_checkpoint_is_refused_and_left_as_it_is(train: Train, data: p
 def test_a_signal_is_exit_code_75(train: Train, data: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands.load("train"), "train", lambda *_: loop.Outcome(3, preempted=True))
     assert train(small.language_model(data), tmp_path) == EXIT_PREEMPTED
+
+
+def test_a_dataset_that_was_rebuilt_between_two_starts_is_refused(
+    train: Train, data: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One record more: from the first batch on, other rows would come at every position."""
+    text = shutil.copytree(data / "text", tmp_path / "data" / "text")
+    here = {"data__text__path": str(text)}
+    assert train(small.language_model(data), tmp_path / "run", training__steps=1, **here) == 0
+    shutil.rmtree(text)
+    write_dataset(text, World("text", 0, 9))
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    sentence = f"the train split of {text} (config.data.text) has other content (9 records in"
+    refused(train, sentence, small.language_model(data), tmp_path / "run", training__steps=2, **here)
+    now = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    assert now == before
+    shutil.rmtree(text)
+    shutil.copytree(data / "text", text)
+    # A checkpoint of an earlier version, which knows no identities, is taken.
+    known = Checkpoints.extra
+    forgets = lambda self, step: {k: v for k, v in known(self, step).items() if k != "datasets"}
+    monkeypatch.setattr(Checkpoints, "extra", forgets)
+    assert train(small.language_model(data), tmp_path / "run", training__steps=2, **here) == 0
