@@ -57,14 +57,16 @@ class CaptionedFolder:
         if not entry.captions:
             return [Dropped(NO_CAPTION)]
         try:
-            fields = self.read(file)
+            fields, lost = self.read(file)
         except Unusable as error:
             return [Dropped(str(error))]
         name = record_id(self.folders, folder, entry.name)
-        return [Example(self.shares.split(name), {"id": name, "captions": list(entry.captions), **fields})]
+        fields = {"id": name, "captions": list(entry.captions), **fields}
+        return [Example(self.shares.split(name), fields, lost)]
 
-    def read(self, file: pathlib.Path) -> dict[str, Any]:
-        """The fields that hold the file's pictures. Raises Unusable."""
+    def read(self, file: pathlib.Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """The fields that hold the file's pictures, and for each of its pictures that is left out
+        the reason. Raises Unusable."""
         raise NotImplementedError
 
     def _entries(self, folder: str) -> list[Entry]:

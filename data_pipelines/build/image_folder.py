@@ -28,8 +28,8 @@ class ImageFolder(CaptionedFolder):
     def about(self) -> str:
         return "Pictures with captions."
 
-    def read(self, file: pathlib.Path) -> dict[str, Any]:
+    def read(self, file: pathlib.Path) -> tuple[dict[str, Any], tuple[str, ...]]:
         try:
-            return {"image": self.rules.store(read(file))}
+            return {"image": self.rules.store(read(file))}, ()
         except Unfit as error:
             raise Unusable(str(error)) from error

@@ -84,21 +84,31 @@ class QuestionsFolder:
         if not entry.questions:
             return [Dropped(NO_QUESTION)]
         try:
-            frames = self._frames(file, entry.is_video)
+            frames, lost = self._frames(file, entry.is_video)
         except Unusable as error:
             return [Dropped(str(error))] * wanted
         name = record_id(self.folders, folder, entry.name)
         split = self.shares.split(name)
-        return [
-            Example(split, {"id": f"{name}#{number}", "frames": frames, "question": asked.text, "answers": list(asked.answers), "type": asked.type})
-            if asked.answers else Dropped("no answer")
-            for number, asked in enumerate(entry.questions)
-        ]
+        outcomes: list[Outcome] = []
+        for number, asked in enumerate(entry.questions):
+            parts = () if outcomes else lost  # What a video lost is counted once.
+            if not asked.answers:
+                outcomes.append(Dropped("no answer", parts))
+                continue
+            fields = {"id": f"{name}#{number}", "frames": frames, "question": asked.text}
+            fields |= {"answers": list(asked.answers), "type": asked.type}
+            outcomes.append(Example(split, fields, parts))
+        return outcomes
 
-    def _frames(self, file: pathlib.Path, is_video: bool) -> list[bytes]:
+    def _frames(
+        self, file: pathlib.Path, is_video: bool
+    ) -> tuple[list[bytes], tuple[str, ...]]:
         if is_video:
-            return stored_frames(file, fps=self.fps, max_seconds=self.max_seconds, short_side=self.video_short_side)
-        return [ImageFolder((), rules=self.rules).read(file)["image"]]
+            return stored_frames(
+                file, fps=self.fps, max_seconds=self.max_seconds, short_side=self.video_short_side
+            )
+        fields, lost = ImageFolder((), rules=self.rules).read(file)
+        return [fields["image"]], lost
 
     def _entries(self, folder: str) -> list[Entry]:
         root = existing_folder(folder)

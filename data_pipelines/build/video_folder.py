@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from data_pipelines.build.captioned import CaptionedFolder, Unusable
 from data_pipelines.build.pictures import encode, shrink
-from flamingo_jax.processing.video import VideoError, read_frames
+from flamingo_jax.processing.video import VideoError, read_film
 
 FRAME_QUALITY = 90
 
@@ -39,15 +39,25 @@ class VideoFolder(CaptionedFolder):
     def about(self) -> str:
         return f"Videos with captions, {self.fps:g} frames a second."
 
-    def read(self, file: pathlib.Path) -> dict[str, Any]:
-        return {"frames": stored_frames(file, fps=self.fps, max_seconds=self.max_seconds, short_side=self.short_side), "fps": self.fps}
+    def read(self, file: pathlib.Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+        frames, lost = stored_frames(
+            file, fps=self.fps, max_seconds=self.max_seconds, short_side=self.short_side
+        )
+        return {"frames": frames, "fps": self.fps}, lost
 
 
-def stored_frames(file: pathlib.Path, *, fps: float, max_seconds: float, short_side: int) -> list[bytes]:
-    """A video's frames as JPEG files; the arguments are VideoFolder's. Raises Unusable."""
+def stored_frames(
+    file: pathlib.Path, *, fps: float, max_seconds: float, short_side: int
+) -> tuple[list[bytes], tuple[str, ...]]:
+    """A video's frames as JPEG files, and the reasons of `read_film` for what is lost of it.
+
+    The arguments are VideoFolder's. Raises Unusable.
+    """
     try:
         most = max(1, math.ceil(max_seconds * fps))
-        frames = read_frames(file, fps=fps, max_frames=most, resize=lambda frame: shrink(frame, short_side))
+        film = read_film(
+            file, fps=fps, max_frames=most, resize=lambda frame: shrink(frame, short_side)
+        )
     except VideoError as error:
-        raise Unusable("unreadable") from error
-    return [encode(frame, "JPEG", FRAME_QUALITY) for frame in frames]
+        raise Unusable(error.reason) from error
+    return [encode(frame, "JPEG", FRAME_QUALITY) for frame in film.frames], film.lost

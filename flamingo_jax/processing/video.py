@@ -1,23 +1,84 @@
 """Video files to frames, and clips out of frames (paper 3.2: 8 frames at 1 fps in training, 30 at 3 fps at inference)."""
 
+import dataclasses
 import logging
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import av
 import av.container
 import numpy as np
+from av.sidedata.sidedata import Type
+from av.video.reformatter import Interpolation
 
 from flamingo_jax.processing.images import MAX_PIXELS
+from flamingo_jax.processing.video_clock import Clock
+from flamingo_jax.processing.video_file import BROKEN, VideoError, claimed, opened, pictures
 
 MAX_FRAMES = 3_600
 """One hour at 1 fps."""
 CLOCK = 5e-4
 """Seconds by which time stamps may be off through rounding to the container's clock."""
+UNSURE = 1.0
+"""Seconds by which a header may be wrong about a film's length."""
+TRUSTED = ("gif", "apng")
+"""Forms that state how long each picture stays, and no clock."""
+MAX_STRETCH = 8
+"""Pixels more oblong than this are taken for a mistake in the file."""
+GAP = "gap in a video of a steady rate"
+TOO_MANY_PIXELS = "too many pixels"
 
 
-class VideoError(ValueError):
-    """A video that cannot be read."""
+@dataclasses.dataclass(frozen=True)
+class Film:
+    """What was read of a video. frames: uint8 [H, W, 3], upright RGB. lost: for each picture or
+    part of the file that could not be read, the reason."""
+
+    frames: list[np.ndarray]
+    lost: tuple[str, ...] = ()
+
+
+def read_film(
+    path: str | pathlib.Path,
+    *,
+    fps: float,
+    resize: Callable[[np.ndarray], np.ndarray] = lambda frame: frame,
+    max_frames: int = MAX_FRAMES,
+    max_pixels: int = MAX_PIXELS,
+) -> Film:
+    """The pictures on screen at 0, 1/fps, 2/fps, ... seconds, at most `max_frames`, and what was
+    lost on the way: damage is passed over, so that the picture before it stays on screen.
+
+    Any form of `video_file.FORMATS`, moving GIFs among them. Pixels that are not square are made
+    so, and pictures are turned and mirrored as the file says. Where time stamps lack or jump, the
+    file's rate takes their place (`video_clock`). `resize` is called on every frame as it is
+    read, so that a long video of large frames needs little memory.
+    Raises VideoError where no frame can be read or frames have more than `max_pixels`.
+    """
+    frames: list[np.ndarray] = []
+    lost: list[str] = []
+    try:
+        with opened(path) as (container, stream):
+            _check(path, stream, max_pixels)
+            for frame, end in _shown(container, stream, lost):
+                _check(path, frame, max_pixels)  # Sizes may change within a film.
+                pixels = None
+                while len(frames) < max_frames and len(frames) / fps < end - CLOCK:
+                    if pixels is None:
+                        pixels = resize(_upright(frame, stream, max_pixels))
+                    frames.append(pixels)
+                if len(frames) == max_frames:
+                    break
+    except (av.FFmpegError, OSError) as error:
+        if not frames:
+            raise VideoError(f"{path} is not a readable video: {error}") from error
+        lost.append(BROKEN)
+    if not frames:
+        raise VideoError(f"{path} is not a readable video: it has no frames")
+    if lost:
+        logging.warning("%s is damaged: %s", path, ", ".join(dict.fromkeys(lost)))
+    return Film(frames, tuple(lost))
 
 
 def read_frames(
@@ -28,37 +89,9 @@ def read_frames(
     max_frames: int = MAX_FRAMES,
     max_pixels: int = MAX_PIXELS,
 ) -> list[np.ndarray]:
-    """The pictures on screen at 0, 1/fps, 2/fps, ... seconds: at most `max_frames` of uint8 [H, W, 3], upright RGB.
-
-    Any file that FFmpeg reads, moving GIFs among them. One that breaks off gives the frames before the break. `resize` is called
-    on every frame as it is read, so that a long video of large frames needs little memory.
-    Raises VideoError where no frame can be read or frames have more than `max_pixels`.
-    """
-    frames: list[np.ndarray] = []
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise VideoError(f"{path} has no pictures in it")
-            stream = container.streams.video[0]
-            if stream.codec_context is None:
-                raise VideoError(f"{path}: there is no decoder for its pictures")
-            if stream.width * stream.height > max_pixels:
-                raise VideoError(f"{path}: {stream.width} x {stream.height} pixels are more than {max_pixels}")
-            for frame, end in _shown(container, stream):
-                pixels = None
-                while len(frames) < max_frames and len(frames) / fps < end - CLOCK:
-                    if pixels is None:
-                        pixels = resize(_upright(frame))
-                    frames.append(pixels)
-                if len(frames) == max_frames:
-                    break
-    except (av.FFmpegError, OSError) as error:
-        if not frames:
-            raise VideoError(f"{path} is not a readable video: {error}") from error
-        logging.warning("%s breaks off after %d frames: %s", path, len(frames), error)
-    if not frames:
-        raise VideoError(f"{path} is not a readable video: it has no frames")
-    return frames
+    """The frames of `read_film`."""
+    film = read_film(path, fps=fps, resize=resize, max_frames=max_frames, max_pixels=max_pixels)
+    return film.frames
 
 
 def clip(count: int, frames: int, below: Callable[[int], int] | None = None) -> range:
@@ -75,29 +108,74 @@ def spread(count: int, frames: int) -> list[int]:
     return [int(i) for i in np.linspace(0, count - 1, min(count, frames)).round()]
 
 
-def _shown(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[tuple[av.VideoFrame, float]]:
+def _shown(
+    container: av.container.InputContainer, stream: av.VideoStream, lost: list[str]
+) -> Iterator[tuple[av.VideoFrame, float]]:
     """Every frame with the second, counted from the first frame, at which it leaves the screen."""
-    stream.thread_type = "AUTO"
+    clock = Clock(float(stream.guessed_rate or 0), trusted=container.format.name in TRUSTED)
     last: av.VideoFrame | None = None
-    began = 0.0
-    broken: Exception | None = None
-    try:
-        for frame in container.decode(stream):
-            time = frame.time or 0.0
-            if last is None:
-                began = time
-            else:
-                yield last, time - began
-            last = frame
-    except av.FFmpegError as error:
-        broken = error
-    if last is not None:
-        seconds = float(last.duration * last.time_base) if last.duration and last.time_base else 0.0
-        yield last, (last.time or 0.0) - began + max(seconds, 2 * CLOCK)
-    if broken is not None:
-        raise broken
+    for frame in pictures(container, stream, lost):
+        time = clock(frame.time, _seconds(last) if last is not None else None)
+        if last is not None:
+            yield last, time
+        last = frame
+    if last is None:
+        return
+    end = clock.last(_seconds(last))
+    lost += [GAP] * clock.gaps
+    if BROKEN not in lost and max(end, clock.span) + UNSURE < claimed(container, stream):
+        lost.append(BROKEN)
+    yield last, end
 
 
-def _upright(frame: av.VideoFrame) -> np.ndarray:
-    pixels = frame.to_ndarray(format="rgb24")
-    return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
+def _check(
+    path: str | pathlib.Path, sized: av.VideoStream | av.VideoFrame, max_pixels: int
+) -> None:
+    if sized.width * sized.height > max_pixels:
+        text = f"{path}: {sized.width} x {sized.height} pixels are more than {max_pixels}"
+        raise VideoError(text, TOO_MANY_PIXELS)
+
+
+def _seconds(frame: av.VideoFrame) -> float | None:
+    """How long a frame stays, by the file."""
+    if not frame.duration or not frame.time_base:
+        return None
+    return float(frame.duration * frame.time_base)
+
+
+def _upright(frame: av.VideoFrame, stream: av.VideoStream, max_pixels: int) -> np.ndarray:
+    """uint8 [H, W, 3] as a player shows it: of square pixels, turned and mirrored."""
+    width, height = frame.width, frame.height
+    aspect = float(stream.sample_aspect_ratio or 1)
+    if aspect != 1 and 1 / MAX_STRETCH <= aspect <= MAX_STRETCH:
+        if aspect > 1:
+            wide, tall = round(width * aspect), height
+        else:
+            wide, tall = width, round(height / aspect)
+        if wide * tall > max_pixels:  # The longer side shrinks instead.
+            wide, tall = max(1, round(wide / aspect)), max(1, round(tall / aspect))
+        width, height = wide, tall
+    pixels = frame.to_ndarray(
+        format="rgb24", width=width, height=height, interpolation=Interpolation.BICUBIC
+    )
+    return np.ascontiguousarray(_turned(pixels, _matrix(frame)))
+
+
+def _matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
+    """FFmpeg's display matrix: a pixel at (x, y) is shown at (a x + c y, b x + d y)."""
+    sides: Any = frame.side_data  # Its stubs speak of texts.
+    data = sides.get(Type.DISPLAYMATRIX)
+    if data is None:
+        return 1, 0, 0, 1
+    a, b, _, c, d, *_ = np.frombuffer(data, np.int32).tolist()
+    return a, b, c, d
+
+
+def _turned(pixels: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
+    """By quarter turns and mirrors, which are all that [H, W, 3] needs no new pixels for."""
+    a, b, c, d = matrix
+    if abs(a) + abs(d) < abs(b) + abs(c):
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    if a < 0:
+        pixels = pixels[:, ::-1]
+    return pixels[::-1] if d < 0 else pixels

@@ -23,7 +23,7 @@ from data_pipelines.build.video_folder import VideoFolder
 from data_pipelines.build.writer import ordered_map, write_dataset
 from flamingo_jax.errors import UserError
 from flamingo_jax.processing.tokenizer import Tokenizer
-from flamingo_jax.processing.video import read_frames
+from flamingo_jax.processing.video import read_film
 from tests.data_pipelines.raw import ALL_TRAIN, colourful, film, huge_png, lines, read, save, strings
 
 # Pictures.
@@ -210,11 +210,11 @@ def test_video_frames_shrink_as_they_are_read(tmp_path, monkeypatch):
     shapes = []
 
     def reading(*args, **options):
-        frames = read_frames(*args, **options)
-        shapes.extend(frame.shape for frame in frames)
-        return frames
+        read = read_film(*args, **options)
+        shapes.extend(frame.shape for frame in read.frames)
+        return read
 
-    monkeypatch.setattr("data_pipelines.build.video_folder.read_frames", reading)
+    monkeypatch.setattr("data_pipelines.build.video_folder.read_film", reading)
     write_dataset(tmp_path / "out", VideoFolder((str(tmp_path / "clips"),), ALL_TRAIN, short_side=32))
     assert shapes == [(32, 48, 3)] * 3
 

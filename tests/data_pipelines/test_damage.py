@@ -95,7 +95,9 @@ def video_folder(root: pathlib.Path) -> tuple[Source, dict[str, int]]:
     told = [json.dumps({"video": f"{number:02d}.avi", "caption": "grey"}).encode() for number in range(WHOLE)]
     told += [json.dumps({"video": name, "caption": "never seen"}).encode() for name in hurt]
     (root / "videos.jsonl").write_bytes(b"\n".join([*told, b'{"video": "00.avi", "caption": "%s"}' % NOT_UTF8]))
-    return VideoFolder((str(root),), ALL_TRAIN), {"unreadable": 5, "text that is not UTF-8": 1}
+    foreign = {"not a video, or one that names other files": 1}
+    reasons = foreign | {"unreadable": 4, "text that is not UTF-8": 1}
+    return VideoFolder((str(root),), ALL_TRAIN), reasons
 
 
 def html_pages(root: pathlib.Path) -> tuple[Source, dict[str, int]]:
