@@ -112,7 +112,8 @@ def _shown(
     container: av.container.InputContainer, stream: av.VideoStream, lost: list[str]
 ) -> Iterator[tuple[av.VideoFrame, float]]:
     """Every frame with the second, counted from the first frame, at which it leaves the screen."""
-    clock = Clock(float(stream.guessed_rate or 0), trusted=container.format.name in TRUSTED)
+    rates = float(stream.guessed_rate or 0), float(stream.average_rate or 0)
+    clock = Clock(*rates, trusted=container.format.name in TRUSTED)
     last: av.VideoFrame | None = None
     for frame in pictures(container, stream, lost):
         time = clock(frame.time, _seconds(last) if last is not None else None)

@@ -3,6 +3,8 @@
 LONGEST = 10.0
 """Seconds. A longer gap between two stamps is a jump of the clock rather than a still: ffplay and
 ffmpeg take the same bound for forms whose clocks may jump."""
+SLIDES = 10
+"""Times the average step. A gap below it is one of many, and so no jump."""
 SETBACK = 1.0
 """Seconds that a stamp may lie behind the one before without being a jump: stamps in the order of
 decoding are off by so much at most."""
@@ -23,13 +25,15 @@ class Clock:
     again, or has jumped.
     """
 
-    def __init__(self, rate: float, *, trusted: bool = False):
+    def __init__(self, rate: float, average: float = 0.0, *, trusted: bool = False):
         """rate: pictures a second by the file's header; 0 where it is not known.
 
+        average: their count over the film's length, which tells slides from a clock that jumped.
         trusted: stamps are sums of the times that pictures stay, and cannot jump (moving GIFs).
         """
         self._usual = 1 / rate if 1e-3 < rate < 1e4 else USUAL_STEP
-        self._limit = float("inf") if trusted else max(LONGEST, 10 * self._usual)
+        slides = SLIDES / average if average > 0 else 0.0
+        self._limit = float("inf") if trusted else max(LONGEST, SLIDES * self._usual, slides)
         self._step = self._usual
         self._now: float | None = None
         self._stamp: float | None = None

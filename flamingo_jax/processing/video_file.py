@@ -63,8 +63,8 @@ def opened(
     with _container(path) as container:
         films = [s for s in container.streams.video if not s.disposition & COVERS]
         known = [stream for stream in films if stream.codec_context is not None]
-        if not container.streams:
-            raise VideoError(f"{path} is not a readable video: there is nothing in it")
+        if not any(stream.type in ("video", "audio") for stream in container.streams):
+            raise VideoError(f"{path} is not a readable video: there is nothing to play in it")
         if not films:
             raise VideoError(f"{path} has no moving pictures in it", NO_PICTURES)
         if not known:

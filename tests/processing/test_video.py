@@ -1,29 +1,11 @@
 """Frames come at the times asked for, whatever the file's own rate."""
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
 
 from flamingo_jax.processing.video import VideoError, clip, read_frames, spread
-
-
-def write(path, levels, *, rate, codec="libx264"):
-    """A video whose frame i is grey of levels[i]."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate)
-        stream.width = stream.height = 64
-        stream.pix_fmt = "yuv420p"
-        for level in levels:
-            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), level, np.uint8), format="rgb24")
-            for packet in stream.encode(frame):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-
-
-def levels(frames):
-    return [int(frame.mean().round()) for frame in frames]
+from tests.processing.films import levels, write
 
 
 @pytest.mark.parametrize("name, codec", [("a.mp4", "libx264"), ("a.webm", "libvpx"), ("a.avi", "mpeg4")])
