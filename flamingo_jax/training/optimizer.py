@@ -120,15 +120,28 @@ def clip(config: OptimizerConfig, names: Iterable[str]) -> optax.GradientTransfo
 def adaptive_clip(name: str, gradient: Array, parameter: Array, limit: float, eps: float = 1e-3) -> Array:
     """Scales each unit of `gradient` whose norm is over `limit` times its parameter's (at least eps) down to that (Brock et al. 2021).
 
-    A unit is what feeds one output: all axes but the last of a convolution or matrix, the whole of a vector; layers of a stack are apart.
+    Units are those of `unit_axes`; layers of a stack are apart.
     """
-    lead = stack_axes(name)
-    ndim = gradient.ndim - lead
-    axes = tuple(range(lead, gradient.ndim if ndim < 2 else gradient.ndim - 1))
+    axes = unit_axes(name, gradient.ndim)
     norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
     allowed = limit * jnp.maximum(norm(parameter), eps)
     actual = norm(gradient)
     return gradient * jnp.where(actual > allowed, allowed / jnp.maximum(actual, 1e-6), 1.0)
+
+
+def unit_axes(name: str, ndim: int) -> tuple[int, ...]:
+    """The axes of a parameter over which adaptive clipping takes a norm: a unit is all that feeds one output.
+
+    Of an attention's maps to heads [D, H, d] it is a column of D: they are one matrix to H * d outputs. Of other
+    matrices, convolutions and tables it is all axes but the last, and vectors, among them biases [H, d], are whole.
+    """
+    lead = stack_axes(name)
+    if ndim - lead < 2 or name.endswith("bias"):
+        return tuple(range(lead, ndim))
+    return (lead,) if re.fullmatch(TO_HEADS, name) else tuple(range(lead, ndim - 1))
+
+
+TO_HEADS = "(.*/)?attention/(query|key|value)"
 
 
 def _is_vector(name: str, shape: tuple[int, ...]) -> bool:

@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from flamingo_jax.errors import UserError
-from flamingo_jax.experiment import OptimizerConfig
-from flamingo_jax.training.optimizer import adaptive_clip, decay_mask, make_optimizer, make_schedule
+from flamingo_jax.experiment import OptimizerConfig, VisionConfig, ViTConfig
+from flamingo_jax.models.vit import ViT
+from flamingo_jax.pytrees import to_flat
+from flamingo_jax.training.optimizer import adaptive_clip, decay_mask, make_optimizer, make_schedule, unit_axes
 
 CONFIG = OptimizerConfig(peak_rate=1e-2, warmup_steps=3, decay="linear", beta1=0.8, beta2=0.95, weight_decay=0.3, clip_norm=1.0)
 SHAPES = {
@@ -113,28 +116,63 @@ def test_no_warm_up() -> None:
     assert make_schedule(OptimizerConfig(peak_rate=0.5, warmup_steps=0), steps=3)(0) == 0.5
 
 
-UNITS = ["vision/final/weight", "vision/stages/0/layers/first/weight", "vision/layers/squeeze_excite/down", "vision/layers/first/bias"]
+UNITS = {
+    # Name: the shape of one layer, and of the matrix (or vector) that it is without its axes of heads or places.
+    "vision/final/weight": ((2, 2, 3, 4), (12, 4)),
+    "vision/stages/0/layers/first/weight": ((2, 2, 3, 4), (12, 4)),
+    "vision/layers/squeeze_excite/down": ((3, 4), (3, 4)),
+    "vision/layers/first/bias": ((4,), (4,)),
+    "vision/layers/skip_gain": ((), (1,)),
+    "vision/layers/attention/query": ((6, 3, 2), (6, 6)),
+    "vision/layers/attention/key": ((6, 3, 2), (6, 6)),
+    "vision_encoder/layers/attention/value": ((6, 3, 2), (6, 6)),
+    "vision/layers/attention/out": ((3, 2, 6), (6, 6)),
+    "vision/layers/attention/query_bias": ((3, 2), (6,)),
+    "vision/layers/attention/out_bias": ((6,), (6,)),
+    "vision/layers/attention_norm/scale": ((6,), (6,)),
+    "vision/layers/feed_forward/up": ((6, 5), (6, 5)),
+    "vision/patch_embedding": ((12, 6), (12, 6)),
+    "vision/position_embedding": ((2, 2, 6), (4, 6)),
+    "vision/class_embedding": ((6,), (6,)),
+}
 
 
 @pytest.mark.parametrize("name", UNITS)
 def test_adaptive_clip_of_every_unit(name: str) -> None:
-    """Unit by unit in numpy; units below the limit stay as they are."""
-    shape = {"weight": (2, 2, 3, 4), "down": (3, 4), "bias": (4,)}[name.split("/")[-1]]
+    """Unit by unit in float64, and by optax, of the matrix whose columns are all that feeds one output."""
+    shape, unfused = UNITS[name]
     layers = 2 if "layers" in name else 1
     rng = np.random.default_rng(3)
-    parameter = rng.normal(size=(layers, *shape))
-    gradient = rng.normal(size=(layers, *shape)) * 10 ** rng.uniform(-4, 0, size=(layers, *[1] * (len(shape) - 1), shape[-1]))
+    parameter = rng.normal(size=(layers, *unfused))
+    units = (*[1] * (len(unfused) - 1), unfused[-1]) if len(unfused) > 1 else (1,)
+    gradient = rng.normal(size=(layers, *unfused)) * 10 ** rng.uniform(-4, 0, size=(layers, *units))
+    gradient[-1, ..., -1] = 1.0  # certainly clipped
     parameter[0, ..., 0] = 0  # held to eps
     expected = gradient.copy()
     for layer in range(layers):
-        for unit in range(shape[-1]) if len(shape) > 1 else [slice(None)]:
+        for unit in range(unfused[-1]) if len(unfused) > 1 else [slice(None)]:
             g, w = gradient[layer][..., unit], parameter[layer][..., unit]
             allowed, norm = 0.01 * max(np.linalg.norm(w), 1e-3), np.linalg.norm(g)
             expected[layer][..., unit] = g * min(1.0, allowed / norm)
-    squeeze = (lambda a: a) if "layers" in name else (lambda a: a[0])
-    found = adaptive_clip(name, jnp.asarray(squeeze(gradient), jnp.float32), jnp.asarray(squeeze(parameter), jnp.float32), 0.01)
-    np.testing.assert_allclose(found, squeeze(expected), rtol=1e-5, atol=1e-9)
-    assert (np.asarray(found) != squeeze(gradient).astype(np.float32)).any()
+    ours = lambda a: jnp.asarray(a.reshape(layers, *shape) if "layers" in name else a.reshape(shape), jnp.float32)
+    found = np.asarray(adaptive_clip(name, ours(gradient), ours(parameter), 0.01))
+    np.testing.assert_allclose(found, ours(expected), rtol=1e-5, atol=1e-9)
+    assert (found != ours(gradient)).any()
+    theirs = optax.adaptive_grad_clip(0.01)
+    for layer, clipped in enumerate(found.reshape(layers, *unfused)):
+        one = lambda a: jnp.asarray(a[layer], jnp.float32)  # noqa: B023
+        np.testing.assert_allclose(clipped, theirs.update(one(gradient), theirs.init(0), one(parameter))[0], rtol=1e-5, atol=1e-9)
+
+
+def test_every_parameter_of_a_vision_transformer_has_its_units() -> None:
+    """As many units as outputs: of a matrix its columns, of attention's maps (head, place in it), of a vector one."""
+    vit = ViTConfig(patch_size=4, layers=2, width=12, heads=3, feed_forward=20, class_token=True, patch_bias=True, first_norm=True)
+    model = nnx.eval_shape(lambda: ViT(VisionConfig(image_size=16, vit=vit), rngs=nnx.Rngs(0)))
+    outputs = {"query": 12, "key": 12, "value": 12, "out": 12, "up": 20, "down": 12, "patch_embedding": 12, "position_embedding": 12}
+    for name, leaf in to_flat(nnx.state(model)).items():
+        axes, stacked = unit_axes(f"vision/{name}", leaf.ndim), 2 if "layers" in name else 1
+        units = math.prod(size for axis, size in enumerate(leaf.shape) if axis not in axes)
+        assert units == stacked * outputs.get(name.split("/")[-1], 1), name
 
 
 def test_adaptive_clipping_leaves_the_global_norm_to_the_rest() -> None:
