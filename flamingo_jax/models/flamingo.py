@@ -19,7 +19,7 @@ from flamingo_jax.models.layers import at_once, fan_in_normal, linear, remateria
 from flamingo_jax.models.perceiver import PerceiverResampler
 from flamingo_jax.models.stream import Parts, join, shapes_of, split
 from flamingo_jax.models.vision import VisionEncoder, vision_encoder
-from flamingo_jax.partitioning.constraints import constrain, everywhere, gathered, residual, shards
+from flamingo_jax.partitioning.constraints import constrain, everywhere, gathered, residual, row_shards, shards
 from flamingo_jax.partitioning.mesh import AXES, MODEL, ROWS
 from flamingo_jax.processing.normalise import normalise
 
@@ -153,13 +153,14 @@ class Flamingo(nnx.Module):
         return self._logits(self.read([rows], visual_tokens, gathered_visuals=None if rows_own_visuals else visuals))
 
     def read(self, rows: Sequence[Rows], visual_tokens: Array | None, *, gathered_visuals: Array | None = None) -> Array:
-        """Rows of one dataset -> last hidden states [B, L, D]; of several, as one stream -> [S, T, D].
+        """Rows of one dataset -> last hidden states [B, L, D]; of several, as one stream -> [S, T, D], however many are alike.
 
         Args:
           visual_tokens: [M, R, D]; of a stream [S, V, R, D], all of a group's visuals, dataset after dataset; or None.
           gathered_visuals: int32 [B, N], places in M; None: each row owns its N visuals, in order.
         """
-        rows, masks = merge_alike(rows), None
+        several, masks = len(rows) > 1, None
+        rows = merge_alike(rows)
         if visual_tokens is not None:
             masks = [self._media_mask(r, visual_tokens.shape[-2]) for r in rows]
         positions, segments = [r.positions for r in rows], [r.segments for r in rows]
@@ -171,7 +172,8 @@ class Flamingo(nnx.Module):
         def layer(decoder: Any, x: Array, cache: None) -> tuple[Array, None]:
             return decoder(x, positions, segments, cache)
 
-        return self._groups(residual(self._embed(join([r.tokens for r in rows]))), None, block, layer, None)[0]
+        x = self._groups(residual(self._embed(join([r.tokens for r in rows]))), None, block, layer, None)[0]
+        return x.reshape(row_shards(), -1, x.shape[-1]) if several and len(rows) == 1 else x
 
     def _media_mask(self, rows: Rows, tokens_per_visual: int) -> Array:
         if rows.visuals is None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flamingo_jax.partitioning.constraints import row_shards
 
@@ -50,13 +51,20 @@ def block_length(shapes: Sequence[tuple[int, int]]) -> int | None:
 
 
 def block_segments(segments: Parts) -> Array:
-    """[B_p, L_p] segment numbers of every part -> [S, T] numbers that no two rows of a group share; padding stays 0."""
+    """[B_p, L_p] segment numbers of every part -> [S, T] numbers that no two rows of a group share; padding stays 0.
+
+    A row of L tokens has the next L numbers, so that a group's largest is how many tokens it has.
+    Raises: ValueError where that is more than int32 holds.
+    """
     found, first = [], 0
     for part in segments:
         rows, length = part.shape[0] // row_shards(), part.shape[1]
-        row = first + jnp.arange(part.shape[0])[:, None] % rows
-        found.append(jnp.where(part > 0, row * (length + 1) + part, 0))
-        first += rows * (length + 1)
+        last = first + rows * length
+        if last > np.iinfo(np.int32).max:
+            raise ValueError(f"{last:,} tokens on one device are more than 32 bits can number")
+        before = first + jnp.arange(part.shape[0])[:, None] % rows * length
+        found.append(jnp.where(part > 0, before + part, 0))
+        first = last
     return join(found)
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 from flamingo_jax.experiment import LanguageModelConfig, MeshConfig
 from flamingo_jax.models import attention
 from flamingo_jax.models.flamingo import Rows, merge_alike
-from flamingo_jax.models.stream import block_length, join, shapes_of, split
+from flamingo_jax.models.stream import block_length, block_segments, join, shapes_of, split
 from flamingo_jax.partitioning.constraints import constrain, residual, row_shards
 from flamingo_jax.partitioning.mesh import ROWS, batch_shardings, make_mesh
 
@@ -86,6 +86,30 @@ def test_attention_by_blocks_is_attention_by_rows(positions: str, data: int, mon
     assert taken == [8, False]
     np.testing.assert_allclose(value, expected[0], rtol=1e-5)
     np.testing.assert_allclose(gradient, expected[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("shapes", [
+    [(512, 2048)] * 3,
+    [(4096, 1024), (8192, 512), (65536, 32)],
+])
+def test_segments_of_the_largest_batches_keep_numbers_of_their_own(shapes: list[tuple[int, int]]) -> None:
+    """Two segments a row, of which the first row's second is padding."""
+    parts = [np.broadcast_to(1 + 2 * np.arange(length) // length, (rows, length)) for rows, length in shapes]
+    parts[0] = np.where((np.arange(len(parts[0])) == 0)[:, None] & (parts[0] == 2), 0, parts[0])
+    found = np.asarray(block_segments([jnp.asarray(part, jnp.int32) for part in parts]))
+    flat = np.concatenate([part.ravel() for part in parts])
+    np.testing.assert_array_equal(found[0] > 0, flat > 0)
+    assert found.min() == 0
+    numbers, counts = np.unique(found[found > 0], return_counts=True)
+    assert len(numbers) == 2 * sum(rows for rows, _ in shapes) - 1
+    assert sorted(set(counts.tolist())) == sorted({length // 2 for _, length in shapes})
+
+
+def test_more_tokens_than_can_be_numbered_are_refused() -> None:
+    part = jax.ShapeDtypeStruct((2**20, 1024), jnp.int32)
+    jax.eval_shape(lambda a: block_segments([a]), part)
+    with pytest.raises(ValueError, match="32 bits"):
+        jax.eval_shape(lambda a, b: block_segments([a, b]), part, part)
 
 
 def test_neighbours_of_one_shape_become_one_part_of_the_same_stream() -> None:
