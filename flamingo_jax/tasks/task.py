@@ -12,12 +12,18 @@ Batch = dict[str, Array]
 class Loss(NamedTuple):
     """A loss as a sum and what it is divided by, so that sums over microbatches are divided once.
 
-    total, weight: float32 scalars; the loss is total / weight. metrics: {name: (sum, weight)}.
+    total, weight: float32 scalars; the loss is total / weight, and 0 where nothing has weight: what
+    one part lacks must not count as one in the sum of all. metrics: {name: (sum, weight)}.
     """
 
     total: Array
     weight: Array
     metrics: dict[str, tuple[Array, Array]]
+
+    @property
+    def value(self) -> Array:
+        """The loss."""
+        return self.total / divisor(self.weight)
 
 
 class Task(Protocol):
@@ -45,7 +51,7 @@ class StreamTask(Task, Protocol):
     """A task whose datasets can go through the model together."""
 
     def weight(self, batch: Batch) -> Array:
-        """The `weight` of the batch's loss, which no parameter changes."""
+        """The `weight` of the whole batch's loss, which no parameter changes."""
         ...
 
     def stream_losses(self, model: Any, batches: dict[str, Batch], key: Array | None) -> dict[str, Loss]:
@@ -85,8 +91,13 @@ def summed_loss(losses: Array, correct: Array, mask: Array, segments: Array, red
 
 def loss_weight(mask: Array, segments: Array, reduction: str) -> Array:
     """What the loss of rows is divided by: the number of their sequences, or of their targets."""
-    sequences = segments.max(axis=1).sum().astype(jnp.float32)
-    return jnp.maximum(sequences if reduction == "sequence_sum" else mask.sum().astype(jnp.float32), 1.0)
+    count = segments.max(axis=1).sum() if reduction == "sequence_sum" else mask.sum()
+    return count.astype(jnp.float32)
+
+
+def divisor(weight: Array) -> Array:
+    """A sum of weights as what to divide by: 1 where there is none."""
+    return jnp.where(weight > 0, weight, 1.0)
 
 
 def split_rows(batch: Batch, count: int) -> Batch:

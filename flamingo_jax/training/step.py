@@ -1,5 +1,6 @@
 """The update: gradients of every dataset, weighted and summed, then one step of the optimizer (paper 2.4)."""
 
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from jax.experimental.layout import Format, Layout
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import DatasetConfig
-from flamingo_jax.tasks.task import Batch, Loss, StreamTask, Task
+from flamingo_jax.tasks.task import Batch, Loss, StreamTask, Task, divisor
 from flamingo_jax.training.state import Parameters, TrainState, merge_model
 
 Array = jax.Array
@@ -23,7 +24,7 @@ def accumulated(
     """The reference form: dataset after dataset, each one's gradient scaled by lambda_m / weight_m and added in float32."""
     losses: dict[str, Loss] = {}
     gradient: Parameters = {}
-    for number, (name, batch) in enumerate(batches.items()):
+    for name, batch in batches.items():
 
         def total(trainable: Parameters, part: Batch, key: Array) -> tuple[Array, Loss]:
             loss = task.loss(merge_model(graph, trainable, frozen), part, key)
@@ -31,8 +32,10 @@ def accumulated(
 
         config = datasets[name]
         parts = task.microbatches(batch, config.microbatches) if config.microbatches > 1 else None
-        losses[name], grads = _over_parts(jax.grad(total, has_aux=True), trainable, batch, parts, jax.random.fold_in(key, number))
-        scale = config.weight / losses[name].weight
+        losses[name], grads = _over_parts(
+            jax.grad(total, has_aux=True), trainable, batch, parts, dataset_key(key, name)
+        )
+        scale = config.weight / divisor(losses[name].weight)
         scaled = {k: scale * g.astype(jnp.float32) for k, g in grads.items()}
         gradient = {k: gradient[k] + g for k, g in scaled.items()} if gradient else scaled
     return losses, gradient
@@ -43,7 +46,7 @@ def streamed(
 ) -> tuple[dict[str, Loss], Parameters]:
     """The fast form of the same gradient: the sum of the scaled gradients is the gradient of the scaled sum, taken once of all datasets' tokens."""
     weights = {name: task.weight(batch) for name, batch in batches.items()}
-    scales = {name: datasets[name].weight / weight for name, weight in weights.items()}
+    scales = {name: datasets[name].weight / divisor(weight) for name, weight in weights.items()}
 
     def total(trainable: Parameters, part: dict[str, Batch], key: Array) -> tuple[Array, dict[str, Loss]]:
         losses = task.stream_losses(merge_model(graph, trainable, frozen), part, key)
@@ -51,10 +54,15 @@ def streamed(
 
     count = next(iter(datasets.values())).microbatches
     parts = {name: task.microbatches(batch, count) for name, batch in batches.items()} if count > 1 else None
+    # One key for all: their examples are drawn for as one batch's.
+    key = dataset_key(key, *batches)
     losses, grads = _over_parts(jax.grad(total, has_aux=True), trainable, dict(batches), parts, key)
-    # The scales are of whole batches, and a part's own weight may be less than one for the sum over parts.
-    losses = {name: loss._replace(weight=weights[name]) for name, loss in losses.items()}
     return losses, {name: g.astype(jnp.float32) for name, g in grads.items()}
+
+
+def dataset_key(key: Array, *names: str) -> Array:
+    """The step's key for these datasets, whose draws are then no other's, whatever their order."""
+    return jax.random.fold_in(key, zlib.crc32("\n".join(names).encode()))
 
 
 def _over_parts(gradient: Callable[..., Any], trainable: Parameters, batch: Any, parts: Any, key: Array) -> tuple[Any, Parameters]:
@@ -101,7 +109,7 @@ def make_update(
             gradient = jax.lax.with_sharding_constraint(gradient, dict(gradient_shardings))
         metrics: dict[str, Any] = {"loss": jnp.float32(0)}
         for name, loss in losses.items():
-            value = loss.total / loss.weight
+            value = loss.value
             metrics["loss"] += datasets[name].weight * value
             metrics[f"loss/{name}"] = value
             metrics |= {f"{metric}/{name}": a / jnp.maximum(b, 1e-9) for metric, (a, b) in loss.metrics.items()}

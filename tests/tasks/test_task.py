@@ -62,7 +62,7 @@ def test_only_targets_and_the_logits_before_them_count() -> None:
 @pytest.mark.parametrize("reduction", ["sequence_sum", "token_mean"])
 def test_a_batch_of_padding_weighs_nothing(reduction: str) -> None:
     loss = token_loss(jnp.asarray(LOGITS, jnp.float32), as_batch(segments=np.zeros_like(SEGMENTS)), reduction)
-    assert (float(loss.total), float(loss.weight)) == (0.0, 1.0)
+    assert (float(loss.total), float(loss.weight), float(loss.value)) == (0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("reduction", ["sequence_sum", "token_mean"])
