@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import ml_collections
 
 from flamingo_jax.errors import UserError
+from flamingo_jax.ranges import Range
 
 T = TypeVar("T")
 
@@ -26,8 +27,9 @@ def to_config(value: Any) -> ml_collections.ConfigDict:
 def from_config(cls: type[T], config: Mapping[str, Any], name: str = "config") -> T:
     """The dataclass that a ConfigDict (or any mapping) describes; keys that are not there keep their defaults.
 
-    Raises: UserError for an unknown key (with the closest one) or a value of the wrong type (with the one expected). `name` stands for
-    the whole in the message.
+    Raises: UserError for an unknown key (with the closest one), a value of the wrong type (with the
+    one expected) or a number outside its declared range. `name` stands for the whole in the
+    message.
     """
     return _build(cls, config, name)
 
@@ -73,6 +75,8 @@ def did_you_mean(wrong: str, known: Iterable[str], prefix: str = "") -> str:
 def describe(kind: Any) -> str:
     """A declared type in words: "an int", "one of 'last', 'all_previous'", "a tuple of strings"."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return describe(arguments[0])
     if origin is typing.Literal:
         return f"one of {', '.join(map(repr, arguments))}"
     if origin in (types.UnionType, typing.Union):
@@ -89,10 +93,12 @@ def describe(kind: Any) -> str:
 def _build(kind: Any, value: Any, name: str) -> Any:
     """`value` as the declared `kind`, or a UserError."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return _within(arguments[1], _build(arguments[0], value, name), name)
     if origin in (types.UnionType, typing.Union):
         return None if value is None else _build(_without_none(kind), value, name)
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping | ml_collections.ConfigDict):
-        hints = typing.get_type_hints(kind)
+        hints = typing.get_type_hints(kind, include_extras=True)
         for key in value:
             if key not in hints:
                 raise UserError(_unknown_key(name, key, hints))
@@ -102,12 +108,21 @@ def _build(kind: Any, value: Any, name: str) -> Any:
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_build(arguments[0], item, f"{name}[{place}]") for place, item in enumerate(value))
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise UserError(f"{name} is {value}, which no float holds") from error
     if kind in (int, bool, str) and type(value) is kind:
         return value
     if origin is typing.Literal and value in arguments:
         return value
     raise UserError(f"{name} is {value!r}, but must be {describe(kind)}")
+
+
+def _within(range_: Range, value: float, name: str) -> float:
+    if value not in range_:
+        raise UserError(f"{name} is {value!r}, but must be {range_.asked_of(value)}")
+    return value
 
 
 def _without_none(kind: Any) -> Any:

@@ -1,11 +1,26 @@
 """Every option of a run, declared once: frozen dataclasses that configs fill in and the library reads.
 
+A number's range is part of its declared type (see `flamingo_jax.ranges`).
 `configs/*.py` turn an `Experiment` into an ml_collections ConfigDict (see `flamingo_jax.configuring`), the command line
 overrides single fields, and the result is checked against these types again before any work starts.
 """
 
 import dataclasses
 from typing import Literal
+
+from flamingo_jax.ranges import (
+    AboveZero,
+    AxisSize,
+    BelowOne,
+    Count,
+    Finite,
+    NotNegative,
+    Positive,
+    Seed,
+    Several,
+    Share,
+    Shrinking,
+)
 
 QUESTION_PROMPT = "Question: {question} Answer:"
 """What is asked of a visual, in training and in evaluation alike (paper B.1.5); the answer follows after a space."""
@@ -15,11 +30,11 @@ QUESTION_PROMPT = "Question: {question} Answer:"
 class ViTConfig:
     """Vision Transformer (Dosovitskiy et al. 2021) as CLIP and SigLIP have it. The defaults are CLIP's ViT-L/14, the ablation's encoder (paper 3.3)."""
 
-    patch_size: int = 14
-    layers: int = 24
-    width: int = 1024
-    heads: int = 16
-    feed_forward: int = 4096
+    patch_size: Positive = 14
+    layers: Positive = 24
+    width: Positive = 1024
+    heads: Positive = 16
+    feed_forward: Positive = 4096
     activation: Literal["quick_gelu", "exact_gelu", "gelu"] = "quick_gelu"
     """quick_gelu: OpenAI's CLIP; exact_gelu: most others; gelu, the tanh form: SigLIP."""
     class_token: bool = True
@@ -30,7 +45,7 @@ class ViTConfig:
     """A norm before the first layer (CLIP)."""
     last_norm: bool = False
     """A norm after the last layer. CLIP has one for its pooled vector, which grid features are commonly taken without; SigLIP's are behind it."""
-    norm_eps: float = 1e-5
+    norm_eps: AboveZero = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +54,12 @@ class VisionConfig:
 
     variant: str = "F6"
     """Of the NFNet: F0..F7, or `tiny` for laptops."""
-    image_size: int = 320
+    image_size: Positive = 320
     """Side of the square input in pixels: 288 for contrastive training, 320 for Flamingo, 480 for fine-tuning (paper 3.2, B.1.3)."""
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    mean: tuple[Finite, ...] = (0.485, 0.456, 0.406)
     """Channel means of pixels scaled to 0..1; also the colour that pads an image to a square."""
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    stochastic_depth: float = 0.0
+    std: tuple[AboveZero, ...] = (0.229, 0.224, 0.225)
+    stochastic_depth: BelowOne = 0.0
     """NFNet: the most that a block is left out in training."""
     vit: ViTConfig | None = None
     """A Vision Transformer in the NFNet's place; its `image_size` says how many positions are stored."""
@@ -54,11 +69,11 @@ class VisionConfig:
 class TextEncoderConfig:
     """BERT-form text encoder of the contrastive stage (ALIGN uses BERT-Large; Flamingo does not say)."""
 
-    vocab_size: int = 32_000
-    layers: int = 24
-    width: int = 1024
-    heads: int = 16
-    max_length: int = 64
+    vocab_size: Positive = 32_000
+    layers: Positive = 24
+    width: Positive = 1024
+    heads: Positive = 16
+    max_length: Several = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +82,10 @@ class ContrastiveConfig:
 
     vision: VisionConfig = VisionConfig(image_size=288)
     text: TextEncoderConfig = TextEncoderConfig()
-    joint_width: int = 1376
-    initial_temperature: float = 1.0
+    joint_width: Positive = 1376
+    initial_temperature: AboveZero = 1.0
     """Similarities are divided by this at the start; its inverse is learned. ALIGN starts at 1.0."""
-    label_smoothing: float = 0.1
+    label_smoothing: BelowOne = 0.1
     merge_duplicates: bool = False
     """Pairs of a batch with the very same caption share the target instead of being each other's negatives: for worlds with few captions."""
 
@@ -81,61 +96,61 @@ class RopeScaling:
 
     kind: Literal["linear", "llama3"] = "llama3"
     """linear: all frequencies by `factor`; llama3: low ones by `factor`, high ones not at all, and those between in part."""
-    factor: float = 8.0
-    low_frequency_factor: float = 1.0
+    factor: AboveZero = 8.0
+    low_frequency_factor: AboveZero = 1.0
     """llama3: waves longer than original_length / this are low frequencies."""
-    high_frequency_factor: float = 4.0
+    high_frequency_factor: AboveZero = 4.0
     """llama3: waves shorter than original_length / this are high ones."""
-    original_length: int = 8192
+    original_length: Positive = 8192
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelConfig:
     """Decoder language model. The defaults are the Chinchilla form; the open families (Llama, Mistral, Qwen) are switches of the same layer."""
 
-    vocab_size: int = 32_000
-    layers: int = 24
-    width: int = 2048
-    heads: int = 16
-    head_width: int = 128
-    feed_forward: int = 8192
+    vocab_size: Positive = 32_000
+    layers: Positive = 24
+    width: Positive = 2048
+    heads: Positive = 16
+    head_width: Positive = 128
+    feed_forward: Positive = 8192
     activation: Literal["gelu", "squared_relu", "relu", "silu"] = "gelu"
     positions: Literal["transformer_xl", "rotary"] = "transformer_xl"
-    rope_base: float = 10_000.0
+    rope_base: AboveZero = 10_000.0
     rope_scaling: RopeScaling | None = None
-    kv_heads: int = 0
+    kv_heads: Count = 0
     """Heads of keys and values, each shared by heads / kv_heads queries (grouped-query attention); 0 for as many as queries."""
     attention_bias: bool = False
     """Biases on queries, keys and values (Qwen2)."""
-    attention_window: int = 0
+    attention_window: Count = 0
     """A token sees itself and this many less one before it (Mistral 7B of 2023: 4096); 0 for all before it."""
     query_key_norm: bool = False
     """RMSNorm over each head's queries and keys, before the rotation (Qwen3)."""
     gated_feed_forward: bool = False
     """down(activation(gate(x)) * up(x)), SwiGLU with `activation` silu (Llama)."""
     tied_embeddings: bool = True
-    embedding_scale: float = 1.0
+    embedding_scale: AboveZero = 1.0
     """Input embeddings are multiplied by this. Small ones beside what attention writes let copying in context emerge sooner."""
-    position_bias: float = 0.0
+    position_bias: NotNegative = 0.0
     """Deviation of Transformer-XL's position bias v at the start. Away from 0, some heads prefer some distances from the first step on, and
     copying in context, which needs a head that looks one token back, emerges sooner in a small model."""
-    norm_eps: float = 1e-6
+    norm_eps: AboveZero = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class ResamplerConfig:
     """Perceiver Resampler (paper A.1.1)."""
 
-    layers: int = 6
-    width: int = 1536
-    heads: int = 16
-    head_width: int = 128
+    layers: Positive = 6
+    width: Positive = 1536
+    heads: Positive = 16
+    head_width: Positive = 128
     """128 (paper v1) with a map from 3072 gives the published 194 M; 96 (v2) gives 174.8 M."""
-    latents: int = 64
-    frames: int = 8
+    latents: Positive = 64
+    frames: Positive = 8
     """Number of learned time embeddings; other lengths are interpolated linearly."""
-    feed_forward: int = 6144
-    position_grid: int = 0
+    feed_forward: Positive = 6144
+    position_grid: Count = 0
     """Rows and columns of a grid with learned embeddings, interpolated to other sizes; 0 for none. The paper found no gain: a deep CNN's
     features carry position. A shallow one's do not, and without them a small model cannot tell which of two things is on the left."""
 
@@ -147,20 +162,20 @@ class FlamingoConfig:
     vision: VisionConfig = VisionConfig()
     language_model: LanguageModelConfig = LanguageModelConfig()
     resampler: ResamplerConfig = ResamplerConfig()
-    every: int = 1
+    every: Positive = 1
     """A gated block stands before language model layers 0, every, 2 every, ... (paper B.1.1)."""
-    xattn_heads: int = 16
-    xattn_head_width: int = 128
-    xattn_feed_forward: int = 8192
-    gate_start: float = 0.0
+    xattn_heads: Positive = 16
+    xattn_head_width: Positive = 128
+    xattn_feed_forward: Positive = 8192
+    gate_start: Finite = 0.0
     """Both gates' parameters at the start. 0 (paper): training begins with the language model's own outputs, and while a gate is near 0 the
     noise of its gradient turns its sign again and again, so that nothing behind it learns. Runs of some hundred steps want open gates, as 1,
     with a small `gated_out_scale`: then the first blocks learn to write what the language model's first layers can read."""
-    gated_out_scale: float = 1.0
+    gated_out_scale: NotNegative = 1.0
     """What gated blocks write starts at this many times its usual size; their gates make it 0 in the paper's start."""
     attend: Literal["last", "all_previous"] = "last"
     """Which visuals a text token sees: the last one before it (paper) or all before it (ablation)."""
-    extra_tokens: int = 1
+    extra_tokens: Positive = 1
     """Trained additions to the frozen vocabulary; the first is <EOC>."""
 
 
@@ -174,22 +189,22 @@ class DatasetConfig:
     path: str = ""
     """Folder of a prepared TFDS dataset (`data_dir/name/version`), opened with `tfds.builder_from_directory`."""
     split: str = "train"
-    batch_size: int = 8
+    batch_size: Positive = 8
     """Rows in a global batch (pairs in the contrastive stage)."""
-    length: int = 256
+    length: Several = 256
     """Tokens in a row, L."""
-    visuals: int = 5
+    visuals: Positive = 5
     """Visuals a row has room for, N (paper: the first 5 of a page)."""
-    frames: int = 1
+    frames: Positive = 1
     """Frames of a visual, T: 1 for images, 8 for clips."""
-    weight: float = 1.0
+    weight: NotNegative = 1.0
     """lambda of the training objective (paper 2.4)."""
-    microbatches: int = 1
+    microbatches: Positive = 1
     """Equal parts of a batch that go through the model one after the other, so that a large batch fits in memory; the gradient is the same.
     In the contrastive stage parts are encoded, and once more for the gradient; similarities are over the whole batch."""
-    p_next: float = 0.0
+    p_next: Share = 0.0
     """Probability, once per page, that text looks at the next visual rather than the previous one (pages only; paper 0.5)."""
-    leading_space: float = 0.5
+    leading_space: Share = 0.5
     """Probability that paired text starts with a space (paper A.3.3)."""
     prompt: str = QUESTION_PROMPT
     """Questions: what stands between the visual and the answer, with the record's question at {question}; for instructions, "{question}" alone."""
@@ -197,7 +212,7 @@ class DatasetConfig:
     """Several short examples share a row, and questions about the same visual that follow one another share that too."""
     flip: bool = False
     """Random left-right flips; off where text speaks of left and right."""
-    colour: float = 0.0
+    colour: Share = 0.0
     """Strength of colour augmentation, 0 for none."""
 
 
@@ -205,26 +220,26 @@ class DatasetConfig:
 class OptimizerConfig:
     """AdamW as the paper has it (B.1.2); betas and eps are not published."""
 
-    peak_rate: float = 1e-4
-    warmup_steps: int = 5_000
+    peak_rate: NotNegative = 1e-4
+    warmup_steps: Count = 5_000
     decay: Literal["constant", "linear", "cosine", "stepwise"] = "constant"
     """After warm-up. The paper's Flamingo stays constant; its contrastive stage falls linearly to 0; fine-tuning falls by factors of 10 (B.2.2)."""
-    end_rate: float = 0.0
+    end_rate: NotNegative = 0.0
     """linear, cosine: the rate at the last step."""
-    decay_at: tuple[int, ...] = ()
+    decay_at: tuple[Positive, ...] = ()
     """stepwise: the steps after which the rate is multiplied by `decay_factor`."""
-    decay_factor: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.1
+    decay_factor: Shrinking = 0.1
+    beta1: BelowOne = 0.9
+    beta2: BelowOne = 0.999
+    eps: AboveZero = 1e-8
+    weight_decay: NotNegative = 0.1
     no_decay: tuple[str, ...] = ("resampler/.*",)
     """Regular expressions over parameter names that get no weight decay (paper: the resampler)."""
     decay_vectors: bool = False
     """Weight decay also on norm scales, biases and gates (see `training.optimizer.make_optimizer`)."""
-    clip_norm: float = 1.0
+    clip_norm: NotNegative = 1.0
     """Largest global norm of the gradient; 0 for no clipping. With `adaptive_clip`, of all but the vision encoder's."""
-    adaptive_clip: float = 0.0
+    adaptive_clip: NotNegative = 0.0
     """Adaptive gradient clipping of the vision encoder (NFNet); 0 for none, the paper's contrastive stage has 1e-2."""
 
 
@@ -232,23 +247,23 @@ class OptimizerConfig:
 class MeshConfig:
     """Devices along each axis; -1 on one axis means all that are left."""
 
-    data: int = -1
-    fsdp: int = 1
-    model: int = 1
+    data: AxisSize = -1
+    fsdp: AxisSize = 1
+    model: AxisSize = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    steps: int = 500_000
-    log_every: int = 20
-    evaluate_every: int = 1_000
-    evaluate_batches: int = 8
-    save_every: int = 1_000
+    steps: Positive = 500_000
+    log_every: Positive = 20
+    evaluate_every: Positive = 1_000
+    evaluate_batches: Positive = 8
+    save_every: Positive = 1_000
     """Steps between checkpoints; SIGTERM and the last step save besides."""
-    keep_last: int = 3
-    keep_every: int = 0
+    keep_last: Positive = 3
+    keep_every: Count = 0
     """Checkpoints at multiples of this stay for ever; 0 for none."""
-    max_not_finite: int = 10
+    max_not_finite: Count = 10
     """Steps in a row that may be skipped because they are not finite; one more stops the run."""
     loss: Literal["sequence_sum", "token_mean"] = "sequence_sum"
     """Sum over a sequence's tokens, mean over sequences (the paper's equation), or mean over tokens."""
@@ -257,7 +272,7 @@ class TrainingConfig:
     meeting the tokens of all datasets in one product. round_robin: one step of the optimizer for each dataset (the paper's ablation)."""
     remat: Literal["none", "products", "layers"] = "none"
     """What is computed again for the gradient rather than kept: nothing; all but the products with weights; whole layers."""
-    frames_at_once: int = 0
+    frames_at_once: Count = 0
     """Frames that each device encodes at a time, 0 for all of a batch's: the encoder's memory. Where the encoder is trained, each time's are
     encoded again for the gradient."""
     unfreeze_vision_encoder: bool = False
@@ -266,7 +281,7 @@ class TrainingConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     use_visuals: bool = True
     """False trains the same model on the same text with every picture taken away: the baseline that shows what looking is worth."""
-    required_loss: dict[str, float] = dataclasses.field(default_factory=dict)
+    required_loss: dict[str, AboveZero] = dataclasses.field(default_factory=dict)
     """Held-out dataset -> the most that its loss per token may be when training ends. Above it the run is saved as ever, but ends with an error:
     for a stage that others stand on, as binding in context stands on a language model that does it in text."""
     cache_features: bool = False
@@ -280,7 +295,7 @@ class Experiment:
 
     name: str = ""
     task: Literal["contrastive", "language_modelling", "flamingo"] = "flamingo"
-    seed: int = 0
+    seed: Seed = 0
     contrastive: ContrastiveConfig | None = None
     language_model: LanguageModelConfig | None = None
     flamingo: FlamingoConfig | None = None

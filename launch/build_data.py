@@ -70,7 +70,7 @@ KIND = flags.DEFINE_enum("kind", None, tuple(tfds.USUAL), "tfds: what the record
 FIELDS = flags.DEFINE_multi_string("field", [], "tfds: feature that holds a field of the records, such as captions=annotations/text.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder of the dataset, its last part the name; quickstart, sentencepiece: folder to fill.")
 WORKERS = flags.DEFINE_integer("workers", 0, "Processes that read the sources; 0 for one per core.", lower_bound=0)
-SEED = flags.DEFINE_integer("seed", 0, "quickstart: seed of the drawn world.")
+SEED = flags.DEFINE_integer("seed", 0, "quickstart: seed of the drawn world.", lower_bound=0)
 VALIDATION_SHARE = flags.DEFINE_float("validation_share", 0.1, "Part of the records, by a hash of the id.", lower_bound=0.0)
 TEST_SHARE = flags.DEFINE_float("test_share", 0.0, "Part of the records for the split test.", lower_bound=0.0)
 CAPTIONS = flags.DEFINE_string("captions", None, "Folders: the JSONL file; else captions.jsonl (or videos.jsonl), qa.jsonl.")

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import math
 import os
 import pathlib
 import re
@@ -23,6 +24,7 @@ from flamingo_jax.cluster.link import is_supervised
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.partitioning.mesh import settle_cpu_devices
+from flamingo_jax.ranges import MAX_SEED
 
 CONFIG = "config"
 _INTERRUPTED = 130
@@ -129,6 +131,19 @@ def _parse(argv: Sequence[str]) -> None:
         raise UserError(" ".join(str(error).split())) from None
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is no flag: write --name=value; --help lists the flags")
+    _check_numbers()
+
+
+def _check_numbers() -> None:
+    """A UserError for a flag that is NaN or infinite, as absl's bounds let pass, or a huge int."""
+    for name in flags.FLAGS:
+        if "." in name:  # The config's own, which its schema checks.
+            continue
+        value = flags.FLAGS[name].value
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name}={value} is no finite number: give one")
+        if type(value) is int and abs(value) > MAX_SEED:
+            raise UserError(f"--{name}={value} is out of bounds: numbers go to {MAX_SEED}")
 
 
 def _checked_config(argv: Sequence[str], overrides: Sequence[str]) -> ml_collections.ConfigDict | None:

@@ -80,7 +80,7 @@ MAX_TOKENS = flags.DEFINE_integer("max_tokens", 24, "Tokens of an answer at most
 LIMIT = flags.DEFINE_integer("limit", 0, "Records of each benchmark at most; 0 for all.", lower_bound=0)
 FEW_SHOT_LIMIT = flags.DEFINE_integer("few_shot_limit", 64, "suite: records of each few-shot figure at most.", lower_bound=1)
 ROWS = flags.DEFINE_integer("rows", 64, "Prompts in a batch at most.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the choice of examples.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the choice of examples.", lower_bound=0)
 SECONDS = flags.DEFINE_string("seconds", "", "JSON file {stage: seconds} for the report.")
 CURVES = flags.DEFINE_multi_string("curves", [], "NAME=metrics.jsonl of a stage whose losses the report shows beside the model's own.")
 

@@ -32,7 +32,7 @@ MAX_TOKENS = flags.DEFINE_integer("max_tokens", 32, "Tokens to write at most.", 
 BEAM = flags.DEFINE_integer("beam", 3, "Hypotheses of beam search; 1 is greedy, or samples with a temperature.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Samples at this temperature where it is not 0.", lower_bound=0.0)
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Nucleus sampling: only the likeliest tokens that together have this probability.", lower_bound=0.0, upper_bound=1.0)
-SEED = flags.DEFINE_integer("seed", 0, "Seed of sampling.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of sampling.", lower_bound=0)
 FPS = flags.DEFINE_float("fps", 1.0, "Frames a second that are read from videos (paper: 1 in training).", lower_bound=1e-3)
 FRAMES = flags.DEFINE_integer("frames", None, "Frames of a video at most, taken evenly; by default as many as the model was trained with.", lower_bound=1)
 

@@ -22,7 +22,7 @@ from launch import command
 from launch.parts import Parts, Show, halves
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder for everything the quickstart makes.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of all stages.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of all stages.", lower_bound=0)
 
 BASES = ("contrastive", "language_model")
 """Stages that need nothing of each other."""

@@ -42,9 +42,18 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics 
 COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, for a run of several processes that the cluster does not tell of.")
 PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the run has.")
 PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
-START_TIMEOUT = flags.DEFINE_float("start_timeout", Limits().start, "Seconds until all processes must have arrived.")
-LOST_AFTER = flags.DEFINE_float("lost_after", Limits().lost, "Seconds without a word of a process after which the others end.")
-STEP_TIMEOUT = flags.DEFINE_float("step_timeout", Limits().step, "Seconds without the end of a step after which all processes end.")
+START_TIMEOUT = flags.DEFINE_float(
+    "start_timeout", Limits().start, "Seconds until all processes must have arrived.",
+    lower_bound=0.0,
+)
+LOST_AFTER = flags.DEFINE_float(
+    "lost_after", Limits().lost, "Seconds without a word of a process after which the others end.",
+    lower_bound=0.0,
+)
+STEP_TIMEOUT = flags.DEFINE_float(
+    "step_timeout", Limits().step, "Seconds without the end of a step after which all processes end.",
+    lower_bound=0.0,
+)
 PREPARE = flags.DEFINE_boolean("prepare", False, "Check the config and make what training reads, but do not train.")
 CONFIG = command.define_config()
 
