@@ -1,31 +1,41 @@
 """WebDataset tar shards, those of img2dataset among them, to a dataset of pairs.
 
-A sample's picture is its .jpg, .png, .webp, ...; its captions are its .txt, or `captions`, `caption` or `text` of its .json.
+A sample's picture is its .jpg, .png, .webp, ...; its captions are its .txt, or `captions`,
+`caption` or `text` of its .json. Which members make a sample is told in `tar_samples`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from data_pipelines.build.captions import NO_CAPTION, NotUtf8, as_utf8, parsed, texts_of
 from data_pipelines.build.pictures import ANY_PICTURE, PictureRules, Unfit
-from data_pipelines.build.shards import PICTURES, Piece, Sample, files_in, samples
+from data_pipelines.build.pieces import Piece
+from data_pipelines.build.shards import files_in
 from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares, record_id
+from data_pipelines.build.tar_samples import Sample, samples
+from data_pipelines.build.tars import SUFFIXES
 from flamingo_jax.progress import Bar
 
 NO_PICTURE = "no picture"
+OTHER_PICTURE = "another picture of the same sample"
 CAPTION_FIELDS = (("captions", "caption"), ("texts", "text"))
 BAD_JSON = "caption file that is not JSON with a caption"
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A sample by where its files lie, or what is of no use in a shard: `bad` says why."""
+    """A sample by where its files lie, or what is of no use in a shard: `bad` says why.
+
+    group: what samples of one key have in common, so that they land in one split.
+    """
 
     id: str
+    group: str = ""
     picture: Piece | None = None
     text: Piece | None = None
     about: Piece | None = None
+    other_pictures: int = 0
     bad: str = ""
 
     def __str__(self) -> str:
@@ -51,44 +61,72 @@ class WebDataset:
         return {"source": type(self).__name__, **dataclasses.asdict(self)}
 
     def entries(self) -> Sequence[Entry]:
-        shards = files_in(self.inputs, (".tar",), "tar shard")
+        shards = files_in(self.inputs, SUFFIXES, "tar shard")
         entries = []
         with Bar("headers of shards", len(shards)) as bar:
             for shard in shards:
                 for sample in samples(shard.path):
                     name = shard.name.removesuffix(".tar")
                     if isinstance(sample, Sample):
-                        name = record_id(self.inputs, shard.root, f"{name}/{sample.key}")
-                        entries.append(Entry(name, sample.first(PICTURES), sample.first(("txt",)), sample.first(("json",))))
+                        entries.append(
+                            Entry(
+                                record_id(self.inputs, shard.root, f"{name}/{sample.key}"),
+                                record_id(self.inputs, shard.root, f"{name}/{sample.group}"),
+                                sample.picture, sample.text, sample.about, sample.other_pictures,
+                            )
+                        )
                     else:
                         entries.append(Entry(name, bad=sample))
                 bar.advance(1, f"{len(entries):,} samples")
         return entries
 
     def convert(self, entry: Entry) -> list[Outcome]:
+        others = (OTHER_PICTURE,) * entry.other_pictures
         if entry.bad or not entry.picture:
-            return [Dropped(entry.bad or NO_PICTURE)]
+            return [Dropped(entry.bad or NO_PICTURE, others)]
+        files = _Read(piece for piece in (entry.picture, entry.text, entry.about) if piece)
         try:
-            captions = _captions(entry)
+            captions = _captions(entry, files)
             if not captions:
-                return [Dropped(NO_CAPTION)]
-            image = self.rules.store(entry.picture.read())
+                return [Dropped(NO_CAPTION, others)]
+            image = self.rules.store(files[entry.picture])
         except (Unfit, NotUtf8) as error:
-            return [Dropped(str(error))]
+            return [Dropped(str(error), others)]
         except OSError:
-            return [Dropped("unreadable")]
+            return [Dropped("unreadable", others)]
         except (KeyError, TypeError, ValueError):
-            return [Dropped(BAD_JSON)]
-        return [Example(self.shares.split(entry.id), {"id": entry.id, "image": image, "captions": captions})]
+            return [Dropped(BAD_JSON, others)]
+        fields = {"id": entry.id, "image": image, "captions": captions}
+        return [Example(self.shares.split(entry.group), fields, others)]
 
 
-def _captions(entry: Entry) -> list[str]:
+class _Read:
+    """The bytes of a sample's files, read in the order in which they lie: compressed shards are
+    unpacked on the way."""
+
+    def __init__(self, pieces: Iterable[Piece]):
+        self._data: dict[Piece, bytes | OSError] = {}
+        for piece in sorted(pieces):
+            try:
+                self._data[piece] = piece.read()
+            except OSError as error:
+                self._data[piece] = error
+
+    def __getitem__(self, piece: Piece) -> bytes:
+        """Raises OSError."""
+        data = self._data[piece]
+        if isinstance(data, OSError):
+            raise data
+        return data
+
+
+def _captions(entry: Entry, files: _Read) -> list[str]:
     """Raises NotUtf8, OSError, and KeyError or TypeError where a .json has no captions."""
-    if entry.text and (text := as_utf8(entry.text.read().decode("utf-8", "surrogateescape"))):
+    if entry.text and (text := as_utf8(files[entry.text].decode("utf-8", "surrogateescape"))):
         return [text]
     if not entry.about:
         return []
-    record = parsed(entry.about.read().decode("utf-8", "surrogateescape"))
+    record = parsed(files[entry.about].decode("utf-8", "surrogateescape"))
     for several, one in CAPTION_FIELDS:
         if several in record or one in record:
             return texts_of(record, several, one)

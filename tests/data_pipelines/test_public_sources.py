@@ -67,7 +67,7 @@ def test_webdataset(tmp_path: pathlib.Path) -> None:
     assert found == {
         "a/000/0": (10, ["a cat"]), "a/000/sub.dir/1": (20, ["x", "y"]), "a/000/2": (30, ["a text"]), "deep/000/0": (40, ["grün"]),
     }
-    with pytest.raises(UserError, match=r"no tar shard \(.tar\) below"):
+    with pytest.raises(UserError, match=r"no tar shard \(.tar, .tar.gz, .*\) below"):
         write_dataset(tmp_path / "none", WebDataset((str(tmp_path / "out"),)))
 
 

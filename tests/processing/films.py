@@ -27,7 +27,9 @@ def write(
 ) -> None:
     """Each picture is grey of a level, or uint8 [H, W, 3]. stamp: picture i's time in 1/rate s."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pictures = [np.full((64, 64, 3), one, np.uint8) if isinstance(one, int) else one for one in shown]
+    pictures = [
+        np.full((64, 64, 3), one, np.uint8) if isinstance(one, int) else one for one in shown
+    ]
     with av.open(str(path), "w", format=form) as container:
         stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.height, stream.width = pictures[0].shape[:2]

@@ -14,7 +14,9 @@ SHOWN = [20 * (i // 10) + 20 for i in range(60)]
 SECONDS = [20, 40, 60, 80, 100, 120]
 
 
-@pytest.mark.parametrize("form, codec", [("h264", "libx264"), ("m4v", "mpeg4"), ("mpeg2video", "mpeg2video")])
+@pytest.mark.parametrize(
+    "form, codec", [("h264", "libx264"), ("m4v", "mpeg4"), ("mpeg2video", "mpeg2video")]
+)
 @pytest.mark.parametrize("rate", [10, 24])
 def test_films_without_time_stamps(tmp_path: pathlib.Path, form: str, codec: str, rate: int):
     if form == "mpeg2video":
@@ -26,7 +28,9 @@ def test_films_without_time_stamps(tmp_path: pathlib.Path, form: str, codec: str
     assert film.lost == ()
 
 
-@pytest.mark.parametrize("ending, codec", [("mp4", "libx264"), ("mkv", "libx264"), ("ts", "libx264"), ("avi", "mpeg4")])
+@pytest.mark.parametrize(
+    "ending, codec", [("mp4", "libx264"), ("mkv", "libx264"), ("ts", "libx264"), ("avi", "mpeg4")]
+)
 def test_a_clock_that_jumps_forwards(tmp_path: pathlib.Path, ending: str, codec: str):
     form = {"ts": "mpegts", "mkv": "matroska"}.get(ending)
     jump = lambda number: number + (10_000 if number >= 20 else 0)
@@ -37,8 +41,17 @@ def test_a_clock_that_jumps_forwards(tmp_path: pathlib.Path, ending: str, codec:
     assert film.lost == ()
 
 
-@pytest.mark.parametrize("ending, form, codec, rate", [("ts", "mpegts", "libx264", 10), ("mpg", "mpeg", "mpeg2video", 25), ("mkv", "matroska", "libx264", 10)])
-def test_a_clock_that_jumps_backwards(tmp_path: pathlib.Path, ending: str, form: str, codec: str, rate: int):
+@pytest.mark.parametrize(
+    "ending, form, codec, rate",
+    [
+        ("ts", "mpegts", "libx264", 10),
+        ("mpg", "mpeg", "mpeg2video", 25),
+        ("mkv", "matroska", "libx264", 10),
+    ],
+)
+def test_a_clock_that_jumps_backwards(
+    tmp_path: pathlib.Path, ending: str, form: str, codec: str, rate: int
+):
     """Two recordings in one file, one after the other."""
     path = tmp_path / f"a.{ending}"
     write(path, [20 * (i // rate) + 20 for i in range(3 * rate)], rate=rate, codec=codec, form=form)
@@ -50,7 +63,9 @@ def test_stills_up_to_the_bound_keep_their_time(tmp_path: pathlib.Path):
     """Slides at 0, 8, 16 and 17 s."""
     path = tmp_path / "a.mkv"
     write(path, [20, 60, 100, 140], rate=1, stamp=lambda number: (0, 8, 16, 17)[number])
-    np.testing.assert_allclose(levels(read_frames(path, fps=1)), 8 * [20] + 8 * [60] + [100, 140], atol=6)
+    np.testing.assert_allclose(
+        levels(read_frames(path, fps=1)), 8 * [20] + 8 * [60] + [100, 140], atol=6
+    )
     write(tmp_path / "slow.mp4", [20, 60, 100], rate=1, stamp=lambda number: 15 * number)
     shown = levels(read_frames(tmp_path / "slow.mp4", fps=1))
     np.testing.assert_allclose(shown[:31], 15 * [20] + 15 * [60] + [100], atol=6)
@@ -60,8 +75,12 @@ def test_moving_pictures_without_a_clock_stay_as_long_as_they_say(tmp_path: path
     from PIL import Image
 
     pictures = [Image.new("RGB", (20, 10), (level,) * 3) for level in (10, 90, 170)]
-    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=[500, 20_000, 500])
-    np.testing.assert_allclose(levels(read_frames(tmp_path / "a.gif", fps=2)), [10, *(40 * [90]), 170], atol=4)
+    pictures[0].save(
+        tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=[500, 20_000, 500]
+    )
+    np.testing.assert_allclose(
+        levels(read_frames(tmp_path / "a.gif", fps=2)), [10, *(40 * [90]), 170], atol=4
+    )
 
 
 def seconds(clock: Clock, stamps: list[float | None], lasted: float | None = None) -> list[float]:

@@ -78,7 +78,8 @@ def test_packets_that_vanish_leave_a_gap_that_is_told(tmp_path: pathlib.Path):
 FIXED = 1 << 16
 CORNERS = (RED, GREEN, BLUE, GREY)
 MATRICES = [
-    (a, b, c, d) for a, b, c, d in itertools.product((-1, 0, 1), repeat=4)
+    (a, b, c, d)
+    for a, b, c, d in itertools.product((-1, 0, 1), repeat=4)
     if abs(a * d - b * c) == 1 and abs(a) + abs(b) == 1 and abs(c) + abs(d) == 1
 ]
 
@@ -98,7 +99,9 @@ def test_pictures_are_turned_and_mirrored_as_the_file_says(tmp_path: pathlib.Pat
         np.testing.assert_allclose(shown.astype(int), colour, atol=12)
 
 
-@pytest.mark.parametrize("aspect, shape", [("2/1", (64, 192)), ("4/3", (64, 128)), ("1/2", (128, 96))])
+@pytest.mark.parametrize(
+    "aspect, shape", [("2/1", (64, 192)), ("4/3", (64, 128)), ("1/2", (128, 96))]
+)
 @pytest.mark.parametrize("ending", ["mp4", "mkv"])
 def test_pixels_become_square(tmp_path: pathlib.Path, ending: str, aspect: str, shape):
     write(tmp_path / f"a.{ending}", [quarters()], rate=1, aspect=Fraction(aspect))
@@ -169,7 +172,9 @@ def referring(data: bytes, path: str) -> bytes:
     "in this file" is a Macintosh alias instead, and the pictures are taken out."""
     path = path.encode()
     path += bytes(len(path) % 2)
-    alias = bytes(4) + bytes(10) + bytes(28) + bytes(12) + bytes(64) + bytes(16) + bytes(4) + bytes(16)
+    alias = (
+        bytes(4) + bytes(10) + bytes(28) + bytes(12) + bytes(64) + bytes(16) + bytes(4) + bytes(16)
+    )
     alias += struct.pack(">HH", 2, len(path)) + path + struct.pack(">HH", 0xFFFF, 0)
     entry = struct.pack(">I", len(alias) + 8) + b"alis" + alias
     moov = data.index(b"moov")

@@ -1,0 +1,153 @@
+"""Bytes within files, compressed files among them: read where they lie, never unpacked to disk."""
+
+import bz2
+import collections
+import gzip
+import importlib
+import lzma
+import os
+import pathlib
+import zlib
+from collections.abc import Callable
+from typing import Any, BinaryIO, NamedTuple
+
+from data_pipelines.build.files import MAX_BYTES
+
+MAX_UNPACKED = 64 << 30
+"""Bytes of a compressed file that are looked at: a few may claim any number."""
+STREAMS = 4
+"""Compressed files a process keeps open: samples whose members do not stand together are read at
+several places in turn, and each goes on from where it is."""
+STEP = 1 << 20
+"""Bytes unpacked at once on the way to a place."""
+
+ERRORS = (EOFError, zlib.error, lzma.LZMAError, ValueError)
+"""What reading a damaged compressed file raises beside OSError."""
+
+
+class Packing(NamedTuple):
+    """A form of compression. start: the first bytes of a file. open: None where it is not read."""
+
+    name: str
+    start: bytes
+    open: Callable[[str], Any] | None = None
+
+
+def _zstd() -> Callable[[str], Any] | None:
+    """From Python 3.14 on, or with backports.zstd."""
+    for module in ("compression.zstd", "backports.zstd"):
+        try:
+            opened: Callable[[str], Any] = importlib.import_module(module).ZstdFile
+        except ImportError:
+            continue
+        return opened
+    return None
+
+
+PACKINGS = (
+    Packing("gzip", b"\x1f\x8b", gzip.GzipFile),
+    Packing("bzip2", b"BZh", bz2.BZ2File),
+    Packing("xz", b"\xfd7zXZ\0", lzma.LZMAFile),
+    Packing("zstd", b"\x28\xb5\x2f\xfd", _zstd()),
+    Packing("lz4", b"\x04\x22\x4d\x18"),
+    Packing("compress", b"\x1f\x9d"),
+)
+
+
+def packing_of(path: str | pathlib.Path) -> Packing | None:
+    """How a file is compressed, by its first bytes; None where it is not. Raises OSError."""
+    with open(path, "rb") as file:
+        start = file.read(max(len(packing.start) for packing in PACKINGS))
+    return next((packing for packing in PACKINGS if start.startswith(packing.start)), None)
+
+
+class Piece(NamedTuple):
+    """`size` bytes of a file from `offset` on; size None for all of it.
+
+    packed: the file is compressed, and the place is that in what it unpacks to.
+    """
+
+    file: str
+    offset: int = 0
+    size: int | None = None
+    packed: bool = False
+
+    def read(self) -> bytes:
+        """Raises OSError, also where the file is too short or too large.
+
+        Pieces of a compressed file are best read in the order in which they lie.
+        """
+        most = MAX_BYTES + 1 if self.size is None else self.size
+        if most > MAX_BYTES + 1:
+            raise OSError(f"{self.file} does not hold what is looked for")
+        if self.packed:
+            data = _STREAMS.read(self.file, self.offset, most)
+        else:
+            with open(self.file, "rb") as file:
+                file.seek(self.offset)
+                data = file.read(most)
+        if len(data) > MAX_BYTES or (self.size is not None and len(data) != self.size):
+            raise OSError(f"{self.file} does not hold what is looked for")
+        return data
+
+
+class _Stream(NamedTuple):
+    """A compressed file that has been unpacked up to where it stands, and what it was then."""
+
+    identity: tuple[int, ...]
+    file: BinaryIO
+
+
+class _Streams:
+    """The compressed files that this process reads, each of which only goes forward."""
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+        self._open: collections.OrderedDict[int, _Stream] = collections.OrderedDict()
+        self._opened = 0
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        if self._process != os.getpid():  # Places in files that were open at a fork are shared.
+            self._process = os.getpid()
+            self._open = collections.OrderedDict()
+        status = os.stat(path)
+        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        try:
+            number, stream = self._before(path, identity, offset)
+        except ERRORS as error:
+            raise OSError(f"{path} cannot be unpacked: {error}") from error
+        try:
+            while (left := offset - stream.tell()) > 0:
+                if not stream.read(min(left, STEP)):
+                    return b""
+            data = stream.read(size)
+        except ERRORS as error:
+            self._open.pop(number).file.close()
+            raise OSError(f"{path} cannot be unpacked: {error}") from error
+        except OSError:
+            self._open.pop(number).file.close()
+            raise
+        return data
+
+    def _before(self, path: str, identity: tuple[int, ...], offset: int) -> tuple[int, BinaryIO]:
+        """The stream of that file that stands nearest before the place."""
+        fit = [
+            (stream.file.tell(), number)
+            for number, stream in self._open.items()
+            if stream.identity == identity and stream.file.tell() <= offset
+        ]
+        if fit:
+            number = max(fit)[1]
+            self._open.move_to_end(number)
+            return number, self._open[number].file
+        packing = packing_of(path)
+        if packing is None or packing.open is None:
+            raise OSError(f"{path} cannot be unpacked")
+        if len(self._open) == STREAMS:
+            self._open.popitem(last=False)[1].file.close()
+        self._opened += 1
+        self._open[self._opened] = _Stream(identity, packing.open(path))
+        return self._opened, self._open[self._opened].file
+
+
+_STREAMS = _Streams()

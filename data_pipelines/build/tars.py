@@ -1,0 +1,199 @@
+"""The members of tar shards, by reading the headers alone. Nothing is ever unpacked to disk."""
+
+import pathlib
+import re
+import tarfile
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+from data_pipelines.build.files import FILLERS, UNREADABLE
+from data_pipelines.build.pieces import ERRORS, MAX_UNPACKED, STEP, Packing, Piece, packing_of
+
+SUFFIXES = (
+    ".tar",
+    ".tar.gz",
+    ".tgz",
+    ".tar.bz2",
+    ".tbz2",
+    ".tar.xz",
+    ".txz",
+    ".tar.zst",
+    ".tar.lz4",
+)
+BLOCK = 512
+"""Tar files consist of blocks of so many bytes."""
+
+TRUNCATED = "cut off in the shard"
+DAMAGED = "damaged stretch of a shard"
+NO_TAR = "shard that is no tar file"
+UNSAFE = "member whose name leads out of the shard"
+NO_FILE = "member that is a link or a device"
+TOO_LONG = f"rest of a shard that unpacks to more than {MAX_UNPACKED >> 30} GiB"
+
+
+class Member(NamedTuple):
+    """A file in a shard by its name, without `./` at its start."""
+
+    name: str
+    piece: Piece
+
+
+def packed_with(shard: str | pathlib.Path) -> Packing | None:
+    """How a shard is compressed; None where it begins as a tar file does, whatever the name of its
+    first member may look like. Raises OSError."""
+    packing = packing_of(shard)
+    if packing is None:
+        return None
+    with open(shard, "rb") as file:
+        start = file.read(BLOCK)
+    try:
+        tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape")
+    except tarfile.TarError:
+        return packing
+    return None
+
+
+def unread(packing: Packing) -> str:
+    """Why a shard of this compression is not read."""
+    needs = ", which needs Python 3.14 or backports.zstd" if packing.name == "zstd" else ""
+    return f"shard compressed with {packing.name}{needs or ', which is not read'}"
+
+
+def members(shard: str | pathlib.Path) -> Iterator[Member | str]:
+    """Every file of a shard, and a reason for whatever else is met.
+
+    Compressed shards are unpacked as they are read. A damaged header is passed over, to the next
+    that is whole. Hidden files, which archives made by macOS are full of, are no data.
+    """
+    try:
+        packing = packed_with(shard)
+        if packing is not None and packing.open is None:
+            yield unread(packing)
+            return
+        with packing.open(str(shard)) if packing and packing.open else open(shard, "rb") as file:
+            yield from _members(str(shard), _Looked(file, packing is not None))
+    except OSError:
+        yield UNREADABLE
+
+
+def _members(shard: str, file: "_Looked") -> Iterator[Member | str]:
+    end, data_end, seen = 0, 0, False
+    last: Member | None = None  # Held back until it is known to be whole.
+    try:
+        looked: Any = file
+        with tarfile.open(
+            fileobj=looked, mode="r:", ignore_zeros=True, errors="surrogateescape"
+        ) as tar:
+            while (member := tar.next()) is not None:
+                if member.offset < end:
+                    raise tarfile.ReadError("a header within a file")
+                if last:
+                    yield last
+                    last = None
+                if file.filled(end, member.offset):
+                    yield DAMAGED
+                seen, data = True, member.size if member.isreg() else 0
+                data_end = member.offset_data + data
+                end = member.offset_data + -(-data // BLOCK) * BLOCK
+                if member.isreg() and not member.issparse():
+                    if _leads_out(member.name):
+                        yield UNSAFE
+                    elif not _is_hidden(name := member.name.removeprefix("./")):
+                        last = Member(name, Piece(shard, member.offset_data, data, file.packed))
+                elif not member.isdir():
+                    yield NO_FILE
+        if last:
+            yield last
+            last = None
+        if not seen:
+            yield NO_TAR
+        elif file.filled(end, None):
+            yield DAMAGED
+    except Exception as error:  # A damaged header makes tarfile raise whatever it stumbles on.
+        at_end = isinstance(error, EOFError) or (
+            isinstance(error, tarfile.ReadError) and file.at_end
+        )
+        whole = data_end <= file.reached()
+        if last and whole:
+            yield last
+        if isinstance(error, _TooLong):
+            yield TOO_LONG
+        elif not seen:
+            yield NO_TAR
+        elif not at_end or file.filled(end, None):
+            yield DAMAGED
+        elif not whole or isinstance(error, EOFError):
+            yield TRUNCATED
+
+
+def _leads_out(name: str) -> bool:
+    return (
+        name.startswith(("/", "\\"))
+        or ".." in re.split(r"[/\\]", name)
+        or re.match(r"[A-Za-z]:", name) is not None
+    )
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") or part in FILLERS for part in name.split("/"))
+
+
+class _TooLong(Exception):
+    pass
+
+
+class _Looked:
+    """A file as tarfile reads it, only forward, that remembers which of what was read is filled.
+
+    tarfile passes over blocks that are no header without a word.
+    """
+
+    def __init__(self, file: BinaryIO, packed: bool):
+        self._file = file
+        self.packed = packed
+        self.at_end = False
+        self._filled: list[int] = []
+
+    def filled(self, start: int, end: int | None) -> bool:
+        """Whether there is more than the zeros that end an archive between two places, the second
+        None for all that follows; what was read before is forgotten."""
+        found = [place for place in self._filled if place >= start and (end is None or place < end)]
+        self._filled = []
+        return bool(found)
+
+    def reached(self) -> int:
+        """The end of what can be read of the file, as far as that is known."""
+        if not self.packed:
+            return self._file.seek(0, 2)
+        try:
+            while self._file.read(STEP):
+                if self._file.tell() > MAX_UNPACKED:
+                    break
+        except (OSError, *ERRORS):
+            pass
+        return self._file.tell()
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def read(self, size: int = -1) -> bytes:
+        place = self._file.tell()
+        data = self._file.read(size)
+        self.at_end = len(data) < size
+        if data.strip(b"\0"):
+            self._filled.append(place)
+        if self.packed and place > MAX_UNPACKED:
+            raise _TooLong
+        return data
+
+    def seek(self, place: int, whence: int = 0) -> int:
+        if not self.packed or whence:
+            return self._file.seek(place, whence)
+        while (left := place - self._file.tell()) > 0:
+            if self._file.tell() > MAX_UNPACKED:
+                raise _TooLong
+            if not self._file.read(min(left, STEP)):
+                break
+        if left < 0:
+            raise tarfile.ReadError("a header within a file")
+        return self._file.tell()
