@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple
 
-from data_pipelines.build.files import MAX_BYTES
+from data_pipelines.build.files import MAX_BYTES, TOO_LARGE, UNREADABLE
 
 MAX_UNPACKED = 64 << 30
 """Bytes of a compressed file that are looked at: a few may claim any number."""
@@ -61,6 +61,10 @@ def packing_of(path: str | pathlib.Path) -> Packing | None:
     return next((packing for packing in PACKINGS if start.startswith(packing.start)), None)
 
 
+class TooLarge(OSError):
+    """More bytes than a picture, a caption or a page may have."""
+
+
 class Piece(NamedTuple):
     """`size` bytes of a file from `offset` on; size None for all of it.
 
@@ -73,20 +77,22 @@ class Piece(NamedTuple):
     packed: bool = False
 
     def read(self) -> bytes:
-        """Raises OSError, also where the file is too short or too large.
+        """Raises OSError, also where the file is too short or, as TooLarge, too large.
 
         Pieces of a compressed file are best read in the order in which they lie.
         """
         most = MAX_BYTES + 1 if self.size is None else self.size
-        if most > MAX_BYTES + 1:
-            raise OSError(f"{self.file} does not hold what is looked for")
+        if (self.size or 0) > MAX_BYTES:
+            raise TooLarge(f"{self.size} bytes of {self.file} are more than {MAX_BYTES}")
         if self.packed:
             data = _STREAMS.read(self.file, self.offset, most)
         else:
             with open(self.file, "rb") as file:
                 file.seek(self.offset)
                 data = file.read(most)
-        if len(data) > MAX_BYTES or (self.size is not None and len(data) != self.size):
+        if len(data) > MAX_BYTES:
+            raise TooLarge(f"{self.file} is larger than {MAX_BYTES} bytes")
+        if self.size is not None and len(data) != self.size:
             raise OSError(f"{self.file} does not hold what is looked for")
         return data
 
@@ -151,3 +157,8 @@ class _Streams:
 
 
 _STREAMS = _Streams()
+
+
+def why(error: OSError) -> str:
+    """The reason for a piece that could not be read."""
+    return TOO_LARGE if isinstance(error, TooLarge) else UNREADABLE

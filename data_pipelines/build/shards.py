@@ -10,7 +10,7 @@ from typing import NamedTuple
 from data_pipelines.build import files
 from data_pipelines.build.captions import parsed
 from data_pipelines.build.pictures import Unfit
-from data_pipelines.build.pieces import Piece
+from data_pipelines.build.pieces import Piece, why
 from data_pipelines.build.tar_samples import PICTURES, Sample, samples
 from data_pipelines.build.tars import SUFFIXES, packed_with
 from flamingo_jax.errors import UserError
@@ -128,7 +128,7 @@ def reader(folders: Sequence[str], name: object, downloaded: Piece | None) -> Ca
         try:
             return downloaded.read()
         except OSError as error:
-            raise Unfit("unreadable") from error
+            raise Unfit(why(error)) from error
 
     return read
 

@@ -27,7 +27,9 @@ TRUNCATED = "cut off in the shard"
 DAMAGED = "damaged stretch of a shard"
 NO_TAR = "shard that is no tar file"
 UNSAFE = "member whose name leads out of the shard"
+EMPTY = "shard without a file in it"
 NO_FILE = "member that is a link or a device"
+SPARSE = "member that is stored with holes"
 TOO_LONG = f"rest of a shard that unpacks to more than {MAX_UNPACKED >> 30} GiB"
 
 
@@ -93,20 +95,20 @@ def _members(shard: str, file: "_Looked") -> Iterator[Member | str]:
                 if file.filled(end, member.offset):
                     yield DAMAGED
                 seen, data = True, member.size if member.isreg() else 0
-                data_end = member.offset_data + data
-                end = member.offset_data + -(-data // BLOCK) * BLOCK
+                data_end = tar.offset if member.issparse() else member.offset_data + data
+                end = tar.offset
                 if member.isreg() and not member.issparse():
                     if _leads_out(member.name):
                         yield UNSAFE
                     elif not _is_hidden(name := member.name.removeprefix("./")):
                         last = Member(name, Piece(shard, member.offset_data, data, file.packed))
                 elif not member.isdir():
-                    yield NO_FILE
+                    yield SPARSE if member.issparse() else NO_FILE
         if last:
             yield last
             last = None
         if not seen:
-            yield NO_TAR
+            yield EMPTY if file.tell() > BLOCK and not file.filled(0, None) else NO_TAR
         elif file.filled(end, None):
             yield DAMAGED
     except Exception as error:  # A damaged header makes tarfile raise whatever it stumbles on.

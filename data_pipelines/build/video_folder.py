@@ -24,6 +24,7 @@ class VideoFolder(CaptionedFolder):
     suffixes: ClassVar[frozenset[str]] = frozenset(
         {".mp4", ".m4v", ".mov", ".qt", ".webm", ".mkv", ".avi", ".divx", ".gif", ".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".ts", ".mts", ".m2ts", ".vob"}
         | {".ogv", ".ogg", ".wmv", ".asf", ".flv", ".f4v", ".3gp", ".3g2", ".mj2", ".mjpeg", ".y4m", ".apng"}
+        | {".h264", ".264", ".h265", ".hevc", ".265", ".ivf", ".nut", ".mxf", ".dv", ".rm", ".rmvb"}
     )
     """Those that no line names are counted by these; a file that a line names may have any ending."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from data_pipelines.build.captions import NO_CAPTION, NotUtf8, as_utf8, parsed, texts_of
 from data_pipelines.build.pictures import ANY_PICTURE, PictureRules, Unfit
-from data_pipelines.build.pieces import Piece
+from data_pipelines.build.pieces import Piece, why
 from data_pipelines.build.shards import files_in
 from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares, record_id
 from data_pipelines.build.tar_samples import Sample, samples
@@ -92,8 +92,8 @@ class WebDataset:
             image = self.rules.store(files[entry.picture])
         except (Unfit, NotUtf8) as error:
             return [Dropped(str(error), others)]
-        except OSError:
-            return [Dropped("unreadable", others)]
+        except OSError as error:
+            return [Dropped(why(error), others)]
         except (KeyError, TypeError, ValueError):
             return [Dropped(BAD_JSON, others)]
         fields = {"id": entry.id, "image": image, "captions": captions}

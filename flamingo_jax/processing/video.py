@@ -115,8 +115,11 @@ def _shown(
     rates = float(stream.guessed_rate or 0), float(stream.average_rate or 0)
     clock = Clock(*rates, trusted=container.format.name in TRUSTED)
     last: av.VideoFrame | None = None
+    told = 0
     for frame in pictures(container, stream, lost):
-        time = clock(frame.time, _seconds(last) if last is not None else None)
+        lasted = _seconds(last) if last is not None else None
+        time = clock(frame.time, lasted, known=len(lost) > told)
+        told = len(lost)
         if last is not None:
             yield last, time
         last = frame

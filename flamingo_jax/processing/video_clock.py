@@ -41,11 +41,16 @@ class Clock:
         self._first = 0.0
         self._behind = 0
         self._steps = self._gaps = 0
+        self._known = False
 
-    def __call__(self, stamp: float | None, lasted: float | None = None) -> float:
+    def __call__(
+        self, stamp: float | None, lasted: float | None = None, *, known: bool = False
+    ) -> float:
         """Seconds of a picture. stamp: its time by the file. lasted: how long the one before it
-        stays by the file, which counts where the stamp is of no use."""
+        stays by the file, which counts where the stamp is of no use. known: that pictures are lost
+        before this one is known already, and no gap to be told of."""
         self._hear(lasted)
+        self._known = known
         if stamp is not None and self._now is None:
             self._first = stamp
         self._now = self._next(stamp)
@@ -84,7 +89,7 @@ class Clock:
         if 0 < delta <= self._limit:
             self._behind = 0
             self._steps += 1
-            self._gaps += delta > GAP * self._usual
+            self._gaps += delta > GAP * self._usual and not self._known
             self._step = delta
             return now + delta
         if -SETBACK < delta <= 0 and self._behind < BEHIND:
