@@ -173,6 +173,28 @@ def read_layers(stored: Mapping[str, Stored], sources: Mapping[str, Sequence[Ter
         yield leaf, shard.buffer
 
 
+def read_whole(tensor: Stored) -> np.ndarray:
+    """One tensor in its stored type, for small ones. Raises OSError."""
+    read = _read(tensor.file, tensor.start, np.empty(tensor.bytes, np.uint8))
+    return read.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+
+def same_bytes(first: Stored, second: Stored) -> bool:
+    """Whether two tensors are equal to the bit; reads a piece of each at a time. Raises OSError."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    memory = np.empty((2, min(PIECE, first.bytes)), np.uint8)
+    for start in range(0, first.bytes, PIECE):
+        size = min(PIECE, first.bytes - start)
+        one, other = (
+            _read(tensor.file, tensor.start + start, part[:size])
+            for tensor, part in zip((first, second), memory, strict=True)
+        )
+        if not np.array_equal(one, other):
+            return False
+    return True
+
+
 class HostShard:
     """What CPU devices hold of an array: memory that is filled in place and then becomes theirs without a copy.
 

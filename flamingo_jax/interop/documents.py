@@ -46,11 +46,11 @@ class Document:
             self.refuse(key, "an object")
         return Document(self.file, value or {})
 
-    def integer(self, key: str, default: int | None = None) -> int:
+    def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
         value = self.given(key)
         value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            self.refuse(key, "a whole number of 1 or more")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            self.refuse(key, f"a whole number of {least} or more")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

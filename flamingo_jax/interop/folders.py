@@ -17,7 +17,7 @@ from flamingo_jax.checkpointing import manifest
 from flamingo_jax.checkpointing.tensors import DTYPES, Stored, Term, layout, read_headers, read_layers, read_sharded
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import LanguageModelConfig
-from flamingo_jax.interop import language_models, vision_encoders
+from flamingo_jax.interop import content, language_models, vision_encoders
 from flamingo_jax.interop.documents import CONFIG, Document
 from flamingo_jax.models.language_model import LanguageModel
 from flamingo_jax.models.vision import vision_encoder
@@ -83,10 +83,10 @@ class Foreign:
 def is_foreign(folder: str | pathlib.Path) -> bool:
     """Whether a folder's config.json is one of transformers: whatever it is, it is no export of this project."""
     try:
-        content = json.loads((pathlib.Path(folder) / CONFIG).read_bytes())
+        config = json.loads((pathlib.Path(folder) / CONFIG).read_bytes())
     except (OSError, ValueError):
         return False
-    return isinstance(content, dict) and "model_type" in content and "format" not in content
+    return isinstance(config, dict) and "model_type" in config and "format" not in config
 
 
 def open_folder(folder: str | pathlib.Path, part: Part) -> Foreign:
@@ -97,9 +97,10 @@ def open_folder(folder: str | pathlib.Path, part: Part) -> Foreign:
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: name one with a model's config.json and safetensors")
-    config = read_config(folder, part)
+    config = _parse(folder, part)
     stored = read_headers(_files(folder))
     if isinstance(config, LanguageModelConfig):
+        config = content.with_own_head(config, stored)
         model: Any = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
         table, harmless, prefix = language_models.TABLE, language_models.harmless(config), language_models.PREFIX
     else:
@@ -109,13 +110,23 @@ def open_folder(folder: str | pathlib.Path, part: Part) -> Foreign:
     sources, wanted = _expand(table, shapes)
     if not any(name.startswith(prefix) for name in stored):
         stored = {name if name == "lm_head.weight" else prefix + name: tensor for name, tensor in stored.items()}
-    _check(folder, wanted, stored, harmless)
+    said = content.differing(config, stored) if part == "language_model" else []
+    _check(folder, wanted, stored, harmless, said)
     return Foreign(folder, part, config, tokenizer_file(folder), shapes, sources, stored)
 
 
 def read_config(folder: str | pathlib.Path, part: Part) -> Any:
-    """The config alone, LanguageModelConfig or VisionConfig. Raises UserError for what cannot be honoured."""
+    """The config alone, LanguageModelConfig or VisionConfig, whether tensors are there or not. Raises UserError for what cannot be honoured."""
     folder = pathlib.Path(folder)
+    config = _parse(folder, part)
+    if isinstance(config, LanguageModelConfig) and config.tied_embeddings:
+        tensors = any(folder.glob("*.safetensors"))
+        return content.with_own_head(config, read_headers(_files(folder)) if tensors else {})
+    return config
+
+
+def _parse(folder: pathlib.Path, part: Part) -> Any:
+    """What config.json and the preprocessor's options say."""
     config = Document.read(folder / CONFIG)
     if part == "language_model":
         return language_models.parse(config)
@@ -166,12 +177,14 @@ def _expand(
     return sources, wanted
 
 
-def _check(folder: pathlib.Path, wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored], harmless: Sequence[str]) -> None:
-    """A UserError that lists everything in which the files differ from what the config makes them."""
+def _check(
+    folder: pathlib.Path, wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored], harmless: Sequence[str], said: Sequence[str]
+) -> None:
+    """A UserError that lists everything in which the files differ from what the config makes them; said: by their content."""
     ignored = re.compile("|".join(f"(?:{pattern})" for pattern in harmless))
     missing = [name for name in wanted if name not in stored]
     surplus = [name for name in stored if name not in wanted and not ignored.fullmatch(name)]
-    problems = [f"{name} is missing{_nearest(name, surplus)}" for name in missing]
+    problems = [*said, *(f"{name} is missing{_nearest(name, surplus)}" for name in missing)]
     problems += [f"{name} {list(stored[name].shape)} is not known{_nearest(name, missing)}" for name in surplus]
     for name, shape in wanted.items():
         if name in stored and stored[name].shape != shape:

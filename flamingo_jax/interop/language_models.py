@@ -1,5 +1,7 @@
 """Llama, Mistral, Qwen2 and Qwen3 as transformers publish them: their configs and the table of their tensors."""
 
+import re
+
 from flamingo_jax.checkpointing.tensors import Term
 from flamingo_jax.experiment import LanguageModelConfig, RopeScaling
 from flamingo_jax.interop.documents import Document
@@ -33,9 +35,9 @@ TABLE: dict[str, tuple[Term, ...]] = {
 
 PREFIX = "model."
 """Is missing from all names where the model was saved without its head."""
-HARMLESS = (r".*rotary_emb\.inv_freq",)
-"""Surplus tensors that say nothing that the config does not."""
-HARMLESS_WHEN_TIED = (r"lm_head\.weight",)
+FREQUENCIES = r".*rotary_emb\.inv_freq"
+"""Of the rotary positions: says nothing that the config does not, as long as it is the config's."""
+EMBEDDING, HEAD = TABLE["embedding"][0].name, TABLE["head"][0].name
 
 
 def parse(config: Document) -> LanguageModelConfig:
@@ -82,8 +84,8 @@ def parse(config: Document) -> LanguageModelConfig:
 
 
 def harmless(config: LanguageModelConfig) -> tuple[str, ...]:
-    """Regular expressions for the surplus tensors of such a model that are left unread."""
-    return HARMLESS + (HARMLESS_WHEN_TIED if config.tied_embeddings else ())
+    """Regular expressions for the surplus tensors of such a model that are left unread, if `content` finds in them what the config says too."""
+    return (FREQUENCIES, *([re.escape(HEAD)] if config.tied_embeddings else []))
 
 
 def _rotary(config: Document) -> tuple[float, RopeScaling | None]:
@@ -105,14 +107,17 @@ def _rotary(config: Document) -> tuple[float, RopeScaling | None]:
 
 
 def _window(config: Document, family: str) -> int:
-    """How far back a token sees, 0 for to the beginning; the same in all layers."""
+    """How far back a token sees, 0 for to the beginning; the same in all layers.
+
+    A window as long as the texts that a model was trained on is one all the same: longer texts can be read.
+    """
     size = config.given("sliding_window") if config.has("sliding_window") or family != "mistral" else 4096
     if size is None or family == "llama" or (family != "mistral" and not config.given("use_sliding_window")):
         return 0
     layers, kinds = config.integer("num_hidden_layers"), config.given("layer_types")
-    first = 0 if family == "mistral" else config.integer("max_window_layers", 28)
+    first = 0 if family == "mistral" else config.integer("max_window_layers", 28, least=0)
     sliding = [kind == "sliding_attention" for kind in kinds] if isinstance(kinds, list) else [layer >= first for layer in range(layers)]
-    if not any(sliding) or config.integer("sliding_window", size) >= config.integer("max_position_embeddings", 2**31):
+    if not any(sliding):
         return 0
     if not all(sliding):
         config.refuse("layer_types" if kinds else "max_window_layers", "a sliding window in all layers or in none")

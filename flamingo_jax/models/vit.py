@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -75,8 +76,41 @@ class ViT(nnx.Module):
         return self
 
     def _positions(self, rows: int, columns: int) -> Array:
-        table = self.position_embedding[...]
-        return table if table.shape[:2] == (rows, columns) else jax.image.resize(table, (rows, columns, self.width), "bicubic")
+        return resize_positions(self.position_embedding[...], rows, columns)
+
+
+def resize_positions(table: Array, rows: int, columns: int) -> Array:
+    """Learned positions [r, s, C] -> [rows, columns, C], float32 unless the grid is the table's own.
+
+    As published encoders are used at another image size (transformers' `interpolate_pos_encoding`,
+    torch's `interpolate(mode="bicubic", align_corners=False)`): cubic convolution (Keys 1981) with the
+    coefficient -0.75, borders repeated, and no smoothing where the grid becomes coarser.
+    `jax.image.resize` has -0.5 and smooths, which moves positions by a percent or more.
+    """
+    if table.shape[:2] == (rows, columns):
+        return table
+    down, across = (
+        jnp.asarray(_cubic(size, wanted), jnp.float32)
+        for size, wanted in zip(table.shape, (rows, columns), strict=False)
+    )
+    # The highest precision: TPUs would round float32 products to bfloat16.
+    return jnp.einsum(
+        "ir,jc,rcw->ijw", down, across, table.astype(jnp.float32), precision="highest"
+    )
+
+
+def _cubic(size: int, wanted: int, a: float = -0.75) -> np.ndarray:
+    """float64 [wanted, size]: what each of `size` points gives to each of `wanted`."""
+    places = (np.arange(wanted) + 0.5) * size / wanted - 0.5
+    first = np.floor(places).astype(int)
+    weights = np.zeros((wanted, size))
+    for step in (-1, 0, 1, 2):
+        x = np.abs(places - first - step)
+        near = ((a + 2) * x - (a + 3)) * x**2 + 1
+        far = a * (((x - 5) * x + 8) * x - 4)
+        target = np.clip(first + step, 0, size - 1)
+        np.add.at(weights, (np.arange(wanted), target), np.where(x <= 1, near, far))
+    return weights
 
 
 def _cells(size: int, patch: int) -> int:

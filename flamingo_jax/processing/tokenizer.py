@@ -38,7 +38,7 @@ class Tokenizer(abc.ABC):
     """Begins a document; for a model that was trained without (Qwen), what stood between its documents."""
     eos: int
     pad: int
-    """Fills the end of a row, which is masked everywhere."""
+    """Fills the end of a row, which is masked everywhere: where the model has no id for the tokenizer's own padding (Llama 2), any other will do."""
 
     @staticmethod
     def load(path: str | pathlib.Path, vocab_size: int = 0) -> "Tokenizer":
@@ -60,6 +60,8 @@ class Tokenizer(abc.ABC):
         if vocab_size and not found.fits(vocab_size):
             raise UserError(f"the tokenizer {path} has {found.pieces} pieces, but the language model {vocab_size}: they do not belong together")
         found.vocab_size = vocab_size or found.pieces
+        if found.pieces > found.vocab_size:
+            found.pieces, found.pad = found.needed, found.bos
         return found
 
     def save(self, folder: str | pathlib.Path) -> None:
@@ -73,8 +75,16 @@ class Tokenizer(abc.ABC):
                 file.unlink(missing_ok=True)
 
     def fits(self, vocab_size: int) -> bool:
-        """Whether a language model of so many ids can be this tokenizer's: as many, or some more where its vocabulary is padded to a multiple."""
-        return self.pieces <= vocab_size <= self.pieces + max(64, self.pieces // 10)
+        """Whether a language model of so many ids can be this tokenizer's: as many, or some more where its vocabulary is padded to a multiple.
+
+        A padding token behind all others need not be the model's: tokenizers are given one after the model was trained.
+        """
+        return self.needed <= vocab_size <= self.pieces + max(64, self.pieces // 10)
+
+    @property
+    def needed(self) -> int:
+        """Ids that a model of this tokenizer must have."""
+        return self.pieces - (self.pad == self.pieces - 1 and self.pad not in (self.bos, self.eos))
 
     @abc.abstractmethod
     def files(self) -> dict[str, bytes]:
@@ -153,6 +163,8 @@ class JSONTokenizer(Tokenizer):
         ids: dict[str, int] = {}
         for role, token in specials.items():
             number = self._tokenizer.token_to_id(token)
+            if number is None and role == "pad_token":
+                continue
             if number is None:
                 raise UserError(f"the tokenizer has no token {token!r}, which its {SPECIALS_NAME} calls the {role}: copy both files from the same model")
             ids[role] = number
@@ -184,14 +196,19 @@ def tokenizer_file(path: str | pathlib.Path) -> pathlib.Path | None:
 def special_tokens(folder: pathlib.Path) -> dict[str, str]:
     """The texts of bos_token, eos_token and pad_token of the model whose tokenizer.json lies in a folder, as far as it has them.
 
-    They stand in tokenizer_config.json or special_tokens_map.json. A model without a beginning of text has in its config.json the id of what
+    They stand in tokenizer_config.json or special_tokens_map.json, where null, false and "" are none.
+    A model without a beginning of text has in its config.json the id of what
     stood between its documents.
     """
     found: dict[str, str] = {}
     for name in (SPECIALS_NAME, "special_tokens_map.json"):
         for role, token in _json(folder / name).items():
-            if role in ("bos_token", "eos_token", "pad_token") and token is not None:
-                found.setdefault(role, token["content"] if isinstance(token, dict) else token)
+            if role in ("bos_token", "eos_token", "pad_token"):
+                text = token.get("content") if isinstance(token, dict) else token
+                if isinstance(text, str) and text:
+                    found.setdefault(role, text)
+                elif text:
+                    raise UserError(f"{folder / name} has {role} = {token!r}, which is no text: copy it from the model again")
     config = _json(folder / "config.json")
     config = config if isinstance(config.get("model_type"), str) else {}
     names = {entry["id"]: entry["content"] for entry in _json(folder / JSON_NAME).get("added_tokens", [])}

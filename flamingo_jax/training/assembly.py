@@ -18,6 +18,7 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.interop.folders import Part, is_foreign, open_folder
 from flamingo_jax.models.vision import vision_encoder
+from flamingo_jax.models.vit import resize_positions
 from flamingo_jax.partitioning import rules
 from flamingo_jax.processing.normalise import normalise
 from flamingo_jax.pytrees import from_flat, to_flat
@@ -230,7 +231,9 @@ def _fitted(value: jax.Array, target: jax.ShapeDtypeStruct) -> jax.Array:
     """A ViT's positions interpolated as its own forward does for pictures of another size; all else as it is."""
     if value.shape == target.shape:
         return value
-    return jax.jit(lambda v: jax.image.resize(v, target.shape, "bicubic").astype(target.dtype), out_shardings=target.sharding)(value)
+    rows, columns = target.shape[:2]
+    resized = jax.jit(lambda v: resize_positions(v, rows, columns).astype(target.dtype), out_shardings=target.sharding)
+    return resized(value)
 
 
 def _random_parameters(experiment: Experiment, wanted: dict[str, jax.ShapeDtypeStruct]) -> Parameters:

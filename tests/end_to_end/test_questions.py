@@ -16,6 +16,7 @@ from flamingo_jax import configuring
 from flamingo_jax.checkpointing.export import Export
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment, MeshConfig, VisionConfig, ViTConfig
+from flamingo_jax.models.vit import resize_positions
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.training import loop
 from flamingo_jax.training.assembly import assemble, initialise
@@ -104,7 +105,7 @@ def test_fine_tuning_goes_on_from_an_export(tuned: tuple[Experiment, Export], tm
     positions = after.pop("vision_encoder/position_embedding")
     assert after and all(np.array_equal(value, before[name]) for name, value in after.items())
     # A ViT's positions are those that it makes of its own for pictures of this size.
-    np.testing.assert_allclose(positions, jax.image.resize(before["vision_encoder/position_embedding"], (6, 6, 16), "bicubic"), atol=1e-6)
+    np.testing.assert_allclose(positions, resize_positions(before["vision_encoder/position_embedding"], 6, 6), atol=1e-6)
 
 
 def test_what_does_not_belong_together_is_refused(tuned: tuple[Experiment, Export], tmp_path: pathlib.Path) -> None:

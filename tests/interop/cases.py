@@ -29,6 +29,10 @@ LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
     "llama_linear": TEXT | {"model_type": "llama", "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}},
     "mistral": TEXT | {"model_type": "mistral", "head_dim": 16, "sliding_window": 9, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     "qwen2": TEXT | {"model_type": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 1},
+    # A window in every layer, longer than what the model was trained on.
+    "qwen2_window": TEXT | {
+        "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0, "max_position_embeddings": 8,
+    },
     "qwen3": TEXT | {"model_type": "qwen3", "head_dim": 16, "rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
 }
 VISION_ENCODERS: dict[str, dict[str, Any]] = {
@@ -90,3 +94,15 @@ def tokens(case: str, vocabulary: int) -> list[np.ndarray]:
 def pictures(case: str, size: int) -> np.ndarray:
     """Normalised pictures float32 [2, S, S, 3]."""
     return np.random.RandomState(zlib.crc32(case.encode())).standard_normal((2, size, size, 3)).astype(np.float32)
+
+
+OTHER_SIZES = {"clip": 44, "clip_gelu": 40, "siglip": 20}
+"""Sides of pictures that an encoder's stored positions are stretched or shrunk for."""
+GRIDS = ((4, 4), (6, 6), (3, 3), (5, 7), (2, 9), (1, 1))
+"""Grids that a table of 4 x 4 positions is brought to."""
+
+
+def positions() -> dict[str, np.ndarray]:
+    """A table [4, 4, 8], what torch interpolates it to, and features of `OTHER_SIZES`, float32."""
+    with np.load(FIXTURES / "positions.npz") as found:
+        return dict(found)

@@ -42,8 +42,36 @@ def original(case: str, folder: pathlib.Path) -> tuple[dict[str, Any], dict[str,
     return saved, tensors, found
 
 
+def positions() -> dict[str, np.ndarray]:
+    """As `cases.positions` holds them."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    table = cases.values("position_embedding", (4, 4, 8))
+    channels_first = torch.from_numpy(table.transpose(2, 0, 1).copy())[None]
+    found = {"table": table}
+    for grid in cases.GRIDS:
+        made = torch.nn.functional.interpolate(
+            channels_first, size=grid, mode="bicubic", align_corners=False
+        )
+        found["table_{}_{}".format(*grid)] = made[0].numpy().transpose(1, 2, 0)
+    for case, size in cases.OTHER_SIZES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            cases.write_folder(pathlib.Path(folder), *cases.fixture(case))
+            model = transformers.AutoModel.from_pretrained(
+                folder, attn_implementation="eager", dtype=torch.float32
+            ).eval()
+        images = torch.from_numpy(cases.pictures(case, size).transpose(0, 3, 1, 2).copy())
+        with torch.no_grad():
+            made = model(pixel_values=images, interpolate_pos_encoding=True).last_hidden_state
+        found[f"features_{case}"] = made[:, "siglip" not in case :].numpy()
+    return found
+
+
 def main() -> None:
     cases.FIXTURES.mkdir(exist_ok=True)
+    np.savez_compressed(cases.FIXTURES / "positions.npz", **positions())
     for case in (*cases.LANGUAGE_MODELS, *cases.VISION_ENCODERS):
         with tempfile.TemporaryDirectory() as folder:
             config, tensors, found = original(case, pathlib.Path(folder))

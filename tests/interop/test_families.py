@@ -10,6 +10,7 @@ from flax import nnx
 
 from flamingo_jax.interop.load import load_language_model, load_vision_encoder
 from flamingo_jax.models.language_model import LanguageModel
+from flamingo_jax.models.vit import resize_positions
 from tests.interop import cases
 
 BAR = 1e-5
@@ -94,3 +95,21 @@ def test_vision_encoders(case: str, tmp_path: pathlib.Path) -> None:
     expected = cases.outputs(case)["features"]
     assert features.shape[1] * features.shape[2] == expected.shape[1]
     assert relative_error(features.reshape(expected.shape), expected) <= BAR
+
+
+@pytest.mark.parametrize("case", cases.OTHER_SIZES)
+def test_vision_encoders_at_another_size(case: str, tmp_path: pathlib.Path) -> None:
+    config, tensors = cases.fixture(case)
+    size = cases.OTHER_SIZES[case]
+    assert size != config["image_size"]
+    loaded = load_vision_encoder(cases.write_folder(tmp_path, config, tensors))
+    features = loaded.model(jnp.asarray(cases.pictures(case, size)))
+    expected = cases.positions()[f"features_{case}"]
+    assert relative_error(features.reshape(expected.shape), expected) <= BAR
+
+
+@pytest.mark.parametrize("grid", cases.GRIDS)
+def test_positions_are_interpolated_as_torch_does(grid: tuple[int, int]) -> None:
+    found = cases.positions()
+    made = resize_positions(jnp.asarray(found["table"]), *grid)
+    assert relative_error(made, found["table_{}_{}".format(*grid)]) <= BAR

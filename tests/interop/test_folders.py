@@ -16,6 +16,7 @@ from flamingo_jax.experiment import MeshConfig, RopeScaling
 from flamingo_jax.interop.folders import Foreign, is_foreign, open_folder, read_config
 from flamingo_jax.interop.load import load_language_model, load_vision_encoder
 from flamingo_jax.interop.published import VISION_ENCODERS, published
+from flamingo_jax.models.attention import rotary_frequencies
 from flamingo_jax.models.language_model import LanguageModel
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.pytrees import to_flat
@@ -117,8 +118,12 @@ def test_harmless_tensors_are_left_unread(tmp_path: pathlib.Path) -> None:
         save_file(arrays | {name.replace("__", "."): array for name, array in more.items()}, folder / "model.safetensors")
 
     tied = folder_of("llama3", tmp_path / "tied")
-    add(tied, lm_head__weight=np.zeros((128, 32), np.float32), model__layers__0__self_attn__rotary_emb__inv_freq=np.zeros(4, np.float32))
+    embedding = load_file(tied / "model.safetensors")["model.embed_tokens.weight"]
+    turns = rotary_frequencies(4, 500_000.0, RopeScaling("llama3", 8.0, 1.0, 4.0, 64))
+    add(tied, lm_head__weight=embedding, model__layers__0__self_attn__rotary_emb__inv_freq=turns)
     assert open_folder(tied, "language_model").config.tied_embeddings
+    add(tied, model__layers__1__self_attn__rotary_emb__inv_freq=rotary_frequencies(4, 500_000.0))
+    assert "model.layers.1.self_attn.rotary_emb.inv_freq is not what the config's rope_theta" in refused(tied)
     # The whole of a CLIP as published has names of its own for the tower, and positions as a tensor.
     config, tensors = cases.fixture("clip")
     names = {name if name.startswith("vision_model.") else f"vision_model.{name}": shape for name, shape in tensors.items()}
@@ -129,6 +134,48 @@ def test_harmless_tensors_are_left_unread(tmp_path: pathlib.Path) -> None:
     )
     add(folder_of("clip", tmp_path / "tower"))
     assert isinstance(open_folder(whole, "vision_encoder"), Foreign)
+
+
+@pytest.mark.parametrize("names", ["", "model."], ids=["whole", "saved bare"])
+def test_a_head_of_its_own_is_read_whatever_the_config_ties(
+    names: str, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Transformers untie where a checkpoint holds both and they differ; the fixture is theirs."""
+    folder = folder_of("llama", tmp_path, {"tie_word_embeddings": True})
+    arrays = load_file(folder / "model.safetensors")
+    arrays = {name.removeprefix(names): array for name, array in arrays.items()}
+    save_file(arrays, folder / "model.safetensors")
+    loaded = load_language_model(folder)
+    assert not loaded.config.tied_embeddings and "is another tensor" in caplog.text
+    assert read_config(folder, "language_model") == loaded.config
+    kept = cases.outputs("llama")
+    rows = kept["tokens_7"][None]
+    places = np.arange(rows.shape[1])[None]
+    found = nnx.jit(lambda model: model(rows, places, np.ones_like(rows)))(loaded.model)[0]
+    expected = kept["logits_7"]
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    head = np.ascontiguousarray(arrays["model.embed_tokens.weight".removeprefix(names)])
+    save_file(arrays | {"lm_head.weight": head}, folder / "model.safetensors")
+    assert open_folder(folder, "language_model").config.tied_embeddings
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "window"),
+    [
+        ("mistral", {}, 9),
+        ("mistral", {"max_position_embeddings": 8}, 9),
+        ("mistral", {"max_position_embeddings": 9}, 9),
+        ("mistral", {"sliding_window": None}, 0),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, 8),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, 0),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0}, 0),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 600, "max_window_layers": 0}, 600),
+    ],
+)
+def test_windows(case: str, change: dict[str, Any], window: int, tmp_path: pathlib.Path) -> None:
+    change = {"layer_types": None} | change
+    config = read_config(folder_of(case, tmp_path, change), "language_model")
+    assert config.attention_window == window
 
 
 def test_a_language_model_saved_without_its_head(tmp_path: pathlib.Path) -> None:

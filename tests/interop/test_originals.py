@@ -62,6 +62,16 @@ def test_originals_give_what_the_fixtures_hold(case: str, tmp_path: pathlib.Path
 
 
 @pytest.mark.scale
+def test_torch_interpolates_positions_as_the_fixture_holds() -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    kept, found = cases.positions(), make_fixtures.positions()
+    assert sorted(kept) == sorted(found)
+    for name in kept:
+        assert np.abs(kept[name] - found[name]).max() <= 1e-6 * np.abs(found[name]).max(), name
+
+
+@pytest.mark.scale
 @pytest.mark.parametrize("family", ["CLIP", "Siglip"])
 def test_whole_models_as_they_are_saved(family: str, tmp_path: pathlib.Path) -> None:
     """Text tower, projections and pooling head beside the vision tower."""
@@ -70,6 +80,14 @@ def test_whole_models_as_they_are_saved(family: str, tmp_path: pathlib.Path) -> 
     config = getattr(transformers, f"{family}Config")(text_config=text, vision_config=cases.TOWER | {"image_size": 32})
     getattr(transformers, f"{family}Model")(config).save_pretrained(tmp_path)
     assert verify.verify_vision_encoder(tmp_path).relative_error <= BAR
+
+
+@pytest.mark.scale
+def test_a_tied_config_beside_a_head_of_its_own(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("transformers")
+    config, tensors = cases.fixture("llama")
+    folder = cases.write_folder(tmp_path, config | {"tie_word_embeddings": True}, tensors)
+    assert verify.verify_language_model(folder).relative_error <= BAR
 
 
 @pytest.mark.scale

@@ -148,6 +148,41 @@ def test_a_padded_vocabulary(tmp_path, tokenizer):
     assert isinstance(Tokenizer.load(tmp_path), SentencePieceTokenizer) and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("named", ["pad_token", "in the file alone"])
+def test_a_padding_token_that_the_model_lacks(named, tmp_path):
+    """Llama 2 has 32,000 ids, and its tokenizers are often saved with a 32,001st for padding."""
+    made = tokenizers.Tokenizer.from_str(metaspace().decode())
+    pieces = made.get_vocab_size()
+    specials = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    if named == "pad_token":
+        made.add_special_tokens(["<pad>"])
+    (tmp_path / "tokenizer.json").write_text(made.to_str())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(specials))
+    found = Tokenizer.load(tmp_path, pieces)
+    assert (found.pieces, found.eoc) == (pieces, pieces)
+    assert found.pad == found.bos < pieces
+    assert found.decode([*found.encode("a red circle"), found.eoc]) == "a red circle"
+    found.save(tmp_path / "..")
+    again = Tokenizer.load(tmp_path / ".." / "tokenizer.json", pieces)
+    assert (again.pad, again.fingerprint) == (found.pad, found.fingerprint)
+    # A model that was given an id for it keeps it.
+    if named == "pad_token":
+        assert Tokenizer.load(tmp_path, pieces + 1).pad == pieces
+
+
+@pytest.mark.parametrize("none", [False, None, ""])
+def test_special_tokens_that_are_none(none, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(JSONS["bytes"][0])
+    specials = {"eos_token": "<|im_end|>", "pad_token": none, "bos_token": none}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(specials))
+    found = Tokenizer.load(tmp_path)
+    assert found.pad == found.bos == found.eos == 270
+    for wrong in (7, ["<pad>"], True):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(specials | {"pad_token": wrong}))
+        with pytest.raises(UserError, match="pad_token = .*, which is no text"):
+            Tokenizer.load(tmp_path)
+
+
 def test_bad_json_is_refused():
     for content in (b"{", b"[1]", b'{"model": 3}'):
         with pytest.raises(UserError, match=r"no tokenizer\.json that can be read"):

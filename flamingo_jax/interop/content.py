@@ -1,0 +1,54 @@
+"""What surplus tensors of a language model hold: one that the config has no place for is harmless by its content, not by its name."""
+
+import dataclasses
+import logging
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from flamingo_jax.checkpointing.tensors import Stored, read_whole, same_bytes
+from flamingo_jax.experiment import LanguageModelConfig
+from flamingo_jax.interop import language_models
+from flamingo_jax.models.attention import rotary_frequencies
+
+log = logging.getLogger(__name__)
+
+
+def with_own_head(
+    config: LanguageModelConfig, stored: Mapping[str, Stored]
+) -> LanguageModelConfig:
+    """The config, untied where the files hold a head that is not the embedding.
+
+    Transformers do the same since version 5: a config that ties what the files hold apart is wrong.
+    """
+    embedding, head = (
+        stored.get(name, stored.get(name.removeprefix(language_models.PREFIX)))
+        for name in (language_models.EMBEDDING, language_models.HEAD)
+    )
+    if not config.tied_embeddings or embedding is None or head is None:
+        return config
+    if same_bytes(head, embedding):
+        return config
+    log.warning(
+        "%s ties its head to the embedding in config.json, but %s is another tensor, which is read "
+        "as the head: set tie_word_embeddings to false there",
+        head.file.parent,
+        language_models.HEAD,
+    )
+    return dataclasses.replace(config, tied_embeddings=False)
+
+
+def differing(config: LanguageModelConfig, stored: Mapping[str, Stored]) -> list[str]:
+    """What surplus tensors say against the config, one clause each: rotary frequencies of another
+    base or scaling, which the model was trained with."""
+    found = []
+    for name, tensor in stored.items():
+        if not re.fullmatch(language_models.FREQUENCIES, name):
+            continue
+        ours = rotary_frequencies(config.head_width // 2, config.rope_base, config.rope_scaling)
+        theirs = read_whole(tensor).astype(np.float64)
+        # Half a unit of bfloat16's last place, in which some are stored, is 0.4 %.
+        if theirs.shape != ours.shape or not np.allclose(theirs, ours, rtol=5e-3, atol=0):
+            found.append(f"{name} is not what the config's rope_theta and scaling make it")
+    return found
