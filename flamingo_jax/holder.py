@@ -19,13 +19,16 @@ MAX_BYTES = 4096
 
 @contextlib.contextmanager
 def holding(folder: pathlib.Path, work: str) -> Iterator[None]:
-    """Holds the folder, which is made where it is not there, for as long as the block lasts.
+    """Holds the folder for as long as the block lasts.
+
+    One that is not there is made, and removed again where nothing was put into it.
 
     `work` says what is done, as in "a build": whoever comes meanwhile is told it, with the
     holder's host and process, in a UserError. The lock is the kernel's (flock, which NFS carries
     to other hosts), so that a holder that was killed holds nothing.
     """
     file = folder / HOLDER_FILE
+    made = not folder.exists()
     descriptor = _locked(file, folder)
     try:
         about = {"host": socket.gethostname(), "pid": os.getpid(), "work": work}
@@ -36,6 +39,8 @@ def holding(folder: pathlib.Path, work: str) -> Iterator[None]:
         # Removed while the lock is still held: whoever opened this file takes it for a stale one.
         with contextlib.suppress(OSError):
             file.unlink()
+            if made:
+                folder.rmdir()
         os.close(descriptor)
 
 

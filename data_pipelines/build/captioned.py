@@ -12,11 +12,15 @@ from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcom
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One file of one of the folders with its captions, or a line of the caption file that is of no use: `bad` says why."""
+    """One file of one of the folders with its captions, or what is of no use: `bad` says why.
+
+    no_captions: for each caption that is of no use the reason.
+    """
 
     folder: str
     name: str = ""
     captions: tuple[str, ...] = ()
+    no_captions: tuple[str, ...] = ()
     bad: str = ""
 
     def __str__(self) -> str:
@@ -49,20 +53,20 @@ class CaptionedFolder:
     def convert(self, entry: Entry) -> list[Outcome]:
         if entry.bad:
             return [Dropped(entry.bad)]
-        folder = pathlib.Path(entry.folder)
+        folder, texts_lost = pathlib.Path(entry.folder), entry.no_captions
         try:
             file = find((folder,), entry.name, self.folders)
         except NoFile as error:
-            return [Dropped(str(error))]
+            return [Dropped(str(error), texts_dropped=texts_lost)]
         if not entry.captions:
-            return [Dropped(NO_CAPTION)]
+            return [Dropped(NO_CAPTION, texts_dropped=texts_lost)]
         try:
             fields, lost = self.read(file)
         except Unusable as error:
-            return [Dropped(str(error))]
+            return [Dropped(str(error), texts_dropped=texts_lost)]
         name = record_id(self.folders, folder, entry.name)
         fields = {"id": name, "captions": list(entry.captions), **fields}
-        return [Example(self.shares.split(name), fields, lost)]
+        return [Example(self.shares.split(name), fields, lost, texts_lost)]
 
     def read(self, file: pathlib.Path) -> tuple[dict[str, Any], tuple[str, ...]]:
         """The fields that hold the file's pictures, and for each of its pictures that is left out
@@ -76,7 +80,7 @@ class CaptionedFolder:
         listing = walk(root, given=self.folders)
         captions, bad = read_captions(told, self.key, Spelled(root, listing.names))
         there = listing.ending(self.suffixes)
-        entries = [Entry(folder, name, tuple(texts)) for name, texts in captions.items()]
+        entries = [Entry(folder, name, *texts) for name, texts in captions.items()]
         entries += [Entry(folder, name) for name in there.names if name not in captions]
         entries += [
             Entry(folder, met.name, bad=met.reason)

@@ -1,16 +1,25 @@
 """Caption files: JSON lines, each with the name of a file below the folder and its captions."""
 
-import json
+import math
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from data_pipelines.build.files import LINKED, NoFile, Spelled, find
+from data_pipelines.build.text_files import (
+    EMPTY,
+    NOT_A_TEXT,
+    NOT_UTF8,
+    TOO_LONG,
+    TOO_LONG_LINE,
+    NotUtf8,
+    as_utf8,
+    json_lines,
+)
 from flamingo_jax.errors import UserError
 
 BAD_LINE = "caption line that is not JSON with a name and captions"
 NO_CAPTION = "no caption"
-NOT_UTF8 = "text that is not UTF-8"
 
 
 def caption_file(folder: pathlib.Path, name: str | None, usual: Sequence[str], line: str) -> pathlib.Path:
@@ -30,63 +39,93 @@ def caption_file(folder: pathlib.Path, name: str | None, usual: Sequence[str], l
     )
 
 
-def json_lines(file: pathlib.Path) -> Iterator[Any]:
-    """What each line holds that is not blank; None for one that is no JSON. Bytes that are no UTF-8 fail in `as_utf8`, or name a file."""
-    with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
-        for line in lines:
-            if line.strip():
-                yield parsed(line)
+class Texts(NamedTuple):
+    """Texts of a record that are of use, and for each that is not the reason."""
+
+    kept: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
+
+    def and_(self, other: "Texts") -> "Texts":
+        """All of both."""
+        return Texts(self.kept + other.kept, self.lost + other.lost)
 
 
-def parsed(text: str) -> Any:
-    """The value that a JSON text holds, None where it is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):  # The second is for a thousand brackets.
-        return None
+def read_texts(record: Any, several: str, one: str) -> Texts:
+    """The texts in the list under `several`, or the one under `one` (or a list there).
 
-
-def as_utf8(text: str) -> str:
-    """The text, blanks around it gone. Raises NotUtf8 for one that no dataset can hold: JSON can name half of a character too."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise NotUtf8(NOT_UTF8) from error
-    return text.strip()
-
-
-class NotUtf8(ValueError):
-    """A text that is no UTF-8; the message is the reason."""
-
-
-def texts_of(record: dict[str, Any], several: str, one: str) -> list[str]:
-    """The texts in the list under `several`, or the one under `one` (or a list there), without empty ones.
-
-    Raises KeyError, TypeError or NotUtf8.
+    A text may also stand as {one: text}, as VQA has its answers. What is empty, null or of no use
+    beside others is left out alone. Raises KeyError where there is no such field, and NotUtf8 or
+    TypeError where nothing that there is is of use.
     """
-    said = record[several] if several in record else record[one]
-    said = said if isinstance(said, list) else [said]
-    if not all(isinstance(text, str) for text in said):
+    if not isinstance(record, dict):
+        raise TypeError("no record")
+    said = record.get(several) or (record[one] if one in record else record[several])
+    kept: list[str] = []
+    lost: list[str] = []
+    for item in said if isinstance(said, list) else [said]:
+        text: Any = item.get(one) if isinstance(item, dict) else item
+        if reason := why_no_text(text):
+            lost.append(reason)
+        else:
+            kept.append(as_utf8(text))
+    if not kept and NOT_UTF8 in lost:
+        raise NotUtf8(NOT_UTF8)
+    if not kept and NOT_A_TEXT in lost:
         raise TypeError(f"{several} must be texts")
-    return [text for text in map(as_utf8, said) if text]
+    return Texts(tuple(kept), tuple(lost))
 
 
-def read_captions(
-    file: pathlib.Path, key: str, spelled: Spelled
-) -> tuple[dict[str, list[str]], list[str]]:
-    """Captions by file name as `spelled` has it, in the order of the lines, and for each line that
-    is of no use the reason.
+def why_no_text(value: Any) -> str | None:
+    """EMPTY (also for null, and the NaN that tables have in its place), NOT_A_TEXT or NOT_UTF8;
+    None for a text."""
+    if is_missing(value):
+        return EMPTY
+    if not isinstance(value, str):
+        return NOT_A_TEXT
+    try:
+        return None if as_utf8(value) else EMPTY
+    except NotUtf8 as error:
+        return str(error)
 
-    A line has the name under `key` and `captions` (a list) or `caption`; lines about the same file are joined.
+
+def is_missing(value: Any) -> bool:
+    """Whether a field holds nothing: null or NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+class Captions(NamedTuple):
+    """What a caption file says.
+
+    by_name: the texts about each file, in the order of the lines. bad: for each line that is of no
+    use the reason.
     """
-    captions: dict[str, list[str]] = {}
+
+    by_name: dict[str, Texts]
+    bad: list[str]
+
+
+def read_captions(file: pathlib.Path, key: str, spelled: Spelled) -> Captions:
+    """Captions by file name as `spelled` has it.
+
+    A line has the name under `key` and `captions` (a list) or `caption`; lines about the same file
+    are joined.
+    """
+    found: dict[str, Texts] = {}
     bad = []
     for record in json_lines(file):
         try:
-            said = texts_of(record, "captions", "caption")
-            captions.setdefault(spelled(record[key]), []).extend(said)
+            texts = read_texts(record, "captions", "caption")
+            name = spelled(file_name(record[key]))
+            found[name] = found.get(name, Texts()).and_(texts)
         except NotUtf8 as error:
             bad.append(str(error))
         except (ValueError, KeyError, TypeError):
-            bad.append(BAD_LINE)
-    return captions, bad
+            bad.append(TOO_LONG if record is TOO_LONG_LINE else BAD_LINE)
+    return Captions(found, bad)
+
+
+def file_name(value: Any) -> str:
+    """The name that a field holds. Raises TypeError where it is none."""
+    if not isinstance(value, str) or not value:
+        raise TypeError("no name of a file")
+    return value

@@ -1,15 +1,15 @@
 """Captions in COCO's format to a dataset of pairs: JSON files with `images` (`id`, `file_name`) and `annotations` (`image_id`, `caption`)."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
-from data_pipelines.build.captions import NO_CAPTION, NotUtf8, as_utf8
+from data_pipelines.build.captions import NO_CAPTION, Texts, file_name, why_no_text
 from data_pipelines.build.files import existing_folder
 from data_pipelines.build.pictures import ANY_PICTURE, PictureRules, Unfit
 from data_pipelines.build.shards import Found, files_in, folders_of, read_named
 from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares, record_id
+from data_pipelines.build.text_files import NOT_A_TEXT, NOT_UTF8, as_utf8, decode, parsed
 from flamingo_jax.errors import UserError
 
 BAD_IMAGE = "image without an id and a file name"
@@ -18,12 +18,16 @@ BAD_ANNOTATION = "annotation without a caption for one of the images"
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A picture by the folders it may lie in, its name and captions, or what is of no use in a file: `bad` says why."""
+    """A picture by the folders it may lie in, its name and captions, or what is of no use.
+
+    no_captions: for each caption that is of no use the reason; `bad` is that of the entry.
+    """
 
     id: str
     name: str = ""
     folders: tuple[str, ...] = ()
     captions: tuple[str, ...] = ()
+    no_captions: tuple[str, ...] = ()
     bad: str = ""
 
     def __str__(self) -> str:
@@ -59,42 +63,65 @@ class Coco:
     def convert(self, entry: Entry) -> list[Outcome]:
         if entry.bad:
             return [Dropped(entry.bad)]
+        lost = entry.no_captions
         if not entry.captions:
-            return [Dropped(NO_CAPTION)]
+            return [Dropped(NO_CAPTION, texts_dropped=lost)]
         try:
             image = self.rules.store(read_named(entry.folders, entry.name))
         except Unfit as error:
-            return [Dropped(str(error))]
-        return [Example(self.shares.split(entry.id), {"id": entry.id, "image": image, "captions": list(entry.captions)})]
+            return [Dropped(str(error), texts_dropped=lost)]
+        fields = {"id": entry.id, "image": image, "captions": list(entry.captions)}
+        return [Example(self.shares.split(entry.id), fields, texts_dropped=lost)]
 
     def _entries(self, file: Found) -> list[Entry]:
         try:
-            content = json.loads(file.path.read_bytes().decode("utf-8-sig", "surrogateescape"))
+            content = parsed(decode(file.path.read_bytes()))
             images, annotations = content["images"], content["annotations"]
             if not isinstance(images, list) or not isinstance(annotations, list):
                 raise TypeError("no lists")
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, KeyError, TypeError) as error:
             raise UserError(
                 f'{file.path} is no COCO caption file (JSON with lists "images" and "annotations"): mend it or take it out of --input'
             ) from error
-        names: dict[Any, str] = {}
+        names: dict[str, str] = {}
         bad = []
         for image in images:
             try:
-                if not isinstance(image["file_name"], str):
-                    raise TypeError("no name")
-                names[image["id"]] = image["file_name"]
+                names[_id(image["id"])] = file_name(image["file_name"])
             except (KeyError, TypeError):
                 bad.append(BAD_IMAGE)
-        captions: dict[Any, list[str]] = {number: [] for number in names}
+        captions = dict.fromkeys(names, Texts())
         for annotation in annotations:
             try:
-                if caption := as_utf8(annotation["caption"]):
-                    captions[annotation["image_id"]].append(caption)
-            except NotUtf8 as error:
-                bad.append(str(error))
-            except (KeyError, TypeError, AttributeError):
+                number, caption = _id(annotation["image_id"]), annotation["caption"]
+                reason = why_no_text(caption)
+                if number not in names or reason == NOT_A_TEXT:
+                    bad.append(BAD_ANNOTATION)
+                elif reason == NOT_UTF8:
+                    bad.append(NOT_UTF8)
+                else:
+                    told = Texts(lost=(reason,)) if reason else Texts((as_utf8(caption),))
+                    captions[number] = captions[number].and_(told)
+            except (KeyError, TypeError):
                 bad.append(BAD_ANNOTATION)
         folders = self.images or folders_of((str(file.path),))
-        made = [Entry(record_id(self.inputs, file.root, name), name, folders, tuple(captions[number])) for number, name in names.items()]
+        met: set[str] = set()
+        made = []
+        for number, name in names.items():
+            # Two pictures of one name, which the ids of the file tell apart.
+            name_id = record_id(self.inputs, file.root, f"{name}#{number}" if name in met else name)
+            made.append(Entry(name_id, name, folders, *captions[number]))
+            met.add(name)
         return made + [Entry(file.name, bad=reason) for reason in bad]
+
+
+def _id(value: Any) -> str:
+    """An image's id, which files write as a number, as its digits or, from a table, as 1.0.
+
+    Raises TypeError for what is no id.
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) not in (int, str):
+        raise TypeError("no id")
+    return str(value)

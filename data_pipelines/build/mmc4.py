@@ -4,29 +4,31 @@ A document has `text_list` (sentences) and `image_info`, whose members have `ima
 the sentence that the picture belongs to) and `matched_sim` (their CLIP similarity); the rows of `similarity_matrix` are pictures, its columns
 sentences. Each picture stands right before its own sentence; those of one sentence stand as `image_info` lists them. Where a picture has
 no `matched_text_index`, pictures and sentences are matched one to one for the largest sum of similarities, as MMC4's authors did.
+A picture may lie in the document itself, as `image_base64`, which is how OpenFlamingo stores them.
+Numbers may have passed through a table: 1.0 is a place too, NaN is none.
 """
 
+import base64
 import dataclasses
 import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from data_pipelines.build.captions import NOT_UTF8, parsed
+from data_pipelines.build.captions import is_missing, why_no_text
 from data_pipelines.build.files import existing_folder
 from data_pipelines.build.interleaved import PAGES_RULES, Shown, make_page
-from data_pipelines.build.pictures import PictureRules
+from data_pipelines.build.pictures import PictureRules, Unfit
 from data_pipelines.build.shards import Piece, address_key, by_address, files_in, folders_of, reader
 from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Outcome, Shares, Stream, record_id
+from data_pipelines.build.text_files import NOT_UTF8, TOO_LONG, TooLong, parsed, text_lines
 from flamingo_jax.errors import UserError
 
 BAD_LINE = "line that is not JSON with sentences and pictures"
 UNMATCHED = "matched to no sentence"
-MAX_LINE = 64 << 20
-"""Bytes; a longer line is no document."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Entry:
     """A line of a file. downloaded: for each picture its file, where it is known by its address."""
 
     id: str
-    line: bytes
+    line: str | TooLong
     downloaded: tuple[Piece | None, ...] = ()
 
     def __str__(self) -> str:
@@ -82,26 +84,30 @@ class Mmc4:
 
         def lines() -> Iterator[Entry]:
             for file in files:
-                with file.path.open("rb") as opened:
-                    for number, line in enumerate(opened):
-                        name = f"{record_id(self.inputs, file.root, file.name)}#{number}"
-                        yield Entry(name, line[:MAX_LINE], _downloaded(line, downloaded) if downloaded else ())
+                for number, line in enumerate(text_lines(file.path)):
+                    name = f"{record_id(self.inputs, file.root, file.name)}#{number}"
+                    yield Entry(name, line, _downloaded(line, downloaded) if downloaded else ())
 
         return Stream(sum(_count_lines(file.path) for file in files), lines)
 
     def convert(self, entry: Entry) -> list[Outcome]:
+        if isinstance(entry.line, TooLong):
+            return [Dropped(TOO_LONG)]
         if not entry.line.strip():
             return []
-        record = parsed(entry.line.decode("utf-8-sig", "surrogateescape"))
+        record = parsed(entry.line)
         try:
-            sentences, pictures = record["text_list"], record["image_info"]
-            if not isinstance(sentences, list) or not isinstance(pictures, list) or not all(isinstance(text, str) for text in sentences):
-                return [Dropped(BAD_LINE)]
-            "".join(sentences).encode()
-        except UnicodeEncodeError:
-            return [Dropped(NOT_UTF8)]
+            told, pictures = record["text_list"], record["image_info"]
         except (KeyError, TypeError):
             return [Dropped(BAD_LINE)]
+        if not isinstance(told, list) or not isinstance(pictures, list):
+            return [Dropped(BAD_LINE)]
+        reasons = [None if text == "" else why_no_text(text) for text in told]
+        texts_lost = tuple(reason for reason in reasons if reason)
+        if texts_lost and len(texts_lost) == len(told):
+            return [Dropped(NOT_UTF8 if NOT_UTF8 in texts_lost else BAD_LINE)]
+        # An empty sentence in place of a lost one: pictures name their sentences by place.
+        sentences = ["" if reason else text for text, reason in zip(told, reasons, strict=True)]
         folders = self.images or folders_of(self.inputs)
         matches = match(pictures, len(sentences), record.get("similarity_matrix"))
         before: list[list[Shown]] = [[] for _ in sentences]
@@ -113,19 +119,43 @@ class Mmc4:
                 lost.append(f"similarity under {self.min_similarity:g}")
             else:
                 piece = entry.downloaded[place] if place < len(entry.downloaded) else None
-                before[matched.sentence].append(Shown(reader(folders, picture.get("image_name"), piece)))
+                before[matched.sentence].append(Shown(_reader(picture, folders, piece)))
         items: list[str | Shown] = []
         for shown, sentence in zip(before, sentences, strict=True):
             items += [*shown, f"{sentence} "]
         outcome = make_page(entry.id, self.shares.split(entry.id), items, self.rules)
-        return [dataclasses.replace(outcome, parts_dropped=(*lost, *outcome.parts_dropped))]
+        parts_lost = (*lost, *outcome.parts_dropped)
+        return [
+            dataclasses.replace(outcome, parts_dropped=parts_lost, texts_dropped=texts_lost)
+        ]
+
+
+def _reader(
+    picture: dict[str, Any], folders: Sequence[str], piece: Piece | None
+) -> Callable[[], bytes]:
+    """What reads a picture: the document's own copy, or the file that `shards.reader` finds."""
+    within = picture.get("image_base64")
+    if not isinstance(within, str) or not within:
+        return reader(folders, picture.get("image_name"), piece)
+
+    def read() -> bytes:
+        try:
+            return base64.b64decode(within.rpartition(",")[2])
+        except ValueError as error:
+            raise Unfit("unreadable") from error
+
+    return read
 
 
 def match(pictures: list[Any], sentences: int, matrix: Any) -> list[Match | None]:
     """For each picture of `image_info` its sentence, None where there is none; a similarity that is not given is infinite."""
     similar = _similarities(matrix, (len(pictures), sentences))
     found = [_given(picture, place, sentences, similar) for place, picture in enumerate(pictures)]
-    free = [place for place, picture in enumerate(pictures) if isinstance(picture, dict) and picture.get("matched_text_index") is None]
+    free = [
+        place
+        for place, picture in enumerate(pictures)
+        if isinstance(picture, dict) and is_missing(picture.get("matched_text_index"))
+    ]
     if free and similar is not None:
         for row, sentence in zip(*linear_sum_assignment(similar[free], maximize=True), strict=True):
             found[free[row]] = Match(int(sentence), float(similar[free[row], sentence]))
@@ -134,12 +164,14 @@ def match(pictures: list[Any], sentences: int, matrix: Any) -> list[Match | None
 
 def _given(picture: Any, place: int, sentences: int, similar: np.ndarray | None) -> Match | None:
     index = picture.get("matched_text_index") if isinstance(picture, dict) else None
-    if type(index) is not int or not 0 <= index < sentences:
+    if isinstance(index, bool) or not isinstance(index, int | float):
         return None
-    similarity = picture.get("matched_sim")
-    if type(similarity) not in (int, float):
-        similarity = math.inf if similar is None else similar[place, index]
-    return Match(index, float(similarity))
+    if not 0 <= index < sentences or index != int(index):
+        return None
+    sentence, similarity = int(index), picture.get("matched_sim")
+    if type(similarity) not in (int, float) or is_missing(similarity):
+        similarity = math.inf if similar is None else similar[place, sentence]
+    return Match(sentence, float(similarity))
 
 
 def _similarities(matrix: Any, shape: tuple[int, int]) -> np.ndarray | None:
@@ -151,8 +183,8 @@ def _similarities(matrix: Any, shape: tuple[int, int]) -> np.ndarray | None:
     return values if values.shape == shape and np.isfinite(values).all() else None
 
 
-def _downloaded(line: bytes, known: dict[bytes, Piece]) -> tuple[Piece | None, ...]:
-    record = parsed(line.decode("utf-8-sig", "surrogateescape"))
+def _downloaded(line: str | TooLong, known: dict[bytes, Piece]) -> tuple[Piece | None, ...]:
+    record = None if isinstance(line, TooLong) else parsed(line)
     pictures = record.get("image_info") if isinstance(record, dict) else None
     addresses = [picture.get("raw_url") if isinstance(picture, dict) else None for picture in pictures] if isinstance(pictures, list) else []
     return tuple(known.get(address_key(address)) if isinstance(address, str) else None for address in addresses)

@@ -4,18 +4,20 @@ A row has the lists `images` and `texts` of equal length; at each place one of t
 files hold addresses on the web in `images`; their pictures are looked for among what was downloaded (see `shards.by_address`: the output of
 img2dataset, or files named by the SHA-256 of their address). Files that hold the pictures themselves, as bytes or as {"bytes": ...}, the form
 that Hugging Face's datasets have, need nothing else. A picture that is not there is left out and counted.
+Where its authors found that a page turns to another topic they wrote END_OF_DOCUMENT into a text,
+which is never trained on: what follows is a document of its own, in the same split.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from data_pipelines.build.captions import NOT_UTF8
 from data_pipelines.build.files import existing_folder
 from data_pipelines.build.interleaved import PAGES_RULES, Shown, make_page
 from data_pipelines.build.pictures import PictureRules
 from data_pipelines.build.shards import Found, Piece, address_key, by_address, files_in, folders_of, reader
 from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Outcome, Shares, Stream, record_id
+from data_pipelines.build.text_files import NOT_UTF8
 from flamingo_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ BAD_FILE = "unreadable parquet file"
 BAD_ROWS = "row of a damaged part of a parquet file"
 BAD_ROW = "row without lists of pictures and texts"
 PARAGRAPH = "\n"
+END_OF_DOCUMENT = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"
+Item = str | bytes | Piece | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Entry:
     """A row as texts, pictures (bytes, or where they lie) and, as None, those that are not there; or why it is of no use."""
 
     id: str
-    items: tuple[str | bytes | Piece | None, ...] = ()
+    items: tuple[Item, ...] = ()
     bad: str = ""
 
     def __str__(self) -> str:
@@ -80,8 +84,13 @@ class Obelics:
     def convert(self, entry: Entry) -> list[Outcome]:
         if entry.bad:
             return [Dropped(entry.bad)]
-        items = [item + PARAGRAPH if isinstance(item, str) else Shown(_reader(item)) for item in entry.items]
-        return [make_page(entry.id, self.shares.split(entry.id), items, self.rules)]
+        split = self.shares.split(entry.id)
+        outcomes = []
+        for number, items in enumerate(_documents(entry.items)):
+            name = f"{entry.id}/{number}" if number else entry.id
+            shown = [i + PARAGRAPH if isinstance(i, str) else Shown(_reader(i)) for i in items]
+            outcomes.append(make_page(name, split, shown, self.rules))
+        return outcomes
 
     def _read(self, file: Found, count: int, downloaded: dict[bytes, Piece]) -> Iterator[Entry]:
         name = record_id(self.inputs, file.root, file.name)
@@ -115,7 +124,7 @@ def _entry(name: str, batch: "pyarrow.RecordBatch", row: int, downloaded: dict[b
         return Entry(name, bad=NOT_UTF8)
     if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
         return Entry(name, bad=BAD_ROW)
-    items: list[str | bytes | Piece | None] = []
+    items: list[Item] = []
     for image, text in zip(images, texts, strict=True):
         if isinstance(text, str):
             items.append(text)
@@ -125,6 +134,20 @@ def _entry(name: str, batch: "pyarrow.RecordBatch", row: int, downloaded: dict[b
             within = image.get("bytes") or image.get("path") if isinstance(image, dict) else image
             items.append(downloaded.get(address_key(within)) if isinstance(within, str) else within if isinstance(within, bytes) else None)
     return Entry(name, tuple(items))
+
+
+def _documents(items: Iterable[Item]) -> list[list[Item]]:
+    """A row's items, parted where END_OF_DOCUMENT stands; those with nothing in them left out."""
+    documents: list[list[Item]] = [[]]
+    for item in items:
+        if not isinstance(item, str):
+            documents[-1].append(item)
+            continue
+        first, *others = item.split(END_OF_DOCUMENT)
+        documents[-1].append(first)
+        documents += [[other] for other in others]
+    found = [some for some in documents if any(not isinstance(i, str) or i.strip() for i in some)]
+    return found or documents[:1]
 
 
 def _rows(file: Found) -> int:

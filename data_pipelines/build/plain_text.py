@@ -1,6 +1,15 @@
-"""Folders of .txt files to a dataset of documents: paragraphs (blank lines between them) gathered up to a size."""
+"""Folders of .txt files to a dataset of documents: paragraphs gathered up to a size.
+
+Paragraphs have blank lines between them. What stands in one file belongs together, so that its
+neighbours must not be both learned and held out. Where there are many files for each split, a file
+goes to one split as a whole, by a hash of its name. Where there are few, as with some books, each
+that is long enough gives every split a stretch of its own, at a place that its name's hash tells,
+since books end alike; a document at each border is left out and counted.
+"""
 
 import dataclasses
+import hashlib
+import os
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
@@ -8,6 +17,16 @@ from typing import Any
 
 from data_pipelines.build.files import FileEntry, file_entries
 from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares, record_id
+from data_pipelines.build.text_files import decode
+from data_pipelines.features import TEST, TRAIN, VALIDATION
+from flamingo_jax.errors import UserError
+
+MANY = 5
+"""Files that a split's share must come to for files to be dealt as wholes."""
+BORDER = "at the border between the splits of a file"
+NULLS = "null characters, as in UTF-16 without its byte order mark"
+MAX_BYTES = 1 << 30
+"""Of a file, which is read as a whole."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,23 +47,68 @@ class PlainText:
     def options(self) -> dict[str, Any]:
         return {"source": type(self).__name__, **dataclasses.asdict(self)}
 
-    def entries(self) -> Sequence[FileEntry]:
-        return file_entries(self.folders, (".txt",), ".txt file")
+    def entries(self) -> Sequence[tuple[bool, FileEntry]]:
+        """Each file, and whether it goes to one split as a whole."""
+        found = file_entries(self.folders, (".txt",), ".txt file")
+        for entry in found:
+            path = os.path.join(entry.folder, entry.name)
+            if not entry.bad and os.path.isfile(path) and os.path.getsize(path) > MAX_BYTES:
+                raise UserError(
+                    f"{path} is larger than {MAX_BYTES >> 30} GiB: cut it in files, as with "
+                    "`split --line-bytes=500M --additional-suffix=.txt`"
+                )
+        least = min((part for part in self._held_out() if part), default=1.0)
+        whole = len(found) * least >= MANY
+        return [(whole, entry) for entry in found]
 
-    def convert(self, entry: FileEntry) -> list[Outcome]:
-        if entry.bad:
-            return [Dropped(entry.bad)]
-        folder, name = pathlib.Path(entry.folder), entry.name
+    def convert(self, entry: tuple[bool, FileEntry]) -> list[Outcome]:
+        whole, file = entry
+        if file.bad:
+            return [Dropped(file.bad)]
+        folder, name = pathlib.Path(file.folder), file.name
         try:
-            text = (folder / name).read_text("utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            return [Dropped("not UTF-8" if isinstance(error, UnicodeDecodeError) else "unreadable")]
+            text = decode((folder / name).read_bytes())
+            text.encode()
+        except (OSError, UnicodeError) as error:
+            return [Dropped("unreadable" if isinstance(error, OSError) else "not UTF-8")]
+        if "\0" in text:
+            return [Dropped(NULLS)]
         file_id = record_id(self.folders, folder, name)
+        made = list(documents(text, self.document_characters))
+        splits = None if whole else stretches(len(made), self.shares, file_id)
+        if splits is None:
+            splits = [self.shares.split(file_id)] * len(made)
         outcomes: list[Outcome] = []
-        for number, document in enumerate(documents(text, self.document_characters)):
-            document_id = f"{file_id}#{number}"
-            outcomes.append(Example(self.shares.split(document_id), {"id": document_id, "text": document}))
+        for number, (document, split) in enumerate(zip(made, splits, strict=True)):
+            if split is None:
+                outcomes.append(Dropped(BORDER))
+            else:
+                outcomes.append(Example(split, {"id": f"{file_id}#{number}", "text": document}))
         return outcomes or [Dropped("empty")]
+
+    def _held_out(self) -> tuple[float, float]:
+        return self.shares.validation, self.shares.test
+
+
+def stretches(count: int, shares: Shares, key: str) -> list[str | None] | None:
+    """The split of each of a file's documents: those of a split follow one another, and None stands
+    for a document at a border, which is for none.
+
+    None altogether where they are too few for each split to have its share.
+    """
+    validation, test = round(shares.validation * count), round(shares.test * count)
+    border = validation > 0 and test > 0
+    test -= max(0, validation + test + border - count)
+    held_out = [*[VALIDATION] * validation, *[None] * border, *[TEST] * test]
+    train = count - len(held_out)
+    digest = hashlib.blake2b(f"stretches {key}".encode(), digest_size=8).digest()
+    before = int.from_bytes(digest) % (max(0, train) + 1)
+    splits = [*[TRAIN] * before, *held_out, *[TRAIN] * (train - before)]
+    for place in (before - 1, before + len(held_out)):
+        if held_out and 0 <= place < count:
+            splits[place] = None
+    enough = train >= 0 and all(split in splits for split in shares.wanted())
+    return splits if enough else None
 
 
 def documents(text: str, limit: int) -> Iterator[str]:
@@ -53,7 +117,7 @@ def documents(text: str, limit: int) -> Iterator[str]:
     A longer paragraph is cut at the ends of lines or words, at worst within a word.
     """
     gathered = ""
-    for block in re.split(r"\n\s*\n", text.replace("\r\n", "\n")):
+    for block in re.split(r"\n\s*\n", text):
         for piece in _pieces(block.strip("\n"), limit):
             if gathered and len(gathered) + 2 + len(piece) > limit:
                 yield gathered

@@ -1,9 +1,11 @@
 """A folder of pictures or videos with a JSONL of questions to a dataset of questions (VQA; paper 3.3).
 
-`qa.jsonl` or `questions.jsonl` has a line per question, `{"image": "any/where/below.jpg", "question": "What is it?", "answer": "a cat"}`:
-`video` in place of `image`, `answers` (those of several people) in place of `answer`, and `type` where questions have sorts. All questions
-about a picture land in the same split, so that what is kept out of training is pictures. Each record holds its picture again, as any reader
-of the kind expects; `short_side` keeps that small.
+`qa.jsonl` or `questions.jsonl` has a line per question,
+`{"image": "any/where/below.jpg", "question": "What is it?", "answer": "a cat"}`: `video` in place
+of `image`, `answers` (those of several people, as texts or as VQA's `{"answer": "a cat"}`) in place
+of `answer`, and `type` where questions have sorts. All questions about a picture land in the same
+split, so that what is kept out of training is pictures. Each record holds its picture again, as any
+reader of the kind expects; `short_side` keeps that small.
 """
 
 import dataclasses
@@ -12,22 +14,33 @@ from collections.abc import Sequence
 from typing import Any
 
 from data_pipelines.build.captioned import Unusable
-from data_pipelines.build.captions import NotUtf8, as_utf8, caption_file, json_lines, texts_of
+from data_pipelines.build.captions import Texts, caption_file, file_name, is_missing, read_texts
 from data_pipelines.build.files import NoFile, Spelled, existing_folder, find, walk
 from data_pipelines.build.image_folder import ImageFolder
 from data_pipelines.build.pictures import ANY_PICTURE, PictureRules
 from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares, record_id
+from data_pipelines.build.text_files import (
+    TOO_LONG,
+    TOO_LONG_LINE,
+    NotUtf8,
+    as_utf8,
+    json_lines,
+)
 from data_pipelines.build.video_folder import VideoFolder, stored_frames
 
 FILES = ("qa.jsonl", "questions.jsonl")
 BAD_LINE = "line that is not JSON with a picture, a question and answers"
 NO_QUESTION = "no question"
+NO_ANSWER = "no answer"
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
+    """no_answers: for each answer that is of no use the reason."""
+
     text: str
     answers: tuple[str, ...]
+    no_answers: tuple[str, ...] = ()
     type: str = ""
 
 
@@ -43,6 +56,12 @@ class Entry:
 
     def __str__(self) -> str:
         return self.name
+
+    def all_dropped(self, reason: str) -> list[Outcome]:
+        """Each question, or the picture that nobody asks about, dropped for this reason."""
+        if not self.questions:
+            return [Dropped(reason)]
+        return [Dropped(reason, texts_dropped=asked.no_answers) for asked in self.questions]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,28 +95,28 @@ class QuestionsFolder:
         if entry.bad:
             return [Dropped(entry.bad)]
         folder = pathlib.Path(entry.folder)
-        wanted = max(1, len(entry.questions))
         try:
             file = find((folder,), entry.name, self.folders)
         except NoFile as error:
-            return [Dropped(str(error))] * wanted
+            return entry.all_dropped(str(error))
         if not entry.questions:
             return [Dropped(NO_QUESTION)]
         try:
             frames, lost = self._frames(file, entry.is_video)
         except Unusable as error:
-            return [Dropped(str(error))] * wanted
+            return entry.all_dropped(str(error))
         name = record_id(self.folders, folder, entry.name)
         split = self.shares.split(name)
         outcomes: list[Outcome] = []
         for number, asked in enumerate(entry.questions):
             parts = () if outcomes else lost  # What a video lost is counted once.
-            if not asked.answers:
-                outcomes.append(Dropped("no answer", parts))
+            if not asked.text or not asked.answers:
+                reason = NO_ANSWER if asked.text else NO_QUESTION
+                outcomes.append(Dropped(reason, parts, asked.no_answers))
                 continue
             fields = {"id": f"{name}#{number}", "frames": frames, "question": asked.text}
             fields |= {"answers": list(asked.answers), "type": asked.type}
-            outcomes.append(Example(split, fields, parts))
+            outcomes.append(Example(split, fields, parts, asked.no_answers))
         return outcomes
 
     def _frames(
@@ -120,14 +139,13 @@ class QuestionsFolder:
         spelled = Spelled(root, listing.names)
         for record in json_lines(told):
             try:
-                is_video = "image" not in record
-                question = Question(as_utf8(record["question"]), _answers(record), as_utf8(record.get("type") or ""))
-                name = spelled(record["video" if is_video else "image"])
-                found.setdefault((name, is_video), []).append(question)
+                is_video = is_missing(record.get("image"))
+                name = spelled(file_name(record["video" if is_video else "image"]))
+                found.setdefault((name, is_video), []).append(_question(record))
             except NotUtf8 as error:
                 bad.append(str(error))
             except (ValueError, KeyError, TypeError, AttributeError):
-                bad.append(BAD_LINE)
+                bad.append(TOO_LONG if record is TOO_LONG_LINE else BAD_LINE)
         asked = {name for name, _ in found}
         there = listing.ending(ImageFolder.suffixes | VideoFolder.suffixes)
         entries = [Entry(folder, name, is_video, tuple(questions)) for (name, is_video), questions in found.items()]
@@ -138,8 +156,16 @@ class QuestionsFolder:
         return entries + [Entry(folder, bad=reason) for reason in bad]
 
 
-def _answers(record: dict[str, Any]) -> tuple[str, ...]:
+def _question(record: dict[str, Any]) -> Question:
+    """Raises KeyError, TypeError, AttributeError or NotUtf8."""
+    text = "" if is_missing(record["question"]) else as_utf8(record["question"])
+    sort = record.get("type")
+    return Question(text, *_answers(record), "" if is_missing(sort) else as_utf8(str(sort)))
+
+
+def _answers(record: dict[str, Any]) -> Texts:
     """An answer that is a number is its digits."""
-    if type(record.get("answer")) in (int, float):
-        record = record | {"answer": str(record["answer"])}
-    return tuple(texts_of(record, "answers", "answer"))
+    answer = record.get("answer")
+    if type(answer) in (int, float) and not is_missing(answer):
+        record = record | {"answer": str(answer)}
+    return read_texts(record, "answers", "answer")

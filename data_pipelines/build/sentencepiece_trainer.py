@@ -1,23 +1,34 @@
 """Trains a SentencePiece tokenizer on datasets or plain text, as the paper's language model has it: text is kept exactly."""
 
+import collections
 import io
+import json
+import logging
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import sentencepiece
 
-from data_pipelines.features import INFO_FILE, TRAIN, VERSION
+from data_pipelines.build.files import walk
+from data_pipelines.build.text_files import NOT_UTF8, line_parts, unreadable
+from data_pipelines.features import INFO_FILE, STATISTICS_FILE, TRAIN, VERSION
 from data_pipelines.records import open_records
 from data_pipelines.transforms.examples import strings
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import QUESTION_PROMPT
+from flamingo_jax.holder import holding
 from flamingo_jax.processing.sequences import asked
 from flamingo_jax.processing.tokenizer import FILE_NAME
 
 IMAGE_TAG = "<image>"
 THREADS = 4
 """Fixed, so that the model does not depend on the machine."""
+MAX_SENTENCE = 100_000
+"""Bytes of a line that SentencePiece is given at once."""
+UNTAKEN = re.compile("[\0\u2585]")
+NOTHING = "null characters or U+2585 alone"
 TEXT_FIELDS = ("text", "texts", "captions")
 
 
@@ -33,53 +44,142 @@ def train_tokenizer(
 ) -> pathlib.Path:
     """Writes `output/tokenizer.model` and returns it; ids 0 to 3 are unknown, <BOS>, <EOS> and padding.
 
-    texts: any strings; each of their lines is a sentence to learn from. The line end is a piece of its own. With `byte_fallback` any
-    text can be written in pieces, which takes 256 of the vocabulary; without, characters that are not in `texts` are lost.
-    Raises UserError where there is no text, or not enough for `vocab_size`.
+    texts: any strings; each of their lines is a sentence to learn from. The line end is a piece of
+    its own. With `byte_fallback` any text can be written in pieces, which takes 256 of the
+    vocabulary; without, characters that are not in `texts` are lost. Beside it statistics.json says
+    what became of the lines. Raises UserError where there is no text, not enough for `vocab_size`,
+    or another process trains there.
     """
-    sentences = (line for text in texts for line in text.split("\n") if line.strip())
-    first = next(sentences, None)
-    if first is None:
-        raise UserError("there is no text to train a tokenizer on: name text files or datasets that have some")
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_chain(first, sentences), model_writer=model, vocab_size=vocab_size, model_type=model_type,
-            byte_fallback=byte_fallback, user_defined_symbols=[*user_defined, "\n"],
-            normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-            character_coverage=0.9999 if byte_fallback else 1.0, split_digits=True,
-            input_sentence_size=max_sentences, max_sentence_length=100_000,
-            unk_id=0, bos_id=1, eos_id=2, pad_id=3, num_threads=THREADS, minloglevel=2,
-        )
-    except (RuntimeError, OSError) as error:
-        reason = str(error).rsplit("] ", maxsplit=1)[-1].rstrip(".").replace(". ", "; ")
-        if most := re.search(r"Vocabulary size too high.*<= (\d+)", reason):
-            raise UserError(f"this text gives {most[1]} pieces at most: choose a --vocab_size of {most[1]} or less, not {vocab_size}") from error
-        raise UserError(f"SentencePiece cannot make {vocab_size} pieces of this text ({reason}): choose another --vocab_size") from error
     output = pathlib.Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    file = output / FILE_NAME
-    incomplete = file.with_suffix(".incomplete")
-    incomplete.write_bytes(model.getvalue())
-    incomplete.rename(file)
+    with holding(output, "the training of a tokenizer"):
+        sentences = Sentences(texts)
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(sentences), model_writer=model, vocab_size=vocab_size,
+                model_type=model_type, byte_fallback=byte_fallback,
+                user_defined_symbols=[*user_defined, "\n"], normalization_rule_name="identity",
+                add_dummy_prefix=False, remove_extra_whitespaces=False,
+                character_coverage=0.9999 if byte_fallback else 1.0, split_digits=True,
+                input_sentence_size=max_sentences, max_sentence_length=MAX_SENTENCE,
+                unk_id=0, bos_id=1, eos_id=2, pad_id=3, num_threads=THREADS, minloglevel=2,
+            )
+        except (RuntimeError, OSError) as error:
+            raise _sentence(error, sentences, vocab_size) from error
+        statistics = sentences.statistics()
+        if statistics["cut"] or statistics["dropped"]:
+            logging.warning("of the lines of text %s", json.dumps(statistics))
+        (output / STATISTICS_FILE).write_text(json.dumps(statistics, indent=2))
+        file = output / FILE_NAME
+        incomplete = file.with_suffix(".incomplete")
+        incomplete.write_bytes(model.getvalue())
+        incomplete.rename(file)
     return file
+
+
+class Sentences:
+    """The lines of texts as SentencePiece takes them, with a count of what became of each.
+
+    It skips without a word what is longer than MAX_SENTENCE bytes, so that longer lines are cut at
+    spaces, at worst within a word; and what holds a null character or its own sign for the unknown,
+    so that lines are cut there, and these characters are not learned. Blank lines are none.
+    """
+
+    def __init__(self, texts: Iterable[str]):
+        self._texts = texts
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._dropped: collections.Counter[str] = collections.Counter()
+
+    def __iter__(self) -> Iterator[str]:
+        for line in (line for text in self._texts for line in text.split("\n") if line.strip()):
+            self._counts["read"] += 1
+            try:
+                line.encode()
+            except UnicodeEncodeError:
+                self._dropped[NOT_UTF8] += 1
+                continue
+            parts = [part for whole in UNTAKEN.split(line) for part in cut(whole, MAX_SENTENCE)]
+            parts = [part for part in parts if part.strip()]
+            if not parts:
+                self._dropped[NOTHING] += 1
+                continue
+            self._counts["used"] += 1
+            self._counts["cut"] += len(parts) > 1
+            yield from parts
+
+    def statistics(self) -> dict[str, Any]:
+        """Lines read, used (those that were cut among them) and dropped, by the reason."""
+        counts = {what: self._counts[what] for what in ("read", "used", "cut")}
+        dropped = dict(sorted(self._dropped.items()))
+        return {"records_read": counts.pop("read"), **counts, "dropped": dropped}
+
+
+def cut(text: str, size: int) -> Iterator[str]:
+    """The text in parts of at most `size` bytes, each but the first with the space before it."""
+    data = text.encode()
+    start = 0
+    while len(data) - start > size:
+        end = data.rfind(b" ", start + 1, start + size + 1)
+        if end < 0:
+            end = start + size
+            while data[end] & 0xC0 == 0x80:  # Within a character.
+                end -= 1
+        yield data[start:end].decode()
+        start = end
+    yield data[start:].decode()
+
+
+def _sentence(error: Exception, sentences: Sentences, vocab_size: int) -> UserError:
+    """What SentencePiece failed with, for people."""
+    statistics = sentences.statistics()
+    if not statistics["used"]:
+        dropped = statistics["dropped"].items()
+        lost = ", ".join(f"{count} lines: {reason}" for reason, count in dropped)
+        return UserError(
+            f"there is no text to train a tokenizer on{f' ({lost})' if lost else ''}: "
+            "name text files or datasets that have some"
+        )
+    reason = str(error).rsplit("]", maxsplit=1)[-1].strip().rstrip(".").replace(". ", "; ")
+    if most := re.search(r"Vocabulary size too high.*<= (\d+)", reason):
+        return UserError(
+            f"this text gives {most[1]} pieces at most: choose a --vocab_size of {most[1]} or less,"
+            f" not {vocab_size}"
+        )
+    if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
+        return UserError(
+            f"this text has more characters than --vocab_size={vocab_size} holds: "
+            f"choose one above {least[1]}"
+        )
+    why = reason or f"it stops at {' '.join(str(error).split())}"
+    return UserError(
+        f"SentencePiece cannot make {vocab_size} pieces of this text ({why}): "
+        "choose another --vocab_size, or give it more text"
+    )
 
 
 def texts_in(path: str | pathlib.Path) -> Iterator[str]:
     """All text of a .txt file, of the .txt files below a folder, or of the training split of a dataset, questions within the prompt.
 
-    Raises UserError where `path` is none of these.
+    Files come line by line. Raises UserError where `path` is none of these, or cannot be read.
     """
     path = pathlib.Path(path)
     for folder in (path, path / VERSION):
         if (folder / INFO_FILE).is_file():
             yield from _dataset_texts(folder)
             return
-    files = [path] if path.is_file() else sorted(path.rglob("*.txt"))
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        files = [path / name for name in walk(path, (".txt",)).names]
+    else:
+        files = []
     if not files:
         raise UserError(f"{path} is no dataset, no text file and no folder of .txt files: name one of these")
     for file in files:
-        yield file.read_text("utf-8", errors="replace")
+        try:
+            yield from line_parts(file)
+        except OSError as error:
+            raise unreadable(file, error) from error
 
 
 def _dataset_texts(folder: pathlib.Path) -> Iterator[str]:
@@ -93,8 +193,3 @@ def _dataset_texts(folder: pathlib.Path) -> Iterator[str]:
             yield from (f"{opening} {answer}" for answer in strings(record["answers"]))
         for name in texts:
             yield from strings([record[name]] if isinstance(fields[name], tfds.features.Text) else record[name])
-
-
-def _chain(first: str, rest: Iterable[str]) -> Iterator[str]:
-    yield first
-    yield from rest

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from data_pipelines.build import files
-from data_pipelines.build.captions import parsed
 from data_pipelines.build.pictures import Unfit
 from data_pipelines.build.pieces import Piece, why
 from data_pipelines.build.tar_samples import PICTURES, Sample, samples
 from data_pipelines.build.tars import SUFFIXES, packed_with
+from data_pipelines.build.text_files import decode, parsed
 from flamingo_jax.errors import UserError
 from flamingo_jax.progress import Bar
 
@@ -135,7 +135,7 @@ def reader(folders: Sequence[str], name: object, downloaded: Piece | None) -> Ca
 
 def _enter(found: dict[bytes, Piece], about: Piece, picture: Piece) -> None:
     try:
-        record = parsed(about.read().decode("utf-8", "surrogateescape"))
+        record = parsed(decode(about.read()))
     except OSError:
         return
     if isinstance(record, dict) and isinstance(record.get("url"), str):

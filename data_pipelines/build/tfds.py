@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.build.captions import NO_CAPTION, NotUtf8, as_utf8
+from data_pipelines.build.captions import NO_CAPTION, Texts, why_no_text
 from data_pipelines.build.pictures import ANY_PICTURE, PictureRules, Unfit
 from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares, Stream
+from data_pipelines.build.text_files import EMPTY, as_utf8
 from data_pipelines.features import INFO_FILE, TEST, TRAIN, VALIDATION
 from data_pipelines.records import left_encoded
 from flamingo_jax.errors import UserError
@@ -33,6 +34,7 @@ USUAL: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """For each kind the fields that it needs, and the features that may hold each, the likelier first. Kinds stand in the order in which they are tried."""
 OPTIONAL = {"questions": ("type", "id"), "videos": ("id",), "pairs": ("id",)}
+UNKNOWN_LABEL = "label that is none of the classes"
 SPLITS = {TRAIN: TRAIN, VALIDATION: VALIDATION, "val": VALIDATION, "valid": VALIDATION, "dev": VALIDATION, TEST: TEST}
 
 
@@ -106,9 +108,13 @@ class Tfds:
         try:
             stored = _at(record, picture)
             shown = [self.rules.store(data) for data in ([stored] if isinstance(stored, bytes) else list(stored))]
-            texts = {field: self._texts(record, features[field]) for field in features if field not in ("image", "frames", "id")}
-            name = "".join(self._texts(record, features["id"])[:1]) if "id" in features else ""
-        except (Unfit, NotUtf8) as error:
+            told = {
+                field: self._texts(record, feature)
+                for field, feature in features.items()
+                if field not in ("image", "frames", "id")
+            }
+            name = "".join(self._texts(record, features["id"]).kept[:1]) if "id" in features else ""
+        except Unfit as error:
             return [Dropped(str(error))]
         except (KeyError, TypeError, ValueError):
             return [Dropped("record of another form")]
@@ -118,15 +124,21 @@ class Tfds:
         # All questions about a picture land in one split.
         dealt = record_id if kind != "questions" else hashlib.blake2b(shown[0], digest_size=16).hexdigest()
         split = entry.target or self.shares_if_one.split(dealt)
+        texts = {field: list(found.kept) for field, found in told.items()}
+        field = "answers" if kind == "questions" else "captions"
+        lost = told[field].lost
+        if kind == "questions" and not texts["question"]:
+            return [Dropped(_why_none(told["question"], "no question"), texts_dropped=lost)]
+        if not texts[field]:
+            why = _why_none(told[field], "no answer" if kind == "questions" else NO_CAPTION)
+            return [Dropped(why, texts_dropped=lost)]
+        fields: dict[str, Any] = {"id": record_id, field: texts[field]}
         if kind == "questions":
-            if not texts["question"] or not texts["answers"]:
-                return [Dropped("no question" if not texts["question"] else "no answer")]
-            told = {"question": texts["question"][0], "answers": texts["answers"], "type": "".join(texts.get("type", [])[:1])}
-            return [Example(split, {"id": record_id, "frames": shown, **told})]
-        if not texts["captions"]:
-            return [Dropped(NO_CAPTION)]
-        pictures = {"image": shown[0]} if kind == "pairs" else {"frames": shown, "fps": self.fps}
-        return [Example(split, {"id": record_id, "captions": texts["captions"], **pictures})]
+            sort = "".join(texts.get("type", [])[:1])
+            fields |= {"frames": shown, "question": texts["question"][0], "type": sort}
+        else:
+            fields |= {"image": shown[0]} if kind == "pairs" else {"frames": shown, "fps": self.fps}
+        return [Example(split, fields, texts_dropped=lost)]
 
     @functools.cached_property
     def _splits(self) -> list[str]:
@@ -165,13 +177,28 @@ class Tfds:
         kind, features = self._mapped
         return features["image" if kind == "pairs" else "frames"]
 
-    def _texts(self, record: Mapping[str, Any], path: str) -> list[str]:
-        """Texts, names of classes, or digits of numbers, without empty ones. Raises NotUtf8."""
+    def _texts(self, record: Mapping[str, Any], path: str) -> Texts:
+        """Texts, names of classes, or digits of numbers."""
         names = getattr(dict(_paths(_builder(self.name).info.features))[path], "names", None)
         values = _at(record, path)
         values = values if isinstance(values, (list, tuple)) else np.asarray(values, object).ravel().tolist()
-        texts = (value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else names[int(value)] if names else str(value) for value in values)
-        return [text for text in map(as_utf8, texts) if text]
+        found = Texts()
+        for value in values:
+            text: str | None
+            if isinstance(value, bytes):
+                text = value.decode("utf-8", "surrogateescape")
+            elif names:  # -1 is TFDS's label of what has none, as in many a test split.
+                text = names[value] if 0 <= int(value) < len(names) else None
+            else:
+                text = str(value)
+            reason = UNKNOWN_LABEL if text is None else why_no_text(text)
+            found = found.and_(Texts(lost=(reason,)) if reason else Texts((as_utf8(str(text)),)))
+        return found
+
+
+def _why_none(texts: Texts, otherwise: str) -> str:
+    """Why a record has no text: what is wrong with the one there is, where that says more."""
+    return next((reason for reason in texts.lost if reason != EMPTY), otherwise)
 
 
 def _paths(features: Any, above: str = "") -> Iterator[tuple[str, Any]]:

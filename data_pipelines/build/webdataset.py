@@ -8,13 +8,14 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from data_pipelines.build.captions import NO_CAPTION, NotUtf8, as_utf8, parsed, texts_of
+from data_pipelines.build.captions import NO_CAPTION, Texts, read_texts
 from data_pipelines.build.pictures import ANY_PICTURE, PictureRules, Unfit
 from data_pipelines.build.pieces import Piece, why
 from data_pipelines.build.shards import files_in
 from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares, record_id
 from data_pipelines.build.tar_samples import Sample, samples
 from data_pipelines.build.tars import SUFFIXES
+from data_pipelines.build.text_files import NotUtf8, as_utf8, decode, parsed
 from flamingo_jax.progress import Bar
 
 NO_PICTURE = "no picture"
@@ -86,9 +87,9 @@ class WebDataset:
             return [Dropped(entry.bad or NO_PICTURE, others)]
         files = _Read(piece for piece in (entry.picture, entry.text, entry.about) if piece)
         try:
-            captions = _captions(entry, files)
+            captions, lost = _captions(entry, files)
             if not captions:
-                return [Dropped(NO_CAPTION, others)]
+                return [Dropped(NO_CAPTION, others, lost)]
             image = self.rules.store(files[entry.picture])
         except (Unfit, NotUtf8) as error:
             return [Dropped(str(error), others)]
@@ -96,8 +97,8 @@ class WebDataset:
             return [Dropped(why(error), others)]
         except (KeyError, TypeError, ValueError):
             return [Dropped(BAD_JSON, others)]
-        fields = {"id": entry.id, "image": image, "captions": captions}
-        return [Example(self.shares.split(entry.group), fields, others)]
+        fields = {"id": entry.id, "image": image, "captions": list(captions)}
+        return [Example(self.shares.split(entry.group), fields, others, lost)]
 
 
 class _Read:
@@ -120,14 +121,18 @@ class _Read:
         return data
 
 
-def _captions(entry: Entry, files: _Read) -> list[str]:
+def _captions(entry: Entry, files: _Read) -> Texts:
     """Raises NotUtf8, OSError, and KeyError or TypeError where a .json has no captions."""
-    if entry.text and (text := as_utf8(files[entry.text].decode("utf-8", "surrogateescape"))):
-        return [text]
+    if entry.text and (text := as_utf8(decode(files[entry.text]))):
+        return Texts((text,))
     if not entry.about:
-        return []
-    record = parsed(files[entry.about].decode("utf-8", "surrogateescape"))
-    for several, one in CAPTION_FIELDS:
-        if several in record or one in record:
-            return texts_of(record, several, one)
-    raise KeyError(CAPTION_FIELDS)
+        return Texts()
+    record = parsed(decode(files[entry.about]))
+    found = [
+        read_texts(record, several, one)
+        for several, one in CAPTION_FIELDS
+        if several in record or one in record
+    ]
+    if not found:
+        raise KeyError(CAPTION_FIELDS)
+    return next((texts for texts in found if texts.kept), found[0])

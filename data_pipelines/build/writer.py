@@ -5,7 +5,6 @@ beside its own and renamed at the end, so that a dataset that is there is whole.
 """
 
 import collections
-import contextlib
 import json
 import logging
 import pathlib
@@ -49,14 +48,10 @@ def write_dataset(output: str | pathlib.Path, source: Source, executor: Executor
     final = output / VERSION
     if (final / INFO_FILE).is_file():
         return _finished(final, source), False
-    try:
-        with holding(output, "a build"):
-            if (final / INFO_FILE).is_file():  # Since the look above.
-                return _finished(final, source), False
-            return _build(output, source, executor), True
-    finally:
-        with contextlib.suppress(OSError):
-            output.rmdir()  # Where nothing came of it.
+    with holding(output, "a build"):
+        if (final / INFO_FILE).is_file():  # Since the look above.
+            return _finished(final, source), False
+        return _build(output, source, executor), True
 
 
 def _build(output: pathlib.Path, source: Source, executor: Executor | None) -> dict[str, Any]:

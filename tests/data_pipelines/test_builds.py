@@ -162,7 +162,9 @@ def test_a_reader_that_fails_costs_its_entry_alone(tmp_path: pathlib.Path) -> No
     source = Texts("a", "raise MemoryError", "b", "raise IndexError", "raise IndexError")
     statistics, _ = write_dataset(tmp_path / "out", source)
     assert statistics["dropped"] == {
-        "each time": 2, "the reader failed (IndexError)": 2, "the reader failed (MemoryError)": 1,
+        "each time": 2,
+        "the reader failed (IndexError)": 2,
+        "the reader failed (MemoryError)": 1,
     }
     assert statistics["dropped_names"]["the reader failed (MemoryError)"] == ["raise MemoryError"]
     written = json.loads((tmp_path / "out" / "1.0.0" / "statistics.json").read_text())
