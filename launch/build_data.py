@@ -22,7 +22,7 @@ import itertools
 import os
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Executor
 from typing import Any
 
@@ -43,20 +43,35 @@ from data_pipelines.build.plain_text import PlainText
 from data_pipelines.build.questions_folder import QuestionsFolder
 from data_pipelines.build.quickstart import build_quickstart
 from data_pipelines.build.sentencepiece_trainer import IMAGE_TAG, texts_in, train_tokenizer
-from data_pipelines.build.source import Shares, Source
+from data_pipelines.build.source import DEFAULT_SHARES, Shares, Source
 from data_pipelines.build.video_folder import VideoFolder
 from data_pipelines.build.webdataset import WebDataset
 from data_pipelines.build.workers import WorkerPool
 from data_pipelines.build.writer import write_dataset
+from data_pipelines.features import SPLITS
 from flamingo_jax.errors import UserError
-from flamingo_jax.processing.tokenizer import FILE_NAME
+from flamingo_jax.processing.tokenizer import FILE_NAME, Tokenizer
 from launch import command
 
-SOURCES = (
-    "quickstart", "image_folder", "html_pages", "video_folder", "questions_folder", "webdataset", "coco", "mmc4", "obelics", "tfds", "plain_text",
-    "sentencepiece",
-)
-SOURCE = flags.DEFINE_enum("source", None, SOURCES, "What to build from.")
+_SPLITS = ("validation_share", "test_share", "split")
+_RECORDS = ("input", "workers", *_SPLITS)
+_PICTURES = ("min_side", "max_aspect", "short_side")
+READS: dict[str, tuple[str, ...]] = {
+    "quickstart": ("workers", "seed"),
+    "image_folder": (*_RECORDS, "captions", *_PICTURES),
+    "html_pages": (*_RECORDS, "alt_text", *_PICTURES),
+    "video_folder": (*_RECORDS, "captions", "fps", "max_seconds", "short_side"),
+    "questions_folder": (*_RECORDS, "captions", "fps", "max_seconds", *_PICTURES),
+    "webdataset": (*_RECORDS, *_PICTURES),
+    "coco": (*_RECORDS, "images", *_PICTURES),
+    "mmc4": (*_RECORDS, "images", "min_similarity", *_PICTURES),
+    "obelics": (*_RECORDS, "images", *_PICTURES),
+    "tfds": (*_RECORDS, "kind", "field", "fps", *_PICTURES),
+    "plain_text": (*_RECORDS, "document_characters"),
+    "sentencepiece": ("input", "vocab_size", "model_type", "byte_fallback", "piece"),
+}
+"""For each source the flags that it reads, besides --source and --output."""
+SOURCE = flags.DEFINE_enum("source", None, tuple(READS), "What to build from.")
 INPUT = flags.DEFINE_multi_string(
     "input", [], "Folder (webdataset, coco, mmc4, obelics: or file) to read; several make one dataset. tfds: the name or folder of one dataset. "
     "sentencepiece: also datasets and text files.",
@@ -71,15 +86,30 @@ FIELDS = flags.DEFINE_multi_string("field", [], "tfds: feature that holds a fiel
 OUTPUT = flags.DEFINE_string("output", None, "Folder of the dataset, its last part the name; quickstart, sentencepiece: folder to fill.")
 WORKERS = flags.DEFINE_integer("workers", 0, "Processes that read the sources; 0 for one per core.", lower_bound=0)
 SEED = flags.DEFINE_integer("seed", 0, "quickstart: seed of the drawn world.", lower_bound=0)
-VALIDATION_SHARE = flags.DEFINE_float("validation_share", 0.1, "Part of the records, by a hash of the id.", lower_bound=0.0)
-TEST_SHARE = flags.DEFINE_float("test_share", 0.0, "Part of the records for the split test.", lower_bound=0.0)
+VALIDATION_SHARE = flags.DEFINE_float(
+    "validation_share", None,
+    "Part of the records, by a hash of the id; 0.1 unless --test_share=1.",
+    lower_bound=0.0, upper_bound=1.0,
+)
+TEST_SHARE = flags.DEFINE_float(
+    "test_share", 0.0, "Part of the records for the split test.", lower_bound=0.0, upper_bound=1.0
+)
+SPLIT = flags.DEFINE_enum(
+    "split", None, SPLITS, "The split of all records, where the input is an official split already."
+)
 CAPTIONS = flags.DEFINE_string("captions", None, "Folders: the JSONL file; else captions.jsonl (or videos.jsonl), qa.jsonl.")
 MIN_SIDE = flags.DEFINE_integer("min_side", None, "Pictures with a shorter side are dropped; 64 for pages, else 1.", lower_bound=1)
 MAX_ASPECT = flags.DEFINE_float("max_aspect", None, "Pictures with a larger aspect are dropped; 3 for pages, else 20.", lower_bound=1.0)
 SHORT_SIDE = flags.DEFINE_integer("short_side", None, "Larger pictures shrink to this, 0 for never; 256 for videos, else 0.", lower_bound=0)
 ALT_TEXT = flags.DEFINE_bool("alt_text", False, "html_pages: a picture's alternative text follows it.")
-FPS = flags.DEFINE_float("fps", 1.0, "Videos: frames a second (tfds: that its videos have).")
-MAX_SECONDS = flags.DEFINE_float("max_seconds", 64.0, "Videos: only the beginning of longer videos is used.")
+FPS = flags.DEFINE_float(
+    "fps", 1.0, "Videos: frames a second (tfds: that its videos have).",
+    lower_bound=1e-3, upper_bound=1e3,
+)
+MAX_SECONDS = flags.DEFINE_float(
+    "max_seconds", 64.0, "Videos: only the beginning of longer videos is used.",
+    lower_bound=1e-3, upper_bound=1e6,
+)
 DOCUMENT_CHARACTERS = flags.DEFINE_integer("document_characters", 4_000, "plain_text: paragraphs gather up to this.", lower_bound=1)
 VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 32_000, "sentencepiece: number of pieces.", lower_bound=1)
 MODEL_TYPE = flags.DEFINE_enum("model_type", "bpe", ("bpe", "unigram"), "sentencepiece: how pieces are chosen.")
@@ -90,21 +120,64 @@ PIECES = flags.DEFINE_multi_string("piece", [IMAGE_TAG], "sentencepiece: strings
 def main() -> int:
     if not SOURCE.value or not OUTPUT.value:
         raise UserError("--source and --output must be set: see `python -m launch.build_data --help`")
-    output = pathlib.Path(OUTPUT.value)
+    output, given = pathlib.Path(OUTPUT.value), given_flags()
+    check_given(SOURCE.value, given)
     if SOURCE.value != "quickstart" and not INPUT.value:
         raise UserError(f"--input is not set: name what --source={SOURCE.value} shall read")
     if SOURCE.value == "sentencepiece":
         return build_tokenizer(output)
-    shares = VALIDATION_SHARE.value, TEST_SHARE.value
-    if min(shares) < 0 or sum(shares) >= 1:
-        raise UserError(f"--validation_share={shares[0]} and --test_share={shares[1]} leave nothing to train on: mend them to less than 1")
     with workers() as executor:
         if SOURCE.value == "quickstart":
             made = build_quickstart(output, seed=SEED.value, executor=executor)
         else:
-            made = {output.name: write_dataset(output, source(Shares(*shares)), executor)}
+            described = source(shares(given))
+            check_used(described, given)
+            made = {output.name: write_dataset(output, described, executor)}
     report(made)
     return 0
+
+
+def given_flags() -> set[str]:
+    """The flags of READS that the command line sets."""
+    known = {name for names in READS.values() for name in names}
+    return {name for name in known if name in flags.FLAGS and flags.FLAGS[name].present}
+
+
+def check_given(source: str, given: Collection[str]) -> None:
+    """A UserError for a flag that the source does not read."""
+    for name in sorted(set(given) - set(READS[source])):
+        readers = ", ".join(other for other, names in READS.items() if name in names)
+        raise UserError(
+            f"--{name} is not read by --source={source} but by {readers}: "
+            "leave it out, or choose one of these"
+        )
+
+
+def check_used(source: Source, given: Collection[str]) -> None:
+    """A UserError for a flag that the source reads, but that its input leaves without use."""
+    if source.shares is None and (without := sorted(set(given) & set(_SPLITS))):
+        raise UserError(
+            f"--input has splits of its own, which --{without[0]} does not change: leave it out"
+        )
+    if isinstance(source, tfds.Tfds) and source.kind != "videos" and "fps" in given:
+        raise UserError(f"--fps is for videos, and --input makes {source.kind}: leave it out")
+
+
+def shares(given: Collection[str]) -> Shares:
+    """How records are dealt to the splits. UserError for flags that contradict each other."""
+    if SPLIT.value is not None:
+        if other := sorted(set(given) & set(_SPLITS) - {"split"}):
+            raise UserError(f"--split={SPLIT.value} takes all records: leave out --{other[0]}")
+        return Shares.whole(SPLIT.value)
+    test, validation = TEST_SHARE.value, VALIDATION_SHARE.value
+    if validation is None:
+        validation = 0.0 if test == 1 else DEFAULT_SHARES.validation
+    if validation + test > 1:
+        raise UserError(
+            f"--validation_share={validation} and --test_share={test} are more than all records: "
+            "mend them to 1 or less together"
+        )
+    return Shares(validation, test)
 
 
 def source(shares: Shares) -> Source:
@@ -144,8 +217,6 @@ def _tfds(names: tuple[str, ...], shares: Shares) -> Source:
 
 def _sampling(short_side: str) -> dict[str, Any]:
     """How videos are read; `short_side` is the source's name for theirs."""
-    if FPS.value <= 0 or MAX_SECONDS.value <= 0:
-        raise UserError(f"--fps={FPS.value} and --max_seconds={MAX_SECONDS.value} must both be more than 0")
     sides = {} if SHORT_SIDE.value is None else {short_side: SHORT_SIDE.value}
     return {"fps": FPS.value, "max_seconds": MAX_SECONDS.value, **sides}
 
@@ -162,6 +233,11 @@ def _rules(rules: PictureRules) -> PictureRules:
 def build_tokenizer(output: pathlib.Path) -> int:
     file = output / FILE_NAME
     if file.exists():
+        if (pieces := Tokenizer.load(file).pieces) != VOCAB_SIZE.value:
+            raise UserError(
+                f"{file} is there already, with {pieces} pieces in place of "
+                f"--vocab_size={VOCAB_SIZE.value}: remove it, or choose another --output"
+            )
         print(f"{file} is there already and is left as it is")
         return 0
     with Console(stderr=True).status("reading text") as status:
@@ -180,14 +256,18 @@ def workers() -> Executor:
 
 def report(made: dict[str, tuple[dict[str, Any], bool]]) -> None:
     """A table of what became of every source record."""
-    table = Table("dataset", "records read", "used", "in splits", "dropped", "pictures used", "pictures dropped")
+    heads = ["dataset", "records read", "used", "in splits", "dropped"]
+    heads += ["pictures used", "pictures dropped"]
+    with_texts = any("texts" in statistics for statistics, _ in made.values())
+    table = Table(*heads, *(["texts dropped"] if with_texts else []))
     for name, (statistics, new) in made.items():
         pictures = statistics.get("pictures", {"used": "", "dropped": {}})
         cells = (
             name if new else f"{name} (was there)", statistics["records_read"], statistics["used"], _listed(statistics["splits"]),
             _listed(statistics["dropped"]), pictures["used"], _listed(pictures["dropped"]),
         )
-        table.add_row(*map(str, cells))
+        texts = [_listed(statistics.get("texts", {"dropped": {}})["dropped"])] if with_texts else []
+        table.add_row(*map(str, cells), *texts)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
