@@ -14,7 +14,7 @@ from av.video.reformatter import Interpolation
 
 from flamingo_jax.processing.images import MAX_PIXELS
 from flamingo_jax.processing.video_clock import Clock
-from flamingo_jax.processing.video_file import BROKEN, VideoError, claimed, opened, pictures
+from flamingo_jax.processing.video_file import BROKEN, DAMAGED, VideoError, claimed, opened, pictures
 
 MAX_FRAMES = 3_600
 """One hour at 1 fps."""
@@ -115,19 +115,16 @@ def _shown(
     rates = float(stream.guessed_rate or 0), float(stream.average_rate or 0)
     clock = Clock(*rates, trusted=container.format.name in TRUSTED)
     last: av.VideoFrame | None = None
-    told = 0
     for frame in pictures(container, stream, lost):
-        lasted = _seconds(last) if last is not None else None
-        time = clock(frame.time, lasted, known=len(lost) > told)
-        told = len(lost)
+        time = clock(frame.time, _seconds(last) if last is not None else None)
         if last is not None:
             yield last, time
         last = frame
     if last is None:
         return
     end = clock.last(_seconds(last))
-    lost += [GAP] * clock.gaps
-    if BROKEN not in lost and max(end, clock.span) + UNSURE < claimed(container, stream):
+    lost += [GAP] * (clock.gaps - lost.count(DAMAGED))  # What is damaged leaves a gap, too.
+    if BROKEN not in lost and max(end, clock.stamp) + UNSURE < claimed(container, stream):
         lost.append(BROKEN)
     yield last, end
 

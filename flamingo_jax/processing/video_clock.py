@@ -38,21 +38,13 @@ class Clock:
         self._now: float | None = None
         self._stamp: float | None = None
         self._shift: float | None = None
-        self._first = 0.0
         self._behind = 0
         self._steps = self._gaps = 0
-        self._known = False
 
-    def __call__(
-        self, stamp: float | None, lasted: float | None = None, *, known: bool = False
-    ) -> float:
+    def __call__(self, stamp: float | None, lasted: float | None = None) -> float:
         """Seconds of a picture. stamp: its time by the file. lasted: how long the one before it
-        stays by the file, which counts where the stamp is of no use. known: that pictures are lost
-        before this one is known already, and no gap to be told of."""
+        stays by the file, which counts where the stamp is of no use."""
         self._hear(lasted)
-        self._known = known
-        if stamp is not None and self._now is None:
-            self._first = stamp
         self._now = self._next(stamp)
         self._stamp = self._stamp if stamp is None else stamp
         return self._now
@@ -67,9 +59,9 @@ class Clock:
             self._step = lasted
 
     @property
-    def span(self) -> float:
-        """Seconds between the first stamp and the last one, jumps and all."""
-        return (self._stamp or 0.0) - self._first
+    def stamp(self) -> float:
+        """The last stamp, jumps and all; headers count a film's length up to it."""
+        return self._stamp or 0.0
 
     @property
     def gaps(self) -> int:
@@ -89,7 +81,7 @@ class Clock:
         if 0 < delta <= self._limit:
             self._behind = 0
             self._steps += 1
-            self._gaps += delta > GAP * self._usual and not self._known
+            self._gaps += delta > GAP * self._usual
             self._step = delta
             return now + delta
         if -SETBACK < delta <= 0 and self._behind < BEHIND:

@@ -8,15 +8,19 @@ import io
 import json
 import pathlib
 import tarfile
+from collections.abc import Callable
 
 import av
 import numpy as np
+import pytest
 
 from data_pipelines.build.questions_folder import QuestionsFolder
+from data_pipelines.build.source import Source
 from data_pipelines.build.video_folder import VideoFolder
 from data_pipelines.build.webdataset import WebDataset
 from data_pipelines.build.writer import write_dataset
 from tests.data_pipelines.raw import ALL_TRAIN, colourful, huge_png, lines, read, save
+from tests.data_pipelines.test_damage import SOURCES
 from tests.processing.films import levels, quarters, write, write_two
 
 
@@ -76,6 +80,7 @@ def png() -> bytes:
 
 
 PICTURE = png()
+Make = Callable[[pathlib.Path], tuple[Source, dict[str, int]]]
 
 
 def fill_names(shard: Shard) -> None:
@@ -239,7 +244,20 @@ def test_no_question_about_a_video_goes_without_a_count(tmp_path: pathlib.Path) 
     check(tmp_path, QuestionsFolder((str(raw),), ALL_TRAIN, video_short_side=32), key)
 
 
-def check(tmp_path: pathlib.Path, source: object, key: Key) -> dict[str, dict]:
+@pytest.mark.parametrize("make", SOURCES, ids=lambda make: make.__name__)
+def test_hidden_files_are_data_nowhere(make: Make, tmp_path: pathlib.Path) -> None:
+    """What macOS leaves beside every file, and the folder that its archives have."""
+    source, dropped = make(tmp_path / "raw")
+    for file in [path for path in (tmp_path / "raw").rglob("*") if path.is_file()]:
+        for twin in (file.with_name(f"._{file.name}"), file.parent / "__MACOSX" / file.name):
+            twin.parent.mkdir(exist_ok=True)
+            twin.write_bytes(b"\0\5\x16\7" + b"\0" * 100)
+        (file.parent / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    statistics, _ = write_dataset(tmp_path / "out", source)
+    assert statistics["dropped"] == dropped
+
+
+def check(tmp_path: pathlib.Path, source: Source, key: Key) -> dict[str, dict]:
     statistics, _ = write_dataset(tmp_path / "out", source)
     records = read(tmp_path / "out")
     assert set(records) == key.used and statistics["used"] == len(key.used)

@@ -112,4 +112,4 @@ def test_gaps_are_those_of_a_steady_rate():
     seconds(steady, [number / 10 for number in range(80) if number not in (40, 41)])
     seconds(varying, list(np.cumsum([0.1, 0.3, 0.1, 0.2] * 20)))
     assert steady.gaps == 1 and varying.gaps == 0
-    assert steady.last(None) == pytest.approx(8) and steady.span == pytest.approx(7.9)
+    assert steady.last(None) == pytest.approx(8) and steady.stamp == pytest.approx(7.9)

@@ -72,6 +72,14 @@ def test_pictures_that_lack_leave_a_gap_that_is_told(tmp_path: pathlib.Path):
     assert len(film.frames) == 8 and film.lost == (GAP,)
 
 
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "avi"])
+def test_a_film_that_begins_late_is_whole(tmp_path: pathlib.Path, ending: str):
+    """Some headers count its length from the first picture, some from the start of the clock."""
+    write(tmp_path / f"a.{ending}", [20] * 30, rate=10, codec="mpeg4", stamp=lambda i: i + 100)
+    film = read_film(tmp_path / f"a.{ending}", fps=1)
+    assert len(film.frames) == 3 and film.lost == ()
+
+
 FIXED = 1 << 16
 CORNERS = (RED, GREEN, BLUE, GREY)
 MATRICES = [
