@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.build.captions import NO_CAPTION, Texts, why_no_text
+from data_pipelines.build.files import FILLERS
 from data_pipelines.build.pictures import ANY_PICTURE, PictureRules, Unfit
 from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares, Stream
 from data_pipelines.build.text_files import EMPTY, as_utf8
@@ -226,8 +227,11 @@ def _builder(name: str) -> Any:
 
     try:
         if os.path.isdir(name):
-            versions = sorted(glob.glob(os.path.join(glob.escape(name), "*", INFO_FILE)))
-            return tfds.builder_from_directory(os.path.dirname(versions[-1]) if versions else name)
+            if os.path.isfile(os.path.join(name, INFO_FILE)):
+                return tfds.builder_from_directory(name)
+            files = glob.glob(os.path.join(glob.escape(name), "*", INFO_FILE))
+            versions = sorted(folder for folder in map(os.path.dirname, files) if os.path.basename(folder) not in FILLERS)
+            return tfds.builder_from_directory(versions[-1] if versions else name)
         builder = tfds.builder(name)
         if not builder.is_prepared():
             builder.download_and_prepare(file_format="array_record")
