@@ -32,6 +32,7 @@ setuptools.setup(
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.10",
         "tokenizers>=0.20",
+        "webencodings>=0.6",
     ],
     extras_require={
         "parquet": ["pyarrow>=16"],

@@ -172,16 +172,19 @@ def find(
     raise NoFile(next((reason for reason in reasons if reason != MISSING), MISSING))
 
 
-def read(path: str | pathlib.Path) -> bytes:
-    """A file that was found, of at most MAX_BYTES. Raises NoFile."""
+def read(path: str | pathlib.Path, most: int = MAX_BYTES, too_large: str = TOO_LARGE) -> bytes:
+    """A file that was found, of at most so many bytes; too_large is the reason where it has more.
+
+    Raises NoFile.
+    """
     try:
         with open(path, "rb") as file:
-            whole = os.fstat(file.fileno()).st_size <= MAX_BYTES
-            data = file.read(MAX_BYTES + 1) if whole else b""
+            whole = os.fstat(file.fileno()).st_size <= most
+            data = file.read(most + 1) if whole else b""
     except OSError as error:
         raise NoFile(UNREADABLE) from error
-    if not whole or len(data) > MAX_BYTES:
-        raise NoFile(TOO_LARGE)
+    if not whole or len(data) > most:
+        raise NoFile(too_large)
     return data
 
 

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.build.html_pages import HtmlPages, Picture, walk
+from data_pipelines.build.html_pages import HtmlPages
 from data_pipelines.build.image_folder import ImageFolder
-from data_pipelines.build.interleaved import tidy
 from data_pipelines.build.pictures import PictureRules, Unfit
 from data_pipelines.build.plain_text import PlainText, documents
 from data_pipelines.build.questions_folder import QuestionsFolder
@@ -255,85 +254,6 @@ def test_all_questions_about_a_picture_are_in_one_split(tmp_path):
     about = {split: {name.split("#")[0] for name in read(tmp_path / "out", split)} for split in ("train", "validation")}
     assert about["train"].isdisjoint(about["validation"]) and about["train"] | about["validation"] == set(names)
     assert statistics["splits"] == {split: 4 * len(found) for split, found in about.items()}
-
-
-# Pages.
-
-PAGE = """<!DOCTYPE html><html><head><title>not text</title><style>p {color: red}</style></head><body>
-<nav>menu <img src="a.png"></nav>
-<h1>Title
-  of  it</h1><p>One <b>bold</b>word&nbsp;&amp; more<!-- a comment --> here.</p><script>var x = 1;</script>
-<p>Before <IMG SRC="pics/a%20b.png?v=2" alt="the  picture"> after</p>
-<ul><li>first<li>second</ul>
-<img src="pics/a%20b.png"><table><tr><td>x</td><td>y</td></tr></table>
-<img src="http://example.com/far.png"><img src="../out.png"><img src="/pics/wide.png"><img src="gone.png"><img>
-<img src="data:image/png;base64,AA">
-last<br>line</body></html>"""
-
-
-def test_html_pages(tmp_path):
-    root = tmp_path / "site"
-    save(root / "sub" / "pics" / "a b.png", colourful())
-    save(root / "a.png", colourful())
-    save(root / "pics" / "wide.png", colourful(70, 300))
-    save(tmp_path / "out.png", colourful())
-    (root / "sub" / "page.html").write_text(PAGE)
-    (root / "bare.htm").write_text("<p>only text <img src='gone.png'></p>")
-    (root / "mute.html").write_text("<img src='a.png'>")
-    (root / "empty.html").write_text("  ")
-    (root / "top.html").write_text('<p>a<img src="sub/../a.png"><p>b')
-    (root / "climb.html").write_text('<p>a<img src="../out.png"><img src="/../out.png"><img src="sub/../../out.png"><p>b')
-    statistics, _ = write_dataset(tmp_path / "pages", HtmlPages((str(root),), ALL_TRAIN))
-    assert statistics["used"] == 2 and statistics["records_read"] == 6
-    assert statistics["dropped"] == {"page without a picture that is fit": 2, "page without text": 1, "unreadable page": 1}
-    assert statistics["pictures"] == {
-        "used": 3,
-        "dropped": {
-            "aspect over 3": 1, "missing": 3, "no address": 1, "on a page without text": 1, "on another machine": 1,
-            "outside the folder": 3, "within the page": 1,
-        },
-    }
-    page = read(tmp_path / "pages")["sub/page.html"]
-    assert strings(page["texts"]) == ["Title of it\nOne boldword & more here.\nBefore", "after\nfirst\nsecond", "x y\nlast\nline"]
-    assert len(page["images"]) == 2
-
-
-def test_alternative_text_on_request(tmp_path):
-    save(tmp_path / "site" / "a.png", colourful())
-    (tmp_path / "site" / "page.html").write_text('<p>one<img src="a.png" alt="a  cat">two')
-    write_dataset(tmp_path / "pages", HtmlPages((str(tmp_path / "site"),), ALL_TRAIN, alt_text=True))
-    assert strings(read(tmp_path / "pages")["page.html"]["texts"]) == ["one", "a cat\ntwo"]
-
-
-def page_text(page: bytes) -> str:
-    return tidy("".join(item for item in walk(page) if isinstance(item, str)))
-
-
-def test_pages_in_several_encodings():
-    text = "<p>Grüße, Señor — naïve</p>"
-    assert page_text(text.encode()) == "Grüße, Señor — naïve"
-    assert page_text(b'<?xml version="1.0" encoding="utf-8"?><html><body>' + text.encode()) == "Grüße, Señor — naïve"
-    assert page_text(b'<meta charset="windows-1252">' + text.encode("cp1252")) == "Grüße, Señor — naïve"
-    torn = text.encode() + b"<p>\x93torn"
-    assert page_text(torn) == "Grüße, Señor — naïve\n\ufffdtorn"
-    assert page_text(b'<meta charset="utf-8">' + torn) == "Grüße, Señor — naïve\n\ufffdtorn"
-    assert page_text(b'<meta charset="windows-1252">' + torn).endswith("\n“torn")
-    assert page_text("<p>né à Genève".encode("latin-1")) == "né à Genève"
-
-
-def test_broken_pages_are_read_as_far_as_they_go():
-    assert page_text(b"<p>one <b>two <i>three</p><div>four") == "one two three\nfour"
-    assert page_text(b"<style>x</style>tail<footer>f</footer> after") == "tail after"
-
-
-def test_a_page_within_a_form_is_read_without_its_fields():
-    page = b"<form>one<p>two<button>b</button><select><option>c</select><textarea>d</textarea></form>three"
-    assert page_text(page) == "one\ntwo\nthree"
-
-
-def test_pictures_that_load_late_are_found_by_their_own_address():
-    page = b'<p>x<img src="data:image/gif;base64,AA" data-src=" a.png "><img data-src="b.png"><img src="c.png" data-src="d.png"><img src="data:,">'
-    assert [item.source for item in walk(page) if isinstance(item, Picture)] == ["a.png", "b.png", "c.png", "data:,"]
 
 
 # Text and tokenizer.

@@ -1,0 +1,98 @@
+"""From the address of a picture on a page to its bytes: a file below the folder, or the page itself.
+
+What a page refers to elsewhere, on the web or by a path that leads out, is not read.
+"""
+
+import base64
+import binascii
+import pathlib
+import re
+import urllib.parse
+from collections.abc import Iterator, Sequence
+
+from data_pipelines.build.files import MISSING, NoFile, find, read
+from data_pipelines.build.pictures import Unfit
+
+ELSEWHERE = "on another machine"
+NO_ADDRESS = "no address"
+NO_FILE = "address of no file"
+BAD_DATA = "data address that cannot be decoded"
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
+"""A single letter is a drive of Windows."""
+
+
+def read_place(
+    root: pathlib.Path, page: pathlib.Path, address: str, base: str = "", given: Sequence[str] = ()
+) -> bytes:
+    """The picture that an address on `page` means, a file below `root`.
+
+    base: of the page's addresses. given: other folders that links may lead to. Raises Unfit.
+    """
+    address = re.sub(r"[\t\n\r]", "", address).strip()
+    if not address:
+        raise Unfit(NO_ADDRESS)
+    if scheme := _scheme(address):
+        if scheme == "data":
+            return _within(address)
+        if scheme != "file":
+            raise Unfit(ELSEWHERE if scheme in ("http", "https", "ftp", "//") else NO_FILE)
+        address = re.sub(r"(?i)^file:(//(localhost)?(?=/))?", "", address)
+        return _first(root, [address, urllib.parse.unquote(address)], given)
+    here = page.parent.relative_to(root).as_posix()
+    return _first(root, dict.fromkeys(_names(address, here, base)), given)
+
+
+def _scheme(address: str) -> str:
+    """In small letters; "//" for an address that leaves out its page's, "" for none at all."""
+    if address.replace("\\", "/").startswith("//"):
+        return "//"
+    found = SCHEME.match(address)
+    return found[1].lower() if found else ""
+
+
+def _names(address: str, here: str, base: str) -> Iterator[str]:
+    """Below the folder: relative to the page's base where that has been copied, and to the page."""
+    path = _path(base)
+    folder = path[: path.rfind("/") + 1]
+    starts = [_joined(here, folder)] if folder else []
+    bare = re.split(r"[?#]", address)[0]
+    for start in (*starts, here):
+        for name in (address, bare, urllib.parse.unquote(bare, errors="surrogateescape")):
+            yield _joined(start, name)
+
+
+def _path(base: str) -> str:
+    """The path in the address of a base, without its machine: sites are copied in their folders."""
+    try:
+        return urllib.parse.unquote(urllib.parse.urlsplit(base.replace("\\", "/")).path)
+    except ValueError:  # No address.
+        return ""
+
+
+def _joined(start: str, name: str) -> str:
+    return name.lstrip("/\\") if name.startswith(("/", "\\")) else f"{start}/{name}"
+
+
+def _first(root: pathlib.Path, names: Sequence[str] | dict[str, None], given: Sequence[str]) -> bytes:
+    reasons = []
+    for name in names:
+        try:
+            return read(find((root,), name, given))
+        except NoFile as error:
+            reasons.append(error)
+    raise next((reason for reason in reasons if str(reason) != MISSING), reasons[0])
+
+
+def _within(address: str) -> bytes:
+    """What a `data:` address holds (RFC 2397), with the blanks that browsers forgive."""
+    about, comma, held = address[len("data:") :].partition(",")
+    data = urllib.parse.unquote_to_bytes(held)
+    try:
+        if not comma:
+            raise ValueError("nothing held")
+        if about.replace(" ", "").lower().endswith(";base64"):
+            data = re.sub(rb"[\t\n\f\r ]", b"", data).rstrip(b"=")
+            data = base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+    except (ValueError, binascii.Error) as error:
+        raise Unfit(BAD_DATA) from error
+    return data
