@@ -18,6 +18,7 @@ import numpy as np
 
 from flamingo_jax.dataset_identity import INFO_FILE, VERSION, find_dataset
 from flamingo_jax.errors import UserError
+from flamingo_jax.storage import modified
 
 __all__ = ["INFO_FILE", "VERSION"]
 
@@ -71,5 +72,5 @@ def dataset_folder(path: str | pathlib.Path) -> pathlib.Path:
 
 def is_current(path: pathlib.Path, folder: pathlib.Path) -> bool:
     """Whether a file made from the dataset in `folder` is there and no older than the dataset."""
-    info = folder / INFO_FILE
-    return path.exists() and not (info.exists() and path.stat().st_mtime < info.stat().st_mtime)
+    made = modified(path)
+    return made is not None and made >= (modified(folder / INFO_FILE) or made)

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_pipelines.features import dataset_folder, features, kind_of
+from data_pipelines.shard_files import Shard, Shards
 from data_pipelines.transforms.examples import strings
 from flamingo_jax.errors import UserError
 from flamingo_jax.processing import images
+from flamingo_jax.storage import read_again
 
 FAILED_SHARE = 0.01
 """Part of the records that may fail to decode."""
@@ -41,12 +43,14 @@ BLANKS: dict[str, dict[str, Any]] = {
 def open_records(path: str | pathlib.Path, split: str, kind: str | None = None) -> Sequence[Any]:
     """A split of a prepared TFDS dataset, its pictures left encoded; kind None takes whatever it holds.
 
-    Raises UserError where the folder is missing or no dataset, the split is unknown or empty, or features of the kind are missing.
+    Raises:
+      UserError: the folder is missing or no dataset, the split is unknown or empty, or features of the kind or files are missing.
+      StorageError: here, or when a record is asked for: the storage failed each time it was asked.
     """
     import tensorflow_datasets as tfds  # Half a second, which commands without data need not wait for.
 
     folder = dataset_folder(path)
-    builder = tfds.builder_from_directory(str(folder))
+    builder = read_again(lambda: tfds.builder_from_directory(str(folder)), folder)
     if split not in builder.info.splits:
         raise UserError(
             f"the dataset {folder} has no split {split!r}; it has {', '.join(sorted(builder.info.splits))}: name one of these, take the dataset "
@@ -60,15 +64,15 @@ def open_records(path: str | pathlib.Path, split: str, kind: str | None = None) 
         raise UserError(f"the dataset {folder} has no {', '.join(missing)}, so it is not of kind {kind!r}: mend the dataset's `kind` or `path`")
 
     kind = kind or kind_of(fields)
+    name = f"{folder} {split}"
     own = fields.get_serialized_info()
-    source: Sequence[Any]
-    if own == features(kind).get_serialized_info() and builder.info.file_format is tfds.core.FileFormat.ARRAY_RECORD:
-        raw = builder.as_data_source(split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-        source = Parsed(raw, {name: bool(info.shape) for name, info in own.items()})
-    else:
-        decoders = left_encoded(name for name in PICTURES.values() if name in fields)
-        source = builder.as_data_source(split=split, decoders=decoders)
-    return Readable(source, kind, f"{folder} {split}")
+    decoders = left_encoded(name for name in PICTURES.values() if name in fields)
+    if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
+        return Readable(builder.as_data_source(split=split, decoders=decoders), kind, name)
+    raw = Shards([Shard(str(part.filename), part.skip, part.take) for part in builder.info.splits[split].file_instructions], name)
+    if own == features(kind).get_serialized_info():
+        return Readable(Parsed(raw, {name: bool(info.shape) for name, info in own.items()}), kind, name)
+    return Readable(Decoded(raw, lambda stored: fields.deserialize_example_np(stored, decoders=decoders)), kind, name)
 
 
 def left_encoded(names: Iterable[str]) -> dict[str, Any]:
@@ -113,8 +117,24 @@ class Parsed(Sequence[Any]):
         return record
 
 
+class Decoded(Sequence[Any]):
+    """A split of serialised tf.train.Examples of any features, as TFDS decodes them."""
+
+    def __init__(self, raw: Sequence[bytes], decode: Callable[[bytes], Any]):
+        self._raw, self._decode = raw, decode
+
+    def __len__(self) -> int:
+        return len(self._raw)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._decode(self._raw[place])
+
+
 class Readable(Sequence[Any]):
-    """A split whose damaged records, which the files' checksums tell, are blank ones; each is named once. `name` is the split's in the log."""
+    """A split whose damaged records, which the files' checksums tell, are blank ones; each is named once. `name` is the split's in the log.
+
+    What could not be read is not damaged: it is read again, and in the end a StorageError.
+    """
 
     def __init__(self, source: Sequence[Any], kind: str, name: str):
         self._source, self._kind, self._name = source, kind, name
@@ -127,12 +147,21 @@ class Readable(Sequence[Any]):
         if not 0 <= place < len(self):
             raise IndexError(f"{self._name} has {len(self)} records")
         try:
-            return self._source[place]
+            return read_again(lambda: self._source[place], f"record {place} of {self._name}")
+        except (UserError, MemoryError):
+            raise
         except Exception as error:  # noqa: BLE001 - readers of damaged bytes raise whatever they stumble on.
             if place not in self._damaged:
                 self._damaged.add(place)
                 logging.warning("record %d of %s is damaged on disk: %s", place, self._name, str(error)[:200])
             return {"id": f"#{place}", UNREADABLE: True, **BLANKS[self._kind]}
+
+
+class DamagedError(images.ImageError):
+    """A record whose bytes on disk are damaged."""
+
+    def __init__(self) -> None:
+        super().__init__("it is damaged on disk")
 
 
 class Known(NamedTuple):
@@ -191,6 +220,7 @@ class Record:
         self._source, self._place, self._feature, self._size, self._keep = source, place, feature, size, pictures
         self._fields: dict[str, Any] | None = None
         self._pictures: list[list[bytes | np.ndarray]] = []
+        self._was_whole = known is not None and not known.damaged
         if known is None:
             counts = self._load()
             known = Known(strings([self.fields["id"]])[0], counts, {}, UNREADABLE in self.fields)
@@ -198,8 +228,11 @@ class Record:
         self.id, self.frame_counts, self.made, self.damaged = known
 
     def _load(self) -> list[int]:
-        """Reads it; the stored frames of each visual."""
+        """Reads it; the stored frames of each visual. Raises DamagedError for one that was whole
+        when it was read before: what is known of it is not what stands in for it."""
         stored = self._source[self._place]
+        if UNREADABLE in stored and self._was_whole:
+            raise DamagedError
         pictures = [] if self._feature is None else stored[self._feature]
         if self._feature == "image":
             pictures = [pictures]

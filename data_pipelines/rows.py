@@ -10,7 +10,7 @@ import numpy as np
 
 from data_pipelines.encoded import EncodedPictures, Encoder, load_or_encode
 from data_pipelines.features import dataset_folder
-from data_pipelines.records import PICTURES, Failures, Record, Records, open_records
+from data_pipelines.records import PICTURES, DamagedError, Failures, Record, Records, open_records
 from data_pipelines.transforms.blanks import Blanks
 from data_pipelines.transforms.examples import (
     Arrays,
@@ -20,6 +20,7 @@ from data_pipelines.transforms.examples import (
     answer_of,
     assemble,
     caption_of,
+    empty_segment,
     feature_canvas,
     flamingo_segment,
     image_canvas,
@@ -225,7 +226,7 @@ class Rows:
         contrastive = self._making.task == "contrastive"
         if contrastive and dataset.kind == "pairs":
             count = np.arange(len(opened), dtype=np.int32)
-            self._lengths = None
+            self._measured = self._lengths = None
             return Items(count, np.zeros_like(count), np.ones_like(count), np.zeros_like(count), np.ones_like(count))
         if stored:
             lengths = load_or_measure(opened, dataset.kind, self._making.tokenizer, dataset_folder(dataset.path), dataset.split, dataset.prompt)
@@ -233,7 +234,7 @@ class Rows:
             lengths = measure(opened, dataset.kind, self._making.tokenizer, dataset.prompt)
         if dataset.kind != "questions":
             self._cut = lengths.tokens > dataset.length
-        self._lengths = lengths if len(lengths.captions) else None
+        self._measured, self._lengths = lengths, lengths if len(lengths.captions) else None
         if dataset.kind in ("pairs", "videos") and dataset.length < pair_overhead(self._making.tokenizer) + 1:
             raise UserError(f"rows of {dataset.length} tokens have no room for a caption in the dataset {self.name}; raise its `length`")
         if contrastive:
@@ -311,17 +312,43 @@ class Rows:
         return [self._text(item, row.epoch) for item in row.items]
 
     def _text(self, item: int, epoch: int) -> Segment:
-        record, dataset, tokenizer = self._records[int(self._items.record[item])], self._making.dataset, self._making.tokenizer
-        if record.damaged:
-            self._failures.add(record.id, ValueError("it is damaged on disk"))
-            nothing = np.zeros(int(self._items.length[item]), np.int32)
-            return Segment(np.full_like(nothing, tokenizer.pad), nothing.astype(bool), nothing - 1)
-        if dataset.kind == "questions":
-            answer = answer_of(record.fields, self._draws(epoch, record.id))
-            document = record.once(answer, lambda: question_tokens(opening_of(record.fields, dataset), answer, tokenizer))
-            return text_segment(document, 0, len(document))
-        document = record.once("", lambda: text_tokens(strings([record.fields["text"]])[0], tokenizer))
-        return text_segment(document, int(self._items.start[item]), int(self._items.length[item]))
+        place, length = int(self._items.record[item]), int(self._items.length[item])
+        record, dataset, tokenizer = self._records[place], self._making.dataset, self._making.tokenizer
+        try:
+            self._require_whole(place, record)
+            if dataset.kind == "questions":
+                answer = answer_of(record.fields, self._draws(epoch, record.id))
+                document = record.once(answer, lambda: question_tokens(opening_of(record.fields, dataset), answer, tokenizer))
+            else:
+                document = record.once("", lambda: text_tokens(strings([record.fields["text"]])[0], tokenizer))
+        except DamagedError as error:
+            self._failures.add(record.id, error)
+            return empty_segment(length, tokenizer.pad)
+        self._require_length(place, record, len(document), None)
+        start = 0 if dataset.kind == "questions" else int(self._items.start[item])
+        return text_segment(document, start, len(document) if dataset.kind == "questions" else length)
+
+    def _require_whole(self, place: int, record: Record) -> None:
+        """Raises DamagedError where its bytes are damaged, or were when it was measured: its place in a row is a blank one's."""
+        if record.damaged or (self._measured is not None and self._measured.damaged[place]):
+            raise DamagedError
+
+    def _require_length(self, place: int, record: Record, tokens: int, chosen: tuple[int, bool] | None) -> None:
+        """Raises UserError where a record is not as long as it was when it was measured: its row would have no room for it, or not show all."""
+        if self._measured is None:
+            return
+        dataset, measured = self._making.dataset, self._measured.of_record(place, chosen)
+        if dataset.kind in ("pairs", "videos"):
+            measured = min(measured, dataset.length)
+        # Of a question with several answers the longest was measured.
+        if tokens > measured or (tokens < measured and dataset.kind != "questions"):
+            raise self._changed(record, f"{tokens} tokens, where {measured} were measured")
+
+    def _changed(self, record: Record, what: str) -> UserError:
+        return UserError(
+            f"the record {record.id!r} of the dataset {self.name} has {what}: its files were changed since; "
+            f"remove the files lengths_* that lie beside them and start again"
+        )
 
     def _visuals(self, rows: Sequence[PlannedRow], standing: Standing) -> Arrays:
         """Rows with the visuals that are decoded here. These, the most of a batch, are put where they shall lie and not copied again."""
@@ -340,7 +367,6 @@ class Rows:
 
     def _visits(self, row: PlannedRow) -> list[Visit]:
         """What a row has of its records, in order."""
-        dataset, tokenizer = self._making.dataset, self._making.tokenizer
         items, epoch, choices = row
         visits: list[Visit] = []
         lost = False
@@ -349,12 +375,29 @@ class Rows:
             for place in range(first, first + int(self._items.count[item])):
                 record, shares = self._records[place], place > first
                 chosen = None if choices is None else (int(choices.caption[place]), bool(choices.space[place]))
-                segment = flamingo_segment(record, dataset, tokenizer, self._draws(epoch, record.id, chosen))
+                segment = self._segment(place, record, epoch, chosen)
                 # Every process that reads the row finds the same damage, and blanks the segments that would share the visual besides.
                 lost = lost if shares else record.damaged
-                segment = segment.blank() if record.damaged or lost else segment
+                segment = segment.blank() if lost else segment
                 visits.append(Visit(place, record, segment.sharing() if shares else segment))
         return visits
+
+    def _segment(self, place: int, record: Record, epoch: int, chosen: tuple[int, bool] | None) -> Segment:
+        """What a row shows of a record. Of one that is found damaged, which is noted in it, as many tokens with nothing to learn."""
+        dataset, tokenizer = self._making.dataset, self._making.tokenizer
+        try:
+            self._require_whole(place, record)
+            if chosen is not None and chosen[0] >= max(1, len(record.fields["captions"])):
+                raise self._changed(record, f"no caption {chosen[0] + 1}, which was measured")
+            segment = flamingo_segment(record, dataset, tokenizer, self._draws(epoch, record.id, chosen))
+        except DamagedError:
+            record.damaged = True
+            measured = 1 if self._measured is None else self._measured.of_record(place, chosen)
+            return empty_segment(min(measured, dataset.length), tokenizer.pad)
+        # A window is shorter than its page.
+        tokens = len(record.made[""]) if dataset.kind == "pages" else len(segment.tokens)
+        self._require_length(place, record, tokens, chosen)
+        return segment
 
     def _show(self, visits: Sequence[Visit], board: Board, places: Sequence[int | None]) -> int:
         """Puts a row's visuals on the board in their `places` (see `show`). How many of its records are read here: what other processes read
@@ -391,9 +434,11 @@ class Rows:
         record, length = self._records[place], self._making.text_length
         dataset, draws = self._making.dataset, self._draws(epoch, record.id)
         asking = dataset.kind == "questions"
-        ids = self._told(place, count, draws) if asking else self._caption(record, draws)
+        ids = np.zeros(0, np.int32)
         augment = None if draws is None else draws.augmentation(dataset)
         try:
+            self._require_whole(place, record)
+            ids = self._told(place, count, draws) if asking else self._caption(record, draws)
             frames = record.frame_counts[0]
             pixels = record.read(0, draws.below(frames) if asking and draws is not None and frames else 0)
             pad(augment([pixels])[0] if augment else pixels, self._making.image_size, self._making.mean, out=out)
@@ -417,6 +462,9 @@ class Rows:
         told: list[int] = []
         for place in range(count) if draws is None else draws.order(count):
             record = self._records[first + place]
+            if record.damaged:
+                self._failures.add(record.id, DamagedError())
+                continue
             answer = answer_of(record.fields, draws)
             make = lambda: question_tokens(opening_of(record.fields, dataset), answer, tokenizer)[1:-1].tolist()  # noqa: B023 - called at once
             ids = record.once(answer, make)

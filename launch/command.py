@@ -25,6 +25,7 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.partitioning.mesh import settle_cpu_devices
 from flamingo_jax.ranges import MAX_SEED
+from flamingo_jax.storage import raise_open_files
 
 CONFIG = "config"
 _INTERRUPTED = 130
@@ -58,6 +59,7 @@ def run(main: Callable[..., int | None], verbs: Sequence[str] = ()) -> NoReturn:
     A UserError, and whatever is wrong with the command line, is `error: <sentence>` on stderr and its exit code (2), without a traceback.
     """
     _set_up_logging()
+    raise_open_files()
     settle_cpu_devices(is_supervised())
     try:
         if {"--help", "-help", "-h", "--helpshort", "--helpfull"} & set(sys.argv[1:]):

@@ -144,6 +144,12 @@ def text_segment(document: np.ndarray, start: int, length: int) -> Segment:
     return Segment(tokens, loss_mask, np.full(len(tokens), -1, np.int32))
 
 
+def empty_segment(length: int, pad_token: int) -> Segment:
+    """So many tokens with nothing to learn and nothing to see: what stands in for a damaged record."""
+    nothing = np.zeros(length, np.int32)
+    return Segment(np.full_like(nothing, pad_token), nothing.astype(bool), nothing - 1)
+
+
 def _page_window(sequence: sequences.Sequence, dataset: DatasetConfig, draws: Draws | None) -> Window:
     if draws is None:
         return window(sequence, 0, dataset.length, dataset.visuals, "previous")

@@ -6,17 +6,20 @@ import hashlib
 import logging
 import pathlib
 import uuid
+import zipfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from data_pipelines.features import is_current
+from data_pipelines.records import UNREADABLE
 from data_pipelines.transforms.examples import strings
 from data_pipelines.transforms.keys import generator
 from flamingo_jax.processing.sequences import asked, page_sequence, pair_overhead, question_sequence
 from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.progress import Bar
+from flamingo_jax.storage import read_again
 
 LONG = 5_000
 """Records from which on measuring shows a progress bar."""
@@ -29,7 +32,8 @@ class Lengths:
 
     captions: int32 [captions, 2], the same of every caption in the order of the records, without and with a leading space. first: int64
     [records + 1], where those of each record begin. Both hold nothing for records without captions. same:
-    bool [records], True for a question whose visual is that of the question before it.
+    bool [records], True for a question whose visual is that of the question before it. damaged: bool [records], True where the bytes on disk
+    were damaged, so that the rest is that of a blank one.
     """
 
     tokens: np.ndarray
@@ -37,6 +41,22 @@ class Lengths:
     captions: np.ndarray
     first: np.ndarray
     same: np.ndarray
+    damaged: np.ndarray
+
+    def of_record(self, place: int, caption: tuple[int, bool] | None) -> int:
+        """Tokens of one record's sequence, with the caption and the space before it that were chosen;
+        the longest there is without a choice."""
+        if caption is None or self.first[place] == self.first[place + 1]:
+            return int(self.tokens[place])
+        return int(self.captions[self.first[place] + caption[0], int(caption[1])])
+
+    def whole(self, records: int) -> bool:
+        """Whether these can be the lengths of so many records."""
+        return (
+            all(len(values) == records for values in (self.tokens, self.visuals, self.same, self.damaged))
+            and self.first.shape == (records + 1,)
+            and self.captions.shape == (self.first[-1], 2)
+        )
 
     def of(self, choices: "Choices") -> np.ndarray:
         """int32 [records]: tokens of the sequences with these captions."""
@@ -71,11 +91,12 @@ def measure(records: Sequence[Any], kind: str, tokenizer: Tokenizer, prompt: str
     visuals = np.zeros(len(records), np.int32)
     captions: list[tuple[int, int]] = []
     first = np.zeros(len(records) + 1, np.int64)
-    same = np.zeros(len(records), bool)
+    same, damaged = np.zeros(len(records), bool), np.zeros(len(records), bool)
     before: list[Any] = []
     with Bar(title, len(records), enabled=len(records) >= LONG) as bar:
         for place in range(len(records)):
             record = records[place]
+            damaged[place] = UNREADABLE in record
             if kind in ("pairs", "videos"):
                 lengths = _captions(record, tokenizer)
                 captions += lengths
@@ -87,22 +108,22 @@ def measure(records: Sequence[Any], kind: str, tokenizer: Tokenizer, prompt: str
                 same[place], before = bool(frames) and frames == before, frames
             first[place + 1] = len(captions)
             bar.advance()
-    return Lengths(tokens, visuals, np.array(captions, np.int32).reshape(-1, 2), first, same)
+    return Lengths(tokens, visuals, np.array(captions, np.int32).reshape(-1, 2), first, same, damaged)
 
 
 def load_or_measure(records: Sequence[Any], kind: str, tokenizer: Tokenizer, folder: pathlib.Path, split: str, prompt: str = "") -> Lengths:
     """From `lengths_<fingerprint>_<split>.npz` in the dataset's folder, written there first where it is missing or older than the
-    dataset; for questions the name tells their prompt too. A folder that cannot be written to is measured each time."""
+    dataset; for questions the name tells their prompt too. A folder that cannot be written to is measured each time.
+
+    Where the file is damaged, or a record that was damaged when it was measured has been mended since, all are measured again. Raises
+    StorageError where the storage fails each time it is asked (see `storage.read_again`); nothing is kept then.
+    """
     asked_so = f"_{hashlib.sha256(prompt.encode()).hexdigest()[:16]}" if kind == "questions" else ""
     path = folder / f"lengths_{tokenizer.fingerprint}{asked_so}_{split}.npz"
     if is_current(path, folder):
-        try:
-            with np.load(path) as stored:
-                lengths = Lengths(*(stored[field.name] for field in dataclasses.fields(Lengths)))
-            if len(lengths.tokens) == len(records):
-                return lengths
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            logging.warning("%s cannot be read and is made anew: %s", path, error)
+        lengths = _load(path, len(records))
+        if lengths is not None and all(UNREADABLE in records[place] for place in np.flatnonzero(lengths.damaged).tolist()):
+            return lengths
     lengths = measure(records, kind, tokenizer, prompt, title=f"token lengths of {folder.parent.name} {split}")
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.npz")
     try:
@@ -113,6 +134,21 @@ def load_or_measure(records: Sequence[Any], kind: str, tokenizer: Tokenizer, fol
         with contextlib.suppress(OSError):
             temporary.unlink()
     return lengths
+
+
+def _load(path: pathlib.Path, records: int) -> Lengths | None:
+    """What is kept of so many records; None where it cannot be used."""
+
+    def load() -> Lengths:
+        with np.load(path) as stored:
+            return Lengths(*(stored[field.name] for field in dataclasses.fields(Lengths)))
+
+    try:
+        lengths = read_again(load, path)
+    except (PermissionError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        logging.warning("%s cannot be used and is made anew: %s", path, error)
+        return None
+    return lengths if lengths.whole(records) else None
 
 
 def _of(record: Any, kind: str, tokenizer: Tokenizer, prompt: str) -> tuple[int, int]:

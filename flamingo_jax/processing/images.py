@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from flamingo_jax.processing.metadata import without_metadata
+from flamingo_jax.storage import storage_failure
 
 MAX_PIXELS = 64_000_000
 """Larger pictures are refused before they are decoded: a few bytes can claim terabytes."""
@@ -46,6 +47,8 @@ def decode(
     except ImageError:
         raise
     except Exception as error:  # noqa: BLE001 - PIL's readers raise whatever they stumble on: OSError, SyntaxError, struct.error
+        if storage_failure(error) is not None:
+            raise  # Too many files are open, or a reader of PIL's could not be loaded.
         bare = None if strict else without_metadata(data)
         if bare is None:
             raise ImageError(f"not a readable picture: {error}") from error
