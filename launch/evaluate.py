@@ -7,7 +7,8 @@ A benchmark is KIND:NAME=DATASET[:SPLIT][,support=DATASET[:SPLIT]], with KIND on
   vqa             questions; VQA accuracy, beside what the commonest answer of the training split would have
   classification  pairs, videos or questions whose answers are class names, ranked by log-likelihood
   binding         pages whose texts end with new words; which word names the last picture
-SPLIT is `test` if it is not given. A model that was trained on questions is asked as it was then; a Flamingo of pages and pairs is asked as in the
+SPLIT is `test` if it is not given. The classes are all answers of the evaluated split and the
+support set, or the lines of --classes=FILE. A model that was trained on questions is asked as it was then; a Flamingo of pages and pairs is asked as in the
 paper, after two text-only examples. Few-shot examples come from the support set, by default the dataset's own `train` split.
 
     python -m launch.evaluate --suite=quickstart --data=runs/quickstart/data --model=EXPORT --baseline=EXPORT --output=FOLDER
@@ -21,6 +22,7 @@ import pathlib
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,12 +47,14 @@ from flamingo_jax.evaluation.benchmarks import (
     commonest_answer,
     question_answering,
 )
-from flamingo_jax.evaluation.examples import Example, read_examples, read_pages
+from flamingo_jax.evaluation.examples import Example, first_answer, read_examples, read_pages
 from flamingo_jax.evaluation.report import read_metrics, write_report
+from flamingo_jax.evaluation.shots import draw
 from flamingo_jax.experiment import Experiment, FlamingoConfig
 from flamingo_jax.inference.engine import Engine
 from flamingo_jax.inference.generation import Decoding
 from flamingo_jax.inference.model import Loaded, flamingo_config, load_flamingo
+from flamingo_jax.progress import Bar
 from flamingo_jax.web_page import Table, cell
 from launch import command
 from launch.parts import TOTAL
@@ -77,7 +81,17 @@ CAPTION_PROMPT = flags.DEFINE_string(
     "that have met captions right after their pictures alone, as in plain pairs.",
 )
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", 24, "Tokens of an answer at most.", lower_bound=1)
-LIMIT = flags.DEFINE_integer("limit", 0, "Records of each benchmark at most; 0 for all.", lower_bound=0)
+LIMIT = flags.DEFINE_integer("limit", 0, "Records of each benchmark at most, drawn by --seed; 0 for all.", lower_bound=0)
+SUPPORT_LIMIT = flags.DEFINE_integer(
+    "support_limit", 2048, "Records of a support set at most, drawn by --seed (paper: 2048); 0 for all.", lower_bound=0
+)
+CLASSES = flags.DEFINE_string("classes", "", "classification: text file of the class names, one a line.")
+FRAMES = flags.DEFINE_integer(
+    "frames", None, "Frames of a clip at most, from its middle; by default as many as the model was trained with.", lower_bound=1
+)
+FPS = flags.DEFINE_float(
+    "fps", None, "Frames a second of clips; by default what was stored, as in training (paper: --fps=3 --frames=30).", lower_bound=1e-3
+)
 FEW_SHOT_LIMIT = flags.DEFINE_integer("few_shot_limit", 64, "suite: records of each few-shot figure at most.", lower_bound=1)
 ROWS = flags.DEFINE_integer("rows", 64, "Prompts in a batch at most.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the choice of examples.", lower_bound=0)
@@ -185,6 +199,7 @@ def run_benchmarks(settings: Settings, seconds: dict[str, float], curves: dict[s
         "commonest_answers": {b.name: b.commonest for b in benchmarks if isinstance(b, OpenEnded) and b.commonest},
         "counts": {b.name: {str(r.shots): len(r.samples) for r in results["model"] if r.name == b.name} for b in benchmarks},
         "seconds": _with_evaluation(seconds, time.monotonic() - began),
+        "drawn": {"limit": LIMIT.value, "support_limit": SUPPORT_LIMIT.value, "frames": FRAMES.value, "fps": FPS.value},
         **_about(model, baseline, settings),
     }
     rows = [[f"{r.name}, {who}", r.shots, r.accuracy, r.figures.get("commonest_answer"), len(r.samples)] for who, some in results.items() for r in some]
@@ -213,17 +228,18 @@ def make_benchmark(text: str, config: FlamingoConfig, shots: int, text_examples:
     sort, name, place, support_place = match.groups()
     path, split = _path_and_split(place, "test")
     if sort == "binding":
-        return Binding(name, read_pages(_limited(open_records(path, split, "pages")), config))
-    queries = _examples(path, split, config, limited=True)
+        pages = open_records(path, split, "pages")
+        return Binding(name, read_pages(_drawn(pages, path, split, LIMIT.value), config))
+    queries = _examples(path, split, config, LIMIT.value)
     support: list[Example] = []
     if support_place or shots or (text_examples and sort != "classification"):
-        support = _examples(*_path_and_split(support_place or path, "train"), config, limited=False)
+        support = _examples(*_path_and_split(support_place or path, "train"), config, SUPPORT_LIMIT.value)
     if sort == "captioning":
         return captioning(name, queries, support, form=prompts.Format(CAPTION_PROMPT.value))
     asking = _question_form()
     if sort == "vqa":
         return question_answering(name, queries, support, asking, _commonest(*_path_and_split(support_place or path, "train")))
-    classes = sorted({example.answers[0] for example in [*queries, *support]})
+    classes = _classes(path, split, support)
     form = asking if any(query.question for query in queries) else prompts.Format(CAPTION_PROMPT.value)
     return Classification(name, queries, support, classes, form)
 
@@ -259,18 +275,42 @@ def _commonest(path: str, split: str) -> str:
     return commonest_answer(strings(records[place]["answers"]) for place in range(len(records)))
 
 
-SUPPORT_LIMIT = 2048
-"""Records of a support set (paper: 2048)."""
+def _examples(path: str, split: str, config: FlamingoConfig, most: int) -> list[Example]:
+    kind, records = _open(path, split)
+    drawn = _drawn(records, path, split, most)
+    return read_examples(drawn, kind, config, frames=FRAMES.value, fps=FPS.value)
 
 
-def _examples(path: str, split: str, config: FlamingoConfig, *, limited: bool) -> list[Example]:
+def _open(path: str, split: str) -> tuple[str, Sequence[Any]]:
+    """A dataset's kind and the records of a split. Raises UserError where it holds no examples."""
     import tensorflow_datasets as tfds
 
     kind = kind_of(tfds.builder_from_directory(str(dataset_folder(path))).info.features)
     if kind not in ("pairs", "videos", "questions"):
         raise UserError(f"the dataset {path} holds {kind}, but pairs, videos or questions are needed")
-    records = open_records(path, split, kind)
-    return read_examples(_limited(records) if limited else _first(records, SUPPORT_LIMIT), kind, config)
+    return kind, open_records(path, split, kind)
+
+
+def _classes(path: str, split: str, support: Sequence[Example]) -> list[str]:
+    """Every class that could be the answer, however few records are asked about."""
+    if CLASSES.value:
+        try:
+            lines = pathlib.Path(CLASSES.value).read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--classes={CLASSES.value} cannot be read as text ({error}): name a file of class names") from error
+        classes = [line.strip() for line in lines if line.strip()]
+        if twice := [name for name, count in Counter(classes).items() if count > 1]:
+            raise UserError(f"--classes={CLASSES.value} has {twice[0]!r} more than once: give each class a name of its own")
+        if not classes:
+            raise UserError(f"--classes={CLASSES.value} holds no class: write one a line")
+        return classes
+    kind, records = _open(path, split)
+    with Bar(f"classes of {path}", len(records)) as bar:
+        answers = set()
+        for place in range(len(records)):
+            answers.add(first_answer(records[place], kind))
+            bar.advance()
+    return sorted({answer for answer in answers if answer} | {example.answers[0] for example in support})
 
 
 def _path_and_split(text: str, default: str) -> tuple[str, str]:
@@ -278,12 +318,8 @@ def _path_and_split(text: str, default: str) -> tuple[str, str]:
     return path, split or default
 
 
-def _limited(records: Sequence[Any]) -> list[Any]:
-    return _first(records, LIMIT.value or len(records))
-
-
-def _first(records: Sequence[Any], count: int) -> list[Any]:
-    return [records[place] for place in range(min(count, len(records)))]
+def _drawn(records: Sequence[Any], path: str, split: str, most: int) -> list[Any]:
+    return [records[place] for place in draw(SEED.value, f"{path}:{split}", len(records), most)]
 
 
 def _config() -> FlamingoConfig:

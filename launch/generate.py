@@ -5,7 +5,8 @@
 The prompt file holds a JSON list of parts in any order, {"text": "Output:"}, {"image": "photo.jpg"} or {"video": "clip.mp4"}, or one such
 list a line (JSONL) for several prompts. Paths are relative to the file. A prompt's own form matters: where training text reads
 `<image>Output: a caption`, as the quickstart's does, a captioning prompt is [{"image": "photo.jpg"}, {"text": "Output:"}]; for a model of plain
-pairs (configs/own_data.py), whose captions follow their pictures at once, it is [{"image": "photo.jpg"}].
+pairs (configs/own_data.py), whose captions follow their pictures at once, it is [{"image": "photo.jpg"}]. A text that spells out where visuals
+go has <image> there; one that only speaks of the tag has a backslash before it.
 """
 
 import json
@@ -23,7 +24,7 @@ from flamingo_jax.inference.generation import Decoding
 from flamingo_jax.inference.model import flamingo_config, load_flamingo
 from flamingo_jax.inference.prompts import Part, Visual, resolve_tags
 from flamingo_jax.processing import images
-from flamingo_jax.processing.video import VideoError, read_frames, spread
+from flamingo_jax.processing.video import VideoError, middle_clip, read_frames
 from launch import command
 
 MODEL = flags.DEFINE_string("model", "", "Exported folder of a Flamingo.")
@@ -34,7 +35,9 @@ TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Samples at this temperatur
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Nucleus sampling: only the likeliest tokens that together have this probability.", lower_bound=0.0, upper_bound=1.0)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of sampling.", lower_bound=0)
 FPS = flags.DEFINE_float("fps", 1.0, "Frames a second that are read from videos (paper: 1 in training).", lower_bound=1e-3)
-FRAMES = flags.DEFINE_integer("frames", None, "Frames of a video at most, taken evenly; by default as many as the model was trained with.", lower_bound=1)
+FRAMES = flags.DEFINE_integer(
+    "frames", None, "Frames of a video at most, from its middle; by default as many as the model was trained with (paper: 30 with --fps=3).", lower_bound=1
+)
 
 
 EXAMPLE = '[{"image": "a.png"}, {"text": "Output:"}]'
@@ -108,7 +111,7 @@ def _read_video(path: pathlib.Path, config: FlamingoConfig) -> Visual:
         frames = read_frames(path, fps=FPS.value, resize=lambda frame: images.fit(frame, vision.image_size))
     except VideoError as error:
         raise UserError(f"{error}: check its path in the prompt file") from error
-    kept = spread(len(frames), FRAMES.value or config.resampler.frames)
+    kept = middle_clip(len(frames), FRAMES.value or config.resampler.frames)
     return Visual(np.stack([images.pad(images.fit(frames[place], vision.image_size), vision.image_size, vision.mean) for place in kept]))
 
 

@@ -208,8 +208,15 @@ def _check_examples(benchmark: OpenEnded | Classification, settings: Settings, t
     if not benchmark.queries:
         raise UserError(f"{name} has no examples to evaluate on: name another split or a higher --limit")
     need = max(settings.shots, 0 if settings.shots else text_examples)
-    if len(support) < need:
-        raise UserError(f"{name} needs {need} support examples for its prompts, but there are {len(support)}: ask for fewer shots or name a larger set")
+    # A query is never its own example.
+    known = {example.id for example in support} if settings.shots else set()
+    left = len(support) - any(query.id in known for query in benchmark.queries)
+    if left < need:
+        own = ", besides the query itself" if left < len(support) else ""
+        raise UserError(
+            f"{name} needs {need} support examples for its prompts, but there are {left}{own}: "
+            "ask for fewer shots or name a larger set"
+        )
 
 
 def _few_shot_prompts(benchmark: OpenEnded | Classification, engine: Engine, settings: Settings, text_examples: int) -> list[list[Part]]:
@@ -219,8 +226,10 @@ def _few_shot_prompts(benchmark: OpenEnded | Classification, engine: Engine, set
     if not settings.shots and text_examples:
         places = keyed_rng(settings.seed, name).permutation(len(support))[:text_examples]
         text_only = [support[place] for place in places]
+    if not settings.shots:
+        return [prompts.few_shot(query, [], text_only, benchmark.form) for query in benchmark.queries]
     choose = make_shots(settings.selection, support, benchmark.queries, settings.seed, engine)
-    return [prompts.few_shot(query, choose(query, settings.shots), text_only, benchmark.form) for query in benchmark.queries]
+    return [prompts.few_shot(query, choose(query, settings.shots), [], benchmark.form) for query in benchmark.queries]
 
 
 def _title(name: str, shots: int) -> str:

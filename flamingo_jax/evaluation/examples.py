@@ -11,7 +11,7 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.inference.prompts import Visual
 from flamingo_jax.processing import images
-from flamingo_jax.processing.video import spread
+from flamingo_jax.processing.video import middle_clip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,26 +37,62 @@ class Page:
     visuals: tuple[Visual, ...]
 
 
-def read_examples(records: Iterable[Any], kind: str, config: FlamingoConfig, *, frames: int | None = None) -> list[Example]:
+def read_examples(
+    records: Iterable[Any],
+    kind: str,
+    config: FlamingoConfig,
+    *,
+    frames: int | None = None,
+    fps: float | None = None,
+) -> list[Example]:
     """Records of kind pairs, videos or questions, their pictures encoded as on disk (data_pipelines/features.py has the fields).
 
     Args:
-      frames: the most frames of a clip, taken evenly over it; by default as many as the resampler was trained with.
+      frames: the most frames of a clip, from its middle; by default as many as the resampler was
+        trained with.
+      fps: frames a second of clips, no more than were stored; by default all that were stored, as in
+        training.
 
-    Raises: UserError that names the record whose picture cannot be read, or that has no answer.
+    Raises: UserError that names the record whose picture cannot be read, that has no answer, or whose
+      video was stored at a lower rate.
     """
     examples = []
     for record in records:
         name = _text(record["id"])
         pictures = [record["image"]] if kind == "pairs" else list(record["frames"])
-        kept = spread(len(pictures), frames or config.resampler.frames)
+        every = 1.0 if kind == "pairs" or fps is None or len(pictures) == 1 else _every(record, fps, name)
+        kept = middle_clip(len(pictures), frames or config.resampler.frames, every=every)
         visual = read_visual([pictures[place] for place in kept], config, name)
-        answers = tuple(_text(t) for t in record["answers"]) if kind == "questions" else tuple(_plain(_text(t)) for t in record["captions"])
+        answers = _answers(record, kind)
         if not answers:
             raise UserError(f"the record {name!r} has no right answer to hold a prediction to: leave it out of the evaluation data")
         question, sort = (_text(record["question"]), _text(record["type"])) if kind == "questions" else ("", "")
         examples.append(Example(name, visual, answers, question, sort))
     return examples
+
+
+def _answers(record: Any, kind: str) -> tuple[str, ...]:
+    if kind == "questions":
+        return tuple(_text(text) for text in record["answers"])
+    return tuple(_plain(_text(text)) for text in record["captions"])
+
+
+def first_answer(record: Any, kind: str) -> str:
+    """What stands in prompts as a record's answer, without a look at its visual; "" where there is none."""
+    return next(iter(_answers(record, kind)), "")
+
+
+def _every(record: Any, fps: float, name: str) -> float:
+    """Stored frames from one frame of a clip at `fps` to the next."""
+    stored = float(record["fps"]) if "fps" in record else 0.0
+    if not stored:
+        raise UserError(f"{name} does not say its frame rate, so that none can be asked for: leave --fps away")
+    if fps > stored * (1 + 1e-6):
+        raise UserError(
+            f"{name} was stored at {stored:g} frames a second, fewer than --fps={fps:g}: "
+            "build the dataset again with that --fps, or ask for a lower one"
+        )
+    return max(1.0, stored / fps)
 
 
 def read_pages(records: Iterable[Any], config: FlamingoConfig) -> list[Page]:

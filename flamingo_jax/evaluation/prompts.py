@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from flamingo_jax.evaluation.examples import Example, Page
 from flamingo_jax.experiment import QUESTION_PROMPT
-from flamingo_jax.inference.prompts import END_OF_CHUNK, Part
+from flamingo_jax.inference.prompts import END_OF_CHUNK, Part, escape
 from flamingo_jax.processing.sequences import asked
 
 
@@ -20,10 +20,10 @@ class Format:
     template: str
 
     def opening(self, example: Example) -> str:
-        return asked(self.template, example.question)
+        return escape(asked(self.template, example.question))
 
     def whole(self, example: Example) -> str:
-        return f"{self.opening(example)} {example.answers[0]}"
+        return f"{self.opening(example)} {escape(example.answers[0])}"
 
 
 CAPTION = Format("Output:")
@@ -49,8 +49,8 @@ def binding(page: Page, shots: int) -> list[Part]:
     """The last `shots` pictures before the page's last one with their texts, then the last one with its text up to the last word."""
     parts: list[Part] = []
     for place in range(len(page.visuals) - 1 - shots, len(page.visuals)):
-        parts += [page.visuals[place], page.texts[place + 1]]
-    parts[-1] = split_last_word(page.texts[-1])[0]
+        parts += [page.visuals[place], escape(page.texts[place + 1])]
+    parts[-1] = escape(split_last_word(page.texts[-1])[0])
     return parts
 
 

@@ -1,7 +1,8 @@
 """Which support examples stand before a query: at random, or by likeness (RICES). Deterministic in seed and query."""
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -24,8 +25,7 @@ class RandomShots:
 
     def __call__(self, query: Example, count: int) -> list[Example]:
         chosen = keyed_rng(self._seed, query.id).permutation(len(self.support))
-        others = [self.support[place] for place in chosen[: count + 1] if self.support[place].id != query.id]
-        return others[:count]
+        return _others(query, (self.support[place] for place in chosen), count)
 
 
 class SimilarShots:
@@ -41,8 +41,20 @@ class SimilarShots:
     def __call__(self, query: Example, count: int) -> list[Example]:
         likeness = self._features @ self._queries[query.id]
         nearest = np.argsort(-likeness, kind="stable")
-        chosen = [self.support[place] for place in nearest[: count + 1] if self.support[place].id != query.id][:count]
-        return chosen[::-1]
+        return _others(query, (self.support[place] for place in nearest), count)[::-1]
+
+
+def _others(query: Example, support: Iterable[Example], count: int) -> list[Example]:
+    """The first `count` that are not the query itself."""
+    return list(itertools.islice((one for one in support if one.id != query.id), count))
+
+
+def draw(seed: int, name: str, size: int, count: int) -> list[int]:
+    """`count` of the places 0..size - 1 at random, in order; all of them where there are no more, or for
+    a count of 0. The first of a data set would be a sample of nothing: many are sorted."""
+    if not count or count >= size:
+        return list(range(size))
+    return sorted(keyed_rng(seed, name).choice(size, count, replace=False).tolist())
 
 
 class HasFeatures(Protocol):

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ VISUALS_IN_BATCH = 512
 LOGITS_AT_ONCE = 1 << 26
 FRAMES_AT_ONCE = 64
 KEPT_BYTES = 512 << 20
-"""Visual tokens kept on the host for visuals that come again."""
+"""Visual tokens, and as many bytes of features, kept on the host for visuals that come again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,29 @@ def _score(graph: Any, state: nnx.State, prompts: Prompts, media: Any, candidate
     return candidate_scores(nnx.merge(graph, state), prompts, media, candidates, lengths, at_once=at_once)
 
 
+class KeptArrays:
+    """Arrays by digest, those of longest ago let go where all together hold more than `most_bytes`."""
+
+    def __init__(self, most_bytes: int):
+        self._most_bytes, self._bytes = most_bytes, 0
+        self._arrays: collections.OrderedDict[bytes, np.ndarray] = collections.OrderedDict()
+
+    def get(
+        self, digests: Sequence[bytes], make: Callable[[list[bytes]], dict[bytes, np.ndarray]]
+    ) -> dict[bytes, np.ndarray]:
+        """The arrays of these digests; `make` is asked for all that are missing, if there are any."""
+        missing = [digest for digest in digests if digest not in self._arrays]
+        made = make(missing) if missing else {}
+        found = {digest: made.get(digest, self._arrays.get(digest)) for digest in digests}
+        self._arrays.update(made)
+        self._bytes += sum(array.nbytes for array in made.values())
+        for digest in digests:
+            self._arrays.move_to_end(digest)
+        while self._bytes > self._most_bytes:
+            self._bytes -= self._arrays.popitem(last=False)[1].nbytes
+        return found  # type: ignore[return-value]
+
+
 class Engine:
     """Runs a model on prompts. Answers do not depend on which prompts share a batch, within float32 rounding.
 
@@ -85,8 +108,7 @@ class Engine:
         self._dtype = loaded.model.dtype
         self._rows = rows
         self._vocabulary = vocabulary_of(loaded.tokenizer, loaded.config.extra_tokens)
-        self._kept: collections.OrderedDict[bytes, np.ndarray] = collections.OrderedDict()
-        self._kept_bytes = 0
+        self._kept_tokens, self._kept_features = KeptArrays(KEPT_BYTES), KeptArrays(KEPT_BYTES)
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding, *, seed: int = 0, progress: Progress | None = None) -> list[Completion]:
         """The continuation of every prompt, without its <EOC>. `seed` matters to sampling only."""
@@ -110,8 +132,17 @@ class Engine:
         """Log-probability of each prompt's candidates, float64 [number of its candidates].
 
         A candidate's text counts whole, its leading space too; `close` adds the <EOC> that ends it, so that one which begins another
-        is not favoured.
+        is not favoured. A prompt without candidates has an empty array.
+
+        Raises: UserError where prompts and lists of candidates differ in number, or a candidate has no tokens.
         """
+        if len(prompts) != len(candidates):
+            raise UserError(
+                f"there are {len(prompts)} prompts and {len(candidates)} lists of candidates: "
+                "give each prompt a list of its own"
+            )
+        if not any(candidates):
+            return [np.zeros(0) for _ in prompts]
         ids = {text: self.tokenizer.encode(text) + [self.tokenizer.eoc] * close for texts in candidates for text in texts}
         for text, tokens in ids.items():
             if not tokens:
@@ -137,17 +168,35 @@ class Engine:
         return [found[place] for place in range(len(prompts))]
 
     def features(self, visuals: Sequence[Visual]) -> np.ndarray:
-        """Frozen vision encoder features for RICES: float32 [M, C] of length 1."""
+        """Frozen vision encoder features for RICES: float32 [M, C] of length 1; those of visuals that came
+        before are kept."""
+        if not visuals:
+            return np.zeros((0, 0), np.float32)
+        self._check_size(visuals)
         different = {visual.digest: visual for visual in visuals}
-        rows = dict(self._encoded(list(different.values()), _features))
+        rows = self._kept_features.get(list(different), lambda missing: dict(
+            self._encoded([different[digest] for digest in missing], _features)
+        ))
         features = np.stack([rows[visual.digest] for visual in visuals])
         return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+
+    def _check_size(self, visuals: Iterable[Visual]) -> None:
+        """UserError where a visual is not of the size that the model takes."""
+        size = self.config.vision.image_size
+        for visual in visuals:
+            height, width = visual.frames.shape[1:3]
+            if (height, width) != (size, size):
+                raise UserError(
+                    f"a visual is {width} x {height} pixels, but the model takes {size} x {size}: "
+                    "resize it, or read it with flamingo_jax.evaluation.examples.read_visual"
+                )
 
     def _batches(self, prompts: Sequence[Prompt]) -> Iterator[tuple[list[int], PromptBatch]]:
         """Places of prompts and their batch; prompts of like length share a batch."""
         if not prompts:
             return
         tokenised = [tokenise(prompt, self.tokenizer) for prompt in prompts]
+        self._check_size(visual for prompt in tokenised for visual in prompt.visuals)
         longest = padded_length(max(len(p.tokens) for p in tokenised))
         # 1, 4, 16, 64, ...: a shape more costs the compilation of a program, a place more hardly anything.
         places = power_of(4, max(len(p.visuals) for p in tokenised))
@@ -172,16 +221,11 @@ class Engine:
         return Prompts(tokens, jnp.full_like(index, -1), lengths, jnp.asarray(np.full_like(batch.visuals, -1))), media
 
     def _media(self, distinct: list[Visual], size: int) -> Any:
-        missing = [visual for visual in distinct if visual.digest not in self._kept]
-        fresh = dict(self._encoded(missing, _encode))
-        tokens = [fresh[v.digest] if v.digest in fresh else self._kept[v.digest] for v in distinct]
-        for digest, value in fresh.items():
-            self._kept[digest] = value
-            self._kept_bytes += value.nbytes
-        for visual in distinct:
-            self._kept.move_to_end(visual.digest)
-        while self._kept_bytes > KEPT_BYTES:
-            self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
+        by_digest = {visual.digest: visual for visual in distinct}
+        found = self._kept_tokens.get(list(by_digest), lambda missing: dict(
+            self._encoded([by_digest[digest] for digest in missing], _encode)
+        ))
+        tokens = [found[visual.digest] for visual in distinct]
         blank = [np.zeros_like(tokens[0])] * (size - len(tokens))
         return _prepare(self._graph, self._state, np.stack(tokens + blank))
 

@@ -7,6 +7,7 @@ import dataclasses
 import enum
 import functools
 import hashlib
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,9 +22,26 @@ LENGTH_STEP = 32
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Visual:
-    """A picture or a clip as the model takes it: `frames` uint8 [T, H, W, 3], T = 1 for a picture."""
+    """An image or a clip as the model takes it: `frames` uint8 [T, H, W, 3] in 0..255, T = 1 for an image.
+
+    Raises: UserError for any other array. Whether H and W are the model's is checked where it is used.
+    """
 
     frames: np.ndarray
+
+    def __post_init__(self) -> None:
+        frames = self.frames
+        if not isinstance(frames, np.ndarray) or frames.dtype != np.uint8:
+            kind = frames.dtype if isinstance(frames, np.ndarray) else type(frames).__name__
+            raise UserError(
+                f"the frames of a visual are {kind}, but must be a numpy array of uint8 in 0..255: "
+                "give floats in 0..1 as np.round(255 * frames).astype(np.uint8)"
+            )
+        if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
+            raise UserError(
+                f"the frames of a visual have the shape {list(frames.shape)}, but must be "
+                "[T, H, W, 3]: give one image as image[None], a grey one as three equal channels"
+            )
 
     @functools.cached_property
     def digest(self) -> bytes:
@@ -56,16 +74,19 @@ class TokenisedPrompt:
 def resolve_tags(prompt: Prompt, tag: str = Tokenizer.image_tag) -> list[Part]:
     """Text may spell out where the visuals go: literal image tags are then filled with the prompt's visuals in order.
 
-    Without any tag the visuals stand where the list has them. Raises UserError when tags and visuals differ in number.
+    Without any tag the visuals stand where the list has them. A tag behind a backslash (`escape`) is mere text.
+    Raises UserError when tags and visuals differ in number.
     """
     visuals = [part for part in prompt if isinstance(part, Visual)]
-    tags = sum(part.count(tag) for part in prompt if isinstance(part, str))
+    unescaped = re.compile(r"(?<!\\)" + re.escape(tag))
+    tags = sum(len(unescaped.findall(part)) for part in prompt if isinstance(part, str))
     if not tags:
         return list(prompt)
     if tags != len(visuals):
         more, fewer = ("image tags", "pictures") if tags > len(visuals) else ("pictures", "image tags")
         raise UserError(
-            f"more {more} than {fewer} in a prompt ({tags} {tag}, {len(visuals)} pictures): write one {tag} for each picture, or none at all"
+            f"more {more} than {fewer} in a prompt ({tags} {tag}, {len(visuals)} pictures): write one {tag} for each picture, or none at all, "
+            f"and \\{tag} where text only mentions it"
         )
     left = iter(visuals)
     parts: list[Part] = []
@@ -73,11 +94,25 @@ def resolve_tags(prompt: Prompt, tag: str = Tokenizer.image_tag) -> list[Part]:
         if isinstance(part, Mark):
             parts.append(part)
         elif isinstance(part, str):
-            first, *others = part.split(tag)
+            first, *others = unescaped.split(part)
             parts.append(first)
             for text in others:
                 parts += [next(left), text]
     return [part for part in parts if part != ""]
+
+
+def escape(text: str, tag: str = Tokenizer.image_tag) -> str:
+    """Text whose image tags are words in it: for what somebody else wrote, as a data set's questions."""
+    return text.replace(tag, f"\\{tag}")
+
+
+def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids of a text, escaped image tags character by character: their own piece, where there is one,
+    would announce a visual."""
+    tag = tokenizer.image_tag
+    first, *others = (tokenizer.encode(part) for part in text.split(f"\\{tag}"))
+    spelled = [*tokenizer.encode(tag[:1]), *tokenizer.encode(tag[1:])]
+    return first + [number for ids in others for number in (*spelled, *ids)]
 
 
 def tokenise(prompt: Prompt, tokenizer: Tokenizer) -> TokenisedPrompt:
@@ -92,7 +127,7 @@ def tokenise(prompt: Prompt, tokenizer: Tokenizer) -> TokenisedPrompt:
     # Neighbouring texts are one text: its pieces may span them.
     for part in _joined(resolve_tags(prompt)):
         if isinstance(part, str):
-            add(tokenizer.encode(part))
+            add(_encode(part, tokenizer))
         elif isinstance(part, Visual):
             if tokens[-1] not in (tokenizer.bos, tokenizer.eoc):
                 add([tokenizer.eoc])

@@ -141,6 +141,7 @@ def test_evaluation_asks_as_training_did(tuned: tuple[Experiment, Export], data:
         "MODEL": str(export.folder), "OUTPUT": str(tmp_path), "BENCHMARK": [f"vqa:shapes={data}/vqa:unseen,support={data}/vqa:test"], "SHOTS": None,
         "BASELINE": "", "SUITE": None, "TEXT_EXAMPLES": None, "QUESTION_PROMPT": None, "SELECTION": "random", "SEED": 0, "MAX_TOKENS": 2, "BEAM": 1,
         "SECONDS": "", "CURVES": [], "LIMIT": 8, "ROWS": 8, "CAPTION_PROMPT": "Output:",
+        "SUPPORT_LIMIT": 2048, "CLASSES": "", "FRAMES": None, "FPS": None,
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in values.items():

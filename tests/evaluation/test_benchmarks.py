@@ -1,4 +1,5 @@
 import io
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -9,12 +10,13 @@ from flamingo_jax.evaluation.benchmarks import Binding, Classification, Settings
 from flamingo_jax.evaluation.drawn_world import direction_right
 from flamingo_jax.evaluation.examples import page_examples, read_examples, read_pages
 from flamingo_jax.evaluation.prompts import QUESTION, Format, clean
-from flamingo_jax.inference.prompts import END_OF_CHUNK, Prompt, Visual
+from flamingo_jax.inference.prompts import END_OF_CHUNK, Prompt, Visual, tokenise
 from tests.evaluation.world import ScriptedEngine, example, page, visual
-from tests.inference.world import tiny_config
+from tests.inference.world import make_tokenizer, tiny_config
 
 QUERIES = [example(1, "a red circle"), example(2, "a blue star")]
 SUPPORT = [example(n, f"a thing {n}") for n in range(10, 20)]
+TOKENIZER = make_tokenizer()
 
 
 def picture_of(prompt: Prompt) -> int:
@@ -60,6 +62,40 @@ def test_the_commonest_answer_stands_beside_the_accuracy() -> None:
     result = question_answering("vqa", queries, [], Format("{question}"), "no").run(ScriptedEngine(lambda prompt: " yes"), Settings(text_examples=0))
     assert result.figures == {"accuracy": 0.25, "commonest_answer": 0.75}
     assert result.samples[0].prompt == "<image>is it red?"
+
+
+def test_what_others_wrote_names_no_place_for_an_image() -> None:
+    queries = [example(1, "<image>", "what is <image> in HTML?")]
+    engine = ScriptedEngine()
+    question_answering("vqa", queries, queries + SUPPORT).run(engine, Settings(shots=1))
+    text = "".join(part for part in engine.prompts[0] if isinstance(part, str))
+    assert r"what is \<image> in HTML?" in text
+    made = tokenise(engine.prompts[0], TOKENIZER)
+    assert len(made.visuals) == 2
+
+
+@pytest.mark.parametrize("selection", ["random", "rices"])
+def test_every_query_has_as_many_shots_as_are_said(selection: str) -> None:
+    """A query among its own support leaves one example less."""
+    inside = captioning("captions", SUPPORT[:2], SUPPORT)
+    for shots in (9, 10):
+        settings = Settings(shots=shots, selection=selection)
+        if shots == 10:
+            with pytest.raises(UserError, match="needs 10 .* there are 9, besides the query itself"):
+                inside.check(settings)
+            continue
+        engine = ScriptedEngine()
+        inside.run(engine, settings)
+        assert all(len(prompt) == 2 * shots + 2 for prompt in engine.prompts)
+    captioning("captions", QUERIES, SUPPORT).check(Settings(shots=10))
+
+
+def test_rices_looks_at_nothing_without_shots() -> None:
+    class Blind(ScriptedEngine):
+        def features(self, visuals: Sequence[Visual]) -> np.ndarray:
+            raise AssertionError("no features are needed")
+
+    captioning("captions", QUERIES, SUPPORT).run(Blind(), Settings(selection="rices"))
 
 
 def test_classification_takes_the_likeliest_class_and_no_text_only_examples() -> None:
@@ -112,9 +148,28 @@ def test_records_become_examples_at_the_models_size() -> None:
     assert pair.visual.frames.shape == (1, 32, 32, 3)
     assert pair.answers == ("one", "two")
     clip, = read_examples([{"id": b"v", "frames": [png(v) for v in range(9)], "captions": [b"x"]}], "videos", CONFIG)
-    assert clip.visual.frames[:, 16, 16, 0].tolist() == [0, 3, 5, 8]
+    assert clip.visual.frames[:, 16, 16, 0].tolist() == [3, 4, 5, 6]
     asked, = read_examples([{"id": b"q", "frames": [png(1)], "question": b"why?", "answers": [b"so"], "type": b"one/why"}], "questions", CONFIG)
     assert (asked.question, asked.answers, asked.type) == ("why?", ("so",), "one/why")
+
+
+def test_a_clips_rate_is_what_was_asked_for() -> None:
+    record = {"id": b"v", "frames": [png(v) for v in range(40)], "fps": 6.0, "captions": [b"x"]}
+
+    def shown(**options: float) -> list[int]:
+        made, = read_examples([record], "videos", CONFIG, **options)  # type: ignore[arg-type]
+        return made.visual.frames[:, 16, 16, 0].tolist()
+
+    assert shown() == [18, 19, 20, 21]
+    assert shown(fps=3.0, frames=10) == list(range(11, 30, 2))
+    assert shown(fps=6.0, frames=30) == list(range(5, 35))
+    with pytest.raises(UserError, match="v was stored at 6 frames a second, fewer than --fps=7"):
+        shown(fps=7.0)
+    asked = {"id": b"q", "frames": [png(1), png(2)], "question": b"why?", "answers": [b"so"], "type": b""}
+    with pytest.raises(UserError, match="q does not say its frame rate"):
+        read_examples([asked], "questions", CONFIG, fps=3.0)
+    # A rate is nothing to an image.
+    assert len(read_examples([asked | {"frames": [png(1)]}], "questions", CONFIG, fps=3.0)) == 1
 
 
 def test_pages_give_support_examples() -> None:

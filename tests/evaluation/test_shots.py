@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from flamingo_jax.evaluation.shots import RandomShots, make_shots
+from flamingo_jax.evaluation.shots import RandomShots, draw, make_shots
 from tests.evaluation.world import ScriptedEngine, example
 
 SUPPORT = [example(n) for n in range(40)]
@@ -36,6 +36,17 @@ def test_rices_takes_the_nearest_with_the_most_similar_last() -> None:
     choose = make_shots("rices", SUPPORT, [SUPPORT[20], example(41)], 0, ScriptedEngine())
     assert ids(choose(example(41), 3)) == ["e37", "e38", "e39"]
     assert set(ids(choose(SUPPORT[20], 2))) == {"e19", "e21"}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_is_drawn_comes_from_the_whole_set(seed: int) -> None:
+    places = draw(seed, "photos:train", 100_000, 2048)
+    assert places == sorted(set(places)) and len(places) == 2048
+    assert places == draw(seed, "photos:train", 100_000, 2048)
+    assert places != draw(seed, "others:train", 100_000, 2048) != draw(seed + 1, "others:train", 100_000, 2048)
+    # Of each tenth of the set about a tenth: 205 with a deviation of 13.6.
+    assert np.abs(np.bincount(np.array(places) // 10_000) - 204.8).max() < 6 * 13.6
+    assert draw(seed, "few", 5, 2048) == draw(seed, "few", 5, 0) == [0, 1, 2, 3, 4]
 
 
 def test_another_selection_is_refused() -> None:

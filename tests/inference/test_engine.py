@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flamingo_jax.inference.engine import Engine
+from flamingo_jax.errors import UserError
+from flamingo_jax.inference.engine import Engine, KeptArrays
 from flamingo_jax.inference.generation import Decoding
 from flamingo_jax.inference.model import Loaded
 from flamingo_jax.inference.prompts import Prompt, Visual, tokenise
@@ -125,7 +126,66 @@ def test_each_different_picture_is_encoded_once(loaded: Loaded, monkeypatch: pyt
     assert sum(counted) == 4
 
 
-def test_features_are_unit_vectors_that_do_not_depend_on_padding(engine: Engine) -> None:
+def test_features_are_unit_vectors_that_do_not_depend_on_padding(loaded: Loaded, engine: Engine) -> None:
     features = engine.features([*PICTURES, CLIP])
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1.0, atol=1e-5)
-    np.testing.assert_allclose(engine.features([CLIP])[0], features[3], atol=1e-5)
+    np.testing.assert_allclose(Engine(loaded).features([CLIP])[0], features[3], atol=1e-5)
+
+
+def test_each_features_are_computed_once(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For every number of shots the same support is asked for again."""
+    from flamingo_jax.inference import engine as module
+
+    counted, features = [], module._features
+
+    def counting(graph, state, images, mask):
+        counted.append(int(mask.any(1).sum()))
+        return features(graph, state, images, mask)
+
+    monkeypatch.setattr(module, "_features", counting)
+    engine = Engine(loaded)
+    first = engine.features([*PICTURES, CLIP])
+    again = engine.features([CLIP, Visual(PICTURES[0].frames.copy()), CLIP])
+    assert sum(counted) == 4
+    np.testing.assert_array_equal(again, first[[3, 0, 3]])
+
+
+def test_arrays_of_longest_ago_are_let_go() -> None:
+    kept, asked = KeptArrays(3 * 8), []
+
+    def get(*names: bytes) -> None:
+        def make(missing: list[bytes]) -> dict[bytes, np.ndarray]:
+            asked.append(missing)
+            return {name: np.frombuffer(8 * name, np.uint8) for name in missing}
+
+        found = kept.get(names, make)
+        assert {name: array.tobytes() for name, array in found.items()} == {n: 8 * n for n in names}
+
+    get(b"a", b"b")
+    get(b"a", b"c")
+    get(b"d")
+    get(b"a", b"c")
+    get(b"b", b"x", b"y", b"z")
+    assert asked == [[b"a", b"b"], [b"c"], [b"d"], [b"b", b"x", b"y", b"z"]]
+
+
+def test_nothing_asked_is_nothing_said(engine: Engine) -> None:
+    assert engine.log_likelihoods([], []) == engine.generate([], Decoding()) == []
+    assert engine.features([]).shape == (0, 0)
+    empty = engine.log_likelihoods(PROMPTS[:2], [[], []])
+    assert [scores.shape for scores in empty] == [(0,), (0,)]
+    some, none = engine.log_likelihoods(PROMPTS[:2], [[" a"], []])
+    assert some.shape == (1,) and none.shape == (0,)
+    with pytest.raises(UserError, match="3 prompts and 1 lists of candidates"):
+        engine.log_likelihoods(PROMPTS, [[" a"]])
+
+
+def test_visuals_of_another_size_are_refused(engine: Engine) -> None:
+    large = Visual(np.zeros((1, 32, 40, 3), np.uint8))
+    for ask in (
+        lambda: engine.generate([[large, "Output:"]], Decoding()),
+        lambda: engine.log_likelihoods([[large]], [[" a"]]),
+        lambda: engine.features([PICTURES[0], large]),
+    ):
+        with pytest.raises(UserError, match="40 x 32 pixels, but the model takes 32 x 32"):
+            ask()

@@ -2,10 +2,12 @@ import numpy as np
 import pytest
 
 from flamingo_jax.errors import UserError
-from flamingo_jax.inference.prompts import END_OF_CHUNK, Visual, collate, padded_length, power_of, resolve_tags, tokenise
+from flamingo_jax.inference.prompts import END_OF_CHUNK, Visual, collate, escape, padded_length, power_of, resolve_tags, tokenise
 from flamingo_jax.processing.sequences import media_index as page_media_index
 from flamingo_jax.processing.sequences import page_sequence
+from flamingo_jax.processing.tokenizer import JSONTokenizer
 from tests.inference.world import make_tokenizer
+from tests.processing.test_tokenizer import JSONS
 
 TOKENIZER = make_tokenizer()
 FIRST, SECOND, THIRD = (Visual(np.full((1, 4, 4, 3), value, np.uint8)) for value in (1, 2, 3))
@@ -47,6 +49,36 @@ def test_literal_tags_are_filled_in_order() -> None:
 def test_tags_and_pictures_must_agree(parts: list[str | Visual], said: str) -> None:
     with pytest.raises(UserError, match=said):
         tokenise(parts, TOKENIZER)
+
+
+@pytest.mark.parametrize("text", [r"what is \<image> ?", r"\<image>", r"a \<image>\<image> b"])
+def test_an_escaped_tag_is_mere_text(text: str) -> None:
+    assert resolve_tags([text, FIRST]) == [text, FIRST]
+    made = tokenise([text, FIRST], TOKENIZER)
+    (tag,) = TOKENIZER.image_tag_ids
+    assert made.tokens.tolist().count(tag) == 1 and made.visuals == [FIRST]
+    # The words are there, without the backslash.
+    words = JSONTokenizer(*JSONS["bytes"])
+    assert words.decode(tokenise([text], words).tokens.tolist()) == text.replace("\\", "")
+    # Beside a tag that is one.
+    assert resolve_tags([text + "<image>", FIRST]) == [text, FIRST]
+    assert resolve_tags([escape("<image>")]) == [r"\<image>"]
+
+
+@pytest.mark.parametrize(
+    ("frames", "said"),
+    [
+        (np.zeros((1, 4, 4, 3), np.float32), "are float32, but must be .* uint8"),
+        (np.zeros((1, 4, 4, 3), bool), "are bool"),
+        ([[1]], "are list"),
+        (np.zeros((4, 4, 3), np.uint8), r"shape \[4, 4, 3\], .* image\[None\]"),
+        (np.zeros((1, 4, 4, 1), np.uint8), "three equal channels"),
+        (np.zeros((0, 4, 4, 3), np.uint8), r"shape \[0, 4, 4, 3\]"),
+    ],
+)
+def test_frames_that_are_none_are_refused(frames: object, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Visual(frames)  # type: ignore[arg-type]
 
 
 def test_a_batch_holds_each_different_picture_once() -> None:

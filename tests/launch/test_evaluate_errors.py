@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from data_pipelines.build.quickstart import build_quickstart
+from data_pipelines.records import open_records
 from flamingo_jax.checkpointing.export import export_model
 from flamingo_jax.errors import UserError
 from tests.inference.world import make_loaded
@@ -42,9 +43,41 @@ def test_what_cannot_be_run(
         "MODEL": f"{folder}/export", "OUTPUT": f"{folder}/out", "BENCHMARK": [b.format(folder / "data") for b in benchmarks], "SHOTS": shots.split(","),
         "BASELINE": baseline.format(folder / "data"), "SUITE": None, "TEXT_EXAMPLES": 2, "QUESTION_PROMPT": None,
         "SELECTION": "random", "SEED": 0, "MAX_TOKENS": 24, "BEAM": 3, "SECONDS": "", "CURVES": [], "LIMIT": 0, "CAPTION_PROMPT": "Output:",
+        "SUPPORT_LIMIT": 2048, "CLASSES": "", "FRAMES": None, "FPS": None,
     }
     for name, value in values.items():
         monkeypatch.setattr(evaluate, name, commands.flag(value))
     with pytest.raises(UserError, match=sentence):
         evaluate.main()
     assert not (folder / "out").exists()
+
+
+def test_a_limit_leaves_every_class_to_choose_from(
+    folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three records' own classes are right by construction."""
+    evaluate = commands.load("evaluate")
+    values = {"CLASSES": "", "LIMIT": 3, "SUPPORT_LIMIT": 2, "SEED": 0, "FRAMES": None, "FPS": None}
+    values |= {"CAPTION_PROMPT": "Output:", "MODEL": f"{folder}/export", "QUESTION_PROMPT": None}
+    for name, value in values.items():
+        monkeypatch.setattr(evaluate, name, commands.flag(value))
+    text = f"classification:colours={folder}/data/vqa:test"
+    config = make_loaded().config
+    made = evaluate.make_benchmark(text, config, shots=0, text_examples=0)
+    records = open_records(folder / "data" / "vqa", "test", "questions")
+    answers = {records[place]["answers"][0].decode() for place in range(len(records))}
+    assert len(made.queries) == 3 and set(made.classes) == answers and len(answers) > 3
+    few = evaluate.make_benchmark(text + f",support={folder}/data/vqa:unseen", config, 1, 0)
+    assert len(few.support) == 2
+
+    classes = tmp_path / "classes.txt"
+    monkeypatch.setattr(evaluate, "CLASSES", commands.flag(str(classes)))
+    classes.write_text("red\n\nblue \n")
+    assert evaluate.make_benchmark(text, config, 0, 0).classes == ["red", "blue"]
+    for content, said in (("red\nred\n", "has 'red' more than once"), ("\n", "holds no class")):
+        classes.write_text(content)
+        with pytest.raises(UserError, match=said):
+            evaluate.make_benchmark(text, config, 0, 0)
+    classes.unlink()
+    with pytest.raises(UserError, match="cannot be read as text"):
+        evaluate.make_benchmark(text, config, 0, 0)

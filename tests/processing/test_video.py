@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flamingo_jax.processing.video import VideoError, clip, read_frames, spread
+from flamingo_jax.processing.video import VideoError, clip, middle_clip, read_frames
 from tests.processing.films import levels, write
 
 
@@ -58,5 +58,11 @@ def test_clips():
     assert clip(3, 8, np.random.default_rng(0).integers) == range(3)
     starts = {clip(10, 8, np.random.default_rng(seed).integers).start for seed in range(40)}
     assert starts == {0, 1, 2}
-    assert spread(5, 8) == [0, 1, 2, 3, 4]
-    assert spread(9, 3) == [0, 4, 8]
+    assert middle_clip(5, 8) == [0, 1, 2, 3, 4]
+    assert middle_clip(9, 3) == [3, 4, 5] and middle_clip(8, 3) == [3, 4, 5]
+    # 20 seconds at 6 fps, shown at 3 fps: half of what is stored, ten seconds from the middle.
+    assert middle_clip(120, 30, every=2) == list(range(31, 31 + 60, 2))
+    assert middle_clip(20, 30, every=2) == list(range(1, 20, 2))
+    steps = np.diff(middle_clip(100, 30, every=2.4))
+    assert len(steps) == 29 and set(steps) == {2, 3} and abs(steps.sum() - 29 * 2.4) < 1
+    assert middle_clip(1, 30, every=7) == [0]
