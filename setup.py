@@ -11,7 +11,7 @@ setuptools.setup(
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.8",
-        "av>=14",
+        "av>=15",
         "beautifulsoup4>=4.12",
         "flax>=0.12",
         "grain>=0.2.18",

@@ -1,6 +1,7 @@
 """A video file as the pictures in it: what is opened, which stream is the film, what is lost."""
 
 import contextlib
+import errno
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -90,7 +91,9 @@ def _container(path: str | pathlib.Path) -> Iterator[av.container.InputContainer
                 io_open=_nothing_else,
                 metadata_errors="replace",
             )
-        except av.ArgumentError as error:  # What FFmpeg says of a form that is not in the list.
+        except av.FFmpegError as error:
+            if error.errno != errno.EINVAL:  # What FFmpeg says of a form that is not in the list.
+                raise
             text = f"{path} is not a readable video: its form is not known, or names other files"
             raise VideoError(text, FOREIGN) from error
         assert isinstance(container, av.container.InputContainer)
@@ -110,7 +113,7 @@ def _film(container: av.container.InputContainer, streams: list[av.VideoStream])
     packets = dict.fromkeys((stream.index for stream in streams), 0)
     with contextlib.suppress(av.FFmpegError):
         for number, packet in enumerate(container.demux(streams)):
-            packets[packet.stream_index] += packet.size > 0
+            packets[packet.stream.index] += packet.size > 0
             if number == PROBED or all(count > 1 for count in packets.values()):
                 break
 

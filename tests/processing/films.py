@@ -1,6 +1,7 @@
 """Small films that tests write."""
 
 import pathlib
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 
@@ -9,6 +10,7 @@ import av.stream
 import numpy as np
 
 RED, GREEN, BLUE, GREY = (250, 0, 0), (0, 250, 0), (0, 0, 250), (128, 128, 128)
+UPRIGHT = (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
 SIZE = (64, 96)
 """Height and width of films of four quarters."""
 
@@ -25,7 +27,8 @@ def write(
     matrix: Sequence[int] | None = None,
     options: dict[str, str] | None = None,
 ) -> None:
-    """Each picture is grey of a level, or uint8 [H, W, 3]. stamp: picture i's time in 1/rate s."""
+    """Each picture is grey of a level, or uint8 [H, W, 3]. stamp: picture i's time in 1/rate s.
+    matrix: an .mp4's or .mov's display matrix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pictures = [
         np.full((64, 64, 3), one, np.uint8) if isinstance(one, int) else one for one in shown
@@ -36,14 +39,16 @@ def write(
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         if aspect:
             stream.codec_context.sample_aspect_ratio = aspect
-        if matrix:
-            stream.set_display_matrix(matrix)
         for number, picture in enumerate(pictures):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             if stamp:
                 frame.pts, frame.time_base = stamp(number), Fraction(1, rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+    if matrix:  # Not every PyAV writes it.
+        data = path.read_bytes()
+        place = data.index(struct.pack(">9i", *UPRIGHT), data.index(b"tkhd"))
+        path.write_bytes(data[:place] + struct.pack(">9i", *matrix) + data[place + 36 :])
 
 
 def write_two(path: pathlib.Path, still: np.ndarray, film: Sequence[int], *, cover: bool) -> None:
@@ -55,7 +60,7 @@ def write_two(path: pathlib.Path, still: np.ndarray, film: Sequence[int], *, cov
             stream.height, stream.width = shown[0].shape[:2]
             stream.pix_fmt = "yuvj420p" if stream is streams[0] else "yuv420p"
         if cover:
-            streams[0].disposition = av.stream.Disposition.attached_pic
+            streams[0].disposition = av.stream.Disposition.attached_pic.value
         for stream, shown in zip(streams, pictures, strict=True):
             for picture in shown:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))

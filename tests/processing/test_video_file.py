@@ -30,7 +30,7 @@ def test_a_cover_alone_is_no_film(tmp_path: pathlib.Path):
     write_two(tmp_path / "a.mkv", quarters(), [20] * 3, cover=True)
     with av.open(str(tmp_path / "a.mkv")) as given, av.open(str(tmp_path / "b.mp4"), "w") as made:
         stream = made.add_stream_from_template(given.streams[0])
-        stream.disposition = av.stream.Disposition.attached_pic
+        stream.disposition = av.stream.Disposition.attached_pic.value
         for packet in given.demux(given.streams[0]):
             if packet.dts is not None:
                 packet.stream = stream
@@ -57,7 +57,8 @@ def test_a_film_goes_on_after_what_is_damaged(tmp_path: pathlib.Path, ending: st
     middle = len(whole) // 2
     path.write_bytes(whole[:middle] + bytes(2_000) + whole[middle + 2_000 :])
     hurt = read_film(path, fps=1)
-    assert len(hurt.frames) == 6 and DAMAGED in hurt.lost and BROKEN not in hurt.lost
+    # Which of both it is, is up to FFmpeg: whether it passes over packets without a word.
+    assert len(hurt.frames) == 6 and hurt.lost and set(hurt.lost) <= {DAMAGED, GAP}
     path.write_bytes(whole[:middle])
     if ending != "mp4":  # Whose table of contents is at its end.
         cut = read_film(path, fps=1)
