@@ -2,30 +2,38 @@
 
 `<dataset>/features_<encoder>_<split>/00003.npy` holds those of the different pictures of records 3 * RECORDS to 4 * RECORDS, of which many
 may share one (questions do), `00003.counts.npy` how many pictures each of these has, and `00003.places.npy` where each picture's features are.
-A picture that cannot be read is NaN throughout. A part is there whole or not at all.
+A picture that cannot be read is NaN throughout; a record that was damaged on disk has a count of -1, and its part is made again once it is mended.
+A part that is torn or does not fit the dataset is made again.
 """
 
+import errno
 import logging
+import math
+import os
 import pathlib
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import numpy as np
 from jax.experimental import multihost_utils
 
 from data_pipelines.features import is_current
-from data_pipelines.records import Record
-from flamingo_jax.errors import UserError
+from data_pipelines.open_files import OpenFiles
+from data_pipelines.records import UNREADABLE, Record
+from flamingo_jax.errors import StorageError, UserError
 from flamingo_jax.processing.images import ImageError, pad
 from flamingo_jax.progress import Bar
+from flamingo_jax.storage import read_again
 
 RECORDS = 100
 """Records to a part."""
 BATCH = 64
 """Pictures encoded at once."""
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
+"""Errors of writing that last until someone mends them."""
 
 
 class Encoder(Protocol):
@@ -44,25 +52,88 @@ class Encoder(Protocol):
     def encode(self) -> Callable[[np.ndarray], np.ndarray]: ...
 
 
-class EncodedPictures:
-    """The features of a split's pictures, mapped from disk. Safe to use from several threads."""
+class _Part(NamedTuple):
+    """What is known of a part without its features: counts int64 [records], -1 for a damaged one; first
+    int64 [records + 1], where the pictures of each record begin in `places` int64 [pictures], which is
+    where their features are in the file; start: the byte at which these begin there."""
 
-    def __init__(self, folder: pathlib.Path, parts: int, shape: tuple[int, int], dtype: np.dtype):
-        # numpy stores bfloat16 as bytes without a meaning; a plain array over the mapped file is read with less work than a memmap.
-        self._parts = [np.asarray(np.load(_part(folder, number), mmap_mode="r")).view(dtype) for number in range(parts)]
-        self._first = [np.concatenate([[0], np.cumsum(np.load(_counts(folder, number)))]) for number in range(parts)]
-        self._places = [np.load(_places(folder, number)) for number in range(parts)]
+    path: str
+    counts: np.ndarray
+    first: np.ndarray
+    places: np.ndarray
+    start: int
+
+    @classmethod
+    def load(cls, store: pathlib.Path, number: int, records: int, encoder: Encoder) -> "_Part":
+        """Raises OSError where it is missing or cannot be read, ValueError or EOFError where it is torn or not of so many records."""
+        counts, places = np.load(_counts(store, number)), np.load(_places(store, number))
+        path = _part(store, number)
+        FILES.forget(str(path))  # It may be another file by now.
+        with path.open("rb") as file:
+            if (version := np.lib.format.read_magic(file)) != (1, 0):
+                raise ValueError(f"{path} is of version {version}")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            start, size = file.tell(), os.fstat(file.fileno()).st_size
+        first = np.concatenate([[0], np.cumsum(np.maximum(counts, 0))])
+        if shape[1:] != encoder.shape or dtype.itemsize != encoder.dtype.itemsize or size != start + math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{path} is torn, or of another encoder")
+        if len(counts) != records or len(places) != first[-1] or (len(places) and not 0 <= places.min() <= places.max() < shape[0]):
+            raise ValueError(f"{path} is not of {records} records")
+        return cls(str(path), counts, first, places, start)
+
+
+class _File:
+    """An open file, closed when it is let go."""
+
+    def __init__(self, path: str):
+        self.number = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+FILES: OpenFiles[_File] = OpenFiles(_File)
+"""The open parts of all datasets of this process."""
+
+
+class EncodedPictures:
+    """The features of a split's pictures, read from disk. Safe to use from several threads.
+
+    They are not mapped into memory: each part would hold a descriptor, and storage that fails under a mapped file kills the process.
+    """
+
+    def __init__(self, parts: Sequence[_Part], shape: tuple[int, int], dtype: np.dtype):
+        self._parts = parts
         self.shape, self.dtype = shape, dtype
 
     def read(self, place: int, picture: int) -> np.ndarray:
-        """[S, C] of a record's picture, counted over all of its visuals and frames. Raises ImageError."""
-        part, within = divmod(place, RECORDS)
-        first, after = self._first[part][within : within + 2]
-        if picture >= after - first:
-            raise ImageError(f"its texts ask for more pictures than the {after - first} it has")
-        features = self._parts[part][self._places[part][first + picture]]
+        """[S, C] of a record's picture, counted over all of its visuals and frames. Raises ImageError, and StorageError (see `read_again`)."""
+        number, within = divmod(place, RECORDS)
+        part = self._parts[number]
+        if part.counts[within] < 0:
+            raise ImageError("it was damaged on disk when its features were made")
+        if picture >= part.counts[within]:
+            raise ImageError(f"its texts ask for more pictures than the {part.counts[within]} it has")
+        features = read_again(lambda: self._read(part, int(part.places[part.first[within] + picture])), part.path)
         if np.isnan(features[0, 0]):
             raise ImageError("it could not be read when its features were made")
+        return features
+
+    def _read(self, part: _Part, place: int) -> np.ndarray:
+        features = np.empty(self.shape, self.dtype)
+        left = features.view(np.uint8).reshape(-1)
+        at = part.start + place * features.nbytes
+        try:
+            file = FILES.get(part.path)
+            while left.size:
+                count = os.preadv(file.number, [left.data], at)
+                if not count:
+                    raise ImageError("the file of its features is cut short")
+                left, at = left[count:], at + count
+        except OSError:
+            FILES.forget(part.path)
+            raise
         return features
 
 
@@ -78,7 +149,7 @@ def load_or_encode(
     index: int = 0,
     count: int = 1,
 ) -> EncodedPictures:
-    """From the dataset's folder; parts that are missing there, or older than the dataset, are made first.
+    """From the dataset's folder; parts that are missing there, torn, or older than the dataset, are made first.
 
     Args:
       feature: the feature of a record that holds its pictures.
@@ -87,23 +158,57 @@ def load_or_encode(
 
     Raises:
       UserError: the folder cannot be written to or has too little room, or parts are missing after all.
+      StorageError: the storage failed for long.
     """
     store = folder / f"features_{encoder.digest}_{split}"
     parts = -(-len(records) // RECORDS)
-    whole = lambda number: all(is_current(path, folder) for path in (_part(store, number), _places(store, number)))
-    mine = [number for number in range(index, parts, count) if not whole(number)]
+    found: dict[int, _Part] = {}
+
+    def load(number: int) -> _Part | None:
+        """The part, None where it is to be made."""
+        if number not in found:
+            stop = min((number + 1) * RECORDS, len(records))
+            part = _load(store, number, stop - number * RECORDS, encoder, folder)
+            if part is not None:
+                found[number] = part
+        return found.get(number)
+
+    def lasting(number: int) -> bool:
+        """Whether the part is there, and what was damaged when it was made still is."""
+        part = load(number)
+        return part is not None and all(UNREADABLE in records[number * RECORDS + int(place)] for place in np.flatnonzero(part.counts < 0))
+
+    mine = [number for number in range(index, parts, count) if not lasting(number)]
+    for number in mine:
+        found.pop(number, None)
     try:
         if mine:
             store.mkdir(exist_ok=True)
             _make(_Pictures(records, feature, image_size, mean), encoder, store, mine, f"features of {folder.parent.name} {split}")
     except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise StorageError(f"the storage failed when features were written to {store} ({error}): mend it and start again") from error
         raise UserError(f"the features of pictures could not be written to {store} ({error}); make room there or turn training.cache_features off") from error
     if count > 1:
         multihost_utils.sync_global_devices(str(store))
-    missing = [number for number in range(parts) if not _part(store, number).exists()]
-    if missing:
-        raise UserError(f"{store} lacks {len(missing)} of {parts} parts: put the dataset where all hosts see it, or turn training.cache_features off")
-    return EncodedPictures(store, parts, encoder.shape, encoder.dtype)
+    loaded = [load(number) for number in range(parts)]
+    whole = [part for part in loaded if part is not None]
+    if len(whole) < parts:
+        raise UserError(
+            f"{store} lacks {parts - len(whole)} of {parts} parts: put the dataset where all hosts see it, or turn training.cache_features off"
+        )
+    return EncodedPictures(whole, encoder.shape, encoder.dtype)
+
+
+def _load(store: pathlib.Path, number: int, records: int, encoder: Encoder, folder: pathlib.Path) -> _Part | None:
+    """The part, where it is whole and no older than the dataset."""
+    if not all(is_current(path, folder) for path in (_part(store, number), _places(store, number), _counts(store, number))):
+        return None
+    try:
+        return read_again(lambda: _Part.load(store, number, records, encoder), _part(store, number))
+    except (PermissionError, ValueError, EOFError) as error:
+        logging.warning("features are made again: %s", error)
+        return None
 
 
 def _make(pictures_in: "_Pictures", encoder: Encoder, store: pathlib.Path, parts: list[int], title: str) -> None:
@@ -129,7 +234,8 @@ def _make(pictures_in: "_Pictures", encoder: Encoder, store: pathlib.Path, parts
 
 
 class _Pictures:
-    """A part's pictures: how many each record has, for all in a row which of the different ones it is, and these, with None for what cannot be read."""
+    """A part's pictures: how many each record has (-1: it is damaged), for all in a row which of the different ones it is, and these, with None for
+    what cannot be read."""
 
     def __init__(self, records: Sequence[Any], feature: str, image_size: int, mean: Sequence[float]):
         self._records, self._feature, self._size, self._mean = records, feature, image_size, mean
@@ -140,6 +246,9 @@ class _Pictures:
         met: dict[bytes, int] = {}
         for place in range(part * RECORDS, min((part + 1) * RECORDS, len(self._records))):
             record = Record(self._records, place, self._feature, self._size)
+            if record.damaged:
+                counts.append(-1)
+                continue
             counts.append(sum(record.frame_counts))
             for visual, frames in enumerate(record.frame_counts):
                 for frame in range(frames):
@@ -179,4 +288,4 @@ def _write(path: pathlib.Path, values: np.ndarray) -> None:
 def _require_room(store: pathlib.Path, size: int) -> None:
     free = shutil.disk_usage(store).free
     if free < size:
-        raise OSError(f"{size / 2**20:,.0f} MiB are needed for the next part, and {free / 2**20:,.0f} are free")
+        raise OSError(errno.ENOSPC, f"{size / 2**20:,.0f} MiB are needed for the next part, and {free / 2**20:,.0f} are free")

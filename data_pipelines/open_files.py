@@ -9,8 +9,9 @@ from flamingo_jax.storage import TOO_MANY_OPEN, open_files_allowed, storage_fail
 
 T = TypeVar("T")
 
-SHARE = 2
-"""One in so many of the files that the process may have open: the rest is for checkpoints, connections and sources."""
+SHARE = 4
+"""Shards, and kept features, take one in so many of the files that the process may have open each: the
+rest is for checkpoints, connections and sources."""
 MOST = 4_096
 """Open at a time, however many are allowed: each takes some 50 kB."""
 

@@ -45,6 +45,8 @@ class Shards(Sequence[bytes]):
 
     def __init__(self, shards: Sequence[Shard], name: str):
         self._shards = [shard for shard in shards if shard.records]
+        for shard in self._shards:
+            READERS.forget(shard.path)  # It may be another file by now.
         self._ends = list(itertools.accumulate(shard.records for shard in self._shards))
         folders = {pathlib.Path(shard.path).parent for shard in self._shards}
         there = {str(folder / file) for folder in folders for file in read_again(lambda folder=folder: _names(folder), folder)}  # type: ignore[misc]

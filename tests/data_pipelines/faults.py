@@ -62,14 +62,14 @@ class Faults:
         monkeypatch.setattr(storage, "WAITS", (0.001, 0.002))
 
 
-def now_and_then(times: int = 2) -> Callable[[int, str], int | None]:
-    """One record in three fails as many times in a row, whichever threads ask, and well later again; each in another way."""
+def now_and_then(times: int = 2, one_in: int = 3) -> Callable[[int, str], int | None]:
+    """One record in so many fails as many times in a row, whichever threads ask, and well later again; each in another way."""
     kinds = [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ETIMEDOUT]
     asked: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)
 
     def plan(read: int, record: str) -> int | None:
         drawn = zlib.crc32(record.encode())
-        return kinds[drawn % len(kinds)] if drawn % 3 == 0 and next(asked[record]) % 60 < times else None
+        return kinds[drawn % len(kinds)] if drawn % one_in == 0 and next(asked[record]) % 60 < times else None
 
     return plan
 

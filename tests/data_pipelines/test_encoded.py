@@ -1,26 +1,31 @@
 """Features in the pictures' place: each picture's own, made once, whatever is torn, rebuilt or unreadable."""
 
 import dataclasses
+import errno
 import io
+import itertools
 import os
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import encoded
+from data_pipelines import encoded, open_files
 from data_pipelines.build.source import Example
 from data_pipelines.build.writer import write_dataset
 from data_pipelines.features import INFO_FILE
 from data_pipelines.mixture import held_out, make_iterator
+from data_pipelines.open_files import OpenFiles
 from data_pipelines.records import open_records
-from flamingo_jax.errors import UserError
+from flamingo_jax.errors import StorageError, UserError
 from flamingo_jax.experiment import DatasetConfig
 from flamingo_jax.processing.images import ImageError
 from flamingo_jax.processing.tokenizer import Tokenizer
+from tests.data_pipelines.faults import Faults, build, ever, hurt, now_and_then
 from tests.data_pipelines.test_features import Given
 from tests.data_pipelines.test_mixture import tokenizer  # noqa: F401 - a fixture
 
@@ -180,3 +185,91 @@ def test_one_sentence_where_features_cannot_be_kept(
     monkeypatch.setattr(encoded.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
     with pytest.raises(UserError, match="MiB are needed.*make room"):
         opened(sets["pages"], Quarters("full"))
+
+
+def features_of(path: pathlib.Path, found: encoded.EncodedPictures) -> list[np.ndarray | None]:
+    """Of every picture of a set of pages, None for what cannot be read."""
+    records = open_records(next(path.iterdir()), "train", "pages")
+    made: list[np.ndarray | None] = []
+    for place in range(len(records)):
+        for picture in range(len(records[place]["images"])):
+            try:
+                made.append(found.read(place, picture))
+            except ImageError:
+                made.append(None)
+    return made
+
+
+def agree(first: list[np.ndarray | None], second: list[np.ndarray | None]) -> bool:
+    return len(first) == len(second) and all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_storage_that_fails_for_moments_changes_no_features(sets: dict[str, pathlib.Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """When they are made, opened and read; for long it ends the run, without a part that was made of it."""
+    whole = features_of(sets["pages"], opened(sets["pages"], Quarters("calm")))
+    faults = Faults(monkeypatch, now_and_then(one_in=1))
+    calls = {"load": itertools.count(), "preadv": itertools.count()}
+
+    def failing(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            if next(calls[name]) % 5 < 2:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(encoded.np, "load", failing("load", np.load))
+    monkeypatch.setattr(encoded.os, "preadv", failing("preadv", os.preadv))
+    assert agree(whole, features_of(sets["pages"], opened(sets["pages"], Quarters("moments"))))
+    assert agree(whole, features_of(sets["pages"], opened(sets["pages"], Quarters("moments")))), "and again, of what is kept"
+    assert faults.failed and next(calls["load"]) > 5 and next(calls["preadv"]) > 5
+
+    faults.plan = ever(errno.ESTALE)
+    with pytest.raises(StorageError, match="could not be read 3 times"):
+        opened(sets["pages"], Quarters("long"))
+    assert not list(next(sets["pages"].iterdir()).glob("features_long_train/?????.npy"))
+    found = opened(sets["pages"], Quarters("moments"))
+    monkeypatch.setattr(encoded.os, "preadv", lambda *args: (_ for _ in ()).throw(OSError(errno.EIO, "x")))
+    with pytest.raises(StorageError, match=r"00001.npy could not be read 3 times"):
+        found.read(4, 1)
+
+
+def test_parts_that_are_torn_are_made_again(sets: dict[str, pathlib.Path]) -> None:
+    """A machine that lost its power leaves files without their ends."""
+    whole = features_of(sets["pages"], opened(sets["pages"], Quarters("torn")))
+    store = next(sets["pages"].iterdir()) / "features_torn_train"
+    for name in ("00001.npy", "00001.counts.npy", "00001.places.npy"):
+        data = (store / name).read_bytes()
+        for cut in (b"", data[:60], data[:-8]):
+            (store / name).write_bytes(cut)
+            encoder = Quarters("torn")
+            assert agree(whole, features_of(sets["pages"], opened(sets["pages"], encoder))), (name, len(cut))
+            assert encoder.calls == 2, "that part alone"
+
+
+def test_features_of_a_record_that_was_damaged_are_made_once_it_is_mended(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = build(tmp_path, "pages", 8, monkeypatch)
+    whole = features_of(folder.parent, opened(folder.parent, Quarters("mended_later")))
+    place, mend = hurt(folder, "pages")
+    encoder = Quarters("hurt")
+    found = opened(folder.parent, encoder)
+    with pytest.raises(ImageError, match="damaged on disk when its features were made"):
+        found.read(place, 0)
+    calls = encoder.calls
+    opened(folder.parent, encoder)
+    assert encoder.calls == calls, "what is damaged still is not made at every start"
+    mend()
+    assert agree(whole, features_of(folder.parent, opened(folder.parent, encoder))) and calls < encoder.calls < 2 * calls
+
+
+def test_more_parts_than_open_files(sets: dict[str, pathlib.Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No part holds a descriptor or a mapping of its own, and what is open is let go where others want it."""
+    monkeypatch.setattr(encoded, "RECORDS", 1)
+    found = opened(sets["pages"], Quarters("many"))
+    whole = features_of(sets["pages"], found)
+    monkeypatch.setattr(encoded, "FILES", OpenFiles(encoded._File))
+    held = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(open_files, "open_files_allowed", lambda: 12)
+    assert agree(whole, features_of(sets["pages"], opened(sets["pages"], Quarters("many"))))
+    assert len(encoded.FILES) == 3 and len(os.listdir("/proc/self/fd")) <= held + 6
+    assert "features_many" not in pathlib.Path("/proc/self/maps").read_text()
