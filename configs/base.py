@@ -1,7 +1,18 @@
-"""The pieces that the paper-scale configs share: its data mixture, its frozen parts by size, its optimizer, and a laptop's form of each."""
+"""The pieces that the configs share: the grammar of their argument, and for the paper's scale its
+data mixture, its frozen parts by size, its optimizer, and a laptop's form of each.
+
+A config's argument is KEY=VALUE pairs with commas between them, `form=v4_2x2x4,root=/shared`; values
+without a key are those of the config's keys in their order, `v4_2x2x4,/shared`. Every config that reads
+files takes `root`, the folder that relative paths begin at: it holds data/, and exports/, models/ or
+what the stages before have exported.
+"""
 
 import dataclasses
+import os
+import re
+from collections.abc import Collection, Sequence
 
+from flamingo_jax.configuring import did_you_mean
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import (
     ContrastiveConfig,
@@ -18,11 +29,14 @@ from flamingo_jax.experiment import (
 )
 
 DATA = "data"
-"""Folder of the prepared datasets and the tokenizer, relative to where the command runs."""
+"""Folder of the prepared datasets and the tokenizer, below the root."""
 EXPORTS = "exports"
-"""Folder of the exported stages."""
-TINY_DATA = "runs/quickstart/data"
-"""What `python -m launch.build_data --source=quickstart --output=runs/quickstart/data` makes: the data of every `:tiny` form."""
+"""Folder of the exported stages, below the root."""
+TINY = "tiny"
+"""The form of every config that fits a laptop."""
+TINY_ROOT = "runs/quickstart"
+"""The root of every tiny form where none is given: there the quickstart (or `python -m
+launch.build_data --source=quickstart --output=runs/quickstart/data`) makes its data."""
 
 LM_1B4 = LanguageModelConfig(layers=24, width=2048, heads=16, feed_forward=8192)
 LM_7B = LanguageModelConfig(layers=32, width=4096, heads=32, feed_forward=16384)
@@ -40,18 +54,103 @@ class Machine:
     microbatches: int = 1
 
 
-def form_of(experiment: Experiment, arg: str, config: str, machines: dict[str, Machine]) -> Experiment:
-    """The form of an experiment that the config's argument names: "" for the experiment, "tiny" for a laptop, or a machine. UserError for another."""
-    if not arg:
+def arguments(
+    argument: str, config: str, keys: Sequence[str], pairs: Collection[str] = ()
+) -> dict[str, str]:
+    """Reads a config's argument.
+
+    Args:
+      config: the config's name, for the sentences.
+      keys: what the config takes, in the order of values that are given without a key; the last
+        of these may have commas, as folders may.
+      pairs: those of the keys whose own values are NAME=VALUE.
+
+    Returns: {key: value, "" where none is given}.
+    Raises: UserError for a key that is unknown or given twice, or a value without one after others.
+    """
+    takes = f"configs/{config}.py takes {','.join(f'{key}=...' for key in keys)}"
+    found: dict[str, str] = {}
+    named = False
+    for place, part in enumerate(argument.split(",") if argument else ()):
+        here = keys[min(place, len(keys) - 1)]
+        key, equals, value = part.partition("=")
+        if key in keys and equals:
+            named = True
+        elif re.fullmatch(r"\w+=.*", part) and (named or here not in pairs):
+            raise UserError(f"{takes}, but no {key!r}{did_you_mean(key, keys)}")
+        elif named:
+            raise UserError(f"{takes}, and {part!r} follows one of these: give it a key as well")
+        elif place >= len(keys):
+            found[here] += f",{part}"
+            continue
+        else:
+            key, value = here, part
+        if key in found:
+            raise UserError(f"{takes}, but {key} is given twice")
+        found[key] = value
+    return {key: found.get(key, "") for key in keys}
+
+
+def form_of(
+    experiment: Experiment, arg: str, config: str, machines: dict[str, Machine]
+) -> Experiment:
+    """Makes of an experiment what a config's argument `form,root` asks for.
+
+    form: "" for the experiment as it is, "tiny" for a laptop, or one of the machines.
+
+    Raises: UserError for another form, or an argument that is not of the grammar.
+    """
+    given = arguments(arg, config, ("form", "root"))
+    form = given["form"]
+    return rooted(on_machine(experiment, form, config, machines), root_of(given["root"], form))
+
+
+def root_of(root: str, form: str) -> str:
+    """Returns the root that paths begin at; by default where the command runs."""
+    return root or (TINY_ROOT if form == TINY else "")
+
+
+def on_machine(
+    experiment: Experiment, form: str, config: str, machines: dict[str, Machine]
+) -> Experiment:
+    """Makes the form of an experiment; `form_of` says which there are."""
+    if not form:
         return experiment
-    if arg == "tiny":
+    if form == TINY:
         return tiny(experiment)
-    if arg not in machines:
-        forms = ", ".join(f":{name}" for name in ("tiny", *machines))
-        raise UserError(f"configs/{config}.py has no form {arg!r}: choose one of {forms}, or leave it away and set config.mesh")
-    machine = machines[arg]
-    data = {name: dataclasses.replace(dataset, microbatches=machine.microbatches) for name, dataset in experiment.data.items()}
-    return dataclasses.replace(experiment, name=f"{experiment.name} on {arg}", mesh=machine.mesh, data=data)
+    if form not in machines:
+        forms = ", ".join(f":{name}" for name in (TINY, *machines))
+        raise UserError(
+            f"configs/{config}.py has no form {form!r}: choose one of {forms}, or leave it away "
+            "and set config.mesh"
+        )
+    machine = machines[form]
+    data = {
+        name: dataclasses.replace(dataset, microbatches=machine.microbatches)
+        for name, dataset in experiment.data.items()
+    }
+    name = f"{experiment.name} on {form}"
+    return dataclasses.replace(experiment, name=name, mesh=machine.mesh, data=data)
+
+
+def rooted(experiment: Experiment, root: str) -> Experiment:
+    """Lets every relative path of an experiment begin at `root`; "" leaves them as they are."""
+
+    def below(path: str) -> str:
+        return path if path in ("", "random") else os.path.join(root, path)
+
+    def datasets(part: dict[str, DatasetConfig]) -> dict[str, DatasetConfig]:
+        return {name: dataclasses.replace(d, path=below(d.path)) for name, d in part.items()}
+
+    return dataclasses.replace(
+        experiment,
+        tokenizer=below(experiment.tokenizer),
+        data=datasets(experiment.data),
+        held_out=datasets(experiment.held_out),
+        vision_encoder_from=below(experiment.vision_encoder_from),
+        language_model_from=below(experiment.language_model_from),
+        flamingo_from=below(experiment.flamingo_from),
+    )
 
 
 def mixture(m3w: int = 256, align: int = 512, ltip: int = 512, vtp: int = 64) -> dict[str, DatasetConfig]:
@@ -135,7 +234,7 @@ def tiny(experiment: Experiment) -> Experiment:
         contrastive=experiment.contrastive and _tiny_contrastive(experiment.contrastive),
         language_model=experiment.language_model and _tiny_language_model(experiment.language_model, layers=2),
         flamingo=experiment.flamingo and _tiny_flamingo(experiment.flamingo),
-        tokenizer=f"{TINY_DATA}/tokenizer",
+        tokenizer=f"{DATA}/tokenizer",
         data=data,
         held_out=held_out(data),
         optimizer=dataclasses.replace(optimizer, peak_rate=1e-3, end_rate=min(optimizer.end_rate, 1e-4), warmup_steps=20),
@@ -157,7 +256,13 @@ TINY_LENGTHS = {"pages": 128, "pairs": 48, "videos": 32, "text": 128, "questions
 def _tiny_dataset(name: str, dataset: DatasetConfig) -> DatasetConfig:
     # The world's text speaks of left and right, so that nothing is flipped.
     return dataclasses.replace(
-        dataset, path=f"{TINY_DATA}/{name}", batch_size=TINY_ROWS, length=TINY_LENGTHS[dataset.kind], microbatches=1, flip=False, colour=0.0
+        dataset,
+        path=f"{DATA}/{name}",
+        batch_size=TINY_ROWS,
+        length=TINY_LENGTHS[dataset.kind],
+        microbatches=1,
+        flip=False,
+        colour=0.0,
     )
 
 

@@ -1,9 +1,11 @@
 """The vision encoder: NFNet-F6 beside a BERT, both from scratch, on ALIGN and LTIP (paper B.1.3).
 
-`--config=configs/contrastive_nfnet_f6.py`, `:tiny`, or a machine of `MACHINES`. From the paper: 288 px, joint width 1376, label smoothing
-0.1, one gradient of 16,384 pairs per dataset and update, Adam without decay, rate 1e-3 falling linearly to 0 over 1.2 M updates, adaptive
-clipping 1e-2 on the NFNet and a global norm of 10 on the rest. Not in the paper, from ALIGN (Jia et al. 2021): BERT-Large, 64 tokens,
-temperature 1 at the start, 10,000 updates of warm-up. The two datasets weigh the same.
+`--config=configs/contrastive_nfnet_f6.py`, or with `:form=FORM,root=FOLDER`: the form is `tiny` or
+a machine of `MACHINES`. From the paper: 288 px, joint width 1376, label smoothing 0.1, one gradient
+of 16,384 pairs per dataset and update, Adam without decay, rate 1e-3 falling linearly to 0 over 1.2
+M updates, adaptive clipping 1e-2 on the NFNet and a global norm of 10 on the rest. Not in the
+paper, from ALIGN (Jia et al. 2021): BERT-Large, 64 tokens, temperature 1 at the start, 10,000
+updates of warm-up. The two datasets weigh the same.
 """
 
 import ml_collections
@@ -20,7 +22,7 @@ MACHINES = {
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The config, or the form that the argument names."""
+    """The config as the argument `form,root` asks for it."""
     data = {
         name: DatasetConfig("pairs", f"{base.DATA}/{name}", batch_size=16_384, length=64, flip=True, colour=base.COLOUR) for name in ("align", "ltip")
     }

@@ -2,12 +2,14 @@
 
     python -m launch.train --config=configs/flamingo_open.py:h200_8,models/Qwen3-8B,models/siglip-so400m-patch14-384 --workdir=runs/open
 
-The argument is `form,language model,encoder,datasets`, each of which may be left away:
+The argument is `form,language_model,encoder,datasets,root`, each with its name and "=" in front or in
+this order, and each of which may be left away:
 
 - form: `tiny` for a laptop, or a machine of `MACHINES`; "" leaves config.mesh to be set.
-- language model, encoder: folders as Hugging Face's transformers save them, or exports; weights are read from there as they are, and the
+- language_model, encoder: folders as Hugging Face's transformers save them, or exports; weights are read from there as they are, and the
   tokenizer too. A folder that is not there yet, but is called like a model of flamingo_jax/interop/published.py, does for `launch.plan`.
 - datasets: folders in `data/` (for tiny, in runs/quickstart/data) with their kind, joined by +: `obelics=pages+coco=pairs+clips=videos`.
+- root: where these folders are looked for, `root=/shared`.
 
     python -m launch.plan --config=configs/flamingo_open.py:v5e_64 --counts --topology=v5e:8x8
 
@@ -16,6 +18,7 @@ bfloat16. Blocks stand before every 4th layer, as in Flamingo-9B; a smaller `eve
 """
 
 import dataclasses
+import os
 import pathlib
 from typing import Any
 
@@ -41,6 +44,7 @@ from flamingo_jax.interop.folders import Part, is_foreign, read_config
 from flamingo_jax.interop.published import published
 from flamingo_jax.processing.tokenizer import tokenizer_file
 
+KEYS = ("form", "language_model", "encoder", "datasets", "root")
 LANGUAGE_MODEL = "models/Qwen3-8B"
 VISION_ENCODER = "models/siglip-so400m-patch14-384"
 DATASETS = "pages=pages+pairs=pairs+videos=videos"
@@ -69,14 +73,23 @@ TINY_VISION = VisionConfig(image_size=48, vit=ViTConfig(patch_size=8, layers=2, 
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The config of `form,language model,encoder,datasets`."""
-    form, language_model, encoder, datasets = (arg.split(",") + [""] * 4)[:4]
-    if arg.count(",") > 3:
-        raise UserError("the argument of configs/flamingo_open.py is form,language model,encoder,datasets: join datasets by +")
-    if form == "tiny":
-        return to_config(_tiny(language_model, encoder, datasets or TINY_DATASETS))
-    experiment = _experiment(language_model or LANGUAGE_MODEL, encoder or VISION_ENCODER, _datasets(datasets or DATASETS, base.DATA))
-    return to_config(base.form_of(experiment, form, "flamingo_open", MACHINES))
+    """The config of `form,language_model,encoder,datasets,root`."""
+    given = base.arguments(arg, "flamingo_open", KEYS, pairs=("datasets",))
+    form, datasets = given["form"], given["datasets"]
+    root = base.root_of(given["root"], form)
+    # Models lie where the command runs, unless a root is named: a tiny form has one of its own.
+    language_model, encoder = (
+        path and os.path.join(given["root"], path)
+        for path in (given["language_model"], given["encoder"])
+    )
+    if form == base.TINY:
+        return to_config(_tiny(language_model, encoder, datasets or TINY_DATASETS, root))
+    experiment = _experiment(
+        language_model or os.path.join(root, LANGUAGE_MODEL),
+        encoder or os.path.join(root, VISION_ENCODER),
+        _datasets(datasets or DATASETS, root),
+    )
+    return to_config(base.on_machine(experiment, form, "flamingo_open", MACHINES))
 
 
 def _experiment(language_model: str, encoder: str, data: dict[str, DatasetConfig]) -> Experiment:
@@ -104,13 +117,13 @@ def _experiment(language_model: str, encoder: str, data: dict[str, DatasetConfig
     )
 
 
-def _tiny(language_model: str, encoder: str, datasets: str) -> Experiment:
+def _tiny(language_model: str, encoder: str, datasets: str, root: str) -> Experiment:
     """Small trained parts between the given models, or untrained ones of their form, on the quickstart's world."""
     lm = _config_of(language_model, "language_model") if language_model else TINY_LANGUAGE_MODEL
     vision = _config_of(encoder, "vision_encoder") if encoder else TINY_VISION
     data = {
         name: dataclasses.replace(dataset, batch_size=base.TINY_ROWS, length=base.TINY_LENGTHS[dataset.kind])
-        for name, dataset in _datasets(datasets, base.TINY_DATA).items()
+        for name, dataset in _datasets(datasets, root).items()
     }
     own = language_model and tokenizer_file(language_model) is not None
     return Experiment(
@@ -125,7 +138,7 @@ def _tiny(language_model: str, encoder: str, datasets: str) -> Experiment:
             xattn_head_width=16,
             xattn_feed_forward=256,
         ),
-        tokenizer=language_model if own else f"{base.TINY_DATA}/tokenizer",
+        tokenizer=language_model if own else os.path.join(root, base.DATA, "tokenizer"),
         data=data,
         held_out=base.held_out(data),
         optimizer=OptimizerConfig(peak_rate=1e-3, warmup_steps=20),
@@ -149,11 +162,11 @@ def _config_of(folder: str, part: Part) -> Any:
     return found
 
 
-def _datasets(text: str, folder: str) -> dict[str, DatasetConfig]:
+def _datasets(text: str, root: str) -> dict[str, DatasetConfig]:
     found: dict[str, DatasetConfig] = {}
     for part in text.split("+"):
         name, _, kind = part.partition("=")
         if not name or kind not in KINDS:
             raise UserError(f"the dataset {part!r} must be FOLDER=KIND with one of the kinds {', '.join(KINDS)}")
-        found[name] = dataclasses.replace(KINDS[kind], path=f"{folder}/{name}")
+        found[name] = dataclasses.replace(KINDS[kind], path=os.path.join(root, base.DATA, name))
     return found

@@ -9,8 +9,9 @@ records; what to raise first on an accelerator is said at each number.
 
 import ml_collections
 
-from configs.base import held_out
+from configs.base import arguments, held_out
 from flamingo_jax.configuring import to_config
+from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import (
     ContrastiveConfig,
     DatasetConfig,
@@ -32,13 +33,16 @@ LANGUAGE_MODEL = LanguageModelConfig(vocab_size=VOCABULARY, layers=4, width=128,
 STEPS = {"contrastive": 300, "language_model": 500, "flamingo": 400}
 
 
-def get_config(arg: str = "flamingo") -> ml_collections.ConfigDict:
-    """The config of one stage: `stage,folder`."""
-    stage, _, folder = arg.partition(",")
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """The config of one stage, by default the Flamingo: `stage,root`."""
+    given = arguments(arg, "own_data", ("stage", "root"))
+    stage = given["stage"] or "flamingo"
     stages = {"contrastive": _contrastive, "language_model": _language_model, "flamingo": _flamingo}
     if stage not in stages:
-        raise ValueError(f"configs/own_data.py has no stage {stage!r}: choose one of {', '.join(stages)}")
-    return to_config(stages[stage](folder or "runs/mine"))
+        raise UserError(
+            f"configs/own_data.py has no stage {stage!r}: choose one of {', '.join(stages)}"
+        )
+    return to_config(stages[stage](given["root"] or "runs/mine"))
 
 
 def _training(stage: str) -> TrainingConfig:

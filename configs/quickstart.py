@@ -1,8 +1,9 @@
 """The quickstart: all stages on the embedded drawn world, in minutes on two CPU cores.
 
-`--config=configs/quickstart.py:contrastive`, `:language_model`, `:flamingo` (the default) or `:without_pictures`, the Flamingo that is
-trained on the same text with every picture taken away. `:flamingo,FOLDER` looks for data and exports in another folder than
-`runs/quickstart`.
+`--config=configs/quickstart.py:contrastive`, `:language_model`, `:flamingo` (the default) or
+`:without_pictures`, the Flamingo that is trained on the same text with every picture taken away.
+`:stage=flamingo,root=FOLDER`, or `:flamingo,FOLDER`, looks for data and exports in another folder
+than `runs/quickstart`.
 
 What differs from the paper, and why: rates are higher and fall to 0, gates start open and small, since the runs are short; the loss is the
 mean over tokens, since captions would hardly count beside long pages; long captions weigh as much as pages, since they teach which of two
@@ -15,8 +16,9 @@ import dataclasses
 
 import ml_collections
 
-from configs.base import held_out
+from configs.base import arguments, held_out
 from flamingo_jax.configuring import to_config
+from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import (
     ContrastiveConfig,
     DatasetConfig,
@@ -40,13 +42,16 @@ LANGUAGE_MODEL = LanguageModelConfig(
 """Squared ReLU in place of GELU: its gradient takes half of the time on CPU."""
 
 
-def get_config(arg: str = "flamingo") -> ml_collections.ConfigDict:
-    """The config of one stage: `stage` or `stage,folder`."""
-    stage, _, root = arg.partition(",")
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """The config of one stage, by default the Flamingo: `stage,root`."""
+    given = arguments(arg, "quickstart", ("stage", "root"))
+    stage = given["stage"] or "flamingo"
     stages = {"contrastive": contrastive, "language_model": language_model, "flamingo": flamingo, "without_pictures": without_pictures}
     if stage not in stages:
-        raise ValueError(f"configs/quickstart.py has no stage {stage!r}: choose one of {', '.join(stages)}")
-    return to_config(stages[stage](root or ROOT))
+        raise UserError(
+            f"configs/quickstart.py has no stage {stage!r}: choose one of {', '.join(stages)}"
+        )
+    return to_config(stages[stage](given["root"] or ROOT))
 
 
 def _data(root: str, kind: str, name: str, **options: object) -> DatasetConfig:

@@ -13,8 +13,9 @@ import dataclasses
 
 import ml_collections
 
-from configs.base import held_out
+from configs.base import arguments, held_out
 from flamingo_jax.configuring import to_config
+from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import (
     ContrastiveConfig,
     DatasetConfig,
@@ -36,13 +37,16 @@ LANGUAGE_MODEL = LanguageModelConfig(
 )
 
 
-def get_config(arg: str = "flamingo") -> ml_collections.ConfigDict:
-    """The config of one stage: `stage,folder`."""
-    stage, _, folder = arg.partition(",")
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """The config of one stage, by default the Flamingo: `stage,root`."""
+    given = arguments(arg, "vqa", ("stage", "root"))
+    stage = given["stage"] or "flamingo"
     stages = {"contrastive": _contrastive, "language_model": _language_model, "flamingo": _flamingo, "video": _video, "finetune": _finetune}
     if stage not in stages:
-        raise ValueError(f"configs/vqa.py has no stage {stage!r}: choose one of {', '.join(stages)}")
-    return to_config(stages[stage](folder or "runs/vqa"))
+        raise UserError(
+            f"configs/vqa.py has no stage {stage!r}: choose one of {', '.join(stages)}"
+        )
+    return to_config(stages[stage](given["root"] or "runs/vqa"))
 
 
 def _questions(folder: str, **options: object) -> dict[str, DatasetConfig]:

@@ -1,5 +1,6 @@
 """Dataclasses to ConfigDicts and JSON and back, and what is refused on the way."""
 
+import dataclasses
 import importlib
 import json
 
@@ -80,3 +81,82 @@ def test_every_config_has_a_full_and_a_tiny_form(name: str) -> None:
     assert full.task == tiny.task and set(full.data) == set(tiny.data) and full.held_out.keys() == full.data.keys()
     with pytest.raises(UserError, match=":tiny"):
         get_config("huge")
+
+
+ALL = [*CONFIGS, "flamingo_open", "quickstart", "own_data", "vqa"]
+"""The configs that read files."""
+
+
+def paths(experiment: Experiment) -> list[str]:
+    parts = (experiment.data, experiment.held_out)
+    found = [dataset.path for part in parts for dataset in part.values()]
+    found += [experiment.tokenizer, experiment.vision_encoder_from, experiment.language_model_from]
+    return [path for path in [*found, experiment.flamingo_from] if path not in ("", "random")]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_config_takes_a_root(name: str) -> None:
+    """All that it reads lies below it, at the same places as below the folder of the command."""
+    module = importlib.import_module(f"configs.{name}")
+    for form in ("", *(["tiny"] if hasattr(module, "MACHINES") else ())):
+        given = [f"form={form}"] if form else []
+        here = from_config(Experiment, module.get_config(",".join(given)))
+        rooted = from_config(Experiment, module.get_config(",".join([*given, "root=/shared"])))
+        assert all(path.startswith("/shared/") for path in paths(rooted)) and paths(rooted)
+        own = getattr(module, "ROOT", f"runs/{name.replace('own_data', 'mine')}")
+        default = "runs/quickstart/" if form else "" if hasattr(module, "MACHINES") else f"{own}/"
+        assert [path.replace("/shared/", default, 1) for path in paths(rooted)] == paths(here)
+        assert dataclasses.replace(rooted, **{f: getattr(here, f) for f in PLACES}) == here
+
+
+PLACES = ("data", "held_out", "tokenizer", "vision_encoder_from", "language_model_from", "flamingo_from")
+
+
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        ("flamingo_3b:v4_2x2x4", "form=v4_2x2x4"),
+        ("lm_70b:v5p_8x8x4,/shared", "root=/shared,form=v5p_8x8x4"),
+        ("contrastive_nfnet_f6:,/a b", "root=/a b"),
+        ("quickstart:contrastive,runs/steps", "stage=contrastive,root=runs/steps"),
+        ("own_data:flamingo,/x=1/a", "root=/x=1/a"),
+        ("vqa:finetune", "root=runs/vqa,stage=finetune"),
+        (
+            "flamingo_open:h200_1,models/Qwen3-0.6B,models/siglip-base-patch16-224,photos=pairs",
+            "form=h200_1,language_model=models/Qwen3-0.6B,encoder=models/siglip-base-patch16-224,"
+            "datasets=photos=pairs",
+        ),
+        ("flamingo_open:tiny,,,a=pages+b=pairs,/x", "form=tiny,root=/x,datasets=a=pages+b=pairs"),
+    ],
+)
+def test_the_short_form_of_an_argument_is_its_values_in_order(short: str, long: str) -> None:
+    name, _, argument = short.partition(":")
+    get_config = importlib.import_module(f"configs.{name}").get_config
+    both = [from_config(Experiment, get_config(text)) for text in (argument, long)]
+    assert both[0] == both[1]
+
+
+def test_a_folder_may_have_commas() -> None:
+    config = importlib.import_module("configs.quickstart").get_config("contrastive,/a,b,c")
+    assert config.tokenizer == "/a,b,c/data/tokenizer"
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("flamingo_3b:form=tiny,rooot=/x", "takes form=...,root=..., but no 'rooot', did you mean root?"),
+        ("quickstart:form=flamingo", "configs/quickstart.py takes stage=...,root=..., but no 'form'"),
+        ("flamingo_9b:form=tiny,form=h200_8", "but form is given twice"),
+        ("flamingo_9b:tiny,form=h200_8", "but form is given twice"),
+        ("flamingo_80b:root=/x,tiny", "and 'tiny' follows one of these: give it a key as well"),
+        ("flamingo_open:root=/x,a=pairs", "but no 'a'"),
+        ("flamingo_open:tiny,m=pages", "but no 'm'"),
+        ("vqa:stage=huge", "configs/vqa.py has no stage 'huge'"),
+        ("own_data:huge,/x", "configs/own_data.py has no stage 'huge'"),
+    ],
+)
+def test_an_argument_of_another_grammar_is_refused(argument: str, sentence: str) -> None:
+    name, _, text = argument.partition(":")
+    with pytest.raises(UserError) as caught:
+        importlib.import_module(f"configs.{name}").get_config(text)
+    assert sentence in str(caught.value)
