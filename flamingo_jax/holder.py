@@ -1,82 +1,355 @@
-"""One process at a time works in a folder: a build in its output, a run in its workdir."""
+"""One process at a time works in a folder: a build in its output, a run in its workdir.
+
+    <folder>/.holder-<n>    who holds it: a `Claim` as JSON; changed at each sign of life
+
+Of several files the one with the highest n counts. A holder whose process is gone, on this machine,
+or of which no sign has come for `SILENT` seconds, from another one, is followed by who makes the
+next n: a file system, NFS too, lets one alone make a new file, where locks of files are not known
+to all of its hosts. Ages are told by the storage's own clock. So nothing is to be cleaned up after
+a process or a host that died.
+"""
 
 import contextlib
+import enum
 import errno
-import fcntl
 import json
 import logging
 import os
 import pathlib
+import re
 import socket
-from collections.abc import Iterator
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
-from flamingo_jax.errors import UserError
+from flamingo_jax.errors import EXIT_LOST, StorageError, UserError
 
-HOLDER_FILE = ".holder"
-MAX_BYTES = 4096
-"""Of a holder file that are read."""
+log = logging.getLogger(__name__)
+
+BEAT_EVERY = 5.0
+"""Seconds between a holder's signs of life."""
+SILENT = 60.0
+"""Seconds without one after which a holder on another machine counts as dead. Network storage may
+show what another host wrote 30 s late."""
+LOOK_EVERY = 0.5
+MOST_BYTES = 1 << 12
+"""Of a claim that are read."""
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+"""What no second try would change."""
+PREFIX = ".holder-"
+_NAME = re.compile(re.escape(PREFIX) + "([1-9][0-9]{0,8})")
+
+
+class HeldError(UserError):
+    """Another process holds the folder."""
+
+
+class Claim(NamedTuple):
+    """Who holds a folder, and for what work.
+
+    machine: names this start of an operating system and its set of process numbers; a pid means
+    something there alone. began: when the process began, which tells it from a later one of the
+    same number; "" where that is not known. folder: as that machine names it: a copy of it is held
+    by nobody.
+    """
+
+    work: str
+    host: str
+    pid: int
+    machine: str
+    began: str
+    folder: str
+    token: str
+
+
+class Standing(enum.Enum):
+    """What a claim says to who wants the folder."""
+
+    HELD = "held"
+    FREE = "free"
+    UNKNOWN = "unknown"
+    """It has to be watched: a sign of life says that it is held, silence that it is free."""
+
+
+def judge(runs: bool | None, silent: float, beaten: bool) -> Standing:
+    """What follows for who finds a claim.
+
+    Args:
+      runs: whether the process that made it still runs, None where that cannot be seen from here.
+      silent: seconds since its last sign of life, by the storage's clock.
+      beaten: whether it has given one since it was first looked at.
+    """
+    if runs is not None:
+        return Standing.HELD if runs else Standing.FREE
+    if beaten:
+        return Standing.HELD
+    return Standing.FREE if silent > SILENT else Standing.UNKNOWN
+
+
+class Found(NamedTuple):
+    """A file of a claim as it was read: its number, the claim (None where its maker has not written
+    it yet) and its time of change in seconds."""
+
+    number: int
+    claim: Claim | None
+    changed: float
 
 
 @contextlib.contextmanager
 def holding(folder: pathlib.Path, work: str) -> Iterator[None]:
-    """Holds the folder for as long as the block lasts.
-
-    One that is not there is made, and removed again where nothing was put into it.
-
-    `work` says what is done, as in "a build": whoever comes meanwhile is told it, with the
-    holder's host and process, in a UserError. The lock is the kernel's (flock, which NFS carries
-    to other hosts), so that a holder that was killed holds nothing.
-    """
-    file = folder / HOLDER_FILE
-    made = not folder.exists()
-    descriptor = _locked(file, folder)
+    """Within, this process holds the folder: see `Holder`."""
+    holder = Holder(folder, work)
     try:
-        about = {"host": socket.gethostname(), "pid": os.getpid(), "work": work}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(about).encode(), 0)
         yield
     finally:
-        # Removed while the lock is still held: whoever opened this file takes it for a stale one.
-        with contextlib.suppress(OSError):
-            file.unlink()
-            if made:
-                folder.rmdir()
-        os.close(descriptor)
+        holder.release()
 
 
-def _locked(file: pathlib.Path, folder: pathlib.Path) -> int:
-    """The file, open and locked, as a descriptor that child programs do not inherit."""
-    while True:
+class Holder:
+    """This process's hold on a folder, from now until `release`; a thread gives signs of life.
+
+    Args:
+      folder: made where it is not there.
+      work: what is done, as "a build"; whoever comes meanwhile is told it.
+      lost: called where another has taken the folder, as it may when this process stood still for
+        longer than `SILENT`: nothing may be written any more. By default it ends the process at
+        once.
+    Raises: HeldError where another holds it; UserError where it cannot be written to.
+    """
+
+    def __init__(
+        self, folder: pathlib.Path, work: str, lost: Callable[[pathlib.Path], None] | None = None
+    ):
+        self._folder, self._lost = folder, lost or _end
+        self._claim = Claim(
+            work,
+            socket.gethostname(),
+            os.getpid(),
+            _machine(),
+            _began(os.getpid()),
+            os.path.realpath(folder),
+            uuid.uuid4().hex,
+        )
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except FileNotFoundError:  # The holder before removed the empty folder in between.
-            continue
+            self._made = not folder.exists()
+            self._path = self._take()
         except OSError as error:
-            raise UserError(
-                f"{folder} cannot be written to ({error.strerror}): name another folder"
-            ) from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                logging.warning("%s: nothing keeps two processes apart here (%s)", folder, error)
-                return descriptor
-            holder = _holder(descriptor)
-            os.close(descriptor)
-            raise UserError(
-                f"{folder} is held by {holder}: wait until that has ended, or name another folder"
-            ) from None
+            raise _failed(folder, error) from error
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="holder")
+        self._thread.start()
+
+    def release(self) -> None:
+        """Lets go of it. A folder that was made for nothing is not left behind."""
+        self._stop.set()
+        # It may be stuck on the storage.
+        self._thread.join(BEAT_EVERY)
         with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(file)):
-                return descriptor
-        os.close(descriptor)  # The holder before removed it in between.
+            found = _read(self._path)
+            if found is not None and found.claim == self._claim:
+                self._path.unlink()
+            if self._made:
+                self._folder.rmdir()
+
+    def _take(self) -> pathlib.Path:
+        first: Found | None = None
+        while True:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            try:
+                seen, found = _numbers(self._folder), _newest(self._folder)
+                if found is not None and not self._is_free(found, first):
+                    if first is None or first.number != found.number:
+                        first = found
+                        log.info(
+                            "%s: looking whether %s still runs, for at most %.0f s",
+                            self._folder,
+                            _who(found.claim),
+                            SILENT,
+                        )
+                    time.sleep(LOOK_EVERY)
+                    continue
+                path = self._folder / f"{PREFIX}{found.number + 1 if found else 1}"
+                if not _make(path, self._claim):
+                    continue
+                if set(_numbers(self._folder)) - {*seen, _number(path.name)}:
+                    # Another has come meanwhile, and is judged as any.
+                    path.unlink()
+                    continue
+            except FileNotFoundError:
+                # The holder before has removed the folder, which it left empty.
+                time.sleep(0.001)
+                continue
+            for other in seen:
+                (self._folder / f"{PREFIX}{other}").unlink(missing_ok=True)
+            return path
+
+    def _is_free(self, found: Found, first: Found | None) -> bool:
+        """Raises HeldError. first: what was found at first."""
+        runs = self._runs(found.claim)
+        beaten = (
+            first is not None and first.number == found.number and first.changed != found.changed
+        )
+        standing = judge(runs, self._now() - found.changed if runs is None else 0.0, beaten)
+        if standing is Standing.HELD:
+            mend = "wait until that has ended, or name another folder"
+            raise HeldError(f"{self._folder} is held by {_who(found.claim)}: {mend}")
+        return standing is Standing.FREE
+
+    def _runs(self, claim: Claim | None) -> bool | None:
+        """Whether a claim's process runs, where it would be on this machine."""
+        if (
+            claim is None
+            or claim.machine != self._claim.machine
+            or claim.folder != self._claim.folder
+        ):
+            return None
+        return _is_running(claim.pid, claim.began)
+
+    def _now(self) -> float:
+        """The storage's time."""
+        path = self._folder / f"{PREFIX}clock-{self._claim.token}"
+        with open(path, "wb") as file:
+            file.write(b"?")
+            file.flush()
+            now = os.fstat(file.fileno()).st_mtime
+        path.unlink()
+        return now
+
+    def _beat(self) -> None:
+        while not self._stop.wait(BEAT_EVERY):
+            # What fails for a moment is tried again with the next beat.
+            with contextlib.suppress(OSError):
+                found = _newest(self._folder)
+                if found is None:
+                    # Somebody tidied up.
+                    _make(self._path, self._claim)
+                elif found.claim == self._claim:
+                    os.utime(self._path)
+                elif not self._stop.is_set():
+                    return self._lost(self._folder)
 
 
-def _holder(descriptor: int) -> str:
-    """Who wrote the file, in words."""
-    try:
-        about = json.loads(os.pread(descriptor, MAX_BYTES, 0))
-        return f"{about['work']} (process {about['pid']} on {about['host']})"
-    except (OSError, ValueError, TypeError, KeyError):  # It has just been opened.
+def _who(claim: Claim | None) -> str:
+    if claim is None:
         return "another process that has just started"
+    return f"{claim.work} (process {claim.pid} on {claim.host})"
+
+
+def _failed(folder: pathlib.Path, error: OSError) -> UserError:
+    if error.errno in _REFUSED:
+        return UserError(f"{folder} cannot be written to ({error.strerror}): name another folder")
+    why = f"{folder} cannot be written to just now ({error.strerror})"
+    return StorageError(f"{why}: mend the storage and start again")
+
+
+def _end(folder: pathlib.Path) -> None:
+    """Ends this process without another word to the storage."""
+    found = _newest(folder)
+    who = _who(found.claim if found else None)
+    print(
+        f"error: {folder} was taken by {who} while this process stood still: see how that does",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(EXIT_LOST)
+
+
+# -- the files --
+
+
+def _number(name: str) -> int:
+    found = _NAME.fullmatch(name)
+    return int(found[1]) if found else 0
+
+
+def _numbers(folder: pathlib.Path) -> list[int]:
+    with os.scandir(folder) as entries:
+        return sorted(number for entry in entries if (number := _number(entry.name)))
+
+
+def _newest(folder: pathlib.Path) -> Found | None:
+    for number in reversed(_numbers(folder)):
+        if (found := _read(folder / f"{PREFIX}{number}")) is not None:
+            return found
+    return None
+
+
+def _read(path: pathlib.Path) -> Found | None:
+    """None where it is not there, or there no more."""
+    try:
+        # NFS looks again at a file that is opened.
+        with open(path, "rb") as file:
+            text, changed = file.read(MOST_BYTES), os.fstat(file.fileno()).st_mtime
+    except FileNotFoundError:
+        return None
+    claim = None
+    with contextlib.suppress(ValueError, TypeError):
+        raw = Claim(**json.loads(text))
+        if isinstance(raw.pid, int) and all(
+            isinstance(value, str) for value in raw if value is not raw.pid
+        ):
+            claim = raw
+    return Found(_number(path.name), claim, changed)
+
+
+def _make(path: pathlib.Path, claim: Claim) -> bool:
+    """Whether this process made it: one alone can."""
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        return False
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(json.dumps(claim._asdict()).encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    return True
+
+
+# -- processes --
+
+
+def _machine() -> str:
+    try:
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _state(pid: int) -> tuple[str, str] | None:
+    """A process's state and the time of its start, where the system tells them."""
+    try:
+        text = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    # The name before may hold anything.
+    fields = text.rpartition(")")[2].split()
+    return fields[0], fields[19]
+
+
+def _began(pid: int) -> str:
+    state = _state(pid)
+    return "" if state is None else state[1]
+
+
+def _is_running(pid: int, began: str) -> bool | None:
+    """None where a process has this number and nothing tells whether it is that one."""
+    if pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    state = _state(pid)
+    if state is None or not began:
+        return None
+    return state[0] not in "ZX" and state[1] == began

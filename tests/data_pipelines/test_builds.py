@@ -18,7 +18,7 @@ from data_pipelines.build.source import Dropped, Example, Outcome, Shares, recor
 from data_pipelines.build.workers import DIED, WorkerPool
 from data_pipelines.build.writer import write_dataset
 from flamingo_jax.errors import UserError
-from flamingo_jax.holder import HOLDER_FILE, holding
+from flamingo_jax.holder import PREFIX, holding
 
 HOLD = """
 import pathlib, sys, time
@@ -81,7 +81,7 @@ def test_the_second_of_two_builds_is_told_who_holds_the_folder(tmp_path: pathlib
         write_dataset(output, Texts("other"))
     first.go_on.set()
     thread.join()
-    assert made[0][1] and read(output) == ["a", "b"] and not (output / HOLDER_FILE).exists()
+    assert made[0][1] and read(output) == ["a", "b"] and not list(output.glob(f"{PREFIX}*"))
     assert write_dataset(output, Texts("a", "b"))[1] is False
 
 
@@ -95,9 +95,9 @@ def test_a_holder_that_was_killed_holds_nothing(tmp_path: pathlib.Path) -> None:
     finally:
         other.kill()
         other.wait()
-    assert (output / HOLDER_FILE).exists()
+    assert list(output.glob(f"{PREFIX}*"))
     write_dataset(output, Texts("a"))
-    assert read(output) == ["a"] and not (output / HOLDER_FILE).exists()
+    assert read(output) == ["a"] and not list(output.glob(f"{PREFIX}*"))
 
 
 def test_one_at_a_time_of_many_that_come_and_go(tmp_path: pathlib.Path) -> None:
@@ -127,7 +127,7 @@ def test_one_at_a_time_of_many_that_come_and_go(tmp_path: pathlib.Path) -> None:
 def test_nothing_is_left_of_a_build_that_nothing_came_of(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="a mistake of the user"):
         write_dataset(tmp_path / "empty", Texts("wrong"))
-    assert not (tmp_path / "empty" / HOLDER_FILE).exists()
+    assert not list((tmp_path / "empty").glob(f"{PREFIX}*"))
     write_dataset(tmp_path / "empty", Texts("a"))
     assert read(tmp_path / "empty") == ["a"]
 
