@@ -189,7 +189,8 @@ class Export:
     def read(self, prefix: str = "") -> dict[str, np.ndarray]:
         """Parameters whose flat stacked name starts with `prefix`, joined over layers, in the dtype they were written in.
 
-        Raises: UserError when a file is not what it should be.
+        Raises: UserError when a file is not what it should be, StorageError when one cannot be read
+        just now.
         """
         stacks: dict[str, list[str]] = {}
         for leaf in self._files:
@@ -205,45 +206,59 @@ class Export:
                     for leaf in stacks[stack]:
                         file = self._files[leaf]
                         if file not in opened:
+                            manifest.require_readable(self.folder / file)
                             opened[file] = files.enter_context(safetensors.safe_open(self.folder / file, framework="numpy"))
                         leaves[leaf] = opened[file].get_tensor(leaf)
                     values |= restack(leaves)
-        except (OSError, ValueError, safetensors.SafetensorError) as error:
+        except (FileNotFoundError, ValueError, safetensors.SafetensorError) as error:
             raise UserError(f"{self.folder} cannot be read ({error}): copy or export it again") from error
+        except OSError as error:
+            raise manifest.unreadable(self.folder, error) from error
         return values
 
     def verify(self) -> None:
-        """Reads every byte. Raises UserError naming the first file that differs from what was exported."""
+        """Reads every byte. Raises UserError naming the first file that differs from what was
+        exported, StorageError for one that cannot be read just now."""
         try:
             manifest.check_digests(self.folder, self._manifest)
-        except (manifest.DamageError, OSError) as error:
+        except manifest.DamageError as error:
             raise UserError(f"{error}: copy or export {self.folder} again") from error
+        except OSError as error:
+            raise manifest.unreadable(self.folder, error) from error
 
 
 def open_export(folder: pathlib.Path | str) -> Export:
     """Opens an export folder and checks the size of every file.
 
-    Raises: UserError when the folder is missing, is no export, or lacks a file or a part of one.
+    Raises: UserError when the folder is missing, is no export, or lacks a file or a part of one;
+    StorageError when it cannot be read just now.
     """
     folder = pathlib.Path(folder)
+    try:
+        return _opened(folder)
+    except OSError as error:
+        raise manifest.unreadable(folder, error) from error
+
+
+def _opened(folder: pathlib.Path) -> Export:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: name one that launch.export wrote")
     try:
-        content = json.loads((folder / CONFIG).read_bytes())
+        content = json.loads(manifest.read_again((folder / CONFIG).read_bytes))
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r}")
         kind, version, config = content["kind"], content["version"], content["config"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder} is no export of this project: its {CONFIG} is missing or foreign; name a folder that launch.export wrote") from error
     if version != VERSION or kind not in KINDS:
         raise UserError(f"{folder} is a {kind!r} export of version {version}, which this version of the project cannot read: export it again")
     try:
         listing = manifest.read_manifest(folder)
         manifest.check_sizes(folder, listing)
-        files = json.loads((folder / INDEX).read_bytes())["weight_map"]
+        files = json.loads(manifest.read_again((folder / INDEX).read_bytes))["weight_map"]
         names = tuple(sorted({stacked_name(leaf)[0] for leaf in files}))
     except manifest.DamageError as error:
         raise UserError(f"{error}: copy or export {folder} again") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} lacks its {manifest.NAME} or {INDEX}: copy or export it again") from error
     return Export(folder, kind, config, find_tokenizer(folder), listing.digest, names, files, listing)

@@ -9,15 +9,30 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Sequence
-from typing import NamedTuple
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+from flamingo_jax.errors import StorageError
 
 NAME = "manifest.json"
 _THREADS = min(4, os.cpu_count() or 1)
+_PART = 4 << 20
+"""Bytes that are read between two words of progress."""
+READ_AGAIN_AFTER = (0.2, 1.0, 5.0)
+"""Seconds before a read that failed is tried once more: network storage has moments in which it
+fails."""
+Progress = Callable[[], None]
+"""Called from any thread as bytes are read, so that whoever watches knows that it gets on."""
+T = TypeVar("T")
 
 
 class DamageError(Exception):
-    """A folder differs from its manifest; `file` is the first file that does, relative to the folder."""
+    """A folder differs from its manifest; `file` is the first that does, relative to the folder.
+
+    That a file cannot be read just now is no damage but an OSError.
+    """
 
     def __init__(self, folder: pathlib.Path, file: str, what: str):
         super().__init__(f"{folder / file} {what}")
@@ -38,19 +53,61 @@ class Manifest(NamedTuple):
     files: dict[str, Entry]
 
 
-def write_manifest(folder: pathlib.Path) -> Manifest:
+def read_again(read: Callable[[], T]) -> T:
+    """What `read` returns, tried again a few times where it raises an OSError; that of the last
+    time is raised. A file that is not there is not waited for."""
+    for seconds in READ_AGAIN_AFTER:
+        try:
+            return read()
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except OSError:
+            time.sleep(seconds)
+    return read()
+
+
+def unreadable(where: pathlib.Path, error: Exception) -> StorageError:
+    """What ends a command that could not read `where`, which may be whole: launchers start it
+    again."""
+    name = getattr(error, "filename", None) or where
+    said = next(iter(str(error).splitlines()), type(error).__name__)
+    reason = (getattr(error, "strerror", None) or said)[:300]
+    mend = "mend the storage and start again; nothing was changed"
+    return StorageError(f"{name} cannot be read just now ({reason}): {mend}")
+
+
+def require_readable(file: pathlib.Path) -> None:
+    """Raises the OSError of a file that cannot be opened just now: safetensors takes each for a
+    missing one."""
+    read_again(lambda: open(file, "rb").close())
+
+
+def is_there(path: pathlib.Path) -> bool:
+    """Whether there is such a file or folder; an OSError where that cannot be known, which
+    `Path.exists` takes for a no in some versions of Python."""
+    try:
+        read_again(lambda: os.stat(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def write_manifest(folder: pathlib.Path, progress: Progress = lambda: None) -> Manifest:
     """Digests every file below `folder` and writes the manifest atomically, after all of it has reached the disk."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
+    files = (path for path in _files(folder) if path != folder / NAME)
+    names = sorted(path.relative_to(folder).as_posix() for path in files)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        entries = dict(zip(names, pool.map(lambda name: _entry(folder / name, sync=True), names), strict=True))
+        made = pool.map(lambda name: _entry(folder / name, progress, sync=True), names)
+        entries = dict(zip(names, made, strict=True))
     manifest = Manifest(_digest(entries), entries)
     write_atomically(folder / NAME, _canonical(manifest))
     return manifest
 
 
 def read_manifest(folder: pathlib.Path) -> Manifest:
-    """Raises: FileNotFoundError when there is none, DamageError when it is not as it was written."""
-    text = (folder / NAME).read_bytes()
+    """Raises: FileNotFoundError when there is none, DamageError when it is not as it was written,
+    OSError when it cannot be read just now."""
+    text = read_again((folder / NAME).read_bytes)
     try:
         raw = json.loads(text)
         manifest = Manifest(raw["digest"], {name: Entry(**entry) for name, entry in raw["files"].items()})
@@ -62,21 +119,29 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
 
 
 def check_sizes(folder: pathlib.Path, manifest: Manifest) -> None:
-    """Raises DamageError for the first file that is missing or has another size; reads no file."""
+    """Raises DamageError for the first file that is missing or has another size, OSError for one of
+    which that cannot be known just now; reads no file."""
     for name, entry in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise DamageError(folder, name, "is missing")
-        size = path.stat().st_size
+        try:
+            found = read_again((folder / name).stat)
+        except (FileNotFoundError, NotADirectoryError):
+            raise DamageError(folder, name, "is missing") from None
+        size = found.st_size
+        if not stat.S_ISREG(found.st_mode):
+            raise DamageError(folder, name, "is no file")
         if size != entry.bytes:
             raise DamageError(folder, name, f"has {size:,} bytes instead of {entry.bytes:,}")
 
 
-def check_digests(folder: pathlib.Path, manifest: Manifest) -> None:
-    """Raises DamageError for the first file whose size or content is not the manifest's; reads every byte."""
+def check_digests(
+    folder: pathlib.Path, manifest: Manifest, progress: Progress = lambda: None
+) -> None:
+    """Raises DamageError for the first file whose size or content is not the manifest's, OSError
+    for one that cannot be read just now; reads every byte."""
     check_sizes(folder, manifest)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda name: _entry(folder / name), manifest.files)
+        read = lambda name: read_again(lambda: _entry(folder / name, progress))
+        found = pool.map(read, manifest.files)
         for name, entry in zip(manifest.files, found, strict=True):
             if entry != manifest.files[name]:
                 raise DamageError(folder, name, "has other content than its manifest says")
@@ -85,7 +150,8 @@ def check_digests(folder: pathlib.Path, manifest: Manifest) -> None:
 def digest_files(folder: pathlib.Path, names: Sequence[str]) -> str:
     """SHA-256 over the digests of these files, each read once: names their content as a manifest's digest does."""
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        return _digest(dict(zip(names, pool.map(lambda name: _entry(folder / name), names), strict=True)))
+        found = pool.map(lambda name: read_again(lambda: _entry(folder / name)), names)
+        return _digest(dict(zip(names, found, strict=True)))
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
@@ -113,12 +179,26 @@ def sync_folder(folder: pathlib.Path) -> None:
         os.close(descriptor)
 
 
-def _entry(path: pathlib.Path, *, sync: bool = False) -> Entry:
+def _files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Every file below. Raises OSError for a folder that cannot be listed: `rglob` passes over it."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for place, _, names in os.walk(folder, onerror=fail):
+        yield from (pathlib.Path(place, name) for name in names)
+
+
+def _entry(path: pathlib.Path, progress: Progress = lambda: None, *, sync: bool = False) -> Entry:
+    digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(_PART):
+            digest.update(part)
+            size += len(part)
+            progress()
         if sync:
             os.fsync(file.fileno())
-        return Entry(file.tell(), digest)
+    return Entry(size, digest.hexdigest())
 
 
 def _digest(entries: dict[str, Entry]) -> str:

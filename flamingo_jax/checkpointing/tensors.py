@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from flamingo_jax.checkpointing import manifest
 from flamingo_jax.errors import UserError
 from flamingo_jax.progress import Bar
 from flamingo_jax.pytrees import stacked_name
@@ -88,10 +89,15 @@ class Layout(NamedTuple):
 
 
 def read_headers(files: Iterable[pathlib.Path]) -> dict[str, Stored]:
-    """Every tensor of some safetensors files, by name; no tensor is read. Raises UserError for a file that is missing, cut short or foreign."""
+    """Every tensor of some safetensors files, by name; no tensor is read.
+
+    Raises: UserError for a file that is missing, cut short or foreign, StorageError for one that
+    cannot be read just now.
+    """
     found: dict[str, Stored] = {}
     for file in files:
         try:
+            manifest.require_readable(file)
             # The library checks the header against the file, but does not tell where a tensor lies; its own reading maps whole files
             # into memory, which then count as the process's.
             with safetensors.safe_open(file, framework="numpy"):
@@ -99,8 +105,10 @@ def read_headers(files: Iterable[pathlib.Path]) -> dict[str, Stored]:
             with open(file, "rb") as stream:
                 size = int.from_bytes(stream.read(8), "little")
                 header = json.loads(stream.read(size))
-        except (OSError, ValueError, safetensors.SafetensorError) as error:
+        except (FileNotFoundError, ValueError, safetensors.SafetensorError) as error:
             raise UserError(f"{file} is no whole safetensors file ({error}): copy it again") from error
+        except OSError as error:
+            raise manifest.unreadable(file, error) from error
         header.pop("__metadata__", None)
         for name, entry in header.items():
             if name in found:
@@ -355,7 +363,8 @@ def _run(pieces: list[_Piece], title: str) -> None:
     def one(piece: _Piece) -> int:
         if getattr(mine, "memory", None) is None or mine.memory.size < piece.bytes:
             mine.memory = np.empty(max(piece.bytes, min(PIECE, largest)), np.uint8)
-        piece.put(_read(piece.file, piece.start, mine.memory[: piece.bytes]))
+        memory = mine.memory[: piece.bytes]
+        piece.put(manifest.read_again(lambda: _read(piece.file, piece.start, memory)))
         return piece.bytes
 
     total, largest = sum(piece.bytes for piece in pieces), max((piece.bytes for piece in pieces), default=0)
@@ -366,8 +375,10 @@ def _run(pieces: list[_Piece], title: str) -> None:
             for future in concurrent.futures.as_completed(pending):
                 before, done = done, done + future.result()
                 bar.advance((done >> 20) - (before >> 20), "MiB")
+        except EOFError as error:
+            raise UserError(f"{error}: copy it again") from error
         except OSError as error:
-            raise UserError(f"the files cannot be read to their end ({error}): copy them again") from error
+            raise manifest.unreadable(pieces[0].file.parent, error) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -380,7 +391,7 @@ def _read(file: pathlib.Path, start: int, memory: np.ndarray) -> np.ndarray:
         while done < len(view):
             count = stream.readinto(view[done:])
             if not count:
-                raise OSError(f"{file} ends too early")
+                raise EOFError(f"{file} ends too early")
             done += count
     return memory
 

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
+from flamingo_jax.checkpointing import manifest
 from flamingo_jax.errors import UserError
 
 CONFIG = "config.json"
@@ -19,10 +20,12 @@ class Document:
     @classmethod
     def read(cls, file: pathlib.Path) -> "Document":
         try:
-            content = json.loads(file.read_bytes())
+            content = json.loads(manifest.read_again(file.read_bytes))
         except FileNotFoundError:
             raise UserError(f"there is no {file}: name the folder of a model as Hugging Face's transformers save it") from None
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise manifest.unreadable(file, error) from error
+        except ValueError as error:
             raise UserError(f"{file} is no JSON document ({error}): copy it again") from error
         if not isinstance(content, dict):
             raise UserError(f"{file} is no JSON object: copy it again")

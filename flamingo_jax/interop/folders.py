@@ -51,7 +51,11 @@ class Foreign:
     def digest(self) -> str:
         """SHA-256 over those of the config and of all files of tensors, which are read for it."""
         files = {self.folder / CONFIG, *(tensor.file for tensor in self._stored.values())}
-        return manifest.digest_files(self.folder, sorted(file.relative_to(self.folder).as_posix() for file in files))
+        names = sorted(file.relative_to(self.folder).as_posix() for file in files)
+        try:
+            return manifest.digest_files(self.folder, names)
+        except OSError as error:
+            raise manifest.unreadable(self.folder, error) from error
 
     @property
     def largest(self) -> int:

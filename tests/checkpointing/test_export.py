@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from flamingo_jax.checkpointing import manifest, tensors
 from flamingo_jax.checkpointing.export import export_model, open_export
-from flamingo_jax.errors import UserError
+from flamingo_jax.errors import EXIT_SAVE_FAILED, StorageError, UserError
 
 PARAMETERS = {
     "language_model/layers/attention/query": jnp.arange(12 * 6, dtype=jnp.bfloat16).reshape(12, 2, 3),
@@ -121,6 +122,53 @@ def test_a_flipped_byte_is_found_by_verify(folder: pathlib.Path) -> None:
     shard.write_bytes(content)
     with pytest.raises(UserError, match=shard.name):
         open_export(folder).verify()
+
+
+@pytest.mark.parametrize("file", ["config.json", "manifest.json", "model.safetensors.index.json", "model-00003*"])
+def test_what_cannot_be_read_just_now_is_no_damage(
+    file: str, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link to itself: the system refuses to open it (ELOOP), for root too."""
+    monkeypatch.setattr(manifest, "READ_AGAIN_AFTER", (0.0,))
+    export, (victim,) = open_export(folder), folder.glob(file)
+    kept = victim.rename(folder.parent / "kept")
+    victim.symlink_to(victim)
+    names = list(PARAMETERS)
+    attempts: list[Any] = [lambda: open_export(folder)]
+    if file != "manifest.json":
+        attempts.append(export.verify)
+    if victim.suffix == ".safetensors":
+        attempts += [export.read, lambda: export.shapes, lambda: tensors.read_headers([victim])]
+    for attempt in attempts:
+        with pytest.raises(StorageError, match="cannot be read just now .Too many levels") as caught:
+            attempt()
+        assert caught.value.exit_code == EXIT_SAVE_FAILED and "again" not in str(caught.value).replace("start again", "")
+    victim.unlink()
+    kept.rename(victim)
+    open_export(folder).verify()
+    assert set(export.read()) == set(names)
+
+
+def test_a_tensor_that_cannot_be_read_just_now_is_no_damage_and_one_that_ends_too_early_is(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "READ_AGAIN_AFTER", (0.0,))
+    name = "language_model/embedding"
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    targets = {name: jax.ShapeDtypeStruct((7, 5), jnp.float32, sharding=one)}
+    files = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    export, victim = open_export(folder), folder / files[name]
+    np.testing.assert_array_equal(export.read_sharded(targets)[name], np.asarray(PARAMETERS[name]))
+    content = victim.read_bytes()
+    victim.unlink()
+    victim.symlink_to(victim)
+    with pytest.raises(StorageError, match="cannot be read just now"):
+        export.read_sharded(targets)
+    victim.unlink()
+    victim.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=f"{victim.name} ends too early: copy it again") as caught:
+        export.read_sharded(targets)
+    assert not isinstance(caught.value, StorageError)
 
 
 def test_nothing_is_overwritten_and_a_failed_export_leaves_nothing(folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
