@@ -10,6 +10,8 @@ import re
 import sys
 import tempfile
 import textwrap
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -28,6 +30,10 @@ from flamingo_jax.ranges import MAX_SEED
 from flamingo_jax.storage import raise_open_files
 
 CONFIG = "config"
+EXIT_SECONDS = 120.0
+"""For which an interpreter that has done its work may take to end: it joins threads, of which one
+may be stuck on storage. Longer than jax's processes wait for one another
+(`cluster.link.SHUTDOWN_SECONDS`)."""
 _INTERRUPTED = 130
 """What shells give a command that Ctrl-C ended."""
 _OVERRIDE = re.compile(rf"^--?(?:no)?{CONFIG}\.([^=]*)")
@@ -67,14 +73,34 @@ def run(main: Callable[..., int | None], verbs: Sequence[str] = ()) -> NoReturn:
             sys.exit(0)
         words = [_pop_verb(sys.argv, verbs)] if verbs else []
         _parse(sys.argv)
-        code = main(*words)
+        code = main(*words) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+        code = error.exit_code
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)
-        sys.exit(_INTERRUPTED)
-    sys.exit(code or 0)
+        code = _INTERRUPTED
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        _end_by(code)
+        raise
+    except Exception:
+        _end_by(1)
+        raise
+    _end_by(code)
+    sys.exit(code)
+
+
+def _end_by(code: int) -> None:
+    """Ends this process with its code where the interpreter does not come to an end by itself."""
+
+    def end() -> None:
+        time.sleep(EXIT_SECONDS)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    threading.Thread(target=end, daemon=True, name="end").start()
 
 
 def load_config(location: str) -> ml_collections.ConfigDict:

@@ -2,17 +2,21 @@
 
     python -m launch.export --workdir=runs/quickstart/flamingo --output=runs/quickstart/export
 
-The newest whole checkpoint in the workdir is taken; frozen parts are read from the exports they came from, so that the folder stands alone.
+The newest whole checkpoint in the workdir is taken, and newer ones that are not whole are named;
+nothing in the workdir is changed. Frozen parts are read from the exports they came from, so that
+the folder stands alone.
 """
 
 import json
 import logging
 import pathlib
+from collections.abc import Mapping
 
 import jax
 from absl import flags
 
 from flamingo_jax import configuring, errors
+from flamingo_jax.checkpointing import manifest
 from flamingo_jax.checkpointing.checkpoints import Checkpoints
 from flamingo_jax.checkpointing.export import export_model
 from flamingo_jax.experiment import Experiment, MeshConfig
@@ -33,17 +37,23 @@ def main() -> int:
         if not value:
             raise errors.UserError(f"--{name} is not set: name a folder")
     workdir, output = pathlib.Path(WORKDIR.value), pathlib.Path(OUTPUT.value)
-    if not (workdir / "config.json").exists():
-        raise errors.UserError(f"--workdir={workdir} holds no config.json: name the folder of a training run")
-    experiment = configuring.from_json(Experiment, json.loads((workdir / "config.json").read_text()))
+    try:
+        text = manifest.read_again((workdir / "config.json").read_text)
+    except (FileNotFoundError, NotADirectoryError):
+        lacks = f"--workdir={workdir} holds no config.json"
+        raise errors.UserError(f"{lacks}: name the folder of a training run") from None
+    except OSError as error:
+        raise manifest.unreadable(workdir, error) from error
+    experiment = configuring.from_json(Experiment, json.loads(text))
     # Its own mesh, not the run's: a checkpoint is read by any number of devices.
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
     with jax.set_mesh(mesh):
         assembly = assemble(experiment, mesh)
         checkpoints = Checkpoints(workdir / "checkpoints", keep_last=experiment.training.keep_last, keep_every=experiment.training.keep_every)
-        step = checkpoints.latest()
+        step, passed = checkpoints.newest()
         if step is None:
-            raise errors.UserError(f"{workdir} has no whole checkpoint: train first")
+            raise errors.UserError(f"{workdir} has no whole checkpoint{_told(passed)}: train first")
+        log.info("taking step %d of %d%s", step, experiment.training.steps, _told(passed))
         state = checkpoints.restore(step, assembly.state)
         frozen, origins = load_frozen(experiment, assembly)
         require_same_bases(checkpoints.extra(step)["bases"], origins, workdir)
@@ -55,8 +65,13 @@ def main() -> int:
         tokenizer_file=tokenizer_file(workdir) or workdir / FILE_NAME,
         extra_files={"metrics.jsonl": workdir / "metrics.jsonl", "experiment.json": workdir / "config.json"},
     )
-    log.info("exported step %d of %s to %s", step, workdir, output)
+    log.info("exported step %d of %s to %s%s", step, workdir, output, _told(passed))
     return 0
+
+
+def _told(passed: Mapping[int, str]) -> str:
+    """What is newer than the step that is taken, and why it is not."""
+    return "".join(f"; not step {step}: {why}" for step, why in sorted(passed.items()))
 
 
 if __name__ == "__main__":

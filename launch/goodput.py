@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from flamingo_jax.checkpointing.manifest import unreadable
 from flamingo_jax.errors import UserError
 from flamingo_jax.training.goodput import KINDS, Breakdown, read_goodput, share
 from launch import command
@@ -26,7 +27,11 @@ WIDEST = 400
 def main() -> int:
     if not WORKDIR.value:
         raise UserError("--workdir is not set: name the folder of a training run")
-    breakdown = read_goodput(pathlib.Path(WORKDIR.value))
+    workdir = pathlib.Path(WORKDIR.value)
+    try:
+        breakdown = read_goodput(workdir)
+    except OSError as error:
+        raise unreadable(workdir, error) from error
     if JSON.value:
         starts = [start._asdict() for start in breakdown.starts]
         print(json.dumps({"goodput": breakdown.share, "seconds": breakdown.seconds, "starts": starts}))

@@ -9,6 +9,7 @@ Everything is checked before work starts; bad input is one sentence and exit cod
 command goes on from there. A run whose steps are not finite stops with code 3, one that ends above a required loss with code 4.
 """
 
+import contextlib
 import logging
 import pathlib
 import signal
@@ -24,9 +25,10 @@ from data_pipelines.inputs import held_out_batches, make_iterators
 from flamingo_jax import errors
 from flamingo_jax.cluster.link import Crew, Link, is_supervised
 from flamingo_jax.cluster.place import find_place
-from flamingo_jax.cluster.register import Limits
+from flamingo_jax.cluster.register import END, Limits
 from flamingo_jax.cluster.supervisor import supervise
 from flamingo_jax.experiment import Experiment, TrainingConfig
+from flamingo_jax.holder import holding
 from flamingo_jax.partitioning.mesh import check_batches, make_mesh
 from flamingo_jax.partitioning.share import Share
 from flamingo_jax.processing.tokenizer import Tokenizer, tokenizer_file
@@ -80,14 +82,19 @@ def main() -> int:
     with Link(place, limits) as link:
         link.join(experiment, workdir)
         code = run(experiment, workdir, link)
+        # Without this one the others would be lost, with whatever they still do.
+        link.meet(END)
         link.leave(code)
         return code
 
 
 def run(experiment: Experiment, workdir: pathlib.Path, crew: Crew | None = None) -> int:
     """This process's part of the run, once all are there; returns its exit code."""
+    # Of several processes the supervisor of the first holds it; what is prepared lies elsewhere.
+    alone = crew is None and not PREPARE.value
     try:
-        return _run(experiment, workdir, crew)
+        with holding(workdir, "a run") if alone else contextlib.nullcontext():
+            return _run(experiment, workdir, crew)
     except OSError as error:
         where = f" of {error.filename}" if error.filename else f" in {workdir}"
         raise errors.StorageError(f"the storage{where} failed ({error.strerror or error}): mend it and start again; what was saved is whole") from error

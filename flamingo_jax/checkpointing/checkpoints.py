@@ -10,11 +10,14 @@ A step counts as saved when its manifest is there. What a killed process leaves 
 import contextlib
 import json
 import logging
+import os
 import pathlib
+import re
 import shutil
 import threading
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +26,30 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from flamingo_jax.checkpointing import manifest
+from flamingo_jax.cluster.link import Alone, Crew
+from flamingo_jax.cluster.register import SAVING
 from flamingo_jax.errors import StorageError, UserError
 
 log = logging.getLogger(__name__)
 
 CONTENTS = "contents.json"
 STATE = "state"
+_ASIDE = re.compile(r"([0-9]{1,18})\.damaged(\.[0-9]+)?")
 
 
 class SaveError(StorageError):
     """A checkpoint could not be written; the ones before it are whole."""
+
+
+class Newest(NamedTuple):
+    """What was found in a folder of checkpoints.
+
+    step: the newest whole one, None where there is none. passed: {a newer step: why it was not
+    taken}.
+    """
+
+    step: int | None
+    passed: dict[int, str]
 
 
 class Checkpoints:
@@ -42,16 +59,20 @@ class Checkpoints:
       folder: on storage that all processes share; made by the first save.
       keep_last: how many of the newest steps stay, at least 1.
       keep_every: steps at multiples of this stay for ever; 0 for none.
+      crew: the run's processes; by default this one is alone.
     """
 
-    def __init__(self, folder: pathlib.Path | str, *, keep_last: int, keep_every: int = 0):
+    def __init__(
+        self, folder: pathlib.Path | str, *, keep_last: int, keep_every: int = 0,
+        crew: Crew | None = None,
+    ):
         if keep_last < 1 or keep_every < 0:
             raise UserError(f"keep_last is {keep_last} and keep_every {keep_every}: keep_last should be at least 1 and keep_every at least 0")
         # orbax wants an absolute path.
         self._folder = pathlib.Path(folder).absolute()
         self._keep_last, self._keep_every = keep_last, keep_every
         self._orbax = ocp.StandardCheckpointer()
-        self._primary = jax.process_index() == 0
+        self._primary, self._crew = jax.process_index() == 0, crew or Alone()
         self._ending: threading.Thread | None = None
         self._failure: tuple[int, BaseException] | None = None
         self._saved: set[int] = set()
@@ -73,7 +94,7 @@ class Checkpoints:
         text = json.dumps(contents).encode()
 
         self.wait()
-        if step in self._saved or (self._path(step) / manifest.NAME).exists():
+        if step in self._saved or self._has_manifest(step):
             raise UserError(f"{self._path(step)} is there already: a step is saved once; train in a new workdir or remove it")
         self._saved.add(step)
         try:
@@ -95,24 +116,44 @@ class Checkpoints:
         """The newest step whose every file is as its manifest says, or None.
 
         A damaged one is renamed `<step>.damaged` and named in a warning, and the one before is tried. Reads every byte of what it returns.
+        Raises: StorageError when the storage cannot be read just now; nothing is renamed then.
         """
         self.wait()
         self._saved.clear()
         self._verified.clear()
-        step = self._newest_whole() if self._primary else None
+        step = None
+        if self._primary:
+            with self._reading():
+                step = self._find_newest(set_aside=True).step
         if jax.process_count() > 1:
+            # Reading takes as long as it takes, and a broadcast may not wait for that.
+            self._crew.meet("the search for the newest checkpoint")
             found = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
             step = None if found < 0 else found
         if step is not None:
             self._verified.add(step)
         return step
 
+    def newest(self) -> Newest:
+        """As `latest`, for who only reads the folder: nothing in it is changed, and what was passed
+        over is returned as well. Of one process."""
+        with self._reading():
+            found = self._find_newest(set_aside=False)
+            for name in os.listdir(self._folder) if manifest.is_there(self._folder) else ():
+                if (aside := _ASIDE.fullmatch(name)) and int(aside[1]) > (found.step or 0):
+                    why = f"it was damaged and is {self._folder / name} now"
+                    found.passed.setdefault(int(aside[1]), why)
+        if found.step is not None:
+            self._verified.add(found.step)
+        return found
+
     def restore(self, step: int, template: Any) -> Any:
         """A saved state in the structure, shapes, dtypes and shardings of `template`, whatever mesh and number of processes saved it.
 
         Args:
           template: the pytree with a jax.ShapeDtypeStruct for every array; one without a sharding goes to the first local device.
-        Raises: UserError when there is no such step, when it is damaged, or when it holds another model's state.
+        Raises: UserError when there is no such step, when it is damaged, or when it holds another
+        model's state; StorageError when it cannot be read just now.
         """
         self.wait()
         self._require_verified(step)
@@ -123,7 +164,14 @@ class Checkpoints:
         targets = {
             name: jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=like.sharding or here) for name, like in wanted.items() if like.size
         }
-        arrays = self._orbax.restore(self._path(step) / STATE, targets)
+        try:
+            arrays = self._orbax.restore(self._path(step) / STATE, targets)
+        except (OSError, ValueError) as error:
+            # Its files were as they had been written; tensorstore's errors name the one that it
+            # cannot read.
+            if not isinstance(error, OSError) and str(self._folder) not in str(error):
+                raise
+            raise manifest.unreadable(self._path(step), error) from error
         for name, like in wanted.items():
             if not like.size:
                 arrays[name] = jax.device_put(jnp.zeros(like.shape, like.dtype), like.sharding or here)
@@ -136,7 +184,8 @@ class Checkpoints:
         return self._contents(step)["extra"]
 
     def wait(self) -> None:
-        """Returns when the save in flight, if any, is whole. Raises SaveError, once, if it failed."""
+        """Returns when the save in flight, if any, is whole, on whichever process writes its
+        manifest. Raises SaveError, once, if it failed."""
         if self._ending is not None:
             self._ending.join()
             self._ending = None
@@ -156,8 +205,11 @@ class Checkpoints:
         try:
             self._orbax.wait_until_finished()
             if self._primary:
-                manifest.write_manifest(self._path(step))
+                with self._working(f"{SAVING} step {step}") as progress:
+                    manifest.write_manifest(self._path(step), progress)
                 log.info("saved step %d in %.1f s", step, time.monotonic() - began)
+            # Whoever left before would take the one that still writes along.
+            self._crew.meet(f"{SAVING} step {step}")
         except Exception as error:  # noqa: BLE001 - whatever orbax raises, the save has failed
             self._failure = (step, error)
             return
@@ -172,8 +224,8 @@ class Checkpoints:
             return
         (step, error), self._failure = self._failure, None
         self._saved.discard(step)
-        if self._primary and not (self._path(step) / manifest.NAME).exists():
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if self._primary and not self._has_manifest(step):
                 self._remove(self._path(step))
         reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
         raise SaveError(f"step {step} could not be saved in {self._folder} ({reason}): mend the storage and start again from the step before") from error
@@ -191,9 +243,14 @@ class Checkpoints:
 
     def _unfinished(self) -> list[pathlib.Path]:
         """Folders of steps without a manifest. Raises UserError for one that no save of ours began: it is somebody's work."""
-        found = [path for path in sorted(self._folder.glob("*")) if path.is_dir() and path.name.isdecimal() and not (path / manifest.NAME).exists()]
+        steps = [step for step in sorted(self._folders()) if not self._has_manifest(step)]
+        found = [self._path(step) for step in steps]
         for path in found:
-            inside = {part.name for part in path.iterdir()}
+            try:
+                inside = {part.name for part in path.iterdir()}
+            except FileNotFoundError:
+                # A run that is still training has just let go of it.
+                continue
             if inside and CONTENTS not in inside and inside != {manifest.unfinished(CONTENTS)}:
                 raise UserError(f"{path} is no checkpoint of this project: train in a new workdir")
         return found
@@ -212,29 +269,65 @@ class Checkpoints:
     def _path(self, step: int) -> pathlib.Path:
         return self._folder / str(step)
 
+    def _folders(self) -> list[int]:
+        """Steps with a folder, newest first. Raises OSError where it cannot be known: a run that
+        took that for none would begin anew."""
+        try:
+            with manifest.read_again(lambda: os.scandir(self._folder)) as entries:
+                names = [one.name for one in entries if one.name.isdecimal() and one.is_dir()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted((int(name) for name in names if name == str(int(name))), reverse=True)
+
+    def _has_manifest(self, step: int) -> bool:
+        return manifest.is_there(self._path(step) / manifest.NAME)
+
     def _steps(self) -> list[int]:
         """Steps with a manifest, newest first."""
-        return sorted((int(path.parent.name) for path in self._folder.glob(f"*/{manifest.NAME}") if path.parent.name.isdecimal()), reverse=True)
+        return [step for step in self._folders() if self._has_manifest(step)]
 
-    def _newest_whole(self) -> int | None:
-        for path in self._unfinished():
-            log.warning("passing over %s: its save was never finished", path)
+    def _find_newest(self, *, set_aside: bool) -> Newest:
+        """Raises OSError for what cannot be read just now: only what differs is damage."""
+        passed = {int(path.name): "its save was not finished" for path in self._unfinished()}
+        for step in passed:
+            log.warning("passing over %s: %s", self._path(step), passed[step])
         for step in self._steps():
             damage = self._damage(step)
             if damage is None:
-                return step
-            if not (self._path(step) / manifest.NAME).exists():
+                return Newest(step, {other: why for other, why in passed.items() if other > step})
+            if not self._has_manifest(step):
                 # A run that is still training has just let go of it.
                 continue
-            log.warning("checkpoint %s is damaged: %s; trying the one before", self._set_aside(step), damage)
-        return None
+            passed[step] = f"it is damaged: {damage}"
+            where = self._set_aside(step) if set_aside else self._path(step)
+            log.warning("checkpoint %s is damaged: %s; trying the one before", where, damage)
+        return Newest(None, passed)
 
     def _damage(self, step: int) -> str | None:
-        try:
-            manifest.check_digests(self._path(step), manifest.read_manifest(self._path(step)))
-        except (manifest.DamageError, OSError) as error:
-            return str(error)
+        """What differs from the manifest. Raises OSError for what cannot be read just now."""
+        with self._working(f"verifying step {step}") as progress:
+            try:
+                listing = manifest.read_manifest(self._path(step))
+                manifest.check_digests(self._path(step), listing, progress)
+            except (manifest.DamageError, FileNotFoundError) as error:
+                return str(error)
         return None
+
+    @contextlib.contextmanager
+    def _working(self, what: str) -> Iterator[manifest.Progress]:
+        """Within, who calls what it yields shows the others that it gets on."""
+        self._crew.work(what)
+        try:
+            yield lambda: self._crew.work(what)
+        finally:
+            self._crew.work("")
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise manifest.unreadable(self._folder, error) from error
 
     def _set_aside(self, step: int) -> pathlib.Path:
         number, target = 1, self._folder / f"{step}.damaged"
@@ -248,9 +341,12 @@ class Checkpoints:
             return
         problem = ""
         if self._primary:
-            exists = (self._path(step) / manifest.NAME).exists()
-            damage = self._damage(step) if exists else None
+            with self._reading():
+                exists = self._has_manifest(step)
+                damage = self._damage(step) if exists else None
             problem = f"{damage}: use another step" if damage else "" if exists else f"{self._folder} has no checkpoint of step {step}"
+        if jax.process_count() > 1:
+            self._crew.meet(f"the verification of step {step}")
         if jax.process_count() > 1 and int(multihost_utils.broadcast_one_to_all(np.int32(bool(problem)))):
             problem = problem or f"the checkpoint of step {step} in {self._folder} is missing or damaged: see the message of process 0"
         if problem:
@@ -258,7 +354,8 @@ class Checkpoints:
         self._verified.add(step)
 
     def _contents(self, step: int) -> dict[str, Any]:
-        return json.loads((self._path(step) / CONTENTS).read_bytes())
+        with self._reading():
+            return json.loads(manifest.read_again((self._path(step) / CONTENTS).read_bytes))
 
 
 def _named(tree: Any) -> dict[str, Any]:

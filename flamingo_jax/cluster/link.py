@@ -31,6 +31,8 @@ LINK = "FLAMINGO_JAX_LINK"
 SECONDS_BETWEEN_BEATS = 0.2
 SHUTDOWN_SECONDS = 60
 """For which a process that ends waits for the others to end."""
+SECONDS_BETWEEN_WORDS = 1.0
+"""Of the progress of what is read or written."""
 VERDICT_SECONDS = 5.0
 """What fails because another process has died waits so long for the supervisor, which knows which one."""
 
@@ -44,11 +46,20 @@ class Crew(Protocol):
     def beat(self, step: int, phase: str, waited: float) -> None:
         """Tells the others how far this one is. waited: seconds spent waiting for data so far."""
 
-    def meet(self) -> None:
-        """Returns once all have come here: what follows waits for the others on a device, with time limits of its own."""
+    def work(self, what: str) -> None:
+        """Tells the others that this one got on with what it reads or writes, as "saving step 12";
+        "" once that is done. From any thread, as often as one likes."""
+
+    def meet(self, where: str) -> None:
+        """Returns once all have come to the place of this name, however long it takes the last:
+        what waits for others on a device has time limits of its own. From any thread, one a name at
+        a time."""
 
     def should_stop(self, step: int) -> bool:
         """Whether all save and end at this step, since a signal asked one of them to. Every process asks at every step."""
+
+    def may_stop(self) -> bool:
+        """Whether a signal asked this process to end, which needs no other one for that."""
 
 
 class Alone:
@@ -73,10 +84,16 @@ class Alone:
     def beat(self, step: int, phase: str, waited: float) -> None:
         pass
 
-    def meet(self) -> None:
+    def work(self, what: str) -> None:
+        pass
+
+    def meet(self, where: str) -> None:
         pass
 
     def should_stop(self, step: int) -> bool:
+        return self._asked
+
+    def may_stop(self) -> bool:
         return self._asked
 
 
@@ -92,7 +109,9 @@ class Link:
         # Not for processes that this one starts.
         self._line = Line(socket.socket(fileno=int(os.environ.pop(LINK))))
         self._lock = threading.Lock()
-        self._going, self._met = threading.Event(), threading.Semaphore(0)
+        self._going = threading.Event()
+        self._met: dict[str, threading.Event] = {}
+        self._work, self._worked = "", 0.0
         self._phase, self._step, self._beaten, self._stride = "", 0, time.monotonic(), 1
 
     def __enter__(self) -> "Link":
@@ -128,12 +147,23 @@ class Link:
         self._phase = phase
         self._send({"beat": {"step": step, "phase": phase, "waited": waited}})
 
-    def meet(self) -> None:
-        self._send({"meet": True})
-        self._met.acquire()
+    def work(self, what: str) -> None:
+        now = time.monotonic()
+        if what != self._work or now - self._worked >= SECONDS_BETWEEN_WORDS:
+            self._work, self._worked = what, now
+            self._send({"work": what})
+
+    def meet(self, where: str) -> None:
+        met = self._met[where] = threading.Event()
+        self._send({"meet": where})
+        met.wait()
+        del self._met[where]
 
     def should_stop(self, step: int) -> bool:
         return multihost_utils.reached_preemption_sync_point(step)
+
+    def may_stop(self) -> bool:
+        return False
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None:
@@ -166,5 +196,5 @@ class Link:
                 if "go" in message:
                     self._going.set()
                 if "met" in message:
-                    self._met.release()
+                    self._met[message["met"]].set()
         os.kill(os.getpid(), signal.SIGKILL)

@@ -27,10 +27,15 @@ HELD_UP = 0.1
 """The share of the time that one must hold the others up to be named."""
 
 STARTING = "starting"
+SAVING = "saving"
+"""What the work of a process that saves is called: "saving step 12"."""
+END = "the end of the run"
+"""Where all meet before one of them may leave: none is needed any more."""
 
 
 class Limits(NamedTuple):
-    """Seconds: until all have arrived; without a word of a process; without the end of a step."""
+    """Seconds: until all have arrived; without a word of a process; without the end of a step, or
+    progress of what a process reads or writes between steps."""
 
     start: float = 600.0
     lost: float = 60.0
@@ -56,12 +61,16 @@ class Member:
     """Seconds it waited for data."""
     waited_before: float = 0.0
     """The same at the last look for one that holds the others up."""
-    met: int = 0
-    """How many times it has waited, or waits, for all others to come to the same place."""
+    work: str = ""
+    """What it reads or writes beside its phase, as "saving step 12"; it tells as it gets on."""
     left: bool = False
 
     def __str__(self) -> str:
         return f"process {self.index} ({self.host}, pid {self.pid})"
+
+    @property
+    def doing(self) -> str:
+        return self.work or self.phase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +82,9 @@ class Verdict:
     index: int = -1
 
 
-STAGES = ("write", "read", "clear")
-"""Of the look at the storage: every process writes a file, looks for everyone's, and removes its own; nobody goes on before all have."""
+STAGES = ("hold", "write", "read", "clear")
+"""Of the look at the storage: process 0 makes the run the workdir's holder, every process writes a
+file, looks for everyone's, and removes its own; nobody goes on before all have."""
 
 
 class Register:
@@ -85,7 +95,9 @@ class Register:
         self._members: dict[int, Member] = {}
         self._stage: int | None = None
         self._running = False
-        self._met = 0
+        self._waiting: dict[str, set[int]] = {}
+        """Who waits for all others, by the place where."""
+        self._finished = False
         self._said = now
         self._suspected: tuple[float, int, Verdict] | None = None
         self._first_left: tuple[float, int, str] | None = None
@@ -135,10 +147,16 @@ class Register:
             self._arrivals.setdefault(step, {})[index] = now
         member.step, member.phase, member.waited = step, phase, waited
 
-    def meets(self, index: int, now: float) -> None:
-        """A process waits for all others to come to the same place of its program."""
+    def works(self, index: int, what: str, now: float) -> None:
+        """A process got on with what it reads or writes; "" once that is done."""
         member = self._members[index]
-        member.met, member.heard = member.met + 1, now
+        member.work, member.heard, member.since = what, now, now
+
+    def meets(self, index: int, where: str, now: float) -> None:
+        """A process, or a thread of it, waits for all others to come to the same place of its
+        program."""
+        self._members[index].heard = now
+        self._waiting.setdefault(where, set()).add(index)
 
     def left(self, index: int, code: int, why: str, now: float) -> None:
         """A process has ended, or is about to, and says how."""
@@ -163,7 +181,7 @@ class Register:
         member = self._members[index]
         if not member.left:
             member.left = True
-            self._end(EXIT_LOST, f"{member} died at step {member.step} ({member.phase})", index)
+            self._end(EXIT_LOST, f"{member} died at step {member.step} ({member.doing})", index)
 
     # -- what follows --
 
@@ -178,9 +196,10 @@ class Register:
             # Also to those whose child has ended: they wait to hear why.
             yield list(self._members), {"end": dataclasses.astuple(self.verdict)}
         elif self._running:
-            if (times := min(member.met for member in self._members.values())) > self._met:
-                self._met = times
-                yield present, {"met": times}
+            for where in [where for where, who in self._waiting.items() if len(who) == self._count]:
+                del self._waiting[where]
+                self._finished |= where == END
+                yield present, {"met": where}
             if now - self._looked >= LOOK_EVERY:
                 yield from (([0], {"say": sentence}) for sentence in self._held_up(now))
         elif self._stage is not None:
@@ -212,35 +231,50 @@ class Register:
     def _missing(self) -> str:
         absent = [index for index in range(self._count) if index not in self._members]
         unready = [str(member) for member in self._members.values() if member.facts is None]
+        stage = None if self._stage is None else STAGES[self._stage]
+        blind = [str(member) for member in self._members.values() if stage not in (None, member.probed)]
         parts = []
         if absent:
             which = f"process {absent[0]}" if len(absent) == 1 else f"processes {', '.join(map(str, absent[:-1]))} and {absent[-1]}"
             parts.append(f"{which} of {self._count}, which did not arrive")
         if unready:
             parts.append(f"{', '.join(unready)} to read the config")
+        if blind:
+            parts.append(f"{', '.join(blind)} to look at the storage of --workdir")
         return " and ".join(parts) or "all to look at the storage"
 
     def _time_out(self, now: float) -> None:
         here = [member for member in self._members.values() if not member.left]
-        if here and self._first_left is not None and now - self._first_left[0] > self._limits.lost:
-            return self._end(self._first_left[1], self._first_left[2])
+        saving = any(member.work.startswith(SAVING) for member in here)
+        if here and self._first_left is not None and not self._finished and not saving:
+            since, code, why = self._first_left
+            if now - since > self._limits.lost:
+                # Not all have done what they had to: this is no good end of the run.
+                return self._end(code or EXIT_LOST, why)
         for member in here:
             if now - member.heard > self._limits.lost:
-                return self._end(EXIT_LOST, f"{member} was not heard of for {now - member.heard:.0f} s; its last step was {member.step} ({member.phase})")
+                return self._end(EXIT_LOST, f"{member} was not heard of for {now - member.heard:.0f} s; its last step was {member.step} ({member.doing})")
         if not self._running:
             if now - self._began > self._limits.start:
                 mend = "look at the logs of its host, or raise --start_timeout"
                 self._end(EXIT_ABSENT, f"gave up after {now - self._began:.0f} s of waiting for {self._missing()}: {mend}")
             return
-        # Until its first step a process may have much to read and to encode: others wait for it in theirs.
-        stuck = [member for member in here if member.phase != STARTING and now - member.since > self._limits.step]
-        if stuck:
-            first = min(here, key=lambda member: (member.step, member.since))
+        # Who waits for the others is not to blame, and while one of them gets on, all do. Until its
+        # first step a process may have much to read and to encode.
+        waiting = set().union(*self._waiting.values())
+        busy = [member for member in here if member.index not in waiting] or here
+        if busy and all(self._stuck(member, now) for member in busy):
+            first = min(busy, key=lambda member: (member.step, member.since))
             level = "all are there" if len({member.step for member in here}) == 1 else f"others are at step {max(member.step for member in here)}"
             self._end(
-                EXIT_HUNG, f"no step ended for {now - first.since:.0f} s: {first} is at step {first.step} ({first.phase}), {level}; look at its host, "
+                EXIT_HUNG, f"no step ended for {now - first.since:.0f} s: {first} is at step {first.step} ({first.doing}), {level}; look at its host, "
                 "or raise --step_timeout"
             )
+
+    def _stuck(self, member: Member, now: float) -> bool:
+        """Whether it has not got on for too long with what has a limit."""
+        limited = member.phase != STARTING or bool(member.work)
+        return limited and now - member.since > self._limits.step
 
     def _held_up(self, now: float) -> Iterator[str]:
         """A sentence for each process that holds the others up: by its data, or by coming to its steps later than they do."""

@@ -9,19 +9,22 @@ import dataclasses
 import logging
 import os
 import pathlib
+import queue
 import selectors
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 
 from flamingo_jax.cluster.line import Line, Message
 from flamingo_jax.cluster.link import LINK
 from flamingo_jax.cluster.place import Place
-from flamingo_jax.cluster.register import SAY_EVERY, Limits, Register, Verdict
+from flamingo_jax.cluster.register import SAVING, SAY_EVERY, Limits, Register, Verdict
 from flamingo_jax.errors import EXIT_ABSENT, EXIT_HUNG, EXIT_LOST, EXIT_NOT_FINITE, EXIT_NOT_LEARNED, EXIT_PREEMPTED, UserError
+from flamingo_jax.holder import Holder
 
 log = logging.getLogger("launch")
 
@@ -51,6 +54,10 @@ class _Supervisor:
         self._leaving: tuple[int, float] | None = None
         """The exit code that the child has announced, and when."""
         self._waiting: list[Message] = []
+        self._saved = -limits.lost
+        """When the child last told that it got on with a save."""
+        self._holder: Holder | None = None
+        self._probed: queue.SimpleQueue[Message] = queue.SimpleQueue()
 
     def run(self, command: Sequence[str]) -> int:
         ours, theirs = socket.socketpair()
@@ -71,6 +78,8 @@ class _Supervisor:
                 self._upstream.close()
             if self._desk is not None:
                 self._desk.close()
+            if self._holder is not None:
+                self._holder.release()
 
     def _watch(self, child: "subprocess.Popen[bytes]", below: Line) -> int:
         while True:
@@ -88,6 +97,8 @@ class _Supervisor:
             for message in self._upstream.take() if self._upstream is not None else []:
                 self._heard = now
                 self._from_above(message, below)
+            while not self._probed.empty():
+                self._up(self._probed.get())
             self._time_out(now)
             code = self._code(ended, now)
             if code is not None:
@@ -118,6 +129,10 @@ class _Supervisor:
             if announced is not None and mine and announced[0] > 0:
                 return announced[0] if ended is not None or now - announced[1] > GRACE_SECONDS else None
             if ended is None and announced is None and now - self._judged < self._patience(self._verdict):
+                return None
+            if ended is None and now - self._saved < self._limits.lost:
+                # All of that checkpoint is on disk but its manifest, without which it counts for
+                # nothing.
                 return None
             print(f"error: {self._verdict.why}", file=sys.stderr, flush=True)
             return self._verdict.code
@@ -154,8 +169,10 @@ class _Supervisor:
     def _from_child(self, message: Message, now: float) -> None:
         if "left" in message:
             self._leave(message["left"], message["why"], now)
-        else:
-            self._up(message)
+            return
+        if "work" in message:
+            self._saved = now if message["work"].startswith(SAVING) else -self._limits.lost
+        self._up(message)
 
     # -- process 0's desk --
 
@@ -190,8 +207,8 @@ class _Supervisor:
         if "say" in message and self._verdict is None:
             log.info("%s", message["say"])
         if "probe" in message:
-            problem = _probe(self._workdir, message["probe"], self._place)
-            self._up({"probed": message["probe"], "problem": problem})
+            # Storage that does not answer must not keep this process from showing that it lives.
+            threading.Thread(target=self._probe, args=(message["probe"],), daemon=True).start()
         if "go" in message:
             log.info("all %d processes are there and agree: %s", len(message["go"]), ", ".join(message["go"]))
             self._started = True
@@ -200,6 +217,19 @@ class _Supervisor:
             below.send(message)
         if "end" in message and self._verdict is None:
             self._verdict, self._judged = Verdict(*message["end"]), self._heard
+
+    def _probe(self, stage: str) -> None:
+        problem = self._hold() if stage == "hold" else _probe(self._workdir, stage, self._place)
+        self._probed.put({"probed": stage, "problem": problem})
+
+    def _hold(self) -> str:
+        """Makes the run the workdir's holder; why it cannot be, or ""."""
+        if self._place.index == 0:
+            try:
+                self._holder = Holder(self._workdir, "a run")
+            except UserError as error:
+                return f"finds that {error}"
+        return ""
 
     def _time_out(self, now: float) -> None:
         if self._verdict is not None:
@@ -288,8 +318,10 @@ class _Desk:
                 register.probed(index, message["probed"], message["problem"], now)
             elif "beat" in message:
                 register.beat(index, now, **message["beat"])
+            elif "work" in message:
+                register.works(index, str(message["work"]), now)
             elif "meet" in message:
-                register.meets(index, now)
+                register.meets(index, str(message["meet"]), now)
             elif "left" in message:
                 register.left(index, message["left"], message["why"], now)
 

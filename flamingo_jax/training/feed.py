@@ -1,10 +1,11 @@
 """Batches on their way to the devices: a thread reads ahead, and every batch brings the data position that follows it."""
 
 import functools
+import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -14,6 +15,12 @@ from jax.sharding import Mesh
 from flamingo_jax.partitioning.mesh import batch_shardings
 from flamingo_jax.partitioning.share import Share
 from flamingo_jax.planning.flops import Work, work_in
+
+log = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 10.0
+"""For which an end waits for the reading thread, which may be stuck on storage that does not
+answer."""
 
 HostBatch = dict[str, np.ndarray]
 
@@ -44,10 +51,17 @@ def put(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
 
 
 class Feed:
-    """Reads `depth` updates ahead. Errors of the reading thread are raised to whoever asks for the next batch."""
+    """Reads `depth` updates ahead. Errors of the reading thread are raised to whoever asks for the
+    next batch.
 
-    def __init__(self, iterators: Mapping[str, DataIterator], mesh: Mesh, *, depth: int = 2):
-        self._iterators, self._mesh = dict(iterators), mesh
+    until: asked while it waits for the next batch; ends the iteration.
+    """
+
+    def __init__(
+        self, iterators: Mapping[str, DataIterator], mesh: Mesh, *, depth: int = 2,
+        until: Callable[[], bool] = lambda: False,
+    ):
+        self._iterators, self._mesh, self._until = dict(iterators), mesh, until
         self._queue: queue.Queue[Fed | BaseException] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read, daemon=True, name="feed")
@@ -77,12 +91,22 @@ class Feed:
 
     def __next__(self) -> Fed:
         began = time.monotonic()
-        item = self._queue.get()
+        while True:
+            try:
+                item = self._queue.get(timeout=0.5)
+                break
+            except queue.Empty:
+                if self._until():
+                    raise StopIteration from None
         self.seconds_waiting += time.monotonic() - began
         if isinstance(item, BaseException):
             raise item
         return item
 
     def close(self) -> None:
+        """Stops reading. A thread that is stuck in a read is left behind."""
         self._stop.set()
-        self._thread.join()
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            why = "its storage does not answer"
+            log.warning("the reader did not stop within %.0f s and is left behind: %s", CLOSE_SECONDS, why)

@@ -74,8 +74,8 @@ def train(
         datasets = identities(experiment)
 
         log.info("state")
-        checkpoints = Checkpoints(workdir / "checkpoints", keep_last=training.keep_last, keep_every=training.keep_every)
-        team.meet()
+        keep = {"keep_last": training.keep_last, "keep_every": training.keep_every}
+        checkpoints = Checkpoints(workdir / "checkpoints", **keep, crew=team)
         start = checkpoints.latest() or 0
         clock = {"seconds": 0.0, "starts": 0}
         if start:
@@ -97,7 +97,7 @@ def train(
 
         on_start()
         records = Records(workdir, resume_step=start, enabled=primary)
-        feed = Feed(iterators, mesh)
+        feed = Feed(iterators, mesh, until=team.may_stop)
         meter = Meter(training.max_not_finite, list(iterators), step_cost(experiment), _peak(mesh))
         weights = {name: dataset.weight for name, dataset in experiment.held_out.items()}
         evaluate = HeldOut(assembly, task, held_out, weights, mesh)
@@ -148,12 +148,14 @@ def train(
                         records.write(step, measure())
                     if saving:
                         save()
-                    fed = next(feed)
+                    fed = next(feed, None)
+                    if fed is None:
+                        break
                     if compiled is None:
                         with spending("compile"):
                             compiled = _compile(update, state, frozen, fed.batches)
                             frozen = laid_out(compiled, frozen)
-                            team.meet()
+                            team.meet("the first step")
                     with jax.transfer_guard("disallow"):
                         state, metrics = compiled(state, frozen, fed.batches)
                     step, positions = step + 1, fed.positions

@@ -10,6 +10,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
+from flamingo_jax.checkpointing.manifest import read_again
+
 FLUSH_SECONDS = 30.0
 """Between what TensorBoard is shown: its file is brought to the disk each time."""
 
@@ -82,11 +84,15 @@ def reopen(path: pathlib.Path, kept: list[dict[str, Any]]) -> TextIO:
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of such a file; a last line that a kill cut short is left out."""
-    if not path.exists():
+    """The lines of such a file, none where there is none; a last line that a kill cut short is left
+    out. Raises OSError for one that cannot be read just now: taken for none, what it holds would be
+    lost."""
+    try:
+        text = read_again(path.read_text)
+    except FileNotFoundError:
         return []
     lines = []
-    for line in path.read_text().splitlines():
+    for line in text.splitlines():
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError:

@@ -1,7 +1,9 @@
 """Checkpoints are whole or absent, verified before use, and restored into other shardings."""
 
+import errno
 import itertools
 import logging
+import os
 import pathlib
 import signal
 import subprocess
@@ -16,7 +18,8 @@ import pytest
 
 from flamingo_jax.checkpointing import manifest
 from flamingo_jax.checkpointing.checkpoints import Checkpoints, SaveError
-from flamingo_jax.errors import UserError
+from flamingo_jax.cluster.link import Alone
+from flamingo_jax.errors import EXIT_SAVE_FAILED, StorageError, UserError
 from tests.processes import one_device
 
 
@@ -128,6 +131,138 @@ def test_a_flipped_byte_in_any_file_of_the_newest_is_found_and_the_one_before_is
     assert number > 8
 
 
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads again at once."""
+    monkeypatch.setattr(manifest, "READ_AGAIN_AFTER", (0.0, 0.0, 0.0))
+
+
+def unreadable(path: pathlib.Path) -> pathlib.Path:
+    """In its place a file that the system refuses to open (ELOOP), for root too; returns where it
+    is now."""
+    kept = path.rename(path.with_name("kept elsewhere"))
+    path.symlink_to(path)
+    return kept
+
+
+@pytest.mark.parametrize("what", ["data", "contents.json", manifest.NAME, "folder"])
+def test_what_cannot_be_read_just_now_is_no_damage(what: str, hasty: None, tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "checkpoints"
+    saved(folder, [1, 2]).close()
+    data = max(filter(pathlib.Path.is_file, (folder / "2").rglob("*")), key=lambda path: path.stat().st_size)
+    files = {"folder": folder, "data": data}
+    victim = files.get(what, folder / "2" / what)
+    kept = unreadable(victim)
+    for find in (Checkpoints.latest, Checkpoints.newest):
+        with pytest.raises(StorageError, match="cannot be read just now .Too many levels") as caught:
+            find(Checkpoints(folder, keep_last=1))
+        assert caught.value.exit_code == EXIT_SAVE_FAILED and str(victim) in str(caught.value)
+    if what != "folder":
+        with pytest.raises(StorageError, match="cannot be read just now"):
+            Checkpoints(folder, keep_last=1).restore(2, template(make_state(2)))
+    victim.unlink()
+    kept.rename(victim)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+    checkpoints = Checkpoints(folder, keep_last=1)
+    assert checkpoints.latest() == 2
+    require_equal(checkpoints.restore(2, template(make_state(2))), make_state(2))
+
+
+def test_a_storage_that_fails_after_the_check_is_told_too(tmp_path: pathlib.Path) -> None:
+    saved(tmp_path, [1]).close()
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    assert checkpoints.latest() == 1
+    for path in list((tmp_path / "1" / "state" / "d").iterdir()):
+        unreadable(path)
+    with pytest.raises(StorageError, match=r"1 cannot be read just now .*Error reading"):
+        checkpoints.restore(1, template(make_state(1)))
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE])
+def test_an_error_of_the_storage_is_read_again_and_then_told(
+    code: int, hasty: None, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path, [1, 2]).close()
+    quick, fails = manifest._entry, itertools.count()
+
+    def entry(path: pathlib.Path, *rest: Any, **words: Any) -> manifest.Entry:
+        if path.name == "contents.json" and next(fails) < most:
+            raise OSError(code, os.strerror(code), str(path))
+        return quick(path, *rest, **words)
+
+    monkeypatch.setattr(manifest, "_entry", entry)
+    most = 3
+    assert Checkpoints(tmp_path, keep_last=1).latest() == 2, "it may pass"
+    fails, most = itertools.count(), 4
+    with pytest.raises(StorageError, match=rf"2/contents.json cannot be read just now .{os.strerror(code)}.: mend"):
+        Checkpoints(tmp_path, keep_last=1).latest()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(
+    hasty: None, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run would begin anew, and cut away what it has measured. Python's own globbing passes over
+    such errors."""
+    saved(tmp_path, [1]).close()
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(tmp_path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", fail)
+        with pytest.raises(StorageError, match="cannot be read just now"):
+            Checkpoints(tmp_path, keep_last=1).latest()
+    assert Checkpoints(tmp_path, keep_last=1).latest() == 1
+
+
+def test_who_only_reads_changes_nothing_and_is_told_what_is_newer(tmp_path: pathlib.Path, caplog: Any) -> None:
+    saved(tmp_path, [1, 2, 3, 4, 5]).close()
+    (tmp_path / "1" / manifest.NAME).unlink()
+    (tmp_path / "3" / "contents.json").write_text("{}")
+    (tmp_path / "4" / manifest.NAME).unlink()
+    (tmp_path / "5").rename(tmp_path / "5.damaged")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    with caplog.at_level(logging.WARNING):
+        step, passed = checkpoints.newest()
+    assert step == 2 and set(passed) == {3, 4, 5}
+    assert "has 2 bytes" in passed[3] and "not finished" in passed[4] and "5.damaged" in passed[5]
+    assert f"checkpoint {tmp_path / '3'} is damaged" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    require_equal(checkpoints.restore(2, template(make_state(2))), make_state(2))
+    assert Checkpoints(tmp_path / "nowhere", keep_last=1).newest() == (None, {})
+
+
+class Watched(Alone):
+    """What is told of reads and writes, and where all meet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    def work(self, what: str) -> None:
+        self.told.append(what)
+
+    def meet(self, where: str) -> None:
+        self.told.append(f"met: {where}")
+
+
+def test_those_who_wait_are_told_that_it_gets_on(tmp_path: pathlib.Path) -> None:
+    """A save ends, for all, when its manifest is there, and what was read last is told of byte by
+    byte."""
+    watched = Watched()
+    checkpoints = Checkpoints(tmp_path, keep_last=1, crew=watched)
+    checkpoints.save(1, make_state(1), {})
+    checkpoints.close()
+    assert watched.told[0] == "saving step 1" and watched.told[-2:] == ["", "met: saving step 1"]
+    files = sum(path.is_file() and path.stat().st_size > 0 for path in (tmp_path / "1").rglob("*")) - 1
+    assert watched.told.count("saving step 1") == 1 + files
+    watched.told.clear()
+    assert Checkpoints(tmp_path, keep_last=1, crew=watched).latest() == 1
+    assert watched.told == ["verifying step 1"] * (1 + files) + [""]
+
+
 def test_a_damaged_step_may_be_saved_again(tmp_path: pathlib.Path) -> None:
     for _ in range(2):
         checkpoints = saved(tmp_path, [3])
@@ -204,7 +339,7 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path: pa
 def test_a_failed_save_is_raised_once_by_the_next_call_and_leaves_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = saved(tmp_path, [1])
 
-    def full(folder: pathlib.Path) -> None:
+    def full(folder: pathlib.Path, progress: Any) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from flamingo_jax.cluster.register import CLOCK_SECONDS, LOOK_EVERY, SETTLE_SECONDS, STAGES, Limits, Register
+from flamingo_jax.cluster.register import CLOCK_SECONDS, END, LOOK_EVERY, SETTLE_SECONDS, STAGES, Limits, Register
 from flamingo_jax.errors import EXIT_ABSENT, EXIT_BAD_INPUT, EXIT_HUNG, EXIT_LOST, EXIT_NOT_FINITE, EXIT_PREEMPTED, EXIT_SAVE_FAILED
 
 LIMITS = Limits(start=100.0, lost=20.0, step=50.0)
@@ -105,8 +105,8 @@ def test_a_stranger_does_not_end_a_run_that_is_complete() -> None:
 def test_storage_that_one_cannot_use_is_named() -> None:
     register = arrived(2)
     said(register, 2.0)
-    register.probed(0, "write", "", now=2.0)
-    register.probed(1, "write", "cannot write to /runs (Read-only file system): ...", now=2.0)
+    register.probed(0, STAGES[0], "", now=2.0)
+    register.probed(1, STAGES[0], "cannot write to /runs (Read-only file system): ...", now=2.0)
     assert verdict(register, 2.0) == (EXIT_BAD_INPUT, "process 1 (host1, pid 101) cannot write to /runs (Read-only file system): ...")
 
 
@@ -174,14 +174,94 @@ def test_good_ends_end_nobody_else_unless_the_others_stay() -> None:
 def test_those_who_meet_go_on_together() -> None:
     register = running()
     for index in (0, 2):
-        register.meets(index, now=5.0)
+        register.meets(index, "here", now=5.0)
     assert not said(register, 5.0)
-    register.meets(1, now=6.0)
-    assert said(register, 6.0) == [([0, 1, 2], {"met": 1})]
+    register.meets(1, "here", now=6.0)
+    assert said(register, 6.0) == [([0, 1, 2], {"met": "here"})]
     assert not said(register, 7.0)
     for index in (1, 0, 2):
-        register.meets(index, now=8.0)
-    assert said(register, 8.0) == [([0, 1, 2], {"met": 2})]
+        register.meets(index, "here", now=8.0)
+    assert said(register, 8.0) == [([0, 1, 2], {"met": "here"})]
+
+
+def test_who_waits_in_one_place_does_not_answer_for_another() -> None:
+    register = running(2)
+    register.meets(0, "saving step 2", now=5.0)
+    register.meets(1, "the first step", now=5.0)
+    assert not said(register, 5.0)
+    register.meets(1, "saving step 2", now=6.0)
+    assert said(register, 6.0) == [([0, 1], {"met": "saving step 2"})]
+    register.meets(0, "the first step", now=6.0)
+    assert said(register, 6.0) == [([0, 1], {"met": "the first step"})]
+
+
+def all_alive(register: Register, now: float, count: int = 2) -> None:
+    """The signs of life of their supervisors."""
+    for index in range(count):
+        register.beat(index, now)
+
+
+def test_nobody_is_lost_while_one_saves_nor_after_all_met_at_the_end() -> None:
+    register = running(2)
+    beat(register, 5.0, {0: 4, 1: 4})
+    register.left(1, 0, "it was asked to", now=6.0)
+    for now in range(6, 600):
+        all_alive(register, now)
+        register.works(0, "saving step 4", now=now)
+        assert not said(register, now) and register.verdict is None
+    done = running(2)
+    for index in (0, 1):
+        done.meets(index, END, now=6.0)
+    assert said(done, 6.0) == [([0, 1], {"met": END})]
+    done.left(1, 0, "it was asked to", now=6.0)
+    for now in range(6, 600):
+        all_alive(done, now)
+        assert not said(done, now) and done.verdict is None
+
+
+def test_a_run_that_one_has_left_before_the_end_is_no_finished_one() -> None:
+    register = running(2)
+    register.left(1, 0, "it was asked to", now=6.0)
+    for now in range(6, 28):
+        all_alive(register, now)
+    code, why = verdict(register, 27.0)
+    assert code == EXIT_LOST and why.startswith("process 1 (host1, pid 101) ended at step 0, and others did not")
+
+
+@pytest.mark.parametrize("what", ["saving step 4", "verifying step 4"])
+def test_what_gets_on_is_not_hung_and_what_does_not_is_named(what: str) -> None:
+    """Others wait for it meanwhile, in a phase of their own that does not change."""
+    register = running(2)
+    if what.startswith("saving"):
+        beat(register, 3.0, {0: 4, 1: 4}, "save")
+    register.meets(1, "there", now=3.0)
+    for now in range(3, 300):
+        all_alive(register, now)
+        register.works(0, what, now=now)
+        assert not said(register, now) and register.verdict is None
+    for now in range(300, 352):
+        all_alive(register, now)
+    code, why = verdict(register, 351.0)
+    assert code == EXIT_HUNG and f"process 0 (host0, pid 100) is at step {4 * what.startswith('saving')} ({what})" in why
+
+
+def test_one_that_still_reads_before_its_first_step_does_not_hang_who_waits_for_it() -> None:
+    register = running(2)
+    beat(register, 3.0, {1: 0}, "compile")
+    register.meets(1, "the first step", now=3.0)
+    for now in range(3, 300):
+        all_alive(register, now)
+        assert not said(register, now) and register.verdict is None
+
+
+def test_storage_that_does_not_answer_is_named_in_the_end() -> None:
+    register = arrived(2)
+    said(register, 2.0)
+    register.probed(0, STAGES[0], "", now=2.0)
+    for now in range(2, 102):
+        all_alive(register, now)
+    code, why = verdict(register, 101.0)
+    assert code == EXIT_ABSENT and "process 1 (host1, pid 101) to look at the storage" in why
 
 
 def test_a_hung_step_names_the_one_behind() -> None:

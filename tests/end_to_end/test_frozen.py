@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import logging
 import pathlib
+import shutil
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,7 @@ from data_pipelines.inputs import make_iterators
 from flamingo_jax import configuring
 from flamingo_jax.checkpointing.checkpoints import Checkpoints
 from flamingo_jax.checkpointing.export import Export, open_export
+from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.inference.model import load_flamingo
 from flamingo_jax.models.flamingo import Flamingo
@@ -99,6 +103,39 @@ def test_an_export_gives_the_logits_of_the_model_trained(stages: tuple[Experimen
     assert loaded.config == experiment.flamingo
     trained = merge_model(assembly.graph, {name: jnp.asarray(value) for name, value in parameters.items()})
     np.testing.assert_array_equal(logits(loaded.model), logits(trained))
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (lambda step: (step / "contents.json").write_text("{}"), "it is damaged"),
+        (lambda step: (step / "manifest.json").unlink(), "its save was not finished"),
+    ],
+)
+def test_an_export_says_which_step_it_takes_and_changes_nothing_in_the_workdir(
+    harm: Callable[[pathlib.Path], object],
+    told: str,
+    stages: tuple[Experiment, Export, Export, Export],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    _, _, language_model, _ = stages
+    workdir = tmp_path / "run"
+    ignore = shutil.ignore_patterns("export", "compiled")
+    shutil.copytree(language_model.folder.parent, workdir, ignore=ignore)
+    harm(workdir / "checkpoints" / "4")
+    before = {path.relative_to(workdir) for path in workdir.rglob("*")}
+    export = commands.load("export")
+    monkeypatch.setattr(export, "WORKDIR", commands.flag(str(workdir)))
+    monkeypatch.setattr(export, "OUTPUT", commands.flag(str(tmp_path / "export")))
+    with caplog.at_level(logging.INFO):
+        assert export.main() == 0
+    assert f"taking step 3 of 4; not step 4: {told}" in caplog.text
+    assert {path.relative_to(workdir) for path in workdir.rglob("*")} == before
+    shutil.rmtree(workdir / "checkpoints" / "3")
+    with pytest.raises(UserError, match=f"has no whole checkpoint; not step 4: {told}"):
+        export.main()
 
 
 def test_with_kept_features_the_losses_are_those_of_the_pictures(stages: tuple[Experiment, Export, Export, Export], tmp_path: pathlib.Path) -> None:

@@ -4,6 +4,7 @@ import os
 import pathlib
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from flamingo_jax.checkpointing import manifest
-from flamingo_jax.errors import EXIT_PREEMPTED
+from flamingo_jax.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED
 from flamingo_jax.training.records import read_lines
 from tests.processes import one_device
 
@@ -124,6 +125,10 @@ def test_a_signal_saves_exits_with_its_code_and_the_same_command_goes_on(start: 
     stage = "language_model"
     process = start(tmp_path / "stopped", "--config.training.steps=100000", "--config.training.save_every=100000", stage=stage)
     wait_for(1, tmp_path / "stopped", process)
+    before = (tmp_path / "stopped" / "config.json").read_bytes()
+    err = finish(start(tmp_path / "stopped", "--config.seed=7", stage=stage), EXIT_BAD_INPUT)
+    assert f"{tmp_path / 'stopped'} is held by a run (process {process.pid} on {socket.gethostname()})" in err
+    assert (tmp_path / "stopped" / "config.json").read_bytes() == before
     process.terminate()
     err = finish(process, EXIT_PREEMPTED)
     stopped = last_step(tmp_path / "stopped")
@@ -131,3 +136,4 @@ def test_a_signal_saves_exits_with_its_code_and_the_same_command_goes_on(start: 
     for workdir in ("stopped", "unbroken"):
         finish(start(tmp_path / workdir, f"--config.training.steps={stopped + 2}", "--config.training.save_every=100000", stage=stage))
     assert losses(tmp_path / "stopped") == losses(tmp_path / "unbroken")
+    assert not list((tmp_path / "stopped").glob(".holder*"))

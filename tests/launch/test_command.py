@@ -132,3 +132,34 @@ def test_a_written_config_is_read_again(tmp_path: pathlib.Path) -> None:
     command.write_config(experiment, tmp_path / "config.json")
     assert configuring.from_json(Experiment, json.loads((tmp_path / "config.json").read_text())) == experiment
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+
+
+STUCK = '''
+"""Leaves a thread behind that waits for storage."""
+import concurrent.futures, threading
+from flamingo_jax import errors
+from launch import command
+
+def main():
+    concurrent.futures.ThreadPoolExecutor().submit(threading.Event().wait)
+    print("all is said")
+    {end}
+
+if __name__ == "__main__":
+    command.EXIT_SECONDS = 0.5
+    command.run(main)
+'''
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [("return 7", 7), ("raise errors.StorageError('gone')", 74), ("raise SystemExit(75)", 75)]
+)
+def test_a_thread_that_is_stuck_on_storage_keeps_no_command_from_ending(
+    end: str, code: int, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "stuck.py").write_text(STUCK.format(end=end))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "stuck.py"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == code and done.stdout == "all is said\n", done.stderr

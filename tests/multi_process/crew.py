@@ -8,6 +8,8 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import pytest
+
 from flamingo_jax.checkpointing import manifest
 from flamingo_jax.training.records import read_lines
 from tests.processes import one_device
@@ -86,6 +88,17 @@ class Crew:
         pid = self.processes[index].pid
         (child,) = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         return int(child)
+
+
+def slow_crew(
+    config: str, workdir: pathlib.Path, seconds: float, patch: pytest.MonkeyPatch, *overrides: str
+) -> Crew:
+    """Two processes, the first of which takes so long to digest each of its saves, which is longer
+    than one may be silent."""
+    patch.setenv("SECONDS_A_SAVE", str(seconds))
+    slow = (str(pathlib.Path(__file__).with_name("slow_save.py")),)
+    flags = ("--config.training.save_every=100000", "--lost_after=3", *overrides)
+    return Crew(2, config, workdir, *flags, commands=[slow, MODULE])
 
 
 def run(count: int, config: str, workdir: pathlib.Path, *overrides: str, devices: int = 2) -> Ended:

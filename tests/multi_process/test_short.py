@@ -6,23 +6,30 @@ import signal
 import time
 
 import numpy as np
+import pytest
 
+from flamingo_jax.cluster.supervisor import GRACE_SECONDS
 from flamingo_jax.errors import EXIT_BAD_INPUT, EXIT_LOST, EXIT_PREEMPTED
 from flamingo_jax.training.records import read_lines
-from tests.multi_process.crew import Crew, last_step, losses, run, saved
+from tests.multi_process.crew import Crew, last_step, losses, run, saved, slow_crew
 
 QUICK = ("--config.training.save_every=2",)
 
 
-def test_two_processes_stop_at_one_step_and_one_process_goes_on_with_the_same_losses(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_two_processes_stop_at_one_step_and_one_process_goes_on_with_the_same_losses(
+    data: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last save takes longer than a process may be silent and its supervisor then waits for its
+    end."""
     config = f"tests/end_to_end/small.py:language_model,{data}"
-    with Crew(2, config, tmp_path / "run", "--config.training.steps=100000", *QUICK) as crew:
+    endless = "--config.training.steps=100000"
+    with slow_crew(config, tmp_path / "run", 3 + GRACE_SECONDS + 2, monkeypatch, endless) as crew:
         crew.wait_for(3)
         crew.processes[1].send_signal(signal.SIGTERM)
         ended = crew.finish()
     assert ended.codes == [EXIT_PREEMPTED] * 2, ended.logs
     stopped = last_step(tmp_path / "run")
-    assert saved(tmp_path / "run")[-1] == stopped
+    assert saved(tmp_path / "run") == [stopped]
     assert all(f"stopped by a signal at step {stopped} and saved" in log for log in ended.logs)
     assert not list((tmp_path / "run").glob(".preflight*"))
 
@@ -40,6 +47,10 @@ def test_a_killed_process_ends_the_other_with_its_name(data: pathlib.Path, tmp_p
     config = f"tests/end_to_end/small.py:language_model,{data}"
     with Crew(2, config, tmp_path / "run", "--config.training.steps=100000", *QUICK) as crew:
         crew.wait_for(5)
+        with Crew(1, config, tmp_path / "run", logs=tmp_path.parent) as second:
+            refused = second.finish()
+        assert refused.codes == [EXIT_BAD_INPUT]
+        assert f"is held by a run (process {crew.processes[0].pid} on " in refused.logs[0]
         os.kill(crew.child(0), signal.SIGKILL)
         began = time.monotonic()
         ended = crew.finish(seconds=30)

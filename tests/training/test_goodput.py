@@ -5,9 +5,11 @@ import pathlib
 
 import pytest
 
+from flamingo_jax.checkpointing import manifest
 from flamingo_jax.errors import UserError
 from flamingo_jax.training import goodput
 from flamingo_jax.training.goodput import FILE_NAME, KINDS, Goodput, read_goodput
+from flamingo_jax.training.records import Records, read_lines
 from tests.launch import commands
 
 
@@ -182,3 +184,17 @@ def test_the_command(clock: Clock, tmp_path: pathlib.Path, monkeypatch: pytest.M
     monkeypatch.setattr(command, "WORKDIR", commands.flag(""))
     with pytest.raises(UserError, match="--workdir is not set"):
         command.main()
+
+
+def test_a_file_that_cannot_be_read_just_now_is_not_taken_for_none(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run has measured is cut back to its checkpoint at every start: nothing read would
+    leave nothing."""
+    monkeypatch.setattr(manifest, "READ_AGAIN_AFTER", (0.0,))
+    assert read_lines(tmp_path / "metrics.jsonl") == []
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "metrics.jsonl")
+    for read in (read_lines, lambda path: Records(path.parent, resume_step=1)):
+        with pytest.raises(OSError, match="Too many levels"):
+            read(tmp_path / "metrics.jsonl")
+    assert (tmp_path / "metrics.jsonl").is_symlink()

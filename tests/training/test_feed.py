@@ -1,0 +1,83 @@
+"""Reading that is stuck on storage keeps no end waiting."""
+
+import logging
+import threading
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from data_pipelines.mixture import BatchIterator
+from flamingo_jax.experiment import MeshConfig
+from flamingo_jax.partitioning.mesh import make_mesh
+from flamingo_jax.partitioning.share import WHOLE
+from flamingo_jax.training import feed
+
+
+class Stuck:
+    """Reads one batch, and waits for storage from the next on. A source of rows as well as an
+    iterator."""
+
+    def __init__(self) -> None:
+        self.asked, self.answer, self.given = threading.Event(), threading.Event(), 0
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        self.given += 1
+        if self.given > 1:
+            self.asked.set()
+            self.answer.wait()
+        tokens = np.ones((jax.device_count(), 4), np.int32)
+        return {"tokens": tokens, "positions": tokens, "segments": tokens, "loss_mask": tokens > 0}
+
+    def batch(self, first: int, size: int, share: Any) -> dict[str, np.ndarray]:
+        return next(self)
+
+    def get_state(self) -> int:
+        return self.given
+
+    def set_state(self, state: int) -> None:
+        self.given = state
+
+
+def test_a_feed_is_closed_though_its_reader_is_stuck(
+    monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(feed, "CLOSE_SECONDS", 0.3)
+    stuck = Stuck()
+    fed = feed.Feed({"text": stuck}, make_mesh(MeshConfig(data=-1)))
+    assert next(fed).positions == {"text": 1}
+    stuck.asked.wait(10)
+    began = time.monotonic()
+    with caplog.at_level(logging.WARNING):
+        fed.close()
+    assert time.monotonic() - began < 5
+    assert "did not stop" in caplog.text and fed._thread.is_alive()
+    stuck.answer.set()
+    fed._thread.join(10)
+    assert not fed._thread.is_alive(), "it ends by itself once the storage answers"
+
+
+def test_a_signal_ends_a_wait_for_storage() -> None:
+    stuck, asked = Stuck(), threading.Event()
+    fed = feed.Feed({"text": stuck}, make_mesh(MeshConfig(data=-1)), until=asked.is_set)
+    stuck.asked.wait(30)
+    asked.set()
+    assert next(fed).positions == {"text": 1}, "what is there is given"
+    began = time.monotonic()
+    assert next(fed, None) is None and time.monotonic() - began < 5
+    stuck.answer.set()
+    fed.close()
+
+
+def test_an_iterator_of_batches_is_closed_though_its_threads_are_stuck() -> None:
+    stuck = Stuck()
+    batches = BatchIterator(stuck, 4, WHOLE, 2)  # type: ignore[arg-type]
+    next(batches)
+    stuck.asked.wait(10)
+    began = time.monotonic()
+    batches.close()
+    assert time.monotonic() - began < 1
+    # The interpreter waits for such threads.
+    stuck.answer.set()
