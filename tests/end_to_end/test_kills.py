@@ -125,10 +125,14 @@ def test_a_signal_saves_exits_with_its_code_and_the_same_command_goes_on(start: 
     stage = "language_model"
     process = start(tmp_path / "stopped", "--config.training.steps=100000", "--config.training.save_every=100000", stage=stage)
     wait_for(1, tmp_path / "stopped", process)
+    # One that stands still holds its workdir too, and comes no further meanwhile.
+    process.send_signal(signal.SIGSTOP)
     before = (tmp_path / "stopped" / "config.json").read_bytes()
     err = finish(start(tmp_path / "stopped", "--config.seed=7", stage=stage), EXIT_BAD_INPUT)
-    assert f"{tmp_path / 'stopped'} is held by a run (process {process.pid} on {socket.gethostname()})" in err
+    who = f"a run (process {process.pid} on {socket.gethostname()})"
+    assert f"{tmp_path / 'stopped'} is held by {who}" in err
     assert (tmp_path / "stopped" / "config.json").read_bytes() == before
+    process.send_signal(signal.SIGCONT)
     process.terminate()
     err = finish(process, EXIT_PREEMPTED)
     stopped = last_step(tmp_path / "stopped")
