@@ -18,7 +18,8 @@ setuptools.setup(
         # tensorflow-datasets imports it but does not declare it.
         "importlib_resources>=6",
         "jax>=0.10.2",
-        "lxml>=5",
+        # Its libxml2, 2.14, reads any page in linear time.
+        "lxml>=6",
         "matplotlib>=3.8",
         "ml_collections>=1.0",
         "numpy>=2.0",

@@ -15,6 +15,12 @@ JPEG_PIXELS = (0xE0, 0xEE)
 """Application segments that say how colours are coded: JFIF's and Adobe's."""
 WEBP_METADATA = {b"ICCP": 0x20, b"EXIF": 0x08, b"XMP ": 0x04}
 """Chunks of a WebP by the bit of the header's flags that announces them."""
+TIFF_STARTS = {b"II*\0": "<", b"MM\0*": ">"}
+TIFF_PIXELS = frozenset(
+    (*range(254, 260), 262, 266, 273, 274, *range(277, 280), 284, 292, 293, 317, 320)
+    + (*range(322, 326), 332, 338, 339, 347, *range(512, 522), *range(529, 533))
+)
+"""Tags of a TIFF that say how its pixels are stored, and which way is up (TIFF 6.0)."""
 EXIF_START = b"Exif\0\0"
 PNG_NEXT = re.compile(rb"IHDR|PLTE|IDAT|IEND|tRNS")
 SEARCHES, LOOKS = 4, 16
@@ -25,7 +31,7 @@ JFIF_BYTES = 16
 
 
 def without_metadata(data: bytes) -> bytes | None:
-    """A PNG, JPEG or WebP of the same pixels with no metadata but an Exif entry that can be read.
+    """A PNG, JPEG, WebP or TIFF of the same pixels, with no metadata but what says which way is up.
 
     What holds the pixels is copied as it is, with its checksums. None for other formats, and where
     the picture has none of the parts that it should.
@@ -38,6 +44,8 @@ def without_metadata(data: bytes) -> bytes | None:
     elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         body = b"WEBP" + b"".join(_webp(data))
         parts = iter((b"RIFF", struct.pack("<I", len(body)), body))
+    elif data[:4] in TIFF_STARTS:
+        parts = _tiff(data, TIFF_STARTS[data[:4]])
     else:
         return None
     try:
@@ -123,7 +131,8 @@ def _webp(data: bytes) -> Iterator[bytes]:
         kind = data[place : place + 4]
         (length,) = struct.unpack_from("<I", data, place + 4)
         chunk = data[place : place + 8 + length + length % 2]
-        if kind not in WEBP_METADATA or (kind == b"EXIF" and _readable(chunk[8 : 8 + length])):
+        exif = kind == b"EXIF" and len(chunk) >= 8 + length and _readable(chunk[8 : 8 + length])
+        if exif or kind not in WEBP_METADATA:
             chunks.append(chunk)
             flags |= WEBP_METADATA.get(kind, 0)
         place += len(chunk)
@@ -132,6 +141,17 @@ def _webp(data: bytes) -> Iterator[bytes]:
             kept = chunk[8] & ~sum(WEBP_METADATA.values()) | flags
             chunk = chunk[:8] + bytes([kept]) + chunk[9:]
         yield chunk
+
+
+def _tiff(data: bytes, order: str) -> Iterator[bytes]:
+    """The first picture's directory, in its own place, without the entries of other tags."""
+    (start,) = struct.unpack_from(f"{order}I", data, 4)
+    (count,) = struct.unpack_from(f"{order}H", data, start)
+    places = range(start + 2, start + 2 + 12 * count, 12)
+    entries = [data[place : place + 12] for place in places]
+    kept = [one for one in entries if struct.unpack(f"{order}H", one[:2])[0] in TIFF_PIXELS]
+    directory = struct.pack(f"{order}H", len(kept)) + b"".join(kept) + bytes(4)
+    yield data[:start] + directory + data[start + len(directory) :]
 
 
 def _readable(exif: bytes) -> bool:

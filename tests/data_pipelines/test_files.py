@@ -235,3 +235,43 @@ def test_a_caption_file_that_is_a_link_to_elsewhere_is_not_read(tmp_path: pathli
         ImageFolder((str(tmp_path / "raw"),)).entries()
     named = ImageFolder((str(tmp_path / "raw"),), captions=str(tmp_path / "captions.jsonl"))
     assert len(named.entries()) == 1
+
+
+def test_every_picture_named_is_used_or_counted(hub: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """A line for each way of naming a file, right and wrong; the key says what becomes of it."""
+    for number, (on_disk, _) in enumerate(WAYS):
+        save(hub / str(number) / on_disk, colourful(seed=number))
+    for name in ("unlisted.png", "UNLISTED.PNG", ".hidden.png", "._a.png", ".cache/b.png"):
+        save(hub / name, colourful())
+    save(hub / "folder.png" / "kept.png", colourful())
+    (tmp_path / "far").mkdir()
+    save(tmp_path / "far" / "c.png", colourful())
+    os.symlink(tmp_path / "far", hub / "linked")
+    os.symlink(tmp_path / "far" / "c.png", hub / "unlisted_link.png")
+    used = ["a.png", "./deep/../a.png", "deep\\b.png", str(hub / "folder.png" / "kept.png")]
+    used += [f"{number}/{written}" for number, (_, written) in enumerate(WAYS)]
+    lost = {
+        "gone.png": files.MISSING,
+        "gone\\too.png": files.MISSING,
+        "nul\0.png": files.MISSING,
+        "other.png": files.LINKED,
+        "secret.png": files.LINKED,
+        "linked/c.png": files.LINKED,
+        "../0123abcd/../../../secret.png": files.OUTSIDE,
+        "..\\secret.png": files.OUTSIDE,
+        str(tmp_path / "secret.png"): files.OUTSIDE,
+        "folder.png": files.NOT_A_FILE,
+    }
+    told = [{"image": name, "caption": name} for name in (*used, *lost)]
+    lines(hub / "captions.jsonl", *told, {"image": 3, "caption": "x"})
+    dropped = {
+        "no caption": 2,  # Those that no line names.
+        "caption line that is not JSON with a name and captions": 1,
+        files.LINKED_FOLDER: 1,
+    }
+    for reason in (*lost.values(), files.LINKED):
+        dropped[reason] = dropped.get(reason, 0) + 1
+    source = ImageFolder((str(hub),), ALL_TRAIN)
+    records = accounted(tmp_path / "out", source, dropped)
+    said = {caption for record in records.values() for caption in strings(record["captions"])}
+    assert said == set(used) and len(records) == len(used) - 1

@@ -141,6 +141,33 @@ def test_a_damaged_exif_entry_hides_no_pixels(form: str, options: dict[str, obje
         assert sorted(found.shape) == sorted(expected.shape) and found.sum() == expected.sum()
 
 
+@pytest.mark.parametrize("cut", [1, 50, 150, 230, 300])
+def test_a_webp_cut_short_behind_its_pixels_is_read(cut: int) -> None:
+    entries = Image.Exif()
+    entries[0x010E] = "x" * 200
+    beside = {"exif": entries.tobytes(), "xmp": b"<x/>" * 50, "icc_profile": bytes(300)}
+    whole = encoded("WEBP", lossless=True, **beside)
+    np.testing.assert_array_equal(decode(whole[:-cut], 100), PIXELS)
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate"])
+def test_a_tiff_is_read_whatever_its_other_entries(compression: str | None) -> None:
+    entries = Image.Exif()
+    entries[0x010E] = "x" * 200
+    entries[0x0112] = TURNED
+    whole = encoded("TIFF", compression=compression, exif=entries, icc_profile=bytes(300))
+    expected = decode(whole, 100)
+    assert expected.shape == (100, 80, 3)
+    drawn = random.Random(0)
+    for tag in (0x010E, 0x8773):  # A description, a profile.
+        place = whole.index(struct.pack("<H", tag), struct.unpack_from("<I", whole, 4)[0]) + 2
+        for _ in range(60):
+            hurt = bytearray(whole)
+            for _ in range(drawn.choice([1, 2, 4])):
+                hurt[place + drawn.randrange(10)] = drawn.randrange(256)
+            np.testing.assert_array_equal(decode(bytes(hurt), 100), expected)
+
+
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pictures_are_turned_as_pillow_turns_them(form: str, orientation: int) -> None:
@@ -152,7 +179,7 @@ def test_pictures_are_turned_as_pillow_turns_them(form: str, orientation: int) -
 
 
 def test_what_is_left_out_is_metadata_alone() -> None:
-    for form in ("PNG", "JPEG", "WEBP"):
+    for form in ("PNG", "JPEG", "WEBP", "TIFF"):
         whole = encoded(form, exif=exif(TURNED))
         assert without_metadata(encoded(form)) is not None
         np.testing.assert_array_equal(decode(without_metadata(whole) or b"", 100), decode(whole, 100))
