@@ -1,4 +1,4 @@
-"""From the address of a picture on a page to its bytes: a file below the folder, or the page itself.
+"""From the address of a picture on a page to its bytes: of a file below the folder, or the page's.
 
 What a page refers to elsewhere, on the web or by a path that leads out, is not read.
 """
@@ -8,7 +8,7 @@ import binascii
 import pathlib
 import re
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from data_pipelines.build.files import MISSING, NoFile, find, read
 from data_pipelines.build.pictures import Unfit
@@ -73,7 +73,7 @@ def _joined(start: str, name: str) -> str:
     return name.lstrip("/\\") if name.startswith(("/", "\\")) else f"{start}/{name}"
 
 
-def _first(root: pathlib.Path, names: Sequence[str] | dict[str, None], given: Sequence[str]) -> bytes:
+def _first(root: pathlib.Path, names: Iterable[str], given: Sequence[str]) -> bytes:
     reasons = []
     for name in names:
         try:

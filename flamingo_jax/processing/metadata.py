@@ -94,7 +94,7 @@ def _broken(data: bytes, end: int) -> bool:
 
 
 def _next_whole(data: bytes, start: int) -> int:
-    """Where the first whole chunk behind a damaged one begins: at the data's end if nowhere near."""
+    """Where the first whole chunk behind a damaged one begins: the end, where none is near."""
     for match in itertools.islice(PNG_NEXT.finditer(data, start), LOOKS):
         place = match.start() - 4
         if _whole(data, place, _chunk(data, place)[1]):

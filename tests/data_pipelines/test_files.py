@@ -209,7 +209,9 @@ def test_what_a_walk_refuses_is_counted(kind: type, ending: str, tmp_path: pathl
     assert len(accounted(tmp_path / "out", source, dropped)) == 2
 
 
-@pytest.mark.parametrize("kind, ending", [(WebDataset, "tar"), (Coco, "json"), (Obelics, "parquet")])
+@pytest.mark.parametrize(
+    "kind, ending", [(WebDataset, "tar"), (Coco, "json"), (Obelics, "parquet")]
+)
 def test_a_shard_that_is_not_read_stops_the_build(
     kind: type, ending: str, tmp_path: pathlib.Path
 ) -> None:

@@ -43,7 +43,7 @@ SAMPLES = {
 META = (
     '<meta charset="{}">',
     "<META HTTP-EQUIV='Content-Type' content='text/html; charset={}'>",
-    "<html><!-- <meta charset=big5> --><script src='<meta charset=big5>'></script><meta charset={} >",
+    "<!-- <meta charset=big5> --><script src='<meta charset=big5>'></script><meta charset={} >",
     '<?xml version="1.0" encoding="{}"?>',
     "<title>" + "x" * 2_000 + "</title><meta charset={}>",
 )

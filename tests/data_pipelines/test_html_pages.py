@@ -16,14 +16,17 @@ from data_pipelines.build.pictures import PictureRules, Unfit
 from data_pipelines.build.writer import write_dataset
 from tests.data_pipelines.raw import ALL_TRAIN, accounted, colourful, huge_png, read, save, strings
 
-PAGE = """<!DOCTYPE html><html><head><title>not text</title><style>p {color: red}</style></head><body>
+PAGE = """<!DOCTYPE html><html><head><title>not text</title><style>p {color: red}</style></head>
+<body>
 <nav>menu <img src="a.png"></nav>
 <h1>Title
-  of  it</h1><p>One <b>bold</b>word&nbsp;&amp; more<!-- a comment --> here.</p><script>var x = 1;</script>
+  of  it</h1><p>One <b>bold</b>word&nbsp;&amp; more<!-- a comment --> here.</p>
+<script>var x = 1;</script>
 <p>Before <IMG SRC="pics/a%20b.png?v=2" alt="the  picture"> after</p>
 <ul><li>first<li>second</ul>
 <img src="pics/a%20b.png"><table><tr><td>x</td><td>y</td></tr></table>
-<img src="http://example.com/far.png"><img src="../out.png"><img src="/pics/wide.png"><img src="gone.png"><img>
+<img src="http://example.com/far.png"><img src="../out.png"><img src="/pics/wide.png"><img src="gone.png">
+<img>
 <img src="data:image/png;base64,AA">
 last<br>line</body></html>"""
 
@@ -47,13 +50,21 @@ def test_text_and_pictures_in_the_order_of_the_page(tmp_path: pathlib.Path) -> N
         HtmlPages((str(root),), ALL_TRAIN),
         {"page without a picture that is fit": 2, "page without text": 1, "unreadable page": 1},
         {
-            "aspect over 3": 1, "missing": 3, "no address": 1, "on a page without text": 1,
-            "on another machine": 1, "outside the folder": 3, "outside the text": 1, "unreadable": 1,
+            "aspect over 3": 1,
+            "missing": 3,
+            "no address": 1,
+            "on a page without text": 1,
+            "on another machine": 1,
+            "outside the folder": 3,
+            "outside the text": 1,
+            "unreadable": 1,
         },
     )
     page = records["sub/page.html"]
     assert strings(page["texts"]) == [
-        "Title of it\nOne boldword & more here.\nBefore", "after\nfirst\nsecond", "x y\nlast\nline",
+        "Title of it\nOne boldword & more here.\nBefore",
+        "after\nfirst\nsecond",
+        "x y\nlast\nline",
     ]
     assert len(page["images"]) == 2
 
@@ -61,7 +72,9 @@ def test_text_and_pictures_in_the_order_of_the_page(tmp_path: pathlib.Path) -> N
 def test_alternative_text_on_request(tmp_path: pathlib.Path) -> None:
     save(tmp_path / "site" / "a.png", colourful())
     (tmp_path / "site" / "page.html").write_text('<p>one<img src="a.png" alt="a  cat">two')
-    write_dataset(tmp_path / "pages", HtmlPages((str(tmp_path / "site"),), ALL_TRAIN, alt_text=True))
+    write_dataset(
+        tmp_path / "pages", HtmlPages((str(tmp_path / "site"),), ALL_TRAIN, alt_text=True)
+    )
     assert strings(read(tmp_path / "pages")["page.html"]["texts"]) == ["one", "a cat\ntwo"]
 
 
@@ -178,7 +191,10 @@ def test_every_page_and_picture_is_used_or_counted(
     pages: dict[str, tuple[bytes, str | None]] = {
         "plain": (f"one{shown}two".encode(), None),
         "latin": (b"<meta charset=iso-8859-1>" + (latin + shown).encode("cp1252"), None),
-        "japanese": ("<meta charset=shift_jis>日本語".encode("cp932") + b"\xff" + shown.encode(), None),
+        "japanese": (
+            "<meta charset=shift_jis>日本語".encode("cp932") + b"\xff" + shown.encode(),
+            None,
+        ),
         "utf16": (f"text{shown}".encode("utf-16"), None),
         "deep": (b"<b>" * 5_000 + f"deep{shown}".encode(), None),
         "within": (f"text{shown}<img src=data:,AA>".encode(), None),
@@ -186,7 +202,10 @@ def test_every_page_and_picture_is_used_or_counted(
         "linked": (f"text{shown}<img src=link.png>".encode(), None),
         "web": (f"text{shown}<img src=http://example.com/x.png>".encode(), None),
         "hidden": (f"text{shown}<p hidden>no{shown}</p><nav>no{shown}</nav>".encode(), None),
-        "kinds": (f"x{shown}<img src=small.png><img src=grey.png><img src=huge.png>".encode(), None),
+        "kinds": (
+            f"x{shown}<img src=small.png><img src=grey.png><img src=huge.png>".encode(),
+            None,
+        ),
         "torn": (f"x{shown}<img src=torn.png><img src=gone.png><img>".encode(), None),
         "korean": (f"<meta charset=iso-2022-kr>{shown}".encode(), html_pages.NOT_DECODED),
         "empty": (b" \n", html_pages.UNREADABLE_PAGE),
@@ -204,9 +223,18 @@ def test_every_page_and_picture_is_used_or_counted(
         if reason:
             dropped[reason] = dropped.get(reason, 0) + 1
     pictures = {
-        "unreadable": 2, "outside the folder": 1, files.LINKED: 1, "on another machine": 1,
-        "hidden": 1, "outside the text": 1, "smaller than 64 pixels": 1, "single colour": 1,
-        "too many pixels": 1, "missing": 2, "no address": 1, "on a page without text": 1,
+        "unreadable": 2,
+        "outside the folder": 1,
+        files.LINKED: 1,
+        "on another machine": 1,
+        "hidden": 1,
+        "outside the text": 1,
+        "smaller than 64 pixels": 1,
+        "single colour": 1,
+        "too many pixels": 1,
+        "missing": 2,
+        "no address": 1,
+        "on a page without text": 1,
     }
     records = accounted(tmp_path / "pages", HtmlPages((str(root),), ALL_TRAIN), dropped, pictures)
     assert set(records) == {f"{name}.html" for name, (_, reason) in pages.items() if not reason}

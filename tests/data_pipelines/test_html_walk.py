@@ -27,7 +27,8 @@ def test_broken_pages_are_read_as_far_as_they_go() -> None:
 
 
 def test_a_page_within_a_form_is_read_without_its_fields() -> None:
-    page = "<form>one<p>two<button>b</button><select><option>c</select><textarea>d</textarea></form>three"
+    fields = "<button>b</button><select><option>c</select><textarea>d</textarea>"
+    page = f"<form>one<p>two{fields}</form>three"
     assert page_text(page) == "one\ntwo\nthree"
 
 
@@ -88,7 +89,8 @@ def test_what_is_read_is_what_a_tree_holds_outside_the_unread() -> None:
 
 def test_places_of_a_picture_are_those_of_late_loaders_then_a_browser_s_choice() -> None:
     page = """<picture><source srcset="a.webp 1x, a2.webp 2x" type="image/webp">
-        <source data-srcset="late.webp 1x"><img src="a.png" srcset="s.png 300w, l.png 1024w"></picture>
+        <source data-srcset="late.webp 1x"><img src="a.png" srcset="s.png 300w, l.png 1024w">
+        </picture>
         <img src="b.png">"""
     first = ("a2.webp", "a.webp", "late.webp", "l.png", "s.png", "a.png")
     assert places(page) == [first, ("b.png",)]
@@ -96,7 +98,9 @@ def test_places_of_a_picture_are_those_of_late_loaders_then_a_browser_s_choice()
     for name in late:
         page = f'<img src="data:image/gif;base64,AA" {name}=" real.png ">'
         assert places(page) == [("real.png", "data:image/gif;base64,AA")]
-    assert places('<img data-srcset="x.png 2w,y.png 9w" src="z.png">') == [("y.png", "x.png", "z.png")]
+    assert places('<img data-srcset="x.png 2w,y.png 9w" src="z.png">') == [
+        ("y.png", "x.png", "z.png")
+    ]
     assert places("<img><image src=a.png><amp-img src=b.png>") == [(), ("a.png",), ("b.png",)]
     assert places("<picture><source srcset=only.png></picture>x") == [("only.png",)]
 
@@ -131,14 +135,17 @@ LATE = '<img src="spacer.gif" data-src="a.png">'
             '<img src="spacer.gif" class="late"><noscript><p>x<img src="a.png"></noscript>',
             [("spacer.gif", "a.png")],
         ),
-        (f'{LATE} text <noscript><img src="b.png"></noscript>', [("a.png", "spacer.gif"), ("b.png",)]),
+        (
+            f'{LATE} text <noscript><img src="b.png"></noscript>',
+            [("a.png", "spacer.gif"), ("b.png",)],
+        ),
         ('<noscript><img src="a.png"></noscript>', [("a.png",)]),
         (
             f'{LATE}<img data-src="b.png"><noscript><img src="a.png"><img src="b.png"></noscript>',
             [("a.png", "spacer.gif"), ("b.png",)],
         ),
         ('<img src="a.png"><img src="a.png">', [("a.png",), ("a.png",)]),
-        (f'{LATE * 2}<noscript>{"<img src=a.png>" * 2}</noscript>', [("a.png", "spacer.gif")] * 2),
+        (f"{LATE * 2}<noscript>{'<img src=a.png>' * 2}</noscript>", [("a.png", "spacer.gif")] * 2),
         (
             '<picture><source srcset="s.png"><noscript><img src="a.png"></noscript></picture>',
             [("s.png", "a.png")],
@@ -153,7 +160,9 @@ def test_a_picture_for_browsers_without_scripts_is_no_second_one(
 
 
 def test_pictures_that_are_not_shown_say_why() -> None:
-    page = "<nav><img src=a></nav><p hidden><img src=b></p><img src=c style='display:none'><img src=d>"
+    page = (
+        "<nav><img src=a></nav><p hidden><img src=b></p><img src=c style='display:none'><img src=d>"
+    )
     pictures = [item for item in walk(page.encode()).items if isinstance(item, Picture)]
     assert [picture.unread for picture in pictures] == ["outside the text", "hidden", "hidden", ""]
 

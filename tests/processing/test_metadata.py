@@ -182,7 +182,9 @@ def test_what_is_left_out_is_metadata_alone() -> None:
     for form in ("PNG", "JPEG", "WEBP", "TIFF"):
         whole = encoded(form, exif=exif(TURNED))
         assert without_metadata(encoded(form)) is not None
-        np.testing.assert_array_equal(decode(without_metadata(whole) or b"", 100), decode(whole, 100))
+        np.testing.assert_array_equal(
+            decode(without_metadata(whole) or b"", 100), decode(whole, 100)
+        )
     assert without_metadata(b"GIF89a") is None and without_metadata(b"\xff\xd8\xff\xe1") is None
 
 
@@ -191,4 +193,6 @@ def test_a_file_of_nothing_but_broken_chunks_takes_no_time() -> None:
     began = time.process_time()
     with pytest.raises(ImageError):
         decode(hurt, 100)
-    assert time.process_time() - began < 2  # Checksums over the rest at each chunk would take 1000 s.
+    assert (
+        time.process_time() - began < 2
+    )  # Checksums over the rest at each chunk would take 1000 s.
