@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from data_pipelines.build.text_files import decode
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation.examples import read_visual
 from flamingo_jax.experiment import FlamingoConfig
@@ -64,15 +65,16 @@ def main() -> int:
 def read_prompts(path: pathlib.Path) -> list[list[Any]]:
     """The prompts of a file, each a list of parts as they are written there."""
     try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        text = decode(path.read_bytes())
+        text.encode()
+    except (OSError, UnicodeError) as error:
         raise UserError(f"--prompt={path} cannot be read as text: {error}") from error
     try:
         try:
             prompts = [json.loads(text)]
         except json.JSONDecodeError:
-            prompts = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
+            prompts = [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is neither JSON nor JSONL ({error}): write a list of parts such as {EXAMPLE}") from error
     if not prompts:
         raise UserError(f"{path} holds no prompt: write a list of parts such as {EXAMPLE}")
