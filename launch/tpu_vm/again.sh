@@ -14,6 +14,8 @@ PAUSE_SECONDS=${PAUSE_SECONDS:-30}
 exec 9> again.lock
 flock --nonblock 9 || { echo "error: $PWD/again.lock is held: the command runs here already" >&2; exit 2; }
 echo $$ > again.pid
+# Or it would name whatever process gets this number next.
+trap 'rm -f again.pid' EXIT
 
 stopped=
 child=

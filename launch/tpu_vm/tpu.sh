@@ -4,7 +4,7 @@
 #   export NAME=flamingo ZONE=us-central2-b TYPE=v4-32     # v4-32 is v4:2x2x4: v4 and v5p are named by cores, two a chip
 #   launch/tpu_vm/tpu.sh create                            # SLICES=2 for two slices, SPOT=1 for capacity that may be taken back
 #   NFS=10.0.0.2:/share launch/tpu_vm/tpu.sh setup         # this commit on every host, and a Filestore share as /shared
-#   launch/tpu_vm/tpu.sh start --config=configs/flamingo_3b.py:v4_2x2x4 --workdir=/shared/runs/3b
+#   launch/tpu_vm/tpu.sh start --config=configs/flamingo_3b.py:form=v4_2x2x4,root=/shared --workdir=/shared/runs/3b
 #   launch/tpu_vm/tpu.sh watch                             # the log of the first host; Ctrl-C leaves the run alone
 #   launch/tpu_vm/tpu.sh stop                              # saves and ends; `start` goes on
 #   launch/tpu_vm/tpu.sh delete
@@ -49,7 +49,17 @@ setup() {
     on_all "set -e
         sudo apt-get update -q && sudo apt-get install -yq nfs-common python3.11 python3.11-venv
         if [ -n '${NFS:-}' ]; then sudo mkdir -p /shared && { mountpoint -q /shared || sudo mount -t nfs '${NFS:-}' /shared; }; fi
-        mkdir -p flamingo_jax && tar -xzf flamingo_jax.tar.gz -C flamingo_jax && cd flamingo_jax
+        mkdir -p flamingo_jax
+        if ! flock --nonblock flamingo_jax/again.lock true; then
+            echo 'error: a run is going on here: stop it before another commit takes its place' >&2; exit 2
+        fi
+        tar -xzf flamingo_jax.tar.gz -C flamingo_jax
+        # What an earlier setup brought and this commit lacks would still be imported.
+        tar -tzf flamingo_jax.tar.gz | grep -v '/\$' | LC_ALL=C sort > flamingo_jax.files.new
+        touch flamingo_jax.files
+        LC_ALL=C comm -23 flamingo_jax.files flamingo_jax.files.new | (cd flamingo_jax && xargs -r -d '\n' rm -f --)
+        mv flamingo_jax.files.new flamingo_jax.files
+        cd flamingo_jax
         python3.11 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'"
 }
 
@@ -62,7 +72,11 @@ start() {
 
 watch() { tpus tpu-vm ssh "$(nodes | head -n 1)" --worker=0 --command="tail -n 100 -F flamingo_jax/train.log"; }
 
-stop() { on_all 'cd flamingo_jax && kill -TERM "$(cat again.pid)" && while kill -0 "$(cat again.pid)" 2> /dev/null; do sleep 1; done'; }
+stop() { # returns when it has ended everywhere; where nothing runs there is nothing to do
+    on_all 'cd flamingo_jax || exit
+        if flock --nonblock again.lock true; then echo "$HOSTNAME: nothing runs here"; exit 0; fi
+        kill -TERM "$(cat again.pid)" && flock again.lock true'
+}
 
 delete() { tpus queued-resources delete "$NAME" --force --quiet; }
 

@@ -1,11 +1,15 @@
 """The cluster launchers: JobSets by Kubernetes' schemas, scripts run beside executables that stand in for srun, scontrol, gcloud and Python."""
 
+import fcntl
 import math
 import os
 import pathlib
+import re
 import shlex
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +17,11 @@ from typing import Any
 import pytest
 import yaml
 
+from data_pipelines.build.quickstart import build_quickstart
 from flamingo_jax import configuring, errors
 from flamingo_jax.experiment import Experiment
 from launch import command
+from tests.processes import one_device
 
 ROOT = pathlib.Path(__file__).parents[2]
 SLURM, AGAIN, TPU = (ROOT / "launch" / name for name in ("slurm/train.sbatch", "tpu_vm/again.sh", "tpu_vm/tpu.sh"))
@@ -55,11 +61,19 @@ echo "$@" >> scontrol
 GCLOUD = """#!/bin/bash
 # Writes down what it was asked. The commands of ssh run in the folder of their node; states of a queued resource come from the file `states`.
 cd "$STUBS"
-printf '%s\\x1f' "$@" END >> gcloud
+(flock 8; printf '%s\\x1f' "$@" END >> gcloud) 8> gcloud.lock
 case "$*" in
     *" describe "*) read -r state < states; sed -i 1d states; echo "$state" ;;
+    *" scp "*) cp "$5" "${6%%:*}/${6#*:}" ;;
     *" ssh "*) for word in "$@"; do case $word in --command=*) cd "$5" && HOME=$PWD bash -c "${word#--command=}" || exit ;; esac; done ;;
 esac
+"""
+
+
+GIT = """#!/bin/bash
+# `git archive --output=FILE HEAD`: the commit is what lies in the folder `commit`.
+for word in "$@"; do case $word in --output=*) file=${word#--output=} ;; esac; done
+cd "$STUBS/commit" && tar -czf "$file" *
 """
 
 
@@ -122,7 +136,13 @@ def slurm(folder: pathlib.Path, *values: object, **environment: str) -> int:
 def test_slurm_starts_again(stubs: pathlib.Path, code: int) -> None:
     assert slurm(stubs, code, code, 0) == 0
     assert lines(stubs / "started") == ["0,1,2,3 -u -m launch.train --config=a\\ b "] * 3
-    assert lines(stubs / "srun")[:2] == ["--kill-on-bad-exit=0", "--wait=0"]
+    assert lines(stubs / "srun") == ["--kill-on-bad-exit=0", "--wait=0"] * 3
+
+
+def test_slurm_gives_the_tasks_the_cores_of_the_job(stubs: pathlib.Path) -> None:
+    """Since 22.05 srun does not take them from the job's own --cpus-per-task."""
+    assert slurm(stubs, 0, SLURM_CPUS_PER_TASK="64") == 0
+    assert lines(stubs / "srun")[2] == "--cpus-per-task=64"
 
 
 @pytest.mark.parametrize("code", [0, *FINAL, 130])
@@ -229,18 +249,41 @@ def test_tpu_machines_are_made_and_deleted(stubs: pathlib.Path) -> None:
         assert tpu(stubs, *wrong, expect=2) == []
 
 
+def commit(stubs: pathlib.Path, *files: str) -> None:
+    """Makes these the commit that setup brings, each with its name in it."""
+    executable(stubs / "bin" / "git", GIT)
+    shutil.rmtree(stubs / "commit", ignore_errors=True)
+    for name in files:
+        executable(stubs / "commit" / name, name)
+
+
 def test_tpu_machines_get_this_commit(stubs: pathlib.Path) -> None:
-    executable(stubs / "bin" / "git", "#!/bin/bash\necho \"$@\" >> \"$STUBS/git\"\n")
-    for name in ("sudo", "tar", "python3.11"):
+    nodes = [stubs / "n-0", stubs / "n-1"]
+    for name in ("sudo", "python3.11"):
         executable(stubs / "bin" / name, f"#!/bin/bash\necho {name} \"$@\" >> made\n")
-    for node in ("n-0", "n-1"):
-        executable(stubs / node / "flamingo_jax/.venv/bin/pip", "#!/bin/bash\necho pip \"$@\" >> made\n")
+    for node in nodes:
+        executable(node / "flamingo_jax/.venv/bin/pip", "#!/bin/bash\necho pip \"$@\" >> made\n")
+    commit(stubs, "setup.py", "a/old.py", "a/b.py", "a/it's c.py")
     calls = tpu(stubs, "setup", SLICES="2", NFS="10.0.0.2:/share")
     assert [call[:2] + call[3:5] for call in calls[:2]] == [["tpu-vm", "scp", f"n-{i}:flamingo_jax.tar.gz", "--worker=all"] for i in (0, 1)]
     assert sorted(call[:4] for call in calls[2:]) == [["tpu-vm", "ssh", f"n-{i}", "--worker=all"] for i in (0, 1)]
-    for node in ("n-0", "n-1"):
-        assert "sudo mount -t nfs 10.0.0.2:/share /shared" in lines(stubs / node / "made")
-        assert lines(stubs / node / "flamingo_jax/made") == ["python3.11 -m venv .venv", "pip install -q -e .[tpu]"]
+    for node in nodes:
+        assert "sudo mount -t nfs 10.0.0.2:/share /shared" in lines(node / "made")
+        assert lines(node / "flamingo_jax/made") == ["python3.11 -m venv .venv", "pip install -q -e .[tpu]"]
+        assert (node / "flamingo_jax/a/old.py").read_text() == "a/old.py"
+        # Somebody's own, and a run's.
+        (node / "flamingo_jax/a/mine.py").touch()
+        (node / "flamingo_jax/train.log").touch()
+    commit(stubs, "setup.py", "a/b.py", "c.py")
+    tpu(stubs, "setup", SLICES="2")
+    for node in nodes:
+        found = {path.relative_to(node / "flamingo_jax").as_posix() for path in (node / "flamingo_jax").rglob("*") if path.is_file()}
+        assert found == {"setup.py", "a/b.py", "c.py", "a/mine.py", "train.log", "made", "again.lock", ".venv/bin/pip"}
+    with open(nodes[0] / "flamingo_jax/again.lock") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        commit(stubs, "setup.py")
+        tpu(stubs, "setup", SLICES="2", expect=1)
+    assert (nodes[0] / "flamingo_jax/c.py").exists()
     executable(stubs / "n-1/flamingo_jax/.venv/bin/pip", "#!/bin/bash\nexit 1\n")
     tpu(stubs, "setup", SLICES="2", expect=1)
 
@@ -260,10 +303,11 @@ def test_tpu_machines_start_on_every_node_and_stop_saved(stubs: pathlib.Path) ->
     time.sleep(0.2)
     tpu(stubs, "stop", SLICES="2")
     for folder in folders:
-        assert lines(folder / "started")[2:] == []
-        with pytest.raises(ProcessLookupError):
-            os.kill(int((folder / "again.pid").read_text()), 0)
+        assert lines(folder / "started")[2:] == [] and not (folder / "again.pid").exists()
+        # Left by a host that lost its power; the number is another process's by now.
+        (folder / "again.pid").write_text(str(os.getpid()))
         assert "ended with exit code 75: restart 1" in (folder / "train.log").read_text()
+    tpu(stubs, "stop", SLICES="2")
 
 
 JOBSET = {
@@ -335,6 +379,8 @@ def test_the_tpu_jobset_is_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = job["template"]["spec"]
     chips = math.prod(int(side) for side in spec["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
     assert spec["parallelism"] == spec["completions"] == chips // container["resources"]["limits"]["google.com/tpu"]
+    environment = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert int(environment["JAX_NUM_PROCESSES"]) == job["replicas"] * spec["completions"]
     mesh = experiment(container).mesh
     assert (mesh.data, mesh.data * mesh.fsdp * mesh.model) == (job["replicas"], job["replicas"] * chips)
 
@@ -352,6 +398,112 @@ def test_the_gpu_jobset_tells_each_pod_its_place(monkeypatch: pytest.MonkeyPatch
     assert place == "metadata.annotations['batch.kubernetes.io/job-completion-index']" and spec["completionMode"] == "Indexed"
     mesh = experiment(container).mesh
     assert mesh.data * mesh.fsdp * mesh.model == spec["parallelism"] * container["resources"]["limits"]["nvidia.com/gpu"]
+
+
+@pytest.mark.parametrize("name", ["tpu", "gpu"])
+def test_jobsets_read_and_write_what_is_mounted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    _, _, container = jobset(name)
+    mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
+    found = experiment(container)
+    datasets = [*found.data.values(), *found.held_out.values()]
+    folders = [found.tokenizer, found.vision_encoder_from, found.language_model_from]
+    environment = {variable["name"]: variable.get("value") for variable in container["env"]}
+    folders += [dataset.path for dataset in datasets] + [environment["JAX_COMPILATION_CACHE_DIR"]]
+    assert all(any(folder.startswith(f"{m}/") for m in mounts) for folder in folders)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The storage of a cluster: the datasets and the tokenizer that tiny forms read."""
+    folder = tmp_path_factory.mktemp("shared")
+    build_quickstart(folder / "data", limit=8)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The image's working folder: what the Dockerfile copies there, and nothing else."""
+    folder = tmp_path_factory.mktemp("image")
+    for line in lines(ROOT / "launch/gke/Dockerfile"):
+        for name in line.split()[1:-1] if line.startswith("COPY") else ():
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / name, folder)
+    return folder
+
+
+REAL_PYTHON = f"#!/bin/bash\nexec {sys.executable} \"$@\"\n"
+STEPS = ("--config.training.steps=1", "--config.training.evaluate_batches=1")
+
+
+def there(environment: dict[str, str], folder: pathlib.Path) -> dict[str, str]:
+    """A machine's environment: its own python comes first."""
+    return one_device() | environment | {"PATH": f"{folder}/bin:{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize("name", ["tpu", "gpu"])
+def test_a_pod_of_the_jobset_starts(
+    name: str, image: pathlib.Path, shared: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """The container's own command, in the image's folder and with the claim mounted; but for the
+    size of the model and the other pods."""
+    _, _, container = jobset(name)
+    executable(tmp_path / "bin/python", REAL_PYTHON)
+
+    def here(text: str) -> str:
+        return re.sub(r"form=\w+", "form=tiny", text).replace("/shared", str(shared))
+
+    arguments = [here(word) for word in container["args"] if ".mesh." not in word]
+    environment = {v["name"]: here(v["value"]) for v in container["env"] if "value" in v}
+    alone = {"JAX_NUM_PROCESSES": "1"}
+    done = subprocess.run(
+        [*container["command"], *arguments, "--prepare"], cwd=image,
+        env=there(environment | alone, tmp_path), capture_output=True, text=True,
+    )
+    assert done.returncode == 0 and "all is prepared" in done.stderr, done.stderr
+
+
+def test_a_slurm_job_trains(
+    image: pathlib.Path, shared: pathlib.Path, stubs: pathlib.Path
+) -> None:
+    executable(stubs / "bin/python", REAL_PYTHON)
+    flags = [f"--config=configs/lm_1b4.py:form=tiny,root={shared}", f"--workdir={shared}/runs/job", *STEPS]
+    task = {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "node3"}
+    task |= {"SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "1", "SLURM_CPUS_PER_TASK": "2"}
+    folder = shutil.copytree(image, stubs / "repository")
+    script = shutil.copy(SLURM, stubs)
+    done = subprocess.run([script, *flags], cwd=folder, env=there(task, stubs), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (shared / "runs/job/checkpoints/1/manifest.json").exists()
+    assert lines(folder / "srun")[2] == "--cpus-per-task=2"
+
+
+def test_a_tpu_machine_trains(
+    image: pathlib.Path, shared: pathlib.Path, stubs: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Set up from the commit, started by its own command, ended by itself."""
+    for name in ("sudo", "python3.11"):
+        executable(stubs / "bin" / name, "#!/bin/bash\n")
+    commit(stubs)
+    shutil.copytree(image, stubs / "commit")
+    shutil.copytree(ROOT / "launch/tpu_vm", stubs / "commit/launch/tpu_vm", dirs_exist_ok=True)
+    machine = stubs / "n/flamingo_jax"
+    executable(machine / ".venv/bin/pip", "#!/bin/bash\n")
+    executable(machine / ".venv/bin/python", REAL_PYTHON)
+    tpu(stubs, "setup")
+    monkeypatch.delenv("XLA_FLAGS")
+    tpu(
+        stubs, "start", f"--config=configs/lm_1b4.py:form=tiny,root={shared}", f"--workdir={shared}/runs/vm", *STEPS,
+        JAX_COMPILATION_CACHE_DIR=os.environ["JAX_COMPILATION_CACHE_DIR"],
+    )
+    until(lambda: (machine / "again.pid").exists())
+    for _ in range(600):
+        if not (machine / "again.pid").exists():
+            break
+        time.sleep(0.1)
+    assert (shared / "runs/vm/checkpoints/1/manifest.json").exists(), (machine / "train.log").read_text()
 
 
 def test_the_image_holds_every_package() -> None:
