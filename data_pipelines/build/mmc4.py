@@ -4,14 +4,15 @@ A document has `text_list` (sentences) and `image_info`, whose members have `ima
 the sentence that the picture belongs to) and `matched_sim` (their CLIP similarity); the rows of `similarity_matrix` are pictures, its columns
 sentences. Each picture stands right before its own sentence; those of one sentence stand as `image_info` lists them. Where a picture has
 no `matched_text_index`, pictures and sentences are matched one to one for the largest sum of similarities, as MMC4's authors did.
-A picture may lie in the document itself, as `image_base64`, which is how OpenFlamingo stores them.
-Numbers may have passed through a table: 1.0 is a place too, NaN is none.
+OpenFlamingo's conversion is read too: tar shards with a .json for each document, in which pictures
+lie themselves, as `image_base64` (Python's way of writing bytes, b'...', included). Numbers may
+have passed through a table: 1.0 is a place too, NaN is none.
 """
 
 import base64
 import dataclasses
 import math
-import pathlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,21 +23,39 @@ from data_pipelines.build.captions import is_missing, why_no_text
 from data_pipelines.build.files import existing_folder
 from data_pipelines.build.interleaved import PAGES_RULES, Shown, make_page
 from data_pipelines.build.pictures import PictureRules, Unfit
-from data_pipelines.build.shards import Piece, address_key, by_address, files_in, folders_of, reader
+from data_pipelines.build.pieces import Piece, why
+from data_pipelines.build.shards import Found, address_key, by_address, files_in, folders_of, reader
 from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Outcome, Shares, Stream, record_id
-from data_pipelines.build.text_files import NOT_UTF8, TOO_LONG, TooLong, parsed, text_lines
+from data_pipelines.build.tar_samples import samples
+from data_pipelines.build.tars import SUFFIXES
+from data_pipelines.build.text_files import (
+    NOT_UTF8,
+    TOO_LONG,
+    TooLong,
+    decode,
+    parsed,
+    text_lines,
+    unreadable,
+)
 from flamingo_jax.errors import UserError
 
 BAD_LINE = "line that is not JSON with sentences and pictures"
+NO_DOCUMENT = "sample without a .json"
+SHARD_DOCUMENT = 300_000
+"""Bytes of a document with its pictures, about."""
 UNMATCHED = "matched to no sentence"
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A line of a file. downloaded: for each picture its file, where it is known by its address."""
+    """A document: a line of a file, or a file of a shard; `bad` says why there is none.
+
+    downloaded: for each picture its file, where it is known by its address.
+    """
 
     id: str
-    line: str | TooLong
+    text: str | Piece = ""
+    bad: str = ""
     downloaded: tuple[Piece | None, ...] = ()
 
     def __str__(self) -> str:
@@ -79,23 +98,28 @@ class Mmc4:
             raise UserError(f"--min_similarity={self.min_similarity:g} is no cosine: similarities of MMC4 lie between -1 and 1, most between 0.15 and 0.35")
         for folder in self.images:
             existing_folder(folder, "--images")
-        files = files_in(self.inputs, (".jsonl",), "file of MMC4")
-        downloaded = by_address(self.images or folders_of(self.inputs))
+        files = _files(self.inputs)
+        beside = () if all(map(_is_shard, files)) else folders_of(self.inputs)
+        downloaded = by_address(self.images or beside)
 
-        def lines() -> Iterator[Entry]:
+        def documents() -> Iterator[Entry]:
             for file in files:
-                for number, line in enumerate(text_lines(file.path)):
-                    name = f"{record_id(self.inputs, file.root, file.name)}#{number}"
-                    yield Entry(name, line, _downloaded(line, downloaded) if downloaded else ())
+                for entry in self._shard(file) if _is_shard(file) else self._lines(file):
+                    known = _downloaded(entry, downloaded) if downloaded else ()
+                    yield dataclasses.replace(entry, downloaded=known)
 
-        return Stream(sum(_count_lines(file.path) for file in files), lines)
+        return Stream(sum(map(_about_how_many, files)), documents)
 
     def convert(self, entry: Entry) -> list[Outcome]:
-        if isinstance(entry.line, TooLong):
-            return [Dropped(TOO_LONG)]
-        if not entry.line.strip():
+        if entry.bad:
+            return [Dropped(entry.bad)]
+        try:
+            text = _text(entry)
+        except OSError as error:
+            return [Dropped(why(error))]
+        if not text.strip():
             return []
-        record = parsed(entry.line)
+        record = parsed(text)
         try:
             told, pictures = record["text_list"], record["image_info"]
         except (KeyError, TypeError):
@@ -130,6 +154,45 @@ class Mmc4:
         ]
 
 
+    def _lines(self, file: Found) -> Iterator[Entry]:
+        name = record_id(self.inputs, file.root, file.name)
+        try:
+            for number, line in enumerate(text_lines(file.path)):
+                if isinstance(line, TooLong):
+                    yield Entry(f"{name}#{number}", bad=TOO_LONG)
+                else:
+                    yield Entry(f"{name}#{number}", line)
+        except OSError as error:
+            raise unreadable(file.path, error) from error
+
+    def _shard(self, file: Found) -> Iterator[Entry]:
+        name = record_id(self.inputs, file.root, file.name)
+        for sample in samples(file.path):
+            if isinstance(sample, str):
+                yield Entry(name, bad=sample)
+            elif sample.about is None:
+                yield Entry(f"{name}/{sample.key}", bad=NO_DOCUMENT)
+            else:
+                yield Entry(f"{name}/{sample.key}", sample.about)
+
+
+def _files(inputs: Sequence[str]) -> list[Found]:
+    """Inputs that are files, .jsonl files of folders or, where there are none, tar shards."""
+    try:
+        return files_in(inputs, (".jsonl",), "file of MMC4")
+    except UserError:
+        return files_in(inputs, (".jsonl", *SUFFIXES), "file of MMC4")
+
+
+def _is_shard(file: Found) -> bool:
+    return file.name.lower().endswith(SUFFIXES)
+
+
+def _text(entry: Entry) -> str:
+    """Raises OSError."""
+    return entry.text if isinstance(entry.text, str) else decode(entry.text.read())
+
+
 def _reader(
     picture: dict[str, Any], folders: Sequence[str], piece: Piece | None
 ) -> Callable[[], bytes]:
@@ -139,8 +202,9 @@ def _reader(
         return reader(folders, picture.get("image_name"), piece)
 
     def read() -> bytes:
+        written = re.fullmatch(r"b'(.*)'", within, re.DOTALL)
         try:
-            return base64.b64decode(within.rpartition(",")[2])
+            return base64.b64decode(written[1] if written else within.rpartition(",")[2])
         except ValueError as error:
             raise Unfit("unreadable") from error
 
@@ -183,13 +247,19 @@ def _similarities(matrix: Any, shape: tuple[int, int]) -> np.ndarray | None:
     return values if values.shape == shape and np.isfinite(values).all() else None
 
 
-def _downloaded(line: str | TooLong, known: dict[bytes, Piece]) -> tuple[Piece | None, ...]:
-    record = None if isinstance(line, TooLong) else parsed(line)
+def _downloaded(entry: Entry, known: dict[bytes, Piece]) -> tuple[Piece | None, ...]:
+    try:
+        record = parsed(_text(entry))
+    except OSError:  # It is counted when the entry is converted.
+        return ()
     pictures = record.get("image_info") if isinstance(record, dict) else None
     addresses = [picture.get("raw_url") if isinstance(picture, dict) else None for picture in pictures] if isinstance(pictures, list) else []
     return tuple(known.get(address_key(address)) if isinstance(address, str) else None for address in addresses)
 
 
-def _count_lines(file: pathlib.Path) -> int:
-    with file.open("rb") as opened:
+def _about_how_many(file: Found) -> int:
+    """Documents, for the progress bar."""
+    if _is_shard(file):
+        return 1 + file.path.stat().st_size // SHARD_DOCUMENT
+    with file.path.open("rb") as opened:
         return sum(part.count(b"\n") for part in iter(lambda: opened.read(1 << 20), b""))

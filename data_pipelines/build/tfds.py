@@ -86,6 +86,12 @@ class Tfds:
     def entries(self) -> Stream[Entry]:
         builder = _builder(self.name)
         splits = self._splits
+        whole = Shares.whole(splits[0])
+        if splits[0] in (VALIDATION, TEST) and self.shares not in (None, whole):
+            logging.warning(
+                "%s has the split %s alone, which is dealt to all splits: --split=%s keeps it whole",
+                self.name, splits[0], splits[0],
+            )
         if left := sorted(set(builder.info.splits) - set(splits)):
             logging.warning("%s: the splits %s are none of train, validation and test and are left out", self.name, ", ".join(left))
         sizes = {split: builder.info.splits[split].num_examples for split in splits}

@@ -180,3 +180,20 @@ def test_flags_that_the_input_leaves_without_use_are_refused(
             module.check_used(source, {given, "kind"})
     module.check_used(one, {"split", "validation_share"})
     module.check_used(several, {"kind"})
+
+
+def test_an_official_split_that_is_dealt_out_is_told(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    image, text = tfds.features.Image(shape=(None, None, 3)), tfds.features.Text()
+    told = [{"image": io.BytesIO(save(tmp_path / "a.png", colourful())), "caption": "x"}]
+    for split, shares, warned in (
+        ("test", Shares(), True),
+        ("test", Shares.whole("test"), False),
+        ("train", Shares(), False),
+    ):
+        caplog.clear()
+        folder = tmp_path / f"{split}{warned}"
+        name = prepare(folder, {"image": image, "caption": text}, {split: told})
+        assert len(Tfds(name, shares).entries()) == 1
+        assert ("--split=test keeps it whole" in caplog.text) == warned
