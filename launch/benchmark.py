@@ -60,7 +60,17 @@ ROWS = {
 rows to a batch, since most stretches of 256 tokens have no picture in them."""
 
 
+READS = {
+    "train": ("sizes", "steps", "trace"),
+    "data --dataset": ("dataset", "tokenizer", "image_size", "step_seconds", "batches"),
+    "data --config": ("step_seconds", "batches"),
+}
+"""For each way to use the command the flags that not all of them read."""
+
+
 def main(verb: str) -> int:
+    way = verb if verb == "train" else "data --dataset" if DATASETS.value else "data --config"
+    command.refuse_unread(READS, way, command.given_flags())
     if verb == "data":
         return data()
     if SIZES.value and CONFIG.value is not None:

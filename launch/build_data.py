@@ -120,8 +120,12 @@ PIECES = flags.DEFINE_multi_string("piece", [IMAGE_TAG], "sentencepiece: strings
 def main() -> int:
     if not SOURCE.value or not OUTPUT.value:
         raise UserError("--source and --output must be set: see `python -m launch.build_data --help`")
-    output, given = pathlib.Path(OUTPUT.value), given_flags()
-    check_given(SOURCE.value, given)
+    output, given = pathlib.Path(OUTPUT.value), command.given_flags()
+    command.refuse_unread(
+        {f"--source={source}": names for source, names in READS.items()},
+        f"--source={SOURCE.value}",
+        given,
+    )
     if SOURCE.value != "quickstart" and not INPUT.value:
         raise UserError(f"--input is not set: name what --source={SOURCE.value} shall read")
     if SOURCE.value == "sentencepiece":
@@ -135,22 +139,6 @@ def main() -> int:
             made = {output.name: write_dataset(output, described, executor)}
     report(made)
     return 0
-
-
-def given_flags() -> set[str]:
-    """The flags of READS that the command line sets."""
-    known = {name for names in READS.values() for name in names}
-    return {name for name in known if name in flags.FLAGS and flags.FLAGS[name].present}
-
-
-def check_given(source: str, given: Collection[str]) -> None:
-    """A UserError for a flag that the source does not read."""
-    for name in sorted(set(given) - set(READS[source])):
-        readers = ", ".join(other for other, names in READS.items() if name in names)
-        raise UserError(
-            f"--{name} is not read by --source={source} but by {readers}: "
-            "leave it out, or choose one of these"
-        )
 
 
 def check_used(source: Source, given: Collection[str]) -> None:

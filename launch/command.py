@@ -13,7 +13,7 @@ import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import ml_collections
@@ -123,6 +123,28 @@ def load_config(location: str) -> ml_collections.ConfigDict:
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"--{CONFIG}={location}: get_config returned {type(config).__name__}, not a ConfigDict")
     return config
+
+
+def refuse_unread(
+    reads: Mapping[str, Collection[str]], chosen: str, given: Collection[str]
+) -> None:
+    """A UserError for a flag that would be ignored.
+
+    reads: for each way to use a command, such as "--source=coco", the flags that not all ways read.
+    given: those of the command line (see `given_flags`); all of them must be read by `chosen`.
+    """
+    for name in sorted(given):
+        readers = [way for way, names in reads.items() if name in names]
+        if readers and chosen not in readers:
+            raise UserError(
+                f"--{name} is not read by {chosen} but by {', '.join(readers)}: "
+                "leave it out, or choose one of these"
+            )
+
+
+def given_flags() -> set[str]:
+    """The flags that the command line sets."""
+    return {name for name in flags.FLAGS if flags.FLAGS[name].present}
 
 
 def _set_up_logging() -> None:

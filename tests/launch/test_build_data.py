@@ -15,6 +15,7 @@ from data_pipelines.build.sentencepiece_trainer import texts_in, train_tokenizer
 from data_pipelines.build.source import Shares
 from data_pipelines.build.tfds import Tfds
 from flamingo_jax.errors import UserError
+from launch import command
 from tests.data_pipelines.raw import colourful, lines, save
 from tests.data_pipelines.test_public_sources import prepare
 from tests.launch import commands
@@ -27,11 +28,14 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Build:
     """(source, flag=value, ...) -> the module, whose flags are set so."""
     module = commands.load("build_data")
     monkeypatch.setattr(module, "workers", contextlib.nullcontext)
+    given_now: set[str] = set()
+    monkeypatch.setattr(module.command, "given_flags", lambda: given_now)
 
     def run(**given: object) -> types.ModuleType:
         for name, value in given.items():
             monkeypatch.setattr(module, NAMES.get(name, name.upper()), commands.flag(value))
-        monkeypatch.setattr(module, "given_flags", lambda: set(given) - {"source", "output"})
+        given_now.clear()
+        given_now.update(given)
         return module
 
     return run
@@ -48,7 +52,7 @@ def refused(build: Build, sentence: str, **given: object) -> None:
 def test_a_flag_that_the_source_does_not_read_is_refused(build: Build) -> None:
     refused(
         build,
-        "--fps is not read by --source=coco but by video_folder, questions_folder, tfds:",
+        "--fps is not read by --source=coco but by --source=video_folder, --source=questions",
         source="coco",
         fps=2.0,
     )
@@ -79,13 +83,35 @@ def test_every_flag_is_read_by_some_source_and_every_source_has_its_flags(build:
 
 
 def test_what_the_command_line_sets_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = commands.load("build_data")
     values = flags.FlagValues()
     flags.DEFINE_float("fps", 1.0, "", flag_values=values)
     flags.DEFINE_integer("workers", 0, "", flag_values=values)
     values(["program", "--fps=1.0"])
-    monkeypatch.setattr(module.flags, "FLAGS", values)
-    assert module.given_flags() == {"fps"}
+    monkeypatch.setattr(command.flags, "FLAGS", values)
+    assert command.given_flags() == {"fps"}
+
+
+def test_a_flag_of_another_verb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = commands.load("benchmark")
+    for verb, given, datasets, sentence in (
+        (
+            "train",
+            "batches",
+            [],
+            "--batches is not read by train but by data --dataset, data --config",
+        ),
+        ("data", "steps", ["x"], "--steps is not read by data --dataset but by train"),
+        (
+            "data",
+            "image_size",
+            [],
+            "--image_size is not read by data --config but by data --dataset",
+        ),
+    ):
+        monkeypatch.setattr(command, "given_flags", lambda given=given: {given, "json"})
+        monkeypatch.setattr(module, "DATASETS", commands.flag(datasets))
+        with pytest.raises(UserError, match=sentence):
+            module.main(verb)
 
 
 @pytest.mark.parametrize(
