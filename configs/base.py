@@ -154,13 +154,16 @@ def rooted(experiment: Experiment, root: str) -> Experiment:
 
 
 def mixture(m3w: int = 256, align: int = 512, ltip: int = 512, vtp: int = 64) -> dict[str, DatasetConfig]:
-    """The four datasets of the paper (2.4, A.3), one example a row, with their batch sizes: by default the ablation's, the only published ones.
+    """The four datasets of the paper (2.4, A.3) with their batch sizes: by default the ablation's,
+    the only published ones.
 
-    Texts of pairs have 32 or 64 tokens "depending on the
-    dataset": ALIGN's captions are the short ones (12.4 tokens on average against LTIP's 20.5).
+    One example a row, so that a batch holds as many sequences as was published: a page gives a window
+    of 256 tokens and the first 5 images in it, and a shorter page leaves the rest of its row empty.
+    Texts of pairs have 32 or 64 tokens "depending on the dataset": ALIGN's captions are the short ones
+    (12.4 tokens on average against LTIP's 20.5).
     """
     data = {
-        "m3w": DatasetConfig("pages", f"{DATA}/m3w", batch_size=m3w, length=256, visuals=5, weight=1.0, p_next=0.5),
+        "m3w": DatasetConfig("pages", f"{DATA}/m3w", batch_size=m3w, length=256, visuals=5, weight=1.0, p_next=0.5, pack=False),
         "align": DatasetConfig("pairs", f"{DATA}/align", batch_size=align, length=32, visuals=1, weight=0.2, pack=False),
         "ltip": DatasetConfig("pairs", f"{DATA}/ltip", batch_size=ltip, length=64, visuals=1, weight=0.2, pack=False),
         "vtp": DatasetConfig("videos", f"{DATA}/vtp", batch_size=vtp, length=64, visuals=1, frames=8, weight=0.03, pack=False),

@@ -71,11 +71,6 @@ class Share:
         """Of arrays with one entry a visual."""
         return Parts(tuple(shard * self.model + place for shard, place in self.devices), self.row_shards * self.model)
 
-    @property
-    def own(self) -> float:
-        """The part of what its rows hold that is computed on its own devices, where several processes read the same rows."""
-        return len(self.devices) / (len(self.by_row.held) * self.model)
-
     def rows(self, count: int) -> np.ndarray:
         """The rows that the process reads, as places in the global batch of `count`, a multiple of `row_shards`: int [B], ascending."""
         return self.by_row.numbers(count // self.row_shards)

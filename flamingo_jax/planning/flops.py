@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
@@ -58,20 +57,20 @@ class Cost(NamedTuple):
         return sum(cost * count for cost, count in zip(self, work, strict=True))
 
 
-def work_in(batches: Iterable[Mapping[str, np.ndarray]], own: float = 1.0) -> Work:
-    """The real work in any task's batches, as they are on the host. own: the part of their rows' that counts (`Share.own`); visuals count whole."""
-    works = [_work_in(batch, own) for batch in batches]
+def work_in(batches: Iterable[Mapping[str, Any]]) -> Work:
+    """Counts the real work in any task's batches, of numpy or traced jax arrays; each count is of the same kind as the arrays."""
+    works = [_work_in(batch) for batch in batches]
     return Work(*(sum(counts) for counts in zip(*works, strict=True)))
 
 
-def _work_in(batch: Mapping[str, np.ndarray], own: float) -> Work:
+def _work_in(batch: Mapping[str, Any]) -> Work:
     if "mask" in batch:
-        pairs = round(own * batch["mask"].any(1).sum())
-        return Work(round(own * batch["mask"].sum()), 0, pairs, pairs)
-    tokens = round(own * (batch["segments"] > 0).sum())
+        pairs = batch["mask"].any(1).sum()
+        return Work(batch["mask"].sum(), 0, pairs, pairs)
+    tokens = (batch["segments"] > 0).sum()
     if "frame_mask" not in batch:
         return Work(tokens)
-    return Work(tokens, tokens, int(batch["frame_mask"].any(1).sum()), int(batch["frame_mask"].sum()))
+    return Work(tokens, tokens, batch["frame_mask"].any(1).sum(), batch["frame_mask"].sum())
 
 
 def step_cost(experiment: Experiment) -> Cost:

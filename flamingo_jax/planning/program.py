@@ -74,7 +74,8 @@ def trace_step(experiment: Experiment, mesh: Mesh) -> TracedStep:
     assembly = assemble(experiment, mesh)
     with jax.set_mesh(mesh):
         update = make_update(
-            assembly.graph, stages.make_task(experiment), assembly.optimizer, experiment.data, experiment.training.mixing, assembly.gradient_shardings
+            assembly.graph, stages.make_task(experiment), assembly.optimizer, experiment.data,
+            experiment.training.mixing, assembly.gradient_shardings, assembly.schedule,
         )
         return TracedStep(assembly, trace_update(update, assembly.state, assembly.frozen, batch_shapes(experiment, mesh)))
 

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.partitioning.mesh import check_batches, make_mesh
 from flamingo_jax.partitioning.share import Share
-from flamingo_jax.planning.flops import step_cost, work_in
+from flamingo_jax.planning.flops import Work, step_cost, work_in
 from flamingo_jax.planning.synthetic import full_batches
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.assembly import assemble, initialise, load_frozen
@@ -53,7 +53,9 @@ def time_step(experiment: Experiment, *, steps: int = 10, trace: str = "") -> Ti
         frozen, _ = load_frozen(experiment, assembly)
         state = initialise(experiment, assembly)
         task = stages.make_task(experiment)
-        update = make_update(assembly.graph, task, assembly.optimizer, experiment.data, experiment.training.mixing, assembly.gradient_shardings)
+        update = make_update(
+            assembly.graph, task, assembly.optimizer, experiment.data, experiment.training.mixing, assembly.gradient_shardings, assembly.schedule
+        )
         made = full_batches(experiment, Share.of(mesh))
         batches = {name: put(batch, mesh) for name, batch in made.items()}
         began = time.monotonic()
@@ -71,7 +73,7 @@ def time_step(experiment: Experiment, *, steps: int = 10, trace: str = "") -> Ti
         if trace:
             with jax.profiler.trace(trace):
                 jax.block_until_ready([step() for _ in range(3)])
-        work = work_in(made.values())
+        work = Work(*map(int, work_in(made.values())))
         parts["gated blocks and the rest"] = max(seconds - sum(parts.values()), 0.0)
     rate = matrix_rate(jnp.dtype(experiment.training.compute_dtype), steps) * mesh.size
     return Timing(seconds, parts, work.tokens, work.frames, step_cost(experiment).of(work), rate, compile_seconds)

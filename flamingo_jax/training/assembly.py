@@ -23,7 +23,7 @@ from flamingo_jax.partitioning import rules
 from flamingo_jax.processing.normalise import normalise
 from flamingo_jax.pytrees import from_flat, to_flat
 from flamingo_jax.tasks import stages
-from flamingo_jax.training.optimizer import make_optimizer
+from flamingo_jax.training.optimizer import make_optimizer, make_schedule
 from flamingo_jax.training.state import Parameters, TrainState, initial_state, split_model
 
 
@@ -34,6 +34,8 @@ class Assembly(NamedTuple):
     trainable: dict[str, jax.ShapeDtypeStruct]
     frozen: dict[str, jax.ShapeDtypeStruct]
     optimizer: optax.GradientTransformation
+    schedule: Callable[[jax.Array], jax.Array]
+    """Update number, from 0 -> learning rate."""
     state: TrainState
     """Shapes and shardings of the state, as ShapeDtypeStructs."""
     gradient_shardings: dict[str, NamedSharding]
@@ -86,14 +88,19 @@ def assemble(experiment: Experiment, mesh: Mesh) -> Assembly:
     moments = optax.tree_utils.tree_map_params(
         optimizer, lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state.optimizer, moment_shardings
     )
-    return Assembly(graph, trainable, frozen, optimizer, state._replace(trainable=trainable, optimizer=moments), moment_shardings)
+    schedule = make_schedule(experiment.optimizer, experiment.training.steps, updates_per_step(experiment))
+    return Assembly(graph, trainable, frozen, optimizer, schedule, state._replace(trainable=trainable, optimizer=moments), moment_shardings)
 
 
 def state_shapes(experiment: Experiment, trainable: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[optax.GradientTransformation, TrainState]:
     """The optimizer of what is trained, and the shapes of the state that a checkpoint holds."""
-    updates = len(experiment.data) if experiment.training.mixing == "round_robin" else 1
-    optimizer = make_optimizer(experiment.optimizer, experiment.training.steps, trainable, updates)
+    optimizer = make_optimizer(experiment.optimizer, experiment.training.steps, trainable, updates_per_step(experiment))
     return optimizer, jax.eval_shape(lambda p: initial_state(p, optimizer, 0), dict(trainable))
+
+
+def updates_per_step(experiment: Experiment) -> int:
+    """How often a step updates the parameters."""
+    return len(experiment.data) if experiment.training.mixing == "round_robin" else 1
 
 
 def initialise(experiment: Experiment, assembly: Assembly) -> TrainState:

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 
 from flamingo_jax.partitioning.mesh import batch_shardings
 from flamingo_jax.partitioning.share import Share
-from flamingo_jax.planning.flops import Work, work_in
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +36,6 @@ class Fed(NamedTuple):
     batches: dict[str, dict[str, jax.Array]]
     positions: dict[str, Any]
     """Every dataset's position after these batches."""
-    work: Work
-    """What is real in them, on this process's devices."""
 
 
 def put(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
@@ -70,12 +67,11 @@ class Feed:
 
     def _read(self) -> None:
         try:
-            own = Share.of(self._mesh).own
             while not self._stop.is_set():
                 host = {name: next(iterator) for name, iterator in self._iterators.items()}
                 positions = {name: iterator.get_state() for name, iterator in self._iterators.items()}
                 batches = {name: put(batch, self._mesh) for name, batch in host.items()}
-                self._offer(Fed(batches, positions, work_in(host.values(), own)))
+                self._offer(Fed(batches, positions))
         except BaseException as error:  # noqa: BLE001 - handed to the loop, which raises it
             self._offer(error)
 

@@ -8,11 +8,11 @@ import contextlib
 import logging
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import optax
 
 from flamingo_jax.checkpointing.checkpoints import Checkpoints
 from flamingo_jax.cluster.link import Alone, Crew
@@ -93,22 +93,26 @@ def train(
         positions = extra["positions"]
         clock["starts"] += 1
         trained = time.monotonic() - clock["seconds"]
-        update = make_update(assembly.graph, task, assembly.optimizer, experiment.data, training.mixing, assembly.gradient_shardings)
+        update = make_update(assembly.graph, task, assembly.optimizer, experiment.data, training.mixing, assembly.gradient_shardings, assembly.schedule)
 
         on_start()
         records = Records(workdir, resume_step=start, enabled=primary)
         feed = Feed(iterators, mesh, until=team.may_stop)
-        meter = Meter(training.max_not_finite, list(iterators), step_cost(experiment), _peak(mesh))
+        meter = Meter(training.max_not_finite, list(iterators), step_cost(experiment), _peak(mesh), training.log_every, training.steps)
+        # A pass over all parameters, which only the steps that are written make.
+        parameter_norm: Any = jax.jit(optax.global_norm)
         weights = {name: dataset.weight for name, dataset in experiment.held_out.items()}
         evaluate = HeldOut(assembly, task, held_out, weights, mesh)
         goodput = Goodput(workdir, start, primary, began)
         compiled = None
         step, seconds_saving = start, 0.0
 
-        def spending(kind: str) -> AbstractContextManager[None]:
+        @contextlib.contextmanager
+        def spending(kind: str) -> Iterator[None]:
             """What is no step, told to whom it concerns."""
             team.beat(step, kind, feed.seconds_waiting)
-            return goodput.spending(kind)
+            with goodput.spending(kind), meter.paused():
+                yield
 
         def save() -> None:
             nonlocal seconds_saving
@@ -126,12 +130,11 @@ def train(
 
         def write(ready: Iterable[tuple[int, dict[str, Any]]], bar: Bar) -> None:
             for number, values in ready:
-                if number % training.log_every == 0 or number == training.steps:
-                    values |= {"seconds_waiting": feed.seconds_waiting, "time": time.monotonic() - trained, "seconds_saving": seconds_saving}
-                    records.write(number, values)
-                    goodput.mark(number, feed.seconds_waiting)
-                    speed = f"{values['mfu']:.1%} MFU" if "mfu" in values else f"{values['flops_per_second'] / 1e12:.3g} TFLOP/s"
-                    bar.advance(number - bar.done, f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tokens/s  {speed}")
+                values |= {"seconds_waiting": feed.seconds_waiting, "time": time.monotonic() - trained, "seconds_saving": seconds_saving}
+                records.write(number, values)
+                goodput.mark(number, feed.seconds_waiting)
+                speed = f"{values['mfu']:.1%} MFU" if "mfu" in values else f"{values['flops_per_second'] / 1e12:.3g} TFLOP/s"
+                bar.advance(number - bar.done, f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tokens/s  {speed}")
 
         with contextlib.ExitStack() as ending:
             # Called in reverse: a second signal still finds its handler while the last save ends.
@@ -155,12 +158,15 @@ def train(
                         with spending("compile"):
                             compiled = _compile(update, state, frozen, fed.batches)
                             frozen = laid_out(compiled, frozen)
+                            parameter_norm = parameter_norm.lower(state.trainable).compile()
                             team.meet("the first step")
                     with jax.transfer_guard("disallow"):
                         state, metrics = compiled(state, frozen, fed.batches)
                     step, positions = step + 1, fed.positions
                     team.beat(step, "training", feed.seconds_waiting)
-                    write(meter.add(step, metrics, fed.work), bar)
+                    if meter.is_line(step):
+                        metrics["parameter_norm"] = parameter_norm(state.trainable)
+                    write(meter.add(step, metrics), bar)
                 write(meter.drain(), bar)
             if step > start:
                 save()
@@ -185,9 +191,9 @@ def _compile(update: Any, state: TrainState, frozen: Parameters, batches: Any) -
 
 
 def _peak(mesh: jax.sharding.Mesh) -> float | None:
-    """FLOPs a second of this process's devices, if they are of a known kind."""
+    """FLOPs a second of all devices, if they are of a known kind."""
     peak = peak_flops(mesh.local_devices[0].device_kind)
-    return None if peak is None else peak * len(mesh.local_devices)
+    return None if peak is None else peak * mesh.size
 
 
 def _require_same_run(saved: Experiment, current: Experiment, workdir: pathlib.Path) -> None:

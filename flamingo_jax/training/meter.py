@@ -1,7 +1,9 @@
-"""A step's metrics on the host, and how fast it was."""
+"""A step's metrics on the host, and how fast the run was since the line before."""
 
 import collections
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,37 +14,82 @@ from flamingo_jax.planning.flops import Cost, Work
 
 
 class Meter:
-    """Holds each step's metrics back by two steps, so that reading them never makes the host wait for the device.
+    """Holds each step's metrics back by two steps, so that reading them never makes the host wait for
+    the device, and gives those of every `log_every`-th step and of the `last`.
 
-    Adds how fast this process and its devices are: tokens_per_second, flops_per_second (model FLOPs: see `planning.flops`) and, where `peak`
-    (FLOPs a second) is known, mfu, their share of it.
+    These lines tell how fast all processes were together since the line before: tokens_per_second and
+    images_per_second (each frame of a clip is an image) of what is real in the batches,
+    flops_per_second (model FLOPs: see `planning.flops`) and, where `peak` (FLOPs a second of all
+    devices) is known, mfu, their share of it. A window holds steps and their waiting for data, but
+    nothing that `paused` encloses.
     """
 
     BEHIND = 2
 
-    def __init__(self, max_not_finite: int, datasets: list[str], cost: Cost, peak: float | None):
-        self._pending: collections.deque[tuple[int, dict[str, Any], Work]] = collections.deque()
+    def __init__(
+        self,
+        max_not_finite: int,
+        datasets: list[str],
+        cost: Cost,
+        peak: float | None,
+        log_every: int = 1,
+        last: int = 0,
+    ):
+        self._pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
         self._max, self._datasets, self._cost, self._peak = max_not_finite, datasets, cost, peak
+        self._log_every, self._last = log_every, last
+        self._work, self._seconds = Work(), 0.0
         self._last_time = time.monotonic()
 
-    def add(self, step: int, metrics: dict[str, Any], work: Work) -> list[tuple[int, dict[str, Any]]]:
-        self._pending.append((step, metrics, work))
+    def is_line(self, step: int) -> bool:
+        """Whether a step's metrics are given."""
+        return step % self._log_every == 0 or step == self._last
+
+    def add(self, step: int, metrics: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+        """The lines that are due; `metrics` are those of `training.step.make_update`."""
+        self._pending.append((step, metrics))
         return self._take(1) if len(self._pending) > self.BEHIND else []
 
     def drain(self) -> list[tuple[int, dict[str, Any]]]:
+        """Waits for all steps that are held back; their lines."""
         return self._take(len(self._pending))
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time within is no step's; to be entered when nothing is held back."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._last_time += time.monotonic() - began
 
     def _take(self, count: int) -> list[tuple[int, dict[str, Any]]]:
         taken = [self._pending.popleft() for _ in range(count)]
-        read = [self._read(step, metrics) for step, metrics, _ in taken]
+        read = [(step, self._read(step, metrics)) for step, metrics in taken]
         # Steps that are waited for together share the time they took: when each ended is not known.
         now = time.monotonic()
-        seconds, self._last_time = max((now - self._last_time) / max(count, 1), 1e-9), now
-        for values, (_, _, work) in zip(read, taken, strict=True):
-            values |= {"tokens_per_second": np.asarray(work.tokens / seconds), "flops_per_second": np.asarray(self._cost.of(work) / seconds)}
-            if self._peak is not None:
-                values["mfu"] = values["flops_per_second"] / self._peak
-        return [(step, values) for values, (step, _, _) in zip(read, taken, strict=True)]
+        seconds, self._last_time = (now - self._last_time) / max(count, 1), now
+        lines = []
+        for step, values in read:
+            # Python's integers: a window may hold more tokens than 32 bits count.
+            done = (int(number) for number in values.pop("work"))
+            self._work = Work(*(a + b for a, b in zip(self._work, done, strict=True)))
+            self._seconds += seconds
+            if self.is_line(step):
+                lines.append((step, values | self._speed()))
+                self._work, self._seconds = Work(), 0.0
+        return lines
+
+    def _speed(self) -> dict[str, Any]:
+        work, seconds = self._work, max(self._seconds, 1e-9)
+        speed = {
+            "tokens_per_second": work.tokens / seconds,
+            "images_per_second": work.frames / seconds,
+            "flops_per_second": self._cost.of(work) / seconds,
+        }
+        if self._peak is not None:
+            speed["mfu"] = speed["flops_per_second"] / self._peak
+        return speed
 
     def _read(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
         """A step's metrics on the host. Raises NotFiniteError where too many steps in a row were not finite."""

@@ -11,6 +11,7 @@ from jax.experimental.layout import Format, Layout
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import DatasetConfig
+from flamingo_jax.planning.flops import work_in
 from flamingo_jax.tasks.task import Batch, Loss, StreamTask, Task, divisor
 from flamingo_jax.training.state import Parameters, TrainState, merge_model
 
@@ -20,9 +21,13 @@ Update = Callable[[TrainState, Parameters, dict[str, Batch]], tuple[TrainState, 
 
 def accumulated(
     graph: Any, task: Task, trainable: Parameters, frozen: Parameters, batches: Mapping[str, Batch], key: Array, datasets: Mapping[str, DatasetConfig]
-) -> tuple[dict[str, Loss], Parameters]:
-    """The reference form: dataset after dataset, each one's gradient scaled by lambda_m / weight_m and added in float32."""
+) -> tuple[dict[str, Loss], Parameters, dict[str, Array]]:
+    """The reference form: dataset after dataset, each one's gradient scaled by lambda_m / weight_m and added in float32.
+
+    Returns: losses, the gradient, and the norm of each dataset's part of it.
+    """
     losses: dict[str, Loss] = {}
+    norms: dict[str, Array] = {}
     gradient: Parameters = {}
     for name, batch in batches.items():
 
@@ -37,14 +42,18 @@ def accumulated(
         )
         scale = config.weight / divisor(losses[name].weight)
         scaled = {k: scale * g.astype(jnp.float32) for k, g in grads.items()}
+        norms[name] = optax.global_norm(scaled)
         gradient = {k: gradient[k] + g for k, g in scaled.items()} if gradient else scaled
-    return losses, gradient
+    return losses, gradient, norms
 
 
 def streamed(
     graph: Any, task: StreamTask, trainable: Parameters, frozen: Parameters, batches: Mapping[str, Batch], key: Array, datasets: Mapping[str, DatasetConfig]
-) -> tuple[dict[str, Loss], Parameters]:
-    """The fast form of the same gradient: the sum of the scaled gradients is the gradient of the scaled sum, taken once of all datasets' tokens."""
+) -> tuple[dict[str, Loss], Parameters, dict[str, Array]]:
+    """The fast form of the same gradient: the sum of the scaled gradients is the gradient of the scaled sum, taken once of all datasets' tokens.
+
+    Of several datasets none has a gradient of its own here, so that no norms are returned.
+    """
     weights = {name: task.weight(batch) for name, batch in batches.items()}
     scales = {name: datasets[name].weight / divisor(weight) for name, weight in weights.items()}
 
@@ -57,7 +66,9 @@ def streamed(
     # One key for all: their examples are drawn for as one batch's.
     key = dataset_key(key, *batches)
     losses, grads = _over_parts(jax.grad(total, has_aux=True), trainable, dict(batches), parts, key)
-    return losses, {name: g.astype(jnp.float32) for name, g in grads.items()}
+    gradient = {name: g.astype(jnp.float32) for name, g in grads.items()}
+    norms = {name: optax.global_norm(gradient) for name in batches} if len(batches) == 1 else {}
+    return losses, gradient, norms
 
 
 def dataset_key(key: Array, *names: str) -> Array:
@@ -84,15 +95,18 @@ def _over_parts(gradient: Callable[..., Any], trainable: Parameters, batch: Any,
 
 def make_update(
     graph: Any, task: Task, optimizer: optax.GradientTransformation, datasets: Mapping[str, DatasetConfig], mode: str = "accumulate",
-    gradient_shardings: Mapping[str, jax.sharding.NamedSharding] | None = None,
+    gradient_shardings: Mapping[str, jax.sharding.NamedSharding] | None = None, schedule: Callable[[Array], Array] | None = None,
 ) -> Update:
     """The jittable update (state, frozen, {dataset: batch}) -> (state, metrics).
 
     gradient = sum over datasets m of lambda_m * d(total_m) / weight_m. A step whose losses or gradient are not finite leaves
     parameters, moments and the optimizer's count as they were, and is counted. `mode`: `TrainingConfig.mixing`. gradient_shardings:
-    where the gradient is summed to; by default the compiler chooses.
+    where the gradient is summed to; by default the compiler chooses. schedule: the optimizer's, to tell its rate.
 
-    metrics: {"loss", "loss/<dataset>", "<metric>/<dataset>", "gradient_norm", "finite/<dataset>", "skipped", "skipped_in_a_row"}.
+    metrics: {"loss", "loss/<dataset>", "<metric>/<dataset>", "gradient_norm", "gradient_norm/<dataset>", "learning_rate",
+    "finite/<dataset>", "skipped", "skipped_in_a_row", "work"}. gradient_norm: before it is clipped, under round_robin the largest of the
+    datasets'. gradient_norm/<dataset>: of lambda_m * d(total_m) / weight_m; a stream of several datasets takes their gradient at once
+    and does not know it. learning_rate: of this step's update. work: int32 [4], the batches' `planning.flops.Work` on all devices.
     Raises: UserError where the task has no form for the mode, or a stream's datasets have different numbers of microbatches.
     """
     if mode == "stream":
@@ -104,10 +118,10 @@ def make_update(
 
     def losses_and_gradients(state: TrainState, frozen: Parameters, batches: dict[str, Batch], names: list[str]) -> Any:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        losses, gradient = form(graph, task, state.trainable, frozen, {name: batches[name] for name in names}, key, datasets)
+        losses, gradient, norms = form(graph, task, state.trainable, frozen, {name: batches[name] for name in names}, key, datasets)
         if gradient_shardings is not None:
             gradient = jax.lax.with_sharding_constraint(gradient, dict(gradient_shardings))
-        metrics: dict[str, Any] = {"loss": jnp.float32(0)}
+        metrics: dict[str, Any] = {"loss": jnp.float32(0)} | {f"gradient_norm/{name}": norm for name, norm in norms.items()}
         for name, loss in losses.items():
             value = loss.value
             metrics["loss"] += datasets[name].weight * value
@@ -119,6 +133,8 @@ def make_update(
         norm = optax.global_norm(gradient)
         metrics["gradient_norm"] = norm
         metrics |= {f"finite/{name}": jnp.isfinite(metrics[f"loss/{name}"]) for name in names}
+        if schedule is not None:
+            metrics["learning_rate"] = schedule(optax.tree.get_all_with_path(state.optimizer, "count")[0][1])
         finite = jnp.isfinite(norm)
         for name in names:
             finite &= metrics[f"finite/{name}"]
@@ -143,8 +159,10 @@ def make_update(
         for group in groups:
             part, gradient = losses_and_gradients(state, frozen, batches, group)
             state, part = apply(state, part, gradient, group)
-            metrics |= part | {"loss": metrics.get("loss", 0.0) + part["loss"]}
+            before = metrics.get("loss", 0.0), metrics.get("gradient_norm", 0.0)
+            metrics |= part | {"loss": before[0] + part["loss"], "gradient_norm": jnp.maximum(before[1], part["gradient_norm"])}
         state = state._replace(skipped_in_a_row=jnp.where(state.skipped > skipped_before, state.skipped_in_a_row + 1, 0))
+        metrics["work"] = jnp.stack([jnp.asarray(count, jnp.int32) for count in work_in(batches.values())])
         metrics |= task.watch(state.trainable) | {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
         return state._replace(step=state.step + 1), metrics
 

@@ -12,7 +12,7 @@ ROWS, PLACES = 16, 3
 
 
 def test_by_default_all_of_a_batch() -> None:
-    assert WHOLE.own == 1 and WHOLE.listed(4, 2) == 8
+    assert WHOLE.listed(4, 2) == 8
     np.testing.assert_array_equal(WHOLE.rows(4), np.arange(4))
     np.testing.assert_array_equal(WHOLE.visuals(4, 2), np.arange(8))
     np.testing.assert_array_equal(Share.of(make_mesh(MeshConfig(2, 2, 2))).rows(8), np.arange(8))
@@ -28,7 +28,6 @@ def test_two_hosts_of_four_devices_that_follow_one_another(shape: tuple[int, int
     assert [share.rows(ROWS).tolist() for share in shares] == rows
     visuals = [share.visuals(ROWS, PLACES).tolist() for share in shares]
     assert visuals == [list(range(24)), list(range(24, 48))], "no visual twice, though rows are"
-    assert [share.own for share in shares] == [0.5 if shape == (1, 1, 8) else 1.0] * 2
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
@@ -52,7 +51,6 @@ def test_every_device_finds_its_part_of_what_its_process_reads(count: int, shape
     assert group.shares[0].listed(ROWS, PLACES) == filled.size
     decoded = np.concatenate([share.visuals(ROWS, PLACES) for share in group.shares])
     np.testing.assert_array_equal(np.sort(decoded[decoded >= 0]), np.arange(ROWS * PLACES), "each once")
-    assert sum(share.own * len(share.rows(ROWS)) for share in group.shares) == pytest.approx(ROWS)
 
 
 def test_a_part_that_is_not_held_is_no_part() -> None:

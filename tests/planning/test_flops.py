@@ -128,8 +128,8 @@ def test_only_what_is_real_is_work() -> None:
     assert work_in([pages, text]) == Work(tokens + 3, tokens, 3, 4)
     pairs = {"mask": np.array([[True, True], [True, False], [False, False]]), "images": np.zeros((3, 2, 2, 3), np.uint8)}
     assert work_in([pairs]) == Work(3, 0, 2, 2)
-    # Of rows that two processes read, half is each one's; visuals are its own anyway.
-    assert work_in([pages | {"segments": np.ones((4, 8), np.int32)}], 0.5) == Work(16, 16, 3, 4) and work_in([pairs], 0.5) == Work(2, 0, 1, 1)
+    traced = jax.jit(lambda batches: work_in(batches))([{"mask": pairs["mask"]}, text])
+    assert traced == Work(6, 0, 2, 2)
 
 
 @pytest.mark.parametrize(

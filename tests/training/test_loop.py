@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from flamingo_jax.checkpointing.checkpoints import Checkpoints
 from flamingo_jax.errors import NotFiniteError, NotLearnedError, UserError
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.partitioning.mesh import make_mesh
@@ -65,17 +66,65 @@ def test_speed_is_recorded_in_model_flops(unbroken: pathlib.Path) -> None:
     for line in lines:
         work = work_in([next(s) for s in stream.values()])
         assert line["flops_per_second"] / line["tokens_per_second"] == pytest.approx(cost.of(work) / work.tokens)
+        assert line["images_per_second"] / line["tokens_per_second"] == pytest.approx(work.frames / work.tokens)
         assert "mfu" not in line
+
+
+def test_rate_and_norms_are_recorded(unbroken: pathlib.Path) -> None:
+    """The config warms up over two steps. Clipping is of the norm that is told, which the datasets' norms bound."""
+    lines = [line for line in read_lines(unbroken / "metrics.jsonl") if "loss" in line]
+    peak = world.experiment().optimizer.peak_rate
+    assert [line["learning_rate"] for line in lines] == pytest.approx([peak / 2] + [peak] * 5)
+    for line in lines:
+        apart = [line[f"gradient_norm/{name}"] for name in world.DATA]
+        assert 0 < line["gradient_norm"] <= 1.00001 * sum(apart)
+        assert max(apart) <= 1.00001 * (line["gradient_norm"] + sum(apart) - max(apart))
+    checkpoints = Checkpoints(unbroken / "checkpoints", keep_last=3, keep_every=0)
+    state = checkpoints.restore(6, assemble(world.experiment(), make_mesh(world.experiment().mesh)).state)
+    checkpoints.close()
+    total = sum(float(np.square(np.asarray(value, np.float64)).sum()) for value in state.trainable.values())
+    assert lines[-1]["parameter_norm"] == pytest.approx(total**0.5, rel=1e-5)
+
+
+def ready(count: int = 0, **work: int) -> dict[str, Any]:
+    """A step's metrics, so many of the last steps having been skipped."""
+    return {"skipped_in_a_row": np.int32(count), "finite/a": np.True_, "work": np.array(Work(**work), np.int32)}
 
 
 def test_mfu_is_the_share_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 12.0])
     monkeypatch.setattr(meter, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     measured = meter.Meter(1, ["a"], Cost(token=600, frame=1_000), peak=8_000.0)
-    metrics = {"skipped_in_a_row": np.int32(0), "finite/a": np.True_}
-    assert measured.add(1, metrics, Work(tokens=10, frames=2)) == []
+    assert measured.add(1, ready(tokens=10, frames=2)) == []
     ((step, values),) = measured.drain()
     assert step == 1 and values["tokens_per_second"] == 5 and values["flops_per_second"] == 4_000 and values["mfu"] == 0.5
+    assert values["images_per_second"] == 1
+
+
+def test_speed_is_of_the_window_since_the_line_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow step between two lines counts, a save does not; sums pass 32 bits."""
+    now, most = 0.0, 2**31 - 1
+
+    def device_get(metrics: dict[str, Any]) -> dict[str, Any]:
+        nonlocal now
+        now += metrics["seconds"]
+        return metrics
+
+    monkeypatch.setattr(meter, "time", types.SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(meter, "jax", types.SimpleNamespace(device_get=device_get))
+    measured = meter.Meter(1, ["a"], Cost(token=1), peak=None, log_every=3, last=7)
+    lines = []
+    for step, seconds in enumerate([1, 8, 1, 2, 2, 2, 3], start=1):
+        lines += measured.add(step, ready(tokens=most) | {"seconds": seconds})
+        if step == 3:
+            lines += measured.drain()
+            with measured.paused():
+                now += 1_000
+    lines += measured.drain()
+    assert [step for step, _ in lines] == [3, 6, 7]
+    speeds = [values["tokens_per_second"] for _, values in lines]
+    # The last two steps are waited for together, and share 5 s.
+    assert speeds == pytest.approx([most * 3 / 10, most * 3 / 6.5, most / 2.5])
 
 
 def test_a_signal_saves_and_the_next_start_goes_on_to_the_bit(unbroken: pathlib.Path, tmp_path: pathlib.Path) -> None:
