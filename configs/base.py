@@ -48,7 +48,7 @@ COLOUR = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """How an experiment is laid out on one kind of machine. microbatches: of every dataset."""
+    """How an experiment is laid out on one kind of machine. microbatches: of every dataset, held out or not."""
 
     mesh: MeshConfig
     microbatches: int = 1
@@ -125,12 +125,18 @@ def on_machine(
             "and set config.mesh"
         )
     machine = machines[form]
-    data = {
-        name: dataclasses.replace(dataset, microbatches=machine.microbatches)
-        for name, dataset in experiment.data.items()
-    }
-    name = f"{experiment.name} on {form}"
-    return dataclasses.replace(experiment, name=name, mesh=machine.mesh, data=data)
+
+    def in_parts(datasets: dict[str, DatasetConfig]) -> dict[str, DatasetConfig]:
+        count = machine.microbatches
+        return {name: dataclasses.replace(d, microbatches=count) for name, d in datasets.items()}
+
+    return dataclasses.replace(
+        experiment,
+        name=f"{experiment.name} on {form}",
+        mesh=machine.mesh,
+        data=in_parts(experiment.data),
+        held_out=in_parts(experiment.held_out),
+    )
 
 
 def rooted(experiment: Experiment, root: str) -> Experiment:
@@ -172,8 +178,8 @@ def mixture(m3w: int = 256, align: int = 512, ltip: int = 512, vtp: int = 64) ->
 
 
 def held_out(data: dict[str, DatasetConfig]) -> dict[str, DatasetConfig]:
-    """The same datasets' validation splits, as they are."""
-    return {name: dataclasses.replace(d, split="validation", flip=False, colour=0.0, microbatches=1) for name, d in data.items()}
+    """The same datasets' validation splits, as they are, in as many microbatches."""
+    return {name: dataclasses.replace(d, split="validation", flip=False, colour=0.0) for name, d in data.items()}
 
 
 def flamingo(

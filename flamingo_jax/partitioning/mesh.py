@@ -15,7 +15,7 @@ from flamingo_jax.experiment import Experiment, MeshConfig
 DATA, FSDP, MODEL = AXES = ("data", "fsdp", "model")
 ROWS = (DATA, FSDP)
 """The axes that share a batch's rows."""
-BY_VISUAL = ("images", "features", "frame_mask")
+BY_VISUAL = ("images", "features", "frame_mask", "jitter")
 """Arrays of a batch whose first axis is a list of its rows' visuals."""
 
 
@@ -110,8 +110,7 @@ def check_batches(experiment: Experiment, mesh: Mesh) -> None:
     shards = mesh.shape[DATA] * mesh.shape[FSDP]
     for place, datasets in (("data", experiment.data), ("held_out", experiment.held_out)):
         for name, dataset in datasets.items():
-            # Held-out batches are evaluated whole.
-            parts = dataset.microbatches if place == "data" else 1
+            parts = dataset.microbatches
             if parts < 1:
                 raise UserError(f"config.{place}.{name}.microbatches is {parts}, but must be 1 or more")
             divisor, size = shards * parts, dataset.batch_size

@@ -46,7 +46,7 @@ class Outcome(NamedTuple):
 def train(
     experiment: Experiment,
     iterators: Mapping[str, DataIterator],
-    held_out: Mapping[str, list[HostBatch]],
+    held_out: Mapping[str, Iterable[HostBatch]],
     workdir: pathlib.Path,
     on_start: Callable[[], None] = lambda: None,
     crew: Crew | None = None,
@@ -101,8 +101,7 @@ def train(
         meter = Meter(training.max_not_finite, list(iterators), step_cost(experiment), _peak(mesh), training.log_every, training.steps)
         # A pass over all parameters, which only the steps that are written make.
         parameter_norm: Any = jax.jit(optax.global_norm)
-        weights = {name: dataset.weight for name, dataset in experiment.held_out.items()}
-        evaluate = HeldOut(assembly, task, held_out, weights, mesh)
+        evaluate = HeldOut(assembly, task, held_out, experiment.held_out, mesh)
         goodput = Goodput(workdir, start, primary, began)
         compiled = None
         step, seconds_saving = start, 0.0
@@ -159,6 +158,9 @@ def train(
                             compiled = _compile(update, state, frozen, fed.batches)
                             frozen = laid_out(compiled, frozen)
                             parameter_norm = parameter_norm.lower(state.trainable).compile()
+                            # Now, so that what does not fit in memory is known before anything is trained.
+                            for name, program in evaluate.compile(state, frozen).items():
+                                log.info("compiled the evaluation of %s%s", name, _memory_of(program))
                             team.meet("the first step")
                     with jax.transfer_guard("disallow"):
                         state, metrics = compiled(state, frozen, fed.batches)
@@ -184,10 +186,14 @@ def _compile(update: Any, state: TrainState, frozen: Parameters, batches: Any) -
     """The update, compiled before the first step so that its memory is known then."""
     began = time.monotonic()
     compiled = compile_update(update, state, frozen, batches)
-    memory = compiled.memory_analysis()
-    size = "" if memory is None else f", {(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20:,.0f} MiB a device"
-    log.info("compiled the update in %.0f s%s", time.monotonic() - began, size)
+    log.info("compiled the update in %.0f s%s", time.monotonic() - began, _memory_of(compiled))
     return compiled
+
+
+def _memory_of(compiled: jax.stages.Compiled) -> str:
+    """What a program holds while it runs, where the compiler says so."""
+    memory = compiled.memory_analysis()
+    return "" if memory is None else f", {(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20:,.0f} MiB a device"
 
 
 def _peak(mesh: jax.sharding.Mesh) -> float | None:

@@ -207,6 +207,25 @@ def compile_update(update: Update, state: Any, frozen: Any, batches: Any) -> jax
     return compile_traced(trace_update(update, state, frozen, batches), platform_of(state))
 
 
-def make_held_out_loss(graph: Any, task: Task) -> Callable[..., Loss]:
-    """The jittable loss (trainable, frozen, batch) -> Loss of one held-out batch."""
-    return lambda trainable, frozen, batch: task.loss(merge_model(graph, trainable, frozen), batch, None)
+WITHOUT_PICTURES = "_without_pictures"
+
+
+def make_held_out_loss(graph: Any, task: Task, microbatches: int = 1) -> Callable[..., dict[str, Loss]]:
+    """The jittable losses (trainable, frozen, batch) -> {"": Loss, "_without_pictures": Loss} of one held-out batch, the second where the
+    task has one. The batch goes through the model in so many equal parts, one after the other."""
+
+    def of(trainable: Parameters, frozen: Parameters, batch: Batch) -> Loss:
+        loss = lambda part: task.loss(merge_model(graph, trainable, frozen), part, None)
+        if microbatches == 1:
+            return loss(batch)
+        parts = task.microbatches(batch, microbatches)
+        shape = jax.eval_shape(loss, jax.tree.map(lambda a: a[0], parts))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
+        return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, loss(part)), None), zeros, parts)[0]
+
+    def losses(trainable: Parameters, frozen: Parameters, batch: Batch) -> dict[str, Loss]:
+        text = task.without_pictures(batch)
+        found = {"": of(trainable, frozen, batch)}
+        return found if text is None else found | {WITHOUT_PICTURES: of(trainable, frozen, text)}
+
+    return losses

@@ -111,7 +111,7 @@ def test_batches_that_divide_pass() -> None:
     mesh = make_mesh(MeshConfig(2, 2, 2))
     for task in ("contrastive", "flamingo"):
         check_batches(experiment(task=task, batch_size=8, microbatches=2), mesh)
-    check_batches(experiment("held_out", batch_size=4, microbatches=4), mesh)
+    check_batches(experiment("held_out", batch_size=8, microbatches=2), mesh)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +120,7 @@ def test_batches_that_divide_pass() -> None:
         (experiment(batch_size=6), "config.data.m3w.batch_size is 6, but 2 (data) x 2 (fsdp) devices share it: make it a multiple of 4, such as 8"),
         (experiment(batch_size=4, microbatches=2), "2 (data) x 2 (fsdp) devices x 2 microbatches share it: make it a multiple of 8, such as 8"),
         (experiment("held_out", batch_size=2), "config.held_out.m3w.batch_size is 2"),
+        (experiment("held_out", batch_size=4, microbatches=4), "4 microbatches share it: make it a multiple of 16, such as 16"),
         (experiment(batch_size=0), "make it a multiple of 4, such as 4"),
         (experiment(microbatches=0), "config.data.m3w.microbatches is 0"),
         (experiment(task="contrastive", microbatches=3), "2 (data) x 2 (fsdp) devices x 3 microbatches share it: make it a multiple of 12, such as 12"),
