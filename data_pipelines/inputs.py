@@ -5,33 +5,37 @@ from typing import Any
 import jax
 
 from data_pipelines.encoded import Encoder
-from data_pipelines.mixture import BatchIterator, held_out, make_iterator
-from data_pipelines.transforms.examples import Arrays
+from data_pipelines.mixture import BatchIterator, FixedBatches, held_out, make_iterator
+from data_pipelines.readers import Readers
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.partitioning.share import WHOLE, Share
 from flamingo_jax.processing.tokenizer import Tokenizer
 
 
 def make_iterators(
-    experiment: Experiment, tokenizer: Tokenizer, encoder: Encoder | None = None, share: Share = WHOLE
+    experiment: Experiment, tokenizer: Tokenizer, encoder: Encoder | None = None, share: Share = WHOLE, readers: Readers | None = None
 ) -> dict[str, BatchIterator]:
-    """A share of every training dataset, its pictures encoded where an encoder is given; raises UserError for what cannot be read."""
-    options = _options(experiment, tokenizer, encoder, share)
+    """A share of every training dataset, its pictures encoded where an encoder is given; raises UserError for what cannot be read.
+
+    readers: the process's; None makes each batch when it is asked for.
+    """
+    options = _options(experiment, tokenizer, encoder, share, readers)
     return {name: make_iterator(dataset, name=name, seed=experiment.seed, **options) for name, dataset in experiment.data.items()}
 
 
 def held_out_batches(
-    experiment: Experiment, tokenizer: Tokenizer, encoder: Encoder | None = None, share: Share = WHOLE
-) -> dict[str, list[Arrays]]:
-    """A share of the first batches of every held-out dataset."""
-    options = _options(experiment, tokenizer, encoder, share)
+    experiment: Experiment, tokenizer: Tokenizer, encoder: Encoder | None = None, share: Share = WHOLE, readers: Readers | None = None
+) -> dict[str, FixedBatches]:
+    """A share of the first batches of every held-out dataset, read as they are asked for."""
+    options = _options(experiment, tokenizer, encoder, share, readers)
     batches = experiment.training.evaluate_batches
     return {name: held_out(dataset, name=name, batches=batches, **options) for name, dataset in experiment.held_out.items()}
 
 
-def _options(experiment: Experiment, tokenizer: Tokenizer, encoder: Encoder | None, share: Share) -> dict[str, Any]:
+def _options(experiment: Experiment, tokenizer: Tokenizer, encoder: Encoder | None, share: Share, readers: Readers | None) -> dict[str, Any]:
     process = jax.process_index(), jax.process_count()
     options: dict[str, Any] = {"tokenizer": tokenizer, "task": experiment.task, "share": share, "process": process, "encoder": encoder}
+    options["readers"] = readers
     vision = experiment.contrastive.vision if experiment.contrastive else experiment.flamingo.vision if experiment.flamingo else None
     if vision is not None:
         options |= {"image_size": vision.image_size, "mean": vision.mean}

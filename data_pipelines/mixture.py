@@ -4,13 +4,12 @@ A row's place in the endless stream decides its epoch and its items; nothing is 
 can make any row, an interrupted run goes on with the next row, and one on more or fewer processes has the same rows in each batch.
 """
 
-import sys
-from collections.abc import Sequence
+import collections
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import grain
-
 from data_pipelines.encoded import Encoder
+from data_pipelines.readers import PendingBatch, Readers
 from data_pipelines.rows import Making, Rows, Task
 from data_pipelines.transforms.examples import Arrays
 from flamingo_jax.errors import UserError
@@ -21,29 +20,46 @@ from flamingo_jax.processing.tokenizer import Tokenizer
 CACHE_BYTES = 256 << 20
 
 
+AHEAD = 2
+"""Batches of each dataset that are made ahead, beside the one that is asked for."""
+
+
 class BatchIterator:
     """Endless batches of a process's share, as dicts of numpy arrays. `summary` says what the plan could not use."""
 
-    def __init__(self, rows: Rows, batch_size: int, share: Share, threads: int):
-        self._rows, self._size, self._share = rows, batch_size, share
-        self._options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    def __init__(self, rows: Rows, batch_size: int, share: Share, readers: Readers | None):
+        self._rows, self._size, self._share, self._readers = rows, batch_size, share, readers
+        self._pending: collections.deque[PendingBatch] = collections.deque()
         self._go_to(0)
 
     def __iter__(self) -> "BatchIterator":
         return self
 
     def __next__(self) -> Arrays:
-        batch = next(self._iterator)
+        if not self._pending:
+            self._begin(1)
+        if self._readers is not None:
+            self._begin(1 + AHEAD)
+        batch = self._pending.popleft().result()
         self._next += self._size
         return batch
 
+    def _begin(self, count: int) -> None:
+        """Begins batches until so many are pending."""
+        while len(self._pending) < count:
+            # All datasets' batches of an update stand together in the readers' order.
+            number = self._begun
+            first = self._first + number * self._size
+            self._pending.append(self._rows.batch(first, self._size, self._share, self._readers, number))
+            self._begun += 1
+
     def _go_to(self, first: int) -> None:
-        """Batches of rows from `first` on; grain's threads make them ahead."""
-        self._next = first
-        # A range without end keeps the epoch in the rows' places: grain repeats a dataset by its indices' remainder.
-        make = lambda number: self._rows.batch(first + number * self._size, self._size, self._share)
-        batches = grain.MapDataset.range((sys.maxsize - first) // self._size).map(make)
-        self._iterator = iter(batches.to_iter_dataset(self._options))
+        """Batches of rows from `first` on."""
+        for batch in self._pending:
+            batch.cancel()
+        self._pending.clear()
+        self._first = self._next = first
+        self._begun = 0
 
     def get_state(self) -> dict[str, int]:
         """The position after the last batch given, the same on every process: {"global_next_index": rows used so far}."""
@@ -51,7 +67,6 @@ class BatchIterator:
 
     def set_state(self, state: dict[str, int]) -> None:
         """Goes to a position that any number of processes saved."""
-        self._iterator.close()
         self._go_to(state["global_next_index"])
 
     def summary(self) -> dict[str, Any]:
@@ -59,8 +74,40 @@ class BatchIterator:
         return self._rows.summary()
 
     def close(self) -> None:
-        """Stops the threads that read ahead."""
-        self._iterator.close()
+        """Stops reading ahead; the readers go on with other datasets."""
+        self._go_to(self._next)
+
+
+class FixedBatches(Sequence[Arrays]):
+    """The same batches at every pass, read anew each time, so that no more of them are in memory than are made ahead."""
+
+    def __init__(self, rows: Rows, batch_size: int, count: int, share: Share, readers: Readers | None):
+        self._rows, self._size, self._count, self._share, self._readers = rows, batch_size, count, share, readers
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < self._count:
+            raise IndexError(f"there are {self._count} held-out batches")
+        return self._begin(number).result()
+
+    def __iter__(self) -> Iterator[Arrays]:
+        ahead = 0 if self._readers is None else AHEAD
+        pending: collections.deque[PendingBatch] = collections.deque()
+        try:
+            for number in range(self._count + ahead):
+                if number < self._count:
+                    pending.append(self._begin(number))
+                if number >= ahead:
+                    yield pending.popleft().result()
+        finally:
+            for batch in pending:
+                batch.cancel()
+
+    def _begin(self, number: int) -> PendingBatch:
+        # Before all of training's, which nobody waits for meanwhile.
+        return self._rows.batch(number * self._size, self._size, self._share, self._readers, number - self._count)
 
 
 def make_iterator(
@@ -74,7 +121,7 @@ def make_iterator(
     share: Share = WHOLE,
     process: tuple[int, int] = (0, 1),
     text_length: int = 64,
-    threads: int = 2,
+    readers: Readers | None = None,
     source: Sequence[Any] | None = None,
     cache_bytes: int = CACHE_BYTES,
     encoder: Encoder | None = None,
@@ -85,7 +132,7 @@ def make_iterator(
     Args:
       image_size, mean: side of the square pictures, and the colour (0..1 a channel) that pads them.
       text_length: tokens of a text in the contrastive stage.
-      threads: each makes one whole batch; 0 makes batches when they are asked for.
+      readers: the process's, which make batches ahead; None makes each batch when it is asked for.
       source: records to read in place of those at `dataset.path`.
       process: this one and how many there are, which make the features that are missing, whatever their shares.
       cache_bytes: records stay in memory, their pictures decoded, until these are used.
@@ -96,7 +143,8 @@ def make_iterator(
       Batches of the B rows that the share reads and the M visuals that it decodes. flamingo: images uint8 [M, T, H, W, 3], frame_mask bool
       [M, T], visuals int32 [B, N] (row * N + place in the global batch, -1 for none), tokens, positions, segments, media_index int32 [B, L],
       loss_mask bool [B, L]; a dataset of texts has no images, frame_mask and visuals. language_modelling: those of [B, L] but media_index.
-      contrastive: images uint8 [B, H, W, 3], tokens int32 [B, text_length], mask bool [B, text_length]. What is of rows depends on no picture
+      contrastive: images uint8 [B, H, W, 3], tokens int32 [B, text_length], mask bool [B, text_length]. With images stands jitter float32
+      [M, T, 6] or [B, 6] where `dataset.colour` asks for it (`flamingo_jax.processing.jitter`). What is of rows depends on no picture
       but in the contrastive stage, where every reader of a row decodes it: a visual that cannot be read has no frame, and the task masks
       what looks at it.
 
@@ -112,7 +160,7 @@ def make_iterator(
             f"the dataset {rows.name} has {len(rows)} pairs, fewer than its batch_size of {dataset.batch_size}, so that a batch would hold a pair "
             "twice, each the other's negative; make batch_size smaller"
         )
-    return BatchIterator(rows, dataset.batch_size, share, threads)
+    return BatchIterator(rows, dataset.batch_size, share, readers)
 
 
 def held_out(
@@ -129,7 +177,8 @@ def held_out(
     source: Sequence[Any] | None = None,
     encoder: Encoder | None = None,
     name: str = "",
-) -> list[Arrays]:
+    readers: Readers | None = None,
+) -> FixedBatches:
     """At most `batches` batches that are the same at every call: one order, and no draws (the first caption without a leading space,
     the first window and clip, "previous" visuals, no augmentation). Rows that are missing in the last batch are padding; the contrastive
     stage, where each row is every other's negative, has whole batches alone.
@@ -144,7 +193,7 @@ def held_out(
     if task == "contrastive" and not whole:
         raise UserError(f"the held-out dataset {rows.name} has {len(rows)} pairs, fewer than its batch_size of {size}; make it smaller")
     count = min(batches, whole if task == "contrastive" else -(-len(rows) // size))
-    return [rows.batch(first, size, share) for first in range(0, count * size, size)]
+    return FixedBatches(rows, size, count, share, readers)
 
 
 def _check_split(dataset: DatasetConfig, share: Share) -> None:

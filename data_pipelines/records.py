@@ -202,6 +202,7 @@ class Records:
             # Two threads may both pass here and overrun the budget by a record.
             if record.cost <= self._left:
                 self._left -= record.cost
+                record.kept = True
                 self._kept[place] = record
             elif record.text_cost <= self._left_for_texts:
                 self._left_for_texts -= record.text_cost
@@ -218,6 +219,8 @@ class Record:
 
     def __init__(self, source: Sequence[Any], place: int, feature: str | None, size: int, *, pictures: bool = True, known: Known | None = None):
         self._source, self._place, self._feature, self._size, self._keep = source, place, feature, size, pictures
+        self.kept = False
+        """It stays in memory, its pictures as they were decoded."""
         self._fields: dict[str, Any] | None = None
         self._pictures: list[list[bytes | np.ndarray]] = []
         self._was_whole = known is not None and not known.damaged
@@ -286,7 +289,10 @@ class Record:
             raise images.ImageError(f"its texts ask for more pictures than the {len(pictures)} it has")
         picture = pictures[visual][frame]
         if isinstance(picture, bytes):
-            picture = pictures[visual][frame] = images.decode(picture, self._size)
+            picture = images.decode(picture, self._size)
+            # What is not kept is in its batch from here on, and need not be there twice.
+            if self.kept:
+                pictures[visual][frame] = picture
         return picture
 
 

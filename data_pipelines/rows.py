@@ -10,32 +10,30 @@ import numpy as np
 
 from data_pipelines.encoded import EncodedPictures, Encoder, load_or_encode
 from data_pipelines.features import dataset_folder
+from data_pipelines.items import Items
+from data_pipelines.readers import PendingBatch, Readers, Work
 from data_pipelines.records import PICTURES, DamagedError, Failures, Record, Records, open_records
 from data_pipelines.transforms.blanks import Blanks
+from data_pipelines.transforms.boards import Board, feature_canvas, image_canvas, show
 from data_pipelines.transforms.examples import (
     Arrays,
-    Board,
     Draws,
     Segment,
     answer_of,
     assemble,
     caption_of,
     empty_segment,
-    feature_canvas,
     flamingo_segment,
-    image_canvas,
     opening_of,
-    show,
     strings,
     text_segment,
 )
-from data_pipelines.transforms.lengths import Choices, Lengths, load_or_measure, measure
+from data_pipelines.transforms.lengths import Choices, load_or_measure, measure
 from data_pipelines.transforms.packing import Plan, plan
-from data_pipelines.transforms.windows import pieces
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import DatasetConfig
 from flamingo_jax.partitioning.share import WHOLE, Share
-from flamingo_jax.processing.images import ImageError, pad
+from flamingo_jax.processing.images import ImageError
 from flamingo_jax.processing.sequences import pair_overhead, question_tokens, text_tokens
 from flamingo_jax.processing.tokenizer import Tokenizer
 
@@ -66,57 +64,6 @@ class Making:
     """This one and how many there are: each encodes its part."""
     name: str = ""
     """The dataset's in the config: part of the key of all that is drawn for it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Items:
-    """What rows are planned from: a record, a piece of one, or `count` questions about one visual from `record` on. All int32 [items]."""
-
-    record: np.ndarray
-    start: np.ndarray
-    length: np.ndarray
-    visuals: np.ndarray
-    count: np.ndarray
-
-    @classmethod
-    def of(cls, lengths: Lengths, dataset: DatasetConfig) -> "Items":
-        """A page is one window, a pair or clip is cut to a row, a text gives all its pieces; a question is whole, or too long for any row."""
-        if dataset.kind == "questions" and dataset.pack:
-            return cls._sharing(lengths, dataset.length)
-        records = np.arange(len(lengths.tokens), dtype=np.int32)
-        ones = np.ones_like(records)
-        if dataset.kind != "text":
-            visuals = np.minimum(lengths.visuals, dataset.visuals) if dataset.kind == "pages" else lengths.visuals
-            tokens = lengths.tokens if dataset.kind == "questions" else np.minimum(lengths.tokens, dataset.length)
-            return cls(records, np.zeros_like(records), tokens, visuals, ones)
-        cut = [(record, *piece) for record, tokens in enumerate(lengths.tokens.tolist()) for piece in pieces(tokens, dataset.length)]
-        record, start, length = np.array(cut, np.int32).reshape(-1, 3).T
-        return cls(record, start, length, np.zeros_like(record), np.ones_like(record))
-
-    @classmethod
-    def by_visual(cls, lengths: Lengths) -> "Items":
-        """All questions about a visual that follow one another."""
-        first = np.flatnonzero(~lengths.same).astype(np.int32)
-        count = np.diff(np.append(first, len(lengths.same))).astype(np.int32)
-        return cls(first, np.zeros_like(first), np.ones_like(first), np.zeros_like(first), count)
-
-    @classmethod
-    def _sharing(cls, lengths: Lengths, row_length: int) -> "Items":
-        """Questions about the same visual that follow one another, in as few and as equal parts as fit a row: each part shows it once."""
-        starts = np.flatnonzero(~lengths.same)
-        found: list[tuple[int, int, int]] = []
-        for first, run in zip(starts.tolist(), np.split(lengths.tokens, starts[1:]), strict=True):
-            whole = int(run.sum())
-            enough = whole / -(-whole // row_length)
-            size = count = 0
-            for place, tokens in enumerate(run.tolist(), start=first):
-                if count and (size >= enough or size + tokens > row_length):
-                    found.append((place - count, size, count))
-                    size = count = 0
-                size, count = size + tokens, count + 1
-            found.append((first + len(run) - count, size, count))
-        record, length, count_of = np.array(found, np.int32).reshape(-1, 3).T
-        return cls(record, np.zeros_like(record), length, np.ones_like(record), count_of)
 
 
 class PlannedRow(NamedTuple):
@@ -277,17 +224,27 @@ class Rows:
                 self._dropped = made.dropped
             return self._plans[epoch]
 
-    def batch(self, first: int, size: int, share: Share = WHOLE) -> Arrays:
-        """A share of the global batch of the `size` rows from `first` on; those past a pass over fixed rows are padding."""
+    def batch(self, first: int, size: int, share: Share = WHOLE, readers: Readers | None = None, order: float = 0) -> PendingBatch:
+        """A share of the global batch of the `size` rows from `first` on; those past a pass over fixed rows are padding.
+
+        readers: what makes it, in this order among their batches; None leaves that to whoever asks for the result.
+        """
+        return PendingBatch(lambda batch: self._begin(batch, first, size, share), readers, order)
+
+    def _begin(self, batch: PendingBatch, first: int, size: int, share: Share) -> Callable[[], Arrays]:
+        """Adds the batch's work, a row's or an image's at a time; returns what finishes it."""
         if self._making.task == "contrastive":
             # Where another batch size left off in the midst of one: no batch holds rows of two epochs.
             first = -(-first // size) * size
         rows = [self._planned(place) for place in (first + share.rows(size)).tolist()]
         if self._making.task == "contrastive":
-            return self._pairs(rows)
+            return self._pairs(batch, rows)
         if self._looks:
-            return self._visuals(rows, Standing.of(share, size, self._making.dataset.visuals))
-        return self._finish([self._texts(row) for row in rows])
+            return self._visuals(batch, rows, Standing.of(share, size, self._making.dataset.visuals))
+        made: list[list[Segment]] = [[] for _ in rows]
+        for row, segments in zip(rows, made, strict=True):
+            batch.add(lambda row=row, segments=segments: segments.extend(self._texts(row)))  # type: ignore[misc]
+        return lambda: self._finish(made)
 
     def _planned(self, place: int) -> PlannedRow:
         """The row at this place; an empty one past a pass over fixed rows."""
@@ -350,20 +307,30 @@ class Rows:
             f"remove the files lengths_* that lie beside them and start again"
         )
 
-    def _visuals(self, rows: Sequence[PlannedRow], standing: Standing) -> Arrays:
+    def _board(self, visuals: int, frames: int) -> Board:
+        return Board.make(self._canvas, self._blanks, visuals, frames, self._making.training and self._making.dataset.colour > 0)
+
+    def _visuals(self, batch: PendingBatch, rows: Sequence[PlannedRow], standing: Standing) -> Callable[[], Arrays]:
         """Rows with the visuals that are decoded here. These, the most of a batch, are put where they shall lie and not copied again."""
-        blank = self._canvas.blank
-        drawn = self._blanks.take((standing.decoded, self._making.dataset.frames, *blank.shape), blank.dtype)
-        board = Board(self._canvas, drawn, np.zeros(drawn.shape[:2], bool))
+        board = self._board(standing.decoded, self._making.dataset.frames)
+        segments: list[list[Segment]] = [[] for _ in rows]
+        seen = [0] * len(rows)
+
+        def read(number: int) -> None:
+            visits = self._visits(rows[number])
+            segments[number] = [visit.segment for visit in visits]
+            seen[number] = self._show(visits, board, standing.among[number], batch.add)
+
+        def finish() -> Arrays:
+            self._failures.saw(sum(seen))
+            present = np.array([sum(len(segment.visuals) for segment in row) for row in segments])
+            shown = np.where(np.arange(standing.visuals.shape[1]) < present[:, None], standing.visuals, -1)
+            return board.finish(self._blanks) | {"visuals": shown} | self._finish(segments)
+
         # All texts before the first picture: in turn they would push each other's code and data out of the processor's caches.
-        visits = [self._visits(row) for row in rows]
-        segments = [[visit.segment for visit in row] for row in visits]
-        # Each row's records are let go when they are drawn: all decoded pictures at once would take as much memory again as the batch.
-        self._failures.saw(sum(self._show(visits.pop(0), board, places) for places in standing.among))
-        self._blanks.wrote(drawn, board.mask)
-        present = np.array([sum(len(segment.visuals) for segment in row) for row in segments])
-        shown = np.where(np.arange(standing.visuals.shape[1]) < present[:, None], standing.visuals, -1)
-        return {self._canvas.name: drawn, "frame_mask": board.mask, "visuals": shown} | self._finish(segments)
+        for number in range(len(rows)):
+            batch.add(functools.partial(read, number))
+        return finish
 
     def _visits(self, row: PlannedRow) -> list[Visit]:
         """What a row has of its records, in order."""
@@ -399,11 +366,11 @@ class Rows:
         self._require_length(place, record, tokens, chosen)
         return segment
 
-    def _show(self, visits: Sequence[Visit], board: Board, places: Sequence[int | None]) -> int:
-        """Puts a row's visuals on the board in their `places` (see `show`). How many of its records are read here: what other processes read
-        they count, or a share of all rows would be too small for the failures that are met here."""
+    def _show(self, visits: Sequence[Visit], board: Board, places: Sequence[int | None], add: Callable[[Work], None]) -> int:
+        """Adds the work of putting a row's visuals on the board in their `places` (see `show`). How many of its records are read here: what other
+        processes read they count, or a share of all rows would be too small for the failures that are met here."""
         failed = lambda number, error: self._failures.add(visits[number].record.id, error)
-        here = show([visit.segment for visit in visits], [self._reader(visit) for visit in visits], failed, board, places)
+        here = show([visit.segment for visit in visits], [self._reader(visit) for visit in visits], failed, board, places, add)
         for visit, is_here in zip(visits, here, strict=True):
             if is_here and visit.record.damaged:
                 self._failures.add(visit.record.id, ValueError("it is damaged on disk"))
@@ -415,42 +382,51 @@ class Rows:
             return record.read
         return lambda visual, frame: encoded.read(visit.place, sum(record.frame_counts[:visual]) + frame)
 
-    def _pairs(self, rows: Sequence[PlannedRow]) -> Arrays:
-        blank = self._canvas.blank
-        drawn = self._blanks.take((len(rows), *blank.shape), blank.dtype)
-        made = [self._contrastive(row, out) for row, out in zip(rows, drawn, strict=True)]
-        self._blanks.wrote(drawn, np.ones(len(rows), bool))
-        return {"images": drawn} | {name: np.array([row[name] for row in made]) for name in made[0]}
+    def _pairs(self, batch: PendingBatch, rows: Sequence[PlannedRow]) -> Callable[[], Arrays]:
+        board = self._board(len(rows), 1)
+        tokens = np.full((len(rows), self._making.text_length), self._making.tokenizer.pad, np.int32)
+        mask = np.zeros(tokens.shape, bool)
 
-    def _contrastive(self, row: PlannedRow, out: np.ndarray) -> Arrays:
-        """Tokens and mask of a pair, its picture put on `out`, zeros [H, W, 3]. One whose picture cannot be read is an empty picture without one
-        token in its mask, which the loss leaves out.
+        def read(number: int) -> None:
+            ids = self._contrastive(rows[number], board, number)
+            tokens[number, : len(ids)], mask[number, : len(ids)] = ids, True
+
+        def finish() -> Arrays:
+            self._failures.saw(sum(int(self._items.count[row.items].sum()) for row in rows))
+            visuals = board.finish(self._blanks)
+            del visuals["frame_mask"]
+            return {name: array[:, 0] for name, array in visuals.items()} | {"tokens": tokens, "mask": mask}
+
+        for number in range(len(rows)):
+            batch.add(functools.partial(read, number))
+        return finish
+
+    def _contrastive(self, row: PlannedRow, board: Board, number: int) -> np.ndarray:
+        """Tokens of a pair, whose picture becomes the board's visual of this number. One whose picture cannot be read is an empty picture without
+        one token, which the loss leaves out.
 
         An item of questions holds all about one visual: the pair is one of its frames and as many of them, answered, as the text has room for.
         """
         (item,), epoch, _ = row
         place, count = int(self._items.record[item]), int(self._items.count[item])
-        self._failures.saw(count)
         record, length = self._records[place], self._making.text_length
         dataset, draws = self._making.dataset, self._draws(epoch, record.id)
         asking = dataset.kind == "questions"
         ids = np.zeros(0, np.int32)
-        augment = None if draws is None else draws.augmentation(dataset)
+        augmentation = None if draws is None else draws.augmentation(dataset)
         try:
             self._require_whole(place, record)
             ids = self._told(place, count, draws) if asking else self._caption(record, draws)
             frames = record.frame_counts[0]
             pixels = record.read(0, draws.below(frames) if asking and draws is not None and frames else 0)
-            pad(augment([pixels])[0] if augment else pixels, self._making.image_size, self._making.mean, out=out)
+            board.put(number, 0, pixels, augmentation)
         except ImageError as error:
             self._failures.add(record.id, error)
             ids = ids[:0]
         if len(ids) > length:
             self._cut[place] = True
             ids = np.append(ids[: length - 1], ids[-1])
-        tokens = np.full(length, self._making.tokenizer.pad, np.int32)
-        tokens[: len(ids)] = ids
-        return {"tokens": tokens, "mask": np.arange(length) < len(ids)}
+        return ids
 
     def _caption(self, record: Record, draws: Draws | None) -> np.ndarray:
         caption = caption_of(record.fields, draws)

@@ -1,4 +1,4 @@
-"""How fast a dataset is read on one core, against a loop that does nothing but decode the same pictures, and how long a step waits for it."""
+"""How fast a dataset is read on one core, against a loop that does nothing but decode the same pictures; what more readers gain; how long a step waits."""
 
 import contextlib
 import io
@@ -6,13 +6,14 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from data_pipelines.mixture import BatchIterator
+from data_pipelines.readers import Readers
 from flamingo_jax.processing import images
 
 PASSES = 5
@@ -52,6 +53,25 @@ def time_reading(iterator: BatchIterator, image_size: int, batches: int) -> Read
             seconds["rows"].append(_seconds(rows()))
     rate = {name: len(pictures) / statistics.median(taken) for name, taken in seconds.items()}
     return Reading(rate["bare"], rate["rows"], statistics.fmean(full) if full else 0.0, len(pictures))
+
+
+def time_readers(make: Callable[[Readers], BatchIterator], counts: Sequence[int], batches: int) -> dict[int, float]:
+    """Pictures a second by the clock, by how many readers make them: the first `batches` batches of each `make(readers)`, which keeps no picture.
+
+    The first pass is not counted: it fills what is kept of texts. Then all numbers take turns.
+    """
+    iterators = {count: make(Readers(count)) for count in counts}
+    rates: dict[int, list[float]] = {count: [] for count in counts}
+    for turn in range(PASSES + 1):
+        for count, it in iterators.items():
+            it.set_state({"global_next_index": 0})
+            began, pictures = time.perf_counter(), 0
+            for batch in itertools.islice(it, batches):
+                pictures += int(batch["frame_mask"].sum()) if "frame_mask" in batch else len(batch["images"])
+            if turn:
+                rates[count].append(pictures / (time.perf_counter() - began))
+            it.close()
+    return {count: statistics.median(found) for count, found in rates.items()}
 
 
 def bare(data: bytes, size: int) -> np.ndarray:

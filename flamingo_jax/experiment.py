@@ -201,7 +201,8 @@ class DatasetConfig:
     """lambda of the training objective (paper 2.4)."""
     microbatches: Positive = 1
     """Equal parts of a batch that go through the model one after the other, so that a large batch fits in memory; the gradient is the same.
-    In the contrastive stage parts are encoded, and once more for the gradient; similarities are over the whole batch."""
+    In the contrastive stage parts are encoded, and once more for the gradient; similarities are over the whole batch. A held-out dataset has
+    its own number."""
     p_next: Share = 0.0
     """Probability, once per page, that text looks at the next visual rather than the previous one (pages only; paper 0.5)."""
     leading_space: Share = 0.5
@@ -213,7 +214,7 @@ class DatasetConfig:
     flip: bool = False
     """Random left-right flips; off where text speaks of left and right."""
     colour: Share = 0.0
-    """Strength of colour augmentation, 0 for none."""
+    """Strength of colour augmentation, 0 for none. Drawn with the row; applied on the device, in training alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,6 +285,9 @@ class TrainingConfig:
     required_loss: dict[str, AboveZero] = dataclasses.field(default_factory=dict)
     """Held-out dataset -> the most that its loss per token may be when training ends. Above it the run is saved as ever, but ends with an error:
     for a stage that others stand on, as binding in context stands on a language model that does it in text."""
+    readers: Count = 0
+    """Threads of each process that read, decode and resize, all datasets sharing them; 0 for one a core, since decoding is computing. Fewer leave
+    cores to other programs of the machine; more hide storage that is slow to answer. Batches are the same with any number."""
     cache_features: bool = False
     """The frozen encoder's outputs for every picture are made once, before the first step, and kept beside each dataset, so that no step
     runs the encoder: for several epochs over small data, without augmentation. A picture takes cells x channels values of `compute_dtype`."""

@@ -4,7 +4,7 @@
     python -m launch.benchmark train --sizes=layers=4,width=256,heads=4,vocab=8192,every=1,vit_layers=4,vit_width=256,vit_heads=4,\\
 image=96,patch=16,interleaved=8x3x128,pairs=16x1x32
     python -m launch.benchmark data --config=configs/own_data.py:flamingo,runs/mine [--step_seconds=0.2]
-    python -m launch.benchmark data --dataset=data/photos --dataset=data/site --tokenizer=data/tokenizer [--image_size=224]
+    python -m launch.benchmark data --dataset=data/photos --dataset=data/site --tokenizer=data/tokenizer [--image_size=224] [--readers=2]
 
 `train` runs the real update on random weights and full rows of random content, and prints tokens and images a second, the time of each part
 and the model FLOPs utilisation, measured against a large matrix product on the same devices in the same run. `--sizes` makes a Flamingo that
@@ -12,11 +12,14 @@ a PyTorch peer can be built with as well: a language model of the GPT-NeoX form 
 resampler of 6 layers, cross-attention of 8 heads of 64; `interleaved` and `pairs` are rows x pictures x tokens.
 
 `data` makes rows of each dataset on one core, nothing kept but what is made of texts, and prints their pictures a second beside those of a loop
-that only decodes and resizes the same pictures, and the part of the rows' tokens that is no padding. Then it reads all of them together as
-training does, by threads and with pictures kept while memory allows, and prints which part of the time a step of `--step_seconds` would wait.
+that only decodes and resizes the same pictures, and the part of the rows' tokens that is no padding. Then it makes them by the clock with one
+reader and with `--readers` (config.training.readers, or as many as there are cores): images are flipped and their colour jitter drawn, as in the
+paper. At last it reads all datasets together as training does, with pictures kept while memory allows, and prints which part of the time a step of
+`--step_seconds` would wait.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -26,12 +29,14 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
+from configs.base import COLOUR
 from configs.benchmark import experiment_of
 from data_pipelines.features import dataset_folder, kind_of
 from data_pipelines.inputs import make_iterators
 from data_pipelines.mixture import make_iterator
+from data_pipelines.readers import Readers
 from data_pipelines.records import PICTURES
-from data_pipelines.timing import Reading, time_reading, waiting_share
+from data_pipelines.timing import Reading, time_readers, time_reading, waiting_share
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import DatasetConfig, Experiment
 from flamingo_jax.planning.timing import Timing, time_step
@@ -45,6 +50,7 @@ DATASETS = flags.DEFINE_multi_string("dataset", [], "data: folder of a dataset t
 TOKENIZER = flags.DEFINE_string("tokenizer", "", "data: the tokenizer's folder, with --dataset.")
 IMAGE_SIZE = flags.DEFINE_integer("image_size", 224, "data: side of the pictures, with --dataset.", lower_bound=1)
 STEP_SECONDS = flags.DEFINE_float("step_seconds", 0.2, "data: seconds of a step; the quickstart's takes 0.2 to 0.3 on two cores.", lower_bound=0.0)
+READERS = flags.DEFINE_integer("readers", None, "data: threads that read, in place of the config's; 0 for one a core.", lower_bound=0)
 BATCHES = flags.DEFINE_integer("batches", 20, "data: batches of each dataset that are timed.", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
 CONFIG = command.define_config()
@@ -101,19 +107,25 @@ def data() -> int:
         tokenizer, size, mean = Tokenizer.load(pathlib.Path(experiment.tokenizer)), vision.image_size, vision.mean
         datasets = {name: dataset for name, dataset in experiment.data.items() if dataset.kind in PICTURES}
     options: dict[str, Any] = {"tokenizer": tokenizer, "task": experiment.task if experiment else "flamingo", "image_size": size, "mean": mean}
-    readings = {}
+    asked = READERS.value if READERS.value is not None else experiment.training.readers if experiment else 0
+    readers = Readers(asked)
+    readings, paces = {}, {}
     for name, dataset in datasets.items():
-        it = make_iterator(dataset, threads=0, cache_bytes=0, **options)
-        readings[name] = time_reading(it, size, BATCHES.value)
-        it.close()
-    iterators = make_iterators(experiment, tokenizer) if experiment else {name: make_iterator(dataset, **options) for name, dataset in datasets.items()}
+        make = functools.partial(make_iterator, dataset, cache_bytes=0, **options)
+        readings[name] = time_reading(make(), size, BATCHES.value)
+        paces[name] = time_readers(lambda readers, make=make: make(readers=readers), sorted({1, readers.count}), BATCHES.value)  # type: ignore[misc]
+    if experiment:
+        iterators = make_iterators(experiment, tokenizer, readers=readers)
+    else:
+        iterators = {name: make_iterator(dataset, readers=readers, **options) for name, dataset in datasets.items()}
     share = waiting_share(iterators, STEP_SECONDS.value, BATCHES.value)
     for it in iterators.values():
         it.close()
     if JSON.value:
-        print(json.dumps({"datasets": {name: made._asdict() | {"share": made.share} for name, made in readings.items()}, "waiting": share}))
+        found = {name: made._asdict() | {"share": made.share, "readers": paces[name]} for name, made in readings.items()}
+        print(json.dumps({"datasets": found, "waiting": share}))
     else:
-        Console().print(_reading_table(readings, share))
+        Console().print(_reading_table(readings, paces, share))
     return 0
 
 
@@ -127,15 +139,17 @@ def _dataset(path: str) -> DatasetConfig:
     kind = kind_of(tfds.builder_from_directory(str(dataset_folder(path))).info.features)
     if kind not in ROWS:
         raise UserError(f"the dataset {path} holds {kind}, which has no pictures to read: take it out")
-    return dataclasses.replace(ROWS[kind], path=path)
+    return dataclasses.replace(ROWS[kind], path=path, flip=True, colour=COLOUR)
 
 
-def _reading_table(readings: dict[str, Reading], share: float) -> Table:
+def _reading_table(readings: dict[str, Reading], paces: dict[str, dict[int, float]], share: float) -> Table:
     table = Table("dataset", title=f"reading; a step of {STEP_SECONDS.value:g} s waits {share:.2%} of the time")
-    for heading in ("pictures a second, rows", "bare loop", "rows / bare", "tokens that are no padding", "pictures met"):
+    counts = [f"by the clock, {count} reader{'s' * (count > 1)}" for count in next(iter(paces.values()), {})]
+    for heading in ("pictures a second, rows", "bare loop", "rows / bare", *counts, "tokens that are no padding", "pictures met"):
         table.add_column(heading, justify="right")
     for name, made in readings.items():
-        table.add_row(name, f"{made.rows:,.0f}", f"{made.bare:,.0f}", f"{made.share:.1%}", f"{made.fill:.1%}", f"{made.pictures:,}")
+        clock = [f"{pace:,.0f}" for pace in paces[name].values()]
+        table.add_row(name, f"{made.rows:,.0f}", f"{made.bare:,.0f}", f"{made.share:.1%}", *clock, f"{made.fill:.1%}", f"{made.pictures:,}")
     return table
 
 

@@ -22,6 +22,7 @@ import jax
 from absl import flags
 
 from data_pipelines.inputs import held_out_batches, make_iterators
+from data_pipelines.readers import Readers
 from flamingo_jax import errors
 from flamingo_jax.cluster.link import Crew, Link, is_supervised
 from flamingo_jax.cluster.place import find_place
@@ -108,8 +109,9 @@ def _run(experiment: Experiment, workdir: pathlib.Path, crew: Crew | None) -> in
     if not PREPARE.value:
         check_tokenizer(experiment, tokenizer, workdir)
     encoder = load_encoder(experiment) if experiment.training.cache_features else None
-    iterators = make_iterators(experiment, tokenizer, encoder, share)
-    held_out = held_out_batches(experiment, tokenizer, encoder, share)
+    readers = Readers(experiment.training.readers)
+    iterators = make_iterators(experiment, tokenizer, encoder, share, readers)
+    held_out = held_out_batches(experiment, tokenizer, encoder, share, readers)
     for name, iterator in iterators.items():
         log.info("%s: %s", name, told(iterator.summary()))
     if PREPARE.value:

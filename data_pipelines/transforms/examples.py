@@ -2,8 +2,8 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +12,6 @@ from data_pipelines.transforms.keys import key
 from data_pipelines.transforms.windows import Window, window
 from flamingo_jax.experiment import DatasetConfig
 from flamingo_jax.processing import sequences
-from flamingo_jax.processing.images import ImageError, pad
 from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.processing.video import clip
 
@@ -177,73 +176,3 @@ def assemble(rows: Sequence[Sequence[Segment]], *, length: int, pad_token: int) 
             media_index[part] = np.where(segment.media_index >= 0, segment.media_index + first, -1) if first else segment.media_index
             start, places = start + count, places + len(segment.visuals)
     return {"tokens": tokens, "positions": positions, "segments": numbers, "loss_mask": loss_mask, "media_index": media_index}
-
-
-class Canvas(NamedTuple):
-    """What a visual's frames become: `name` of the array, a blank frame, and how what was read is put on it."""
-
-    name: str
-    blank: np.ndarray
-    put: Callable[[np.ndarray, np.ndarray], object]
-    """(what was read, frame to write to)"""
-
-
-def image_canvas(size: int, mean: Sequence[float]) -> Canvas:
-    """Frames as pictures uint8 [size, size, 3]; blanks are zero."""
-    return Canvas("images", np.zeros((size, size, 3), np.uint8), lambda pixels, frame: pad(pixels, size, mean, out=frame))
-
-
-def feature_canvas(shape: tuple[int, int], dtype: np.dtype) -> Canvas:
-    """Frames as an encoder's features [S, C]; blanks are zero."""
-    return Canvas("features", np.zeros(shape, dtype), lambda features, frame: np.copyto(frame, features))
-
-
-class Board(NamedTuple):
-    """Where a batch's M visuals are put. drawn [M, T, *blank], all of it blank before; mask bool [M, T], True where there is a frame."""
-
-    canvas: Canvas
-    drawn: np.ndarray
-    mask: np.ndarray
-
-    def put(self, place: int, frames: Sequence[np.ndarray]) -> None:
-        """One visual's frames, as they were read."""
-        for number, frame in enumerate(frames):
-            self.canvas.put(frame, self.drawn[place, number])
-            self.mask[place, number] = True
-
-
-def show(
-    segments: Sequence[Segment],
-    readers: Sequence[Callable[[int, int], np.ndarray]],
-    failed: Callable[[int, ImageError], None],
-    board: Board,
-    places: Sequence[int | None],
-) -> list[bool]:
-    """Reads a row's visuals and puts them on the board, one after the other in `places` [N]; None stands for those that another process reads.
-
-    readers: of each segment, what reads frame f of visual v of its record. A visual that cannot be read is reported by its segment's place to
-    `failed` and left blank; nothing else of the row changes, or processes that read the same row would not hold the same one.
-
-    Returns: whether each segment is read here, by its visuals or those it shares, or if it has none by the place where they would stand.
-    """
-    here: list[bool] = []
-    start = 0
-    for number, (segment, read) in enumerate(zip(segments, readers, strict=True)):
-        if segment.shares:
-            here.append(here[-1])
-            continue
-        standing = places[start : start + len(segment.visuals)]
-        here.append(any(place is not None for place in standing or places[start : start + 1] or places[-1:]))
-        start += len(segment.visuals)
-        for found, visual, augment in zip(standing, segment.visuals, segment.augment or [None] * len(segment.visuals), strict=True):
-            if found is None:
-                continue
-            try:
-                frames = [read(*frame) for frame in visual]
-                if not frames:
-                    raise ImageError("there are no frames")
-            except ImageError as error:
-                failed(number, error)
-                continue
-            board.put(found, augment(frames) if augment else frames)
-    return here

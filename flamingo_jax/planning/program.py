@@ -18,6 +18,7 @@ from flamingo_jax.experiment import DatasetConfig, Experiment
 from flamingo_jax.partitioning.mesh import ROWS, batch_shardings, check_batches
 from flamingo_jax.partitioning.share import Share
 from flamingo_jax.planning.flops import Work, product_flops, step_cost
+from flamingo_jax.processing.jitter import FIELDS
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.assembly import Assembly, assemble
 from flamingo_jax.training.step import compile_traced, make_update, trace_update
@@ -168,7 +169,8 @@ def _batch_shapes(experiment: Experiment, dataset: DatasetConfig, mesh: Mesh) ->
     rows, length, number, flag, byte = dataset.batch_size, dataset.length, jnp.int32, jnp.bool_, jnp.uint8
     if experiment.task == "contrastive":
         size, text = stages.model_config(experiment).vision.image_size, _text_length(experiment)
-        return {"images": array(byte, rows, size, size, 3), "tokens": array(number, rows, text), "mask": array(flag, rows, text)}
+        batch = {"images": array(byte, rows, size, size, 3), "tokens": array(number, rows, text), "mask": array(flag, rows, text)}
+        return batch | ({"jitter": array(jnp.float32, rows, len(FIELDS))} if dataset.colour else {})
     batch = {name: array(number, rows, length) for name in ("tokens", "positions", "segments")} | {"loss_mask": array(flag, rows, length)}
     if experiment.task == "language_modelling":
         return batch
@@ -180,6 +182,7 @@ def _batch_shapes(experiment: Experiment, dataset: DatasetConfig, mesh: Mesh) ->
         "visuals": array(number, rows, dataset.visuals),
         "frame_mask": array(flag, visuals, dataset.frames),
         "images": array(byte, visuals, dataset.frames, size, size, 3),
+        **({"jitter": array(jnp.float32, visuals, dataset.frames, len(FIELDS))} if dataset.colour else {}),
     }
 
 

@@ -4,6 +4,7 @@ import numpy as np
 
 from flamingo_jax.experiment import DatasetConfig, Experiment
 from flamingo_jax.partitioning.share import WHOLE, Share
+from flamingo_jax.processing.jitter import FIELDS
 from flamingo_jax.tasks import stages
 
 
@@ -33,4 +34,10 @@ def _full_batch(experiment: Experiment, dataset: DatasetConfig, share: Share, rn
         "visuals": share.row_visuals(dataset.batch_size, places),
         "frame_mask": np.repeat(listed[:, None] >= 0, dataset.frames, axis=1),
         "images": rng.integers(0, 256, (len(listed), dataset.frames, size, size, 3), dtype=np.uint8),
+        **({"jitter": _jitter(len(listed), dataset.frames, size)} if dataset.colour else {}),
     }
+
+
+def _jitter(visuals: int, frames: int, size: int) -> np.ndarray:
+    """Colours that stay as they are, at the cost of any others."""
+    return np.broadcast_to(np.array([1, 1, 1, 0, size, size], np.float32), (visuals, frames, len(FIELDS))).copy()

@@ -8,6 +8,7 @@ from flamingo_jax.models.attention import MASKED
 from flamingo_jax.models.dual_encoder import DualEncoder
 from flamingo_jax.models.stream import join, split
 from flamingo_jax.partitioning.constraints import row_shards
+from flamingo_jax.processing.jitter import FIELDS, jittered
 from flamingo_jax.tasks.task import Batch, Loss, split_rows
 
 Array = jax.Array
@@ -40,8 +41,16 @@ def contrastive_loss(
     return loss, same[jnp.arange(batch), logits.argmax(1)].sum() / count
 
 
+def with_colours(batch: Batch) -> Array:
+    """The images of pairs, their colours jittered where the batch says how."""
+    if "jitter" not in batch:
+        return batch["images"]
+    return jittered(batch["images"][:, None], batch["jitter"][:, None])[:, 0]
+
+
 class ContrastiveTask:
-    """Batches: images uint8 [B, H, W, 3], tokens int32 [B, L], mask bool [B, L]; every row is every other's negative.
+    """Batches: images uint8 [B, H, W, 3], tokens int32 [B, L], mask bool [B, L], and jitter float32 [B, 6] where colours are to be jittered
+    (`processing.jitter`); every row is every other's negative.
 
     A row without one token in its mask holds no pair. Arrays [P, B / P, ...], as `microbatches` makes them, are encoded part after part,
     and again for the gradient, so that a large batch fits in memory; similarities are over the whole batch all the same.
@@ -61,6 +70,9 @@ class ContrastiveTask:
         if len(batches) == 1:
             return {name: self.loss(model, batch, key) for name, batch in batches.items()}
         parts = list(batches.values())
+        if any("jitter" in part for part in parts):
+            # What is of no size stays as it is.
+            parts = [{"jitter": jnp.zeros((*part["mask"].shape[:-1], len(FIELDS)), jnp.float32)} | part for part in parts]
         rows = [(batch["mask"].size // batch["mask"].shape[-1], 1) for batch in parts]
         merge = lambda *arrays: join([a[:, None] for a in arrays]).reshape(-1, *arrays[0].shape[1:])
         # Of parts [P, B / P, ...], part by part.
@@ -84,7 +96,7 @@ class ContrastiveTask:
 
         def encode(arrays: tuple[Batch, Array | None]) -> tuple[Array, Array]:
             part, key = arrays
-            images = model.encode_images(part["images"], train=key is not None, key=key)
+            images = model.encode_images(with_colours(part), train=key is not None, key=key)
             return images, model.encode_texts(part["tokens"], part["mask"])
 
         tokens, mask = batch["tokens"], batch["mask"]

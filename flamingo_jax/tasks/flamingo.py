@@ -7,6 +7,7 @@ from flamingo_jax.models.flamingo import Flamingo, Rows
 from flamingo_jax.models.stream import join, shapes_of, split
 from flamingo_jax.partitioning.constraints import constrain, row_shards
 from flamingo_jax.partitioning.mesh import BY_VISUAL, ROWS
+from flamingo_jax.processing.jitter import jittered
 from flamingo_jax.tasks.task import Batch, Loss, loss_weight, split_rows, summed_loss, target_mask, token_loss
 
 VISUAL_ARRAYS = (*BY_VISUAL, "visuals")
@@ -47,6 +48,11 @@ def readable(batch: Batch) -> Batch:
     return without_failed(in_rows(batch)) if "frame_mask" in batch else batch
 
 
+def with_colours(batch: Batch) -> jax.Array:
+    """The images of a batch, their colours jittered where it says how."""
+    return jittered(batch["images"], batch["jitter"]) if "jitter" in batch else batch["images"]
+
+
 @jax.jit
 def text_alone(batch: Batch) -> Batch:
     """The text of a readable batch."""
@@ -56,7 +62,8 @@ def text_alone(batch: Batch) -> Batch:
 class FlamingoTask:
     """Batches: tokens, positions, segments, media_index int32 [B, L], loss_mask bool [B, L], visuals int32 [B, N], frame_mask bool [M, T]
     and images uint8 [M, T, H, W, 3], or in their place the frozen encoder's `features` [M, T, S, C]. M = B * N, row b owning the places
-    b * N + n, or as much more as fills up each row shard's part for the mesh's `model` axis."""
+    b * N + n, or as much more as fills up each row shard's part for the mesh's `model` axis. Where the colours of images are to be jittered, jitter
+    float32 [M, T, 6] says how (`processing.jitter`)."""
 
     def __init__(self, reduction: str = "sequence_sum", use_visuals: bool = True):
         self.reduction = reduction
@@ -66,7 +73,7 @@ class FlamingoTask:
         batch = readable(batch)
         visual_tokens = visuals = None
         if self.use_visuals and "visuals" in batch:
-            features = batch["features"] if "features" in batch else model.encode_images(batch["images"])
+            features = batch["features"] if "features" in batch else model.encode_images(with_colours(batch))
             visual_tokens, visuals = model.resample(features.astype(model.dtype), batch["frame_mask"]), batch["visuals"]
         logits = model(
             batch["tokens"], batch["positions"], batch["segments"], batch["media_index"], visual_tokens, visuals, rows_own_visuals=True
@@ -83,7 +90,7 @@ class FlamingoTask:
         visual_tokens = None
         if seen:
             given = all("features" in batch for batch in seen.values())
-            features = [batch["features"] for batch in seen.values()] if given else model.encode_stream([batch["images"] for batch in seen.values()])
+            features = [batch["features"] for batch in seen.values()] if given else model.encode_stream([with_colours(batch) for batch in seen.values()])
             visual_tokens = model.resample_stream(features, [batch["frame_mask"] for batch in seen.values()])
         rows = [
             Rows(batch["tokens"], batch["positions"], batch["segments"], batch["media_index"], batch["visuals"] if name in seen else None)

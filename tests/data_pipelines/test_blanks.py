@@ -18,16 +18,19 @@ SHAPE = (3, 2, 4, 5)
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, ml_dtypes.bfloat16])
 def test_memory_is_zero_again_and_used_again(dtype: type) -> None:
+    """Wherever the batch itself wrote nothing that is kept, whatever stood there before."""
     blanks, places, random_ = Blanks(), set(), np.random.default_rng(0)
     for _ in range(10):
-        array = blanks.take(SHAPE, np.dtype(dtype))
+        blank = blanks.take(SHAPE, np.dtype(dtype), leading=2)
+        array = blank.array
         assert array.shape == SHAPE and array.dtype == dtype and array.flags.writeable and array.flags.c_contiguous
-        assert not array.any() and array.ctypes.data % ALIGNMENT == 0
+        assert array.ctypes.data % ALIGNMENT == 0
         places.add(array.ctypes.data)
-        written = random_.random(SHAPE[:2]) < 0.5
+        written, kept = random_.random(SHAPE[:2]) < 0.5, random_.random(SHAPE[:2]) < 0.7
         array[written] = 7
-        blanks.wrote(array, written)
-        del array
+        assert blanks.finish(blank, written, kept & written) is array
+        np.testing.assert_array_equal(array.astype(int).sum((2, 3)), np.where(kept & written, 7 * 20, 0))
+        del array, blank
     assert len(places) == 1
 
 
@@ -43,15 +46,15 @@ VIEWS = {
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_memory_that_anyone_holds_is_left_alone(view: Callable[[np.ndarray], Any]) -> None:
     blanks = Blanks()
-    array = blanks.take(SHAPE, np.dtype(np.uint8))
-    array[:] = 7
-    blanks.wrote(array, np.ones(SHAPE[:1], bool))
-    held = view(array)
-    del array
+    every = np.ones(SHAPE[:1], bool)
+    blank = blanks.take(SHAPE, np.dtype(np.uint8), leading=1)
+    blank.array[:] = 7
+    held = view(blanks.finish(blank, every, every))
+    del blank
     for _ in range(3):
-        other = blanks.take(SHAPE, np.dtype(np.uint8))
-        other[:] = 9
-        blanks.wrote(other, np.ones(SHAPE[:1], bool))
+        other = blanks.take(SHAPE, np.dtype(np.uint8), leading=1)
+        other.array[:] = 9
+        blanks.finish(other, every, every)
         assert (np.asarray(held) == 7).all()
 
 
@@ -61,10 +64,12 @@ def test_threads_never_share_memory() -> None:
     def work(number: int) -> None:
         chance = random.Random(number)
         for _ in range(300):
-            array = blanks.take(SHAPE, np.dtype(np.uint8))
-            wrong.append(array.any())
-            array[0] = number
-            blanks.wrote(array, np.array([True, False, False]))
+            blank = blanks.take(SHAPE, np.dtype(np.uint8), leading=1)
+            first = np.array([True, False, False])
+            blank.array[0] = number
+            array = blanks.finish(blank, first, first)
+            del blank
+            wrong.append(array[1:].any())
             # In a cycle, so that the garbage collector gives it back whenever it comes.
             cycle: list[object] = [array[0]]
             cycle.append(cycle)

@@ -272,7 +272,7 @@ def test_a_record_damaged_on_disk_is_left_out_of_the_loss(kind: str, task: str, 
     config = DatasetConfig(kind=kind, path=str(folder), batch_size=1, length=64, visuals=2)
 
     def targets() -> tuple[int, list[str]]:
-        it = make_iterator(config, tokenizer=tokenizer, task=task, image_size=8, threads=0, text_length=24)
+        it = make_iterator(config, tokenizer=tokenizer, task=task, image_size=8, text_length=24)
         count = sum(int(next(it)["mask" if task == "contrastive" else "loss_mask"].sum()) for _ in range(it.summary()["rows"]))
         return count, it.summary()["failed"]
 

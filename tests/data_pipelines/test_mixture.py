@@ -4,6 +4,7 @@ import dataclasses
 import io
 import itertools
 import json
+import zlib
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ import sentencepiece
 from PIL import Image
 
 from data_pipelines.mixture import held_out, make_iterator
+from data_pipelines.readers import Readers
 from data_pipelines.transforms.augmentation import draw
 from data_pipelines.transforms.examples import Draws
 from data_pipelines.transforms.lengths import load_or_measure, measure
@@ -101,16 +103,17 @@ CONFIGS = {
     "text": DatasetConfig(kind="text", batch_size=4, length=32, visuals=0),
     "questions": DatasetConfig(kind="questions", batch_size=4, length=96, visuals=3, frames=2),
 }
+READERS = Readers(3)
 CASES = [
     ("contrastive", "pairs"), ("flamingo", "pairs"), ("flamingo", "pages"), ("flamingo", "videos"), ("language_modelling", "text"),
     ("flamingo", "questions"), ("language_modelling", "questions"),
 ]
 
 
-def iterator(task, kind, tokenizer, *, source=None, threads=0, seed=3, share=WHOLE, cache_bytes=1 << 20, name="", **changes):
+def iterator(task, kind, tokenizer, *, source=None, readers=None, seed=3, share=WHOLE, cache_bytes=1 << 20, name="", **changes):
     return make_iterator(
         dataclasses.replace(CONFIGS[kind], **changes), tokenizer=tokenizer, task=task, image_size=SIZE, mean=MEAN, seed=seed, share=share,
-        text_length=24, source=SOURCES[kind] if source is None else source, threads=threads, cache_bytes=cache_bytes, name=name,
+        text_length=24, source=SOURCES[kind] if source is None else source, readers=readers, cache_bytes=cache_bytes, name=name,
     )
 
 
@@ -145,7 +148,7 @@ def test_the_same_batches_on_any_number_of_processes_threaded_or_not(task, kind,
     one = take(iterator(task, kind, tokenizer, source=source), 8)
     for shape, count, seed in GROUPS:
         group = processes(shape, count, seed)
-        parts = [take(iterator(task, kind, tokenizer, source=source, share=share, threads=2, cache_bytes=0), 8) for share in group.shares]
+        parts = [take(iterator(task, kind, tokenizer, source=source, share=share, readers=READERS, cache_bytes=0), 8) for share in group.shares]
         for step, batch in enumerate(one):
             same(in_lists(batch, group), group.assembled([part[step] for part in parts]))
     assert any(not np.array_equal(one[0]["tokens"], batch["tokens"]) for batch in one[1:])
@@ -172,7 +175,7 @@ def test_a_process_decodes_the_pictures_of_its_own_devices_alone(tokenizer, monk
 @pytest.mark.parametrize("stop", [1, 5])
 def test_an_interrupted_run_goes_on_with_the_same_batches(task, kind, stop, tokenizer):
     whole = take(iterator(task, kind, tokenizer), 9)
-    began = iterator(task, kind, tokenizer, threads=2, share=processes((4, 1, 2), 4).shares[1])
+    began = iterator(task, kind, tokenizer, readers=READERS, share=processes((4, 1, 2), 4).shares[1])
     for _ in range(stop):
         next(began)
     state = json.loads(json.dumps(began.get_state()))
@@ -480,9 +483,9 @@ def test_a_bad_contrastive_pair_is_marked_by_an_empty_mask(tokenizer):
         assert (batch["tokens"][row] == tokenizer.pad).all()
 
 
-@pytest.mark.parametrize("threads", [0, 2])
-def test_too_many_bad_pictures_stop_the_run(threads, tokenizer):
-    it = iterator("flamingo", "pairs", tokenizer, source=broken(pairs(200), set(range(0, 200, 20))), threads=threads, path="some/where")
+@pytest.mark.parametrize("readers", [None, READERS])
+def test_too_many_bad_pictures_stop_the_run(readers, tokenizer):
+    it = iterator("flamingo", "pairs", tokenizer, source=broken(pairs(200), set(range(0, 200, 20))), readers=readers, path="some/where")
     with pytest.raises(UserError, match="some/where"):
         take(it, 40)
     it.close()
@@ -588,25 +591,48 @@ def test_draws_are_even_and_of_one_visit():
     assert of(1).order(9) == of(1).order(9) != of(1, seed=1).order(9) != of(1, epoch=1).order(9)
 
 
-def test_augmentation_is_one_draw_for_a_clip():
-    rng = np.random.default_rng(0)
-    assert draw(rng.uniform, flip=False, colour=0.0) is None
-    frames = [np.full((4, 4, 3), 90, np.uint8), np.full((4, 4, 3), 90, np.uint8)]
-    frames[0][:, 0] = frames[1][:, 0] = [200, 30, 60]
-    results = [draw(np.random.default_rng(seed).uniform, flip=True, colour=0.4)(frames) for seed in range(8)]
-    for first, second in results:
-        np.testing.assert_array_equal(first, second)
-        assert first.dtype == np.uint8 and first.shape == (4, 4, 3)
-    flipped = [np.abs(out[:, 0].astype(int) - out[:, 1]).max() < np.abs(out[:, 3].astype(int) - out[:, 1]).max() for out, _ in results]
-    assert 0 < sum(flipped) < 8
-    assert len({out.tobytes() for out, _ in results}) == 8
+@pytest.mark.parametrize("task, kind", [("flamingo", "videos"), ("flamingo", "pages"), ("contrastive", "pairs")])
+def test_augmentation_flips_pixels_and_leaves_colours_to_the_device(task, kind, tokenizer, monkeypatch):
+    """One draw for all frames of a visual; images are the plain ones or their mirror images, and jitter has their sizes."""
+    noise = lambda data, size: np.random.default_rng(zlib.crc32(data)).integers(0, 256, (size, 6, 3), np.uint8)  # noqa: E731
+    monkeypatch.setattr(images, "decode", noise)
+    plain = take(iterator(task, kind, tokenizer), 6)
+    turned = take(iterator(task, kind, tokenizer, flip=True, colour=0.3, readers=READERS), 6)
+    drawn, flips = [], []
+    for one, other in zip(plain, turned, strict=True):
+        assert set(other) - set(one) == {"jitter"}
+        for name in set(one) - {"images", "tokens", "mask"}:
+            np.testing.assert_array_equal(one[name], other[name])
+        shown, jitter = one["images"].reshape(-1, SIZE, SIZE, 3), other["jitter"].reshape(-1, 6)
+        assert other["jitter"].dtype == np.float32 and other["jitter"].shape == (*one["images"].shape[:-3], 6)
+        for before, after, row in zip(shown, other["images"].reshape(shown.shape), jitter, strict=True):
+            if not before.any():
+                assert not after.any() and not row.any()
+                continue
+            mirrored = np.array_equal(after[:, ::-1], before)
+            assert mirrored != np.array_equal(after, before)
+            flips.append(mirrored)
+            drawn.append(row)
+            assert max(row[4:]) == SIZE and min(row[4:]) >= 1
+        if kind == "videos":
+            present = one["frame_mask"]
+            same_in_clip = [np.ptp(clip[mask, :4], axis=0).max() for clip, mask in zip(other["jitter"], present, strict=True) if mask.any()]
+            assert max(same_in_clip) == 0
+    factors = np.array(drawn)[:, :4]
+    assert 0 < sum(flips) < len(flips) and len(np.unique(factors[:, 0])) > 10
+    assert (abs(factors[:, :3] - 1) <= 0.3 + 1e-6).all() and (abs(factors[:, 3]) <= 0.03 + 1e-6).all()
 
 
-def test_hue_and_saturation_leave_greys_grey_up_to_brightness():
-    frames = [np.full((2, 2, 3), 120, np.uint8)]
-    for seed in range(5):
-        (out,) = draw(np.random.default_rng(seed).uniform, flip=False, colour=0.5)(frames)
-        assert np.ptp(out.astype(int)) <= 1
+def test_nothing_is_drawn_where_augmentation_is_off():
+    assert draw(np.random.default_rng(0).uniform, flip=False, colour=0.0) is None
+
+
+def test_held_out_images_are_not_augmented(tokenizer):
+    """Also where a config asks for it."""
+    config = dataclasses.replace(CONFIGS["pairs"], flip=True, colour=0.5)
+    options = dict(tokenizer=tokenizer, task="flamingo", batches=2, image_size=SIZE, mean=MEAN, source=SOURCES["pairs"])
+    for one, other in zip(held_out(CONFIGS["pairs"], **options), held_out(config, readers=READERS, **options), strict=True):
+        same(one, other)
 
 
 def test_a_contrastive_batch_larger_than_the_dataset_is_refused(tokenizer):

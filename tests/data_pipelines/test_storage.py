@@ -24,7 +24,7 @@ from flamingo_jax.experiment import DatasetConfig
 from flamingo_jax.processing.images import ImageError, decode
 from flamingo_jax.processing.tokenizer import Tokenizer
 from tests.data_pipelines.faults import Faults, build, ever, hurt, never, noise, now_and_then, told
-from tests.data_pipelines.test_mixture import same, take, tokenizer  # noqa: F401 - a fixture
+from tests.data_pipelines.test_mixture import READERS, same, take, tokenizer  # noqa: F401 - a fixture
 
 COUNT = 40
 TASKS = {"text": "language_modelling", "pairs": "flamingo", "pages": "flamingo", "videos": "flamingo", "questions": "contrastive"}
@@ -32,7 +32,7 @@ TASKS = {"text": "language_modelling", "pairs": "flamingo", "pages": "flamingo",
 
 def iterator(folder: pathlib.Path, kind: str, tokenizer: Tokenizer, task: str = "", **options):  # noqa: F811
     dataset = DatasetConfig(kind=kind, path=str(folder), batch_size=4, length=64, visuals=0 if kind == "text" else 2)
-    options = {"cache_bytes": 0, "threads": 0, "text_length": 24, "task": task or TASKS[kind]} | options
+    options = {"cache_bytes": 0, "text_length": 24, "task": task or TASKS[kind]} | options
     return make_iterator(dataset, tokenizer=tokenizer, image_size=8, **options)
 
 
@@ -115,12 +115,12 @@ def test_a_run_over_storage_that_fails_for_moments_has_the_same_batches(kind, to
         DatasetConfig(kind=kind, path=str(folder), batch_size=4, length=64, visuals=0 if kind == "text" else 2), tokenizer=tokenizer,
         task=TASKS[kind], batches=2, image_size=8, text_length=24,
     )  # fmt: skip
-    whole, seen = take(iterator(folder, kind, tokenizer), 9), fixed()
+    whole, seen = take(iterator(folder, kind, tokenizer), 9), list(fixed())
     kept = {path.name: path.read_bytes() for path in folder.glob("lengths_*")}
     for path in folder.glob("lengths_*"):
         path.unlink()
     faults = Faults(monkeypatch, now_and_then())
-    it = iterator(folder, kind, tokenizer, threads=2)
+    it = iterator(folder, kind, tokenizer, readers=READERS)
     for first, second in zip(whole, take(it, 9), strict=True):
         same(first, second)
     for first, second in zip(seen, fixed(), strict=True):
@@ -151,7 +151,7 @@ def test_storage_that_fails_for_long_ends_the_run_and_leaves_nothing(kind, numbe
     for first, second in zip(whole, take(iterator(folder, kind, tokenizer), 4), strict=True):
         same(first, second)
     # In a thread that makes batches.
-    it = iterator(folder, kind, tokenizer, threads=2)
+    it = iterator(folder, kind, tokenizer, readers=READERS)
     faults.plan = ever(number)
     with pytest.raises(StorageError, match="could not be read 3 times"):
         for _ in range(50):

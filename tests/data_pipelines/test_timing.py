@@ -24,6 +24,11 @@ def test_reading_counts_what_the_rows_hold(kind: str, tokenizer: Tokenizer) -> N
     assert images.decode is decode
 
 
+def test_readers_are_timed_over_the_same_pictures(tokenizer: Tokenizer) -> None:  # noqa: F811
+    rates = timing.time_readers(lambda readers: iterator("contrastive", "pairs", tokenizer, readers=readers, cache_bytes=0), [1, 3], 4)
+    assert list(rates) == [1, 3] and min(rates.values()) > 0
+
+
 def test_the_bare_loop_makes_the_same_pictures() -> None:
     np.testing.assert_array_equal(timing.bare(picture(7), 5), images.decode(picture(7), 5))
 

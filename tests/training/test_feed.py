@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.mixture import BatchIterator
+from data_pipelines.readers import PendingBatch, Readers
 from flamingo_jax.experiment import MeshConfig
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.partitioning.share import WHOLE
@@ -31,8 +32,10 @@ class Stuck:
         tokens = np.ones((jax.device_count(), 4), np.int32)
         return {"tokens": tokens, "positions": tokens, "segments": tokens, "loss_mask": tokens > 0}
 
-    def batch(self, first: int, size: int, share: Any) -> dict[str, np.ndarray]:
-        return next(self)
+    def batch(
+        self, first: int, size: int, share: Any, readers: Readers | None, order: float
+    ) -> PendingBatch:
+        return PendingBatch(lambda batch: lambda: next(self), readers, order)
 
     def get_state(self) -> int:
         return self.given
@@ -73,11 +76,12 @@ def test_a_signal_ends_a_wait_for_storage() -> None:
 
 def test_an_iterator_of_batches_is_closed_though_its_threads_are_stuck() -> None:
     stuck = Stuck()
-    batches = BatchIterator(stuck, 4, WHOLE, 2)  # type: ignore[arg-type]
+    readers = Readers(1)
+    batches = BatchIterator(stuck, 4, WHOLE, readers)  # type: ignore[arg-type]
     next(batches)
     stuck.asked.wait(10)
     began = time.monotonic()
     batches.close()
+    readers.close()
     assert time.monotonic() - began < 1
-    # The interpreter waits for such threads.
     stuck.answer.set()

@@ -77,7 +77,7 @@ def summed(form: Any, task: Any, model: Any, parts: int) -> tuple[float, dict[st
     def run(parameters: Any, batches: Any) -> Any:
         return form(graph, task, parameters, {}, batches, jax.random.key(0), data)
 
-    losses, gradient = jax.jit(run)(parameters, BATCHES)
+    losses, gradient, _ = jax.jit(run)(parameters, BATCHES)
     return sum(WEIGHTS[name] * float(loss.value) for name, loss in losses.items()), gradient
 
 
@@ -150,7 +150,7 @@ def draws(mode: str, names: str, parts: int = 1, steps: int = 2) -> list[tuple[f
     for _ in range(steps):
         # The parameter is not to change what a loss tells of its draw.
         state = state._replace(trainable=parameters)
-        state, metrics = update(state, {}, {name: {"x": jnp.zeros((4, 1))} for name in names})
+        state, metrics = update(state, {}, {name: {"segments": jnp.zeros((4, 1), jnp.int32)} for name in names})
         found += [(float(metrics[f"loss/{n}"]), float(metrics[f"square/{n}"])) for n in names]
     return found
 

@@ -1,0 +1,60 @@
+"""What rows are planned from: records, or parts of them, with the room that each takes."""
+
+import dataclasses
+
+import numpy as np
+
+from data_pipelines.transforms.lengths import Lengths
+from data_pipelines.transforms.windows import pieces
+from flamingo_jax.experiment import DatasetConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Items:
+    """What rows are planned from: a record, a piece of one, or `count` questions about one visual from `record` on. All int32 [items]."""
+
+    record: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    visuals: np.ndarray
+    count: np.ndarray
+
+    @classmethod
+    def of(cls, lengths: Lengths, dataset: DatasetConfig) -> "Items":
+        """A page is one window, a pair or clip is cut to a row, a text gives all its pieces; a question is whole, or too long for any row."""
+        if dataset.kind == "questions" and dataset.pack:
+            return cls._sharing(lengths, dataset.length)
+        records = np.arange(len(lengths.tokens), dtype=np.int32)
+        ones = np.ones_like(records)
+        if dataset.kind != "text":
+            visuals = np.minimum(lengths.visuals, dataset.visuals) if dataset.kind == "pages" else lengths.visuals
+            tokens = lengths.tokens if dataset.kind == "questions" else np.minimum(lengths.tokens, dataset.length)
+            return cls(records, np.zeros_like(records), tokens, visuals, ones)
+        cut = [(record, *piece) for record, tokens in enumerate(lengths.tokens.tolist()) for piece in pieces(tokens, dataset.length)]
+        record, start, length = np.array(cut, np.int32).reshape(-1, 3).T
+        return cls(record, start, length, np.zeros_like(record), np.ones_like(record))
+
+    @classmethod
+    def by_visual(cls, lengths: Lengths) -> "Items":
+        """All questions about a visual that follow one another."""
+        first = np.flatnonzero(~lengths.same).astype(np.int32)
+        count = np.diff(np.append(first, len(lengths.same))).astype(np.int32)
+        return cls(first, np.zeros_like(first), np.ones_like(first), np.zeros_like(first), count)
+
+    @classmethod
+    def _sharing(cls, lengths: Lengths, row_length: int) -> "Items":
+        """Questions about the same visual that follow one another, in as few and as equal parts as fit a row: each part shows it once."""
+        starts = np.flatnonzero(~lengths.same)
+        found: list[tuple[int, int, int]] = []
+        for first, run in zip(starts.tolist(), np.split(lengths.tokens, starts[1:]), strict=True):
+            whole = int(run.sum())
+            enough = whole / -(-whole // row_length)
+            size = count = 0
+            for place, tokens in enumerate(run.tolist(), start=first):
+                if count and (size >= enough or size + tokens > row_length):
+                    found.append((place - count, size, count))
+                    size = count = 0
+                size, count = size + tokens, count + 1
+            found.append((first + len(run) - count, size, count))
+        record, length, count_of = np.array(found, np.int32).reshape(-1, 3).T
+        return cls(record, np.zeros_like(record), length, np.ones_like(record), count_of)
