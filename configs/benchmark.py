@@ -4,11 +4,12 @@
 the GPT-NeoX form (rotary positions, GELU, a head of its own), a ViT, a resampler of 6 layers, cross-attention of 8 heads of 64.
 """
 
+import dataclasses
 import re
 
 import ml_collections
 
-from flamingo_jax.configuring import to_config
+from flamingo_jax.configuring import from_config, to_config
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import (
     DatasetConfig,
@@ -24,6 +25,7 @@ from flamingo_jax.experiment import (
 NUMBERS = ("layers", "width", "heads", "vocab", "every", "vit_layers", "vit_width", "vit_heads", "image", "patch")
 BATCHES = ("interleaved", "pairs")
 """Each as rows x pictures x tokens."""
+NUMBER = "[1-9][0-9]{0,8}"
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -38,7 +40,7 @@ def experiment_of(sizes: str) -> Experiment:
         what = "is unknown" if wrong[0] in given else "is missing"
         raise UserError(f"sizes: {wrong[0]!r} {what}; it takes {', '.join((*NUMBERS, *BATCHES))}")
     for name, value in given.items():
-        form, example = (r"\d+x\d+x\d+", "8x3x128") if name in BATCHES else (r"\d+", "4")
+        form, example = ("x".join([NUMBER] * 3), "8x3x128") if name in BATCHES else (NUMBER, "4")
         if not re.fullmatch(form, value):
             raise UserError(f"sizes: {name} is {value!r}, but must look like {example}")
     n = {name: int(given[name]) for name in NUMBERS}
@@ -49,7 +51,7 @@ def experiment_of(sizes: str) -> Experiment:
     )
     vit = ViTConfig(patch_size=n["patch"], layers=n["vit_layers"], width=vision, heads=n["vit_heads"], feed_forward=4 * vision)
     (rows, pictures, tokens), (pair_rows, pair_pictures, pair_tokens) = ([int(size) for size in given[name].split("x")] for name in BATCHES)
-    return Experiment(
+    experiment = Experiment(
         name="benchmark",
         flamingo=FlamingoConfig(
             vision=VisionConfig(image_size=n["image"], vit=vit),
@@ -65,3 +67,4 @@ def experiment_of(sizes: str) -> Experiment:
         vision_encoder_from="random",
         language_model_from="random",
     )
+    return from_config(Experiment, dataclasses.asdict(experiment), "sizes")

@@ -15,7 +15,9 @@
 
 A dataset lands in OUTPUT/1.0.0 and opens with `tfds.builder_from_directory`; its statistics.json says what became of every source record,
 and samples.html shows some.
-A dataset that is finished is left as it is; one that was interrupted is built again.
+A dataset that is finished is left as it is; one that was interrupted is built again; one that
+another process builds is refused. An entry that kills its process (out of memory, a fault in a
+library) is named and counted, and the rest goes on.
 """
 
 import itertools

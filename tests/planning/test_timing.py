@@ -32,6 +32,9 @@ def test_sizes_make_the_model_they_name() -> None:
         (SIZES.replace("layers=2,", ""), "'layers' is missing"),
         (SIZES.replace("8x3x12", "8x3"), "interleaved is '8x3', but must look like 8x3x128"),
         (SIZES.replace("vocab=32", "vocab=many"), "vocab is 'many', but must look like 4"),
+        (SIZES.replace("heads=2,vocab", "heads=0,vocab"), "heads is '0', but must look like 4"),
+        (SIZES.replace("8x3x12", "0x3x12"), "interleaved is '0x3x12', but must look like 8x3x128"),
+        (SIZES.replace("8x3x12", "8x3x1"), "sizes.data.m3w.length is 1, but must be 2 or more"),
     ],
 )
 def test_wrong_sizes_are_one_sentence(sizes: str, sentence: str) -> None:
