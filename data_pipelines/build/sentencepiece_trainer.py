@@ -11,7 +11,7 @@ from typing import Any
 
 import sentencepiece
 
-from data_pipelines.build.files import walk
+from data_pipelines.build.shards import files_in
 from data_pipelines.build.text_files import NOT_UTF8, line_parts, unreadable
 from data_pipelines.features import INFO_FILE, STATISTICS_FILE, TRAIN, VERSION
 from data_pipelines.records import open_records
@@ -167,13 +167,11 @@ def texts_in(path: str | pathlib.Path) -> Iterator[str]:
         if (folder / INFO_FILE).is_file():
             yield from _dataset_texts(folder)
             return
-    if path.is_file():
+    if path.is_dir():
+        files = [found.path for found in files_in((str(path),), (".txt",), "text file")]
+    elif path.is_file():
         files = [path]
-    elif path.is_dir():
-        files = [path / name for name in walk(path, (".txt",)).names]
     else:
-        files = []
-    if not files:
         raise UserError(f"{path} is no dataset, no text file and no folder of .txt files: name one of these")
     for file in files:
         try:

@@ -476,6 +476,18 @@ def test_the_tokenizer_learns_from_every_line(tmp_path: pathlib.Path) -> None:
     )
 
 
+def test_a_text_that_is_not_read_stops_the_training(tmp_path: pathlib.Path) -> None:
+    root = tmp_path / "books"
+    root.mkdir()
+    (root / "a.txt").write_text("a book")
+    (tmp_path / "elsewhere.txt").write_text("not given")
+    (root / "b.txt").symlink_to(tmp_path / "elsewhere.txt")
+    with pytest.raises(UserError, match=r"b.txt is not read \(link that leads outside"):
+        list(texts_in(root))
+    (root / "b.txt").unlink()
+    assert list(texts_in(root)) == ["a book"]
+
+
 def test_a_text_that_gives_no_tokenizer_says_why(tmp_path: pathlib.Path) -> None:
     for texts, sentence in (
         (["▅", "\0"], r"no text to train a tokenizer on \(2 lines: null characters"),
