@@ -1,5 +1,6 @@
 """A folder has one holder, and nobody has to tidy up after one that died."""
 
+import errno
 import json
 import os
 import pathlib
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from flamingo_jax import holder
-from flamingo_jax.errors import EXIT_BAD_INPUT
+from flamingo_jax.errors import EXIT_BAD_INPUT, EXIT_SAVE_FAILED, UserError
 from flamingo_jax.holder import SILENT, HeldError, Holder, Standing, holding, judge
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -234,3 +235,20 @@ def test_it_ends_at_once_by_default(tmp_path: pathlib.Path) -> None:
     from_elsewhere(tmp_path, 0.0, number=2)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 76 and "was taken by a run (process" in err and "on far" in err
+
+
+def test_what_cannot_be_written_is_told_and_what_may_pass_is_started_again(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written to .Not a directory") as refused:
+        Holder(tmp_path / "file" / "run", "a run")
+    assert refused.value.exit_code == EXIT_BAD_INPUT
+
+    def fail(*_: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(UserError, match="cannot be written to just now .Input/output") as passing:
+        Holder(tmp_path, "a run")
+    assert passing.value.exit_code == EXIT_SAVE_FAILED and claims(tmp_path) == ["file"]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flamingo_jax.checkpointing import checkpoints as checkpointing
 from flamingo_jax.checkpointing import manifest
 from flamingo_jax.checkpointing.checkpoints import Checkpoints, SaveError
 from flamingo_jax.cluster.link import Alone
@@ -261,6 +262,34 @@ def test_those_who_wait_are_told_that_it_gets_on(tmp_path: pathlib.Path) -> None
     watched.told.clear()
     assert Checkpoints(tmp_path, keep_last=1, crew=watched).latest() == 1
     assert watched.told == ["verifying step 1"] * (1 + files) + [""]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_no_collective_waits_for_the_one_that_reads(
+    index: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Collectives have time limits of their own: all meet once it has read, and only then broadcast."""
+    saved(tmp_path, [1]).close()
+    watched = Watched()
+
+    def broadcast(value: np.ndarray) -> np.ndarray:
+        watched.told.append("broadcast")
+        return np.asarray(value if index == 0 else sent)
+
+    checkpoints, again = (Checkpoints(tmp_path, keep_last=1, crew=watched) for _ in range(2))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(checkpointing.multihost_utils, "broadcast_one_to_all", broadcast)
+    checkpoints._primary = again._primary = index == 0
+    sent = 1
+    assert checkpoints.latest() == 1
+    read = [told for told in watched.told if told.startswith("verifying")]
+    search = ["met: the search for the newest checkpoint", "broadcast"]
+    assert watched.told == [*read, *([""] if index == 0 else []), *search] and bool(read) == (index == 0)
+    watched.told.clear()
+    sent = 0
+    assert again.extra(1) == {"position": {"m3w": 10}}
+    assert watched.told[-2:] == ["met: the verification of step 1", "broadcast"]
+    assert any(told.startswith("verifying") for told in watched.told) == (index == 0)
 
 
 def test_a_damaged_step_may_be_saved_again(tmp_path: pathlib.Path) -> None:
