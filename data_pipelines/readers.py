@@ -62,8 +62,7 @@ _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 def _end_all() -> None:
     deadline = time.monotonic() + EXIT_SECONDS
     for readers in list(_all):
-        # Not by `close`: finalizers do nothing from here on.
-        _end(readers._queue, readers.count)
+        readers.close()
     for thread in list(_threads):
         thread.join(max(deadline - time.monotonic(), 0.0))
 

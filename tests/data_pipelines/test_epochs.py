@@ -5,10 +5,13 @@ import itertools
 import numpy as np
 import pytest
 
+from data_pipelines.inputs import make_iterators
 from data_pipelines.transforms.examples import Draws
 from data_pipelines.transforms.keys import generator
 from data_pipelines.transforms.lengths import measure
 from data_pipelines.transforms.packing import plan
+from flamingo_jax.experiment import DatasetConfig, Experiment, LanguageModelConfig
+from tests.data_pipelines.faults import build
 from tests.data_pipelines.test_mixture import (
     asked,
     in_lists,
@@ -96,3 +99,17 @@ def test_the_same_records_under_two_names_come_in_two_orders(task, kind, tokeniz
 
     first, again, other = map(tokens, ("one", "one", "two"))
     assert all(map(np.array_equal, first, again)) and not any(map(np.array_equal, first, other))
+
+
+def test_a_config_names_its_datasets(tokenizer, tmp_path, monkeypatch):  # noqa: F811
+    """The same records, read twice by one experiment: two orders."""
+    dataset = DatasetConfig("text", str(build(tmp_path, "text", 40, monkeypatch)), batch_size=4, length=32, visuals=0)
+    both = {"first": dataset, "second": dataset}
+    experiment = Experiment(
+        name="two", task="language_modelling", tokenizer="", data=both, language_model=LanguageModelConfig(vocab_size=320)
+    )
+    iterators = make_iterators(experiment, tokenizer)
+    first, second = (np.stack([next(it)["tokens"] for _ in range(3)]) for it in iterators.values())
+    assert not np.array_equal(first, second)
+    for it in iterators.values():
+        it.close()

@@ -35,6 +35,10 @@ WORDS = ["red", "blue", "green", "circle", "square", "star", "left", "right", "a
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
+    return make_tokenizer()
+
+
+def make_tokenizer() -> Tokenizer:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([" ".join(WORDS), "This is a dax. Output: wug"] * 20), model_writer=model, vocab_size=320, pad_id=3,

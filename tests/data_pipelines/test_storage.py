@@ -4,8 +4,11 @@ import dataclasses
 import errno
 import gzip
 import io
+import json
 import os
 import pathlib
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -25,6 +28,7 @@ from flamingo_jax.processing.images import ImageError, decode
 from flamingo_jax.processing.tokenizer import Tokenizer
 from tests.data_pipelines.faults import Faults, build, ever, hurt, never, noise, now_and_then, told
 from tests.data_pipelines.test_mixture import READERS, same, take, tokenizer  # noqa: F401 - a fixture
+from tests.processes import one_device
 
 COUNT = 40
 TASKS = {"text": "language_modelling", "pairs": "flamingo", "pages": "flamingo", "videos": "flamingo", "questions": "contrastive"}
@@ -416,3 +420,15 @@ def test_a_dataset_that_was_built_anew_is_read_anew(tmp_path, monkeypatch):
         path.replace(folder / path.name)
     again = open_records(folder, "train", "text")
     assert len(again) == 12 and {again[place]["id"] for place in range(12)} == {f"text{number}".encode() for number in range(12)}
+
+
+@pytest.mark.scale
+def test_1200_shards_and_150000_kept_features_are_read_whole_with_1024_open_files(tmp_path):
+    """In a process that cannot raise its limit."""
+    command = f"ulimit -n 1024 && exec {sys.executable} -m tests.data_pipelines.many_files {tmp_path}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=one_device(), cwd=pathlib.Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr[-2_000:]
+    met = json.loads(done.stdout)
+    assert (met["shards"], met["records"], met["features"], met["parts"], met["failed"]) == (1_200, 150_000, 150_000, 1_500, 0), met
+    assert met["allowed"] == 1_024 and met["open"] < 600, met
+    assert "damaged" not in done.stderr

@@ -28,7 +28,7 @@ TRAINING = TrainingConfig(steps=30, log_every=1, save_every=3, keep_last=2, eval
 
 def get_config(argument: str) -> ml_collections.ConfigDict:
     stage, _, data = argument.partition(",")
-    stages = {"contrastive": contrastive, "language_model": language_model, "flamingo": flamingo, "questions": questions, "unfrozen": unfrozen}
+    stages = {"contrastive": contrastive, "language_model": language_model, "flamingo": flamingo, "questions": questions, "unfrozen": unfrozen, "pages": pages}
     return to_config(stages[stage](pathlib.Path(data)))
 
 
@@ -70,6 +70,12 @@ def questions(data: pathlib.Path, **changes: object) -> Experiment:
     """The Flamingo on questions alone, several to a row."""
     asked = DatasetConfig("questions", str(data / "vqa"), split="test", batch_size=8, length=64, visuals=2)
     return dataclasses.replace(flamingo(data, **changes), data={"vqa": asked})
+
+
+def pages(data: pathlib.Path, **changes: object) -> Experiment:
+    """The Flamingo on pages alone, which compiles in a quarter of the time."""
+    experiment = flamingo(data, **changes)
+    return dataclasses.replace(experiment, data={"m3w": experiment.data["m3w"]})
 
 
 def unfrozen(data: pathlib.Path, **changes: object) -> Experiment:
