@@ -7,6 +7,7 @@
 checkpoint is: what is trained and its moments, since frozen parameters stay in the exports they came from. `--topology` compiles the
 training step for that machine, which need not be there, and says for each device what memory it takes, how many FLOPs and the compiler's own
 estimate of its cycles, what it sends to others, and how long the run should take. Where the step does not fit, `--search` tries what would.
+`--held_out` says the same of the memory that evaluation takes.
 """
 
 import json
@@ -24,13 +25,14 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.planning.counts import checkpoint_bytes, count_parameters
 from flamingo_jax.planning.hlo import Collective, summarise
-from flamingo_jax.planning.program import DoesNotFit, Program, compile_program, floor_seconds, smaller
+from flamingo_jax.planning.program import DoesNotFit, Program, compile_held_out, compile_program, floor_seconds, smaller
 from flamingo_jax.planning.topology import open_topology
 from launch import command
 
 COUNTS = flags.DEFINE_bool("counts", False, "Count the parameters.")
 TOPOLOGY = flags.DEFINE_string("topology", "", "Machine to compile the step for, as v4:2x2x4: a kind of chip and its torus; 2*v4:2x2x4 is two slices.")
 SEARCH = flags.DEFINE_bool("search", False, "Where the step does not fit, compile what needs less memory until it does: minutes for each try.")
+HELD_OUT = flags.DEFINE_bool("held_out", False, "With --topology: compile the evaluation of each held-out dataset too, which has a memory of its own.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
 CONFIG = command.define_config()
 GIB = 2**30
@@ -42,15 +44,20 @@ def main() -> int:
     experiment = command.experiment(CONFIG)
     if not COUNTS.value and not TOPOLOGY.value:
         raise UserError("nothing to plan: add --counts or --topology=v4:2x2x4")
+    if (SEARCH.value or HELD_OUT.value) and not TOPOLOGY.value:
+        raise UserError("--search and --held_out compile for a machine: add --topology=v4:2x2x4")
     plan: dict[str, Any] = {"parameters": count_parameters(experiment)} if COUNTS.value else {}
     plan["checkpoint"] = checkpoint_bytes(experiment)
     if TOPOLOGY.value:
         plan["step"] = plan_step(experiment, TOPOLOGY.value, SEARCH.value)
+        if HELD_OUT.value:
+            plan["held_out"] = plan_held_out(experiment, TOPOLOGY.value)
     if JSON.value:
         print(json.dumps(plan))
         return 0
     tables = [_counts_table(experiment, plan["parameters"])] if COUNTS.value else []
     tables += _step_tables(plan["step"]) if TOPOLOGY.value else []
+    tables += [_held_out_table(plan["held_out"])] if "held_out" in plan else []
     for made in [*tables, _checkpoint_table(plan["checkpoint"])]:
         Console().print(made)
     return 0
@@ -100,6 +107,30 @@ def plan_step(experiment: Experiment, name: str, search: bool = False) -> dict[s
         "compile_seconds": program.seconds,
         "compiler_bytes": program.compiler_bytes,
     }
+
+
+def plan_held_out(experiment: Experiment, name: str) -> dict[str, Any]:
+    """Bytes of a device while each held-out dataset is evaluated, moments beside it: {"peak_bytes": {dataset: bytes}, "chip_bytes", "fits"}.
+
+    Raises: UserError with the mend where the compiler finds no way to fit one.
+    """
+    topology = open_topology(name)
+    try:
+        memories = compile_held_out(experiment, topology.mesh(experiment.mesh))
+    except DoesNotFit as error:
+        mend = "raise config.held_out.NAME.microbatches, or take smaller held-out batches"
+        raise UserError(f"evaluation: {error}, but a {topology.kind} has {topology.chip.memory / GIB:.2f} GiB: {mend}") from None
+    peaks = {dataset: memory.peak for dataset, memory in memories.items()}
+    return {"peak_bytes": peaks, "chip_bytes": topology.chip.memory, "fits": all(peak <= topology.chip.memory for peak in peaks.values())}
+
+
+def _held_out_table(held_out: dict[str, Any]) -> Table:
+    table = Table("held-out dataset", title="evaluation")
+    table.add_column("peak of the chip's memory", justify="right")
+    for name, peak in held_out["peak_bytes"].items():
+        verdict = "fits" if peak <= held_out["chip_bytes"] else "[bold]does not fit[/bold]"
+        table.add_row(name, f"{peak / GIB:.2f} of {held_out['chip_bytes'] / GIB:.2f} GiB: {verdict}")
+    return table
 
 
 def _fitting(experiment: Experiment, mesh: Mesh) -> tuple[str, Experiment, Program]:

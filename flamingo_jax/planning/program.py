@@ -21,7 +21,7 @@ from flamingo_jax.planning.flops import Work, product_flops, step_cost
 from flamingo_jax.processing.jitter import FIELDS
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.assembly import Assembly, assemble
-from flamingo_jax.training.step import compile_traced, make_update, trace_update
+from flamingo_jax.training.step import compile_traced, make_held_out_loss, make_update, trace_update
 
 
 class Memory(NamedTuple):
@@ -88,6 +88,32 @@ def compile_program(experiment: Experiment, mesh: Mesh) -> Program:
     """
     began = time.monotonic()
     assembly, traced = trace_step(experiment, mesh)
+    compiled, memory = _compile(traced, mesh)
+    text = compiled.as_text()
+    assert text is not None, "every XLA backend has it"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    flops = step_cost(experiment).of(full_work(experiment))
+    return Program(memory, flops, product_flops(traced.jaxpr.jaxpr), time.monotonic() - began, peak, text, _largest(assembly))
+
+
+def compile_held_out(experiment: Experiment, mesh: Mesh) -> dict[str, Memory]:
+    """Compiles the evaluation of every held-out dataset, in its microbatches: the memory of each, with the optimizer's moments, which lie beside it.
+
+    Raises: as `compile_program`.
+    """
+    check_batches(experiment, mesh)
+    assembly, task = assemble(experiment, mesh), stages.make_task(experiment)
+    beside = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(assembly.state.optimizer))
+    found: dict[str, Memory] = {}
+    for name, batch in batch_shapes(experiment, mesh, held_out=True).items():
+        losses = make_held_out_loss(assembly.graph, task, experiment.held_out[name].microbatches)
+        with jax.set_mesh(mesh):
+            _, memory = _compile(jax.jit(losses).trace(assembly.trainable, assembly.frozen, batch), mesh)
+        found[name] = memory._replace(arguments=memory.arguments + beside)
+    return found
+
+
+def _compile(traced: jax.stages.Traced, mesh: Mesh) -> tuple[jax.stages.Compiled, Memory]:
     try:
         with jax.set_mesh(mesh):
             compiled = compile_traced(traced, mesh.devices.flat[0].platform)
@@ -95,14 +121,10 @@ def compile_program(experiment: Experiment, mesh: Mesh) -> Program:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise DoesNotFit(_needed(str(error))) from error
-    analysis, text = compiled.memory_analysis(), compiled.as_text()
-    assert analysis is not None and text is not None, "every XLA backend has both"
-    memory = Memory(
-        analysis.argument_size_in_bytes, analysis.output_size_in_bytes - analysis.alias_size_in_bytes, analysis.temp_size_in_bytes
-    )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    flops = step_cost(experiment).of(full_work(experiment))
-    return Program(memory, flops, product_flops(traced.jaxpr.jaxpr), time.monotonic() - began, peak, text, _largest(assembly))
+    analysis = compiled.memory_analysis()
+    assert analysis is not None, "every XLA backend has it"
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return compiled, Memory(analysis.argument_size_in_bytes, results, analysis.temp_size_in_bytes)
 
 
 TOP = 8
@@ -155,9 +177,10 @@ def _full_work(experiment: Experiment, dataset: DatasetConfig) -> Work:
     return Work(tokens, tokens, rows * dataset.visuals, rows * dataset.visuals * dataset.frames)
 
 
-def batch_shapes(experiment: Experiment, mesh: Mesh) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    """Every dataset's global batch as shapes with their shardings (the arrays of `data_pipelines.mixture`)."""
-    found = {name: _batch_shapes(experiment, dataset, mesh) for name, dataset in experiment.data.items()}
+def batch_shapes(experiment: Experiment, mesh: Mesh, held_out: bool = False) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """Every dataset's global batch as shapes with their shardings (the arrays of `data_pipelines.mixture`); held-out ones are never augmented."""
+    datasets = {name: dataclasses.replace(d, colour=0.0) for name, d in experiment.held_out.items()} if held_out else experiment.data
+    found = {name: _batch_shapes(experiment, dataset, mesh) for name, dataset in datasets.items()}
     lie = lambda shapes, shardings: {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[name]) for name, s in shapes.items()}
     return {name: lie(shapes, batch_shardings(shapes, mesh)) for name, shapes in found.items()}
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from flamingo_jax.errors import UserError
-from flamingo_jax.experiment import MeshConfig
+from flamingo_jax.experiment import MeshConfig, VisionConfig, ViTConfig
 from flamingo_jax.partitioning.mesh import check_batches, make_mesh
 from flamingo_jax.planning.flops import work_in
 from flamingo_jax.planning.hlo import summarise
-from flamingo_jax.planning.program import DoesNotFit, _needed, batch_shapes, compile_program, full_work, smaller
+from flamingo_jax.planning.program import DoesNotFit, Memory, _needed, batch_shapes, compile_held_out, compile_program, full_work, smaller
 from flamingo_jax.planning.topology import open_topology
 from flamingo_jax.training.assembly import assemble
 from tests.training import world
@@ -81,3 +81,23 @@ def test_an_unknown_topology_is_one_sentence(name: str) -> None:
 def test_without_the_compiler_it_is_named() -> None:
     with pytest.raises(UserError, match="pip install"):
         open_topology("v4:2x2x1")
+
+
+def test_evaluation_is_planned_in_its_microbatches() -> None:
+    """Arguments are all that is held and the batch; parts take less memory than the whole; colours are not jittered."""
+    mesh, dataset = make_mesh(MeshConfig(), jax.devices()[:1]), dataclasses.replace(world.DATA["vtp"], batch_size=64, colour=0.2)
+    vision = VisionConfig(image_size=32, vit=ViTConfig(patch_size=16, layers=1, width=16, heads=2, feed_forward=64))
+
+    def planned(microbatches: int) -> Memory:
+        held_out = {"vtp": dataclasses.replace(dataset, microbatches=microbatches)}
+        experiment = world.experiment(flamingo=dataclasses.replace(world.FLAMINGO, vision=vision), data={"vtp": dataset}, held_out=held_out)
+        made = compile_held_out(experiment, mesh)
+        assert list(made) == ["vtp"]
+        assembly, batch = assemble(experiment, mesh), world.batch(dataset, 0)
+        arrays = jax.tree.leaves((assembly.trainable, assembly.frozen, assembly.state.optimizer, batch))
+        expected = sum(a.size * a.dtype.itemsize for a in arrays)
+        assert expected * 0.95 <= made["vtp"].arguments <= expected * 1.05
+        return made["vtp"]
+
+    whole, parts = planned(1), planned(8)
+    assert parts.temporaries < 0.7 * whole.temporaries and parts.peak > parts.arguments
