@@ -10,6 +10,7 @@ import collections
 import errno
 import io
 import os
+import re
 import runpy
 import sys
 import threading
@@ -21,6 +22,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
 from flamingo_jax import storage
+from flamingo_jax.checkpointing import manifest
 
 
 class Faults:
@@ -75,9 +77,10 @@ def install(faults: Faults) -> None:
     np.load = faults.wrap("lengths", np.load, lambda path, *args, **options: str(path).endswith(".npz"))
     os.preadv = faults.wrap("feature", os.preadv, lambda *args: True)
     tfds.builder_from_directory = faults.wrap("info", tfds.builder_from_directory, lambda *args, **options: True)
-    manifest = lambda path, mode="r", *args, **options: str(path).endswith("manifest.json") and not set(mode) & set("wax+")
-    io.open = builtins.open = faults.wrap("manifest", open, manifest)  # type: ignore[assignment]
+    ours = lambda path, mode="r", *args, **options: bool(re.search(r"checkpoints/.*manifest\.json$", str(path))) and not set(mode) & set("wax+")
+    io.open = builtins.open = faults.wrap("manifest", open, ours)  # type: ignore[assignment]
     storage.WAITS = (0.01, 0.01, 0.02, 0.05)
+    manifest.READ_AGAIN_AFTER = (0.01, 0.02, 0.05)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ STARTS = [
     # The first batches.
     ("shard:2:1,feature:2:2,feature:9:60", EXIT_SAVE_FAILED),
     ("lengths:1:2,feature:30:1,feature:120:60", EXIT_SAVE_FAILED),
-    ("lengths:1:60", EXIT_SAVE_FAILED),
+    ("manifest:1:60", EXIT_SAVE_FAILED),
     ("manifest:1:2,feature:5:1,feature:60:60", EXIT_SAVE_FAILED),
     ("info:1:60", EXIT_SAVE_FAILED),
     ("manifest:1:1,feature:3:2,shard:1:2", 0),
