@@ -25,6 +25,7 @@ MANY = 5
 """Files that a split's share must come to for files to be dealt as wholes."""
 BORDER = "at the border between the splits of a file"
 NULLS = "null characters, as in UTF-16 without its byte order mark"
+BLANKS = re.compile("[\n ]*")
 MAX_BYTES = 1 << 30
 """Of a file, which is read as a whole."""
 
@@ -129,9 +130,13 @@ def documents(text: str, limit: int) -> Iterator[str]:
 
 
 def _pieces(block: str, limit: int) -> Iterator[str]:
-    while len(block) > limit:
-        cut = max(block.rfind("\n", 1, limit + 1), 0) or max(block.rfind(" ", 1, limit + 1), 0) or limit
-        yield block[:cut]
-        block = block[cut:].lstrip("\n ")
-    if block.strip():
-        yield block
+    start = 0
+    while len(block) - start > limit:
+        # Never at the start itself: a piece would be empty.
+        within = start + 1, start + limit + 1
+        cut = max(block.rfind("\n", *within), 0) or max(block.rfind(" ", *within), 0) or start + limit
+        yield block[start:cut]
+        # Not `lstrip`, which would copy all that is left for each piece.
+        start = BLANKS.match(block, cut).end()  # type: ignore[union-attr]
+    if block[start:].strip():
+        yield block[start:]

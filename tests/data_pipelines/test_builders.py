@@ -284,6 +284,12 @@ def test_documents_keep_every_word_within_the_limit(limit):
         assert len(made) <= 2 * len(text) / limit
 
 
+def test_a_long_paragraph_is_cut_in_time_that_grows_with_its_length() -> None:
+    words = [f"word{number}" for number in range(400_000)]
+    made = list(documents(" ".join(words), 100))  # 44,000 copies of the rest would take a minute.
+    assert " ".join(made).split(" ") == words and max(map(len, made)) <= 100
+
+
 def test_tokenizer_keeps_any_text(tmp_path):
     (tmp_path / "a.txt").write_text("the cat sat on the mat\n" * 50 + "a dog and a log <image> in a fog\n" * 50)
     file = train_tokenizer(texts_in(tmp_path), tmp_path / "tokenizer", vocab_size=312)
