@@ -22,6 +22,8 @@ SUFFIXES = (
 )
 BLOCK = 512
 """Tar files consist of blocks of so many bytes."""
+MAX_HEADER = 1 << 20
+"""Bytes of a long name or of a member's further attributes: a header may claim any number."""
 
 TRUNCATED = "cut off in the shard"
 DAMAGED = "damaged stretch of a shard"
@@ -87,16 +89,18 @@ def _members(shard: str, file: "_Looked") -> Iterator[Member | str]:
             fileobj=looked, mode="r:", ignore_zeros=True, errors="surrogateescape"
         ) as tar:
             while (member := tar.next()) is not None:
+                tar.members.clear()  # Which it keeps for those who look members up by name.
                 if member.offset < end:
                     raise tarfile.ReadError("a header within a file")
                 if last:
                     yield last
                     last = None
-                if file.filled(end, member.offset):
+                if file.filled(member.offset):
                     yield DAMAGED
                 seen, data = True, member.size if member.isreg() else 0
                 data_end = tar.offset if member.issparse() else member.offset_data + data
                 end = tar.offset
+                file.look_from(end)
                 if member.isreg() and not member.issparse():
                     if _leads_out(member.name):
                         yield UNSAFE
@@ -108,8 +112,8 @@ def _members(shard: str, file: "_Looked") -> Iterator[Member | str]:
             yield last
             last = None
         if not seen:
-            yield EMPTY if file.tell() > BLOCK and not file.filled(0, None) else NO_TAR
-        elif file.filled(end, None):
+            yield EMPTY if file.tell() > BLOCK and not file.filled() else NO_TAR
+        elif file.filled():
             yield DAMAGED
     except Exception as error:  # A damaged header makes tarfile raise whatever it stumbles on.
         at_end = isinstance(error, EOFError) or (
@@ -122,7 +126,7 @@ def _members(shard: str, file: "_Looked") -> Iterator[Member | str]:
             yield TOO_LONG
         elif not seen:
             yield NO_TAR
-        elif not at_end or file.filled(end, None):
+        elif not at_end or file.filled():
             yield DAMAGED
         elif not whole or isinstance(error, EOFError):
             yield TRUNCATED
@@ -145,7 +149,7 @@ class _TooLong(Exception):
 
 
 class _Looked:
-    """A file as tarfile reads it, only forward, that remembers which of what was read is filled.
+    """A file as tarfile reads it, only forward, that remembers whether what was read is filled.
 
     tarfile passes over blocks that are no header without a word.
     """
@@ -154,14 +158,16 @@ class _Looked:
         self._file = file
         self.packed = packed
         self.at_end = False
-        self._filled: list[int] = []
+        self._from = 0
+        self._first: int | None = None
 
-    def filled(self, start: int, end: int | None) -> bool:
-        """Whether there is more than the zeros that end an archive between two places, the second
-        None for all that follows; what was read before is forgotten."""
-        found = [place for place in self._filled if place >= start and (end is None or place < end)]
-        self._filled = []
-        return bool(found)
+    def look_from(self, start: int) -> None:
+        """`filled` is about what is read from this place on."""
+        self._from, self._first = start, None
+
+    def filled(self, end: int | None = None) -> bool:
+        """Whether there is more than the zeros that end an archive before a place, or anywhere."""
+        return self._first is not None and (end is None or self._first < end)
 
     def reached(self) -> int:
         """The end of what can be read of the file, as far as that is known."""
@@ -179,11 +185,13 @@ class _Looked:
         return self._file.tell()
 
     def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= MAX_HEADER:
+            raise tarfile.InvalidHeaderError(f"a header of {size} bytes")  # type: ignore[attr-defined]
         place = self._file.tell()
         data = self._file.read(size)
         self.at_end = len(data) < size
-        if data.strip(b"\0"):
-            self._filled.append(place)
+        if self._first is None and place >= self._from and data.strip(b"\0"):
+            self._first = place
         if self.packed and place > MAX_UNPACKED:
             raise _TooLong
         return data
