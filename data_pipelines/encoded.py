@@ -24,7 +24,7 @@ from data_pipelines.features import is_current
 from data_pipelines.open_files import OpenFiles
 from data_pipelines.records import UNREADABLE, Record
 from flamingo_jax.errors import StorageError, UserError
-from flamingo_jax.processing.images import ImageError, pad
+from flamingo_jax.processing.images import Fit, ImageError, pad
 from flamingo_jax.progress import Bar
 from flamingo_jax.storage import read_again
 
@@ -146,6 +146,7 @@ def load_or_encode(
     *,
     image_size: int,
     mean: Sequence[float],
+    image_fit: Fit = "pad",
     index: int = 0,
     count: int = 1,
 ) -> EncodedPictures:
@@ -153,7 +154,7 @@ def load_or_encode(
 
     Args:
       feature: the feature of a record that holds its pictures.
-      image_size, mean: side of the square pictures, and the colour (0..1 a channel) that pads them.
+      image_size, mean, image_fit: side of the square pictures, the colour (0..1 a channel) that pads them, how they become squares.
       index, count: this process makes the parts index, index + count, ... and waits for the others.
 
     Raises:
@@ -184,7 +185,7 @@ def load_or_encode(
     try:
         if mine:
             store.mkdir(exist_ok=True)
-            _make(_Pictures(records, feature, image_size, mean), encoder, store, mine, f"features of {folder.parent.name} {split}")
+            _make(_Pictures(records, feature, image_size, mean, image_fit), encoder, store, mine, f"features of {folder.parent.name} {split}")
     except OSError as error:
         if error.errno not in NOT_WRITABLE:
             raise StorageError(f"the storage failed when features were written to {store} ({error}): mend it and start again") from error
@@ -237,15 +238,15 @@ class _Pictures:
     """A part's pictures: how many each record has (-1: it is damaged), for all in a row which of the different ones it is, and these, with None for
     what cannot be read."""
 
-    def __init__(self, records: Sequence[Any], feature: str, image_size: int, mean: Sequence[float]):
-        self._records, self._feature, self._size, self._mean = records, feature, image_size, mean
+    def __init__(self, records: Sequence[Any], feature: str, image_size: int, mean: Sequence[float], fit: Fit):
+        self._records, self._feature, self._size, self._mean, self._fit = records, feature, image_size, mean, fit
 
     def __call__(self, part: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray | None]]:
         counts, places = [], []
         pictures: list[np.ndarray | None] = []
         met: dict[bytes, int] = {}
         for place in range(part * RECORDS, min((part + 1) * RECORDS, len(self._records))):
-            record = Record(self._records, place, self._feature, self._size)
+            record = Record(self._records, place, self._feature, self._size, self._fit)
             if record.damaged:
                 counts.append(-1)
                 continue

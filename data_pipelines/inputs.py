@@ -38,7 +38,7 @@ def _options(experiment: Experiment, tokenizer: Tokenizer, encoder: Encoder | No
     options["readers"] = readers
     vision = experiment.contrastive.vision if experiment.contrastive else experiment.flamingo.vision if experiment.flamingo else None
     if vision is not None:
-        options |= {"image_size": vision.image_size, "mean": vision.mean}
+        options |= {"image_size": vision.image_size, "mean": vision.mean, "image_fit": vision.image_fit}
     if experiment.contrastive is not None:
         options["text_length"] = experiment.contrastive.text.max_length
     return options

@@ -15,6 +15,7 @@ from data_pipelines.transforms.examples import Arrays
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import DatasetConfig
 from flamingo_jax.partitioning.share import WHOLE, Share
+from flamingo_jax.processing.images import Fit
 from flamingo_jax.processing.tokenizer import Tokenizer
 
 CACHE_BYTES = 256 << 20
@@ -117,6 +118,7 @@ def make_iterator(
     task: Task,
     image_size: int = 0,
     mean: Sequence[float] = (0.0, 0.0, 0.0),
+    image_fit: Fit = "pad",
     seed: int = 0,
     share: Share = WHOLE,
     process: tuple[int, int] = (0, 1),
@@ -130,7 +132,7 @@ def make_iterator(
     """A process's share of the dataset's global batches, without end, in a new order and with new draws each epoch.
 
     Args:
-      image_size, mean: side of the square pictures, and the colour (0..1 a channel) that pads them.
+      image_size, mean, image_fit: side of the square pictures, the colour (0..1 a channel) that pads them, how they become squares.
       text_length: tokens of a text in the contrastive stage.
       readers: the process's, which make batches ahead; None makes each batch when it is asked for.
       source: records to read in place of those at `dataset.path`.
@@ -153,7 +155,7 @@ def make_iterator(
         batch, or (while iterating) too many records that cannot be decoded.
     """
     _check_split(dataset, share)
-    making = Making(dataset, task, tokenizer, image_size, tuple(mean), text_length, seed, True, encoder, process, name)
+    making = Making(dataset, task, tokenizer, image_size, tuple(mean), text_length, seed, True, encoder, process, name, image_fit)
     rows = Rows(making, source, cache_bytes)
     if task == "contrastive" and len(rows) < dataset.batch_size:
         raise UserError(
@@ -171,6 +173,7 @@ def held_out(
     batches: int,
     image_size: int = 0,
     mean: Sequence[float] = (0.0, 0.0, 0.0),
+    image_fit: Fit = "pad",
     share: Share = WHOLE,
     process: tuple[int, int] = (0, 1),
     text_length: int = 64,
@@ -186,7 +189,7 @@ def held_out(
     Args and Raises as `make_iterator`; also UserError where there is not even one contrastive batch.
     """
     _check_split(dataset, share)
-    making = Making(dataset, task, tokenizer, image_size, tuple(mean), text_length, 0, False, encoder, process, name)
+    making = Making(dataset, task, tokenizer, image_size, tuple(mean), text_length, 0, False, encoder, process, name, image_fit)
     rows = Rows(making, source, CACHE_BYTES)
     size = dataset.batch_size
     whole = len(rows) // size

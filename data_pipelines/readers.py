@@ -62,7 +62,8 @@ _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 def _end_all() -> None:
     deadline = time.monotonic() + EXIT_SECONDS
     for readers in list(_all):
-        readers.close()
+        # Not by `close`: finalizers do nothing from here on.
+        _end(readers._queue, readers.count)
     for thread in list(_threads):
         thread.join(max(deadline - time.monotonic(), 0.0))
 

@@ -183,8 +183,18 @@ class Records:
     pictures: False where only their number is asked for. Safe to use from several threads.
     """
 
-    def __init__(self, source: Sequence[Any], kind: str, image_size: int, *, cache_bytes: int, pictures: bool = True):
-        self._source, self._feature, self._size, self._pictures = source, PICTURES.get(kind), image_size, pictures
+    def __init__(
+        self,
+        source: Sequence[Any],
+        kind: str,
+        image_size: int,
+        image_fit: images.Fit = "pad",
+        *,
+        cache_bytes: int,
+        pictures: bool = True,
+    ):
+        self._source, self._feature, self._pictures = source, PICTURES.get(kind), pictures
+        self._size, self._fit = image_size, image_fit
         self._left, self._left_for_texts = cache_bytes, TEXT_BYTES
         self._kept: dict[int, Record] = {}
         self._known: dict[int, Known] = {}
@@ -197,7 +207,9 @@ class Records:
         if record is not None:
             return record
         known = self._known.get(place)
-        record = Record(self._source, place, self._feature, self._size, pictures=self._pictures, known=known)
+        record = Record(
+            self._source, place, self._feature, self._size, self._fit, pictures=self._pictures, known=known
+        )
         if known is None:
             # Two threads may both pass here and overrun the budget by a record.
             if record.cost <= self._left:
@@ -217,8 +229,19 @@ class Record:
     not read before its fields or pictures are asked for.
     """
 
-    def __init__(self, source: Sequence[Any], place: int, feature: str | None, size: int, *, pictures: bool = True, known: Known | None = None):
-        self._source, self._place, self._feature, self._size, self._keep = source, place, feature, size, pictures
+    def __init__(
+        self,
+        source: Sequence[Any],
+        place: int,
+        feature: str | None,
+        size: int,
+        fit: images.Fit = "pad",
+        *,
+        pictures: bool = True,
+        known: Known | None = None,
+    ):
+        self._source, self._place, self._feature, self._keep = source, place, feature, pictures
+        self._size, self._fit = size, fit
         self.kept = False
         """It stays in memory, its pictures as they were decoded."""
         self._fields: dict[str, Any] | None = None
@@ -289,7 +312,7 @@ class Record:
             raise images.ImageError(f"its texts ask for more pictures than the {len(pictures)} it has")
         picture = pictures[visual][frame]
         if isinstance(picture, bytes):
-            picture = images.decode(picture, self._size)
+            picture = images.decode(picture, self._size, how=self._fit)
             # What is not kept is in its batch from here on, and need not be there twice.
             if self.kept:
                 pictures[visual][frame] = picture

@@ -33,7 +33,7 @@ from data_pipelines.transforms.packing import Plan, plan
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import DatasetConfig
 from flamingo_jax.partitioning.share import WHOLE, Share
-from flamingo_jax.processing.images import ImageError
+from flamingo_jax.processing.images import Fit, ImageError
 from flamingo_jax.processing.sequences import pair_overhead, question_tokens, text_tokens
 from flamingo_jax.processing.tokenizer import Tokenizer
 
@@ -64,6 +64,7 @@ class Making:
     """This one and how many there are: each encodes its part."""
     name: str = ""
     """The dataset's in the config: part of the key of all that is drawn for it."""
+    image_fit: Fit = "pad"
 
 
 class PlannedRow(NamedTuple):
@@ -119,7 +120,10 @@ class Rows:
         opened = source if source is not None else open_records(dataset.path, dataset.split, dataset.kind)
         if not len(opened):
             raise UserError(f"the split {dataset.split!r} of the dataset {self.name} is empty; name another split")
-        self._records = Records(opened, dataset.kind, making.image_size, cache_bytes=cache_bytes, pictures=self._looks and making.encoder is None)
+        self._records = Records(
+            opened, dataset.kind, making.image_size, making.image_fit,
+            cache_bytes=cache_bytes, pictures=self._looks and making.encoder is None,
+        )
         self._failures = Failures(self.name, len(opened))
         self._cut = np.zeros(len(opened), bool)
         self._items = self._make_items(opened, source is None)
@@ -165,7 +169,7 @@ class Rows:
         index, count = self._making.process
         return load_or_encode(
             opened, PICTURES[dataset.kind], encoder, dataset_folder(dataset.path), dataset.split, image_size=self._making.image_size,
-            mean=self._making.mean, index=index, count=count,
+            mean=self._making.mean, image_fit=self._making.image_fit, index=index, count=count,
         )
 
     def _make_items(self, opened: Sequence[Any], stored: bool) -> Items:

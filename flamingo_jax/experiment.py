@@ -59,6 +59,11 @@ class VisionConfig:
     mean: tuple[Finite, ...] = (0.485, 0.456, 0.406)
     """Channel means of pixels scaled to 0..1; also the colour that pads an image to a square."""
     std: tuple[AboveZero, ...] = (0.229, 0.224, 0.225)
+    image_fit: Literal["pad", "crop", "stretch"] = "pad"
+    """How an image becomes a square. pad: its aspect kept, the rest filled with the mean colour (paper 3.2), so that nothing is lost. crop: its
+    shorter side fills the square, what sticks out on both sides is cut (CLIP). stretch: both sides fill it (SigLIP). A published encoder's folder
+    says which it was trained with, and that is its default: frozen features mean most on images like those; padding a photo for CLIP changes its
+    pixels by a sixth of their range on average. What crop cuts is never seen: text at an image's edge wants pad or stretch."""
     stochastic_depth: BelowOne = 0.0
     """NFNet: the most that a block is left out in training."""
     vit: ViTConfig | None = None

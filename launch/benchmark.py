@@ -68,8 +68,8 @@ rows to a batch, since most stretches of 256 tokens have no picture in them."""
 
 READS = {
     "train": ("sizes", "steps", "trace"),
-    "data --dataset": ("dataset", "tokenizer", "image_size", "step_seconds", "batches"),
-    "data --config": ("step_seconds", "batches"),
+    "data --dataset": ("dataset", "tokenizer", "image_size", "step_seconds", "batches", "readers"),
+    "data --config": ("step_seconds", "batches", "readers"),
 }
 """For each way to use the command the flags that not all of them read."""
 

@@ -110,11 +110,11 @@ def _read_image(path: pathlib.Path, config: FlamingoConfig) -> Visual:
 def _read_video(path: pathlib.Path, config: FlamingoConfig) -> Visual:
     vision = config.vision
     try:
-        frames = read_frames(path, fps=FPS.value, resize=lambda frame: images.fit(frame, vision.image_size))
+        frames = read_frames(path, fps=FPS.value, resize=lambda frame: images.fit(frame, vision.image_size, vision.image_fit))
     except VideoError as error:
         raise UserError(f"{error}: check its path in the prompt file") from error
     kept = middle_clip(len(frames), FRAMES.value or config.resampler.frames)
-    return Visual(np.stack([images.pad(images.fit(frames[place], vision.image_size), vision.image_size, vision.mean) for place in kept]))
+    return Visual(np.stack([images.pad(frames[place], vision.image_size, vision.mean) for place in kept]))
 
 
 if __name__ == "__main__":

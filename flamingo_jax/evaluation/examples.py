@@ -128,7 +128,7 @@ def read_visual(pictures: Sequence[bytes], config: FlamingoConfig, name: str) ->
     """Encoded pictures as one visual at the model's size. Raises UserError with `name` where one cannot be read."""
     vision = config.vision
     try:
-        frames = [images.load(picture, vision.image_size, vision.mean) for picture in pictures]
+        frames = [images.load(picture, vision.image_size, vision.mean, vision.image_fit) for picture in pictures]
     except images.ImageError as error:
         raise UserError(f"{name}: unreadable image ({error}): replace it by a whole PNG or JPEG file") from error
     if not frames:

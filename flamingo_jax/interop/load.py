@@ -39,12 +39,12 @@ class LoadedVisionEncoder:
     config: VisionConfig
 
     def preprocess(self, pictures: list[bytes]) -> np.ndarray:
-        """Encoded pictures -> float32 [M, S, S, 3] as the encoder takes them: aspect kept, padded with the mean colour, normalised.
+        """Encoded pictures -> float32 [M, S, S, 3] as the encoder takes them: squares by the config's image_fit, normalised.
 
         Raises: ImageError for what is no picture.
         """
         mean, std = (np.asarray(values, np.float32) for values in (self.config.mean, self.config.std))
-        pixels = [load(data, self.config.image_size, self.config.mean) for data in pictures]
+        pixels = [load(data, self.config.image_size, self.config.mean, self.config.image_fit) for data in pictures]
         return (np.stack(pixels).astype(np.float32) / 255 - mean) / std
 
 

@@ -5,6 +5,7 @@ import math
 from flamingo_jax.checkpointing.tensors import Term
 from flamingo_jax.experiment import VisionConfig, ViTConfig
 from flamingo_jax.interop.documents import Document
+from flamingo_jax.processing.images import Fit
 
 FAMILIES = {"clip": "clip", "clip_vision_model": "clip", "siglip": "siglip", "siglip_vision_model": "siglip"}
 """`model_type` -> family: the whole model, of which the tower is read, or the tower alone."""
@@ -14,6 +15,7 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "siglip": {"patch_size": 16},
 }
 """What a config.json leaves out where it is as in transformers' own classes."""
+FITS: dict[str, Fit] = {"clip": "crop", "siglip": "stretch"}
 PIXELS = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
@@ -94,13 +96,25 @@ def parse(config: Document, preprocessor: Document) -> VisionConfig:
     if vit.width % vit.heads:
         tower.refuse("hidden_size", f"a multiple of num_attention_heads ({vit.heads})")
     mean, std = _pixels(preprocessor, family)
-    return VisionConfig(image_size=tower.integer("image_size", 224), mean=mean, std=std, vit=vit)
+    size = tower.integer("image_size", 224)
+    return VisionConfig(image_size=size, mean=mean, std=std, image_fit=_fit(preprocessor, family), vit=vit)
 
 
 def harmless(config: VisionConfig) -> tuple[str, ...]:
     """Regular expressions for the surplus tensors of such a model that are left unread."""
     assert config.vit is not None
     return HARMLESS + (() if config.vit.last_norm else HARMLESS_WITHOUT_LAST_NORM)
+
+
+def _fit(given: Document, family: str) -> Fit:
+    """How the folder's preprocessor makes an image a square: where it says nothing, as its family does."""
+    size, crops = given.given("size"), given.given("do_center_crop")
+    if isinstance(size, dict) and "height" in size:
+        return "stretch"
+    if crops or isinstance(size, int) or (isinstance(size, dict) and "shortest_edge" in size):
+        # Without do_center_crop the rest would stay outside the square all the same.
+        return "crop"
+    return FITS[family]
 
 
 def _pixels(given: Document, family: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

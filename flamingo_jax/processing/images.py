@@ -1,8 +1,12 @@
-"""Encoded pictures to uint8 RGB squares, the same for training and inference (paper 3.2: aspect kept, padded with the mean)."""
+"""Encoded images to uint8 RGB squares, the same for training and inference.
+
+By default their aspect is kept and they are padded with the mean colour (paper 3.2); see `VisionConfig.image_fit` for the other ways.
+"""
 
 import functools
 import io
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -29,21 +33,30 @@ TURNS = {
 """By what each orientation but the usual one is undone (Exif 2.32, tag 0112)."""
 
 
+Fit = Literal["pad", "crop", "stretch"]
+"""How an image becomes a square: see `VisionConfig.image_fit`."""
+
+
 class ImageError(ValueError):
     """A picture that cannot be read."""
 
 
 def decode(
-    data: bytes, size: int, *, max_pixels: int = MAX_PIXELS, strict: bool = False
+    data: bytes,
+    size: int,
+    *,
+    how: Fit = "pad",
+    max_pixels: int = MAX_PIXELS,
+    strict: bool = False,
 ) -> np.ndarray:
-    """An encoded picture, upright and resized so that its longer side is `size`: uint8 [h, w, 3].
+    """An encoded picture, upright and brought to `size` as `fit` does: uint8 [h, w, 3].
 
     Transparent parts turn white. Metadata that is damaged or too large is passed over, unless
     `strict`. Raises ImageError where the bytes are no picture, are cut short, or hold more than
     `max_pixels`.
     """
     try:
-        return _decode(data, size, max_pixels)
+        return _decode(data, size, how, max_pixels)
     except ImageError:
         raise
     except Exception as error:  # noqa: BLE001 - PIL's readers raise whatever they stumble on: OSError, SyntaxError, struct.error
@@ -52,10 +65,10 @@ def decode(
         bare = None if strict else without_metadata(data)
         if bare is None:
             raise ImageError(f"not a readable picture: {error}") from error
-    return decode(bare, size, max_pixels=max_pixels, strict=True)
+    return decode(bare, size, how=how, max_pixels=max_pixels, strict=True)
 
 
-def _decode(data: bytes, size: int, max_pixels: int) -> np.ndarray:
+def _decode(data: bytes, size: int, how: Fit, max_pixels: int) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
         if image.width * image.height > max_pixels:
             raise ImageError(f"{image.width} x {image.height} pixels are more than {max_pixels}")
@@ -64,20 +77,37 @@ def _decode(data: bytes, size: int, max_pixels: int) -> np.ndarray:
         image.load()  # TIFF's reader turns pictures itself, and forgets their orientation then.
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
         # PIL's own exif_transpose also writes the other entries anew, which fails on damaged ones.
-        return fit(_rgb(image if turn is None else image.transpose(turn)), size)
+        return fit(_rgb(image if turn is None else image.transpose(turn)), size, how)
 
 
-def fit(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
-    """An RGB picture resized with its aspect so that its longer side is `size`: uint8 [h, w, 3]."""
+def fit(image: Image.Image | np.ndarray, size: int, how: Fit = "pad") -> np.ndarray:
+    """An RGB picture resized: uint8 [h, w, 3].
+
+    pad: with its aspect, so that its longer side is `size`; `pad` makes the square. crop: with its
+    aspect, so that its shorter side is `size`, the middle of the other. stretch: both sides.
+    """
     if isinstance(image, np.ndarray):
-        if max(image.shape[:2]) == size:
+        sides = image.shape[:2]
+        if (max(sides) if how == "pad" else sides) == (size if how == "pad" else (size, size)):
             return image
         image = Image.fromarray(image)
-    longer = max(image.size)
-    if longer != size:
-        width, height = (max(1, round(side * size / longer)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    width, height = image.size
+    if how == "pad":
+        longer = max(width, height)
+        wanted = max(1, round(width * size / longer)), max(1, round(height * size / longer))
+    elif how == "crop":
+        # Rounded down, as the published preprocessors do.
+        shorter = min(width, height)
+        wanted = size * width // shorter, size * height // shorter
+    else:
+        wanted = size, size
+    if image.size != wanted:
+        image = image.resize(wanted, Image.Resampling.BICUBIC)
+    pixels = np.asarray(image)
+    if how != "crop":
+        return pixels
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size]
 
 
 _PIXEL = np.dtype("V3")
@@ -107,9 +137,11 @@ def _ground(size: int, mean: tuple[float, ...]) -> np.ndarray:
     return np.broadcast_to(np.round(255 * np.asarray(mean)).astype(np.uint8), (size, size, 3)).copy()
 
 
-def load(data: bytes, size: int, mean: Sequence[float], *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def load(
+    data: bytes, size: int, mean: Sequence[float], how: Fit = "pad", *, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
     """An encoded picture as the model takes it: uint8 [size, size, 3]. Raises ImageError."""
-    return pad(decode(data, size, max_pixels=max_pixels), size, mean)
+    return pad(decode(data, size, how=how, max_pixels=max_pixels), size, mean)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -164,7 +164,8 @@ def load_encoder(experiment: Experiment) -> FrozenEncoder:
 
     image = jax.ShapeDtypeStruct((mesh.size, config.image_size, config.image_size, 3), jnp.uint8)
     _, cells, channels = jax.eval_shape(features, parameters, image).shape
-    return FrozenEncoder(f"{origin.digest()[:16]}_{config.image_size}_{dtype.name}", (cells, channels), np.dtype(dtype), encode)
+    fit = "" if config.image_fit == "pad" else f"_{config.image_fit}"
+    return FrozenEncoder(f"{origin.digest()[:16]}_{config.image_size}{fit}_{dtype.name}", (cells, channels), np.dtype(dtype), encode)
 
 
 def require_same_bases(saved: dict[str, Any], current: dict[str, Any], workdir: pathlib.Path) -> None:
@@ -261,6 +262,6 @@ def _require_equal(theirs: dict[str, Any], ours: dict[str, Any], base: stages.Ba
             raise UserError(f"{base.folder} was trained with {key} = {other!r}, but this config's {base.part or 'model'} has {mine!r}: make them equal")
 
 
-FREE = ("image_size", "stochastic_depth", "gate_start", "gated_out_scale")
-"""What may be another than in an export: an image may have another size in training and in use, and a start is behind it; everything else is part
+FREE = ("image_size", "image_fit", "stochastic_depth", "gate_start", "gated_out_scale")
+"""What may be another than in an export: an image may have another size and form in training and in use, and a start is behind it; everything else is part
 of the weights' meaning."""

@@ -1,6 +1,9 @@
 """The readers' pool: whose turn it is, what a failure does, and how much a batch holds meanwhile."""
 
 import gc
+import pathlib
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -141,3 +144,33 @@ def test_what_is_read_ahead_is_bounded(tokenizer: Tokenizer, monkeypatch: pytest
     time.sleep(0.1)
     assert len(met) == 3 * rows
     it.close()
+
+
+LEAVING = """
+import sys, time
+from array_record.python import array_record_module as array_record
+from data_pipelines.readers import Readers
+
+writer = array_record.ArrayRecordWriter(sys.argv[1], "group_size:1")
+for _ in range(16):
+    writer.write(bytes(200_000))
+writer.close()
+file = array_record.ArrayRecordReader(sys.argv[1], "readahead_buffer_size:0")
+readers = Readers(4)
+
+
+def work():
+    file.read([0, 5, 9])
+    readers.add(0, work)
+
+
+for _ in range(8):
+    readers.add(0, work)
+time.sleep(0.2)
+"""
+
+
+def test_a_program_ends_by_its_own_code_while_readers_are_at_work(tmp_path: pathlib.Path) -> None:
+    """A thread that comes out of a C++ library into an interpreter that is gone would end it with SIGABRT."""
+    ended = subprocess.run([sys.executable, "-c", LEAVING, str(tmp_path / "a")], cwd=pathlib.Path(__file__).parents[2], capture_output=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, b"")

@@ -1,5 +1,6 @@
 """Published configs mean what transformers mean by them; what cannot be honoured, or is not whole, is refused in one sentence before anything is read."""
 
+import io
 import json
 import math
 import pathlib
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from flamingo_jax.errors import UserError
@@ -92,6 +94,37 @@ def test_preprocessing(tmp_path: pathlib.Path) -> None:
     assert "rescale_factor" in refused(folder, "vision_encoder")
     preprocessor.write_text("{")
     assert "is no JSON document" in refused(folder, "vision_encoder")
+
+
+@pytest.mark.parametrize(
+    ("case", "given", "fit"),
+    [
+        ("clip", None, "crop"),
+        ("clip", {"size": 224, "crop_size": 224, "do_center_crop": True}, "crop"),
+        ("clip", {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}, "crop"),
+        ("clip", {"size": {"height": 224, "width": 224}, "do_center_crop": False}, "stretch"),
+        ("siglip", None, "stretch"),
+        ("siglip", {"size": {"height": 384, "width": 384}}, "stretch"),
+        ("siglip", {"size": {"shortest_edge": 384}}, "crop"),
+    ],
+)
+def test_images_become_squares_as_the_folders_preprocessor_makes_them(
+    case: str, given: dict[str, Any] | None, fit: str, tmp_path: pathlib.Path
+) -> None:
+    folder = folder_of(case, tmp_path)
+    if given is not None:
+        (folder / "preprocessor_config.json").write_text(json.dumps(given))
+    config = read_config(folder, "vision_encoder")
+    assert config.image_fit == fit
+    if given is not None:
+        (folder / "preprocessor_config.json").unlink()
+        (folder / "processor_config.json").write_text(json.dumps({"image_processor": given}))
+        assert read_config(folder, "vision_encoder") == config
+    wide = io.BytesIO()
+    Image.fromarray(np.full((20, 60, 3), 255, np.uint8)).save(wide, "PNG")
+    made = load_vision_encoder(folder).preprocess([wide.getvalue()])
+    # White to the edges: nothing is padded.
+    assert np.ptp(made, axis=(1, 2)).max() == 0
 
 
 def test_all_that_differs_is_said_at_once(tmp_path: pathlib.Path) -> None:

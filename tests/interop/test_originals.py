@@ -1,5 +1,6 @@
 """Beside transformers' own modules, where they are installed (flamingo_jax[interop-test]), and the speed and memory of loading: long proofs."""
 
+import io
 import json
 import os
 import pathlib
@@ -9,12 +10,15 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.interop import verify
+from flamingo_jax.interop.load import load_vision_encoder
 from tests.interop import cases, make_fixtures
 from tests.interop.test_families import BAR
 from tests.launch import commands
+from tests.processing.test_images import picture
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -88,6 +92,32 @@ def test_a_tied_config_beside_a_head_of_its_own(tmp_path: pathlib.Path) -> None:
     config, tensors = cases.fixture("llama")
     folder = cases.write_folder(tmp_path, config | {"tie_word_embeddings": True}, tensors)
     assert verify.verify_language_model(folder).relative_error <= BAR
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize(("case", "kind"), [("clip", "CLIPImageProcessor"), ("siglip", "SiglipImageProcessor")])
+@pytest.mark.parametrize("side", [(640, 427), (375, 500), (224, 224)])
+def test_pixels_are_those_of_the_original_preprocessor(
+    case: str, kind: str, side: tuple[int, int], tmp_path: pathlib.Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    config, tensors = cases.fixture(case)
+    folder = cases.write_folder(tmp_path, config, tensors)
+    size = config["image_size"]
+    sizes = {"crop_size": {"height": size, "width": size}, "size": {"shortest_edge": size}}
+    processor = getattr(transformers, kind)(
+        **(sizes if case == "clip" else {"size": {"height": size, "width": size}})
+    )
+    processor.save_pretrained(folder)
+    pixels = picture(*side)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    ours = load_vision_encoder(folder).preprocess([buffer.getvalue()])[0]
+    theirs = processor(images=Image.fromarray(pixels), return_tensors="np")["pixel_values"][0]
+    # In units of the 255 values of a pixel.
+    apart = np.abs(ours - theirs.transpose(1, 2, 0)) * np.asarray(processor.image_std) * 255
+    print(f"{kind} {side}: mean {apart.mean():.3f}, largest {apart.max():.2f} of 255")
+    assert apart.mean() < 0.5 and apart.max() < 4
 
 
 @pytest.mark.scale

@@ -12,7 +12,10 @@ from flax import nnx
 from flamingo_jax.experiment import LanguageModelConfig, RopeScaling
 from flamingo_jax.models import attention
 from tests.models.filling import filled
+from tests.rounding import assert_close
 
+TERMS = 8 + 2 * 4 + 2 * 7 + 8 + 8
+"""Projections, scores of content and of position, the softmax over at most 7 keys and its sum of values, the map out of two heads of 4, and norms."""
 CONFIG = LanguageModelConfig(width=8, heads=2, head_width=4)
 
 
@@ -56,7 +59,7 @@ def test_transformer_xl_attention_equals_its_equation(module: attention.SelfAtte
     x = np.random.default_rng(0).normal(size=(2, 7, 8))
     segments = np.array([[1, 1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1, 1]])
     ours, _ = module(jnp.asarray(x, jnp.float32), jnp.zeros((2, 7), jnp.int32), jnp.asarray(segments), None)
-    np.testing.assert_allclose(ours, reference_transformer_xl(module, x, segments), atol=1e-5)
+    assert_close(ours, reference_transformer_xl(module, x, segments), TERMS)
 
 
 @pytest.mark.parametrize("positions", ["transformer_xl", "rotary"])
@@ -70,7 +73,7 @@ def test_decoding_with_a_cache_equals_the_whole_row(positions: str) -> None:
     for start, stop in ((0, 3), (3, 4), (4, 6)):
         part, cache = module(x[:, start:stop], places[:, start:stop], None, cache)
         parts.append(part)
-    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-5)
+    assert_close(jnp.concatenate(parts, 1), whole, TERMS)
 
 
 def test_padding_never_enters_a_cache() -> None:
@@ -86,7 +89,8 @@ def test_rotation_keeps_scores_a_function_of_distance() -> None:
         turned = (attention.rotate(x, jnp.array([[place]]), attention.rotary_frequencies(4, 1e4)) for x, place in ((q, i), (k, j)))
         return float(jnp.sum(next(turned) * next(turned)))
 
-    assert score(5, 3) == pytest.approx(score(12, 10), abs=1e-5)
+    # Eight products; angles up to 12 are as near as their last place.
+    assert_close(score(5, 3), score(12, 10), terms=8 + 2 * 12, size=float(jnp.abs(q).max() * jnp.abs(k).max()))
     assert abs(score(5, 3) - score(5, 1)) > 1e-3
 
 
@@ -95,14 +99,14 @@ def test_a_fully_masked_query_gets_exactly_zero() -> None:
     mask = jnp.array([[True, False, True], [False, False, False], [False, True, False]])[None, None]
     out = attention.attend(x, x, x, mask)
     assert not np.asarray(out[0, 1]).any()
-    np.testing.assert_allclose(out[0, 2], x[0, 1], atol=1e-6)
+    assert_close(out[0, 2], x[0, 1], terms=4 + 3)
 
 
 def test_a_position_bias_makes_heads_prefer_distances_from_the_start() -> None:
     assert not make(position_bias=0.0).position_bias[...].any()
     scores = make(position_bias=8.0)._position_scores(jnp.zeros((1, 5, 2, 4)), None, 5)
     # Without any content, a key's score depends on its distance alone.
-    np.testing.assert_allclose(scores[0, :, 4, 3], scores[0, :, 3, 2], rtol=1e-5)
+    assert_close(scores[0, :, 4, 3], scores[0, :, 3, 2], terms=8 + 4)
     assert np.ptp(scores[0, :, 4, :], axis=-1).min() > 1
 
 
@@ -127,7 +131,9 @@ def published_frequency(pair: int, scaling: RopeScaling | None, half: int = 2, b
 def test_scaled_frequencies_are_the_published_ones(kind: str | None, length: int) -> None:
     scaling = None if kind is None else RopeScaling(kind=kind, original_length=length)  # type: ignore[arg-type]
     found = attention.rotary_frequencies(8, 100.0, scaling)
-    np.testing.assert_allclose(found, [published_frequency(pair, scaling, half=8) for pair in range(8)], rtol=1e-5)
+    # A power, whose exponent is as near as its logarithm, up to 4.
+    for pair, frequency in enumerate(found):
+        assert_close(frequency, published_frequency(pair, scaling, half=8), terms=4 * 4 + 8)
 
 
 OPEN = {
@@ -175,11 +181,11 @@ def test_the_open_families_attention_equals_its_equation(family: str) -> None:
     places = jnp.tile(jnp.arange(6), (2, 1))
     whole, _ = module(jnp.asarray(x, jnp.float32), places, jnp.ones((2, 6), jnp.int32), None)
     for row, text in enumerate(x):
-        np.testing.assert_allclose(whole[row], reference_open(module, config, text), atol=2e-5)
+        assert_close(whole[row], reference_open(module, config, text), TERMS)
     empty = jnp.zeros((2, 8, config.kv_heads, 4))
     first, cache = module(jnp.asarray(x[:, :4], jnp.float32), places[:, :4], None, attention.Cache(empty, empty))
     second, _ = module(jnp.asarray(x[:, 4:], jnp.float32), places[:, 4:], None, cache)
-    np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, atol=2e-5)
+    assert_close(jnp.concatenate([first, second], 1), whole, TERMS)
 
 
 @pytest.mark.parametrize("keys", [2, 6])
@@ -203,7 +209,7 @@ def test_every_platforms_form_is_the_same_function(platform: str, added: bool, k
         return attention.attend(*given[:3], jnp.asarray(mask), *given[3:])
 
     given = [jnp.asarray(a, jnp.float32) for a in arrays]
-    np.testing.assert_allclose(ours(*given), equation(*arrays), atol=1e-5)
+    assert_close(ours(*given), equation(*arrays), terms=8 + 2 * 10)
     assert not np.asarray(ours(*given)[1, 2]).any()
     wanted = draw.normal(size=arrays[0].shape)
     gradients = jax.grad(lambda *a: (ours(*a) * wanted).sum(), tuple(range(len(given))))(*given)
@@ -211,7 +217,9 @@ def test_every_platforms_form_is_the_same_function(platform: str, added: bool, k
         way = draw.normal(size=arrays[place].shape)
         moved = [equation(*(a + step * way if n == place else a for n, a in enumerate(arrays))) for step in (1e-5, -1e-5)]
         slope = ((moved[0] - moved[1]) * wanted).sum() / 2e-5
-        np.testing.assert_allclose((gradient * way).sum(), slope, rtol=1e-4, atol=1e-4)
+        # The sum of as many products as the array has, and the finite difference.
+        products = np.asarray(gradient) * way
+        assert_close(products.sum(), slope, terms=2 * (8 + 2 * 10), size=np.abs(products).sum())
 
 
 @pytest.mark.parametrize("keys", [2, 6])

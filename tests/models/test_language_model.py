@@ -11,7 +11,10 @@ from flax import nnx
 from flamingo_jax.experiment import LanguageModelConfig
 from flamingo_jax.models.language_model import LanguageModel
 from tests.models.filling import filled
+from tests.rounding import assert_close
 
+TERMS = 2 * (16 + 8 + 8 + 8 + 8 + 16 + 8 + 12) + 16 + 8
+"""In each of two layers a norm, projections, scores of content and of position, 8 keys, the map out, a norm and two products; the head."""
 CONFIG = LanguageModelConfig(vocab_size=13, layers=2, width=8, heads=2, head_width=4, feed_forward=12, embedding_scale=0.5)
 LENGTH = 8
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 13, (2, LENGTH)), jnp.int32)
@@ -43,8 +46,8 @@ def test_packing_equals_separate_rows(model: LanguageModel) -> None:
     packed = forward(model, TOKENS, packed_positions, segments)
     shifted = jnp.zeros_like(TOKENS).at[:, :4].set(TOKENS[:, 3:7])
     first, second = forward(model, TOKENS, POSITIONS, ONES), forward(model, shifted, POSITIONS, ONES)
-    np.testing.assert_allclose(packed[:, :3], first[:, :3], atol=2e-5)
-    np.testing.assert_allclose(packed[:, 3:7], second[:, :4], atol=2e-5)
+    assert_close(packed[:, :3], first[:, :3], TERMS)
+    assert_close(packed[:, 3:7], second[:, :4], TERMS)
 
 
 def test_decoding_equals_the_whole_row(model: LanguageModel) -> None:
@@ -56,12 +59,12 @@ def test_decoding_equals_the_whole_row(model: LanguageModel) -> None:
     prompt = jnp.where(POSITIONS[:, :5] < lengths[:, None], POSITIONS[:, :5], capacity)
     logits, cache = decode(model, TOKENS[:, :5], prompt, cache)
     for row, length in enumerate((5, 3)):
-        np.testing.assert_allclose(logits[row, :length], whole[row, :length], atol=2e-5)
+        assert_close(logits[row, :length], whole[row, :length], TERMS)
     rows = jnp.arange(2)
     for step in range(3):
         places = lengths + step
         logits, cache = decode(model, TOKENS[rows, places][:, None], places[:, None], cache)
-        np.testing.assert_allclose(logits[:, 0], whole[rows, places], atol=2e-5)
+        assert_close(logits[:, 0], whole[rows, places], TERMS)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -71,7 +74,7 @@ def test_the_head(tied: bool) -> None:
     x = np.random.default_rng(1).standard_normal((1, 3, 8))
     normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(model.final_norm.scale[...], np.float64)
     head = model.embedding[...].T if tied else model.head[...]
-    np.testing.assert_allclose(model.logits(jnp.asarray(x, jnp.float32)), normed @ np.asarray(head, np.float64), rtol=1e-4, atol=1e-4)
+    assert_close(model.logits(jnp.asarray(x, jnp.float32)), normed @ np.asarray(head, np.float64), terms=16 + 8)
     assert (model.head is None) is tied
     np.testing.assert_allclose(model.embed(TOKENS), 0.5 * np.asarray(model.embedding[...])[TOKENS])
 

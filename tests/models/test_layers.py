@@ -16,9 +16,14 @@ from flamingo_jax.models.layers import ACTIVATIONS, FeedForward, LayerNorm, RMSN
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.pytrees import to_flat
 from tests.models.filling import filled
+from tests.rounding import assert_close
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((2, 3, 8)) * 3 + 1
+NORM = 2 * 8 + 4
+"""Terms of a norm over 8 values: the mean, the variance, and what is done with them."""
+TERMS_OF_A_LAYER = 4 + 1 + 4
+"""Of `Affine`: a product of 4 terms, its bias, and the sum over what it gives."""
 
 
 @pytest.mark.parametrize(("shape", "weight", "contract", "equation"), [
@@ -35,7 +40,7 @@ def test_linear(
     monkeypatch.setattr(layers, "platform", lambda: platform)
     x, w = RNG.standard_normal(shape), RNG.standard_normal(weight)
     out = linear(jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32), contract)
-    np.testing.assert_allclose(out, np.einsum(equation, x, w), rtol=1e-5, atol=1e-5)
+    assert_close(out, np.einsum(equation, x, w), terms=8)
 
 
 @pytest.mark.parametrize("gate", [0.0, -0.6])
@@ -46,7 +51,8 @@ def test_a_gates_gradient_is_that_of_the_gated_product(gate: float) -> None:
     given = (x, w, jnp.float32(gate))
     np.testing.assert_array_equal(total(*given), plain(*given))
     for found, expected in zip(jax.grad(total, (0, 1, 2))(*given), jax.grad(plain, (0, 1, 2))(*given), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+        # Two products of up to 8 terms, and the sum over 15 sines.
+        assert_close(found, expected, terms=2 * (8 + 8) + 15)
 
 
 def test_a_weight_is_cast_to_its_activation() -> None:
@@ -57,13 +63,13 @@ def test_layer_norm() -> None:
     module = filled(lambda _: LayerNorm(8, 1e-2))
     scale, bias = (np.asarray(a[...], np.float64) for a in (module.scale, module.bias))
     expected = (X - X.mean(-1, keepdims=True)) / np.sqrt(X.var(-1, keepdims=True) + 1e-2) * scale + bias
-    np.testing.assert_allclose(module(jnp.asarray(X, jnp.float32)), expected, rtol=1e-5, atol=1e-5)
+    assert_close(module(jnp.asarray(X, jnp.float32)), expected, terms=NORM)
 
 
 def test_rms_norm() -> None:
     module = filled(lambda _: RMSNorm(8, 1e-2))
     expected = X / np.sqrt((X**2).mean(-1, keepdims=True) + 1e-2) * np.asarray(module.scale[...], np.float64)
-    np.testing.assert_allclose(module(jnp.asarray(X, jnp.float32)), expected, rtol=1e-5, atol=1e-5)
+    assert_close(module(jnp.asarray(X, jnp.float32)), expected, terms=NORM)
 
 
 @pytest.mark.parametrize("norm", [LayerNorm, RMSNorm])
@@ -92,7 +98,9 @@ def test_feed_forward(bias: bool) -> None:
     module = filled(lambda rngs: FeedForward(8, 6, "squared_relu", bias=bias, rngs=rngs))
     w = {name: np.asarray(a, np.float64) for name, a in to_flat(nnx.state(module)).items()}
     hidden = np.maximum(X @ w["up"] + w.get("up_bias", 0), 0) ** 2
-    np.testing.assert_allclose(module(jnp.asarray(X, jnp.float32)), hidden @ w["down"] + w.get("down_bias", 0), rtol=1e-4, atol=1e-4)
+    expected = hidden @ w["down"] + w.get("down_bias", 0)
+    # A squared sum counts twice.
+    assert_close(module(jnp.asarray(X, jnp.float32)), expected, terms=2 * 9 + 7)
     assert len(w) == (4 if bias else 2)
 
 
@@ -136,9 +144,10 @@ def test_stacked_layers_equal_a_loop_over_them(count: int, with_inputs: bool) ->
 
     for a, b in zip(jax.tree.leaves(scanned(state)), jax.tree.leaves(looped(state)), strict=True):
         assert a.shape == b.shape
-        np.testing.assert_allclose(a, b, atol=1e-6)
+        assert_close(a, b, terms=count * TERMS_OF_A_LAYER)
     slopes = [jax.grad(lambda s, f=f: f(s)[0].sum() + f(s)[1].sum())(state) for f in (scanned, looped)]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *slopes)
+    for a, b in zip(*map(jax.tree.leaves, slopes), strict=True):
+        assert_close(a, b, terms=2 * count * TERMS_OF_A_LAYER)
 
 
 def test_layers_of_a_stack_are_drawn_each_for_itself() -> None:
@@ -151,7 +160,8 @@ def test_a_gated_feed_forward_is_the_product_of_gate_and_up() -> None:
     module = filled(lambda rngs: FeedForward(3, 5, "silu", gated=True, rngs=rngs))
     x = np.random.default_rng(0).standard_normal((2, 3))
     gate, up, down = (np.asarray(w[...], np.float64) for w in (module.gate, module.up, module.down))
-    np.testing.assert_allclose(module(jnp.asarray(x, jnp.float32)), (x @ gate / (1 + np.exp(-(x @ gate))) * (x @ up)) @ down, rtol=1e-4, atol=1e-5)
+    expected = (x @ gate / (1 + np.exp(-(x @ gate))) * (x @ up)) @ down
+    assert_close(module(jnp.asarray(x, jnp.float32)), expected, terms=2 * 3 + 5)
 
 
 @pytest.mark.parametrize(("name", "at_one"), [("gelu", 0.8411920), ("exact_gelu", 0.8413447), ("quick_gelu", 0.8457958)])

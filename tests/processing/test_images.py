@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flamingo_jax.processing import images
 from flamingo_jax.processing.images import ImageError, decode, load, pad
 
 MEAN = (0.5, 0.25, 1.0)
@@ -85,3 +86,47 @@ def test_bytes_cut_short_are_refused(cut):
 def test_too_many_pixels_are_refused_unread():
     with pytest.raises(ImageError, match="more than 99"):
         decode(encoded(Image.new("RGB", (10, 10))), 8, max_pixels=99)
+
+
+def picture(width: int, height: int) -> np.ndarray:
+    """Soft waves, so that resizing means the same to every library."""
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin(x / 17 + channel) + np.cos(y / 23 - channel) for channel in range(3)]
+    return np.round(127.5 + 60 * np.stack(waves, -1)).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("width", "height"), [(120, 80), (80, 121), (90, 90), (40, 31), (33, 300)])
+def test_three_ways_to_make_a_square(width: int, height: int) -> None:
+    """Against Pillow's own resize and crop, as the published preprocessors call them."""
+    pixels = picture(width, height)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    whole = Image.fromarray(pixels)
+    size, mean = 32, (0.0, 0.5, 1.0)
+
+    def made(how: images.Fit) -> np.ndarray:
+        square = images.load(buffer.getvalue(), size, mean, how)
+        assert square.shape == (size, size, 3)
+        np.testing.assert_array_equal(images.pad(images.fit(pixels, size, how), size, mean), square)
+        return square
+
+    stretched = whole.resize((size, size), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(made("stretch"), stretched)
+    scale = size / min(width, height)
+    large = whole.resize((int(width * scale), int(height * scale)), Image.Resampling.BICUBIC)
+    left, top = (large.width - size) // 2, (large.height - size) // 2
+    np.testing.assert_array_equal(made("crop"), large.crop((left, top, left + size, top + size)))
+    if width != height:
+        corner = made("pad")[0, 0] if width > height else made("pad")[-1, 0]
+        np.testing.assert_array_equal(corner, [0, 128, 255])
+
+
+@pytest.mark.parametrize("how", ["crop", "stretch"])
+def test_a_large_jpeg_fills_the_square_at_twice_its_detail(how: images.Fit) -> None:
+    """Decoded smaller, but no side to less than twice what is wanted."""
+    pixels = picture(1600, 900)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
+    found = images.decode(buffer.getvalue(), 64, how=how)
+    expected = images.fit(pixels, 64, how)
+    assert np.abs(found.astype(int) - expected).mean() < 1

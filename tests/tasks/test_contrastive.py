@@ -15,6 +15,7 @@ from flamingo_jax.tasks.task import Loss
 from flamingo_jax.training.state import split_model
 from flamingo_jax.training.step import accumulated, streamed
 from tests.models.filling import filled_dual_encoder
+from tests.rounding import assert_close
 
 CONFIG = ContrastiveConfig(
     vision=VisionConfig(variant="one_stage", image_size=16),
@@ -22,6 +23,8 @@ CONFIG = ContrastiveConfig(
     joint_width=12,
 )
 BATCH = 16
+TERMS = 200 + 12 + 3 * BATCH
+"""Of an encoder, the length of what it gives, and the scores of a row and of a column."""
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +72,14 @@ def test_equals_the_sum_written_out(smoothing: float, captions: str) -> None:
     images, texts = units(0, 6), units(1, 6)
     same = jnp.array([[a == b for b in captions] for a in captions]) if len(set(captions)) < 6 else None
     loss, accuracy = contrastive_loss(jnp.asarray(images, jnp.float32), jnp.asarray(texts, jnp.float32), jnp.float32(7), smoothing, same)
-    np.testing.assert_allclose((loss, accuracy), by_hand(images, texts, 7.0, smoothing, list(captions)), rtol=1e-5)
+    expected = by_hand(images, texts, 7.0, smoothing, list(captions))
+    # Scores of five products up to 7, and sums over six rows and columns.
+    assert_close((loss, accuracy), expected, terms=5 + 3 * 6, size=7.0)
 
 
 def test_scores_alike_give_the_logarithm_of_the_batch() -> None:
     ones = jnp.ones((8, 1))
-    np.testing.assert_allclose(contrastive_loss(ones, ones, jnp.float32(3), 0.0)[0], 2 * np.log(8), rtol=1e-6)
+    assert_close(contrastive_loss(ones, ones, jnp.float32(3), 0.0)[0], 2 * np.log(8), terms=3 * 8)
 
 
 @pytest.mark.parametrize("captions", ["abcdef", "abacca"])
@@ -85,7 +90,7 @@ def test_rows_without_a_pair_are_as_if_not_there(captions: str) -> None:
     real = jnp.zeros(6, bool).at[kept].set(True)
     whole = contrastive_loss(images, texts, jnp.float32(7), 0.1, same, real)
     part = contrastive_loss(images[kept], texts[kept], jnp.float32(7), 0.1, same[kept][:, kept])
-    np.testing.assert_allclose(whole, part, rtol=1e-5)
+    assert_close(whole, part, terms=5 + 3 * 6, size=7.0)
     grad = jax.grad(lambda x: contrastive_loss(x, texts, jnp.float32(7), 0.1, same, real)[0])(images)
     np.testing.assert_array_equal(grad[jnp.array([2, 5])], 0)
     assert bool(jnp.isfinite(grad).all())
@@ -107,7 +112,7 @@ def test_the_task_scores_the_models_vectors(model: DualEncoder, batch: dict[str,
         names = [captions[row] if merge else str(row) for row in kept]
         expected = by_hand(images[kept], texts[kept], scale, 0.1, names)
         total, weight = loss.metrics["accuracy"]
-        np.testing.assert_allclose((loss.total / loss.weight, total / weight), expected, rtol=1e-5)
+        assert_close((loss.total / loss.weight, total / weight), expected, terms=12 + 3 * BATCH, size=scale)
 
 
 Gradient = tuple[Loss, dict[str, jax.Array]]
@@ -124,8 +129,10 @@ def gradient(model: DualEncoder, batch: dict[str, jax.Array], microbatches: int)
 
 def assert_same(first: Gradient, second: Gradient) -> None:
     for a, b in zip(jax.tree.leaves(first[0]), jax.tree.leaves(second[0]), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), first[1], second[1])
+        assert_close(a, b, TERMS)
+    for a, b in zip(jax.tree.leaves(first[1]), jax.tree.leaves(second[1]), strict=True):
+        # What is summed for a small gradient is as large as for a large one.
+        assert_close(a, b, 2 * TERMS, size=max(float(jnp.abs(b).max()), 1.0))
 
 
 @pytest.mark.parametrize("microbatches", [1, 4])
@@ -158,7 +165,7 @@ def test_stochastic_depth_draws_anew_in_every_part(batch: dict[str, jax.Array]) 
     images = task._encode(model, parts, jax.random.key(0))[0]
     assert float(jnp.abs(images[0::2] - images[1::2]).max()) > 1e-4
     still = task._encode(model, parts, None)[0]
-    np.testing.assert_allclose(still, jnp.broadcast_to(still[:1], still.shape), atol=1e-6)
+    assert_close(still, jnp.broadcast_to(still[:1], still.shape), TERMS)
 
 
 @pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.scale), 4])
