@@ -598,7 +598,7 @@ def test_draws_are_even_and_of_one_visit():
 @pytest.mark.parametrize("task, kind", [("flamingo", "videos"), ("flamingo", "pages"), ("contrastive", "pairs")])
 def test_augmentation_flips_pixels_and_leaves_colours_to_the_device(task, kind, tokenizer, monkeypatch):
     """One draw for all frames of a visual; images are the plain ones or their mirror images, and jitter has their sizes."""
-    noise = lambda data, size: np.random.default_rng(zlib.crc32(data)).integers(0, 256, (size, 6, 3), np.uint8)  # noqa: E731
+    noise = lambda data, size, **_: np.random.default_rng(zlib.crc32(data)).integers(0, 256, (size, 6, 3), np.uint8)  # noqa: E731
     monkeypatch.setattr(images, "decode", noise)
     plain = take(iterator(task, kind, tokenizer), 6)
     turned = take(iterator(task, kind, tokenizer, flip=True, colour=0.3, readers=READERS), 6)
