@@ -89,7 +89,8 @@ def _members(shard: str, file: "_Looked") -> Iterator[Member | str]:
             fileobj=looked, mode="r:", ignore_zeros=True, errors="surrogateescape"
         ) as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # Which it keeps for those who look members up by name.
+                kept: Any = tar  # Its stubs do not know its list.
+                kept.members.clear()  # For those who look members up by name.
                 if member.offset < end:
                     raise tarfile.ReadError("a header within a file")
                 if last:
