@@ -22,6 +22,7 @@ from flamingo_jax.evaluation.examples import Example
 from flamingo_jax.evaluation.prompts import QUESTION, few_shot
 from flamingo_jax.experiment import DatasetConfig
 from flamingo_jax.inference.prompts import Visual, tokenise
+from flamingo_jax.partitioning.mesh import BY_VISUAL
 from flamingo_jax.partitioning.share import WHOLE, Share
 from flamingo_jax.processing import images
 from flamingo_jax.processing.tokenizer import SentencePieceTokenizer, Tokenizer
@@ -136,7 +137,7 @@ def same(first, second):
 def in_lists(batch, group):
     """The arrays of one process with every row shard's list of visuals filled up with blanks for the mesh's `model`."""
     rows, model = group.mesh.size // group.mesh.shape["model"], group.mesh.shape["model"]
-    lists = {name: a.reshape(rows, -1, *a.shape[1:]) for name, a in batch.items() if name in ("images", "frame_mask") and "visuals" in batch}
+    lists = {name: a.reshape(rows, -1, *a.shape[1:]) for name, a in batch.items() if name in BY_VISUAL and "visuals" in batch}
     filled = {name: np.pad(a, [(0, 0), (0, -a.shape[1] % model), *[(0, 0)] * (a.ndim - 2)]) for name, a in lists.items()}
     return batch | {name: a.reshape(-1, *a.shape[2:]) for name, a in filled.items()}
 
@@ -158,6 +159,21 @@ def test_the_same_batches_on_any_number_of_processes_threaded_or_not(task, kind,
     assert any(not np.array_equal(one[0]["tokens"], batch["tokens"]) for batch in one[1:])
     other = next(iterator(task, kind, tokenizer, seed=4))
     assert not np.array_equal(other["tokens"], one[0]["tokens"])
+
+
+@pytest.mark.parametrize("task, kind", [("flamingo", "videos"), ("flamingo", "pages"), ("contrastive", "pairs")])
+def test_the_same_augmentation_on_any_number_of_processes_and_after_a_resume(task, kind, tokenizer):
+    options = {"source": SOURCES[kind], "flip": True, "colour": 0.3}
+    one = take(iterator(task, kind, tokenizer, **options), 8)
+    for shape, count, seed in GROUPS:
+        group, parts = processes(shape, count, seed), []
+        for share in group.shares:
+            it = iterator(task, kind, tokenizer, share=share, readers=READERS, cache_bytes=0, **options)
+            it.set_state({"global_next_index": 5 * CONFIGS[kind].batch_size})
+            parts.append(take(it, 3))
+        for step, batch in enumerate(one[5:]):
+            assert batch["jitter"].any()
+            same(in_lists(batch, group), group.assembled([part[step] for part in parts]))
 
 
 def test_a_process_decodes_the_pictures_of_its_own_devices_alone(tokenizer, monkeypatch):
