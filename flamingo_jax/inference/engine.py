@@ -50,8 +50,8 @@ def _encode(graph: Any, state: nnx.State, images: Array, frame_mask: Array) -> A
 def _features(graph: Any, state: nnx.State, images: Array, frame_mask: Array) -> Array:
     """Frozen encoder features, averaged over cells and frames: float32 [M, C]."""
     features = nnx.merge(graph, state).encode_images(images).astype(jnp.float32).mean(axis=2)
-    weights = frame_mask.astype(jnp.float32)[..., None]
-    return (features * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1.0)
+    real = frame_mask[..., None]
+    return jnp.where(real, features, 0.0).sum(axis=1) / jnp.maximum(real.sum(axis=1), 1)
 
 
 @functools.partial(jax.jit, static_argnames="graph")
@@ -244,6 +244,11 @@ class Engine:
                 for row, visual in enumerate(part):
                     images[row, : len(visual.frames)], mask[row, : len(visual.frames)] = visual.frames, True
                 encoded = np.asarray(jax.device_get(encode(self._graph, self._state, images, mask)))
+                if not np.isfinite(encoded[: len(part)].astype(np.float32)).all():
+                    raise UserError(
+                        "the model's features of an image are not finite: its weights are damaged, or "
+                        "too large for its compute type; export it again, or load it with float32"
+                    )
                 yield from zip((visual.digest for visual in part), encoded, strict=False)
 
     def _frames(self, frames: int) -> int:

@@ -36,8 +36,9 @@ class DualEncoder(nnx.Module):
 
     def encode_texts(self, tokens: Array, mask: Array) -> Array:
         """int32 [B, L], bool [B, L] -> float32 [B, J] of length 1; the mean is over real tokens."""
-        weight = mask[..., None].astype(self.dtype)
-        pooled = (self.text(tokens, mask) * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
+        real = mask[..., None]
+        total = jnp.where(real, self.text(tokens, mask), jnp.zeros((), self.dtype)).sum(1)
+        pooled = total / jnp.maximum(real.sum(1), 1).astype(self.dtype)
         return _unit(linear(pooled, self.text_projection[...]))
 
 

@@ -12,10 +12,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from flamingo_jax.experiment import FlamingoConfig
-from flamingo_jax.models.attention import Cache
+from flamingo_jax.models.attention import Cache, causal_mask
 from flamingo_jax.models.gated_xattn import GatedCrossAttentionBlock, Media, media_mask
 from flamingo_jax.models.language_model import LanguageModel
-from flamingo_jax.models.layers import at_once, fan_in_normal, linear, rematerialised, stack
+from flamingo_jax.models.layers import at_once, fan_in_normal, finite, linear, rematerialised, stack
 from flamingo_jax.models.perceiver import PerceiverResampler
 from flamingo_jax.models.stream import Parts, join, shapes_of, split
 from flamingo_jax.models.vision import VisionEncoder, vision_encoder
@@ -41,6 +41,14 @@ def merge_alike(rows: Sequence[Rows]) -> list[Rows]:
     shape = lambda r: (r.tokens.shape[1], None if r.visuals is None else r.visuals.shape[1])
     together = lambda *arrays: join(arrays).reshape(-1, *arrays[0].shape[1:])
     return [jax.tree.map(together, *group) for group in (list(found) for _, found in itertools.groupby(rows, shape))]
+
+
+class PreparedVisuals(NamedTuple):
+    """What decoding needs of M visuals. media: every gated block's keys and values, leaves [blocks, M, R, H, d]; broken: bool [M], those that are
+    not finite, whose keys and values are of zeros in their place."""
+
+    media: Media
+    broken: Array
 
 
 class GatedBlocks(nnx.Module):
@@ -124,23 +132,25 @@ class Flamingo(nnx.Module):
         return features.reshape(*frames.shape[:2], -1, features.shape[-1])
 
     def resample(self, features: Array, frame_mask: Array) -> Array:
-        """Grid features [M, T, S, C] -> visual tokens [M, R, D] in the language model's width."""
-        return linear(self.resampler(features, frame_mask), self.visual_projection[...])
+        """Grid features [M, T, S, C] -> visual tokens [M, R, D] in the language model's width, NaN where the features of a visual are not finite."""
+        tokens, broken = finite(self.resampler(features, frame_mask), (1, 2))
+        return jnp.where(broken[:, None, None], jnp.nan, linear(tokens, self.visual_projection[...]))
 
     def encode_visuals(self, images: Array, frame_mask: Array) -> Array:
         """uint8 [M, T, H, W, 3], bool [M, T] -> visual tokens [M, R, D]."""
         return self.resample(self.encode_images(images), frame_mask)
 
-    def prepare_media(self, visual_tokens: Array) -> Media:
-        """Every gated block's keys and values, once per visual: leaves [blocks, M, R, H, d]."""
+    def prepare_media(self, visual_tokens: Array) -> PreparedVisuals:
+        """Visual tokens [M, R, D] as every gated block reads them, once per visual."""
         graph, state = nnx.split(self.gated_xattn.layers)
-        return jax.lax.map(lambda s: nnx.merge(graph, s).project_visuals(visual_tokens), state)
+        tokens, broken = finite(visual_tokens, (1, 2))
+        return PreparedVisuals(jax.lax.map(lambda s: nnx.merge(graph, s).project_visuals(tokens), state), broken)
 
     def __call__(
         self, tokens: Array, positions: Array, segments: Array, media_index: Array, visual_tokens: Array | None, visuals: Array | None,
         *, rows_own_visuals: bool = False,
     ) -> Array:
-        """Packed rows -> logits float32 [B, L, V + extra].
+        """Packed rows -> logits float32 [B, L, V + extra]; NaN for what a visual that is not finite reaches, see `read`.
 
         Args:
           tokens, positions, segments, media_index: int32 [B, L].
@@ -150,10 +160,14 @@ class Flamingo(nnx.Module):
             the gradient of a gather is a scatter, slow on every backend.
         """
         rows = Rows(tokens, positions, segments, media_index, visuals)
-        return self._logits(self.read([rows], visual_tokens, gathered_visuals=None if rows_own_visuals else visuals))
+        x, broken = self.read([rows], visual_tokens, gathered_visuals=None if rows_own_visuals else visuals)
+        return jnp.where(broken[..., None], jnp.nan, self._logits(x))
 
-    def read(self, rows: Sequence[Rows], visual_tokens: Array | None, *, gathered_visuals: Array | None = None) -> Array:
+    def read(self, rows: Sequence[Rows], visual_tokens: Array | None, *, gathered_visuals: Array | None = None) -> tuple[Array, Array]:
         """Rows of one dataset -> last hidden states [B, L, D]; of several, as one stream -> [S, T, D], however many are alike.
+
+        Also bool [B, L] or [S, T]: the tokens that look at a visual with tokens that are not finite, and what comes after them in their
+        segment. Their states are as if the visual's tokens were zeros, so that no NaN is in any product: their losses are to be called NaN.
 
         Args:
           visual_tokens: [M, R, D]; of a stream [S, V, R, D], all of a group's visuals, dataset after dataset; or None.
@@ -161,8 +175,11 @@ class Flamingo(nnx.Module):
         """
         several, masks = len(rows) > 1, None
         rows = merge_alike(rows)
+        broken = [jnp.zeros(r.tokens.shape, bool) for r in rows]
         if visual_tokens is not None:
+            visual_tokens, lost = finite(visual_tokens, (-2, -1))
             masks = [self._media_mask(r, visual_tokens.shape[-2]) for r in rows]
+            broken = self._reached(rows, masks, lost if gathered_visuals is None else lost[gathered_visuals], visual_tokens.shape[-2])
         positions, segments = [r.positions for r in rows], [r.segments for r in rows]
 
         def block(gated: GatedCrossAttentionBlock, x: Array, _: Any) -> Array:
@@ -173,7 +190,18 @@ class Flamingo(nnx.Module):
             return decoder(x, positions, segments, cache)
 
         x = self._groups(residual(self._embed(join([r.tokens for r in rows]))), None, block, layer, None)[0]
-        return x.reshape(row_shards(), -1, x.shape[-1]) if several and len(rows) == 1 else x
+        if several and len(rows) == 1:
+            x, broken = x.reshape(row_shards(), -1, x.shape[-1]), [broken[0].reshape(row_shards(), -1)]
+        return x, join(broken)
+
+    def _reached(self, rows: Sequence[Rows], masks: Parts, lost: Array, tokens_per_visual: int) -> list[Array]:
+        """Which tokens bool [B_p, L_p] look at a lost visual, or come after one that does in its segment. lost: bool [B, N] or [S, V], as rows own them."""
+        own = split(lost[..., None], [(m.shape[0], m.shape[-1] // tokens_per_visual) for m in masks])
+        found = []
+        for r, mask, visuals in zip(rows, masks, own, strict=True):
+            looks = (mask[:, 0, :, ::tokens_per_visual] & visuals.reshape(mask.shape[0], 1, -1)).any(-1)
+            found.append((causal_mask(r.segments)[:, 0] & looks[:, None]).any(-1))
+        return found
 
     def _media_mask(self, rows: Rows, tokens_per_visual: int) -> Array:
         if rows.visuals is None:
@@ -195,9 +223,10 @@ class Flamingo(nnx.Module):
             found |= dict(zip(places, split(stream, [(features[place].shape[0], 1) for place in places]), strict=True))
         return join([found[place] for place in range(len(features))])
 
-    def target_losses(self, x: Array, targets: Array) -> tuple[Array, Array]:
+    def target_losses(self, x: Array, targets: Array, counts: Array) -> tuple[Array, Array]:
         """Last hidden states [S, T, D] and target ids int32 [S, T] -> their negative log-likelihoods float32 and whether they were the likeliest.
 
+        counts: bool [S, T]; what is False means nothing, and has no gradient whatever its state is.
         Without the logits of all tokens at once in memory for the gradient, and with the vocabulary over `model`.
         """
         vocabulary = self.config.language_model.vocab_size
@@ -212,6 +241,7 @@ class Flamingo(nnx.Module):
             picked = at(parts[0], 0) + at(parts[1], vocabulary)
             return jax.nn.logsumexp(both, axis=0) - picked, picked >= best
 
+        x = jnp.where(counts[..., None], x, jnp.zeros((), x.dtype))
         return rematerialised(losses, "none" if self.remat == "none" else "layers")(x, targets)
 
     def init_cache(self, batch: int, max_length: int) -> Cache:
@@ -219,17 +249,21 @@ class Flamingo(nnx.Module):
         return self.language_model.init_cache(batch, max_length)
 
     def decode(
-        self, tokens: Array, positions: Array, media_index: Array, media: Media | None, visuals: Array | None, cache: Cache
+        self, tokens: Array, positions: Array, media_index: Array, media: PreparedVisuals | None, visuals: Array | None, cache: Cache
     ) -> tuple[Array, Cache]:
         """Some tokens more of each row -> logits float32 [B, L, V + extra] and the cache with them.
 
         A cache slot is a position; a token at position max_length is padding: it is dropped and its logits mean nothing.
-        `media` comes from `prepare_media`; None reads the text with every visual taken away.
+        `media` comes from `prepare_media`; None reads the text with every visual taken away. A token that looks at a broken visual is NaN, and so
+        is what comes after it in its row.
         """
-        mask = None
+        x, mask = self._embed(tokens), None
         if media is not None:
             assert visuals is not None
-            mask = media_mask(media_index, None, visuals, media.key.shape[2], self.config.attend)
+            tokens_per_visual = media.media.key.shape[2]
+            mask = media_mask(media_index, None, visuals, tokens_per_visual, self.config.attend)
+            looks = (mask[:, 0, :, ::tokens_per_visual] & media.broken[visuals][:, None]).any(-1)
+            x = jnp.where(looks[..., None], jnp.nan, x)
 
         def block(gated: GatedCrossAttentionBlock, x: Array, block_media: Media | None) -> Array:
             return gated.attend(x, block_media, visuals, mask)
@@ -237,7 +271,7 @@ class Flamingo(nnx.Module):
         def layer(decoder: Any, x: Array, layer_cache: Cache) -> tuple[Array, Cache]:
             return decoder(x, positions, None, layer_cache)
 
-        x, cache = self._groups(self._embed(tokens), cache, block, layer, media)
+        x, cache = self._groups(x, cache, block, layer, None if media is None else media.media)
         return self._logits(x), cache
 
     def _groups(self, x: Array, cache: Any, block: Any, layer: Any, block_inputs: Any) -> tuple[Array, Any]:

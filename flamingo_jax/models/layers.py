@@ -73,6 +73,15 @@ def rematerialised(body: Callable[..., Any], mode: str) -> Callable[..., Any]:
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 
+def finite(x: Array, axes: tuple[int, ...] | int) -> tuple[Array, Array]:
+    """`x` with zeros for all that is not finite along `axes` (one number is enough), and bool, without those axes, where that is.
+
+    Before an arithmetic that masks by zeros: 0 x NaN is NaN, and so is the gradient of what is multiplied with it.
+    """
+    whole = jnp.isfinite(x).all(axes, keepdims=True)
+    return jnp.where(whole, x, jnp.zeros((), x.dtype)), ~jnp.squeeze(whole, axes)
+
+
 def fan_in_normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int | None = None, scale: float = 1.0) -> nnx.Param:
     """Normal weights truncated at two deviations, with deviation scale / sqrt(fan_in); fan_in is by default the first axis."""
     deviation = scale / math.sqrt(shape[0] if fan_in is None else fan_in)

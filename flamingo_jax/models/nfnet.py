@@ -131,7 +131,7 @@ class Block(nnx.Module):
         h = self.expand(h)
         h = h * self.squeeze_excite(h) * 2
         if keep is not None:
-            h = h * keep[:, None, None, None].astype(h.dtype)
+            h = jnp.where(keep[:, None, None, None], h, jnp.zeros((), h.dtype))
         return h * (self.skip_gain[...].astype(h.dtype) * ALPHA) + skip
 
 

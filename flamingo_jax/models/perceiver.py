@@ -8,7 +8,7 @@ from flax import nnx
 
 from flamingo_jax.experiment import ResamplerConfig
 from flamingo_jax.models.attention import attend
-from flamingo_jax.models.layers import FeedForward, LayerNorm, fan_in_normal, kept, linear, scan_layers, stack
+from flamingo_jax.models.layers import FeedForward, LayerNorm, fan_in_normal, finite, kept, linear, scan_layers, stack
 
 Array = jax.Array
 
@@ -83,8 +83,14 @@ class PerceiverResampler(nnx.Module):
         return (rows[:, None] + columns[None, :]).reshape(cells, -1)
 
     def __call__(self, features: Array, frame_mask: Array) -> Array:
-        """features [M, T, S, C] (S grid cells a frame), frame_mask bool [M, T] -> visual tokens [M, R, D]."""
+        """features [M, T, S, C] (S grid cells a frame), frame_mask bool [M, T] -> visual tokens [M, R, D].
+
+        Those of a visual with a feature that is not finite are NaN, and nothing else is, nor is a gradient.
+        """
         visuals, frames, cells, _ = features.shape
+        # What is masked, or broken, is not multiplied: not with a zero of the softmax, nor with one of a gradient.
+        features = jnp.where(frame_mask[:, :, None, None], features, jnp.zeros((), features.dtype))
+        features, broken = finite(features, (1, 2, 3))
         x = linear(features, self.input_projection[...])
         x = x + self.time_embeddings(frames)[:, None].astype(x.dtype)
         positions = self.position_embeddings(cells)
@@ -95,4 +101,4 @@ class PerceiverResampler(nnx.Module):
         keys = jnp.concatenate([jnp.repeat(frame_mask, cells, axis=1), jnp.ones((visuals, self.config.latents), bool)], axis=1)
         mask = keys[:, None, None, :]
         latents, _ = scan_layers(self.layers, lambda layer, h, _: (layer(h, x, mask), None), latents, None, self.remat)
-        return self.final_norm(latents)
+        return jnp.where(broken[:, None, None], jnp.nan, self.final_norm(latents))

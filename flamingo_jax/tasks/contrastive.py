@@ -28,10 +28,12 @@ def contrastive_loss(
     Returns: the loss, a mean over pairs, and the share of pictures whose own caption (or one equal to it) scores highest.
     """
     batch = images.shape[0]
-    # In full float32: accelerators multiply with less by default, and the inverse temperature grows to 100.
-    logits = scale * jnp.matmul(images, texts.T, precision=jax.lax.Precision.HIGHEST)
     same = jnp.eye(batch, dtype=bool) if same is None else same
     real = jnp.ones((batch,), bool) if real is None else real
+    # What is no pair is not multiplied, be it with the zero of its gradient.
+    images, texts = (jnp.where(real[:, None], a, 0.0) for a in (images, texts))
+    # In full float32: accelerators multiply with less by default, and the inverse temperature grows to 100.
+    logits = scale * jnp.matmul(images, texts.T, precision=jax.lax.Precision.HIGHEST)
     both, count = real[:, None] & real[None], jnp.maximum(real.sum(), 1)
     logits, same = jnp.where(both, logits, MASKED), same & both
     target = same / jnp.maximum(same.sum(1, keepdims=True), 1)

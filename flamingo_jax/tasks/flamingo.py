@@ -97,11 +97,17 @@ class FlamingoTask:
             for name, batch in batches.items()
         ]
         # One target more than there are: rows of a stream have whole lengths, and what the last token is followed by counts nothing.
-        targets = [jnp.pad(batch["tokens"][:, 1:], ((0, 0), (0, 1))) for batch in batches.values()]
-        losses, correct = (split(a, shapes_of(targets)) for a in model.target_losses(model.read(rows, visual_tokens), join(targets)))
+        one_more = ((0, 0), (0, 1))
+        targets = [jnp.pad(batch["tokens"][:, 1:], one_more) for batch in batches.values()]
+        masks = [target_mask(batch) for batch in batches.values()]
+        x, broken = model.read(rows, visual_tokens)
+        counts = join([jnp.pad(mask, one_more) for mask in masks])
+        losses, correct = model.target_losses(x, join(targets), counts)
+        losses = jnp.where(broken, jnp.nan, losses)
+        parts = zip(*(split(a, shapes_of(targets)) for a in (losses, correct)), strict=True)
         return {
-            name: summed_loss(loss[:, :-1], right[:, :-1], target_mask(batch), batch["segments"], self.reduction)
-            for (name, batch), loss, right in zip(batches.items(), losses, correct, strict=True)
+            name: summed_loss(loss[:, :-1], right[:, :-1], mask, batch["segments"], self.reduction)
+            for (name, batch), mask, (loss, right) in zip(batches.items(), masks, parts, strict=True)
         }
 
     def microbatches(self, batch: Batch, count: int) -> Batch:

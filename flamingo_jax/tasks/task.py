@@ -70,7 +70,8 @@ def token_loss(logits: Array, batch: Batch, reduction: str) -> Loss:
     """
     targets, segments = batch["tokens"][:, 1:], batch["segments"]
     mask = target_mask(batch)
-    logits = logits[:, :-1]
+    # Masked before the arithmetic: 0 x NaN is NaN.
+    logits = jnp.where(mask[..., None], logits[:, :-1], 0.0)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     losses = jax.nn.logsumexp(logits, axis=-1) - picked
     return summed_loss(losses, logits.argmax(-1) == targets, mask, segments, reduction)
