@@ -25,7 +25,15 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def linear(x: Array, w: Array, contract: int = 1) -> Array:
-    """Contracts the last `contract` axes of `x` with the first of `w`: the only place where a weight meets an activation."""
+    """Contracts the last `contract` axes of `x` with the first of `w`: the only place where a weight meets an activation.
+
+    A weight of another type is cast to the activation's, and its gradient is summed in the weight's: over rows, and over the devices
+    that have them, which the compiler does before any cast that follows the product.
+    """
+    return _product(x, w, contract) if w.dtype == x.dtype else _cast_product(x, w, contract)
+
+
+def _product(x: Array, w: Array, contract: int) -> Array:
     if platform() != "cpu":
         # TPUs tile the last two axes: those that are no multiple of 8 (164 keys of a picture) would be copied to become one row axis.
         return jnp.tensordot(x, w.astype(x.dtype), contract)
@@ -33,6 +41,40 @@ def linear(x: Array, w: Array, contract: int = 1) -> Array:
     inner = math.prod(w.shape[:contract])
     product = x.reshape(-1, inner) @ w.astype(x.dtype).reshape(inner, -1)
     return product.reshape(*x.shape[: x.ndim - contract], *w.shape[contract:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _cast_product(x: Array, w: Array, contract: int) -> Array:
+    return _product(x, w, contract)
+
+
+def _cast_forward(x: Array, w: Array, contract: int) -> tuple[Array, tuple[Array, Array]]:
+    return _product(x, w, contract), (x, w)
+
+
+def _cast_backward(contract: int, given: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, w = given
+    (dx,) = jax.linear_transpose(lambda x: _product(x, w, contract), x)(dy)
+    return dx, _weight_gradient(x, dy, w, contract)
+
+
+_cast_product.defvjp(_cast_forward, _cast_backward)
+
+
+def _weight_gradient(x: Array, dy: Array, w: Array, contract: int) -> Array:
+    """x^T dy, the gradient of `w` in linear(x, w), in the type of `w`."""
+    if w.dtype == x.dtype:
+        return jax.linear_transpose(lambda w: _product(x, w, contract), w)(dy)[0]
+    rows = tuple(range(x.ndim - contract))
+    return jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=w.dtype)
+
+
+def spread(parameter: Array, x: Array) -> Array:
+    """A parameter to be added to `x`, or multiplied with it, in the type of `x`: as large before the cast, so that its gradient is summed
+    in the parameter's own type."""
+    if parameter.dtype == x.dtype:
+        return parameter
+    return jnp.broadcast_to(parameter, jnp.broadcast_shapes(parameter.shape, x.shape)).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -47,8 +89,8 @@ def _gated_forward(x: Array, w: Array, gate: Array, contract: int) -> tuple[Arra
 
 def _gated_backward(contract: int, given: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array, Array]:
     x, w, gate = given
-    (dx,) = jax.linear_transpose(lambda x: linear(x, w, contract), x)(dy)
-    (dw,) = jax.linear_transpose(lambda w: linear(x, w, contract), w)(dy)
+    (dx,) = jax.linear_transpose(lambda x: _product(x, w, contract), x)(dy)
+    dw = _weight_gradient(x, dy, w, contract)
     return gate.astype(dx.dtype) * dx, gate.astype(dw.dtype) * dw, jnp.vdot(dw.astype(jnp.float32), w.astype(jnp.float32)).astype(gate.dtype)
 
 
@@ -140,12 +182,12 @@ class FeedForward(nnx.Module):
         """[..., D] -> [..., D]; a scalar gate, where there is one, multiplies the last product, and not its bias."""
         h = kept(linear(x, self.up[...]))
         if self.up_bias is not None:
-            h = h + self.up_bias[...].astype(h.dtype)
+            h = h + spread(self.up_bias[...], h)
         activate = ACTIVATIONS[self.activation]
         h = activate(h) if self.gate is None else activate(kept(linear(x, self.gate[...]))) * h
         h = linear(h, self.down[...]) if gate is None else gated_linear(h, self.down[...], gate)
         if self.down_bias is not None:
-            h = h + self.down_bias[...].astype(h.dtype)
+            h = h + spread(self.down_bias[...], h)
         return h
 
 

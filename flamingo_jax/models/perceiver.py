@@ -8,7 +8,7 @@ from flax import nnx
 
 from flamingo_jax.experiment import ResamplerConfig
 from flamingo_jax.models.attention import attend
-from flamingo_jax.models.layers import FeedForward, LayerNorm, fan_in_normal, finite, kept, linear, scan_layers, stack
+from flamingo_jax.models.layers import FeedForward, LayerNorm, fan_in_normal, finite, kept, linear, scan_layers, spread, stack
 
 Array = jax.Array
 
@@ -92,12 +92,12 @@ class PerceiverResampler(nnx.Module):
         features = jnp.where(frame_mask[:, :, None, None], features, jnp.zeros((), features.dtype))
         features, broken = finite(features, (1, 2, 3))
         x = linear(features, self.input_projection[...])
-        x = x + self.time_embeddings(frames)[:, None].astype(x.dtype)
+        x = x + spread(self.time_embeddings(frames)[:, None], x)
         positions = self.position_embeddings(cells)
         if positions is not None:
-            x = x + positions.astype(x.dtype)
+            x = x + spread(positions, x)
         x = x.reshape(visuals, frames * cells, -1)
-        latents = jnp.broadcast_to(self.latents[...].astype(x.dtype), (visuals, *self.latents.shape))
+        latents = jnp.broadcast_to(self.latents[...], (visuals, *self.latents.shape)).astype(x.dtype)
         keys = jnp.concatenate([jnp.repeat(frame_mask, cells, axis=1), jnp.ones((visuals, self.config.latents), bool)], axis=1)
         mask = keys[:, None, None, :]
         latents, _ = scan_layers(self.layers, lambda layer, h, _: (layer(h, x, mask), None), latents, None, self.remat)

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import VisionConfig, ViTConfig
 from flamingo_jax.models.attention import FullAttention
-from flamingo_jax.models.layers import FeedForward, LayerNorm, fan_in_normal, linear, scan_layers, stack
+from flamingo_jax.models.layers import FeedForward, LayerNorm, fan_in_normal, linear, scan_layers, spread, stack
 
 Array = jax.Array
 
@@ -57,10 +57,10 @@ class ViT(nnx.Module):
         x = x.reshape(pictures, rows, patch, columns, patch, 3).swapaxes(2, 3).reshape(pictures, rows, columns, -1)
         x = linear(x, self.patch_embedding[...])
         if self.patch_bias is not None:
-            x = x + self.patch_bias[...].astype(x.dtype)
-        x = (x + self._positions(rows, columns).astype(x.dtype)).reshape(pictures, rows * columns, self.width)
+            x = x + spread(self.patch_bias[...], x)
+        x = (x + spread(self._positions(rows, columns), x)).reshape(pictures, rows * columns, self.width)
         if self.class_embedding is not None:
-            first = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (pictures, 1, self.width))
+            first = jnp.broadcast_to(self.class_embedding[...], (pictures, 1, self.width)).astype(x.dtype)
             x = jnp.concatenate([first, x], axis=1)
         if self.first_norm is not None:
             x = self.first_norm(x)
