@@ -5,6 +5,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from flamingo_jax.models.attention import over_rows
+
 Array = jax.Array
 
 
@@ -14,7 +16,7 @@ class Decoder(Protocol):
     config: Any
 
     def init_cache(self, batch: int, max_length: int) -> Any:
-        """An empty cache; every leaf has the batch at axis 1."""
+        """An empty cache; every leaf that is not `attention.Shared` has the batch at axis 1."""
 
     def decode(
         self, tokens: Array, positions: Array, media_index: Array, media: Any, visuals: Array | None, cache: Any
@@ -46,7 +48,7 @@ class Started(NamedTuple):
 
     def repeat(self, times: int) -> "Started":
         """Every row `times` times in a row: beams or candidates of one prompt."""
-        cache = jax.tree.map(lambda a: jnp.repeat(a, times, axis=1), self.cache)
+        cache = over_rows(lambda a: jnp.repeat(a, times, axis=1), self.cache)
         rows = jax.tree.map(lambda a: jnp.repeat(a, times, axis=0), self._replace(cache=None))
         return rows._replace(cache=cache)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from flamingo_jax.inference.decoding import Decoder, Prompts, Started, start
+from flamingo_jax.models.attention import over_rows
 
 Array = jax.Array
 NOTHING = -1
@@ -153,7 +154,7 @@ def _beam_search(model: Decoder, started: Started, media: Any, decoding: Decodin
         parent, token = (jnp.take_along_axis(a, kept, axis=1) for a in (parent, token))
         tokens = jnp.take_along_axis(s.tokens, parent[:, :, None], axis=1).at[:, :, s.step].set(token)
         source = (jnp.arange(rows)[:, None] * beams + parent).reshape(-1)
-        cache = jax.tree.map(lambda a: jnp.take(a, source, axis=1), cache)
+        cache = over_rows(lambda a: jnp.take(a, source, axis=1), cache)
         return _Beams(s.step + 1, token.reshape(-1), cache, tokens, score, best, best_score, jnp.where(better, rank, s.best_rank))
 
     def goes_on(s: _Beams) -> Array:

@@ -3,7 +3,8 @@
 Shapes: B rows, L queries, S keys, H heads, d head width. Scores and softmax are in float32 whatever the compute dtype.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from flamingo_jax.experiment import LanguageModelConfig, RopeScaling
-from flamingo_jax.models.layers import RMSNorm, fan_in_normal, kept, linear
+from flamingo_jax.models.layers import RMSNorm, fan_in_normal, kept, linear, spread
 from flamingo_jax.models.stream import Parts, as_parts, block_length, block_segments, join, shapes_of, split
 from flamingo_jax.partitioning.constraints import heads_first, platform
 
@@ -128,17 +129,42 @@ def sinusoids(count: int, width: int) -> Array:
     return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=-1))
 
 
+def distance_keys(position: Array, count: int, dtype: Any) -> Array:
+    """Transformer-XL's keys of the distances 0 .. count - 1 by its map [D, H, d]: [count, H, d]."""
+    return linear(sinusoids(count, position.shape[0]).astype(dtype), position)
+
+
 def shift_distances(scores: Array) -> Array:
     """[..., L, L + 1] scores by descending distance (column t is distance L - t) -> [..., L, L], column j being distance i - j; j > i holds rubbish."""
     *lead, length, _ = scores.shape
     return scores.reshape(*lead, length + 1, length)[..., 1:, :]
 
 
+class Shared(NamedTuple):
+    """Part of a cache that is every row's: without a batch axis, and changed by no token."""
+
+    value: Array
+
+
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far; slot s holds the token at position s. key, value: [B, S, H, d]."""
+    """Keys and values of the tokens so far; slot s holds the token at position s. key, value: [B, S, H, d].
+
+    distances: Transformer-XL's keys of the distances 0 .. S - 1, [S, H, d], which are the same at every token.
+    """
 
     key: Array
     value: Array
+    distances: Shared | None = None
+
+
+def over_rows(change: Callable[..., Array], cache: Any, *others: Any) -> Any:
+    """A cache with every array that has a batch axis changed, alone or with those in its place of others; what rows share stays."""
+    shared = lambda a: isinstance(a, Shared)
+    return jax.tree.map(lambda a, *b: a if shared(a) else change(a, *b), cache, *others, is_leaf=shared)
+
+
+def _with_bias(x: Array, bias: nnx.Param) -> Array:
+    return x + spread(bias[...], x)
 
 
 class FullAttention(nnx.Module):
@@ -154,8 +180,8 @@ class FullAttention(nnx.Module):
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         """x [B, L, D], mask bool broadcastable to [B, H, L, L] -> [B, L, D]."""
         weights = ((self.query, self.query_bias), (self.key, self.key_bias), (self.value, self.value_bias))
-        query, key, value = (linear(x, w[...]) + b[...].astype(x.dtype) for w, b in weights)
-        return linear(attend(query, key, value, mask), self.out[...], 2) + self.out_bias[...].astype(x.dtype)
+        query, key, value = (_with_bias(linear(x, w[...]), b) for w, b in weights)
+        return _with_bias(linear(attend(query, key, value, mask), self.out[...], 2), self.out_bias)
 
 
 class SelfAttention(nnx.Module):
@@ -189,7 +215,7 @@ class SelfAttention(nnx.Module):
         """
         maps = ((self.query, self.query_bias), (self.key, self.key_bias), (self.value, self.value_bias))
         query, key, value = (
-            kept(linear(x, w[...])) if b is None else kept(linear(x, w[...])) + b[...].astype(x.dtype) for w, b in maps
+            kept(linear(x, w[...])) if b is None else _with_bias(kept(linear(x, w[...])), b) for w, b in maps
         )
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
@@ -208,8 +234,8 @@ class SelfAttention(nnx.Module):
         seen = slots <= places[:, :, None]
         if 0 < self.window < key.shape[1]:
             seen &= slots > places[:, :, None] - self.window
-        h = self._mix(query, key, value, seen[:, None], places)
-        return linear(h, self.out[...], 2), Cache(key, value)
+        h = self._mix(query, key, value, seen[:, None], places, cache.distances)
+        return linear(h, self.out[...], 2), cache._replace(key=key, value=value)
 
     def _mix_rows(self, query: Array, key: Array, value: Array, segments: Parts) -> Array:
         """Each row within itself: [B, L, H, d], or [S, T, H, d] for the rows of several datasets."""
@@ -221,21 +247,33 @@ class SelfAttention(nnx.Module):
         rows = zip(*(split(a, shapes_of(segments)) for a in (query, key, value)), segments, strict=True)
         return join([self._mix(q, k, v, causal_mask(part, self.window)) for q, k, v, part in rows])
 
-    def _mix(self, query: Array, key: Array, value: Array, mask: Array, cached_positions: Array | None = None) -> Array:
-        """[B, L, H, d], [B, S, K, d] twice, the positions of the queries where keys are a cache's -> [B, L, H, d]."""
+    def _mix(
+        self, query: Array, key: Array, value: Array, mask: Array, cached_positions: Array | None = None, distances: Shared | None = None
+    ) -> Array:
+        """[B, L, H, d], [B, S, K, d] twice -> [B, L, H, d]. Where keys are a cache's: also the positions of the queries, and its distances."""
         if not self.relative:
             return attend(query, key, value, mask)
-        scores = self._position_scores(query, cached_positions, key.shape[1])
-        return attend(query + self.content_bias[...].astype(query.dtype), key, value, mask, scores)
+        if cached_positions is None:
+            scores = self._position_scores(query)
+        else:
+            codes = self.distance_keys(key.shape[1], query.dtype) if distances is None else distances.value
+            scores = self._cached_position_scores(query, cached_positions, codes)
+        return attend(_with_bias(query, self.content_bias), key, value, mask, scores)
 
-    def _position_scores(self, query: Array, positions: Array | None, keys: int) -> Array:
-        """(q_i + v) . W r_(i-j), the position part of Transformer-XL's score: float32 [B, H, L, S]. Without positions, query i stands at i."""
-        query = query + self.position_bias[...].astype(query.dtype)
-        count = keys + 1 if positions is None else keys
-        codes = linear(sinusoids(count, self.position.shape[0]).astype(query.dtype), self.position[...])
-        if positions is None:
-            scores = jnp.einsum("blhd,shd->bhls", query, codes[::-1], preferred_element_type=jnp.float32)
-            return shift_distances(heads_first(scores))
+    def distance_keys(self, count: int, dtype: Any) -> Array:
+        """W r_n, Transformer-XL's keys of the distances n = 0 .. count - 1: [count, H, d]."""
+        return distance_keys(self.position[...], count, dtype)
+
+    def _position_scores(self, query: Array) -> Array:
+        """(q_i + v) . W r_(i-j), the position part of Transformer-XL's score, query i standing at i: float32 [B, H, L, L]."""
+        codes = self.distance_keys(query.shape[1] + 1, query.dtype)
+        query = _with_bias(query, self.position_bias)
+        scores = jnp.einsum("blhd,shd->bhls", query, codes[::-1], preferred_element_type=jnp.float32)
+        return shift_distances(heads_first(scores))
+
+    def _cached_position_scores(self, query: Array, positions: Array, codes: Array) -> Array:
+        """The same of queries at `positions` [B, L] to the S slots of a cache: float32 [B, H, L, S]."""
+        query, keys = _with_bias(query, self.position_bias), codes.shape[0]
         scores = jnp.einsum("blhd,shd->bhls", query, codes, preferred_element_type=jnp.float32)
         distance = jnp.clip(positions[:, :, None] - jnp.arange(keys), 0, keys - 1)
         return jnp.take_along_axis(scores, distance[:, None], axis=-1)

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from flamingo_jax.experiment import FlamingoConfig
-from flamingo_jax.models.attention import Cache, causal_mask
+from flamingo_jax.models.attention import Cache, causal_mask, over_rows
 from flamingo_jax.models.gated_xattn import GatedCrossAttentionBlock, Media, media_mask
 from flamingo_jax.models.language_model import LanguageModel
 from flamingo_jax.models.layers import at_once, fan_in_normal, finite, linear, rematerialised, stack
@@ -245,7 +245,7 @@ class Flamingo(nnx.Module):
         return rematerialised(losses, "none" if self.remat == "none" else "layers")(x, targets)
 
     def init_cache(self, batch: int, max_length: int) -> Cache:
-        """An empty cache; every leaf has the batch at axis 1."""
+        """An empty cache; every leaf that is not shared has the batch at axis 1."""
         return self.language_model.init_cache(batch, max_length)
 
     def decode(
@@ -295,7 +295,7 @@ class Flamingo(nnx.Module):
             x, cache = carry
             x, new = run_layer(x, cache, index)
             put = lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, index, 0)
-            return (x, jax.tree.map(put, cache, new)), None
+            return (x, over_rows(put, cache, new)), None
 
         def group(carry: Any, inputs: Any, count: int) -> tuple[Any, None]:
             x, cache = carry
@@ -314,8 +314,8 @@ class Flamingo(nnx.Module):
     def _embed(self, tokens: Array) -> Array:
         vocabulary = self.config.language_model.vocab_size
         frozen = self.language_model.embed(jnp.minimum(tokens, vocabulary - 1))
-        extra = self.extra_embedding[...].astype(self.dtype) * self.config.language_model.embedding_scale
-        return jnp.where((tokens >= vocabulary)[..., None], extra[jnp.maximum(tokens - vocabulary, 0)], frozen)
+        extra = self.extra_embedding[...][jnp.maximum(tokens - vocabulary, 0)].astype(self.dtype)
+        return jnp.where((tokens >= vocabulary)[..., None], extra * self.config.language_model.embedding_scale, frozen)
 
     def _logits(self, x: Array) -> Array:
         # Concatenated after the frozen product: one product with more columns changes the other columns' last bits.

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from flamingo_jax.experiment import LanguageModelConfig
-from flamingo_jax.models.attention import Cache, SelfAttention
+from flamingo_jax.models.attention import Cache, SelfAttention, Shared, distance_keys
 from flamingo_jax.models.layers import FeedForward, RMSNorm, fan_in_normal, kept, linear, scan_layers, stack
 from flamingo_jax.models.stream import Parts
 from flamingo_jax.partitioning.constraints import gathered, residual, summed
@@ -72,15 +72,25 @@ class LanguageModel(nnx.Module):
         return scan_layers(self.layers, lambda layer, x, _: (layer(x, positions, segments, None)[0], None), x, None, self.remat)[0]
 
     def init_cache(self, batch: int, max_length: int) -> Cache:
-        """An empty cache for all layers; leaves [layers, B, max_length, H, d], H being the heads of keys and values."""
+        """An empty cache for all layers; leaves [layers, B, max_length, H, d], H being the heads of keys and values.
+
+        Transformer-XL's keys of distances, [layers, max_length, H, d], are in it from the start: they are as dear
+        to compute as the language model itself is for dozens of tokens.
+        """
         c = self.config
         empty = jnp.zeros((c.layers, batch, max_length, c.kv_heads or c.heads, c.head_width), self.dtype)
-        return Cache(empty, empty)
+        if c.positions != "transformer_xl":
+            return Cache(empty, empty)
+        position = self.layers.attention.position[...]
+        keys = jax.lax.map(lambda w: distance_keys(w, max_length, self.dtype), position)
+        return Cache(empty, empty, Shared(keys))
 
     def decode(self, tokens: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
         """Some tokens more of each row: int32 [B, L] at their positions (padding: max_length) -> logits [B, L, V], cache."""
-        def body(layer: DecoderLayer, x: Array, layer_cache: Cache) -> tuple[Array, Cache | None]:
-            return layer(x, positions, None, layer_cache)
+        def body(layer: DecoderLayer, x: Array, layer_cache: Cache) -> tuple[Array, Cache]:
+            x, new = layer(x, positions, None, layer_cache)
+            assert new is not None
+            return x, new._replace(distances=None)
 
-        x, cache = scan_layers(self.layers, body, self.embed(tokens), cache)
-        return self.logits(x), cache
+        x, new = scan_layers(self.layers, body, self.embed(tokens), cache)
+        return self.logits(x), new._replace(distances=cache.distances)

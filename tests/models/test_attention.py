@@ -104,7 +104,7 @@ def test_a_fully_masked_query_gets_exactly_zero() -> None:
 
 def test_a_position_bias_makes_heads_prefer_distances_from_the_start() -> None:
     assert not make(position_bias=0.0).position_bias[...].any()
-    scores = make(position_bias=8.0)._position_scores(jnp.zeros((1, 5, 2, 4)), None, 5)
+    scores = make(position_bias=8.0)._position_scores(jnp.zeros((1, 5, 2, 4)))
     # Without any content, a key's score depends on its distance alone.
     assert_close(scores[0, :, 4, 3], scores[0, :, 3, 2], terms=8 + 4)
     assert np.ptp(scores[0, :, 4, :], axis=-1).min() > 1

@@ -1,0 +1,105 @@
+"""What a token costs: the weights that it meets, and attention to what came before."""
+
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import flamingo_3b, flamingo_80b
+from flamingo_jax.configuring import from_config
+from flamingo_jax.experiment import Experiment, FlamingoConfig
+from flamingo_jax.inference.decoding import Prompts, start
+from flamingo_jax.inference.generation import Decoding, Vocabulary, generate
+from flamingo_jax.models.attention import SelfAttention, Shared, over_rows
+from flamingo_jax.models.flamingo import Flamingo
+from flamingo_jax.models.language_model import LanguageModel
+from flamingo_jax.planning.flops import product_flops
+from flamingo_jax.pytrees import to_flat
+from tests.inference.world import tiny_config
+from tests.models.filling import filled
+
+SLOTS = 1056
+
+
+def abstract(config: FlamingoConfig) -> tuple[Any, Any]:
+    return nnx.split(nnx.eval_shape(lambda: Flamingo(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))
+
+
+def token_flops(config: FlamingoConfig) -> tuple[int, int]:
+    """FLOPs of a decoded token, and how many parameters it meets: not those of visuals and of distances."""
+    graph, state = abstract(config)
+    width, latents = config.language_model.width, config.resampler.latents
+
+    def prepare(state: Any) -> Any:
+        model = nnx.merge(graph, state)
+        visual = jnp.zeros((1, latents, width), jnp.bfloat16)
+        return model.prepare_media(visual), model.init_cache(1, SLOTS)
+
+    def decode(state: Any, media: Any, cache: Any) -> Any:
+        one = jnp.zeros((1, 1), jnp.int32)
+        return nnx.merge(graph, state).decode(one, one + SLOTS - 1, one, media, one, cache)
+
+    jaxpr = jax.make_jaxpr(decode)(state, *jax.eval_shape(prepare, state)).jaxpr
+    met = sum(
+        math.prod(leaf.shape)
+        for name, leaf in to_flat(state).items()
+        if re.match("language_model/|gated_xattn/|extra_embedding", name)
+        and not re.search("attention/position$|gated_xattn/layers/(key|value)$", name)
+    )
+    return product_flops(jaxpr), met
+
+
+@pytest.mark.parametrize("config", [flamingo_3b, flamingo_80b])
+def test_a_decoded_token_costs_little_more_than_the_parameters_that_it_meets(config: Any) -> None:
+    flamingo = from_config(Experiment, config.get_config()).flamingo
+    assert flamingo is not None
+    flops, met = token_flops(flamingo)
+    print(f"\n{flops / 1e9:.2f} GFLOP a token, {flops / (2 * met):.3f} times its {met / 1e9:.2f} G parameters")
+    assert 1 <= flops / (2 * met) <= 1.15
+
+
+def test_distances_are_projected_once_for_all_rows_and_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Beams share them, and the loop over tokens has no product with their map."""
+    graph, state = abstract(tiny_config(20))
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(SelfAttention, "distance_keys", lambda *_: pytest.fail("computed again"))
+
+    def run(state: Any, keys: jax.Array, beam: int) -> Any:
+        model = nnx.merge(graph, state)
+        tokens = jnp.ones((2, 5), jnp.int32)
+        prompts = Prompts(tokens, tokens - 2, jnp.array([5, 3]), None)
+        started = start(model, prompts, None, 12).repeat(3)
+        asked.append(started.cache.distances.value.shape)
+        asked.append(started.cache.key.shape)
+        return generate(model, prompts, None, keys, Decoding(7, beam=beam), Vocabulary((3,)))
+
+    for beam in (1, 3):
+        jax.eval_shape(lambda s, k: run(s, k, beam), state, jax.random.split(jax.random.key(0), 2))  # noqa: B023
+    assert asked == [(2, 12, 2, 16), (2, 6, 12, 2, 16)] * 2
+
+
+def test_a_cache_changed_row_by_row_keeps_what_rows_share() -> None:
+    config = tiny_config(20).language_model
+    model = filled(lambda rngs: LanguageModel(config, rngs=rngs))
+    cache = model.init_cache(2, 6)
+    doubled = over_rows(lambda a: jnp.repeat(a, 2, axis=1), cache)
+    assert isinstance(doubled.distances, Shared) and doubled.distances is cache.distances
+    assert doubled.key.shape == (2, 4, 6, 2, 16)
+    graph, state = nnx.split(model)
+    decode = jax.jit(lambda state, *given: nnx.merge(graph, state).decode(*given)[1])
+    after = decode(state, jnp.ones((4, 1), jnp.int32), jnp.zeros((4, 1), jnp.int32), doubled)
+    np.testing.assert_array_equal(after.distances.value, cache.distances.value)
+    for layer, keys in enumerate(cache.distances.value):
+        # Distance n has the code (sin n f, cos n f).
+        angles = np.arange(6)[:, None] * 1e4 ** (-np.arange(16) / 16)
+        codes = np.concatenate([np.sin(angles), np.cos(angles)], -1)
+        weights = np.asarray(model.layers.attention.position[...][layer], np.float64)
+        expected = np.einsum("sw,whd->shd", codes, weights)
+        np.testing.assert_allclose(keys, expected, atol=1e-5)
