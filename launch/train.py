@@ -108,7 +108,7 @@ def _run(experiment: Experiment, workdir: pathlib.Path, crew: Crew | None) -> in
     tokenizer = load_tokenizer(experiment)
     if not PREPARE.value:
         check_tokenizer(experiment, tokenizer, workdir)
-    encoder = load_encoder(experiment) if experiment.training.cache_features else None
+    encoder = load_encoder(experiment, crew) if experiment.training.cache_features else None
     readers = Readers(experiment.training.readers)
     iterators = make_iterators(experiment, tokenizer, encoder, share, readers)
     held_out = held_out_batches(experiment, tokenizer, encoder, share, readers)

@@ -19,6 +19,8 @@ from safetensors.numpy import save_file
 
 from flamingo_jax.checkpointing import manifest
 from flamingo_jax.checkpointing.tensors import DTYPES, Stored, Term, read_headers, read_sharded
+from flamingo_jax.checkpointing.verification import verify
+from flamingo_jax.cluster.link import Crew
 from flamingo_jax.errors import UserError
 from flamingo_jax.processing.tokenizer import FILE_NAME, JSON_NAME, SPECIALS_NAME, Tokenizer
 from flamingo_jax.processing.tokenizer import tokenizer_file as find_tokenizer
@@ -172,8 +174,11 @@ class Export:
         """{Flat stacked name: the type it was written in}."""
         return {stacked_name(leaf)[0]: np.dtype(DTYPES[self._stored[leaf].dtype]) for leaf in self._files}
 
-    def read_sharded(self, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        """The parameters of these flat stacked names with the types and shardings of `targets`, each process reading what its devices hold.
+    def read_sharded(
+        self, targets: Mapping[str, jax.ShapeDtypeStruct], crew: Crew | None = None
+    ) -> dict[str, jax.Array]:
+        """The parameters of these flat stacked names with the types and shardings of `targets`; how
+        several processes share the reading, see `tensors.read_sharded`.
 
         Raises: UserError when a file is not what it should be.
         """
@@ -184,7 +189,7 @@ class Export:
             if name in targets and tensor.shape != targets[name].shape[len(index) :]:
                 raise UserError(f"{self.folder}: {leaf} has another shape than the other layers: the folder is damaged")
         sources = {leaf: (Term(leaf),) for leaf in self._files}
-        return read_sharded(self._stored, sources, targets, f"reading {self.folder.name}")
+        return read_sharded(self._stored, sources, targets, f"reading {self.folder.name}", crew)
 
     def read(self, prefix: str = "") -> dict[str, np.ndarray]:
         """Parameters whose flat stacked name starts with `prefix`, joined over layers, in the dtype they were written in.
@@ -216,11 +221,16 @@ class Export:
             raise manifest.unreadable(self.folder, error) from error
         return values
 
-    def verify(self) -> None:
-        """Reads every byte. Raises UserError naming the first file that differs from what was
-        exported, StorageError for one that cannot be read just now."""
+    def verify(self, crew: Crew | None = None) -> None:
+        """Reads every byte, once for all processes of a run, which all have to ask.
+
+        crew: the run's processes; by default this one is alone.
+
+        Raises: UserError naming the first file that differs from what was exported, StorageError
+          for one that cannot be read just now.
+        """
         try:
-            manifest.check_digests(self.folder, self._manifest)
+            verify(self.folder, self._manifest, crew)
         except manifest.DamageError as error:
             raise UserError(f"{error}: copy or export {self.folder} again") from error
         except OSError as error:

@@ -11,7 +11,7 @@ import os
 import pathlib
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
 from flamingo_jax.errors import StorageError
@@ -147,11 +147,14 @@ def check_digests(
                 raise DamageError(folder, name, "has other content than its manifest says")
 
 
-def digest_files(folder: pathlib.Path, names: Sequence[str]) -> str:
-    """SHA-256 over the digests of these files, each read once: names their content as a manifest's digest does."""
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda name: read_again(lambda: _entry(folder / name)), names)
-        return _digest(dict(zip(names, found, strict=True)))
+def entry(file: pathlib.Path, progress: Progress = lambda: None) -> Entry:
+    """Reads a file for its size and SHA-256. Raises OSError."""
+    return read_again(lambda: _entry(file, progress))
+
+
+def digest_of(entries: dict[str, Entry]) -> str:
+    """SHA-256 over the digests of files by their names, as a manifest's own: names their content."""
+    return _digest(entries)
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:

@@ -19,8 +19,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors
+from jax.sharding import NamedSharding, PartitionSpec
 
 from flamingo_jax.checkpointing import manifest
+from flamingo_jax.cluster.link import Alone, Crew
 from flamingo_jax.errors import UserError
 from flamingo_jax.progress import Bar
 from flamingo_jax.pytrees import stacked_name
@@ -140,11 +142,19 @@ def _axes(side: str) -> Iterator[list[str]]:
 
 
 def read_sharded(
-    stored: Mapping[str, Stored], sources: Mapping[str, Sequence[Term]], targets: Mapping[str, jax.ShapeDtypeStruct], title: str = "reading"
+    stored: Mapping[str, Stored],
+    sources: Mapping[str, Sequence[Term]],
+    targets: Mapping[str, jax.ShapeDtypeStruct],
+    title: str = "reading",
+    crew: Crew | None = None,
 ) -> dict[str, jax.Array]:
     """The targets' arrays, with the types and shardings that they name.
 
+    What devices of several processes hold alike, these read together: each layer, or each part of
+    its rows, by as few of them as may be, and the devices gather it.
+
     Args:
+      crew: the run's processes; by default this one is alone.
       stored: what the files hold: every term's tensor, in the shape that `layout` gives.
       sources: {per-layer name of a parameter: its terms}, "layers/12/attention/query".
       targets: {stacked name: shape, dtype and sharding}; one without a sharding goes to the first local device.
@@ -152,7 +162,13 @@ def read_sharded(
     Raises: UserError where a file cannot be read any more.
     """
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shardings = {name: target.sharding or here for name, target in targets.items()}
+    wanted = {name: target.sharding or here for name, target in targets.items()}
+    shardings = {
+        name: _spread(wanted[stacked_name(leaf)[0]], targets[name], terms, len(index))
+        for leaf, terms in sources.items()
+        for name, index in [stacked_name(leaf)]
+        if name in targets
+    }
     shards: dict[str, list[_Shard]] = {}
     pieces: list[_Piece] = []
     for leaf, terms in sources.items():
@@ -163,12 +179,50 @@ def read_sharded(
                 shards[name] = _shards(target, shardings[name], len(index))
             pieces += _pieces(stored, terms, index, target.shape[len(index) :], shards[name])
     _run(pieces, title)
-    return {
-        name: jax.make_array_from_single_device_arrays(
-            target.shape, shardings[name], [array for shard in shards[name] for array in shard.arrays()]
-        )
-        for name, target in targets.items()
-    }
+    if any(shardings[name] != wanted[name] for name in targets):
+        (crew or Alone()).meet(f"the end of {title}")
+    found: dict[str, jax.Array] = {}
+    for name, target in targets.items():
+        arrays = [array for shard in shards.pop(name) for array in shard.arrays()]
+        found[name] = jax.make_array_from_single_device_arrays(target.shape, shardings[name], arrays)
+        if shardings[name] != wanted[name]:
+            # One after the other, so that only one is there twice.
+            found[name] = jax.block_until_ready(_moved(wanted[name])(found[name]))
+    return found
+
+
+@functools.cache
+def _moved(sharding: jax.sharding.Sharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda array: array, out_shardings=sharding)
+
+
+def _spread(
+    sharding: jax.sharding.Sharding,
+    target: jax.ShapeDtypeStruct,
+    terms: Sequence[Term],
+    lead: int,
+) -> jax.sharding.Sharding:
+    """Where a parameter is read to: as it shall lie, and where several processes would hold the
+    same, its layers or the rows of its tensors shared out between them besides. So devices have
+    only to gather it. Columns are not shared out: a read takes whole rows.
+
+    lead: the parameter's leading layer axes.
+    """
+    if sharding.is_fully_addressable or not isinstance(sharding, NamedSharding):
+        return sharding
+    mesh, shape = sharding.mesh, target.shape
+    order = layout(terms[0], shape[lead:]).order
+    if len(shape) != lead + len(order):
+        return sharding
+    spec = [() if axes is None else (axes,) if isinstance(axes, str) else tuple(axes) for axes in sharding.spec]
+    spec += [()] * (len(shape) - len(spec))
+    free = [axis for axis in mesh.shape if not any(axis in axes for axes in spec)]
+    for axis in sorted(free, key=lambda axis: -mesh.shape[axis]):
+        for place in (*range(lead), *([lead + order.index(0)] if order else [])):
+            if shape[place] % math.prod(mesh.shape[name] for name in (*spec[place], axis)) == 0:
+                spec[place] = (*spec[place], axis)
+                break
+    return NamedSharding(mesh, PartitionSpec(*(axes or None for axes in spec)))
 
 
 def read_layers(stored: Mapping[str, Stored], sources: Mapping[str, Sequence[Term]], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarray]]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import functools
 import json
 import pathlib
 import re
@@ -15,6 +14,8 @@ from flax import nnx
 
 from flamingo_jax.checkpointing import manifest
 from flamingo_jax.checkpointing.tensors import DTYPES, Stored, Term, layout, read_headers, read_layers, read_sharded
+from flamingo_jax.checkpointing.verification import entries
+from flamingo_jax.cluster.link import Crew
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import LanguageModelConfig
 from flamingo_jax.interop import content, language_models, vision_encoders
@@ -47,13 +48,13 @@ class Foreign:
     _sources: dict[str, tuple[Term, ...]] = dataclasses.field(repr=False)
     _stored: dict[str, Stored] = dataclasses.field(repr=False)
 
-    @functools.cached_property
-    def digest(self) -> str:
-        """SHA-256 over those of the config and of all files of tensors, which are read for it."""
+    def digest(self, crew: Crew | None = None) -> str:
+        """SHA-256 over those of the config and of all files of tensors, which are read for it, once
+        for all processes of a run. crew: these; by default this one is alone."""
         files = {self.folder / CONFIG, *(tensor.file for tensor in self._stored.values())}
         names = sorted(file.relative_to(self.folder).as_posix() for file in files)
         try:
-            return manifest.digest_files(self.folder, names)
+            return manifest.digest_of(entries(self.folder, names, crew))
         except OSError as error:
             raise manifest.unreadable(self.folder, error) from error
 
@@ -75,9 +76,14 @@ class Foreign:
             found[name] = np.dtype(DTYPES[self._stored[terms[0].name].dtype])
         return found
 
-    def read(self, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        """The parameters of these stacked names, with the types and shardings of `targets`. Raises UserError where a file cannot be read."""
-        return read_sharded(self._stored, self._sources, targets, f"reading {self.folder.name}")
+    def read(
+        self, targets: Mapping[str, jax.ShapeDtypeStruct], crew: Crew | None = None
+    ) -> dict[str, jax.Array]:
+        """The parameters of these stacked names, with the types and shardings of `targets`; how
+        several processes share the reading, see `tensors.read_sharded`. Raises UserError where a
+        file cannot be read."""
+        title = f"reading {self.folder.name}"
+        return read_sharded(self._stored, self._sources, targets, title, crew)
 
     def layers(self) -> Iterator[tuple[str, np.ndarray]]:
         """Every (per-layer name, array in its stored type), one at a time on the host."""

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flamingo_jax.checkpointing.export import open_export
+from flamingo_jax.cluster.link import Alone, Crew
 from flamingo_jax.configuring import from_json, to_json
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
@@ -57,15 +58,16 @@ class FrozenEncoder(NamedTuple):
 class Origin(NamedTuple):
     """Where a frozen part comes from: an export or a published model's folder, opened but not read.
 
-    shapes: of its parameters, by their flat stacked names within the part. digest: names the weights; may read all of them. read: the parameters of
-    these names, with the types and shardings that they are given.
+    shapes: of its parameters, by their flat stacked names within the part.
+    digest: names the weights; may read all of them, once for all processes, which all ask.
+    read: the parameters of these names, with the types and shardings that they are given.
     """
 
     folder: str
     tokenizer_file: pathlib.Path | None
     shapes: dict[str, tuple[int, ...]]
-    digest: Callable[[], str]
-    read: Callable[[dict[str, jax.ShapeDtypeStruct]], Parameters]
+    digest: Callable[[Crew], str]
+    read: Callable[[dict[str, jax.ShapeDtypeStruct], Crew], Parameters]
 
 
 def assemble(experiment: Experiment, mesh: Mesh) -> Assembly:
@@ -103,8 +105,11 @@ def updates_per_step(experiment: Experiment) -> int:
     return len(experiment.data) if experiment.training.mixing == "round_robin" else 1
 
 
-def initialise(experiment: Experiment, assembly: Assembly) -> TrainState:
-    """A fresh state, made on the devices that hold it; frozen parts are not initialised. Trained parts that an export has start from it."""
+def initialise(
+    experiment: Experiment, assembly: Assembly, crew: Crew | None = None
+) -> TrainState:
+    """Makes a fresh state on the devices that hold it; frozen parts are not initialised. Trained
+    parts that an export has start from it. crew: as of `load_frozen`."""
 
     def make(key: jax.Array) -> TrainState:
         _, parameters = split_model(stages.build_model(experiment, nnx.Rngs(params=key)))
@@ -114,13 +119,23 @@ def initialise(experiment: Experiment, assembly: Assembly) -> TrainState:
     found: Parameters = {}
     for base in stages.starts(experiment):
         wanted = {name: s for name, s in assembly.trainable.items() if name.startswith(_prefix(base.part))}
-        found |= _read_base(_open_base(base), base, wanted)
+        found |= _read_base(_open_base(base), base, wanted, crew or Alone())
     state = jax.jit(make, out_shardings=shardings)(jax.random.key(experiment.seed))
     return state._replace(trainable=state.trainable | found)
 
 
-def load_frozen(experiment: Experiment, assembly: Assembly) -> tuple[Parameters, dict[str, dict[str, str]]]:
-    """The frozen parameters from the folders they come from, read straight to where they lie, and {part: {"folder", "digest"}} to hold a checkpoint to."""
+def load_frozen(
+    experiment: Experiment, assembly: Assembly, crew: Crew | None = None
+) -> tuple[Parameters, dict[str, dict[str, str]]]:
+    """Reads the frozen parameters from the folders they come from to where they lie.
+
+    Their bytes are checked once for all processes of the run, and each is read by as few as may be.
+
+    crew: the run's processes; by default this one is alone.
+
+    Returns: the parameters, and {part: {"folder", "digest"}} to hold a checkpoint to.
+    """
+    crew = crew or Alone()
     frozen: Parameters = {}
     origins: dict[str, dict[str, str]] = {}
     for base in stages.bases(experiment):
@@ -130,13 +145,17 @@ def load_frozen(experiment: Experiment, assembly: Assembly) -> tuple[Parameters,
             origins[base.part] = {"folder": "random", "digest": f"seed {experiment.seed}"}
             continue
         origin = _open_base(base)
-        frozen |= _read_base(origin, base, wanted)
-        origins[base.part] = {"folder": base.folder, "digest": origin.digest()}
+        frozen |= _read_base(origin, base, wanted, crew)
+        origins[base.part] = {"folder": base.folder, "digest": origin.digest(crew)}
     return frozen, origins
 
 
-def load_encoder(experiment: Experiment) -> FrozenEncoder:
-    """The frozen vision encoder alone, on this process's devices; a UserError where there is none, or its export does not fit the config."""
+def load_encoder(experiment: Experiment, crew: Crew | None = None) -> FrozenEncoder:
+    """Loads the frozen vision encoder alone, on this process's devices. crew: as of `load_frozen`.
+
+    Raises: UserError where there is none, or its export does not fit the config.
+    """
+    crew = crew or Alone()
     if experiment.task != "flamingo":
         raise UserError(f"training.cache_features is on, but task {experiment.task!r} has no frozen encoder: turn it off")
     if stages.unfrozen(experiment):
@@ -150,7 +169,7 @@ def load_encoder(experiment: Experiment) -> FrozenEncoder:
     mesh, prefix = Mesh(np.asarray(jax.local_devices()), "data"), _prefix(base.part)
     whole = NamedSharding(mesh, PartitionSpec())
     wanted = {prefix + name: jax.ShapeDtypeStruct(s.shape, dtype, sharding=whole) for name, s in to_flat(shapes).items()}
-    parameters = {name.removeprefix(prefix): value for name, value in _read_base(origin, base, wanted).items()}
+    parameters = {name.removeprefix(prefix): value for name, value in _read_base(origin, base, wanted, crew).items()}
 
     @functools.partial(jax.jit, in_shardings=(None, NamedSharding(mesh, PartitionSpec("data"))))
     def features(parameters: Parameters, images: jax.Array) -> jax.Array:
@@ -165,7 +184,8 @@ def load_encoder(experiment: Experiment) -> FrozenEncoder:
     image = jax.ShapeDtypeStruct((mesh.size, config.image_size, config.image_size, 3), jnp.uint8)
     _, cells, channels = jax.eval_shape(features, parameters, image).shape
     fit = "" if config.image_fit == "pad" else f"_{config.image_fit}"
-    return FrozenEncoder(f"{origin.digest()[:16]}_{config.image_size}{fit}_{dtype.name}", (cells, channels), np.dtype(dtype), encode)
+    name = f"{origin.digest(crew)[:16]}_{config.image_size}{fit}_{dtype.name}"
+    return FrozenEncoder(name, (cells, channels), np.dtype(dtype), encode)
 
 
 def require_same_bases(saved: dict[str, Any], current: dict[str, Any], workdir: pathlib.Path) -> None:
@@ -190,7 +210,7 @@ def _open_base(base: stages.Base) -> Origin:
         part: Part = "language_model" if base.part == "language_model" else "vision_encoder"
         foreign = open_folder(base.folder, part)
         _require_equal(to_json(foreign.config), to_json(base.config), base)
-        return Origin(base.folder, foreign.tokenizer_file, foreign.shapes, lambda: foreign.digest, foreign.read)
+        return Origin(base.folder, foreign.tokenizer_file, foreign.shapes, foreign.digest, foreign.read)
     export = open_export(base.folder)
     if export.kind not in base.sources:
         raise UserError(f"{base.folder} holds a {export.kind} export, but config.{base.field} needs one of kind {' or '.join(base.sources)}")
@@ -201,16 +221,19 @@ def _open_base(base: stages.Base) -> Origin:
     _require_equal(theirs, to_json(base.config), base)
     prefix = _prefix(place.parameters)
 
-    def read(targets: dict[str, jax.ShapeDtypeStruct]) -> Parameters:
-        export.verify()
-        found = export.read_sharded({prefix + name: target for name, target in targets.items()})
+    def read(targets: dict[str, jax.ShapeDtypeStruct], crew: Crew) -> Parameters:
+        export.verify(crew)
+        within = {prefix + name: target for name, target in targets.items()}
+        found = export.read_sharded(within, crew)
         return {name.removeprefix(prefix): value for name, value in found.items()}
 
     shapes = {name.removeprefix(prefix): shape for name, shape in export.shapes.items() if name.startswith(prefix)}
-    return Origin(base.folder, export.tokenizer_file, shapes, lambda: export.digest, read)
+    return Origin(base.folder, export.tokenizer_file, shapes, lambda _: export.digest, read)
 
 
-def _read_base(origin: Origin, base: stages.Base, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Parameters:
+def _read_base(
+    origin: Origin, base: stages.Base, wanted: Mapping[str, jax.ShapeDtypeStruct], crew: Crew
+) -> Parameters:
     """The wanted parameters by their names here, where they shall lie."""
     prefix = _prefix(base.part)
     targets = {name.removeprefix(prefix): target for name, target in wanted.items()}
@@ -218,7 +241,7 @@ def _read_base(origin: Origin, base: stages.Base, wanted: Mapping[str, jax.Shape
     if missing:
         raise UserError(f"{base.folder} lacks {len(missing)} parameters of the {base.part or 'model'}, {prefix}{missing[0]} first: export that stage again")
     stored = {name: _as_stored(prefix + name, target, origin.shapes[name], base.folder) for name, target in targets.items()}
-    return {prefix + name: _fitted(value, targets[name]) for name, value in origin.read(stored).items()}
+    return {prefix + name: _fitted(value, targets[name]) for name, value in origin.read(stored, crew).items()}
 
 
 def _prefix(part: str) -> str:

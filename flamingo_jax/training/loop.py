@@ -70,7 +70,7 @@ def train(
     task = stages.make_task(experiment)
     with jax.set_mesh(mesh):
         assembly = assemble(experiment, mesh)
-        frozen, origins = load_frozen(experiment, assembly)
+        frozen, origins = load_frozen(experiment, assembly, team)
         datasets = identities(experiment)
 
         log.info("state")
@@ -89,7 +89,7 @@ def train(
             clock = extra["clock"]
         else:
             extra = {"positions": {name: iterator.get_state() for name, iterator in iterators.items()}}
-            state = initialise(experiment, assembly)
+            state = initialise(experiment, assembly, team)
         positions = extra["positions"]
         clock["starts"] += 1
         trained = time.monotonic() - clock["seconds"]

@@ -263,7 +263,7 @@ def test_read_onto_a_mesh(tmp_path: pathlib.Path) -> None:
 
 def test_the_digest_names_weights_and_config(tmp_path: pathlib.Path) -> None:
     def digest(name: str, **change: Any) -> str:
-        return open_folder(folder_of("qwen2", tmp_path / name, change, dtype=np.float16 if name == "half" else np.float32), "language_model").digest
+        return open_folder(folder_of("qwen2", tmp_path / name, change, dtype=np.float16 if name == "half" else np.float32), "language_model").digest()
 
     assert digest("a") == digest("b")
     assert len({digest("a"), digest("half"), digest("other", rms_norm_eps=1e-5)}) == 3

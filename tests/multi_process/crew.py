@@ -40,7 +40,7 @@ class Crew:
         commands: Sequence[Sequence[str]] = (), extra: Sequence[Sequence[str]] = (), logs: pathlib.Path | None = None,
     ):
         environment = one_device() | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_cpu_collective_call_terminate_timeout_seconds=600"}
-        port = _free_port()
+        port = free_port()
         self.workdir, self._files = workdir, []
         self.processes: list[subprocess.Popen[str]] = []
         for index in range(count):
@@ -123,7 +123,7 @@ def saved(workdir: pathlib.Path) -> list[int]:
     return sorted(int(path.parent.name) for path in paths if path.parent.name.isdecimal())
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """One with a free one after it."""
     while True:
         with socket.socket() as first, socket.socket() as second:

@@ -1,0 +1,164 @@
+"""Digests of files that all processes of a run read: each file is hashed once a run, by one of them.
+
+The processes that see the same files (by name, size, time and inode: those of shared storage, or of
+one host) share them out, and tell each other what they found. Hosts with copies of their own hash
+these, and the results are compared.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import heapq
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from flamingo_jax.checkpointing import manifest
+from flamingo_jax.checkpointing.manifest import Entry
+from flamingo_jax.cluster.link import Alone, Crew
+from flamingo_jax.errors import UserError
+
+THREADS = min(4, os.cpu_count() or 1)
+SETTLED_NS = 2_000_000_000
+"""A file that changed more recently than this may change again without another time to show it."""
+SHA = hashlib.sha256().digest_size
+
+
+class Mark(NamedTuple):
+    """What a file is known by without reading it; where none of it changes, its content does not."""
+
+    path: str
+    bytes: int
+    changed_ns: int
+    inode: int
+
+
+_known: dict[Mark, Entry] = {}
+"""What was hashed in this process, or by others for it: a start asks several times for a part."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Peers:
+    """The processes of a run. gather: an array of each, of one shape, to all: [count, ...]."""
+
+    index: int
+    count: int
+    gather: Callable[[np.ndarray], np.ndarray]
+
+    @classmethod
+    def here(cls) -> "Peers":
+        gather = multihost_utils.process_allgather
+        return cls(jax.process_index(), jax.process_count(), lambda array: np.asarray(gather(array)))
+
+
+def entries(
+    folder: pathlib.Path,
+    names: Sequence[str],
+    crew: Crew | None = None,
+    peers: Peers | None = None,
+) -> dict[str, Entry]:
+    """Returns size and digest of files of a folder; every process of the run asks for the same.
+
+    Raises: UserError where processes find different files or contents, OSError where one that is
+      hashed here cannot be read.
+    """
+    crew, peers = crew or Alone(), peers or Peers.here()
+    marks = {name: _mark(folder / name) for name in names}
+    told = np.concatenate([_sha(list(names)), _sha([mark[1:] for mark in marks.values()])])
+    known = all(mark in _known for mark in marks.values())
+    among = np.zeros((1, told.size), np.uint8)
+    if peers.count > 1:
+        crew.meet(f"what is known of {folder}")
+        gathered = peers.gather(np.append(told, np.uint8(known)))
+        among, known = gathered[:, :-1], bool(gathered[:, -1].all())
+        _require_equal(among[:, :SHA], folder, "other files")
+    if known:
+        return {name: _known[mark] for name, mark in marks.items()}
+    same = np.flatnonzero((among == among[peers.index]).all(1)).tolist()
+    shares = share([mark.bytes for mark in marks.values()], len(same))
+    mine = [names[place] for place in shares[same.index(peers.index)]]
+    found = _hash(folder, mine, crew)
+    if peers.count > 1:
+        found = _exchange(folder, names, marks, found, crew, peers)
+    settled = time.time_ns() - SETTLED_NS
+    _known.update({m: found[n] for n, m in marks.items() if m.changed_ns < settled})
+    return found
+
+
+def verify(folder: pathlib.Path, listing: manifest.Manifest, crew: Crew | None = None) -> None:
+    """Compares the files of a folder with its manifest, of which every byte is read once a run.
+
+    Raises: DamageError for the first file whose size or content differs, as `entries` besides.
+    """
+    manifest.check_sizes(folder, listing)
+    found = entries(folder, list(listing.files), crew)
+    for name, entry in listing.files.items():
+        if found[name] != entry:
+            raise manifest.DamageError(folder, name, "has other content than its manifest says")
+
+
+def share(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Deals files out, by their places, so that all of `count` get about as many bytes."""
+    loads = [(0, member) for member in range(count)]
+    dealt: list[list[int]] = [[] for _ in range(count)]
+    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
+        load, member = heapq.heappop(loads)
+        dealt[member].append(place)
+        heapq.heappush(loads, (load + sizes[place], member))
+    return dealt
+
+
+def _mark(file: pathlib.Path) -> Mark:
+    found = manifest.read_again(file.stat)
+    return Mark(str(file.absolute()), found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+def _sha(value: object) -> np.ndarray:
+    return np.frombuffer(hashlib.sha256(json.dumps(value).encode()).digest(), np.uint8)
+
+
+def _hash(folder: pathlib.Path, names: Sequence[str], crew: Crew) -> dict[str, Entry]:
+    what = f"verifying {folder.name}"
+    crew.work(what)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+            read = lambda name: manifest.entry(folder / name, lambda: crew.work(what))
+            return dict(zip(names, pool.map(read, names), strict=True))
+    finally:
+        crew.work("")
+
+
+def _exchange(
+    folder: pathlib.Path,
+    names: Sequence[str],
+    marks: dict[str, Mark],
+    found: dict[str, Entry],
+    crew: Crew,
+    peers: Peers,
+) -> dict[str, Entry]:
+    """Tells the others what was hashed here, and completes it with what they did."""
+    own = np.zeros((len(names), SHA), np.uint8)
+    for place, name in enumerate(names):
+        if name in found:
+            own[place] = np.frombuffer(bytes.fromhex(found[name].sha256), np.uint8)
+    crew.meet(f"the digests of {folder}")
+    gathered = peers.gather(own)
+    complete: dict[str, Entry] = {}
+    for place, name in enumerate(names):
+        hashed = gathered[:, place]
+        hashed = hashed[hashed.any(1)]
+        _require_equal(hashed, folder / name, "another content")
+        complete[name] = Entry(marks[name].bytes, hashed[0].tobytes().hex())
+    return complete
+
+
+def _require_equal(told: np.ndarray, where: pathlib.Path, what: str) -> None:
+    if len(np.unique(told, axis=0)) > 1:
+        raise UserError(f"{where} has {what} on some hosts than on others: put the same on all")
