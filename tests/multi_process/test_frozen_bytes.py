@@ -20,7 +20,7 @@ from flamingo_jax.experiment import LanguageModelConfig
 from flamingo_jax.models.language_model import LanguageModel
 from flamingo_jax.models.vision import vision_encoder
 from flamingo_jax.pytrees import to_flat
-from tests.multi_process.crew import ROOT, free_port
+from tests.multi_process.crew import ROOT, free_port, run
 from tests.processes import one_device
 from tests.training import world
 
@@ -105,3 +105,15 @@ def test_each_byte_is_hashed_and_read_once_by_all_processes_together(
     assert {process["digest"] for process in told} == {open_export(export).digest}
     for process in told:
         assert f"{file.name} has another content on some hosts than on others" in process["error"]
+
+
+@pytest.mark.scale
+def test_processes_of_a_run_check_its_encoder_together(
+    export: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """The real command: its supervisors tell each process when all have come to a gathering."""
+    flags = ["--prepare", "--config.training.cache_features", "--config.data.ltip.colour=0.0"]
+    encoder = f"--config.vision_encoder_from={export.with_name('encoder')}"
+    config = f"tests/end_to_end/small.py:flamingo,{shutil.copytree(data, tmp_path / 'data')}"
+    ended = run(2, config, tmp_path / "run", *flags, encoder, devices=1)
+    assert all("all is prepared" in log for log in ended.logs)
