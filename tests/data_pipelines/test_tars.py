@@ -10,6 +10,7 @@ import pathlib
 import random
 import re
 import tarfile
+import tracemalloc
 import zlib
 from collections.abc import Callable, Iterable
 
@@ -401,3 +402,36 @@ def test_pictures_are_not_looked_up_in_compressed_shards(tmp_path: pathlib.Path)
     (tmp_path / "1.tar").write_bytes(gzip.compress(packed(members)))
     with pytest.raises(UserError, match=r"1.tar is compressed \(gzip\).*unpack it"):
         by_address([str(tmp_path)])
+
+
+@pytest.mark.parametrize("form", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_what_a_header_claims_is_not_read_at_once(tmp_path: pathlib.Path, form: bytes) -> None:
+    claiming = tarfile.TarInfo("claims")
+    claiming.type, claiming.size = form, 1 << 30
+    whole = named(["0.jpg", "0.txt"])
+    data = claiming.tobuf() + bytes(2 << 20) + packed(whole)
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(data, 1))
+    tracemalloc.start()
+    met = list(tars.members(tmp_path / "a.tar.gz"))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 8 << 20
+    assert [member.name for member in met if isinstance(member, tars.Member)] == ["0.jpg", "0.txt"]
+    assert [reason for reason in met if isinstance(reason, str)] == [tars.DAMAGED]
+
+
+def test_a_long_damaged_stretch_takes_no_memory(tmp_path: pathlib.Path) -> None:
+    """And the members behind it are found."""
+    stretch = random.Random(0).randbytes(tars.BLOCK) * 20_000
+    data = packed(named(["0.txt"]))[:1024] + stretch + packed(named(["1.txt"]))
+    (tmp_path / "a.tar").write_bytes(data)
+    tracemalloc.start()
+    met = list(tars.members(tmp_path / "a.tar"))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 300_000
+    assert [member if isinstance(member, str) else member.name for member in met] == [
+        "0.txt",
+        tars.DAMAGED,
+        "1.txt",
+    ]
