@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from data_pipelines.build.captions import is_missing, why_no_text
 from data_pipelines.build.files import existing_folder
@@ -153,7 +152,6 @@ class Mmc4:
             dataclasses.replace(outcome, parts_dropped=parts_lost, texts_dropped=texts_lost)
         ]
 
-
     def _lines(self, file: Found) -> Iterator[Entry]:
         name = record_id(self.inputs, file.root, file.name)
         try:
@@ -221,6 +219,9 @@ def match(pictures: list[Any], sentences: int, matrix: Any) -> list[Match | None
         if isinstance(picture, dict) and is_missing(picture.get("matched_text_index"))
     ]
     if free and similar is not None:
+        # A third of the start of a command, which those without such files need not wait for.
+        from scipy.optimize import linear_sum_assignment
+
         for row, sentence in zip(*linear_sum_assignment(similar[free], maximize=True), strict=True):
             found[free[row]] = Match(int(sentence), float(similar[free[row], sentence]))
     return found

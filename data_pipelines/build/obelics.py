@@ -102,7 +102,7 @@ class Obelics:
                 return
             for group in range(parquet.num_row_groups):
                 size = parquet.metadata.row_group(group).num_rows
-                first, begun = done, done
+                first = done
                 try:
                     for batch in parquet.iter_batches(ROWS, row_groups=[group], columns=list(COLUMNS)):
                         for row in range(len(batch)):
@@ -112,7 +112,7 @@ class Obelics:
                     pass
                 for _ in range(size - (done - first)):
                     yield Entry(name, bad=BAD_ROWS)
-                done = begun + size
+                done = first + size
         except _errors():
             yield Entry(name, bad=BAD_FILE)
 

@@ -78,8 +78,12 @@ def test_threads_never_share_memory() -> None:
             wrong.append((array[0] != number).any())
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(1, 5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    gc.freeze()  # What other tests left is not gone through at each collection.
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        gc.unfreeze()
     assert not any(wrong) and len(wrong) == 4 * 300 * 2
