@@ -323,7 +323,7 @@ class Rows:
         def read(number: int) -> None:
             visits = self._visits(rows[number])
             segments[number] = [visit.segment for visit in visits]
-            seen[number] = self._show(visits, board, standing.among[number], batch.add)
+            seen[number] = self._show(visits, board, standing.among[number], functools.partial(batch.add, soon=True))
 
         def finish() -> Arrays:
             self._failures.saw(sum(seen))
@@ -331,7 +331,8 @@ class Rows:
             shown = np.where(np.arange(standing.visuals.shape[1]) < present[:, None], standing.visuals, -1)
             return board.finish(self._blanks) | {"visuals": shown} | self._finish(segments)
 
-        # All texts before the first picture: in turn they would push each other's code and data out of the processor's caches.
+        # One thread alone makes all texts before the first picture: in turn they would push each other's code and data out of the processor's
+        # caches. Of several, some make texts while others decode: those that all want the interpreter at once wait for one another.
         for number in range(len(rows)):
             batch.add(functools.partial(read, number))
         return finish
