@@ -207,7 +207,7 @@ def _load(store: pathlib.Path, number: int, records: int, encoder: Encoder, fold
         return None
     try:
         return read_again(lambda: _Part.load(store, number, records, encoder), _part(store, number))
-    except (PermissionError, ValueError, EOFError) as error:
+    except (ValueError, EOFError) as error:
         logging.warning("features are made again: %s", error)
         return None
 

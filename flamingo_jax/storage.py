@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 from flamingo_jax.errors import StorageError, UserError
@@ -23,6 +23,11 @@ WAITS = (0.1, 0.5, 2.0, 8.0)
 OPEN_FILES = 65_536
 """What the limit of open files is raised to, where the system allows it: shards, caches and sockets need no more."""
 TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
+LASTING = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP),
+    *(errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.ENXIO),
+)
+"""Errors that a file of someone's folder keeps: it is not there, or nobody may read it."""
 
 _SYSTEM_CALL = re.compile(r"\b\w+\(\) failed: ([^;]+)")
 """How Riegeli, and so array_record, tells of a system call: `pread() failed: Input/output error; reading PATH; at byte 0`."""
@@ -45,10 +50,12 @@ def storage_failure(error: BaseException) -> OSError | None:
     return storage_failure(error.__cause__) if error.__cause__ is not None else None
 
 
-def read_again(read: Callable[[], T], what: object) -> T:
+def read_again(read: Callable[[], T], what: object, at_once: Collection[int | None] = ()) -> T:
     """What `read` gives; where the storage fails it is called again, after ever longer waits (`WAITS`).
 
-    what: names what is read, for the log.
+    Args:
+      what: names what is read, for the log.
+      at_once: numbers of errors that are not waited for, such as `LASTING`.
 
     Raises:
       StorageError: it failed each time. Launchers start such a run again.
@@ -59,7 +66,7 @@ def read_again(read: Callable[[], T], what: object) -> T:
             return read()
         except Exception as error:
             failure = storage_failure(error)
-            if failure is None:
+            if failure is None or failure.errno in at_once:
                 raise
             why = failure.strerror or str(failure) or type(failure).__name__
             if wait is None:

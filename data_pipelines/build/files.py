@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from data_pipelines.build.pictures import UNREADABLE, Unfit
 from flamingo_jax.errors import UserError
+from flamingo_jax.storage import LASTING, read_again
 
 MISSING = "missing"
 OUTSIDE = "outside the folder"
@@ -123,8 +124,7 @@ def walk(
             continue
         seen.add(real)
         try:
-            with os.scandir(real) as opened:
-                entries = sorted(opened, key=lambda entry: entry.name)
+            entries = read_again(functools.partial(_entries, real), real, LASTING)
         except OSError:
             refused.append(Refused(here or ".", UNLISTED, is_folder=True))
             continue
@@ -154,6 +154,11 @@ def walk(
     return found.ending(suffixes) if suffixes else found
 
 
+def _entries(folder: str) -> list["os.DirEntry[str]"]:
+    with os.scandir(folder) as opened:
+        return sorted(opened, key=lambda entry: entry.name)
+
+
 def find(
     folders: Sequence[str | pathlib.Path], name: str, given: Sequence[str] = ()
 ) -> pathlib.Path:
@@ -175,15 +180,18 @@ def find(
 def read(path: str | pathlib.Path, most: int = MAX_BYTES, too_large: str = TOO_LARGE) -> bytes:
     """A file that was found, of at most so many bytes; too_large is the reason where it has more.
 
-    Raises NoFile.
+    Raises NoFile; StorageError where the storage fails for long.
     """
-    try:
+
+    def load() -> bytes | None:
         with open(path, "rb") as file:
-            whole = os.fstat(file.fileno()).st_size <= most
-            data = file.read(most + 1) if whole else b""
+            return file.read(most + 1) if os.fstat(file.fileno()).st_size <= most else None
+
+    try:
+        data = read_again(load, path, LASTING)
     except OSError as error:
         raise NoFile(UNREADABLE) from error
-    if not whole or len(data) > most:
+    if data is None or len(data) > most:
         raise NoFile(too_large)
     return data
 
@@ -292,7 +300,8 @@ def _why_not(path: str, places: _Inside) -> str | None:
         real = os.path.realpath(path)
         if not places(real):
             return LINKED
-        return None if stat.S_ISREG(os.stat(real).st_mode) else NOT_A_FILE
+        mode = read_again(lambda: os.stat(real).st_mode, real, LASTING)
+        return None if stat.S_ISREG(mode) else NOT_A_FILE
     except PermissionError:
         return UNREADABLE
     except (OSError, ValueError):  # Too long, not in Unicode, links in a circle, not there.

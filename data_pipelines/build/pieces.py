@@ -2,6 +2,7 @@
 
 import bz2
 import collections
+import functools
 import gzip
 import importlib
 import lzma
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple
 
 from data_pipelines.build.files import MAX_BYTES, TOO_LARGE, UNREADABLE
+from flamingo_jax.storage import LASTING, read_again
 
 MAX_UNPACKED = 64 << 30
 """Bytes of a compressed file that are looked at: a few may claim any number."""
@@ -77,24 +79,27 @@ class Piece(NamedTuple):
     packed: bool = False
 
     def read(self) -> bytes:
-        """Raises OSError, also where the file is too short or, as TooLarge, too large.
+        """Raises OSError, also where the file is too short or, as TooLarge, too large; StorageError
+        where the storage fails for long.
 
         Pieces of a compressed file are best read in the order in which they lie.
         """
         most = MAX_BYTES + 1 if self.size is None else self.size
         if (self.size or 0) > MAX_BYTES:
             raise TooLarge(f"{self.size} bytes of {self.file} are more than {MAX_BYTES}")
-        if self.packed:
-            data = _STREAMS.read(self.file, self.offset, most)
-        else:
-            with open(self.file, "rb") as file:
-                file.seek(self.offset)
-                data = file.read(most)
+        data = read_again(functools.partial(self._read, most), self.file, LASTING)
         if len(data) > MAX_BYTES:
             raise TooLarge(f"{self.file} is larger than {MAX_BYTES} bytes")
         if self.size is not None and len(data) != self.size:
             raise OSError(f"{self.file} does not hold what is looked for")
         return data
+
+    def _read(self, most: int) -> bytes:
+        if self.packed:
+            return _STREAMS.read(self.file, self.offset, most)
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            return file.read(most)
 
 
 class _Stream(NamedTuple):

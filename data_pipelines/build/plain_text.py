@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from data_pipelines.build.files import FileEntry, file_entries
+from data_pipelines.build.files import FileEntry, NoFile, file_entries, read
 from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares, record_id
 from data_pipelines.build.text_files import decode
 from data_pipelines.features import TEST, TRAIN, VALIDATION
@@ -28,6 +28,7 @@ NULLS = "null characters, as in UTF-16 without its byte order mark"
 BLANKS = re.compile("[\n ]*")
 MAX_BYTES = 1 << 30
 """Of a file, which is read as a whole."""
+TOO_LARGE = f"larger than {MAX_BYTES >> 30} GiB"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class PlainText:
             path = os.path.join(entry.folder, entry.name)
             if not entry.bad and os.path.isfile(path) and os.path.getsize(path) > MAX_BYTES:
                 raise UserError(
-                    f"{path} is larger than {MAX_BYTES >> 30} GiB: cut it in files, as with "
+                    f"{path} is {TOO_LARGE}: cut it in files, as with "
                     "`split --line-bytes=500M --additional-suffix=.txt`"
                 )
         least = min((part for part in self._held_out() if part), default=1.0)
@@ -68,10 +69,12 @@ class PlainText:
             return [Dropped(file.bad)]
         folder, name = pathlib.Path(file.folder), file.name
         try:
-            text = decode((folder / name).read_bytes())
+            text = decode(read(folder / name, MAX_BYTES, TOO_LARGE))
             text.encode()
-        except (OSError, UnicodeError) as error:
-            return [Dropped("unreadable" if isinstance(error, OSError) else "not UTF-8")]
+        except NoFile as error:
+            return [Dropped(str(error))]
+        except UnicodeError:
+            return [Dropped("not UTF-8")]
         if "\0" in text:
             return [Dropped(NULLS)]
         file_id = record_id(self.folders, folder, name)

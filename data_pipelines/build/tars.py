@@ -8,6 +8,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from data_pipelines.build.files import FILLERS, UNREADABLE
 from data_pipelines.build.pieces import ERRORS, MAX_UNPACKED, STEP, Packing, Piece, packing_of
+from flamingo_jax.storage import LASTING, read_again, storage_failure
 
 SUFFIXES = (
     ".tar",
@@ -63,21 +64,26 @@ def unread(packing: Packing) -> str:
     return f"shard compressed with {packing.name}{needs or ', which is not read'}"
 
 
-def members(shard: str | pathlib.Path) -> Iterator[Member | str]:
+def members(shard: str | pathlib.Path) -> list[Member | str]:
     """Every file of a shard, and a reason for whatever else is met.
 
     Compressed shards are unpacked as they are read. A damaged header is passed over, to the next
     that is whole. Hidden files, which archives made by macOS are full of, are no data.
+    Raises StorageError where the storage fails for long.
     """
     try:
-        packing = packed_with(shard)
-        if packing is not None and packing.open is None:
-            yield unread(packing)
-            return
-        with packing.open(str(shard)) if packing and packing.open else open(shard, "rb") as file:
-            yield from _members(str(shard), _Looked(file, packing is not None))
+        return read_again(lambda: list(_opened(shard)), shard, LASTING)
     except OSError:
-        yield UNREADABLE
+        return [UNREADABLE]
+
+
+def _opened(shard: str | pathlib.Path) -> Iterator[Member | str]:
+    packing = packed_with(shard)
+    if packing is not None and packing.open is None:
+        yield unread(packing)
+        return
+    with packing.open(str(shard)) if packing and packing.open else open(shard, "rb") as file:
+        yield from _members(str(shard), _Looked(file, packing is not None))
 
 
 def _members(shard: str, file: "_Looked") -> Iterator[Member | str]:
@@ -117,6 +123,9 @@ def _members(shard: str, file: "_Looked") -> Iterator[Member | str]:
         elif file.filled():
             yield DAMAGED
     except Exception as error:  # A damaged header makes tarfile raise whatever it stumbles on.
+        failure = storage_failure(error)
+        if failure is not None and failure.errno not in LASTING:
+            raise
         at_end = isinstance(error, EOFError) or (
             isinstance(error, tarfile.ReadError) and file.at_end
         )

@@ -145,7 +145,7 @@ def _load(path: pathlib.Path, records: int) -> Lengths | None:
 
     try:
         lengths = read_again(load, path)
-    except (PermissionError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         logging.warning("%s cannot be used and is made anew: %s", path, error)
         return None
     return lengths if lengths.whole(records) else None

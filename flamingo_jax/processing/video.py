@@ -16,6 +16,7 @@ from av.video.reformatter import Interpolation
 from flamingo_jax.processing.images import MAX_PIXELS
 from flamingo_jax.processing.video_clock import Clock
 from flamingo_jax.processing.video_file import BROKEN, DAMAGED, VideoError, claimed, opened, pictures
+from flamingo_jax.storage import LASTING, read_again
 
 MAX_FRAMES = 3_600
 """One hour at 1 fps."""
@@ -55,8 +56,23 @@ def read_film(
     so, and pictures are turned and mirrored as the file says. Where time stamps lack or jump, the
     file's rate takes their place (`video_clock`). `resize` is called on every frame as it is
     read, so that a long video of large frames needs little memory.
-    Raises VideoError where no frame can be read or frames have more than `max_pixels`.
+    Raises VideoError where no frame can be read or frames have more than `max_pixels`;
+    StorageError where the storage fails for long.
     """
+    film = read_again(lambda: _film(path, fps, resize, max_frames, max_pixels), path, LASTING)
+    if film.lost:
+        logging.warning("%s is damaged: %s", path, ", ".join(dict.fromkeys(film.lost)))
+    return film
+
+
+def _film(
+    path: str | pathlib.Path,
+    fps: float,
+    resize: Callable[[np.ndarray], np.ndarray],
+    max_frames: int,
+    max_pixels: int,
+) -> Film:
+    """What `read_film` reads. Raises OSError where the storage fails for a moment."""
     frames: list[np.ndarray] = []
     lost: list[str] = []
     try:
@@ -72,13 +88,13 @@ def read_film(
                 if len(frames) == max_frames:
                     break
     except (av.FFmpegError, OSError) as error:
+        if not isinstance(error, av.FFmpegError) and error.errno not in (None, *LASTING):
+            raise
         if not frames:
             raise VideoError(f"{path} is not a readable video: {error}") from error
         lost.append(BROKEN)
     if not frames:
         raise VideoError(f"{path} is not a readable video: it has no frames")
-    if lost:
-        logging.warning("%s is damaged: %s", path, ", ".join(dict.fromkeys(lost)))
     return Film(frames, tuple(lost))
 
 
