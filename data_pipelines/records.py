@@ -247,6 +247,7 @@ class Record:
         self._fields: dict[str, Any] | None = None
         self._pictures: list[list[bytes | np.ndarray]] = []
         self._was_whole = known is not None and not known.damaged
+        self._loading = threading.Lock()
         if known is None:
             counts = self._load()
             known = Known(strings([self.fields["id"]])[0], counts, {}, UNREADABLE in self.fields)
@@ -267,18 +268,23 @@ class Record:
         self._fields = {name: value for name, value in stored.items() if name != self._feature}
         return [len(frames) for frames in nested]
 
+    def _require(self) -> None:
+        """Reads it where that was not done yet: once, also where several threads want an image each."""
+        if self._fields is None:
+            with self._loading:
+                if self._fields is None:
+                    self._load()
+
     @property
     def fields(self) -> dict[str, Any]:
-        if self._fields is None:
-            self._load()
+        self._require()
         assert self._fields is not None
         return self._fields
 
     @property
     def pictures(self) -> list[list[bytes | np.ndarray]]:
         """By visual and frame, as they are on disk or as they were decoded; none where they are not kept."""
-        if self._fields is None:
-            self._load()
+        self._require()
         return self._pictures
 
     @property

@@ -13,6 +13,7 @@ from data_pipelines.build.text_files import NOT_A_TEXT, NOT_UTF8, as_utf8, decod
 from flamingo_jax.errors import UserError
 
 BAD_IMAGE = "image without an id and a file name"
+REPEATED_ID = "image of an id that another has"
 BAD_ANNOTATION = "annotation without a caption for one of the images"
 
 
@@ -87,7 +88,10 @@ class Coco:
         bad = []
         for image in images:
             try:
-                names[_id(image["id"])] = file_name(image["file_name"])
+                number, name = _id(image["id"]), file_name(image["file_name"])
+                if names.get(number, name) != name:
+                    bad.append(REPEATED_ID)
+                names[number] = name
             except (KeyError, TypeError):
                 bad.append(BAD_IMAGE)
         captions = dict.fromkeys(names, Texts())

@@ -2,6 +2,8 @@
 
 import io
 import pathlib
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -117,6 +119,25 @@ def test_what_is_known_of_a_record_is_not_read_again():
     assert source.read == 1
     assert (again.read(0, 0) == 7).all() and again.fields["texts"] == ["", "x"]
     assert source.read == 2, "one visit reads it once"
+
+
+def test_threads_that_want_its_images_read_a_record_once():
+    class Slow(list):
+        read = 0
+
+        def __getitem__(self, place):
+            self.read += 1
+            time.sleep(0.05)  # For others to come meanwhile.
+            return super().__getitem__(place)
+
+    images = [png(level).getvalue() for level in range(4)]
+    source = Slow([{"id": "a", "texts": [""] * 5, "images": images}])
+    records = Records(source, "pages", 6, cache_bytes=0)
+    assert records[0].id == "a" and source.read == 1
+    again = records[0]
+    with ThreadPoolExecutor(4) as pool:
+        shown = list(pool.map(lambda visual: int(again.read(visual, 0).mean()), range(4)))
+    assert shown == list(range(4)) and source.read == 2
 
 
 def test_what_is_no_dataset_is_refused(folder, tmp_path):

@@ -190,6 +190,7 @@ def test_coco_ids_meet_whatever_wrote_them(tmp_path: pathlib.Path) -> None:
         for number, name in (("0", 0), (1, 1), (2.0, 2), ("x", 3), (4, 4), (5, 0))
     ]
     images += [{"id": True, "file_name": "5.png"}, {"id": 7, "file_name": ""}]
+    images += [{"id": 1, "file_name": "1.png"}, {"id": 4, "file_name": "5.png"}]
     told = [
         (0, "zero"),
         ("1", "one"),
@@ -208,6 +209,7 @@ def test_coco_ids_meet_whatever_wrote_them(tmp_path: pathlib.Path) -> None:
     )
     dropped = {
         "image without an id and a file name": 2,
+        "image of an id that another has": 1,
         "annotation without a caption for one of the images": 2,
         "no caption": 1,
     }
