@@ -24,6 +24,7 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.processing.video import read_film
 from tests.data_pipelines.raw import ALL_TRAIN, colourful, film, huge_png, lines, read, save, strings
+from tests.launch import commands
 
 # Pictures.
 
@@ -319,7 +320,7 @@ def test_missing_folders_are_named(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_command(tmp_path):
+def test_command(tmp_path, capsys):
     save(tmp_path / "site" / "a.png", colourful())
     (tmp_path / "site" / "page.html").write_text('<p>one<img src="a.png">two<img src="gone.png">')
 
@@ -332,7 +333,9 @@ def test_command(tmp_path):
     assert first.returncode == 0, first.stderr
     assert "1 train" in first.stdout and "1 missing" in first.stdout and "was there" not in first.stdout
     assert set(read(tmp_path / "data" / "site")) == {"page.html"}
-    assert "was there" in build(*flags).stdout
+    statistics = json.loads((tmp_path / "data" / "site" / "1.0.0" / "statistics.json").read_text())
+    commands.load("build_data").report({"site": (statistics, False)})
+    assert "site (was there)" in capsys.readouterr().out
     wrong = build(flags[0], "--input=nowhere", f"--output={tmp_path}/data/other")
     assert wrong.returncode == 2 and wrong.stderr == "error: there is no folder nowhere: mend --input\n"
 
