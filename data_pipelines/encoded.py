@@ -6,6 +6,7 @@ A picture that cannot be read is NaN throughout; a record that was damaged on di
 A part that is torn or does not fit the dataset is made again.
 """
 
+import contextlib
 import errno
 import logging
 import math
@@ -282,8 +283,14 @@ def _places(store: pathlib.Path, number: int) -> pathlib.Path:
 
 def _write(path: pathlib.Path, values: np.ndarray) -> None:
     temporary = path.with_name(f".{uuid.uuid4().hex}.npy")
-    np.save(temporary, values)
-    temporary.replace(path)
+    try:
+        np.save(temporary, values)
+        temporary.replace(path)
+    except OSError:
+        # A full disk must not stay full of halves.
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def _require_room(store: pathlib.Path, size: int) -> None:

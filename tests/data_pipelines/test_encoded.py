@@ -234,6 +234,19 @@ def test_storage_that_fails_for_moments_changes_no_features(sets: dict[str, path
         found.read(4, 1)
 
 
+def test_a_part_that_could_not_be_written_leaves_nothing(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(path: pathlib.Path, values: np.ndarray) -> None:
+        path.write_bytes(values.tobytes()[:10])
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr(encoded.np, "save", half)
+    with pytest.raises(OSError, match="no room"):
+        encoded._write(tmp_path / "a.npy", np.zeros(9))
+    assert not list(tmp_path.iterdir())
+
+
 def test_parts_that_are_torn_are_made_again(sets: dict[str, pathlib.Path]) -> None:
     """A machine that lost its power leaves files without their ends."""
     whole = features_of(sets["pages"], opened(sets["pages"], Quarters("torn")))
