@@ -171,10 +171,12 @@ class Holder:
                         )
                     time.sleep(LOOK_EVERY)
                     continue
-                path = self._folder / f"{PREFIX}{found.number + 1 if found else 1}"
+                number = found.number + 1 if found else 1
+                path = self._folder / f"{PREFIX}{number}"
                 if not _make(path, self._claim):
                     continue
-                if set(_numbers(self._folder)) - {*seen, _number(path.name)}:
+                others = set(_numbers(self._folder)) - {number}
+                if others - set(seen) or max(others, default=0) > number:
                     # Another has come meanwhile, and is judged as any.
                     path.unlink()
                     continue
@@ -182,7 +184,8 @@ class Holder:
                 # The holder before has removed the folder, which it left empty.
                 time.sleep(0.001)
                 continue
-            for other in seen:
+            # Not its own: that of a holder who let go since may have had the same number.
+            for other in others:
                 (self._folder / f"{PREFIX}{other}").unlink(missing_ok=True)
             return path
 

@@ -17,8 +17,9 @@ import pytest
 from data_pipelines.build.source import Dropped, Example, Outcome, Shares, record_id
 from data_pipelines.build.workers import DIED, WorkerPool
 from data_pipelines.build.writer import write_dataset
+from flamingo_jax import holder
 from flamingo_jax.errors import UserError
-from flamingo_jax.holder import PREFIX, holding
+from flamingo_jax.holder import PREFIX, HeldError, Holder, holding
 
 HOLD = """
 import pathlib, sys, time
@@ -122,6 +123,24 @@ def test_one_at_a_time_of_many_that_come_and_go(tmp_path: pathlib.Path) -> None:
     for thread in threads:
         thread.join()
     assert most == [1] and held[0] >= 40
+
+
+def test_who_comes_while_another_lets_go_keeps_its_own_claim(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, newest = Holder(tmp_path, "a run"), holder._newest
+
+    def after_release(folder: pathlib.Path) -> holder.Found | None:
+        first.release()
+        monkeypatch.setattr(holder, "_newest", newest)
+        return newest(folder)
+
+    monkeypatch.setattr(holder, "_newest", after_release)
+    second = Holder(tmp_path, "a build")
+    with pytest.raises(HeldError, match="a build"):
+        Holder(tmp_path, "a run")
+    second.release()
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_left_of_a_build_that_nothing_came_of(tmp_path: pathlib.Path) -> None:
