@@ -249,8 +249,10 @@ def _failed(folder: pathlib.Path, error: OSError) -> UserError:
 
 
 def _end(folder: pathlib.Path) -> None:
-    """Ends this process without another word to the storage."""
-    found = _newest(folder)
+    """Ends this process; nothing more is written to the storage."""
+    found = None
+    with contextlib.suppress(OSError):  # It ends whether or not that can be told.
+        found = _newest(folder)
     who = _who(found.claim if found else None)
     print(
         f"error: {folder} was taken by {who} while this process stood still: see how that does",
