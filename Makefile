@@ -26,8 +26,9 @@ endif
 quickstart: $(INSTALLED)
 	$(PY) -m launch.quickstart --workdir=runs/quickstart
 
+# Files go to as many processes as there are cores, up to four: compiling, most of the tests' time, keeps one core busy.
 test: lint
-	$(PY) -m pytest -m "not scale"
+	$(PY) -m pytest -m "not scale" -n logical --maxprocesses=4 --dist=loadfile
 
 test-scale: $(INSTALLED)
 	$(PY) -m pytest -m scale

@@ -37,7 +37,7 @@ setuptools.setup(
     ],
     extras_require={
         "parquet": ["pyarrow>=16"],
-        "test": ["kubernetes-validate>=1.30", "mypy>=1.15", "pyarrow>=16", "pytest>=8", "pyyaml>=6", "ruff>=0.11"],
+        "test": ["kubernetes-validate>=1.30", "mypy>=1.15", "pyarrow>=16", "pytest>=8", "pytest-xdist>=3.6", "pyyaml>=6", "ruff>=0.11"],
         "gpu": ["jax[cuda12]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
         # The compiler alone, for `launch.plan --topology`: it needs no TPU.
