@@ -26,6 +26,8 @@ while :; do
     began=$SECONDS
     "$@" &
     child=$!
+    # A signal that came before its number was known has not reached it.
+    if [ -n "$stopped" ]; then kill -TERM "$child" 2> /dev/null; fi
     # A signal ends the first wait, while the command is still saving.
     while wait "$child"; code=$?; kill -0 "$child" 2> /dev/null; do :; done
     child=

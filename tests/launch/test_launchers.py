@@ -31,12 +31,13 @@ RESTARTED = [1, 69, 74, PREEMPTED, 76, 77, 134, 137, 139]
 """What is mended by a start: 1 is a traceback, those above 128 are signals."""
 
 PYTHON = """#!/bin/bash
-# Ends with the next code of the file `codes`; one above 128 by that signal; `saves` waits for SIGTERM, takes a while and ends with 75.
+# Ends with the next code of the file `codes`; one above 128 by that signal; `saves` waits for SIGTERM (once `waiting` is there), takes a while, ends with 75.
 echo "$JAX_LOCAL_DEVICE_IDS $(printf '%q ' "$@")" >> started
 read -r code < codes
 sed -i 1d codes
 if [ "$code" = saves ]; then
     trap 'sleep 0.3; exit 75' TERM
+    touch waiting
     for ((i = 0; i < 100; i++)); do sleep 0.1; done
     exit 99
 fi
@@ -88,11 +89,11 @@ def lines(path: pathlib.Path) -> list[str]:
 
 
 def until(condition: Callable[[], object]) -> None:
-    for _ in range(200):
+    for _ in range(1200):
         if condition():
             return
         time.sleep(0.05)
-    raise AssertionError("waited for 10 s")
+    raise AssertionError("waited for 60 s")
 
 
 @pytest.fixture
@@ -169,11 +170,10 @@ def test_slurm_has_a_limit(stubs: pathlib.Path) -> None:
 def test_slurm_lets_a_process_save_on_sigterm(stubs: pathlib.Path) -> None:
     codes(stubs, "saves")
     job = subprocess.Popen([SLURM], cwd=stubs, env=slurm_environment(0), start_new_session=True, stderr=subprocess.PIPE)
-    until(lambda: lines(stubs / "started"))
-    time.sleep(0.2)
+    until((stubs / "waiting").exists)
     # As SLURM signals all that is in a job.
     os.killpg(job.pid, signal.SIGTERM)
-    _, told = job.communicate(timeout=20)
+    _, told = job.communicate(timeout=60)
     assert job.returncode == 0 and b"ended with exit code 75: queued again" in told
     assert lines(stubs / "scontrol") == ["requeue 7"]
 
@@ -215,12 +215,11 @@ def test_a_host_has_a_limit_on_starts_that_did_not_last(stubs: pathlib.Path) -> 
 def test_a_host_lets_the_process_save_and_starts_no_other(stubs: pathlib.Path, number: int) -> None:
     codes(stubs, "saves", 0)
     loop = subprocess.Popen([AGAIN, "python"], cwd=stubs, start_new_session=True)
-    until(lambda: lines(stubs / "started"))
-    time.sleep(0.2)
+    until((stubs / "waiting").exists)
     second = subprocess.run([AGAIN, "python"], cwd=stubs, capture_output=True, text=True)
     assert second.returncode == errors.EXIT_BAD_INPUT and "the command runs here already" in second.stderr
     os.kill(int((stubs / "again.pid").read_text()), number)
-    assert loop.wait(timeout=20) == PREEMPTED
+    assert loop.wait(timeout=60) == PREEMPTED
     assert len(lines(stubs / "started")) == 1
 
 
@@ -300,7 +299,7 @@ def test_tpu_machines_start_on_every_node_and_stop_saved(stubs: pathlib.Path) ->
     for folder in folders:
         until(lambda folder=folder: len(lines(folder / "started")) == 2)
         assert [shlex.split(line) for line in lines(folder / "started")] == [["-u", "-m", "launch.train", *flags]] * 2
-    time.sleep(0.2)
+        until((folder / "waiting").exists)
     tpu(stubs, "stop", SLICES="2")
     for folder in folders:
         assert lines(folder / "started")[2:] == [] and not (folder / "again.pid").exists()
