@@ -1,6 +1,7 @@
 """The cluster launchers: JobSets by Kubernetes' schemas, scripts run beside executables that stand in for srun, scontrol, gcloud and Python."""
 
 import fcntl
+import functools
 import math
 import os
 import pathlib
@@ -214,7 +215,9 @@ def test_a_host_has_a_limit_on_starts_that_did_not_last(stubs: pathlib.Path) -> 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_host_lets_the_process_save_and_starts_no_other(stubs: pathlib.Path, number: int) -> None:
     codes(stubs, "saves", 0)
-    loop = subprocess.Popen([AGAIN, "python"], cwd=stubs, start_new_session=True)
+    # Where the tests run in the background, they ignore SIGINT, and so would their children.
+    heard = functools.partial(signal.signal, number, signal.SIG_DFL)
+    loop = subprocess.Popen([AGAIN, "python"], cwd=stubs, start_new_session=True, preexec_fn=heard)
     until((stubs / "waiting").exists)
     second = subprocess.run([AGAIN, "python"], cwd=stubs, capture_output=True, text=True)
     assert second.returncode == errors.EXIT_BAD_INPUT and "the command runs here already" in second.stderr
