@@ -31,6 +31,10 @@ HEADED = ("mov", "matroska", "avi")
 """Forms whose length is read from a header; FFmpeg guesses that of others."""
 BUFFER = 1 << 18
 """Bytes read at once."""
+METADATA: dict[str, Any] = {}
+"""How titles that are no UTF-8 are read. Before PyAV 19 they stopped a film from being opened."""
+if int(av.__version__.split(".")[0]) < 19:
+    METADATA["metadata_errors"] = "replace"
 COVERS = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
 PROBED = 1_000
 """Packets looked at to tell a film from a still, where a file has several streams of pictures."""
@@ -89,7 +93,7 @@ def _container(path: str | pathlib.Path) -> Iterator[av.container.InputContainer
                 container_options=dict(OPTIONS),
                 buffer_size=BUFFER,
                 io_open=_nothing_else,
-                metadata_errors="replace",
+                **METADATA,
             )
         except av.FFmpegError as error:
             if error.errno != errno.EINVAL:  # What FFmpeg says of a form that is not in the list.
