@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import TypeVar
 
 from flamingo_jax.errors import StorageError, UserError
@@ -50,6 +50,22 @@ def storage_failure(error: BaseException) -> OSError | None:
     return storage_failure(error.__cause__) if error.__cause__ is not None else None
 
 
+def tried_again(read: Callable[[], T], waits: Iterable[float], passes: Callable[[Exception, float], bool]) -> T:
+    """What `read` gives; after an error that may pass it is called again, behind each of these seconds.
+
+    passes: of an error and the seconds before the next attempt, whether to wait for it. Raises what
+    may not pass at once, and whatever the last attempt raises.
+    """
+    for wait in waits:
+        try:
+            return read()
+        except Exception as error:
+            if not passes(error, wait):
+                raise
+        time.sleep(wait)
+    return read()
+
+
 def read_again(read: Callable[[], T], what: object, at_once: Collection[int | None] = ()) -> T:
     """What `read` gives; where the storage fails it is called again, after ever longer waits (`WAITS`).
 
@@ -61,23 +77,31 @@ def read_again(read: Callable[[], T], what: object, at_once: Collection[int | No
       StorageError: it failed each time. Launchers start such a run again.
       Exception: whatever else `read` raises, at once.
     """
-    for wait in (*WAITS, None):
-        try:
-            return read()
-        except Exception as error:
-            failure = storage_failure(error)
-            if failure is None or failure.errno in at_once:
-                raise
-            why = failure.strerror or str(failure) or type(failure).__name__
-            if wait is None:
-                mend = "mend the storage" if failure.errno not in TOO_MANY_OPEN else "raise the limit of open files (ulimit -n)"
-                raise StorageError(
-                    f"{what} could not be read {len(WAITS) + 1} times over {sum(WAITS):.3g} s ({why}): {mend} and start again; "
-                    "nothing is taken for damaged, and what was saved is whole"
-                ) from error
-        logging.warning("%s could not be read (%s): it is read again in %g s", what, why, wait)
-        time.sleep(wait)
-    raise AssertionError("unreachable")
+
+    def failure_of(error: Exception) -> OSError | None:
+        failure = storage_failure(error)
+        return None if failure is None or failure.errno in at_once else failure
+
+    def reason(failure: OSError) -> str:
+        return failure.strerror or str(failure) or type(failure).__name__
+
+    def passes(error: Exception, wait: float) -> bool:
+        failure = failure_of(error)
+        if failure is not None:
+            logging.warning("%s could not be read (%s): it is read again in %g s", what, reason(failure), wait)
+        return failure is not None
+
+    try:
+        return tried_again(read, WAITS, passes)
+    except Exception as error:
+        failure = failure_of(error)
+        if failure is None:
+            raise
+        mend = "mend the storage" if failure.errno not in TOO_MANY_OPEN else "raise the limit of open files (ulimit -n)"
+        raise StorageError(
+            f"{what} could not be read {len(WAITS) + 1} times over {sum(WAITS):.3g} s ({reason(failure)}): {mend} and start again; "
+            "nothing is taken for damaged, and what was saved is whole"
+        ) from error
 
 
 def modified(path: pathlib.Path) -> float | None:

@@ -10,11 +10,11 @@ import json
 import os
 import pathlib
 import stat
-import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
 from flamingo_jax.errors import StorageError
+from flamingo_jax.storage import tried_again
 
 NAME = "manifest.json"
 _THREADS = min(4, os.cpu_count() or 1)
@@ -56,14 +56,9 @@ class Manifest(NamedTuple):
 def read_again(read: Callable[[], T]) -> T:
     """What `read` returns, tried again a few times where it raises an OSError; that of the last
     time is raised. A file that is not there is not waited for."""
-    for seconds in READ_AGAIN_AFTER:
-        try:
-            return read()
-        except (FileNotFoundError, NotADirectoryError):
-            raise
-        except OSError:
-            time.sleep(seconds)
-    return read()
+    missing = (FileNotFoundError, NotADirectoryError)
+    passes = lambda error, wait: isinstance(error, OSError) and not isinstance(error, missing)
+    return tried_again(read, READ_AGAIN_AFTER, passes)
 
 
 def unreadable(where: pathlib.Path, error: Exception) -> StorageError:
