@@ -35,6 +35,7 @@ test-scale: $(INSTALLED)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
 # Made again when the dependencies change; the stamp is written only once everything is installed.

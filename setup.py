@@ -1,4 +1,6 @@
-"""flamingo_jax: train, resume, export and evaluate Flamingo models (Alayrac et al. 2022) in JAX."""
+"""flamingo_jax: train, resume, export and evaluate Flamingo models (Alayrac et al. 2022) in
+JAX.
+"""
 
 import setuptools
 
@@ -7,7 +9,13 @@ setuptools.setup(
     version="0.1.0",
     description="Visual language models after Flamingo, trained and evaluated in JAX.",
     python_requires=">=3.11",
-    packages=setuptools.find_packages(include=[f"{name}{part}" for name in ("flamingo_jax", "configs", "launch", "data_pipelines") for part in ("", ".*")]),
+    packages=setuptools.find_packages(
+        include=[
+            f"{name}{part}"
+            for name in ("flamingo_jax", "configs", "launch", "data_pipelines")
+            for part in ("", ".*")
+        ]
+    ),
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.8",
@@ -37,7 +45,15 @@ setuptools.setup(
     ],
     extras_require={
         "parquet": ["pyarrow>=16"],
-        "test": ["kubernetes-validate>=1.30", "mypy>=1.15", "pyarrow>=16", "pytest>=8", "pytest-xdist>=3.6", "pyyaml>=6", "ruff>=0.11"],
+        "test": [
+            "kubernetes-validate>=1.30",
+            "mypy>=1.15",
+            "pyarrow>=16",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "pyyaml>=6",
+            "ruff>=0.11",
+        ],
         "gpu": ["jax[cuda12]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
         # The compiler alone, for `launch.plan --topology`: it needs no TPU.

@@ -1,10 +1,10 @@
-"""The pieces that the configs share: the grammar of their argument, and for the paper's scale its
-data mixture, its frozen parts by size, its optimizer, and a laptop's form of each.
+"""The pieces that the configs share: the grammar of their argument, and for the paper's scale
+its data mixture, its frozen parts by size, its optimizer, and a laptop's form of each.
 
-A config's argument is KEY=VALUE pairs with commas between them, `form=v4_2x2x4,root=/shared`; values
-without a key are those of the config's keys in their order, `v4_2x2x4,/shared`. Every config that reads
-files takes `root`, the folder that relative paths begin at: it holds data/, and exports/, models/ or
-what the stages before have exported.
+A config's argument is KEY=VALUE pairs with commas between them, `form=v4_2x2x4,root=/shared`;
+values without a key are those of the config's keys in their order, `v4_2x2x4,/shared`. Every
+config that reads files takes `root`, the folder that relative paths begin at: it holds data/,
+and exports/, models/ or what the stages before have exported.
 """
 
 import dataclasses
@@ -48,7 +48,9 @@ COLOUR = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """How an experiment is laid out on one kind of machine. microbatches: of every dataset, held out or not."""
+    """How an experiment is laid out on one kind of machine. microbatches: of every dataset,
+    held out or not.
+    """
 
     mesh: MeshConfig
     microbatches: int = 1
@@ -66,7 +68,8 @@ def arguments(
       pairs: those of the keys whose own values are NAME=VALUE.
 
     Returns: {key: value, "" where none is given}.
-    Raises: UserError for a key that is unknown or given twice, or a value without one after others.
+    Raises: UserError for a key that is unknown or given twice, or a value without one after
+      others.
     """
     takes = f"configs/{config}.py takes {','.join(f'{key}=...' for key in keys)}"
     found: dict[str, str] = {}
@@ -121,8 +124,8 @@ def on_machine(
     if form not in machines:
         forms = ", ".join(f":{name}" for name in (TINY, *machines))
         raise UserError(
-            f"configs/{config}.py has no form {form!r}: choose one of {forms}, or leave it away "
-            "and set config.mesh"
+            f"configs/{config}.py has no form {form!r}: choose one of {forms}, or leave it away"
+            " and set config.mesh"
         )
     machine = machines[form]
 
@@ -159,36 +162,83 @@ def rooted(experiment: Experiment, root: str) -> Experiment:
     )
 
 
-def mixture(m3w: int = 256, align: int = 512, ltip: int = 512, vtp: int = 64) -> dict[str, DatasetConfig]:
-    """The four datasets of the paper (2.4, A.3) with their batch sizes: by default the ablation's,
-    the only published ones.
+def mixture(
+    m3w: int = 256, align: int = 512, ltip: int = 512, vtp: int = 64
+) -> dict[str, DatasetConfig]:
+    """The four datasets of the paper (2.4, A.3) with their batch sizes: by default the
+    ablation's, the only published ones.
 
-    One example a row, so that a batch holds as many sequences as was published: a page gives a window
-    of 256 tokens and the first 5 images in it, and a shorter page leaves the rest of its row empty.
-    Texts of pairs have 32 or 64 tokens "depending on the dataset": ALIGN's captions are the short ones
-    (12.4 tokens on average against LTIP's 20.5).
+    One example a row, so that a batch holds as many sequences as was published: a page gives a
+    window of 256 tokens and the first 5 images in it, and a shorter page leaves the rest of its
+    row empty. Texts of pairs have 32 or 64 tokens "depending on the dataset": ALIGN's captions
+    are the short ones (12.4 tokens on average against LTIP's 20.5).
     """
     data = {
-        "m3w": DatasetConfig("pages", f"{DATA}/m3w", batch_size=m3w, length=256, visuals=5, weight=1.0, p_next=0.5, pack=False),
-        "align": DatasetConfig("pairs", f"{DATA}/align", batch_size=align, length=32, visuals=1, weight=0.2, pack=False),
-        "ltip": DatasetConfig("pairs", f"{DATA}/ltip", batch_size=ltip, length=64, visuals=1, weight=0.2, pack=False),
-        "vtp": DatasetConfig("videos", f"{DATA}/vtp", batch_size=vtp, length=64, visuals=1, frames=8, weight=0.03, pack=False),
+        "m3w": DatasetConfig(
+            "pages",
+            f"{DATA}/m3w",
+            batch_size=m3w,
+            length=256,
+            visuals=5,
+            weight=1.0,
+            p_next=0.5,
+            pack=False,
+        ),
+        "align": DatasetConfig(
+            "pairs",
+            f"{DATA}/align",
+            batch_size=align,
+            length=32,
+            visuals=1,
+            weight=0.2,
+            pack=False,
+        ),
+        "ltip": DatasetConfig(
+            "pairs",
+            f"{DATA}/ltip",
+            batch_size=ltip,
+            length=64,
+            visuals=1,
+            weight=0.2,
+            pack=False,
+        ),
+        "vtp": DatasetConfig(
+            "videos",
+            f"{DATA}/vtp",
+            batch_size=vtp,
+            length=64,
+            visuals=1,
+            frames=8,
+            weight=0.03,
+            pack=False,
+        ),
     }
     return {name: dataclasses.replace(d, flip=True, colour=COLOUR) for name, d in data.items()}
 
 
 def held_out(data: dict[str, DatasetConfig]) -> dict[str, DatasetConfig]:
     """The same datasets' validation splits, as they are, in as many microbatches."""
-    return {name: dataclasses.replace(d, split="validation", flip=False, colour=0.0) for name, d in data.items()}
+    return {
+        name: dataclasses.replace(d, split="validation", flip=False, colour=0.0)
+        for name, d in data.items()
+    }
 
 
 def flamingo(
-    name: str, language_model: LanguageModelConfig, every: int, *, lm_export: str, data: dict[str, DatasetConfig] | None = None, mesh: MeshConfig | None = None
+    name: str,
+    language_model: LanguageModelConfig,
+    every: int,
+    *,
+    lm_export: str,
+    data: dict[str, DatasetConfig] | None = None,
+    mesh: MeshConfig | None = None,
 ) -> Experiment:
-    """A Flamingo of the paper: gated blocks as wide and with as many heads as its language model, the same resampler and encoder for all.
+    """A Flamingo of the paper: gated blocks as wide and with as many heads as its language
+    model, the same resampler and encoder for all.
 
-    AdamW as in B.1.2: rate 1e-4 after 5,000 updates of warm-up and constant from there, clip 1, decay 0.1 but none on the resampler,
-    500,000 steps, read as updates (the paper does not say whether it counts those or the gradients of single datasets).
+    AdamW as in B.1.2: rate 1e-4 after 5,000 updates of warm-up and constant from there, clip 1,
+    decay 0.1 but none on the resampler, 500,000 steps, read as updates (the paper does not say
+    whether it counts those or the gradients of single datasets).
     """
     data = data or mixture()
     return Experiment(
@@ -214,8 +264,18 @@ def flamingo(
     )
 
 
-def language_modelling(name: str, model: LanguageModelConfig, *, rate: float, rows: int, steps: int, mesh: MeshConfig) -> Experiment:
-    """A language model of the Chinchilla family (Hoffmann et al. 2022): rows of 2,048 tokens, a cosine to a tenth of the peak."""
+def language_modelling(
+    name: str,
+    model: LanguageModelConfig,
+    *,
+    rate: float,
+    rows: int,
+    steps: int,
+    mesh: MeshConfig,
+) -> Experiment:
+    """A language model of the Chinchilla family (Hoffmann et al. 2022): rows of 2,048 tokens, a
+    cosine to a tenth of the peak.
+    """
     data = {"text": DatasetConfig("text", f"{DATA}/text", batch_size=rows, length=2048)}
     return Experiment(
         name=name,
@@ -224,16 +284,25 @@ def language_modelling(name: str, model: LanguageModelConfig, *, rate: float, ro
         tokenizer=f"{DATA}/tokenizer",
         data=data,
         held_out=held_out(data),
-        optimizer=OptimizerConfig(peak_rate=rate, end_rate=rate / 10, warmup_steps=1_500, decay="cosine", beta2=0.95, no_decay=()),
+        optimizer=OptimizerConfig(
+            peak_rate=rate,
+            end_rate=rate / 10,
+            warmup_steps=1_500,
+            decay="cosine",
+            beta2=0.95,
+            no_decay=(),
+        ),
         mesh=mesh,
         training=TrainingConfig(steps=steps, loss="token_mean", remat="products"),
     )
 
 
 def tiny(experiment: Experiment) -> Experiment:
-    """The experiment's laptop form on the embedded world: the same structure, weights and objective, with small sizes and few steps.
+    """The experiment's laptop form on the embedded world: the same structure, weights and
+    objective, with small sizes and few steps.
 
-    Frozen parts are untrained ("random"); name exports with --config.vision_encoder_from and --config.language_model_from.
+    Frozen parts are untrained ("random"); name exports with --config.vision_encoder_from and
+    --config.language_model_from.
     """
     data = {name: _tiny_dataset(name, d) for name, d in experiment.data.items()}
     optimizer, training = experiment.optimizer, experiment.training
@@ -241,18 +310,29 @@ def tiny(experiment: Experiment) -> Experiment:
         experiment,
         name=f"{experiment.name} tiny",
         contrastive=experiment.contrastive and _tiny_contrastive(experiment.contrastive),
-        language_model=experiment.language_model and _tiny_language_model(experiment.language_model, layers=2),
+        language_model=experiment.language_model
+        and _tiny_language_model(experiment.language_model, layers=2),
         flamingo=experiment.flamingo and _tiny_flamingo(experiment.flamingo),
         tokenizer=f"{DATA}/tokenizer",
         data=data,
         held_out=held_out(data),
-        optimizer=dataclasses.replace(optimizer, peak_rate=1e-3, end_rate=min(optimizer.end_rate, 1e-4), warmup_steps=20),
+        optimizer=dataclasses.replace(
+            optimizer, peak_rate=1e-3, end_rate=min(optimizer.end_rate, 1e-4), warmup_steps=20
+        ),
         mesh=MeshConfig(),
         training=dataclasses.replace(
-            training, steps=100, log_every=5, evaluate_every=50, evaluate_batches=2, save_every=50, compute_dtype="float32"
+            training,
+            steps=100,
+            log_every=5,
+            evaluate_every=50,
+            evaluate_batches=2,
+            save_every=50,
+            compute_dtype="float32",
         ),
-        vision_encoder_from=(experiment.vision_encoder_from or experiment.flamingo_from) and "random",
-        language_model_from=(experiment.language_model_from or experiment.flamingo_from) and "random",
+        vision_encoder_from=(experiment.vision_encoder_from or experiment.flamingo_from)
+        and "random",
+        language_model_from=(experiment.language_model_from or experiment.flamingo_from)
+        and "random",
         flamingo_from="",
     )
 
@@ -280,17 +360,30 @@ def _tiny_vision(vision: VisionConfig) -> VisionConfig:
 
 
 def _tiny_language_model(model: LanguageModelConfig, layers: int) -> LanguageModelConfig:
-    return dataclasses.replace(model, vocab_size=384, layers=layers, width=64, heads=4, head_width=16, feed_forward=256)
+    return dataclasses.replace(
+        model, vocab_size=384, layers=layers, width=64, heads=4, head_width=16, feed_forward=256
+    )
 
 
 def _tiny_flamingo(flamingo: FlamingoConfig) -> FlamingoConfig:
-    # Two groups, the last one as short as the full model's last: 80 layers by 7 end in a group of 3.
+    # Two groups, the last one as short as the full model's last: 80 layers by 7 end in a group
+    # of 3.
     every, layers = flamingo.every, flamingo.language_model.layers
     return dataclasses.replace(
         flamingo,
         vision=_tiny_vision(flamingo.vision),
-        language_model=_tiny_language_model(flamingo.language_model, every + (layers % every or every)),
-        resampler=dataclasses.replace(flamingo.resampler, layers=2, width=64, heads=4, head_width=16, latents=8, feed_forward=256),
+        language_model=_tiny_language_model(
+            flamingo.language_model, every + (layers % every or every)
+        ),
+        resampler=dataclasses.replace(
+            flamingo.resampler,
+            layers=2,
+            width=64,
+            heads=4,
+            head_width=16,
+            latents=8,
+            feed_forward=256,
+        ),
         xattn_heads=4,
         xattn_head_width=16,
         xattn_feed_forward=256,

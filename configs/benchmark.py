@@ -1,7 +1,9 @@
-"""A Flamingo by its sizes alone, such as a PyTorch peer can be built with as well; for `python -m launch.benchmark train --sizes=...`.
+"""A Flamingo by its sizes alone, such as a PyTorch peer can be built with as well; for `python
+-m launch.benchmark train --sizes=...`.
 
-`--config=configs/benchmark.py:layers=4,width=256,heads=4,vocab=8192,every=1,vit_layers=4,...` names all of `NUMBERS` and `BATCHES`: a language model of
-the GPT-NeoX form (rotary positions, GELU, a head of its own), a ViT, a resampler of 6 layers, cross-attention of 8 heads of 64.
+`--config=configs/benchmark.py:layers=4,width=256,heads=4,vocab=8192,every=1,vit_layers=4,...`
+names all of `NUMBERS` and `BATCHES`: a language model of the GPT-NeoX form (rotary positions,
+GELU, a head of its own), a ViT, a resampler of 6 layers, cross-attention of 8 heads of 64.
 """
 
 import dataclasses
@@ -22,7 +24,18 @@ from flamingo_jax.experiment import (
     ViTConfig,
 )
 
-NUMBERS = ("layers", "width", "heads", "vocab", "every", "vit_layers", "vit_width", "vit_heads", "image", "patch")
+NUMBERS = (
+    "layers",
+    "width",
+    "heads",
+    "vocab",
+    "every",
+    "vit_layers",
+    "vit_width",
+    "vit_heads",
+    "image",
+    "patch",
+)
 BATCHES = ("interleaved", "pairs")
 """Each as rows x pictures x tokens."""
 NUMBER = "[1-9][0-9]{0,8}"
@@ -34,7 +47,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
 
 def experiment_of(sizes: str) -> Experiment:
-    """The experiment of NAME=VALUE pairs with commas between them. UserError: an unknown or missing name, or a value of another form."""
+    """The experiment of NAME=VALUE pairs with commas between them.
+
+    UserError: an unknown or missing name, or a value of another form.
+    """
     given = dict(part.partition("=")[::2] for part in sizes.split(","))
     if wrong := sorted(set(given) ^ {*NUMBERS, *BATCHES}):
         what = "is unknown" if wrong[0] in given else "is missing"
@@ -46,22 +62,48 @@ def experiment_of(sizes: str) -> Experiment:
     n = {name: int(given[name]) for name in NUMBERS}
     width, vision = n["width"], n["vit_width"]
     language_model = LanguageModelConfig(
-        vocab_size=n["vocab"], layers=n["layers"], width=width, heads=n["heads"], head_width=width // n["heads"], feed_forward=4 * width,
-        positions="rotary", attention_bias=True, tied_embeddings=False,
+        vocab_size=n["vocab"],
+        layers=n["layers"],
+        width=width,
+        heads=n["heads"],
+        head_width=width // n["heads"],
+        feed_forward=4 * width,
+        positions="rotary",
+        attention_bias=True,
+        tied_embeddings=False,
     )
-    vit = ViTConfig(patch_size=n["patch"], layers=n["vit_layers"], width=vision, heads=n["vit_heads"], feed_forward=4 * vision)
-    (rows, pictures, tokens), (pair_rows, pair_pictures, pair_tokens) = ([int(size) for size in given[name].split("x")] for name in BATCHES)
+    vit = ViTConfig(
+        patch_size=n["patch"],
+        layers=n["vit_layers"],
+        width=vision,
+        heads=n["vit_heads"],
+        feed_forward=4 * vision,
+    )
+    (rows, pictures, tokens), (pair_rows, pair_pictures, pair_tokens) = (
+        [int(size) for size in given[name].split("x")] for name in BATCHES
+    )
     experiment = Experiment(
         name="benchmark",
         flamingo=FlamingoConfig(
             vision=VisionConfig(image_size=n["image"], vit=vit),
             language_model=language_model,
-            resampler=ResamplerConfig(layers=6, width=vision, heads=8, head_width=64, feed_forward=4 * vision),
-            every=n["every"], xattn_heads=8, xattn_head_width=64, xattn_feed_forward=4 * width,
+            resampler=ResamplerConfig(
+                layers=6, width=vision, heads=8, head_width=64, feed_forward=4 * vision
+            ),
+            every=n["every"],
+            xattn_heads=8,
+            xattn_head_width=64,
+            xattn_feed_forward=4 * width,
         ),
         data={
             "m3w": DatasetConfig("pages", batch_size=rows, visuals=pictures, length=tokens),
-            "pairs": DatasetConfig("pairs", batch_size=pair_rows, visuals=pair_pictures, length=pair_tokens, weight=0.2),
+            "pairs": DatasetConfig(
+                "pairs",
+                batch_size=pair_rows,
+                visuals=pair_pictures,
+                length=pair_tokens,
+                weight=0.2,
+            ),
         },
         training=TrainingConfig(compute_dtype="float32", mixing="stream"),
         vision_encoder_from="random",

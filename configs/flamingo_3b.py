@@ -1,8 +1,9 @@
-"""Flamingo-3B: a gated block before every one of 24 layers of the 1.4B language model (paper table 5, B.1.1).
+"""Flamingo-3B: a gated block before every one of 24 layers of the 1.4B language model (paper
+table 5, B.1.1).
 
-`--config=configs/flamingo_3b.py`, or with `:form=FORM,root=FOLDER`: the form is `tiny` or a machine
-of `MACHINES`. Batches are the ablation's (M3W 256, ALIGN 512, LTIP 512, VTP 64). The paper needs no
-model sharding at this size.
+`--config=configs/flamingo_3b.py`, or with `:form=FORM,root=FOLDER`: the form is `tiny` or a
+machine of `MACHINES`. Batches are the ablation's (M3W 256, ALIGN 512, LTIP 512, VTP 64). The
+paper needs no model sharding at this size.
 """
 
 import ml_collections

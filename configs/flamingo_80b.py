@@ -1,13 +1,15 @@
-"""Flamingo-80B: a gated block before every 7th layer of the 70B language model, 12 of them (paper table 5, B.1.1).
+"""Flamingo-80B: a gated block before every 7th layer of the 70B language model, 12 of them
+(paper table 5, B.1.1).
 
 `--config=configs/flamingo_80b.py`, or with `:form=FORM,root=FOLDER`: the form is `tiny` or a
 machine of `MACHINES`. The mesh is the paper's (B.1.2): 16-way Megatron for language model,
-resampler and gated blocks, the rest replicas; on its 1,536 chips (v4_8x12x16, the cloud's v4-3072:
-v4 counts cores there) these are 96. The paper shards the optimizer's state over them; here 32 of
-them share trained parameters, gradients and moments (fsdp), since 96 divides no axis. The batch of
-this size is not published: nine times the ablation's M3W (2,304) and VTP (576) and 8.25 times its
-ALIGN and LTIP (4,224) give each replica 256 frames, 16 for each of its chips, and 10,752 tokens,
-which 16 divides too.
+resampler and gated blocks, the rest replicas; on its 1,536 chips (v4_8x12x16, the cloud's
+v4-3072: v4 counts cores there) these are 96. The paper shards the optimizer's state over them;
+here 32 of them share trained parameters, gradients and moments (fsdp), since 96 divides no
+axis. The batch of
+this size is not published: nine times the ablation's M3W (2,304) and VTP (576) and 8.25 times
+its ALIGN and LTIP (4,224) give each replica 256 frames, 16 for each of its chips, and 10,752
+tokens, which 16 divides too.
 """
 
 import ml_collections
@@ -26,5 +28,12 @@ MACHINES = {
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config as the argument `form,root` asks for it."""
     data = base.mixture(m3w=2304, align=4224, ltip=4224, vtp=576)
-    experiment = base.flamingo("flamingo 80B", base.LM_70B, every=7, lm_export="lm_70b", data=data, mesh=MeshConfig(model=16))
+    experiment = base.flamingo(
+        "flamingo 80B",
+        base.LM_70B,
+        every=7,
+        lm_export="lm_70b",
+        data=data,
+        mesh=MeshConfig(model=16),
+    )
     return to_config(base.form_of(experiment, arg, "flamingo_80b", MACHINES))

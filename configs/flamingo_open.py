@@ -1,20 +1,26 @@
-"""A Flamingo from weights and data that anyone can get: a Llama, Mistral or Qwen language model, a CLIP or SigLIP encoder, one's own datasets.
+"""A Flamingo from weights and data that anyone can get: a Llama, Mistral or Qwen language
+model, a CLIP or SigLIP encoder, one's own datasets.
 
-    python -m launch.train --config=configs/flamingo_open.py:h200_8,models/Qwen3-8B,models/siglip-so400m-patch14-384 --workdir=runs/open
+    python -m launch.train
+    --config=configs/flamingo_open.py:h200_8,models/Qwen3-8B,models/siglip-so400m-patch14-384
+    --workdir=runs/open
 
-The argument is `form,language_model,encoder,datasets,root`, each with its name and "=" in front or in
-this order, and each of which may be left away:
+The argument is `form,language_model,encoder,datasets,root`, each with its name and "=" in front
+or in this order, and each of which may be left away:
 
 - form: `tiny` for a laptop, or a machine of `MACHINES`; "" leaves config.mesh to be set.
-- language_model, encoder: folders as Hugging Face's transformers save them, or exports; weights are read from there as they are, and the
-  tokenizer too. A folder that is not there yet, but is called like a model of flamingo_jax/interop/published.py, does for `launch.plan`.
-- datasets: folders in `data/` (for tiny, in runs/quickstart/data) with their kind, joined by +: `obelics=pages+coco=pairs+clips=videos`.
+- language_model, encoder: folders as Hugging Face's transformers save them, or exports; weights
+  are read from there as they are, and the tokenizer too. A folder that is not there yet, but is
+  called like a model of flamingo_jax/interop/published.py, does for `launch.plan`.
+- datasets: folders in `data/` (for tiny, in runs/quickstart/data) with their kind, joined by +:
+  `obelics=pages+coco=pairs+clips=videos`.
 - root: where these folders are looked for, `root=/shared`.
 
     python -m launch.plan --config=configs/flamingo_open.py:v5e_64 --counts --topology=v5e:8x8
 
-Frozen parts are neither converted nor trained: what is trained is the resampler, the gated blocks and <EOC>, in float32, on the language model in
-bfloat16. Blocks stand before every 4th layer, as in Flamingo-9B; a smaller `every` costs memory and time and helps (paper, table 3).
+Frozen parts are neither converted nor trained: what is trained is the resampler, the gated
+blocks and <EOC>, in float32, on the language model in bfloat16. Blocks stand before every 4th
+layer, as in Flamingo-9B; a smaller `every` costs memory and time and helps (paper, table 3).
 """
 
 import dataclasses
@@ -51,7 +57,8 @@ DATASETS = "pages=pages+pairs=pairs+videos=videos"
 TINY_DATASETS = "m3w=pages+ltip=pairs+vtp=videos"
 
 MACHINES = {
-    # One GPU of 141 GB: batches in parts that fit beside 16 GB of frozen weights and 16 bytes for each trained parameter.
+    # One GPU of 141 GB: batches in parts that fit beside 16 GB of frozen weights and 16 bytes
+    # for each trained parameter.
     "h200_1": base.Machine(MeshConfig(1, 1, 1), microbatches=8),
     "h200_8": base.Machine(MeshConfig(1, 8, 1)),
     # 64 chips of 16 GB: the frozen language model over 4 chips, what is trained over all.
@@ -66,10 +73,21 @@ KINDS = {
 }
 
 TINY_LANGUAGE_MODEL = LanguageModelConfig(
-    vocab_size=384, layers=4, width=64, heads=4, head_width=16, kv_heads=2, feed_forward=128, activation="silu", positions="rotary",
-    gated_feed_forward=True, tied_embeddings=False,
+    vocab_size=384,
+    layers=4,
+    width=64,
+    heads=4,
+    head_width=16,
+    kv_heads=2,
+    feed_forward=128,
+    activation="silu",
+    positions="rotary",
+    gated_feed_forward=True,
+    tied_embeddings=False,
 )
-TINY_VISION = VisionConfig(image_size=48, vit=ViTConfig(patch_size=8, layers=2, width=64, heads=4, feed_forward=128))
+TINY_VISION = VisionConfig(
+    image_size=48, vit=ViTConfig(patch_size=8, layers=2, width=64, heads=4, feed_forward=128)
+)
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -104,25 +122,36 @@ def _experiment(language_model: str, encoder: str, data: dict[str, DatasetConfig
             every=4,
             xattn_heads=lm.heads,
             xattn_head_width=lm.head_width,
-            # The paper's blocks are 4 times as wide inside; a SwiGLU's own width would say something else.
+            # The paper's blocks are 4 times as wide inside; a SwiGLU's own width would say
+            # something else.
             xattn_feed_forward=4 * lm.width,
         ),
         tokenizer=language_model,
         data=data,
         held_out=base.held_out(data),
         optimizer=OptimizerConfig(),
-        training=TrainingConfig(steps=250_000, mixing="stream", remat="products", frames_at_once=64, loss="sequence_sum"),
+        training=TrainingConfig(
+            steps=250_000,
+            mixing="stream",
+            remat="products",
+            frames_at_once=64,
+            loss="sequence_sum",
+        ),
         vision_encoder_from=encoder,
         language_model_from=language_model,
     )
 
 
 def _tiny(language_model: str, encoder: str, datasets: str, root: str) -> Experiment:
-    """Small trained parts between the given models, or untrained ones of their form, on the quickstart's world."""
+    """Small trained parts between the given models, or untrained ones of their form, on the
+    quickstart's world.
+    """
     lm = _config_of(language_model, "language_model") if language_model else TINY_LANGUAGE_MODEL
     vision = _config_of(encoder, "vision_encoder") if encoder else TINY_VISION
     data = {
-        name: dataclasses.replace(dataset, batch_size=base.TINY_ROWS, length=base.TINY_LENGTHS[dataset.kind])
+        name: dataclasses.replace(
+            dataset, batch_size=base.TINY_ROWS, length=base.TINY_LENGTHS[dataset.kind]
+        )
         for name, dataset in _datasets(datasets, root).items()
     }
     own = language_model and tokenizer_file(language_model) is not None
@@ -132,7 +161,15 @@ def _tiny(language_model: str, encoder: str, datasets: str, root: str) -> Experi
         flamingo=FlamingoConfig(
             vision=vision,
             language_model=lm,
-            resampler=ResamplerConfig(layers=2, width=64, heads=4, head_width=16, latents=8, frames=8, feed_forward=256),
+            resampler=ResamplerConfig(
+                layers=2,
+                width=64,
+                heads=4,
+                head_width=16,
+                latents=8,
+                frames=8,
+                feed_forward=256,
+            ),
             every=2,
             xattn_heads=4,
             xattn_head_width=16,
@@ -142,23 +179,39 @@ def _tiny(language_model: str, encoder: str, datasets: str, root: str) -> Experi
         data=data,
         held_out=base.held_out(data),
         optimizer=OptimizerConfig(peak_rate=1e-3, warmup_steps=20),
-        training=TrainingConfig(steps=100, log_every=5, evaluate_every=50, evaluate_batches=2, save_every=50, compute_dtype="float32"),
+        training=TrainingConfig(
+            steps=100,
+            log_every=5,
+            evaluate_every=50,
+            evaluate_batches=2,
+            save_every=50,
+            compute_dtype="float32",
+        ),
         vision_encoder_from=encoder or "random",
         language_model_from=language_model or "random",
     )
 
 
 def _config_of(folder: str, part: Part) -> Any:
-    """The config of a published model's folder, of an export, or of a public model that a missing folder is called like."""
+    """The config of a published model's folder, of an export, or of a public model that a
+    missing folder is called like.
+    """
     kind: type = LanguageModelConfig if part == "language_model" else VisionConfig
     if pathlib.Path(folder).is_dir():
         if is_foreign(folder):
             return read_config(folder, part)
         export = open_export(folder)
-        return from_json(kind, export.config["vision"] if export.kind == "contrastive" else export.config, f"the config of {folder}")
+        return from_json(
+            kind,
+            export.config["vision"] if export.kind == "contrastive" else export.config,
+            f"the config of {folder}",
+        )
     found = published(pathlib.Path(folder).name)
     if not isinstance(found, kind):
-        raise UserError(f"{folder} is no folder, and no model is known by that name: copy one there with its config.json and safetensors")
+        raise UserError(
+            f"{folder} is no folder, and no model is known by that name: copy one there with"
+            " its config.json and safetensors"
+        )
     return found
 
 
@@ -167,6 +220,8 @@ def _datasets(text: str, root: str) -> dict[str, DatasetConfig]:
     for part in text.split("+"):
         name, _, kind = part.partition("=")
         if not name or kind not in KINDS:
-            raise UserError(f"the dataset {part!r} must be FOLDER=KIND with one of the kinds {', '.join(KINDS)}")
+            raise UserError(
+                f"the dataset {part!r} must be FOLDER=KIND with one of the kinds {', '.join(KINDS)}"
+            )
         found[name] = dataclasses.replace(KINDS[kind], path=os.path.join(root, base.DATA, name))
     return found

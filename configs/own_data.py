@@ -1,10 +1,12 @@
 """A small Flamingo on one's own pictures, pages, clips and text: copy this file and change it.
 
-    python -m launch.train --config=configs/own_data.py:contrastive,runs/mine --workdir=runs/mine/contrastive
+    python -m launch.train --config=configs/own_data.py:contrastive,runs/mine
+    --workdir=runs/mine/contrastive
 
-and then `:language_model` and `:flamingo`, each exported to `<folder>/<stage>/export` before the next (README). The folder has `data/`
-with what `launch.build_data` made: `pairs`, `pages`, `videos`, `text` and `tokenizer`. Sizes suit two CPU cores and a few thousand
-records; what to raise first on an accelerator is said at each number.
+and then `:language_model` and `:flamingo`, each exported to `<folder>/<stage>/export` before
+the next (README). The folder has `data/` with what `launch.build_data` made: `pairs`, `pages`,
+`videos`, `text` and `tokenizer`. Sizes suit two CPU cores and a few thousand records; what to
+raise first on an accelerator is said at each number.
 """
 
 import ml_collections
@@ -26,10 +28,14 @@ from flamingo_jax.experiment import (
 )
 
 VOCABULARY = 2048
-"""The size of the tokenizer (`launch.build_data --source=sentencepiece --vocab_size=2048`); the paper has 32,000."""
+"""The size of the tokenizer (`launch.build_data --source=sentencepiece --vocab_size=2048`); the
+paper has 32,000.
+"""
 VISION = VisionConfig(variant="tiny", image_size=64)
 """On an accelerator: variant F0 and 288 px upwards."""
-LANGUAGE_MODEL = LanguageModelConfig(vocab_size=VOCABULARY, layers=4, width=128, heads=4, head_width=32, feed_forward=512)
+LANGUAGE_MODEL = LanguageModelConfig(
+    vocab_size=VOCABULARY, layers=4, width=128, heads=4, head_width=32, feed_forward=512
+)
 STEPS = {"contrastive": 300, "language_model": 500, "flamingo": 400}
 
 
@@ -37,7 +43,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config of one stage, by default the Flamingo: `stage,root`."""
     given = arguments(arg, "own_data", ("stage", "root"))
     stage = given["stage"] or "flamingo"
-    stages = {"contrastive": _contrastive, "language_model": _language_model, "flamingo": _flamingo}
+    stages = {
+        "contrastive": _contrastive,
+        "language_model": _language_model,
+        "flamingo": _flamingo,
+    }
     if stage not in stages:
         raise UserError(
             f"configs/own_data.py has no stage {stage!r}: choose one of {', '.join(stages)}"
@@ -48,15 +58,22 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 def _training(stage: str) -> TrainingConfig:
     steps = STEPS[stage]
     return TrainingConfig(
-        steps=steps, log_every=10, evaluate_every=100, evaluate_batches=2, save_every=100, compute_dtype="float32",
-        # The paper sums over a sequence; beside long pages, short captions would then hardly count.
+        steps=steps,
+        log_every=10,
+        evaluate_every=100,
+        evaluate_batches=2,
+        save_every=100,
+        compute_dtype="float32",
+        # The paper sums over a sequence; beside long pages, short captions would then hardly
+        # count.
         loss="token_mean",
     )
 
 
 def _optimizer(**changes: object) -> OptimizerConfig:
     # A short run wants a higher rate than the paper's 1e-4, and one that falls to 0.
-    return OptimizerConfig(**({"peak_rate": 1e-3, "warmup_steps": 30, "decay": "cosine", "beta2": 0.98} | changes))  # type: ignore[arg-type]
+    short = {"peak_rate": 1e-3, "warmup_steps": 30, "decay": "cosine", "beta2": 0.98}
+    return OptimizerConfig(**(short | changes))  # type: ignore[arg-type]
 
 
 def _contrastive(folder: str) -> Experiment:
@@ -65,18 +82,29 @@ def _contrastive(folder: str) -> Experiment:
         name="contrastive",
         task="contrastive",
         contrastive=ContrastiveConfig(
-            vision=VISION, text=TextEncoderConfig(vocab_size=VOCABULARY, layers=2, width=128, heads=4, max_length=48), joint_width=128,
-            initial_temperature=0.1, merge_duplicates=True,
+            vision=VISION,
+            text=TextEncoderConfig(
+                vocab_size=VOCABULARY, layers=2, width=128, heads=4, max_length=48
+            ),
+            joint_width=128,
+            initial_temperature=0.1,
+            merge_duplicates=True,
         ),
         tokenizer=f"{folder}/data/tokenizer",
-        data={"pairs": DatasetConfig(kind="pairs", path=f"{folder}/data/pairs", batch_size=128, flip=True, colour=0.1)},
+        data={
+            "pairs": DatasetConfig(
+                kind="pairs", path=f"{folder}/data/pairs", batch_size=128, flip=True, colour=0.1
+            )
+        },
         optimizer=_optimizer(no_decay=()),
         training=_training("contrastive"),
     )
 
 
 def _language_model(folder: str) -> Experiment:
-    data = {"text": DatasetConfig(kind="text", path=f"{folder}/data/text", batch_size=16, length=128)}
+    data = {
+        "text": DatasetConfig(kind="text", path=f"{folder}/data/text", batch_size=16, length=128)
+    }
     return Experiment(
         name="language model",
         task="language_modelling",
@@ -90,11 +118,36 @@ def _language_model(folder: str) -> Experiment:
 
 
 def _flamingo(folder: str) -> Experiment:
-    """Pages, pairs and clips with the paper's weights; the pairs stand for ALIGN and LTIP together."""
+    """Pages, pairs and clips with the paper's weights; the pairs stand for ALIGN and LTIP
+    together.
+    """
     data = {
-        "pages": DatasetConfig(kind="pages", path=f"{folder}/data/pages", batch_size=4, length=256, visuals=5, weight=1.0, p_next=0.5),
-        "pairs": DatasetConfig(kind="pairs", path=f"{folder}/data/pairs", batch_size=8, length=64, visuals=4, weight=0.4),
-        "videos": DatasetConfig(kind="videos", path=f"{folder}/data/videos", batch_size=2, length=64, visuals=3, frames=8, weight=0.03),
+        "pages": DatasetConfig(
+            kind="pages",
+            path=f"{folder}/data/pages",
+            batch_size=4,
+            length=256,
+            visuals=5,
+            weight=1.0,
+            p_next=0.5,
+        ),
+        "pairs": DatasetConfig(
+            kind="pairs",
+            path=f"{folder}/data/pairs",
+            batch_size=8,
+            length=64,
+            visuals=4,
+            weight=0.4,
+        ),
+        "videos": DatasetConfig(
+            kind="videos",
+            path=f"{folder}/data/videos",
+            batch_size=2,
+            length=64,
+            visuals=3,
+            frames=8,
+            weight=0.03,
+        ),
     }
     return Experiment(
         name="flamingo",
@@ -102,9 +155,21 @@ def _flamingo(folder: str) -> Experiment:
         flamingo=FlamingoConfig(
             vision=VISION,
             language_model=LANGUAGE_MODEL,
-            resampler=ResamplerConfig(layers=2, width=128, heads=4, head_width=32, latents=16, frames=8, feed_forward=512),
+            resampler=ResamplerConfig(
+                layers=2,
+                width=128,
+                heads=4,
+                head_width=32,
+                latents=16,
+                frames=8,
+                feed_forward=512,
+            ),
             # Gates that start at 0, as the paper's do, hardly open in a run this short.
-            xattn_heads=4, xattn_head_width=32, xattn_feed_forward=512, gate_start=1.0, gated_out_scale=0.3,
+            xattn_heads=4,
+            xattn_head_width=32,
+            xattn_feed_forward=512,
+            gate_start=1.0,
+            gated_out_scale=0.3,
         ),
         tokenizer=f"{folder}/data/tokenizer",
         data=data,

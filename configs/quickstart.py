@@ -1,15 +1,17 @@
 """The quickstart: all stages on the embedded drawn world, in minutes on two CPU cores.
 
 `--config=configs/quickstart.py:contrastive`, `:language_model`, `:flamingo` (the default) or
-`:without_pictures`, the Flamingo that is trained on the same text with every picture taken away.
-`:stage=flamingo,root=FOLDER`, or `:flamingo,FOLDER`, looks for data and exports in another folder
-than `runs/quickstart`.
+`:without_pictures`, the Flamingo that is trained on the same text with every picture taken
+away. `:stage=flamingo,root=FOLDER`, or `:flamingo,FOLDER`, looks for data and exports in
+another folder than `runs/quickstart`.
 
-What differs from the paper, and why: rates are higher and fall to 0, gates start open and small, since the runs are short; the loss is the
-mean over tokens, since captions would hardly count beside long pages; long captions weigh as much as pages, since they teach which of two
-things is on the left: at the paper's 0.2, which was meant for sums over sequences, that takes three times the steps; p_next is 0 and pairs
-start without a space, since a small model does better with one form of each sentence; the resampler adds grid positions, since the encoder
-is shallow; no flips, since the text speaks of left and right.
+What differs from the paper, and why: rates are higher and fall to 0, gates start open and
+small, since the runs are short; the loss is the mean over tokens, since captions would hardly
+count beside long pages; long captions weigh as much as pages, since they teach which of two
+things is on the left: at the paper's 0.2, which was meant for sums over sequences, that takes
+three times the steps; p_next is 0 and pairs start without a space, since a small model does
+better with one form of each sentence; the resampler adds grid positions, since the encoder is
+shallow; no flips, since the text speaks of left and right.
 """
 
 import dataclasses
@@ -36,7 +38,14 @@ ROOT = "runs/quickstart"
 VOCABULARY = 384
 VISION = VisionConfig(variant="tiny", image_size=48, mean=(0.2, 0.2, 0.2), std=(0.25, 0.25, 0.25))
 LANGUAGE_MODEL = LanguageModelConfig(
-    vocab_size=VOCABULARY, layers=4, width=128, heads=4, head_width=32, feed_forward=512, activation="squared_relu", embedding_scale=3.0,
+    vocab_size=VOCABULARY,
+    layers=4,
+    width=128,
+    heads=4,
+    head_width=32,
+    feed_forward=512,
+    activation="squared_relu",
+    embedding_scale=3.0,
     position_bias=2.0,
 )
 """Squared ReLU in place of GELU: its gradient takes half of the time on CPU."""
@@ -46,7 +55,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config of one stage, by default the Flamingo: `stage,root`."""
     given = arguments(arg, "quickstart", ("stage", "root"))
     stage = given["stage"] or "flamingo"
-    stages = {"contrastive": contrastive, "language_model": language_model, "flamingo": flamingo, "without_pictures": without_pictures}
+    stages = {
+        "contrastive": contrastive,
+        "language_model": language_model,
+        "flamingo": flamingo,
+        "without_pictures": without_pictures,
+    }
     if stage not in stages:
         raise UserError(
             f"configs/quickstart.py has no stage {stage!r}: choose one of {', '.join(stages)}"
@@ -65,15 +79,35 @@ def contrastive(root: str) -> Experiment:
         name="contrastive",
         task="contrastive",
         contrastive=ContrastiveConfig(
-            vision=VISION, text=TextEncoderConfig(vocab_size=VOCABULARY, layers=2, width=128, heads=4, max_length=16), joint_width=128,
-            initial_temperature=0.1, label_smoothing=0.0, merge_duplicates=True,
+            vision=VISION,
+            text=TextEncoderConfig(
+                vocab_size=VOCABULARY, layers=2, width=128, heads=4, max_length=16
+            ),
+            joint_width=128,
+            initial_temperature=0.1,
+            label_smoothing=0.0,
+            merge_duplicates=True,
         ),
         tokenizer=f"{root}/data/tokenizer",
         data=data,
         optimizer=OptimizerConfig(
-            peak_rate=2e-3, warmup_steps=50, decay="cosine", beta2=0.99, weight_decay=0.01, clip_norm=1.0, adaptive_clip=0.0, no_decay=()
+            peak_rate=2e-3,
+            warmup_steps=50,
+            decay="cosine",
+            beta2=0.99,
+            weight_decay=0.01,
+            clip_norm=1.0,
+            adaptive_clip=0.0,
+            no_decay=(),
         ),
-        training=TrainingConfig(steps=450, evaluate_every=10_000, save_every=100, keep_last=2, compute_dtype="float32", log_every=10),
+        training=TrainingConfig(
+            steps=450,
+            evaluate_every=10_000,
+            save_every=100,
+            keep_last=2,
+            compute_dtype="float32",
+            log_every=10,
+        ),
     )
 
 
@@ -86,13 +120,29 @@ def language_model(root: str) -> Experiment:
         tokenizer=f"{root}/data/tokenizer",
         data={"text": _data(root, "text", "text", batch_size=8, length=128)},
         held_out={
-            name: _data(root, "text", name, batch_size=32, length=128, split="validation") for name in ("text", "namings", "lookups")
+            name: _data(root, "text", name, batch_size=32, length=128, split="validation")
+            for name in ("text", "namings", "lookups")
         },
-        optimizer=OptimizerConfig(peak_rate=1.5e-3, warmup_steps=50, decay="cosine", beta2=0.98, weight_decay=0.1, no_decay=()),
+        optimizer=OptimizerConfig(
+            peak_rate=1.5e-3,
+            warmup_steps=50,
+            decay="cosine",
+            beta2=0.98,
+            weight_decay=0.1,
+            no_decay=(),
+        ),
         training=TrainingConfig(
-            steps=3000, evaluate_every=1000, evaluate_batches=4, save_every=500, keep_last=2, loss="token_mean", compute_dtype="float32", log_every=10,
-            # About 1.0 where every new word is known the second time, 1.3 and more where it is guessed; 0.8 where what follows a word is
-            # looked up, above 0.9 where it is guessed.
+            steps=3000,
+            evaluate_every=1000,
+            evaluate_batches=4,
+            save_every=500,
+            keep_last=2,
+            loss="token_mean",
+            compute_dtype="float32",
+            log_every=10,
+            # About 1.0 where every new word is known the second time, 1.3 and more where it is
+            # guessed; 0.8 where what follows a word is looked up, above 0.9 where it is
+            # guessed.
             required_loss={"namings": 1.1, "lookups": 0.87},
         ),
     )
@@ -104,7 +154,9 @@ def flamingo(root: str, use_visuals: bool = True) -> Experiment:
         "m3w": _data(root, "pages", "m3w", batch_size=6, length=128, visuals=12, weight=1.0),
         "align": _data(root, "pairs", "align", batch_size=2, length=48, visuals=6, weight=0.2),
         "ltip": _data(root, "pairs", "ltip", batch_size=12, length=64, visuals=5, weight=1.0),
-        "vtp": _data(root, "videos", "vtp", batch_size=4, length=32, visuals=2, frames=8, weight=0.03),
+        "vtp": _data(
+            root, "videos", "vtp", batch_size=4, length=32, visuals=2, frames=8, weight=0.03
+        ),
     }
     return Experiment(
         name="flamingo",
@@ -112,16 +164,41 @@ def flamingo(root: str, use_visuals: bool = True) -> Experiment:
         flamingo=FlamingoConfig(
             vision=VISION,
             language_model=LANGUAGE_MODEL,
-            resampler=ResamplerConfig(layers=1, width=128, heads=4, head_width=32, latents=16, frames=8, feed_forward=512, position_grid=6),
-            every=1, xattn_heads=4, xattn_head_width=32, xattn_feed_forward=512, gate_start=1.0, gated_out_scale=0.3,
+            resampler=ResamplerConfig(
+                layers=1,
+                width=128,
+                heads=4,
+                head_width=32,
+                latents=16,
+                frames=8,
+                feed_forward=512,
+                position_grid=6,
+            ),
+            every=1,
+            xattn_heads=4,
+            xattn_head_width=32,
+            xattn_feed_forward=512,
+            gate_start=1.0,
+            gated_out_scale=0.3,
         ),
         tokenizer=f"{root}/data/tokenizer",
         data=data,
         held_out=held_out(data),
-        optimizer=OptimizerConfig(peak_rate=2e-3, warmup_steps=50, decay="cosine", beta2=0.98, weight_decay=0.1),
+        optimizer=OptimizerConfig(
+            peak_rate=2e-3, warmup_steps=50, decay="cosine", beta2=0.98, weight_decay=0.1
+        ),
         training=TrainingConfig(
-            steps=1200, evaluate_every=600, evaluate_batches=2, save_every=250, keep_last=2, loss="token_mean", mixing="stream",
-            compute_dtype="float32", use_visuals=use_visuals, cache_features=use_visuals, log_every=10,
+            steps=1200,
+            evaluate_every=600,
+            evaluate_batches=2,
+            save_every=250,
+            keep_last=2,
+            loss="token_mean",
+            mixing="stream",
+            compute_dtype="float32",
+            use_visuals=use_visuals,
+            cache_features=use_visuals,
+            log_every=10,
         ),
         vision_encoder_from=f"{root}/contrastive/export",
         language_model_from=f"{root}/language_model/export",
@@ -129,7 +206,9 @@ def flamingo(root: str, use_visuals: bool = True) -> Experiment:
 
 
 def without_pictures(root: str) -> Experiment:
-    """The same model on the same text, never shown a picture: what the answers are worth without looking."""
+    """The same model on the same text, never shown a picture: what the answers are worth
+    without looking.
+    """
     experiment = flamingo(root, use_visuals=False)
     training = dataclasses.replace(experiment.training, steps=100)
     return dataclasses.replace(experiment, name="without pictures", held_out={}, training=training)

@@ -1,14 +1,21 @@
-"""Answers to questions about one's own pictures or clips, trained in minutes on two CPU cores: copy this file and change it.
+"""Answers to questions about one's own pictures or clips, trained in minutes on two CPU cores:
+copy this file and change it.
 
-    python -m launch.build_data --source=questions_folder --input=my_questions --output=runs/vqa/data/questions --test_share=0.2
-    python -m launch.build_data --source=sentencepiece --input=runs/vqa/data/questions --output=runs/vqa/data/tokenizer --vocab_size=480
-    python -m launch.train --config=configs/vqa.py:contrastive,runs/vqa --workdir=runs/vqa/contrastive
+    python -m launch.build_data --source=questions_folder --input=my_questions
+    --output=runs/vqa/data/questions --test_share=0.2 python -m launch.build_data
+    --source=sentencepiece --input=runs/vqa/data/questions --output=runs/vqa/data/tokenizer
+    --vocab_size=480 python -m launch.train --config=configs/vqa.py:contrastive,runs/vqa
+    --workdir=runs/vqa/contrastive
 
-and then `:language_model` and `:flamingo` (for clips `:video`), each exported to `<folder>/<stage>/export` before the next (README). The encoder
-learns first, from all of a picture's questions and answers at once: from single answers alone, most of them yes or no, it would learn what is easy
-to see, as colours, and for thousands of steps nothing else. Then it is frozen, and each picture encoded once. Whoever has a trained encoder names its
-export in `vision_encoder_from` and leaves that stage out. `:finetune` goes on from the Flamingo with the encoder unfrozen (paper 3.2, B.2.2).
+and then `:language_model` and `:flamingo` (for clips `:video`), each exported to
+`<folder>/<stage>/export` before the next (README). The encoder learns first, from all of a
+picture's questions and answers at once: from single answers alone, most of them yes or no, it
+would learn what is easy to see, as colours, and for thousands of steps nothing else. Then it is
+frozen, and each picture encoded once. Whoever has a trained encoder names its export in
+`vision_encoder_from` and leaves that stage out. `:finetune` goes on from the Flamingo with the
+encoder unfrozen (paper 3.2, B.2.2).
 """
+
 import dataclasses
 
 import ml_collections
@@ -30,10 +37,19 @@ from flamingo_jax.experiment import (
 )
 
 VOCABULARY = 480
-"""The size of the tokenizer (`launch.build_data --source=sentencepiece --vocab_size=480`): few words are asked with."""
+"""The size of the tokenizer (`launch.build_data --source=sentencepiece --vocab_size=480`): few
+words are asked with.
+"""
 VISION = VisionConfig(variant="tiny", image_size=64)
 LANGUAGE_MODEL = LanguageModelConfig(
-    vocab_size=VOCABULARY, layers=3, width=128, heads=4, head_width=32, feed_forward=512, activation="squared_relu", embedding_scale=3.0
+    vocab_size=VOCABULARY,
+    layers=3,
+    width=128,
+    heads=4,
+    head_width=32,
+    feed_forward=512,
+    activation="squared_relu",
+    embedding_scale=3.0,
 )
 
 
@@ -41,31 +57,52 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config of one stage, by default the Flamingo: `stage,root`."""
     given = arguments(arg, "vqa", ("stage", "root"))
     stage = given["stage"] or "flamingo"
-    stages = {"contrastive": _contrastive, "language_model": _language_model, "flamingo": _flamingo, "video": _video, "finetune": _finetune}
+    stages = {
+        "contrastive": _contrastive,
+        "language_model": _language_model,
+        "flamingo": _flamingo,
+        "video": _video,
+        "finetune": _finetune,
+    }
     if stage not in stages:
-        raise UserError(
-            f"configs/vqa.py has no stage {stage!r}: choose one of {', '.join(stages)}"
-        )
+        raise UserError(f"configs/vqa.py has no stage {stage!r}: choose one of {', '.join(stages)}")
     return to_config(stages[stage](given["root"] or "runs/vqa"))
 
 
 def _questions(folder: str, **options: object) -> dict[str, DatasetConfig]:
-    return {"questions": DatasetConfig(kind="questions", path=f"{folder}/data/questions", **options)}  # type: ignore[arg-type]
+    path = f"{folder}/data/questions"
+    return {"questions": DatasetConfig(kind="questions", path=path, **options)}  # type: ignore[arg-type]
 
 
 def _contrastive(folder: str) -> Experiment:
-    """Pictures beside their questions and answers as one text: the encoder learns from all of them at once what tells pictures apart."""
+    """Pictures beside their questions and answers as one text: the encoder learns from all of
+    them at once what tells pictures apart.
+    """
     return Experiment(
         name="contrastive",
         task="contrastive",
         contrastive=ContrastiveConfig(
-            vision=VISION, text=TextEncoderConfig(vocab_size=VOCABULARY, layers=2, width=128, heads=4, max_length=64), joint_width=128,
-            initial_temperature=0.1, label_smoothing=0.0,
+            vision=VISION,
+            text=TextEncoderConfig(
+                vocab_size=VOCABULARY, layers=2, width=128, heads=4, max_length=64
+            ),
+            joint_width=128,
+            initial_temperature=0.1,
+            label_smoothing=0.0,
         ),
         tokenizer=f"{folder}/data/tokenizer",
         data=_questions(folder, batch_size=64),
-        optimizer=OptimizerConfig(peak_rate=2e-3, warmup_steps=30, decay="cosine", beta2=0.98, no_decay=()),
-        training=TrainingConfig(steps=600, log_every=10, evaluate_every=10_000, save_every=200, keep_last=2, compute_dtype="float32"),
+        optimizer=OptimizerConfig(
+            peak_rate=2e-3, warmup_steps=30, decay="cosine", beta2=0.98, no_decay=()
+        ),
+        training=TrainingConfig(
+            steps=600,
+            log_every=10,
+            evaluate_every=10_000,
+            save_every=200,
+            keep_last=2,
+            compute_dtype="float32",
+        ),
     )
 
 
@@ -79,15 +116,27 @@ def _language_model(folder: str) -> Experiment:
         tokenizer=f"{folder}/data/tokenizer",
         data=data,
         held_out=held_out(data),
-        optimizer=OptimizerConfig(peak_rate=1.5e-3, warmup_steps=20, decay="cosine", beta2=0.98, no_decay=()),
+        optimizer=OptimizerConfig(
+            peak_rate=1.5e-3, warmup_steps=20, decay="cosine", beta2=0.98, no_decay=()
+        ),
         training=TrainingConfig(
-            steps=150, log_every=10, evaluate_every=150, evaluate_batches=2, save_every=150, keep_last=2, loss="token_mean", compute_dtype="float32"
+            steps=150,
+            log_every=10,
+            evaluate_every=150,
+            evaluate_batches=2,
+            save_every=150,
+            keep_last=2,
+            loss="token_mean",
+            compute_dtype="float32",
         ),
     )
 
 
 def _flamingo(folder: str) -> Experiment:
-    """Pictures, one to a row with its questions. A row that is too short for all of them is followed by others with the same picture."""
+    """Pictures, one to a row with its questions.
+
+    A row that is too short for all of them is followed by others with the same picture.
+    """
     data = _questions(folder, batch_size=16, length=64, visuals=1)
     return Experiment(
         name="flamingo",
@@ -95,17 +144,38 @@ def _flamingo(folder: str) -> Experiment:
         flamingo=FlamingoConfig(
             vision=VISION,
             language_model=LANGUAGE_MODEL,
-            # The tiny encoder's cells see little beyond themselves: where they are is told to the resampler.
-            resampler=ResamplerConfig(layers=1, width=128, heads=4, head_width=32, latents=8, frames=8, feed_forward=512, position_grid=8),
+            # The tiny encoder's cells see little beyond themselves: where they are is told to
+            # the resampler.
+            resampler=ResamplerConfig(
+                layers=1,
+                width=128,
+                heads=4,
+                head_width=32,
+                latents=8,
+                frames=8,
+                feed_forward=512,
+                position_grid=8,
+            ),
             # Gates that start at 0, as the paper's do, hardly open in a run this short.
-            xattn_heads=4, xattn_head_width=32, xattn_feed_forward=512, gate_start=1.0, gated_out_scale=0.3,
+            xattn_heads=4,
+            xattn_head_width=32,
+            xattn_feed_forward=512,
+            gate_start=1.0,
+            gated_out_scale=0.3,
         ),
         tokenizer=f"{folder}/data/tokenizer",
         data=data,
         held_out=held_out(data),
         optimizer=OptimizerConfig(peak_rate=1e-3, warmup_steps=50, decay="cosine", beta2=0.98),
         training=TrainingConfig(
-            steps=800, log_every=10, evaluate_every=200, evaluate_batches=4, save_every=200, keep_last=2, loss="token_mean", compute_dtype="float32",
+            steps=800,
+            log_every=10,
+            evaluate_every=200,
+            evaluate_batches=4,
+            save_every=200,
+            keep_last=2,
+            loss="token_mean",
+            compute_dtype="float32",
             cache_features=True,
         ),
         vision_encoder_from=f"{folder}/contrastive/export",
@@ -114,20 +184,32 @@ def _flamingo(folder: str) -> Experiment:
 
 
 def _video(folder: str) -> Experiment:
-    """Clips of eight frames, a run of neighbours among those stored (`launch.build_data --fps`)."""
+    """Clips of eight frames, a run of neighbours among those stored (`launch.build_data
+    --fps`).
+    """
     data = _questions(folder, batch_size=16, length=64, visuals=1, frames=8)
     return dataclasses.replace(_flamingo(folder), data=data, held_out=held_out(data))
 
 
 def _finetune(folder: str) -> Experiment:
-    """On from `<folder>/flamingo/export` with the encoder trained too, at a rate that falls by factors of 10. Larger pictures are another
-    flamingo.vision.image_size (paper: 480)."""
+    """On from `<folder>/flamingo/export` with the encoder trained too, at a rate that falls by
+    factors of 10. Larger pictures are another flamingo.vision.image_size (paper: 480).
+    """
     flamingo = _flamingo(folder)
     return dataclasses.replace(
         flamingo,
         name="fine-tuning",
-        optimizer=OptimizerConfig(peak_rate=1e-4, warmup_steps=10, decay="stepwise", decay_at=(150, 250), beta2=0.98),
-        training=dataclasses.replace(flamingo.training, steps=300, evaluate_every=100, save_every=100, cache_features=False, unfreeze_vision_encoder=True),
+        optimizer=OptimizerConfig(
+            peak_rate=1e-4, warmup_steps=10, decay="stepwise", decay_at=(150, 250), beta2=0.98
+        ),
+        training=dataclasses.replace(
+            flamingo.training,
+            steps=300,
+            evaluate_every=100,
+            save_every=100,
+            cache_features=False,
+            unfreeze_vision_encoder=True,
+        ),
         vision_encoder_from="",
         language_model_from="",
         flamingo_from=f"{folder}/flamingo/export",

@@ -1,9 +1,12 @@
-"""A frozen encoder's features of every picture of a split: made once, kept beside the dataset, read in the pictures' place.
+"""A frozen encoder's features of every picture of a split: made once, kept beside the dataset,
+read in the pictures' place.
 
-`<dataset>/features_<encoder>_<split>/00003.npy` holds those of the different pictures of records 3 * RECORDS to 4 * RECORDS, of which many
-may share one (questions do), `00003.counts.npy` how many pictures each of these has, and `00003.places.npy` where each picture's features are.
-A picture that cannot be read is NaN throughout; a record that was damaged on disk has a count of -1, and its part is made again once it is mended.
-A part that is torn or does not fit the dataset is made again.
+`<dataset>/features_<encoder>_<split>/00003.npy` holds those of the different pictures of
+records 3 * RECORDS to 4 * RECORDS, of which many may share one (questions do),
+`00003.counts.npy` how many pictures each of these has, and `00003.places.npy` where each
+picture's features are. A picture that cannot be read is NaN throughout; a record that was
+damaged on disk has a count of -1, and its part is made again once it is mended. A part that is
+torn or does not fit the dataset is made again.
 """
 
 import contextlib
@@ -33,14 +36,23 @@ RECORDS = 100
 """Records to a part."""
 BATCH = 64
 """Pictures encoded at once."""
-NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
+NOT_WRITABLE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+)
 """Errors of writing that last until someone mends them."""
 
 
 class Encoder(Protocol):
     """A frozen vision encoder, as data pipelines know it.
 
-    digest: names weights, picture size and type. shape, dtype: those of a picture's features, [S, C]. encode: uint8 [n, H, W, 3] -> [n, S, C].
+    digest: names weights, picture size and type. shape, dtype: those of a picture's features,
+      [S, C]. encode: uint8 [n, H, W, 3] -> [n, S, C].
     """
 
     @property
@@ -54,9 +66,11 @@ class Encoder(Protocol):
 
 
 class _Part(NamedTuple):
-    """What is known of a part without its features: counts int64 [records], -1 for a damaged one; first
-    int64 [records + 1], where the pictures of each record begin in `places` int64 [pictures], which is
-    where their features are in the file; start: the byte at which these begin there."""
+    """What is known of a part without its features: counts int64 [records], -1 for a damaged
+    one; first int64 [records + 1], where the pictures of each record begin in `places` int64
+    [pictures], which is where their features are in the file; start: the byte at which these
+    begin there.
+    """
 
     path: str
     counts: np.ndarray
@@ -66,7 +80,9 @@ class _Part(NamedTuple):
 
     @classmethod
     def load(cls, store: pathlib.Path, number: int, records: int, encoder: Encoder) -> "_Part":
-        """Raises OSError where it is missing or cannot be read, ValueError or EOFError where it is torn or not of so many records."""
+        """Raises OSError where it is missing or cannot be read, ValueError or EOFError where it
+        is torn or not of so many records.
+        """
         counts, places = np.load(_counts(store, number)), np.load(_places(store, number))
         path = _part(store, number)
         FILES.forget(str(path))  # It may be another file by now.
@@ -76,9 +92,17 @@ class _Part(NamedTuple):
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             start, size = file.tell(), os.fstat(file.fileno()).st_size
         first = np.concatenate([[0], np.cumsum(np.maximum(counts, 0))])
-        if shape[1:] != encoder.shape or dtype.itemsize != encoder.dtype.itemsize or size != start + math.prod(shape) * dtype.itemsize:
+        if (
+            shape[1:] != encoder.shape
+            or dtype.itemsize != encoder.dtype.itemsize
+            or size != start + math.prod(shape) * dtype.itemsize
+        ):
             raise ValueError(f"{path} is torn, or of another encoder")
-        if len(counts) != records or len(places) != first[-1] or (len(places) and not 0 <= places.min() <= places.max() < shape[0]):
+        if (
+            len(counts) != records
+            or len(places) != first[-1]
+            or (len(places) and not 0 <= places.min() <= places.max() < shape[0])
+        ):
             raise ValueError(f"{path} is not of {records} records")
         return cls(str(path), counts, first, places, start)
 
@@ -101,7 +125,8 @@ FILES: OpenFiles[_File] = OpenFiles(_File)
 class EncodedPictures:
     """The features of a split's pictures, read from disk. Safe to use from several threads.
 
-    They are not mapped into memory: each part would hold a descriptor, and storage that fails under a mapped file kills the process.
+    They are not mapped into memory: each part would hold a descriptor, and storage that fails
+    under a mapped file kills the process.
     """
 
     def __init__(self, parts: Sequence[_Part], shape: tuple[int, int], dtype: np.dtype):
@@ -109,14 +134,21 @@ class EncodedPictures:
         self.shape, self.dtype = shape, dtype
 
     def read(self, place: int, picture: int) -> np.ndarray:
-        """[S, C] of a record's picture, counted over all of its visuals and frames. Raises ImageError, and StorageError (see `read_again`)."""
+        """[S, C] of a record's picture, counted over all of its visuals and frames.
+
+        Raises ImageError, and StorageError (see `read_again`).
+        """
         number, within = divmod(place, RECORDS)
         part = self._parts[number]
         if part.counts[within] < 0:
             raise ImageError("it was damaged on disk when its features were made")
         if picture >= part.counts[within]:
-            raise ImageError(f"its texts ask for more pictures than the {part.counts[within]} it has")
-        features = read_again(lambda: self._read(part, int(part.places[part.first[within] + picture])), part.path)
+            raise ImageError(
+                f"its texts ask for more pictures than the {part.counts[within]} it has"
+            )
+        features = read_again(
+            lambda: self._read(part, int(part.places[part.first[within] + picture])), part.path
+        )
         if np.isnan(features[0, 0]):
             raise ImageError("it could not be read when its features were made")
         return features
@@ -151,15 +183,19 @@ def load_or_encode(
     index: int = 0,
     count: int = 1,
 ) -> EncodedPictures:
-    """From the dataset's folder; parts that are missing there, torn, or older than the dataset, are made first.
+    """From the dataset's folder; parts that are missing there, torn, or older than the dataset,
+    are made first.
 
     Args:
       feature: the feature of a record that holds its pictures.
-      image_size, mean, image_fit: side of the square pictures, the colour (0..1 a channel) that pads them, how they become squares.
-      index, count: this process makes the parts index, index + count, ... and waits for the others.
+      image_size, mean, image_fit: side of the square pictures, the colour (0..1 a channel) that
+        pads them, how they become squares.
+      index, count: this process makes the parts index, index + count, ... and waits for the
+        others.
 
     Raises:
-      UserError: the folder cannot be written to or has too little room, or parts are missing after all.
+      UserError: the folder cannot be written to or has too little room, or parts are missing
+        after all.
       StorageError: the storage failed for long.
     """
     store = folder / f"features_{encoder.digest}_{split}"
@@ -178,7 +214,10 @@ def load_or_encode(
     def lasting(number: int) -> bool:
         """Whether the part is there, and what was damaged when it was made still is."""
         part = load(number)
-        return part is not None and all(UNREADABLE in records[number * RECORDS + int(place)] for place in np.flatnonzero(part.counts < 0))
+        return part is not None and all(
+            UNREADABLE in records[number * RECORDS + int(place)]
+            for place in np.flatnonzero(part.counts < 0)
+        )
 
     mine = [number for number in range(index, parts, count) if not lasting(number)]
     for number in mine:
@@ -186,25 +225,43 @@ def load_or_encode(
     try:
         if mine:
             store.mkdir(exist_ok=True)
-            _make(_Pictures(records, feature, image_size, mean, image_fit), encoder, store, mine, f"features of {folder.parent.name} {split}")
+            _make(
+                _Pictures(records, feature, image_size, mean, image_fit),
+                encoder,
+                store,
+                mine,
+                f"features of {folder.parent.name} {split}",
+            )
     except OSError as error:
         if error.errno not in NOT_WRITABLE:
-            raise StorageError(f"the storage failed when features were written to {store} ({error}): mend it and start again") from error
-        raise UserError(f"the features of pictures could not be written to {store} ({error}); make room there or turn training.cache_features off") from error
+            raise StorageError(
+                f"the storage failed when features were written to {store} ({error}): mend it"
+                " and start again"
+            ) from error
+        raise UserError(
+            f"the features of pictures could not be written to {store} ({error}); make room"
+            " there or turn training.cache_features off"
+        ) from error
     if count > 1:
         multihost_utils.sync_global_devices(str(store))
     loaded = [load(number) for number in range(parts)]
     whole = [part for part in loaded if part is not None]
     if len(whole) < parts:
         raise UserError(
-            f"{store} lacks {parts - len(whole)} of {parts} parts: put the dataset where all hosts see it, or turn training.cache_features off"
+            f"{store} lacks {parts - len(whole)} of {parts} parts: put the dataset where all"
+            " hosts see it, or turn training.cache_features off"
         )
     return EncodedPictures(whole, encoder.shape, encoder.dtype)
 
 
-def _load(store: pathlib.Path, number: int, records: int, encoder: Encoder, folder: pathlib.Path) -> _Part | None:
+def _load(
+    store: pathlib.Path, number: int, records: int, encoder: Encoder, folder: pathlib.Path
+) -> _Part | None:
     """The part, where it is whole and no older than the dataset."""
-    if not all(is_current(path, folder) for path in (_part(store, number), _places(store, number), _counts(store, number))):
+    if not all(
+        is_current(path, folder)
+        for path in (_part(store, number), _places(store, number), _counts(store, number))
+    ):
         return None
     try:
         return read_again(lambda: _Part.load(store, number, records, encoder), _part(store, number))
@@ -213,7 +270,13 @@ def _load(store: pathlib.Path, number: int, records: int, encoder: Encoder, fold
         return None
 
 
-def _make(pictures_in: "_Pictures", encoder: Encoder, store: pathlib.Path, parts: list[int], title: str) -> None:
+def _make(
+    pictures_in: "_Pictures",
+    encoder: Encoder,
+    store: pathlib.Path,
+    parts: list[int],
+    title: str,
+) -> None:
     # A thread decodes the next part's pictures meanwhile.
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     pictures_of = grain.MapDataset.source(parts).map(pictures_in).to_iter_dataset(ahead)
@@ -226,7 +289,10 @@ def _make(pictures_in: "_Pictures", encoder: Encoder, store: pathlib.Path, parts
             for start in range(0, len(readable), BATCH):
                 places = readable[start : start + BATCH]
                 # One shape for all, so that the encoder is compiled once.
-                batch = np.stack([pictures[place] for place in places] + [pictures[places[0]]] * (BATCH - len(places)))
+                batch = np.stack(
+                    [pictures[place] for place in places]
+                    + [pictures[places[0]]] * (BATCH - len(places))
+                )
                 made[places] = encoder.encode(batch)[: len(places)]
             _write(_counts(store, number), counts)
             _write(_places(store, number), places_of)
@@ -236,11 +302,25 @@ def _make(pictures_in: "_Pictures", encoder: Encoder, store: pathlib.Path, parts
 
 
 class _Pictures:
-    """A part's pictures: how many each record has (-1: it is damaged), for all in a row which of the different ones it is, and these, with None for
-    what cannot be read."""
+    """A part's pictures: how many each record has (-1: it is damaged), for all in a row which
+    of the different ones it is, and these, with None for what cannot be read.
+    """
 
-    def __init__(self, records: Sequence[Any], feature: str, image_size: int, mean: Sequence[float], fit: Fit):
-        self._records, self._feature, self._size, self._mean, self._fit = records, feature, image_size, mean, fit
+    def __init__(
+        self,
+        records: Sequence[Any],
+        feature: str,
+        image_size: int,
+        mean: Sequence[float],
+        fit: Fit,
+    ):
+        self._records, self._feature, self._size, self._mean, self._fit = (
+            records,
+            feature,
+            image_size,
+            mean,
+            fit,
+        )
 
     def __call__(self, part: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray | None]]:
         counts, places = [], []
@@ -296,4 +376,8 @@ def _write(path: pathlib.Path, values: np.ndarray) -> None:
 def _require_room(store: pathlib.Path, size: int) -> None:
     free = shutil.disk_usage(store).free
     if free < size:
-        raise OSError(errno.ENOSPC, f"{size / 2**20:,.0f} MiB are needed for the next part, and {free / 2**20:,.0f} are free")
+        raise OSError(
+            errno.ENOSPC,
+            f"{size / 2**20:,.0f} MiB are needed for the next part, and {free / 2**20:,.0f} are"
+            " free",
+        )

@@ -1,8 +1,10 @@
-"""What a dataset on disk holds: the TFDS features of every kind, the splits, and where its files lie.
+"""What a dataset on disk holds: the TFDS features of every kind, the splits, and where its
+files lie.
 
 | kind | fields |
 | --- | --- |
-| pages | `id`, `texts` (k + 1 strings), `images` (k pictures); text i stands before picture i, the last one after all |
+| pages | `id`, `texts` (k + 1 strings), `images` (k pictures); text i stands before picture i,
+the last one after all |
 | pairs | `id`, `image`, `captions` (one is drawn on each visit) |
 | videos | `id`, `frames` (at `fps` frames a second), `fps`, `captions` |
 | text | `id`, `text` |
@@ -29,8 +31,11 @@ STATISTICS_FILE = "statistics.json"
 
 
 def features(kind: str) -> Any:
-    """The `tfds.features.FeaturesDict` of a kind. Raises ValueError for a kind that is not in KINDS."""
-    import tensorflow_datasets as tfds  # Half a second, which commands without data need not wait for.
+    """The `tfds.features.FeaturesDict` of a kind.
+
+    Raises ValueError for a kind that is not in KINDS.
+    """
+    import tensorflow_datasets as tfds  # Half a second, which commands without data need not wait for.  # noqa: E501
 
     text, sequence = tfds.features.Text, tfds.features.Sequence
 
@@ -40,9 +45,18 @@ def features(kind: str) -> Any:
     fields: dict[str, dict[str, Any]] = {
         "pages": {"texts": sequence(text()), "images": sequence(image())},
         "pairs": {"image": image(), "captions": sequence(text())},
-        "videos": {"frames": sequence(image()), "fps": tfds.features.Scalar(np.float32), "captions": sequence(text())},
+        "videos": {
+            "frames": sequence(image()),
+            "fps": tfds.features.Scalar(np.float32),
+            "captions": sequence(text()),
+        },
         "text": {"text": text()},
-        "questions": {"frames": sequence(image()), "question": text(), "answers": sequence(text()), "type": text()},
+        "questions": {
+            "frames": sequence(image()),
+            "question": text(),
+            "answers": sequence(text()),
+            "type": text(),
+        },
     }
     if kind not in fields:
         raise ValueError(f"there is no kind {kind!r} of dataset; choose one of {', '.join(KINDS)}")
@@ -51,14 +65,20 @@ def features(kind: str) -> Any:
 
 def kind_of(fields: Any) -> str:
     """The kind of a dataset, from the names of its features."""
-    for name, kind in (("texts", "pages"), ("image", "pairs"), ("fps", "videos"), ("question", "questions")):
+    for name, kind in (
+        ("texts", "pages"),
+        ("image", "pairs"),
+        ("fps", "videos"),
+        ("question", "questions"),
+    ):
         if name in fields:
             return kind
     return "text"
 
 
 def dataset_folder(path: str | pathlib.Path) -> pathlib.Path:
-    """The folder that `tfds.builder_from_directory` opens: `path` itself, or its version `path/1.0.0`.
+    """The folder that `tfds.builder_from_directory` opens: `path` itself, or its version
+    `path/1.0.0`.
 
     Raises UserError where neither is a finished dataset.
     """

@@ -1,4 +1,6 @@
-"""From an experiment to its inputs: an endless iterator for every training dataset, a few fixed batches for every held-out one."""
+"""From an experiment to its inputs: an endless iterator for every training dataset, a few fixed
+batches for every held-out one.
+"""
 
 from typing import Any
 
@@ -13,32 +15,69 @@ from flamingo_jax.processing.tokenizer import Tokenizer
 
 
 def make_iterators(
-    experiment: Experiment, tokenizer: Tokenizer, encoder: Encoder | None = None, share: Share = WHOLE, readers: Readers | None = None
+    experiment: Experiment,
+    tokenizer: Tokenizer,
+    encoder: Encoder | None = None,
+    share: Share = WHOLE,
+    readers: Readers | None = None,
 ) -> dict[str, BatchIterator]:
-    """A share of every training dataset, its pictures encoded where an encoder is given; raises UserError for what cannot be read.
+    """A share of every training dataset, its pictures encoded where an encoder is given; raises
+    UserError for what cannot be read.
 
     readers: the process's; None makes each batch when it is asked for.
     """
     options = _options(experiment, tokenizer, encoder, share, readers)
-    return {name: make_iterator(dataset, name=name, seed=experiment.seed, **options) for name, dataset in experiment.data.items()}
+    return {
+        name: make_iterator(dataset, name=name, seed=experiment.seed, **options)
+        for name, dataset in experiment.data.items()
+    }
 
 
 def held_out_batches(
-    experiment: Experiment, tokenizer: Tokenizer, encoder: Encoder | None = None, share: Share = WHOLE, readers: Readers | None = None
+    experiment: Experiment,
+    tokenizer: Tokenizer,
+    encoder: Encoder | None = None,
+    share: Share = WHOLE,
+    readers: Readers | None = None,
 ) -> dict[str, FixedBatches]:
     """A share of the first batches of every held-out dataset, read as they are asked for."""
     options = _options(experiment, tokenizer, encoder, share, readers)
     batches = experiment.training.evaluate_batches
-    return {name: held_out(dataset, name=name, batches=batches, **options) for name, dataset in experiment.held_out.items()}
+    return {
+        name: held_out(dataset, name=name, batches=batches, **options)
+        for name, dataset in experiment.held_out.items()
+    }
 
 
-def _options(experiment: Experiment, tokenizer: Tokenizer, encoder: Encoder | None, share: Share, readers: Readers | None) -> dict[str, Any]:
+def _options(
+    experiment: Experiment,
+    tokenizer: Tokenizer,
+    encoder: Encoder | None,
+    share: Share,
+    readers: Readers | None,
+) -> dict[str, Any]:
     process = jax.process_index(), jax.process_count()
-    options: dict[str, Any] = {"tokenizer": tokenizer, "task": experiment.task, "share": share, "process": process, "encoder": encoder}
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "task": experiment.task,
+        "share": share,
+        "process": process,
+        "encoder": encoder,
+    }
     options["readers"] = readers
-    vision = experiment.contrastive.vision if experiment.contrastive else experiment.flamingo.vision if experiment.flamingo else None
+    vision = (
+        experiment.contrastive.vision
+        if experiment.contrastive
+        else experiment.flamingo.vision
+        if experiment.flamingo
+        else None
+    )
     if vision is not None:
-        options |= {"image_size": vision.image_size, "mean": vision.mean, "image_fit": vision.image_fit}
+        options |= {
+            "image_size": vision.image_size,
+            "mean": vision.mean,
+            "image_fit": vision.image_fit,
+        }
     if experiment.contrastive is not None:
         options["text_length"] = experiment.contrastive.text.max_length
     return options

@@ -11,7 +11,9 @@ from flamingo_jax.experiment import DatasetConfig
 
 @dataclasses.dataclass(frozen=True)
 class Items:
-    """What rows are planned from: a record, a piece of one, or `count` questions about one visual from `record` on. All int32 [items]."""
+    """What rows are planned from: a record, a piece of one, or `count` questions about one
+    visual from `record` on. All int32 [items].
+    """
 
     record: np.ndarray
     start: np.ndarray
@@ -21,16 +23,30 @@ class Items:
 
     @classmethod
     def of(cls, lengths: Lengths, dataset: DatasetConfig) -> "Items":
-        """A page is one window, a pair or clip is cut to a row, a text gives all its pieces; a question is whole, or too long for any row."""
+        """A page is one window, a pair or clip is cut to a row, a text gives all its pieces; a
+        question is whole, or too long for any row.
+        """
         if dataset.kind == "questions" and dataset.pack:
             return cls._sharing(lengths, dataset.length)
         records = np.arange(len(lengths.tokens), dtype=np.int32)
         ones = np.ones_like(records)
         if dataset.kind != "text":
-            visuals = np.minimum(lengths.visuals, dataset.visuals) if dataset.kind == "pages" else lengths.visuals
-            tokens = lengths.tokens if dataset.kind == "questions" else np.minimum(lengths.tokens, dataset.length)
+            visuals = (
+                np.minimum(lengths.visuals, dataset.visuals)
+                if dataset.kind == "pages"
+                else lengths.visuals
+            )
+            tokens = (
+                lengths.tokens
+                if dataset.kind == "questions"
+                else np.minimum(lengths.tokens, dataset.length)
+            )
             return cls(records, np.zeros_like(records), tokens, visuals, ones)
-        cut = [(record, *piece) for record, tokens in enumerate(lengths.tokens.tolist()) for piece in pieces(tokens, dataset.length)]
+        cut = [
+            (record, *piece)
+            for record, tokens in enumerate(lengths.tokens.tolist())
+            for piece in pieces(tokens, dataset.length)
+        ]
         record, start, length = np.array(cut, np.int32).reshape(-1, 3).T
         return cls(record, start, length, np.zeros_like(record), np.ones_like(record))
 
@@ -43,7 +59,9 @@ class Items:
 
     @classmethod
     def _sharing(cls, lengths: Lengths, row_length: int) -> "Items":
-        """Questions about the same visual that follow one another, in as few and as equal parts as fit a row: each part shows it once."""
+        """Questions about the same visual that follow one another, in as few and as equal parts
+        as fit a row: each part shows it once.
+        """
         starts = np.flatnonzero(~lengths.same)
         found: list[tuple[int, int, int]] = []
         for first, run in zip(starts.tolist(), np.split(lengths.tokens, starts[1:]), strict=True):

@@ -1,7 +1,8 @@
 """One endless, elastic iterator per dataset: rows are planned first, then read by position.
 
-A row's place in the endless stream decides its epoch and its items; nothing is drawn from a stream of random numbers. So any process
-can make any row, an interrupted run goes on with the next row, and one on more or fewer processes has the same rows in each batch.
+A row's place in the endless stream decides its epoch and its items; nothing is drawn from a
+stream of random numbers. So any process can make any row, an interrupted run goes on with the
+next row, and one on more or fewer processes has the same rows in each batch.
 """
 
 import collections
@@ -26,7 +27,10 @@ AHEAD = 2
 
 
 class BatchIterator:
-    """Endless batches of a process's share, as dicts of numpy arrays. `summary` says what the plan could not use."""
+    """Endless batches of a process's share, as dicts of numpy arrays.
+
+    `summary` says what the plan could not use.
+    """
 
     def __init__(self, rows: Rows, batch_size: int, share: Share, readers: Readers | None):
         self._rows, self._size, self._share, self._readers = rows, batch_size, share, readers
@@ -51,7 +55,9 @@ class BatchIterator:
             # All datasets' batches of an update stand together in the readers' order.
             number = self._begun
             first = self._first + number * self._size
-            self._pending.append(self._rows.batch(first, self._size, self._share, self._readers, number))
+            self._pending.append(
+                self._rows.batch(first, self._size, self._share, self._readers, number)
+            )
             self._begun += 1
 
     def _go_to(self, first: int) -> None:
@@ -63,7 +69,9 @@ class BatchIterator:
         self._begun = 0
 
     def get_state(self) -> dict[str, int]:
-        """The position after the last batch given, the same on every process: {"global_next_index": rows used so far}."""
+        """The position after the last batch given, the same on every process:
+        {"global_next_index": rows used so far}.
+        """
         return {"global_next_index": self._next}
 
     def set_state(self, state: dict[str, int]) -> None:
@@ -80,10 +88,20 @@ class BatchIterator:
 
 
 class FixedBatches(Sequence[Arrays]):
-    """The same batches at every pass, read anew each time, so that no more of them are in memory than are made ahead."""
+    """The same batches at every pass, read anew each time, so that no more of them are in
+    memory than are made ahead.
+    """
 
-    def __init__(self, rows: Rows, batch_size: int, count: int, share: Share, readers: Readers | None):
-        self._rows, self._size, self._count, self._share, self._readers = rows, batch_size, count, share, readers
+    def __init__(
+        self, rows: Rows, batch_size: int, count: int, share: Share, readers: Readers | None
+    ):
+        self._rows, self._size, self._count, self._share, self._readers = (
+            rows,
+            batch_size,
+            count,
+            share,
+            readers,
+        )
 
     def __len__(self) -> int:
         return self._count
@@ -108,7 +126,9 @@ class FixedBatches(Sequence[Arrays]):
 
     def _begin(self, number: int) -> PendingBatch:
         # Before all of training's, which nobody waits for meanwhile.
-        return self._rows.batch(number * self._size, self._size, self._share, self._readers, number - self._count)
+        return self._rows.batch(
+            number * self._size, self._size, self._share, self._readers, number - self._count
+        )
 
 
 def make_iterator(
@@ -129,38 +149,62 @@ def make_iterator(
     encoder: Encoder | None = None,
     name: str = "",
 ) -> BatchIterator:
-    """A process's share of the dataset's global batches, without end, in a new order and with new draws each epoch.
+    """A process's share of the dataset's global batches, without end, in a new order and with
+    new draws each epoch.
 
     Args:
-      image_size, mean, image_fit: side of the square pictures, the colour (0..1 a channel) that pads them, how they become squares.
+      image_size, mean, image_fit: side of the square pictures, the colour (0..1 a channel) that
+        pads them, how they become squares.
       text_length: tokens of a text in the contrastive stage.
-      readers: the process's, which make batches ahead; None makes each batch when it is asked for.
+      readers: the process's, which make batches ahead; None makes each batch when it is asked
+        for.
       source: records to read in place of those at `dataset.path`.
-      process: this one and how many there are, which make the features that are missing, whatever their shares.
+      process: this one and how many there are, which make the features that are missing,
+        whatever their shares.
       cache_bytes: records stay in memory, their pictures decoded, until these are used.
-      encoder: every picture is encoded once, here, and batches hold `features` [M, T, S, C] in place of images.
-      name: the dataset's in the config; its order and all draws are its own, also where others have its size or its records.
+      encoder: every picture is encoded once, here, and batches hold `features` [M, T, S, C] in
+        place of images.
+      name: the dataset's in the config; its order and all draws are its own, also where others
+        have its size or its records.
 
     Returns:
-      Batches of the B rows that the share reads and the M visuals that it decodes. flamingo: images uint8 [M, T, H, W, 3], frame_mask bool
-      [M, T], visuals int32 [B, N] (row * N + place in the global batch, -1 for none), tokens, positions, segments, media_index int32 [B, L],
-      loss_mask bool [B, L]; a dataset of texts has no images, frame_mask and visuals. language_modelling: those of [B, L] but media_index.
-      contrastive: images uint8 [B, H, W, 3], tokens int32 [B, text_length], mask bool [B, text_length]. With images stands jitter float32
-      [M, T, 6] or [B, 6] where `dataset.colour` asks for it (`flamingo_jax.processing.jitter`). What is of rows depends on no picture
-      but in the contrastive stage, where every reader of a row decodes it: a visual that cannot be read has no frame, and the task masks
-      what looks at it.
+      Batches of the B rows that the share reads and the M visuals that it decodes. flamingo:
+      images uint8 [M, T, H, W, 3], frame_mask bool [M, T], visuals int32 [B, N] (row * N +
+      place in the global batch, -1 for none), tokens, positions, segments, media_index int32
+      [B, L], loss_mask bool [B, L]; a dataset of texts has no images, frame_mask and visuals.
+      language_modelling: those of [B, L] but media_index.
+      contrastive: images uint8 [B, H, W, 3], tokens int32 [B, text_length], mask bool [B,
+      text_length]. With images stands jitter float32 [M, T, 6] or [B, 6] where `dataset.colour`
+      asks for it (`flamingo_jax.processing.jitter`). What is of rows depends on no picture
+      but in the contrastive stage, where every reader of a row decodes it: a visual that cannot
+      be read has no frame, and the task masks what looks at it.
 
     Raises:
-      UserError: no such folder or split, nothing in it that fits a row, a kind that the task cannot read, fewer pairs than a contrastive
-        batch, or (while iterating) too many records that cannot be decoded.
+      UserError: no such folder or split, nothing in it that fits a row, a kind that the task
+        cannot read, fewer pairs than a contrastive batch, or (while iterating) too many records
+        that cannot be decoded.
     """
     _check_split(dataset, share)
-    making = Making(dataset, task, tokenizer, image_size, tuple(mean), text_length, seed, True, encoder, process, name, image_fit)
+    making = Making(
+        dataset,
+        task,
+        tokenizer,
+        image_size,
+        tuple(mean),
+        text_length,
+        seed,
+        True,
+        encoder,
+        process,
+        name,
+        image_fit,
+    )
     rows = Rows(making, source, cache_bytes)
     if task == "contrastive" and len(rows) < dataset.batch_size:
         raise UserError(
-            f"the dataset {rows.name} has {len(rows)} pairs, fewer than its batch_size of {dataset.batch_size}, so that a batch would hold a pair "
-            "twice, each the other's negative; make batch_size smaller"
+            f"the dataset {rows.name} has {len(rows)} pairs, fewer than its batch_size of"
+            f" {dataset.batch_size}, so that a batch would hold a pair twice, each the other's"
+            " negative; make batch_size smaller"
         )
     return BatchIterator(rows, dataset.batch_size, share, readers)
 
@@ -182,23 +226,44 @@ def held_out(
     name: str = "",
     readers: Readers | None = None,
 ) -> FixedBatches:
-    """At most `batches` batches that are the same at every call: one order, and no draws (the first caption without a leading space,
-    the first window and clip, "previous" visuals, no augmentation). Rows that are missing in the last batch are padding; the contrastive
-    stage, where each row is every other's negative, has whole batches alone.
+    """At most `batches` batches that are the same at every call: one order, and no draws (the
+    first caption without a leading space, the first window and clip, "previous" visuals, no
+    augmentation). Rows that are missing in the last batch are padding; the contrastive stage,
+    where each row is every other's negative, has whole batches alone.
 
-    Args and Raises as `make_iterator`; also UserError where there is not even one contrastive batch.
+    Args and Raises as `make_iterator`; also UserError where there is not even one contrastive
+    batch.
     """
     _check_split(dataset, share)
-    making = Making(dataset, task, tokenizer, image_size, tuple(mean), text_length, 0, False, encoder, process, name, image_fit)
+    making = Making(
+        dataset,
+        task,
+        tokenizer,
+        image_size,
+        tuple(mean),
+        text_length,
+        0,
+        False,
+        encoder,
+        process,
+        name,
+        image_fit,
+    )
     rows = Rows(making, source, CACHE_BYTES)
     size = dataset.batch_size
     whole = len(rows) // size
     if task == "contrastive" and not whole:
-        raise UserError(f"the held-out dataset {rows.name} has {len(rows)} pairs, fewer than its batch_size of {size}; make it smaller")
+        raise UserError(
+            f"the held-out dataset {rows.name} has {len(rows)} pairs, fewer than its batch_size"
+            f" of {size}; make it smaller"
+        )
     count = min(batches, whole if task == "contrastive" else -(-len(rows) // size))
     return FixedBatches(rows, size, count, share, readers)
 
 
 def _check_split(dataset: DatasetConfig, share: Share) -> None:
     if dataset.batch_size % share.row_shards:
-        raise UserError(f"a batch of {dataset.batch_size} rows cannot be split over {share.row_shards} data shards; make it a multiple of them")
+        raise UserError(
+            f"a batch of {dataset.batch_size} rows cannot be split over {share.row_shards} data"
+            " shards; make it a multiple of them"
+        )

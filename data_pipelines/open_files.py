@@ -1,4 +1,6 @@
-"""Files that are read at random places stay open between reads, but only so many of them, whatever the number of shards and datasets."""
+"""Files that are read at random places stay open between reads, but only so many of them,
+whatever the number of shards and datasets.
+"""
 
 import collections
 import threading
@@ -10,16 +12,19 @@ from flamingo_jax.storage import TOO_MANY_OPEN, open_files_allowed, storage_fail
 T = TypeVar("T")
 
 SHARE = 4
-"""Shards, and kept features, take one in so many of the files that the process may have open each: the
-rest is for checkpoints, connections and sources."""
+"""Shards, and kept features, take one in so many of the files that the process may have open
+each: the rest is for checkpoints, connections and sources.
+"""
 MOST = 4_096
 """Open at a time, however many are allowed: each takes some 50 kB."""
 
 
 class OpenFiles(Generic[T]):
-    """The files used last, opened. One that is closed to make room is closed when its last reader lets go of it.
+    """The files used last, opened. One that is closed to make room is closed when its last
+    reader lets go of it.
 
-    Safe to use from several threads. `open_file` makes of a path what closes the file when it is no longer referred to.
+    Safe to use from several threads. `open_file` makes of a path what closes the file when it
+    is no longer referred to.
     """
 
     def __init__(self, open_file: Callable[[str], T]):
@@ -30,12 +35,17 @@ class OpenFiles(Generic[T]):
         return len(self._files)
 
     def get(self, path: str) -> T:
-        """The open file. Raises what `open_file` raises, of too many open files only when no other of these is left to close."""
+        """The open file.
+
+        Raises what `open_file` raises, of too many open files only when no other of these is
+        left to close.
+        """
         with self._lock:
             if path in self._files:
                 self._files.move_to_end(path)
                 return self._files[path]
-        # Not under the lock: storage that is slow to open one file must not hold up those who read others. Two threads may both open it.
+        # Not under the lock: storage that is slow to open one file must not hold up those who
+        # read others. Two threads may both open it.
         file = self._opened(path)
         with self._lock:
             self._files[path] = file
@@ -43,7 +53,9 @@ class OpenFiles(Generic[T]):
         return file
 
     def forget(self, path: str) -> None:
-        """What is wrong with an open file, such as a stale handle, is not with one that is opened anew."""
+        """What is wrong with an open file, such as a stale handle, is not with one that is
+        opened anew.
+        """
         with self._lock:
             self._files.pop(path, None)
 

@@ -1,8 +1,10 @@
-"""The embedded drawn world: coloured shapes on a dark ground, their captions, questions, clips and pages. Pure functions of a seed.
+"""The embedded drawn world: coloured shapes on a dark ground, their captions, questions, clips
+and pages. Pure functions of a seed.
 
-A scene says what is in a picture, `render` draws it, and everything that is written about it follows from the scene by one grammar in
-which a scene has exactly one clean caption. HELD_OUT names the colour-shape pairs that no picture of training, validation or test
-shows; text may name them. In every picture of an `unseen` split everything is of a held-out pair.
+A scene says what is in a picture, `render` draws it, and everything that is written about it
+follows from the scene by one grammar in which a scene has exactly one clean caption. HELD_OUT
+names the colour-shape pairs that no picture of training, validation or test shows; text may
+name them. In every picture of an `unseen` split everything is of a held-out pair.
 """
 
 import dataclasses
@@ -33,17 +35,65 @@ COLOURS = {
     "white": (240, 240, 240),
 }
 NAMELESS = 0.5
-"""Share of the pictures with short captions whose things have colours that no text has a word for, and of which only shapes, places and numbers
+"""Share of the pictures with short captions whose things have colours that no text has a word
+for, and of which only shapes, places and numbers
 are told: shapes are then learned whatever their colour."""
 SHAPES = ("circle", "square", "triangle", "cross", "star", "ring", "heart", "moon")
-PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
+PLACES = (
+    "top left",
+    "top",
+    "top right",
+    "left",
+    "centre",
+    "right",
+    "bottom left",
+    "bottom",
+    "bottom right",
+)
 """The cells of a 3 x 3 grid, row by row."""
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 WORDS = (
-    "dax", "wug", "blick", "toma", "fep", "zup", "gazzer", "kiki", "bouba", "modi", "pabu", "dofa", "tiku", "lorp", "mib", "nalo",
-    "rin", "sib", "tulver", "vash", "wiss", "yad", "zorg", "blap", "crell", "drin", "floop", "glim", "hask", "jop", "kern",
-    "larn", "murk", "noop", "plim", "quee", "runk", "skov", "trell", "vint",
+    "dax",
+    "wug",
+    "blick",
+    "toma",
+    "fep",
+    "zup",
+    "gazzer",
+    "kiki",
+    "bouba",
+    "modi",
+    "pabu",
+    "dofa",
+    "tiku",
+    "lorp",
+    "mib",
+    "nalo",
+    "rin",
+    "sib",
+    "tulver",
+    "vash",
+    "wiss",
+    "yad",
+    "zorg",
+    "blap",
+    "crell",
+    "drin",
+    "floop",
+    "glim",
+    "hask",
+    "jop",
+    "kern",
+    "larn",
+    "murk",
+    "noop",
+    "plim",
+    "quee",
+    "runk",
+    "skov",
+    "trell",
+    "vint",
 )
 """New words that pages bind to things; each page binds them anew."""
 
@@ -61,9 +111,10 @@ class Thing:
 class Scene:
     """What a picture or a clip shows.
 
-    Two things stand in one row or one column, named left first or top first; several equal things make a count.
-    cells: each thing's place in the 3 x 3 grid. moving: a key of DIRECTIONS for a clip, else "". nameless: the things are drawn in colours that
-    have no name, not in their own.
+    Two things stand in one row or one column, named left first or top first; several equal
+    things make a count.
+    cells: each thing's place in the 3 x 3 grid. moving: a key of DIRECTIONS for a clip, else
+    "". nameless: the things are drawn in colours that have no name, not in their own.
     """
 
     things: tuple[Thing, ...]
@@ -96,7 +147,9 @@ class Question:
 
 
 ALL_THINGS = tuple(Thing(colour, shape) for colour in COLOURS for shape in SHAPES)
-HELD_OUT = tuple(Thing(colour, SHAPES[(3 * place + 2) % len(SHAPES)]) for place, colour in enumerate(COLOURS))
+HELD_OUT = tuple(
+    Thing(colour, SHAPES[(3 * place + 2) % len(SHAPES)]) for place, colour in enumerate(COLOURS)
+)
 """One shape of every colour, one colour of every shape."""
 SEEN = tuple(thing for thing in ALL_THINGS if thing not in HELD_OUT)
 OPPOSITE = {"left of": "right of", "above": "below"}
@@ -135,7 +188,9 @@ def draw_motion(rng: np.random.Generator, things: Sequence[Thing]) -> Scene:
     return Scene((_pick(rng, things),), (4,), _pick(rng, tuple(DIRECTIONS)))
 
 
-def draw_scene(rng: np.random.Generator, things: Sequence[Thing], sorts: Mapping[str, float] = SORTS) -> Scene:
+def draw_scene(
+    rng: np.random.Generator, things: Sequence[Thing], sorts: Mapping[str, float] = SORTS
+) -> Scene:
     sort = rng.choice(list(sorts), p=list(sorts.values()))
     return {"one": draw_one, "two": draw_two, "counts": draw_counts}[str(sort)](rng, things)
 
@@ -144,7 +199,9 @@ def differing(rng: np.random.Generator, things: Sequence[Thing], count: int) -> 
     """Things of which no two share a colour or a shape."""
     chosen: list[Thing] = []
     while len(chosen) < count:
-        left = [t for t in things if all(t.colour != c.colour and t.shape != c.shape for c in chosen)]
+        left = [
+            t for t in things if all(t.colour != c.colour and t.shape != c.shape for c in chosen)
+        ]
         if not left:
             chosen = []
             continue
@@ -161,10 +218,15 @@ PATCH = 28
 
 
 def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [48, 48, 3]: the scene's things with random shade, size and place (within 2 pixels) on a dark, slightly noisy ground."""
+    """uint8 [48, 48, 3]: the scene's things with random shade, size and place (within 2 pixels)
+    on a dark, slightly noisy ground.
+    """
     small = scene.sort == "counts"
     canvas = _ground(rng)
-    colours = {thing: _nameless(rng) if scene.nameless else np.asarray(COLOURS[thing.colour]) for thing in scene.things}
+    colours = {
+        thing: _nameless(rng) if scene.nameless else np.asarray(COLOURS[thing.colour])
+        for thing in scene.things
+    }
     for thing, cell in zip(scene.things, scene.cells, strict=True):
         radius = rng.uniform(5.6, 6.4) if small else rng.uniform(7.0, 9.0)
         jitter = rng.uniform(-0.5, 0.5, 2) if small else rng.uniform(-2.0, 2.0, 2)
@@ -183,7 +245,13 @@ def render_clip(scene: Scene, rng: np.random.Generator) -> list[np.ndarray]:
     frames = []
     for frame in range(FRAMES):
         canvas = ground.copy()
-        _paint(canvas, thing.shape, shade, start + step * length * frame / (FRAMES - 1) + rng.uniform(-0.5, 0.5, 2), radius)
+        _paint(
+            canvas,
+            thing.shape,
+            shade,
+            start + step * length * frame / (FRAMES - 1) + rng.uniform(-0.5, 0.5, 2),
+            radius,
+        )
         frames.append(_pixels(canvas, rng))
     return frames
 
@@ -207,7 +275,9 @@ def _nameless(rng: np.random.Generator) -> np.ndarray:
     """Any colour that is unlike all that have a name, and unlike the ground."""
     while True:
         colour = rng.uniform(0.0, 255.0, 3)
-        if np.max(colour) > 140 and all(np.linalg.norm(colour - named) > 75 for named in COLOURS.values()):
+        if np.max(colour) > 140 and all(
+            np.linalg.norm(colour - named) > 75 for named in COLOURS.values()
+        ):
             return colour
 
 
@@ -220,7 +290,9 @@ def _pixels(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return noisy.clip(0, 255).astype(np.uint8)
 
 
-def _paint(canvas: np.ndarray, shape: str, colour: np.ndarray, centre: np.ndarray, radius: float) -> None:
+def _paint(
+    canvas: np.ndarray, shape: str, colour: np.ndarray, centre: np.ndarray, radius: float
+) -> None:
     """Blends one shape into float [48, 48, 3]; centre is (x, y)."""
     corner = np.round(centre - PATCH / 2).astype(int)
     mask = Image.new("L", (PATCH * FINE, PATCH * FINE))
@@ -236,7 +308,12 @@ def _disc(draw: ImageDraw.ImageDraw, x: float, y: float, radius: float, fill: in
     draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
 
 
-def _polygon(draw: ImageDraw.ImageDraw, centre: np.ndarray, radius: float, points: Sequence[tuple[float, float]]) -> None:
+def _polygon(
+    draw: ImageDraw.ImageDraw,
+    centre: np.ndarray,
+    radius: float,
+    points: Sequence[tuple[float, float]],
+) -> None:
     draw.polygon([(centre[0] + x * radius, centre[1] + y * radius) for x, y in points], fill=255)
 
 
@@ -260,7 +337,9 @@ def _heart(draw: ImageDraw.ImageDraw, centre: np.ndarray, radius: float) -> None
     _polygon(draw, centre, radius, [(-0.97, -0.18), (0.97, -0.18), (0, 1)])
 
 
-def _of_points(*points: tuple[float, float]) -> Callable[[ImageDraw.ImageDraw, np.ndarray, float], None]:
+def _of_points(
+    *points: tuple[float, float],
+) -> Callable[[ImageDraw.ImageDraw, np.ndarray, float], None]:
     return lambda draw, centre, radius: _polygon(draw, centre, radius, points)
 
 
@@ -270,11 +349,25 @@ _OUTLINES: dict[str, Callable[[ImageDraw.ImageDraw, np.ndarray, float], None]] =
     "square": _of_points((-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)),
     "triangle": _of_points((0, -1), (1, 0.8), (-1, 0.8)),
     "cross": _of_points(
-        (-_THIRD, -1), (_THIRD, -1), (_THIRD, -_THIRD), (1, -_THIRD), (1, _THIRD), (_THIRD, _THIRD),
-        (_THIRD, 1), (-_THIRD, 1), (-_THIRD, _THIRD), (-1, _THIRD), (-1, -_THIRD), (-_THIRD, -_THIRD),
+        (-_THIRD, -1),
+        (_THIRD, -1),
+        (_THIRD, -_THIRD),
+        (1, -_THIRD),
+        (1, _THIRD),
+        (_THIRD, _THIRD),
+        (_THIRD, 1),
+        (-_THIRD, 1),
+        (-_THIRD, _THIRD),
+        (-1, _THIRD),
+        (-1, -_THIRD),
+        (-_THIRD, -_THIRD),
     ),
     "star": _of_points(
-        *((r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5)) for i in range(10) for r in [1.1 if i % 2 == 0 else 0.45])
+        *(
+            (r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5))
+            for i in range(10)
+            for r in [1.1 if i % 2 == 0 else 0.45]
+        )
     ),
     "ring": _ring,
     "heart": _heart,
@@ -300,9 +393,15 @@ def caption(scene: Scene) -> str:
 
 
 def shape_first(scene: Scene) -> str:
-    """A scene told with shapes before colours, for text alone: a language model looks up what follows a word long before what precedes it, and
-    must learn to look up by shape ("what colour is the star?") as well as by colour."""
-    return _told(scene, lambda thing: f"{thing.shape} {thing.colour}", lambda thing: f"{plural(thing.shape)} {thing.colour}")
+    """A scene told with shapes before colours, for text alone: a language model looks up what
+    follows a word long before what precedes it, and must learn to look up by shape ("what
+    colour is the star?") as well as by colour.
+    """
+    return _told(
+        scene,
+        lambda thing: f"{thing.shape} {thing.colour}",
+        lambda thing: f"{plural(thing.shape)} {thing.colour}",
+    )
 
 
 def _told(scene: Scene, one: Callable[[Thing], str], several: Callable[[Thing], str]) -> str:
@@ -318,25 +417,45 @@ def _told(scene: Scene, one: Callable[[Thing], str], several: Callable[[Thing], 
 
 
 def noisy_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A short caption as people write them on the web: parts left out or in another order, words that say nothing; never wrong."""
+    """A short caption as people write them on the web: parts left out or in another order,
+    words that say nothing; never wrong.
+    """
     first, last = scene.things[0], scene.things[-1]
     colour, shape = first.colour, first.shape
     forms: tuple[str, ...]
     if scene.sort == "one":
         place = PLACES[scene.cells[0]]
         forms = (
-            str(first), shape, colour, f"{shape} {place}", f"{colour} {place}", f"{shape} , {colour}", f"{place} : {shape}", caption(scene),
+            str(first),
+            shape,
+            colour,
+            f"{shape} {place}",
+            f"{colour} {place}",
+            f"{shape} , {colour}",
+            f"{place} : {shape}",
+            caption(scene),
         )
     elif scene.sort == "two":
         both = first, last
         one, other = both if rng.random() < 0.5 else both[::-1]
         forms = (
-            f"{one.shape} and {other.shape}", f"{one} and {other}", f"{one.colour} and {other.colour}", f"{one.shape} , {other}",
-            f"{first.shape} {scene.relation} {last.shape}", f"{first} {scene.relation} {last}", caption(scene),
+            f"{one.shape} and {other.shape}",
+            f"{one} and {other}",
+            f"{one.colour} and {other.colour}",
+            f"{one.shape} , {other}",
+            f"{first.shape} {scene.relation} {last.shape}",
+            f"{first} {scene.relation} {last}",
+            caption(scene),
         )
     else:
         number, many = NUMBERS[len(scene.things)], plural(shape)
-        forms = (f"{number} {many}", f"{colour} {many}", many, f"{number} {colour} {many}", f"{many} , {number}")
+        forms = (
+            f"{number} {many}",
+            f"{colour} {many}",
+            many,
+            f"{number} {colour} {many}",
+            f"{many} , {number}",
+        )
     text = _pick(rng, forms)
     if rng.random() < 0.5:
         text = f"{_pick(rng, FILLERS_BEFORE)} {text}"
@@ -346,13 +465,24 @@ def noisy_caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def questions(scene: Scene, rng: np.random.Generator, things: Sequence[Thing]) -> list[Question]:
-    """One question of every type that fits the scene. A question about something that is not there names one of `things`."""
+    """One question of every type that fits the scene.
+
+    A question about something that is not there names one of `things`.
+    """
     first, last = scene.things[0], scene.things[-1]
     sort = scene.sort
     if sort == "motion":
-        return [Question(f"which way does the {first.shape} move?", scene.moving, "motion/direction")]
+        return [
+            Question(f"which way does the {first.shape} move?", scene.moving, "motion/direction")
+        ]
     if sort == "counts":
-        return [Question(f"how many {plural(first.shape)} are there?", NUMBERS[len(scene.things)], "counts/number")]
+        return [
+            Question(
+                f"how many {plural(first.shape)} are there?",
+                NUMBERS[len(scene.things)],
+                "counts/number",
+            )
+        ]
     about = _pick(rng, scene.things)
     asked = [_colour_question(about, sort), _shape_question(about, sort)]
     if sort == "one":
@@ -366,9 +496,18 @@ def questions(scene: Scene, rng: np.random.Generator, things: Sequence[Thing]) -
         asked.append(Question(f"what is {relation} the {last.shape}?", a(first), "two/relation"))
     else:
         asked.append(Question(f"what is {opposite} the {first.shape}?", a(last), "two/relation"))
-    (one, other), said = _pick(rng, ((first, last), (last, first))), _pick(rng, (relation, opposite))
+    (one, other), said = (
+        _pick(rng, ((first, last), (last, first))),
+        _pick(rng, (relation, opposite)),
+    )
     true = (one is first) == (said == relation)
-    asked.append(Question(f"is the {one.shape} {said} the {other.shape}?", "yes" if true else "no", "two/order"))
+    asked.append(
+        Question(
+            f"is the {one.shape} {said} the {other.shape}?",
+            "yes" if true else "no",
+            "two/order",
+        )
+    )
     return asked
 
 
@@ -389,7 +528,9 @@ def _near(rng: np.random.Generator, thing: Thing, things: Sequence[Thing]) -> li
     """Things that are not `thing`: of its colour, of its shape, or of neither."""
     others = [t for t in things if t != thing]
     alike = _pick(rng, ((True, False), (False, True), (False, False)))
-    return [t for t in others if (t.colour == thing.colour, t.shape == thing.shape) == alike] or others
+    return [
+        t for t in others if (t.colour == thing.colour, t.shape == thing.shape) == alike
+    ] or others
 
 
 def output_text(scene: Scene) -> str:
@@ -405,8 +546,9 @@ def question_text(question: Question) -> str:
 def naming_text(word: str, known: str = "") -> str:
     """A chunk of a page that binds new words; with a known word, that is said first.
 
-    The new word follows at once on what it names, a picture or one known word: what a language model learns of binding in text then
-    needs nothing but a picture that reads like a word. With two known words it would learn to look two words back, where a page has no picture.
+    The new word follows at once on what it names, a picture or one known word: what a language
+    model learns of binding in text then needs nothing but a picture that reads like a word.
+    With two known words it would learn to look two words back, where a page has no picture.
     """
     return f" {known} {word}" if known else f" {word}"
 
@@ -425,7 +567,10 @@ class Drawn:
 
 
 def pair(
-    rng: np.random.Generator, things: Sequence[Thing], draw: Callable[..., Scene] = draw_scene, tell: Callable[[Scene], str] = caption
+    rng: np.random.Generator,
+    things: Sequence[Thing],
+    draw: Callable[..., Scene] = draw_scene,
+    tell: Callable[[Scene], str] = caption,
 ) -> Drawn:
     scene = draw(rng, things)
     return Drawn({"image": png(render(scene, rng)), "captions": [tell(scene)]}, (scene,))
@@ -440,41 +585,63 @@ def noisy_pair(rng: np.random.Generator, things: Sequence[Thing]) -> Drawn:
 
 
 def clip(rng: np.random.Generator, things: Sequence[Thing], plain: bool = False) -> Drawn:
-    """A clip with its caption, which (unless `plain`) has the form it has on pages: one prompt for all captions."""
+    """A clip with its caption, which (unless `plain`) has the form it has on pages: one prompt
+    for all captions.
+    """
     scene = draw_motion(rng, things)
     captions = [caption(scene) if plain else output_text(scene)]
-    return Drawn({"frames": [png(p) for p in render_clip(scene, rng)], "fps": 1.0, "captions": captions}, (scene,))
+    return Drawn(
+        {"frames": [png(p) for p in render_clip(scene, rng)], "fps": 1.0, "captions": captions},
+        (scene,),
+    )
 
 
 def question(rng: np.random.Generator, things: Sequence[Thing]) -> Drawn:
     scene = draw_scene(rng, things)
     asked = ask(scene, rng, things)
-    fields = {"frames": [png(render(scene, rng))], "question": asked.question, "answers": [asked.answer], "type": asked.type}
+    fields = {
+        "frames": [png(render(scene, rng))],
+        "question": asked.question,
+        "answers": [asked.answer],
+        "type": asked.type,
+    }
     return Drawn(fields, (scene,))
 
 
 def page(rng: np.random.Generator, things: Sequence[Thing]) -> Drawn:
-    """Pictures with captions (15 in 100), questions (65 in 100), or new words bound to what they show.
+    """Pictures with captions (15 in 100), questions (65 in 100), or new words bound to what
+    they show.
 
-    Two thirds of the pages of captions or questions begin with an example that has no picture. It tells of any thing, half of the time of one
-    that no picture shows: what the model trains on text must not learn that there is no thing but those in its pictures.
+    Two thirds of the pages of captions or questions begin with an example that has no picture.
+    It tells of any thing, half of the time of one
+    that no picture shows: what the model trains on text must not learn that there is no thing
+    but those in its pictures.
     """
     sort = rng.random()
     if sort >= 0.8:
         shown, known, new = _binding(rng, things, int(rng.integers(6, 13)))
-        texts = [naming_text(word, name if rng.random() < 0.5 else "") for name, word in zip(known, new, strict=True)]
+        texts = [
+            naming_text(word, name if rng.random() < 0.5 else "")
+            for name, word in zip(known, new, strict=True)
+        ]
         return _page(rng, [Scene((thing,), (int(rng.integers(9)),)) for thing in shown], texts)
     count = int(rng.integers(4, 9))
     tell = output_text if sort < 0.15 else lambda scene: question_text(ask(scene, rng, things))
     scenes = [draw_scene(rng, things, TAUGHT) for _ in range(count)]
-    opening = tell(draw_scene(rng, _pick(rng, (ALL_THINGS, HELD_OUT)), TAUGHT)) if rng.random() < 2 / 3 else ""
+    opening = (
+        tell(draw_scene(rng, _pick(rng, (ALL_THINGS, HELD_OUT)), TAUGHT))
+        if rng.random() < 2 / 3
+        else ""
+    )
     return _page(rng, scenes, [tell(scene) for scene in scenes], opening)
 
 
 def binding_page(rng: np.random.Generator, things: Sequence[Thing], supports: int = 32) -> Drawn:
-    """Two words bound to two things: 32 supports and then the query, whose chunk names its word.
+    """Two words bound to two things: 32 supports and then the query, whose chunk names its
+    word.
 
-    Supports come in twos, one of each word in random order, so that the last s before the query are balanced (s = 1 has one word).
+    Supports come in twos, one of each word in random order, so that the last s before the query
+    are balanced (s = 1 has one word).
     """
     pair_of_things = differing(rng, things, 2)
     words = [str(word) for word in rng.choice(WORDS, 2, replace=False)]
@@ -484,28 +651,45 @@ def binding_page(rng: np.random.Generator, things: Sequence[Thing], supports: in
     return _page(rng, scenes, [naming_text(words[i]) for i in order])
 
 
-def _binding(rng: np.random.Generator, things: Sequence[Thing], count: int) -> tuple[list[Thing], list[str], list[str]]:
-    """What a page or text that binds two to four new words shows: things in their order, the known word for each, the new word for each.
+def _binding(
+    rng: np.random.Generator, things: Sequence[Thing], count: int
+) -> tuple[list[Thing], list[str], list[str]]:
+    """What a page or text that binds two to four new words shows: things in their order, the
+    known word for each, the new word for each.
 
     Things differ in colour and in shape; the known word is the colour throughout, or the shape.
     """
     number = int(rng.integers(2, 5))
-    named = dict(zip(differing(rng, things, number), (str(word) for word in rng.choice(WORDS, number, replace=False)), strict=True))
+    named = dict(
+        zip(
+            differing(rng, things, number),
+            (str(word) for word in rng.choice(WORDS, number, replace=False)),
+            strict=True,
+        )
+    )
     known = _pick(rng, (lambda thing: thing.colour, lambda thing: thing.shape))
     shown = [_pick(rng, tuple(named)) for _ in range(count)]
     return shown, [known(thing) for thing in shown], [named[thing] for thing in shown]
 
 
-def _page(rng: np.random.Generator, scenes: Sequence[Scene], texts: Sequence[str], opening: str = "") -> Drawn:
-    return Drawn({"texts": [opening, *texts], "images": [png(render(scene, rng)) for scene in scenes]}, tuple(scenes))
+def _page(
+    rng: np.random.Generator, scenes: Sequence[Scene], texts: Sequence[str], opening: str = ""
+) -> Drawn:
+    return Drawn(
+        {"texts": [opening, *texts], "images": [png(render(scene, rng)) for scene in scenes]},
+        tuple(scenes),
+    )
 
 
 def document(rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS) -> Drawn:
-    """Text that mirrors the pages, with a description of the scene in the place of its picture, and rhymes.
+    """Text that mirrors the pages, with a description of the scene in the place of its picture,
+    and rhymes.
 
-    Half of the documents are lines, in the others the image tag stands before each description as on a page, so that the language model
-    has met the tag before it is frozen. Rhymes are a few random words said again and again: copying is what binding is learned from, and
-    it is learned soonest where there is little to choose from. What questions take is learned from lists of many things.
+    Half of the documents are lines, in the others the image tag stands before each description
+    as on a page, so that the language model has met the tag before it is frozen. Rhymes are a
+    few random words said again and again: copying is what binding is learned from, and it is
+    learned soonest where there is little to choose from. What questions take is learned from
+    lists of many things.
     """
     sort, tagged = rng.random(), rng.random() < 0.5
     if sort < 0.25:
@@ -520,40 +704,70 @@ def document(rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS) -> 
         told = [output_text(scene)] if sort < 0.75 else _some_questions(rng, scene, things)
         description = caption(scene) if rng.random() < 0.5 else shape_first(scene)
         lines.append(f"{description}. {' '.join(told)}")
-    return Drawn({"text": "".join(f"<image>{line}" for line in lines) if tagged else "\n".join(lines)})
+    return Drawn(
+        {"text": "".join(f"<image>{line}" for line in lines) if tagged else "\n".join(lines)}
+    )
 
 
 def _some_questions(rng: np.random.Generator, scene: Scene, things: Sequence[Thing]) -> list[str]:
-    """One to three different questions about a scene: what is asked must be found in what was said, not guessed from its form."""
+    """One to three different questions about a scene: what is asked must be found in what was
+    said, not guessed from its form.
+    """
     asked = questions(scene, rng, things)
-    return [question_text(asked[place]) for place in rng.permutation(len(asked))[: int(rng.integers(1, 4))]]
+    return [
+        question_text(asked[place])
+        for place in rng.permutation(len(asked))[: int(rng.integers(1, 4))]
+    ]
 
 
-def namings(rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS, tagged: bool = True) -> Drawn:
-    """4 to 16 new words after known words, which stand for pictures: what binding takes, in text alone."""
+def namings(
+    rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS, tagged: bool = True
+) -> Drawn:
+    """4 to 16 new words after known words, which stand for pictures: what binding takes, in
+    text alone.
+    """
     _, known, new = _binding(rng, things, int(rng.integers(4, 17)))
     lines = [naming_text(word, name) for name, word in zip(known, new, strict=True)]
-    return Drawn({"text": "".join(f"<image>{line}" for line in lines) if tagged else ".".join(lines)})
+    return Drawn(
+        {"text": "".join(f"<image>{line}" for line in lines) if tagged else ".".join(lines)}
+    )
 
 
-def lookups(rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS, tagged: bool = True) -> Drawn:
-    """Three to six things told one after the other, then ten questions about the colour or shape of one of them, many cut to their last word.
+def lookups(
+    rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS, tagged: bool = True
+) -> Drawn:
+    """Three to six things told one after the other, then ten questions about the colour or
+    shape of one of them, many cut to their last word.
 
-    Of two things the answer can be guessed half of the time, and a language model may rest there; of many it must be looked up. What is to
+    Of two things the answer can be guessed half of the time, and a language model may rest
+    there; of many it must be looked up. What is to
     be looked up stands right before the answer of a short question: there it is learned first.
     """
     told = differing(rng, things, int(rng.integers(3, 7)))
     colours_first = rng.random() < 0.5
-    listed = ", ".join(a(thing) if colours_first else f"{thing.shape} {thing.colour}" for thing in told) + "."
-    asked = [_pick(rng, (_colour_question, _shape_question))(_pick(rng, told), "many") for _ in range(10)]
-    texts = [f"{one.question.split()[-1]} {one.answer}" if rng.random() < 0.6 else question_text(one) for one in asked]
+    listed = (
+        ", ".join(a(thing) if colours_first else f"{thing.shape} {thing.colour}" for thing in told)
+        + "."
+    )
+    asked = [
+        _pick(rng, (_colour_question, _shape_question))(_pick(rng, told), "many") for _ in range(10)
+    ]
+    texts = [
+        f"{one.question.split()[-1]} {one.answer}" if rng.random() < 0.6 else question_text(one)
+        for one in asked
+    ]
     return Drawn({"text": " ".join([("<image>" if tagged else "") + listed, *texts])})
 
 
 def _rhyme(rng: np.random.Generator) -> str:
-    """3 to 12 words of all kinds, said as often as 60 words allow; the first is no new word, since those are one piece only after a space."""
+    """3 to 12 words of all kinds, said as often as 60 words allow; the first is no new word,
+    since those are one piece only after a space.
+    """
     known = (*COLOURS, *SHAPES)
-    words = [_pick(rng, known), *(_pick(rng, (*known, *WORDS)) for _ in range(int(rng.integers(2, 12))))]
+    words = [
+        _pick(rng, known),
+        *(_pick(rng, (*known, *WORDS)) for _ in range(int(rng.integers(2, 12)))),
+    ]
     return "\n".join([" ".join(words)] * min(60 // len(words), 8))
 
 
@@ -562,7 +776,9 @@ def _rhyme(rng: np.random.Generator) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class WorldDataset:
-    """One dataset of the world: its kind, how a record is drawn from things, and how many each split holds."""
+    """One dataset of the world: its kind, how a record is drawn from things, and how many each
+    split holds.
+    """
 
     kind: str
     draw: Callable[[np.random.Generator, Sequence[Thing]], Drawn]
@@ -574,18 +790,58 @@ HELD_OUT_SPLIT = "unseen"
 _taught = functools.partial(draw_scene, sorts=TAUGHT)
 _TESTS = {"test": 300, HELD_OUT_SPLIT: 300}
 DATASETS: dict[str, WorldDataset] = {
-    "align": WorldDataset("pairs", noisy_pair, {"train": 8_000, "validation": 300}, "short noisy captions"),
-    "ltip": WorldDataset("pairs", functools.partial(pair, draw=_taught, tell=output_text), {"train": 16_000, "validation": 300}, "clean captions"),
-    "vtp": WorldDataset("videos", clip, {"train": 2_500, "validation": 200}, "clips of one moving thing"),
-    "m3w": WorldDataset("pages", page, {"train": 3_000, "validation": 200}, "pages of captions, questions and new words"),
-    "text": WorldDataset("text", lambda rng, _: document(rng), {"train": 20_000, "validation": 200}, "text that mirrors the pages"),
-    "namings": WorldDataset("text", lambda rng, _: namings(rng), {"validation": 200}, "new words bound in text alone"),
-    "lookups": WorldDataset("text", lambda rng, _: lookups(rng), {"validation": 200}, "many things and questions about them"),
-    "caption_one": WorldDataset("pairs", functools.partial(pair, draw=draw_one), _TESTS, "pictures of one thing"),
-    "caption_two": WorldDataset("pairs", functools.partial(pair, draw=draw_two), _TESTS, "pictures of two things"),
+    "align": WorldDataset(
+        "pairs", noisy_pair, {"train": 8_000, "validation": 300}, "short noisy captions"
+    ),
+    "ltip": WorldDataset(
+        "pairs",
+        functools.partial(pair, draw=_taught, tell=output_text),
+        {"train": 16_000, "validation": 300},
+        "clean captions",
+    ),
+    "vtp": WorldDataset(
+        "videos", clip, {"train": 2_500, "validation": 200}, "clips of one moving thing"
+    ),
+    "m3w": WorldDataset(
+        "pages",
+        page,
+        {"train": 3_000, "validation": 200},
+        "pages of captions, questions and new words",
+    ),
+    "text": WorldDataset(
+        "text",
+        lambda rng, _: document(rng),
+        {"train": 20_000, "validation": 200},
+        "text that mirrors the pages",
+    ),
+    "namings": WorldDataset(
+        "text",
+        lambda rng, _: namings(rng),
+        {"validation": 200},
+        "new words bound in text alone",
+    ),
+    "lookups": WorldDataset(
+        "text",
+        lambda rng, _: lookups(rng),
+        {"validation": 200},
+        "many things and questions about them",
+    ),
+    "caption_one": WorldDataset(
+        "pairs", functools.partial(pair, draw=draw_one), _TESTS, "pictures of one thing"
+    ),
+    "caption_two": WorldDataset(
+        "pairs", functools.partial(pair, draw=draw_two), _TESTS, "pictures of two things"
+    ),
     "vqa": WorldDataset("questions", question, _TESTS, "questions about pictures"),
-    "motion": WorldDataset("videos", functools.partial(clip, plain=True), {"test": 200, HELD_OUT_SPLIT: 200}, "clips to caption"),
-    "binding": WorldDataset("pages", binding_page, {"test": 200}, "two new words, 32 supports and a query"),
+    "motion": WorldDataset(
+        "videos",
+        functools.partial(clip, plain=True),
+        {"test": 200, HELD_OUT_SPLIT: 200},
+        "clips to caption",
+    ),
+    "binding": WorldDataset(
+        "pages", binding_page, {"test": 200}, "two new words, 32 supports and a query"
+    ),
 }
 
 

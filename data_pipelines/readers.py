@@ -1,4 +1,6 @@
-"""The threads that make batches: one pool for all datasets of a process, whose work is a row's texts or one image."""
+"""The threads that make batches: one pool for all datasets of a process, whose work is a row's
+texts or one image.
+"""
 
 import atexit
 import collections
@@ -15,16 +17,18 @@ from typing import Any
 from data_pipelines.transforms.examples import Arrays
 
 EXIT_SECONDS = 5.0
-"""The most that the end of the program waits for readers. One that comes out of a library's code only
-afterwards ends the program with a signal; one that storage holds for ever never does."""
+"""The most that the end of the program waits for readers. One that comes out of a library's
+code only afterwards ends the program with a signal; one that storage holds for ever never does.
+"""
 Work = Callable[[], None]
 Queue = queue.PriorityQueue[tuple[float, int, Work | None]]
 
 
 class Readers:
-    """Threads that all datasets share. A thread does the work of one row or image at a time, so that
-    every batch, however large, is made by all of them, and a dataset that is slow to read gets those
-    that others leave idle. Decoding and resizing, which are most of the work, let other threads run.
+    """Threads that all datasets share. A thread does the work of one row or image at a time, so
+    that every batch, however large, is made by all of them, and a dataset that is slow to read
+    gets those that others leave idle. Decoding and resizing, which are most of the work, let
+    other threads run.
 
     count: `config.training.readers`; 0 is one for each core that this process may use.
     """
@@ -35,16 +39,22 @@ class Readers:
         self._places = itertools.count()
         for number in range(self.count):
             # What a thread holds is the queue alone, so that it ends with the readers.
-            thread = threading.Thread(target=_work, args=(self._queue,), daemon=True, name=f"reader {number}")
+            thread = threading.Thread(
+                target=_work, args=(self._queue,), daemon=True, name=f"reader {number}"
+            )
             thread.start()
             _threads.add(thread)
         _all.add(self)
         self.close = weakref.finalize(self, _end, self._queue, self.count)
-        """Ends the threads when each has done what it is at, and waits for none: one may be stuck on storage."""
+        """Ends the threads when each has done what it is at, and waits for none: one may be
+        stuck on storage.
+        """
         self.close.atexit = False
 
     def add(self, order: float, work: Work) -> None:
-        """To be done before all of a higher order, and after all of the same that was added before."""
+        """To be done before all of a higher order, and after all of the same that was added
+        before.
+        """
         self._queue.put((order, next(self._places), work))
 
 
@@ -84,11 +94,20 @@ def _end(waiting: Queue, count: int) -> None:
 
 
 class PendingBatch:
-    """A batch in the making: pieces of work, which may add others, and what is made when all are done."""
+    """A batch in the making: pieces of work, which may add others, and what is made when all
+    are done.
+    """
 
-    def __init__(self, begin: Callable[["PendingBatch"], Callable[[], Arrays]], readers: Readers | None = None, order: float = 0):
-        """begin: the first piece of work; it returns what finishes the batch. readers: None leaves all
-        work to the thread that asks for the result. order: among the readers' batches."""
+    def __init__(
+        self,
+        begin: Callable[["PendingBatch"], Callable[[], Arrays]],
+        readers: Readers | None = None,
+        order: float = 0,
+    ):
+        """begin: the first piece of work; it returns what finishes the batch. readers: None
+        leaves all work to the thread that asks for the result. order: among the readers'
+        batches.
+        """
         self._begin, self._readers, self._order = begin, readers, order
         self._lock = threading.Lock()
         self._left, self._ready = 0, threading.Event()

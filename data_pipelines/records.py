@@ -1,4 +1,6 @@
-"""Records of a dataset on disk by position, with their pictures decoded once where memory allows."""
+"""Records of a dataset on disk by position, with their pictures decoded once where memory
+allows.
+"""
 
 import hashlib
 import logging
@@ -20,7 +22,9 @@ from flamingo_jax.storage import read_again
 FAILED_SHARE = 0.01
 """Part of the records that may fail to decode."""
 SLACK = 4
-"""Standard deviations by which those seen so far may have more failures than that: a share is judged by what is certain of it."""
+"""Standard deviations by which those seen so far may have more failures than that: a share is
+judged by what is certain of it.
+"""
 FAILED_AFTER = 100
 """Records to have seen before that part is judged."""
 
@@ -37,31 +41,44 @@ BLANKS: dict[str, dict[str, Any]] = {
     "text": {"text": ""},
     "questions": {"frames": [], "question": "", "answers": [""], "type": ""},
 }
-"""What stands in for a record that cannot be read: it has texts, and pictures that cannot be read."""
+"""What stands in for a record that cannot be read: it has texts, and pictures that cannot be
+read.
+"""
 
 
 def open_records(path: str | pathlib.Path, split: str, kind: str | None = None) -> Sequence[Any]:
-    """A split of a prepared TFDS dataset, its pictures left encoded; kind None takes whatever it holds.
+    """A split of a prepared TFDS dataset, its pictures left encoded; kind None takes whatever
+    it holds.
 
     Raises:
-      UserError: the folder is missing or no dataset, the split is unknown or empty, or features of the kind or files are missing.
-      StorageError: here, or when a record is asked for: the storage failed each time it was asked.
+      UserError: the folder is missing or no dataset, the split is unknown or empty, or features
+        of the kind or files are missing.
+      StorageError: here, or when a record is asked for: the storage failed each time it was
+        asked.
     """
-    import tensorflow_datasets as tfds  # Half a second, which commands without data need not wait for.
+    import tensorflow_datasets as tfds  # Half a second, which commands without data need not wait for.  # noqa: E501
 
     folder = dataset_folder(path)
     builder = read_again(lambda: tfds.builder_from_directory(str(folder)), folder)
     if split not in builder.info.splits:
         raise UserError(
-            f"the dataset {folder} has no split {split!r}; it has {', '.join(sorted(builder.info.splits))}: name one of these, take the dataset "
-            "out of config.held_out, or remove its folder and build it again with a larger --validation_share or --test_share"
+            f"the dataset {folder} has no split {split!r}; it has"
+            f" {', '.join(sorted(builder.info.splits))}: name one of these, take the dataset"
+            " out of config.held_out, or remove its folder and build it again with a larger"
+            " --validation_share or --test_share"
         )
     if not builder.info.splits[split].num_examples:
-        raise UserError(f"the split {split!r} of the dataset {folder} is empty; build it from more records, or name another split")
+        raise UserError(
+            f"the split {split!r} of the dataset {folder} is empty; build it from more records,"
+            " or name another split"
+        )
     fields = builder.info.features
     missing = [] if kind is None else sorted(set(features(kind)) - set(fields))
     if missing:
-        raise UserError(f"the dataset {folder} has no {', '.join(missing)}, so it is not of kind {kind!r}: mend the dataset's `kind` or `path`")
+        raise UserError(
+            f"the dataset {folder} has no {', '.join(missing)}, so it is not of kind {kind!r}:"
+            " mend the dataset's `kind` or `path`"
+        )
 
     kind = kind or kind_of(fields)
     name = f"{folder} {split}"
@@ -69,14 +86,28 @@ def open_records(path: str | pathlib.Path, split: str, kind: str | None = None) 
     decoders = left_encoded(name for name in PICTURES.values() if name in fields)
     if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
         return Readable(builder.as_data_source(split=split, decoders=decoders), kind, name)
-    raw = Shards([Shard(str(part.filename), part.skip, part.take) for part in builder.info.splits[split].file_instructions], name)
+    raw = Shards(
+        [
+            Shard(str(part.filename), part.skip, part.take)
+            for part in builder.info.splits[split].file_instructions
+        ],
+        name,
+    )
     if own == features(kind).get_serialized_info():
-        return Readable(Parsed(raw, {name: bool(info.shape) for name, info in own.items()}), kind, name)
-    return Readable(Decoded(raw, lambda stored: fields.deserialize_example_np(stored, decoders=decoders)), kind, name)
+        return Readable(
+            Parsed(raw, {name: bool(info.shape) for name, info in own.items()}), kind, name
+        )
+    return Readable(
+        Decoded(raw, lambda stored: fields.deserialize_example_np(stored, decoders=decoders)),
+        kind,
+        name,
+    )
 
 
 def left_encoded(names: Iterable[str]) -> dict[str, Any]:
-    """TFDS decoders that leave these features as the bytes they are stored in, sequences of pictures too."""
+    """TFDS decoders that leave these features as the bytes they are stored in, sequences of
+    pictures too.
+    """
     import tensorflow_datasets as tfds
 
     class Encoded(tfds.decode.SkipDecoding):
@@ -89,9 +120,11 @@ def left_encoded(names: Iterable[str]) -> dict[str, Any]:
 
 
 class Parsed(Sequence[Any]):
-    """A split of serialised tf.train.Examples, as TFDS decodes them but for pictures, which stay encoded, and for sequences, which are lists.
+    """A split of serialised tf.train.Examples, as TFDS decodes them but for pictures, which
+    stay encoded, and for sequences, which are lists.
 
-    TFDS's own decoding knows every feature there is and takes four times as long. plural: {name of a field: whether it is a sequence}.
+    TFDS's own decoding knows every feature there is and takes four times as long. plural: {name
+    of a field: whether it is a sequence}.
     """
 
     def __init__(self, raw: Sequence[bytes], plural: Mapping[str, bool]):
@@ -131,7 +164,8 @@ class Decoded(Sequence[Any]):
 
 
 class Readable(Sequence[Any]):
-    """A split whose damaged records, which the files' checksums tell, are blank ones; each is named once. `name` is the split's in the log.
+    """A split whose damaged records, which the files' checksums tell, are blank ones; each is
+    named once. `name` is the split's in the log.
 
     What could not be read is not damaged: it is read again, and in the end a StorageError.
     """
@@ -153,7 +187,12 @@ class Readable(Sequence[Any]):
         except Exception as error:  # noqa: BLE001 - readers of damaged bytes raise whatever they stumble on.
             if place not in self._damaged:
                 self._damaged.add(place)
-                logging.warning("record %d of %s is damaged on disk: %s", place, self._name, str(error)[:200])
+                logging.warning(
+                    "record %d of %s is damaged on disk: %s",
+                    place,
+                    self._name,
+                    str(error)[:200],
+                )
             return {"id": f"#{place}", UNREADABLE: True, **BLANKS[self._kind]}
 
 
@@ -165,7 +204,8 @@ class DamagedError(images.ImageError):
 
 
 class Known(NamedTuple):
-    """What stays of a record in memory when its pictures do not: a row that shows none of them is made of this alone.
+    """What stays of a record in memory when its pictures do not: a row that shows none of them
+    is made of this alone.
 
     made: see `Record.once`. damaged: its bytes on disk are.
     """
@@ -177,8 +217,10 @@ class Known(NamedTuple):
 
 
 class Records:
-    """Records by position. What is read stays in memory until `cache_bytes` are used; the rest is read again when it is asked for, but for what was
-    made of its texts, which has a budget of its own: tokens are small, and making them may take as long as decoding the pictures.
+    """Records by position. What is read stays in memory until `cache_bytes` are used; the rest
+    is read again when it is asked for, but for what was
+    made of its texts, which has a budget of its own: tokens are small, and making them may take
+    as long as decoding the pictures.
 
     pictures: False where only their number is asked for. Safe to use from several threads.
     """
@@ -208,7 +250,13 @@ class Records:
             return record
         known = self._known.get(place)
         record = Record(
-            self._source, place, self._feature, self._size, self._fit, pictures=self._pictures, known=known
+            self._source,
+            place,
+            self._feature,
+            self._size,
+            self._fit,
+            pictures=self._pictures,
+            known=known,
         )
         if known is None:
             # Two threads may both pass here and overrun the budget by a record.
@@ -223,10 +271,12 @@ class Records:
 
 
 class Record:
-    """One record of `source`: what is `known` of it, its `fields` without pictures, and its pictures by (visual, frame).
+    """One record of `source`: what is `known` of it, its `fields` without pictures, and its
+    pictures by (visual, frame).
 
-    frame_counts: stored frames of each visual. pictures: False keeps no more of them than that. known: from an earlier visit; then the record is
-    not read before its fields or pictures are asked for.
+    frame_counts: stored frames of each visual. pictures: False keeps no more of them than that.
+    known: from an earlier visit; then the record is not read before its fields or pictures are
+    asked for.
     """
 
     def __init__(
@@ -255,7 +305,8 @@ class Record:
         self.id, self.frame_counts, self.made, self.damaged = known
 
     def _load(self) -> list[int]:
-        """Reads it; the stored frames of each visual. Raises DamagedError for one that was whole
+        """Reads it; the stored frames of each visual. Raises DamagedError for one that was
+        whole
         when it was read before: what is known of it is not what stands in for it."""
         stored = self._source[self._place]
         if UNREADABLE in stored and self._was_whole:
@@ -263,13 +314,17 @@ class Record:
         pictures = [] if self._feature is None else stored[self._feature]
         if self._feature == "image":
             pictures = [pictures]
-        nested = [list(pictures)] if self._feature == "frames" else [[picture] for picture in pictures]
+        nested = (
+            [list(pictures)] if self._feature == "frames" else [[picture] for picture in pictures]
+        )
         self._pictures = nested if self._keep else []
         self._fields = {name: value for name, value in stored.items() if name != self._feature}
         return [len(frames) for frames in nested]
 
     def _require(self) -> None:
-        """Reads it where that was not done yet: once, also where several threads want an image each."""
+        """Reads it where that was not done yet: once, also where several threads want an image
+        each.
+        """
         if self._fields is None:
             with self._loading:
                 if self._fields is None:
@@ -283,24 +338,41 @@ class Record:
 
     @property
     def pictures(self) -> list[list[bytes | np.ndarray]]:
-        """By visual and frame, as they are on disk or as they were decoded; none where they are not kept."""
+        """By visual and frame, as they are on disk or as they were decoded; none where they are
+        not kept.
+        """
         self._require()
         return self._pictures
 
     @property
     def text_cost(self) -> int:
         """The most bytes that what is known of it takes, every token made."""
-        texts = [self.fields.get("text", ""), *(text for name in ("texts", "captions", "answers") for text in self.fields.get(name, ()))]
+        texts = [
+            self.fields.get("text", ""),
+            *(
+                text
+                for name in ("texts", "captions", "answers")
+                for text in self.fields.get(name, ())
+            ),
+        ]
         return 1_000 + 5 * sum(map(len, texts))
 
     @property
     def cost(self) -> int:
-        """The most bytes it takes, each picture encoded or decoded, and every token made; to be asked for before pictures are read."""
-        kept = [max(len(picture), 3 * self._size * self._size) + 200 for frames in self.pictures for picture in frames]
+        """The most bytes it takes, each picture encoded or decoded, and every token made; to be
+        asked for before pictures are read.
+        """
+        kept = [
+            max(len(picture), 3 * self._size * self._size) + 200
+            for frames in self.pictures
+            for picture in frames
+        ]
         return 1_000 + sum(kept) + self.text_cost
 
     def once(self, text: str, make: Callable[[], Any]) -> Any:
-        """What `make` makes of one of the texts, or for "" of all together, kept: each visit and each piece of a book asks for it again."""
+        """What `make` makes of one of the texts, or for "" of all together, kept: each visit
+        and each piece of a book asks for it again.
+        """
         if text not in self.made:
             self.made[text] = make()
         return self.made[text]
@@ -315,7 +387,9 @@ class Record:
         """uint8 [h, w, 3], its longer side the image size. Raises ImageError."""
         pictures = self.pictures
         if visual >= len(pictures):
-            raise images.ImageError(f"its texts ask for more pictures than the {len(pictures)} it has")
+            raise images.ImageError(
+                f"its texts ask for more pictures than the {len(pictures)} it has"
+            )
         picture = pictures[visual][frame]
         if isinstance(picture, bytes):
             picture = images.decode(picture, self._size, how=self._fit)
@@ -326,7 +400,9 @@ class Record:
 
 
 class Failures:
-    """Counts the records whose pictures cannot be read, names each once, and ends the run when they are too many."""
+    """Counts the records whose pictures cannot be read, names each once, and ends the run when
+    they are too many.
+    """
 
     def __init__(self, name: str, records: int):
         self.name, self._records = name, records
@@ -340,10 +416,13 @@ class Failures:
             self.seen += count
             judged = min(self.seen, self._records)
             expected = FAILED_SHARE * max(judged, FAILED_AFTER)
-            if self.seen >= FAILED_AFTER and len(self.failed) > expected + SLACK * math.sqrt(expected):
+            if self.seen >= FAILED_AFTER and len(self.failed) > expected + SLACK * math.sqrt(
+                expected
+            ):
                 raise UserError(
-                    f"{len(self.failed)} of the first {judged} records of the dataset {self.name} cannot be read, more than "
-                    f"{FAILED_SHARE:.0%} (for one {sorted(self.failed)[0]!r}); build the dataset again from whole pictures"
+                    f"{len(self.failed)} of the first {judged} records of the dataset"
+                    f" {self.name} cannot be read, more than {FAILED_SHARE:.0%} (for one"
+                    f" {sorted(self.failed)[0]!r}); build the dataset again from whole pictures"
                 )
 
     def add(self, record_id: str, error: Exception) -> None:

@@ -1,6 +1,9 @@
-"""Serialised records by position over the shards of a split, with a bounded number of shards open."""
+"""Serialised records by position over the shards of a split, with a bounded number of shards
+open.
+"""
 
 import bisect
+import functools
 import itertools
 import pathlib
 from collections.abc import Sequence
@@ -24,7 +27,9 @@ class Shard(NamedTuple):
 
 
 def _open(path: str) -> Any:
-    """An array_record reader of a file, which tells only when it is used that the file could not be opened. Safe to use from several threads."""
+    """An array_record reader of a file, which tells only when it is used that the file could
+    not be opened. Safe to use from several threads.
+    """
     from array_record.python.array_record_module import ArrayRecordReader
 
     reader = ArrayRecordReader(path, options=OPTIONS, file_reader_buffer_size=BUFFER_BYTES)
@@ -49,17 +54,24 @@ class Shards(Sequence[bytes]):
             READERS.forget(shard.path)  # It may be another file by now.
         self._ends = list(itertools.accumulate(shard.records for shard in self._shards))
         folders = {pathlib.Path(shard.path).parent for shard in self._shards}
-        there = {str(folder / file) for folder in folders for file in read_again(lambda folder=folder: _names(folder), folder)}  # type: ignore[misc]
+        there = {
+            str(folder / file)
+            for folder in folders
+            for file in read_again(functools.partial(_names, folder), folder)
+        }
         if missing := [shard.path for shard in self._shards if shard.path not in there]:
             raise UserError(
-                f"{len(missing)} of the {len(self._shards)} files of {name} are missing, such as {missing[0]}: copy the dataset again, or build it again"
+                f"{len(missing)} of the {len(self._shards)} files of {name} are missing, such"
+                f" as {missing[0]}: copy the dataset again, or build it again"
             )
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, place: Any) -> Any:
-        """Raises IndexError past the end, StorageError where the storage fails for long, and RuntimeError for bytes that are damaged."""
+        """Raises IndexError past the end, StorageError where the storage fails for long, and
+        RuntimeError for bytes that are damaged.
+        """
         if not 0 <= place < len(self):
             raise IndexError(f"there are {len(self)} records")
         number = bisect.bisect_right(self._ends, place)

@@ -1,4 +1,6 @@
-"""How fast a dataset is read on one core, against a loop that does nothing but decode the same pictures; what more readers gain; how long a step waits."""
+"""How fast a dataset is read on one core, against a loop that does nothing but decode the same
+pictures; what more readers gain; how long a step waits.
+"""
 
 import contextlib
 import io
@@ -17,11 +19,15 @@ from data_pipelines.readers import Readers
 from flamingo_jax.processing import images
 
 PASSES = 5
-"""Of each loop, in turn, so that a slow moment of the machine meets both; the medians are taken."""
+"""Of each loop, in turn, so that a slow moment of the machine meets both; the medians are
+taken.
+"""
 
 
 class Reading(NamedTuple):
-    """Pictures a second of the bare loop and of the rows. fill: part of the rows' tokens that is no padding. pictures: met in one pass."""
+    """Pictures a second of the bare loop and of the rows. fill: part of the rows' tokens that
+    is no padding. pictures: met in one pass.
+    """
 
     bare: float
     rows: float
@@ -35,9 +41,11 @@ class Reading(NamedTuple):
 
 
 def time_reading(iterator: BatchIterator, image_size: int, batches: int) -> Reading:
-    """Makes the first `batches` batches of an iterator that reads nothing ahead and keeps no picture, and decodes their pictures alone.
+    """Makes the first `batches` batches of an iterator that reads nothing ahead and keeps no
+    picture, and decodes their pictures alone.
 
-    Every pass makes the same rows. What an iterator keeps of texts is there from the second on, as it is in training from the second epoch.
+    Every pass makes the same rows. What an iterator keeps of texts is there from the second on,
+    as it is in training from the second epoch.
     """
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -46,17 +54,24 @@ def time_reading(iterator: BatchIterator, image_size: int, batches: int) -> Read
 
     with _one_core():
         with _decoded() as pictures:
-            full = [float((batch["segments"] > 0).mean()) for batch in rows() if "segments" in batch]
+            full = [
+                float((batch["segments"] > 0).mean()) for batch in rows() if "segments" in batch
+            ]
         seconds: dict[str, list[float]] = {"bare": [], "rows": []}
         for _ in range(PASSES):
             seconds["bare"].append(_seconds(bare(data, image_size) for data in pictures))
             seconds["rows"].append(_seconds(rows()))
     rate = {name: len(pictures) / statistics.median(taken) for name, taken in seconds.items()}
-    return Reading(rate["bare"], rate["rows"], statistics.fmean(full) if full else 0.0, len(pictures))
+    return Reading(
+        rate["bare"], rate["rows"], statistics.fmean(full) if full else 0.0, len(pictures)
+    )
 
 
-def time_readers(make: Callable[[Readers], BatchIterator], counts: Sequence[int], batches: int) -> dict[int, float]:
-    """Pictures a second by the clock, by how many readers make them: the first `batches` batches of each `make(readers)`, which keeps no picture.
+def time_readers(
+    make: Callable[[Readers], BatchIterator], counts: Sequence[int], batches: int
+) -> dict[int, float]:
+    """Pictures a second by the clock, by how many readers make them: the first `batches`
+    batches of each `make(readers)`, which keeps no picture.
 
     The first pass is not counted: it fills what is kept of texts. Then all numbers take turns.
     """
@@ -67,7 +82,11 @@ def time_readers(make: Callable[[Readers], BatchIterator], counts: Sequence[int]
             it.set_state({"global_next_index": 0})
             began, pictures = time.perf_counter(), 0
             for batch in itertools.islice(it, batches):
-                pictures += int(batch["frame_mask"].sum()) if "frame_mask" in batch else len(batch["images"])
+                pictures += (
+                    int(batch["frame_mask"].sum())
+                    if "frame_mask" in batch
+                    else len(batch["images"])
+                )
             if turn:
                 rates[count].append(pictures / (time.perf_counter() - began))
             it.close()
@@ -75,7 +94,9 @@ def time_readers(make: Callable[[Readers], BatchIterator], counts: Sequence[int]
 
 
 def bare(data: bytes, size: int) -> np.ndarray:
-    """What anyone would write: decoded, as small as the JPEG allows, and resized so that the longer side is `size`."""
+    """What anyone would write: decoded, as small as the JPEG allows, and resized so that the
+    longer side is `size`.
+    """
     with Image.open(io.BytesIO(data)) as image:
         image.draft("RGB", (2 * size, 2 * size))
         scale = size / max(image.size)
@@ -84,7 +105,9 @@ def bare(data: bytes, size: int) -> np.ndarray:
 
 
 def waiting_share(iterators: Mapping[str, BatchIterator], step_seconds: float, steps: int) -> float:
-    """Part of the time that a loop waits which takes a batch of each iterator and `step_seconds` for a step; the first batches are not counted."""
+    """Part of the time that a loop waits which takes a batch of each iterator and
+    `step_seconds` for a step; the first batches are not counted.
+    """
     for it in iterators.values():
         next(it)
     waited = 0.0
@@ -99,7 +122,10 @@ def waiting_share(iterators: Mapping[str, BatchIterator], step_seconds: float, s
 
 
 def _seconds(work: Iterable[Any]) -> float:
-    """Of the processor, so that what else runs on the machine does not count. What is made is let go at once, as training does after a step."""
+    """Of the processor, so that what else runs on the machine does not count.
+
+    What is made is let go at once, as training does after a step.
+    """
     began = time.process_time()
     for _ in work:
         pass

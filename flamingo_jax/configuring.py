@@ -1,7 +1,9 @@
-"""Between the frozen dataclasses of `flamingo_jax.experiment`, ml_collections ConfigDicts and JSON.
+"""Between the frozen dataclasses of `flamingo_jax.experiment`, ml_collections ConfigDicts and
+JSON.
 
-The dataclasses are the only declaration: a ConfigDict or a JSON document is checked against them whenever it becomes one again, and what
-does not fit is a UserError with the key, what was expected and the nearest name.
+The dataclasses are the only declaration: a ConfigDict or a JSON document is checked against
+them whenever it becomes one again, and what does not fit is a UserError with the key, what was
+expected and the nearest name.
 """
 
 import dataclasses
@@ -20,15 +22,20 @@ T = TypeVar("T")
 
 
 def to_config(value: Any) -> ml_collections.ConfigDict:
-    """A dataclass as a ConfigDict, nested ones too; None and tuples stay what they are, floats written as ints become floats."""
-    return ml_collections.ConfigDict(dataclasses.asdict(from_config(type(value), dataclasses.asdict(value))))
+    """A dataclass as a ConfigDict, nested ones too; None and tuples stay what they are, floats
+    written as ints become floats.
+    """
+    return ml_collections.ConfigDict(
+        dataclasses.asdict(from_config(type(value), dataclasses.asdict(value)))
+    )
 
 
 def from_config(cls: type[T], config: Mapping[str, Any], name: str = "config") -> T:
-    """The dataclass that a ConfigDict (or any mapping) describes; keys that are not there keep their defaults.
+    """The dataclass that a ConfigDict (or any mapping) describes; keys that are not there keep
+    their defaults.
 
-    Raises: UserError for an unknown key (with the closest one), a value of the wrong type (with the
-    one expected) or a number outside its declared range. `name` stands for the whole in the
+    Raises: UserError for an unknown key (with the closest one), a value of the wrong type (with
+    the one expected) or a number outside its declared range. `name` stands for the whole in the
     message.
     """
     return _build(cls, config, name)
@@ -45,12 +52,17 @@ def from_json(cls: type[T], document: Mapping[str, Any], name: str = "config") -
 
 
 def key_type(cls: type, key: str, config: Mapping[str, Any], name: str = "config") -> Any:
-    """The declared type of the dotted `key`, such as "data.m3w.weight"; a UserError where the schema or `config` has no such key."""
+    """The declared type of the dotted `key`, such as "data.m3w.weight"; a UserError where the
+    schema or `config` has no such key.
+    """
     kind: Any = cls
     value: Any = config
     for part in key.split("."):
         if value is None:
-            raise UserError(f"{name} is None here, so that {name}.{part} cannot be set: choose a config that has {name}")
+            raise UserError(
+                f"{name} is None here, so that {name}.{part} cannot be set: choose a config"
+                f" that has {name}"
+            )
         kind = _without_none(kind)
         if dataclasses.is_dataclass(kind):
             fields = typing.get_type_hints(kind)
@@ -67,13 +79,15 @@ def key_type(cls: type, key: str, config: Mapping[str, Any], name: str = "config
 
 
 def did_you_mean(wrong: str, known: Iterable[str], prefix: str = "") -> str:
-    """", did you mean x or y?" with the names closest to `wrong`, or "" where none is close."""
+    """ ", did you mean x or y?" with the names closest to `wrong`, or "" where none is close."""
     close = difflib.get_close_matches(wrong, list(known), n=3, cutoff=0.5)
     return f", did you mean {' or '.join(prefix + name for name in close)}?" if close else ""
 
 
 def describe(kind: Any) -> str:
-    """A declared type in words: "an int", "one of 'last', 'all_previous'", "a tuple of strings"."""
+    """A declared type in words: "an int", "one of 'last', 'all_previous'", "a tuple of
+    strings".
+    """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
         return describe(arguments[0])
@@ -85,7 +99,13 @@ def describe(kind: Any) -> str:
         return f"a tuple of {describe(arguments[0]).split(' ', 1)[1]}s"
     if origin is dict:
         return f"a dict of {describe(arguments[1]).split(' ', 1)[1]}s by name"
-    words = {int: "an int", float: "a float", bool: "a bool", str: "a string", types.NoneType: "None"}
+    words = {
+        int: "an int",
+        float: "a float",
+        bool: "a bool",
+        str: "a string",
+        types.NoneType: "None",
+    }
     name = getattr(kind, "__name__", str(kind))
     return words.get(kind, f"{'an' if name[0] in 'AEIOU' else 'a'} {name}")
 
@@ -106,7 +126,9 @@ def _build(kind: Any, value: Any, name: str) -> Any:
     if origin is dict and isinstance(value, Mapping | ml_collections.ConfigDict):
         return {key: _build(arguments[1], value[key], f"{name}.{key}") for key in value}
     if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_build(arguments[0], item, f"{name}[{place}]") for place, item in enumerate(value))
+        return tuple(
+            _build(arguments[0], item, f"{name}[{place}]") for place, item in enumerate(value)
+        )
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         try:
             return float(value)
@@ -134,7 +156,9 @@ def _without_none(kind: Any) -> Any:
 
 def _unknown_key(name: str, key: str, known: Iterable[str]) -> str:
     known = sorted(known)
-    return f"{name} has no key {key!r}" + (did_you_mean(key, known) or f": it has {', '.join(known)}")
+    return f"{name} has no key {key!r}" + (
+        did_you_mean(key, known) or f": it has {', '.join(known)}"
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Where a prepared dataset lies, and what names the content of one of its splits.
 
-A position in a dataset means something only together with its records: a checkpoint holds both, and
-all processes of a run must find the same. Nothing here reads whole records or opens TFDS.
+A position in a dataset means something only together with its records: a checkpoint holds both,
+and all processes of a run must find the same. Nothing here reads whole records or opens TFDS.
 """
 
 import concurrent.futures
@@ -24,13 +24,16 @@ INFO_FILE = "dataset_info.json"
 FEATURES_FILE = "features.json"
 NOTHING = "nothing"
 _ENDS = 4_096
-"""Bytes of a file that are read from its start and from its end, where ArrayRecord keeps the sizes of
+"""Bytes of a file that are read from its start and from its end, where ArrayRecord keeps the
+sizes of
 its blocks: files of the same size with other records differ there."""
 _THREADS = 16
 
 
 class Identity(NamedTuple):
-    """What names the content of a split. digest: over its features, records a shard, and shards."""
+    """What names the content of a split. digest: over its features, records a shard, and
+    shards.
+    """
 
     records: int
     files: int
@@ -42,7 +45,8 @@ class Identity(NamedTuple):
 
 
 def find_dataset(path: str | pathlib.Path) -> pathlib.Path | None:
-    """Finds the folder that holds a dataset's files: `path` itself, or its version `path/1.0.0`.
+    """Finds the folder that holds a dataset's files: `path` itself, or its version
+    `path/1.0.0`.
 
     Returns: None where neither is a finished dataset.
     """
@@ -58,7 +62,8 @@ def identify(path: str | pathlib.Path, split: str) -> Identity | None:
 
     Reads its description and 8 KiB of each of its files at most.
 
-    Returns: None where there is no such dataset, its description is none, or it lacks the split.
+    Returns: None where there is no such dataset, its description is none, or it lacks the
+      split.
     Raises: OSError where the storage fails.
     """
     folder = find_dataset(path)
@@ -87,13 +92,17 @@ def identities(experiment: Experiment) -> dict[str, dict[str, Any]]:
 
 
 def require_same_datasets(
-    saved: Mapping[str, Any], current: Mapping[str, Any], experiment: Experiment, workdir: pathlib.Path
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    experiment: Experiment,
+    workdir: pathlib.Path,
 ) -> None:
-    """Compares the datasets with those of a checkpoint in `workdir`, both as `identities` gives them.
+    """Compares the datasets with those of a checkpoint in `workdir`, both as `identities` gives
+    them.
 
     What neither or only one of them knows is not compared: checkpoints of earlier versions know
-    none. Another held-out dataset is only warned of: the training stays what it was, and only its
-    held-out losses no longer compare.
+    none. Another held-out dataset is only warned of: the training stays what it was, and only
+    its held-out losses no longer compare.
 
     Raises: UserError where a training dataset has other records now.
     """

@@ -5,7 +5,8 @@ EXIT_BAD_INPUT = 2
 EXIT_NOT_FINITE = 3
 """Too many steps in a row were not finite; the last good checkpoint is whole."""
 EXIT_NOT_LEARNED = 4
-"""The run is finished and saved, but a held-out loss is above what the config requires of it."""
+"""The run is finished and saved, but a held-out loss is above what the config requires of it.
+"""
 EXIT_ABSENT = 69
 """Of a run of several processes, one never arrived at the start."""
 EXIT_SAVE_FAILED = 74
@@ -13,7 +14,8 @@ EXIT_SAVE_FAILED = 74
 EXIT_PREEMPTED = 75
 """SIGTERM (or SIGINT): everything is saved; start the same command again to go on."""
 EXIT_LOST = 76
-"""Another process of the run died, or was not heard of for too long; what was saved is whole."""
+"""Another process of the run died, or was not heard of for too long; what was saved is whole.
+"""
 EXIT_HUNG = 77
 """No step ended within the time limit; what was saved is whole."""
 RESTARTABLE = (EXIT_ABSENT, EXIT_SAVE_FAILED, EXIT_PREEMPTED, EXIT_LOST, EXIT_HUNG)
@@ -21,7 +23,9 @@ RESTARTABLE = (EXIT_ABSENT, EXIT_SAVE_FAILED, EXIT_PREEMPTED, EXIT_LOST, EXIT_HU
 
 
 class UserError(Exception):
-    """A mistake that its user can mend: the message names the culprit and the mend in one sentence."""
+    """A mistake that its user can mend: the message names the culprit and the mend in one
+    sentence.
+    """
 
     exit_code = EXIT_BAD_INPUT
 
@@ -39,6 +43,8 @@ class NotLearnedError(UserError):
 
 
 class StorageError(UserError):
-    """Something could not be written, or read, while the run went on; the checkpoints before it are whole."""
+    """Something could not be written, or read, while the run went on; the checkpoints before it
+    are whole.
+    """
 
     exit_code = EXIT_SAVE_FAILED

@@ -1,8 +1,10 @@
-"""Every option of a run, declared once: frozen dataclasses that configs fill in and the library reads.
+"""Every option of a run, declared once: frozen dataclasses that configs fill in and the library
+reads.
 
 A number's range is part of its declared type (see `flamingo_jax.ranges`).
-`configs/*.py` turn an `Experiment` into an ml_collections ConfigDict (see `flamingo_jax.configuring`), the command line
-overrides single fields, and the result is checked against these types again before any work starts.
+`configs/*.py` turn an `Experiment` into an ml_collections ConfigDict (see
+`flamingo_jax.configuring`), the command line overrides single fields, and the result is checked
+against these types again before any work starts.
 """
 
 import dataclasses
@@ -23,12 +25,17 @@ from flamingo_jax.ranges import (
 )
 
 QUESTION_PROMPT = "Question: {question} Answer:"
-"""What is asked of a visual, in training and in evaluation alike (paper B.1.5); the answer follows after a space."""
+"""What is asked of a visual, in training and in evaluation alike (paper B.1.5); the answer
+follows after a space.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """Vision Transformer (Dosovitskiy et al. 2021) as CLIP and SigLIP have it. The defaults are CLIP's ViT-L/14, the ablation's encoder (paper 3.3)."""
+    """Vision Transformer (Dosovitskiy et al. 2021) as CLIP and SigLIP have it.
+
+    The defaults are CLIP's ViT-L/14, the ablation's encoder (paper 3.3).
+    """
 
     patch_size: Positive = 14
     layers: Positive = 24
@@ -38,41 +45,60 @@ class ViTConfig:
     activation: Literal["quick_gelu", "exact_gelu", "gelu"] = "quick_gelu"
     """quick_gelu: OpenAI's CLIP; exact_gelu: most others; gelu, the tanh form: SigLIP."""
     class_token: bool = True
-    """A token before the patches, its position part of it (CLIP); the features are the patches' alone."""
+    """A token before the patches, its position part of it (CLIP); the features are the patches'
+    alone.
+    """
     patch_bias: bool = False
     """Biases in the map from patches (SigLIP)."""
     first_norm: bool = True
     """A norm before the first layer (CLIP)."""
     last_norm: bool = False
-    """A norm after the last layer. CLIP has one for its pooled vector, which grid features are commonly taken without; SigLIP's are behind it."""
+    """A norm after the last layer.
+
+    CLIP has one for its pooled vector, which grid features are commonly taken without; SigLIP's
+    are behind it.
+    """
     norm_eps: AboveZero = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The vision encoder: a NormaliserFree ResNet (Brock et al. 2021), or a Vision Transformer where `vit` is given."""
+    """The vision encoder: a NormaliserFree ResNet (Brock et al. 2021), or a Vision Transformer
+    where `vit` is given.
+    """
 
     variant: str = "F6"
     """Of the NFNet: F0..F7, or `tiny` for laptops."""
     image_size: Positive = 320
-    """Side of the square input in pixels: 288 for contrastive training, 320 for Flamingo, 480 for fine-tuning (paper 3.2, B.1.3)."""
+    """Side of the square input in pixels: 288 for contrastive training, 320 for Flamingo, 480
+    for fine-tuning (paper 3.2, B.1.3).
+    """
     mean: tuple[Finite, ...] = (0.485, 0.456, 0.406)
-    """Channel means of pixels scaled to 0..1; also the colour that pads an image to a square."""
+    """Channel means of pixels scaled to 0..1; also the colour that pads an image to a square.
+    """
     std: tuple[AboveZero, ...] = (0.229, 0.224, 0.225)
     image_fit: Literal["pad", "crop", "stretch"] = "pad"
-    """How an image becomes a square. pad: its aspect kept, the rest filled with the mean colour (paper 3.2), so that nothing is lost. crop: its
-    shorter side fills the square, what sticks out on both sides is cut (CLIP). stretch: both sides fill it (SigLIP). A published encoder's folder
-    says which it was trained with, and that is its default: frozen features mean most on images like those; padding a photo for CLIP changes its
-    pixels by a sixth of their range on average. What crop cuts is never seen: text at an image's edge wants pad or stretch."""
+    """How an image becomes a square. pad: its aspect kept, the rest filled with the mean colour
+    (paper 3.2), so that nothing is lost. crop: its shorter side fills the square, what sticks
+    out on both sides is cut (CLIP). stretch: both sides fill it (SigLIP). A published encoder's
+    folder
+    says which it was trained with, and that is its default: frozen features mean most on images
+    like those; padding a photo for CLIP changes its pixels by a sixth of their range on
+    average. What crop cuts is never seen: text at an image's edge wants pad or stretch.
+    """
     stochastic_depth: BelowOne = 0.0
     """NFNet: the most that a block is left out in training."""
     vit: ViTConfig | None = None
-    """A Vision Transformer in the NFNet's place; its `image_size` says how many positions are stored."""
+    """A Vision Transformer in the NFNet's place; its `image_size` says how many positions are
+    stored.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoderConfig:
-    """BERT-form text encoder of the contrastive stage (ALIGN uses BERT-Large; Flamingo does not say)."""
+    """BERT-form text encoder of the contrastive stage (ALIGN uses BERT-Large; Flamingo does not
+    say).
+    """
 
     vocab_size: Positive = 32_000
     layers: Positive = 24
@@ -89,10 +115,15 @@ class ContrastiveConfig:
     text: TextEncoderConfig = TextEncoderConfig()
     joint_width: Positive = 1376
     initial_temperature: AboveZero = 1.0
-    """Similarities are divided by this at the start; its inverse is learned. ALIGN starts at 1.0."""
+    """Similarities are divided by this at the start; its inverse is learned.
+
+    ALIGN starts at 1.0.
+    """
     label_smoothing: BelowOne = 0.1
     merge_duplicates: bool = False
-    """Pairs of a batch with the very same caption share the target instead of being each other's negatives: for worlds with few captions."""
+    """Pairs of a batch with the very same caption share the target instead of being each
+    other's negatives: for worlds with few captions.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +131,9 @@ class RopeScaling:
     """Rotary frequencies stretched for longer texts than a model was first trained on."""
 
     kind: Literal["linear", "llama3"] = "llama3"
-    """linear: all frequencies by `factor`; llama3: low ones by `factor`, high ones not at all, and those between in part."""
+    """linear: all frequencies by `factor`; llama3: low ones by `factor`, high ones not at all,
+    and those between in part.
+    """
     factor: AboveZero = 8.0
     low_frequency_factor: AboveZero = 1.0
     """llama3: waves longer than original_length / this are low frequencies."""
@@ -111,7 +144,11 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelConfig:
-    """Decoder language model. The defaults are the Chinchilla form; the open families (Llama, Mistral, Qwen) are switches of the same layer."""
+    """Decoder language model.
+
+    The defaults are the Chinchilla form; the open families (Llama, Mistral, Qwen) are switches
+    of the same layer.
+    """
 
     vocab_size: Positive = 32_000
     layers: Positive = 24
@@ -124,21 +161,30 @@ class LanguageModelConfig:
     rope_base: AboveZero = 10_000.0
     rope_scaling: RopeScaling | None = None
     kv_heads: Count = 0
-    """Heads of keys and values, each shared by heads / kv_heads queries (grouped-query attention); 0 for as many as queries."""
+    """Heads of keys and values, each shared by heads / kv_heads queries (grouped-query
+    attention); 0 for as many as queries.
+    """
     attention_bias: bool = False
     """Biases on queries, keys and values (Qwen2)."""
     attention_window: Count = 0
-    """A token sees itself and this many less one before it (Mistral 7B of 2023: 4096); 0 for all before it."""
+    """A token sees itself and this many less one before it (Mistral 7B of 2023: 4096); 0 for
+    all before it.
+    """
     query_key_norm: bool = False
     """RMSNorm over each head's queries and keys, before the rotation (Qwen3)."""
     gated_feed_forward: bool = False
     """down(activation(gate(x)) * up(x)), SwiGLU with `activation` silu (Llama)."""
     tied_embeddings: bool = True
     embedding_scale: AboveZero = 1.0
-    """Input embeddings are multiplied by this. Small ones beside what attention writes let copying in context emerge sooner."""
+    """Input embeddings are multiplied by this.
+
+    Small ones beside what attention writes let copying in context emerge sooner.
+    """
     position_bias: NotNegative = 0.0
-    """Deviation of Transformer-XL's position bias v at the start. Away from 0, some heads prefer some distances from the first step on, and
-    copying in context, which needs a head that looks one token back, emerges sooner in a small model."""
+    """Deviation of Transformer-XL's position bias v at the start. Away from 0, some heads
+    prefer some distances from the first step on, and copying in context, which needs a head
+    that looks one token back, emerges sooner in a small model.
+    """
     norm_eps: AboveZero = 1e-6
 
 
@@ -156,8 +202,10 @@ class ResamplerConfig:
     """Number of learned time embeddings; other lengths are interpolated linearly."""
     feed_forward: Positive = 6144
     position_grid: Count = 0
-    """Rows and columns of a grid with learned embeddings, interpolated to other sizes; 0 for none. The paper found no gain: a deep CNN's
-    features carry position. A shallow one's do not, and without them a small model cannot tell which of two things is on the left."""
+    """Rows and columns of a grid with learned embeddings, interpolated to other sizes; 0 for
+    none. The paper found no gain: a deep CNN's features carry position. A shallow one's do not,
+    and without them a small model cannot tell which of two things is on the left.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,18 +216,26 @@ class FlamingoConfig:
     language_model: LanguageModelConfig = LanguageModelConfig()
     resampler: ResamplerConfig = ResamplerConfig()
     every: Positive = 1
-    """A gated block stands before language model layers 0, every, 2 every, ... (paper B.1.1)."""
+    """A gated block stands before language model layers 0, every, 2 every, ... (paper B.1.1).
+    """
     xattn_heads: Positive = 16
     xattn_head_width: Positive = 128
     xattn_feed_forward: Positive = 8192
     gate_start: Finite = 0.0
-    """Both gates' parameters at the start. 0 (paper): training begins with the language model's own outputs, and while a gate is near 0 the
-    noise of its gradient turns its sign again and again, so that nothing behind it learns. Runs of some hundred steps want open gates, as 1,
-    with a small `gated_out_scale`: then the first blocks learn to write what the language model's first layers can read."""
+    """Both gates' parameters at the start. 0 (paper): training begins with the language model's
+    own outputs, and while a gate is near 0 the noise of its gradient turns its sign again and
+    again, so that nothing behind it learns. Runs of some hundred steps want open gates, as 1,
+    with a small `gated_out_scale`: then the first blocks learn to write what the language
+    model's first layers can read.
+    """
     gated_out_scale: NotNegative = 1.0
-    """What gated blocks write starts at this many times its usual size; their gates make it 0 in the paper's start."""
+    """What gated blocks write starts at this many times its usual size; their gates make it 0
+    in the paper's start.
+    """
     attend: Literal["last", "all_previous"] = "last"
-    """Which visuals a text token sees: the last one before it (paper) or all before it (ablation)."""
+    """Which visuals a text token sees: the last one before it (paper) or all before it
+    (ablation).
+    """
     extra_tokens: Positive = 1
     """Trained additions to the frozen vocabulary; the first is <EOC>."""
 
@@ -189,10 +245,13 @@ class DatasetConfig:
     """One dataset on disk and how its rows are formed."""
 
     kind: Literal["pages", "pairs", "videos", "text", "questions"] = "pairs"
-    """questions: pictures or clips with a prompt and an answer, of which the answer alone is learned; in the language modelling stage they are
-    read as texts, without their pictures."""
+    """questions: pictures or clips with a prompt and an answer, of which the answer alone is
+    learned; in the language modelling stage they are read as texts, without their pictures.
+    """
     path: str = ""
-    """Folder of a prepared TFDS dataset (`data_dir/name/version`), opened with `tfds.builder_from_directory`."""
+    """Folder of a prepared TFDS dataset (`data_dir/name/version`), opened with
+    `tfds.builder_from_directory`.
+    """
     split: str = "train"
     batch_size: Positive = 8
     """Rows in a global batch (pairs in the contrastive stage)."""
@@ -205,21 +264,32 @@ class DatasetConfig:
     weight: NotNegative = 1.0
     """lambda of the training objective (paper 2.4)."""
     microbatches: Positive = 1
-    """Equal parts of a batch that go through the model one after the other, so that a large batch fits in memory; the gradient is the same.
-    In the contrastive stage parts are encoded, and once more for the gradient; similarities are over the whole batch. A held-out dataset has
-    its own number."""
+    """Equal parts of a batch that go through the model one after the other, so that a large
+    batch fits in memory; the gradient is the same. In the contrastive stage parts are encoded,
+    and once more for the gradient; similarities are over the whole batch. A held-out dataset
+    has its own number.
+    """
     p_next: Share = 0.0
-    """Probability, once per page, that text looks at the next visual rather than the previous one (pages only; paper 0.5)."""
+    """Probability, once per page, that text looks at the next visual rather than the previous
+    one (pages only; paper 0.5).
+    """
     leading_space: Share = 0.5
     """Probability that paired text starts with a space (paper A.3.3)."""
     prompt: str = QUESTION_PROMPT
-    """Questions: what stands between the visual and the answer, with the record's question at {question}; for instructions, "{question}" alone."""
+    """Questions: what stands between the visual and the answer, with the record's question at
+    {question}; for instructions, "{question}" alone.
+    """
     pack: bool = True
-    """Several short examples share a row, and questions about the same visual that follow one another share that too."""
+    """Several short examples share a row, and questions about the same visual that follow one
+    another share that too.
+    """
     flip: bool = False
     """Random left-right flips; off where text speaks of left and right."""
     colour: Share = 0.0
-    """Strength of colour augmentation, 0 for none. Drawn with the row; applied on the device, in training alone."""
+    """Strength of colour augmentation, 0 for none.
+
+    Drawn with the row; applied on the device, in training alone.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +299,11 @@ class OptimizerConfig:
     peak_rate: NotNegative = 1e-4
     warmup_steps: Count = 5_000
     decay: Literal["constant", "linear", "cosine", "stepwise"] = "constant"
-    """After warm-up. The paper's Flamingo stays constant; its contrastive stage falls linearly to 0; fine-tuning falls by factors of 10 (B.2.2)."""
+    """After warm-up.
+
+    The paper's Flamingo stays constant; its contrastive stage falls linearly to 0; fine-tuning
+    falls by factors of 10 (B.2.2).
+    """
     end_rate: NotNegative = 0.0
     """linear, cosine: the rate at the last step."""
     decay_at: tuple[Positive, ...] = ()
@@ -240,13 +314,21 @@ class OptimizerConfig:
     eps: AboveZero = 1e-8
     weight_decay: NotNegative = 0.1
     no_decay: tuple[str, ...] = ("resampler/.*",)
-    """Regular expressions over parameter names that get no weight decay (paper: the resampler)."""
+    """Regular expressions over parameter names that get no weight decay (paper: the resampler).
+    """
     decay_vectors: bool = False
-    """Weight decay also on norm scales, biases and gates (see `training.optimizer.make_optimizer`)."""
+    """Weight decay also on norm scales, biases and gates (see
+    `training.optimizer.make_optimizer`).
+    """
     clip_norm: NotNegative = 1.0
-    """Largest global norm of the gradient; 0 for no clipping. With `adaptive_clip`, of all but the vision encoder's."""
+    """Largest global norm of the gradient; 0 for no clipping.
+
+    With `adaptive_clip`, of all but the vision encoder's.
+    """
     adaptive_clip: NotNegative = 0.0
-    """Adaptive gradient clipping of the vision encoder (NFNet); 0 for none, the paper's contrastive stage has 1e-2."""
+    """Adaptive gradient clipping of the vision encoder (NFNet); 0 for none, the paper's
+    contrastive stage has 1e-2.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,32 +352,50 @@ class TrainingConfig:
     keep_every: Count = 0
     """Checkpoints at multiples of this stay for ever; 0 for none."""
     max_not_finite: Count = 10
-    """Steps in a row that may be skipped because they are not finite; one more stops the run."""
+    """Steps in a row that may be skipped because they are not finite; one more stops the run.
+    """
     loss: Literal["sequence_sum", "token_mean"] = "sequence_sum"
-    """Sum over a sequence's tokens, mean over sequences (the paper's equation), or mean over tokens."""
+    """Sum over a sequence's tokens, mean over sequences (the paper's equation), or mean over
+    tokens.
+    """
     mixing: Literal["accumulate", "stream", "round_robin"] = "accumulate"
-    """accumulate: dataset after dataset, their gradients summed (paper 2.4). stream: the same gradient from all of them at once, every weight
-    meeting the tokens of all datasets in one product. round_robin: one step of the optimizer for each dataset (the paper's ablation)."""
+    """accumulate: dataset after dataset, their gradients summed (paper 2.4). stream: the same
+    gradient from all of them at once, every weight meeting the tokens of all datasets in one
+    product. round_robin: one step of the optimizer for each dataset (the paper's ablation).
+    """
     remat: Literal["none", "products", "layers"] = "none"
-    """What is computed again for the gradient rather than kept: nothing; all but the products with weights; whole layers."""
+    """What is computed again for the gradient rather than kept: nothing; all but the products
+    with weights; whole layers.
+    """
     frames_at_once: Count = 0
-    """Frames that each device encodes at a time, 0 for all of a batch's: the encoder's memory. Where the encoder is trained, each time's are
-    encoded again for the gradient."""
+    """Frames that each device encodes at a time, 0 for all of a batch's: the encoder's memory.
+    Where the encoder is trained, each time's are encoded again for the gradient.
+    """
     unfreeze_vision_encoder: bool = False
-    """The vision encoder is trained too, as in fine-tuning (paper 3.2); "random" is then a start like any other. Nothing of it is random in
+    """The vision encoder is trained too, as in fine-tuning (paper 3.2); "random" is then a
+    start like any other. Nothing of it is random in
     training: `stochastic_depth` is the contrastive stage's."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     use_visuals: bool = True
-    """False trains the same model on the same text with every picture taken away: the baseline that shows what looking is worth."""
+    """False trains the same model on the same text with every picture taken away: the baseline
+    that shows what looking is worth.
+    """
     required_loss: dict[str, AboveZero] = dataclasses.field(default_factory=dict)
-    """Held-out dataset -> the most that its loss per token may be when training ends. Above it the run is saved as ever, but ends with an error:
-    for a stage that others stand on, as binding in context stands on a language model that does it in text."""
+    """Held-out dataset -> the most that its loss per token may be when training ends. Above it
+    the run is saved as ever, but ends with an error: for a stage that others stand on, as
+    binding in context stands on a language model that does it in text.
+    """
     readers: Count = 0
-    """Threads of each process that read, decode and resize, all datasets sharing them; 0 for one a core, since decoding is computing. Fewer leave
-    cores to other programs of the machine; more hide storage that is slow to answer. Batches are the same with any number."""
+    """Threads of each process that read, decode and resize, all datasets sharing them; 0 for
+    one a core, since decoding is computing. Fewer leave cores to other programs of the machine;
+    more hide storage that is slow to answer. Batches are the same with any number.
+    """
     cache_features: bool = False
-    """The frozen encoder's outputs for every picture are made once, before the first step, and kept beside each dataset, so that no step
-    runs the encoder: for several epochs over small data, without augmentation. A picture takes cells x channels values of `compute_dtype`."""
+    """The frozen encoder's outputs for every picture are made once, before the first step, and
+    kept beside each dataset, so that no step
+    runs the encoder: for several epochs over small data, without augmentation. A picture takes
+    cells x channels values of `compute_dtype`.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,9 +418,14 @@ class Experiment:
     mesh: MeshConfig = MeshConfig()
     training: TrainingConfig = TrainingConfig()
     vision_encoder_from: str = ""
-    """Folder that the vision encoder comes from: an export of the contrastive stage or of launch.convert, or a CLIP or SigLIP as published."""
+    """Folder that the vision encoder comes from: an export of the contrastive stage or of
+    launch.convert, or a CLIP or SigLIP as published.
+    """
     language_model_from: str = ""
-    """Folder that the frozen language model comes from: an export of its stage or of launch.convert, or a Llama, Mistral or Qwen as published."""
+    """Folder that the frozen language model comes from: an export of its stage or of
+    launch.convert, or a Llama, Mistral or Qwen as published.
+    """
     flamingo_from: str = ""
-    """Exported folder (Flamingo stage) to go on from, as fine-tuning does: frozen parts and the start of trained ones all come from it, in place
-    of the other two."""
+    """Exported folder (Flamingo stage) to go on from, as fine-tuning does: frozen parts and the
+    start of trained ones all come from it, in place of the other two.
+    """

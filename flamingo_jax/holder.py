@@ -2,11 +2,12 @@
 
     <folder>/.holder-<n>    who holds it: a `Claim` as JSON; changed at each sign of life
 
-Of several files the one with the highest n counts. A holder whose process is gone, on this machine,
-or of which no sign has come for `SILENT` seconds, from another one, is followed by who makes the
-next n: a file system, NFS too, lets one alone make a new file, where locks of files are not known
-to all of its hosts. Ages are told by the storage's own clock. So nothing is to be cleaned up after
-a process or a host that died.
+Of several files the one with the highest n counts. A holder whose process is gone, on this
+machine, or of which no sign has come for `SILENT` seconds, from another one, is followed by who
+makes the
+next n: a file system, NFS too, lets one alone make a new file, where locks of files are not
+known to all of its hosts. Ages are told by the storage's own clock. So nothing is to be cleaned
+up after a process or a host that died.
 """
 
 import contextlib
@@ -32,8 +33,9 @@ log = logging.getLogger(__name__)
 BEAT_EVERY = 5.0
 """Seconds between a holder's signs of life."""
 SILENT = 60.0
-"""Seconds without one after which a holder on another machine counts as dead. Network storage may
-show what another host wrote 30 s late."""
+"""Seconds without one after which a holder on another machine counts as dead. Network storage
+may show what another host wrote 30 s late.
+"""
 LOOK_EVERY = 0.5
 MOST_BYTES = 1 << 12
 """Of a claim that are read."""
@@ -52,8 +54,8 @@ class Claim(NamedTuple):
 
     machine: names this start of an operating system and its set of process numbers; a pid means
     something there alone. began: when the process began, which tells it from a later one of the
-    same number; "" where that is not known. folder: as that machine names it: a copy of it is held
-    by nobody.
+    same number; "" where that is not known. folder: as that machine names it: a copy of it is
+    held by nobody.
     """
 
     work: str
@@ -78,7 +80,8 @@ def judge(runs: bool | None, silent: float, beaten: bool) -> Standing:
     """What follows for who finds a claim.
 
     Args:
-      runs: whether the process that made it still runs, None where that cannot be seen from here.
+      runs: whether the process that made it still runs, None where that cannot be seen from
+        here.
       silent: seconds since its last sign of life, by the storage's clock.
       beaten: whether it has given one since it was first looked at.
     """
@@ -90,8 +93,9 @@ def judge(runs: bool | None, silent: float, beaten: bool) -> Standing:
 
 
 class Found(NamedTuple):
-    """A file of a claim as it was read: its number, the claim (None where its maker has not written
-    it yet) and its time of change in seconds."""
+    """A file of a claim as it was read: its number, the claim (None where its maker has not
+    written it yet) and its time of change in seconds.
+    """
 
     number: int
     claim: Claim | None
@@ -114,14 +118,17 @@ class Holder:
     Args:
       folder: made where it is not there.
       work: what is done, as "a build"; whoever comes meanwhile is told it.
-      lost: called where another has taken the folder, as it may when this process stood still for
-        longer than `SILENT`: nothing may be written any more. By default it ends the process at
-        once.
+      lost: called where another has taken the folder, as it may when this process stood still
+        for longer than `SILENT`: nothing may be written any more. By default it ends the
+        process at once.
     Raises: HeldError where another holds it; UserError where it cannot be written to.
     """
 
     def __init__(
-        self, folder: pathlib.Path, work: str, lost: Callable[[pathlib.Path], None] | None = None
+        self,
+        folder: pathlib.Path,
+        work: str,
+        lost: Callable[[pathlib.Path], None] | None = None,
     ):
         self._folder, self._lost = folder, lost or _end
         self._claim = Claim(

@@ -5,7 +5,15 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 SECONDS_BETWEEN_LINES = 10.0
 LINE = re.compile(r"(.+?) (\d+)/(\d+) (.*?) ?(?:(?:\d+|nan) s left|in \d+ s)")
@@ -42,17 +50,32 @@ class Bar:
     def _line(self, now: float) -> None:
         made = self.done - self.first
         left = (now - self._began) / made * (self.total - self.done) if made else float("nan")
-        self._console.print(f"{self.title} {self.done}/{self.total} {self._note} {left:.0f} s left", highlight=False, soft_wrap=True)
+        self._console.print(
+            f"{self.title} {self.done}/{self.total} {self._note} {left:.0f} s left",
+            highlight=False,
+            soft_wrap=True,
+        )
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._rich.stop()
         if self._rich.disable and self._enabled:
             seconds = time.monotonic() - self._began
-            self._console.print(f"{self.title} {self.done}/{self.total} {self._note} in {seconds:.0f} s", highlight=False, soft_wrap=True)
+            self._console.print(
+                f"{self.title} {self.done}/{self.total} {self._note} in {seconds:.0f} s",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 class Relay:
-    """The lines of processes that run side by side: on a terminal their bars below each other and everything else above them."""
+    """The lines of processes that run side by side: on a terminal their bars below each other
+    and everything else above them.
+    """
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
@@ -74,12 +97,24 @@ class Relay:
             self._tasks[title] = self._rich.add_task(title, total=int(total), note="")
         self._rich.update(self._tasks[title], completed=int(done), total=int(total), note=note)
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._rich.stop()
 
 
 def _bars(console: Console, enabled: bool) -> Progress:
     return Progress(
-        TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console, disable=not (enabled and console.is_terminal),
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not (enabled and console.is_terminal),
     )

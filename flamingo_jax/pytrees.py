@@ -1,7 +1,10 @@
-"""Parameters by flat name: {"language_model/layers/attention/query": array}, and the per-layer names used in rules and on disk.
+"""Parameters by flat name: {"language_model/layers/attention/query": array}, and the per-layer
+names used in rules and on disk.
 
-An attribute called `layers` always holds a stack: every array below it has a leading layer axis. Per layer, the name gains the layer's
-number behind that component: `language_model/layers/attention/query` [L, ...] is L arrays `language_model/layers/12/attention/query`.
+An attribute called `layers` always holds a stack: every array below it has a leading layer
+axis. Per layer, the name gains the layer's
+number behind that component: `language_model/layers/attention/query` [L, ...] is L arrays
+`language_model/layers/12/attention/query`.
 """
 
 import itertools
@@ -15,7 +18,9 @@ STACK = "layers"
 
 
 def to_flat(tree: nnx.State | Mapping[Any, Any]) -> dict[str, Any]:
-    """An nnx.State or a nested dict as {"a/b/c": raw array}, sorted by path; list places become numbers. Works on tracers and shapes."""
+    """An nnx.State or a nested dict as {"a/b/c": raw array}, sorted by path; list places become
+    numbers. Works on tracers and shapes.
+    """
     nested = nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
     return dict(_leaves(nested, ()))
 
@@ -24,23 +29,30 @@ def _leaves(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     if isinstance(tree, Mapping):
         for key in sorted(tree, key=lambda k: (isinstance(k, str), k)):
             if "/" in str(key):
-                raise ValueError(f"the name {key!r} below {'/'.join(path)!r} contains '/', which separates the components of flat names")
+                raise ValueError(
+                    f"the name {key!r} below {'/'.join(path)!r} contains '/', which separates"
+                    " the components of flat names"
+                )
             yield from _leaves(tree[key], (*path, str(key)))
     else:
         yield "/".join(path), tree.get_value() if isinstance(tree, nnx.Variable) else tree
 
 
 def from_flat(flat: Mapping[str, Any]) -> dict[Any, Any]:
-    """The nested dict of flat names, as `nnx.State(...)` and `nnx.replace_by_pure_dict` take it.
+    """The nested dict of flat names, as `nnx.State(...)` and `nnx.replace_by_pure_dict` take
+    it.
 
-    Components that are numbers become ints: with strings NNX would order a list's entries as 0, 1, 10, 2 and mix them up silently.
+    Components that are numbers become ints: with strings NNX would order a list's entries as 0,
+    1, 10, 2 and mix them up silently.
     """
     nested: dict[Any, Any] = {}
     for name, value in flat.items():
         components = name.split("/")
         for parent in itertools.accumulate(components[:-1], "{}/{}".format):
             if parent in flat:
-                raise ValueError(f"the name {parent!r} holds both a value and the subtree of {name!r}")
+                raise ValueError(
+                    f"the name {parent!r} holds both a value and the subtree of {name!r}"
+                )
         *parents, last = (int(part) if part.isdecimal() else part for part in components)
         node = nested
         for part in parents:
@@ -51,7 +63,9 @@ def from_flat(flat: Mapping[str, Any]) -> dict[Any, Any]:
 
 def unstack_names(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Stacked arrays as one array per layer, under per-layer names; numpy slices are views."""
-    return dict(leaf for name, value in flat.items() for leaf in _unstacked(name.split("/"), 0, value))
+    return dict(
+        leaf for name, value in flat.items() for leaf in _unstacked(name.split("/"), 0, value)
+    )
 
 
 def _unstacked(parts: list[str], start: int, value: Any) -> Iterator[tuple[str, Any]]:
@@ -61,11 +75,15 @@ def _unstacked(parts: list[str], start: int, value: Any) -> Iterator[tuple[str, 
         yield "/".join(parts), value
         return
     for layer in range(value.shape[0]):
-        yield from _unstacked([*parts[: place + 1], str(layer), *parts[place + 1 :]], place + 2, value[layer])
+        yield from _unstacked(
+            [*parts[: place + 1], str(layer), *parts[place + 1 :]], place + 2, value[layer]
+        )
 
 
 def stacked_name(name: str) -> tuple[str, tuple[int, ...]]:
-    """A per-layer name as its stack's name and the layer's place in it: "a/layers/12/b" -> ("a/layers/b", (12,))."""
+    """A per-layer name as its stack's name and the layer's place in it: "a/layers/12/b" ->
+    ("a/layers/b", (12,)).
+    """
     kept: list[str] = []
     index: list[int] = []
     for part in name.split("/"):
@@ -81,7 +99,10 @@ def stacked_name(name: str) -> tuple[str, tuple[int, ...]]:
 
 
 def restack(flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The inverse of `unstack_names`, in numpy. Raises ValueError when a stack lacks a layer or its layers differ in shape."""
+    """The inverse of `unstack_names`, in numpy.
+
+    Raises ValueError when a stack lacks a layer or its layers differ in shape.
+    """
     groups: dict[str, dict[tuple[int, ...], Any]] = {}
     for name, value in flat.items():
         stack, index = stacked_name(name)
@@ -91,7 +112,9 @@ def restack(flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def _restacked(name: str, layers: dict[tuple[int, ...], Any]) -> np.ndarray:
     first = np.asarray(next(iter(layers.values())))
-    counts = tuple(1 + max(index[axis] for index in layers) for axis in range(len(next(iter(layers)))))
+    counts = tuple(
+        1 + max(index[axis] for index in layers) for axis in range(len(next(iter(layers))))
+    )
     # Filled in place, so that a large stack is never held twice.
     whole = np.empty((*counts, *first.shape), first.dtype)
     for index in np.ndindex(counts):
@@ -99,6 +122,9 @@ def _restacked(name: str, layers: dict[tuple[int, ...], Any]) -> np.ndarray:
             raise ValueError(f"the stack {name!r} of {counts} layers lacks layer {index}")
         layer = np.asarray(layers[index])
         if layer.shape != first.shape or layer.dtype != first.dtype:
-            raise ValueError(f"the layers of {name!r} differ: {first.dtype} {first.shape} and {layer.dtype} {layer.shape}")
+            raise ValueError(
+                f"the layers of {name!r} differ: {first.dtype} {first.shape} and {layer.dtype}"
+                f" {layer.shape}"
+            )
         whole[index] = layer
     return whole

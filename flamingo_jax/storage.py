@@ -1,4 +1,6 @@
-"""Reading from storage that may fail for a moment: which errors are the storage's, reading again, and how many files may be open."""
+"""Reading from storage that may fail for a moment: which errors are the storage's, reading
+again, and how many files may be open.
+"""
 
 import errno
 import logging
@@ -19,9 +21,13 @@ except ImportError:  # Not on Windows, which knows no such limit.
 T = TypeVar("T")
 
 WAITS = (0.1, 0.5, 2.0, 8.0)
-"""Seconds before each further attempt at reading: a server that fails over for longer ends the run, and launchers start it again."""
+"""Seconds before each further attempt at reading: a server that fails over for longer ends the
+run, and launchers start it again.
+"""
 OPEN_FILES = 65_536
-"""What the limit of open files is raised to, where the system allows it: shards, caches and sockets need no more."""
+"""What the limit of open files is raised to, where the system allows it: shards, caches and
+sockets need no more.
+"""
 TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
 LASTING = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP),
@@ -30,19 +36,25 @@ LASTING = (
 """Errors that a file of someone's folder keeps: it is not there, or nobody may read it."""
 
 _SYSTEM_CALL = re.compile(r"\b\w+\(\) failed: ([^;]+)")
-"""How Riegeli, and so array_record, tells of a system call: `pread() failed: Input/output error; reading PATH; at byte 0`."""
+"""How Riegeli, and so array_record, tells of a system call: `pread() failed: Input/output
+error; reading PATH; at byte 0`.
+"""
 
 
 def storage_failure(error: BaseException) -> OSError | None:
-    """The failure of the storage behind an error of reading; None where what was read is wrong, or the caller's doing.
+    """The failure of the storage behind an error of reading; None where what was read is wrong,
+    or the caller's doing.
 
-    An OSError with a number (EIO, ESTALE, EMFILE, ...), a timeout and a lost connection say nothing about the bytes on disk, which may be read
-    well the next time. Damage is what is left: checksums that differ, a file that is cut short, fields that are missing. PIL, gzip and
-    others raise OSErrors without a number for it.
+    An OSError with a number (EIO, ESTALE, EMFILE, ...), a timeout and a lost connection say
+    nothing about the bytes on disk, which may be read well the next time. Damage is what is
+    left: checksums that differ, a file that is cut short, fields that are missing. PIL, gzip
+    and others raise OSErrors without a number for it.
     """
     if isinstance(error, UserError):
         return None
-    if isinstance(error, (TimeoutError, ConnectionError)) or (isinstance(error, OSError) and error.errno is not None):
+    if isinstance(error, (TimeoutError, ConnectionError)) or (
+        isinstance(error, OSError) and error.errno is not None
+    ):
         return error
     if isinstance(error, RuntimeError) and (told := _SYSTEM_CALL.search(str(error))):
         numbers = {os.strerror(number): number for number in errno.errorcode}
@@ -50,11 +62,14 @@ def storage_failure(error: BaseException) -> OSError | None:
     return storage_failure(error.__cause__) if error.__cause__ is not None else None
 
 
-def tried_again(read: Callable[[], T], waits: Iterable[float], passes: Callable[[Exception, float], bool]) -> T:
-    """What `read` gives; after an error that may pass it is called again, behind each of these seconds.
+def tried_again(
+    read: Callable[[], T], waits: Iterable[float], passes: Callable[[Exception, float], bool]
+) -> T:
+    """What `read` gives; after an error that may pass it is called again, behind each of these
+    seconds.
 
-    passes: of an error and the seconds before the next attempt, whether to wait for it. Raises what
-    may not pass at once, and whatever the last attempt raises.
+    passes: of an error and the seconds before the next attempt, whether to wait for it. Raises
+    what may not pass at once, and whatever the last attempt raises.
     """
     for wait in waits:
         try:
@@ -67,7 +82,8 @@ def tried_again(read: Callable[[], T], waits: Iterable[float], passes: Callable[
 
 
 def read_again(read: Callable[[], T], what: object, at_once: Collection[int | None] = ()) -> T:
-    """What `read` gives; where the storage fails it is called again, after ever longer waits (`WAITS`).
+    """What `read` gives; where the storage fails it is called again, after ever longer waits
+    (`WAITS`).
 
     Args:
       what: names what is read, for the log.
@@ -88,7 +104,12 @@ def read_again(read: Callable[[], T], what: object, at_once: Collection[int | No
     def passes(error: Exception, wait: float) -> bool:
         failure = failure_of(error)
         if failure is not None:
-            logging.warning("%s could not be read (%s): it is read again in %g s", what, reason(failure), wait)
+            logging.warning(
+                "%s could not be read (%s): it is read again in %g s",
+                what,
+                reason(failure),
+                wait,
+            )
         return failure is not None
 
     try:
@@ -97,17 +118,23 @@ def read_again(read: Callable[[], T], what: object, at_once: Collection[int | No
         failure = failure_of(error)
         if failure is None:
             raise
-        mend = "mend the storage" if failure.errno not in TOO_MANY_OPEN else "raise the limit of open files (ulimit -n)"
+        mend = (
+            "mend the storage"
+            if failure.errno not in TOO_MANY_OPEN
+            else "raise the limit of open files (ulimit -n)"
+        )
         raise StorageError(
-            f"{what} could not be read {len(WAITS) + 1} times over {sum(WAITS):.3g} s ({reason(failure)}): {mend} and start again; "
-            "nothing is taken for damaged, and what was saved is whole"
+            f"{what} could not be read {len(WAITS) + 1} times over {sum(WAITS):.3g} s"
+            f" ({reason(failure)}): {mend} and start again; nothing is taken for damaged, and"
+            " what was saved is whole"
         ) from error
 
 
 def modified(path: pathlib.Path) -> float | None:
     """When a file or folder was last written, in seconds; None where there is none.
 
-    That it cannot be told just now is no None, as it is of `Path.exists` in some versions of Python, but read again (see `read_again`).
+    That it cannot be told just now is no None, as it is of `Path.exists` in some versions of
+    Python, but read again (see `read_again`).
     """
 
     def look() -> float | None:
@@ -120,7 +147,9 @@ def modified(path: pathlib.Path) -> float | None:
 
 
 def raise_open_files() -> None:
-    """Raises the soft limit of open files towards `OPEN_FILES`, as far as the hard one allows: many systems begin with 1,024."""
+    """Raises the soft limit of open files towards `OPEN_FILES`, as far as the hard one allows:
+    many systems begin with 1,024.
+    """
     if resource is None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,4 +1,6 @@
-"""Web pages in one file that a person opens: tables and pictures inside them, every text escaped."""
+"""Web pages in one file that a person opens: tables and pictures inside them, every text
+escaped.
+"""
 
 import base64
 import dataclasses
@@ -21,7 +23,7 @@ th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2p
 .sample { border: 1px solid #ddd; border-left: 5px solid #c33; border-radius: 4px; padding: .6rem; font-size: 13px; overflow-wrap: anywhere }
 .sample.right { border-left-color: #2a8 } .sample img { image-rendering: pixelated; max-width: 100%; display: block; margin-bottom: .4rem }
 .prompt { color: #777 } .charts { display: flex; flex-wrap: wrap; gap: 1rem } .charts svg { width: 34rem; max-width: 100%; height: auto }
-"""
+"""  # noqa: E501
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,8 @@ def page(title: str, parts: Iterable[str]) -> str:
     """A whole document of a heading and elements."""
     body = "\n".join([f"<h1>{html.escape(title)}</h1>", *parts])
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style></head>\n'
+        '<!doctype html>\n<html lang="en"><head><meta'
+        f' charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style></head>\n'
         f"<body>\n{body}\n</body></html>\n"
     )
 
@@ -45,8 +48,11 @@ def page(title: str, parts: Iterable[str]) -> str:
 def table(table: Table) -> str:
     """A heading and the rows below it."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in table.header)
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell(value))}</td>" for value in row) + "</tr>" for row in table.rows)
-    return f"<h2>{html.escape(table.title)}</h2><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell(value))}</td>" for value in row) + "</tr>"
+        for row in table.rows
+    )
+    return f"<h2>{html.escape(table.title)}</h2><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"  # noqa: E501
 
 
 def cell(value: Any) -> str:
@@ -57,12 +63,19 @@ def cell(value: Any) -> str:
 
 
 def strip(frames: Sequence[np.ndarray] | np.ndarray, height: int, form: str = "PNG") -> str:
-    """A data URI of a picture, or of at most FRAMES of a clip's frames side by side: uint8 [H, W, 3] each, of one shape."""
+    """A data URI of a picture, or of at most FRAMES of a clip's frames side by side: uint8 [H,
+    W, 3] each, of one shape.
+    """
     if len(frames) > FRAMES:
-        frames = [frames[place] for place in np.linspace(0, len(frames) - 1, FRAMES).round().astype(int)]
+        frames = [
+            frames[place] for place in np.linspace(0, len(frames) - 1, FRAMES).round().astype(int)
+        ]
     whole = Image.fromarray(np.concatenate(list(frames), axis=1))
     scale = height / whole.height
-    whole = whole.resize((max(1, round(whole.width * scale)), height), Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
+    whole = whole.resize(
+        (max(1, round(whole.width * scale)), height),
+        Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC,
+    )
     buffer = io.BytesIO()
     whole.save(buffer, format=form, optimize=True)
     return f"data:image/{form.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()

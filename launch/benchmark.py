@@ -1,21 +1,28 @@
 """How fast training is on the devices that are here.
 
-    python -m launch.benchmark train --config=configs/flamingo_3b.py:h200_1 [--steps=10] [--json] [--trace=FOLDER]
-    python -m launch.benchmark train --sizes=layers=4,width=256,heads=4,vocab=8192,every=1,vit_layers=4,vit_width=256,vit_heads=4,\\
+    python -m launch.benchmark train --config=configs/flamingo_3b.py:h200_1 [--steps=10]
+    [--json] [--trace=FOLDER] python -m launch.benchmark train
+    --sizes=layers=4,width=256,heads=4,vocab=8192,every=1,vit_layers=4,vit_width=256,vit_heads=4,\\
 image=96,patch=16,interleaved=8x3x128,pairs=16x1x32
-    python -m launch.benchmark data --config=configs/own_data.py:flamingo,runs/mine [--step_seconds=0.2]
-    python -m launch.benchmark data --dataset=data/photos --dataset=data/site --tokenizer=data/tokenizer [--image_size=224] [--readers=2]
+    python -m launch.benchmark data --config=configs/own_data.py:flamingo,runs/mine
+    [--step_seconds=0.2] python -m launch.benchmark data --dataset=data/photos
+    --dataset=data/site --tokenizer=data/tokenizer [--image_size=224] [--readers=2]
 
-`train` runs the real update on random weights and full rows of random content, and prints tokens and images a second, the time of each part
-and the model FLOPs utilisation, measured against a large matrix product on the same devices in the same run. `--sizes` makes a Flamingo that
-a PyTorch peer can be built with as well: a language model of the GPT-NeoX form (rotary positions, GELU, a head of its own), a ViT, a
-resampler of 6 layers, cross-attention of 8 heads of 64; `interleaved` and `pairs` are rows x pictures x tokens.
+`train` runs the real update on random weights and full rows of random content, and prints
+tokens and images a second, the time of each part and the model FLOPs utilisation, measured
+against a large matrix product on the same devices in the same run. `--sizes` makes a Flamingo
+that
+a PyTorch peer can be built with as well: a language model of the GPT-NeoX form (rotary
+positions, GELU, a head of its own), a ViT, a resampler of 6 layers, cross-attention of 8 heads
+of 64; `interleaved` and `pairs` are rows x pictures x tokens.
 
-`data` makes rows of each dataset on one core, nothing kept but what is made of texts, and prints their pictures a second beside those of a loop
-that only decodes and resizes the same pictures, and the part of the rows' tokens that is no padding. Then it makes them by the clock with one
-reader and with `--readers` (config.training.readers, or as many as there are cores): images are flipped and their colour jitter drawn, as in the
-paper. At last it reads all datasets together as training does, with pictures kept while memory allows, and prints which part of the time a step of
-`--step_seconds` would wait.
+`data` makes rows of each dataset on one core, nothing kept but what is made of texts, and
+prints their pictures a second beside those of a loop that only decodes and resizes the same
+pictures, and the part of the rows' tokens that is no padding. Then it makes them by the clock
+with one reader and with `--readers` (config.training.readers, or as many as there are cores):
+images are flipped and their colour jitter drawn, as in the paper. At last it reads all datasets
+together as training does, with pictures kept while memory allows, and prints which part of the
+time a step of `--step_seconds` would wait.
 """
 
 import dataclasses
@@ -43,15 +50,37 @@ from flamingo_jax.planning.timing import Timing, time_step
 from flamingo_jax.processing.tokenizer import Tokenizer
 from launch import command
 
-SIZES = flags.DEFINE_string("sizes", "", "Sizes of a model and its batches in place of a config, NAME=VALUE separated by commas.")
+SIZES = flags.DEFINE_string(
+    "sizes",
+    "",
+    "Sizes of a model and its batches in place of a config, NAME=VALUE separated by commas.",
+)
 STEPS = flags.DEFINE_integer("steps", 10, "Steps that are timed.", lower_bound=1)
-TRACE = flags.DEFINE_string("trace", "", "Folder for a profiler trace of three steps, for TensorBoard or Perfetto.")
-DATASETS = flags.DEFINE_multi_string("dataset", [], "data: folder of a dataset that was built, in place of a config's.")
+TRACE = flags.DEFINE_string(
+    "trace", "", "Folder for a profiler trace of three steps, for TensorBoard or Perfetto."
+)
+DATASETS = flags.DEFINE_multi_string(
+    "dataset", [], "data: folder of a dataset that was built, in place of a config's."
+)
 TOKENIZER = flags.DEFINE_string("tokenizer", "", "data: the tokenizer's folder, with --dataset.")
-IMAGE_SIZE = flags.DEFINE_integer("image_size", 224, "data: side of the pictures, with --dataset.", lower_bound=1)
-STEP_SECONDS = flags.DEFINE_float("step_seconds", 0.2, "data: seconds of a step; the quickstart's takes 0.2 to 0.3 on two cores.", lower_bound=0.0)
-READERS = flags.DEFINE_integer("readers", None, "data: threads that read, in place of the config's; 0 for one a core.", lower_bound=0)
-BATCHES = flags.DEFINE_integer("batches", 20, "data: batches of each dataset that are timed.", lower_bound=1)
+IMAGE_SIZE = flags.DEFINE_integer(
+    "image_size", 224, "data: side of the pictures, with --dataset.", lower_bound=1
+)
+STEP_SECONDS = flags.DEFINE_float(
+    "step_seconds",
+    0.2,
+    "data: seconds of a step; the quickstart's takes 0.2 to 0.3 on two cores.",
+    lower_bound=0.0,
+)
+READERS = flags.DEFINE_integer(
+    "readers",
+    None,
+    "data: threads that read, in place of the config's; 0 for one a core.",
+    lower_bound=0,
+)
+BATCHES = flags.DEFINE_integer(
+    "batches", 20, "data: batches of each dataset that are timed.", lower_bound=1
+)
 JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
 CONFIG = command.define_config()
 
@@ -62,13 +91,22 @@ ROWS = {
     "videos": DatasetConfig(kind="videos", batch_size=8, length=64, visuals=4, frames=8),
     "questions": DatasetConfig(kind="questions", batch_size=8, length=256, visuals=16),
 }
-"""What rows are made of a dataset that no config describes. Pages as in the paper (A.3.1), short texts packed as full as they come; of pages more
-rows to a batch, since most stretches of 256 tokens have no picture in them."""
+"""What rows are made of a dataset that no config describes. Pages as in the paper (A.3.1),
+short texts packed as full as they come; of pages more rows to a batch, since most stretches of
+256 tokens have no picture in them.
+"""
 
 
 READS = {
     "train": ("sizes", "steps", "trace"),
-    "data --dataset": ("dataset", "tokenizer", "image_size", "step_seconds", "batches", "readers"),
+    "data --dataset": (
+        "dataset",
+        "tokenizer",
+        "image_size",
+        "step_seconds",
+        "batches",
+        "readers",
+    ),
     "data --config": ("step_seconds", "batches", "readers"),
 }
 """For each way to use the command the flags that not all of them read."""
@@ -83,8 +121,13 @@ def main(verb: str) -> int:
         raise UserError("--sizes and --config both describe a model: give one of them")
     experiment = experiment_of(SIZES.value) if SIZES.value else command.experiment(CONFIG)
     if experiment.task == "contrastive":
-        raise UserError("this config trains the contrastive stage, which the benchmark has no batches for: choose a Flamingo's or a language model's")
-    experiment = dataclasses.replace(experiment, vision_encoder_from="random", language_model_from="random", flamingo_from="")
+        raise UserError(
+            "this config trains the contrastive stage, which the benchmark has no batches for:"
+            " choose a Flamingo's or a language model's"
+        )
+    experiment = dataclasses.replace(
+        experiment, vision_encoder_from="random", language_model_from="random", flamingo_from=""
+    )
     timing = time_step(experiment, steps=STEPS.value, trace=TRACE.value)
     if JSON.value:
         print(json.dumps(timing._asdict() | {"mfu": timing.mfu}))
@@ -96,7 +139,9 @@ def main(verb: str) -> int:
 def data() -> int:
     """Raises UserError where a dataset is missing or has no pictures."""
     if bool(DATASETS.value) == (CONFIG.value is not None):
-        raise UserError("data to read: name a config with --config, or folders with --dataset and --tokenizer")
+        raise UserError(
+            "data to read: name a config with --config, or folders with --dataset and --tokenizer"
+        )
     if DATASETS.value:
         experiment, tokenizer, size = None, _tokenizer(), IMAGE_SIZE.value
         mean: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -104,25 +149,52 @@ def data() -> int:
     else:
         experiment = command.experiment(CONFIG)
         vision = (experiment.contrastive or experiment.flamingo).vision  # type: ignore[union-attr]
-        tokenizer, size, mean = Tokenizer.load(pathlib.Path(experiment.tokenizer)), vision.image_size, vision.mean
-        datasets = {name: dataset for name, dataset in experiment.data.items() if dataset.kind in PICTURES}
-    options: dict[str, Any] = {"tokenizer": tokenizer, "task": experiment.task if experiment else "flamingo", "image_size": size, "mean": mean}
-    asked = READERS.value if READERS.value is not None else experiment.training.readers if experiment else 0
+        tokenizer, size, mean = (
+            Tokenizer.load(pathlib.Path(experiment.tokenizer)),
+            vision.image_size,
+            vision.mean,
+        )
+        datasets = {
+            name: dataset for name, dataset in experiment.data.items() if dataset.kind in PICTURES
+        }
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "task": experiment.task if experiment else "flamingo",
+        "image_size": size,
+        "mean": mean,
+    }
+    asked = (
+        READERS.value
+        if READERS.value is not None
+        else experiment.training.readers
+        if experiment
+        else 0
+    )
     readers = Readers(asked)
     readings, paces = {}, {}
     for name, dataset in datasets.items():
         make = functools.partial(make_iterator, dataset, cache_bytes=0, **options)
         readings[name] = time_reading(make(), size, BATCHES.value)
-        paces[name] = time_readers(lambda readers, make=make: make(readers=readers), sorted({1, readers.count}), BATCHES.value)  # type: ignore[misc]
+        paces[name] = time_readers(
+            lambda readers, make=make: make(readers=readers),  # type: ignore[misc]
+            sorted({1, readers.count}),
+            BATCHES.value,
+        )
     if experiment:
         iterators = make_iterators(experiment, tokenizer, readers=readers)
     else:
-        iterators = {name: make_iterator(dataset, readers=readers, **options) for name, dataset in datasets.items()}
+        iterators = {
+            name: make_iterator(dataset, readers=readers, **options)
+            for name, dataset in datasets.items()
+        }
     share = waiting_share(iterators, STEP_SECONDS.value, BATCHES.value)
     for it in iterators.values():
         it.close()
     if JSON.value:
-        found = {name: made._asdict() | {"share": made.share, "readers": paces[name]} for name, made in readings.items()}
+        found = {
+            name: made._asdict() | {"share": made.share, "readers": paces[name]}
+            for name, made in readings.items()
+        }
         print(json.dumps({"datasets": found, "waiting": share}))
     else:
         Console().print(_reading_table(readings, paces, share))
@@ -131,25 +203,53 @@ def data() -> int:
 
 def _tokenizer() -> Tokenizer:
     if not TOKENIZER.value:
-        raise UserError("--dataset wants --tokenizer: the folder of the tokenizer that the rows shall be made with")
+        raise UserError(
+            "--dataset wants --tokenizer: the folder of the tokenizer that the rows shall be"
+            " made with"
+        )
     return Tokenizer.load(pathlib.Path(TOKENIZER.value))
 
 
 def _dataset(path: str) -> DatasetConfig:
     kind = kind_of(tfds.builder_from_directory(str(dataset_folder(path))).info.features)
     if kind not in ROWS:
-        raise UserError(f"the dataset {path} holds {kind}, which has no pictures to read: take it out")
+        raise UserError(
+            f"the dataset {path} holds {kind}, which has no pictures to read: take it out"
+        )
     return dataclasses.replace(ROWS[kind], path=path, flip=True, colour=COLOUR)
 
 
-def _reading_table(readings: dict[str, Reading], paces: dict[str, dict[int, float]], share: float) -> Table:
-    table = Table("dataset", title=f"reading; a step of {STEP_SECONDS.value:g} s waits {share:.2%} of the time")
-    counts = [f"by the clock, {count} reader{'s' * (count > 1)}" for count in next(iter(paces.values()), {})]
-    for heading in ("pictures a second, rows", "bare loop", "rows / bare", *counts, "tokens that are no padding", "pictures met"):
+def _reading_table(
+    readings: dict[str, Reading], paces: dict[str, dict[int, float]], share: float
+) -> Table:
+    table = Table(
+        "dataset",
+        title=f"reading; a step of {STEP_SECONDS.value:g} s waits {share:.2%} of the time",
+    )
+    counts = [
+        f"by the clock, {count} reader{'s' * (count > 1)}"
+        for count in next(iter(paces.values()), {})
+    ]
+    for heading in (
+        "pictures a second, rows",
+        "bare loop",
+        "rows / bare",
+        *counts,
+        "tokens that are no padding",
+        "pictures met",
+    ):
         table.add_column(heading, justify="right")
     for name, made in readings.items():
         clock = [f"{pace:,.0f}" for pace in paces[name].values()]
-        table.add_row(name, f"{made.rows:,.0f}", f"{made.bare:,.0f}", f"{made.share:.1%}", *clock, f"{made.fill:.1%}", f"{made.pictures:,}")
+        table.add_row(
+            name,
+            f"{made.rows:,.0f}",
+            f"{made.bare:,.0f}",
+            f"{made.share:.1%}",
+            *clock,
+            f"{made.fill:.1%}",
+            f"{made.pictures:,}",
+        )
     return table
 
 

@@ -6,18 +6,20 @@
     python -m launch.build_data --source=video_folder --input=clips --output=data/clips
     python -m launch.build_data --source=questions_folder --input=asked --output=data/asked
     python -m launch.build_data --source=webdataset --input=laion --output=data/laion
-    python -m launch.build_data --source=coco --input=coco/annotations/captions_train2017.json --images=coco/train2017 --output=data/coco
-    python -m launch.build_data --source=mmc4 --input=mmc4/shards --images=mmc4/images --output=data/mmc4
-    python -m launch.build_data --source=obelics --input=obelics/data --images=obelics/downloaded --output=data/obelics
+    python -m launch.build_data --source=coco --input=coco/annotations/captions_train2017.json
+    --images=coco/train2017 --output=data/coco python -m launch.build_data --source=mmc4
+    --input=mmc4/shards --images=mmc4/images --output=data/mmc4 python -m launch.build_data
+    --source=obelics --input=obelics/data --images=obelics/downloaded --output=data/obelics
     python -m launch.build_data --source=tfds --input=coco_captions --output=data/coco_captions
-    python -m launch.build_data --source=plain_text --input=books --output=data/books
-    python -m launch.build_data --source=sentencepiece --input=data/books --input=data/photos --output=data/tokenizer --vocab_size=8000
+    python -m launch.build_data --source=plain_text --input=books --output=data/books python -m
+    launch.build_data --source=sentencepiece --input=data/books --input=data/photos
+    --output=data/tokenizer --vocab_size=8000
 
-A dataset lands in OUTPUT/1.0.0 and opens with `tfds.builder_from_directory`; its statistics.json says what became of every source record,
-and samples.html shows some.
-A dataset that is finished is left as it is; one that was interrupted is built again; one that
-another process builds is refused. An entry that kills its process (out of memory, a fault in a
-library) is named and counted, and the rest goes on.
+A dataset lands in OUTPUT/1.0.0 and opens with `tfds.builder_from_directory`; its
+statistics.json says what became of every source record, and samples.html shows some. A dataset
+that is finished is left as it is; one that was interrupted is built again; one that another
+process builds is refused. An entry that kills its process (out of memory, a fault in a library)
+is named and counted, and the rest goes on.
 """
 
 import itertools
@@ -75,53 +77,121 @@ READS: dict[str, tuple[str, ...]] = {
 """For each source the flags that it reads, besides --source and --output."""
 SOURCE = flags.DEFINE_enum("source", None, tuple(READS), "What to build from.")
 INPUT = flags.DEFINE_multi_string(
-    "input", [], "Folder (webdataset, coco, mmc4, obelics: or file) to read; several make one dataset. tfds: the name or folder of one dataset. "
-    "sentencepiece: also datasets and text files.",
+    "input",
+    [],
+    "Folder (webdataset, coco, mmc4, obelics: or file) to read; several make one dataset. tfds:"
+    " the name or folder of one dataset. sentencepiece: also datasets and text files.",
 )
 IMAGES = flags.DEFINE_multi_string(
-    "images", [], "coco, mmc4, obelics: folder with the pictures, by name, as img2dataset downloads them, or named by the SHA-256 of their address; "
-    "else they lie beside the input.",
+    "images",
+    [],
+    "coco, mmc4, obelics: folder with the pictures, by name, as img2dataset downloads them, or"
+    " named by the SHA-256 of their address; else they lie beside the input.",
 )
-MIN_SIMILARITY = flags.DEFINE_float("min_similarity", Mmc4.min_similarity, "mmc4: pictures less similar to their sentence are dropped.")
-KIND = flags.DEFINE_enum("kind", None, tuple(tfds.USUAL), "tfds: what the records are; else what their features say.")
-FIELDS = flags.DEFINE_multi_string("field", [], "tfds: feature that holds a field of the records, such as captions=annotations/text.")
-OUTPUT = flags.DEFINE_string("output", None, "Folder of the dataset, its last part the name; quickstart, sentencepiece: folder to fill.")
-WORKERS = flags.DEFINE_integer("workers", 0, "Processes that read the sources; 0 for one per core.", lower_bound=0)
+MIN_SIMILARITY = flags.DEFINE_float(
+    "min_similarity",
+    Mmc4.min_similarity,
+    "mmc4: pictures less similar to their sentence are dropped.",
+)
+KIND = flags.DEFINE_enum(
+    "kind", None, tuple(tfds.USUAL), "tfds: what the records are; else what their features say."
+)
+FIELDS = flags.DEFINE_multi_string(
+    "field",
+    [],
+    "tfds: feature that holds a field of the records, such as captions=annotations/text.",
+)
+OUTPUT = flags.DEFINE_string(
+    "output",
+    None,
+    "Folder of the dataset, its last part the name; quickstart, sentencepiece: folder to fill.",
+)
+WORKERS = flags.DEFINE_integer(
+    "workers", 0, "Processes that read the sources; 0 for one per core.", lower_bound=0
+)
 SEED = flags.DEFINE_integer("seed", 0, "quickstart: seed of the drawn world.", lower_bound=0)
 VALIDATION_SHARE = flags.DEFINE_float(
-    "validation_share", None,
+    "validation_share",
+    None,
     "Part of the records, by a hash of the id; 0.1 unless --test_share=1.",
-    lower_bound=0.0, upper_bound=1.0,
+    lower_bound=0.0,
+    upper_bound=1.0,
 )
 TEST_SHARE = flags.DEFINE_float(
-    "test_share", 0.0, "Part of the records for the split test.", lower_bound=0.0, upper_bound=1.0
+    "test_share",
+    0.0,
+    "Part of the records for the split test.",
+    lower_bound=0.0,
+    upper_bound=1.0,
 )
 SPLIT = flags.DEFINE_enum(
-    "split", None, SPLITS, "The split of all records, where the input is an official split already."
+    "split",
+    None,
+    SPLITS,
+    "The split of all records, where the input is an official split already.",
 )
-CAPTIONS = flags.DEFINE_string("captions", None, "Folders: the JSONL file; else captions.jsonl (or videos.jsonl), qa.jsonl.")
-MIN_SIDE = flags.DEFINE_integer("min_side", None, "Pictures with a shorter side are dropped; 64 for pages, else 1.", lower_bound=1)
-MAX_ASPECT = flags.DEFINE_float("max_aspect", None, "Pictures with a larger aspect are dropped; 3 for pages, else 20.", lower_bound=1.0)
-SHORT_SIDE = flags.DEFINE_integer("short_side", None, "Larger pictures shrink to this, 0 for never; 256 for videos, else 0.", lower_bound=0)
-ALT_TEXT = flags.DEFINE_bool("alt_text", False, "html_pages: a picture's alternative text follows it.")
+CAPTIONS = flags.DEFINE_string(
+    "captions",
+    None,
+    "Folders: the JSONL file; else captions.jsonl (or videos.jsonl), qa.jsonl.",
+)
+MIN_SIDE = flags.DEFINE_integer(
+    "min_side",
+    None,
+    "Pictures with a shorter side are dropped; 64 for pages, else 1.",
+    lower_bound=1,
+)
+MAX_ASPECT = flags.DEFINE_float(
+    "max_aspect",
+    None,
+    "Pictures with a larger aspect are dropped; 3 for pages, else 20.",
+    lower_bound=1.0,
+)
+SHORT_SIDE = flags.DEFINE_integer(
+    "short_side",
+    None,
+    "Larger pictures shrink to this, 0 for never; 256 for videos, else 0.",
+    lower_bound=0,
+)
+ALT_TEXT = flags.DEFINE_bool(
+    "alt_text", False, "html_pages: a picture's alternative text follows it."
+)
 FPS = flags.DEFINE_float(
-    "fps", 1.0, "Videos: frames a second (tfds: that its videos have).",
-    lower_bound=1e-3, upper_bound=1e3,
+    "fps",
+    1.0,
+    "Videos: frames a second (tfds: that its videos have).",
+    lower_bound=1e-3,
+    upper_bound=1e3,
 )
 MAX_SECONDS = flags.DEFINE_float(
-    "max_seconds", 64.0, "Videos: only the beginning of longer videos is used.",
-    lower_bound=1e-3, upper_bound=1e6,
+    "max_seconds",
+    64.0,
+    "Videos: only the beginning of longer videos is used.",
+    lower_bound=1e-3,
+    upper_bound=1e6,
 )
-DOCUMENT_CHARACTERS = flags.DEFINE_integer("document_characters", 4_000, "plain_text: paragraphs gather up to this.", lower_bound=1)
-VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 32_000, "sentencepiece: number of pieces.", lower_bound=1)
-MODEL_TYPE = flags.DEFINE_enum("model_type", "bpe", ("bpe", "unigram"), "sentencepiece: how pieces are chosen.")
-BYTE_FALLBACK = flags.DEFINE_bool("byte_fallback", True, "sentencepiece: unknown characters are written in bytes.")
-PIECES = flags.DEFINE_multi_string("piece", [IMAGE_TAG], "sentencepiece: strings that are one piece each.")
+DOCUMENT_CHARACTERS = flags.DEFINE_integer(
+    "document_characters", 4_000, "plain_text: paragraphs gather up to this.", lower_bound=1
+)
+VOCAB_SIZE = flags.DEFINE_integer(
+    "vocab_size", 32_000, "sentencepiece: number of pieces.", lower_bound=1
+)
+MODEL_TYPE = flags.DEFINE_enum(
+    "model_type", "bpe", ("bpe", "unigram"), "sentencepiece: how pieces are chosen."
+)
+BYTE_FALLBACK = flags.DEFINE_bool(
+    "byte_fallback", True, "sentencepiece: unknown characters are written in bytes."
+)
+PIECES = flags.DEFINE_multi_string(
+    "piece", [IMAGE_TAG], "sentencepiece: strings that are one piece each."
+)
 
 
 def main() -> int:
     if not SOURCE.value or not OUTPUT.value:
-        raise UserError("--source and --output must be set: see `python -m launch.build_data --help`")
+        raise UserError(
+            "--source and --output must be set: see `python -m launch.build_data --help`"
+        )
     output, given = pathlib.Path(OUTPUT.value), command.given_flags()
     command.refuse_unread(
         {f"--source={source}": names for source, names in READS.items()},
@@ -164,8 +234,8 @@ def shares(given: Collection[str]) -> Shares:
         validation = 0.0 if test == 1 else DEFAULT_SHARES.validation
     if validation + test > 1:
         raise UserError(
-            f"--validation_share={validation} and --test_share={test} are more than all records: "
-            "mend them to 1 or less together"
+            f"--validation_share={validation} and --test_share={test} are more than all"
+            " records: mend them to 1 or less together"
         )
     return Shares(validation, test)
 
@@ -181,7 +251,13 @@ def source(shares: Shares) -> Source:
         case "video_folder":
             return VideoFolder(folders, shares, CAPTIONS.value, **_sampling("short_side"))
         case "questions_folder":
-            return QuestionsFolder(folders, shares, CAPTIONS.value, _rules(ANY_PICTURE), **_sampling("video_short_side"))
+            return QuestionsFolder(
+                folders,
+                shares,
+                CAPTIONS.value,
+                _rules(ANY_PICTURE),
+                **_sampling("video_short_side"),
+            )
         case "webdataset":
             return WebDataset(folders, shares, _rules(ANY_PICTURE))
         case "coco":
@@ -198,10 +274,17 @@ def source(shares: Shares) -> Source:
 
 def _tfds(names: tuple[str, ...], shares: Shares) -> Source:
     if len(names) > 1:
-        raise UserError(f"--source=tfds reads one dataset, and --input names {len(names)}: build each into a folder of its own")
+        raise UserError(
+            f"--source=tfds reads one dataset, and --input names {len(names)}: build each into"
+            " a folder of its own"
+        )
     if wrong := [field for field in FIELDS.value if not all(field.partition("="))]:
-        raise UserError(f"--field={wrong[0]} is not FIELD=FEATURE, such as --field=captions=annotations/text")
-    fields = tuple((name, feature) for name, _, feature in (field.partition("=") for field in FIELDS.value))
+        raise UserError(
+            f"--field={wrong[0]} is not FIELD=FEATURE, such as --field=captions=annotations/text"
+        )
+    fields = tuple(
+        (name, feature) for name, _, feature in (field.partition("=") for field in FIELDS.value)
+    )
     return tfds.Tfds(names[0], shares, fields, KIND.value, _rules(ANY_PICTURE), FPS.value)
 
 
@@ -232,8 +315,12 @@ def build_tokenizer(output: pathlib.Path) -> int:
         return 0
     with Console(stderr=True).status("reading text") as status:
         train_tokenizer(
-            _counted(itertools.chain.from_iterable(texts_in(path) for path in INPUT.value), status), output, vocab_size=VOCAB_SIZE.value,
-            model_type=MODEL_TYPE.value, byte_fallback=BYTE_FALLBACK.value, user_defined=PIECES.value,
+            _counted(itertools.chain.from_iterable(texts_in(path) for path in INPUT.value), status),
+            output,
+            vocab_size=VOCAB_SIZE.value,
+            model_type=MODEL_TYPE.value,
+            byte_fallback=BYTE_FALLBACK.value,
+            user_defined=PIECES.value,
         )
     print(f"wrote {file}")
     return 0
@@ -253,8 +340,13 @@ def report(made: dict[str, tuple[dict[str, Any], bool]]) -> None:
     for name, (statistics, new) in made.items():
         pictures = statistics.get("pictures", {"used": "", "dropped": {}})
         cells = (
-            name if new else f"{name} (was there)", statistics["records_read"], statistics["used"], _listed(statistics["splits"]),
-            _listed(statistics["dropped"]), pictures["used"], _listed(pictures["dropped"]),
+            name if new else f"{name} (was there)",
+            statistics["records_read"],
+            statistics["used"],
+            _listed(statistics["splits"]),
+            _listed(statistics["dropped"]),
+            pictures["used"],
+            _listed(pictures["dropped"]),
         )
         texts = [_listed(statistics.get("texts", {"dropped": {}})["dropped"])] if with_texts else []
         table.add_row(*map(str, cells), *texts)

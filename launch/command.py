@@ -1,4 +1,6 @@
-"""What all commands share: flags, `--config` with overrides, one sentence for a user's mistake, and a readable --help."""
+"""What all commands share: flags, `--config` with overrides, one sentence for a user's mistake,
+and a readable --help.
+"""
 
 import importlib.util
 import json
@@ -31,9 +33,10 @@ from flamingo_jax.storage import raise_open_files
 
 CONFIG = "config"
 EXIT_SECONDS = 120.0
-"""For which an interpreter that has done its work may take to end: it joins threads, of which one
-may be stuck on storage. Longer than jax's processes wait for one another
-(`cluster.link.SHUTDOWN_SECONDS`)."""
+"""For which an interpreter that has done its work may take to end: it joins threads, of which
+one may be stuck on storage. Longer than jax's processes wait for one another
+(`cluster.link.SHUTDOWN_SECONDS`).
+"""
 _INTERRUPTED = 130
 """What shells give a command that Ctrl-C ended."""
 _OVERRIDE = re.compile(rf"^--?(?:no)?{CONFIG}\.([^=]*)")
@@ -41,28 +44,45 @@ _OVERRIDE = re.compile(rf"^--?(?:no)?{CONFIG}\.([^=]*)")
 
 def define_config() -> flags.FlagHolder:
     """The flag `--config=FILE[:argument]`, whose fields `--config.key=value` overrides."""
-    return config_flags.DEFINE_config_file(CONFIG, None, "Python file with get_config(), as FILE or FILE:argument; --config.key=value sets one field.")
+    return config_flags.DEFINE_config_file(
+        CONFIG,
+        None,
+        "Python file with get_config(), as FILE or FILE:argument; --config.key=value sets one"
+        " field.",
+    )
 
 
 def experiment(flag: flags.FlagHolder) -> Experiment:
-    """The flag's config, overrides applied, checked against the schema. UserError: no --config, unknown keys, wrong types."""
+    """The flag's config, overrides applied, checked against the schema.
+
+    UserError: no --config, unknown keys, wrong types.
+    """
     if flag.value is None:
-        raise UserError("--config is not set: name a config file, such as --config=configs/quickstart.py:flamingo")
+        raise UserError(
+            "--config is not set: name a config file, such as"
+            " --config=configs/quickstart.py:flamingo"
+        )
     return configuring.from_config(Experiment, flag.value)
 
 
 def write_config(value: Experiment, path: pathlib.Path) -> None:
-    """The experiment as JSON for `configuring.from_json`, moved into place so that a reader never sees half of it."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
+    """The experiment as JSON for `configuring.from_json`, moved into place so that a reader
+    never sees half of it.
+    """
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False
+    ) as file:
         json.dump(configuring.to_json(value), file, indent=2)
         file.write("\n")
     os.replace(file.name, path)
 
 
 def run(main: Callable[..., int | None], verbs: Sequence[str] = ()) -> NoReturn:
-    """Parses the command line, runs `main` and exits with what it returns. With `verbs`, the first word must be one of them and is what `main` gets.
+    """Parses the command line, runs `main` and exits with what it returns. With `verbs`, the
+    first word must be one of them and is what `main` gets.
 
-    A UserError, and whatever is wrong with the command line, is `error: <sentence>` on stderr and its exit code (2), without a traceback.
+    A UserError, and whatever is wrong with the command line, is `error: <sentence>` on stderr
+    and its exit code (2), without a traceback.
     """
     _set_up_logging()
     raise_open_files()
@@ -104,7 +124,10 @@ def _end_by(code: int) -> None:
 
 
 def load_config(location: str) -> ml_collections.ConfigDict:
-    """The config of FILE or FILE:argument. UserError: no such file, a file that fails, or one whose get_config makes no ConfigDict."""
+    """The config of FILE or FILE:argument.
+
+    UserError: no such file, a file that fails, or one whose get_config makes no ConfigDict.
+    """
     path, _, argument = location.partition(":")
     if not pathlib.Path(path).is_file():
         raise UserError(f"--{CONFIG}={location}: there is no file {path}")
@@ -119,9 +142,14 @@ def load_config(location: str) -> ml_collections.ConfigDict:
         raise UserError(f"--{CONFIG}={location}: {error}") from None
     except Exception as error:
         line = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(f"--{CONFIG}={location} fails with {type(error).__name__}: {error} ({line.filename}, line {line.lineno})") from error
+        raise UserError(
+            f"--{CONFIG}={location} fails with {type(error).__name__}: {error}"
+            f" ({line.filename}, line {line.lineno})"
+        ) from error
     if not isinstance(config, ml_collections.ConfigDict):
-        raise UserError(f"--{CONFIG}={location}: get_config returned {type(config).__name__}, not a ConfigDict")
+        raise UserError(
+            f"--{CONFIG}={location}: get_config returned {type(config).__name__}, not a ConfigDict"
+        )
     return config
 
 
@@ -130,7 +158,8 @@ def refuse_unread(
 ) -> None:
     """A UserError for a flag that would be ignored.
 
-    reads: for each way to use a command, such as "--source=coco", the flags that not all ways read.
+    reads: for each way to use a command, such as "--source=coco", the flags that not all ways
+      read.
     given: those of the command line (see `given_flags`); all of them must be read by `chosen`.
     """
     for name in sorted(given):
@@ -151,7 +180,9 @@ def _set_up_logging() -> None:
     absl_logging.use_absl_handler()
     absl_logging.set_verbosity(absl_logging.INFO)
     absl_logging.set_stderrthreshold("info")
-    absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    absl_logging.get_absl_handler().setFormatter(
+        logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
+    )
     # At the level of information these report every save and every compilation.
     for noisy in ("jax", "orbax", "absl", "tensorstore", "grain", "tensorflow_datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -171,13 +202,22 @@ def _parse(argv: Sequence[str]) -> None:
         rest = flags.FLAGS(list(argv))
     except flags.UnrecognizedFlagError as error:
         known = [name for name in flags.FLAGS if "." not in name]
-        raise UserError(f"there is no flag --{error.flagname}{configuring.did_you_mean(error.flagname, known, '--')}; --help lists them") from None
+        raise UserError(
+            "there is no flag"
+            f" --{error.flagname}{configuring.did_you_mean(error.flagname, known, '--')};"
+            " --help lists them"
+        ) from None
     except flags.IllegalFlagValueError as error:
         wrong = re.match(rf"flag --{CONFIG}\.([^=]+)=(.*?): ", str(error), re.DOTALL)
         if wrong is None or config is None:
             raise UserError(" ".join(str(error).split())) from None
         raise _wrong_type(wrong[1], wrong[2], config) from None
-    except (flags.Error, config_flags.UnsupportedOperationError, ValueError, TypeError) as error:
+    except (
+        flags.Error,
+        config_flags.UnsupportedOperationError,
+        ValueError,
+        TypeError,
+    ) as error:
         raise UserError(" ".join(str(error).split())) from None
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is no flag: write --name=value; --help lists the flags")
@@ -196,19 +236,30 @@ def _check_numbers() -> None:
             raise UserError(f"--{name}={value} is out of bounds: numbers go to {MAX_SEED}")
 
 
-def _checked_config(argv: Sequence[str], overrides: Sequence[str]) -> ml_collections.ConfigDict | None:
-    """The --config of a command line before its overrides, whose keys are checked here: config_flags answers with tracebacks."""
+def _checked_config(
+    argv: Sequence[str], overrides: Sequence[str]
+) -> ml_collections.ConfigDict | None:
+    """The --config of a command line before its overrides, whose keys are checked here:
+    config_flags answers with tracebacks.
+    """
     location = _config_location(argv)
     if location is None or CONFIG not in flags.FLAGS:
         if overrides:
-            why = "comes without --config=FILE" if CONFIG in flags.FLAGS else "was given, but this command takes no config"
+            why = (
+                "comes without --config=FILE"
+                if CONFIG in flags.FLAGS
+                else "was given, but this command takes no config"
+            )
             raise UserError(f"--{CONFIG}.{overrides[0]} {why}; see --help")
         return None
     config = load_config(location)
     for key in overrides:
         kind = configuring.key_type(Experiment, key, config)
         if isinstance(config_value(config, key), ml_collections.ConfigDict):
-            raise UserError(f"{CONFIG}.{key} is {configuring.describe(kind)}: set its keys one by one, as --{CONFIG}.{key}.name=value")
+            raise UserError(
+                f"{CONFIG}.{key} is {configuring.describe(kind)}: set its keys one by one, as"
+                f" --{CONFIG}.{key}.name=value"
+            )
     return config
 
 
@@ -230,31 +281,58 @@ def _config_location(argv: Sequence[str]) -> str | None:
 
 
 def _wrong_type(key: str, text: str, config: Mapping[str, Any]) -> UserError:
-    return UserError(f"{CONFIG}.{key} is {text!r}, but must be {configuring.describe(configuring.key_type(Experiment, key, config))}")
+    return UserError(
+        f"{CONFIG}.{key} is {text!r}, but must be"
+        f" {configuring.describe(configuring.key_type(Experiment, key, config))}"
+    )
 
 
 def _help(argv: Sequence[str]) -> str:
-    """The command's docstring, its flags, and with --config every key of that config and its value."""
+    """The command's docstring, its flags, and with --config every key of that config and its
+    value.
+    """
     main = sys.modules["__main__"]
     lines = [(main.__doc__ or "").strip(), "", "Flags:"]
     own = {flag.name: flag for flag in flags.FLAGS.get_key_flags_for_module(argv[0])}
     if CONFIG in flags.FLAGS:
         own = {CONFIG: flags.FLAGS[CONFIG]} | own
     for flag in own.values():
-        # absl puts an enum's choices before the help and says behind it that a flag repeats, both in its own way.
+        # absl puts an enum's choices before the help and says behind it that a flag repeats,
+        # both in its own way.
         text = re.sub(r"^<[^>]*>: ", "", flag.help).split(";\n", maxsplit=1)[0]
-        choices = f" One of {', '.join(flag.parser.enum_values)}." if isinstance(flag.parser, flags.EnumParser) else ""
+        choices = (
+            f" One of {', '.join(flag.parser.enum_values)}."
+            if isinstance(flag.parser, flags.EnumParser)
+            else ""
+        )
         several = " May be given several times." if isinstance(flag, flags.MultiFlag) else ""
         value = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
         default = "" if value in (None, "") else f" (default: {value})"
-        lines += [f"  --{flag.name}", textwrap.fill(f"{text}{choices}{several}{default}", 110, initial_indent="      ", subsequent_indent="      ")]
+        lines += [
+            f"  --{flag.name}",
+            textwrap.fill(
+                f"{text}{choices}{several}{default}",
+                110,
+                initial_indent="      ",
+                subsequent_indent="      ",
+            ),
+        ]
     if CONFIG in own:
         location = _config_location(argv)
         if location is None:
-            lines += ["", "With --config=FILE, --help lists every --config.key and its value; flamingo_jax/experiment.py explains them."]
+            lines += [
+                "",
+                (
+                    "With --config=FILE, --help lists every --config.key and its value;"
+                    " flamingo_jax/experiment.py explains them."
+                ),
+            ]
         else:
             lines += ["", f"Keys of {location} (flamingo_jax/experiment.py explains them):"]
-            lines += [f"  --config.{key}={value}" for key, value in _leaves(load_config(location).to_dict(), "")]
+            lines += [
+                f"  --config.{key}={value}"
+                for key, value in _leaves(load_config(location).to_dict(), "")
+            ]
     return "\n".join(lines)
 
 

@@ -1,19 +1,26 @@
-"""Evaluates an exported Flamingo and writes report.json and report.html. All figures are fractions between 0 and 1.
+"""Evaluates an exported Flamingo and writes report.json and report.html. All figures are
+fractions between 0 and 1.
 
-    python -m launch.evaluate --model=EXPORT --output=FOLDER --benchmark=captioning:photos=data/photos:test --shots=0,4,8
+    python -m launch.evaluate --model=EXPORT --output=FOLDER
+    --benchmark=captioning:photos=data/photos:test --shots=0,4,8
 
 A benchmark is KIND:NAME=DATASET[:SPLIT][,support=DATASET[:SPLIT]], with KIND one of
-  captioning      pairs or videos; a caption is right when it is one of the record's, word for word
-  vqa             questions; VQA accuracy, beside what the commonest answer of the training split would have
-  classification  pairs, videos or questions whose answers are class names, ranked by log-likelihood
-  binding         pages whose texts end with new words; which word names the last picture
+  captioning      pairs or videos; a caption is right when it is one of the record's, word for
+  word vqa             questions; VQA accuracy, beside what the commonest answer of the training
+  split would have classification  pairs, videos or questions whose answers are class names,
+  ranked by log-likelihood binding         pages whose texts end with new words; which word
+  names the last picture
 SPLIT is `test` if it is not given. The classes are all answers of the evaluated split and the
-support set, or the lines of --classes=FILE. A model that was trained on questions is asked as it was then; a Flamingo of pages and pairs is asked as in the
-paper, after two text-only examples. Few-shot examples come from the support set, by default the dataset's own `train` split.
+support set, or the lines of --classes=FILE. A model that was trained on questions is asked as
+it was then; a Flamingo of pages and pairs is asked as in the paper, after two text-only
+examples. Few-shot examples come from the support set, by default the dataset's own `train`
+split.
 
-    python -m launch.evaluate --suite=quickstart --data=runs/quickstart/data --model=EXPORT --baseline=EXPORT --output=FOLDER
+    python -m launch.evaluate --suite=quickstart --data=runs/quickstart/data --model=EXPORT
+    --baseline=EXPORT --output=FOLDER
 
-runs the quickstart's suite. The baseline is a model trained without pictures: it is asked the same with every picture taken away.
+runs the quickstart's suite. The baseline is a model trained without pictures: it is asked the
+same with every picture taken away.
 """
 
 import dataclasses
@@ -61,42 +68,87 @@ from launch.parts import TOTAL
 
 KINDS = ("captioning", "vqa", "classification", "binding")
 MODEL = flags.DEFINE_string("model", "", "Exported folder of a Flamingo.")
-BASELINE = flags.DEFINE_string("baseline", "", "Exported folder of a Flamingo trained without pictures.")
+BASELINE = flags.DEFINE_string(
+    "baseline", "", "Exported folder of a Flamingo trained without pictures."
+)
 OUTPUT = flags.DEFINE_string("output", "", "Folder for report.json and report.html.")
-BENCHMARK = flags.DEFINE_multi_string("benchmark", [], "KIND:NAME=DATASET[:SPLIT][,support=DATASET[:SPLIT]].")
+BENCHMARK = flags.DEFINE_multi_string(
+    "benchmark", [], "KIND:NAME=DATASET[:SPLIT][,support=DATASET[:SPLIT]]."
+)
 SUITE = flags.DEFINE_enum("suite", None, ["quickstart"], "A set of benchmarks with its own report.")
 DATA = flags.DEFINE_string("data", "", "suite: the folder that holds its datasets.")
-SHOTS = flags.DEFINE_list("shots", None, "Numbers of examples before the query; by default 0 for --benchmark, and 0, 4, 8, 16 and 32 for the suite.")
-SELECTION = flags.DEFINE_enum("selection", "random", ["random", "rices"], "How few-shot examples are chosen: at random, or by likeness of their pictures.")
+SHOTS = flags.DEFINE_list(
+    "shots",
+    None,
+    "Numbers of examples before the query; by default 0 for --benchmark, and 0, 4, 8, 16 and 32"
+    " for the suite.",
+)
+SELECTION = flags.DEFINE_enum(
+    "selection",
+    "random",
+    ["random", "rices"],
+    "How few-shot examples are chosen: at random, or by likeness of their pictures.",
+)
 TEXT_EXAMPLES = flags.DEFINE_integer(
-    "text_examples", None, "Text-only examples of zero-shot prompts; by default 2 (as in the paper), or 0 for a model trained on questions.", lower_bound=0
+    "text_examples",
+    None,
+    "Text-only examples of zero-shot prompts; by default 2 (as in the paper), or 0 for a model"
+    " trained on questions.",
+    lower_bound=0,
 )
 QUESTION_PROMPT = flags.DEFINE_string(
-    "question_prompt", None, "What stands between a picture and the answer, with {question} in it, for --benchmark; by default what the model was "
-    f"trained with, or '{prompts.QUESTION.template}'.",
+    "question_prompt",
+    None,
+    "What stands between a picture and the answer, with {question} in it, for --benchmark;"
+    f" by default what the model was trained with, or '{prompts.QUESTION.template}'.",
 )
-BEAM = flags.DEFINE_integer("beam", 3, "Hypotheses of beam search (paper: 3); 1 is greedy.", lower_bound=1)
+BEAM = flags.DEFINE_integer(
+    "beam", 3, "Hypotheses of beam search (paper: 3); 1 is greedy.", lower_bound=1
+)
 CAPTION_PROMPT = flags.DEFINE_string(
-    "caption_prompt", prompts.CAPTION.template, "What stands between a picture and its caption or class, for --benchmark (paper: Output:); empty for models "
-    "that have met captions right after their pictures alone, as in plain pairs.",
+    "caption_prompt",
+    prompts.CAPTION.template,
+    "What stands between a picture and its caption or class, for --benchmark (paper: Output:);"
+    " empty for models that have met captions right after their pictures alone, as in plain"
+    " pairs.",
 )
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", 24, "Tokens of an answer at most.", lower_bound=1)
-LIMIT = flags.DEFINE_integer("limit", 0, "Records of each benchmark at most, drawn by --seed; 0 for all.", lower_bound=0)
-SUPPORT_LIMIT = flags.DEFINE_integer(
-    "support_limit", 2048, "Records of a support set at most, drawn by --seed (paper: 2048); 0 for all.", lower_bound=0
+LIMIT = flags.DEFINE_integer(
+    "limit", 0, "Records of each benchmark at most, drawn by --seed; 0 for all.", lower_bound=0
 )
-CLASSES = flags.DEFINE_string("classes", "", "classification: text file of the class names, one a line.")
+SUPPORT_LIMIT = flags.DEFINE_integer(
+    "support_limit",
+    2048,
+    "Records of a support set at most, drawn by --seed (paper: 2048); 0 for all.",
+    lower_bound=0,
+)
+CLASSES = flags.DEFINE_string(
+    "classes", "", "classification: text file of the class names, one a line."
+)
 FRAMES = flags.DEFINE_integer(
-    "frames", None, "Frames of a clip at most, from its middle; by default as many as the model was trained with.", lower_bound=1
+    "frames",
+    None,
+    "Frames of a clip at most, from its middle; by default as many as the model was trained with.",
+    lower_bound=1,
 )
 FPS = flags.DEFINE_float(
-    "fps", None, "Frames a second of clips; by default what was stored, as in training (paper: --fps=3 --frames=30).", lower_bound=1e-3
+    "fps",
+    None,
+    "Frames a second of clips; by default what was stored, as in training (paper: --fps=3"
+    " --frames=30).",
+    lower_bound=1e-3,
 )
-FEW_SHOT_LIMIT = flags.DEFINE_integer("few_shot_limit", 64, "suite: records of each few-shot figure at most.", lower_bound=1)
+FEW_SHOT_LIMIT = flags.DEFINE_integer(
+    "few_shot_limit", 64, "suite: records of each few-shot figure at most.", lower_bound=1
+)
 ROWS = flags.DEFINE_integer("rows", 64, "Prompts in a batch at most.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the choice of examples.", lower_bound=0)
 SECONDS = flags.DEFINE_string("seconds", "", "JSON file {stage: seconds} for the report.")
-CURVES = flags.DEFINE_multi_string("curves", [], "NAME=metrics.jsonl of a stage whose losses the report shows beside the model's own.")
+CURVES = flags.DEFINE_multi_string(
+    "curves",
+    [],
+    "NAME=metrics.jsonl of a stage whose losses the report shows beside the model's own.",
+)
 
 
 def main() -> int:
@@ -107,9 +159,18 @@ def main() -> int:
         raise UserError("name either --suite or at least one --benchmark, not both")
     if SUITE.value and not DATA.value:
         raise UserError("--data is not set: name the folder that holds the suite's datasets")
-    text_examples = TEXT_EXAMPLES.value if TEXT_EXAMPLES.value is not None else 0 if _trained_prompts() else Settings.text_examples
+    text_examples = (
+        TEXT_EXAMPLES.value
+        if TEXT_EXAMPLES.value is not None
+        else 0
+        if _trained_prompts()
+        else Settings.text_examples
+    )
     settings = Settings(
-        text_examples=text_examples, selection=SELECTION.value, seed=SEED.value, decoding=Decoding(max_tokens=MAX_TOKENS.value, beam=BEAM.value)
+        text_examples=text_examples,
+        selection=SELECTION.value,
+        seed=SEED.value,
+        decoding=Decoding(max_tokens=MAX_TOKENS.value, beam=BEAM.value),
     )
     began = time.monotonic()
     seconds = _read_json(pathlib.Path(SECONDS.value)) if SECONDS.value else {}
@@ -119,15 +180,27 @@ def main() -> int:
     return 0
 
 
-def run_suite(settings: Settings, seconds: dict[str, float], curves: dict[str, Any], began: float) -> None:
+def run_suite(
+    settings: Settings, seconds: dict[str, float], curves: dict[str, Any], began: float
+) -> None:
     """The quickstart's suite for the model and, if there is one, the baseline."""
-    records: drawn_world.ReadRecords = lambda name, split, kind: open_records(pathlib.Path(DATA.value) / name, split, kind)
+    records: drawn_world.ReadRecords = lambda name, split, kind: open_records(
+        pathlib.Path(DATA.value) / name, split, kind
+    )
     few_shots = _shots([0, 4, 8, 16, 32])
-    suite = drawn_world.read_suite(records, _config(), limit=LIMIT.value, few_shot_limit=FEW_SHOT_LIMIT.value)
+    suite = drawn_world.read_suite(
+        records, _config(), limit=LIMIT.value, few_shot_limit=FEW_SHOT_LIMIT.value
+    )
     drawn_world.check_suite(suite, settings, few_shots)
     model, baseline = _load()
     outcome = drawn_world.run_suite(suite, Engine(model, rows=ROWS.value), settings, few_shots)
-    blind = drawn_world.run_suite(suite, Engine(baseline, with_visuals=False, rows=ROWS.value), settings, few_shots) if baseline else None
+    blind = (
+        drawn_world.run_suite(
+            suite, Engine(baseline, with_visuals=False, rows=ROWS.value), settings, few_shots
+        )
+        if baseline
+        else None
+    )
     mine, theirs = drawn_world.figures(outcome), drawn_world.figures(blind) if blind else None
     report = mine | {
         "without_pictures": theirs,
@@ -137,30 +210,66 @@ def run_suite(settings: Settings, seconds: dict[str, float], curves: dict[str, A
     }
     other: Any = theirs or {}
     headline = [
-        [figure, *(mine[split][figure] for split in drawn_world.SPLITS), *(other.get(split, {}).get(figure) for split in drawn_world.SPLITS)]
+        [
+            figure,
+            *(mine[split][figure] for split in drawn_world.SPLITS),
+            *(other.get(split, {}).get(figure) for split in drawn_world.SPLITS),
+        ]
         for figure in mine["seen"]
     ]
-    columns = ["seen pairs", "unseen pairs", "seen, without pictures", "unseen, without pictures"]
+    columns = [
+        "seen pairs",
+        "unseen pairs",
+        "seen, without pictures",
+        "unseen, without pictures",
+    ]
     types = sorted({t for split in drawn_world.SPLITS for t in mine["vqa_by_type"][split]})
     by_type = [
-        [t, *(part.get("vqa_by_type", {}).get(split, {}).get(t) for part in (mine, other) for split in drawn_world.SPLITS)] for t in types
+        [
+            t,
+            *(
+                part.get("vqa_by_type", {}).get(split, {}).get(t)
+                for part in (mine, other)
+                for split in drawn_world.SPLITS
+            ),
+        ]
+        for t in types
     ]
     shots = [str(n) for n in drawn_world.BINDING_SHOTS]
-    binding = [[name, *(part["binding_accuracy"][n] for n in shots)] for name, part in _named(mine, theirs)]
-    few = [[f"{task}, {name}", *part["few_shot"][task].values()] for name, part in _named(mine, theirs) for task in part["few_shot"]]
-    accuracy = {name: ([int(n) for n in shots], list(part["binding_accuracy"].values())) for name, part in _named(mine, theirs)}
+    binding = [
+        [name, *(part["binding_accuracy"][n] for n in shots)] for name, part in _named(mine, theirs)
+    ]
+    few = [
+        [f"{task}, {name}", *part["few_shot"][task].values()]
+        for name, part in _named(mine, theirs)
+        for task in part["few_shot"]
+    ]
+    accuracy = {
+        name: ([int(n) for n in shots], list(part["binding_accuracy"].values()))
+        for name, part in _named(mine, theirs)
+    }
     write_report(
-        pathlib.Path(OUTPUT.value), report, title="Flamingo on the drawn world",
+        pathlib.Path(OUTPUT.value),
+        report,
+        title="Flamingo on the drawn world",
         tables=[
             Table("New pictures, zero-shot", ["", *columns], headline),
             Table("A word bound in the prompt, 2-way, by shots", ["", *shots], binding),
             Table("Few-shot, by shots", ["", *map(str, few_shots)], few),
             Table("Questions by type", ["", *columns], by_type),
-            Table("Wall time", ["stage", "seconds"], [[name, f"{value:.0f}"] for name, value in report["seconds"].items()]),
+            Table(
+                "Wall time",
+                ["stage", "seconds"],
+                [[name, f"{value:.0f}"] for name, value in report["seconds"].items()],
+            ),
         ],
-        results=[(f"{split} pairs: {figure}", result) for (split, figure), result in outcome.headline.items()]
+        results=[
+            (f"{split} pairs: {figure}", result)
+            for (split, figure), result in outcome.headline.items()
+        ]
         + [(f"new words, {n} shots", outcome.binding[n]) for n in (4,)],
-        training=curves, lines={"new words: accuracy by shots": accuracy},
+        training=curves,
+        lines={"new words: accuracy by shots": accuracy},
     )
 
 
@@ -170,19 +279,28 @@ def _shots(default: list[int]) -> list[int]:
     try:
         shots = [int(text) for text in SHOTS.value]
     except ValueError as error:
-        raise UserError(f"--shots={','.join(SHOTS.value)} must be numbers with commas between them, as in 0,4,8") from error
+        raise UserError(
+            f"--shots={','.join(SHOTS.value)} must be numbers with commas between them, as in 0,4,8"
+        ) from error
     if not shots or min(shots) < 0:
         raise UserError(f"--shots={','.join(SHOTS.value)} must be numbers from 0 up")
     return shots
 
 
-def run_benchmarks(settings: Settings, seconds: dict[str, float], curves: dict[str, Any], began: float) -> None:
+def run_benchmarks(
+    settings: Settings, seconds: dict[str, float], curves: dict[str, Any], began: float
+) -> None:
     """Every --benchmark at every number of --shots."""
     shots, config = _shots([0]), _config()
-    benchmarks = [make_benchmark(text, config, max(shots), settings.text_examples) for text in BENCHMARK.value]
+    benchmarks = [
+        make_benchmark(text, config, max(shots), settings.text_examples) for text in BENCHMARK.value
+    ]
     for place, benchmark in enumerate(benchmarks):
         if benchmark.name in (other.name for other in benchmarks[:place]):
-            raise UserError(f"two benchmarks are named {benchmark.name!r}, under which the report has one: give each --benchmark its own NAME")
+            raise UserError(
+                f"two benchmarks are named {benchmark.name!r}, under which the report has one:"
+                " give each --benchmark its own NAME"
+            )
         for n in shots:
             benchmark.check(dataclasses.replace(settings, shots=n))
     model, baseline = _load()
@@ -190,25 +308,56 @@ def run_benchmarks(settings: Settings, seconds: dict[str, float], curves: dict[s
     if baseline:
         engines["without_pictures"] = Engine(baseline, with_visuals=False, rows=ROWS.value)
     results: dict[str, list[Result]] = {
-        name: [b.run(engine, dataclasses.replace(settings, shots=n)) for b in benchmarks for n in shots] for name, engine in engines.items()
+        name: [
+            b.run(engine, dataclasses.replace(settings, shots=n)) for b in benchmarks for n in shots
+        ]
+        for name, engine in engines.items()
     }
-    figures = {name: {b.name: {str(r.shots): r.figures for r in some if r.name == b.name} for b in benchmarks} for name, some in results.items()}
+    figures = {
+        name: {
+            b.name: {str(r.shots): r.figures for r in some if r.name == b.name} for b in benchmarks
+        }
+        for name, some in results.items()
+    }
     report = {
         "benchmarks": figures["model"],
         "without_pictures": figures.get("without_pictures"),
-        "commonest_answers": {b.name: b.commonest for b in benchmarks if isinstance(b, OpenEnded) and b.commonest},
-        "counts": {b.name: {str(r.shots): len(r.samples) for r in results["model"] if r.name == b.name} for b in benchmarks},
+        "commonest_answers": {
+            b.name: b.commonest for b in benchmarks if isinstance(b, OpenEnded) and b.commonest
+        },
+        "counts": {
+            b.name: {str(r.shots): len(r.samples) for r in results["model"] if r.name == b.name}
+            for b in benchmarks
+        },
         "seconds": _with_evaluation(seconds, time.monotonic() - began),
-        "drawn": {"limit": LIMIT.value, "support_limit": SUPPORT_LIMIT.value, "frames": FRAMES.value, "fps": FPS.value},
+        "drawn": {
+            "limit": LIMIT.value,
+            "support_limit": SUPPORT_LIMIT.value,
+            "frames": FRAMES.value,
+            "fps": FPS.value,
+        },
         **_about(model, baseline, settings),
     }
-    rows = [[f"{r.name}, {who}", r.shots, r.accuracy, r.figures.get("commonest_answer"), len(r.samples)] for who, some in results.items() for r in some]
+    rows = [
+        [
+            f"{r.name}, {who}",
+            r.shots,
+            r.accuracy,
+            r.figures.get("commonest_answer"),
+            len(r.samples),
+        ]
+        for who, some in results.items()
+        for r in some
+    ]
     header = ["benchmark", "shots", "accuracy", "commonest answer", "samples"]
     print_table(header, rows)
     write_report(
-        pathlib.Path(OUTPUT.value), report, title=f"Evaluation of {MODEL.value}",
+        pathlib.Path(OUTPUT.value),
+        report,
+        title=f"Evaluation of {MODEL.value}",
         tables=[Table("Accuracy", header, rows)],
-        results=[(f"{result.name}, {result.shots} shots", result) for result in results["model"]], training=curves,
+        results=[(f"{result.name}, {result.shots} shots", result) for result in results["model"]],
+        training=curves,
     )
 
 
@@ -224,7 +373,10 @@ def make_benchmark(text: str, config: FlamingoConfig, shots: int, text_examples:
     """The benchmark that a --benchmark describes, with its data read."""
     match = re.fullmatch(r"(\w+):([^=]+)=([^,]+?)(?:,support=([^,]+))?", text)
     if not match or match[1] not in KINDS:
-        raise UserError(f"--benchmark={text} must be KIND:NAME=DATASET[:SPLIT][,support=DATASET[:SPLIT]] with KIND one of {', '.join(KINDS)}")
+        raise UserError(
+            f"--benchmark={text} must be KIND:NAME=DATASET[:SPLIT][,support=DATASET[:SPLIT]]"
+            f" with KIND one of {', '.join(KINDS)}"
+        )
     sort, name, place, support_place = match.groups()
     path, split = _path_and_split(place, "test")
     if sort == "binding":
@@ -233,14 +385,24 @@ def make_benchmark(text: str, config: FlamingoConfig, shots: int, text_examples:
     queries = _examples(path, split, config, LIMIT.value)
     support: list[Example] = []
     if support_place or shots or (text_examples and sort != "classification"):
-        support = _examples(*_path_and_split(support_place or path, "train"), config, SUPPORT_LIMIT.value)
+        support = _examples(
+            *_path_and_split(support_place or path, "train"), config, SUPPORT_LIMIT.value
+        )
     if sort == "captioning":
         return captioning(name, queries, support, form=prompts.Format(CAPTION_PROMPT.value))
     asking = _question_form()
     if sort == "vqa":
-        return question_answering(name, queries, support, asking, _commonest(*_path_and_split(support_place or path, "train")))
+        return question_answering(
+            name,
+            queries,
+            support,
+            asking,
+            _commonest(*_path_and_split(support_place or path, "train")),
+        )
     classes = _classes(path, split, support)
-    form = asking if any(query.question for query in queries) else prompts.Format(CAPTION_PROMPT.value)
+    form = (
+        asking if any(query.question for query in queries) else prompts.Format(CAPTION_PROMPT.value)
+    )
     return Classification(name, queries, support, classes, form)
 
 
@@ -249,20 +411,36 @@ def _question_form() -> prompts.Format:
     trained = _trained_prompts()
     if QUESTION_PROMPT.value is None and len(trained) > 1:
         listed = ", ".join(map(repr, trained))
-        raise UserError(f"the model was trained with several prompts ({listed}): choose one with --question_prompt")
-    template = QUESTION_PROMPT.value if QUESTION_PROMPT.value is not None else trained[0] if trained else prompts.QUESTION.template
+        raise UserError(
+            f"the model was trained with several prompts ({listed}): choose one with"
+            " --question_prompt"
+        )
+    template = (
+        QUESTION_PROMPT.value
+        if QUESTION_PROMPT.value is not None
+        else trained[0]
+        if trained
+        else prompts.QUESTION.template
+    )
     if "{question}" not in template:
-        raise UserError(f"--question_prompt={template!r} has no {{question}} in it, so that nothing would be asked: write it in")
+        raise UserError(
+            f"--question_prompt={template!r} has no {{question}} in it, so that nothing would"
+            " be asked: write it in"
+        )
     return prompts.Format(template)
 
 
 def _trained_prompts() -> list[str]:
-    """The different prompts of the questions that the model was trained on, as far as its export tells."""
+    """The different prompts of the questions that the model was trained on, as far as its
+    export tells.
+    """
     file = pathlib.Path(MODEL.value) / "experiment.json"
     if not file.is_file():
         return []
     experiment = from_json(Experiment, _read_json(file))
-    return sorted({dataset.prompt for dataset in experiment.data.values() if dataset.kind == "questions"})
+    return sorted(
+        {dataset.prompt for dataset in experiment.data.values() if dataset.kind == "questions"}
+    )
 
 
 def _commonest(path: str, split: str) -> str:
@@ -282,12 +460,17 @@ def _examples(path: str, split: str, config: FlamingoConfig, most: int) -> list[
 
 
 def _open(path: str, split: str) -> tuple[str, Sequence[Any]]:
-    """A dataset's kind and the records of a split. Raises UserError where it holds no examples."""
+    """A dataset's kind and the records of a split.
+
+    Raises UserError where it holds no examples.
+    """
     import tensorflow_datasets as tfds
 
     kind = kind_of(tfds.builder_from_directory(str(dataset_folder(path))).info.features)
     if kind not in ("pairs", "videos", "questions"):
-        raise UserError(f"the dataset {path} holds {kind}, but pairs, videos or questions are needed")
+        raise UserError(
+            f"the dataset {path} holds {kind}, but pairs, videos or questions are needed"
+        )
     return kind, open_records(path, split, kind)
 
 
@@ -297,10 +480,16 @@ def _classes(path: str, split: str, support: Sequence[Example]) -> list[str]:
         try:
             lines = pathlib.Path(CLASSES.value).read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--classes={CLASSES.value} cannot be read as text ({error}): name a file of class names") from error
+            raise UserError(
+                f"--classes={CLASSES.value} cannot be read as text ({error}): name a file of"
+                " class names"
+            ) from error
         classes = [line.strip() for line in lines if line.strip()]
         if twice := [name for name, count in Counter(classes).items() if count > 1]:
-            raise UserError(f"--classes={CLASSES.value} has {twice[0]!r} more than once: give each class a name of its own")
+            raise UserError(
+                f"--classes={CLASSES.value} has {twice[0]!r} more than once: give each class a"
+                " name of its own"
+            )
         if not classes:
             raise UserError(f"--classes={CLASSES.value} holds no class: write one a line")
         return classes
@@ -310,7 +499,9 @@ def _classes(path: str, split: str, support: Sequence[Example]) -> list[str]:
         for place in range(len(records)):
             answers.add(first_answer(records[place], kind))
             bar.advance()
-    return sorted({answer for answer in answers if answer} | {example.answers[0] for example in support})
+    return sorted(
+        {answer for answer in answers if answer} | {example.answers[0] for example in support}
+    )
 
 
 def _path_and_split(text: str, default: str) -> tuple[str, str]:
@@ -323,7 +514,10 @@ def _drawn(records: Sequence[Any], path: str, split: str, most: int) -> list[Any
 
 
 def _config() -> FlamingoConfig:
-    """The model's. The baseline is opened as well, so that a wrong folder is said before any work."""
+    """The model's.
+
+    The baseline is opened as well, so that a wrong folder is said before any work.
+    """
     if BASELINE.value:
         flamingo_config(BASELINE.value)
     return flamingo_config(MODEL.value)
@@ -362,9 +556,15 @@ def _curves() -> dict[str, list[dict[str, Any]]]:
 
 
 def _with_evaluation(seconds: dict[str, float], evaluation: float) -> dict[str, float]:
-    """Wall seconds by stage, with the evaluation's own among them and in their total, if they have one."""
+    """Wall seconds by stage, with the evaluation's own among them and in their total, if they
+    have one.
+    """
     total = {TOTAL: seconds[TOTAL] + evaluation} if TOTAL in seconds else {}
-    return {name: value for name, value in seconds.items() if name != TOTAL} | {"evaluation": evaluation} | total
+    return (
+        {name: value for name, value in seconds.items() if name != TOTAL}
+        | {"evaluation": evaluation}
+        | total
+    )
 
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:

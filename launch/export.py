@@ -1,10 +1,11 @@
-"""Writes the parameters of a finished stage as one folder: sharded safetensors, config.json and the tokenizer.
+"""Writes the parameters of a finished stage as one folder: sharded safetensors, config.json and
+the tokenizer.
 
     python -m launch.export --workdir=runs/quickstart/flamingo --output=runs/quickstart/export
 
-The newest whole checkpoint in the workdir is taken, and newer ones that are not whole are named;
-nothing in the workdir is changed. Frozen parts are read from the exports they came from, so that
-the folder stands alone.
+The newest whole checkpoint in the workdir is taken, and newer ones that are not whole are
+named; nothing in the workdir is changed. Frozen parts are read from the exports they came from,
+so that the folder stands alone.
 """
 
 import json
@@ -49,7 +50,11 @@ def main() -> int:
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
     with jax.set_mesh(mesh):
         assembly = assemble(experiment, mesh)
-        checkpoints = Checkpoints(workdir / "checkpoints", keep_last=experiment.training.keep_last, keep_every=experiment.training.keep_every)
+        checkpoints = Checkpoints(
+            workdir / "checkpoints",
+            keep_last=experiment.training.keep_last,
+            keep_every=experiment.training.keep_every,
+        )
         step, passed = checkpoints.newest()
         if step is None:
             raise errors.UserError(f"{workdir} has no whole checkpoint{_told(passed)}: train first")
@@ -63,7 +68,10 @@ def main() -> int:
         config=configuring.to_json(stages.model_config(experiment)),
         parameters=state.trainable | frozen,
         tokenizer_file=tokenizer_file(workdir) or workdir / FILE_NAME,
-        extra_files={"metrics.jsonl": workdir / "metrics.jsonl", "experiment.json": workdir / "config.json"},
+        extra_files={
+            "metrics.jsonl": workdir / "metrics.jsonl",
+            "experiment.json": workdir / "config.json",
+        },
     )
     log.info("exported step %d of %s to %s%s", step, workdir, output, _told(passed))
     return 0

@@ -1,12 +1,15 @@
 """Continues prompts of texts, images and videos with an exported Flamingo.
 
-    python -m launch.generate --model=runs/quickstart/flamingo/export --prompt=prompt.json [--beam=3 | --temperature=0.7 --top_p=0.9]
+    python -m launch.generate --model=runs/quickstart/flamingo/export --prompt=prompt.json
+    [--beam=3 | --temperature=0.7 --top_p=0.9]
 
-The prompt file holds a JSON list of parts in any order, {"text": "Output:"}, {"image": "photo.jpg"} or {"video": "clip.mp4"}, or one such
-list a line (JSONL) for several prompts. Paths are relative to the file. A prompt's own form matters: where training text reads
-`<image>Output: a caption`, as the quickstart's does, a captioning prompt is [{"image": "photo.jpg"}, {"text": "Output:"}]; for a model of plain
-pairs (configs/own_data.py), whose captions follow their pictures at once, it is [{"image": "photo.jpg"}]. A text that spells out where visuals
-go has <image> there; one that only speaks of the tag has a backslash before it.
+The prompt file holds a JSON list of parts in any order, {"text": "Output:"}, {"image":
+"photo.jpg"} or {"video": "clip.mp4"}, or one such list a line (JSONL) for several prompts.
+Paths are relative to the file. A prompt's own form matters: where training text reads
+`<image>Output: a caption`, as the quickstart's does, a captioning prompt is [{"image":
+"photo.jpg"}, {"text": "Output:"}]; for a model of plain pairs (configs/own_data.py), whose
+captions follow their pictures at once, it is [{"image": "photo.jpg"}]. A text that spells out
+where visuals go has <image> there; one that only speaks of the tag has a backslash before it.
 """
 
 import json
@@ -31,13 +34,35 @@ from launch import command
 MODEL = flags.DEFINE_string("model", "", "Exported folder of a Flamingo.")
 PROMPT = flags.DEFINE_string("prompt", "", "JSON or JSONL file of prompts.")
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", 32, "Tokens to write at most.", lower_bound=1)
-BEAM = flags.DEFINE_integer("beam", 3, "Hypotheses of beam search; 1 is greedy, or samples with a temperature.", lower_bound=1)
-TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Samples at this temperature where it is not 0.", lower_bound=0.0)
-TOP_P = flags.DEFINE_float("top_p", 1.0, "Nucleus sampling: only the likeliest tokens that together have this probability.", lower_bound=0.0, upper_bound=1.0)
+BEAM = flags.DEFINE_integer(
+    "beam",
+    3,
+    "Hypotheses of beam search; 1 is greedy, or samples with a temperature.",
+    lower_bound=1,
+)
+TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.0, "Samples at this temperature where it is not 0.", lower_bound=0.0
+)
+TOP_P = flags.DEFINE_float(
+    "top_p",
+    1.0,
+    "Nucleus sampling: only the likeliest tokens that together have this probability.",
+    lower_bound=0.0,
+    upper_bound=1.0,
+)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of sampling.", lower_bound=0)
-FPS = flags.DEFINE_float("fps", 1.0, "Frames a second that are read from videos (paper: 1 in training).", lower_bound=1e-3)
+FPS = flags.DEFINE_float(
+    "fps",
+    1.0,
+    "Frames a second that are read from videos (paper: 1 in training).",
+    lower_bound=1e-3,
+)
 FRAMES = flags.DEFINE_integer(
-    "frames", None, "Frames of a video at most, from its middle; by default as many as the model was trained with (paper: 30 with --fps=3).", lower_bound=1
+    "frames",
+    None,
+    "Frames of a video at most, from its middle; by default as many as the model was trained"
+    " with (paper: 30 with --fps=3).",
+    lower_bound=1,
 )
 
 
@@ -49,13 +74,19 @@ def main() -> int:
         if not value:
             raise UserError(f"--{name} is not set: see `python -m launch.generate --help`")
     if TOP_P.value == 0.0:
-        raise UserError("--top_p is 0, which allows no token: use a number above 0, or --temperature=0 for the likeliest token")
+        raise UserError(
+            "--top_p is 0, which allows no token: use a number above 0, or --temperature=0 for"
+            " the likeliest token"
+        )
     written = read_prompts(pathlib.Path(PROMPT.value))
     config = flamingo_config(MODEL.value)
     prompts = [prompt_of(parts, config, pathlib.Path(PROMPT.value).parent) for parts in written]
     loaded = load_flamingo(MODEL.value)
     decoding = Decoding(
-        max_tokens=MAX_TOKENS.value, beam=1 if TEMPERATURE.value > 0 else BEAM.value, temperature=TEMPERATURE.value, top_p=TOP_P.value
+        max_tokens=MAX_TOKENS.value,
+        beam=1 if TEMPERATURE.value > 0 else BEAM.value,
+        temperature=TEMPERATURE.value,
+        top_p=TOP_P.value,
     )
     for completion in Engine(loaded).generate(prompts, decoding, seed=SEED.value):
         print(completion.text, flush=True)
@@ -75,22 +106,34 @@ def read_prompts(path: pathlib.Path) -> list[list[Any]]:
         except json.JSONDecodeError:
             prompts = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is neither JSON nor JSONL ({error}): write a list of parts such as {EXAMPLE}") from error
+        raise UserError(
+            f"{path} is neither JSON nor JSONL ({error}): write a list of parts such as {EXAMPLE}"
+        ) from error
     if not prompts:
         raise UserError(f"{path} holds no prompt: write a list of parts such as {EXAMPLE}")
     for prompt in prompts:
         if not isinstance(prompt, list) or not prompt:
-            raise UserError(f"{path}: a prompt is {json.dumps(prompt)[:80]}, but must be a list of parts")
+            raise UserError(
+                f"{path}: a prompt is {json.dumps(prompt)[:80]}, but must be a list of parts"
+            )
     return prompts
 
 
 def prompt_of(parts: list[Any], config: FlamingoConfig, folder: pathlib.Path) -> list[Part]:
-    """Written parts with their files read. Raises UserError for a part that is none, or a file that cannot be read."""
+    """Written parts with their files read.
+
+    Raises UserError for a part that is none, or a file that cannot be read.
+    """
     prompt: list[Part] = []
     for part in parts:
-        kind, value = next(iter(part.items())) if isinstance(part, dict) and len(part) == 1 else (None, None)
+        kind, value = (
+            next(iter(part.items())) if isinstance(part, dict) and len(part) == 1 else (None, None)
+        )
         if kind not in ("text", "image", "video") or not isinstance(value, str):
-            raise UserError(f'a part of a prompt is {json.dumps(part)[:80]}, but must be {{"text": ...}}, {{"image": path}} or {{"video": path}}')
+            raise UserError(
+                f'a part of a prompt is {json.dumps(part)[:80]}, but must be {{"text": ...}},'
+                ' {"image": path} or {"video": path}'
+            )
         if kind == "text":
             prompt.append(value)
         elif kind == "image":
@@ -104,17 +147,25 @@ def _read_image(path: pathlib.Path, config: FlamingoConfig) -> Visual:
     try:
         return read_visual([path.read_bytes()], config, str(path))
     except OSError as error:
-        raise UserError(f"{path}: unreadable image ({error.strerror}): check its path in the prompt file") from error
+        raise UserError(
+            f"{path}: unreadable image ({error.strerror}): check its path in the prompt file"
+        ) from error
 
 
 def _read_video(path: pathlib.Path, config: FlamingoConfig) -> Visual:
     vision = config.vision
     try:
-        frames = read_frames(path, fps=FPS.value, resize=lambda frame: images.fit(frame, vision.image_size, vision.image_fit))
+        frames = read_frames(
+            path,
+            fps=FPS.value,
+            resize=lambda frame: images.fit(frame, vision.image_size, vision.image_fit),
+        )
     except VideoError as error:
         raise UserError(f"{error}: check its path in the prompt file") from error
     kept = middle_clip(len(frames), FRAMES.value or config.resampler.frames)
-    return Visual(np.stack([images.pad(frames[place], vision.image_size, vision.mean) for place in kept]))
+    return Visual(
+        np.stack([images.pad(frames[place], vision.image_size, vision.mean) for place in kept])
+    )
 
 
 if __name__ == "__main__":

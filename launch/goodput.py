@@ -1,8 +1,10 @@
-"""Which share of a run's wall time went into steps that counted, and where the rest went, start by start.
+"""Which share of a run's wall time went into steps that counted, and where the rest went, start
+by start.
 
     python -m launch.goodput --workdir=runs/quickstart/flamingo [--json]
 
-The run may still be training. `lost` are steps that a later start had to do again, `down` is the time before a start in which nothing ran.
+The run may still be training. `lost` are steps that a later start had to do again, `down` is
+the time before a start in which nothing ran.
 """
 
 import json
@@ -34,7 +36,9 @@ def main() -> int:
         raise unreadable(workdir, error) from error
     if JSON.value:
         starts = [start._asdict() for start in breakdown.starts]
-        print(json.dumps({"goodput": breakdown.share, "seconds": breakdown.seconds, "starts": starts}))
+        print(
+            json.dumps({"goodput": breakdown.share, "seconds": breakdown.seconds, "starts": starts})
+        )
     else:
         # In a narrow window its lines go on below: cut off, figures would read as smaller ones.
         Console(width=WIDEST).print(_table(breakdown))
@@ -43,12 +47,24 @@ def main() -> int:
 
 
 def _table(breakdown: Breakdown) -> Table:
-    table = Table("start", title="where the time went, in seconds", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(
+        "start",
+        title="where the time went, in seconds",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     for column in ("from step", "to", *KINDS, "goodput"):
         table.add_column(column, justify="right")
 
     def row(name: str, first: str, last: str, seconds: dict[str, float]) -> None:
-        table.add_row(name, first, last, *(f"{seconds[kind]:,.1f}" for kind in KINDS), f"{share(seconds):.1%}")
+        table.add_row(
+            name,
+            first,
+            last,
+            *(f"{seconds[kind]:,.1f}" for kind in KINDS),
+            f"{share(seconds):.1%}",
+        )
 
     for number, start in enumerate(breakdown.starts, 1):
         row(str(number), f"{start.resume:,}", f"{start.step:,}", start.seconds)

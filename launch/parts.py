@@ -1,4 +1,6 @@
-"""Commands that are run once each in processes of their own, one after the other or side by side, and the seconds they took."""
+"""Commands that are run once each in processes of their own, one after the other or side by
+side, and the seconds they took.
+"""
 
 import json
 import os
@@ -14,12 +16,17 @@ from flamingo_jax import errors
 from flamingo_jax.progress import Relay
 
 TOTAL = "total"
-"""The key of the wall time of all parts together, which is less than their sum where some ran side by side."""
+"""The key of the wall time of all parts together, which is less than their sum where some ran
+side by side.
+"""
 Show = Callable[[str], None]
 
 
 class Parts:
-    """Runs parts that `file` does not tell of yet. It holds {part: wall seconds} of those that are finished, and TOTAL over all starts."""
+    """Runs parts that `file` does not tell of yet.
+
+    It holds {part: wall seconds} of those that are finished, and TOTAL over all starts.
+    """
 
     def __init__(self, file: pathlib.Path):
         self._file = file
@@ -38,11 +45,14 @@ class Parts:
     def is_done(self, name: str) -> bool:
         return name in self._seconds
 
-    def run(self, name: str, *arguments: str, again: Sequence[str] = (), show: Show | None = None) -> None:
+    def run(
+        self, name: str, *arguments: str, again: Sequence[str] = (), show: Show | None = None
+    ) -> None:
         """Runs Python with `arguments` unless that was done before.
 
         Args:
-          again: what to add when a stage has not learned what the next ones stand on; it goes on from where it ended.
+          again: what to add when a stage has not learned what the next ones stand on; it goes
+            on from where it ended.
           show: gets the lines that the process writes, where it shares the terminal.
 
         Raises:
@@ -58,13 +68,21 @@ class Parts:
             say(f"== {name}, longer: {' '.join(again)}")
             code = self._call([*arguments, *again], show)
         if code != 0:
-            raise errors.UserError(f"the run stopped in {name!r} (exit code {code}); start it again to go on from there")
+            raise errors.UserError(
+                f"the run stopped in {name!r} (exit code {code}); start it again to go on from"
+                " there"
+            )
         with self._lock:
             self._seconds |= {name: time.monotonic() - began, TOTAL: self.total}
             self._file.write_text(json.dumps(self._seconds, indent=2))
 
-    def side_by_side(self, lanes: Sequence[Callable[[Show], None]], cores: Sequence[set[int]]) -> None:
-        """Runs each lane, which calls `run` with the `show` that it gets, on its own cores. When one fails, the others are asked to save and end."""
+    def side_by_side(
+        self, lanes: Sequence[Callable[[Show], None]], cores: Sequence[set[int]]
+    ) -> None:
+        """Runs each lane, which calls `run` with the `show` that it gets, on its own cores.
+
+        When one fails, the others are asked to save and end.
+        """
 
         def lane_on(lane: Callable[[Show], None], mine: set[int], show: Show) -> None:
             # Of this thread alone, and of the processes that it starts.
@@ -73,7 +91,12 @@ class Parts:
 
         with Relay() as relay, ThreadPoolExecutor(len(lanes)) as pool:
             first: BaseException | None = None
-            for future in as_completed([pool.submit(lane_on, lane, mine, relay.show) for lane, mine in zip(lanes, cores, strict=True)]):
+            for future in as_completed(
+                [
+                    pool.submit(lane_on, lane, mine, relay.show)
+                    for lane, mine in zip(lanes, cores, strict=True)
+                ]
+            ):
                 if future.exception() is not None and first is None:
                     first = future.exception()
                     self.stop()
@@ -85,7 +108,12 @@ class Parts:
         with self._lock:
             if self._stopped:
                 raise errors.UserError("the run was stopped; start it again to go on from there")
-            process = subprocess.Popen([sys.executable, *arguments], stdout=stream, stderr=None if show is None else subprocess.STDOUT, text=True)
+            process = subprocess.Popen(
+                [sys.executable, *arguments],
+                stdout=stream,
+                stderr=None if show is None else subprocess.STDOUT,
+                text=True,
+            )
             self._running.add(process)
         try:
             if show is not None and process.stdout is not None:
@@ -109,7 +137,9 @@ class Parts:
 
 
 def halves() -> list[set[int]]:
-    """The cores that this process may use, in two halves; fewer where there is one, or where a process cannot choose its cores (macOS)."""
+    """The cores that this process may use, in two halves; fewer where there is one, or where a
+    process cannot choose its cores (macOS).
+    """
     if not hasattr(os, "sched_getaffinity"):
         return []
     cores = sorted(os.sched_getaffinity(0))

@@ -1,12 +1,15 @@
 """Trains one stage, or goes on with it where it stopped.
 
-    python -m launch.train --config=configs/quickstart.py:flamingo --workdir=runs/quickstart/flamingo [--config.training.steps=2000 ...]
+    python -m launch.train --config=configs/quickstart.py:flamingo
+    --workdir=runs/quickstart/flamingo [--config.training.steps=2000 ...]
 
-With --prepare everything before the first step is done and nothing is trained: the config is checked, rows are planned, and the features of
-a frozen encoder are made where the config keeps them, for which no language model need be there yet.
+With --prepare everything before the first step is done and nothing is trained: the config is
+checked, rows are planned, and the features of a frozen encoder are made where the config keeps
+them, for which no language model need be there yet.
 
-Everything is checked before work starts; bad input is one sentence and exit code 2. SIGTERM saves and exits with code 75: the same
-command goes on from there. A run whose steps are not finite stops with code 3, one that ends above a required loss with code 4.
+Everything is checked before work starts; bad input is one sentence and exit code 2. SIGTERM
+saves and exits with code 75: the same command goes on from there. A run whose steps are not
+finite stops with code 3, one that ends above a required loss with code 4.
 """
 
 import contextlib
@@ -41,23 +44,37 @@ from launch import command
 BEGAN = time.monotonic()
 log = logging.getLogger("launch")
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the config; made if it is not there.")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, for a run of several processes that the cluster does not tell of.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder for checkpoints, metrics and the config; made if it is not there."
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "host:port of process 0, for a run of several processes that the cluster does not tell of.",
+)
 PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the run has.")
 PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
 START_TIMEOUT = flags.DEFINE_float(
-    "start_timeout", Limits().start, "Seconds until all processes must have arrived.",
+    "start_timeout",
+    Limits().start,
+    "Seconds until all processes must have arrived.",
     lower_bound=0.0,
 )
 LOST_AFTER = flags.DEFINE_float(
-    "lost_after", Limits().lost, "Seconds without a word of a process after which the others end.",
+    "lost_after",
+    Limits().lost,
+    "Seconds without a word of a process after which the others end.",
     lower_bound=0.0,
 )
 STEP_TIMEOUT = flags.DEFINE_float(
-    "step_timeout", Limits().step, "Seconds without the end of a step after which all processes end.",
+    "step_timeout",
+    Limits().step,
+    "Seconds without the end of a step after which all processes end.",
     lower_bound=0.0,
 )
-PREPARE = flags.DEFINE_boolean("prepare", False, "Check the config and make what training reads, but do not train.")
+PREPARE = flags.DEFINE_boolean(
+    "prepare", False, "Check the config and make what training reads, but do not train."
+)
 CONFIG = command.define_config()
 
 
@@ -67,13 +84,20 @@ def main() -> int:
         raise errors.UserError("--workdir is not set: name a folder for checkpoints and metrics")
     workdir = pathlib.Path(WORKDIR.value)
     if workdir.exists() and not workdir.is_dir():
-        raise errors.UserError(f"--workdir={workdir} is a file: name a folder for checkpoints and metrics")
+        raise errors.UserError(
+            f"--workdir={workdir} is a file: name a folder for checkpoints and metrics"
+        )
     check_intervals(experiment.training)
     place = find_place(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-    limits = Limits() if place is None else Limits(START_TIMEOUT.value, LOST_AFTER.value, STEP_TIMEOUT.value)
+    limits = (
+        Limits()
+        if place is None
+        else Limits(START_TIMEOUT.value, LOST_AFTER.value, STEP_TIMEOUT.value)
+    )
     if place is not None and not is_supervised():
         return supervise(place, limits, [sys.executable, *sys.orig_argv[1:]], workdir)
-    # Until the loop saves on it: there is nothing to save yet, but whoever restarts a run by its exit code must see the same one.
+    # Until the loop saves on it: there is nothing to save yet, but whoever restarts a run by
+    # its exit code must see the same one.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(errors.EXIT_PREEMPTED))
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
@@ -91,14 +115,18 @@ def main() -> int:
 
 def run(experiment: Experiment, workdir: pathlib.Path, crew: Crew | None = None) -> int:
     """This process's part of the run, once all are there; returns its exit code."""
-    # Of several processes the supervisor of the first holds it; what is prepared lies elsewhere.
+    # Of several processes the supervisor of the first holds it; what is prepared lies
+    # elsewhere.
     alone = crew is None and not PREPARE.value
     try:
         with holding(workdir, "a run") if alone else contextlib.nullcontext():
             return _run(experiment, workdir, crew)
     except OSError as error:
         where = f" of {error.filename}" if error.filename else f" in {workdir}"
-        raise errors.StorageError(f"the storage{where} failed ({error.strerror or error}): mend it and start again; what was saved is whole") from error
+        raise errors.StorageError(
+            f"the storage{where} failed ({error.strerror or error}): mend it and start again;"
+            " what was saved is whole"
+        ) from error
 
 
 def _run(experiment: Experiment, workdir: pathlib.Path, crew: Crew | None) -> int:
@@ -123,14 +151,18 @@ def _run(experiment: Experiment, workdir: pathlib.Path, crew: Crew | None) -> in
     def on_start() -> None:
         if jax.process_index():
             return
-        # Not before: a config that is refused must not replace the one of the run that is there.
+        # Not before: a config that is refused must not replace the one of the run that is
+        # there.
         workdir.mkdir(parents=True, exist_ok=True)
         command.write_config(experiment, workdir / "config.json")
         tokenizer.save(workdir)
 
     outcome = train(experiment, iterators, held_out, workdir, on_start, crew, BEGAN)
     if outcome.preempted:
-        log.warning("stopped by a signal at step %d and saved: run the same command to go on", outcome.step)
+        log.warning(
+            "stopped by a signal at step %d and saved: run the same command to go on",
+            outcome.step,
+        )
         return errors.EXIT_PREEMPTED
     return 0
 
@@ -138,7 +170,11 @@ def _run(experiment: Experiment, workdir: pathlib.Path, crew: Crew | None) -> in
 def told(summary: Mapping[str, Any]) -> str:
     """A dataset's summary (`data_pipelines.rows.Rows.summary`) as one line."""
     filled = "" if summary["fill"] is None else f" filled to {summary['fill']:.0%}"
-    words = {"cut": "longer than a row", "too_long": "too long for any row", "dropped": "left out of an epoch"}
+    words = {
+        "cut": "longer than a row",
+        "too_long": "too long for any row",
+        "dropped": "left out of an epoch",
+    }
     rest = [f"{summary[key]:,} {what}" for key, what in words.items() if summary[key]]
     return ", ".join([f"{summary['records']:,} records in {summary['rows']:,} rows{filled}", *rest])
 
@@ -151,24 +187,45 @@ def check_intervals(training: TrainingConfig) -> None:
 
 
 def check_tokenizer(experiment: Experiment, tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
-    """A UserError where the frozen language model, or the run in `workdir`, was trained on another tokenizer, however many pieces it has."""
+    """A UserError where the frozen language model, or the run in `workdir`, was trained on
+    another tokenizer, however many pieces it has.
+    """
     bases = open_bases(experiment)
     frozen = bases["language_model"].tokenizer_file if "language_model" in bases else None
     earlier = tokenizer_file(workdir) if any((workdir / "checkpoints").glob("*")) else None
     for file in (frozen, earlier):
-        if file is not None and file.is_file() and Tokenizer.load(file).fingerprint != tokenizer.fingerprint:
-            raise errors.UserError(f"the tokenizer {experiment.tokenizer} is not {file}, which was trained with: name that one in config.tokenizer")
+        if (
+            file is not None
+            and file.is_file()
+            and Tokenizer.load(file).fingerprint != tokenizer.fingerprint
+        ):
+            raise errors.UserError(
+                f"the tokenizer {experiment.tokenizer} is not {file}, which was trained with:"
+                " name that one in config.tokenizer"
+            )
 
 
 def load_tokenizer(experiment: Experiment) -> Tokenizer:
-    """The config's tokenizer; a UserError where the model's vocabulary is not its own, padded to some multiple or not."""
+    """The config's tokenizer; a UserError where the model's vocabulary is not its own, padded
+    to some multiple or not.
+    """
     tokenizer = Tokenizer.load(experiment.tokenizer)
     config = stages.model_config(experiment)
     part = {"contrastive": "text", "flamingo": "language_model"}.get(experiment.task)
     size = (getattr(config, part) if part else config).vocab_size
     if not tokenizer.fits(size):
-        key = ".".join(["config", stages.MODEL_FIELD[experiment.task], *([part] if part else []), "vocab_size"])
-        raise errors.UserError(f"{key} is {size}, but the tokenizer {experiment.tokenizer} has {tokenizer.pieces} pieces: make them equal")
+        key = ".".join(
+            [
+                "config",
+                stages.MODEL_FIELD[experiment.task],
+                *([part] if part else []),
+                "vocab_size",
+            ]
+        )
+        raise errors.UserError(
+            f"{key} is {size}, but the tokenizer {experiment.tokenizer} has {tokenizer.pieces}"
+            " pieces: make them equal"
+        )
     return Tokenizer.load(experiment.tokenizer, size)
 
 

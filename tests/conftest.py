@@ -7,13 +7,18 @@ import tempfile
 
 # Set before JAX is imported; children of the tests inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = " ".join([
-    os.environ.get("XLA_FLAGS", ""),
-    "--xla_force_host_platform_device_count=8",
-    # Eight devices share few cores: a slow machine is not a deadlock.
-    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
-]).strip()
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir()) / f"flamingo_jax_tests_{getpass.getuser()}"))
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        # Eight devices share few cores: a slow machine is not a deadlock.
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    ]
+).strip()
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(pathlib.Path(tempfile.gettempdir()) / f"flamingo_jax_tests_{getpass.getuser()}"),
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 from absl import flags  # noqa: E402

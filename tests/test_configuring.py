@@ -8,13 +8,30 @@ import pytest
 
 from flamingo_jax.configuring import from_config, from_json, key_type, to_config, to_json
 from flamingo_jax.errors import UserError
-from flamingo_jax.experiment import DatasetConfig, Experiment, FlamingoConfig, LanguageModelConfig, MeshConfig, OptimizerConfig
+from flamingo_jax.experiment import (
+    DatasetConfig,
+    Experiment,
+    FlamingoConfig,
+    LanguageModelConfig,
+    MeshConfig,
+    OptimizerConfig,
+)
 
 FULL = Experiment(
-    name="x", flamingo=FlamingoConfig(language_model=LanguageModelConfig(layers=3), every=2),
-    data={"a": DatasetConfig(weight=1), "b": DatasetConfig(kind="pages")}, optimizer=OptimizerConfig(no_decay=("a.*", "b")),
+    name="x",
+    flamingo=FlamingoConfig(language_model=LanguageModelConfig(layers=3), every=2),
+    data={"a": DatasetConfig(weight=1), "b": DatasetConfig(kind="pages")},
+    optimizer=OptimizerConfig(no_decay=("a.*", "b")),
 )
-CONFIGS = ("flamingo_3b", "flamingo_9b", "flamingo_80b", "contrastive_nfnet_f6", "lm_1b4", "lm_7b", "lm_70b")
+CONFIGS = (
+    "flamingo_3b",
+    "flamingo_9b",
+    "flamingo_80b",
+    "contrastive_nfnet_f6",
+    "lm_1b4",
+    "lm_7b",
+    "lm_70b",
+)
 
 
 @pytest.mark.parametrize("experiment", [Experiment(), FULL])
@@ -29,7 +46,11 @@ def test_an_override_becomes_part_of_the_experiment() -> None:
     config.flamingo.language_model.layers = 9
     config.optimizer.no_decay = ("c",)
     experiment = from_config(Experiment, config)
-    assert experiment.data["a"].weight == 0.5 and experiment.flamingo is not None and experiment.flamingo.language_model.layers == 9
+    assert (
+        experiment.data["a"].weight == 0.5
+        and experiment.flamingo is not None
+        and experiment.flamingo.language_model.layers == 9
+    )
     assert experiment.optimizer.no_decay == ("c",) and experiment.data["b"] == FULL.data["b"]
 
 
@@ -46,12 +67,33 @@ def test_ints_stand_for_floats_and_missing_keys_for_defaults() -> None:
         ({"mesh": {"zzz": 1}}, "config.mesh has no key 'zzz': it has data, fsdp, model"),
         ({"seed": "1"}, "config.seed is '1', but must be an int"),
         ({"seed": True}, "config.seed is True, but must be an int"),
-        ({"training": {"use_visuals": 1}}, "config.training.use_visuals is 1, but must be a bool"),
-        ({"optimizer": {"peak_rate": "fast"}}, "config.optimizer.peak_rate is 'fast', but must be a float"),
-        ({"task": "sleep"}, "config.task is 'sleep', but must be one of 'contrastive', 'language_modelling', 'flamingo'"),
-        ({"optimizer": {"no_decay": "a"}}, "config.optimizer.no_decay is 'a', but must be a tuple of strings"),
-        ({"optimizer": {"no_decay": ["a", 2]}}, "config.optimizer.no_decay[1] is 2, but must be a string"),
-        ({"data": {"m3w": {"lenght": 3}}}, "config.data.m3w has no key 'lenght', did you mean length or weight?"),
+        (
+            {"training": {"use_visuals": 1}},
+            "config.training.use_visuals is 1, but must be a bool",
+        ),
+        (
+            {"optimizer": {"peak_rate": "fast"}},
+            "config.optimizer.peak_rate is 'fast', but must be a float",
+        ),
+        (
+            {"task": "sleep"},
+            (
+                "config.task is 'sleep', but must be one of 'contrastive',"
+                " 'language_modelling', 'flamingo'"
+            ),
+        ),
+        (
+            {"optimizer": {"no_decay": "a"}},
+            "config.optimizer.no_decay is 'a', but must be a tuple of strings",
+        ),
+        (
+            {"optimizer": {"no_decay": ["a", 2]}},
+            "config.optimizer.no_decay[1] is 2, but must be a string",
+        ),
+        (
+            {"data": {"m3w": {"lenght": 3}}},
+            "config.data.m3w has no key 'lenght', did you mean length or weight?",
+        ),
         ({"data": {"m3w": 3}}, "config.data.m3w is 3, but must be a DatasetConfig"),
         ({"flamingo": 3}, "config.flamingo is 3, but must be a FlamingoConfig"),
         ({"mesh": None}, "config.mesh is None, but must be a MeshConfig"),
@@ -68,7 +110,9 @@ def test_types_of_dotted_keys() -> None:
     assert key_type(Experiment, "data.a.weight", config) is float
     assert key_type(Experiment, "flamingo.language_model.layers", config) is int
     for key, sentence in (
-        ("data.c.weight", "config.data has no key 'c'"), ("contrastive.joint_width", "config.contrastive is None"), ("seed.x", "config.seed is an int"),
+        ("data.c.weight", "config.data has no key 'c'"),
+        ("contrastive.joint_width", "config.contrastive is None"),
+        ("seed.x", "config.seed is an int"),
     ):
         with pytest.raises(UserError, match=sentence):
             key_type(Experiment, key, config)
@@ -78,7 +122,11 @@ def test_types_of_dotted_keys() -> None:
 def test_every_config_has_a_full_and_a_tiny_form(name: str) -> None:
     get_config = importlib.import_module(f"configs.{name}").get_config
     full, tiny = (from_config(Experiment, get_config(*arg)) for arg in ((), ("tiny",)))
-    assert full.task == tiny.task and set(full.data) == set(tiny.data) and full.held_out.keys() == full.data.keys()
+    assert (
+        full.task == tiny.task
+        and set(full.data) == set(tiny.data)
+        and full.held_out.keys() == full.data.keys()
+    )
     with pytest.raises(UserError, match=":tiny"):
         get_config("huge")
 
@@ -90,7 +138,11 @@ ALL = [*CONFIGS, "flamingo_open", "quickstart", "own_data", "vqa"]
 def paths(experiment: Experiment) -> list[str]:
     parts = (experiment.data, experiment.held_out)
     found = [dataset.path for part in parts for dataset in part.values()]
-    found += [experiment.tokenizer, experiment.vision_encoder_from, experiment.language_model_from]
+    found += [
+        experiment.tokenizer,
+        experiment.vision_encoder_from,
+        experiment.language_model_from,
+    ]
     return [path for path in [*found, experiment.flamingo_from] if path not in ("", "random")]
 
 
@@ -109,7 +161,14 @@ def test_every_config_takes_a_root(name: str) -> None:
         assert dataclasses.replace(rooted, **{f: getattr(here, f) for f in PLACES}) == here
 
 
-PLACES = ("data", "held_out", "tokenizer", "vision_encoder_from", "language_model_from", "flamingo_from")
+PLACES = (
+    "data",
+    "held_out",
+    "tokenizer",
+    "vision_encoder_from",
+    "language_model_from",
+    "flamingo_from",
+)
 
 
 @pytest.mark.parametrize(
@@ -123,10 +182,15 @@ PLACES = ("data", "held_out", "tokenizer", "vision_encoder_from", "language_mode
         ("vqa:finetune", "root=runs/vqa,stage=finetune"),
         (
             "flamingo_open:h200_1,models/Qwen3-0.6B,models/siglip-base-patch16-224,photos=pairs",
-            "form=h200_1,language_model=models/Qwen3-0.6B,encoder=models/siglip-base-patch16-224,"
-            "datasets=photos=pairs",
+            (
+                "form=h200_1,language_model=models/Qwen3-0.6B,encoder=models/siglip-base-patch16-224,"
+                "datasets=photos=pairs"
+            ),
         ),
-        ("flamingo_open:tiny,,,a=pages+b=pairs,/x", "form=tiny,root=/x,datasets=a=pages+b=pairs"),
+        (
+            "flamingo_open:tiny,,,a=pages+b=pairs,/x",
+            "form=tiny,root=/x,datasets=a=pages+b=pairs",
+        ),
     ],
 )
 def test_the_short_form_of_an_argument_is_its_values_in_order(short: str, long: str) -> None:
@@ -144,8 +208,14 @@ def test_a_folder_may_have_commas() -> None:
 @pytest.mark.parametrize(
     ("argument", "sentence"),
     [
-        ("flamingo_3b:form=tiny,rooot=/x", "takes form=...,root=..., but no 'rooot', did you mean root?"),
-        ("quickstart:form=flamingo", "configs/quickstart.py takes stage=...,root=..., but no 'form'"),
+        (
+            "flamingo_3b:form=tiny,rooot=/x",
+            "takes form=...,root=..., but no 'rooot', did you mean root?",
+        ),
+        (
+            "quickstart:form=flamingo",
+            "configs/quickstart.py takes stage=...,root=..., but no 'form'",
+        ),
         ("flamingo_9b:form=tiny,form=h200_8", "but form is given twice"),
         ("flamingo_9b:tiny,form=h200_8", "but form is given twice"),
         ("flamingo_80b:root=/x,tiny", "and 'tiny' follows one of these: give it a key as well"),

@@ -89,7 +89,12 @@ def test_what_is_no_dataset_has_none(built: pathlib.Path, tmp_path: pathlib.Path
     assert find_dataset(tmp_path) is None and identify(tmp_path, "train") is None
     assert identify(tmp_path / "missing", "train") is None
     assert identify(built / "text", "trian") is None
-    for content in ("", "{}", "[]", json.dumps({"splits": [{"name": "train", "shardLengths": "x"}]})):
+    for content in (
+        "",
+        "{}",
+        "[]",
+        json.dumps({"splits": [{"name": "train", "shardLengths": "x"}]}),
+    ):
         (tmp_path / "dataset_info.json").write_text(content)
         assert identify(tmp_path, "train") is None
 

@@ -50,11 +50,17 @@ def test_nested_dicts_come_back_equal() -> None:
 
 
 def test_stacks_are_split_by_layer_and_joined_again() -> None:
-    flat = {"lm/layers/attn/q": np.arange(24.0).reshape(12, 2), "lm/norm": np.ones(3), "enc/layers/layers/w": np.arange(12).reshape(2, 3, 2)}
+    flat = {
+        "lm/layers/attn/q": np.arange(24.0).reshape(12, 2),
+        "lm/norm": np.ones(3),
+        "enc/layers/layers/w": np.arange(12).reshape(2, 3, 2),
+    }
     split = unstack_names(flat)
     assert len(split) == 12 + 1 + 6
     np.testing.assert_array_equal(split["lm/layers/11/attn/q"], flat["lm/layers/attn/q"][11])
-    np.testing.assert_array_equal(split["enc/layers/1/layers/2/w"], flat["enc/layers/layers/w"][1, 2])
+    np.testing.assert_array_equal(
+        split["enc/layers/1/layers/2/w"], flat["enc/layers/layers/w"][1, 2]
+    )
     joined = restack({name: split[name] for name in sorted(split)})
     assert set(joined) == set(flat)
     for name, value in flat.items():

@@ -1,4 +1,6 @@
-"""A folder of files with a caption file beside them, as a source: what pictures and videos have in common."""
+"""A folder of files with a caption file beside them, as a source: what pictures and videos have
+in common.
+"""
 
 import dataclasses
 import pathlib
@@ -7,7 +9,14 @@ from typing import Any, ClassVar
 
 from data_pipelines.build.captions import NO_CAPTION, caption_file, read_captions
 from data_pipelines.build.files import NoFile, Spelled, existing_folder, find, walk
-from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares, record_id
+from data_pipelines.build.source import (
+    DEFAULT_SHARES,
+    Dropped,
+    Example,
+    Outcome,
+    Shares,
+    record_id,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +42,9 @@ class Unusable(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class CaptionedFolder:
-    """Records are the files named in the caption file; files of a known type that no line names are counted as dropped."""
+    """Records are the files named in the caption file; files of a known type that no line names
+    are counted as dropped.
+    """
 
     key: ClassVar[str]
     caption_files: ClassVar[tuple[str, ...]]
@@ -69,8 +80,9 @@ class CaptionedFolder:
         return [Example(self.shares.split(name), fields, lost, texts_lost)]
 
     def read(self, file: pathlib.Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """The fields that hold the file's pictures, and for each of its pictures that is left out
-        the reason. Raises Unusable."""
+        """The fields that hold the file's pictures, and for each of its pictures that is left
+        out the reason. Raises Unusable.
+        """
         raise NotImplementedError
 
     def _entries(self, folder: str) -> list[Entry]:

@@ -22,8 +22,13 @@ BAD_LINE = "caption line that is not JSON with a name and captions"
 NO_CAPTION = "no caption"
 
 
-def caption_file(folder: pathlib.Path, name: str | None, usual: Sequence[str], line: str) -> pathlib.Path:
-    """The caption file of that name, or the first usual one. Raises UserError where there is none, with a line for example."""
+def caption_file(
+    folder: pathlib.Path, name: str | None, usual: Sequence[str], line: str
+) -> pathlib.Path:
+    """The caption file of that name, or the first usual one.
+
+    Raises UserError where there is none, with a line for example.
+    """
     if name and (folder / name).is_file():
         return folder / name
     for candidate in () if name else usual:
@@ -35,7 +40,8 @@ def caption_file(folder: pathlib.Path, name: str | None, usual: Sequence[str], l
                     f"{folder / candidate} is a {error}: name the file itself with --captions"
                 ) from error
     raise UserError(
-        f"{folder} has no {name or ' or '.join(usual)}: write lines of JSON such as {line}, or name the file with --captions"
+        f"{folder} has no {name or ' or '.join(usual)}: write lines of JSON such as {line}, or"
+        " name the file with --captions"
     )
 
 
@@ -53,9 +59,9 @@ class Texts(NamedTuple):
 def read_texts(record: Any, several: str, one: str) -> Texts:
     """The texts in the list under `several`, or the one under `one` (or a list there).
 
-    A text may also stand as {one: text}, as VQA has its answers. What is empty, null or of no use
-    beside others is left out alone. Raises KeyError where there is no such field, and NotUtf8 or
-    TypeError where nothing that there is is of use.
+    A text may also stand as {one: text}, as VQA has its answers. What is empty, null or of no
+    use beside others is left out alone. Raises KeyError where there is no such field, and
+    NotUtf8 or TypeError where nothing that there is is of use.
     """
     if not isinstance(record, dict):
         raise TypeError("no record")
@@ -96,8 +102,8 @@ def is_missing(value: Any) -> bool:
 class Captions(NamedTuple):
     """What a caption file says.
 
-    by_name: the texts about each file, in the order of the lines. bad: for each line that is of no
-    use the reason.
+    by_name: the texts about each file, in the order of the lines. bad: for each line that is of
+    no use the reason.
     """
 
     by_name: dict[str, Texts]
@@ -107,8 +113,8 @@ class Captions(NamedTuple):
 def read_captions(file: pathlib.Path, key: str, spelled: Spelled) -> Captions:
     """Captions by file name as `spelled` has it.
 
-    A line has the name under `key` and `captions` (a list) or `caption`; lines about the same file
-    are joined.
+    A line has the name under `key` and `captions` (a list) or `caption`; lines about the same
+    file are joined.
     """
     found: dict[str, Texts] = {}
     bad = []

@@ -1,4 +1,6 @@
-"""Captions in COCO's format to a dataset of pairs: JSON files with `images` (`id`, `file_name`) and `annotations` (`image_id`, `caption`)."""
+"""Captions in COCO's format to a dataset of pairs: JSON files with `images` (`id`, `file_name`)
+and `annotations` (`image_id`, `caption`).
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,7 +10,14 @@ from data_pipelines.build.captions import NO_CAPTION, Texts, file_name, why_no_t
 from data_pipelines.build.files import existing_folder
 from data_pipelines.build.pictures import ANY_PICTURE, PictureRules, Unfit
 from data_pipelines.build.shards import Found, files_in, folders_of, read_named
-from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares, record_id
+from data_pipelines.build.source import (
+    DEFAULT_SHARES,
+    Dropped,
+    Example,
+    Outcome,
+    Shares,
+    record_id,
+)
 from data_pipelines.build.text_files import NOT_A_TEXT, NOT_UTF8, as_utf8, decode, parsed
 from flamingo_jax.errors import UserError
 
@@ -37,7 +46,9 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Coco:
-    """inputs: the JSON files. images: folders that hold the pictures, by default those of the files; the first with such a name is taken."""
+    """inputs: the JSON files. images: folders that hold the pictures, by default those of the
+    files; the first with such a name is taken.
+    """
 
     inputs: tuple[str, ...]
     images: tuple[str, ...] = ()
@@ -59,7 +70,11 @@ class Coco:
     def entries(self) -> Sequence[Entry]:
         for folder in self.images:
             existing_folder(folder, "--images")
-        return [entry for file in files_in(self.inputs, (".json",), "annotation file") for entry in self._entries(file)]
+        return [
+            entry
+            for file in files_in(self.inputs, (".json",), "annotation file")
+            for entry in self._entries(file)
+        ]
 
     def convert(self, entry: Entry) -> list[Outcome]:
         if entry.bad:
@@ -82,7 +97,8 @@ class Coco:
                 raise TypeError("no lists")
         except (OSError, KeyError, TypeError) as error:
             raise UserError(
-                f'{file.path} is no COCO caption file (JSON with lists "images" and "annotations"): mend it or take it out of --input'
+                f'{file.path} is no COCO caption file (JSON with lists "images" and'
+                ' "annotations"): mend it or take it out of --input'
             ) from error
         names: dict[str, str] = {}
         bad = []

@@ -5,10 +5,11 @@ file of the machine or hold links to it:
 
 - A name is taken below its folder, and `..` leads no higher than that.
 - A link is followed where it leads to what lies below one of the folders given: that could have
-  been read without it. A link that leads elsewhere is refused and counted; whoever made it himself
-  gives the folder that it leads to as an input, or copies.
+  been read without it. A link that leads elsewhere is refused and counted; whoever made it
+  himself gives the folder that it leads to as an input, or copies.
 - A folder within a cache of Hugging Face's hub, `REPOSITORY/snapshots/REVISION`, holds links to
-  `REPOSITORY/blobs`, where hub clients keep nothing but that repository's files: these are read.
+  `REPOSITORY/blobs`, where hub clients keep nothing but that repository's files: these are
+  read.
 
 Names are found however they are spelled: composed or decomposed characters (macOS writes the
 latter), and backslashes between folders where no file has one in its name.
@@ -108,9 +109,9 @@ def walk(
 ) -> Listing:
     """All files below a folder that may be read, with the suffixes where there are some.
 
-    Hidden files and folders (`.name`) are no data. Each folder is listed once, under its own name
-    if it has one below `folder`, however many links lead to it. given: the other folders of the
-    source; links to folders there are passed over, as these are listed themselves.
+    Hidden files and folders (`.name`) are no data. Each folder is listed once, under its own
+    name if it has one below `folder`, however many links lead to it. given: the other folders
+    of the source; links to folders there are passed over, as these are listed themselves.
     """
     root = str(folder)
     own, places = _inside((root,)), _inside((root, *given))
@@ -178,7 +179,8 @@ def find(
 
 
 def read(path: str | pathlib.Path, most: int = MAX_BYTES, too_large: str = TOO_LARGE) -> bytes:
-    """A file that was found, of at most so many bytes; too_large is the reason where it has more.
+    """A file that was found, of at most so many bytes; too_large is the reason where it has
+    more.
 
     Raises NoFile; StorageError where the storage fails for long.
     """
@@ -197,7 +199,9 @@ def read(path: str | pathlib.Path, most: int = MAX_BYTES, too_large: str = TOO_L
 
 
 class Spelled:
-    """The one name of each file of a listing, so that all that is said of a file comes together."""
+    """The one name of each file of a listing, so that all that is said of a file comes
+    together.
+    """
 
     def __init__(self, root: str | pathlib.Path, names: Iterable[str]):
         self._root = str(root)
@@ -208,7 +212,8 @@ class Spelled:
                 self._composed.setdefault(composed(name), name)
 
     def __call__(self, written: str) -> str:
-        """The file's own name; for a name that no file of the listing has, one way of writing it.
+        """The file's own name; for a name that no file of the listing has, one way of writing
+        it.
 
         Raises TypeError for what is no text.
         """
@@ -233,8 +238,8 @@ def spellings(name: str) -> Iterator[str]:
 def relative(name: str, root: str | pathlib.Path) -> str:
     """A name with folders, absolute or not, as the path below `root`, without `.` and `a/..`.
 
-    It begins with `..` where it leads out of `root`. The name's own last part may be a link: that
-    is not followed.
+    It begins with `..` where it leads out of `root`. The name's own last part may be a link:
+    that is not followed.
     """
     if not os.path.isabs(name):
         return os.path.normpath(name)
@@ -309,7 +314,9 @@ def _why_not(path: str, places: _Inside) -> str | None:
 
 
 def _in_other_form(root: str, below: str) -> str | None:
-    """The path whose parts are the same characters, composed or not, in the form it has on disk."""
+    """The path whose parts are the same characters, composed or not, in the form it has on
+    disk.
+    """
     here = root
     for part in below.split("/"):
         try:

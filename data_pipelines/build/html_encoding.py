@@ -1,10 +1,11 @@
 """The text of an HTML page from its bytes, by the labels and rules that browsers follow.
 
-The order is that of the HTML standard, section 13.2.3.2, with two departures for pages that come
+The order is that of the HTML standard, section 13.2.3.2, with two departures for pages that
+come
 from a folder rather than with the header of a server, which would have told: bytes beyond ASCII
-that are all UTF-8 are UTF-8, whatever single label the page carries (text in another encoding is
-practically never that by chance), and a page that claims UTF-8, or nothing, and is mostly none is
-windows-1252.
+that are all UTF-8 are UTF-8, whatever single label the page carries (text in another encoding
+is practically never that by chance), and a page that claims UTF-8, or nothing, and is mostly
+none is windows-1252.
 """
 
 import re
@@ -12,8 +13,9 @@ import re
 import webencodings
 
 SCANNED = 64 << 10
-"""Bytes in which a page may name its encoding. The standard scans 1,024 and lets the parser start
-anew at a later <meta>, which most browsers do."""
+"""Bytes in which a page may name its encoding. The standard scans 1,024 and lets the parser
+start anew at a later <meta>, which most browsers do.
+"""
 UTF_8, WINDOWS_1252 = webencodings.UTF8, webencodings.lookup("windows-1252")
 UTF_16 = ("utf-16le", "utf-16be")
 NOT_DECODED = "replacement"

@@ -1,7 +1,8 @@
-"""Folders of HTML pages with their pictures to a dataset of pages: text and pictures in the order of the document (paper 3.2, M3W).
+"""Folders of HTML pages with their pictures to a dataset of pages: text and pictures in the
+order of the document (paper 3.2, M3W).
 
-Pictures are read from the folder, or out of the page where it holds them itself: what a page refers to elsewhere, on the web or by a path
-that leads out, is left out and counted.
+Pictures are read from the folder, or out of the page where it holds them itself: what a page
+refers to elsewhere, on the web or by a path that leads out, is left out and counted.
 """
 
 import dataclasses
@@ -30,7 +31,9 @@ NOT_DECODED = "page in an encoding that is not decoded"
 
 @dataclasses.dataclass(frozen=True)
 class HtmlPages:
-    """Pages that keep no picture are dropped. alt_text: a picture's alternative text follows it on a line of its own."""
+    """Pages that keep no picture are dropped. alt_text: a picture's alternative text follows it
+    on a line of its own.
+    """
 
     folders: tuple[str, ...]
     shares: Shares = DEFAULT_SHARES

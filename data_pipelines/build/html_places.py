@@ -1,4 +1,5 @@
-"""From the address of a picture on a page to its bytes: of a file below the folder, or the page's.
+"""From the address of a picture on a page to its bytes: of a file below the folder, or the
+page's.
 
 What a page refers to elsewhere, on the web or by a path that leads out, is not read.
 """
@@ -22,7 +23,11 @@ SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 
 
 def read_place(
-    root: pathlib.Path, page: pathlib.Path, address: str, base: str = "", given: Sequence[str] = ()
+    root: pathlib.Path,
+    page: pathlib.Path,
+    address: str,
+    base: str = "",
+    given: Sequence[str] = (),
 ) -> bytes:
     """The picture that an address on `page` means, a file below `root`.
 
@@ -51,7 +56,9 @@ def _scheme(address: str) -> str:
 
 
 def _names(address: str, here: str, base: str) -> Iterator[str]:
-    """Below the folder: relative to the page's base where that has been copied, and to the page."""
+    """Below the folder: relative to the page's base where that has been copied, and to the
+    page.
+    """
     path = _path(base)
     folder = path[: path.rfind("/") + 1]
     starts = [_joined(here, folder)] if folder else []
@@ -62,7 +69,9 @@ def _names(address: str, here: str, base: str) -> Iterator[str]:
 
 
 def _path(base: str) -> str:
-    """The path in the address of a base, without its machine: sites are copied in their folders."""
+    """The path in the address of a base, without its machine: sites are copied in their
+    folders.
+    """
     try:
         return urllib.parse.unquote(urllib.parse.urlsplit(base.replace("\\", "/")).path)
     except ValueError:  # No address.

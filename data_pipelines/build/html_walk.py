@@ -17,12 +17,27 @@ SKIPPED = {
     *("title", "script", "style", "template", "nav", "footer", "button", "select", "datalist"),
     *("textarea", "iframe", "object", "svg", "audio", "video", "noembed", "noframes", "rp"),
 }
-"""Elements that hold no text of the page; nothing inside them is read. A form is none of them: many
-a page lies within one. Nor is the head: whatever else stands there begins the body."""
+"""Elements that hold no text of the page; nothing inside them is read. A form is none of them:
+many a page lies within one. Nor is the head: whatever else stands there begins the body.
+"""
 BLOCKS = {
     *("address", "article", "aside", "blockquote", "body", "br", "caption", "center", "dd"),
     *("details", "dialog", "div", "dl", "dt", "fieldset", "figcaption", "figure", "form", "h1"),
-    *("h2", "h3", "h4", "h5", "h6", "header", "hgroup", "hr", "li", "listing", "main", "ol", "p"),
+    *(
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+        "header",
+        "hgroup",
+        "hr",
+        "li",
+        "listing",
+        "main",
+        "ol",
+        "p",
+    ),
     *("plaintext", "pre", "section", "summary", "table", "tbody", "tfoot", "thead", "tr", "ul"),
     "xmp",
 }
@@ -41,7 +56,9 @@ CANDIDATE = re.compile(r"[\s,]*(\S+)")
 DESCRIPTOR = re.compile(r"[^,(]*(?:\([^)]*\)[^,(]*)*")
 
 WORK = 4_000_000_000
-"""Depth of an element times end tags of its page: what the parser may have to compare (seconds)."""
+"""Depth of an element times end tags of its page: what the parser may have to compare
+(seconds).
+"""
 
 FED = 64 << 10
 """Bytes given to the parser at once."""
@@ -57,8 +74,9 @@ class TooDeep(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture of a page. places: its addresses as they stand there, the likeliest first; unread:
-    why it is not looked at, "" where it is."""
+    """A picture of a page. places: its addresses as they stand there, the likeliest first;
+    unread: why it is not looked at, "" where it is.
+    """
 
     places: tuple[str, ...]
     alternative: str = ""

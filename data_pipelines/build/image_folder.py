@@ -1,6 +1,7 @@
 """A folder of pictures with a captions JSONL to a dataset of pairs.
 
-`captions.jsonl` has a line per picture, `{"image": "any/where/below.jpg", "captions": ["...", ...]}` or `{"image": ..., "caption": "..."}`.
+`captions.jsonl` has a line per picture, `{"image": "any/where/below.jpg", "captions": ["...",
+...]}` or `{"image": ..., "caption": "..."}`.
 """
 
 import dataclasses
@@ -16,7 +17,9 @@ from data_pipelines.build.pictures import ANY_PICTURE, PictureRules, Unfit
 class ImageFolder(CaptionedFolder):
     key: ClassVar[str] = "image"
     caption_files: ClassVar[tuple[str, ...]] = ("captions.jsonl",)
-    suffixes: ClassVar[frozenset[str]] = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+    suffixes: ClassVar[frozenset[str]] = frozenset(
+        {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+    )
 
     rules: PictureRules = ANY_PICTURE
 

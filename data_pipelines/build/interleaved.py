@@ -1,4 +1,6 @@
-"""Text and pictures in the order of a document to a record of kind pages: what all sources of pages have in common (paper 3.2, M3W)."""
+"""Text and pictures in the order of a document to a record of kind pages: what all sources of
+pages have in common (paper 3.2, M3W).
+"""
 
 import dataclasses
 import itertools
@@ -21,8 +23,9 @@ class Verbatim(str):
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """A picture of a document. read: its file, raises Unfit; after: text that follows it where it
-    is fit; others: where else it may lie, tried in order until a fit picture is found."""
+    """A picture of a document. read: its file, raises Unfit; after: text that follows it where
+    it is fit; others: where else it may lie, tried in order until a fit picture is found.
+    """
 
     read: Callable[[], bytes]
     after: str = ""
@@ -40,7 +43,9 @@ class Shown:
 
 
 def make_page(name: str, split: str, items: Iterable[str | Shown], rules: PictureRules) -> Outcome:
-    """Texts and pictures as a record; pictures that are unfit are left out and counted, and pages that keep none are dropped."""
+    """Texts and pictures as a record; pictures that are unfit are left out and counted, and
+    pages that keep none are dropped.
+    """
     pieces: list[list[str]] = [[]]
     images, unfit = list[bytes](), list[str]()
     size = 0

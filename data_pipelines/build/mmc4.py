@@ -1,11 +1,14 @@
-"""MMC4 (Multimodal C4) to a dataset of pages: JSON lines of documents with sentences, pictures, and how similar each is to each.
+"""MMC4 (Multimodal C4) to a dataset of pages: JSON lines of documents with sentences, pictures,
+and how similar each is to each.
 
-A document has `text_list` (sentences) and `image_info`, whose members have `image_name` (and `raw_url`), `matched_text_index` (the place of
-the sentence that the picture belongs to) and `matched_sim` (their CLIP similarity); the rows of `similarity_matrix` are pictures, its columns
-sentences. Each picture stands right before its own sentence; those of one sentence stand as `image_info` lists them. Where a picture has
-no `matched_text_index`, pictures and sentences are matched one to one for the largest sum of similarities, as MMC4's authors did.
-OpenFlamingo's conversion is read too: tar shards with a .json for each document, in which pictures
-lie themselves, as `image_base64` (Python's way of writing bytes, b'...', included). Numbers may
+A document has `text_list` (sentences) and `image_info`, whose members have `image_name` (and
+`raw_url`), `matched_text_index` (the place of the sentence that the picture belongs to) and
+`matched_sim` (their CLIP similarity); the rows of `similarity_matrix` are pictures, its columns
+sentences. Each picture stands right before its own sentence; those of one sentence stand as
+`image_info` lists them. Where a picture has no `matched_text_index`, pictures and sentences are
+matched one to one for the largest sum of similarities, as MMC4's authors did. OpenFlamingo's
+conversion is read too: tar shards with a .json for each document, in which pictures lie
+themselves, as `image_base64` (Python's way of writing bytes, b'...', included). Numbers may
 have passed through a table: 1.0 is a place too, NaN is none.
 """
 
@@ -23,8 +26,22 @@ from data_pipelines.build.files import existing_folder
 from data_pipelines.build.interleaved import PAGES_RULES, Shown, make_page
 from data_pipelines.build.pictures import PictureRules, Unfit
 from data_pipelines.build.pieces import Piece, why
-from data_pipelines.build.shards import Found, address_key, by_address, files_in, folders_of, reader
-from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Outcome, Shares, Stream, record_id
+from data_pipelines.build.shards import (
+    Found,
+    address_key,
+    by_address,
+    files_in,
+    folders_of,
+    reader,
+)
+from data_pipelines.build.source import (
+    DEFAULT_SHARES,
+    Dropped,
+    Outcome,
+    Shares,
+    Stream,
+    record_id,
+)
 from data_pipelines.build.tar_samples import samples
 from data_pipelines.build.tars import SUFFIXES
 from data_pipelines.build.text_files import (
@@ -68,10 +85,11 @@ class Match(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Mmc4:
-    """inputs: the JSON lines. images: folders of pictures, by name or as `shards.by_address` says, by default those of the lines.
+    """inputs: the JSON lines. images: folders of pictures, by name or as `shards.by_address`
+    says, by default those of the lines.
 
-    min_similarity: pictures less similar to their sentence are left out. A cosine from -1 to 1; MMC4's own files hold none below 0.15,
-    OpenFlamingo trained with 0.24.
+    min_similarity: pictures less similar to their sentence are left out. A cosine from -1 to 1;
+    MMC4's own files hold none below 0.15, OpenFlamingo trained with 0.24.
     """
 
     inputs: tuple[str, ...]
@@ -94,7 +112,10 @@ class Mmc4:
 
     def entries(self) -> Stream[Entry]:
         if not -1 <= self.min_similarity <= 1:
-            raise UserError(f"--min_similarity={self.min_similarity:g} is no cosine: similarities of MMC4 lie between -1 and 1, most between 0.15 and 0.35")
+            raise UserError(
+                f"--min_similarity={self.min_similarity:g} is no cosine: similarities of MMC4"
+                " lie between -1 and 1, most between 0.15 and 0.35"
+            )
         for folder in self.images:
             existing_folder(folder, "--images")
         files = _files(self.inputs)
@@ -148,9 +169,7 @@ class Mmc4:
             items += [*shown, f"{sentence} "]
         outcome = make_page(entry.id, self.shares.split(entry.id), items, self.rules)
         parts_lost = (*lost, *outcome.parts_dropped)
-        return [
-            dataclasses.replace(outcome, parts_dropped=parts_lost, texts_dropped=texts_lost)
-        ]
+        return [dataclasses.replace(outcome, parts_dropped=parts_lost, texts_dropped=texts_lost)]
 
     def _lines(self, file: Found) -> Iterator[Entry]:
         name = record_id(self.inputs, file.root, file.name)
@@ -210,7 +229,9 @@ def _reader(
 
 
 def match(pictures: list[Any], sentences: int, matrix: Any) -> list[Match | None]:
-    """For each picture of `image_info` its sentence, None where there is none; a similarity that is not given is infinite."""
+    """For each picture of `image_info` its sentence, None where there is none; a similarity
+    that is not given is infinite.
+    """
     similar = _similarities(matrix, (len(pictures), sentences))
     found = [_given(picture, place, sentences, similar) for place, picture in enumerate(pictures)]
     free = [
@@ -254,8 +275,15 @@ def _downloaded(entry: Entry, known: dict[bytes, Piece]) -> tuple[Piece | None, 
     except OSError:  # It is counted when the entry is converted.
         return ()
     pictures = record.get("image_info") if isinstance(record, dict) else None
-    addresses = [picture.get("raw_url") if isinstance(picture, dict) else None for picture in pictures] if isinstance(pictures, list) else []
-    return tuple(known.get(address_key(address)) if isinstance(address, str) else None for address in addresses)
+    addresses = (
+        [picture.get("raw_url") if isinstance(picture, dict) else None for picture in pictures]
+        if isinstance(pictures, list)
+        else []
+    )
+    return tuple(
+        known.get(address_key(address)) if isinstance(address, str) else None
+        for address in addresses
+    )
 
 
 def _about_how_many(file: Found) -> int:

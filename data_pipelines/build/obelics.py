@@ -1,10 +1,12 @@
 """OBELICS parquet files to a dataset of pages.
 
-A row has the lists `images` and `texts` of equal length; at each place one of them has an entry and the other has none. The published
-files hold addresses on the web in `images`; their pictures are looked for among what was downloaded (see `shards.by_address`: the output of
-img2dataset, or files named by the SHA-256 of their address). Files that hold the pictures themselves, as bytes or as {"bytes": ...}, the form
-that Hugging Face's datasets have, need nothing else. A picture that is not there is left out and counted.
-Where its authors found that a page turns to another topic they wrote END_OF_DOCUMENT into a text,
+A row has the lists `images` and `texts` of equal length; at each place one of them has an entry
+and the other has none. The published files hold addresses on the web in `images`; their
+pictures are looked for among what was downloaded (see `shards.by_address`: the output of
+img2dataset, or files named by the SHA-256 of their address). Files that hold the pictures
+themselves, as bytes or as {"bytes": ...}, the form that Hugging Face's datasets have, need
+nothing else. A picture that is not there is left out and counted. Where its authors found that
+a page turns to another topic they wrote END_OF_DOCUMENT into a text,
 which is never trained on: what follows is a document of its own, in the same split.
 """
 
@@ -15,8 +17,23 @@ from typing import TYPE_CHECKING, Any
 from data_pipelines.build.files import existing_folder
 from data_pipelines.build.interleaved import PAGES_RULES, Shown, make_page
 from data_pipelines.build.pictures import PictureRules
-from data_pipelines.build.shards import Found, Piece, address_key, by_address, files_in, folders_of, reader
-from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Outcome, Shares, Stream, record_id
+from data_pipelines.build.shards import (
+    Found,
+    Piece,
+    address_key,
+    by_address,
+    files_in,
+    folders_of,
+    reader,
+)
+from data_pipelines.build.source import (
+    DEFAULT_SHARES,
+    Dropped,
+    Outcome,
+    Shares,
+    Stream,
+    record_id,
+)
 from data_pipelines.build.text_files import NOT_UTF8
 from flamingo_jax.errors import UserError
 
@@ -36,7 +53,9 @@ Item = str | bytes | Piece | None
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A row as texts, pictures (bytes, or where they lie) and, as None, those that are not there; or why it is of no use."""
+    """A row as texts, pictures (bytes, or where they lie) and, as None, those that are not
+    there; or why it is of no use.
+    """
 
     id: str
     items: tuple[Item, ...] = ()
@@ -48,7 +67,9 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Obelics:
-    """inputs: the parquet files. images: folders of downloaded pictures, by default those of the files."""
+    """inputs: the parquet files. images: folders of downloaded pictures, by default those of
+    the files.
+    """
 
     inputs: tuple[str, ...]
     images: tuple[str, ...] = ()
@@ -104,7 +125,9 @@ class Obelics:
                 size = parquet.metadata.row_group(group).num_rows
                 first = done
                 try:
-                    for batch in parquet.iter_batches(ROWS, row_groups=[group], columns=list(COLUMNS)):
+                    for batch in parquet.iter_batches(
+                        ROWS, row_groups=[group], columns=list(COLUMNS)
+                    ):
                         for row in range(len(batch)):
                             yield _entry(f"{name}#{done}", batch, row, downloaded)
                             done += 1
@@ -117,7 +140,9 @@ class Obelics:
             yield Entry(name, bad=BAD_FILE)
 
 
-def _entry(name: str, batch: "pyarrow.RecordBatch", row: int, downloaded: dict[bytes, Piece]) -> Entry:
+def _entry(
+    name: str, batch: "pyarrow.RecordBatch", row: int, downloaded: dict[bytes, Piece]
+) -> Entry:
     try:
         images, texts = (batch.column(column)[row].as_py() for column in COLUMNS)
     except UnicodeDecodeError:
@@ -132,7 +157,13 @@ def _entry(name: str, batch: "pyarrow.RecordBatch", row: int, downloaded: dict[b
             return Entry(name, bad=BAD_ROW)
         if image is not None:
             within = image.get("bytes") or image.get("path") if isinstance(image, dict) else image
-            items.append(downloaded.get(address_key(within)) if isinstance(within, str) else within if isinstance(within, bytes) else None)
+            items.append(
+                downloaded.get(address_key(within))
+                if isinstance(within, str)
+                else within
+                if isinstance(within, bytes)
+                else None
+            )
     return Entry(name, tuple(items))
 
 
@@ -169,7 +200,10 @@ def _parquet() -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError("reading parquet files needs pyarrow, which is not installed: `pip install pyarrow` or `pip install -e '.[parquet]'`") from error
+        raise UserError(
+            "reading parquet files needs pyarrow, which is not installed: `pip install pyarrow`"
+            " or `pip install -e '.[parquet]'`"
+        ) from error
     return pyarrow.parquet
 
 

@@ -25,7 +25,9 @@ class Unfit(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class PictureRules:
-    """min_side and short_side in pixels; short_side 0 stores pictures in their own size. max_aspect is the longer side over the shorter."""
+    """min_side and short_side in pixels; short_side 0 stores pictures in their own size.
+    max_aspect is the longer side over the shorter.
+    """
 
     min_side: int = 1
     max_aspect: float = 20.0
@@ -33,7 +35,8 @@ class PictureRules:
     max_pixels: int = images.MAX_PIXELS
 
     def store(self, data: bytes) -> bytes:
-        """JPEG or PNG with three channels: `data` itself where it is that already, upright and not too large.
+        """JPEG or PNG with three channels: `data` itself where it is that already, upright and
+        not too large.
 
         Formats without loss become PNG, others and shrunk ones JPEG. Metadata on which a reader
         stumbles is not kept. Raises Unfit.
@@ -50,8 +53,14 @@ class PictureRules:
         try:
             with Image.open(io.BytesIO(data)) as header:
                 self._check(*header.size)
-                as_is = header.format in ("JPEG", "PNG") and header.mode == "RGB" and not header.has_transparency_data
-                as_is = as_is and header.getexif().get(images.ORIENTATION, 1) == 1  # TFDS does not look at it.
+                as_is = (
+                    header.format in ("JPEG", "PNG")
+                    and header.mode == "RGB"
+                    and not header.has_transparency_data
+                )
+                as_is = (
+                    as_is and header.getexif().get(images.ORIENTATION, 1) == 1
+                )  # TFDS does not look at it.
                 lossless = header.format in LOSSLESS
                 longer, shorter = max(header.size), min(header.size)
             pixels = images.decode(data, longer, max_pixels=self.max_pixels, strict=True)
@@ -83,7 +92,11 @@ ANY_PICTURE = PictureRules()
 def shrink(pixels: np.ndarray, short_side: int) -> np.ndarray:
     """uint8 [H, W, 3] whose shorter side is at most `short_side`; 0 leaves it alone."""
     shorter, longer = sorted(pixels.shape[:2])
-    return images.fit(pixels, max(1, round(longer * short_side / shorter))) if 0 < short_side < shorter else pixels
+    return (
+        images.fit(pixels, max(1, round(longer * short_side / shorter)))
+        if 0 < short_side < shorter
+        else pixels
+    )
 
 
 def encode(pixels: np.ndarray, form: str, quality: int = JPEG_QUALITY) -> bytes:

@@ -18,8 +18,9 @@ from flamingo_jax.storage import LASTING, read_again
 MAX_UNPACKED = 64 << 30
 """Bytes of a compressed file that are looked at: a few may claim any number."""
 STREAMS = 4
-"""Compressed files a process keeps open: samples whose members do not stand together are read at
-several places in turn, and each goes on from where it is."""
+"""Compressed files a process keeps open: samples whose members do not stand together are read
+at several places in turn, and each goes on from where it is.
+"""
 STEP = 1 << 20
 """Bytes unpacked at once on the way to a place."""
 
@@ -79,8 +80,8 @@ class Piece(NamedTuple):
     packed: bool = False
 
     def read(self) -> bytes:
-        """Raises OSError, also where the file is too short or, as TooLarge, too large; StorageError
-        where the storage fails for long.
+        """Raises OSError, also where the file is too short or, as TooLarge, too large;
+        StorageError where the storage fails for long.
 
         Pieces of a compressed file are best read in the order in which they lie.
         """

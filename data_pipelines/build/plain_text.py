@@ -1,10 +1,10 @@
 """Folders of .txt files to a dataset of documents: paragraphs gathered up to a size.
 
 Paragraphs have blank lines between them. What stands in one file belongs together, so that its
-neighbours must not be both learned and held out. Where there are many files for each split, a file
-goes to one split as a whole, by a hash of its name. Where there are few, as with some books, each
-that is long enough gives every split a stretch of its own, at a place that its name's hash tells,
-since books end alike; a document at each border is left out and counted.
+neighbours must not be both learned and held out. Where there are many files for each split, a
+file goes to one split as a whole, by a hash of its name. Where there are few, as with some
+books, each that is long enough gives every split a stretch of its own, at a place that its
+name's hash tells, since books end alike; a document at each border is left out and counted.
 """
 
 import dataclasses
@@ -16,7 +16,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from data_pipelines.build.files import FileEntry, NoFile, file_entries, read
-from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares, record_id
+from data_pipelines.build.source import (
+    DEFAULT_SHARES,
+    Dropped,
+    Example,
+    Outcome,
+    Shares,
+    record_id,
+)
 from data_pipelines.build.text_files import decode
 from data_pipelines.features import TEST, TRAIN, VALIDATION
 from flamingo_jax.errors import UserError
@@ -95,8 +102,8 @@ class PlainText:
 
 
 def stretches(count: int, shares: Shares, key: str) -> list[str | None] | None:
-    """The split of each of a file's documents: those of a split follow one another, and None stands
-    for a document at a border, which is for none.
+    """The split of each of a file's documents: those of a split follow one another, and None
+    stands for a document at a border, which is for none.
 
     None altogether where they are too few for each split to have its share.
     """
@@ -137,7 +144,9 @@ def _pieces(block: str, limit: int) -> Iterator[str]:
     while len(block) - start > limit:
         # Never at the start itself: a piece would be empty.
         within = start + 1, start + limit + 1
-        cut = max(block.rfind("\n", *within), 0) or max(block.rfind(" ", *within), 0) or start + limit
+        cut = (
+            max(block.rfind("\n", *within), 0) or max(block.rfind(" ", *within), 0) or start + limit
+        )
         yield block[start:cut]
         # Not `lstrip`, which would copy all that is left for each piece.
         start = BLANKS.match(block, cut).end()  # type: ignore[union-attr]

@@ -1,11 +1,12 @@
-"""A folder of pictures or videos with a JSONL of questions to a dataset of questions (VQA; paper 3.3).
+"""A folder of pictures or videos with a JSONL of questions to a dataset of questions (VQA;
+paper 3.3).
 
 `qa.jsonl` or `questions.jsonl` has a line per question,
-`{"image": "any/where/below.jpg", "question": "What is it?", "answer": "a cat"}`: `video` in place
-of `image`, `answers` (those of several people, as texts or as VQA's `{"answer": "a cat"}`) in place
-of `answer`, and `type` where questions have sorts. All questions about a picture land in the same
-split, so that what is kept out of training is pictures. Each record holds its picture again, as any
-reader of the kind expects; `short_side` keeps that small.
+`{"image": "any/where/below.jpg", "question": "What is it?", "answer": "a cat"}`: `video` in
+place of `image`, `answers` (those of several people, as texts or as VQA's `{"answer": "a
+cat"}`) in place of `answer`, and `type` where questions have sorts. All questions about a
+picture land in the same split, so that what is kept out of training is pictures. Each record
+holds its picture again, as any reader of the kind expects; `short_side` keeps that small.
 """
 
 import dataclasses
@@ -18,7 +19,14 @@ from data_pipelines.build.captions import Texts, caption_file, file_name, is_mis
 from data_pipelines.build.files import NoFile, Spelled, existing_folder, find, walk
 from data_pipelines.build.image_folder import ImageFolder
 from data_pipelines.build.pictures import ANY_PICTURE, PictureRules
-from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares, record_id
+from data_pipelines.build.source import (
+    DEFAULT_SHARES,
+    Dropped,
+    Example,
+    Outcome,
+    Shares,
+    record_id,
+)
 from data_pipelines.build.text_files import (
     TOO_LONG,
     TOO_LONG_LINE,
@@ -46,7 +54,9 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One picture or video with all questions about it, or a line that is of no use: `bad` says why."""
+    """One picture or video with all questions about it, or a line that is of no use: `bad` says
+    why.
+    """
 
     folder: str
     name: str = ""
@@ -66,7 +76,9 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class QuestionsFolder:
-    """file: the JSONL, where it has another name. fps, max_seconds, short_side of videos: as in VideoFolder."""
+    """file: the JSONL, where it has another name. fps, max_seconds, short_side of videos: as in
+    VideoFolder.
+    """
 
     folders: tuple[str, ...]
     shares: Shares = DEFAULT_SHARES
@@ -119,12 +131,13 @@ class QuestionsFolder:
             outcomes.append(Example(split, fields, parts, asked.no_answers))
         return outcomes
 
-    def _frames(
-        self, file: pathlib.Path, is_video: bool
-    ) -> tuple[list[bytes], tuple[str, ...]]:
+    def _frames(self, file: pathlib.Path, is_video: bool) -> tuple[list[bytes], tuple[str, ...]]:
         if is_video:
             return stored_frames(
-                file, fps=self.fps, max_seconds=self.max_seconds, short_side=self.video_short_side
+                file,
+                fps=self.fps,
+                max_seconds=self.max_seconds,
+                short_side=self.video_short_side,
             )
         fields, lost = ImageFolder((), rules=self.rules).read(file)
         return [fields["image"]], lost
@@ -148,10 +161,15 @@ class QuestionsFolder:
                 bad.append(TOO_LONG if record is TOO_LONG_LINE else BAD_LINE)
         asked = {name for name, _ in found}
         there = listing.ending(ImageFolder.suffixes | VideoFolder.suffixes)
-        entries = [Entry(folder, name, is_video, tuple(questions)) for (name, is_video), questions in found.items()]
+        entries = [
+            Entry(folder, name, is_video, tuple(questions))
+            for (name, is_video), questions in found.items()
+        ]
         entries += [Entry(folder, name) for name in there.names if name not in asked]
         entries += [
-            Entry(folder, met.name, bad=met.reason) for met in there.refused if met.name not in asked
+            Entry(folder, met.name, bad=met.reason)
+            for met in there.refused
+            if met.name not in asked
         ]
         return entries + [Entry(folder, bad=reason) for reason in bad]
 

@@ -1,4 +1,6 @@
-"""samples.html: some of a dataset's records as a person looks at them, and what became of the rest of the source."""
+"""samples.html: some of a dataset's records as a person looks at them, and what became of the
+rest of the source.
+"""
 
 import hashlib
 import heapq
@@ -21,14 +23,18 @@ CHARACTERS = 600
 
 
 class Drawn:
-    """A few examples of the training split, or of all where there is none, drawn by a hash of their ids: the same in every build."""
+    """A few examples of the training split, or of all where there is none, drawn by a hash of
+    their ids: the same in every build.
+    """
 
     def __init__(self) -> None:
         self._heap: list[tuple[bool, int, int, Example]] = []
         self._met = 0
 
     def offer(self, example: Example) -> None:
-        place = int.from_bytes(hashlib.blake2b(f"drawn {example.fields['id']}".encode(), digest_size=8).digest())
+        place = int.from_bytes(
+            hashlib.blake2b(f"drawn {example.fields['id']}".encode(), digest_size=8).digest()
+        )
         self._met += 1
         item = (example.split == TRAIN, -place, -self._met, example)
         if len(self._heap) < COUNT:
@@ -42,12 +48,28 @@ class Drawn:
         return trained or drawn
 
 
-def samples_page(name: str, about: str, statistics: Mapping[str, Any], examples: Sequence[Example]) -> str:
-    """The document: counts of splits, drop reasons with names of some that were dropped, and the examples."""
+def samples_page(
+    name: str, about: str, statistics: Mapping[str, Any], examples: Sequence[Example]
+) -> str:
+    """The document: counts of splits, drop reasons with names of some that were dropped, and
+    the examples.
+    """
     dropped, named = statistics["dropped"], statistics.get("dropped_names", {})
-    tables = [Table("Records", ["", "records"], [["read", statistics["records_read"]], *statistics["splits"].items(), ["dropped", sum(dropped.values())]])]
+    tables = [
+        Table(
+            "Records",
+            ["", "records"],
+            [
+                ["read", statistics["records_read"]],
+                *statistics["splits"].items(),
+                ["dropped", sum(dropped.values())],
+            ],
+        )
+    ]
     if dropped:
-        rows = [[reason, count, ", ".join(named.get(reason, []))] for reason, count in dropped.items()]
+        rows = [
+            [reason, count, ", ".join(named.get(reason, []))] for reason, count in dropped.items()
+        ]
         tables.append(Table("Where dropped records went", ["reason", "records", "such as"], rows))
     if "pictures" in statistics:
         pictures = statistics["pictures"]
@@ -58,8 +80,18 @@ def samples_page(name: str, about: str, statistics: Mapping[str, Any], examples:
         lost = [[f"dropped: {reason}", count] for reason, count in texts["dropped"].items()]
         tables.append(Table("Texts of records", ["", "texts"], [["used", texts["used"]], *lost]))
     cards = "".join(map(_card, examples))
-    heading = f"<h2>{len(examples)} records of {html.escape(examples[0].split)}</h2>" if examples else ""
-    return page(name, [f"<p>{html.escape(about)}</p>", *map(table, tables), heading, f'<div class="samples">{cards}</div>'])
+    heading = (
+        f"<h2>{len(examples)} records of {html.escape(examples[0].split)}</h2>" if examples else ""
+    )
+    return page(
+        name,
+        [
+            f"<p>{html.escape(about)}</p>",
+            *map(table, tables),
+            heading,
+            f'<div class="samples">{cards}</div>',
+        ],
+    )
 
 
 def _card(example: Example) -> str:
@@ -71,11 +103,15 @@ def _card(example: Example) -> str:
                 parts.append(_pictures(fields["images"][place - 1 : place]))
             parts.append(f"<div>{_text(text)}</div>" if place <= PICTURES else "")
         if len(fields["images"]) > PICTURES:
-            parts.append(f'<div class="prompt">and {len(fields["images"]) - PICTURES} more pictures</div>')
+            parts.append(
+                f'<div class="prompt">and {len(fields["images"]) - PICTURES} more pictures</div>'
+            )
         return _framed(parts)
     parts.append(_pictures([fields["image"]] if "image" in fields else fields.get("frames", ())))
     if "question" in fields:
-        parts.append(f"<div>{_text(fields['question'])}</div><div><b>{_text(' | '.join(dict.fromkeys(fields['answers'])))}</b></div>")
+        parts.append(
+            f"<div>{_text(fields['question'])}</div><div><b>{_text(' | '.join(dict.fromkeys(fields['answers'])))}</b></div>"  # noqa: E501
+        )
     parts += [f"<div>{_text(caption)}</div>" for caption in fields.get("captions", ())]
     if "text" in fields:
         parts.append(f"<div>{_text(fields['text'])}</div>")
@@ -87,13 +123,19 @@ def _framed(parts: Sequence[str]) -> str:
 
 
 def _text(text: str) -> str:
-    return html.escape(text if len(text) <= CHARACTERS else text[:CHARACTERS] + " …").replace("\n", "<br>")
+    return html.escape(text if len(text) <= CHARACTERS else text[:CHARACTERS] + " …").replace(
+        "\n", "<br>"
+    )
 
 
 def _pictures(encoded: Sequence[bytes]) -> str:
     if not encoded:
         return ""
-    shown = [encoded[place * (len(encoded) - 1) // max(1, FRAMES - 1)] for place in range(FRAMES)] if len(encoded) > FRAMES else encoded
+    shown = (
+        [encoded[place * (len(encoded) - 1) // max(1, FRAMES - 1)] for place in range(FRAMES)]
+        if len(encoded) > FRAMES
+        else encoded
+    )
     try:
         frames = [images.decode(data, 2 * HEIGHT) for data in shown]
     except images.ImageError:

@@ -1,4 +1,6 @@
-"""Trains a SentencePiece tokenizer on datasets or plain text, as the paper's language model has it: text is kept exactly."""
+"""Trains a SentencePiece tokenizer on datasets or plain text, as the paper's language model has
+it: text is kept exactly.
+"""
 
 import collections
 import io
@@ -42,13 +44,14 @@ def train_tokenizer(
     user_defined: Sequence[str] = (IMAGE_TAG,),
     max_sentences: int = 5_000_000,
 ) -> pathlib.Path:
-    """Writes `output/tokenizer.model` and returns it; ids 0 to 3 are unknown, <BOS>, <EOS> and padding.
+    """Writes `output/tokenizer.model` and returns it; ids 0 to 3 are unknown, <BOS>, <EOS> and
+    padding.
 
-    texts: any strings; each of their lines is a sentence to learn from. The line end is a piece of
-    its own. With `byte_fallback` any text can be written in pieces, which takes 256 of the
-    vocabulary; without, characters that are not in `texts` are lost. Beside it statistics.json says
-    what became of the lines. Raises UserError where there is no text, not enough for `vocab_size`,
-    or another process trains there.
+    texts: any strings; each of their lines is a sentence to learn from. The line end is a piece
+    of its own. With `byte_fallback` any text can be written in pieces, which takes 256 of the
+    vocabulary; without, characters that are not in `texts` are lost. Beside it statistics.json
+    says what became of the lines. Raises UserError where there is no text, not enough for
+    `vocab_size`, or another process trains there.
     """
     output = pathlib.Path(output)
     with holding(output, "the training of a tokenizer"):
@@ -56,13 +59,25 @@ def train_tokenizer(
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(sentences), model_writer=model, vocab_size=vocab_size,
-                model_type=model_type, byte_fallback=byte_fallback,
-                user_defined_symbols=[*user_defined, "\n"], normalization_rule_name="identity",
-                add_dummy_prefix=False, remove_extra_whitespaces=False,
-                character_coverage=0.9999 if byte_fallback else 1.0, split_digits=True,
-                input_sentence_size=max_sentences, max_sentence_length=MAX_SENTENCE,
-                unk_id=0, bos_id=1, eos_id=2, pad_id=3, num_threads=THREADS, minloglevel=2,
+                sentence_iterator=iter(sentences),
+                model_writer=model,
+                vocab_size=vocab_size,
+                model_type=model_type,
+                byte_fallback=byte_fallback,
+                user_defined_symbols=[*user_defined, "\n"],
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                character_coverage=0.9999 if byte_fallback else 1.0,
+                split_digits=True,
+                input_sentence_size=max_sentences,
+                max_sentence_length=MAX_SENTENCE,
+                unk_id=0,
+                bos_id=1,
+                eos_id=2,
+                pad_id=3,
+                num_threads=THREADS,
+                minloglevel=2,
             )
         except (RuntimeError, OSError) as error:
             raise _sentence(error, sentences, vocab_size) from error
@@ -80,9 +95,10 @@ def train_tokenizer(
 class Sentences:
     """The lines of texts as SentencePiece takes them, with a count of what became of each.
 
-    It skips without a word what is longer than MAX_SENTENCE bytes, so that longer lines are cut at
-    spaces, at worst within a word; and what holds a null character or its own sign for the unknown,
-    so that lines are cut there, and these characters are not learned. Blank lines are none.
+    It skips without a word what is longer than MAX_SENTENCE bytes, so that longer lines are cut
+    at spaces, at worst within a word; and what holds a null character or its own sign for the
+    unknown, so that lines are cut there, and these characters are not learned. Blank lines are
+    none.
     """
 
     def __init__(self, texts: Iterable[str]):
@@ -142,8 +158,8 @@ def _sentence(error: Exception, sentences: Sentences, vocab_size: int) -> UserEr
     reason = str(error).rsplit("]", maxsplit=1)[-1].strip().rstrip(".").replace(". ", "; ")
     if most := re.search(r"Vocabulary size too high.*<= (\d+)", reason):
         return UserError(
-            f"this text gives {most[1]} pieces at most: choose a --vocab_size of {most[1]} or less,"
-            f" not {vocab_size}"
+            f"this text gives {most[1]} pieces at most: choose a --vocab_size of {most[1]} or"
+            f" less, not {vocab_size}"
         )
     if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
         return UserError(
@@ -158,7 +174,8 @@ def _sentence(error: Exception, sentences: Sentences, vocab_size: int) -> UserEr
 
 
 def texts_in(path: str | pathlib.Path) -> Iterator[str]:
-    """All text of a .txt file, of the .txt files below a folder, or of the training split of a dataset, questions within the prompt.
+    """All text of a .txt file, of the .txt files below a folder, or of the training split of a
+    dataset, questions within the prompt.
 
     Files come line by line. Raises UserError where `path` is none of these, or cannot be read.
     """
@@ -172,7 +189,9 @@ def texts_in(path: str | pathlib.Path) -> Iterator[str]:
     elif path.is_file():
         files = [path]
     else:
-        raise UserError(f"{path} is no dataset, no text file and no folder of .txt files: name one of these")
+        raise UserError(
+            f"{path} is no dataset, no text file and no folder of .txt files: name one of these"
+        )
     for file in files:
         try:
             yield from line_parts(file)
@@ -190,4 +209,6 @@ def _dataset_texts(folder: pathlib.Path) -> Iterator[str]:
             opening = asked(QUESTION_PROMPT, *strings([record["question"]]))
             yield from (f"{opening} {answer}" for answer in strings(record["answers"]))
         for name in texts:
-            yield from strings([record[name]] if isinstance(fields[name], tfds.features.Text) else record[name])
+            yield from strings(
+                [record[name]] if isinstance(fields[name], tfds.features.Text) else record[name]
+            )

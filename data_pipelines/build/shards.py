@@ -31,7 +31,10 @@ class Found(NamedTuple):
 
 
 def files_in(inputs: Sequence[str], suffixes: Sequence[str], what: str) -> list[Found]:
-    """The inputs that are files, and files of these suffixes below those that are folders. Raises UserError where there is none."""
+    """The inputs that are files, and files of these suffixes below those that are folders.
+
+    Raises UserError where there is none.
+    """
     found = []
     for name in inputs:
         path = pathlib.Path(name)
@@ -49,7 +52,10 @@ def files_in(inputs: Sequence[str], suffixes: Sequence[str], what: str) -> list[
         else:
             raise UserError(f"there is no file or folder {path}: mend --input")
     if not found:
-        raise UserError(f"there is no {what} ({', '.join(suffixes)}) below {', '.join(inputs)}: unpack what is compressed, or mend --input")
+        raise UserError(
+            f"there is no {what} ({', '.join(suffixes)}) below {', '.join(inputs)}: unpack what"
+            " is compressed, or mend --input"
+        )
     return found
 
 
@@ -59,15 +65,23 @@ def read_named(folders: Sequence[str], name: str) -> bytes:
 
 
 def folders_of(inputs: Sequence[str]) -> tuple[str, ...]:
-    """The inputs that are folders, and the folders of those that are files: where pictures lie unless another place is named."""
-    return tuple(dict.fromkeys(name if os.path.isdir(name) else os.path.dirname(name) or "." for name in inputs))
+    """The inputs that are folders, and the folders of those that are files: where pictures lie
+    unless another place is named.
+    """
+    return tuple(
+        dict.fromkeys(
+            name if os.path.isdir(name) else os.path.dirname(name) or "." for name in inputs
+        )
+    )
 
 
 def by_address(folders: Sequence[str]) -> dict[bytes, Piece]:
     """Downloaded pictures by their address on the web (`address_key`), below folders of
 
-    - what img2dataset made (`output_format` webdataset or files), whose .json files have the `url`;
-    - files named by the SHA-256 of their address in hexadecimal digits, with any ending of a picture.
+    - what img2dataset made (`output_format` webdataset or files), whose .json files have the
+      `url`;
+    - files named by the SHA-256 of their address in hexadecimal digits, with any ending of a
+      picture.
 
     Raises UserError for a compressed shard, in which nothing can be looked up.
     """
@@ -105,8 +119,8 @@ def _enter_shard(found: dict[bytes, Piece], path: pathlib.Path) -> None:
         return
     if packing:
         raise UserError(
-            f"{path} is compressed ({packing.name}), and pictures are looked up in it one by one: "
-            "unpack it to a plain .tar file"
+            f"{path} is compressed ({packing.name}), and pictures are looked up in it one by"
+            " one: unpack it to a plain .tar file"
         )
     for sample in samples(path):
         if isinstance(sample, Sample) and sample.picture and sample.about:
@@ -118,7 +132,9 @@ def address_key(address: str) -> bytes:
 
 
 def reader(folders: Sequence[str], name: object, downloaded: Piece | None) -> Callable[[], bytes]:
-    """What reads a picture: the file known by its address, else the one of that name below the folders. It raises Unfit."""
+    """What reads a picture: the file known by its address, else the one of that name below the
+    folders. It raises Unfit.
+    """
 
     def read() -> bytes:
         if downloaded is None and isinstance(name, str) and name:

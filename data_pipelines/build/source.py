@@ -1,4 +1,6 @@
-"""What every builder is made of: a source lists its entries, and turns each into examples or into reasons why not."""
+"""What every builder is made of: a source lists its entries, and turns each into examples or
+into reasons why not.
+"""
 
 import collections
 import dataclasses
@@ -44,7 +46,9 @@ Outcome = Example | Dropped
 
 @dataclasses.dataclass(frozen=True)
 class Stream(Generic[E]):
-    """Entries that are read as they are asked for, where all of them would not fit memory. count: about how many, for the progress bar."""
+    """Entries that are read as they are asked for, where all of them would not fit memory.
+    count: about how many, for the progress bar.
+    """
 
     count: int
     read: Callable[[], Iterator[E]]
@@ -57,7 +61,10 @@ class Stream(Generic[E]):
 
 
 class Source(Protocol):
-    """Raw data to be written as a dataset. Light enough to be sent to a worker process with every few entries."""
+    """Raw data to be written as a dataset.
+
+    Light enough to be sent to a worker process with every few entries.
+    """
 
     @property
     def kind(self) -> str:
@@ -69,7 +76,9 @@ class Source(Protocol):
 
     @property
     def options(self) -> dict[str, Any]:
-        """All that its outcome depends on, as JSON values: a finished dataset is only taken for the same options."""
+        """All that its outcome depends on, as JSON values: a finished dataset is only taken for
+        the same options.
+        """
 
     @property
     def shares(self) -> "Shares | None":
@@ -78,7 +87,8 @@ class Source(Protocol):
     def entries(self) -> "Sequence[Any] | Stream[Any]":
         """What there is to read, in a fixed order. Raises UserError where there is nothing.
 
-        `str(entry)`, or that of a tuple's last member, names it among those dropped; "" for one without a name.
+        `str(entry)`, or that of a tuple's last member, names it among those dropped; "" for one
+        without a name.
         """
 
     def convert(self, entry: Any) -> list[Outcome]:
@@ -122,9 +132,9 @@ DEFAULT_SHARES = Shares()
 def record_id(folders: Sequence[str], folder: pathlib.Path, name: str) -> str:
     """The name of a file in its folder, which is named too where there are several inputs.
 
-    Of folders with the same name, as many of those above them are named as tell them apart. Bytes
-    of a name that are no UTF-8 are written as escapes. Raises UserError where an input is named
-    twice.
+    Of folders with the same name, as many of those above them are named as tell them apart.
+    Bytes of a name that are no UTF-8 are written as escapes. Raises UserError where an input is
+    named twice.
     """
     whole = name
     if len(folders) > 1:

@@ -1,15 +1,17 @@
 """Which members of a tar shard belong to one sample, and which of them is its picture.
 
-WebDataset's rule is that neighbours whose names are the same up to the first dot of their last part
-are one sample: `0.jpg`, `0.seg.png`, `0.txt`. Files that others packed have dots in their names,
-`a.2021.jpg` and `a.2021.txt` beside `a.2022.jpg`, or stand by kind, all pictures first. So, here:
+WebDataset's rule is that neighbours whose names are the same up to the first dot of their last
+part
+are one sample: `0.jpg`, `0.seg.png`, `0.txt`. Files that others packed have dots in their
+names, `a.2021.jpg` and `a.2021.txt` beside `a.2022.jpg`, or stand by kind, all pictures first.
+So, here:
 
-- Among neighbours with the same key by WebDataset's rule, what has a picture and a text of the same
-  name up to the *last* dot is a sample of its own, unless what stands before its ending is a word
-  for a part of a sample (`WORDS`). All else joins the longest name that it continues.
+- Among neighbours with the same key by WebDataset's rule, what has a picture and a text of the
+  same name up to the *last* dot is a sample of its own, unless what stands before its ending is
+  a word for a part of a sample (`WORDS`). All else joins the longest name that it continues.
 - A name that comes again begins a new sample.
-- What is left alone is put together with the rest of its key from elsewhere in the shard, where it
-  is clear which belongs to which, and counted as REPEATED where it is not.
+- What is left alone is put together with the rest of its key from elsewhere in the shard, where
+  it is clear which belongs to which, and counted as REPEATED where it is not.
 """
 
 import dataclasses
@@ -24,9 +26,9 @@ TEXTS = ("txt", "json")
 
 IMAGE_WORDS = frozenset("image img input rgb photo picture color colour orig original".split())
 MAP_WORDS = frozenset(
-    "seg segmentation segment mask masks matte alpha depth disparity normal normals label labels "
-    "semantic instance panoptic edge edges canny sketch pose flow heatmap albedo target output gt "
-    "annotation annotations thumb thumbnail".split()
+    "seg segmentation segment mask masks matte alpha depth disparity normal normals label"
+    " labels semantic instance panoptic edge edges canny sketch pose flow heatmap albedo target"
+    " output gt annotation annotations thumb thumbnail".split()
 )
 """Of pictures that show something else than what the caption says."""
 CAPTION_WORDS = frozenset("caption captions text texts prompt description alt title".split())

@@ -44,8 +44,9 @@ class Member(NamedTuple):
 
 
 def packed_with(shard: str | pathlib.Path) -> Packing | None:
-    """How a shard is compressed; None where it begins as a tar file does, whatever the name of its
-    first member may look like. Raises OSError."""
+    """How a shard is compressed; None where it begins as a tar file does, whatever the name of
+    its first member may look like. Raises OSError.
+    """
     packing = packing_of(shard)
     if packing is None:
         return None
@@ -67,8 +68,8 @@ def unread(packing: Packing) -> str:
 def members(shard: str | pathlib.Path) -> list[Member | str]:
     """Every file of a shard, and a reason for whatever else is met.
 
-    Compressed shards are unpacked as they are read. A damaged header is passed over, to the next
-    that is whole. Hidden files, which archives made by macOS are full of, are no data.
+    Compressed shards are unpacked as they are read. A damaged header is passed over, to the
+    next that is whole. Hidden files, which archives made by macOS are full of, are no data.
     Raises StorageError where the storage fails for long.
     """
     try:

@@ -1,9 +1,10 @@
 """The one reader of text files: their encoding, their lines, and JSON lines.
 
-UTF-8, with or without a byte order mark, or UTF-16 and UTF-32 where a byte order mark says so. A
-line ends at a line feed, with or without a carriage return before it, and nowhere else: U+2028 and
-its like are part of a text. Bytes that are of no encoding become lone surrogates, which `as_utf8`
-refuses.
+UTF-8, with or without a byte order mark, or UTF-16 and UTF-32 where a byte order mark says so.
+A
+line ends at a line feed, with or without a carriage return before it, and nowhere else: U+2028
+and its like are part of a text. Bytes that are of no encoding become lone surrogates, which
+`as_utf8` refuses.
 """
 
 import codecs
@@ -107,8 +108,8 @@ def _skip_line(opened: IO[str], line: str) -> None:
 def json_lines(file: pathlib.Path) -> Iterator[Any]:
     """What each line holds that is not blank.
 
-    None for one that is no JSON, TOO_LONG_LINE for one that is too long. Bytes that are no UTF-8
-    fail in `as_utf8`, or name a file. Raises UserError where the file cannot be read.
+    None for one that is no JSON, TOO_LONG_LINE for one that is too long. Bytes that are no
+    UTF-8 fail in `as_utf8`, or name a file. Raises UserError where the file cannot be read.
     """
     try:
         for line in text_lines(file):

@@ -1,8 +1,11 @@
-"""A TFDS dataset, by its name or its folder, to one of our kinds: its features found by their usual names, or by those that are given.
+"""A TFDS dataset, by its name or its folder, to one of our kinds: its features found by their
+usual names, or by those that are given.
 
-Read once and written again rather than trained from directly: its pictures are checked and bounded as those of any other source, what cannot
-be used is counted, and everything after has one form of record. Splits named train, validation (val, valid, dev) and test stay what they are;
-a dataset with one split alone is dealt out as other sources are. Features named in `fields` may lie deeper, as `captions/text`.
+Read once and written again rather than trained from directly: its pictures are checked and
+bounded as those of any other source, what cannot be used is counted, and everything after has
+one form of record. Splits named train, validation (val, valid, dev) and test stay what they
+are; a dataset with one split alone is dealt out as other sources are. Features named in
+`fields` may lie deeper, as `captions/text`.
 """
 
 import dataclasses
@@ -19,7 +22,14 @@ import numpy as np
 from data_pipelines.build.captions import NO_CAPTION, Texts, why_no_text
 from data_pipelines.build.files import FILLERS
 from data_pipelines.build.pictures import ANY_PICTURE, PictureRules, Unfit
-from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares, Stream
+from data_pipelines.build.source import (
+    DEFAULT_SHARES,
+    Dropped,
+    Example,
+    Outcome,
+    Shares,
+    Stream,
+)
 from data_pipelines.build.text_files import EMPTY, as_utf8
 from data_pipelines.features import INFO_FILE, TEST, TRAIN, VALIDATION
 from data_pipelines.records import left_encoded
@@ -27,16 +37,39 @@ from flamingo_jax.errors import UserError
 
 USUAL: dict[str, dict[str, tuple[str, ...]]] = {
     "questions": {
-        "frames": ("frames", "video", "image"), "question": ("question", "question/text"),
-        "answers": ("answers", "answers/answer", "answers/text", "answer", "multiple_choice_answer", "label"),
+        "frames": ("frames", "video", "image"),
+        "question": ("question", "question/text"),
+        "answers": (
+            "answers",
+            "answers/answer",
+            "answers/text",
+            "answer",
+            "multiple_choice_answer",
+            "label",
+        ),
     },
-    "videos": {"frames": ("frames", "video"), "captions": ("captions", "captions/text", "caption", "text", "label")},
-    "pairs": {"image": ("image",), "captions": ("captions", "captions/text", "caption", "text", "label")},
+    "videos": {
+        "frames": ("frames", "video"),
+        "captions": ("captions", "captions/text", "caption", "text", "label"),
+    },
+    "pairs": {
+        "image": ("image",),
+        "captions": ("captions", "captions/text", "caption", "text", "label"),
+    },
 }
-"""For each kind the fields that it needs, and the features that may hold each, the likelier first. Kinds stand in the order in which they are tried."""
+"""For each kind the fields that it needs, and the features that may hold each, the likelier
+first. Kinds stand in the order in which they are tried.
+"""
 OPTIONAL = {"questions": ("type", "id"), "videos": ("id",), "pairs": ("id",)}
 UNKNOWN_LABEL = "label that is none of the classes"
-SPLITS = {TRAIN: TRAIN, VALIDATION: VALIDATION, "val": VALIDATION, "valid": VALIDATION, "dev": VALIDATION, TEST: TEST}
+SPLITS = {
+    TRAIN: TRAIN,
+    VALIDATION: VALIDATION,
+    "val": VALIDATION,
+    "valid": VALIDATION,
+    "dev": VALIDATION,
+    TEST: TEST,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +87,11 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Tfds:
-    """name: of a dataset that TFDS knows, prepared under `TFDS_DATA_DIR`, or a folder with a prepared one.
+    """name: of a dataset that TFDS knows, prepared under `TFDS_DATA_DIR`, or a folder with a
+    prepared one.
 
-    fields: {field of the kind: feature}. as_kind: pairs, videos or questions, by default the first that its features make.
+    fields: {field of the kind: feature}. as_kind: pairs, videos or questions, by default the
+      first that its features make.
     fps: how many of a video's frames make a second; TFDS does not say.
     """
 
@@ -89,15 +124,24 @@ class Tfds:
         whole = Shares.whole(splits[0])
         if splits[0] in (VALIDATION, TEST) and self.shares not in (None, whole):
             logging.warning(
-                "%s has the split %s alone, which is dealt to all splits: --split=%s keeps it whole",
-                self.name, splits[0], splits[0],
+                "%s has the split %s alone, which is dealt to all splits: --split=%s keeps it"
+                " whole",
+                self.name,
+                splits[0],
+                splits[0],
             )
         if left := sorted(set(builder.info.splits) - set(splits)):
-            logging.warning("%s: the splits %s are none of train, validation and test and are left out", self.name, ", ".join(left))
+            logging.warning(
+                "%s: the splits %s are none of train, validation and test and are left out",
+                self.name,
+                ", ".join(left),
+            )
         sizes = {split: builder.info.splits[split].num_examples for split in splits}
         target = {split: None if len(splits) == 1 else SPLITS[split] for split in splits}
         folder = str(builder.data_path)
-        _records(folder, next(iter(splits)), self._picture)  # One sentence for a form that cannot be read, before work starts.
+        _records(
+            folder, next(iter(splits)), self._picture
+        )  # One sentence for a form that cannot be read, before work starts.
 
         def places() -> Iterator[Entry]:
             for split, size in sizes.items():
@@ -114,7 +158,10 @@ class Tfds:
         picture = features["image" if kind == "pairs" else "frames"]
         try:
             stored = _at(record, picture)
-            shown = [self.rules.store(data) for data in ([stored] if isinstance(stored, bytes) else list(stored))]
+            shown = [
+                self.rules.store(data)
+                for data in ([stored] if isinstance(stored, bytes) else list(stored))
+            ]
             told = {
                 field: self._texts(record, feature)
                 for field, feature in features.items()
@@ -129,7 +176,11 @@ class Tfds:
             return [Dropped("no picture")]
         record_id = f"{entry.split}/{entry.place}" + (f"/{name}" if name else "")
         # All questions about a picture land in one split.
-        dealt = record_id if kind != "questions" else hashlib.blake2b(shown[0], digest_size=16).hexdigest()
+        dealt = (
+            record_id
+            if kind != "questions"
+            else hashlib.blake2b(shown[0], digest_size=16).hexdigest()
+        )
         split = entry.target or self.shares_if_one.split(dealt)
         texts = {field: list(found.kept) for field, found in told.items()}
         field = "answers" if kind == "questions" else "captions"
@@ -149,10 +200,15 @@ class Tfds:
 
     @functools.cached_property
     def _splits(self) -> list[str]:
-        there = [split for split, info in _builder(self.name).info.splits.items() if info.num_examples]
+        there = [
+            split for split, info in _builder(self.name).info.splits.items() if info.num_examples
+        ]
         known = [split for split in there if split in SPLITS]
         if not known and len(there) != 1:
-            raise UserError(f"{self.name} has the splits {', '.join(there) or '(none)'}, and none is train, validation or test: name another dataset")
+            raise UserError(
+                f"{self.name} has the splits {', '.join(there) or '(none)'}, and none is train,"
+                " validation or test: name another dataset"
+            )
         return known or there
 
     @functools.cached_property
@@ -161,7 +217,10 @@ class Tfds:
         paths = dict(_paths(_builder(self.name).info.features))
         given = dict(self.fields)
         if unknown := [feature for feature in given.values() if feature not in paths]:
-            raise UserError(f"{self.name} has no feature {unknown[0]!r}; it has {', '.join(sorted(paths))}: mend --field")
+            raise UserError(
+                f"{self.name} has no feature {unknown[0]!r}; it has {', '.join(sorted(paths))}:"
+                " mend --field"
+            )
         missing = []
         for kind, usual in USUAL.items():
             if self.as_kind not in (None, kind):
@@ -169,14 +228,18 @@ class Tfds:
             if wrong := [field for field in given if field not in (*usual, *OPTIONAL[kind])]:
                 missing.append(f"{kind} have no {wrong[0]}")
                 continue
-            found = given | {field: next((name for name in names if name in paths), "") for field, names in usual.items() if field not in given}
+            found = given | {
+                field: next((name for name in names if name in paths), "")
+                for field, names in usual.items()
+                if field not in given
+            }
             lacking = [field for field, feature in found.items() if not feature]
             if not lacking:
                 return kind, found
             missing.append(f"{kind} need {' and '.join(lacking)}")
         raise UserError(
-            f"the features of {self.name} ({', '.join(sorted(paths))}) make no record: {'; '.join(missing)}; "
-            "say what holds them, such as --field=captions=NAME"
+            f"the features of {self.name} ({', '.join(sorted(paths))}) make no record:"
+            f" {'; '.join(missing)}; say what holds them, such as --field=captions=NAME"
         )
 
     @property
@@ -188,7 +251,11 @@ class Tfds:
         """Texts, names of classes, or digits of numbers."""
         names = getattr(dict(_paths(_builder(self.name).info.features))[path], "names", None)
         values = _at(record, path)
-        values = values if isinstance(values, (list, tuple)) else np.asarray(values, object).ravel().tolist()
+        values = (
+            values
+            if isinstance(values, (list, tuple))
+            else np.asarray(values, object).ravel().tolist()
+        )
         found = Texts()
         for value in values:
             text: str | None
@@ -209,7 +276,10 @@ def _why_none(texts: Texts, otherwise: str) -> str:
 
 
 def _paths(features: Any, above: str = "") -> Iterator[tuple[str, Any]]:
-    """Every feature by its path. A sequence of dictionaries counts as a dictionary of sequences, as records have it."""
+    """Every feature by its path.
+
+    A sequence of dictionaries counts as a dictionary of sequences, as records have it.
+    """
     import tensorflow_datasets as tfds
 
     for name, feature in features.items():
@@ -236,26 +306,39 @@ def _builder(name: str) -> Any:
             if os.path.isfile(os.path.join(name, INFO_FILE)):
                 return tfds.builder_from_directory(name)
             files = glob.glob(os.path.join(glob.escape(name), "*", INFO_FILE))
-            versions = sorted(folder for folder in map(os.path.dirname, files) if os.path.basename(folder) not in FILLERS)
+            versions = sorted(
+                folder
+                for folder in map(os.path.dirname, files)
+                if os.path.basename(folder) not in FILLERS
+            )
             return tfds.builder_from_directory(versions[-1] if versions else name)
         builder = tfds.builder(name)
         if not builder.is_prepared():
             builder.download_and_prepare(file_format="array_record")
         return builder
     except ImportError as error:
-        raise UserError(f"the dataset {name} needs a package that is not installed ({error}): install it, tensorflow for most") from error
+        raise UserError(
+            f"the dataset {name} needs a package that is not installed ({error}): install it,"
+            " tensorflow for most"
+        ) from error
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"TFDS has no dataset {name}, or cannot make it ({reason}): name another, or the folder of a prepared one") from error
+        raise UserError(
+            f"TFDS has no dataset {name}, or cannot make it ({reason}): name another, or the"
+            " folder of a prepared one"
+        ) from error
 
 
 @functools.lru_cache(maxsize=8)
 def _records(folder: str, split: str, picture: str) -> Sequence[Any]:
     """Raises UserError for a dataset that has no random access."""
     try:
-        return _builder(folder).as_data_source(split=split, decoders=left_encoded([picture.split("/")[0]]))
+        return _builder(folder).as_data_source(
+            split=split, decoders=left_encoded([picture.split("/")[0]])
+        )
     except (NotImplementedError, ValueError, FileNotFoundError) as error:
         raise UserError(
-            f"{folder} cannot be read record by record: prepare it anew with `tfds build --file_format=array_record`, "
-            "or convert it with `python -m tensorflow_datasets.scripts.convert_format`"
+            f"{folder} cannot be read record by record: prepare it anew with `tfds build"
+            " --file_format=array_record`, or convert it with `python -m"
+            " tensorflow_datasets.scripts.convert_format`"
         ) from error

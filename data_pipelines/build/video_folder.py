@@ -1,6 +1,8 @@
-"""A folder of videos with a captions JSONL to a dataset of videos, their frames stored as JPEG (paper 3.2: 1 frame a second).
+"""A folder of videos with a captions JSONL to a dataset of videos, their frames stored as JPEG
+(paper 3.2: 1 frame a second).
 
-`captions.jsonl` or `videos.jsonl` has a line per video, `{"video": "any/where/below.mp4", "captions": ["...", ...]}`.
+`captions.jsonl` or `videos.jsonl` has a line per video, `{"video": "any/where/below.mp4",
+"captions": ["...", ...]}`.
 """
 
 import dataclasses
@@ -17,16 +19,64 @@ FRAME_QUALITY = 90
 
 @dataclasses.dataclass(frozen=True)
 class VideoFolder(CaptionedFolder):
-    """fps: frames a second. max_seconds: only the beginning of longer videos is used. short_side: larger frames are shrunk to it."""
+    """fps: frames a second. max_seconds: only the beginning of longer videos is used.
+    short_side: larger frames are shrunk to it.
+    """
 
     key: ClassVar[str] = "video"
     caption_files: ClassVar[tuple[str, ...]] = ("captions.jsonl", "videos.jsonl")
     suffixes: ClassVar[frozenset[str]] = frozenset(
-        {".mp4", ".m4v", ".mov", ".qt", ".webm", ".mkv", ".avi", ".divx", ".gif", ".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".ts", ".mts", ".m2ts", ".vob"}
-        | {".ogv", ".ogg", ".wmv", ".asf", ".flv", ".f4v", ".3gp", ".3g2", ".mj2", ".mjpeg", ".y4m", ".apng"}
-        | {".h264", ".264", ".h265", ".hevc", ".265", ".ivf", ".nut", ".mxf", ".dv", ".rm", ".rmvb"}
+        {
+            ".mp4",
+            ".m4v",
+            ".mov",
+            ".qt",
+            ".webm",
+            ".mkv",
+            ".avi",
+            ".divx",
+            ".gif",
+            ".mpg",
+            ".mpeg",
+            ".mpe",
+            ".m1v",
+            ".m2v",
+            ".ts",
+            ".mts",
+            ".m2ts",
+            ".vob",
+        }
+        | {
+            ".ogv",
+            ".ogg",
+            ".wmv",
+            ".asf",
+            ".flv",
+            ".f4v",
+            ".3gp",
+            ".3g2",
+            ".mj2",
+            ".mjpeg",
+            ".y4m",
+            ".apng",
+        }
+        | {
+            ".h264",
+            ".264",
+            ".h265",
+            ".hevc",
+            ".265",
+            ".ivf",
+            ".nut",
+            ".mxf",
+            ".dv",
+            ".rm",
+            ".rmvb",
+        }
     )
-    """Those that no line names are counted by these; a file that a line names may have any ending."""
+    """Those that no line names are counted by these; a file that a line names may have any
+    ending.
+    """
 
     fps: float = 1.0
     max_seconds: float = 64.0

@@ -12,7 +12,14 @@ from data_pipelines.build.captions import NO_CAPTION, Texts, read_texts
 from data_pipelines.build.pictures import ANY_PICTURE, PictureRules, Unfit
 from data_pipelines.build.pieces import Piece, why
 from data_pipelines.build.shards import files_in
-from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Example, Outcome, Shares, record_id
+from data_pipelines.build.source import (
+    DEFAULT_SHARES,
+    Dropped,
+    Example,
+    Outcome,
+    Shares,
+    record_id,
+)
 from data_pipelines.build.tar_samples import Sample, samples
 from data_pipelines.build.tars import SUFFIXES
 from data_pipelines.build.text_files import NotUtf8, as_utf8, decode, parsed
@@ -73,7 +80,10 @@ class WebDataset:
                             Entry(
                                 record_id(self.inputs, shard.root, f"{name}/{sample.key}"),
                                 record_id(self.inputs, shard.root, f"{name}/{sample.group}"),
-                                sample.picture, sample.text, sample.about, sample.other_pictures,
+                                sample.picture,
+                                sample.text,
+                                sample.about,
+                                sample.other_pictures,
                             )
                         )
                     else:

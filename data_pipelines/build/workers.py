@@ -15,14 +15,16 @@ B = TypeVar("B")
 
 ENTRIES_PER_CALL = 8
 CALLS_AHEAD = min(32, 4 * (os.cpu_count() or 1))
-"""Calls whose results may wait in memory for the writer: no core shall be idle during a flush."""
+"""Calls whose results may wait in memory for the writer: no core shall be idle during a flush.
+"""
 DIED = "killed the process that read it (out of memory, or a fault in a library)"
 
 
 class WorkerPool(Executor):
     """Processes that begin afresh (a fork would copy the threads of whoever calls).
 
-    Where one of them dies, as when the system is out of memory, `restart` makes all of them anew.
+    Where one of them dies, as when the system is out of memory, `restart` makes all of them
+    anew.
     """
 
     def __init__(self, count: int):
@@ -40,7 +42,8 @@ class WorkerPool(Executor):
             self._pool.submit(os.getpid).result()
         except BrokenExecutor as error:
             raise UserError(
-                "worker processes die as soon as they start: free some memory, or set --workers lower"
+                "worker processes die as soon as they start: free some memory, or set --workers"
+                " lower"
             ) from error
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -66,8 +69,9 @@ def ordered_map(
 ) -> Iterator[B]:
     """`map` on an executor: results in order, and only so many of them in memory.
 
-    died: the result of an item that kills the process that works on it, with a WorkerPool; which
-    item that was is found by giving each of those under way to a process that has nothing else.
+    died: the result of an item that kills the process that works on it, with a WorkerPool;
+    which item that was is found by giving each of those under way to a process that has nothing
+    else.
     """
     if executor is None:
         yield from map(function, items)
@@ -90,7 +94,10 @@ def ordered_map(
 
 
 def _recover(
-    pool: WorkerPool, function: Callable[[A], B], broken: list[_Call[A, B]], died: Callable[[A], B]
+    pool: WorkerPool,
+    function: Callable[[A], B],
+    broken: list[_Call[A, B]],
+    died: Callable[[A], B],
 ) -> None:
     """Finds who killed a process among the first calls, one for each process, and goes on."""
     pool.restart()

@@ -34,7 +34,11 @@ class World:
 
     def entries(self) -> Sequence[tuple[str, int]]:
         sizes = DATASETS[self.dataset].sizes
-        return [(split, index) for split, size in sizes.items() for index in range(size if self.limit is None else min(size, self.limit))]
+        return [
+            (split, index)
+            for split, size in sizes.items()
+            for index in range(size if self.limit is None else min(size, self.limit))
+        ]
 
     def convert(self, entry: tuple[str, int]) -> list[Outcome]:
         split, index = entry

@@ -1,7 +1,9 @@
-"""Writes a source as a TFDS dataset in the ArrayRecord format: shards, features, splits with counts, statistics.json, samples.html.
+"""Writes a source as a TFDS dataset in the ArrayRecord format: shards, features, splits with
+counts, statistics.json, samples.html.
 
-Any TFDS user opens it with `tfds.builder_from_directory(folder / "1.0.0").as_data_source(split=...)`. It is written into a folder
-beside its own and renamed at the end, so that a dataset that is there is whole.
+Any TFDS user opens it with `tfds.builder_from_directory(folder /
+"1.0.0").as_data_source(split=...)`. It is written into a folder beside its own and renamed at
+the end, so that a dataset that is there is whole.
 """
 
 import collections
@@ -30,21 +32,29 @@ NAMES = 5
 RECORDS_PER_SHARD = 5_000
 RECORDS_PER_FLUSH = 200
 BYTES_PER_FLUSH = 64 << 20
-"""Records of a split, or bytes of their pictures, that wait in memory to be written together: TFDS writes its metadata anew at every flush."""
+"""Records of a split, or bytes of their pictures, that wait in memory to be written together:
+TFDS writes its metadata anew at every flush.
+"""
 FAILED = "the reader failed"
 
 
-def write_dataset(output: str | pathlib.Path, source: Source, executor: Executor | None = None) -> tuple[dict[str, Any], bool]:
-    """Writes `source` to `output/1.0.0` and returns its statistics, and whether it had to be built.
+def write_dataset(
+    output: str | pathlib.Path, source: Source, executor: Executor | None = None
+) -> tuple[dict[str, Any], bool]:
+    """Writes `source` to `output/1.0.0` and returns its statistics, and whether it had to be
+    built.
 
-    A finished dataset of the same options is left as it is; what an interrupted build left is made
-    again. Raises UserError where the folder's name is none for TFDS, it holds a dataset of other
-    options, another build works in it, or no record is left to train on.
+    A finished dataset of the same options is left as it is; what an interrupted build left is
+    made again. Raises UserError where the folder's name is none for TFDS, it holds a dataset of
+    other options, another build works in it, or no record is left to train on.
     """
     output = pathlib.Path(output)
     name = output.name
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise UserError(f"{name!r} cannot name a dataset: end --output in small letters, digits and underscores, with a letter first")
+        raise UserError(
+            f"{name!r} cannot name a dataset: end --output in small letters, digits and"
+            " underscores, with a letter first"
+        )
     final = output / VERSION
     if (final / INFO_FILE).is_file():
         return _finished(final, source), False
@@ -67,13 +77,28 @@ def _build(output: pathlib.Path, source: Source, executor: Executor | None) -> d
     lacking = source.shares.lacking(statistics["splits"]) if source.shares else []
     if not statistics["splits"] or TRAIN in lacking:
         shutil.rmtree(building)
-        counts = statistics["dropped"] | {f"for {split}": count for split, count in statistics["splits"].items()}
-        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "there were none"
-        raise UserError(f"no record is left for {output} to train on ({reasons}): look at the input folder, or loosen the options or the shares")
+        counts = statistics["dropped"] | {
+            f"for {split}": count for split, count in statistics["splits"].items()
+        }
+        reasons = (
+            ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "there were none"
+        )
+        raise UserError(
+            f"no record is left for {output} to train on ({reasons}): look at the input folder,"
+            " or loosen the options or the shares"
+        )
     for split in lacking:
-        logging.warning("%s is too small for its share of %s: remove it and build it again with a larger --%s_share", output, split, split)
+        logging.warning(
+            "%s is too small for its share of %s: remove it and build it again with a larger"
+            " --%s_share",
+            output,
+            split,
+            split,
+        )
     (building / STATISTICS_FILE).write_text(json.dumps(statistics, indent=2))
-    (building / SAMPLES_FILE).write_text(samples_page(name, source.about, statistics, drawn.examples()), "utf-8")
+    (building / SAMPLES_FILE).write_text(
+        samples_page(name, source.about, statistics, drawn.examples()), "utf-8"
+    )
     if final.exists():
         shutil.rmtree(final)
     building.rename(final)
@@ -117,7 +142,9 @@ def _died(entry: Any) -> tuple[str, list[Outcome]]:
     return _name(entry), [Dropped(DIED)]
 
 
-def _watched(converted: Iterable[tuple[str, list[Outcome]]], bar: Bar) -> Iterator[tuple[str, Outcome]]:
+def _watched(
+    converted: Iterable[tuple[str, list[Outcome]]], bar: Bar
+) -> Iterator[tuple[str, Outcome]]:
     for name, outcomes in converted:
         for outcome in outcomes:
             yield name, outcome
@@ -128,18 +155,33 @@ def _finished(final: pathlib.Path, source: Source) -> dict[str, Any]:
     try:
         statistics: dict[str, Any] = json.loads((final / STATISTICS_FILE).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{final} holds a dataset without a readable {STATISTICS_FILE}: remove it, or choose another --output") from error
+        raise UserError(
+            f"{final} holds a dataset without a readable {STATISTICS_FILE}: remove it, or"
+            " choose another --output"
+        ) from error
     if statistics.get("options") != json.loads(json.dumps(source.options)):
-        raise UserError(f"{final} was built from another source or with other options: remove it, or choose another --output")
+        raise UserError(
+            f"{final} was built from another source or with other options: remove it, or choose"
+            " another --output"
+        )
     return statistics
 
 
-def _write(folder: pathlib.Path, name: str, source: Source, outcomes: Iterable[tuple[str, Outcome]]) -> tuple[dict[str, Any], Drawn]:
+def _write(
+    folder: pathlib.Path, name: str, source: Source, outcomes: Iterable[tuple[str, Outcome]]
+) -> tuple[dict[str, Any], Drawn]:
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
-    identity = DatasetIdentity(name=name, version=tfds.core.Version(VERSION), data_dir=str(folder), module_name=__name__)
-    info = tfds.core.DatasetInfo(builder=identity, description=source.about, features=features(source.kind))
+    identity = DatasetIdentity(
+        name=name,
+        version=tfds.core.Version(VERSION),
+        data_dir=str(folder),
+        module_name=__name__,
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity, description=source.about, features=features(source.kind)
+    )
     writer = tfds.core.SequentialWriter(info, RECORDS_PER_SHARD, file_format="array_record")
     counts: collections.Counter[str] = collections.Counter()
     dropped: collections.Counter[str] = collections.Counter()
@@ -172,7 +214,10 @@ def _write(folder: pathlib.Path, name: str, source: Source, outcomes: Iterable[t
         texts += sum(len(outcome.fields.get(field, ())) for field in TEXT_FIELDS)
         waiting[outcome.split].append(outcome.fields)
         size[outcome.split] += sum(map(len, shown))
-        if len(waiting[outcome.split]) == RECORDS_PER_FLUSH or size[outcome.split] >= BYTES_PER_FLUSH:
+        if (
+            len(waiting[outcome.split]) == RECORDS_PER_FLUSH
+            or size[outcome.split] >= BYTES_PER_FLUSH
+        ):
             flush(outcome.split)
     for split in list(waiting):
         flush(split)
@@ -195,4 +240,8 @@ def _write(folder: pathlib.Path, name: str, source: Source, outcomes: Iterable[t
 
 def _pictures(example: Example) -> list[bytes]:
     fields = example.fields
-    return [*([fields["image"]] if "image" in fields else []), *fields.get("images", ()), *fields.get("frames", ())]
+    return [
+        *([fields["image"]] if "image" in fields else []),
+        *fields.get("images", ()),
+        *fields.get("frames", ()),
+    ]

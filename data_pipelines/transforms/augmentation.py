@@ -1,7 +1,8 @@
 """Left-right flips and colour jitter, one draw per visual: every frame of a clip gets the same.
 
-Flips are made where images are placed in their batch. Colours are changed on the device, by what is
-drawn here (`flamingo_jax.processing.jitter`): on a host it takes a third of the time of reading.
+Flips are made where images are placed in their batch. Colours are changed on the device, by
+what is drawn here (`flamingo_jax.processing.jitter`): on a host it takes a third of the time of
+reading.
 """
 
 from collections.abc import Callable
@@ -12,18 +13,22 @@ HUE_TURN = 0.1
 
 
 class Augmentation(NamedTuple):
-    """One draw. colour: factors of brightness, contrast and saturation, and the part of the colour
-    circle that the hue turns by; None for colours as they are."""
+    """One draw. colour: factors of brightness, contrast and saturation, and the part of the
+    colour circle that the hue turns by; None for colours as they are.
+    """
 
     flip: bool
     colour: tuple[float, float, float, float] | None
 
 
-def draw(uniform: Callable[[float, float], float], *, flip: bool, colour: float) -> Augmentation | None:
+def draw(
+    uniform: Callable[[float, float], float], *, flip: bool, colour: float
+) -> Augmentation | None:
     """A random augmentation; None, and nothing drawn, where both are off.
 
     uniform: draws a number from low up to high.
-    colour: strength; brightness, contrast and saturation are scaled by 1 - colour to 1 + colour, hue turns by up to 36 degrees x colour.
+    colour: strength; brightness, contrast and saturation are scaled by 1 - colour to 1 +
+      colour, hue turns by up to 36 degrees x colour.
     """
     if not flip and not colour:
         return None
@@ -31,4 +36,6 @@ def draw(uniform: Callable[[float, float], float], *, flip: bool, colour: float)
     if not colour:
         return Augmentation(flipped, None)
     brightness, contrast, saturation = (max(uniform(1 - colour, 1 + colour), 0.0) for _ in range(3))
-    return Augmentation(flipped, (brightness, contrast, saturation, HUE_TURN * colour * uniform(-1, 1)))
+    return Augmentation(
+        flipped, (brightness, contrast, saturation, HUE_TURN * colour * uniform(-1, 1))
+    )

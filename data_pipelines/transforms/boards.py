@@ -1,4 +1,6 @@
-"""Where the visuals of a batch are put: every image straight to its place, as soon as it is read, by whichever thread."""
+"""Where the visuals of a batch are put: every image straight to its place, as soon as it is
+read, by whichever thread.
+"""
 
 import dataclasses
 import functools
@@ -15,7 +17,9 @@ from flamingo_jax.processing.jitter import FIELDS
 
 
 class Canvas(NamedTuple):
-    """What a visual's frames become: `name` of the array, a blank frame, and how what was read is put on it."""
+    """What a visual's frames become: `name` of the array, a blank frame, and how what was read
+    is put on it.
+    """
 
     name: str
     blank: np.ndarray
@@ -25,20 +29,28 @@ class Canvas(NamedTuple):
 
 def image_canvas(size: int, mean: Sequence[float]) -> Canvas:
     """Frames as pictures uint8 [size, size, 3]; blanks are zero."""
-    return Canvas("images", np.zeros((size, size, 3), np.uint8), lambda pixels, frame: pad(pixels, size, mean, out=frame))
+    return Canvas(
+        "images",
+        np.zeros((size, size, 3), np.uint8),
+        lambda pixels, frame: pad(pixels, size, mean, out=frame),
+    )
 
 
 def feature_canvas(shape: tuple[int, int], dtype: np.dtype) -> Canvas:
     """Frames as an encoder's features [S, C]; blanks are zero."""
-    return Canvas("features", np.zeros(shape, dtype), lambda features, frame: np.copyto(frame, features))
+    return Canvas(
+        "features", np.zeros(shape, dtype), lambda features, frame: np.copyto(frame, features)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Board:
-    """A batch's M visuals of T frames. Each place is written by one thread, and different ones by any at once.
+    """A batch's M visuals of T frames. Each place is written by one thread, and different ones
+    by any at once.
 
-    written: bool [M, T], the frames that were put. lost: bool [M], the visuals of which a frame could not be read. jitter: float32 [M, T, 6], the
-    `FIELDS` of each frame (`flamingo_jax.processing.jitter`), where colours are jittered.
+    written: bool [M, T], the frames that were put. lost: bool [M], the visuals of which a frame
+    could not be read. jitter: float32 [M, T, 6], the `FIELDS` of each frame
+    (`flamingo_jax.processing.jitter`), where colours are jittered.
     """
 
     canvas: Canvas
@@ -48,12 +60,18 @@ class Board:
     jitter: np.ndarray | None
 
     @classmethod
-    def make(cls, canvas: Canvas, blanks: Blanks, visuals: int, frames: int, jitters: bool) -> "Board":
+    def make(
+        cls, canvas: Canvas, blanks: Blanks, visuals: int, frames: int, jitters: bool
+    ) -> "Board":
         blank = blanks.take((visuals, frames, *canvas.blank.shape), canvas.blank.dtype, leading=2)
         jitter = np.zeros((visuals, frames, len(FIELDS)), np.float32) if jitters else None
-        return cls(canvas, blank, np.zeros((visuals, frames), bool), np.zeros(visuals, bool), jitter)
+        return cls(
+            canvas, blank, np.zeros((visuals, frames), bool), np.zeros(visuals, bool), jitter
+        )
 
-    def put(self, place: int, frame: int, pixels: np.ndarray, augmentation: Augmentation | None) -> None:
+    def put(
+        self, place: int, frame: int, pixels: np.ndarray, augmentation: Augmentation | None
+    ) -> None:
         """One frame of the visual in a place, as it was read."""
         if augmentation is not None and augmentation.flip:
             pixels = pixels[:, ::-1]
@@ -63,9 +81,14 @@ class Board:
         self.canvas.put(pixels, self.blank.array[place, frame])
 
     def finish(self, blanks: Blanks) -> Arrays:
-        """The visuals, zero where there is none or one of its frames was lost; frame_mask bool [M, T], True where there is a frame; jitter."""
+        """The visuals, zero where there is none or one of its frames was lost; frame_mask bool
+        [M, T], True where there is a frame; jitter.
+        """
         mask = self.written & ~self.lost[:, None]
-        arrays = {self.canvas.name: blanks.finish(self.blank, self.written, mask), "frame_mask": mask}
+        arrays = {
+            self.canvas.name: blanks.finish(self.blank, self.written, mask),
+            "frame_mask": mask,
+        }
         if self.jitter is not None:
             self.jitter[~mask] = 0
             arrays["jitter"] = self.jitter
@@ -80,16 +103,25 @@ def show(
     places: Sequence[int | None],
     add: Callable[[Callable[[], None]], None],
 ) -> list[bool]:
-    """Adds the reading of each frame of a row's visuals, which puts it on the board, as work of its own; the visuals stand in `places` [N], one after
-    the other, where None stands for those that another process reads.
+    """Adds the reading of each frame of a row's visuals, which puts it on the board, as work of
+    its own; the visuals stand in `places` [N], one after the other, where None stands for those
+    that another process reads.
 
-    readers: of each segment, what reads frame f of visual v of its record. A visual that cannot be read is reported by its segment's place to
-    `failed` and left blank; nothing else of the row changes, or processes that read the same row would not hold the same one.
+    readers: of each segment, what reads frame f of visual v of its record. A visual that cannot
+    be read is reported by its segment's place to `failed` and left blank; nothing else of the
+    row changes, or processes that read the same row would not hold the same one.
 
-    Returns: whether each segment is read here, by its visuals or those it shares, or if it has none by the place where they would stand.
+    Returns: whether each segment is read here, by its visuals or those it shares, or if it has
+      none by the place where they would stand.
     """
 
-    def read(number: int, place: int, frame: int, stored: tuple[int, int], augmentation: Augmentation | None) -> None:
+    def read(
+        number: int,
+        place: int,
+        frame: int,
+        stored: tuple[int, int],
+        augmentation: Augmentation | None,
+    ) -> None:
         if board.lost[place]:
             return
         try:
@@ -107,9 +139,16 @@ def show(
             here.append(here[-1])
             continue
         standing = places[start : start + len(segment.visuals)]
-        here.append(any(place is not None for place in standing or places[start : start + 1] or places[-1:]))
+        here.append(
+            any(place is not None for place in standing or places[start : start + 1] or places[-1:])
+        )
         start += len(segment.visuals)
-        for place, visual, augmentation in zip(standing, segment.visuals, segment.augment or [None] * len(segment.visuals), strict=True):
+        for place, visual, augmentation in zip(
+            standing,
+            segment.visuals,
+            segment.augment or [None] * len(segment.visuals),
+            strict=True,
+        ):
             if place is None:
                 continue
             if not visual:

@@ -1,4 +1,6 @@
-"""Records to training segments, and segments to rows: everything random about an example is keyed by (seed, dataset, epoch, record id)."""
+"""Records to training segments, and segments to rows: everything random about an example is
+keyed by (seed, dataset, epoch, record id).
+"""
 
 import dataclasses
 import hashlib
@@ -19,13 +21,25 @@ Arrays = dict[str, np.ndarray]
 
 
 class Draws:
-    """What is random about one visit of a record: the same wherever, whenever and on however many processes it is visited.
+    """What is random about one visit of a record: the same wherever, whenever and on however
+    many processes it is visited.
 
-    Each draw is a hash of its own: a generator of many numbers takes longer to set up than a row to make, and most rows want one or two.
+    Each draw is a hash of its own: a generator of many numbers takes longer to set up than a
+    row to make, and most rows want one or two.
     """
 
-    def __init__(self, seed: int, epoch: int, record_id: str, caption: tuple[int, bool] | None = None, *, dataset: str = ""):
-        """caption: which one, and whether a space goes before it, where that was chosen when rows were planned. dataset: its name."""
+    def __init__(
+        self,
+        seed: int,
+        epoch: int,
+        record_id: str,
+        caption: tuple[int, bool] | None = None,
+        *,
+        dataset: str = "",
+    ):
+        """caption: which one, and whether a space goes before it, where that was chosen when
+        rows were planned. dataset: its name.
+        """
         self._key = f"{key(seed, dataset, epoch)}/{record_id}"
         self._drawn = 0
         self.caption = caption
@@ -33,7 +47,9 @@ class Draws:
     def _word(self) -> int:
         """64 random bits."""
         self._drawn += 1
-        return int.from_bytes(hashlib.blake2b(f"{self._drawn}/{self._key}".encode(), digest_size=8).digest())
+        return int.from_bytes(
+            hashlib.blake2b(f"{self._drawn}/{self._key}".encode(), digest_size=8).digest()
+        )
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
         """From low up to, but not including, high."""
@@ -60,7 +76,8 @@ class Segment:
     """One example of a row.
 
     tokens int32 [n], loss_mask bool [n], media_index int32 [n] (place within `visuals`).
-    visuals: for each visual its frames as (visual, frame) of the record, to be read when the row is made.
+    visuals: for each visual its frames as (visual, frame) of the record, to be read when the
+      row is made.
     augment: for each visual, or empty.
     shares: it has no visuals of its own, but looks at the one visual of the segment before it.
     """
@@ -77,9 +94,15 @@ class Segment:
         return dataclasses.replace(self, visuals=[], augment=[], shares=True)
 
     def blank(self) -> "Segment":
-        """The same tokens with nothing to learn and nothing to see: what stands in for a damaged record."""
+        """The same tokens with nothing to learn and nothing to see: what stands in for a
+        damaged record.
+        """
         return dataclasses.replace(
-            self, loss_mask=np.zeros_like(self.loss_mask), media_index=np.full_like(self.media_index, -1), visuals=[], augment=[]
+            self,
+            loss_mask=np.zeros_like(self.loss_mask),
+            media_index=np.full_like(self.media_index, -1),
+            visuals=[],
+            augment=[],
         )
 
 
@@ -89,7 +112,9 @@ def strings(values: Iterable[Any]) -> list[str]:
 
 
 def caption_of(record: Any, draws: Draws | None) -> str:
-    """One of a record's captions, with the space before it, as `draws` say or at random, or the first without `draws`; "" where it has none."""
+    """One of a record's captions, with the space before it, as `draws` say or at random, or the
+    first without `draws`; "" where it has none.
+    """
     captions = strings(record["captions"])
     if not captions:
         return ""
@@ -100,7 +125,9 @@ def caption_of(record: Any, draws: Draws | None) -> str:
 
 
 def answer_of(record: Any, draws: Draws | None) -> str:
-    """One of a question's answers at random, or the first without `draws`; "" where it has none."""
+    """One of a question's answers at random, or the first without `draws`; "" where it has
+    none.
+    """
     answers = strings(record["answers"])
     if not answers:
         return ""
@@ -112,19 +139,27 @@ def opening_of(record: Any, dataset: DatasetConfig) -> str:
     return sequences.asked(dataset.prompt, strings([record["question"]])[0])
 
 
-def flamingo_segment(record: Any, dataset: DatasetConfig, tokenizer: Tokenizer, draws: Draws | None) -> Segment:
-    """A page, a pair, a clip or a question of a `records.Record`; `draws` None gives the one fixed choice that evaluation makes.
+def flamingo_segment(
+    record: Any, dataset: DatasetConfig, tokenizer: Tokenizer, draws: Draws | None
+) -> Segment:
+    """A page, a pair, a clip or a question of a `records.Record`; `draws` None gives the one
+    fixed choice that evaluation makes.
 
-    Its fields are asked for only where something is made of them that is not kept: a page whose window shows no picture need not be read again.
+    Its fields are asked for only where something is made of them that is not kept: a page whose
+    window shows no picture need not be read again.
     """
     if dataset.kind == "pages":
-        sequence = record.once("", lambda: sequences.page_sequence(strings(record.fields["texts"]), tokenizer))
+        sequence = record.once(
+            "", lambda: sequences.page_sequence(strings(record.fields["texts"]), tokenizer)
+        )
         part = _page_window(sequence, dataset, draws)
         visuals = [[(place, 0)] for place in part.visuals]
     else:
         if dataset.kind == "questions":
             text = answer_of(record.fields, draws)
-            make = lambda: sequences.question_sequence(opening_of(record.fields, dataset), text, tokenizer)
+            make = lambda: sequences.question_sequence(
+                opening_of(record.fields, dataset), text, tokenizer
+            )
         else:
             text = caption_of(record.fields, draws)
             make = lambda: sequences.pair_sequence(text, tokenizer, length=dataset.length)
@@ -144,27 +179,39 @@ def text_segment(document: np.ndarray, start: int, length: int) -> Segment:
 
 
 def empty_segment(length: int, pad_token: int) -> Segment:
-    """So many tokens with nothing to learn and nothing to see: what stands in for a damaged record."""
+    """So many tokens with nothing to learn and nothing to see: what stands in for a damaged
+    record.
+    """
     nothing = np.zeros(length, np.int32)
     return Segment(np.full_like(nothing, pad_token), nothing.astype(bool), nothing - 1)
 
 
-def _page_window(sequence: sequences.Sequence, dataset: DatasetConfig, draws: Draws | None) -> Window:
+def _page_window(
+    sequence: sequences.Sequence, dataset: DatasetConfig, draws: Draws | None
+) -> Window:
     if draws is None:
         return window(sequence, 0, dataset.length, dataset.visuals, "previous")
     look_next = draws.happens(dataset.p_next)
     start = draws.below(max(len(sequence) - dataset.length, 0) + 1)
-    return window(sequence, start, dataset.length, dataset.visuals, "next" if look_next else "previous")
+    return window(
+        sequence, start, dataset.length, dataset.visuals, "next" if look_next else "previous"
+    )
 
 
 def assemble(rows: Sequence[Sequence[Segment]], *, length: int, pad_token: int) -> Arrays:
-    """Each row's segments side by side: tokens, positions, segments, media_index int32 [B, L], loss_mask bool [B, L].
+    """Each row's segments side by side: tokens, positions, segments, media_index int32 [B, L],
+    loss_mask bool [B, L].
 
-    Segments count from 1, 0 is padding; positions start again in each; media_index counts the row's visuals.
+    Segments count from 1, 0 is padding; positions start again in each; media_index counts the
+    row's visuals.
     """
     shape, steps = (len(rows), length), np.arange(length, dtype=np.int32)
     tokens, media_index = np.full(shape, pad_token, np.int32), np.full(shape, -1, np.int32)
-    positions, numbers, loss_mask = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
+    positions, numbers, loss_mask = (
+        np.zeros(shape, np.int32),
+        np.zeros(shape, np.int32),
+        np.zeros(shape, bool),
+    )
     for row, segments in enumerate(rows):
         start = places = 0
         for number, segment in enumerate(segments, start=1):
@@ -173,6 +220,16 @@ def assemble(rows: Sequence[Sequence[Segment]], *, length: int, pad_token: int) 
             tokens[part], loss_mask[part] = segment.tokens, segment.loss_mask
             positions[part], numbers[part] = steps[:count], number
             first = places - 1 if segment.shares else places
-            media_index[part] = np.where(segment.media_index >= 0, segment.media_index + first, -1) if first else segment.media_index
+            media_index[part] = (
+                np.where(segment.media_index >= 0, segment.media_index + first, -1)
+                if first
+                else segment.media_index
+            )
             start, places = start + count, places + len(segment.visuals)
-    return {"tokens": tokens, "positions": positions, "segments": numbers, "loss_mask": loss_mask, "media_index": media_index}
+    return {
+        "tokens": tokens,
+        "positions": positions,
+        "segments": numbers,
+        "loss_mask": loss_mask,
+        "media_index": media_index,
+    }

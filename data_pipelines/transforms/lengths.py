@@ -1,4 +1,6 @@
-"""How many tokens and visuals every record has: measured once per tokenizer, kept beside the dataset."""
+"""How many tokens and visuals every record has: measured once per tokenizer, kept beside the
+dataset.
+"""
 
 import contextlib
 import dataclasses
@@ -16,7 +18,12 @@ from data_pipelines.features import is_current
 from data_pipelines.records import UNREADABLE
 from data_pipelines.transforms.examples import strings
 from data_pipelines.transforms.keys import generator
-from flamingo_jax.processing.sequences import asked, page_sequence, pair_overhead, question_sequence
+from flamingo_jax.processing.sequences import (
+    asked,
+    page_sequence,
+    pair_overhead,
+    question_sequence,
+)
 from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.progress import Bar
 from flamingo_jax.storage import read_again
@@ -27,13 +34,15 @@ LONG = 5_000
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """tokens, visuals: int32 [records]. Tokens are those of the whole sequence, specials included; of a record with several captions,
-    those of the longest, with or without a leading space; of a question with several answers, those of the longest.
+    """tokens, visuals: int32 [records]. Tokens are those of the whole sequence, specials
+    included; of a record with several captions, those of the longest, with or without a leading
+    space; of a question with several answers, those of the longest.
 
-    captions: int32 [captions, 2], the same of every caption in the order of the records, without and with a leading space. first: int64
-    [records + 1], where those of each record begin. Both hold nothing for records without captions. same:
-    bool [records], True for a question whose visual is that of the question before it. damaged: bool [records], True where the bytes on disk
-    were damaged, so that the rest is that of a blank one.
+    captions: int32 [captions, 2], the same of every caption in the order of the records,
+    without and with a leading space. first: int64 [records + 1], where those of each record
+    begin. Both hold nothing for records without captions. same: bool [records], True for a
+    question whose visual is that of the question before it. damaged: bool [records], True where
+    the bytes on disk were damaged, so that the rest is that of a blank one.
     """
 
     tokens: np.ndarray
@@ -44,8 +53,9 @@ class Lengths:
     damaged: np.ndarray
 
     def of_record(self, place: int, caption: tuple[int, bool] | None) -> int:
-        """Tokens of one record's sequence, with the caption and the space before it that were chosen;
-        the longest there is without a choice."""
+        """Tokens of one record's sequence, with the caption and the space before it that were
+        chosen; the longest there is without a choice.
+        """
         if caption is None or self.first[place] == self.first[place + 1]:
             return int(self.tokens[place])
         return int(self.captions[self.first[place] + caption[0], int(caption[1])])
@@ -53,7 +63,10 @@ class Lengths:
     def whole(self, records: int) -> bool:
         """Whether these can be the lengths of so many records."""
         return (
-            all(len(values) == records for values in (self.tokens, self.visuals, self.same, self.damaged))
+            all(
+                len(values) == records
+                for values in (self.tokens, self.visuals, self.same, self.damaged)
+            )
             and self.first.shape == (records + 1,)
             and self.captions.shape == (self.first[-1], 2)
         )
@@ -62,12 +75,16 @@ class Lengths:
         """int32 [records]: tokens of the sequences with these captions."""
         if not len(self.captions):
             return self.tokens
-        chosen = self.captions[np.minimum(self.first[:-1] + choices.caption, len(self.captions) - 1), choices.space.astype(int)]
+        chosen = self.captions[
+            np.minimum(self.first[:-1] + choices.caption, len(self.captions) - 1),
+            choices.space.astype(int),
+        ]
         return np.where(np.diff(self.first) > 0, chosen, self.tokens)
 
     def choose(self, leading_space: float, seed: int, epoch: int, dataset: str = "") -> "Choices":
-        """A caption of every record for an epoch of the dataset of this name, with a leading space at
-        this probability; each by the record's place in the dataset."""
+        """A caption of every record for an epoch of the dataset of this name, with a leading
+        space at this probability; each by the record's place in the dataset.
+        """
         rng = generator("captions", seed, dataset, epoch)
         records = len(self.tokens)
         caption = (rng.random(records) * np.diff(self.first)).astype(np.int32)
@@ -79,13 +96,22 @@ class Lengths:
 
 
 class Choices(NamedTuple):
-    """caption int32, space bool [records]: which caption a record shows, and whether a space goes before it."""
+    """caption int32, space bool [records]: which caption a record shows, and whether a space
+    goes before it.
+    """
 
     caption: np.ndarray
     space: np.ndarray
 
 
-def measure(records: Sequence[Any], kind: str, tokenizer: Tokenizer, prompt: str = "", *, title: str = "lengths") -> Lengths:
+def measure(
+    records: Sequence[Any],
+    kind: str,
+    tokenizer: Tokenizer,
+    prompt: str = "",
+    *,
+    title: str = "lengths",
+) -> Lengths:
     """Reads every record once. prompt: of questions."""
     tokens = np.zeros(len(records), np.int32)
     visuals = np.zeros(len(records), np.int32)
@@ -100,7 +126,10 @@ def measure(records: Sequence[Any], kind: str, tokenizer: Tokenizer, prompt: str
             if kind in ("pairs", "videos"):
                 lengths = _captions(record, tokenizer)
                 captions += lengths
-                tokens[place], visuals[place] = max((max(both) for both in lengths), default=pair_overhead(tokenizer)), 1
+                tokens[place], visuals[place] = (
+                    max((max(both) for both in lengths), default=pair_overhead(tokenizer)),
+                    1,
+                )
             else:
                 tokens[place], visuals[place] = _of(record, kind, tokenizer, prompt)
             if kind == "questions":
@@ -108,23 +137,38 @@ def measure(records: Sequence[Any], kind: str, tokenizer: Tokenizer, prompt: str
                 same[place], before = bool(frames) and frames == before, frames
             first[place + 1] = len(captions)
             bar.advance()
-    return Lengths(tokens, visuals, np.array(captions, np.int32).reshape(-1, 2), first, same, damaged)
+    return Lengths(
+        tokens, visuals, np.array(captions, np.int32).reshape(-1, 2), first, same, damaged
+    )
 
 
-def load_or_measure(records: Sequence[Any], kind: str, tokenizer: Tokenizer, folder: pathlib.Path, split: str, prompt: str = "") -> Lengths:
-    """From `lengths_<fingerprint>_<split>.npz` in the dataset's folder, written there first where it is missing or older than the
-    dataset; for questions the name tells their prompt too. A folder that cannot be written to is measured each time.
+def load_or_measure(
+    records: Sequence[Any],
+    kind: str,
+    tokenizer: Tokenizer,
+    folder: pathlib.Path,
+    split: str,
+    prompt: str = "",
+) -> Lengths:
+    """From `lengths_<fingerprint>_<split>.npz` in the dataset's folder, written there first
+    where it is missing or older than the dataset; for questions the name tells their prompt
+    too. A folder that cannot be written to is measured each time.
 
-    Where the file is damaged, or a record that was damaged when it was measured has been mended since, all are measured again. Raises
-    StorageError where the storage fails each time it is asked (see `storage.read_again`); nothing is kept then.
+    Where the file is damaged, or a record that was damaged when it was measured has been mended
+    since, all are measured again. Raises StorageError where the storage fails each time it is
+    asked (see `storage.read_again`); nothing is kept then.
     """
     asked_so = f"_{hashlib.sha256(prompt.encode()).hexdigest()[:16]}" if kind == "questions" else ""
     path = folder / f"lengths_{tokenizer.fingerprint}{asked_so}_{split}.npz"
     if is_current(path, folder):
         lengths = _load(path, len(records))
-        if lengths is not None and all(UNREADABLE in records[place] for place in np.flatnonzero(lengths.damaged).tolist()):
+        if lengths is not None and all(
+            UNREADABLE in records[place] for place in np.flatnonzero(lengths.damaged).tolist()
+        ):
             return lengths
-    lengths = measure(records, kind, tokenizer, prompt, title=f"token lengths of {folder.parent.name} {split}")
+    lengths = measure(
+        records, kind, tokenizer, prompt, title=f"token lengths of {folder.parent.name} {split}"
+    )
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.npz")
     try:
         np.savez(temporary, **dataclasses.asdict(lengths))
@@ -157,7 +201,13 @@ def _of(record: Any, kind: str, tokenizer: Tokenizer, prompt: str) -> tuple[int,
         return len(page_sequence(texts, tokenizer)), len(texts) - 1
     if kind == "questions":
         opening = asked(prompt, *strings([record["question"]]))
-        return max(len(question_sequence(opening, answer, tokenizer)) for answer in strings(record["answers"]) or [""]), 1
+        return (
+            max(
+                len(question_sequence(opening, answer, tokenizer))
+                for answer in strings(record["answers"]) or [""]
+            ),
+            1,
+        )
     return 2 + len(tokenizer.encode(*strings([record["text"]]))), 0
 
 

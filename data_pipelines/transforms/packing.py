@@ -1,4 +1,6 @@
-"""Which examples share a row: a pure function of their lengths, the seed, the dataset and the epoch."""
+"""Which examples share a row: a pure function of their lengths, the seed, the dataset and the
+epoch.
+"""
 
 import dataclasses
 
@@ -7,14 +9,18 @@ import numpy as np
 from data_pipelines.transforms.keys import generator
 
 OPEN_ROWS = 64
-"""Rows that an example may still go into. Bounds the work for each example; more fill rows hardly better."""
+"""Rows that an example may still go into.
+
+Bounds the work for each example; more fill rows hardly better.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Row r holds the items `items[offsets[r]:offsets[r + 1]]`.
 
-    too_long: items that fit no row, in no epoch. dropped: items left out of this epoch because the number of rows is fixed.
+    too_long: items that fit no row, in no epoch. dropped: items left out of this epoch because
+      the number of rows is fixed.
     fill: part of the rows' tokens that is no padding.
     """
 
@@ -46,12 +52,14 @@ def plan(
 ) -> Plan:
     """Rows of at most `row_length` tokens and `row_visuals` visuals, each item in at most one.
 
-    Items come in an order shuffled by (seed, dataset, epoch) and go into the first of a bounded number of open rows that has room.
+    Items come in an order shuffled by (seed, dataset, epoch) and go into the first of a bounded
+    number of open rows that has room.
 
     Args:
       lengths, visuals: int [items], tokens and visuals of each.
-      rows: the number of rows wanted, so that every epoch has the same. With too many, the emptiest are left out and their items counted
-        as dropped (another epoch's order drops others); with too few, the rows of the most items are halved.
+      rows: the number of rows wanted, so that every epoch has the same. With too many, the
+        emptiest are left out and their items counted as dropped (another epoch's order drops
+        others); with too few, the rows of the most items are halved.
       dataset: its name, so that datasets of equal size have orders of their own.
       pack: False gives every item a row of its own; of those past `rows`, another epoch's order
         leaves out others.
@@ -76,7 +84,13 @@ def plan(
     return Plan(items, offsets, int((~fits).sum()), dropped, fill)
 
 
-def _first_fit(order: np.ndarray, lengths: np.ndarray, visuals: np.ndarray, row_length: int, row_visuals: int) -> list[list[int]]:
+def _first_fit(
+    order: np.ndarray,
+    lengths: np.ndarray,
+    visuals: np.ndarray,
+    row_length: int,
+    row_visuals: int,
+) -> list[list[int]]:
     if not len(order):
         return []
     smallest, fewest = int(lengths[order].min()), int(visuals[order].min())
@@ -84,7 +98,9 @@ def _first_fit(order: np.ndarray, lengths: np.ndarray, visuals: np.ndarray, row_
     rows: list[list[int]] = []
     free: list[int] = []
     places: list[int] = []
-    for item, length, count in zip(order.tolist(), lengths[order].tolist(), visuals[order].tolist(), strict=True):
+    for item, length, count in zip(
+        order.tolist(), lengths[order].tolist(), visuals[order].tolist(), strict=True
+    ):
         for slot, room in enumerate(free):
             if room >= length and places[slot] >= count:
                 break
@@ -106,7 +122,9 @@ def _first_fit(order: np.ndarray, lengths: np.ndarray, visuals: np.ndarray, row_
     return done + rows
 
 
-def _exactly(filled: list[list[int]], rows: int, lengths: np.ndarray) -> tuple[list[list[int]], int]:
+def _exactly(
+    filled: list[list[int]], rows: int, lengths: np.ndarray
+) -> tuple[list[list[int]], int]:
     dropped = 0
     if len(filled) > rows:
         fullest_first = sorted(filled, key=lambda row: -int(lengths[row].sum()))

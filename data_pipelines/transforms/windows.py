@@ -1,4 +1,6 @@
-"""Stretches of a long document: a page's window with its first images (paper A.3.1), and the pieces of a long text."""
+"""Stretches of a long document: a page's window with its first images (paper A.3.1), and the
+pieces of a long text.
+"""
 
 from typing import NamedTuple
 
@@ -8,8 +10,10 @@ from flamingo_jax.processing.sequences import Look, Sequence, media_index
 
 
 class Window(NamedTuple):
-    """tokens int32 [n], loss_mask bool [n] (True where a token is a target), media_index int32 [n] (place within `visuals`, -1 for
-    none), visuals: which of the page's visuals are in it, at most N."""
+    """tokens int32 [n], loss_mask bool [n] (True where a token is a target), media_index int32
+    [n] (place within `visuals`, -1 for none), visuals: which of the page's visuals are in it,
+    at most N.
+    """
 
     tokens: np.ndarray
     loss_mask: np.ndarray
@@ -18,13 +22,19 @@ class Window(NamedTuple):
 
 
 def window(sequence: Sequence, start: int, length: int, visuals: int, look: Look) -> Window:
-    """Tokens start..start + length of a page with the first `visuals` images whose tags begin among them.
+    """Tokens start..start + length of a page with the first `visuals` images whose tags begin
+    among them.
 
-    Tokens that would look at an image before the window, behind it, or past the first `visuals` in it look at none. The first token is no
+    Tokens that would look at an image before the window, behind it, or past the first `visuals`
+    in it look at none. The first token is no
     target: nothing stands before it.
     """
     part = slice(start, start + length)
-    tokens, chunk, loss_mask = sequence.tokens[part], sequence.chunk[part], sequence.is_text[part].copy()
+    tokens, chunk, loss_mask = (
+        sequence.tokens[part],
+        sequence.chunk[part],
+        sequence.is_text[part].copy(),
+    )
     loss_mask[0] = False
     first, last = int(sequence.chunk[start - 1]) if start else 0, int(chunk[-1])
     if first == last:  # The most of a long text has no image in sight.
@@ -39,7 +49,8 @@ def window(sequence: Sequence, start: int, length: int, visuals: int, look: Look
 def pieces(tokens: int, length: int) -> list[tuple[int, int]]:
     """(start, length) of the pieces of a text of so many tokens, none longer than `length`.
 
-    Neighbours share one token: the last of a piece is the first, unpredicted one of the next, so every token but <BOS> is a target once.
+    Neighbours share one token: the last of a piece is the first, unpredicted one of the next,
+    so every token but <BOS> is a target once.
     """
     if tokens <= length:
         return [(0, tokens)]

@@ -1,10 +1,12 @@
-"""A run's checkpoints: saved asynchronously, whole or absent, verified before use. The only importer of orbax.
+"""A run's checkpoints: saved asynchronously, whole or absent, verified before use. The only
+importer of orbax.
 
     <folder>/<step>/state/          the arrays, by flat name, in orbax's format
     <folder>/<step>/contents.json   names, dtypes and shapes of the arrays, and the extra data
     <folder>/<step>/manifest.json   size and digest of every file; written last
 
-A step counts as saved when its manifest is there. What a killed process leaves has none, is never read, and is removed by the next save.
+A step counts as saved when its manifest is there. What a killed process leaves has none, is
+never read, and is removed by the next save.
 """
 
 import contextlib
@@ -53,7 +55,8 @@ class Newest(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints in one folder. Every process of a run makes the same calls in the same order, each from its main thread.
+    """The checkpoints in one folder. Every process of a run makes the same calls in the same
+    order, each from its main thread.
 
     Args:
       folder: on storage that all processes share; made by the first save.
@@ -63,11 +66,18 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: pathlib.Path | str, *, keep_last: int, keep_every: int = 0,
+        self,
+        folder: pathlib.Path | str,
+        *,
+        keep_last: int,
+        keep_every: int = 0,
         crew: Crew | None = None,
     ):
         if keep_last < 1 or keep_every < 0:
-            raise UserError(f"keep_last is {keep_last} and keep_every {keep_every}: keep_last should be at least 1 and keep_every at least 0")
+            raise UserError(
+                f"keep_last is {keep_last} and keep_every {keep_every}: keep_last should be at"
+                " least 1 and keep_every at least 0"
+            )
         # orbax wants an absolute path.
         self._folder = pathlib.Path(folder).absolute()
         self._keep_last, self._keep_every = keep_last, keep_every
@@ -80,22 +90,32 @@ class Checkpoints:
         self._cleaned = False
 
     def save(self, step: int, state: Any, extra: dict[str, Any]) -> None:
-        """Begins to save a step and returns as soon as the arrays may be overwritten or donated.
+        """Begins to save a step and returns as soon as the arrays may be overwritten or
+        donated.
 
         Args:
-          state: a pytree of jax.Arrays; a PRNG key goes in as its raw data (`jax.random.key_data`).
+          state: a pytree of jax.Arrays; a PRNG key goes in as its raw data
+            (`jax.random.key_data`).
           extra: JSON-able data of the same unit; process 0's is stored.
-        Raises: SaveError when this or the save before failed, UserError for a step that is there already, TypeError for what cannot be saved.
+        Raises: SaveError when this or the save before failed, UserError for a step that is
+          there already, TypeError for what cannot be saved.
         """
         arrays = _named(state)
         for name, value in arrays.items():
             _require_saveable(name, value)
-        contents = {"step": step, "arrays": {name: _kind(value) for name, value in arrays.items()}, "extra": extra}
+        contents = {
+            "step": step,
+            "arrays": {name: _kind(value) for name, value in arrays.items()},
+            "extra": extra,
+        }
         text = json.dumps(contents).encode()
 
         self.wait()
         if step in self._saved or self._has_manifest(step):
-            raise UserError(f"{self._path(step)} is there already: a step is saved once; train in a new workdir or remove it")
+            raise UserError(
+                f"{self._path(step)} is there already: a step is saved once; train in a new"
+                " workdir or remove it"
+            )
         self._saved.add(step)
         try:
             if self._primary:
@@ -105,7 +125,10 @@ class Checkpoints:
                 manifest.write_atomically(self._path(step) / CONTENTS, text)
             self._cleaned = True
             # orbax refuses arrays without elements; the template brings them back.
-            self._orbax.save(self._path(step) / STATE, {name: value for name, value in arrays.items() if value.size})
+            self._orbax.save(
+                self._path(step) / STATE,
+                {name: value for name, value in arrays.items() if value.size},
+            )
         except Exception as error:  # noqa: BLE001 - whatever orbax raises, the save has failed
             self._failure = (step, error)
             self._raise_failure()
@@ -115,7 +138,8 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The newest step whose every file is as its manifest says, or None.
 
-        A damaged one is renamed `<step>.damaged` and named in a warning, and the one before is tried. Reads every byte of what it returns.
+        A damaged one is renamed `<step>.damaged` and named in a warning, and the one before is
+        tried. Reads every byte of what it returns.
         Raises: StorageError when the storage cannot be read just now; nothing is renamed then.
         """
         self.wait()
@@ -128,15 +152,18 @@ class Checkpoints:
         if jax.process_count() > 1:
             # Reading takes as long as it takes, and a broadcast may not wait for that.
             self._crew.meet("the search for the newest checkpoint")
-            found = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+            found = int(
+                multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step))
+            )
             step = None if found < 0 else found
         if step is not None:
             self._verified.add(step)
         return step
 
     def newest(self) -> Newest:
-        """As `latest`, for who only reads the folder: nothing in it is changed, and what was passed
-        over is returned as well. Of one process."""
+        """As `latest`, for who only reads the folder: nothing in it is changed, and what was
+        passed over is returned as well. Of one process.
+        """
         with self._reading():
             found = self._find_newest(set_aside=False)
             for name in os.listdir(self._folder) if manifest.is_there(self._folder) else ():
@@ -148,12 +175,14 @@ class Checkpoints:
         return found
 
     def restore(self, step: int, template: Any) -> Any:
-        """A saved state in the structure, shapes, dtypes and shardings of `template`, whatever mesh and number of processes saved it.
+        """A saved state in the structure, shapes, dtypes and shardings of `template`, whatever
+        mesh and number of processes saved it.
 
         Args:
-          template: the pytree with a jax.ShapeDtypeStruct for every array; one without a sharding goes to the first local device.
-        Raises: UserError when there is no such step, when it is damaged, or when it holds another
-        model's state; StorageError when it cannot be read just now.
+          template: the pytree with a jax.ShapeDtypeStruct for every array; one without a
+            sharding goes to the first local device.
+        Raises: UserError when there is no such step, when it is damaged, or when it holds
+        another model's state; StorageError when it cannot be read just now.
         """
         self.wait()
         self._require_verified(step)
@@ -162,7 +191,9 @@ class Checkpoints:
         _require_same(saved, wanted, self._path(step))
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         targets = {
-            name: jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=like.sharding or here) for name, like in wanted.items() if like.size
+            name: jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=like.sharding or here)
+            for name, like in wanted.items()
+            if like.size
         }
         try:
             arrays = self._orbax.restore(self._path(step) / STATE, targets)
@@ -174,11 +205,16 @@ class Checkpoints:
             raise manifest.unreadable(self._path(step), error) from error
         for name, like in wanted.items():
             if not like.size:
-                arrays[name] = jax.device_put(jnp.zeros(like.shape, like.dtype), like.sharding or here)
+                arrays[name] = jax.device_put(
+                    jnp.zeros(like.shape, like.dtype), like.sharding or here
+                )
         return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in wanted])
 
     def extra(self, step: int) -> dict[str, Any]:
-        """The JSON data that were saved with a step. Raises UserError when there is no such step or it is damaged."""
+        """The JSON data that were saved with a step.
+
+        Raises UserError when there is no such step or it is damaged.
+        """
         self.wait()
         self._require_verified(step)
         return self._contents(step)["extra"]
@@ -227,8 +263,13 @@ class Checkpoints:
         with contextlib.suppress(OSError):
             if self._primary and not self._has_manifest(step):
                 self._remove(self._path(step))
-        reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
-        raise SaveError(f"step {step} could not be saved in {self._folder} ({reason}): mend the storage and start again from the step before") from error
+        reason = getattr(error, "strerror", None) or next(
+            iter(str(error).splitlines()), type(error).__name__
+        )
+        raise SaveError(
+            f"step {step} could not be saved in {self._folder} ({reason}): mend the storage and"
+            " start again from the step before"
+        ) from error
 
     def _remove_old(self, newest: int) -> None:
         kept = {newest, *self._steps()[: self._keep_last]}
@@ -242,7 +283,10 @@ class Checkpoints:
             self._remove(path)
 
     def _unfinished(self) -> list[pathlib.Path]:
-        """Folders of steps without a manifest. Raises UserError for one that no save of ours began: it is somebody's work."""
+        """Folders of steps without a manifest.
+
+        Raises UserError for one that no save of ours began: it is somebody's work.
+        """
         steps = [step for step in sorted(self._folders()) if not self._has_manifest(step)]
         found = [self._path(step) for step in steps]
         for path in found:
@@ -257,7 +301,9 @@ class Checkpoints:
 
     @staticmethod
     def _remove(path: pathlib.Path) -> None:
-        """In an order in which what a kill leaves is no checkpoint any more, but still known as one of ours."""
+        """In an order in which what a kill leaves is no checkpoint any more, but still known as
+        one of ours.
+        """
         (path / manifest.NAME).unlink(missing_ok=True)
         for part in path.iterdir():
             if part.is_dir():
@@ -270,8 +316,9 @@ class Checkpoints:
         return self._folder / str(step)
 
     def _folders(self) -> list[int]:
-        """Steps with a folder, newest first. Raises OSError where it cannot be known: a run that
-        took that for none would begin anew."""
+        """Steps with a folder, newest first. Raises OSError where it cannot be known: a run
+        that took that for none would begin anew.
+        """
         try:
             with manifest.read_again(lambda: os.scandir(self._folder)) as entries:
                 names = [one.name for one in entries if one.name.isdecimal() and one.is_dir()]
@@ -344,11 +391,22 @@ class Checkpoints:
             with self._reading():
                 exists = self._has_manifest(step)
                 damage = self._damage(step) if exists else None
-            problem = f"{damage}: use another step" if damage else "" if exists else f"{self._folder} has no checkpoint of step {step}"
+            problem = (
+                f"{damage}: use another step"
+                if damage
+                else ""
+                if exists
+                else f"{self._folder} has no checkpoint of step {step}"
+            )
         if jax.process_count() > 1:
             self._crew.meet(f"the verification of step {step}")
-        if jax.process_count() > 1 and int(multihost_utils.broadcast_one_to_all(np.int32(bool(problem)))):
-            problem = problem or f"the checkpoint of step {step} in {self._folder} is missing or damaged: see the message of process 0"
+        if jax.process_count() > 1 and int(
+            multihost_utils.broadcast_one_to_all(np.int32(bool(problem)))
+        ):
+            problem = (
+                problem
+                or f"the checkpoint of step {step} in {self._folder} is missing or damaged: see the message of process 0"  # noqa: E501
+            )
         if problem:
             raise UserError(problem)
         self._verified.add(step)
@@ -369,25 +427,35 @@ def _named(tree: Any) -> dict[str, Any]:
 
 def _require_saveable(name: str, value: Any) -> None:
     if not isinstance(value, jax.Array):
-        raise TypeError(f"the state's {name} is {type(value).__name__}, but a checkpoint holds jax.Arrays; other data belong in `extra`")
+        raise TypeError(
+            f"the state's {name} is {type(value).__name__}, but a checkpoint holds jax.Arrays;"
+            " other data belong in `extra`"
+        )
     if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
-        raise TypeError(f"the state's {name} is a typed PRNG key: save jax.random.key_data(key) instead")
+        raise TypeError(
+            f"the state's {name} is a typed PRNG key: save jax.random.key_data(key) instead"
+        )
 
 
 def _kind(value: Any) -> list[Any]:
     return [jnp.dtype(value.dtype).name, *value.shape]
 
 
-def _require_same(saved: dict[str, list[Any]], wanted: dict[str, Any], folder: pathlib.Path) -> None:
+def _require_same(
+    saved: dict[str, list[Any]], wanted: dict[str, Any], folder: pathlib.Path
+) -> None:
     differing = [
-        f"{name} is {_describe(saved.get(name))} in the checkpoint and {_describe(_kind(wanted[name]) if name in wanted else None)} here"
+        f"{name} is {_describe(saved.get(name))} in the checkpoint and"
+        f" {_describe(_kind(wanted[name]) if name in wanted else None)} here"
         for name in [*wanted, *(name for name in saved if name not in wanted)]
         if name not in saved or name not in wanted or saved[name] != _kind(wanted[name])
     ]
     if differing:
         more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise UserError(
-            f"{folder} was made by another model or optimizer: {'; '.join(differing[:3])}{more}: use the config it was made with or a new workdir"
+            f"{folder} was made by another model or optimizer:"
+            f" {'; '.join(differing[:3])}{more}: use the config it was made with or a new"
+            " workdir"
         )
 
 

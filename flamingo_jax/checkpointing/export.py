@@ -1,6 +1,8 @@
-"""A model as one folder that stands alone: sharded safetensors, config.json, the tokenizer and a manifest.
+"""A model as one folder that stands alone: sharded safetensors, config.json, the tokenizer and
+a manifest.
 
-Stacks of layers are split on disk (`language_model/layers/12/attention/query`) and joined again when read. Nothing in the folder is pickled.
+Stacks of layers are split on disk (`language_model/layers/12/attention/query`) and joined again
+when read. Nothing in the folder is pickled.
 """
 
 import contextlib
@@ -49,11 +51,15 @@ def export_model(
       folder: must not be there yet.
       kind: one of KINDS.
       config: the model's config, JSON-able.
-      parameters: arrays of any dtype by flat stacked name, each fully addressable from this process; or an iterable of (per-layer name, array).
-      tokenizer_file: a SentencePiece model, copied as tokenizer.model, or a tokenizer.json, copied with the special tokens that go with it.
+      parameters: arrays of any dtype by flat stacked name, each fully addressable from this
+        process; or an iterable of (per-layer name, array).
+      tokenizer_file: a SentencePiece model, copied as tokenizer.model, or a tokenizer.json,
+        copied with the special tokens that go with it.
       extra_files: further files to copy, {name in the folder: path}.
-      shard_bytes: the most that one safetensors file holds; a larger array has a file to itself.
-    Raises: UserError when the folder is there, a file is missing or the storage cannot be written.
+      shard_bytes: the most that one safetensors file holds; a larger array has a file to
+        itself.
+    Raises: UserError when the folder is there, a file is missing or the storage cannot be
+      written.
     """
     folder = pathlib.Path(folder).absolute()
     if kind not in KINDS:
@@ -70,8 +76,15 @@ def export_model(
             raise UserError(f"{path} is missing, but the export should hold a copy of it")
     written: dict[str, bytes] = {}
     if tokenizer is not None:
-        written = Tokenizer.load(tokenizer).files() if tokenizer.suffix == ".json" else {FILE_NAME: tokenizer.read_bytes()}
-    content = json.dumps({"format": FORMAT, "version": VERSION, "kind": kind, "config": config}, indent=2) + "\n"
+        written = (
+            Tokenizer.load(tokenizer).files()
+            if tokenizer.suffix == ".json"
+            else {FILE_NAME: tokenizer.read_bytes()}
+        )
+    content = (
+        json.dumps({"format": FORMAT, "version": VERSION, "kind": kind, "config": config}, indent=2)
+        + "\n"
+    )
 
     temporary = folder.with_name(manifest.unfinished(folder.name))
     shutil.rmtree(temporary, ignore_errors=True)
@@ -92,7 +105,11 @@ def export_model(
         raise UserError(f"{folder} could not be written: {error}") from error
 
 
-def _write_shards(folder: pathlib.Path, parameters: Mapping[str, Any] | Iterable[tuple[str, np.ndarray]], shard_bytes: int) -> None:
+def _write_shards(
+    folder: pathlib.Path,
+    parameters: Mapping[str, Any] | Iterable[tuple[str, np.ndarray]],
+    shard_bytes: int,
+) -> None:
     places: list[list[str]] = []
     total = 0
     layers = _layers(parameters) if isinstance(parameters, Mapping) else parameters
@@ -119,7 +136,9 @@ def _layers(parameters: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
         yield from unstack_names({name: np.asarray(value)}).items()
 
 
-def _shards(layers: Iterable[tuple[str, np.ndarray]], shard_bytes: int) -> Iterator[dict[str, np.ndarray]]:
+def _shards(
+    layers: Iterable[tuple[str, np.ndarray]], shard_bytes: int
+) -> Iterator[dict[str, np.ndarray]]:
     """A file's worth at a time."""
     shard: dict[str, np.ndarray] = {}
     size = 0
@@ -154,7 +173,10 @@ class Export:
         found = read_headers([self.folder / name for name in sorted(set(self._files.values()))])
         lacking = sorted(set(self._files) - set(found))
         if lacking:
-            raise UserError(f"{self.folder} lacks {lacking[0]}, which its {INDEX} names: copy or export it again")
+            raise UserError(
+                f"{self.folder} lacks {lacking[0]}, which its {INDEX} names: copy or export it"
+                " again"
+            )
         return found
 
     @functools.cached_property
@@ -172,30 +194,40 @@ class Export:
     @property
     def dtypes(self) -> dict[str, np.dtype]:
         """{Flat stacked name: the type it was written in}."""
-        return {stacked_name(leaf)[0]: np.dtype(DTYPES[self._stored[leaf].dtype]) for leaf in self._files}
+        return {
+            stacked_name(leaf)[0]: np.dtype(DTYPES[self._stored[leaf].dtype])
+            for leaf in self._files
+        }
 
     def read_sharded(
         self, targets: Mapping[str, jax.ShapeDtypeStruct], crew: Crew | None = None
     ) -> dict[str, jax.Array]:
-        """The parameters of these flat stacked names with the types and shardings of `targets`; how
-        several processes share the reading, see `tensors.read_sharded`.
+        """The parameters of these flat stacked names with the types and shardings of `targets`;
+        how several processes share the reading, see `tensors.read_sharded`.
 
         Raises: UserError when a file is not what it should be.
         """
         for leaf, tensor in self._stored.items():
             name, index = stacked_name(leaf)
             if name in targets and targets[name].shape != self.shapes[name]:
-                raise UserError(f"{self.folder}: {name} is {self.shapes[name]}, but the config makes it {targets[name].shape}: the folder is damaged")
+                raise UserError(
+                    f"{self.folder}: {name} is {self.shapes[name]}, but the config makes it"
+                    f" {targets[name].shape}: the folder is damaged"
+                )
             if name in targets and tensor.shape != targets[name].shape[len(index) :]:
-                raise UserError(f"{self.folder}: {leaf} has another shape than the other layers: the folder is damaged")
+                raise UserError(
+                    f"{self.folder}: {leaf} has another shape than the other layers: the folder"
+                    " is damaged"
+                )
         sources = {leaf: (Term(leaf),) for leaf in self._files}
         return read_sharded(self._stored, sources, targets, f"reading {self.folder.name}", crew)
 
     def read(self, prefix: str = "") -> dict[str, np.ndarray]:
-        """Parameters whose flat stacked name starts with `prefix`, joined over layers, in the dtype they were written in.
+        """Parameters whose flat stacked name starts with `prefix`, joined over layers, in the
+        dtype they were written in.
 
-        Raises: UserError when a file is not what it should be, StorageError when one cannot be read
-        just now.
+        Raises: UserError when a file is not what it should be, StorageError when one cannot be
+        read just now.
         """
         stacks: dict[str, list[str]] = {}
         for leaf in self._files:
@@ -212,11 +244,15 @@ class Export:
                         file = self._files[leaf]
                         if file not in opened:
                             manifest.require_readable(self.folder / file)
-                            opened[file] = files.enter_context(safetensors.safe_open(self.folder / file, framework="numpy"))
+                            opened[file] = files.enter_context(
+                                safetensors.safe_open(self.folder / file, framework="numpy")
+                            )
                         leaves[leaf] = opened[file].get_tensor(leaf)
                     values |= restack(leaves)
         except (FileNotFoundError, ValueError, safetensors.SafetensorError) as error:
-            raise UserError(f"{self.folder} cannot be read ({error}): copy or export it again") from error
+            raise UserError(
+                f"{self.folder} cannot be read ({error}): copy or export it again"
+            ) from error
         except OSError as error:
             raise manifest.unreadable(self.folder, error) from error
         return values
@@ -226,8 +262,8 @@ class Export:
 
         crew: the run's processes; by default this one is alone.
 
-        Raises: UserError naming the first file that differs from what was exported, StorageError
-          for one that cannot be read just now.
+        Raises: UserError naming the first file that differs from what was exported,
+          StorageError for one that cannot be read just now.
         """
         try:
             verify(self.folder, self._manifest, crew)
@@ -240,8 +276,8 @@ class Export:
 def open_export(folder: pathlib.Path | str) -> Export:
     """Opens an export folder and checks the size of every file.
 
-    Raises: UserError when the folder is missing, is no export, or lacks a file or a part of one;
-    StorageError when it cannot be read just now.
+    Raises: UserError when the folder is missing, is no export, or lacks a file or a part of
+    one; StorageError when it cannot be read just now.
     """
     folder = pathlib.Path(folder)
     try:
@@ -259,9 +295,15 @@ def _opened(folder: pathlib.Path) -> Export:
             raise ValueError(f"its format is {content['format']!r}")
         kind, version, config = content["kind"], content["version"], content["config"]
     except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder} is no export of this project: its {CONFIG} is missing or foreign; name a folder that launch.export wrote") from error
+        raise UserError(
+            f"{folder} is no export of this project: its {CONFIG} is missing or foreign; name a"
+            " folder that launch.export wrote"
+        ) from error
     if version != VERSION or kind not in KINDS:
-        raise UserError(f"{folder} is a {kind!r} export of version {version}, which this version of the project cannot read: export it again")
+        raise UserError(
+            f"{folder} is a {kind!r} export of version {version}, which this version of the"
+            " project cannot read: export it again"
+        )
     try:
         listing = manifest.read_manifest(folder)
         manifest.check_sizes(folder, listing)
@@ -270,5 +312,9 @@ def _opened(folder: pathlib.Path) -> Export:
     except manifest.DamageError as error:
         raise UserError(f"{error}: copy or export {folder} again") from error
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder} lacks its {manifest.NAME} or {INDEX}: copy or export it again") from error
-    return Export(folder, kind, config, find_tokenizer(folder), listing.digest, names, files, listing)
+        raise UserError(
+            f"{folder} lacks its {manifest.NAME} or {INDEX}: copy or export it again"
+        ) from error
+    return Export(
+        folder, kind, config, find_tokenizer(folder), listing.digest, names, files, listing
+    )

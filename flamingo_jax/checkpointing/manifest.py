@@ -1,7 +1,9 @@
-"""A manifest: the size and SHA-256 of every file in a folder, written last, so that a folder that has one is whole.
+"""A manifest: the size and SHA-256 of every file in a folder, written last, so that a folder
+that has one is whole.
 
-Array stores restore flipped bits without a word; a manifest finds and names the file. Its own text is canonical and holds its own digest, so
-that damage to the manifest is told apart from damage to what it lists.
+Array stores restore flipped bits without a word; a manifest finds and names the file. Its own
+text is canonical and holds its own digest, so that damage to the manifest is told apart from
+damage to what it lists.
 """
 
 import concurrent.futures
@@ -29,7 +31,8 @@ T = TypeVar("T")
 
 
 class DamageError(Exception):
-    """A folder differs from its manifest; `file` is the first that does, relative to the folder.
+    """A folder differs from its manifest; `file` is the first that does, relative to the
+    folder.
 
     That a file cannot be read just now is no damage but an OSError.
     """
@@ -47,7 +50,9 @@ class Entry(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """Entries by path relative to the folder, and the SHA-256 of them all, which names the folder's content."""
+    """Entries by path relative to the folder, and the SHA-256 of them all, which names the
+    folder's content.
+    """
 
     digest: str
     files: dict[str, Entry]
@@ -88,7 +93,9 @@ def is_there(path: pathlib.Path) -> bool:
 
 
 def write_manifest(folder: pathlib.Path, progress: Progress = lambda: None) -> Manifest:
-    """Digests every file below `folder` and writes the manifest atomically, after all of it has reached the disk."""
+    """Digests every file below `folder` and writes the manifest atomically, after all of it has
+    reached the disk.
+    """
     files = (path for path in _files(folder) if path != folder / NAME)
     names = sorted(path.relative_to(folder).as_posix() for path in files)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
@@ -100,12 +107,15 @@ def write_manifest(folder: pathlib.Path, progress: Progress = lambda: None) -> M
 
 
 def read_manifest(folder: pathlib.Path) -> Manifest:
-    """Raises: FileNotFoundError when there is none, DamageError when it is not as it was written,
-    OSError when it cannot be read just now."""
+    """Raises: FileNotFoundError when there is none, DamageError when it is not as it was
+    written, OSError when it cannot be read just now.
+    """
     text = read_again((folder / NAME).read_bytes)
     try:
         raw = json.loads(text)
-        manifest = Manifest(raw["digest"], {name: Entry(**entry) for name, entry in raw["files"].items()})
+        manifest = Manifest(
+            raw["digest"], {name: Entry(**entry) for name, entry in raw["files"].items()}
+        )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamageError(folder, NAME, "is not a manifest any more") from error
     if manifest.digest != _digest(manifest.files) or text != _canonical(manifest):
@@ -114,8 +124,9 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
 
 
 def check_sizes(folder: pathlib.Path, manifest: Manifest) -> None:
-    """Raises DamageError for the first file that is missing or has another size, OSError for one of
-    which that cannot be known just now; reads no file."""
+    """Raises DamageError for the first file that is missing or has another size, OSError for
+    one of which that cannot be known just now; reads no file.
+    """
     for name, entry in manifest.files.items():
         try:
             found = read_again((folder / name).stat)
@@ -131,8 +142,9 @@ def check_sizes(folder: pathlib.Path, manifest: Manifest) -> None:
 def check_digests(
     folder: pathlib.Path, manifest: Manifest, progress: Progress = lambda: None
 ) -> None:
-    """Raises DamageError for the first file whose size or content is not the manifest's, OSError
-    for one that cannot be read just now; reads every byte."""
+    """Raises DamageError for the first file whose size or content is not the manifest's,
+    OSError for one that cannot be read just now; reads every byte.
+    """
     check_sizes(folder, manifest)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         read = lambda name: read_again(lambda: _entry(folder / name, progress))
@@ -148,7 +160,9 @@ def entry(file: pathlib.Path, progress: Progress = lambda: None) -> Entry:
 
 
 def digest_of(entries: dict[str, Entry]) -> str:
-    """SHA-256 over the digests of files by their names, as a manifest's own: names their content."""
+    """SHA-256 over the digests of files by their names, as a manifest's own: names their
+    content.
+    """
     return _digest(entries)
 
 
@@ -178,7 +192,10 @@ def sync_folder(folder: pathlib.Path) -> None:
 
 
 def _files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Every file below. Raises OSError for a folder that cannot be listed: `rglob` passes over it."""
+    """Every file below.
+
+    Raises OSError for a folder that cannot be listed: `rglob` passes over it.
+    """
 
     def fail(error: OSError) -> None:
         raise error
@@ -200,10 +217,15 @@ def _entry(path: pathlib.Path, progress: Progress = lambda: None, *, sync: bool 
 
 
 def _digest(entries: dict[str, Entry]) -> str:
-    listing = "".join(f"{entry.sha256}  {entry.bytes}  {name}\n" for name, entry in sorted(entries.items()))
+    listing = "".join(
+        f"{entry.sha256}  {entry.bytes}  {name}\n" for name, entry in sorted(entries.items())
+    )
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
 def _canonical(manifest: Manifest) -> bytes:
-    content = {"digest": manifest.digest, "files": {name: entry._asdict() for name, entry in sorted(manifest.files.items())}}
+    content = {
+        "digest": manifest.digest,
+        "files": {name: entry._asdict() for name, entry in sorted(manifest.files.items())},
+    }
     return (json.dumps(content, indent=1) + "\n").encode()

@@ -1,7 +1,9 @@
-"""Safetensors files straight into sharded arrays: each process reads the bytes that its own devices hold, a piece at a time.
+"""Safetensors files straight into sharded arrays: each process reads the bytes that its own
+devices hold, a piece at a time.
 
-A parameter is never whole on the host of an accelerator: pieces of some MiB are read, sent and laid into buffers that are on the devices
-already. On CPU the buffers are the arrays themselves, filled in place.
+A parameter is never whole on the host of an accelerator: pieces of some MiB are read, sent and
+laid into buffers that are on the devices already. On CPU the buffers are the arrays themselves,
+filled in place.
 """
 
 import concurrent.futures
@@ -29,13 +31,20 @@ from flamingo_jax.pytrees import stacked_name
 
 Slices = tuple[slice, ...]
 
-DTYPES: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+DTYPES: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+}
 """The types that parameters come in, by their names in a safetensors header."""
 PIECE = 16 * 2**20
 """Bytes that are read at a time, by each thread."""
 THREADS = max(2, min(8, os.cpu_count() or 1))
 TILE = (512, 256)
-"""Rows and columns that are transposed at a time: they fit a core's cache, and so many rows are a KiB or more of each row that is written."""
+"""Rows and columns that are transposed at a time: they fit a core's cache, and so many rows are
+a KiB or more of each row that is written.
+"""
 SHORT = 2**28
 """Fewer bytes than this are read before a bar would be seen."""
 ALIGNMENT = 64
@@ -56,9 +65,11 @@ class Stored(NamedTuple):
 
 
 class Term(NamedTuple):
-    """A stored tensor and how it becomes one layer of a parameter, which is the sum of its terms.
+    """A stored tensor and how it becomes one layer of a parameter, which is the sum of its
+    terms.
 
-    form: the tensor's axes and the parameter's, "(h d) w -> w h d"; those in brackets are one axis, the first of them the slowest. "" for the same.
+    form: the tensor's axes and the parameter's, "(h d) w -> w h d"; those in brackets are one
+      axis, the first of them the slowest. "" for the same.
     sizes: of axes that the parameter's shape does not tell, as those in brackets on the right.
     first, taken: its rows, so many from `first` on; by default all.
     """
@@ -73,8 +84,9 @@ class Term(NamedTuple):
 class Layout(NamedTuple):
     """What a term's form means for one shape of a parameter.
 
-    stored: the shape of the tensor's rows that are taken. split: the same with the brackets opened. order: the axes of `split` in the
-    parameter's order. merged: some of these are one axis of the parameter.
+    stored: the shape of the tensor's rows that are taken. split: the same with the brackets
+    opened. order: the axes of `split` in the parameter's order. merged: some of these are one
+    axis of the parameter.
     """
 
     stored: tuple[int, ...]
@@ -84,38 +96,53 @@ class Layout(NamedTuple):
 
     @property
     def turn(self) -> int | None:
-        """How many of the first axes stand behind the others in the parameter, which is then a transposed matrix (0: the same); else None."""
+        """How many of the first axes stand behind the others in the parameter, which is then a
+        transposed matrix (0: the same); else None.
+        """
         count = len(self.order)
         turn = self.order[0] if count else 0
-        return turn if not self.merged and self.order == tuple((turn + place) % count for place in range(count)) else None
+        return (
+            turn
+            if not self.merged
+            and self.order == tuple((turn + place) % count for place in range(count))
+            else None
+        )
 
 
 def read_headers(files: Iterable[pathlib.Path]) -> dict[str, Stored]:
     """Every tensor of some safetensors files, by name; no tensor is read.
 
-    Raises: UserError for a file that is missing, cut short or foreign, StorageError for one that
-    cannot be read just now.
+    Raises: UserError for a file that is missing, cut short or foreign, StorageError for one
+    that cannot be read just now.
     """
     found: dict[str, Stored] = {}
     for file in files:
         try:
             manifest.require_readable(file)
-            # The library checks the header against the file, but does not tell where a tensor lies; its own reading maps whole files
-            # into memory, which then count as the process's.
+            # The library checks the header against the file, but does not tell where a tensor
+            # lies; its own reading maps whole files into memory, which then count as the
+            # process's.
             with safetensors.safe_open(file, framework="numpy"):
                 pass
             with open(file, "rb") as stream:
                 size = int.from_bytes(stream.read(8), "little")
                 header = json.loads(stream.read(size))
         except (FileNotFoundError, ValueError, safetensors.SafetensorError) as error:
-            raise UserError(f"{file} is no whole safetensors file ({error}): copy it again") from error
+            raise UserError(
+                f"{file} is no whole safetensors file ({error}): copy it again"
+            ) from error
         except OSError as error:
             raise manifest.unreadable(file, error) from error
         header.pop("__metadata__", None)
         for name, entry in header.items():
             if name in found:
-                raise UserError(f"{name} is both in {found[name].file} and in {file}: remove the one that does not belong there")
-            found[name] = Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
+                raise UserError(
+                    f"{name} is both in {found[name].file} and in {file}: remove the one that"
+                    " does not belong there"
+                )
+            found[name] = Stored(
+                file, entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0]
+            )
     return found
 
 
@@ -127,11 +154,18 @@ def layout(term: Term, shape: tuple[int, ...]) -> Layout:
     sizes = dict(term.sizes)
     for axes, size in zip(right, shape, strict=True):
         for axis in axes:
-            sizes.setdefault(axis, size // math.prod(sizes[other] for other in axes if other in sizes))
+            sizes.setdefault(
+                axis, size // math.prod(sizes[other] for other in axes if other in sizes)
+            )
     names = [axis for axes in left for axis in axes]
     order = tuple(names.index(axis) for axes in right for axis in axes)
     stored = tuple(math.prod(sizes[axis] for axis in axes) for axes in left)
-    return Layout(stored, tuple(sizes[axis] for axis in names), order, any(len(axes) > 1 for axes in right))
+    return Layout(
+        stored,
+        tuple(sizes[axis] for axis in names),
+        order,
+        any(len(axes) > 1 for axes in right),
+    )
 
 
 def _axes(side: str) -> Iterator[list[str]]:
@@ -150,14 +184,15 @@ def read_sharded(
 ) -> dict[str, jax.Array]:
     """The targets' arrays, with the types and shardings that they name.
 
-    What devices of several processes hold alike, these read together: each layer, or each part of
-    its rows, by as few of them as may be, and the devices gather it.
+    What devices of several processes hold alike, these read together: each layer, or each part
+    of its rows, by as few of them as may be, and the devices gather it.
 
     Args:
       crew: the run's processes; by default this one is alone.
       stored: what the files hold: every term's tensor, in the shape that `layout` gives.
       sources: {per-layer name of a parameter: its terms}, "layers/12/attention/query".
-      targets: {stacked name: shape, dtype and sharding}; one without a sharding goes to the first local device.
+      targets: {stacked name: shape, dtype and sharding}; one without a sharding goes to the
+        first local device.
 
     Raises: UserError where a file cannot be read any more.
     """
@@ -184,7 +219,9 @@ def read_sharded(
     found: dict[str, jax.Array] = {}
     for name, target in targets.items():
         arrays = [array for shard in shards.pop(name) for array in shard.arrays()]
-        found[name] = jax.make_array_from_single_device_arrays(target.shape, shardings[name], arrays)
+        found[name] = jax.make_array_from_single_device_arrays(
+            target.shape, shardings[name], arrays
+        )
         if shardings[name] != wanted[name]:
             # One after the other, so that only one is there twice.
             found[name] = jax.block_until_ready(_moved(wanted[name])(found[name]))
@@ -214,7 +251,10 @@ def _spread(
     order = layout(terms[0], shape[lead:]).order
     if len(shape) != lead + len(order):
         return sharding
-    spec = [() if axes is None else (axes,) if isinstance(axes, str) else tuple(axes) for axes in sharding.spec]
+    spec = [
+        () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+        for axes in sharding.spec
+    ]
     spec += [()] * (len(shape) - len(spec))
     free = [axis for axis in mesh.shape if not any(axis in axes for axes in spec)]
     for axis in sorted(free, key=lambda axis: -mesh.shape[axis]):
@@ -225,12 +265,23 @@ def _spread(
     return NamedSharding(mesh, PartitionSpec(*(axes or None for axes in spec)))
 
 
-def read_layers(stored: Mapping[str, Stored], sources: Mapping[str, Sequence[Term]], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarray]]:
-    """(Per-layer name, array in its stored type) in the order of `sources`, one at a time on the host. shapes: {stacked name: shape}."""
+def read_layers(
+    stored: Mapping[str, Stored],
+    sources: Mapping[str, Sequence[Term]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(Per-layer name, array in its stored type) in the order of `sources`, one at a time on
+    the host. shapes: {stacked name: shape}.
+    """
     for leaf, terms in sources.items():
         name, index = stacked_name(leaf)
         shape = shapes[name][len(index) :]
-        shard = HostShard(np.dtype(DTYPES[stored[terms[0].name].dtype]), (), tuple(slice(0, size) for size in shape), [])
+        shard = HostShard(
+            np.dtype(DTYPES[stored[terms[0].name].dtype]),
+            (),
+            tuple(slice(0, size) for size in shape),
+            [],
+        )
         _run(list(_pieces(stored, terms, (), shape, [shard])), "")
         yield leaf, shard.buffer
 
@@ -242,7 +293,10 @@ def read_whole(tensor: Stored) -> np.ndarray:
 
 
 def same_bytes(first: Stored, second: Stored) -> bool:
-    """Whether two tensors are equal to the bit; reads a piece of each at a time. Raises OSError."""
+    """Whether two tensors are equal to the bit; reads a piece of each at a time.
+
+    Raises OSError.
+    """
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     memory = np.empty((2, min(PIECE, first.bytes)), np.uint8)
@@ -258,12 +312,15 @@ def same_bytes(first: Stored, second: Stored) -> bool:
 
 
 class HostShard:
-    """What CPU devices hold of an array: memory that is filled in place and then becomes theirs without a copy.
+    """What CPU devices hold of an array: memory that is filled in place and then becomes theirs
+    without a copy.
 
     layers: the slices of the leading layer axes. slices: those of the others.
     """
 
-    def __init__(self, dtype: np.dtype, layers: Slices, slices: Slices, devices: Sequence[jax.Device]):
+    def __init__(
+        self, dtype: np.dtype, layers: Slices, slices: Slices, devices: Sequence[jax.Device]
+    ):
         self.layers, self.slices, self._devices = layers, slices, devices
         shape = tuple(part.stop - part.start for part in (*layers, *slices))
         size = math.prod(shape) * dtype.itemsize
@@ -271,8 +328,17 @@ class HostShard:
         first = -memory.ctypes.data % ALIGNMENT
         self.buffer = memory[first : first + size].view(dtype).reshape(shape)
 
-    def put(self, layer: tuple[int, ...], places: Slices, rows: np.ndarray, order: tuple[int, ...], turn: int | None) -> None:
-        """Lays `rows`, whose axes in `order` are the parameter's, into these places of a layer. turn: see `Layout`."""
+    def put(
+        self,
+        layer: tuple[int, ...],
+        places: Slices,
+        rows: np.ndarray,
+        order: tuple[int, ...],
+        turn: int | None,
+    ) -> None:
+        """Lays `rows`, whose axes in `order` are the parameter's, into these places of a layer.
+        turn: see `Layout`.
+        """
         index: Any = (*layer, *places, ...)
         target = self.buffer[index]
         if turn:
@@ -288,20 +354,34 @@ class HostShard:
 
 
 class DeviceShard:
-    """What accelerators hold of an array: buffers that pieces are laid into, transposed and cast on the device. Arguments as in HostShard."""
+    """What accelerators hold of an array: buffers that pieces are laid into, transposed and
+    cast on the device. Arguments as in HostShard.
+    """
 
-    def __init__(self, dtype: np.dtype, layers: Slices, slices: Slices, devices: Sequence[jax.Device]):
+    def __init__(
+        self, dtype: np.dtype, layers: Slices, slices: Slices, devices: Sequence[jax.Device]
+    ):
         self.layers, self.slices, self._devices = layers, slices, devices
         shape = tuple(part.stop - part.start for part in (*layers, *slices))
         self._buffers = [jnp.zeros(shape, dtype, device=device) for device in devices]
         self._lock = threading.Lock()
 
-    def put(self, layer: tuple[int, ...], places: Slices, rows: np.ndarray, order: tuple[int, ...], turn: int | None) -> None:
+    def put(
+        self,
+        layer: tuple[int, ...],
+        places: Slices,
+        rows: np.ndarray,
+        order: tuple[int, ...],
+        turn: int | None,
+    ) -> None:
         starts = np.array([*layer, *(part.start or 0 for part in places)], np.int32)
         rows = np.ascontiguousarray(rows)
         sent = [jax.device_put(rows, device, may_alias=False) for device in self._devices]
         with self._lock:
-            self._buffers = [_lay(buffer, piece, starts, order) for buffer, piece in zip(self._buffers, sent, strict=True)]
+            self._buffers = [
+                _lay(buffer, piece, starts, order)
+                for buffer, piece in zip(self._buffers, sent, strict=True)
+            ]
         # The caller reads the next piece into the same memory.
         jax.block_until_ready(sent)
 
@@ -313,16 +393,24 @@ _Shard = HostShard | DeviceShard
 
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _lay(buffer: jax.Array, rows: jax.Array, starts: jax.Array, order: tuple[int, ...]) -> jax.Array:
+def _lay(
+    buffer: jax.Array, rows: jax.Array, starts: jax.Array, order: tuple[int, ...]
+) -> jax.Array:
     piece = rows.transpose(order).astype(buffer.dtype)
-    return jax.lax.dynamic_update_slice(buffer, piece.reshape((1,) * (buffer.ndim - piece.ndim) + piece.shape), tuple(starts))
+    return jax.lax.dynamic_update_slice(
+        buffer, piece.reshape((1,) * (buffer.ndim - piece.ndim) + piece.shape), tuple(starts)
+    )
 
 
-def _shards(target: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding, lead: int) -> list[_Shard]:
+def _shards(
+    target: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding, lead: int
+) -> list[_Shard]:
     """One shard for each part of the array that devices of this process hold."""
     holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(target.shape).items():
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), target.shape, strict=True))
+        bounds = tuple(
+            part.indices(size)[:2] for part, size in zip(index or (), target.shape, strict=True)
+        )
         holders.setdefault(bounds, []).append(device)
     found: list[_Shard] = []
     for bounds, devices in holders.items():
@@ -342,10 +430,18 @@ class _Piece(NamedTuple):
 
 
 def _pieces(
-    stored: Mapping[str, Stored], terms: Sequence[Term], layer: tuple[int, ...], shape: tuple[int, ...], shards: Sequence[_Shard]
+    stored: Mapping[str, Stored],
+    terms: Sequence[Term],
+    layer: tuple[int, ...],
+    shape: tuple[int, ...],
+    shards: Sequence[_Shard],
 ) -> Iterator[_Piece]:
     """The reads that bring one layer of a parameter to the shards that hold some of it."""
-    shards = [s for s in shards if all(part.start <= place < part.stop for part, place in zip(s.layers, layer, strict=True))]
+    shards = [
+        s
+        for s in shards
+        if all(part.start <= place < part.stop for part, place in zip(s.layers, layer, strict=True))
+    ]
     form = layout(terms[0], shape)
     simple = len(terms) == 1 and not form.merged and terms[0].taken is None and form.split
     if not shards:
@@ -368,7 +464,12 @@ def _pieces(
 
 
 def _distribute(
-    shards: Sequence[_Shard], layer: tuple[int, ...], form: Layout, rows: tuple[int, int], dtype: np.dtype, read: np.ndarray
+    shards: Sequence[_Shard],
+    layer: tuple[int, ...],
+    form: Layout,
+    rows: tuple[int, int],
+    dtype: np.dtype,
+    read: np.ndarray,
 ) -> None:
     """Rows begin..end of a tensor, as they were read, to every shard that holds some of them."""
     begin, end = rows
@@ -387,7 +488,13 @@ def _distribute(
         shard.put(number, tuple(places), piece[tuple(cut)], form.order, form.turn)
 
 
-def _sum(stored: Mapping[str, Stored], terms: Sequence[Term], layer: tuple[int, ...], shape: tuple[int, ...], shards: Sequence[_Shard]) -> _Piece:
+def _sum(
+    stored: Mapping[str, Stored],
+    terms: Sequence[Term],
+    layer: tuple[int, ...],
+    shape: tuple[int, ...],
+    shards: Sequence[_Shard],
+) -> _Piece:
     """A small parameter in one: its terms are read whole, brought to its shape and added."""
     tensor = stored[terms[0].name]
 
@@ -395,15 +502,23 @@ def _sum(stored: Mapping[str, Stored], terms: Sequence[Term], layer: tuple[int, 
         values = []
         for term in terms:
             found = stored[term.name]
-            raw = read if term is terms[0] else _read(found.file, found.start, np.empty(found.bytes, np.uint8))
+            raw = (
+                read
+                if term is terms[0]
+                else _read(found.file, found.start, np.empty(found.bytes, np.uint8))
+            )
             rows = raw.view(DTYPES[found.dtype]).reshape(found.shape)
             if found.shape:
                 rows = rows[term.first : None if term.taken is None else term.first + term.taken]
             form = layout(term, shape)
             values.append(rows.reshape(form.split).transpose(form.order).reshape(shape))
-        value = values[0] if len(values) == 1 else np.asarray(sum(v.astype(np.float32) for v in values))
+        value = (
+            values[0] if len(values) == 1 else np.asarray(sum(v.astype(np.float32) for v in values))
+        )
         for shard in shards:
-            number = tuple(place - part.start for place, part in zip(layer, shard.layers, strict=True))
+            number = tuple(
+                place - part.start for place, part in zip(layer, shard.layers, strict=True)
+            )
             places = tuple(slice(0, part.stop - part.start) for part in shard.slices)
             shard.put(number, places, value[shard.slices], tuple(range(len(shape))), 0)
 
@@ -411,7 +526,9 @@ def _sum(stored: Mapping[str, Stored], terms: Sequence[Term], layer: tuple[int, 
 
 
 def _run(pieces: list[_Piece], title: str) -> None:
-    """Reads every piece, in the order of the files, by threads that each have their own memory to read into."""
+    """Reads every piece, in the order of the files, by threads that each have their own memory
+    to read into.
+    """
     mine = threading.local()
 
     def one(piece: _Piece) -> int:
@@ -421,10 +538,19 @@ def _run(pieces: list[_Piece], title: str) -> None:
         piece.put(manifest.read_again(lambda: _read(piece.file, piece.start, memory)))
         return piece.bytes
 
-    total, largest = sum(piece.bytes for piece in pieces), max((piece.bytes for piece in pieces), default=0)
+    total, largest = (
+        sum(piece.bytes for piece in pieces),
+        max((piece.bytes for piece in pieces), default=0),
+    )
     done = 0
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool, Bar(title, total >> 20, enabled=bool(title) and total >= SHORT) as bar:
-        pending = [pool.submit(one, piece) for piece in sorted(pieces, key=lambda piece: (piece.file, piece.start))]
+    with (
+        concurrent.futures.ThreadPoolExecutor(THREADS) as pool,
+        Bar(title, total >> 20, enabled=bool(title) and total >= SHORT) as bar,
+    ):
+        pending = [
+            pool.submit(one, piece)
+            for piece in sorted(pieces, key=lambda piece: (piece.file, piece.start))
+        ]
         try:
             for future in concurrent.futures.as_completed(pending):
                 before, done = done, done + future.result()
@@ -464,7 +590,10 @@ def _transpose(target: np.ndarray, matrix: np.ndarray) -> None:
 
 
 def _cast(target: np.ndarray, source: np.ndarray) -> None:
-    """target[...] = source in its type. As integers where the bits stay what they are: numpy knows no fast way with bfloat16."""
+    """target[...] = source in its type.
+
+    As integers where the bits stay what they are: numpy knows no fast way with bfloat16.
+    """
     if source.dtype == target.dtype:
         np.copyto(_bits(target), _bits(source))
     elif source.dtype == ml_dtypes.bfloat16 and target.dtype == np.float32:

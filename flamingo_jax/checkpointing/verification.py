@@ -1,8 +1,9 @@
-"""Digests of files that all processes of a run read: each file is hashed once a run, by one of them.
+"""Digests of files that all processes of a run read: each file is hashed once a run, by one of
+them.
 
-The processes that see the same files (by name, size, time and inode: those of shared storage, or of
-one host) share them out, and tell each other what they found. Hosts with copies of their own hash
-these, and the results are compared.
+The processes that see the same files (by name, size, time and inode: those of shared storage,
+or of one host) share them out, and tell each other what they found. Hosts with copies of their
+own hash these, and the results are compared.
 """
 
 import concurrent.futures
@@ -27,12 +28,15 @@ from flamingo_jax.errors import UserError
 
 THREADS = min(4, os.cpu_count() or 1)
 SETTLED_NS = 2_000_000_000
-"""A file that changed more recently than this may change again without another time to show it."""
+"""A file that changed more recently than this may change again without another time to show it.
+"""
 SHA = hashlib.sha256().digest_size
 
 
 class Mark(NamedTuple):
-    """What a file is known by without reading it; where none of it changes, its content does not."""
+    """What a file is known by without reading it; where none of it changes, its content does
+    not.
+    """
 
     path: str
     bytes: int
@@ -41,7 +45,8 @@ class Mark(NamedTuple):
 
 
 _known: dict[Mark, Entry] = {}
-"""What was hashed in this process, or by others for it: a start asks several times for a part."""
+"""What was hashed in this process, or by others for it: a start asks several times for a part.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +60,9 @@ class Peers:
     @classmethod
     def here(cls) -> "Peers":
         gather = multihost_utils.process_allgather
-        return cls(jax.process_index(), jax.process_count(), lambda array: np.asarray(gather(array)))
+        return cls(
+            jax.process_index(), jax.process_count(), lambda array: np.asarray(gather(array))
+        )
 
 
 def entries(
@@ -66,8 +73,8 @@ def entries(
 ) -> dict[str, Entry]:
     """Returns size and digest of files of a folder; every process of the run asks for the same.
 
-    Raises: UserError where processes find different files or contents, OSError where one that is
-      hashed here cannot be read.
+    Raises: UserError where processes find different files or contents, OSError where one that
+      is hashed here cannot be read.
     """
     crew, peers = crew or Alone(), peers or Peers.here()
     marks = {name: _mark(folder / name) for name in names}

@@ -1,4 +1,6 @@
-"""What all processes of a run must agree on before any of them starts: config, code, versions and the data they read."""
+"""What all processes of a run must agree on before any of them starts: config, code, versions
+and the data they read.
+"""
 
 import hashlib
 import importlib.metadata
@@ -33,41 +35,71 @@ def gather(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
         experiment.flamingo_from,
         experiment.tokenizer,
     } - {"", "random"}
-    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions = {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in PACKAGES
+    }
     return {
-        "config": {f"config.{key}": value for key, value in _leaves(to_json(experiment), "")} | {"--workdir": str(workdir)},
+        "config": (
+            {f"config.{key}": value for key, value in _leaves(to_json(experiment), "")}
+            | {"--workdir": str(workdir)}
+        ),
         "version": versions,
-        "code": {str(path.relative_to(ROOT)): _digest(path.read_bytes()) for folder in SOURCES for path in sorted((ROOT / folder).rglob("*.py"))},
+        "code": {
+            str(path.relative_to(ROOT)): _digest(path.read_bytes())
+            for folder in SOURCES
+            for path in sorted((ROOT / folder).rglob("*.py"))
+        },
         "data": {
-            **{f"{path} ({split})": _readable(_split, path, split) for path, split in sorted(splits)},
+            **{
+                f"{path} ({split})": _readable(_split, path, split)
+                for path, split in sorted(splits)
+            },
             **{folder: _readable(_folder, folder) for folder in sorted(folders)},
         },
     }
 
 
 def first_difference(facts: Mapping[str, Mapping[str, Any]]) -> str:
-    """A sentence on the first thing that two processes disagree on, or "". facts: those of every process, by its name."""
+    """A sentence on the first thing that two processes disagree on, or "". facts: those of
+    every process, by its name.
+    """
     (first, expected), *others = facts.items()
     for name, found in others:
         for kind, sentence in _SENTENCES.items():
             a, b = expected[kind], found[kind]
             for key in [*a, *(key for key in b if key not in a)]:
                 if a.get(key, NOTHING) != b.get(key, NOTHING):
-                    return sentence.format(key=key, first=first, other=name, a=a.get(key, NOTHING), b=b.get(key, NOTHING))
+                    return sentence.format(
+                        key=key,
+                        first=first,
+                        other=name,
+                        a=a.get(key, NOTHING),
+                        b=b.get(key, NOTHING),
+                    )
     return ""
 
 
 _SENTENCES = {
     "version": "{other} has {key} {b}, but {first} has {a}: install the same on all hosts",
     "code": "{other} has another {key} than {first}: put the same code on all hosts",
-    "config": "{other} has {key} = {b!r}, but {first} has {a!r}: start all processes with the same command",
-    "data": "{other} finds something else at {key} ({b}) than {first} ({a}): put the same data on all hosts",
+    "config": (
+        "{other} has {key} = {b!r}, but {first} has {a!r}: start all processes with the same"
+        " command"
+    ),
+    "data": (
+        "{other} finds something else at {key} ({b}) than {first} ({a}): put the same data on"
+        " all hosts"
+    ),
 }
 
 
 def _leaves(tree: Any, prefix: str) -> list[tuple[str, Any]]:
     if isinstance(tree, dict) and tree:
-        return [leaf for key, value in tree.items() for leaf in _leaves(value, f"{prefix}.{key}" if prefix else key)]
+        return [
+            leaf
+            for key, value in tree.items()
+            for leaf in _leaves(value, f"{prefix}.{key}" if prefix else key)
+        ]
     return [(prefix, tree)]
 
 
@@ -93,7 +125,11 @@ def _folder(folder: str) -> str:
     if not files:
         return NOTHING
     described = [
-        (file.name, file.stat().st_size, _digest(file.read_bytes()) if file.suffix in SMALL else "")
+        (
+            file.name,
+            file.stat().st_size,
+            _digest(file.read_bytes()) if file.suffix in SMALL else "",
+        )
         for file in files
     ]
     return f"{len(files)} files, {_digest(json.dumps(described).encode())}"

@@ -27,36 +27,47 @@ from flamingo_jax.experiment import Experiment
 log = logging.getLogger(__name__)
 
 LINK = "FLAMINGO_JAX_LINK"
-"""The environment variable that tells a supervised process the file descriptor of its supervisor."""
+"""The environment variable that tells a supervised process the file descriptor of its
+supervisor.
+"""
 SECONDS_BETWEEN_BEATS = 0.2
 SHUTDOWN_SECONDS = 60
 """For which a process that ends waits for the others to end."""
 SECONDS_BETWEEN_WORDS = 1.0
 """Of the progress of what is read or written."""
 VERDICT_SECONDS = 5.0
-"""What fails because another process has died waits so long for the supervisor, which knows which one."""
+"""What fails because another process has died waits so long for the supervisor, which knows
+which one.
+"""
 
 
 class Crew(Protocol):
     """All processes of a run, as the training loop sees them."""
 
     def listening(self) -> AbstractContextManager[None]:
-        """Within, a signal asks for an end at a step; before and after it ends the process at once."""
+        """Within, a signal asks for an end at a step; before and after it ends the process at
+        once.
+        """
 
     def beat(self, step: int, phase: str, waited: float) -> None:
         """Tells the others how far this one is. waited: seconds spent waiting for data so far."""
 
     def work(self, what: str) -> None:
-        """Tells the others that this one got on with what it reads or writes, as "saving step 12";
-        "" once that is done. From any thread, as often as one likes."""
+        """Tells the others that this one got on with what it reads or writes, as "saving step
+        12"; "" once that is done. From any thread, as often as one likes.
+        """
 
     def meet(self, where: str) -> None:
         """Returns once all have come to the place of this name, however long it takes the last:
-        what waits for others on a device has time limits of its own. From any thread, one a name at
-        a time."""
+        what waits for others on a device has time limits of its own. From any thread, one a
+        name at a time.
+        """
 
     def should_stop(self, step: int) -> bool:
-        """Whether all save and end at this step, since a signal asked one of them to. Every process asks at every step."""
+        """Whether all save and end at this step, since a signal asked one of them to.
+
+        Every process asks at every step.
+        """
 
     def may_stop(self) -> bool:
         """Whether a signal asked this process to end, which needs no other one for that."""
@@ -70,7 +81,11 @@ class Alone:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+        numbers = (
+            (signal.SIGTERM, signal.SIGINT)
+            if threading.current_thread() is threading.main_thread()
+            else ()
+        )
         before = {number: signal.signal(number, self._ask) for number in numbers}
         try:
             yield
@@ -102,7 +117,9 @@ def is_supervised() -> bool:
 
 
 class Link:
-    """`with Link(place, limits) as link: link.join(...)`: a supervised process from its start to its end."""
+    """`with Link(place, limits) as link: link.join(...)`: a supervised process from its start
+    to its end.
+    """
 
     def __init__(self, place: Place, limits: Limits):
         self._place, self._limits = place, limits
@@ -118,15 +135,23 @@ class Link:
         return self
 
     def join(self, experiment: Experiment, workdir: pathlib.Path) -> None:
-        """Returns once all processes are there and agree, with JAX's own service running between them. To be called before any device is used."""
+        """Returns once all processes are there and agree, with JAX's own service running
+        between them. To be called before any device is used.
+        """
         self._send({"facts": gather(experiment, workdir)})
         threading.Thread(target=self._listen, daemon=True, name="link").start()
         self._going.wait()
-        # The supervisors notice before JAX's service does, which aborts without a word of who is gone.
+        # The supervisors notice before JAX's service does, which aborts without a word of who
+        # is gone.
         patience = round(10 * self._limits.lost) + 100
         jax.distributed.initialize(
-            self._place.address, self._place.count, self._place.index, local_device_ids=self._place.local_devices,
-            initialization_timeout=round(self._limits.start), heartbeat_timeout_seconds=patience, shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+            self._place.address,
+            self._place.count,
+            self._place.index,
+            local_device_ids=self._place.local_devices,
+            initialization_timeout=round(self._limits.start),
+            heartbeat_timeout_seconds=patience,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
         # JAX's service listens to SIGTERM alone.
         signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
@@ -140,7 +165,8 @@ class Link:
             return
         now = time.monotonic()
         if step > self._step:
-            # Powers of two, so that all processes tell of the same steps, about as often as SECONDS_BETWEEN_BEATS.
+            # Powers of two, so that all processes tell of the same steps, about as often as
+            # SECONDS_BETWEEN_BEATS.
             steps = SECONDS_BETWEEN_BEATS * (step - self._step) / max(now - self._beaten, 1e-6)
             self._stride = 1 << max(0, math.ceil(math.log2(steps)))
             self._step, self._beaten = step, now
@@ -165,7 +191,12 @@ class Link:
     def may_stop(self) -> bool:
         return False
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if error is None:
             return
         if isinstance(error, SystemExit):
@@ -187,7 +218,9 @@ class Link:
             self._line.send(message)
 
     def _listen(self) -> None:
-        """Hears the supervisor, and ends with it: without it nobody would end this process when the others are gone."""
+        """Hears the supervisor, and ends with it: without it nobody would end this process when
+        the others are gone.
+        """
         while self._line.open:
             time.sleep(0.05)
             with self._lock:

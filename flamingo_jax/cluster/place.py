@@ -21,7 +21,8 @@ TASKS = {
     "PMI_SIZE": "PMI_RANK",
     "WORLD_SIZE": "RANK",
 }
-"""Variables that hold the number of a job's tasks, and what stands beside each in every task."""
+"""Variables that hold the number of a job's tasks, and what stands beside each in every task.
+"""
 HOSTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
 """Variables that list the hosts of a TPU slice, with commas between them."""
 SLICES = "MEGASCALE_NUM_SLICES"
@@ -35,8 +36,8 @@ ACCELERATORS = ("accel[0-9]*", "vfio/[0-9]*")
 class Place:
     """Process `index` of `count`.
 
-    address: host:port of process 0, where JAX's own service listens; this run's supervisors meet at
-      the port after it.
+    address: host:port of process 0, where JAX's own service listens; this run's supervisors
+      meet at the port after it.
     local_devices: the devices of this host that are this process's; None for all of them.
     """
 
@@ -60,9 +61,10 @@ def find_place(
     SLURM and Open MPI. A number of processes alone is one that the latter must agree with.
 
     Returns: None for a run of one process.
-    Raises: UserError where only a part is known, it does not fit together, or the environment tells
-      of several tasks whose places cannot be found: each would be a run of its own, all of them in
-      one workdir. A `count` of 1 says that it shall be.
+    Raises: UserError where only a part is known, it does not fit together, or the environment
+      tells
+      of several tasks whose places cannot be found: each would be a run of its own, all of them
+      in one workdir. A `count` of 1 says that it shall be.
     """
     address = address or os.environ.get(ADDRESS)
     count = _number(COUNT) if count is None else count
@@ -99,14 +101,14 @@ def _checked(place: Place) -> Place:
     index, count = place.index, place.count
     if count < 1 or not 0 <= index < count:
         raise UserError(
-            f"process {index} of {count} does not exist: processes count from 0 to one less than "
-            "their number"
+            f"process {index} of {count} does not exist: processes count from 0 to one less"
+            " than their number"
         )
     host, _, port = place.address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) <= LAST_PORT:
         raise UserError(
-            f"the coordinator's address {place.address!r} is not host:port with a port from 1 to "
-            f"{LAST_PORT}: the port after it is used as well"
+            f"the coordinator's address {place.address!r} is not host:port with a port from 1"
+            f" to {LAST_PORT}: the port after it is used as well"
         )
     return place
 
@@ -124,9 +126,9 @@ def _require_alone() -> None:
         told = ["this machine has a TPU, which may be a part of a larger one"]
     if told:
         raise UserError(
-            f"there are several tasks ({told[0]}), but jax {jax.__version__} does not find which "
-            "of them this is: give each --coordinator, --processes and --process (under SLURM, "
-            "start it with srun), or --processes=1 for a run of this process alone"
+            f"there are several tasks ({told[0]}), but jax {jax.__version__} does not find"
+            " which of them this is: give each --coordinator, --processes and --process (under"
+            " SLURM, start it with srun), or --processes=1 for a run of this process alone"
         )
 
 
@@ -138,7 +140,9 @@ def _is_tpu_machine() -> bool:
 def _number(name: str) -> int | None:
     text = os.environ.get(name)
     if text is not None and not text.isdecimal():
-        raise UserError(f"the environment has {name}={text!r}, which is no number: mend or unset it")
+        raise UserError(
+            f"the environment has {name}={text!r}, which is no number: mend or unset it"
+        )
     return None if text is None else int(text)
 
 
@@ -150,7 +154,8 @@ def _detect() -> Place | None:
     try:
         address, count, index, devices = detect(None, None, None, None, None, DETECTION_SECONDS)
     except (TypeError, ValueError):
-        # It takes or gives something else by now, or reads a variable that is not as it should be.
+        # It takes or gives something else by now, or reads a variable that is not as it should
+        # be.
         return None
     if address is None or count is None or index is None:
         return None

@@ -1,4 +1,5 @@
-"""What process 0's supervisor knows of all processes, and what follows from it: who is missing, who differs, who is gone, who holds the others up.
+"""What process 0's supervisor knows of all processes, and what follows from it: who is missing,
+who differs, who is gone, who holds the others up.
 
 Only decisions, no sockets and no clock: `decide` is given the time and gives messages to send.
 """
@@ -11,14 +12,23 @@ from typing import Any, NamedTuple
 
 from flamingo_jax.cluster.facts import first_difference
 from flamingo_jax.cluster.line import Message
-from flamingo_jax.errors import EXIT_ABSENT, EXIT_BAD_INPUT, EXIT_HUNG, EXIT_LOST, EXIT_PREEMPTED, EXIT_SAVE_FAILED
+from flamingo_jax.errors import (
+    EXIT_ABSENT,
+    EXIT_BAD_INPUT,
+    EXIT_HUNG,
+    EXIT_LOST,
+    EXIT_PREEMPTED,
+    EXIT_SAVE_FAILED,
+)
 
 SAY_EVERY = 10.0
 """Seconds between words on whom all wait for."""
 CLOCK_SECONDS = 60.0
-"""The most that two hosts' clocks may differ: what is newer than what is told by files' times."""
+"""The most that two hosts' clocks may differ: what is newer than what is told by files' times.
+"""
 SETTLE_SECONDS = 2.0
-"""A process that fails may do so because another died: word of that may take as long to arrive."""
+"""A process that fails may do so because another died: word of that may take as long to arrive.
+"""
 LOOK_EVERY = 30.0
 """Seconds between looks for one that holds the others up."""
 FEWEST_STEPS = 5
@@ -34,8 +44,9 @@ END = "the end of the run"
 
 
 class Limits(NamedTuple):
-    """Seconds: until all have arrived; without a word of a process; without the end of a step, or
-    progress of what a process reads or writes between steps."""
+    """Seconds: until all have arrived; without a word of a process; without the end of a step,
+    or progress of what a process reads or writes between steps.
+    """
 
     start: float = 600.0
     lost: float = 60.0
@@ -75,7 +86,9 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Why the run ends for all, and with which exit code. index: of the process that is the reason, -1 for none."""
+    """Why the run ends for all, and with which exit code. index: of the process that is the
+    reason, -1 for none.
+    """
 
     code: int
     why: str
@@ -83,8 +96,9 @@ class Verdict:
 
 
 STAGES = ("hold", "write", "read", "clear")
-"""Of the look at the storage: process 0 makes the run the workdir's holder, every process writes a
-file, looks for everyone's, and removes its own; nobody goes on before all have."""
+"""Of the look at the storage: process 0 makes the run the workdir's holder, every process
+writes a file, looks for everyone's, and removes its own; nobody goes on before all have.
+"""
 
 
 class Register:
@@ -108,21 +122,36 @@ class Register:
 
     # -- what is heard --
 
-    def arrived(self, index: int, count: int, host: str, pid: int, behind: float, now: float) -> None:
-        """A process has called. behind: seconds that its clock is behind this one's. One that calls a run that has all its processes is not of it."""
+    def arrived(
+        self, index: int, count: int, host: str, pid: int, behind: float, now: float
+    ) -> None:
+        """A process has called. behind: seconds that its clock is behind this one's.
+
+        One that calls a run that has all its processes is not of it.
+        """
         member = Member(index, host, pid, heard=now, since=now)
         if self._running:
             return
         if index in self._members:
             both = f"{self._members[index]} and {member}"
-            return self._end(EXIT_BAD_INPUT, f"{both} say that they are the same one: give every process its own --process")
+            return self._end(
+                EXIT_BAD_INPUT,
+                f"{both} say that they are the same one: give every process its own --process",
+            )
         if count != self._count or not 0 <= index < self._count:
-            return self._end(EXIT_BAD_INPUT, f"{member} was started as one of {count}, process 0 as one of {self._count}: start all with the same --processes")
+            return self._end(
+                EXIT_BAD_INPUT,
+                f"{member} was started as one of {count}, process 0 as one of {self._count}:"
+                " start all with the same --processes",
+            )
         self._members[index] = member
         if abs(behind) > CLOCK_SECONDS:
             way = "behind" if behind > 0 else "ahead of"
             mend = "set it (NTP): what is newer is told by files' times"
-            self._end(EXIT_BAD_INPUT, f"the clock of {member} is {abs(behind):,.0f} s {way} that of process 0: {mend}")
+            self._end(
+                EXIT_BAD_INPUT,
+                f"the clock of {member} is {abs(behind):,.0f} s {way} that of process 0: {mend}",
+            )
 
     def told(self, index: int, facts: dict[str, Any], now: float) -> None:
         """What all processes must agree on (see `facts`)."""
@@ -135,7 +164,14 @@ class Register:
         if problem:
             self._end(EXIT_BAD_INPUT, f"{member} {problem}")
 
-    def beat(self, index: int, now: float, step: int | None = None, phase: str = "", waited: float = 0.0) -> None:
+    def beat(
+        self,
+        index: int,
+        now: float,
+        step: int | None = None,
+        phase: str = "",
+        waited: float = 0.0,
+    ) -> None:
         """A sign of life, with the training's progress where there is some."""
         member = self._members[index]
         member.heard = now
@@ -166,13 +202,28 @@ class Register:
         member.left = True
         if code in (0, EXIT_PREEMPTED):
             if self._running:
-                self._first_left = self._first_left or (now, code, f"{member} ended at step {member.step}, and others did not")
+                self._first_left = self._first_left or (
+                    now,
+                    code,
+                    f"{member} ended at step {member.step}, and others did not",
+                )
             else:
                 self._end(code, f"{member} was stopped before all had started")
         elif code in (EXIT_SAVE_FAILED, 1) or code < 0:
-            # A save, a collective or JAX's service (which aborts) fails as well when another process has died.
-            likely = 2 if code < 0 and code != -signal.SIGABRT else 1 if code == EXIT_SAVE_FAILED else 0
-            self._suspect(now, likely, Verdict(code if code == EXIT_SAVE_FAILED else EXIT_LOST, f"{member} stopped: {why}", index))
+            # A save, a collective or JAX's service (which aborts) fails as well when another
+            # process has died.
+            likely = (
+                2 if code < 0 and code != -signal.SIGABRT else 1 if code == EXIT_SAVE_FAILED else 0
+            )
+            self._suspect(
+                now,
+                likely,
+                Verdict(
+                    code if code == EXIT_SAVE_FAILED else EXIT_LOST,
+                    f"{member} stopped: {why}",
+                    index,
+                ),
+            )
         else:
             self._end(code, f"{member} stopped: {why}", index)
 
@@ -205,8 +256,16 @@ class Register:
         elif self._stage is not None:
             if all(member.probed == STAGES[self._stage] for member in self._members.values()):
                 yield from self._next_stage(present, now)
-        elif len(self._members) == self._count and all(member.facts is not None for member in self._members.values()):
-            different = first_difference({str(member): member.facts for _, member in sorted(self._members.items()) if member.facts is not None})
+        elif len(self._members) == self._count and all(
+            member.facts is not None for member in self._members.values()
+        ):
+            different = first_difference(
+                {
+                    str(member): member.facts
+                    for _, member in sorted(self._members.items())
+                    if member.facts is not None
+                }
+            )
             if different:
                 self._end(EXIT_BAD_INPUT, different)
                 yield from self.decide(now)
@@ -217,7 +276,9 @@ class Register:
             self._said = now
             yield present, {"say": f"waiting for {self._missing()}, for {now - self._began:.0f} s"}
 
-    def _next_stage(self, present: Sequence[int], now: float) -> Iterator[tuple[Sequence[int], Message]]:
+    def _next_stage(
+        self, present: Sequence[int], now: float
+    ) -> Iterator[tuple[Sequence[int], Message]]:
         assert self._stage is not None
         self._stage += 1
         if self._stage < len(STAGES):
@@ -232,10 +293,16 @@ class Register:
         absent = [index for index in range(self._count) if index not in self._members]
         unready = [str(member) for member in self._members.values() if member.facts is None]
         stage = None if self._stage is None else STAGES[self._stage]
-        blind = [str(member) for member in self._members.values() if stage not in (None, member.probed)]
+        blind = [
+            str(member) for member in self._members.values() if stage not in (None, member.probed)
+        ]
         parts = []
         if absent:
-            which = f"process {absent[0]}" if len(absent) == 1 else f"processes {', '.join(map(str, absent[:-1]))} and {absent[-1]}"
+            which = (
+                f"process {absent[0]}"
+                if len(absent) == 1
+                else f"processes {', '.join(map(str, absent[:-1]))} and {absent[-1]}"
+            )
             parts.append(f"{which} of {self._count}, which did not arrive")
         if unready:
             parts.append(f"{', '.join(unready)} to read the config")
@@ -253,22 +320,35 @@ class Register:
                 return self._end(code or EXIT_LOST, why)
         for member in here:
             if now - member.heard > self._limits.lost:
-                return self._end(EXIT_LOST, f"{member} was not heard of for {now - member.heard:.0f} s; its last step was {member.step} ({member.doing})")
+                return self._end(
+                    EXIT_LOST,
+                    f"{member} was not heard of for {now - member.heard:.0f} s; its last step"
+                    f" was {member.step} ({member.doing})",
+                )
         if not self._running:
             if now - self._began > self._limits.start:
                 mend = "look at the logs of its host, or raise --start_timeout"
-                self._end(EXIT_ABSENT, f"gave up after {now - self._began:.0f} s of waiting for {self._missing()}: {mend}")
+                self._end(
+                    EXIT_ABSENT,
+                    f"gave up after {now - self._began:.0f} s of waiting for {self._missing()}:"
+                    f" {mend}",
+                )
             return
-        # Who waits for the others is not to blame, and while one of them gets on, all do. Until its
-        # first step a process may have much to read and to encode.
+        # Who waits for the others is not to blame, and while one of them gets on, all do. Until
+        # its first step a process may have much to read and to encode.
         waiting = set().union(*self._waiting.values())
         busy = [member for member in here if member.index not in waiting] or here
         if busy and all(self._stuck(member, now) for member in busy):
             first = min(busy, key=lambda member: (member.step, member.since))
-            level = "all are there" if len({member.step for member in here}) == 1 else f"others are at step {max(member.step for member in here)}"
+            level = (
+                "all are there"
+                if len({member.step for member in here}) == 1
+                else f"others are at step {max(member.step for member in here)}"
+            )
             self._end(
-                EXIT_HUNG, f"no step ended for {now - first.since:.0f} s: {first} is at step {first.step} ({first.doing}), {level}; look at its host, "
-                "or raise --step_timeout"
+                EXIT_HUNG,
+                f"no step ended for {now - first.since:.0f} s: {first} is at step {first.step}"
+                f" ({first.doing}), {level}; look at its host, or raise --step_timeout",
             )
 
     def _stuck(self, member: Member, now: float) -> bool:
@@ -277,29 +357,55 @@ class Register:
         return limited and now - member.since > self._limits.step
 
     def _held_up(self, now: float) -> Iterator[str]:
-        """A sentence for each process that holds the others up: by its data, or by coming to its steps later than they do."""
+        """A sentence for each process that holds the others up: by its data, or by coming to
+        its steps later than they do.
+        """
         window, self._looked = now - self._looked, now
         members = [member for _, member in sorted(self._members.items())]
-        waits = {member.index: (member.waited - member.waited_before) / window for member in members}
+        waits = {
+            member.index: (member.waited - member.waited_before) / window for member in members
+        }
         for member in members:
             member.waited_before = member.waited
-        together = {step: times for step, times in self._arrivals.items() if len(times) == self._count}
+        together = {
+            step: times for step, times in self._arrivals.items() if len(times) == self._count
+        }
         steps = max(together, default=0) - min(together, default=0)
         lags = {member.index: 0.0 for member in members}
         if len(together) >= FEWEST_STEPS:
-            seconds = (max(min(times.values()) for times in together.values()) - min(min(times.values()) for times in together.values())) / steps
+            seconds = (
+                max(min(times.values()) for times in together.values())
+                - min(min(times.values()) for times in together.values())
+            ) / steps
             for member in members:
-                lags[member.index] = statistics.median(times[member.index] - min(times.values()) for times in together.values()) / max(seconds, 1e-9)
+                lags[member.index] = statistics.median(
+                    times[member.index] - min(times.values()) for times in together.values()
+                ) / max(seconds, 1e-9)
         newest = max((member.step for member in members), default=0)
-        self._arrivals = {step: times for step, times in self._arrivals.items() if step >= newest - 1 and len(times) < self._count}
+        self._arrivals = {
+            step: times
+            for step, times in self._arrivals.items()
+            if step >= newest - 1 and len(times) < self._count
+        }
         for shares, what in ((waits, "waits for its data"), (lags, "comes later to its steps")):
             for member in members:
-                others = statistics.median(share for index, share in shares.items() if index != member.index) if len(members) > 1 else 0.0
+                others = (
+                    statistics.median(
+                        share for index, share in shares.items() if index != member.index
+                    )
+                    if len(members) > 1
+                    else 0.0
+                )
                 if shares[member.index] > max(HELD_UP, 3 * others):
-                    yield f"{member} holds the others up: {shares[member.index]:.0%} of the time it {what}"
+                    yield (
+                        f"{member} holds the others up: {shares[member.index]:.0%} of the time"
+                        f" it {what}"
+                    )
 
     def _suspect(self, now: float, likely: int, verdict: Verdict) -> None:
-        """Of several failures the likeliest to be the reason of the others, and the first of these."""
+        """Of several failures the likeliest to be the reason of the others, and the first of
+        these.
+        """
         if self._suspected is None or likely > self._suspected[1]:
             self._suspected = self._suspected[0] if self._suspected else now, likely, verdict
 

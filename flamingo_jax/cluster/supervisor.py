@@ -1,7 +1,9 @@
-"""A process beside each process of a run of several: it starts it, watches it, and ends it with a sentence when the others are gone.
+"""A process beside each process of a run of several: it starts it, watches it, and ends it with
+a sentence when the others are gone.
 
-A process that waits for a dead one waits for ever, or is aborted by JAX's service, without a word of which one it was. So the command starts itself
-once more as its child, which trains; the parent keeps a connection to process 0's parent, which knows them all (`Register`).
+A process that waits for a dead one waits for ever, or is aborted by JAX's service, without a
+word of which one it was. So the command starts itself once more as its child, which trains; the
+parent keeps a connection to process 0's parent, which knows them all (`Register`).
 """
 
 import contextlib
@@ -23,7 +25,15 @@ from flamingo_jax.cluster.line import Line, Message
 from flamingo_jax.cluster.link import LINK
 from flamingo_jax.cluster.place import Place
 from flamingo_jax.cluster.register import SAVING, SAY_EVERY, Limits, Register, Verdict
-from flamingo_jax.errors import EXIT_ABSENT, EXIT_HUNG, EXIT_LOST, EXIT_NOT_FINITE, EXIT_NOT_LEARNED, EXIT_PREEMPTED, UserError
+from flamingo_jax.errors import (
+    EXIT_ABSENT,
+    EXIT_HUNG,
+    EXIT_LOST,
+    EXIT_NOT_FINITE,
+    EXIT_NOT_LEARNED,
+    EXIT_PREEMPTED,
+    UserError,
+)
 from flamingo_jax.holder import Holder
 
 log = logging.getLogger("launch")
@@ -31,13 +41,19 @@ log = logging.getLogger("launch")
 TICK = 0.1
 BEAT_EVERY = 1.0
 GRACE_SECONDS = 10.0
-"""How long a child that has said how it ends may take to do so; and process 0 to hear that all have."""
+"""How long a child that has said how it ends may take to do so; and process 0 to hear that all
+have.
+"""
 SEEN_SECONDS = 30.0
-"""Until a file that another host wrote must be seen: network storage may keep what it knew for so long."""
+"""Until a file that another host wrote must be seen: network storage may keep what it knew for
+so long.
+"""
 
 
 def supervise(place: Place, limits: Limits, command: Sequence[str], workdir: pathlib.Path) -> int:
-    """Runs `command` as this place's process; returns the exit code, the reason on stderr where there is one."""
+    """Runs `command` as this place's process; returns the exit code, the reason on stderr where
+    there is one.
+    """
     return _Supervisor(place, limits, workdir).run(command)
 
 
@@ -107,7 +123,11 @@ class _Supervisor:
 
     def _wait(self, below: Line) -> None:
         with selectors.DefaultSelector() as selector:
-            for line in (below, self._upstream, *([] if self._desk is None else self._desk.lines())):
+            for line in (
+                below,
+                self._upstream,
+                *([] if self._desk is None else self._desk.lines()),
+            ):
                 if line is not None and (not isinstance(line, Line) or line.open):
                     selector.register(line, selectors.EVENT_READ)
             selector.select(TICK)
@@ -122,17 +142,31 @@ class _Supervisor:
         announced = self._leaving
         if announced is not None and announced[0] in (0, EXIT_PREEMPTED):
             # Well ended; a child that does not come to its end is ended.
-            return announced[0] if ended is not None or now - announced[1] > self._limits.lost else None
+            return (
+                announced[0]
+                if ended is not None or now - announced[1] > self._limits.lost
+                else None
+            )
         if self._verdict is not None:
             # It has said, or is about to say, so itself.
-            mine = announced is not None and (announced[0] == self._verdict.code or self._named(self._verdict))
+            mine = announced is not None and (
+                announced[0] == self._verdict.code or self._named(self._verdict)
+            )
             if announced is not None and mine and announced[0] > 0:
-                return announced[0] if ended is not None or now - announced[1] > GRACE_SECONDS else None
-            if ended is None and announced is None and now - self._judged < self._patience(self._verdict):
+                return (
+                    announced[0]
+                    if ended is not None or now - announced[1] > GRACE_SECONDS
+                    else None
+                )
+            if (
+                ended is None
+                and announced is None
+                and now - self._judged < self._patience(self._verdict)
+            ):
                 return None
             if ended is None and now - self._saved < self._limits.lost:
-                # All of that checkpoint is on disk but its manifest, without which it counts for
-                # nothing.
+                # All of that checkpoint is on disk but its manifest, without which it counts
+                # for nothing.
                 return None
             print(f"error: {self._verdict.why}", file=sys.stderr, flush=True)
             return self._verdict.code
@@ -142,17 +176,25 @@ class _Supervisor:
         return None
 
     def _patience(self, verdict: Verdict) -> float:
-        """Seconds for the child to end by itself: what ends all processes at the same step may find it in the middle of its last save."""
+        """Seconds for the child to end by itself: what ends all processes at the same step may
+        find it in the middle of its last save.
+        """
         if not self._started or verdict.code in (EXIT_LOST, EXIT_HUNG):
             return 0.0
-        return self._limits.lost if verdict.code in (EXIT_NOT_FINITE, EXIT_NOT_LEARNED) else GRACE_SECONDS
+        return (
+            self._limits.lost
+            if verdict.code in (EXIT_NOT_FINITE, EXIT_NOT_LEARNED)
+            else GRACE_SECONDS
+        )
 
     def _named(self, verdict: Verdict) -> bool:
         return verdict.index == self._place.index
 
     def _finish(self, code: int) -> int:
         """Process 0 waits until all have heard how the run ends."""
-        deadline = time.monotonic() + (self._limits.lost if code in (0, EXIT_PREEMPTED) else GRACE_SECONDS)
+        deadline = time.monotonic() + (
+            self._limits.lost if code in (0, EXIT_PREEMPTED) else GRACE_SECONDS
+        )
         if self._upstream is not None:
             self._upstream.close()
         while self._desk is not None and not self._desk.deserted and time.monotonic() < deadline:
@@ -183,7 +225,9 @@ class _Supervisor:
             self._waiting.append(message)
 
     def _reach(self, now: float) -> None:
-        """Connects to the desk, tries again until it is there, and shows it that this process lives."""
+        """Connects to the desk, tries again until it is there, and shows it that this process
+        lives.
+        """
         if self._upstream is None and self._verdict is None:
             with contextlib.suppress(OSError):
                 self._upstream = Line(socket.create_connection(self._place.meeting, timeout=TICK))
@@ -191,11 +235,22 @@ class _Supervisor:
         if self._upstream is None:
             if now - self._said > SAY_EVERY:
                 self._said = now
-                log.info("waiting for process 0 of %d at %s:%d, for %.0f s", self._place.count, *self._place.meeting, now - self._began)
+                log.info(
+                    "waiting for process 0 of %d at %s:%d, for %.0f s",
+                    self._place.count,
+                    *self._place.meeting,
+                    now - self._began,
+                )
             return
         if not self._greeted:
             self._greeted = True
-            hello = {"index": self._place.index, "count": self._place.count, "host": socket.gethostname(), "pid": os.getpid(), "clock": time.time()}
+            hello = {
+                "index": self._place.index,
+                "count": self._place.count,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "clock": time.time(),
+            }
             self._upstream.send({"hello": hello})
             for message in self._waiting:
                 self._upstream.send(message)
@@ -207,10 +262,15 @@ class _Supervisor:
         if "say" in message and self._verdict is None:
             log.info("%s", message["say"])
         if "probe" in message:
-            # Storage that does not answer must not keep this process from showing that it lives.
+            # Storage that does not answer must not keep this process from showing that it
+            # lives.
             threading.Thread(target=self._probe, args=(message["probe"],), daemon=True).start()
         if "go" in message:
-            log.info("all %d processes are there and agree: %s", len(message["go"]), ", ".join(message["go"]))
+            log.info(
+                "all %d processes are there and agree: %s",
+                len(message["go"]),
+                ", ".join(message["go"]),
+            )
             self._started = True
             below.send({"go": True})
         if "met" in message:
@@ -238,23 +298,33 @@ class _Supervisor:
         if self._upstream is None:
             if now - self._began > self._limits.start:
                 mend = "look at the logs of its host, or raise --start_timeout"
-                self._verdict = Verdict(EXIT_ABSENT, f"{where} did not answer for {now - self._began:.0f} s: {mend}")
+                self._verdict = Verdict(
+                    EXIT_ABSENT, f"{where} did not answer for {now - self._began:.0f} s: {mend}"
+                )
         elif not self._upstream.open:
             self._verdict = Verdict(EXIT_LOST, f"{where} died")
         elif now - self._heard > self._limits.lost:
-            self._verdict = Verdict(EXIT_LOST, f"{where} was not heard of for {now - self._heard:.0f} s")
+            self._verdict = Verdict(
+                EXIT_LOST, f"{where} was not heard of for {now - self._heard:.0f} s"
+            )
 
 
 class _Desk:
     """Where all supervisors call: process 0's part of it."""
 
     def __init__(self, place: Place, limits: Limits):
-        self._register, self._address = Register(place.count, limits, time.monotonic()), place.address
+        self._register, self._address = (
+            Register(place.count, limits, time.monotonic()),
+            place.address,
+        )
         _, port = place.meeting
         try:
             self._listening = socket.create_server(("", port), backlog=max(place.count, 128))
         except OSError as error:
-            raise UserError(f"process 0 cannot listen on port {port} ({error.strerror}): choose another in --coordinator") from None
+            raise UserError(
+                f"process 0 cannot listen on port {port} ({error.strerror}): choose another in"
+                " --coordinator"
+            ) from None
         self._listening.setblocking(False)
         self._lines: dict[Line, int | None] = {}
         self._beaten = 0.0
@@ -303,9 +373,19 @@ class _Desk:
         if "hello" in message:
             hello = message["hello"]
             known = hello["index"] in self._lines.values()
-            register.arrived(hello["index"], hello["count"], hello["host"], hello["pid"], time.time() - hello["clock"], now)
+            register.arrived(
+                hello["index"],
+                hello["count"],
+                hello["host"],
+                hello["pid"],
+                time.time() - hello["clock"],
+                now,
+            )
             if known:
-                taken = Verdict(EXIT_ABSENT, f"the run at {self._address} has all its processes: wait until it has ended")
+                taken = Verdict(
+                    EXIT_ABSENT,
+                    f"the run at {self._address} has all its processes: wait until it has ended",
+                )
                 line.send({"end": dataclasses.astuple(register.verdict or taken)})
             elif register.verdict is not None:
                 line.send({"end": dataclasses.astuple(register.verdict)})
@@ -342,12 +422,18 @@ def _probe(workdir: pathlib.Path, stage: str, place: Place) -> str:
             deadline = time.monotonic() + SEEN_SECONDS
             while missing := [path for path in mine if not path.exists()]:
                 if time.monotonic() > deadline:
-                    return f"does not see {missing[0]}, which another process wrote: put --workdir on storage that all hosts share"
+                    return (
+                        f"does not see {missing[0]}, which another process wrote: put --workdir"
+                        " on storage that all hosts share"
+                    )
                 time.sleep(TICK)
         else:
             mine[place.index].unlink(missing_ok=True)
     except OSError as error:
-        return f"cannot write to {workdir} ({error.strerror}): name a folder in --workdir that all hosts may write to"
+        return (
+            f"cannot write to {workdir} ({error.strerror}): name a folder in --workdir that all"
+            " hosts may write to"
+        )
     return ""
 
 
@@ -361,4 +447,6 @@ def _how(code: int) -> str:
     if code >= 0:
         return f"it ended with exit code {code}; its log says why"
     name = signal.Signals(-code).name
-    return f"it was ended by {name}" + (", as the system does where memory is short" if -code == signal.SIGKILL else "")
+    return f"it was ended by {name}" + (
+        ", as the system does where memory is short" if -code == signal.SIGKILL else ""
+    )

@@ -51,8 +51,10 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """figures: {"accuracy": mean over samples, "accuracy/<type>" where examples have types, and "commonest_answer", what it is worth to give the
-    commonest answer of the training split to everything, where that is known}, each 0 to 1."""
+    """figures: {"accuracy": mean over samples, "accuracy/<type>" where examples have types, and
+    "commonest_answer", what it is worth to give the commonest answer of the training split to
+    everything, where that is known}, each 0 to 1.
+    """
 
     name: str
     shots: int
@@ -71,7 +73,9 @@ class Benchmark(Protocol):
     def name(self) -> str: ...
 
     def check(self, settings: Settings) -> None:
-        """Raises UserError where there is nothing to evaluate on, or too little support for the prompts."""
+        """Raises UserError where there is nothing to evaluate on, or too little support for the
+        prompts.
+        """
 
     def run(self, engine: Engine, settings: Settings) -> Result:
         """Raises UserError as `check` does."""
@@ -79,7 +83,9 @@ class Benchmark(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class OpenEnded:
-    """Answers written freely: captions and answers to questions. commonest: the answer that whoever does not look would give; "" for none."""
+    """Answers written freely: captions and answers to questions. commonest: the answer that
+    whoever does not look would give; "" for none.
+    """
 
     name: str
     queries: Sequence[Example]
@@ -95,28 +101,52 @@ class OpenEnded:
         self.check(settings)
         shown = _few_shot_prompts(self, engine, settings, settings.text_examples)
         with Bar(_title(self.name, settings.shots), len(shown)) as bar:
-            completions = engine.generate(shown, settings.decoding, seed=settings.seed, progress=bar.advance)
+            completions = engine.generate(
+                shown, settings.decoding, seed=settings.seed, progress=bar.advance
+            )
         samples = []
         for query, prompt, completion in zip(self.queries, shown, completions, strict=True):
             prediction = prompts.clean(completion.text)
             right = self.judge(prediction, query.answers)
-            samples.append(Sample(query.id, as_text(prompt), query.visual, prediction, query.answers, right, query.type))
+            samples.append(
+                Sample(
+                    query.id,
+                    as_text(prompt),
+                    query.visual,
+                    prediction,
+                    query.answers,
+                    right,
+                    query.type,
+                )
+            )
         result = summarise(self.name, settings.shots, samples)
         if not self.commonest:
             return result
-        guessed = float(np.mean([self.judge(self.commonest, query.answers) for query in self.queries]))
+        guessed = float(
+            np.mean([self.judge(self.commonest, query.answers) for query in self.queries])
+        )
         return dataclasses.replace(result, figures=result.figures | {"commonest_answer": guessed})
 
 
 def captioning(
-    name: str, queries: Sequence[Example], support: Sequence[Example], judge: Judge = metrics.exact_match, form: prompts.Format = prompts.CAPTION
+    name: str,
+    queries: Sequence[Example],
+    support: Sequence[Example],
+    judge: Judge = metrics.exact_match,
+    form: prompts.Format = prompts.CAPTION,
 ) -> OpenEnded:
-    """`<image>Output: ...`; by default a caption is right when it is one of the example's, word for word."""
+    """`<image>Output: ...`; by default a caption is right when it is one of the example's, word
+    for word.
+    """
     return OpenEnded(name, queries, support, form, judge)
 
 
 def question_answering(
-    name: str, queries: Sequence[Example], support: Sequence[Example], form: prompts.Format = prompts.QUESTION, commonest: str = ""
+    name: str,
+    queries: Sequence[Example],
+    support: Sequence[Example],
+    form: prompts.Format = prompts.QUESTION,
+    commonest: str = "",
 ) -> OpenEnded:
     """`<image>Question: ... Answer: ...`, scored by VQA accuracy."""
     return OpenEnded(name, queries, support, form, metrics.vqa_accuracy, commonest)
@@ -130,7 +160,9 @@ def commonest_answer(answers: Iterable[Sequence[str]]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Classification:
-    """The likeliest of the classes, by log-likelihood; zero-shot prompts have no text-only examples (facts 6.4)."""
+    """The likeliest of the classes, by log-likelihood; zero-shot prompts have no text-only
+    examples (facts 6.4).
+    """
 
     name: str
     queries: Sequence[Example]
@@ -151,13 +183,24 @@ class Classification:
         for query, prompt, score in zip(self.queries, shown, scores, strict=True):
             prediction = self.classes[int(np.argmax(score))]
             right = metrics.exact_match(prediction, query.answers)
-            samples.append(Sample(query.id, as_text(prompt), query.visual, prediction, query.answers, right, query.type))
+            samples.append(
+                Sample(
+                    query.id,
+                    as_text(prompt),
+                    query.visual,
+                    prediction,
+                    query.answers,
+                    right,
+                    query.type,
+                )
+            )
         return summarise(self.name, settings.shots, samples)
 
 
 @dataclasses.dataclass(frozen=True)
 class Binding:
-    """Which of the page's new words names the last picture, after `shots` pictures with their words; chance is one over the words.
+    """Which of the page's new words names the last picture, after `shots` pictures with their
+    words; chance is one over the words.
 
     A page's texts end with the word that names its picture.
     """
@@ -171,20 +214,37 @@ class Binding:
     def _long_enough(self, settings: Settings) -> list[Page]:
         pages = [page for page in self.pages if len(page.visuals) > settings.shots]
         if not pages:
-            raise UserError(f"no page of {self.name} has {settings.shots} pictures before its last: ask for fewer shots")
+            raise UserError(
+                f"no page of {self.name} has {settings.shots} pictures before its last: ask for"
+                " fewer shots"
+            )
         return pages
 
     def run(self, engine: Engine, settings: Settings) -> Result:
         pages = self._long_enough(settings)
         shown = [prompts.binding(page, settings.shots) for page in pages]
-        words = [sorted({prompts.split_last_word(text)[1] for text in page.texts[1:]}) for page in pages]
+        words = [
+            sorted({prompts.split_last_word(text)[1] for text in page.texts[1:]}) for page in pages
+        ]
         candidates = [[f" {word}" for word in some] for some in words]
         with Bar(_title(self.name, settings.shots), len(shown)) as bar:
             scores = engine.log_likelihoods(shown, candidates, progress=bar.advance)
         samples = []
         for page, prompt, some, score in zip(pages, shown, words, scores, strict=True):
-            prediction, answer = some[int(np.argmax(score))], prompts.split_last_word(page.texts[-1])[1]
-            samples.append(Sample(page.id, as_text(prompt), page.visuals[-1], prediction, (answer,), float(prediction == answer)))
+            prediction, answer = (
+                some[int(np.argmax(score))],
+                prompts.split_last_word(page.texts[-1])[1],
+            )
+            samples.append(
+                Sample(
+                    page.id,
+                    as_text(prompt),
+                    page.visuals[-1],
+                    prediction,
+                    (answer,),
+                    float(prediction == answer),
+                )
+            )
         return summarise(self.name, settings.shots, samples)
 
 
@@ -195,18 +255,30 @@ def summarise(name: str, shots: int, samples: list[Sample]) -> Result:
         groups["accuracy"].append(sample.right)
         if sample.type:
             groups[f"accuracy/{sample.type}"].append(sample.right)
-    return Result(name, shots, {key: float(np.mean(values)) for key, values in sorted(groups.items())}, samples)
+    return Result(
+        name,
+        shots,
+        {key: float(np.mean(values)) for key, values in sorted(groups.items())},
+        samples,
+    )
 
 
 def as_text(prompt: Prompt) -> str:
     """A prompt as a person reads it, with its visuals as tags."""
-    return "".join(part if isinstance(part, str) else "<image>" if isinstance(part, Visual) else part.value for part in prompt)
+    return "".join(
+        part if isinstance(part, str) else "<image>" if isinstance(part, Visual) else part.value
+        for part in prompt
+    )
 
 
-def _check_examples(benchmark: OpenEnded | Classification, settings: Settings, text_examples: int) -> None:
+def _check_examples(
+    benchmark: OpenEnded | Classification, settings: Settings, text_examples: int
+) -> None:
     support, name = benchmark.support, benchmark.name
     if not benchmark.queries:
-        raise UserError(f"{name} has no examples to evaluate on: name another split or a higher --limit")
+        raise UserError(
+            f"{name} has no examples to evaluate on: name another split or a higher --limit"
+        )
     need = max(settings.shots, 0 if settings.shots else text_examples)
     # A query is never its own example.
     known = {example.id for example in support} if settings.shots else set()
@@ -219,7 +291,12 @@ def _check_examples(benchmark: OpenEnded | Classification, settings: Settings, t
         )
 
 
-def _few_shot_prompts(benchmark: OpenEnded | Classification, engine: Engine, settings: Settings, text_examples: int) -> list[list[Part]]:
+def _few_shot_prompts(
+    benchmark: OpenEnded | Classification,
+    engine: Engine,
+    settings: Settings,
+    text_examples: int,
+) -> list[list[Part]]:
     support, name = benchmark.support, benchmark.name
     # The same examples stand before every query of a zero-shot prompt.
     text_only: list[Example] = []
@@ -227,9 +304,14 @@ def _few_shot_prompts(benchmark: OpenEnded | Classification, engine: Engine, set
         places = keyed_rng(settings.seed, name).permutation(len(support))[:text_examples]
         text_only = [support[place] for place in places]
     if not settings.shots:
-        return [prompts.few_shot(query, [], text_only, benchmark.form) for query in benchmark.queries]
+        return [
+            prompts.few_shot(query, [], text_only, benchmark.form) for query in benchmark.queries
+        ]
     choose = make_shots(settings.selection, support, benchmark.queries, settings.seed, engine)
-    return [prompts.few_shot(query, choose(query, settings.shots), [], benchmark.form) for query in benchmark.queries]
+    return [
+        prompts.few_shot(query, choose(query, settings.shots), [], benchmark.form)
+        for query in benchmark.queries
+    ]
 
 
 def _title(name: str, shots: int) -> str:

@@ -16,7 +16,8 @@ from flamingo_jax.processing.video import middle_clip
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-    """answers: any caption or class name that is right, or the ground truths of a question; the first stands in prompts.
+    """answers: any caption or class name that is right, or the ground truths of a question; the
+    first stands in prompts.
 
     question: "" for captions. type: sort of question, for figures by type.
     """
@@ -45,28 +46,38 @@ def read_examples(
     frames: int | None = None,
     fps: float | None = None,
 ) -> list[Example]:
-    """Records of kind pairs, videos or questions, their pictures encoded as on disk (data_pipelines/features.py has the fields).
+    """Records of kind pairs, videos or questions, their pictures encoded as on disk
+    (data_pipelines/features.py has the fields).
 
     Args:
-      frames: the most frames of a clip, from its middle; by default as many as the resampler was
-        trained with.
-      fps: frames a second of clips, no more than were stored; by default all that were stored, as in
-        training.
+      frames: the most frames of a clip, from its middle; by default as many as the resampler
+        was trained with.
+      fps: frames a second of clips, no more than were stored; by default all that were stored,
+        as in training.
 
-    Raises: UserError that names the record whose picture cannot be read, that has no answer, or whose
-      video was stored at a lower rate.
+    Raises: UserError that names the record whose picture cannot be read, that has no answer, or
+      whose video was stored at a lower rate.
     """
     examples = []
     for record in records:
         name = _text(record["id"])
         pictures = [record["image"]] if kind == "pairs" else list(record["frames"])
-        every = 1.0 if kind == "pairs" or fps is None or len(pictures) == 1 else _every(record, fps, name)
+        every = (
+            1.0
+            if kind == "pairs" or fps is None or len(pictures) == 1
+            else _every(record, fps, name)
+        )
         kept = middle_clip(len(pictures), frames or config.resampler.frames, every=every)
         visual = read_visual([pictures[place] for place in kept], config, name)
         answers = _answers(record, kind)
         if not answers:
-            raise UserError(f"the record {name!r} has no right answer to hold a prediction to: leave it out of the evaluation data")
-        question, sort = (_text(record["question"]), _text(record["type"])) if kind == "questions" else ("", "")
+            raise UserError(
+                f"the record {name!r} has no right answer to hold a prediction to: leave it out"
+                " of the evaluation data"
+            )
+        question, sort = (
+            (_text(record["question"]), _text(record["type"])) if kind == "questions" else ("", "")
+        )
         examples.append(Example(name, visual, answers, question, sort))
     return examples
 
@@ -78,7 +89,9 @@ def _answers(record: Any, kind: str) -> tuple[str, ...]:
 
 
 def first_answer(record: Any, kind: str) -> str:
-    """What stands in prompts as a record's answer, without a look at its visual; "" where there is none."""
+    """What stands in prompts as a record's answer, without a look at its visual; "" where there
+    is none.
+    """
     return next(iter(_answers(record, kind)), "")
 
 
@@ -86,7 +99,9 @@ def _every(record: Any, fps: float, name: str) -> float:
     """Stored frames from one frame of a clip at `fps` to the next."""
     stored = float(record["fps"]) if "fps" in record else 0.0
     if not stored:
-        raise UserError(f"{name} does not say its frame rate, so that none can be asked for: leave --fps away")
+        raise UserError(
+            f"{name} does not say its frame rate, so that none can be asked for: leave --fps away"
+        )
     if fps > stored * (1 + 1e-6):
         raise UserError(
             f"{name} was stored at {stored:g} frames a second, fewer than --fps={fps:g}: "
@@ -96,7 +111,10 @@ def _every(record: Any, fps: float, name: str) -> float:
 
 
 def read_pages(records: Iterable[Any], config: FlamingoConfig) -> list[Page]:
-    """Records of kind pages. Raises UserError that names the record whose picture cannot be read."""
+    """Records of kind pages.
+
+    Raises UserError that names the record whose picture cannot be read.
+    """
     pages = []
     for record in records:
         name = _text(record["id"])
@@ -106,7 +124,9 @@ def read_pages(records: Iterable[Any], config: FlamingoConfig) -> list[Page]:
 
 
 def page_examples(pages: Sequence[Page]) -> list[Example]:
-    """The chunks of pages that are written in a prompt's format (evaluation/prompts.py) as examples, for support sets."""
+    """The chunks of pages that are written in a prompt's format (evaluation/prompts.py) as
+    examples, for support sets.
+    """
     examples = []
     for page in pages:
         for place, (text, visual) in enumerate(zip(page.texts[1:], page.visuals, strict=True)):
@@ -120,17 +140,27 @@ def page_examples(pages: Sequence[Page]) -> list[Example]:
 
 
 def _plain(caption: str) -> str:
-    """A caption without the prompt that some training data tell it with: prompts would say it twice."""
+    """A caption without the prompt that some training data tell it with: prompts would say it
+    twice.
+    """
     return re.sub(r"^\s*Output: ", "", caption)
 
 
 def read_visual(pictures: Sequence[bytes], config: FlamingoConfig, name: str) -> Visual:
-    """Encoded pictures as one visual at the model's size. Raises UserError with `name` where one cannot be read."""
+    """Encoded pictures as one visual at the model's size.
+
+    Raises UserError with `name` where one cannot be read.
+    """
     vision = config.vision
     try:
-        frames = [images.load(picture, vision.image_size, vision.mean, vision.image_fit) for picture in pictures]
+        frames = [
+            images.load(picture, vision.image_size, vision.mean, vision.image_fit)
+            for picture in pictures
+        ]
     except images.ImageError as error:
-        raise UserError(f"{name}: unreadable image ({error}): replace it by a whole PNG or JPEG file") from error
+        raise UserError(
+            f"{name}: unreadable image ({error}): replace it by a whole PNG or JPEG file"
+        ) from error
     if not frames:
         raise UserError(f"{name} has no picture: leave it out")
     return Visual(np.stack(frames))

@@ -4,21 +4,118 @@ import re
 from collections.abc import Sequence
 
 CONTRACTED = (
-    "ain't", "aren't", "can't", "could've", "couldn't", "couldn't've", "didn't", "doesn't", "don't", "hadn't", "hadn't've",
-    "hasn't", "haven't", "he'd", "he'd've", "he's", "how'd", "how'll", "how's", "i'd've", "i'm", "i've", "isn't", "it'd",
-    "it'd've", "it'll", "ma'am", "mightn't", "mightn't've", "might've", "mustn't", "must've", "needn't", "not've", "o'clock",
-    "oughtn't", "shan't", "she'd've", "should've", "shouldn't", "shouldn't've", "somebody'd've", "somebody'll", "somebody's",
-    "someone'd", "someone'd've", "someone'll", "someone's", "something'd", "something'd've", "something'll", "that's", "there'd",
-    "there'd've", "there're", "there's", "they'd", "they'd've", "they'll", "they're", "they've", "'twas", "wasn't", "we'd've",
-    "we've", "weren't", "what'll", "what're", "what's", "what've", "when's", "where'd", "where's", "where've", "who'd",
-    "who'd've", "who'll", "who's", "who've", "why'll", "why're", "why's", "won't", "would've", "wouldn't", "wouldn't've", "y'all",
-    "y'all'll", "y'all'd've", "you'd", "you'd've", "you'll", "you're", "you've",
+    "ain't",
+    "aren't",
+    "can't",
+    "could've",
+    "couldn't",
+    "couldn't've",
+    "didn't",
+    "doesn't",
+    "don't",
+    "hadn't",
+    "hadn't've",
+    "hasn't",
+    "haven't",
+    "he'd",
+    "he'd've",
+    "he's",
+    "how'd",
+    "how'll",
+    "how's",
+    "i'd've",
+    "i'm",
+    "i've",
+    "isn't",
+    "it'd",
+    "it'd've",
+    "it'll",
+    "ma'am",
+    "mightn't",
+    "mightn't've",
+    "might've",
+    "mustn't",
+    "must've",
+    "needn't",
+    "not've",
+    "o'clock",
+    "oughtn't",
+    "shan't",
+    "she'd've",
+    "should've",
+    "shouldn't",
+    "shouldn't've",
+    "somebody'd've",
+    "somebody'll",
+    "somebody's",
+    "someone'd",
+    "someone'd've",
+    "someone'll",
+    "someone's",
+    "something'd",
+    "something'd've",
+    "something'll",
+    "that's",
+    "there'd",
+    "there'd've",
+    "there're",
+    "there's",
+    "they'd",
+    "they'd've",
+    "they'll",
+    "they're",
+    "they've",
+    "'twas",
+    "wasn't",
+    "we'd've",
+    "we've",
+    "weren't",
+    "what'll",
+    "what're",
+    "what's",
+    "what've",
+    "when's",
+    "where'd",
+    "where's",
+    "where've",
+    "who'd",
+    "who'd've",
+    "who'll",
+    "who's",
+    "who've",
+    "why'll",
+    "why're",
+    "why's",
+    "won't",
+    "would've",
+    "wouldn't",
+    "wouldn't've",
+    "y'all",
+    "y'all'll",
+    "y'all'd've",
+    "you'd",
+    "you'd've",
+    "you'll",
+    "you're",
+    "you've",
 )
-_COUNTED = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_COUNTED = (
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+)
 CONTRACTIONS = {word.replace("'", ""): word for word in CONTRACTED}
 NUMBERS = {"none": "0"} | {word: str(n) for n, word in enumerate(_COUNTED)}
 ARTICLES = ("a", "an", "the")
-PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 AGREEMENT = 3
 """So many equal answers of others make an answer right."""
 
@@ -34,15 +131,19 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """The official VQA accuracy (Antol et al. 2015): the mean, over leaving out one of the answers, of min(1, equal answers among the
-    others / 3). With a single answer, exact match.
+    """The official VQA accuracy (Antol et al. 2015): the mean, over leaving out one of the
+    answers, of min(1, equal answers among the others / 3). With a single answer, exact match.
 
-    As in the official scorer texts are normalised (`normalise_vqa`) only where the answers differ from each other, and answers are
-    left out by their place, so that equal ones do not all drop out together.
+    As in the official scorer texts are normalised (`normalise_vqa`) only where the answers
+    differ from each other, and answers are left out by their place, so that equal ones do not
+    all drop out together.
     """
     if len(answers) == 1:
         return exact_match(prediction, answers)
-    prediction, *others = (" ".join(text.split()) if index == 0 else text.strip() for index, text in enumerate((prediction, *answers)))
+    prediction, *others = (
+        " ".join(text.split()) if index == 0 else text.strip()
+        for index, text in enumerate((prediction, *answers))
+    )
     if len(set(others)) > 1:
         prediction, *others = (normalise_vqa(text) for text in (prediction, *others))
     equal = [answer == prediction for answer in others]
@@ -50,7 +151,9 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def normalise_vqa(text: str) -> str:
-    """The official scorer's form: punctuation, articles, number words and contractions made alike; lower case."""
+    """The official scorer's form: punctuation, articles, number words and contractions made
+    alike; lower case.
+    """
     joins = re.search(r"\d,\d", text) is not None
     result = text
     for mark in PUNCTUATION:

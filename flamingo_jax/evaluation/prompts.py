@@ -1,6 +1,8 @@
-"""Few-shot prompts in the paper's formats (paper B.1.5, facts 6.3): `<image>Output: ...`, `<image>Question: ... Answer: ...`.
+"""Few-shot prompts in the paper's formats (paper B.1.5, facts 6.3): `<image>Output: ...`,
+`<image>Question: ... Answer: ...`.
 
-Whitespace is that of training text: a prompt ends with its last word or colon, and what is predicted begins with a space.
+Whitespace is that of training text: a prompt ends with its last word or colon, and what is
+predicted begins with a space.
 """
 
 import dataclasses
@@ -31,10 +33,14 @@ QUESTION = Format(QUESTION_PROMPT)
 KEYWORDS = re.compile(r"\s*(?:Question:|Answer:|Output:|<image>).*", re.DOTALL)
 
 
-def few_shot(query: Example, shots: Sequence[Example], text_only: Sequence[Example], form: Format) -> list[Part]:
-    """`text_only` examples without their pictures, then `shots` with theirs, then the query up to its answer.
+def few_shot(
+    query: Example, shots: Sequence[Example], text_only: Sequence[Example], form: Format
+) -> list[Part]:
+    """`text_only` examples without their pictures, then `shots` with theirs, then the query up
+    to its answer.
 
-    Zero-shot prompts of open-ended tasks have two text-only examples and no shots (paper 3.3: one is harmful, more help little).
+    Zero-shot prompts of open-ended tasks have two text-only examples and no shots (paper 3.3:
+    one is harmful, more help little).
     """
     parts: list[Part] = []
     for example in text_only:
@@ -46,7 +52,9 @@ def few_shot(query: Example, shots: Sequence[Example], text_only: Sequence[Examp
 
 
 def binding(page: Page, shots: int) -> list[Part]:
-    """The last `shots` pictures before the page's last one with their texts, then the last one with its text up to the last word."""
+    """The last `shots` pictures before the page's last one with their texts, then the last one
+    with its text up to the last word.
+    """
     parts: list[Part] = []
     for place in range(len(page.visuals) - 1 - shots, len(page.visuals)):
         parts += [page.visuals[place], escape(page.texts[place + 1])]
@@ -55,11 +63,13 @@ def binding(page: Page, shots: int) -> list[Part]:
 
 
 def split_last_word(text: str) -> tuple[str, str]:
-    """"This is a dax" -> ("This is a", "dax")."""
+    """ "This is a dax" -> ("This is a", "dax")."""
     opening, _, word = text.rstrip().rpartition(" ")
     return opening, word
 
 
 def clean(text: str) -> str:
-    """A prediction cut where the next example's keywords begin, since <EOC> is sometimes missed (paper v1), and stripped."""
+    """A prediction cut where the next example's keywords begin, since <EOC> is sometimes missed
+    (paper v1), and stripped.
+    """
     return KEYWORDS.sub("", text, count=1).strip()

@@ -1,4 +1,6 @@
-"""report.json and report.html: one file that a person opens, with pictures, predictions, curves and tables inside it."""
+"""report.json and report.html: one file that a person opens, with pictures, predictions, curves
+and tables inside it.
+"""
 
 import html
 import io
@@ -15,6 +17,8 @@ from flamingo_jax.web_page import Table, page, strip, table
 SAMPLES = 12
 """Samples shown of each result."""
 PICTURE_SIDE = 112
+
+
 def write_report(
     folder: pathlib.Path,
     report: Mapping[str, Any],
@@ -29,7 +33,8 @@ def write_report(
 
     Args:
       results: what to show samples of, each with its heading.
-      training: {stage: lines of its metrics.jsonl}, for the curves of losses and the gates by layer.
+      training: {stage: lines of its metrics.jsonl}, for the curves of losses and the gates by
+        layer.
       lines: further charts, {title: {name of a line: (x, y)}}.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +50,9 @@ def write_report(
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, none where there is no file; a last line that was cut short is left out."""
+    """The lines of a metrics file, none where there is no file; a last line that was cut short
+    is left out.
+    """
     measured = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
@@ -56,10 +63,15 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def training_charts(stage: str, measured: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Training losses, held-out losses with and without pictures, and the last gates by layer, as far as they were measured."""
+    """Training losses, held-out losses with and without pictures, and the last gates by layer,
+    as far as they were measured.
+    """
 
     def series(names: Sequence[str]) -> dict[str, tuple[Sequence[float], Sequence[float]]]:
-        found = {name: [(line["step"], line[name]) for line in measured if _is_number(line.get(name))] for name in names}
+        found = {
+            name: [(line["step"], line[name]) for line in measured if _is_number(line.get(name))]
+            for name in names
+        }
         return {name: tuple(zip(*points, strict=True)) for name, points in found.items() if points}  # type: ignore[misc]
 
     names = sorted({name for line in measured for name in line})
@@ -73,25 +85,45 @@ def training_charts(stage: str, measured: Sequence[Mapping[str, Any]]) -> list[s
     gates = last_gates(measured)
     if gates:
         lines = {name: (range(1, len(values) + 1), values) for name, values in gates.items()}
-        charts.append(chart(f"{stage}: tanh of the gates by layer", lines, x="gated block", y="tanh(gate)"))
+        charts.append(
+            chart(f"{stage}: tanh of the gates by layer", lines, x="gated block", y="tanh(gate)")
+        )
     return charts
 
 
 def last_gates(measured: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """{"attention": [tanh of each block's gate], "dense": ...} as last measured; empty where there are none."""
+    """{"attention": [tanh of each block's gate], "dense": ...} as last measured; empty where
+    there are none.
+    """
     for line in reversed(measured):
-        gates = {name.removeprefix("gates/"): list(value) for name, value in line.items() if name.startswith("gates/")}
+        gates = {
+            name.removeprefix("gates/"): list(value)
+            for name, value in line.items()
+            if name.startswith("gates/")
+        }
         if gates:
             return gates
     return {}
 
 
-def chart(title: str, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x: str = "", y: str = "") -> str:
+def chart(
+    title: str,
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    x: str = "",
+    y: str = "",
+) -> str:
     """Lines over numbers as an SVG element."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for name, (places, values) in series.items():
-        axes.plot(list(places), list(values), label=name, marker="o" if len(values) < 12 else None, markersize=4)
+        axes.plot(
+            list(places),
+            list(values),
+            label=name,
+            marker="o" if len(values) < 12 else None,
+            markersize=4,
+        )
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
     if len(series) > 1:
@@ -119,8 +151,10 @@ def _samples(heading: str, result: Result) -> str:
 def _card(sample: Sample) -> str:
     prompt = sample.prompt if len(sample.prompt) <= 160 else "… " + sample.prompt[-160:]
     return (
-        f'<div class="sample{" right" if sample.right >= 0.5 else ""}"><img src="{picture(sample)}" alt="">'
-        f'<div class="prompt">{html.escape(prompt)}</div><div><b>{html.escape(sample.prediction) or "(nothing)"}</b></div>'
+        f'<div class="sample{" right" if sample.right >= 0.5 else ""}"><img'
+        f' src="{picture(sample)}" alt="">'
+        "<div"
+        f' class="prompt">{html.escape(prompt)}</div><div><b>{html.escape(sample.prediction) or "(nothing)"}</b></div>'  # noqa: E501
         f"<div>should be: {html.escape(' | '.join(sorted(set(sample.answers))))}</div></div>"
     )
 

@@ -1,4 +1,7 @@
-"""Which support examples stand before a query: at random, or by likeness (RICES). Deterministic in seed and query."""
+"""Which support examples stand before a query: at random, or by likeness (RICES).
+
+Deterministic in seed and query.
+"""
 
 import hashlib
 import itertools
@@ -18,7 +21,9 @@ class Shots(Protocol):
 
 
 class RandomShots:
-    """Different examples at random, keyed by (seed, query id): what one query gets does not depend on the others."""
+    """Different examples at random, keyed by (seed, query id): what one query gets does not
+    depend on the others.
+    """
 
     def __init__(self, support: Sequence[Example], seed: int):
         self.support, self._seed = support, seed
@@ -29,12 +34,19 @@ class RandomShots:
 
 
 class SimilarShots:
-    """RICES (Yang et al. 2022; paper A.2): the support nearest to the query by frozen encoder features, the most similar last.
+    """RICES (Yang et al. 2022; paper A.2): the support nearest to the query by frozen encoder
+    features, the most similar last.
 
-    The paper names neither pooling nor metric: features averaged over cells and frames, cosine similarity. Ties fall to the earlier.
+    The paper names neither pooling nor metric: features averaged over cells and frames, cosine
+    similarity. Ties fall to the earlier.
     """
 
-    def __init__(self, support: Sequence[Example], support_features: np.ndarray, query_features: dict[str, np.ndarray]):
+    def __init__(
+        self,
+        support: Sequence[Example],
+        support_features: np.ndarray,
+        query_features: dict[str, np.ndarray],
+    ):
         """support_features: float [S, C]; query_features: {query id: [C]}; rows of length 1."""
         self.support, self._features, self._queries = support, support_features, query_features
 
@@ -50,8 +62,10 @@ def _others(query: Example, support: Iterable[Example], count: int) -> list[Exam
 
 
 def draw(seed: int, name: str, size: int, count: int) -> list[int]:
-    """`count` of the places 0..size - 1 at random, in order; all of them where there are no more, or for
-    a count of 0. The first of a data set would be a sample of nothing: many are sorted."""
+    """`count` of the places 0..size - 1 at random, in order; all of them where there are no
+    more, or for a count of 0. The first of a data set would be a sample of nothing: many are
+    sorted.
+    """
     if not count or count >= size:
         return list(range(size))
     return sorted(keyed_rng(seed, name).choice(size, count, replace=False).tolist())
@@ -61,13 +75,23 @@ class HasFeatures(Protocol):
     def features(self, visuals: Sequence[Visual]) -> np.ndarray: ...
 
 
-def make_shots(selection: str, support: Sequence[Example], queries: Sequence[Example], seed: int, engine: HasFeatures) -> Shots:
+def make_shots(
+    selection: str,
+    support: Sequence[Example],
+    queries: Sequence[Example],
+    seed: int,
+    engine: HasFeatures,
+) -> Shots:
     """`selection` is "random" or "rices"; raises ValueError for another."""
     if selection not in ("random", "rices"):
         raise ValueError(f"selection is {selection!r}, but must be 'random' or 'rices'")
     if selection == "rices" and support:
         features = engine.features([example.visual for example in [*support, *queries]])
-        return SimilarShots(support, features[: len(support)], {q.id: f for q, f in zip(queries, features[len(support) :], strict=True)})
+        return SimilarShots(
+            support,
+            features[: len(support)],
+            {q.id: f for q, f in zip(queries, features[len(support) :], strict=True)},
+        )
     return RandomShots(support, seed)
 
 

@@ -1,4 +1,6 @@
-"""What generation and scoring share: the model's decoding interface, and prompts read into a cache once."""
+"""What generation and scoring share: the model's decoding interface, and prompts read into a
+cache once.
+"""
 
 from typing import Any, NamedTuple, Protocol
 
@@ -11,7 +13,9 @@ Array = jax.Array
 
 
 class Decoder(Protocol):
-    """A model that reads some tokens more of every row: `Flamingo`, or anything with its two methods."""
+    """A model that reads some tokens more of every row: `Flamingo`, or anything with its two
+    methods.
+    """
 
     config: Any
 
@@ -19,13 +23,23 @@ class Decoder(Protocol):
         """An empty cache; every leaf that is not `attention.Shared` has the batch at axis 1."""
 
     def decode(
-        self, tokens: Array, positions: Array, media_index: Array, media: Any, visuals: Array | None, cache: Any
+        self,
+        tokens: Array,
+        positions: Array,
+        media_index: Array,
+        media: Any,
+        visuals: Array | None,
+        cache: Any,
     ) -> tuple[Array, Any]:
-        """int32 [B, L] tokens at `positions` -> logits float32 [B, L, V] and the cache with them."""
+        """int32 [B, L] tokens at `positions` -> logits float32 [B, L, V] and the cache with
+        them.
+        """
 
 
 class Prompts(NamedTuple):
-    """Right-padded prompts on the device: tokens, media_index int32 [B, L]; lengths int32 [B]; visuals int32 [B, N] or None."""
+    """Right-padded prompts on the device: tokens, media_index int32 [B, L]; lengths int32 [B];
+    visuals int32 [B, N] or None.
+    """
 
     tokens: Array
     media_index: Array
@@ -36,8 +50,10 @@ class Prompts(NamedTuple):
 class Started(NamedTuple):
     """Prompts that a model has read, all but their last token, which begins what follows.
 
-    cache: with `size` slots. last: int32 [B], the last tokens. position: int32 [B], where they stand.
-    media_index, visuals: what they and all that follows look at, int32 [B] and [B, N] (or None).
+    cache: with `size` slots. last: int32 [B], the last tokens. position: int32 [B], where they
+      stand.
+    media_index, visuals: what they and all that follows look at, int32 [B] and [B, N] (or
+      None).
     """
 
     cache: Any
@@ -56,17 +72,24 @@ class Started(NamedTuple):
 def start(model: Decoder, prompts: Prompts, media: Any, size: int) -> Started:
     """Reads all but the last token of every prompt into a cache of `size` slots.
 
-    The logits of these tokens are not used, so that XLA leaves their computation out: a vocabulary times a prompt would be large.
+    The logits of these tokens are not used, so that XLA leaves their computation out: a
+    vocabulary times a prompt would be large.
     """
     rows, length = prompts.tokens.shape
     places = jnp.arange(length)
     positions = jnp.where(places < prompts.lengths[:, None] - 1, places, size)
     cache = model.init_cache(rows, size)
-    _, cache = model.decode(prompts.tokens, positions, prompts.media_index, media, prompts.visuals, cache)
+    _, cache = model.decode(
+        prompts.tokens, positions, prompts.media_index, media, prompts.visuals, cache
+    )
     take = lambda a: jnp.take_along_axis(a, prompts.lengths[:, None] - 1, axis=1)[:, 0]
     index, visuals = take(prompts.media_index), prompts.visuals
     if visuals is not None and model.config.attend == "last":
         # What follows looks at one visual alone: the others need not be gathered at every step.
-        visuals = jnp.where(index[:, None] >= 0, jnp.take_along_axis(visuals, jnp.maximum(index, 0)[:, None], axis=1), -1)
+        visuals = jnp.where(
+            index[:, None] >= 0,
+            jnp.take_along_axis(visuals, jnp.maximum(index, 0)[:, None], axis=1),
+            -1,
+        )
         index = jnp.minimum(index, 0)
     return Started(cache, take(prompts.tokens), prompts.lengths - 1, index, visuals)

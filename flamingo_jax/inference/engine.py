@@ -1,4 +1,6 @@
-"""Prompts in, texts or log-likelihoods out: batches of few shapes, every different visual encoded once."""
+"""Prompts in, texts or log-likelihoods out: batches of few shapes, every different visual
+encoded once.
+"""
 
 import collections
 import dataclasses
@@ -15,7 +17,15 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.inference.decoding import Prompts
 from flamingo_jax.inference.generation import Decoding, Generated, Vocabulary, generate
 from flamingo_jax.inference.model import Loaded
-from flamingo_jax.inference.prompts import Prompt, PromptBatch, Visual, collate, padded_length, power_of, tokenise
+from flamingo_jax.inference.prompts import (
+    Prompt,
+    PromptBatch,
+    Visual,
+    collate,
+    padded_length,
+    power_of,
+    tokenise,
+)
 from flamingo_jax.inference.scoring import candidate_scores
 from flamingo_jax.processing.tokenizer import Tokenizer
 
@@ -29,12 +39,15 @@ VISUALS_IN_BATCH = 512
 LOGITS_AT_ONCE = 1 << 26
 FRAMES_AT_ONCE = 64
 KEPT_BYTES = 512 << 20
-"""Visual tokens, and as many bytes of features, kept on the host for visuals that come again."""
+"""Visual tokens, and as many bytes of features, kept on the host for visuals that come again.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What a model wrote after a prompt. score: its log-probability; finished: it ended by itself."""
+    """What a model wrote after a prompt. score: its log-probability; finished: it ended by
+    itself.
+    """
 
     text: str
     score: float
@@ -61,18 +74,36 @@ def _prepare(graph: Any, state: nnx.State, visual_tokens: Array) -> Any:
 
 @functools.partial(jax.jit, static_argnames=("graph", "decoding", "vocabulary"))
 def _generate(
-    graph: Any, state: nnx.State, prompts: Prompts, media: Any, keys: Array, decoding: Decoding, vocabulary: Vocabulary
+    graph: Any,
+    state: nnx.State,
+    prompts: Prompts,
+    media: Any,
+    keys: Array,
+    decoding: Decoding,
+    vocabulary: Vocabulary,
 ) -> Generated:
     return generate(nnx.merge(graph, state), prompts, media, keys, decoding, vocabulary)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "at_once"))
-def _score(graph: Any, state: nnx.State, prompts: Prompts, media: Any, candidates: Array, lengths: Array, at_once: int) -> Array:
-    return candidate_scores(nnx.merge(graph, state), prompts, media, candidates, lengths, at_once=at_once)
+def _score(
+    graph: Any,
+    state: nnx.State,
+    prompts: Prompts,
+    media: Any,
+    candidates: Array,
+    lengths: Array,
+    at_once: int,
+) -> Array:
+    return candidate_scores(
+        nnx.merge(graph, state), prompts, media, candidates, lengths, at_once=at_once
+    )
 
 
 class KeptArrays:
-    """Arrays by digest, those of longest ago let go where all together hold more than `most_bytes`."""
+    """Arrays by digest, those of longest ago let go where all together hold more than
+    `most_bytes`.
+    """
 
     def __init__(self, most_bytes: int):
         self._most_bytes, self._bytes = most_bytes, 0
@@ -81,7 +112,9 @@ class KeptArrays:
     def get(
         self, digests: Sequence[bytes], make: Callable[[list[bytes]], dict[bytes, np.ndarray]]
     ) -> dict[bytes, np.ndarray]:
-        """The arrays of these digests; `make` is asked for all that are missing, if there are any."""
+        """The arrays of these digests; `make` is asked for all that are missing, if there are
+        any.
+        """
         missing = [digest for digest in digests if digest not in self._arrays]
         made = make(missing) if missing else {}
         found = {digest: made.get(digest, self._arrays.get(digest)) for digest in digests}
@@ -95,9 +128,11 @@ class KeptArrays:
 
 
 class Engine:
-    """Runs a model on prompts. Answers do not depend on which prompts share a batch, within float32 rounding.
+    """Runs a model on prompts. Answers do not depend on which prompts share a batch, within
+    float32 rounding.
 
-    with_visuals: False takes every picture away, as in the training of a model without pictures; the image tags stay.
+    with_visuals: False takes every picture away, as in the training of a model without
+      pictures; the image tags stay.
     rows: prompts in a batch at most.
     """
 
@@ -110,15 +145,30 @@ class Engine:
         self._vocabulary = vocabulary_of(loaded.tokenizer, loaded.config.extra_tokens)
         self._kept_tokens, self._kept_features = KeptArrays(KEPT_BYTES), KeptArrays(KEPT_BYTES)
 
-    def generate(self, prompts: Sequence[Prompt], decoding: Decoding, *, seed: int = 0, progress: Progress | None = None) -> list[Completion]:
-        """The continuation of every prompt, without its <EOC>. `seed` matters to sampling only."""
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        decoding: Decoding,
+        *,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> list[Completion]:
+        """The continuation of every prompt, without its <EOC>.
+
+        `seed` matters to sampling only.
+        """
         found: dict[int, Completion] = {}
         for places, batch in self._batches(prompts):
-            # Keyed by the prompt's place in the list, so that what is drawn for it does not depend on its batch.
+            # Keyed by the prompt's place in the list, so that what is drawn for it does not
+            # depend on its batch.
             numbers = np.resize(np.array(places, np.uint32), len(batch.lengths))
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
             prepared, media = self._place(batch)
-            made = jax.device_get(_generate(self._graph, self._state, prepared, media, keys, decoding, self._vocabulary))
+            made = jax.device_get(
+                _generate(
+                    self._graph, self._state, prepared, media, keys, decoding, self._vocabulary
+                )
+            )
             for row, place in enumerate(places):
                 text = self.tokenizer.decode(made.tokens[row].tolist())
                 found[place] = Completion(text, float(made.score[row]), bool(made.finished[row]))
@@ -127,14 +177,21 @@ class Engine:
         return [found[place] for place in range(len(prompts))]
 
     def log_likelihoods(
-        self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, close: bool = True, progress: Progress | None = None
+        self,
+        prompts: Sequence[Prompt],
+        candidates: Sequence[Sequence[str]],
+        *,
+        close: bool = True,
+        progress: Progress | None = None,
     ) -> list[np.ndarray]:
         """Log-probability of each prompt's candidates, float64 [number of its candidates].
 
-        A candidate's text counts whole, its leading space too; `close` adds the <EOC> that ends it, so that one which begins another
-        is not favoured. A prompt without candidates has an empty array.
+        A candidate's text counts whole, its leading space too; `close` adds the <EOC> that ends
+        it, so that one which begins another is not favoured. A prompt without candidates has an
+        empty array.
 
-        Raises: UserError where prompts and lists of candidates differ in number, or a candidate has no tokens.
+        Raises: UserError where prompts and lists of candidates differ in number, or a candidate
+          has no tokens.
         """
         if len(prompts) != len(candidates):
             raise UserError(
@@ -143,7 +200,11 @@ class Engine:
             )
         if not any(candidates):
             return [np.zeros(0) for _ in prompts]
-        ids = {text: self.tokenizer.encode(text) + [self.tokenizer.eoc] * close for texts in candidates for text in texts}
+        ids = {
+            text: self.tokenizer.encode(text) + [self.tokenizer.eoc] * close
+            for texts in candidates
+            for text in texts
+        }
         for text, tokens in ids.items():
             if not tokens:
                 raise UserError(f"the candidate {text!r} has no tokens: leave it out")
@@ -153,14 +214,29 @@ class Engine:
         for places, batch in self._batches(prompts):
             rows = len(batch.lengths)
             columns = self.config.language_model.vocab_size + self.config.extra_tokens
-            at_once = max(1, min(most, LOGITS_AT_ONCE // (rows * longest * columns), 4 * TOKENS_IN_BATCH // batch.tokens.size))
+            at_once = max(
+                1,
+                min(
+                    most,
+                    LOGITS_AT_ONCE // (rows * longest * columns),
+                    4 * TOKENS_IN_BATCH // batch.tokens.size,
+                ),
+            )
             count = -(-most // at_once) * at_once
-            ends, lengths = np.zeros((rows, count, longest), np.int32), np.zeros((rows, count), np.int32)
+            ends, lengths = (
+                np.zeros((rows, count, longest), np.int32),
+                np.zeros((rows, count), np.int32),
+            )
             for row, place in enumerate(places):
                 for column, text in enumerate(candidates[place]):
-                    ends[row, column, : len(ids[text])], lengths[row, column] = ids[text], len(ids[text])
+                    ends[row, column, : len(ids[text])], lengths[row, column] = (
+                        ids[text],
+                        len(ids[text]),
+                    )
             prepared, media = self._place(batch)
-            scores = jax.device_get(_score(self._graph, self._state, prepared, media, ends, lengths, at_once))
+            scores = jax.device_get(
+                _score(self._graph, self._state, prepared, media, ends, lengths, at_once)
+            )
             for row, place in enumerate(places):
                 found[place] = scores[row, : len(candidates[place])].astype(np.float64)
             if progress is not None:
@@ -168,15 +244,19 @@ class Engine:
         return [found[place] for place in range(len(prompts))]
 
     def features(self, visuals: Sequence[Visual]) -> np.ndarray:
-        """Frozen vision encoder features for RICES: float32 [M, C] of length 1; those of visuals that came
-        before are kept."""
+        """Frozen vision encoder features for RICES: float32 [M, C] of length 1; those of
+        visuals that came before are kept.
+        """
         if not visuals:
             return np.zeros((0, 0), np.float32)
         self._check_size(visuals)
         different = {visual.digest: visual for visual in visuals}
-        rows = self._kept_features.get(list(different), lambda missing: dict(
-            self._encoded([different[digest] for digest in missing], _features)
-        ))
+        rows = self._kept_features.get(
+            list(different),
+            lambda missing: dict(
+                self._encoded([different[digest] for digest in missing], _features)
+            ),
+        )
         features = np.stack([rows[visual.digest] for visual in visuals])
         return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
@@ -187,8 +267,9 @@ class Engine:
             height, width = visual.frames.shape[1:3]
             if (height, width) != (size, size):
                 raise UserError(
-                    f"a visual is {width} x {height} pixels, but the model takes {size} x {size}: "
-                    "resize it, or read it with flamingo_jax.evaluation.examples.read_visual"
+                    f"a visual is {width} x {height} pixels, but the model takes {size} x"
+                    f" {size}: resize it, or read it with"
+                    " flamingo_jax.evaluation.examples.read_visual"
                 )
 
     def _batches(self, prompts: Sequence[Prompt]) -> Iterator[tuple[list[int], PromptBatch]]:
@@ -198,7 +279,8 @@ class Engine:
         tokenised = [tokenise(prompt, self.tokenizer) for prompt in prompts]
         self._check_size(visual for prompt in tokenised for visual in prompt.visuals)
         longest = padded_length(max(len(p.tokens) for p in tokenised))
-        # 1, 4, 16, 64, ...: a shape more costs the compilation of a program, a place more hardly anything.
+        # 1, 4, 16, 64, ...: a shape more costs the compilation of a program, a place more
+        # hardly anything.
         places = power_of(4, max(len(p.visuals) for p in tokenised))
         rows = min(self._rows, TOKENS_IN_BATCH // longest, VISUALS_IN_BATCH // max(places, 1))
         rows = min(max(power_of(2, rows + 1) // 2, 1), power_of(2, len(prompts)))
@@ -207,30 +289,56 @@ class Engine:
         for part in chosen:
             members = [tokenised[place] for place in part]
             length = padded_length(max(len(prompt.tokens) for prompt in members))
-            yield part, collate(members, rows=rows, length=length, places=places, pad_token=self.tokenizer.pad)
+            yield (
+                part,
+                collate(
+                    members, rows=rows, length=length, places=places, pad_token=self.tokenizer.pad
+                ),
+            )
 
     def _place(self, batch: PromptBatch) -> tuple[Prompts, Any]:
         tokens, index, lengths = jax.device_put((batch.tokens, batch.media_index, batch.lengths))
         if not batch.distinct:
             return Prompts(tokens, index, lengths, None), None
         if self.with_visuals:
-            return Prompts(tokens, index, lengths, jnp.asarray(batch.visuals)), self._media(batch.distinct, batch.visuals.size)
-        # Nothing is looked at, which adds exactly zero; the shapes stay, so that both kinds of engine share compiled programs.
-        blank = np.zeros((batch.visuals.size, self.config.resampler.latents, self.config.language_model.width), np.float32)
+            return Prompts(tokens, index, lengths, jnp.asarray(batch.visuals)), self._media(
+                batch.distinct, batch.visuals.size
+            )
+        # Nothing is looked at, which adds exactly zero; the shapes stay, so that both kinds of
+        # engine share compiled programs.
+        blank = np.zeros(
+            (
+                batch.visuals.size,
+                self.config.resampler.latents,
+                self.config.language_model.width,
+            ),
+            np.float32,
+        )
         media = _prepare(self._graph, self._state, blank.astype(self._dtype))
-        return Prompts(tokens, jnp.full_like(index, -1), lengths, jnp.asarray(np.full_like(batch.visuals, -1))), media
+        return (
+            Prompts(
+                tokens,
+                jnp.full_like(index, -1),
+                lengths,
+                jnp.asarray(np.full_like(batch.visuals, -1)),
+            ),
+            media,
+        )
 
     def _media(self, distinct: list[Visual], size: int) -> Any:
         by_digest = {visual.digest: visual for visual in distinct}
-        found = self._kept_tokens.get(list(by_digest), lambda missing: dict(
-            self._encoded([by_digest[digest] for digest in missing], _encode)
-        ))
+        found = self._kept_tokens.get(
+            list(by_digest),
+            lambda missing: dict(self._encoded([by_digest[digest] for digest in missing], _encode)),
+        )
         tokens = [found[visual.digest] for visual in distinct]
         blank = [np.zeros_like(tokens[0])] * (size - len(tokens))
         return _prepare(self._graph, self._state, np.stack(tokens + blank))
 
     def _encoded(self, visuals: list[Visual], encode: Any) -> Iterator[tuple[bytes, np.ndarray]]:
-        """(digest, encoding) of every visual, by number of frames, so that pictures do not pay for clips."""
+        """(digest, encoding) of every visual, by number of frames, so that pictures do not pay
+        for clips.
+        """
         groups: dict[int, list[Visual]] = {}
         for visual in visuals:
             groups.setdefault(self._frames(len(visual.frames)), []).append(visual)
@@ -242,17 +350,23 @@ class Engine:
                 images = np.zeros((rows, frames, *part[0].frames.shape[1:]), np.uint8)
                 mask = np.zeros((rows, frames), bool)
                 for row, visual in enumerate(part):
-                    images[row, : len(visual.frames)], mask[row, : len(visual.frames)] = visual.frames, True
+                    images[row, : len(visual.frames)], mask[row, : len(visual.frames)] = (
+                        visual.frames,
+                        True,
+                    )
                 encoded = np.asarray(jax.device_get(encode(self._graph, self._state, images, mask)))
                 if not np.isfinite(encoded[: len(part)].astype(np.float32)).all():
                     raise UserError(
-                        "the model's features of an image are not finite: its weights are damaged, or "
-                        "too large for its compute type; export it again, or load it with float32"
+                        "the model's features of an image are not finite: its weights are"
+                        " damaged, or too large for its compute type; export it again, or load"
+                        " it with float32"
                     )
                 yield from zip((visual.digest for visual in part), encoded, strict=False)
 
     def _frames(self, frames: int) -> int:
-        """Clips up to the trained length are masked to it; for longer ones time is stretched, which padding would change."""
+        """Clips up to the trained length are masked to it; for longer ones time is stretched,
+        which padding would change.
+        """
         trained = self.config.resampler.frames
         return frames if frames == 1 or frames > trained else trained
 
@@ -260,7 +374,12 @@ class Engine:
 def vocabulary_of(tokenizer: Tokenizer, extra_tokens: int = 1) -> Vocabulary:
     """<EOC> or <EOS> ends a text; what is never learned as a target is never written."""
     stop = (tokenizer.eoc, tokenizer.eos)
-    never = {tokenizer.bos, tokenizer.pad, *range(tokenizer.pieces, tokenizer.eoc), *range(tokenizer.eoc + 1, tokenizer.vocab_size + extra_tokens)}
+    never = {
+        tokenizer.bos,
+        tokenizer.pad,
+        *range(tokenizer.pieces, tokenizer.eoc),
+        *range(tokenizer.eoc + 1, tokenizer.vocab_size + extra_tokens),
+    }
     if len(tokenizer.image_tag_ids) == 1:
         never.add(tokenizer.image_tag_ids[0])
     return Vocabulary(stop, tuple(sorted(never - set(stop))))

@@ -1,6 +1,8 @@
-"""Text after a prompt: greedy, nucleus sampling and beam search, each one jittable while loop over a static cache.
+"""Text after a prompt: greedy, nucleus sampling and beam search, each one jittable while loop
+over a static cache.
 
-The loop ends as soon as every row has; a row ends at the first stop token (paper: the first <EOC>).
+The loop ends as soon as every row has; a row ends at the first stop token (paper: the first
+<EOC>).
 """
 
 import dataclasses
@@ -19,7 +21,10 @@ NOTHING = -1
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How to continue a prompt. The paper's open-ended tasks use a beam of 3 (facts 6.4); it names no length penalty."""
+    """How to continue a prompt.
+
+    The paper's open-ended tasks use a beam of 3 (facts 6.4); it names no length penalty.
+    """
 
     max_tokens: int = 32
     beam: int = 1
@@ -27,30 +32,47 @@ class Decoding:
     temperature: float = 0.0
     """0 takes the likeliest token (greedy)."""
     top_p: float = 1.0
-    """Nucleus sampling (Holtzman et al. 2020): only the likeliest tokens that together have this probability."""
+    """Nucleus sampling (Holtzman et al. 2020): only the likeliest tokens that together have
+    this probability.
+    """
     length_penalty: float = 0.0
-    """A hypothesis of n tokens ranks by its log-probability over ((5 + n) / 6) ** length_penalty (Wu et al. 2016); 0 for none."""
+    """A hypothesis of n tokens ranks by its log-probability over ((5 + n) / 6) **
+    length_penalty (Wu et al. 2016); 0 for none.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """stop: ids that end a row. never: ids that are not generated, such as <BOS>, padding and the image tag."""
+    """stop: ids that end a row. never: ids that are not generated, such as <BOS>, padding and
+    the image tag.
+    """
 
     stop: tuple[int, ...]
     never: tuple[int, ...] = ()
 
 
 class Generated(NamedTuple):
-    """tokens int32 [B, T] without the stop token, filled with -1; score float32 [B], log-probability including the stop token;
-    finished bool [B]: a stop token came within T tokens."""
+    """tokens int32 [B, T] without the stop token, filled with -1; score float32 [B],
+    log-probability including the stop token; finished bool [B]: a stop token came within T
+    tokens.
+    """
 
     tokens: Array
     score: Array
     finished: Array
 
 
-def generate(model: Decoder, prompts: Prompts, media: Any, keys: Array, decoding: Decoding, vocabulary: Vocabulary) -> Generated:
-    """At most `decoding.max_tokens` tokens after each prompt; `keys` [B], one PRNG key a row, matter to sampling only."""
+def generate(
+    model: Decoder,
+    prompts: Prompts,
+    media: Any,
+    keys: Array,
+    decoding: Decoding,
+    vocabulary: Vocabulary,
+) -> Generated:
+    """At most `decoding.max_tokens` tokens after each prompt; `keys` [B], one PRNG key a row,
+    matter to sampling only.
+    """
     started = start(model, prompts, media, prompts.tokens.shape[1] + decoding.max_tokens)
     if decoding.beam > 1:
         return _beam_search(model, started, media, decoding, vocabulary)
@@ -66,7 +88,14 @@ class _Sampling(NamedTuple):
     finished: Array
 
 
-def _sample(model: Decoder, started: Started, media: Any, keys: Array, decoding: Decoding, vocabulary: Vocabulary) -> Generated:
+def _sample(
+    model: Decoder,
+    started: Started,
+    media: Any,
+    keys: Array,
+    decoding: Decoding,
+    vocabulary: Vocabulary,
+) -> Generated:
     rows = started.last.shape[0]
 
     def body(s: _Sampling) -> _Sampling:
@@ -77,14 +106,25 @@ def _sample(model: Decoder, started: Started, media: Any, keys: Array, decoding:
         stops = jnp.isin(token, jnp.array(vocabulary.stop))
         written = jnp.where(s.finished | stops, NOTHING, token)
         return _Sampling(
-            s.step + 1, token, cache, s.tokens.at[:, s.step].set(written), s.score + jnp.where(s.finished, 0.0, gained), s.finished | stops
+            s.step + 1,
+            token,
+            cache,
+            s.tokens.at[:, s.step].set(written),
+            s.score + jnp.where(s.finished, 0.0, gained),
+            s.finished | stops,
         )
 
     first = _Sampling(
-        jnp.int32(0), started.last, started.cache, jnp.full((rows, decoding.max_tokens), NOTHING, jnp.int32),
-        jnp.zeros(rows), jnp.zeros(rows, bool),
+        jnp.int32(0),
+        started.last,
+        started.cache,
+        jnp.full((rows, decoding.max_tokens), NOTHING, jnp.int32),
+        jnp.zeros(rows),
+        jnp.zeros(rows, bool),
     )
-    last = jax.lax.while_loop(lambda s: (s.step < decoding.max_tokens) & ~s.finished.all(), body, first)
+    last = jax.lax.while_loop(
+        lambda s: (s.step < decoding.max_tokens) & ~s.finished.all(), body, first
+    )
     return Generated(last.tokens, last.score, last.finished)
 
 
@@ -99,7 +139,9 @@ def _choose(log_probabilities: Array, keys: Array, decoding: Decoding) -> Array:
 
 
 def nucleus(logits: Array, top_p: float) -> Array:
-    """Logits [B, V] with -inf outside the smallest set of likeliest tokens whose probabilities reach `top_p`."""
+    """Logits [B, V] with -inf outside the smallest set of likeliest tokens whose probabilities
+    reach `top_p`.
+    """
     descending = jnp.sort(logits, axis=-1, descending=True)
     probabilities = jax.nn.softmax(descending, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
@@ -118,12 +160,15 @@ class _Beams(NamedTuple):
     best_rank: Array
 
 
-def _beam_search(model: Decoder, started: Started, media: Any, decoding: Decoding, vocabulary: Vocabulary) -> Generated:
+def _beam_search(
+    model: Decoder, started: Started, media: Any, decoding: Decoding, vocabulary: Vocabulary
+) -> Generated:
     """Keeps the `beam` likeliest open hypotheses of every row, and the best closed one.
 
-    As in common practice a hypothesis may close only where its stop token is among the `beam` likeliest continuations, which makes a
-    beam of one greedy search. A row is done when none of its open hypotheses can still overtake its closed one. A row with no closed
-    hypothesis at the end gives its likeliest open one.
+    As in common practice a hypothesis may close only where its stop token is among the `beam`
+    likeliest continuations, which makes a beam of one greedy search. A row is done when none of
+    its open hypotheses can still overtake its closed one. A row with no closed hypothesis at
+    the end gives its likeliest open one.
     """
     rows, beams, length = started.last.shape[0], decoding.beam, decoding.max_tokens
     stop = jnp.array(vocabulary.stop)
@@ -136,26 +181,44 @@ def _beam_search(model: Decoder, started: Started, media: Any, decoding: Decodin
         log_probabilities, cache = _next(model, started, media, s.token, s.step, s.cache)
         allowed = _without(log_probabilities, vocabulary.never).reshape(rows, beams, -1)
         size = allowed.shape[-1]
-        # A hypothesis has as many closing continuations as there are stop tokens: so many are taken that `beams` open ones remain.
+        # A hypothesis has as many closing continuations as there are stop tokens: so many are
+        # taken that `beams` open ones remain.
         wide = min(beams * (1 + len(vocabulary.stop)), beams * size)
         score, flat = jax.lax.top_k((s.score[:, :, None] + allowed).reshape(rows, -1), wide)
         parent, token = flat // size, (flat % size).astype(jnp.int32)
         stops = jnp.isin(token, stop)
 
-        closing = jnp.where(stops & (jnp.arange(wide) < beams), score / normaliser(s.step + 1), -jnp.inf)
+        closing = jnp.where(
+            stops & (jnp.arange(wide) < beams), score / normaliser(s.step + 1), -jnp.inf
+        )
         which = jnp.argmax(closing, axis=1, keepdims=True)
         rank = jnp.take_along_axis(closing, which, axis=1)[:, 0]
         better = rank > s.best_rank
-        closed = jnp.take_along_axis(s.tokens, jnp.take_along_axis(parent, which, axis=1)[:, :, None], axis=1)[:, 0]
+        closed = jnp.take_along_axis(
+            s.tokens, jnp.take_along_axis(parent, which, axis=1)[:, :, None], axis=1
+        )[:, 0]
         best = jnp.where(better[:, None], closed, s.best)
-        best_score = jnp.where(better, jnp.take_along_axis(score, which, axis=1)[:, 0], s.best_score)
+        best_score = jnp.where(
+            better, jnp.take_along_axis(score, which, axis=1)[:, 0], s.best_score
+        )
 
         score, kept = jax.lax.top_k(jnp.where(stops, -jnp.inf, score), beams)
         parent, token = (jnp.take_along_axis(a, kept, axis=1) for a in (parent, token))
-        tokens = jnp.take_along_axis(s.tokens, parent[:, :, None], axis=1).at[:, :, s.step].set(token)
+        tokens = (
+            jnp.take_along_axis(s.tokens, parent[:, :, None], axis=1).at[:, :, s.step].set(token)
+        )
         source = (jnp.arange(rows)[:, None] * beams + parent).reshape(-1)
         cache = over_rows(lambda a: jnp.take(a, source, axis=1), cache)
-        return _Beams(s.step + 1, token.reshape(-1), cache, tokens, score, best, best_score, jnp.where(better, rank, s.best_rank))
+        return _Beams(
+            s.step + 1,
+            token.reshape(-1),
+            cache,
+            tokens,
+            score,
+            best,
+            best_score,
+            jnp.where(better, rank, s.best_rank),
+        )
 
     def goes_on(s: _Beams) -> Array:
         # Log-probabilities only fall, and a positive length penalty favours the longest.
@@ -166,21 +229,45 @@ def _beam_search(model: Decoder, started: Started, media: Any, decoding: Decodin
     none = jnp.full(rows, -jnp.inf)
     # All hypotheses are the prompt at first: one alone may branch.
     score = jnp.tile(jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf), (rows, 1))
-    first = _Beams(jnp.int32(0), started.last, started.cache, jnp.tile(nothing[:, None], (1, beams, 1)), score, nothing, none, none)
+    first = _Beams(
+        jnp.int32(0),
+        started.last,
+        started.cache,
+        jnp.tile(nothing[:, None], (1, beams, 1)),
+        score,
+        nothing,
+        none,
+        none,
+    )
     last = jax.lax.while_loop(goes_on, body, first)
     finished = last.best_score > -jnp.inf
     return Generated(
-        jnp.where(finished[:, None], last.best, last.tokens[:, 0]), jnp.where(finished, last.best_score, last.score[:, 0]), finished
+        jnp.where(finished[:, None], last.best, last.tokens[:, 0]),
+        jnp.where(finished, last.best_score, last.score[:, 0]),
+        finished,
     )
 
 
-def _next(model: Decoder, started: Started, media: Any, token: Array, step: Array, cache: Any) -> tuple[Array, Any]:
-    """Log-probabilities float32 [B, V] of what follows `token` [B], the step-th after the prompt's last."""
+def _next(
+    model: Decoder, started: Started, media: Any, token: Array, step: Array, cache: Any
+) -> tuple[Array, Any]:
+    """Log-probabilities float32 [B, V] of what follows `token` [B], the step-th after the
+    prompt's last.
+    """
     logits, cache = model.decode(
-        token[:, None], (started.position + step)[:, None], started.media_index[:, None], media, started.visuals, cache
+        token[:, None],
+        (started.position + step)[:, None],
+        started.media_index[:, None],
+        media,
+        started.visuals,
+        cache,
     )
     return jax.nn.log_softmax(logits[:, 0]), cache
 
 
 def _without(log_probabilities: Array, never: tuple[int, ...]) -> Array:
-    return log_probabilities.at[:, jnp.array(never, jnp.int32)].set(-jnp.inf) if never else log_probabilities
+    return (
+        log_probabilities.at[:, jnp.array(never, jnp.int32)].set(-jnp.inf)
+        if never
+        else log_probabilities
+    )

@@ -19,7 +19,10 @@ from flamingo_jax.pytrees import from_flat, to_flat
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A Flamingo with its tokenizer. `digest` names the exported weights; "" for a model made in memory."""
+    """A Flamingo with its tokenizer.
+
+    `digest` names the exported weights; "" for a model made in memory.
+    """
 
     model: Flamingo
     tokenizer: Tokenizer
@@ -28,13 +31,15 @@ class Loaded:
 
 
 def load_flamingo(folder: str | pathlib.Path, dtype: Any = None) -> Loaded:
-    """The model of an exported folder, which is all it needs. Weights keep their stored types and are cast at use.
+    """The model of an exported folder, which is all it needs. Weights keep their stored types
+    and are cast at use.
 
     Args:
       dtype: compute type; by default float32 on CPU and bfloat16 on accelerators.
 
     Raises:
-      UserError: no export, one of another kind, or parameters that are missing, foreign or of another shape.
+      UserError: no export, one of another kind, or parameters that are missing, foreign or of
+        another shape.
     """
     export = _open(folder)
     config = from_json(FlamingoConfig, export.config)
@@ -48,7 +53,16 @@ def load_flamingo(folder: str | pathlib.Path, dtype: Any = None) -> Loaded:
     export.verify()
     _check(str(folder), to_flat(shapes), export.shapes)
     dtypes = export.dtypes
-    state = nnx.State(from_flat(export.read_sharded({name: jax.ShapeDtypeStruct(shape, dtypes[name]) for name, shape in export.shapes.items()})))
+    state = nnx.State(
+        from_flat(
+            export.read_sharded(
+                {
+                    name: jax.ShapeDtypeStruct(shape, dtypes[name])
+                    for name, shape in export.shapes.items()
+                }
+            )
+        )
+    )
     return Loaded(nnx.merge(graph, state), tokenizer, config, export.digest)
 
 
@@ -60,7 +74,10 @@ def flamingo_config(folder: str | pathlib.Path) -> FlamingoConfig:
 def _open(folder: str | pathlib.Path) -> Export:
     export = open_export(folder)
     if export.kind != "flamingo":
-        raise UserError(f"{folder} holds a {export.kind} export, but a Flamingo is needed: name the folder exported from its Flamingo stage")
+        raise UserError(
+            f"{folder} holds a {export.kind} export, but a Flamingo is needed: name the folder"
+            " exported from its Flamingo stage"
+        )
     return export
 
 
@@ -68,7 +85,13 @@ def _check(folder: str, wanted: dict[str, Any], found: dict[str, tuple[int, ...]
     missing, foreign = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     if missing or foreign:
         name, what = (missing[0], "lacks") if missing else (foreign[0], "has the unknown parameter")
-        raise UserError(f"{folder} {what} {name} ({len(missing)} missing, {len(foreign)} unknown): export it again with this version")
+        raise UserError(
+            f"{folder} {what} {name} ({len(missing)} missing, {len(foreign)} unknown): export"
+            " it again with this version"
+        )
     for name, like in wanted.items():
         if found[name] != like.shape:
-            raise UserError(f"{folder}: {name} is {found[name]}, but its config.json makes it {like.shape}: the folder is damaged")
+            raise UserError(
+                f"{folder}: {name} is {found[name]}, but its config.json makes it {like.shape}:"
+                " the folder is damaged"
+            )

@@ -1,6 +1,8 @@
-"""A prompt is a list of parts, text and visuals in any order; here it becomes tokens, and prompts become batches.
+"""A prompt is a list of parts, text and visuals in any order; here it becomes tokens, and
+prompts become batches.
 
-The layout is that of training pages (processing/sequences.py): `<BOS>text<EOC><image>text<EOC><image>text`, left open at the end.
+The layout is that of training pages (processing/sequences.py):
+`<BOS>text<EOC><image>text<EOC><image>text`, left open at the end.
 """
 
 import dataclasses
@@ -22,9 +24,11 @@ LENGTH_STEP = 32
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Visual:
-    """An image or a clip as the model takes it: `frames` uint8 [T, H, W, 3] in 0..255, T = 1 for an image.
+    """An image or a clip as the model takes it: `frames` uint8 [T, H, W, 3] in 0..255, T = 1
+    for an image.
 
-    Raises: UserError for any other array. Whether H and W are the model's is checked where it is used.
+    Raises: UserError for any other array. Whether H and W are the model's is checked where it
+      is used.
     """
 
     frames: np.ndarray
@@ -34,19 +38,22 @@ class Visual:
         if not isinstance(frames, np.ndarray) or frames.dtype != np.uint8:
             kind = frames.dtype if isinstance(frames, np.ndarray) else type(frames).__name__
             raise UserError(
-                f"the frames of a visual are {kind}, but must be a numpy array of uint8 in 0..255: "
-                "give floats in 0..1 as np.round(255 * frames).astype(np.uint8)"
+                f"the frames of a visual are {kind}, but must be a numpy array of uint8 in"
+                " 0..255: give floats in 0..1 as np.round(255 * frames).astype(np.uint8)"
             )
         if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
             raise UserError(
-                f"the frames of a visual have the shape {list(frames.shape)}, but must be "
-                "[T, H, W, 3]: give one image as image[None], a grey one as three equal channels"
+                f"the frames of a visual have the shape {list(frames.shape)}, but must be [T,"
+                " H, W, 3]: give one image as image[None], a grey one as three equal channels"
             )
 
     @functools.cached_property
     def digest(self) -> bytes:
         """Names the pixels: equal pictures are encoded once, wherever they came from."""
-        return hashlib.blake2b(str(self.frames.shape).encode() + np.ascontiguousarray(self.frames).tobytes(), digest_size=16).digest()
+        return hashlib.blake2b(
+            str(self.frames.shape).encode() + np.ascontiguousarray(self.frames).tobytes(),
+            digest_size=16,
+        ).digest()
 
 
 class Mark(enum.Enum):
@@ -56,7 +63,9 @@ class Mark(enum.Enum):
 
 
 END_OF_CHUNK = Mark.END_OF_CHUNK
-"""Closes a piece of text that no visual follows, as between the text-only examples of a zero-shot prompt."""
+"""Closes a piece of text that no visual follows, as between the text-only examples of a
+zero-shot prompt.
+"""
 
 Part = str | Visual | Mark
 Prompt = Sequence[Part]
@@ -64,7 +73,9 @@ Prompt = Sequence[Part]
 
 @dataclasses.dataclass(frozen=True)
 class TokenisedPrompt:
-    """tokens int32 [n] from <BOS>; media_index int32 [n], each token's place in `visuals` or -1."""
+    """tokens int32 [n] from <BOS>; media_index int32 [n], each token's place in `visuals` or
+    -1.
+    """
 
     tokens: np.ndarray
     media_index: np.ndarray
@@ -72,10 +83,11 @@ class TokenisedPrompt:
 
 
 def resolve_tags(prompt: Prompt, tag: str = Tokenizer.image_tag) -> list[Part]:
-    """Text may spell out where the visuals go: literal image tags are then filled with the prompt's visuals in order.
+    """Text may spell out where the visuals go: literal image tags are then filled with the
+    prompt's visuals in order.
 
-    Without any tag the visuals stand where the list has them. A tag behind a backslash (`escape`) is mere text.
-    Raises UserError when tags and visuals differ in number.
+    Without any tag the visuals stand where the list has them. A tag behind a backslash
+    (`escape`) is mere text. Raises UserError when tags and visuals differ in number.
     """
     visuals = [part for part in prompt if isinstance(part, Visual)]
     unescaped = re.compile(r"(?<!\\)" + re.escape(tag))
@@ -83,10 +95,13 @@ def resolve_tags(prompt: Prompt, tag: str = Tokenizer.image_tag) -> list[Part]:
     if not tags:
         return list(prompt)
     if tags != len(visuals):
-        more, fewer = ("image tags", "pictures") if tags > len(visuals) else ("pictures", "image tags")
+        more, fewer = (
+            ("image tags", "pictures") if tags > len(visuals) else ("pictures", "image tags")
+        )
         raise UserError(
-            f"more {more} than {fewer} in a prompt ({tags} {tag}, {len(visuals)} pictures): write one {tag} for each picture, or none at all, "
-            f"and \\{tag} where text only mentions it"
+            f"more {more} than {fewer} in a prompt ({tags} {tag}, {len(visuals)} pictures):"
+            f" write one {tag} for each picture, or none at all, and \\{tag} where text only"
+            " mentions it"
         )
     left = iter(visuals)
     parts: list[Part] = []
@@ -102,13 +117,16 @@ def resolve_tags(prompt: Prompt, tag: str = Tokenizer.image_tag) -> list[Part]:
 
 
 def escape(text: str, tag: str = Tokenizer.image_tag) -> str:
-    """Text whose image tags are words in it: for what somebody else wrote, as a data set's questions."""
+    """Text whose image tags are words in it: for what somebody else wrote, as a data set's
+    questions.
+    """
     return text.replace(tag, f"\\{tag}")
 
 
 def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of a text, escaped image tags character by character: their own piece, where there is one,
-    would announce a visual."""
+    """Ids of a text, escaped image tags character by character: their own piece, where there is
+    one, would announce a visual.
+    """
     tag = tokenizer.image_tag
     first, *others = (tokenizer.encode(part) for part in text.split(f"\\{tag}"))
     spelled = [*tokenizer.encode(tag[:1]), *tokenizer.encode(tag[1:])]
@@ -116,7 +134,9 @@ def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def tokenise(prompt: Prompt, tokenizer: Tokenizer) -> TokenisedPrompt:
-    """Tokens of an open page: an <EOC> closes what stands before a visual, except directly after <BOS> or another <EOC>."""
+    """Tokens of an open page: an <EOC> closes what stands before a visual, except directly
+    after <BOS> or another <EOC>.
+    """
     tokens, chunk = [tokenizer.bos], [0]
     visuals: list[Visual] = []
 
@@ -153,7 +173,8 @@ def _joined(prompt: Prompt) -> list[Part]:
 class PromptBatch:
     """B prompts padded on the right to L tokens, with N places for visuals.
 
-    tokens, media_index: int32 [B, L]. lengths: int32 [B]. visuals: int32 [B, N], places in `distinct` or -1.
+    tokens, media_index: int32 [B, L]. lengths: int32 [B]. visuals: int32 [B, N], places in
+      `distinct` or -1.
     distinct: the different visuals of the batch.
     """
 
@@ -164,8 +185,12 @@ class PromptBatch:
     distinct: list[Visual]
 
 
-def collate(prompts: Sequence[TokenisedPrompt], *, rows: int, length: int, places: int, pad_token: int) -> PromptBatch:
-    """Rows beyond the prompts repeat the first one, so that they end when it does and nothing new is encoded for them."""
+def collate(
+    prompts: Sequence[TokenisedPrompt], *, rows: int, length: int, places: int, pad_token: int
+) -> PromptBatch:
+    """Rows beyond the prompts repeat the first one, so that they end when it does and nothing
+    new is encoded for them.
+    """
     tokens = np.full((rows, length), pad_token, np.int32)
     index = np.full((rows, length), -1, np.int32)
     lengths = np.zeros(rows, np.int32)
@@ -175,7 +200,11 @@ def collate(prompts: Sequence[TokenisedPrompt], *, rows: int, length: int, place
     for row in range(rows):
         prompt = prompts[row] if row < len(prompts) else prompts[0]
         size = len(prompt.tokens)
-        tokens[row, :size], index[row, :size], lengths[row] = prompt.tokens, prompt.media_index, size
+        tokens[row, :size], index[row, :size], lengths[row] = (
+            prompt.tokens,
+            prompt.media_index,
+            size,
+        )
         for place, visual in enumerate(prompt.visuals):
             if visual.digest not in number:
                 number[visual.digest] = len(distinct)
@@ -185,7 +214,9 @@ def collate(prompts: Sequence[TokenisedPrompt], *, rows: int, length: int, place
 
 
 def padded_length(count: int) -> int:
-    """The least of 32, 64, 96, 128, 192, 256, 384, ... that is at least `count`: few lengths, little padding."""
+    """The least of 32, 64, 96, 128, 192, 256, 384, ... that is at least `count`: few lengths,
+    little padding.
+    """
     length = LENGTH_STEP * power_of(2, -(-count // LENGTH_STEP))
     return length * 3 // 4 if length >= 4 * LENGTH_STEP and length * 3 // 4 >= count else length
 

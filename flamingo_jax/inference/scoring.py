@@ -1,4 +1,7 @@
-"""Log-likelihoods of candidate answers (paper: close-ended tasks). A prompt is read once; its candidates share its cache."""
+"""Log-likelihoods of candidate answers (paper: close-ended tasks).
+
+A prompt is read once; its candidates share its cache.
+"""
 
 from typing import Any
 
@@ -16,10 +19,13 @@ def candidate_scores(
     """Sum of the log-probabilities of each candidate's tokens after its prompt.
 
     Args:
-      candidates: int32 [B, C, T], right-padded. lengths: int32 [B, C]; 0 where a row has no such candidate.
-      at_once: candidates of a prompt that are read side by side, for memory; C is a multiple of it.
+      candidates: int32 [B, C, T], right-padded. lengths: int32 [B, C]; 0 where a row has no
+        such candidate.
+      at_once: candidates of a prompt that are read side by side, for memory; C is a multiple of
+        it.
 
-    Returns: float32 [B, C], -inf where there is no candidate. Not divided by length: the paper mentions no such normalisation.
+    Returns: float32 [B, C], -inf where there is no candidate. Not divided by length: the paper
+      mentions no such normalisation.
     """
     rows, count, length = candidates.shape
     size = prompts.tokens.shape[1] + length

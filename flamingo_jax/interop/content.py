@@ -1,4 +1,6 @@
-"""What surplus tensors of a language model hold: one that the config has no place for is harmless by its content, not by its name."""
+"""What surplus tensors of a language model hold: one that the config has no place for is
+harmless by its content, not by its name.
+"""
 
 import dataclasses
 import logging
@@ -15,12 +17,11 @@ from flamingo_jax.models.attention import rotary_frequencies
 log = logging.getLogger(__name__)
 
 
-def with_own_head(
-    config: LanguageModelConfig, stored: Mapping[str, Stored]
-) -> LanguageModelConfig:
+def with_own_head(config: LanguageModelConfig, stored: Mapping[str, Stored]) -> LanguageModelConfig:
     """The config, untied where the files hold a head that is not the embedding.
 
-    Transformers do the same since version 5: a config that ties what the files hold apart is wrong.
+    Transformers do the same since version 5: a config that ties what the files hold apart is
+    wrong.
     """
     embedding, head = (
         stored.get(name, stored.get(name.removeprefix(language_models.PREFIX)))
@@ -31,8 +32,8 @@ def with_own_head(
     if same_bytes(head, embedding):
         return config
     log.warning(
-        "%s ties its head to the embedding in config.json, but %s is another tensor, which is read "
-        "as the head: set tie_word_embeddings to false there",
+        "%s ties its head to the embedding in config.json, but %s is another tensor, which is"
+        " read as the head: set tie_word_embeddings to false there",
         head.file.parent,
         language_models.HEAD,
     )
@@ -40,8 +41,9 @@ def with_own_head(
 
 
 def differing(config: LanguageModelConfig, stored: Mapping[str, Stored]) -> list[str]:
-    """What surplus tensors say against the config, one clause each: rotary frequencies of another
-    base or scaling, which the model was trained with."""
+    """What surplus tensors say against the config, one clause each: rotary frequencies of
+    another base or scaling, which the model was trained with.
+    """
     found = []
     for name, tensor in stored.items():
         if not re.fullmatch(language_models.FREQUENCIES, name):

@@ -1,4 +1,6 @@
-"""A model's published config.json and what goes with it, read with care: nobody of this project wrote them."""
+"""A model's published config.json and what goes with it, read with care: nobody of this project
+wrote them.
+"""
 
 import json
 import pathlib
@@ -12,7 +14,10 @@ CONFIG = "config.json"
 
 
 class Document:
-    """A JSON object of a model's folder. Every method raises UserError in one sentence that names the file and the key."""
+    """A JSON object of a model's folder.
+
+    Every method raises UserError in one sentence that names the file and the key.
+    """
 
     def __init__(self, file: pathlib.Path, content: Mapping[str, Any]):
         self.file, self._content = file, content
@@ -22,7 +27,10 @@ class Document:
         try:
             content = json.loads(manifest.read_again(file.read_bytes))
         except FileNotFoundError:
-            raise UserError(f"there is no {file}: name the folder of a model as Hugging Face's transformers save it") from None
+            raise UserError(
+                f"there is no {file}: name the folder of a model as Hugging Face's transformers"
+                " save it"
+            ) from None
         except OSError as error:
             raise manifest.unreadable(file, error) from error
         except ValueError as error:
@@ -81,4 +89,6 @@ class Document:
         value = self.given(key)
         shown = repr(value) if len(repr(value)) < 80 else repr(value)[:77] + "..."
         said = f"has no {key}" if value is None else f"has {key} = {shown}"
-        raise UserError(f"{self.file} {said}, but only {wanted} can be read here: take another model")
+        raise UserError(
+            f"{self.file} {said}, but only {wanted} can be read here: take another model"
+        )

@@ -1,4 +1,6 @@
-"""A published model's folder, opened and checked: its config as ours, and where each of our parameters lies in its files."""
+"""A published model's folder, opened and checked: its config as ours, and where each of our
+parameters lies in its files.
+"""
 
 import dataclasses
 import difflib
@@ -13,7 +15,15 @@ import numpy as np
 from flax import nnx
 
 from flamingo_jax.checkpointing import manifest
-from flamingo_jax.checkpointing.tensors import DTYPES, Stored, Term, layout, read_headers, read_layers, read_sharded
+from flamingo_jax.checkpointing.tensors import (
+    DTYPES,
+    Stored,
+    Term,
+    layout,
+    read_headers,
+    read_layers,
+    read_sharded,
+)
 from flamingo_jax.checkpointing.verification import entries
 from flamingo_jax.cluster.link import Crew
 from flamingo_jax.errors import UserError
@@ -36,7 +46,10 @@ Part = Literal["language_model", "vision_encoder"]
 
 @dataclasses.dataclass(frozen=True)
 class Foreign:
-    """An opened folder, every tensor of which is known to be there in the right shape. Arrays stay on disk until they are read."""
+    """An opened folder, every tensor of which is known to be there in the right shape.
+
+    Arrays stay on disk until they are read.
+    """
 
     folder: pathlib.Path
     part: Part
@@ -49,8 +62,9 @@ class Foreign:
     _stored: dict[str, Stored] = dataclasses.field(repr=False)
 
     def digest(self, crew: Crew | None = None) -> str:
-        """SHA-256 over those of the config and of all files of tensors, which are read for it, once
-        for all processes of a run. crew: these; by default this one is alone."""
+        """SHA-256 over those of the config and of all files of tensors, which are read for it,
+        once for all processes of a run. crew: these; by default this one is alone.
+        """
         files = {self.folder / CONFIG, *(tensor.file for tensor in self._stored.values())}
         names = sorted(file.relative_to(self.folder).as_posix() for file in files)
         try:
@@ -61,7 +75,9 @@ class Foreign:
     @property
     def largest(self) -> int:
         """Bytes of the largest tensor that is read."""
-        return max(self._stored[term.name].bytes for terms in self._sources.values() for term in terms)
+        return max(
+            self._stored[term.name].bytes for terms in self._sources.values() for term in terms
+        )
 
     @property
     def files(self) -> list[pathlib.Path]:
@@ -80,8 +96,9 @@ class Foreign:
         self, targets: Mapping[str, jax.ShapeDtypeStruct], crew: Crew | None = None
     ) -> dict[str, jax.Array]:
         """The parameters of these stacked names, with the types and shardings of `targets`; how
-        several processes share the reading, see `tensors.read_sharded`. Raises UserError where a
-        file cannot be read."""
+        several processes share the reading, see `tensors.read_sharded`. Raises UserError where
+        a file cannot be read.
+        """
         title = f"reading {self.folder.name}"
         return read_sharded(self._stored, self._sources, targets, title, crew)
 
@@ -91,7 +108,9 @@ class Foreign:
 
 
 def is_foreign(folder: str | pathlib.Path) -> bool:
-    """Whether a folder's config.json is one of transformers: whatever it is, it is no export of this project."""
+    """Whether a folder's config.json is one of transformers: whatever it is, it is no export of
+    this project.
+    """
     try:
         config = json.loads((pathlib.Path(folder) / CONFIG).read_bytes())
     except (OSError, ValueError):
@@ -102,31 +121,48 @@ def is_foreign(folder: str | pathlib.Path) -> bool:
 def open_folder(folder: str | pathlib.Path, part: Part) -> Foreign:
     """Opens a model's folder. Reads headers only; nothing is allocated.
 
-    Raises: UserError for a config that cannot be honoured, and one for all tensors that are missing, surplus, misshapen or of another type.
+    Raises: UserError for a config that cannot be honoured, and one for all tensors that are
+      missing, surplus, misshapen or of another type.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: name one with a model's config.json and safetensors")
+        raise UserError(
+            f"{folder} is no folder: name one with a model's config.json and safetensors"
+        )
     config = _parse(folder, part)
     stored = read_headers(_files(folder))
     if isinstance(config, LanguageModelConfig):
         config = content.with_own_head(config, stored)
         model: Any = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
-        table, harmless, prefix = language_models.TABLE, language_models.harmless(config), language_models.PREFIX
+        table, harmless, prefix = (
+            language_models.TABLE,
+            language_models.harmless(config),
+            language_models.PREFIX,
+        )
     else:
         model = nnx.eval_shape(lambda: vision_encoder(config, rngs=nnx.Rngs(0)))
-        table, harmless, prefix = vision_encoders.table(config), vision_encoders.harmless(config), vision_encoders.PREFIX
+        table, harmless, prefix = (
+            vision_encoders.table(config),
+            vision_encoders.harmless(config),
+            vision_encoders.PREFIX,
+        )
     shapes = {name: value.shape for name, value in to_flat(nnx.state(model)).items()}
     sources, wanted = _expand(table, shapes)
     if not any(name.startswith(prefix) for name in stored):
-        stored = {name if name == "lm_head.weight" else prefix + name: tensor for name, tensor in stored.items()}
+        stored = {
+            name if name == "lm_head.weight" else prefix + name: tensor
+            for name, tensor in stored.items()
+        }
     said = content.differing(config, stored) if part == "language_model" else []
     _check(folder, wanted, stored, harmless, said)
     return Foreign(folder, part, config, tokenizer_file(folder), shapes, sources, stored)
 
 
 def read_config(folder: str | pathlib.Path, part: Part) -> Any:
-    """The config alone, LanguageModelConfig or VisionConfig, whether tensors are there or not. Raises UserError for what cannot be honoured."""
+    """The config alone, LanguageModelConfig or VisionConfig, whether tensors are there or not.
+
+    Raises UserError for what cannot be honoured.
+    """
     folder = pathlib.Path(folder)
     config = _parse(folder, part)
     if isinstance(config, LanguageModelConfig) and config.tied_embeddings:
@@ -143,7 +179,9 @@ def _parse(folder: pathlib.Path, part: Part) -> Any:
     if (folder / PREPROCESSOR).is_file():
         return vision_encoders.parse(config, Document.read(folder / PREPROCESSOR))
     if (folder / PROCESSOR).is_file():
-        return vision_encoders.parse(config, Document.read(folder / PROCESSOR).inside("image_processor"))
+        return vision_encoders.parse(
+            config, Document.read(folder / PROCESSOR).inside("image_processor")
+        )
     return vision_encoders.parse(config, Document(folder / PREPROCESSOR, {}))
 
 
@@ -153,15 +191,30 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
         files = sorted({str(names.given(name)) for name in names})
         for name in files:
             if pathlib.PurePath(name).name != name:
-                raise UserError(f"{folder / INDEX} names the file {name!r}, which does not lie beside it: copy the model again")
+                raise UserError(
+                    f"{folder / INDEX} names the file {name!r}, which does not lie beside it:"
+                    " copy the model again"
+                )
         return [folder / name for name in files]
-    files_here = [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
+    files_here = (
+        [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
+    )
     if len(files_here) == 1:
         return files_here
     if files_here:
-        raise UserError(f"{folder} holds {len(files_here)} safetensors files but no {INDEX}: copy it as well")
-    why = "; files that unpickle are not read: save it with transformers' safe_serialization" if any(folder.glob("*.bin")) else ""
-    raise UserError(f"{folder} holds no safetensors files{why}" if why else f"{folder} holds no safetensors files: copy the model again")
+        raise UserError(
+            f"{folder} holds {len(files_here)} safetensors files but no {INDEX}: copy it as well"
+        )
+    why = (
+        "; files that unpickle are not read: save it with transformers' safe_serialization"
+        if any(folder.glob("*.bin"))
+        else ""
+    )
+    raise UserError(
+        f"{folder} holds no safetensors files{why}"
+        if why
+        else f"{folder} holds no safetensors files: copy the model again"
+    )
 
 
 def _leaf(name: str, layer: int) -> str:
@@ -171,42 +224,65 @@ def _leaf(name: str, layer: int) -> str:
 def _expand(
     table: Mapping[str, Sequence[Term]], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, tuple[Term, ...]], dict[str, tuple[int, ...]]]:
-    """{Per-layer name: terms} of a model with parameters of these shapes, and {tensor: the shape it must have}."""
+    """{Per-layer name: terms} of a model with parameters of these shapes, and {tensor: the
+    shape it must have}.
+    """
     sources: dict[str, tuple[Term, ...]] = {}
     wanted: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         stacked = STACK in name.split("/")
         one = shape[1:] if stacked else shape
         for layer in range(shape[0] if stacked else 1):
-            sources[_leaf(name, layer)] = tuple(term._replace(name=term.name.replace("{}", str(layer))) for term in table[name])
+            sources[_leaf(name, layer)] = tuple(
+                term._replace(name=term.name.replace("{}", str(layer))) for term in table[name]
+            )
         for term in table[name]:
             found = layout(term, one).stored
             if term.taken is None:
                 full = (found[0] + term.first, *found[1:]) if term.first else found
-                wanted |= {term.name.replace("{}", str(layer)): full for layer in range(shape[0] if stacked else 1)}
+                wanted |= {
+                    term.name.replace("{}", str(layer)): full
+                    for layer in range(shape[0] if stacked else 1)
+                }
     return sources, wanted
 
 
 def _check(
-    folder: pathlib.Path, wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored], harmless: Sequence[str], said: Sequence[str]
+    folder: pathlib.Path,
+    wanted: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, Stored],
+    harmless: Sequence[str],
+    said: Sequence[str],
 ) -> None:
-    """A UserError that lists everything in which the files differ from what the config makes them; said: by their content."""
+    """A UserError that lists everything in which the files differ from what the config makes
+    them; said: by their content.
+    """
     ignored = re.compile("|".join(f"(?:{pattern})" for pattern in harmless))
     missing = [name for name in wanted if name not in stored]
     surplus = [name for name in stored if name not in wanted and not ignored.fullmatch(name)]
     problems = [*said, *(f"{name} is missing{_nearest(name, surplus)}" for name in missing)]
-    problems += [f"{name} {list(stored[name].shape)} is not known{_nearest(name, missing)}" for name in surplus]
+    problems += [
+        f"{name} {list(stored[name].shape)} is not known{_nearest(name, missing)}"
+        for name in surplus
+    ]
     for name, shape in wanted.items():
         if name in stored and stored[name].shape != shape:
             problems.append(f"{name} is {list(stored[name].shape)} instead of {list(shape)}")
         if name in stored and stored[name].dtype not in DTYPES:
             problems.append(f"{name} is of type {stored[name].dtype}, not {', '.join(DTYPES)}")
     if problems:
-        raise UserError(f"{folder} does not hold the tensors of its {CONFIG} ({len(problems)} differ): {'; '.join(problems)}")
+        raise UserError(
+            f"{folder} does not hold the tensors of its {CONFIG} ({len(problems)} differ):"
+            f" {'; '.join(problems)}"
+        )
 
 
 def _nearest(name: str, others: Sequence[str]) -> str:
-    """The closest of the other names, among those with the same numbers: names of a hundred layers would take minutes to compare."""
+    """The closest of the other names, among those with the same numbers: names of a hundred
+    layers would take minutes to compare.
+    """
     numbers = re.findall(r"\d+", name)
-    close = difflib.get_close_matches(name, [other for other in others if re.findall(r"\d+", other) == numbers], n=1)
+    close = difflib.get_close_matches(
+        name, [other for other in others if re.findall(r"\d+", other) == numbers], n=1
+    )
     return f" (nearest: {close[0]})" if close else ""

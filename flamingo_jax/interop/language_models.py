@@ -1,4 +1,6 @@
-"""Llama, Mistral, Qwen2 and Qwen3 as transformers publish them: their configs and the table of their tensors."""
+"""Llama, Mistral, Qwen2 and Qwen3 as transformers publish them: their configs and the table of
+their tensors.
+"""
 
 import re
 
@@ -31,12 +33,17 @@ TABLE: dict[str, tuple[Term, ...]] = {
     "layers/feed_forward/up": (Term(LAYER + "mlp.up_proj.weight", "f w -> w f"),),
     "layers/feed_forward/down": (Term(LAYER + "mlp.down_proj.weight", "w f -> f w"),),
 }
-"""Our stacked names -> the tensors; {} stands for the layer's number. A model has those that its config asks for."""
+"""Our stacked names -> the tensors; {} stands for the layer's number.
+
+A model has those that its config asks for.
+"""
 
 PREFIX = "model."
 """Is missing from all names where the model was saved without its head."""
 FREQUENCIES = r".*rotary_emb\.inv_freq"
-"""Of the rotary positions: says nothing that the config does not, as long as it is the config's."""
+"""Of the rotary positions: says nothing that the config does not, as long as it is the
+config's.
+"""
 EMBEDDING, HEAD = TABLE["embedding"][0].name, TABLE["head"][0].name
 
 
@@ -53,8 +60,12 @@ def parse(config: Document) -> LanguageModelConfig:
     width, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     if config.given("head_dim") is None and width % heads:
         config.refuse("hidden_size", f"a multiple of num_attention_heads ({heads})")
-    # null is for as many as queries; where it is not there at all, transformers have a number of their own.
-    shared = config.integer("num_key_value_heads", heads if config.has("num_key_value_heads") else KV_HEADS.get(family, heads))
+    # null is for as many as queries; where it is not there at all, transformers have a number
+    # of their own.
+    shared = config.integer(
+        "num_key_value_heads",
+        heads if config.has("num_key_value_heads") else KV_HEADS.get(family, heads),
+    )
     if heads % shared:
         config.refuse("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
     head_width = config.integer("head_dim", width // heads)
@@ -84,7 +95,9 @@ def parse(config: Document) -> LanguageModelConfig:
 
 
 def harmless(config: LanguageModelConfig) -> tuple[str, ...]:
-    """Regular expressions for the surplus tensors of such a model that are left unread, if `content` finds in them what the config says too."""
+    """Regular expressions for the surplus tensors of such a model that are left unread, if
+    `content` finds in them what the config says too.
+    """
     return (FREQUENCIES, *([re.escape(HEAD)] if config.tied_embeddings else []))
 
 
@@ -100,25 +113,46 @@ def _rotary(config: Document) -> tuple[float, RopeScaling | None]:
         return base, RopeScaling("linear", given.number("factor"))
     if kind == "llama3":
         return base, RopeScaling(
-            "llama3", given.number("factor"), given.number("low_freq_factor"), given.number("high_freq_factor"),
+            "llama3",
+            given.number("factor"),
+            given.number("low_freq_factor"),
+            given.number("high_freq_factor"),
             given.integer("original_max_position_embeddings"),
         )
-    given.refuse("rope_type" if given.given("rope_type") else "type", "'default', 'linear' or 'llama3'")
+    given.refuse(
+        "rope_type" if given.given("rope_type") else "type", "'default', 'linear' or 'llama3'"
+    )
 
 
 def _window(config: Document, family: str) -> int:
     """How far back a token sees, 0 for to the beginning; the same in all layers.
 
-    A window as long as the texts that a model was trained on is one all the same: longer texts can be read.
+    A window as long as the texts that a model was trained on is one all the same: longer texts
+    can be read.
     """
-    size = config.given("sliding_window") if config.has("sliding_window") or family != "mistral" else 4096
-    if size is None or family == "llama" or (family != "mistral" and not config.given("use_sliding_window")):
+    size = (
+        config.given("sliding_window")
+        if config.has("sliding_window") or family != "mistral"
+        else 4096
+    )
+    if (
+        size is None
+        or family == "llama"
+        or (family != "mistral" and not config.given("use_sliding_window"))
+    ):
         return 0
     layers, kinds = config.integer("num_hidden_layers"), config.given("layer_types")
     first = 0 if family == "mistral" else config.integer("max_window_layers", 28, least=0)
-    sliding = [kind == "sliding_attention" for kind in kinds] if isinstance(kinds, list) else [layer >= first for layer in range(layers)]
+    sliding = (
+        [kind == "sliding_attention" for kind in kinds]
+        if isinstance(kinds, list)
+        else [layer >= first for layer in range(layers)]
+    )
     if not any(sliding):
         return 0
     if not all(sliding):
-        config.refuse("layer_types" if kinds else "max_window_layers", "a sliding window in all layers or in none")
+        config.refuse(
+            "layer_types" if kinds else "max_window_layers",
+            "a sliding window in all layers or in none",
+        )
     return config.integer("sliding_window", size)

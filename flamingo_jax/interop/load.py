@@ -39,12 +39,18 @@ class LoadedVisionEncoder:
     config: VisionConfig
 
     def preprocess(self, pictures: list[bytes]) -> np.ndarray:
-        """Encoded pictures -> float32 [M, S, S, 3] as the encoder takes them: squares by the config's image_fit, normalised.
+        """Encoded pictures -> float32 [M, S, S, 3] as the encoder takes them: squares by the
+        config's image_fit, normalised.
 
         Raises: ImageError for what is no picture.
         """
-        mean, std = (np.asarray(values, np.float32) for values in (self.config.mean, self.config.std))
-        pixels = [load(data, self.config.image_size, self.config.mean, self.config.image_fit) for data in pictures]
+        mean, std = (
+            np.asarray(values, np.float32) for values in (self.config.mean, self.config.std)
+        )
+        pixels = [
+            load(data, self.config.image_size, self.config.mean, self.config.image_fit)
+            for data in pictures
+        ]
         return (np.stack(pixels).astype(np.float32) / 255 - mean) / std
 
 
@@ -54,27 +60,48 @@ def load_language_model(
     """A Llama, Mistral, Qwen2 or Qwen3 as transformers save them.
 
     Args:
-      mesh: axes data, fsdp and model (`partitioning.mesh.make_mesh`), over which the parameters lie as in training; None: on the first local device.
+      mesh: axes data, fsdp and model (`partitioning.mesh.make_mesh`), over which the parameters
+        lie as in training; None: on the first local device.
       dtype: compute type; by default float32 on CPU and bfloat16 on accelerators.
       weights: type that the parameters are held in; by default the stored ones.
 
-    Raises: UserError where the folder's config cannot be honoured or its tensors are not those of the config.
+    Raises: UserError where the folder's config cannot be honoured or its tensors are not those
+      of the config.
     """
     found = open_folder(folder, "language_model")
-    tokenizer = Tokenizer.load(found.tokenizer_file, found.config.vocab_size) if found.tokenizer_file is not None else None
-    graph = _graph(lambda: LanguageModel(found.config, rngs=nnx.Rngs(0), dtype=dtype or _compute_dtype()))
-    shardings = {} if mesh is None else rules.shardings("language_modelling", {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in found.shapes.items()}, mesh)
+    tokenizer = (
+        Tokenizer.load(found.tokenizer_file, found.config.vocab_size)
+        if found.tokenizer_file is not None
+        else None
+    )
+    graph = _graph(
+        lambda: LanguageModel(found.config, rngs=nnx.Rngs(0), dtype=dtype or _compute_dtype())
+    )
+    shardings = (
+        {}
+        if mesh is None
+        else rules.shardings(
+            "language_modelling",
+            {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in found.shapes.items()},
+            mesh,
+        )
+    )
     return LoadedLanguageModel(_merge(graph, found, shardings, weights), tokenizer, found.config)
 
 
-def load_vision_encoder(folder: str | pathlib.Path, *, mesh: Mesh | None = None, weights: Any = None) -> LoadedVisionEncoder:
-    """The vision tower of a CLIP or SigLIP as transformers save them, alone or within the whole model; it computes in the type of its pictures.
+def load_vision_encoder(
+    folder: str | pathlib.Path, *, mesh: Mesh | None = None, weights: Any = None
+) -> LoadedVisionEncoder:
+    """The vision tower of a CLIP or SigLIP as transformers save them, alone or within the whole
+    model; it computes in the type of its pictures.
 
     Args, Raises: as of `load_language_model`; on a mesh it is whole on every device.
     """
     found = open_folder(folder, "vision_encoder")
     graph = _graph(lambda: vision_encoder(found.config, rngs=nnx.Rngs(0)))
-    shardings = {} if mesh is None else dict.fromkeys(found.shapes, NamedSharding(mesh, PartitionSpec()))
+    shardings = (
+        {} if mesh is None else dict.fromkeys(found.shapes, NamedSharding(mesh, PartitionSpec()))
+    )
     return LoadedVisionEncoder(_merge(graph, found, shardings, weights), found.config)
 
 
@@ -89,6 +116,7 @@ def _graph(build: Any) -> Any:
 def _merge(graph: Any, found: Foreign, shardings: dict[str, NamedSharding], weights: Any) -> Any:
     dtypes = found.dtypes()
     targets = {
-        name: jax.ShapeDtypeStruct(shape, weights or dtypes[name], sharding=shardings.get(name)) for name, shape in found.shapes.items()
+        name: jax.ShapeDtypeStruct(shape, weights or dtypes[name], sharding=shardings.get(name))
+        for name, shape in found.shapes.items()
     }
     return nnx.merge(graph, nnx.State(from_flat(found.read(targets))))

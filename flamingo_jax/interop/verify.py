@@ -1,4 +1,6 @@
-"""A published model read here beside its original implementation, both in float32 on the same inputs."""
+"""A published model read here beside its original implementation, both in float32 on the same
+inputs.
+"""
 
 import importlib.util
 import pathlib
@@ -9,19 +11,27 @@ import numpy as np
 from flax import nnx
 
 from flamingo_jax.errors import UserError
-from flamingo_jax.interop.load import LoadedLanguageModel, load_language_model, load_vision_encoder
+from flamingo_jax.interop.load import (
+    LoadedLanguageModel,
+    load_language_model,
+    load_vision_encoder,
+)
 
 LENGTHS = (1, 17, 128)
 TEXT = (
-    "In the beginning there was a picture, and whoever looked at it said what was to be seen: two dogs on a beach, one of them wet, and behind them the "
-    "sea. Later there were many pictures, 1,024 to a page, and nobody looked at all of them. Machines were asked instead. What is on the left? A boat. "
-    "Is it moving? It is hard to tell from one frame, they said, and asked for another."
+    "In the beginning there was a picture, and whoever looked at it said what was to be seen:"
+    " two dogs on a beach, one of them wet, and behind them the sea. Later there were many"
+    " pictures, 1,024 to a page, and nobody looked at all of them. Machines were asked instead."
+    " What is on the left? A boat. Is it moving? It is hard to tell from one frame, they said,"
+    " and asked for another."
 )
 
 
 class Comparison(NamedTuple):
-    """relative_error: the largest difference of logits or features over the largest of the original's. divergence: the mean over positions of
-    KL(original || ours) in nats, None for an encoder. values: how many numbers were compared."""
+    """relative_error: the largest difference of logits or features over the largest of the
+    original's. divergence: the mean over positions of KL(original || ours) in nats, None for an
+    encoder. values: how many numbers were compared.
+    """
 
     relative_error: float
     divergence: float | None
@@ -32,7 +42,10 @@ def require_original() -> None:
     """A UserError where the original implementation cannot be run."""
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"{package} is not installed, so that there is no original to compare with: pip install 'flamingo_jax[interop-test]'")
+            raise UserError(
+                f"{package} is not installed, so that there is no original to compare with: pip"
+                " install 'flamingo_jax[interop-test]'"
+            )
 
 
 def verify_language_model(folder: str | pathlib.Path) -> Comparison:
@@ -51,11 +64,18 @@ def verify_language_model(folder: str | pathlib.Path) -> Comparison:
     del loaded
     original = _original(transformers.AutoModelForCausalLM, folder)
     with torch.no_grad():
-        theirs = [original(torch.from_numpy(text.astype(np.int64))[None]).logits[0].numpy() for text in texts]
-    mine = np.concatenate([ours[row, : len(text)] for row, text in enumerate(texts)]).astype(np.float64)
+        theirs = [
+            original(torch.from_numpy(text.astype(np.int64))[None]).logits[0].numpy()
+            for text in texts
+        ]
+    mine = np.concatenate([ours[row, : len(text)] for row, text in enumerate(texts)]).astype(
+        np.float64
+    )
     expected = np.concatenate(theirs).astype(np.float64)
     p, q = _log_softmax(expected), _log_softmax(mine)
-    return Comparison(_relative(mine, expected), float((np.exp(p) * (p - q)).sum(-1).mean()), expected.size)
+    return Comparison(
+        _relative(mine, expected), float((np.exp(p) * (p - q)).sum(-1).mean()), expected.size
+    )
 
 
 def verify_vision_encoder(folder: str | pathlib.Path) -> Comparison:
@@ -71,14 +91,22 @@ def verify_vision_encoder(folder: str | pathlib.Path) -> Comparison:
     original = _original(transformers.AutoModel, folder)
     tower = getattr(original, "vision_model", original)
     with torch.no_grad():
-        theirs = tower(pixel_values=torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).last_hidden_state.numpy()
+        theirs = tower(
+            pixel_values=torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+        ).last_hidden_state.numpy()
     # Behind the class token, where there is one.
     expected = theirs[:, theirs.shape[1] - ours.shape[1] * ours.shape[2] :]
     return Comparison(_relative(ours.reshape(expected.shape), expected), None, expected.size)
 
 
 def _original(kind: Any, folder: str | pathlib.Path) -> Any:
-    found = kind.from_pretrained(str(folder), attn_implementation="eager", use_safetensors=True, local_files_only=True, trust_remote_code=False)
+    found = kind.from_pretrained(
+        str(folder),
+        attn_implementation="eager",
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+    )
     return found.float().eval()
 
 

@@ -1,4 +1,6 @@
-"""The vision towers of CLIP and SigLIP as transformers publish them: their configs, preprocessing and the tables of their tensors."""
+"""The vision towers of CLIP and SigLIP as transformers publish them: their configs,
+preprocessing and the tables of their tensors.
+"""
 
 import math
 
@@ -7,13 +9,20 @@ from flamingo_jax.experiment import VisionConfig, ViTConfig
 from flamingo_jax.interop.documents import Document
 from flamingo_jax.processing.images import Fit
 
-FAMILIES = {"clip": "clip", "clip_vision_model": "clip", "siglip": "siglip", "siglip_vision_model": "siglip"}
-"""`model_type` -> family: the whole model, of which the tower is read, or the tower alone."""
-ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "exact_gelu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu"}
-DEFAULTS: dict[str, dict[str, int]] = {
-    "clip": {"patch_size": 32},
-    "siglip": {"patch_size": 16},
+FAMILIES = {
+    "clip": "clip",
+    "clip_vision_model": "clip",
+    "siglip": "siglip",
+    "siglip_vision_model": "siglip",
 }
+"""`model_type` -> family: the whole model, of which the tower is read, or the tower alone."""
+ACTIVATIONS = {
+    "quick_gelu": "quick_gelu",
+    "gelu": "exact_gelu",
+    "gelu_pytorch_tanh": "gelu",
+    "gelu_new": "gelu",
+}
+DEFAULTS: dict[str, dict[str, int]] = {"clip": {"patch_size": 32}, "siglip": {"patch_size": 16}}
 """What a config.json leaves out where it is as in transformers' own classes."""
 FITS: dict[str, Fit] = {"clip": "crop", "siglip": "stretch"}
 PIXELS = {
@@ -26,27 +35,49 @@ LAYER = "vision_model.encoder.layers.{}."
 
 
 def _both(ours: str, theirs: str) -> dict[str, tuple[Term, ...]]:
-    return {f"{ours}/scale": (Term(f"{theirs}.weight"),), f"{ours}/bias": (Term(f"{theirs}.bias"),)}
+    return {
+        f"{ours}/scale": (Term(f"{theirs}.weight"),),
+        f"{ours}/bias": (Term(f"{theirs}.bias"),),
+    }
 
 
 def _attention(ours: str, theirs: str) -> dict[str, tuple[Term, ...]]:
     return {
-        f"layers/attention/{ours}": (Term(f"{LAYER}self_attn.{theirs}.weight", "(h d) w -> w h d"),),
+        f"layers/attention/{ours}": (
+            Term(f"{LAYER}self_attn.{theirs}.weight", "(h d) w -> w h d"),
+        ),
         f"layers/attention/{ours}_bias": (Term(f"{LAYER}self_attn.{theirs}.bias", "(h d) -> h d"),),
     }
 
 
 def table(config: VisionConfig) -> dict[str, tuple[Term, ...]]:
-    """Our stacked names -> the tensors whose sum they are; {} stands for the layer's number. An encoder has those that its config asks for."""
+    """Our stacked names -> the tensors whose sum they are; {} stands for the layer's number.
+
+    An encoder has those that its config asks for.
+    """
     assert config.vit is not None
-    patch, positions = config.vit.patch_size, "vision_model.embeddings.position_embedding.weight"
+    patch, positions = (
+        config.vit.patch_size,
+        "vision_model.embeddings.position_embedding.weight",
+    )
     return {
         # A convolution's weights; a patch here is rows, columns and colours.
-        "patch_embedding": (Term("vision_model.embeddings.patch_embedding.weight", "w c p q -> (p q c) w", {"c": 3, "p": patch, "q": patch}),),
+        "patch_embedding": (
+            Term(
+                "vision_model.embeddings.patch_embedding.weight",
+                "w c p q -> (p q c) w",
+                {"c": 3, "p": patch, "q": patch},
+            ),
+        ),
         "patch_bias": (Term("vision_model.embeddings.patch_embedding.bias"),),
         # The class token's own position is the first, and part of the token here.
-        "position_embedding": (Term(positions, "(r s) w -> r s w", first=1 if config.vit.class_token else 0),),
-        "class_embedding": (Term("vision_model.embeddings.class_embedding"), Term(positions, "n w -> (n w)", {"n": 1}, taken=1)),
+        "position_embedding": (
+            Term(positions, "(r s) w -> r s w", first=1 if config.vit.class_token else 0),
+        ),
+        "class_embedding": (
+            Term("vision_model.embeddings.class_embedding"),
+            Term(positions, "n w -> (n w)", {"n": 1}, taken=1),
+        ),
         **_both("first_norm", "vision_model.pre_layrnorm"),
         **_both("last_norm", "vision_model.post_layernorm"),
         **_both("layers/attention_norm", LAYER + "layer_norm1"),
@@ -66,15 +97,21 @@ def table(config: VisionConfig) -> dict[str, tuple[Term, ...]]:
 PREFIX = "vision_model."
 """Is missing from all names where the tower was saved alone by transformers 5."""
 HARMLESS = (
-    r"text_model\..*", r"(text|visual)_projection\..*", r"logit_(scale|bias)", r"(.*\.)?position_ids",
-    # CLIP's norm of the pooled vector and SigLIP's pooling head: grid features are taken before them.
+    r"text_model\..*",
+    r"(text|visual)_projection\..*",
+    r"logit_(scale|bias)",
+    r"(.*\.)?position_ids",
+    # CLIP's norm of the pooled vector and SigLIP's pooling head: grid features are taken before
+    # them.
     r"vision_model\.head\..*",
 )
 HARMLESS_WITHOUT_LAST_NORM = (r"vision_model\.post_layernorm\..*",)
 
 
 def parse(config: Document, preprocessor: Document) -> VisionConfig:
-    """A config.json and a preprocessor_config.json (empty where there is none) as our config; a UserError for what the encoder here cannot do."""
+    """A config.json and a preprocessor_config.json (empty where there is none) as our config; a
+    UserError for what the encoder here cannot do.
+    """
     family = config.choice("model_type", FAMILIES, None)
     config.require("quantization_config")
     tower = config.inside("vision_config") if config.given("vision_config") is not None else config
@@ -86,7 +123,9 @@ def parse(config: Document, preprocessor: Document) -> VisionConfig:
         width=tower.integer("hidden_size", 768),
         heads=tower.integer("num_attention_heads", 12),
         feed_forward=tower.integer("intermediate_size", 3072),
-        activation=tower.choice("hidden_act", ACTIVATIONS, "quick_gelu" if clip else "gelu_pytorch_tanh"),
+        activation=tower.choice(
+            "hidden_act", ACTIVATIONS, "quick_gelu" if clip else "gelu_pytorch_tanh"
+        ),
         class_token=clip,
         patch_bias=not clip,
         first_norm=clip,
@@ -97,7 +136,9 @@ def parse(config: Document, preprocessor: Document) -> VisionConfig:
         tower.refuse("hidden_size", f"a multiple of num_attention_heads ({vit.heads})")
     mean, std = _pixels(preprocessor, family)
     size = tower.integer("image_size", 224)
-    return VisionConfig(image_size=size, mean=mean, std=std, image_fit=_fit(preprocessor, family), vit=vit)
+    return VisionConfig(
+        image_size=size, mean=mean, std=std, image_fit=_fit(preprocessor, family), vit=vit
+    )
 
 
 def harmless(config: VisionConfig) -> tuple[str, ...]:
@@ -107,7 +148,9 @@ def harmless(config: VisionConfig) -> tuple[str, ...]:
 
 
 def _fit(given: Document, family: str) -> Fit:
-    """How the folder's preprocessor makes an image a square: where it says nothing, as its family does."""
+    """How the folder's preprocessor makes an image a square: where it says nothing, as its
+    family does.
+    """
     size, crops = given.given("size"), given.given("do_center_crop")
     if isinstance(size, dict) and "height" in size:
         return "stretch"
@@ -122,12 +165,18 @@ def _pixels(given: Document, family: str) -> tuple[tuple[float, ...], tuple[floa
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     factor = given.number("rescale_factor", 1 / 255)
     if given.given("do_rescale") is False or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
-        given.refuse("do_rescale" if given.given("do_rescale") is False else "rescale_factor", "1/255")
+        given.refuse(
+            "do_rescale" if given.given("do_rescale") is False else "rescale_factor", "1/255"
+        )
     found = []
     for key, default in zip(("image_mean", "image_std"), PIXELS[family], strict=True):
         value = given.given(key)
         value = list(default) if value is None else value
-        if not isinstance(value, list) or len(value) != 3 or not all(isinstance(number, int | float) for number in value):
+        if (
+            not isinstance(value, list)
+            or len(value) != 3
+            or not all(isinstance(number, int | float) for number in value)
+        ):
             given.refuse(key, "three numbers")
         found.append(tuple(map(float, value)))
     return found[0], found[1]

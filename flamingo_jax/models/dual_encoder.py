@@ -17,9 +17,13 @@ Array = jax.Array
 
 
 class DualEncoder(nnx.Module):
-    """Both sides are mean-pooled, projected and normalised to length 1; their products are scaled by a learned inverse temperature."""
+    """Both sides are mean-pooled, projected and normalised to length 1; their products are
+    scaled by a learned inverse temperature.
+    """
 
-    def __init__(self, config: ContrastiveConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+    def __init__(
+        self, config: ContrastiveConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
+    ):
         self.config = config
         self.dtype = dtype
         self.vision = vision_encoder(config.vision, rngs=rngs)
@@ -28,14 +32,20 @@ class DualEncoder(nnx.Module):
         self.text_projection = fan_in_normal(rngs, (config.text.width, config.joint_width))
         self.log_inverse_temperature = nnx.Param(jnp.asarray(-math.log(config.initial_temperature)))
 
-    def encode_images(self, images: Array, *, train: bool = False, key: Array | None = None) -> Array:
+    def encode_images(
+        self, images: Array, *, train: bool = False, key: Array | None = None
+    ) -> Array:
         """uint8 [B, H, W, 3] -> float32 [B, J] of length 1."""
         vision = self.config.vision
-        features = self.vision(normalise(images, vision.mean, vision.std, self.dtype), train=train, key=key)
+        features = self.vision(
+            normalise(images, vision.mean, vision.std, self.dtype), train=train, key=key
+        )
         return _unit(linear(features.mean((1, 2)), self.vision_projection[...]))
 
     def encode_texts(self, tokens: Array, mask: Array) -> Array:
-        """int32 [B, L], bool [B, L] -> float32 [B, J] of length 1; the mean is over real tokens."""
+        """int32 [B, L], bool [B, L] -> float32 [B, J] of length 1; the mean is over real
+        tokens.
+        """
         real = mask[..., None]
         total = jnp.where(real, self.text(tokens, mask), jnp.zeros((), self.dtype)).sum(1)
         pooled = total / jnp.maximum(real.sum(1), 1).astype(self.dtype)

@@ -1,4 +1,6 @@
-"""The visual language model: frozen encoder and language model, and the trained parts between them (paper figure 3)."""
+"""The visual language model: frozen encoder and language model, and the trained parts between
+them (paper figure 3).
+"""
 
 import functools
 import itertools
@@ -15,11 +17,25 @@ from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.models.attention import Cache, causal_mask, over_rows
 from flamingo_jax.models.gated_xattn import GatedCrossAttentionBlock, Media, media_mask
 from flamingo_jax.models.language_model import LanguageModel
-from flamingo_jax.models.layers import at_once, fan_in_normal, finite, linear, rematerialised, stack
+from flamingo_jax.models.layers import (
+    at_once,
+    fan_in_normal,
+    finite,
+    linear,
+    rematerialised,
+    stack,
+)
 from flamingo_jax.models.perceiver import PerceiverResampler
 from flamingo_jax.models.stream import Parts, join, shapes_of, split
 from flamingo_jax.models.vision import VisionEncoder, vision_encoder
-from flamingo_jax.partitioning.constraints import constrain, everywhere, gathered, residual, row_shards, shards
+from flamingo_jax.partitioning.constraints import (
+    constrain,
+    everywhere,
+    gathered,
+    residual,
+    row_shards,
+    shards,
+)
 from flamingo_jax.partitioning.mesh import AXES, MODEL, ROWS
 from flamingo_jax.processing.normalise import normalise
 
@@ -27,7 +43,9 @@ Array = jax.Array
 
 
 class Rows(NamedTuple):
-    """Packed rows of one dataset. tokens, positions, segments, media_index: int32 [B, L]; visuals: int32 [B, N], -1 for none, or None for text."""
+    """Packed rows of one dataset. tokens, positions, segments, media_index: int32 [B, L];
+    visuals: int32 [B, N], -1 for none, or None for text.
+    """
 
     tokens: Array
     positions: Array
@@ -37,15 +55,22 @@ class Rows(NamedTuple):
 
 
 def merge_alike(rows: Sequence[Rows]) -> list[Rows]:
-    """Neighbours in the stream whose rows have as many tokens and visuals become one: the same stream in fewer, larger parts."""
+    """Neighbours in the stream whose rows have as many tokens and visuals become one: the same
+    stream in fewer, larger parts.
+    """
     shape = lambda r: (r.tokens.shape[1], None if r.visuals is None else r.visuals.shape[1])
     together = lambda *arrays: join(arrays).reshape(-1, *arrays[0].shape[1:])
-    return [jax.tree.map(together, *group) for group in (list(found) for _, found in itertools.groupby(rows, shape))]
+    return [
+        jax.tree.map(together, *group)
+        for group in (list(found) for _, found in itertools.groupby(rows, shape))
+    ]
 
 
 class PreparedVisuals(NamedTuple):
-    """What decoding needs of M visuals. media: every gated block's keys and values, leaves [blocks, M, R, H, d]; broken: bool [M], those that are
-    not finite, whose keys and values are of zeros in their place."""
+    """What decoding needs of M visuals. media: every gated block's keys and values, leaves
+    [blocks, M, R, H, d]; broken: bool [M], those that are not finite, whose keys and values are
+    of zeros in their place.
+    """
 
     media: Media
     broken: Array
@@ -62,15 +87,24 @@ class GatedBlocks(nnx.Module):
 class Flamingo(nnx.Module):
     """p(text | visuals): see the paper's equation (1).
 
-    Token ids from the language model's vocabulary size on are the trained additions, `<EOC>` first; they live in
-    `extra_embedding` for input and output, so that the frozen table stays as it is.
+    Token ids from the language model's vocabulary size on are the trained additions, `<EOC>`
+    first; they live in `extra_embedding` for input and output, so that the frozen table stays
+    as it is.
 
-    remat: what is computed again for the gradient (see `layers.rematerialised`). frames_at_once: how many frames each device encodes at a
-    time, 0 for all. encoder_trains: the encoder has a gradient, for which frames are encoded again where something is, or where they are many.
+    remat: what is computed again for the gradient (see `layers.rematerialised`).
+    frames_at_once: how many frames each device encodes at a time, 0 for all. encoder_trains:
+    the encoder has a gradient, for which frames are encoded again where something is, or where
+    they are many.
     """
 
     def __init__(
-        self, config: FlamingoConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32, remat: str = "none", frames_at_once: int = 0,
+        self,
+        config: FlamingoConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        remat: str = "none",
+        frames_at_once: int = 0,
         encoder_trains: bool = False,
     ):
         self.config = config
@@ -80,7 +114,9 @@ class Flamingo(nnx.Module):
         self.encoder_trains = encoder_trains
         width = config.language_model.width
         self.vision_encoder = vision_encoder(config.vision, rngs=rngs)
-        self.resampler = PerceiverResampler(config.resampler, self.vision_encoder.width, rngs=rngs, remat=remat)
+        self.resampler = PerceiverResampler(
+            config.resampler, self.vision_encoder.width, rngs=rngs, remat=remat
+        )
         self.visual_projection = fan_in_normal(rngs, (config.resampler.width, width))
         self.gated_xattn = GatedBlocks(config, rngs=rngs)
         self.language_model = LanguageModel(config.language_model, rngs=rngs, dtype=dtype)
@@ -91,19 +127,29 @@ class Flamingo(nnx.Module):
         return self.encode_stream([images])[0]
 
     def encode_stream(self, images: Parts) -> list[Array]:
-        """The pictures of several datasets, uint8 [M, T, H, W, 3] each, as one batch over all devices -> grid features [M, T, S, C] of each.
+        """The pictures of several datasets, uint8 [M, T, H, W, 3] each, as one batch over all
+        devices -> grid features [M, T, S, C] of each.
 
-        Where all M divide, every device encodes the pictures that lie on it; else row shards share theirs out anew.
+        Where all M divide, every device encodes the pictures that lie on it; else row shards
+        share theirs out anew.
         """
         axes = AXES if all(part.shape[0] % shards(AXES) == 0 for part in images) else ROWS
         groups = shards(axes)
         if len(images) == 1 and images[0].shape[0] % groups:
             groups = 1
-        frames = join([constrain(part, axes) for part in images], groups).reshape(groups, -1, *images[0].shape[2:])
+        frames = join([constrain(part, axes) for part in images], groups).reshape(
+            groups, -1, *images[0].shape[2:]
+        )
         count = frames.shape[1]
         steps, padded = self._rounds(count, 1 if axes == AXES else shards(MODEL))
-        x = jnp.pad(frames, ((0, 0), (0, padded - count), *[(0, 0)] * 3)) if padded > count else frames
-        encode: Callable[[Array], Array] = functools.partial(self._encode, self.vision_encoder.prepared(self.dtype))
+        x = (
+            jnp.pad(frames, ((0, 0), (0, padded - count), *[(0, 0)] * 3))
+            if padded > count
+            else frames
+        )
+        encode: Callable[[Array], Array] = functools.partial(
+            self._encode, self.vision_encoder.prepared(self.dtype)
+        )
         if self.encoder_trains and (steps > 1 or self.remat != "none"):
             # No more than a round's activations are then held at any time.
             encode = rematerialised(encode, "layers")
@@ -119,7 +165,9 @@ class Flamingo(nnx.Module):
         return [constrain(part, ROWS) for part in split(features, shapes_of(images))]
 
     def _rounds(self, count: int, devices: int) -> tuple[int, int]:
-        """In how many rounds the encoder takes `count` frames of each group of devices, and how many frames these are when padded."""
+        """In how many rounds the encoder takes `count` frames of each group of devices, and how
+        many frames these are when padded.
+        """
         steps = math.ceil(count / (self.frames_at_once * devices or count))
         each = math.ceil(math.ceil(count / steps) / devices) * devices
         return steps, steps * each
@@ -127,14 +175,23 @@ class Flamingo(nnx.Module):
     def _encode(self, encoder: VisionEncoder, frames: Array) -> Array:
         """uint8 [G, F, H, W, 3] -> [G, F, S, C], data-parallel over all devices."""
         vision = self.config.vision
-        x = normalise(everywhere(frames.reshape(-1, *frames.shape[2:])), vision.mean, vision.std, self.dtype)
+        x = normalise(
+            everywhere(frames.reshape(-1, *frames.shape[2:])),
+            vision.mean,
+            vision.std,
+            self.dtype,
+        )
         features = everywhere(encoder(x))
         return features.reshape(*frames.shape[:2], -1, features.shape[-1])
 
     def resample(self, features: Array, frame_mask: Array) -> Array:
-        """Grid features [M, T, S, C] -> visual tokens [M, R, D] in the language model's width, NaN where the features of a visual are not finite."""
+        """Grid features [M, T, S, C] -> visual tokens [M, R, D] in the language model's width,
+        NaN where the features of a visual are not finite.
+        """
         tokens, broken = finite(self.resampler(features, frame_mask), (1, 2))
-        return jnp.where(broken[:, None, None], jnp.nan, linear(tokens, self.visual_projection[...]))
+        return jnp.where(
+            broken[:, None, None], jnp.nan, linear(tokens, self.visual_projection[...])
+        )
 
     def encode_visuals(self, images: Array, frame_mask: Array) -> Array:
         """uint8 [M, T, H, W, 3], bool [M, T] -> visual tokens [M, R, D]."""
@@ -144,34 +201,58 @@ class Flamingo(nnx.Module):
         """Visual tokens [M, R, D] as every gated block reads them, once per visual."""
         graph, state = nnx.split(self.gated_xattn.layers)
         tokens, broken = finite(visual_tokens, (1, 2))
-        return PreparedVisuals(jax.lax.map(lambda s: nnx.merge(graph, s).project_visuals(tokens), state), broken)
+        return PreparedVisuals(
+            jax.lax.map(lambda s: nnx.merge(graph, s).project_visuals(tokens), state), broken
+        )
 
     def __call__(
-        self, tokens: Array, positions: Array, segments: Array, media_index: Array, visual_tokens: Array | None, visuals: Array | None,
-        *, rows_own_visuals: bool = False,
+        self,
+        tokens: Array,
+        positions: Array,
+        segments: Array,
+        media_index: Array,
+        visual_tokens: Array | None,
+        visuals: Array | None,
+        *,
+        rows_own_visuals: bool = False,
     ) -> Array:
-        """Packed rows -> logits float32 [B, L, V + extra]; NaN for what a visual that is not finite reaches, see `read`.
+        """Packed rows -> logits float32 [B, L, V + extra]; NaN for what a visual that is not
+        finite reaches, see `read`.
 
         Args:
           tokens, positions, segments, media_index: int32 [B, L].
-          visual_tokens: [M, R, D] of `encode_visuals`, or None: the text is read with every visual taken away.
+          visual_tokens: [M, R, D] of `encode_visuals`, or None: the text is read with every
+            visual taken away.
           visuals: int32 [B, N], each row's visuals as places in M, -1 for none.
-          rows_own_visuals: M = B * N and row b's visuals stand at b * N + n (as training batches have it), so that none need be gathered:
-            the gradient of a gather is a scatter, slow on every backend.
+          rows_own_visuals: M = B * N and row b's visuals stand at b * N + n (as training
+            batches have it), so that none need be gathered: the gradient of a gather is a
+            scatter, slow on every backend.
         """
         rows = Rows(tokens, positions, segments, media_index, visuals)
-        x, broken = self.read([rows], visual_tokens, gathered_visuals=None if rows_own_visuals else visuals)
+        x, broken = self.read(
+            [rows], visual_tokens, gathered_visuals=None if rows_own_visuals else visuals
+        )
         return jnp.where(broken[..., None], jnp.nan, self._logits(x))
 
-    def read(self, rows: Sequence[Rows], visual_tokens: Array | None, *, gathered_visuals: Array | None = None) -> tuple[Array, Array]:
-        """Rows of one dataset -> last hidden states [B, L, D]; of several, as one stream -> [S, T, D], however many are alike.
+    def read(
+        self,
+        rows: Sequence[Rows],
+        visual_tokens: Array | None,
+        *,
+        gathered_visuals: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """Rows of one dataset -> last hidden states [B, L, D]; of several, as one stream -> [S,
+        T, D], however many are alike.
 
-        Also bool [B, L] or [S, T]: the tokens that look at a visual with tokens that are not finite, and what comes after them in their
-        segment. Their states are as if the visual's tokens were zeros, so that no NaN is in any product: their losses are to be called NaN.
+        Also bool [B, L] or [S, T]: the tokens that look at a visual with tokens that are not
+        finite, and what comes after them in their segment. Their states are as if the visual's
+        tokens were zeros, so that no NaN is in any product: their losses are to be called NaN.
 
         Args:
-          visual_tokens: [M, R, D]; of a stream [S, V, R, D], all of a group's visuals, dataset after dataset; or None.
-          gathered_visuals: int32 [B, N], places in M; None: each row owns its N visuals, in order.
+          visual_tokens: [M, R, D]; of a stream [S, V, R, D], all of a group's visuals, dataset
+            after dataset; or None.
+          gathered_visuals: int32 [B, N], places in M; None: each row owns its N visuals, in
+            order.
         """
         several, masks = len(rows) > 1, None
         rows = merge_alike(rows)
@@ -179,7 +260,12 @@ class Flamingo(nnx.Module):
         if visual_tokens is not None:
             visual_tokens, lost = finite(visual_tokens, (-2, -1))
             masks = [self._media_mask(r, visual_tokens.shape[-2]) for r in rows]
-            broken = self._reached(rows, masks, lost if gathered_visuals is None else lost[gathered_visuals], visual_tokens.shape[-2])
+            broken = self._reached(
+                rows,
+                masks,
+                lost if gathered_visuals is None else lost[gathered_visuals],
+                visual_tokens.shape[-2],
+            )
         positions, segments = [r.positions for r in rows], [r.segments for r in rows]
 
         def block(gated: GatedCrossAttentionBlock, x: Array, _: Any) -> Array:
@@ -189,55 +275,89 @@ class Flamingo(nnx.Module):
         def layer(decoder: Any, x: Array, cache: None) -> tuple[Array, None]:
             return decoder(x, positions, segments, cache)
 
-        x = self._groups(residual(self._embed(join([r.tokens for r in rows]))), None, block, layer, None)[0]
+        x = self._groups(
+            residual(self._embed(join([r.tokens for r in rows]))), None, block, layer, None
+        )[0]
         if several and len(rows) == 1:
-            x, broken = x.reshape(row_shards(), -1, x.shape[-1]), [broken[0].reshape(row_shards(), -1)]
+            x, broken = (
+                x.reshape(row_shards(), -1, x.shape[-1]),
+                [broken[0].reshape(row_shards(), -1)],
+            )
         return x, join(broken)
 
-    def _reached(self, rows: Sequence[Rows], masks: Parts, lost: Array, tokens_per_visual: int) -> list[Array]:
-        """Which tokens bool [B_p, L_p] look at a lost visual, or come after one that does in its segment. lost: bool [B, N] or [S, V], as rows own them."""
-        own = split(lost[..., None], [(m.shape[0], m.shape[-1] // tokens_per_visual) for m in masks])
+    def _reached(
+        self, rows: Sequence[Rows], masks: Parts, lost: Array, tokens_per_visual: int
+    ) -> list[Array]:
+        """Which tokens bool [B_p, L_p] look at a lost visual, or come after one that does in
+        its segment. lost: bool [B, N] or [S, V], as rows own them.
+        """
+        own = split(
+            lost[..., None], [(m.shape[0], m.shape[-1] // tokens_per_visual) for m in masks]
+        )
         found = []
         for r, mask, visuals in zip(rows, masks, own, strict=True):
-            looks = (mask[:, 0, :, ::tokens_per_visual] & visuals.reshape(mask.shape[0], 1, -1)).any(-1)
+            looks = (
+                mask[:, 0, :, ::tokens_per_visual] & visuals.reshape(mask.shape[0], 1, -1)
+            ).any(-1)
             found.append((causal_mask(r.segments)[:, 0] & looks[:, None]).any(-1))
         return found
 
     def _media_mask(self, rows: Rows, tokens_per_visual: int) -> Array:
         if rows.visuals is None:
             return jnp.zeros((rows.tokens.shape[0], 1, rows.tokens.shape[1], 0), bool)
-        return media_mask(rows.media_index, rows.segments, rows.visuals, tokens_per_visual, self.config.attend)
+        return media_mask(
+            rows.media_index, rows.segments, rows.visuals, tokens_per_visual, self.config.attend
+        )
 
     def resample_stream(self, features: Parts, frame_masks: Parts) -> Array:
-        """Grid features [M, T, S, C] and frame masks [M, T] of several datasets -> visual tokens [G, V, R, D], for `read`.
+        """Grid features [M, T, S, C] and frame masks [M, T] of several datasets -> visual
+        tokens [G, V, R, D], for `read`.
 
         Visuals with as many frames go through the resampler together, whichever their dataset.
         """
         found: dict[int, Array] = {}
         for frames in {f.shape[1] for f in features}:
             places = [place for place, f in enumerate(features) if f.shape[1] == frames]
-            grids, masks = (join([parts[place][:, None] for place in places]) for parts in (features, frame_masks))
+            grids, masks = (
+                join([parts[place][:, None] for place in places])
+                for parts in (features, frame_masks)
+            )
             flat = lambda a: a.reshape(-1, *a.shape[2:])
-            visual_tokens = self.resample(constrain(flat(grids), ROWS).astype(self.dtype), flat(masks))
+            visual_tokens = self.resample(
+                constrain(flat(grids), ROWS).astype(self.dtype), flat(masks)
+            )
             stream = visual_tokens.reshape(*grids.shape[:2], *visual_tokens.shape[1:])
-            found |= dict(zip(places, split(stream, [(features[place].shape[0], 1) for place in places]), strict=True))
+            found |= dict(
+                zip(
+                    places,
+                    split(stream, [(features[place].shape[0], 1) for place in places]),
+                    strict=True,
+                )
+            )
         return join([found[place] for place in range(len(features))])
 
     def target_losses(self, x: Array, targets: Array, counts: Array) -> tuple[Array, Array]:
-        """Last hidden states [S, T, D] and target ids int32 [S, T] -> their negative log-likelihoods float32 and whether they were the likeliest.
+        """Last hidden states [S, T, D] and target ids int32 [S, T] -> their negative
+        log-likelihoods float32 and whether they were the likeliest.
 
-        counts: bool [S, T]; what is False means nothing, and has no gradient whatever its state is.
-        Without the logits of all tokens at once in memory for the gradient, and with the vocabulary over `model`.
+        counts: bool [S, T]; what is False means nothing, and has no gradient whatever its state
+        is. Without the logits of all tokens at once in memory for the gradient, and with the
+        vocabulary over `model`.
         """
         vocabulary = self.config.language_model.vocab_size
 
         def losses(x: Array, targets: Array) -> tuple[Array, Array]:
             x = gathered(x)
-            parts = (constrain(self.language_model.logits(x), ROWS, None, MODEL), self._extra_logits(x))
+            parts = (
+                constrain(self.language_model.logits(x), ROWS, None, MODEL),
+                self._extra_logits(x),
+            )
             both = jnp.stack([jax.nn.logsumexp(part, axis=-1) for part in parts])
             best = jnp.maximum(*(part.max(axis=-1) for part in parts))
             # Not a gather: that would bring the whole vocabulary to each device.
-            at = lambda part, first: jnp.where(targets[..., None] == first + jnp.arange(part.shape[-1]), part, 0.0).sum(-1)
+            at = lambda part, first: jnp.where(
+                targets[..., None] == first + jnp.arange(part.shape[-1]), part, 0.0
+            ).sum(-1)
             picked = at(parts[0], 0) + at(parts[1], vocabulary)
             return jax.nn.logsumexp(both, axis=0) - picked, picked >= best
 
@@ -249,13 +369,21 @@ class Flamingo(nnx.Module):
         return self.language_model.init_cache(batch, max_length)
 
     def decode(
-        self, tokens: Array, positions: Array, media_index: Array, media: PreparedVisuals | None, visuals: Array | None, cache: Cache
+        self,
+        tokens: Array,
+        positions: Array,
+        media_index: Array,
+        media: PreparedVisuals | None,
+        visuals: Array | None,
+        cache: Cache,
     ) -> tuple[Array, Cache]:
-        """Some tokens more of each row -> logits float32 [B, L, V + extra] and the cache with them.
+        """Some tokens more of each row -> logits float32 [B, L, V + extra] and the cache with
+        them.
 
-        A cache slot is a position; a token at position max_length is padding: it is dropped and its logits mean nothing.
-        `media` comes from `prepare_media`; None reads the text with every visual taken away. A token that looks at a broken visual is NaN, and so
-        is what comes after it in its row.
+        A cache slot is a position; a token at position max_length is padding: it is dropped and
+        its logits mean nothing. `media` comes from `prepare_media`; None reads the text with
+        every visual taken away. A token that looks at a broken visual is NaN, and so is what
+        comes after it in its row.
         """
         x, mask = self._embed(tokens), None
         if media is not None:
@@ -274,22 +402,36 @@ class Flamingo(nnx.Module):
         x, cache = self._groups(x, cache, block, layer, None if media is None else media.media)
         return self._logits(x), cache
 
-    def _groups(self, x: Array, cache: Any, block: Any, layer: Any, block_inputs: Any) -> tuple[Array, Any]:
-        """Scans over groups of one gated block and `every` language model layers, then the rest: a block and the layers that are left.
+    def _groups(
+        self, x: Array, cache: Any, block: Any, layer: Any, block_inputs: Any
+    ) -> tuple[Array, Any]:
+        """Scans over groups of one gated block and `every` language model layers, then the
+        rest: a block and the layers that are left.
 
-        The language model stays one flat stack that each step indexes, since the depth need not be a multiple of `every`
-        (the 80B model's 80 layers are 11 groups of 7 and one of 3) and slicing a frozen stack would copy it. The rest has code of its own:
-        a condition in the loop would keep the largest arrays of both its branches, and its weights, in memory.
+        The language model stays one flat stack that each step indexes, since the depth need not
+        be a multiple of `every` (the 80B model's 80 layers are 11 groups of 7 and one of 3) and
+        slicing a frozen stack would copy it. The rest has code of its own: a condition in the
+        loop would keep the largest arrays of both its branches, and its weights, in memory.
         """
         blocks_graph, blocks = nnx.split(self.gated_xattn.layers)
         layers_graph, layers = nnx.split(self.language_model.layers)
         every = self.config.every
         groups, rest = divmod(self.config.language_model.layers, every)
 
-        take = lambda tree, index: jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, 0, keepdims=False), tree)
-        # The weights of a layer are taken within, or a copy of all of them would be saved for the gradient.
-        run_layer = rematerialised(lambda x, cache, index: layer(nnx.merge(layers_graph, take(layers, index)), x, take(cache, index)), self.remat)
-        run_block = rematerialised(lambda state, x, given: block(nnx.merge(blocks_graph, state), x, given), self.remat)
+        take = lambda tree, index: jax.tree.map(
+            lambda a: jax.lax.dynamic_index_in_dim(a, index, 0, keepdims=False), tree
+        )
+        # The weights of a layer are taken within, or a copy of all of them would be saved for
+        # the gradient.
+        run_layer = rematerialised(
+            lambda x, cache, index: layer(
+                nnx.merge(layers_graph, take(layers, index)), x, take(cache, index)
+            ),
+            self.remat,
+        )
+        run_block = rematerialised(
+            lambda state, x, given: block(nnx.merge(blocks_graph, state), x, given), self.remat
+        )
 
         def one_layer(carry: Any, index: Array) -> tuple[Any, None]:
             x, cache = carry
@@ -301,13 +443,26 @@ class Flamingo(nnx.Module):
             x, cache = carry
             first, block_state, block_input = inputs
             carry = run_block(block_state, x, block_input), cache
-            return one_layer(carry, first) if count == 1 else jax.lax.scan(one_layer, carry, first + jnp.arange(count), unroll=at_once(count))
+            return (
+                one_layer(carry, first)
+                if count == 1
+                else jax.lax.scan(
+                    one_layer, carry, first + jnp.arange(count), unroll=at_once(count)
+                )
+            )
 
         carry, inputs = (x, cache), (jnp.arange(groups) * every, blocks, block_inputs)
         if not rest:
-            return jax.lax.scan(functools.partial(group, count=every), carry, inputs, unroll=at_once(groups))[0]
+            return jax.lax.scan(
+                functools.partial(group, count=every), carry, inputs, unroll=at_once(groups)
+            )[0]
         whole = jax.tree.map(lambda a: a[:groups], (blocks, block_inputs))
-        carry, _ = jax.lax.scan(functools.partial(group, count=every), carry, (inputs[0], *whole), unroll=at_once(groups))
+        carry, _ = jax.lax.scan(
+            functools.partial(group, count=every),
+            carry,
+            (inputs[0], *whole),
+            unroll=at_once(groups),
+        )
         last = jax.tree.map(lambda a: a[groups], (blocks, block_inputs))
         return group(carry, (jnp.int32(groups * every), *last), rest)[0]
 
@@ -315,12 +470,19 @@ class Flamingo(nnx.Module):
         vocabulary = self.config.language_model.vocab_size
         frozen = self.language_model.embed(jnp.minimum(tokens, vocabulary - 1))
         extra = self.extra_embedding[...][jnp.maximum(tokens - vocabulary, 0)].astype(self.dtype)
-        return jnp.where((tokens >= vocabulary)[..., None], extra * self.config.language_model.embedding_scale, frozen)
+        return jnp.where(
+            (tokens >= vocabulary)[..., None],
+            extra * self.config.language_model.embedding_scale,
+            frozen,
+        )
 
     def _logits(self, x: Array) -> Array:
-        # Concatenated after the frozen product: one product with more columns changes the other columns' last bits.
+        # Concatenated after the frozen product: one product with more columns changes the other
+        # columns' last bits.
         frozen = self.language_model.logits(x)
         return jnp.concatenate([frozen, self._extra_logits(x)], axis=-1)
 
     def _extra_logits(self, x: Array) -> Array:
-        return linear(self.language_model.final_norm(x), self.extra_embedding[...].T).astype(jnp.float32)
+        return linear(self.language_model.final_norm(x), self.extra_embedding[...].T).astype(
+            jnp.float32
+        )

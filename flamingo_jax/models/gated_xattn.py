@@ -8,7 +8,14 @@ from flax import nnx
 
 from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.models.attention import attend
-from flamingo_jax.models.layers import FeedForward, LayerNorm, fan_in_normal, gated_linear, kept, linear
+from flamingo_jax.models.layers import (
+    FeedForward,
+    LayerNorm,
+    fan_in_normal,
+    gated_linear,
+    kept,
+    linear,
+)
 from flamingo_jax.models.stream import Parts, as_parts, join, split
 from flamingo_jax.partitioning.constraints import gathered, residual, summed
 
@@ -22,14 +29,21 @@ class Media(NamedTuple):
     value: Array
 
 
-def media_mask(media_index: Array, segments: Array | None, visuals: Array, tokens_per_visual: int, attend_to: str) -> Array:
+def media_mask(
+    media_index: Array,
+    segments: Array | None,
+    visuals: Array,
+    tokens_per_visual: int,
+    attend_to: str,
+) -> Array:
     """Which visual tokens each text token sees: bool [B, 1, L, N * R].
 
     Args:
       media_index: int32 [B, L], phi: the place within the row's visuals, -1 for none.
       segments: int32 [B, L], or None where a row is one segment.
       visuals: int32 [B, N], -1 for an empty place.
-      attend_to: "last" (paper): the visual phi alone; "all_previous": also those before it in the same segment.
+      attend_to: "last" (paper): the visual phi alone; "all_previous": also those before it in
+        the same segment.
     """
     places = jnp.arange(visuals.shape[1])
     mask = media_index[:, :, None] == places
@@ -46,10 +60,11 @@ def media_mask(media_index: Array, segments: Array | None, visuals: Array, token
 
 
 class GatedCrossAttentionBlock(nnx.Module):
-    """y += tanh(a) * CrossAttn(LN(y), LN(X)); y += tanh(b) * FFW(LN(y)), with both gates 0 at the start (unless `config.gate_start`).
+    """y += tanh(a) * CrossAttn(LN(y), LN(X)); y += tanh(b) * FFW(LN(y)), with both gates 0 at
+    the start (unless `config.gate_start`).
 
-    One LayerNorm serves keys and values (paper v1, 3.1.2); no part that follows the attention has a bias, so that a token with no
-    visual gets exactly zero from it.
+    One LayerNorm serves keys and values (paper v1, 3.1.2); no part that follows the attention
+    has a bias, so that a token with no visual gets exactly zero from it.
     """
 
     def __init__(self, config: FlamingoConfig, *, rngs: nnx.Rngs):
@@ -60,7 +75,12 @@ class GatedCrossAttentionBlock(nnx.Module):
         self.query = fan_in_normal(rngs, shape)
         self.key = fan_in_normal(rngs, shape)
         self.value = fan_in_normal(rngs, shape)
-        self.out = fan_in_normal(rngs, (*shape[1:], width), config.xattn_heads * config.xattn_head_width, config.gated_out_scale)
+        self.out = fan_in_normal(
+            rngs,
+            (*shape[1:], width),
+            config.xattn_heads * config.xattn_head_width,
+            config.gated_out_scale,
+        )
         self.attention_gate = nnx.Param(jnp.full((), config.gate_start))
         self.dense_norm = LayerNorm(width)
         self.feed_forward = FeedForward(width, config.xattn_feed_forward, "squared_relu", rngs=rngs)
@@ -70,15 +90,19 @@ class GatedCrossAttentionBlock(nnx.Module):
     def project_visuals(self, visual_tokens: Array) -> Media:
         """[M, R, D] -> keys and values, once per visual however many rows look at it."""
         x = self.media_norm(visual_tokens)
-        # One of the two: both together are the most memory for the least that is computed again.
+        # One of the two: both together are the most memory for the least that is computed
+        # again.
         return Media(kept(linear(x, self.key[...])), linear(x, self.value[...]))
 
-    def attend(self, y: Array, media: Media | None, visuals: Array | None, mask: Array | Parts | None) -> Array:
+    def attend(
+        self, y: Array, media: Media | None, visuals: Array | None, mask: Array | Parts | None
+    ) -> Array:
         """y [B, L, D], mask from `media_mask` -> [B, L, D].
 
-        visuals int32 [B, N] are each row's visuals as places in `media`; None: row b owns the b-th N of them, and nothing is gathered.
-        media None: there is nothing to see. For a stream [S, T, D] of several datasets: their masks, and media [S, V, R, H, d], all of a
-        group's visuals, dataset after dataset.
+        visuals int32 [B, N] are each row's visuals as places in `media`; None: row b owns the
+        b-th N of them, and nothing is gathered.
+        media None: there is nothing to see. For a stream [S, T, D] of several datasets: their
+        masks, and media [S, V, R, H, d], all of a group's visuals, dataset after dataset.
         """
         if media is not None:
             query = kept(linear(gathered(self.attention_norm(y)), self.query[...]))
@@ -90,7 +114,19 @@ class GatedCrossAttentionBlock(nnx.Module):
             keys, values = (split(m, own) for m in media)
             queries = split(query, [(m.shape[0], m.shape[2]) for m in masks])
             flat = lambda m, q: m.reshape(q.shape[0], -1, *m.shape[-2:])
-            looks = lambda q, k, v, m: attend(q, flat(k, q), flat(v, q), m) if m.shape[-1] else jnp.zeros_like(q)
+            looks = lambda q, k, v, m: (
+                attend(q, flat(k, q), flat(v, q), m) if m.shape[-1] else jnp.zeros_like(q)
+            )
             h = join([looks(*part) for part in zip(queries, keys, values, masks, strict=True)])
-            y = kept(residual(y + summed(gated_linear(h, self.out[...], jnp.tanh(self.attention_gate[...]), 2))))
-        return residual(y + summed(self.feed_forward(gathered(self.dense_norm(y)), jnp.tanh(self.dense_gate[...]))))
+            y = kept(
+                residual(
+                    y
+                    + summed(gated_linear(h, self.out[...], jnp.tanh(self.attention_gate[...]), 2))
+                )
+            )
+        return residual(
+            y
+            + summed(
+                self.feed_forward(gathered(self.dense_norm(y)), jnp.tanh(self.dense_gate[...]))
+            )
+        )

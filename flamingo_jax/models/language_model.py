@@ -1,8 +1,10 @@
-"""Decoder language model: RMSNorm before each part, relative or rotary positions, tied or separate embeddings.
+"""Decoder language model: RMSNorm before each part, relative or rotary positions, tied or
+separate embeddings.
 
-Its default is the Chinchilla form: Gopher and Chinchilla (Rae et al. 2021, Hoffmann et al. 2022) use RMSNorm, Transformer-XL positions and
-GELU. Its parameters are 13 D^2 a layer (12 of attention and feed-forward, 1 of the relative positions) and one embedding: the counts of
-the paper's table.
+Its default is the Chinchilla form: Gopher and Chinchilla (Rae et al. 2021, Hoffmann et al.
+2022) use RMSNorm, Transformer-XL positions and GELU. Its parameters are 13 D^2 a layer (12 of
+attention and feed-forward, 1 of the relative positions) and one embedding: the counts of the
+paper's table.
 """
 
 import math
@@ -14,7 +16,15 @@ from jax.typing import DTypeLike
 
 from flamingo_jax.experiment import LanguageModelConfig
 from flamingo_jax.models.attention import Cache, SelfAttention, Shared, distance_keys
-from flamingo_jax.models.layers import FeedForward, RMSNorm, fan_in_normal, kept, linear, scan_layers, stack
+from flamingo_jax.models.layers import (
+    FeedForward,
+    RMSNorm,
+    fan_in_normal,
+    kept,
+    linear,
+    scan_layers,
+    stack,
+)
 from flamingo_jax.models.stream import Parts
 from flamingo_jax.partitioning.constraints import gathered, residual, summed
 
@@ -25,34 +35,61 @@ class DecoderLayer(nnx.Module):
     """x += SelfAttention(Norm(x)); x += FeedForward(Norm(x))."""
 
     def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs):
-        # Each of the 2 * layers residual branches starts small, so that the sum over depth keeps its scale.
+        # Each of the 2 * layers residual branches starts small, so that the sum over depth
+        # keeps its scale.
         branch = 1 / math.sqrt(2 * config.layers)
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
         self.attention = SelfAttention(config, out_scale=branch, rngs=rngs)
         self.feed_forward_norm = RMSNorm(config.width, config.norm_eps)
-        self.feed_forward = FeedForward(config.width, config.feed_forward, config.activation, gated=config.gated_feed_forward, rngs=rngs)
+        self.feed_forward = FeedForward(
+            config.width,
+            config.feed_forward,
+            config.activation,
+            gated=config.gated_feed_forward,
+            rngs=rngs,
+        )
         self.feed_forward.down[...] *= branch
 
     def __call__(
-        self, x: Array, positions: Array | Parts, segments: Array | Parts | None, cache: Cache | None
+        self,
+        x: Array,
+        positions: Array | Parts,
+        segments: Array | Parts | None,
+        cache: Cache | None,
     ) -> tuple[Array, Cache | None]:
-        """x [B, L, D]; positions, segments int32 [B, L], or those of every part of a stream; a cache means decoding (see SelfAttention)."""
+        """x [B, L, D]; positions, segments int32 [B, L], or those of every part of a stream; a
+        cache means decoding (see SelfAttention).
+        """
         h, cache = self.attention(gathered(self.attention_norm(x)), positions, segments, cache)
         x = kept(residual(x + summed(h)))
-        return residual(x + summed(self.feed_forward(gathered(self.feed_forward_norm(x))))), cache
+        return (
+            residual(x + summed(self.feed_forward(gathered(self.feed_forward_norm(x))))),
+            cache,
+        )
 
 
 class LanguageModel(nnx.Module):
     """tokens -> logits. `layers` is one stack of equal DecoderLayers."""
 
-    def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32, remat: str = "none"):
+    def __init__(
+        self,
+        config: LanguageModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        remat: str = "none",
+    ):
         self.config = config
         self.dtype = dtype
         self.remat = remat
         self.embedding = fan_in_normal(rngs, (config.vocab_size, config.width), config.width)
         self.layers = stack(lambda r: DecoderLayer(config, rngs=r), config.layers, rngs)
         self.final_norm = RMSNorm(config.width, config.norm_eps)
-        self.head = None if config.tied_embeddings else fan_in_normal(rngs, (config.width, config.vocab_size))
+        self.head = (
+            None
+            if config.tied_embeddings
+            else fan_in_normal(rngs, (config.width, config.vocab_size))
+        )
 
     def embed(self, tokens: Array) -> Array:
         """int32 [B, L] -> [B, L, D]."""
@@ -69,16 +106,25 @@ class LanguageModel(nnx.Module):
 
     def run_layers(self, x: Array, positions: Array, segments: Array) -> Array:
         """Embeddings [B, L, D] -> last hidden states [B, L, D]."""
-        return scan_layers(self.layers, lambda layer, x, _: (layer(x, positions, segments, None)[0], None), x, None, self.remat)[0]
+        return scan_layers(
+            self.layers,
+            lambda layer, x, _: (layer(x, positions, segments, None)[0], None),
+            x,
+            None,
+            self.remat,
+        )[0]
 
     def init_cache(self, batch: int, max_length: int) -> Cache:
-        """An empty cache for all layers; leaves [layers, B, max_length, H, d], H being the heads of keys and values.
+        """An empty cache for all layers; leaves [layers, B, max_length, H, d], H being the
+        heads of keys and values.
 
-        Transformer-XL's keys of distances, [layers, max_length, H, d], are in it from the start: they are as dear
-        to compute as the language model itself is for dozens of tokens.
+        Transformer-XL's keys of distances, [layers, max_length, H, d], are in it from the
+        start: they are as dear to compute as the language model itself is for dozens of tokens.
         """
         c = self.config
-        empty = jnp.zeros((c.layers, batch, max_length, c.kv_heads or c.heads, c.head_width), self.dtype)
+        empty = jnp.zeros(
+            (c.layers, batch, max_length, c.kv_heads or c.heads, c.head_width), self.dtype
+        )
         if c.positions != "transformer_xl":
             return Cache(empty, empty)
         position = self.layers.attention.position[...]
@@ -86,7 +132,10 @@ class LanguageModel(nnx.Module):
         return Cache(empty, empty, Shared(keys))
 
     def decode(self, tokens: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
-        """Some tokens more of each row: int32 [B, L] at their positions (padding: max_length) -> logits [B, L, V], cache."""
+        """Some tokens more of each row: int32 [B, L] at their positions (padding: max_length)
+        -> logits [B, L, V], cache.
+        """
+
         def body(layer: DecoderLayer, x: Array, layer_cache: Cache) -> tuple[Array, Cache]:
             x, new = layer(x, positions, None, layer_cache)
             assert new is not None

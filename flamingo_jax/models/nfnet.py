@@ -1,4 +1,6 @@
-"""NormaliserFree ResNets (Brock et al. 2021), F0 to F7 and a tiny one: the vision encoder of the paper is F6 without its classifier."""
+"""NormaliserFree ResNets (Brock et al. 2021), F0 to F7 and a tiny one: the vision encoder of
+the paper is F6 without its classifier.
+"""
 
 import dataclasses
 import functools
@@ -40,7 +42,9 @@ class Variant:
 def _family(scale: int) -> Variant:
     widths = (256, 512, 1536, 1536)
     depths = tuple(scale * d for d in (1, 2, 6, 3))
-    return Variant((16, 32, 64, 128), (2, 1, 1, 2), widths, depths, (1, 2, 2, 2), 128, 2 * widths[-1])
+    return Variant(
+        (16, 32, 64, 128), (2, 1, 1, 2), widths, depths, (1, 2, 2, 2), 128, 2 * widths[-1]
+    )
 
 
 VARIANTS: dict[str, Variant] = {f"F{n}": _family(n + 1) for n in range(8)} | {
@@ -52,7 +56,10 @@ VARIANTS: dict[str, Variant] = {f"F{n}": _family(n + 1) for n in range(8)} | {
 def variant_of(config: VisionConfig) -> Variant:
     """The named variant; a UserError lists the names."""
     if config.variant not in VARIANTS:
-        raise UserError(f"vision.variant is {config.variant!r}, but NFNet has {', '.join(VARIANTS)}: choose one of them")
+        raise UserError(
+            f"vision.variant is {config.variant!r}, but NFNet has {', '.join(VARIANTS)}: choose"
+            " one of them"
+        )
     return VARIANTS[config.variant]
 
 
@@ -61,13 +68,24 @@ def activation(x: Array) -> Array:
 
 
 def convolution(x: Array, w: Array, stride: int, groups: int) -> Array:
-    """x [M, H, W, I] * w [h, w, I / groups, O] -> [M, H / stride, W / stride, O], in the type of `x`; the gradient of `w` is summed in its own."""
-    return _convolve(x, w, stride, groups) if w.dtype == x.dtype else _cast_convolve(x, w, stride, groups)
+    """x [M, H, W, I] * w [h, w, I / groups, O] -> [M, H / stride, W / stride, O], in the type
+    of `x`; the gradient of `w` is summed in its own.
+    """
+    return (
+        _convolve(x, w, stride, groups)
+        if w.dtype == x.dtype
+        else _cast_convolve(x, w, stride, groups)
+    )
 
 
 def _convolve(x: Array, w: Array, stride: int, groups: int) -> Array:
     return jax.lax.conv_general_dilated(
-        x, w.astype(x.dtype), (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
+        x,
+        w.astype(x.dtype),
+        (stride, stride),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
     )
 
 
@@ -76,21 +94,39 @@ def _cast_convolve(x: Array, w: Array, stride: int, groups: int) -> Array:
     return _convolve(x, w, stride, groups)
 
 
-def _cast_forward(x: Array, w: Array, stride: int, groups: int) -> tuple[Array, tuple[Array, Array]]:
+def _cast_forward(
+    x: Array, w: Array, stride: int, groups: int
+) -> tuple[Array, tuple[Array, Array]]:
     return _convolve(x, w, stride, groups), (x, w)
 
 
-def _cast_backward(stride: int, groups: int, given: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+def _cast_backward(
+    stride: int, groups: int, given: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
     x, w = given
     (dx,) = jax.linear_transpose(lambda x: _convolve(x, w, stride, groups), x)(dy)
-    low = [before for before, _ in jax.lax.padtype_to_pads(x.shape[1:3], w.shape[:2], (stride, stride), "SAME")]
+    low = [
+        before
+        for before, _ in jax.lax.padtype_to_pads(
+            x.shape[1:3], w.shape[:2], (stride, stride), "SAME"
+        )
+    ]
     # As far as the filter's place reaches over the pictures, and no farther.
-    high = [stride * (o - 1) + k - size - before for o, k, size, before in zip(dy.shape[1:3], w.shape[:2], x.shape[1:3], low, strict=True)]
+    high = [
+        stride * (o - 1) + k - size - before
+        for o, k, size, before in zip(dy.shape[1:3], w.shape[:2], x.shape[1:3], low, strict=True)
+    ]
     # cuDNN has no form with a result wider than what it is given.
     x, dy = (a.astype(w.dtype) for a in (x, dy)) if platform() == "gpu" else (x, dy)
     dw = jax.lax.conv_general_dilated(
-        x, dy, (1, 1), list(zip(low, high, strict=True)), rhs_dilation=(stride, stride), dimension_numbers=("CHWN", "IHWO", "HWNC"),
-        batch_group_count=groups, preferred_element_type=w.dtype,
+        x,
+        dy,
+        (1, 1),
+        list(zip(low, high, strict=True)),
+        rhs_dilation=(stride, stride),
+        dimension_numbers=("CHWN", "IHWO", "HWNC"),
+        batch_group_count=groups,
+        preferred_element_type=w.dtype,
     )
     return dx, dw
 
@@ -99,25 +135,44 @@ _cast_convolve.defvjp(_cast_forward, _cast_backward)
 
 
 class WSConv(nnx.Module):
-    """Convolution with scaled weight standardisation: each filter has mean 0 and variance gain^2 / fan-in."""
+    """Convolution with scaled weight standardisation: each filter has mean 0 and variance
+    gain^2 / fan-in.
+    """
 
-    def __init__(self, inputs: int, outputs: int, size: int, *, stride: int = 1, groups: int = 1, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        size: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        rngs: nnx.Rngs,
+    ):
         self.stride, self.groups = stride, groups
         self.ready = False
         fan_in = size * size * inputs // groups
-        self.weight = nnx.Param(jax.random.normal(rngs.params(), (size, size, inputs // groups, outputs)) / math.sqrt(fan_in))
+        self.weight = nnx.Param(
+            jax.random.normal(rngs.params(), (size, size, inputs // groups, outputs))
+            / math.sqrt(fan_in)
+        )
         self.gain = nnx.Param(jnp.ones((outputs,)))
         self.bias = nnx.Param(jnp.zeros((outputs,)))
 
     def standardised(self, dtype: DTypeLike) -> Array:
-        """The weights that convolve, [..., size, size, inputs / groups, outputs], as a stack of layers has them too."""
+        """The weights that convolve, [..., size, size, inputs / groups, outputs], as a stack of
+        layers has them too.
+        """
         if self.ready:
             return self.weight[...]
         w = self.weight[...].astype(jnp.float32)
         filters = (-4, -3, -2)
         mean, variance = w.mean(filters, keepdims=True), w.var(filters, keepdims=True)
         gain = jnp.expand_dims(self.gain[...].astype(jnp.float32), filters)
-        return ((w - mean) * (gain * jax.lax.rsqrt(jnp.maximum(variance * math.prod(w.shape[-4:-1]), 1e-4)))).astype(dtype)
+        return (
+            (w - mean)
+            * (gain * jax.lax.rsqrt(jnp.maximum(variance * math.prod(w.shape[-4:-1]), 1e-4)))
+        ).astype(dtype)
 
     def __call__(self, x: Array) -> Array:
         # Cast where they meet the activations: see `linear`.
@@ -134,7 +189,9 @@ class SqueezeExcite(nnx.Module):
     """A gate for each channel from the channels' means over space."""
 
     def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
-        init = lambda shape: nnx.Param(jax.random.normal(rngs.params(), shape) / math.sqrt(shape[0]))
+        init = lambda shape: nnx.Param(
+            jax.random.normal(rngs.params(), shape) / math.sqrt(shape[0])
+        )
         self.down, self.down_bias = init((width, hidden)), nnx.Param(jnp.zeros((hidden,)))
         self.up, self.up_bias = init((hidden, width)), nnx.Param(jnp.zeros((width,)))
 
@@ -147,11 +204,26 @@ class SqueezeExcite(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x -> x + alpha * gain * SE(conv(...)) with a bottleneck of two grouped 3x3 convolutions; a transition also strides and widens."""
+    """x -> x + alpha * gain * SE(conv(...)) with a bottleneck of two grouped 3x3 convolutions;
+    a transition also strides and widens.
+    """
 
-    def __init__(self, inputs: int, outputs: int, stride: int, transition: bool, shape: Variant, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        stride: int,
+        transition: bool,
+        shape: Variant,
+        *,
+        rngs: nnx.Rngs,
+    ):
         groups = max(int(outputs * shape.bottleneck) // shape.group_width, 1)
-        width = groups * shape.group_width if outputs * shape.bottleneck >= shape.group_width else int(outputs * shape.bottleneck)
+        width = (
+            groups * shape.group_width
+            if outputs * shape.bottleneck >= shape.group_width
+            else int(outputs * shape.bottleneck)
+        )
         self.stride = stride
         self.reduce = WSConv(inputs, width, 1, rngs=rngs)
         self.first = WSConv(width, width, 3, stride=stride, groups=groups, rngs=rngs)
@@ -162,7 +234,9 @@ class Block(nnx.Module):
         self.skip_gain = nnx.Param(jnp.zeros(()))
 
     def __call__(self, x: Array, beta: Array | float, keep: Array | None = None) -> Array:
-        """x [M, h, w, inputs]; beta = 1 / expected deviation of x; keep [M] is 0 where stochastic depth drops the branch."""
+        """x [M, h, w, inputs]; beta = 1 / expected deviation of x; keep [M] is 0 where
+        stochastic depth drops the branch.
+        """
         out = activation(x) * jnp.asarray(beta, x.dtype)
         skip = x
         if self.shortcut is not None:
@@ -178,17 +252,32 @@ class Block(nnx.Module):
 
 def _average_pool(x: Array) -> Array:
     """2x2 means at stride 2; an odd border averages what there is of it."""
-    add = lambda a: jax.lax.reduce_window(a, np.zeros((), a.dtype), jax.lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "SAME")
+    add = lambda a: jax.lax.reduce_window(
+        a, np.zeros((), a.dtype), jax.lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "SAME"
+    )
     return add(x) / add(jnp.ones((1, *x.shape[1:3], 1), x.dtype))
 
 
 class Stage(nnx.Module):
     """A transition block and a stack of equal ones."""
 
-    def __init__(self, inputs: int, outputs: int, depth: int, stride: int, shape: Variant, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        depth: int,
+        stride: int,
+        shape: Variant,
+        *,
+        rngs: nnx.Rngs,
+    ):
         self.depth = depth
         self.transition = Block(inputs, outputs, stride, True, shape, rngs=rngs)
-        self.layers = stack(lambda r: Block(outputs, outputs, 1, False, shape, rngs=r), depth - 1, rngs) if depth > 1 else None
+        self.layers = (
+            stack(lambda r: Block(outputs, outputs, 1, False, shape, rngs=r), depth - 1, rngs)
+            if depth > 1
+            else None
+        )
 
     def __call__(self, x: Array, beta: float, keep: Array | None) -> Array:
         """keep: [depth, M] or None."""
@@ -197,26 +286,40 @@ class Stage(nnx.Module):
             return x
         betas = jnp.asarray([1 / math.sqrt(1 + ALPHA**2 * place) for place in range(1, self.depth)])
         inputs = (betas, None if keep is None else keep[1:])
-        return scan_layers(self.layers, lambda block, h, given: (block(h, *given), None), x, inputs)[0]
+        return scan_layers(
+            self.layers, lambda block, h, given: (block(h, *given), None), x, inputs
+        )[0]
 
 
 class NFNet(nnx.Module):
-    """Normalised pictures [M, H, W, 3] -> grid features [M, h, w, C] after the final 1x1 convolution (F6: stride 32, C = 3072)."""
+    """Normalised pictures [M, H, W, 3] -> grid features [M, h, w, C] after the final 1x1
+    convolution (F6: stride 32, C = 3072).
+    """
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         shape = variant_of(config)
         self.stochastic_depth, self.depths = config.stochastic_depth, shape.depths
         widths = (3, *shape.stem_widths)
-        self.stem = nnx.List([WSConv(widths[i], widths[i + 1], 3, stride=s, rngs=rngs) for i, s in enumerate(shape.stem_strides)])
+        self.stem = nnx.List(
+            [
+                WSConv(widths[i], widths[i + 1], 3, stride=s, rngs=rngs)
+                for i, s in enumerate(shape.stem_strides)
+            ]
+        )
         ends = (shape.stem_widths[-1], *shape.widths)
         self.stages = nnx.List(
-            [Stage(ends[i], ends[i + 1], d, s, shape, rngs=rngs) for i, (d, s) in enumerate(zip(shape.depths, shape.strides, strict=True))]
+            [
+                Stage(ends[i], ends[i + 1], d, s, shape, rngs=rngs)
+                for i, (d, s) in enumerate(zip(shape.depths, shape.strides, strict=True))
+            ]
         )
         self.final = WSConv(shape.widths[-1], shape.final_width, 1, rngs=rngs)
         self.width = shape.final_width
 
     def __call__(self, images: Array, *, train: bool = False, key: Array | None = None) -> Array:
-        """`key` draws stochastic depth in training; without it, or at rate 0, nothing is random."""
+        """`key` draws stochastic depth in training; without it, or at rate 0, nothing is
+        random.
+        """
         x = images
         for place, conv in enumerate(self.stem):
             x = conv(x if place == 0 else activation(x))
@@ -225,14 +328,19 @@ class NFNet(nnx.Module):
             keep = None
             if train and key is not None and self.stochastic_depth > 0:
                 rates = self.stochastic_depth * (done + np.arange(stage.depth)) / blocks
-                keep = jax.random.uniform(jax.random.fold_in(key, place), (stage.depth, x.shape[0])) >= rates[:, None]
+                keep = (
+                    jax.random.uniform(jax.random.fold_in(key, place), (stage.depth, x.shape[0]))
+                    >= rates[:, None]
+                )
             x = stage(x, 1 / deviation, keep)
             deviation = math.sqrt(1 + ALPHA**2 * stage.depth)
             done += stage.depth
         return activation(self.final(x))
 
     def prepared(self, dtype: DTypeLike) -> "NFNet":
-        """The same function of pictures of this dtype with every weight standardised, once for however many batches."""
+        """The same function of pictures of this dtype with every weight standardised, once for
+        however many batches.
+        """
         copy = nnx.merge(*nnx.split(self))
         for _, module in nnx.iter_modules(copy):
             if isinstance(module, WSConv):

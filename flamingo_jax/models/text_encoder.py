@@ -1,4 +1,6 @@
-"""BERT-form text encoder (Devlin et al. 2019): learned positions, a norm after each residual sum, GELU, biases everywhere."""
+"""BERT-form text encoder (Devlin et al. 2019): learned positions, a norm after each residual
+sum, GELU, biases everywhere.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,9 @@ class EncoderLayer(nnx.Module):
     def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs):
         self.attention = FullAttention(config.width, config.heads, rngs=rngs)
         self.attention_norm = LayerNorm(config.width, 1e-12)
-        self.feed_forward = FeedForward(config.width, 4 * config.width, "gelu", bias=True, rngs=rngs)
+        self.feed_forward = FeedForward(
+            config.width, 4 * config.width, "gelu", bias=True, rngs=rngs
+        )
         self.feed_forward_norm = LayerNorm(config.width, 1e-12)
 
     def __call__(self, x: Array, mask: Array) -> Array:
@@ -30,10 +34,16 @@ class EncoderLayer(nnx.Module):
 class TextEncoder(nnx.Module):
     """tokens -> one vector a token."""
 
-    def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+    def __init__(
+        self, config: TextEncoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
+    ):
         self.dtype = dtype
-        self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.vocab_size, config.width)))
-        self.position_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.max_length, config.width)))
+        self.embedding = nnx.Param(
+            0.02 * jax.random.normal(rngs.params(), (config.vocab_size, config.width))
+        )
+        self.position_embedding = nnx.Param(
+            0.02 * jax.random.normal(rngs.params(), (config.max_length, config.width))
+        )
         self.embedding_norm = LayerNorm(config.width, 1e-12)
         self.layers = stack(lambda r: EncoderLayer(config, rngs=r), config.layers, rngs)
 

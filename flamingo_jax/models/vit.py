@@ -1,4 +1,6 @@
-"""Vision Transformer in the forms of CLIP (Radford et al. 2021) and SigLIP (Zhai et al. 2023): the encoder of open checkpoints and of the ablation."""
+"""Vision Transformer in the forms of CLIP (Radford et al. 2021) and SigLIP (Zhai et al. 2023):
+the encoder of open checkpoints and of the ablation.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,15 @@ from jax.typing import DTypeLike
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import VisionConfig, ViTConfig
 from flamingo_jax.models.attention import FullAttention
-from flamingo_jax.models.layers import FeedForward, LayerNorm, fan_in_normal, linear, scan_layers, spread, stack
+from flamingo_jax.models.layers import (
+    FeedForward,
+    LayerNorm,
+    fan_in_normal,
+    linear,
+    scan_layers,
+    spread,
+    stack,
+)
 
 Array = jax.Array
 
@@ -21,7 +31,9 @@ class ViTLayer(nnx.Module):
         self.attention_norm = LayerNorm(config.width, config.norm_eps)
         self.attention = FullAttention(config.width, config.heads, rngs=rngs)
         self.feed_forward_norm = LayerNorm(config.width, config.norm_eps)
-        self.feed_forward = FeedForward(config.width, config.feed_forward, config.activation, bias=True, rngs=rngs)
+        self.feed_forward = FeedForward(
+            config.width, config.feed_forward, config.activation, bias=True, rngs=rngs
+        )
 
     def __call__(self, x: Array) -> Array:
         x = x + self.attention(self.attention_norm(x))
@@ -29,10 +41,12 @@ class ViTLayer(nnx.Module):
 
 
 class ViT(nnx.Module):
-    """Normalised pictures [M, H, W, 3] -> grid features [M, H / patch, W / patch, C], the patches' last states.
+    """Normalised pictures [M, H, W, 3] -> grid features [M, H / patch, W / patch, C], the
+    patches' last states.
 
-    Pictures of another size than the config's have their positions interpolated. What does not fill a patch, on the right and below, is left out
-    (SigLIP: 384 pixels are 27 patches of 14). Raises: UserError where a picture is smaller than a patch.
+    Pictures of another size than the config's have their positions interpolated. What does not
+    fill a patch, on the right and below, is left out (SigLIP: 384 pixels are 27 patches of 14).
+    Raises: UserError where a picture is smaller than a patch.
     """
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
@@ -42,7 +56,9 @@ class ViT(nnx.Module):
         self.width = vit.width
         self.patch_embedding = fan_in_normal(rngs, (3 * vit.patch_size**2, vit.width))
         self.patch_bias = nnx.Param(jnp.zeros((vit.width,))) if vit.patch_bias else None
-        small = lambda *shape: nnx.Param(0.02 * jax.random.normal(rngs.params(), (*shape, vit.width)))
+        small = lambda *shape: nnx.Param(
+            0.02 * jax.random.normal(rngs.params(), (*shape, vit.width))
+        )
         self.position_embedding = small(self.grid, self.grid)
         self.class_embedding = small() if vit.class_token else None
         self.first_norm = LayerNorm(vit.width, vit.norm_eps) if vit.first_norm else None
@@ -52,15 +68,27 @@ class ViT(nnx.Module):
     def __call__(self, images: Array, *, train: bool = False, key: Array | None = None) -> Array:
         """Nothing is random, whether in training or not."""
         patch = self.config.patch_size
-        pictures, rows, columns = images.shape[0], _cells(images.shape[1], patch), _cells(images.shape[2], patch)
+        pictures, rows, columns = (
+            images.shape[0],
+            _cells(images.shape[1], patch),
+            _cells(images.shape[2], patch),
+        )
         x = images[:, : rows * patch, : columns * patch]
-        x = x.reshape(pictures, rows, patch, columns, patch, 3).swapaxes(2, 3).reshape(pictures, rows, columns, -1)
+        x = (
+            x.reshape(pictures, rows, patch, columns, patch, 3)
+            .swapaxes(2, 3)
+            .reshape(pictures, rows, columns, -1)
+        )
         x = linear(x, self.patch_embedding[...])
         if self.patch_bias is not None:
             x = x + spread(self.patch_bias[...], x)
-        x = (x + spread(self._positions(rows, columns), x)).reshape(pictures, rows * columns, self.width)
+        x = (x + spread(self._positions(rows, columns), x)).reshape(
+            pictures, rows * columns, self.width
+        )
         if self.class_embedding is not None:
-            first = jnp.broadcast_to(self.class_embedding[...], (pictures, 1, self.width)).astype(x.dtype)
+            first = jnp.broadcast_to(self.class_embedding[...], (pictures, 1, self.width)).astype(
+                x.dtype
+            )
             x = jnp.concatenate([first, x], axis=1)
         if self.first_norm is not None:
             x = self.first_norm(x)
@@ -80,12 +108,14 @@ class ViT(nnx.Module):
 
 
 def resize_positions(table: Array, rows: int, columns: int) -> Array:
-    """Learned positions [r, s, C] -> [rows, columns, C], float32 unless the grid is the table's own.
+    """Learned positions [r, s, C] -> [rows, columns, C], float32 unless the grid is the table's
+    own.
 
-    As published encoders are used at another image size (transformers' `interpolate_pos_encoding`,
-    torch's `interpolate(mode="bicubic", align_corners=False)`): cubic convolution (Keys 1981) with the
-    coefficient -0.75, borders repeated, and no smoothing where the grid becomes coarser.
-    `jax.image.resize` has -0.5 and smooths, which moves positions by a percent or more.
+    As published encoders are used at another image size (transformers'
+    `interpolate_pos_encoding`, torch's `interpolate(mode="bicubic", align_corners=False)`):
+    cubic convolution (Keys 1981) with the coefficient -0.75, borders repeated, and no smoothing
+    where the grid becomes coarser. `jax.image.resize` has -0.5 and smooths, which moves
+    positions by a percent or more.
     """
     if table.shape[:2] == (rows, columns):
         return table
@@ -115,5 +145,8 @@ def _cubic(size: int, wanted: int, a: float = -0.75) -> np.ndarray:
 
 def _cells(size: int, patch: int) -> int:
     if size < patch:
-        raise UserError(f"vision.image_size is {size}, which is less than a patch of {patch}: make it a multiple of vision.vit.patch_size")
+        raise UserError(
+            f"vision.image_size is {size}, which is less than a patch of {patch}: make it a"
+            " multiple of vision.vit.patch_size"
+        )
     return size // patch

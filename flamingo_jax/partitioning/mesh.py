@@ -1,4 +1,6 @@
-"""The device mesh: `data` (replicas), `fsdp` (parameters sharded, gathered to use), `model` (Megatron)."""
+"""The device mesh: `data` (replicas), `fsdp` (parameters sharded, gathered to use), `model`
+(Megatron).
+"""
 
 import math
 import os
@@ -24,15 +26,20 @@ _CPU_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler"
 
 
 def settle_cpu_devices(several_processes: bool = False) -> None:
-    """Keeps steps from waiting for themselves where CPUs stand in for several devices, of one process or of several; to be called before one is used.
+    """Keeps steps from waiting for themselves where CPUs stand in for several devices, of one
+    process or of several; to be called before one is used.
 
-    XLA:CPU starts a program's loops and collectives as soon as their inputs are there, in another order on each device, and a thread that waits in
-    one for the other devices can hold up what they wait for. So threads are given for all that may wait, by default one a device, and instructions
-    are ordered to save memory rather than to run at once, so that few wait together.
+    XLA:CPU starts a program's loops and collectives as soon as their inputs are there, in
+    another order on each device, and a thread that waits in one for the other devices can hold
+    up what they wait for. So threads are given for all that may wait, by default one a device,
+    and instructions are ordered to save memory rather than to run at once, so that few wait
+    together.
     """
     config: Any = jax.config
     flags = os.environ.get("XLA_FLAGS", "")
-    several_devices = "--xla_force_host_platform_device_count" in flags or config.jax_num_cpu_devices > 1
+    several_devices = (
+        "--xla_force_host_platform_device_count" in flags or config.jax_num_cpu_devices > 1
+    )
     if several_devices or (several_processes and config.jax_platforms == "cpu"):
         os.environ.setdefault("NPROC", _CPU_THREADS)
         if _CPU_ORDER not in flags:
@@ -40,12 +47,13 @@ def settle_cpu_devices(several_processes: bool = False) -> None:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of all `devices` (by default every device of the run) with Auto axes data, fsdp and model.
+    """A mesh of all `devices` (by default every device of the run) with Auto axes data, fsdp
+    and model.
 
     Where the devices are several slices (TPU pods joined by the data centre's network), the
     outermost part of `data` goes from one slice to the next, so that only the sum of gradients
-    crosses that network. Among GPUs any axis may cross hosts; the inner ones stay within a host as
-    far as they fit.
+    crosses that network. Among GPUs any axis may cross hosts; the inner ones stay within a host
+    as far as they fit.
 
     Raises: UserError where the sizes do not multiply to the number of devices, or `data` not to
       that of slices.
@@ -55,7 +63,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     sizes = [config.data, config.fsdp, config.model]
     wanted = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-        raise UserError(f"config.mesh is {wanted}: sizes must be 1 or more, and one of them may be -1 for all devices that are left")
+        raise UserError(
+            f"config.mesh is {wanted}: sizes must be 1 or more, and one of them may be -1 for"
+            " all devices that are left"
+        )
     fixed = math.prod(size for size in sizes if size != -1)
     if count % fixed or (-1 not in sizes and fixed != count):
         hint = f"choose sizes that multiply to {count}, or -1 for one of them"
@@ -65,12 +76,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     shape = tuple(count // fixed if size == -1 else size for size in sizes)
     slices = _slices(devices)
     if slices > 1 and shape[0] % slices:
-        raise UserError(f"config.mesh.data is {shape[0]}, but the {count} devices are {slices} slices, which `data` joins: make it a multiple of {slices}")
+        raise UserError(
+            f"config.mesh.data is {shape[0]}, but the {count} devices are {slices} slices,"
+            f" which `data` joins: make it a multiple of {slices}"
+        )
     # Split where it must be: of a torus of 8 x 12 x 16 no axes together have 32.
     if slices == 1:
         array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
-        array = mesh_utils.create_hybrid_device_mesh((shape[0] // slices, *shape[1:]), (slices, 1, 1), devices, allow_split_physical_axes=True)
+        array = mesh_utils.create_hybrid_device_mesh(
+            (shape[0] // slices, *shape[1:]),
+            (slices, 1, 1),
+            devices,
+            allow_split_physical_axes=True,
+        )
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -88,33 +107,46 @@ def _slices(devices: Sequence[jax.Device]) -> int:
     told = os.environ.get("MEGASCALE_NUM_SLICES", "1")
     if None in found and told != "1":
         raise UserError(
-            f"the environment tells of {told} slices (MEGASCALE_NUM_SLICES), but jax "
-            f"{jax.__version__} does not say which devices are of which: install another version "
-            "of jax, or start each slice as a run of its own"
+            f"the environment tells of {told} slices (MEGASCALE_NUM_SLICES), but jax"
+            f" {jax.__version__} does not say which devices are of which: install another"
+            " version of jax, or start each slice as a run of its own"
         )
     return len(found)
 
 
 def batch_shardings(names: Iterable[str], mesh: Mesh) -> dict[str, NamedSharding]:
-    """Where a batch's arrays lie, by their names: rows over data and fsdp, repeated over model; the list of visuals over all three.
+    """Where a batch's arrays lie, by their names: rows over data and fsdp, repeated over model;
+    the list of visuals over all three.
 
-    Only batches with `visuals` have such a list: the pictures of contrastive pairs lie with their rows. `share` has the hosts' side of this.
+    Only batches with `visuals` have such a list: the pictures of contrastive pairs lie with
+    their rows. `share` has the hosts' side of this.
     """
     names = set(names)
     listed = BY_VISUAL if "visuals" in names else ()
-    return {name: NamedSharding(mesh, PartitionSpec(AXES if name in listed else ROWS)) for name in names}
+    return {
+        name: NamedSharding(mesh, PartitionSpec(AXES if name in listed else ROWS)) for name in names
+    }
 
 
 def check_batches(experiment: Experiment, mesh: Mesh) -> None:
-    """A UserError for the first dataset whose batch does not divide into the mesh's row shards times its microbatches."""
+    """A UserError for the first dataset whose batch does not divide into the mesh's row shards
+    times its microbatches.
+    """
     shards = mesh.shape[DATA] * mesh.shape[FSDP]
     for place, datasets in (("data", experiment.data), ("held_out", experiment.held_out)):
         for name, dataset in datasets.items():
             parts = dataset.microbatches
             if parts < 1:
-                raise UserError(f"config.{place}.{name}.microbatches is {parts}, but must be 1 or more")
+                raise UserError(
+                    f"config.{place}.{name}.microbatches is {parts}, but must be 1 or more"
+                )
             divisor, size = shards * parts, dataset.batch_size
             if size < 1 or size % divisor:
-                what = f"{mesh.shape[DATA]} (data) x {mesh.shape[FSDP]} (fsdp) devices" + (f" x {parts} microbatches" if parts > 1 else "")
+                what = f"{mesh.shape[DATA]} (data) x {mesh.shape[FSDP]} (fsdp) devices" + (
+                    f" x {parts} microbatches" if parts > 1 else ""
+                )
                 near = max(round(size / divisor), 1) * divisor
-                raise UserError(f"config.{place}.{name}.batch_size is {size}, but {what} share it: make it a multiple of {divisor}, such as {near}")
+                raise UserError(
+                    f"config.{place}.{name}.batch_size is {size}, but {what} share it: make it"
+                    f" a multiple of {divisor}, such as {near}"
+                )

@@ -1,8 +1,10 @@
-"""Ordered tables of (regular expression, rule) over parameter names: what trains, and where each array's axes lie on the mesh.
+"""Ordered tables of (regular expression, rule) over parameter names: what trains, and where
+each array's axes lie on the mesh.
 
-The first expression that matches the whole name decides. A parameter that no rule matches and a rule that matches nothing are errors: a
-table that has fallen behind the model says so at once. Names of stacks carry no layer number, and a rule speaks of one layer: the leading
-layer axis is never sharded, since the scan over layers would gather it at every step.
+The first expression that matches the whole name decides. A parameter that no rule matches and a
+rule that matches nothing are errors: a table that has fallen behind the model says so at once.
+Names of stacks carry no layer number, and a rule speaks of one layer: the leading layer axis is
+never sharded, since the scan over layers would gather it at every step.
 """
 
 import math
@@ -21,7 +23,9 @@ Axes = tuple[str | None, ...]
 """The mesh axis of each of an array's axes; those past the end are on none."""
 
 LARGE = 2**24
-"""An array with more elements than this that an axis of the mesh should shard, but cannot, is an error: it would fill every device."""
+"""An array with more elements than this that an axis of the mesh should shard, but cannot, is
+an error: it would fill every device.
+"""
 
 
 class Rule(NamedTuple, Generic[R]):
@@ -29,7 +33,9 @@ class Rule(NamedTuple, Generic[R]):
     """Regular expression for the whole name."""
     value: R
     optional: bool = False
-    """The model has these parameters only with some of its options, so that the rule may match nothing."""
+    """The model has these parameters only with some of its options, so that the rule may match
+    nothing.
+    """
 
 
 FREEZING: dict[str, tuple[Rule[bool], ...]] = {
@@ -44,18 +50,27 @@ FREEZING: dict[str, tuple[Rule[bool], ...]] = {
         Rule("extra_embedding", True),
     ),
 }
-"""By task: True trains. What is frozen has no gradient, no moments and no place in a checkpoint."""
+"""By task: True trains.
+
+What is frozen has no gradient, no moments and no place in a checkpoint.
+"""
 
 REPLICATED: Axes = ()
 
 
 def _language_model(prefix: str) -> tuple[Rule[Axes], ...]:
-    """Megatron (Shoeybi et al. 2019): heads and hidden units over `model`, the vocabulary too; norms on every device."""
+    """Megatron (Shoeybi et al. 2019): heads and hidden units over `model`, the vocabulary too;
+    norms on every device.
+    """
     return (
         Rule(f"{prefix}embedding", (MODEL, None)),
         Rule(f"{prefix}head", (None, MODEL), optional=True),
         Rule(f"{prefix}layers/attention/(query|key|value|position)", (None, MODEL, None)),
-        Rule(f"{prefix}layers/attention/(content|position|query|key|value)_bias", (MODEL, None), optional=True),
+        Rule(
+            f"{prefix}layers/attention/(content|position|query|key|value)_bias",
+            (MODEL, None),
+            optional=True,
+        ),
         Rule(f"{prefix}layers/attention/(query|key)_norm/scale", REPLICATED, optional=True),
         Rule(f"{prefix}layers/attention/out", (MODEL, None, None)),
         Rule(f"{prefix}layers/feed_forward/(gate|up)", (None, MODEL)),
@@ -90,30 +105,53 @@ SHARDING: dict[str, tuple[Rule[Axes], ...]] = {
 
 
 def match(rules: Sequence[Rule[R]], names: Iterable[str]) -> dict[str, R]:
-    """Each name's rule. Raises: ValueError for a name that no rule matches, or a rule that is not optional and decides nothing."""
+    """Each name's rule.
+
+    Raises: ValueError for a name that no rule matches, or a rule that is not optional and
+    decides nothing.
+    """
     used, found = set(), {}
     for name in names:
-        place = next((place for place, rule in enumerate(rules) if re.fullmatch(rule.pattern, name)), None)
+        place = next(
+            (place for place, rule in enumerate(rules) if re.fullmatch(rule.pattern, name)),
+            None,
+        )
         if place is None:
-            raise ValueError(f"no rule matches the parameter {name!r}: add one to the table in {__name__}")
+            raise ValueError(
+                f"no rule matches the parameter {name!r}: add one to the table in {__name__}"
+            )
         used.add(place)
         found[name] = rules[place].value
     for place, rule in enumerate(rules):
         if place not in used and not rule.optional:
-            raise ValueError(f"the rule {rule.pattern!r} decides about no parameter: correct or remove it in {__name__}")
+            raise ValueError(
+                f"the rule {rule.pattern!r} decides about no parameter: correct or remove it in"
+                f" {__name__}"
+            )
     return found
 
 
-def trainable_names(task: str, names: Iterable[str], unfrozen: Collection[str] = ()) -> frozenset[str]:
-    """The names of the parameters that the task trains. unfrozen: parts (what names begin with) that train although the table freezes them."""
-    return frozenset(name for name, trains in match(FREEZING[task], names).items() if trains or name.split("/")[0] in unfrozen)
+def trainable_names(
+    task: str, names: Iterable[str], unfrozen: Collection[str] = ()
+) -> frozenset[str]:
+    """The names of the parameters that the task trains. unfrozen: parts (what names begin with)
+    that train although the table freezes them.
+    """
+    return frozenset(
+        name
+        for name, trains in match(FREEZING[task], names).items()
+        if trains or name.split("/")[0] in unfrozen
+    )
 
 
-def shardings(task: str, shapes: Mapping[str, Any], mesh: Mesh, unfrozen: Collection[str] = ()) -> dict[str, NamedSharding]:
+def shardings(
+    task: str, shapes: Mapping[str, Any], mesh: Mesh, unfrozen: Collection[str] = ()
+) -> dict[str, NamedSharding]:
     """Each parameter's sharding.
 
-    `model` lies where the task's table says. `fsdp` shards the largest other axis, that it divides, of every trained matrix. An axis that does
-    not divide is left whole, which is a UserError for arrays of more than LARGE elements.
+    `model` lies where the task's table says. `fsdp` shards the largest other axis, that it
+    divides, of every trained matrix. An axis that does not divide is left whole, which is a
+    UserError for arrays of more than LARGE elements.
 
     Args:
       shapes: {name: anything with a shape}, stacks with their leading layer axis.
@@ -121,23 +159,34 @@ def shardings(task: str, shapes: Mapping[str, Any], mesh: Mesh, unfrozen: Collec
     """
     trained = trainable_names(task, shapes, unfrozen)
     axes = match(SHARDING[task], shapes)
-    return {name: NamedSharding(mesh, _spec(name, s.shape, axes[name], mesh, name in trained)) for name, s in shapes.items()}
+    return {
+        name: NamedSharding(mesh, _spec(name, s.shape, axes[name], mesh, name in trained))
+        for name, s in shapes.items()
+    }
 
 
 def moment_shardings(parameters: Mapping[str, Any]) -> dict[str, NamedSharding]:
-    """Where the moments and the summed gradient of trained parameters lie: as they do, and over `data` besides, on the largest axis that is
-    free and divides (ZeRO-1, Rajbhandari et al. 2020; paper B.1.2).
+    """Where the moments and the summed gradient of trained parameters lie: as they do, and over
+    `data` besides, on the largest axis that is free and divides (ZeRO-1, Rajbhandari et al.
+    2020; paper B.1.2).
 
     Args:
       parameters: {name: anything with a shape and a NamedSharding}.
     """
-    return {name: NamedSharding(p.sharding.mesh, _over_data(name, p.shape, p.sharding)) for name, p in parameters.items()}
+    return {
+        name: NamedSharding(p.sharding.mesh, _over_data(name, p.shape, p.sharding))
+        for name, p in parameters.items()
+    }
 
 
 def _over_data(name: str, shape: tuple[int, ...], sharding: NamedSharding) -> PartitionSpec:
     lead, count = stack_axes(name), sharding.mesh.shape[DATA]
     spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
-    free = [place for place in range(lead, len(shape)) if spec[place] is None and shape[place] % count == 0]
+    free = [
+        place
+        for place in range(lead, len(shape))
+        if spec[place] is None and shape[place] % count == 0
+    ]
     if count > 1 and len(shape) - lead > 1 and free:
         spec[max(free, key=lambda place: shape[place])] = DATA
     return PartitionSpec(*spec)
@@ -148,11 +197,16 @@ def stack_axes(name: str) -> int:
     return name.split("/").count(STACK)
 
 
-def _spec(name: str, shape: tuple[int, ...], axes: Axes, mesh: Mesh, trained: bool) -> PartitionSpec:
+def _spec(
+    name: str, shape: tuple[int, ...], axes: Axes, mesh: Mesh, trained: bool
+) -> PartitionSpec:
     lead = stack_axes(name)
     layer = shape[lead:]
     if len(axes) > len(layer):
-        raise ValueError(f"the rule for {name!r} speaks of {len(axes)} axes, but one layer of it has shape {layer}")
+        raise ValueError(
+            f"the rule for {name!r} speaks of {len(axes)} axes, but one layer of it has shape"
+            f" {layer}"
+        )
     spec: list[str | None] = [*axes, *[None] * (len(layer) - len(axes))]
     for place, axis in enumerate(spec):
         if axis is not None and layer[place] % mesh.shape[axis]:
@@ -160,17 +214,25 @@ def _spec(name: str, shape: tuple[int, ...], axes: Axes, mesh: Mesh, trained: bo
             spec[place] = None
     # Vectors are not worth a message each.
     if trained and len(layer) > 1 and mesh.shape[FSDP] > 1:
-        free = [place for place, axis in enumerate(spec) if axis is None and layer[place] % mesh.shape[FSDP] == 0]
+        free = [
+            place
+            for place, axis in enumerate(spec)
+            if axis is None and layer[place] % mesh.shape[FSDP] == 0
+        ]
         if free:
             spec[max(free, key=lambda place: layer[place])] = FSDP
         else:
             _require_small(name, shape, FSDP, mesh)
-    return PartitionSpec(*[None] * lead, *[axis if axis is not None and mesh.shape[axis] > 1 else None for axis in spec])
+    return PartitionSpec(
+        *[None] * lead,
+        *[axis if axis is not None and mesh.shape[axis] > 1 else None for axis in spec],
+    )
 
 
 def _require_small(name: str, shape: tuple[int, ...], axis: str, mesh: Mesh) -> None:
     if math.prod(shape) > LARGE:
         raise UserError(
-            f"{name!r} with shape {shape} cannot be sharded over {axis}={mesh.shape[axis]} and would be whole on every device: "
-            f"choose a config.mesh.{axis} that divides one of its axes"
+            f"{name!r} with shape {shape} cannot be sharded over {axis}={mesh.shape[axis]} and"
+            f" would be whole on every device: choose a config.mesh.{axis} that divides one of"
+            " its axes"
         )

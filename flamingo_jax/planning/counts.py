@@ -1,4 +1,6 @@
-"""How many parameters an experiment's model has, part by part, and how large its checkpoints are, without allocating any."""
+"""How many parameters an experiment's model has, part by part, and how large its checkpoints
+are, without allocating any.
+"""
 
 import math
 
@@ -13,21 +15,32 @@ from flamingo_jax.pytrees import to_flat
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.assembly import state_shapes
 
-FLOW = ("vision_encoder", "resampler", "visual_projection", "gated_xattn", "language_model", "extra_embedding")
+FLOW = (
+    "vision_encoder",
+    "resampler",
+    "visual_projection",
+    "gated_xattn",
+    "language_model",
+    "extra_embedding",
+)
 """The parts of a Flamingo in the order in which a picture meets them."""
 
 
 def parameter_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shape of every parameter of the task's model, by flat name, from the real modules traced abstractly."""
-    model = nnx.eval_shape(lambda: stages.build_model(experiment, nnx.Rngs(params=jax.random.key(0))))
+    """The shape of every parameter of the task's model, by flat name, from the real modules
+    traced abstractly.
+    """
+    model = nnx.eval_shape(
+        lambda: stages.build_model(experiment, nnx.Rngs(params=jax.random.key(0)))
+    )
     return to_flat(nnx.state(model))
 
 
 def count_parameters(experiment: Experiment) -> dict[str, int]:
     """Parameters of each part, of what the task trains, and of the whole.
 
-    Parts are the model's own, for Flamingo those of `FLOW` (the paper's table 5 has the larger ones); a language model is one part. Then
-    "trainable" and "total".
+    Parts are the model's own, for Flamingo those of `FLOW` (the paper's table 5 has the larger
+    ones); a language model is one part. Then "trainable" and "total".
     """
     shapes = parameter_shapes(experiment)
     sizes = {name: math.prod(shape.shape) for name, shape in shapes.items()}
@@ -36,23 +49,44 @@ def count_parameters(experiment: Experiment) -> dict[str, int]:
         part = "language_model" if experiment.task == "language_modelling" else name.split("/")[0]
         parts[part] = parts.get(part, 0) + size
     trained = trainable_names(experiment.task, sizes, stages.unfrozen(experiment))
-    return parts | {"trainable": sum(sizes[name] for name in trained), "total": sum(sizes.values())}
+    return parts | {
+        "trainable": sum(sizes[name] for name in trained),
+        "total": sum(sizes.values()),
+    }
 
 
 def checkpoint_bytes(experiment: Experiment) -> dict[str, int]:
-    """What each checkpoint of a run holds, in bytes: "trainables" and their "moments" in float32, "rest" (step, key, counters) and "total".
+    """What each checkpoint of a run holds, in bytes: "trainables" and their "moments" in
+    float32, "rest" (step, key, counters) and "total".
 
-    "frozen" are bytes that are not in it: frozen parameters, as they lie in memory, stay in the exports they came from. Positions, the clock, the
-    config and the manifest are some kilobytes besides.
+    "frozen" are bytes that are not in it: frozen parameters, as they lie in memory, stay in the
+    exports they came from. Positions, the clock, the config and the manifest are some kilobytes
+    besides.
     """
     shapes = parameter_shapes(experiment)
     trained = trainable_names(experiment.task, shapes, stages.unfrozen(experiment))
-    _, state = state_shapes(experiment, {name: jax.ShapeDtypeStruct(shapes[name].shape, jnp.float32) for name in shapes if name in trained})
+    _, state = state_shapes(
+        experiment,
+        {
+            name: jax.ShapeDtypeStruct(shapes[name].shape, jnp.float32)
+            for name in shapes
+            if name in trained
+        },
+    )
 
     def size(tree: object) -> int:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
     total, trainables = size(state), size(state.trainable)
     moments = size([optax.tree.get(state.optimizer, name) for name in ("mu", "nu")])
-    frozen = sum(shape.size for name, shape in shapes.items() if name not in trained) * jnp.dtype(experiment.training.compute_dtype).itemsize
-    return {"trainables": trainables, "moments": moments, "rest": total - trainables - moments, "total": total, "frozen": frozen}
+    frozen = (
+        sum(shape.size for name, shape in shapes.items() if name not in trained)
+        * jnp.dtype(experiment.training.compute_dtype).itemsize
+    )
+    return {
+        "trainables": trainables,
+        "moments": moments,
+        "rest": total - trainables - moments,
+        "total": total,
+        "frozen": frozen,
+    }

@@ -1,9 +1,12 @@
-"""Model FLOPs: what the products of a step need, for model FLOPs utilisation (MFU = model FLOPs / (seconds * peak of the devices)).
+"""Model FLOPs: what the products of a step need, for model FLOPs utilisation (MFU = model FLOPs
+/ (seconds * peak of the devices)).
 
-A multiplication and its addition are two. For each vector that a weight meets, a trained weight costs 6 (forward, and the gradients of its
-input and of itself), a frozen one behind trained ones 4 (no gradient of itself), the first trained one behind frozen ones 4 (none of its
-input), and a frozen one before all trained ones 2. Only real tokens, visuals and frames meet weights here. Attention's products of
-activations with each other, padding, whatever is computed twice to save memory, and the optimizer count nothing, so that MFU errs low.
+A multiplication and its addition are two. For each vector that a weight meets, a trained weight
+costs 6 (forward, and the gradients of its input and of itself), a frozen one behind trained
+ones 4 (no gradient of itself), the first trained one behind frozen ones 4 (none of its input),
+and a frozen one before all trained ones 2. Only real tokens, visuals and frames meet weights
+here. Attention's products of activations with each other, padding, whatever is computed twice
+to save memory, and the optimizer count nothing, so that MFU errs low.
 """
 
 import math
@@ -28,7 +31,9 @@ PEAKS = (
     (r"NVIDIA (H100 \d+GB HBM3|G?H200.*)", 989e12),
     ("NVIDIA A100.*", 312e12),
 )
-"""Regular expressions over a device's kind -> dense bfloat16 FLOPs a second, as the makers publish them."""
+"""Regular expressions over a device's kind -> dense bfloat16 FLOPs a second, as the makers
+publish them.
+"""
 
 _LAYER = "layers/(attention/)?(query|key|value|out)|layers/feed_forward/(gate|up|down)"
 
@@ -58,7 +63,9 @@ class Cost(NamedTuple):
 
 
 def work_in(batches: Iterable[Mapping[str, Any]]) -> Work:
-    """Counts the real work in any task's batches, of numpy or traced jax arrays; each count is of the same kind as the arrays."""
+    """Counts the real work in any task's batches, of numpy or traced jax arrays; each count is
+    of the same kind as the arrays.
+    """
     works = [_work_in(batch) for batch in batches]
     return Work(*(sum(counts) for counts in zip(*works, strict=True)))
 
@@ -75,44 +82,73 @@ def _work_in(batch: Mapping[str, Any]) -> Work:
 
 def step_cost(experiment: Experiment) -> Cost:
     """What the experiment's update costs, from the real modules traced abstractly."""
-    model: Any = nnx.eval_shape(lambda: stages.build_model(experiment, nnx.Rngs(params=jax.random.key(0))))
+    model: Any = nnx.eval_shape(
+        lambda: stages.build_model(experiment, nnx.Rngs(params=jax.random.key(0)))
+    )
     sizes = {name: math.prod(shape.shape) for name, shape in to_flat(nnx.state(model)).items()}
 
     def weights(pattern: str, prefix: str = "") -> int:
-        return sum(size for name, size in sizes.items() if re.fullmatch(f"{prefix}({pattern})", name))
+        return sum(
+            size for name, size in sizes.items() if re.fullmatch(f"{prefix}({pattern})", name)
+        )
 
     def language_model(prefix: str = "") -> int:
-        return weights(_LAYER, prefix) + weights("embedding" if f"{prefix}head" not in sizes else "head", prefix)
+        return weights(_LAYER, prefix) + weights(
+            "embedding" if f"{prefix}head" not in sizes else "head", prefix
+        )
 
     if experiment.task == "language_modelling":
         return Cost(6 * language_model())
     config = stages.model_config(experiment)
     if experiment.task == "contrastive":
         encoder, _ = encoder_cost(model.vision, config.vision.image_size)
-        return Cost(6 * weights(_LAYER, "text/"), 0, 6 * weights("(vision|text)_projection"), 3 * encoder)
+        return Cost(
+            6 * weights(_LAYER, "text/"),
+            0,
+            6 * weights("(vision|text)_projection"),
+            3 * encoder,
+        )
 
-    token = 4 * language_model("language_model/") + 6 * weights("gated_xattn/layers/feed_forward/(up|down)|extra_embedding")
+    token = 4 * language_model("language_model/") + 6 * weights(
+        "gated_xattn/layers/feed_forward/(up|down)|extra_embedding"
+    )
     if not experiment.training.use_visuals:
         return Cost(token)
     encoder, cells = encoder_cost(model.vision_encoder, config.vision.image_size)
     unfrozen = bool(stages.unfrozen(experiment))
     encoder *= 0 if experiment.training.cache_features else 3 if unfrozen else 1
-    latent = weights(_LAYER, "resampler/") + weights("visual_projection|gated_xattn/layers/(key|value)")
-    cell = (6 if unfrozen else 4) * weights("resampler/input_projection") + 6 * weights("resampler/layers/(key|value)")
-    return Cost(token, 6 * weights("gated_xattn/layers/(query|out)"), 6 * config.resampler.latents * latent, encoder + cells * cell)
+    latent = weights(_LAYER, "resampler/") + weights(
+        "visual_projection|gated_xattn/layers/(key|value)"
+    )
+    cell = (6 if unfrozen else 4) * weights("resampler/input_projection") + 6 * weights(
+        "resampler/layers/(key|value)"
+    )
+    return Cost(
+        token,
+        6 * weights("gated_xattn/layers/(query|out)"),
+        6 * config.resampler.latents * latent,
+        encoder + cells * cell,
+    )
 
 
 def encoder_cost(encoder: Any, image_size: int) -> tuple[int, int]:
-    """FLOPs forward of a vision encoder for one picture, and the cells of its grid. `encoder` may hold shapes for arrays."""
+    """FLOPs forward of a vision encoder for one picture, and the cells of its grid.
+
+    `encoder` may hold shapes for arrays.
+    """
     graph, state = nnx.split(encoder)
     image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
-    jaxpr, grid = jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(x), return_shape=True)(state, image)
+    jaxpr, grid = jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(x), return_shape=True)(
+        state, image
+    )
     return product_flops(jaxpr.jaxpr), math.prod(grid.shape[1:3])
 
 
 def product_flops(jaxpr: Jaxpr) -> int:
-    """FLOPs of the matrix products and (forward) convolutions in a traced function. A scan's body counts as often as it runs, where the
-    compiler's own analysis counts it once; a `while` and each branch of a `cond` count once."""
+    """FLOPs of the matrix products and (forward) convolutions in a traced function. A scan's
+    body counts as often as it runs, where the compiler's own analysis counts it once; a `while`
+    and each branch of a `cond` count once.
+    """
     total = 0
     equation: Any
     for equation in jaxpr.eqns:
@@ -120,10 +156,14 @@ def product_flops(jaxpr: Jaxpr) -> int:
         size = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
         if name == "dot_general":
             contracted = parameters["dimension_numbers"][0][0]
-            total += 2 * size * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += (
+                2 * size * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            )
         elif name == "conv_general_dilated":
             kernel = equation.invars[1].aval.shape
-            total += 2 * size * math.prod(kernel) // kernel[parameters["dimension_numbers"].rhs_spec[0]]
+            total += (
+                2 * size * math.prod(kernel) // kernel[parameters["dimension_numbers"].rhs_spec[0]]
+            )
         else:
             times = parameters["length"] if name == "scan" else 1
             total += times * sum(product_flops(inner) for inner in _inner(parameters))
@@ -132,9 +172,15 @@ def product_flops(jaxpr: Jaxpr) -> int:
 
 def _inner(parameters: Mapping[str, Any]) -> list[Jaxpr]:
     leaves = jax.tree.leaves(dict(parameters), is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr))
-    return [x.jaxpr if isinstance(x, ClosedJaxpr) else x for x in leaves if isinstance(x, Jaxpr | ClosedJaxpr)]
+    return [
+        x.jaxpr if isinstance(x, ClosedJaxpr) else x
+        for x in leaves
+        if isinstance(x, Jaxpr | ClosedJaxpr)
+    ]
 
 
 def peak_flops(kind: str) -> float | None:
-    """Bfloat16 FLOPs a second of a device (`jax.Device.device_kind`), the yardstick whatever type is computed in; None where not known."""
+    """Bfloat16 FLOPs a second of a device (`jax.Device.device_kind`), the yardstick whatever
+    type is computed in; None where not known.
+    """
     return next((peak for pattern, peak in PEAKS if re.fullmatch(pattern, kind)), None)

@@ -1,4 +1,6 @@
-"""What a compiled program does, read from its HLO text: loop bodies times their trip counts, which XLA's own analysis leaves out."""
+"""What a compiled program does, read from its HLO text: loop bodies times their trip counts,
+which XLA's own analysis leaves out.
+"""
 
 import collections
 import math
@@ -8,7 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast", "ragged-all-to-all")
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+    "ragged-all-to-all",
+)
 _BITS = {"pred": 8, "token": 0}
 """Of the types whose name does not say how many."""
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+)(?: \(.*)? \{$")
@@ -16,7 +26,10 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((
 _SHAPE = re.compile(r"\b(pred|token|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_CALLED = re.compile(r"(?:calls|body|to_apply|branch_computations|true_computation|false_computation)=\{?(%?[\w.\-]+(?:, ?%?[\w.\-]+)*)\}?")
+_CALLED = re.compile(
+    r"(?:calls|body|to_apply|branch_computations|true_computation|false_computation)=\{?(%?[\w.\-]+(?:,"
+    r" ?%?[\w.\-]+)*)\}?"
+)
 
 
 class Instruction(NamedTuple):
@@ -28,7 +41,8 @@ class Instruction(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """kind, e.g. "all-reduce"; group: devices of one of its groups, by their places in the mesh (of a permutation: a sender and its receiver);
+    """kind, e.g. "all-reduce"; group: devices of one of its groups, by their places in the mesh
+    (of a permutation: a sender and its receiver);
     bytes: of its largest operand or result on a device; times: how often a step runs it."""
 
     kind: str
@@ -40,8 +54,8 @@ class Collective(NamedTuple):
 class Summary(NamedTuple):
     """What a device does in one step.
 
-    cycles: the TPU compiler's estimate, 0 where it gives none. flops: of products and convolutions. instructions: lines of the program, a
-    measure of its size.
+    cycles: the TPU compiler's estimate, 0 where it gives none. flops: of products and
+    convolutions. instructions: lines of the program, a measure of its size.
     """
 
     cycles: int
@@ -62,23 +76,51 @@ def summarise(text: str) -> Summary:
             cycles += times * int(found[1]) if found else 0
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
-                collectives[kind, first_group(instruction.rest), _largest(instruction.shape)] += times
+                collectives[kind, first_group(instruction.rest), _largest(instruction.shape)] += (
+                    times
+                )
     for name, times in _runs(computations, entry, 1, (*LOOPS_AND_CALLS, "fusion")):
         flops += times * inner[name]
-    return Summary(cycles, flops, [Collective(*key, times) for key, times in collectives.items()], sum(map(len, computations.values())))
+    return Summary(
+        cycles,
+        flops,
+        [Collective(*key, times) for key, times in collectives.items()],
+        sum(map(len, computations.values())),
+    )
 
 
 def first_group(attributes: str) -> tuple[int, ...]:
-    """The first of a collective's groups, from any of the forms in which XLA writes them; () for none, which means all devices."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?: device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", attributes):
-        names, sizes = zip(*((name, int(size)) for name, size in re.findall(r"'?([\w.]+)'?=(\d+)", found[1])), strict=True)
+    """The first of a collective's groups, from any of the forms in which XLA writes them; ()
+    for none, which means all devices.
+    """
+    if found := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?: device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+        r" \{([^}]*)\}",
+        attributes,
+    ):
+        names, sizes = zip(
+            *((name, int(size)) for name, size in re.findall(r"'?([\w.]+)'?=(\d+)", found[1])),
+            strict=True,
+        )
         order = np.arange(math.prod(sizes))
         if found[2]:
-            order = order.reshape(_numbers(found[2])).transpose(_numbers(found[3]) if found[3] else None)
+            order = order.reshape(_numbers(found[2])).transpose(
+                _numbers(found[3]) if found[3] else None
+            )
         varies = re.findall(r"'([\w.]+)'", found[4])
-        return tuple(order.reshape(sizes)[tuple(slice(None) if name in varies else 0 for name in names)].ravel().tolist())
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        order = np.arange(math.prod(_numbers(found[3]))).reshape(_numbers(found[3])).transpose(_numbers(found[4]) if found[4] else None)
+        return tuple(
+            order.reshape(sizes)[tuple(slice(None) if name in varies else 0 for name in names)]
+            .ravel()
+            .tolist()
+        )
+    if found := re.search(
+        r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
+    ):
+        order = (
+            np.arange(math.prod(_numbers(found[3])))
+            .reshape(_numbers(found[3]))
+            .transpose(_numbers(found[4]) if found[4] else None)
+        )
         return tuple(order.reshape(int(found[1]), int(found[2]))[0].tolist())
     if found := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", attributes):
         return tuple(_numbers(found[1]))
@@ -106,15 +148,25 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def _trips(computations: Mapping[str, list[Instruction]], rest: str) -> int:
-    """How often a loop runs: as the compiler notes it, or as its condition has it, `i < n` with i counting from 0; 1 where neither says."""
+    """How often a loop runs: as the compiler notes it, or as its condition has it, `i < n` with
+    i counting from 0; 1 where neither says.
+    """
     if found := _TRIPS.search(rest):
         return int(found[1])
     condition = re.search(r"condition=%?([\w.\-]+)", rest)
     instructions = {i.name: i for i in computations.get(condition[1], [])} if condition else {}
     for instruction in instructions.values():
         if instruction.opcode == "compare" and "direction=LT" in instruction.rest:
-            operands = [instructions[name] for name in re.findall(r"%([\w.\-]+)", instruction.rest) if name in instructions]
-            limits = [int(i.rest.partition(")")[0]) for i in operands if i.opcode == "constant" and re.match(r"\d+\)", i.rest)]
+            operands = [
+                instructions[name]
+                for name in re.findall(r"%([\w.\-]+)", instruction.rest)
+                if name in instructions
+            ]
+            limits = [
+                int(i.rest.partition(")")[0])
+                for i in operands
+                if i.opcode == "constant" and re.match(r"\d+\)", i.rest)
+            ]
             return max(limits, default=1)
     return 1
 
@@ -122,9 +174,16 @@ def _trips(computations: Mapping[str, list[Instruction]], rest: str) -> int:
 LOOPS_AND_CALLS = ("while", "conditional", "call", "async-start")
 
 
-def _runs(computations: Mapping[str, list[Instruction]], name: str, times: int, through: Sequence[str] = LOOPS_AND_CALLS) -> Iterator[tuple[str, int]]:
-    """Every computation that a computation runs, itself first, with how often; of a conditional, every branch. `through`: the instructions
-    whose computations are followed; without "fusion" those stand for what is in them."""
+def _runs(
+    computations: Mapping[str, list[Instruction]],
+    name: str,
+    times: int,
+    through: Sequence[str] = LOOPS_AND_CALLS,
+) -> Iterator[tuple[str, int]]:
+    """Every computation that a computation runs, itself first, with how often; of a
+    conditional, every branch. `through`: the instructions whose computations are followed;
+    without "fusion" those stand for what is in them.
+    """
     yield name, times
     for instruction in computations[name]:
         if instruction.opcode in through:
@@ -141,31 +200,51 @@ def _flops(computations: Mapping[str, list[Instruction]], name: str) -> int:
     for instruction in computations[name]:
         if instruction.opcode not in ("dot", "convolution"):
             continue
-        operands = [shapes.get(operand, []) for operand in re.findall(r"%([\w.\-]+)", instruction.rest.partition(")")[0])]
+        operands = [
+            shapes.get(operand, [])
+            for operand in re.findall(r"%([\w.\-]+)", instruction.rest.partition(")")[0])
+        ]
         if len(operands) != 2:
             continue
         left, right = operands
         result = _sizes(instruction.shape)
         if instruction.opcode == "dot":
             axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
-            total += 2 * math.prod(result) * (math.prod(left[axis] for axis in _numbers(axes[1])) if axes and axes[1] else 1)
+            total += (
+                2
+                * math.prod(result)
+                * (math.prod(left[axis] for axis in _numbers(axes[1])) if axes and axes[1] else 1)
+            )
         else:
             total += 2 * _taps(left, right, result, instruction.rest)
     return total
 
 
 def _taps(left: Sequence[int], right: Sequence[int], result: Sequence[int], attributes: str) -> int:
-    """Multiplications of a convolution. Taps that fall on padding or between dilated inputs are none: TPU programs write all products as
-    convolutions, those with batch axes as such of which most taps fall there."""
+    """Multiplications of a convolution. Taps that fall on padding or between dilated inputs are
+    none: TPU programs write all products as convolutions, those with batch axes as such of
+    which most taps fall there.
+    """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     assert labels, "a convolution has labels"
-    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", found[1])) if (found := re.search(r"window=\{([^}]*)\}", attributes)) else {}
+    window = (
+        dict(re.findall(r"(\w+)=([\dx_\-]+)", found[1]))
+        if (found := re.search(r"window=\{([^}]*)\}", attributes))
+        else {}
+    )
     numbers = lambda name: [int(n) for n in window[name].split("x")] if name in window else None
     taps = result[labels[3].index("b")] * result[labels[3].index("f")] * right[labels[2].index("i")]
     for axis in filter(str.isdigit, labels[1]):
         place = int(axis)
-        size, kernel, out = left[labels[1].index(axis)], right[labels[2].index(axis)], result[labels[3].index(axis)]
-        stride, spread, step = ((numbers(name) or [1] * (place + 1))[place] for name in ("stride", "lhs_dilate", "rhs_dilate"))
+        size, kernel, out = (
+            left[labels[1].index(axis)],
+            right[labels[2].index(axis)],
+            result[labels[3].index(axis)],
+        )
+        stride, spread, step = (
+            (numbers(name) or [1] * (place + 1))[place]
+            for name in ("stride", "lhs_dilate", "rhs_dilate")
+        )
         low = int(window["pad"].split("x")[place].split("_")[0]) if "pad" in window else 0
         at = np.arange(out)[:, None] * stride + np.arange(kernel) * step - low
         taps *= int(((at >= 0) & (at <= (size - 1) * spread) & (at % spread == 0)).sum())
@@ -179,11 +258,15 @@ def _sizes(shape: str) -> list[int]:
 
 
 def _called(rest: str) -> list[str]:
-    return [name.strip().lstrip("%") for group in _CALLED.findall(rest) for name in group.split(",")]
+    return [
+        name.strip().lstrip("%") for group in _CALLED.findall(rest) for name in group.split(",")
+    ]
 
 
 def _largest(shape: str) -> int:
-    """Bytes of the largest array of a shape, which may be a tuple: an asynchronous collective holds its operand and its result."""
+    """Bytes of the largest array of a shape, which may be a tuple: an asynchronous collective
+    holds its operand and its result.
+    """
     return max((_bytes(kind, sizes) for kind, sizes in _SHAPE.findall(shape)), default=0)
 
 

@@ -21,11 +21,18 @@ from flamingo_jax.planning.flops import Work, product_flops, step_cost
 from flamingo_jax.processing.jitter import FIELDS
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.assembly import Assembly, assemble
-from flamingo_jax.training.step import compile_traced, make_held_out_loss, make_update, trace_update
+from flamingo_jax.training.step import (
+    compile_traced,
+    make_held_out_loss,
+    make_update,
+    trace_update,
+)
 
 
 class Memory(NamedTuple):
-    """Bytes on each device. peak: arguments, results that have no argument's place, and temporaries."""
+    """Bytes on each device. peak: arguments, results that have no argument's place, and
+    temporaries.
+    """
 
     arguments: int
     results: int
@@ -37,19 +44,28 @@ class Memory(NamedTuple):
 
 
 class DoesNotFit(Exception):
-    """The compiler found no way to hold the step in a chip's memory. needed: bytes of one device, as far as it says; 0 where it does not."""
+    """The compiler found no way to hold the step in a chip's memory. needed: bytes of one
+    device, as far as it says; 0 where it does not.
+    """
 
     def __init__(self, needed: int):
-        super().__init__(f"the step needs {needed / 2**30:.1f} GiB a device" if needed else "the step does not fit")
+        super().__init__(
+            f"the step needs {needed / 2**30:.1f} GiB a device"
+            if needed
+            else "the step does not fit"
+        )
         self.needed = needed
 
 
 class Program(NamedTuple):
     """An update compiled for a mesh.
 
-    formula_flops: of full rows with all their visuals, by `flops.step_cost`. jaxpr_flops: of the traced update, what is computed twice
-    among it. Both are of all devices together. seconds, compiler_bytes: what tracing and compiling took; the most memory that this process had.
-    largest: the arrays that take most of each device between steps, {"name", "sharding", "bytes"}.
+    formula_flops: of full rows with all their visuals, by `flops.step_cost`. jaxpr_flops: of
+    the traced update, what is computed twice among it. Both are of all devices together.
+    seconds, compiler_bytes: what tracing and compiling took; the most memory that this process
+    had.
+    largest: the arrays that take most of each device between steps, {"name", "sharding",
+      "bytes"}.
     """
 
     memory: Memory
@@ -69,22 +85,34 @@ class TracedStep(NamedTuple):
 
 
 def trace_step(experiment: Experiment, mesh: Mesh) -> TracedStep:
-    """The experiment's update for `mesh`, whose devices may be of a topology that is not here. UserError where batches or parameters do not divide over it."""
+    """The experiment's update for `mesh`, whose devices may be of a topology that is not here.
+
+    UserError where batches or parameters do not divide over it.
+    """
     check_batches(experiment, mesh)
     # Outside of the mesh: optax makes a few scalars, and the mesh's devices may be unable to.
     assembly = assemble(experiment, mesh)
     with jax.set_mesh(mesh):
         update = make_update(
-            assembly.graph, stages.make_task(experiment), assembly.optimizer, experiment.data,
-            experiment.training.mixing, assembly.gradient_shardings, assembly.schedule,
+            assembly.graph,
+            stages.make_task(experiment),
+            assembly.optimizer,
+            experiment.data,
+            experiment.training.mixing,
+            assembly.gradient_shardings,
+            assembly.schedule,
         )
-        return TracedStep(assembly, trace_update(update, assembly.state, assembly.frozen, batch_shapes(experiment, mesh)))
+        return TracedStep(
+            assembly,
+            trace_update(update, assembly.state, assembly.frozen, batch_shapes(experiment, mesh)),
+        )
 
 
 def compile_program(experiment: Experiment, mesh: Mesh) -> Program:
     """Compiles what `trace_step` traces. Nothing is allocated on the mesh's devices.
 
-    Raises: UserError where batches or parameters do not divide over the mesh; DoesNotFit where a device's memory is too small.
+    Raises: UserError where batches or parameters do not divide over the mesh; DoesNotFit where
+      a device's memory is too small.
     """
     began = time.monotonic()
     assembly, traced = trace_step(experiment, mesh)
@@ -93,22 +121,36 @@ def compile_program(experiment: Experiment, mesh: Mesh) -> Program:
     assert text is not None, "every XLA backend has it"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     flops = step_cost(experiment).of(full_work(experiment))
-    return Program(memory, flops, product_flops(traced.jaxpr.jaxpr), time.monotonic() - began, peak, text, _largest(assembly))
+    return Program(
+        memory,
+        flops,
+        product_flops(traced.jaxpr.jaxpr),
+        time.monotonic() - began,
+        peak,
+        text,
+        _largest(assembly),
+    )
 
 
 def compile_held_out(experiment: Experiment, mesh: Mesh) -> dict[str, Memory]:
-    """Compiles the evaluation of every held-out dataset, in its microbatches: the memory of each, with the optimizer's moments, which lie beside it.
+    """Compiles the evaluation of every held-out dataset, in its microbatches: the memory of
+    each, with the optimizer's moments, which lie beside it.
 
     Raises: as `compile_program`.
     """
     check_batches(experiment, mesh)
     assembly, task = assemble(experiment, mesh), stages.make_task(experiment)
-    beside = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(assembly.state.optimizer))
+    beside = sum(
+        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+        for a in jax.tree.leaves(assembly.state.optimizer)
+    )
     found: dict[str, Memory] = {}
     for name, batch in batch_shapes(experiment, mesh, held_out=True).items():
         losses = make_held_out_loss(assembly.graph, task, experiment.held_out[name].microbatches)
         with jax.set_mesh(mesh):
-            _, memory = _compile(jax.jit(losses).trace(assembly.trainable, assembly.frozen, batch), mesh)
+            _, memory = _compile(
+                jax.jit(losses).trace(assembly.trainable, assembly.frozen, batch), mesh
+            )
         found[name] = memory._replace(arguments=memory.arguments + beside)
     return found
 
@@ -132,37 +174,76 @@ TOP = 8
 
 
 def _largest(assembly: Assembly) -> list[dict[str, Any]]:
-    held = {"trained": assembly.trainable, "frozen": assembly.frozen, "moments": optax.tree.get(assembly.state.optimizer, "mu")}
+    held = {
+        "trained": assembly.trainable,
+        "frozen": assembly.frozen,
+        "moments": optax.tree.get(assembly.state.optimizer, "mu"),
+    }
     found = []
     for role, arrays in held.items():
         for name, a in (arrays or {}).items():
             shape = a.sharding.shard_shape(a.shape)
             size = math.prod(shape) * a.dtype.itemsize * (2 if role == "moments" else 1)
-            found.append({"name": f"{name} ({role})", "sharding": str(tuple(a.sharding.spec)), "bytes": size})
+            found.append(
+                {
+                    "name": f"{name} ({role})",
+                    "sharding": str(tuple(a.sharding.spec)),
+                    "bytes": size,
+                }
+            )
     return sorted(found, key=lambda tensor: -tensor["bytes"])[:TOP]
 
 
 def _needed(message: str) -> int:
     """The largest size that the compiler's message speaks of, such as "83.93G"."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    return max((int(float(number) * units[unit]) for number, unit in re.findall(r"\b(\d+(?:\.\d+)?)([KMG])\b", message)), default=0)
+    return max(
+        (
+            int(float(number) * units[unit])
+            for number, unit in re.findall(r"\b(\d+(?:\.\d+)?)([KMG])\b", message)
+        ),
+        default=0,
+    )
 
 
 def smaller(experiment: Experiment, mesh: Mesh) -> Iterator[tuple[str, Experiment]]:
-    """Forms of the experiment that need less memory, the cheapest first, each with how to ask for it."""
+    """Forms of the experiment that need less memory, the cheapest first, each with how to ask
+    for it.
+    """
     training, shards = experiment.training, math.prod(mesh.shape[axis] for axis in ROWS)
     modes: tuple[Literal["products", "layers"], ...] = ("products", "layers")
     for remat in modes[{"none": 0, "products": 1, "layers": 2}[training.remat] :]:
-        yield f"--config.training.remat={remat}", dataclasses.replace(experiment, training=dataclasses.replace(training, remat=remat))
+        yield (
+            f"--config.training.remat={remat}",
+            dataclasses.replace(experiment, training=dataclasses.replace(training, remat=remat)),
+        )
     for parts in (2, 4, 8, 16):
-        data = {name: dataclasses.replace(dataset, microbatches=dataset.microbatches * parts) for name, dataset in experiment.data.items()}
-        if all(dataset.batch_size % (shards * dataset.microbatches) == 0 for dataset in data.values()):
-            options = ["--config.training.remat=products", *(f"--config.data.{name}.microbatches={d.microbatches}" for name, d in data.items())]
-            yield " ".join(options), dataclasses.replace(experiment, data=data, training=dataclasses.replace(training, remat="products"))
+        data = {
+            name: dataclasses.replace(dataset, microbatches=dataset.microbatches * parts)
+            for name, dataset in experiment.data.items()
+        }
+        if all(
+            dataset.batch_size % (shards * dataset.microbatches) == 0 for dataset in data.values()
+        ):
+            options = [
+                "--config.training.remat=products",
+                *(
+                    f"--config.data.{name}.microbatches={d.microbatches}"
+                    for name, d in data.items()
+                ),
+            ]
+            yield (
+                " ".join(options),
+                dataclasses.replace(
+                    experiment, data=data, training=dataclasses.replace(training, remat="products")
+                ),
+            )
 
 
 def full_work(experiment: Experiment) -> Work:
-    """The work of an update whose every row is full, with every visual and frame it has room for."""
+    """The work of an update whose every row is full, with every visual and frame it has room
+    for.
+    """
     works = [_full_work(experiment, dataset) for dataset in experiment.data.values()]
     return Work(*(sum(counts) for counts in zip(*works, strict=True)))
 
@@ -177,35 +258,67 @@ def _full_work(experiment: Experiment, dataset: DatasetConfig) -> Work:
     return Work(tokens, tokens, rows * dataset.visuals, rows * dataset.visuals * dataset.frames)
 
 
-def batch_shapes(experiment: Experiment, mesh: Mesh, held_out: bool = False) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    """Every dataset's global batch as shapes with their shardings (the arrays of `data_pipelines.mixture`); held-out ones are never augmented."""
-    datasets = {name: dataclasses.replace(d, colour=0.0) for name, d in experiment.held_out.items()} if held_out else experiment.data
+def batch_shapes(
+    experiment: Experiment, mesh: Mesh, held_out: bool = False
+) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """Every dataset's global batch as shapes with their shardings (the arrays of
+    `data_pipelines.mixture`); held-out ones are never augmented.
+    """
+    datasets = (
+        {name: dataclasses.replace(d, colour=0.0) for name, d in experiment.held_out.items()}
+        if held_out
+        else experiment.data
+    )
     found = {name: _batch_shapes(experiment, dataset, mesh) for name, dataset in datasets.items()}
-    lie = lambda shapes, shardings: {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[name]) for name, s in shapes.items()}
+    lie = lambda shapes, shardings: {
+        name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[name])
+        for name, s in shapes.items()
+    }
     return {name: lie(shapes, batch_shardings(shapes, mesh)) for name, shapes in found.items()}
 
 
-def _batch_shapes(experiment: Experiment, dataset: DatasetConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch_shapes(
+    experiment: Experiment, dataset: DatasetConfig, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
     def array(dtype: DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    rows, length, number, flag, byte = dataset.batch_size, dataset.length, jnp.int32, jnp.bool_, jnp.uint8
+    rows, length, number, flag, byte = (
+        dataset.batch_size,
+        dataset.length,
+        jnp.int32,
+        jnp.bool_,
+        jnp.uint8,
+    )
     if experiment.task == "contrastive":
         size, text = stages.model_config(experiment).vision.image_size, _text_length(experiment)
-        batch = {"images": array(byte, rows, size, size, 3), "tokens": array(number, rows, text), "mask": array(flag, rows, text)}
+        batch = {
+            "images": array(byte, rows, size, size, 3),
+            "tokens": array(number, rows, text),
+            "mask": array(flag, rows, text),
+        }
         return batch | ({"jitter": array(jnp.float32, rows, len(FIELDS))} if dataset.colour else {})
-    batch = {name: array(number, rows, length) for name in ("tokens", "positions", "segments")} | {"loss_mask": array(flag, rows, length)}
+    batch = {name: array(number, rows, length) for name in ("tokens", "positions", "segments")} | {
+        "loss_mask": array(flag, rows, length)
+    }
     if experiment.task == "language_modelling":
         return batch
     batch["media_index"] = array(number, rows, length)
     if dataset.kind == "text":
         return batch
-    visuals, size = Share.of(mesh).listed(rows, dataset.visuals), stages.model_config(experiment).vision.image_size
+    visuals, size = (
+        Share.of(mesh).listed(rows, dataset.visuals),
+        stages.model_config(experiment).vision.image_size,
+    )
     return batch | {
         "visuals": array(number, rows, dataset.visuals),
         "frame_mask": array(flag, visuals, dataset.frames),
         "images": array(byte, visuals, dataset.frames, size, size, 3),
-        **({"jitter": array(jnp.float32, visuals, dataset.frames, len(FIELDS))} if dataset.colour else {}),
+        **(
+            {"jitter": array(jnp.float32, visuals, dataset.frames, len(FIELDS))}
+            if dataset.colour
+            else {}
+        ),
     }
 
 

@@ -9,12 +9,19 @@ from flamingo_jax.tasks import stages
 
 
 def full_batches(experiment: Experiment, share: Share = WHOLE) -> dict[str, dict[str, np.ndarray]]:
-    """A process's share of a Flamingo's or language model's batches (the arrays of `data_pipelines.mixture`) of random tokens and pixels."""
+    """A process's share of a Flamingo's or language model's batches (the arrays of
+    `data_pipelines.mixture`) of random tokens and pixels.
+    """
     rng = np.random.default_rng(0)
-    return {name: _full_batch(experiment, dataset, share, rng) for name, dataset in experiment.data.items()}
+    return {
+        name: _full_batch(experiment, dataset, share, rng)
+        for name, dataset in experiment.data.items()
+    }
 
 
-def _full_batch(experiment: Experiment, dataset: DatasetConfig, share: Share, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def _full_batch(
+    experiment: Experiment, dataset: DatasetConfig, share: Share, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
     config = stages.model_config(experiment)
     length, places = dataset.length, dataset.visuals
     shape, whole = (len(share.rows(dataset.batch_size)), length), np.arange(length, dtype=np.int32)
@@ -33,11 +40,15 @@ def _full_batch(experiment: Experiment, dataset: DatasetConfig, share: Share, rn
         "media_index": np.broadcast_to(whole * places // length, shape).astype(np.int32),
         "visuals": share.row_visuals(dataset.batch_size, places),
         "frame_mask": np.repeat(listed[:, None] >= 0, dataset.frames, axis=1),
-        "images": rng.integers(0, 256, (len(listed), dataset.frames, size, size, 3), dtype=np.uint8),
+        "images": rng.integers(
+            0, 256, (len(listed), dataset.frames, size, size, 3), dtype=np.uint8
+        ),
         **({"jitter": _jitter(len(listed), dataset.frames, size)} if dataset.colour else {}),
     }
 
 
 def _jitter(visuals: int, frames: int, size: int) -> np.ndarray:
     """Colours that stay as they are, at the cost of any others."""
-    return np.broadcast_to(np.array([1, 1, 1, 0, size, size], np.float32), (visuals, frames, len(FIELDS))).copy()
+    return np.broadcast_to(
+        np.array([1, 1, 1, 0, size, size], np.float32), (visuals, frames, len(FIELDS))
+    ).copy()

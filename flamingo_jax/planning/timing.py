@@ -22,9 +22,11 @@ from flamingo_jax.training.step import compile_update, laid_out, make_update
 
 
 class Timing(NamedTuple):
-    """Seconds are medians. parts: of the whole step, each compiled and timed alone; what is left is the gated blocks' and the rest's.
+    """Seconds are medians. parts: of the whole step, each compiled and timed alone; what is
+    left is the gated blocks' and the rest's.
 
-    flops: of the step by the formula (`planning.flops`). matrix_rate: FLOPs a second of one large product on the same devices in the same run.
+    flops: of the step by the formula (`planning.flops`). matrix_rate: FLOPs a second of one
+      large product on the same devices in the same run.
     """
 
     step: float
@@ -42,7 +44,8 @@ class Timing(NamedTuple):
 
 
 def time_step(experiment: Experiment, *, steps: int = 10, trace: str = "") -> Timing:
-    """Runs the experiment's real update on full rows of random content; `trace` is a folder for a profiler trace of three steps.
+    """Runs the experiment's real update on full rows of random content; `trace` is a folder for
+    a profiler trace of three steps.
 
     Raises: UserError where batches do not fit the mesh.
     """
@@ -54,7 +57,13 @@ def time_step(experiment: Experiment, *, steps: int = 10, trace: str = "") -> Ti
         state = initialise(experiment, assembly)
         task = stages.make_task(experiment)
         update = make_update(
-            assembly.graph, task, assembly.optimizer, experiment.data, experiment.training.mixing, assembly.gradient_shardings, assembly.schedule
+            assembly.graph,
+            task,
+            assembly.optimizer,
+            experiment.data,
+            experiment.training.mixing,
+            assembly.gradient_shardings,
+            assembly.schedule,
         )
         made = full_batches(experiment, Share.of(mesh))
         batches = {name: put(batch, mesh) for name, batch in made.items()}
@@ -76,10 +85,20 @@ def time_step(experiment: Experiment, *, steps: int = 10, trace: str = "") -> Ti
         work = Work(*map(int, work_in(made.values())))
         parts["gated blocks and the rest"] = max(seconds - sum(parts.values()), 0.0)
     rate = matrix_rate(jnp.dtype(experiment.training.compute_dtype), steps) * mesh.size
-    return Timing(seconds, parts, work.tokens, work.frames, step_cost(experiment).of(work), rate, compile_seconds)
+    return Timing(
+        seconds,
+        parts,
+        work.tokens,
+        work.frames,
+        step_cost(experiment).of(work),
+        rate,
+        compile_seconds,
+    )
 
 
-def _parts(experiment: Experiment, assembly: Any, state: Any, frozen: Any, batches: Any, steps: int) -> dict[str, float]:
+def _parts(
+    experiment: Experiment, assembly: Any, state: Any, frozen: Any, batches: Any, steps: int
+) -> dict[str, float]:
     """Seconds of what a Flamingo's step is made of; of other tasks the optimizer alone."""
     found = {}
     if experiment.task == "flamingo":
@@ -89,21 +108,37 @@ def _parts(experiment: Experiment, assembly: Any, state: Any, frozen: Any, batch
         encode = jax.jit(lambda trainable: model(trainable).encode_stream(images))
         features = encode(state.trainable)
         found["vision encoder"] = median_seconds(lambda: encode(state.trainable), steps)
-        resample = jax.jit(jax.grad(lambda trainable: model(trainable).resample_stream(features, masks).astype(jnp.float32).sum()))
+        resample = jax.jit(
+            jax.grad(
+                lambda trainable: (
+                    model(trainable).resample_stream(features, masks).astype(jnp.float32).sum()
+                )
+            )
+        )
         found["resampler"] = median_seconds(lambda: resample(state.trainable), steps)
 
         def text_loss(shift: jax.Array) -> jax.Array:
             lm = model(state.trainable).language_model
             total = jnp.float32(0)
             for batch in batches.values():
-                x = lm.run_layers(lm.embed(batch["tokens"]) + shift, batch["positions"], batch["segments"])
+                x = lm.run_layers(
+                    lm.embed(batch["tokens"]) + shift, batch["positions"], batch["segments"]
+                )
                 total += jax.nn.logsumexp(lm.logits(x), axis=-1).sum()
             return total
 
         read = jax.jit(jax.grad(text_loss))
-        shift = jnp.zeros((stages.model_config(experiment).language_model.width,), jnp.dtype(experiment.training.compute_dtype))
+        shift = jnp.zeros(
+            (stages.model_config(experiment).language_model.width,),
+            jnp.dtype(experiment.training.compute_dtype),
+        )
         found["language model"] = median_seconds(lambda: read(shift), steps)
-    optimise = jax.jit(lambda state: optax.apply_updates(state.trainable, assembly.optimizer.update(state.trainable, state.optimizer, state.trainable)[0]))
+    optimise = jax.jit(
+        lambda state: optax.apply_updates(
+            state.trainable,
+            assembly.optimizer.update(state.trainable, state.optimizer, state.trainable)[0],
+        )
+    )
     found["optimizer"] = median_seconds(lambda: optimise(state), steps)
     return found
 
@@ -120,8 +155,12 @@ def median_seconds(run: Callable[[], Any], steps: int) -> float:
 
 
 def matrix_rate(dtype: DTypeLike, steps: int) -> float:
-    """FLOPs a second and device of a large square product on each of this process's devices at once: those of a CPU share its cores."""
+    """FLOPs a second and device of a large square product on each of this process's devices at
+    once: those of a CPU share its cores.
+    """
     size = 2048 if jax.devices()[0].platform == "cpu" else 8192
-    factors = [jax.device_put(jnp.ones((size, size), dtype), device) for device in jax.local_devices()]
+    factors = [
+        jax.device_put(jnp.ones((size, size), dtype), device) for device in jax.local_devices()
+    ]
     product = jax.jit(lambda a: a @ a)
     return 2 * size**3 / median_seconds(lambda: [product(a) for a in factors], steps)

@@ -1,4 +1,6 @@
-"""TPU topologies as meshes of devices that are not here: programs compile for them on any machine with libtpu, but cannot run."""
+"""TPU topologies as meshes of devices that are not here: programs compile for them on any
+machine with libtpu, but cannot run.
+"""
 
 import importlib.util
 import os
@@ -15,8 +17,11 @@ from flamingo_jax.partitioning.mesh import make_mesh
 
 
 class Chip(NamedTuple):
-    """memory: bytes of HBM a program may use. flops: dense bfloat16 a second. clock: cycles a second, in which the compiler estimates.
-    link: bytes a second that a chip sends to all of its neighbours together, as published. options: what libtpu must be told besides the topology."""
+    """memory: bytes of HBM a program may use. flops: dense bfloat16 a second. clock: cycles a
+    second, in which the compiler estimates.
+    link: bytes a second that a chip sends to all of its neighbours together, as published.
+      options: what libtpu must be told besides the topology.
+    """
 
     memory: int
     flops: float
@@ -27,7 +32,13 @@ class Chip(NamedTuple):
 
 CHIPS = {
     # One device a chip, as programs see a v4: "megacore" joins its two cores.
-    "v4": Chip(int(30.75 * 2**30), 275e12, 1.05e9, 300e9, {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}),
+    "v4": Chip(
+        int(30.75 * 2**30),
+        275e12,
+        1.05e9,
+        300e9,
+        {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)},
+    ),
     "v5e": Chip(int(15.75 * 2**30), 197e12, 1.5e9, 200e9, {}),
     "v5p": Chip(int(95.74 * 2**30), 459e12, 1.75e9, 600e9, {}),
     "v6e": Chip(int(31.25 * 2**30), 918e12, 1.75e9, 448e9, {}),
@@ -43,27 +54,41 @@ class Topology(NamedTuple):
     devices: list[jax.Device]
 
     def mesh(self, config: MeshConfig) -> Mesh:
-        """The config's mesh over all of the chips; a UserError where its sizes do not multiply to them."""
+        """The config's mesh over all of the chips; a UserError where its sizes do not multiply
+        to them.
+        """
         return make_mesh(config, self.devices)
 
 
 def open_topology(name: str) -> Topology:
-    """The topology of a name such as "v4:2x2x4": a kind of chip and the sizes of its torus; of "2*v4:2x2x4", two such slices.
+    """The topology of a name such as "v4:2x2x4": a kind of chip and the sizes of its torus; of
+    "2*v4:2x2x4", two such slices.
 
-    Raises: UserError for a name of another form, an unknown chip, sizes that no such machine has, or a missing libtpu.
+    Raises: UserError for a name of another form, an unknown chip, sizes that no such machine
+      has, or a missing libtpu.
     """
     match = re.fullmatch(r"(?:([1-9]\d*)\*)?((\w+):\d+(?:x\d+)+)", name)
     if not match or match[3] not in CHIPS:
-        raise UserError(f"--topology={name} must be CHIP:SIZES or SLICES*CHIP:SIZES, such as v4:2x2x4, with one of the chips {', '.join(CHIPS)}")
+        raise UserError(
+            f"--topology={name} must be CHIP:SIZES or SLICES*CHIP:SIZES, such as v4:2x2x4, with"
+            f" one of the chips {', '.join(CHIPS)}"
+        )
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"--topology={name} needs the TPU compiler, which runs without a TPU: pip install 'flamingo_jax[plan]'")
+        raise UserError(
+            f"--topology={name} needs the TPU compiler, which runs without a TPU: pip install"
+            " 'flamingo_jax[plan]'"
+        )
     slices, chip = int(match[1] or 1), CHIPS[match[3]]
     # Or libtpu asks a metadata server that only a TPU machine has, and waits for it.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     # Plans may run side by side: none of them holds a chip.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=match[2], num_slices=slices, **chip.options)
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=match[2], num_slices=slices, **chip.options
+        )
     except Exception as error:  # noqa: BLE001 - XLA raises what it likes, JaxRuntimeError and RuntimeError among it
-        raise UserError(f"--topology={name} is refused by the TPU compiler: {' '.join(str(error).split())}") from error
+        raise UserError(
+            f"--topology={name} is refused by the TPU compiler: {' '.join(str(error).split())}"
+        ) from error
     return Topology(name, match[3], chip, list(described.devices))

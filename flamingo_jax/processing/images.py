@@ -1,6 +1,7 @@
 """Encoded images to uint8 RGB squares, the same for training and inference.
 
-By default their aspect is kept and they are padded with the mean colour (paper 3.2); see `VisionConfig.image_fit` for the other ways.
+By default their aspect is kept and they are padded with the mean colour (paper 3.2); see
+`VisionConfig.image_fit` for the other ways.
 """
 
 import functools
@@ -72,19 +73,22 @@ def _decode(data: bytes, size: int, how: Fit, max_pixels: int) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
         if image.width * image.height > max_pixels:
             raise ImageError(f"{image.width} x {image.height} pixels are more than {max_pixels}")
-        # JPEGs are decoded at a half, a quarter or an eighth where that still leaves twice the size wanted.
+        # JPEGs are decoded at a half, a quarter or an eighth where that still leaves twice the
+        # size wanted.
         image.draft("RGB", (2 * size, 2 * size))
         image.load()  # TIFF's reader turns pictures itself, and forgets their orientation then.
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
-        # PIL's own exif_transpose also writes the other entries anew, which fails on damaged ones.
+        # PIL's own exif_transpose also writes the other entries anew, which fails on damaged
+        # ones.
         return fit(_rgb(image if turn is None else image.transpose(turn)), size, how)
 
 
 def fit(image: Image.Image | np.ndarray, size: int, how: Fit = "pad") -> np.ndarray:
     """An RGB picture resized: uint8 [h, w, 3].
 
-    pad: with its aspect, so that its longer side is `size`; `pad` makes the square. crop: with its
-    aspect, so that its shorter side is `size`, the middle of the other. stretch: both sides.
+    pad: with its aspect, so that its longer side is `size`; `pad` makes the square. crop: with
+    its aspect, so that its shorter side is `size`, the middle of the other. stretch: both
+    sides.
     """
     if isinstance(image, np.ndarray):
         sides = image.shape[:2]
@@ -113,15 +117,22 @@ def fit(image: Image.Image | np.ndarray, size: int, how: Fit = "pad") -> np.ndar
 _PIXEL = np.dtype("V3")
 
 
-def pad(pixels: np.ndarray, size: int, mean: Sequence[float], out: np.ndarray | None = None) -> np.ndarray:
-    """Centres uint8 [h, w, 3] on a square of the mean colour (0..1 a channel): uint8 [size, size, 3], written to `out` where given."""
+def pad(
+    pixels: np.ndarray, size: int, mean: Sequence[float], out: np.ndarray | None = None
+) -> np.ndarray:
+    """Centres uint8 [h, w, 3] on a square of the mean colour (0..1 a channel): uint8 [size,
+    size, 3], written to `out` where given.
+    """
     square = np.empty((size, size, 3), np.uint8) if out is None else out
     height, width = pixels.shape[:2]
     top, left = (size - height) // 2, (size - width) // 2
     if (height, width) != (size, size):
         ground = _ground(size, tuple(mean))
         square[:top], square[top + height :] = ground[:top], ground[top + height :]
-        square[:, :left], square[:, left + width :] = ground[:, :left], ground[:, left + width :]
+        square[:, :left], square[:, left + width :] = (
+            ground[:, :left],
+            ground[:, left + width :],
+        )
     box = square[top : top + height, left : left + width]
     if pixels.strides[1] < 0 and pixels.strides[2] == 1:
         # A mirrored image, whole pixels at a time: its bytes would take three times as long.
@@ -133,12 +144,21 @@ def pad(pixels: np.ndarray, size: int, mean: Sequence[float], out: np.ndarray | 
 
 @functools.lru_cache(maxsize=8)
 def _ground(size: int, mean: tuple[float, ...]) -> np.ndarray:
-    """The square of the mean colour: numpy copies rows of one far faster than it repeats three bytes."""
-    return np.broadcast_to(np.round(255 * np.asarray(mean)).astype(np.uint8), (size, size, 3)).copy()
+    """The square of the mean colour: numpy copies rows of one far faster than it repeats three
+    bytes.
+    """
+    return np.broadcast_to(
+        np.round(255 * np.asarray(mean)).astype(np.uint8), (size, size, 3)
+    ).copy()
 
 
 def load(
-    data: bytes, size: int, mean: Sequence[float], how: Fit = "pad", *, max_pixels: int = MAX_PIXELS
+    data: bytes,
+    size: int,
+    mean: Sequence[float],
+    how: Fit = "pad",
+    *,
+    max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
     """An encoded picture as the model takes it: uint8 [size, size, 3]. Raises ImageError."""
     return pad(decode(data, size, how=how, max_pixels=max_pixels), size, mean)
@@ -147,7 +167,9 @@ def load(
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):  # 16-bit grey: PIL would clip it to white.
         values = np.asarray(image, np.float32)
-        image = Image.fromarray((values / (256 if np.max(values) > 255 else 1)).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray(
+            (values / (256 if np.max(values) > 255 else 1)).clip(0, 255).astype(np.uint8)
+        )
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -1,4 +1,6 @@
-"""Colour jitter on the device: what a host drew for each image, applied where its pixels are needed."""
+"""Colour jitter on the device: what a host drew for each image, applied where its pixels are
+needed.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,24 +12,27 @@ GREY = np.array([0.299, 0.587, 0.114], np.float32)
 FIELDS = ("brightness", "contrast", "saturation", "hue", "height", "width")
 """What is drawn for a frame, and the size of the image that stands in the middle of its square.
 
-brightness, contrast, saturation: factors; hue: part of the colour circle that it turns by. A frame of
-no size stays as it is.
+brightness, contrast, saturation: factors; hue: part of the colour circle that it turns by. A
+frame of no size stays as it is.
 """
 
 
 def jittered(images: Array, jitter: Array) -> Array:
-    """Scales brightness, contrast and saturation and turns the hue of the images within their squares.
+    """Scales brightness, contrast and saturation and turns the hue of the images within their
+    squares.
 
-    Contrast is about the mean grey of a visual's frames, each of which counts alike. What pads an image
-    to its square keeps its colour, which is the vision encoder's zero. All in float32, without matrix
-    products, which accelerators would round.
+    Contrast is about the mean grey of a visual's frames, each of which counts alike. What pads
+    an image to its square keeps its colour, which is the vision encoder's zero. All in float32,
+    without matrix products, which accelerators would round.
 
     Args:
       images: uint8 [..., T, H, W, 3], the T frames of each visual.
       jitter: float32 [..., T, 6], the `FIELDS` of each frame.
     Returns: uint8 of the same shape.
     """
-    brightness, contrast, saturation, hue, height, width = (jitter[..., place] for place in range(len(FIELDS)))
+    brightness, contrast, saturation, hue, height, width = (
+        jitter[..., place] for place in range(len(FIELDS))
+    )
     x = images.astype(jnp.float32)
     inside = _middle(height, x.shape[-3])[..., :, None] & _middle(width, x.shape[-2])[..., None, :]
     grey = jnp.where(inside, (x * GREY).sum(-1), 0.0)
@@ -43,23 +48,30 @@ def jittered(images: Array, jitter: Array) -> Array:
 
 
 def _middle(size: Array, side: int) -> Array:
-    """bool [..., side], True on the `size` places in the middle, as `images.pad` puts them there."""
+    """bool [..., side], True on the `size` places in the middle, as `images.pad` puts them
+    there.
+    """
     size = size.astype(jnp.int32)[..., None]
     first, place = (side - size) // 2, jnp.arange(side)
     return (place >= first) & (place < first + size)
 
 
 def _colour(brightness: Array, saturation: Array, hue: Array) -> Array:
-    """The map of RGB [..., 3, 3]: the hue turned about the grey axis, then saturation, then brightness."""
+    """The map of RGB [..., 3, 3]: the hue turned about the grey axis, then saturation, then
+    brightness.
+    """
     angle = 2 * np.pi * hue
     cosine, sine = jnp.cos(angle), jnp.sin(angle)
     third, root = (1 - cosine) / 3, np.sqrt(1 / 3) * sine
     same, before, after = cosine + third, third - root, third + root
-    turned = jnp.stack([
-        jnp.stack([same, before, after], -1),
-        jnp.stack([after, same, before], -1),
-        jnp.stack([before, after, same], -1),
-    ], -2)
+    turned = jnp.stack(
+        [
+            jnp.stack([same, before, after], -1),
+            jnp.stack([after, same, before], -1),
+            jnp.stack([before, after, same], -1),
+        ],
+        -2,
+    )
     # The grey of what was turned is each output's part that saturation does not scale.
     greys = (turned * GREY[:, None]).sum(-2, keepdims=True)
     scale = saturation[..., None, None]

@@ -10,7 +10,8 @@ from PIL import Image
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
-"""Chunks that a PNG is decoded from (PNG specification, third edition, 11.2); tRNS is optional."""
+"""Chunks that a PNG is decoded from (PNG specification, third edition, 11.2); tRNS is optional.
+"""
 JPEG_PIXELS = (0xE0, 0xEE)
 """Application segments that say how colours are coded: JFIF's and Adobe's."""
 WEBP_METADATA = {b"ICCP": 0x20, b"EXIF": 0x08, b"XMP ": 0x04}
@@ -24,17 +25,19 @@ TIFF_PIXELS = frozenset(
 EXIF_START = b"Exif\0\0"
 PNG_NEXT = re.compile(rb"IHDR|PLTE|IDAT|IEND|tRNS")
 SEARCHES, LOOKS = 4, 16
-"""Chunks of a wrong length that are passed over in a PNG, and for each of them the places where the
+"""Chunks of a wrong length that are passed over in a PNG, and for each of them the places where
+the
 next whole one is looked for: checksums over a whole file take a while."""
 JFIF_BYTES = 16
 """A shorter segment is none of JFIF's."""
 
 
 def without_metadata(data: bytes) -> bytes | None:
-    """A PNG, JPEG, WebP or TIFF of the same pixels, with no metadata but what says which way is up.
+    """A PNG, JPEG, WebP or TIFF of the same pixels, with no metadata but what says which way is
+    up.
 
-    What holds the pixels is copied as it is, with its checksums. None for other formats, and where
-    the picture has none of the parts that it should.
+    What holds the pixels is copied as it is, with its checksums. None for other formats, and
+    where the picture has none of the parts that it should.
     """
     parts: Iterator[bytes]
     if data.startswith(PNG_START):

@@ -1,8 +1,10 @@
-"""Token sequences of text with visuals in it, the same for training and for prompts (paper 2.3, figure 7).
+"""Token sequences of text with visuals in it, the same for training and for prompts (paper 2.3,
+figure 7).
 
-Page: `<BOS>text<EOC><image>text<EOC><image>text<EOC><EOS>`; pair: `<BOS><image>caption<EOC><EOS>`; question:
-`<BOS><image>prompt answer<EOC><EOS>`, of which ` answer<EOC>` is learned. `<EOC>` closes a chunk: it stands
-before every image tag, except directly after <BOS>, and at the end of the document.
+Page: `<BOS>text<EOC><image>text<EOC><image>text<EOC><EOS>`; pair:
+`<BOS><image>caption<EOC><EOS>`; question: `<BOS><image>prompt answer<EOC><EOS>`, of which `
+answer<EOC>` is learned. `<EOC>` closes a chunk: it stands before every image tag, except
+directly after <BOS>, and at the end of the document.
 """
 
 import dataclasses
@@ -21,9 +23,10 @@ class Sequence:
     """Tokens of one document.
 
     tokens: int32 [n].
-    chunk: int32 [n], never falling: 0 before the first image, c from the first token of image c's tag (counted from 1) to its <EOC>;
-      <EOS> belongs to the last chunk.
-    is_text: bool [n], what a model learns to predict: all but <BOS> and the image tags; of a question its answer and <EOC> alone.
+    chunk: int32 [n], never falling: 0 before the first image, c from the first token of image
+      c's tag (counted from 1) to its <EOC>; <EOS> belongs to the last chunk.
+    is_text: bool [n], what a model learns to predict: all but <BOS> and the image tags; of a
+      question its answer and <EOC> alone.
     """
 
     tokens: np.ndarray
@@ -35,12 +38,19 @@ class Sequence:
 
 
 def page_sequence(texts: Items[str], tokenizer: Tokenizer, *, close: bool = True) -> Sequence:
-    """k + 1 texts around k visuals. `close=False` leaves off the last <EOC><EOS>: a prompt to be continued."""
-    return _sequence([tokenizer.encode(text) if text else [] for text in texts], tokenizer, close=close)
+    """k + 1 texts around k visuals.
+
+    `close=False` leaves off the last <EOC><EOS>: a prompt to be continued.
+    """
+    return _sequence(
+        [tokenizer.encode(text) if text else [] for text in texts], tokenizer, close=close
+    )
 
 
 def pair_sequence(caption: str, tokenizer: Tokenizer, *, length: int | None = None) -> Sequence:
-    """A visual and its caption; a caption too long for `length` tokens in all loses its end, never its <EOC><EOS>."""
+    """A visual and its caption; a caption too long for `length` tokens in all loses its end,
+    never its <EOC><EOS>.
+    """
     tokens = tokenizer.encode(caption)
     if length is not None:
         tokens = tokens[: max(length - pair_overhead(tokenizer), 0)]
@@ -48,22 +58,42 @@ def pair_sequence(caption: str, tokenizer: Tokenizer, *, length: int | None = No
 
 
 def asked(prompt: str, question: str) -> str:
-    """What stands between a visual and the answer: `prompt` with the question at {question}. The answer follows after a space."""
+    """What stands between a visual and the answer: `prompt` with the question at {question}.
+
+    The answer follows after a space.
+    """
     return prompt.replace("{question}", question)
 
 
 def question_sequence(opening: str, answer: str, tokenizer: Tokenizer) -> Sequence:
-    """A visual, what is `asked` of it and the answer. The two are tokenised apart, since at inference the answer is yet to come."""
+    """A visual, what is `asked` of it and the answer.
+
+    The two are tokenised apart, since at inference the answer is yet to come.
+    """
     before = [*tokenizer.image_tag_ids, *tokenizer.encode(opening)]
     learned = [*tokenizer.encode(f" {answer}"), tokenizer.eoc]
     tokens = [tokenizer.bos, *before, *learned, tokenizer.eos]
     is_text = [False] * (1 + len(before)) + [True] * len(learned) + [False]
-    return Sequence(np.array(tokens, np.int32), np.array([0] + [1] * (len(tokens) - 1), np.int32), np.array(is_text, bool))
+    return Sequence(
+        np.array(tokens, np.int32),
+        np.array([0] + [1] * (len(tokens) - 1), np.int32),
+        np.array(is_text, bool),
+    )
 
 
 def question_tokens(opening: str, answer: str, tokenizer: Tokenizer) -> np.ndarray:
-    """`<BOS>prompt answer<EOS>`, the same in the language modelling stage, where there is no visual: int32 [n]."""
-    return np.array([tokenizer.bos, *tokenizer.encode(opening), *tokenizer.encode(f" {answer}"), tokenizer.eos], np.int32)
+    """`<BOS>prompt answer<EOS>`, the same in the language modelling stage, where there is no
+    visual: int32 [n].
+    """
+    return np.array(
+        [
+            tokenizer.bos,
+            *tokenizer.encode(opening),
+            *tokenizer.encode(f" {answer}"),
+            tokenizer.eos,
+        ],
+        np.int32,
+    )
 
 
 def pair_overhead(tokenizer: Tokenizer) -> int:
@@ -72,14 +102,18 @@ def pair_overhead(tokenizer: Tokenizer) -> int:
 
 
 def text_tokens(text: str, tokenizer: Tokenizer) -> np.ndarray:
-    """`<BOS>text<EOS>` of a document with no visuals, for the language modelling and the contrastive stage: int32 [n]."""
+    """`<BOS>text<EOS>` of a document with no visuals, for the language modelling and the
+    contrastive stage: int32 [n].
+    """
     return np.array([tokenizer.bos, *tokenizer.encode(text), tokenizer.eos], np.int32)
 
 
 def media_index(chunk: np.ndarray, number_of_visuals: int, look: Look) -> np.ndarray:
-    """phi: which visual each token looks at, as its place from 0, or -1 for none; int32, shaped like `chunk`.
+    """phi: which visual each token looks at, as its place from 0, or -1 for none; int32, shaped
+    like `chunk`.
 
-    "previous" is the last visual before the token; "next" the first after it (paper's p_next), none past the last visual.
+    "previous" is the last visual before the token; "next" the first after it (paper's p_next),
+    none past the last visual.
     """
     index = chunk - 1 if look == "previous" else np.where(chunk < number_of_visuals, chunk, -1)
     return index.astype(np.int32, copy=False)

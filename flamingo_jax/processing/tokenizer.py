@@ -1,4 +1,6 @@
-"""Text to token ids and back: SentencePiece or Hugging Face's tokenizers, with <EOC> as one more id after the vocabulary."""
+"""Text to token ids and back: SentencePiece or Hugging Face's tokenizers, with <EOC> as one
+more id after the vocabulary.
+"""
 
 import abc
 import functools
@@ -23,11 +25,14 @@ SPECIALS_NAME = "tokenizer_config.json"
 
 
 class Tokenizer(abc.ABC):
-    """A tokenizer read so that text is taken exactly: no space put in front, none removed, and no special token found in it.
+    """A tokenizer read so that text is taken exactly: no space put in front, none removed, and
+    no special token found in it.
 
-    A leading space is information here (paper A.3.3 puts one before half of all paired text), so that a model's own dummy prefix is switched
-    off; its Unicode normalisation stays as it was trained. Ids 0..pieces-1 are the tokenizer's; those up to vocab_size, where a language
-    model's vocabulary is padded, mean nothing; vocab_size is <EOC>. Safe to use from several threads.
+    A leading space is information here (paper A.3.3 puts one before half of all paired text),
+    so that a model's own dummy prefix is switched off; its Unicode normalisation stays as it
+    was trained. Ids 0..pieces-1 are the tokenizer's; those up to vocab_size, where a language
+    model's vocabulary is padded, mean nothing; vocab_size is <EOC>. Safe to use from several
+    threads.
     """
 
     image_tag = "<image>"
@@ -35,30 +40,42 @@ class Tokenizer(abc.ABC):
     pieces: int
     vocab_size: int
     bos: int
-    """Begins a document; for a model that was trained without (Qwen), what stood between its documents."""
+    """Begins a document; for a model that was trained without (Qwen), what stood between its
+    documents.
+    """
     eos: int
     pad: int
-    """Fills the end of a row, which is masked everywhere: where the model has no id for the tokenizer's own padding (Llama 2), any other will do."""
+    """Fills the end of a row, which is masked everywhere: where the model has no id for the
+    tokenizer's own padding (Llama 2), any other will do.
+    """
 
     @staticmethod
     def load(path: str | pathlib.Path, vocab_size: int = 0) -> "Tokenizer":
-        """From a file, or a folder that holds `tokenizer.json` or `tokenizer.model` (the first where it holds both).
+        """From a file, or a folder that holds `tokenizer.json` or `tokenizer.model` (the first
+        where it holds both).
 
         Args:
           vocab_size: ids of the language model, 0 for as many as the tokenizer has.
 
-        Raises: UserError where there is none, or it has more ids than the model, or fewer by more than a padding.
+        Raises: UserError where there is none, or it has more ids than the model, or fewer by
+          more than a padding.
         """
         file = tokenizer_file(path)
         if file is None:
-            raise UserError(f"there is no tokenizer at {path}; name a SentencePiece model or a {JSON_NAME}, or a folder that holds {FILE_NAME} or {JSON_NAME}")
+            raise UserError(
+                f"there is no tokenizer at {path}; name a SentencePiece model or a {JSON_NAME},"
+                f" or a folder that holds {FILE_NAME} or {JSON_NAME}"
+            )
         found: Tokenizer
         if file.suffix == ".json":
             found = JSONTokenizer(file.read_bytes(), special_tokens(file.parent))
         else:
             found = SentencePieceTokenizer(file.read_bytes())
         if vocab_size and not found.fits(vocab_size):
-            raise UserError(f"the tokenizer {path} has {found.pieces} pieces, but the language model {vocab_size}: they do not belong together")
+            raise UserError(
+                f"the tokenizer {path} has {found.pieces} pieces, but the language model"
+                f" {vocab_size}: they do not belong together"
+            )
         found.vocab_size = vocab_size or found.pieces
         if found.pieces > found.vocab_size:
             found.pieces, found.pad = found.needed, found.bos
@@ -75,9 +92,11 @@ class Tokenizer(abc.ABC):
                 file.unlink(missing_ok=True)
 
     def fits(self, vocab_size: int) -> bool:
-        """Whether a language model of so many ids can be this tokenizer's: as many, or some more where its vocabulary is padded to a multiple.
+        """Whether a language model of so many ids can be this tokenizer's: as many, or some
+        more where its vocabulary is padded to a multiple.
 
-        A padding token behind all others need not be the model's: tokenizers are given one after the model was trained.
+        A padding token behind all others need not be the model's: tokenizers are given one
+        after the model was trained.
         """
         return self.needed <= vocab_size <= self.pieces + max(64, self.pieces // 10)
 
@@ -109,11 +128,15 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; <BOS>, <EOS>, padding, other special tokens and everything past the pieces are left out."""
+        """Text of the ids; <BOS>, <EOS>, padding, other special tokens and everything past the
+        pieces are left out.
+        """
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model, whose `add_dummy_prefix` and `remove_extra_whitespaces` are switched off."""
+    """A SentencePiece model, whose `add_dummy_prefix` and `remove_extra_whitespaces` are
+    switched off.
+    """
 
     def __init__(self, model: bytes):
         """Raises UserError where `model` is no SentencePiece model or has no <BOS> or <EOS>."""
@@ -123,13 +146,20 @@ class SentencePieceTokenizer(Tokenizer):
             proto.ParseFromString(model)
             proto.normalizer_spec.add_dummy_prefix = False
             proto.normalizer_spec.remove_extra_whitespaces = False
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+            self._processor = sentencepiece.SentencePieceProcessor(
+                model_proto=proto.SerializeToString()
+            )
         except (DecodeError, RuntimeError) as error:
-            raise UserError(f"the tokenizer is no SentencePiece model ({error}); name a .model file that SentencePiece wrote") from error
+            raise UserError(
+                f"the tokenizer is no SentencePiece model ({error}); name a .model file that"
+                " SentencePiece wrote"
+            ) from error
         self.pieces = self.vocab_size = self._processor.vocab_size()
         self.bos, self.eos = self._processor.bos_id(), self._processor.eos_id()
         if self.bos < 0 or self.eos < 0:
-            raise UserError("the tokenizer has no <BOS> or no <EOS>; train it with bos_id and eos_id")
+            raise UserError(
+                "the tokenizer has no <BOS> or no <EOS>; train it with bos_id and eos_id"
+            )
         # 0 where the model has no padding of its own.
         self.pad = max(self._processor.pad_id(), 0)
         self._silent = {self.bos, self.eos, self._processor.pad_id()}
@@ -141,64 +171,88 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._processor.decode([int(i) for i in ids if 0 <= i < self.pieces and i not in self._silent])
+        return self._processor.decode(
+            [int(i) for i in ids if 0 <= i < self.pieces and i not in self._silent]
+        )
 
 
 class JSONTokenizer(Tokenizer):
     """A `tokenizer.json`, whose prefix spaces, truncation and padding are switched off."""
 
     def __init__(self, content: bytes, specials: Mapping[str, str]):
-        """specials: as `special_tokens` gives them. Raises UserError where `content` is no tokenizer, or it has no end of text."""
+        """specials: as `special_tokens` gives them.
+
+        Raises UserError where `content` is no tokenizer, or it has no end of text.
+        """
         self._content = content
         try:
             document = json.loads(content)
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_without_prefix(document)))
         except Exception as error:  # noqa: BLE001 - the library raises plain Exceptions
-            raise UserError(f"the tokenizer is no tokenizer.json that can be read ({error}); name one that Hugging Face's tokenizers wrote") from error
+            raise UserError(
+                f"the tokenizer is no tokenizer.json that can be read ({error}); name one that"
+                " Hugging Face's tokenizers wrote"
+            ) from error
         # Text that says "<|endoftext|>" is text.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.pieces = self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.pieces = self.vocab_size = 1 + max(
+            self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1
+        )
         ids: dict[str, int] = {}
         for role, token in specials.items():
             number = self._tokenizer.token_to_id(token)
             if number is None and role == "pad_token":
                 continue
             if number is None:
-                raise UserError(f"the tokenizer has no token {token!r}, which its {SPECIALS_NAME} calls the {role}: copy both files from the same model")
+                raise UserError(
+                    f"the tokenizer has no token {token!r}, which its {SPECIALS_NAME} calls the"
+                    f" {role}: copy both files from the same model"
+                )
             ids[role] = number
         if "eos_token" not in ids:
-            raise UserError(f"the tokenizer has no eos_token: name one in the {SPECIALS_NAME} beside it")
+            raise UserError(
+                f"the tokenizer has no eos_token: name one in the {SPECIALS_NAME} beside it"
+            )
         self.eos = ids["eos_token"]
         self.bos = ids.get("bos_token", self.eos)
         self.pad = ids.get("pad_token", self.bos)
         self._specials = dict(specials)
 
     def files(self) -> dict[str, bytes]:
-        return {JSON_NAME: self._content, SPECIALS_NAME: (json.dumps(self._specials, indent=1, sort_keys=True) + "\n").encode()}
+        return {
+            JSON_NAME: self._content,
+            SPECIALS_NAME: ((json.dumps(self._specials, indent=1, sort_keys=True) + "\n").encode()),
+        }
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         silent = {self.bos, self.eos, self.pad}
-        return self._tokenizer.decode([int(i) for i in ids if 0 <= i < self.pieces and i not in silent], skip_special_tokens=True)
+        return self._tokenizer.decode(
+            [int(i) for i in ids if 0 <= i < self.pieces and i not in silent],
+            skip_special_tokens=True,
+        )
 
 
 def tokenizer_file(path: str | pathlib.Path) -> pathlib.Path | None:
-    """The tokenizer's file at a path, which may be the folder that holds it; None where there is none."""
+    """The tokenizer's file at a path, which may be the folder that holds it; None where there
+    is none.
+    """
     file = pathlib.Path(path)
     places = [file / JSON_NAME, file / FILE_NAME] if file.is_dir() else [file]
     return next((place for place in places if place.is_file()), None)
 
 
 def special_tokens(folder: pathlib.Path) -> dict[str, str]:
-    """The texts of bos_token, eos_token and pad_token of the model whose tokenizer.json lies in a folder, as far as it has them.
+    """The texts of bos_token, eos_token and pad_token of the model whose tokenizer.json lies in
+    a folder, as far as it has them.
 
-    They stand in tokenizer_config.json or special_tokens_map.json, where null, false and "" are none.
-    A model without a beginning of text has in its config.json the id of what
-    stood between its documents.
+    They stand in tokenizer_config.json or special_tokens_map.json, where null, false and "" are
+    none. A model without a beginning of text has in its config.json the id of what stood
+    between its documents.
     """
     found: dict[str, str] = {}
     for name in (SPECIALS_NAME, "special_tokens_map.json"):
@@ -208,10 +262,15 @@ def special_tokens(folder: pathlib.Path) -> dict[str, str]:
                 if isinstance(text, str) and text:
                     found.setdefault(role, text)
                 elif text:
-                    raise UserError(f"{folder / name} has {role} = {token!r}, which is no text: copy it from the model again")
+                    raise UserError(
+                        f"{folder / name} has {role} = {token!r}, which is no text: copy it"
+                        " from the model again"
+                    )
     config = _json(folder / "config.json")
     config = config if isinstance(config.get("model_type"), str) else {}
-    names = {entry["id"]: entry["content"] for entry in _json(folder / JSON_NAME).get("added_tokens", [])}
+    names = {
+        entry["id"]: entry["content"] for entry in _json(folder / JSON_NAME).get("added_tokens", [])
+    }
     for role in ("bos_token", "eos_token", "pad_token"):
         number = config.get(f"{role}_id")
         number = number[0] if isinstance(number, list) and number else number
@@ -235,9 +294,16 @@ def _without_prefix(part: Any) -> Any:
     if not isinstance(part, dict):
         return part
     kind = part.get("type")
-    part = {key: _without_prefix(value) if key not in ("model", "added_tokens") else value for key, value in part.items()}
+    part = {
+        key: _without_prefix(value) if key not in ("model", "added_tokens") else value
+        for key, value in part.items()
+    }
     if kind == "Metaspace":
-        part |= {"prepend_scheme": "never", "add_prefix_space": False} if "add_prefix_space" in part else {"prepend_scheme": "never"}
+        part |= (
+            {"prepend_scheme": "never", "add_prefix_space": False}
+            if "add_prefix_space" in part
+            else {"prepend_scheme": "never"}
+        )
     elif kind == "ByteLevel" and "add_prefix_space" in part:
         part["add_prefix_space"] = False
     for key, inside in (("normalizers", "Prepend"), ("decoders", "Strip")):

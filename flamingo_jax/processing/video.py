@@ -1,4 +1,6 @@
-"""Video files to frames, and clips out of frames (paper 3.2: 8 frames at 1 fps in training, 30 at 3 fps at inference)."""
+"""Video files to frames, and clips out of frames (paper 3.2: 8 frames at 1 fps in training, 30
+at 3 fps at inference).
+"""
 
 import dataclasses
 import logging
@@ -15,7 +17,14 @@ from av.video.reformatter import Interpolation
 
 from flamingo_jax.processing.images import MAX_PIXELS
 from flamingo_jax.processing.video_clock import Clock
-from flamingo_jax.processing.video_file import BROKEN, DAMAGED, VideoError, claimed, opened, pictures
+from flamingo_jax.processing.video_file import (
+    BROKEN,
+    DAMAGED,
+    VideoError,
+    claimed,
+    opened,
+    pictures,
+)
 from flamingo_jax.storage import LASTING, read_again
 
 MAX_FRAMES = 3_600
@@ -49,15 +58,16 @@ def read_film(
     max_frames: int = MAX_FRAMES,
     max_pixels: int = MAX_PIXELS,
 ) -> Film:
-    """The pictures on screen at 0, 1/fps, 2/fps, ... seconds, at most `max_frames`, and what was
+    """The pictures on screen at 0, 1/fps, 2/fps, ... seconds, at most `max_frames`, and what
+    was
     lost on the way: damage is passed over, so that the picture before it stays on screen.
 
-    Any form of `video_file.FORMATS`, moving GIFs among them. Pixels that are not square are made
-    so, and pictures are turned and mirrored as the file says. Where time stamps lack or jump, the
-    file's rate takes their place (`video_clock`). `resize` is called on every frame as it is
-    read, so that a long video of large frames needs little memory.
-    Raises VideoError where no frame can be read or frames have more than `max_pixels`;
-    StorageError where the storage fails for long.
+    Any form of `video_file.FORMATS`, moving GIFs among them. Pixels that are not square are
+    made so, and pictures are turned and mirrored as the file says. Where time stamps lack or
+    jump, the file's rate takes their place (`video_clock`). `resize` is called on every frame
+    as it is read, so that a long video of large frames needs little memory. Raises VideoError
+    where no frame can be read or frames have more than `max_pixels`; StorageError where the
+    storage fails for long.
     """
     film = read_again(lambda: _film(path, fps, resize, max_frames, max_pixels), path, LASTING)
     if film.lost:
@@ -112,8 +122,9 @@ def read_frames(
 
 
 def clip(count: int, frames: int, below: Callable[[int], int] | None = None) -> range:
-    """Which of `count` stored frames a clip of `frames` takes: a run of neighbours, the first ones where `below`, which draws one of
-    0..n - 1, is None."""
+    """Which of `count` stored frames a clip of `frames` takes: a run of neighbours, the first
+    ones where `below`, which draws one of 0..n - 1, is None.
+    """
     if below is None or count <= frames:
         return range(min(count, frames))
     start = below(count - frames + 1)
@@ -121,16 +132,17 @@ def clip(count: int, frames: int, below: Callable[[int], int] | None = None) -> 
 
 
 def middle_clip(count: int, frames: int, *, every: float = 1.0) -> list[int]:
-    """Which of `count` stored frames a prompt shows: at most `frames`, at one rate, from the middle.
+    """Which of `count` stored frames a prompt shows: at most `frames`, at one rate, from the
+    middle.
 
     A model has met neighbours at the rate of its training data: frames spread over a long video
-    would show it motion of another speed. The paper's 30 frames at 3 fps (facts 6) are asked for
-    with a higher rate and number. The middle shows what a video is about more often than its
-    beginning does; the paper does not say.
+    would show it motion of another speed. The paper's 30 frames at 3 fps (facts 6) are asked
+    for with a higher rate and number. The middle shows what a video is about more often than
+    its beginning does; the paper does not say.
 
     Args:
-      every: stored frames from one that is taken to the next, 1 or more: the stored rate over the
-        wanted one.
+      every: stored frames from one that is taken to the next, 1 or more: the stored rate over
+        the wanted one.
     """
     taken = min(frames, 1 + int((count - 1) / every + 1e-6))
     start = (count - 1 - (taken - 1) * every) / 2

@@ -1,13 +1,15 @@
 """The seconds at which a film's pictures are shown, out of time stamps that may lack or jump."""
 
 LONGEST = 10.0
-"""Seconds. A longer gap between two stamps is a jump of the clock rather than a still: ffplay and
-ffmpeg take the same bound for forms whose clocks may jump."""
+"""Seconds. A longer gap between two stamps is a jump of the clock rather than a still: ffplay
+and ffmpeg take the same bound for forms whose clocks may jump.
+"""
 SLIDES = 10
 """Times the average step. A gap below it is one of many, and so no jump."""
 SETBACK = 1.0
-"""Seconds that a stamp may lie behind the one before without being a jump: stamps in the order of
-decoding are off by so much at most."""
+"""Seconds that a stamp may lie behind the one before without being a jump: stamps in the order
+of decoding are off by so much at most.
+"""
 BEHIND = 16
 """Pictures in a row that may lie behind, as many as a decoder may hold back."""
 USUAL_STEP = 1 / 25
@@ -28,7 +30,8 @@ class Clock:
     def __init__(self, rate: float, average: float = 0.0, *, trusted: bool = False):
         """rate: pictures a second by the file's header; 0 where it is not known.
 
-        average: their count over the film's length, which tells slides from a clock that jumped.
+        average: their count over the film's length, which tells slides from a clock that
+          jumped.
         trusted: stamps are sums of the times that pictures stay, and cannot jump (moving GIFs).
         """
         self._usual = 1 / rate if 1e-3 < rate < 1e4 else USUAL_STEP

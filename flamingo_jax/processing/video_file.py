@@ -17,27 +17,33 @@ FORMATS = (
 )
 """FFmpeg's names of the containers and bare streams that hold all of a film in the file itself.
 
-Playlists and descriptions (hls, dash, concat, sdp, imf, vobsub, ...) name other files or hosts, and
-are not opened; nor are devices, subtitles and single pictures."""
+Playlists and descriptions (hls, dash, concat, sdp, imf, vobsub, ...) name other files or hosts,
+and are not opened; nor are devices, subtitles and single pictures.
+"""
 OPTIONS = {
     "format_whitelist": FORMATS,
     "protocol_whitelist": "none",
     "enable_drefs": "0",
     "use_absolute_path": "0",
 }
-"""The file is handed over open, so that FFmpeg needs no protocol at all; the last two are for .mov
-files, which may name others that hold their pictures."""
+"""The file is handed over open, so that FFmpeg needs no protocol at all; the last two are for
+.mov files, which may name others that hold their pictures.
+"""
 HEADED = ("mov", "matroska", "avi")
 """Forms whose length is read from a header; FFmpeg guesses that of others."""
 BUFFER = 1 << 18
 """Bytes read at once."""
 METADATA: dict[str, Any] = {}
-"""How titles that are no UTF-8 are read. Before PyAV 19 they stopped a film from being opened."""
+"""How titles that are no UTF-8 are read.
+
+Before PyAV 19 they stopped a film from being opened.
+"""
 if int(av.__version__.split(".")[0]) < 19:
     METADATA["metadata_errors"] = "replace"
 COVERS = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
 PROBED = 1_000
-"""Packets looked at to tell a film from a still, where a file has several streams of pictures."""
+"""Packets looked at to tell a film from a still, where a file has several streams of pictures.
+"""
 FAILURES = 100
 """Failed reads in a row after which a file has broken off."""
 

@@ -1,4 +1,6 @@
-"""Which caption belongs to which picture, and the other way round (paper B.1.3, equations 4 and 5)."""
+"""Which caption belongs to which picture, and the other way round (paper B.1.3, equations 4 and
+5).
+"""
 
 import jax
 import jax.numpy as jnp
@@ -15,31 +17,44 @@ Array = jax.Array
 
 
 def contrastive_loss(
-    images: Array, texts: Array, scale: Array, label_smoothing: float, same: Array | None = None, real: Array | None = None
+    images: Array,
+    texts: Array,
+    scale: Array,
+    label_smoothing: float,
+    same: Array | None = None,
+    real: Array | None = None,
 ) -> tuple[Array, Array]:
     """Softmax cross-entropy over the batch, picture to text plus text to picture.
 
     Args:
-      images, texts: float32 [B, J] of length 1, row by row a pair. scale: the inverse temperature.
+      images, texts: float32 [B, J] of length 1, row by row a pair. scale: the inverse
+        temperature.
       label_smoothing: the share of each target that is spread over the batch.
-      same: bool [B, B], True where two pairs have the same caption and so share the target; by default only a pair itself.
-      real: bool [B], False on rows that hold no pair: they have no loss and are nobody's negative. By default all are real.
+      same: bool [B, B], True where two pairs have the same caption and so share the target; by
+        default only a pair itself.
+      real: bool [B], False on rows that hold no pair: they have no loss and are nobody's
+        negative. By default all are real.
 
-    Returns: the loss, a mean over pairs, and the share of pictures whose own caption (or one equal to it) scores highest.
+    Returns: the loss, a mean over pairs, and the share of pictures whose own caption (or one
+      equal to it) scores highest.
     """
     batch = images.shape[0]
     same = jnp.eye(batch, dtype=bool) if same is None else same
     real = jnp.ones((batch,), bool) if real is None else real
     # What is no pair is not multiplied, be it with the zero of its gradient.
     images, texts = (jnp.where(real[:, None], a, 0.0) for a in (images, texts))
-    # In full float32: accelerators multiply with less by default, and the inverse temperature grows to 100.
+    # In full float32: accelerators multiply with less by default, and the inverse temperature
+    # grows to 100.
     logits = scale * jnp.matmul(images, texts.T, precision=jax.lax.Precision.HIGHEST)
     both, count = real[:, None] & real[None], jnp.maximum(real.sum(), 1)
     logits, same = jnp.where(both, logits, MASKED), same & both
     target = same / jnp.maximum(same.sum(1, keepdims=True), 1)
     target = jnp.where(both, target * (1 - label_smoothing) + label_smoothing / count, 0.0)
     # `same` and so `target` are symmetric: one serves both directions.
-    loss = -(target * (jax.nn.log_softmax(logits, axis=1) + jax.nn.log_softmax(logits, axis=0))).sum() / count
+    loss = (
+        -(target * (jax.nn.log_softmax(logits, axis=1) + jax.nn.log_softmax(logits, axis=0))).sum()
+        / count
+    )
     return loss, same[jnp.arange(batch), logits.argmax(1)].sum() / count
 
 
@@ -51,11 +66,13 @@ def with_colours(batch: Batch) -> Array:
 
 
 class ContrastiveTask:
-    """Batches: images uint8 [B, H, W, 3], tokens int32 [B, L], mask bool [B, L], and jitter float32 [B, 6] where colours are to be jittered
-    (`processing.jitter`); every row is every other's negative.
+    """Batches: images uint8 [B, H, W, 3], tokens int32 [B, L], mask bool [B, L], and jitter
+    float32 [B, 6] where colours are to be jittered (`processing.jitter`); every row is every
+    other's negative.
 
-    A row without one token in its mask holds no pair. Arrays [P, B / P, ...], as `microbatches` makes them, are encoded part after part,
-    and again for the gradient, so that a large batch fits in memory; similarities are over the whole batch all the same.
+    A row without one token in its mask holds no pair. Arrays [P, B / P, ...], as `microbatches`
+    makes them, are encoded part after part, and again for the gradient, so that a large batch
+    fits in memory; similarities are over the whole batch all the same.
     """
 
     def __init__(self, config: ContrastiveConfig):
@@ -67,34 +84,54 @@ class ContrastiveTask:
     def weight(self, batch: Batch) -> Array:
         return jnp.float32(1)
 
-    def stream_losses(self, model: DualEncoder, batches: dict[str, Batch], key: Array | None) -> dict[str, Loss]:
-        """Both towers take the pairs of all datasets as one batch; each dataset's pairs are then compared with its own."""
+    def stream_losses(
+        self, model: DualEncoder, batches: dict[str, Batch], key: Array | None
+    ) -> dict[str, Loss]:
+        """Both towers take the pairs of all datasets as one batch; each dataset's pairs are
+        then compared with its own.
+        """
         if len(batches) == 1:
             return {name: self.loss(model, batch, key) for name, batch in batches.items()}
         parts = list(batches.values())
         if any("jitter" in part for part in parts):
             # What is of no size stays as it is.
-            parts = [{"jitter": jnp.zeros((*part["mask"].shape[:-1], len(FIELDS)), jnp.float32)} | part for part in parts]
+            parts = [
+                {"jitter": jnp.zeros((*part["mask"].shape[:-1], len(FIELDS)), jnp.float32)} | part
+                for part in parts
+            ]
         rows = [(batch["mask"].size // batch["mask"].shape[-1], 1) for batch in parts]
         merge = lambda *arrays: join([a[:, None] for a in arrays]).reshape(-1, *arrays[0].shape[1:])
         # Of parts [P, B / P, ...], part by part.
         merge = merge if parts[0]["mask"].ndim == 2 else jax.vmap(merge)
-        encoded = self._encode(model, {name: merge(*(batch[name] for batch in parts)) for name in parts[0]}, key)
+        encoded = self._encode(
+            model, {name: merge(*(batch[name] for batch in parts)) for name in parts[0]}, key
+        )
         apart = [split(a.reshape(row_shards(), -1, *a.shape[1:]), rows) for a in encoded]
-        return {name: self._compare(model, *(a[place][:, 0] for a in apart)) for place, name in enumerate(batches)}
+        return {
+            name: self._compare(model, *(a[place][:, 0] for a in apart))
+            for place, name in enumerate(batches)
+        }
 
-    def _compare(self, model: DualEncoder, images: Array, texts: Array, tokens: Array, mask: Array) -> Loss:
+    def _compare(
+        self, model: DualEncoder, images: Array, texts: Array, tokens: Array, mask: Array
+    ) -> Loss:
         same = None
         if self.config.merge_duplicates:
             rows = jnp.where(mask, tokens, -1)
             same = (rows[:, None] == rows[None]).all(-1)
         scale = jnp.exp(model.log_inverse_temperature[...].astype(jnp.float32))
-        loss, accuracy = contrastive_loss(images, texts, scale, self.config.label_smoothing, same, mask.any(1))
+        loss, accuracy = contrastive_loss(
+            images, texts, scale, self.config.label_smoothing, same, mask.any(1)
+        )
         one = jnp.float32(1)
         return Loss(loss, one, {"accuracy": (accuracy, one), "inverse_temperature": (scale, one)})
 
-    def _encode(self, model: DualEncoder, batch: Batch, key: Array | None) -> tuple[Array, Array, Array, Array]:
-        """Both sides' vectors [B, J], and the texts they are of as one part: tokens, mask [B, L]."""
+    def _encode(
+        self, model: DualEncoder, batch: Batch, key: Array | None
+    ) -> tuple[Array, Array, Array, Array]:
+        """Both sides' vectors [B, J], and the texts they are of as one part: tokens, mask [B,
+        L].
+        """
 
         def encode(arrays: tuple[Batch, Array | None]) -> tuple[Array, Array]:
             part, key = arrays
@@ -106,11 +143,15 @@ class ContrastiveTask:
             return *encode((batch, key)), tokens, mask
         keys = None if key is None else jax.random.split(key, tokens.shape[0])
         images, texts = jax.lax.map(jax.checkpoint(encode, prevent_cse=False), (batch, keys))
-        images, texts, tokens, mask = (a.swapaxes(0, 1).reshape(-1, a.shape[-1]) for a in (images, texts, tokens, mask))
+        images, texts, tokens, mask = (
+            a.swapaxes(0, 1).reshape(-1, a.shape[-1]) for a in (images, texts, tokens, mask)
+        )
         return images, texts, tokens, mask
 
     def microbatches(self, batch: Batch, count: int) -> Batch:
-        """One part, since the loss is no sum over rows, which `loss` itself encodes in `count` parts: [1, count, B / count, ...]."""
+        """One part, since the loss is no sum over rows, which `loss` itself encodes in `count`
+        parts: [1, count, B / count, ...].
+        """
         return {name: a[None] for name, a in split_rows(batch, count).items()}
 
     def without_pictures(self, batch: Batch) -> None:

@@ -13,7 +13,9 @@ class LanguageModellingTask:
         self.reduction = reduction
 
     def loss(self, model: LanguageModel, batch: Batch, key: jax.Array | None) -> Loss:
-        return token_loss(model(batch["tokens"], batch["positions"], batch["segments"]), batch, self.reduction)
+        return token_loss(
+            model(batch["tokens"], batch["positions"], batch["segments"]), batch, self.reduction
+        )
 
     def microbatches(self, batch: Batch, count: int) -> Batch:
         return split_rows(batch, count)

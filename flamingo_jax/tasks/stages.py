@@ -1,4 +1,6 @@
-"""The three stages: which model and task each has, and which frozen parts it takes from the stages before it."""
+"""The three stages: which model and task each has, and which frozen parts it takes from the
+stages before it.
+"""
 
 import pathlib
 from collections.abc import Collection, Mapping
@@ -17,12 +19,18 @@ from flamingo_jax.tasks.flamingo import FlamingoTask
 from flamingo_jax.tasks.language_modelling import LanguageModellingTask
 from flamingo_jax.tasks.task import Task
 
-MODEL_FIELD = {"contrastive": "contrastive", "language_modelling": "language_model", "flamingo": "flamingo"}
+MODEL_FIELD = {
+    "contrastive": "contrastive",
+    "language_modelling": "language_model",
+    "flamingo": "flamingo",
+}
 """Task -> the field of Experiment that declares its model; also the kind of its export."""
 
 
 class Source(NamedTuple):
-    """Where a part stands in an export, "" for at the top. parameters: the prefix of their names. config: its key in the export's."""
+    """Where a part stands in an export, "" for at the top. parameters: the prefix of their
+    names. config: its key in the export's.
+    """
 
     parameters: str = ""
     config: str = ""
@@ -32,7 +40,9 @@ SOURCES = {
     "vision_encoder": {"contrastive": Source("vision", "vision"), "vision_encoder": Source()},
     "language_model": {"language_model": Source()},
 }
-"""Part -> the kinds of export that hold it, the one of its own stage first -> where it stands in them."""
+"""Part -> the kinds of export that hold it, the one of its own stage first -> where it stands
+in them.
+"""
 
 
 class Base(NamedTuple):
@@ -55,7 +65,9 @@ def model_config(experiment: Experiment) -> Any:
     field = MODEL_FIELD[experiment.task]
     config = getattr(experiment, field)
     if config is None:
-        raise UserError(f"config.{field} is empty, but task {experiment.task!r} trains that model: fill it in")
+        raise UserError(
+            f"config.{field} is empty, but task {experiment.task!r} trains that model: fill it in"
+        )
     return config
 
 
@@ -68,7 +80,11 @@ def build_model(experiment: Experiment, rngs: nnx.Rngs) -> nnx.Module:
     if experiment.task == "language_modelling":
         return LanguageModel(config, rngs=rngs, dtype=dtype, remat=experiment.training.remat)
     return Flamingo(
-        config, rngs=rngs, dtype=dtype, remat=experiment.training.remat, frames_at_once=experiment.training.frames_at_once,
+        config,
+        rngs=rngs,
+        dtype=dtype,
+        remat=experiment.training.remat,
+        frames_at_once=experiment.training.frames_at_once,
         encoder_trains=bool(unfrozen(experiment)),
     )
 
@@ -91,24 +107,40 @@ def unfrozen(experiment: Experiment) -> tuple[str, ...]:
     if not experiment.training.unfreeze_vision_encoder:
         return ()
     if experiment.task != "flamingo":
-        raise UserError(f"config.training.unfreeze_vision_encoder is on, but task {experiment.task!r} has no frozen encoder: turn it off")
+        raise UserError(
+            f"config.training.unfreeze_vision_encoder is on, but task {experiment.task!r} has"
+            " no frozen encoder: turn it off"
+        )
     return ("vision_encoder",)
 
 
 def bases(experiment: Experiment, parts: Collection[str] = PARTS) -> list[Base]:
-    """Those `parts` of the task's model that are frozen and the folders they come from; a UserError where one is not named or not there."""
+    """Those `parts` of the task's model that are frozen and the folders they come from; a
+    UserError where one is not named or not there.
+    """
     if experiment.task != "flamingo":
         return []
-    return [_base(experiment, part) for part in PARTS if part in parts and part not in unfrozen(experiment)]
+    return [
+        _base(experiment, part)
+        for part in PARTS
+        if part in parts and part not in unfrozen(experiment)
+    ]
 
 
 def starts(experiment: Experiment) -> list[Base]:
-    """The exports that trained parts start from; what none of them has starts at random. A UserError as of `bases`."""
+    """The exports that trained parts start from; what none of them has starts at random.
+
+    A UserError as of `bases`.
+    """
     if experiment.task != "flamingo":
         return []
     if experiment.flamingo_from:
         return [_of_flamingo(experiment, "", model_config(experiment), Source())]
-    return [base for base in (_base(experiment, part) for part in unfrozen(experiment)) if base.folder != "random"]
+    return [
+        base
+        for base in (_base(experiment, part) for part in unfrozen(experiment))
+        if base.folder != "random"
+    ]
 
 
 def _base(experiment: Experiment, part: str) -> Base:
@@ -122,11 +154,13 @@ def _base(experiment: Experiment, part: str) -> Base:
     stage = next(iter(SOURCES[part]))
     if not folder:
         raise UserError(
-            f"config.{field} is empty: name the folder exported by the {stage} stage, that of a published model, or 'random' for untrained weights"
+            f"config.{field} is empty: name the folder exported by the {stage} stage, that of a"
+            " published model, or 'random' for untrained weights"
         )
     if folder != "random" and not pathlib.Path(folder).is_dir():
         raise UserError(
-            f"config.{field} is {folder!r}, which is no folder: run the {stage} stage and launch.export first, or name the folder of a published model"
+            f"config.{field} is {folder!r}, which is no folder: run the {stage} stage and"
+            " launch.export first, or name the folder of a published model"
         )
     return Base(part, folder, part_config, field, SOURCES[part])
 
@@ -135,7 +169,13 @@ def _of_flamingo(experiment: Experiment, part: str, config: Any, source: Source)
     """A part of the Flamingo that the experiment goes on from."""
     folder = experiment.flamingo_from
     if experiment.vision_encoder_from or experiment.language_model_from:
-        raise UserError("config.flamingo_from brings the encoder and the language model along: set config.vision_encoder_from and language_model_from to ''")
+        raise UserError(
+            "config.flamingo_from brings the encoder and the language model along: set"
+            " config.vision_encoder_from and language_model_from to ''"
+        )
     if folder != "random" and not pathlib.Path(folder).is_dir():
-        raise UserError(f"config.flamingo_from is {folder!r}, which is no folder: run the flamingo stage and launch.export first")
+        raise UserError(
+            f"config.flamingo_from is {folder!r}, which is no folder: run the flamingo stage"
+            " and launch.export first"
+        )
     return Base(part, folder, config, "flamingo_from", {"flamingo": source})

@@ -10,10 +10,11 @@ Batch = dict[str, Array]
 
 
 class Loss(NamedTuple):
-    """A loss as a sum and what it is divided by, so that sums over microbatches are divided once.
+    """A loss as a sum and what it is divided by, so that sums over microbatches are divided
+    once.
 
-    total, weight: float32 scalars; the loss is total / weight, and 0 where nothing has weight: what
-    one part lacks must not count as one in the sum of all. metrics: {name: (sum, weight)}.
+    total, weight: float32 scalars; the loss is total / weight, and 0 where nothing has weight:
+    what one part lacks must not count as one in the sum of all. metrics: {name: (sum, weight)}.
     """
 
     total: Array
@@ -34,7 +35,9 @@ class Task(Protocol):
         ...
 
     def microbatches(self, batch: Batch, count: int) -> Batch:
-        """The batch as parts stacked on a new first axis, over which the loss is a sum: `count` of them, or one that `loss` splits itself."""
+        """The batch as parts stacked on a new first axis, over which the loss is a sum: `count`
+        of them, or one that `loss` splits itself.
+        """
         ...
 
     def without_pictures(self, batch: Batch) -> Batch | None:
@@ -54,7 +57,9 @@ class StreamTask(Task, Protocol):
         """The `weight` of the whole batch's loss, which no parameter changes."""
         ...
 
-    def stream_losses(self, model: Any, batches: dict[str, Batch], key: Array | None) -> dict[str, Loss]:
+    def stream_losses(
+        self, model: Any, batches: dict[str, Batch], key: Array | None
+    ) -> dict[str, Loss]:
         """The losses of several datasets' batches at once, equal to those of `loss` one by one."""
         ...
 
@@ -64,9 +69,10 @@ def token_loss(logits: Array, batch: Batch, reduction: str) -> Loss:
 
     Args:
       logits: float32 [B, L, V]; those at l predict the token at l + 1.
-      batch: tokens, segments int32 [B, L]; loss_mask bool [B, L], True where a token is a target.
-      reduction: "sequence_sum": sum over the tokens of a sequence, mean over sequences (the paper's equation has the sum);
-        "token_mean": mean over tokens.
+      batch: tokens, segments int32 [B, L]; loss_mask bool [B, L], True where a token is a
+        target.
+      reduction: "sequence_sum": sum over the tokens of a sequence, mean over sequences (the
+        paper's equation has the sum); "token_mean": mean over tokens.
     """
     targets, segments = batch["tokens"][:, 1:], batch["segments"]
     mask = target_mask(batch)
@@ -83,11 +89,19 @@ def target_mask(batch: Batch) -> Array:
     return batch["loss_mask"][:, 1:] & (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
 
 
-def summed_loss(losses: Array, correct: Array, mask: Array, segments: Array, reduction: str) -> Loss:
-    """Each prediction's loss float32 and whether it is right, [B, L - 1] as `mask`, as a Loss of their rows."""
+def summed_loss(
+    losses: Array, correct: Array, mask: Array, segments: Array, reduction: str
+) -> Loss:
+    """Each prediction's loss float32 and whether it is right, [B, L - 1] as `mask`, as a Loss
+    of their rows.
+    """
     total = jnp.where(mask, losses, 0.0).sum()
     hits, tokens = (mask & correct).sum().astype(jnp.float32), mask.sum().astype(jnp.float32)
-    return Loss(total, loss_weight(mask, segments, reduction), {"loss_per_token": (total, tokens), "accuracy": (hits, tokens)})
+    return Loss(
+        total,
+        loss_weight(mask, segments, reduction),
+        {"loss_per_token": (total, tokens), "accuracy": (hits, tokens)},
+    )
 
 
 def loss_weight(mask: Array, segments: Array, reduction: str) -> Array:
@@ -102,6 +116,11 @@ def divisor(weight: Array) -> Array:
 
 
 def split_rows(batch: Batch, count: int) -> Batch:
-    """Every array's first axis [n, ...] as [count, n / count, ...], part p having every count-th row from row p on."""
+    """Every array's first axis [n, ...] as [count, n / count, ...], part p having every
+    count-th row from row p on.
+    """
     # Not runs of rows: each device then has its share of every part.
-    return {name: a.reshape(a.shape[0] // count, count, *a.shape[1:]).swapaxes(0, 1) for name, a in batch.items()}
+    return {
+        name: a.reshape(a.shape[0] // count, count, *a.shape[1:]).swapaxes(0, 1)
+        for name, a in batch.items()
+    }

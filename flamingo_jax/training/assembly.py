@@ -1,4 +1,6 @@
-"""From an experiment to arrays on devices: model, frozen parts, optimizer and state, sharded from their first byte."""
+"""From an experiment to arrays on devices: model, frozen parts, optimizer and state, sharded
+from their first byte.
+"""
 
 import functools
 import pathlib
@@ -46,7 +48,8 @@ class Assembly(NamedTuple):
 class FrozenEncoder(NamedTuple):
     """The vision encoder as a function of pictures.
 
-    digest: names weights, picture size and type. shape, dtype: those of a picture's features, [S, C]. encode: uint8 [n, H, W, 3] -> [n, S, C].
+    digest: names weights, picture size and type. shape, dtype: those of a picture's features,
+      [S, C]. encode: uint8 [n, H, W, 3] -> [n, S, C].
     """
 
     digest: str
@@ -56,7 +59,8 @@ class FrozenEncoder(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """Where a frozen part comes from: an export or a published model's folder, opened but not read.
+    """Where a frozen part comes from: an export or a published model's folder, opened but not
+    read.
 
     shapes: of its parameters, by their flat stacked names within the part.
     digest: names the weights; may read all of them, once for all processes, which all ask.
@@ -72,7 +76,9 @@ class Origin(NamedTuple):
 
 def assemble(experiment: Experiment, mesh: Mesh) -> Assembly:
     """Shapes and shardings of everything, without allocating anything on a device."""
-    model = nnx.eval_shape(lambda: stages.build_model(experiment, nnx.Rngs(params=jax.random.key(0))))
+    model = nnx.eval_shape(
+        lambda: stages.build_model(experiment, nnx.Rngs(params=jax.random.key(0)))
+    )
     graph, shapes = split_model(model)
     unfrozen = stages.unfrozen(experiment)
     trainable_names = rules.trainable_names(experiment.task, shapes, unfrozen)
@@ -85,18 +91,40 @@ def assemble(experiment: Experiment, mesh: Mesh) -> Assembly:
     trainable = {name: declare(name, jnp.float32) for name in shapes if name in trainable_names}
     frozen = {name: declare(name, frozen_dtype) for name in shapes if name not in trainable_names}
     optimizer, state = state_shapes(experiment, trainable)
-    state = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(mesh, PartitionSpec())), state)
+    state = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(
+            s.shape, s.dtype, sharding=NamedSharding(mesh, PartitionSpec())
+        ),
+        state,
+    )
     moment_shardings = rules.moment_shardings(trainable)
     moments = optax.tree_utils.tree_map_params(
-        optimizer, lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state.optimizer, moment_shardings
+        optimizer,
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state.optimizer,
+        moment_shardings,
     )
-    schedule = make_schedule(experiment.optimizer, experiment.training.steps, updates_per_step(experiment))
-    return Assembly(graph, trainable, frozen, optimizer, schedule, state._replace(trainable=trainable, optimizer=moments), moment_shardings)
+    schedule = make_schedule(
+        experiment.optimizer, experiment.training.steps, updates_per_step(experiment)
+    )
+    return Assembly(
+        graph,
+        trainable,
+        frozen,
+        optimizer,
+        schedule,
+        state._replace(trainable=trainable, optimizer=moments),
+        moment_shardings,
+    )
 
 
-def state_shapes(experiment: Experiment, trainable: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[optax.GradientTransformation, TrainState]:
+def state_shapes(
+    experiment: Experiment, trainable: Mapping[str, jax.ShapeDtypeStruct]
+) -> tuple[optax.GradientTransformation, TrainState]:
     """The optimizer of what is trained, and the shapes of the state that a checkpoint holds."""
-    optimizer = make_optimizer(experiment.optimizer, experiment.training.steps, trainable, updates_per_step(experiment))
+    optimizer = make_optimizer(
+        experiment.optimizer, experiment.training.steps, trainable, updates_per_step(experiment)
+    )
     return optimizer, jax.eval_shape(lambda p: initial_state(p, optimizer, 0), dict(trainable))
 
 
@@ -105,20 +133,25 @@ def updates_per_step(experiment: Experiment) -> int:
     return len(experiment.data) if experiment.training.mixing == "round_robin" else 1
 
 
-def initialise(
-    experiment: Experiment, assembly: Assembly, crew: Crew | None = None
-) -> TrainState:
-    """Makes a fresh state on the devices that hold it; frozen parts are not initialised. Trained
-    parts that an export has start from it. crew: as of `load_frozen`."""
+def initialise(experiment: Experiment, assembly: Assembly, crew: Crew | None = None) -> TrainState:
+    """Makes a fresh state on the devices that hold it; frozen parts are not initialised.
+    Trained parts that an export has start from it. crew: as of `load_frozen`.
+    """
 
     def make(key: jax.Array) -> TrainState:
         _, parameters = split_model(stages.build_model(experiment, nnx.Rngs(params=key)))
-        return initial_state({name: parameters[name] for name in assembly.trainable}, assembly.optimizer, experiment.seed)
+        return initial_state(
+            {name: parameters[name] for name in assembly.trainable},
+            assembly.optimizer,
+            experiment.seed,
+        )
 
     shardings = jax.tree.map(lambda s: s.sharding, assembly.state)
     found: Parameters = {}
     for base in stages.starts(experiment):
-        wanted = {name: s for name, s in assembly.trainable.items() if name.startswith(_prefix(base.part))}
+        wanted = {
+            name: s for name, s in assembly.trainable.items() if name.startswith(_prefix(base.part))
+        }
         found |= _read_base(_open_base(base), base, wanted, crew or Alone())
     state = jax.jit(make, out_shardings=shardings)(jax.random.key(experiment.seed))
     return state._replace(trainable=state.trainable | found)
@@ -129,7 +162,8 @@ def load_frozen(
 ) -> tuple[Parameters, dict[str, dict[str, str]]]:
     """Reads the frozen parameters from the folders they come from to where they lie.
 
-    Their bytes are checked once for all processes of the run, and each is read by as few as may be.
+    Their bytes are checked once for all processes of the run, and each is read by as few as may
+    be.
 
     crew: the run's processes; by default this one is alone.
 
@@ -139,7 +173,9 @@ def load_frozen(
     frozen: Parameters = {}
     origins: dict[str, dict[str, str]] = {}
     for base in stages.bases(experiment):
-        wanted = {name: s for name, s in assembly.frozen.items() if name.startswith(_prefix(base.part))}
+        wanted = {
+            name: s for name, s in assembly.frozen.items() if name.startswith(_prefix(base.part))
+        }
         if base.folder == "random":
             frozen |= _random_parameters(experiment, wanted)
             origins[base.part] = {"folder": "random", "digest": f"seed {experiment.seed}"}
@@ -151,25 +187,44 @@ def load_frozen(
 
 
 def load_encoder(experiment: Experiment, crew: Crew | None = None) -> FrozenEncoder:
-    """Loads the frozen vision encoder alone, on this process's devices. crew: as of `load_frozen`.
+    """Loads the frozen vision encoder alone, on this process's devices. crew: as of
+    `load_frozen`.
 
     Raises: UserError where there is none, or its export does not fit the config.
     """
     crew = crew or Alone()
     if experiment.task != "flamingo":
-        raise UserError(f"training.cache_features is on, but task {experiment.task!r} has no frozen encoder: turn it off")
+        raise UserError(
+            f"training.cache_features is on, but task {experiment.task!r} has no frozen"
+            " encoder: turn it off"
+        )
     if stages.unfrozen(experiment):
-        raise UserError("training.cache_features keeps what a frozen encoder makes, but training.unfreeze_vision_encoder trains it: turn one of them off")
-    config, dtype = stages.model_config(experiment).vision, jnp.dtype(experiment.training.compute_dtype)
+        raise UserError(
+            "training.cache_features keeps what a frozen encoder makes, but"
+            " training.unfreeze_vision_encoder trains it: turn one of them off"
+        )
+    config, dtype = (
+        stages.model_config(experiment).vision,
+        jnp.dtype(experiment.training.compute_dtype),
+    )
     (base,) = stages.bases(experiment, ["vision_encoder"])
     if base.folder == "random":
-        raise UserError("training.cache_features needs an encoder that stays: name its export in config.vision_encoder_from")
+        raise UserError(
+            "training.cache_features needs an encoder that stays: name its export in"
+            " config.vision_encoder_from"
+        )
     origin = _open_base(base)
     graph, shapes = nnx.split(nnx.eval_shape(lambda: vision_encoder(config, rngs=nnx.Rngs(0))))
     mesh, prefix = Mesh(np.asarray(jax.local_devices()), "data"), _prefix(base.part)
     whole = NamedSharding(mesh, PartitionSpec())
-    wanted = {prefix + name: jax.ShapeDtypeStruct(s.shape, dtype, sharding=whole) for name, s in to_flat(shapes).items()}
-    parameters = {name.removeprefix(prefix): value for name, value in _read_base(origin, base, wanted, crew).items()}
+    wanted = {
+        prefix + name: jax.ShapeDtypeStruct(s.shape, dtype, sharding=whole)
+        for name, s in to_flat(shapes).items()
+    }
+    parameters = {
+        name.removeprefix(prefix): value
+        for name, value in _read_base(origin, base, wanted, crew).items()
+    }
 
     @functools.partial(jax.jit, in_shardings=(None, NamedSharding(mesh, PartitionSpec("data"))))
     def features(parameters: Parameters, images: jax.Array) -> jax.Array:
@@ -179,7 +234,9 @@ def load_encoder(experiment: Experiment, crew: Crew | None = None) -> FrozenEnco
 
     def encode(images: np.ndarray) -> np.ndarray:
         padding = -len(images) % mesh.size
-        return np.asarray(features(parameters, np.pad(images, ((0, padding), *[(0, 0)] * 3))))[: len(images)]
+        return np.asarray(features(parameters, np.pad(images, ((0, padding), *[(0, 0)] * 3))))[
+            : len(images)
+        ]
 
     image = jax.ShapeDtypeStruct((mesh.size, config.image_size, config.image_size, 3), jnp.uint8)
     _, cells, channels = jax.eval_shape(features, parameters, image).shape
@@ -188,20 +245,31 @@ def load_encoder(experiment: Experiment, crew: Crew | None = None) -> FrozenEnco
     return FrozenEncoder(name, (cells, channels), np.dtype(dtype), encode)
 
 
-def require_same_bases(saved: dict[str, Any], current: dict[str, Any], workdir: pathlib.Path) -> None:
-    """A UserError where a frozen part is another one now than when a checkpoint of `workdir` was saved; both as `load_frozen` tells them."""
+def require_same_bases(
+    saved: dict[str, Any], current: dict[str, Any], workdir: pathlib.Path
+) -> None:
+    """A UserError where a frozen part is another one now than when a checkpoint of `workdir`
+    was saved; both as `load_frozen` tells them.
+    """
     for part, origin in current.items():
         before = saved.get(part, {})
         if before.get("digest") != origin["digest"]:
             raise UserError(
-                f"the checkpoint in {workdir} was trained on the {part} of {before.get('folder')} ({before.get('digest')}), but {origin['folder']} "
-                f"now holds another ({origin['digest']}): restore that export or train in a new workdir"
+                f"the checkpoint in {workdir} was trained on the {part} of"
+                f" {before.get('folder')} ({before.get('digest')}), but {origin['folder']} now"
+                f" holds another ({origin['digest']}): restore that export or train in a new"
+                " workdir"
             )
 
 
 def open_bases(experiment: Experiment) -> dict[str, Origin]:
-    """Where every frozen part comes from, by part, those that are random left out. UserError where one is missing, foreign or of another config."""
-    return {base.part: _open_base(base) for base in stages.bases(experiment) if base.folder != "random"}
+    """Where every frozen part comes from, by part, those that are random left out.
+
+    UserError where one is missing, foreign or of another config.
+    """
+    return {
+        base.part: _open_base(base) for base in stages.bases(experiment) if base.folder != "random"
+    }
 
 
 def _open_base(base: stages.Base) -> Origin:
@@ -210,13 +278,19 @@ def _open_base(base: stages.Base) -> Origin:
         part: Part = "language_model" if base.part == "language_model" else "vision_encoder"
         foreign = open_folder(base.folder, part)
         _require_equal(to_json(foreign.config), to_json(base.config), base)
-        return Origin(base.folder, foreign.tokenizer_file, foreign.shapes, foreign.digest, foreign.read)
+        return Origin(
+            base.folder, foreign.tokenizer_file, foreign.shapes, foreign.digest, foreign.read
+        )
     export = open_export(base.folder)
     if export.kind not in base.sources:
-        raise UserError(f"{base.folder} holds a {export.kind} export, but config.{base.field} needs one of kind {' or '.join(base.sources)}")
+        raise UserError(
+            f"{base.folder} holds a {export.kind} export, but config.{base.field} needs one of"
+            f" kind {' or '.join(base.sources)}"
+        )
     place = base.sources[export.kind]
     theirs: Any = export.config[place.config] if place.config else export.config
-    # An export of an earlier version lacks the keys that came since: their defaults are what it was.
+    # An export of an earlier version lacks the keys that came since: their defaults are what it
+    # was.
     theirs = to_json(from_json(type(base.config), theirs, f"the config of {base.folder}"))
     _require_equal(theirs, to_json(base.config), base)
     prefix = _prefix(place.parameters)
@@ -227,7 +301,11 @@ def _open_base(base: stages.Base) -> Origin:
         found = export.read_sharded(within, crew)
         return {name.removeprefix(prefix): value for name, value in found.items()}
 
-    shapes = {name.removeprefix(prefix): shape for name, shape in export.shapes.items() if name.startswith(prefix)}
+    shapes = {
+        name.removeprefix(prefix): shape
+        for name, shape in export.shapes.items()
+        if name.startswith(prefix)
+    }
     return Origin(base.folder, export.tokenizer_file, shapes, lambda _: export.digest, read)
 
 
@@ -239,35 +317,60 @@ def _read_base(
     targets = {name.removeprefix(prefix): target for name, target in wanted.items()}
     missing = sorted(set(targets) - set(origin.shapes))
     if missing:
-        raise UserError(f"{base.folder} lacks {len(missing)} parameters of the {base.part or 'model'}, {prefix}{missing[0]} first: export that stage again")
-    stored = {name: _as_stored(prefix + name, target, origin.shapes[name], base.folder) for name, target in targets.items()}
-    return {prefix + name: _fitted(value, targets[name]) for name, value in origin.read(stored, crew).items()}
+        raise UserError(
+            f"{base.folder} lacks {len(missing)} parameters of the {base.part or 'model'},"
+            f" {prefix}{missing[0]} first: export that stage again"
+        )
+    stored = {
+        name: _as_stored(prefix + name, target, origin.shapes[name], base.folder)
+        for name, target in targets.items()
+    }
+    return {
+        prefix + name: _fitted(value, targets[name])
+        for name, value in origin.read(stored, crew).items()
+    }
 
 
 def _prefix(part: str) -> str:
     return part + "/" if part else ""
 
 
-def _as_stored(name: str, target: jax.ShapeDtypeStruct, shape: tuple[int, ...], folder: str) -> jax.ShapeDtypeStruct:
-    """The target in its stored shape, which may be another for a ViT's positions: those of another picture size are interpolated."""
+def _as_stored(
+    name: str, target: jax.ShapeDtypeStruct, shape: tuple[int, ...], folder: str
+) -> jax.ShapeDtypeStruct:
+    """The target in its stored shape, which may be another for a ViT's positions: those of
+    another picture size are interpolated.
+    """
     if shape == target.shape:
         return target
     if name != "vision_encoder/position_embedding" or shape[-1] != target.shape[-1]:
-        raise UserError(f"{folder}: {name} is {shape}, but this config makes it {target.shape}: make config.flamingo that of the folder")
+        raise UserError(
+            f"{folder}: {name} is {shape}, but this config makes it {target.shape}: make"
+            " config.flamingo that of the folder"
+        )
     assert isinstance(target.sharding, NamedSharding)
-    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(target.sharding.mesh, PartitionSpec()))
+    return jax.ShapeDtypeStruct(
+        shape, jnp.float32, sharding=NamedSharding(target.sharding.mesh, PartitionSpec())
+    )
 
 
 def _fitted(value: jax.Array, target: jax.ShapeDtypeStruct) -> jax.Array:
-    """A ViT's positions interpolated as its own forward does for pictures of another size; all else as it is."""
+    """A ViT's positions interpolated as its own forward does for pictures of another size; all
+    else as it is.
+    """
     if value.shape == target.shape:
         return value
     rows, columns = target.shape[:2]
-    resized = jax.jit(lambda v: resize_positions(v, rows, columns).astype(target.dtype), out_shardings=target.sharding)
+    resized = jax.jit(
+        lambda v: resize_positions(v, rows, columns).astype(target.dtype),
+        out_shardings=target.sharding,
+    )
     return resized(value)
 
 
-def _random_parameters(experiment: Experiment, wanted: dict[str, jax.ShapeDtypeStruct]) -> Parameters:
+def _random_parameters(
+    experiment: Experiment, wanted: dict[str, jax.ShapeDtypeStruct]
+) -> Parameters:
     def make(key: jax.Array) -> Parameters:
         _, parameters = split_model(stages.build_model(experiment, nnx.Rngs(params=key)))
         return {name: parameters[name].astype(s.dtype) for name, s in wanted.items()}
@@ -282,9 +385,13 @@ def _require_equal(theirs: dict[str, Any], ours: dict[str, Any], base: stages.Ba
         if isinstance(mine, dict) and isinstance(other, dict):
             _require_equal(other, mine, base)
         elif key not in FREE and other != mine:
-            raise UserError(f"{base.folder} was trained with {key} = {other!r}, but this config's {base.part or 'model'} has {mine!r}: make them equal")
+            raise UserError(
+                f"{base.folder} was trained with {key} = {other!r}, but this config's"
+                f" {base.part or 'model'} has {mine!r}: make them equal"
+            )
 
 
 FREE = ("image_size", "image_fit", "stochastic_depth", "gate_start", "gated_out_scale")
-"""What may be another than in an export: an image may have another size and form in training and in use, and a start is behind it; everything else is part
-of the weights' meaning."""
+"""What may be another than in an export: an image may have another size and form in training
+and in use, and a start is behind it; everything else is part of the weights' meaning.
+"""

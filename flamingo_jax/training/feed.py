@@ -1,4 +1,6 @@
-"""Batches on their way to the devices: a thread reads ahead, and every batch brings the data position that follows it."""
+"""Batches on their way to the devices: a thread reads ahead, and every batch brings the data
+position that follows it.
+"""
 
 import functools
 import logging
@@ -25,7 +27,9 @@ HostBatch = dict[str, np.ndarray]
 
 
 class DataIterator(Protocol):
-    """What the loop asks of a dataset: endless batches of this process's `Share`, and a JSON-able position."""
+    """What the loop asks of a dataset: endless batches of this process's `Share`, and a
+    JSON-able position.
+    """
 
     def __next__(self) -> HostBatch: ...
     def get_state(self) -> Any: ...
@@ -42,20 +46,26 @@ def put(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
     """What this process has read, by its `Share` of the mesh, as its part of global arrays."""
     shardings, parts = batch_shardings(batch, mesh), Share.of(mesh).parts(batch)
     return {
-        name: jax.make_array_from_callback(parts[name].shape(array), shardings[name], functools.partial(parts[name].cut, array))
+        name: jax.make_array_from_callback(
+            parts[name].shape(array), shardings[name], functools.partial(parts[name].cut, array)
+        )
         for name, array in batch.items()
     }
 
 
 class Feed:
-    """Reads `depth` updates ahead. Errors of the reading thread are raised to whoever asks for the
-    next batch.
+    """Reads `depth` updates ahead. Errors of the reading thread are raised to whoever asks for
+    the next batch.
 
     until: asked while it waits for the next batch; ends the iteration.
     """
 
     def __init__(
-        self, iterators: Mapping[str, DataIterator], mesh: Mesh, *, depth: int = 2,
+        self,
+        iterators: Mapping[str, DataIterator],
+        mesh: Mesh,
+        *,
+        depth: int = 2,
         until: Callable[[], bool] = lambda: False,
     ):
         self._iterators, self._mesh, self._until = dict(iterators), mesh, until
@@ -69,7 +79,9 @@ class Feed:
         try:
             while not self._stop.is_set():
                 host = {name: next(iterator) for name, iterator in self._iterators.items()}
-                positions = {name: iterator.get_state() for name, iterator in self._iterators.items()}
+                positions = {
+                    name: iterator.get_state() for name, iterator in self._iterators.items()
+                }
                 batches = {name: put(batch, self._mesh) for name, batch in host.items()}
                 self._offer(Fed(batches, positions))
         except BaseException as error:  # noqa: BLE001 - handed to the loop, which raises it
@@ -105,4 +117,8 @@ class Feed:
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
             why = "its storage does not answer"
-            log.warning("the reader did not stop within %.0f s and is left behind: %s", CLOSE_SECONDS, why)
+            log.warning(
+                "the reader did not stop within %.0f s and is left behind: %s",
+                CLOSE_SECONDS,
+                why,
+            )

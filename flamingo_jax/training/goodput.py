@@ -1,7 +1,9 @@
-"""Goodput: the share of a run's wall time that went into steps that counted, over all of its starts, and where the rest went.
+"""Goodput: the share of a run's wall time that went into steps that counted, over all of its
+starts, and where the rest went.
 
-Each start writes to `<workdir>/goodput.jsonl` where it began and how many seconds each kind of work took since the line before. Within a
-start only the monotonic clock is asked, between starts only the wall clock, so that a clock that is set meanwhile moves no more than the time
+Each start writes to `<workdir>/goodput.jsonl` where it began and how many seconds each kind of
+work took since the line before. Within a start only the monotonic clock is asked, between
+starts only the wall clock, so that a clock that is set meanwhile moves no more than the time
 between two starts, and nothing below zero.
 """
 
@@ -19,9 +21,11 @@ from flamingo_jax.training.records import read_lines, reopen
 FILE_NAME = "goodput.jsonl"
 STEPS = "steps"
 KINDS = (STEPS, "start", "compile", "data", "save", "evaluate", "lost", "down")
-"""Where the time of a run goes. steps: those that counted. start: from the command to the loop. data: the loop waited for the next batch. save:
-the loop waited for a save; what is written beside it costs nothing. lost: steps of which a later start began before. down: between the last
-line of a start and the next start, what a killed start did after its last line among it."""
+"""Where the time of a run goes. steps: those that counted. start: from the command to the loop.
+data: the loop waited for the next batch. save: the loop waited for a save; what is written
+beside it costs nothing. lost: steps of which a later start began before. down: between the last
+line of a start and the next start, what a killed start did after its last line among it.
+"""
 
 
 class Goodput:
@@ -30,10 +34,17 @@ class Goodput:
     Args:
       workdir: the run's folder, which is there.
       resume_step: the step that this start begins after.
-      began: time.monotonic() when the command began; all from then on, until this is made, is "start".
+      began: time.monotonic() when the command began; all from then on, until this is made, is
+        "start".
     """
 
-    def __init__(self, workdir: pathlib.Path, resume_step: int, enabled: bool = True, began: float | None = None):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        resume_step: int,
+        enabled: bool = True,
+        began: float | None = None,
+    ):
         self._file: TextIO | None = None
         if not enabled:
             return
@@ -49,7 +60,8 @@ class Goodput:
 
     @contextlib.contextmanager
     def spending(self, kind: str) -> Iterator[None]:
-        """The time within goes to this kind, but what an inner one takes. Outside of all of them it goes to steps.
+        """The time within goes to this kind, but what an inner one takes. Outside of all of
+        them it goes to steps.
 
         Raises: ValueError for a kind that is none of `KINDS`.
         """
@@ -67,10 +79,12 @@ class Goodput:
             self._kind = before
 
     def mark(self, step: int, waited: float = 0.0) -> None:
-        """Writes where the time since the last mark went, with its steps as those up to this one.
+        """Writes where the time since the last mark went, with its steps as those up to this
+        one.
 
         Args:
-          waited: seconds that the loop has waited for data in this start so far, outside of `spending`; they are taken from its steps.
+          waited: seconds that the loop has waited for data in this start so far, outside of
+            `spending`; they are taken from its steps.
         """
         if self._file is None:
             return
@@ -83,7 +97,10 @@ class Goodput:
         self._write({"step": step})
 
     def close(self) -> None:
-        """Writes the rest. Steps after the last mark are lost: nothing says that they were saved."""
+        """Writes the rest.
+
+        Steps after the last mark are lost: nothing says that they were saved.
+        """
         if self._file is None:
             return
         self._charge()
@@ -105,7 +122,9 @@ class Goodput:
 
 
 class Start(NamedTuple):
-    """One start of a run: the steps it began after and ended with, and its seconds by kind, all of `KINDS`, "down" being those before it."""
+    """One start of a run: the steps it began after and ended with, and its seconds by kind, all
+    of `KINDS`, "down" being those before it.
+    """
 
     resume: int
     step: int
@@ -127,10 +146,15 @@ class Breakdown(NamedTuple):
         return share(self.seconds)
 
     def sentence(self) -> str:
-        """As "goodput 91.2 %: compile 5.0, data 3.8", what took most of the rest first, in per cent of all time."""
+        """As "goodput 91.2 %: compile 5.0, data 3.8", what took most of the rest first, in per
+        cent of all time.
+        """
         seconds = self.seconds
         total = sum(seconds.values()) or 1.0
-        rest = sorted(((100 * seconds[kind] / total, kind) for kind in KINDS if kind != STEPS), reverse=True)
+        rest = sorted(
+            ((100 * seconds[kind] / total, kind) for kind in KINDS if kind != STEPS),
+            reverse=True,
+        )
         told = ", ".join(f"{kind} {part:.1f}" for part, kind in rest if part >= 0.05)
         return f"goodput {100 * self.share:.1f} %" + (f": {told}" if told else "")
 
@@ -141,17 +165,23 @@ def share(seconds: dict[str, float]) -> float:
 
 
 def read_goodput(workdir: pathlib.Path) -> Breakdown:
-    """Where the time of the run in a folder went, over all of its starts. Raises: UserError where it has recorded none."""
+    """Where the time of the run in a folder went, over all of its starts.
+
+    Raises: UserError where it has recorded none.
+    """
     groups: list[list[dict]] = []
     for line in read_lines(workdir / FILE_NAME):
         if "resume" in line:
             groups.append([])
         groups[-1].append(line)
     if not groups:
-        raise UserError(f"{workdir} holds no {FILE_NAME}: name the folder of a run that has trained")
+        raise UserError(
+            f"{workdir} holds no {FILE_NAME}: name the folder of a run that has trained"
+        )
     starts, end = [], groups[0][0]["time"]
     for place, (first, *marks) in enumerate(groups):
-        # What counts of this start are the steps up to the earliest of those that later ones began after.
+        # What counts of this start are the steps up to the earliest of those that later ones
+        # began after.
         counted = min((group[0]["resume"] for group in groups[place + 1 :]), default=float("inf"))
         seconds = dict.fromkeys(KINDS, 0.0) | first["seconds"]
         step = first["resume"]
@@ -159,7 +189,9 @@ def read_goodput(workdir: pathlib.Path) -> Breakdown:
             for kind, value in mark["seconds"].items():
                 seconds[kind] += value
             if mark["step"] > counted:
-                lost = mark["seconds"].get(STEPS, 0.0) * min((mark["step"] - counted) / max(mark["step"] - step, 1), 1.0)
+                lost = mark["seconds"].get(STEPS, 0.0) * min(
+                    (mark["step"] - counted) / max(mark["step"] - step, 1), 1.0
+                )
                 seconds[STEPS] -= lost
                 seconds["lost"] += lost
             step = mark["step"]

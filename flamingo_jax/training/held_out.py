@@ -15,21 +15,28 @@ from flamingo_jax.training.step import WITHOUT_PICTURES, make_held_out_loss
 
 
 class HeldOut:
-    """Each held-out dataset's loss, with its pictures and without them, so that one sees whether the model looks; and the weighted sum of them,
-    as training has it.
+    """Each held-out dataset's loss, with its pictures and without them, so that one sees
+    whether the model looks; and the weighted sum of them, as training has it.
 
-    batches: each dataset's, the same at every pass, all of one shape. They may be read anew each time. datasets: those of the config, whose
-    `microbatches` say in how many parts a batch goes through the model; one that is not there goes whole.
+    batches: each dataset's, the same at every pass, all of one shape. They may be read anew
+    each time. datasets: those of the config, whose `microbatches` say in how many parts a batch
+    goes through the model; one that is not there goes whole.
     """
 
     def __init__(
-        self, assembly: Assembly, task: Any, batches: Mapping[str, Iterable[HostBatch]], datasets: Mapping[str, DatasetConfig], mesh: jax.sharding.Mesh
+        self,
+        assembly: Assembly,
+        task: Any,
+        batches: Mapping[str, Iterable[HostBatch]],
+        datasets: Mapping[str, DatasetConfig],
+        mesh: jax.sharding.Mesh,
     ):
         self._batches, self._mesh = batches, mesh
         configs = {name: datasets.get(name, DatasetConfig()) for name in batches}
         self._weights = {name: config.weight for name, config in configs.items()}
         self._losses: dict[str, Any] = {
-            name: jax.jit(make_held_out_loss(assembly.graph, task, config.microbatches)) for name, config in configs.items()
+            name: jax.jit(make_held_out_loss(assembly.graph, task, config.microbatches))
+            for name, config in configs.items()
         }
 
     def compile(self, state: TrainState, frozen: Parameters) -> dict[str, jax.stages.Compiled]:
@@ -38,7 +45,11 @@ class HeldOut:
         for name, batches in self._batches.items():
             first = next(iter(batches), None)
             if first is not None:
-                made[name] = self._losses[name].lower(state.trainable, frozen, put(first, self._mesh)).compile()
+                made[name] = (
+                    self._losses[name]
+                    .lower(state.trainable, frozen, put(first, self._mesh))
+                    .compile()
+                )
         self._losses |= made
         return made
 
@@ -47,13 +58,19 @@ class HeldOut:
         for name, batches in self._batches.items():
             sums: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(2))
             for host in batches:
-                losses = jax.device_get(self._losses[name](state.trainable, frozen, put(host, self._mesh)))
+                losses = jax.device_get(
+                    self._losses[name](state.trainable, frozen, put(host, self._mesh))
+                )
                 for suffix, loss in losses.items():
-                    for metric, pair in ({"loss": (loss.total, loss.weight)} | loss.metrics).items():
+                    for metric, pair in (
+                        {"loss": (loss.total, loss.weight)} | loss.metrics
+                    ).items():
                         sums[f"held_out/{name}/{metric}{suffix}"] += np.array(pair, np.float64)
             values |= {metric: float(a / max(b, 1e-9)) for metric, (a, b) in sums.items()}
         for suffix in ("", WITHOUT_PICTURES):
             found = {name: values.get(f"held_out/{name}/loss{suffix}") for name in self._batches}
             if found and None not in found.values():
-                values[f"held_out/loss{suffix}"] = sum(self._weights[name] * loss for name, loss in found.items() if loss is not None)
+                values[f"held_out/loss{suffix}"] = sum(
+                    self._weights[name] * loss for name, loss in found.items() if loss is not None
+                )
         return values

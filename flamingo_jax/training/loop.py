@@ -1,7 +1,7 @@
 """The training loop. Reads top to bottom: mesh, model, state, compilation, loop, ending.
 
-The order within the loop is its contract: evaluate the state, save it with the position of the data it has seen, and only then draw the
-next batch, update and write what was measured.
+The order within the loop is its contract: evaluate the state, save it with the position of the
+data it has seen, and only then draw the next batch, update and write what was measured.
 """
 
 import contextlib
@@ -52,17 +52,23 @@ def train(
     crew: Crew | None = None,
     began: float | None = None,
 ) -> Outcome:
-    """Trains to `experiment.training.steps`, from the newest whole checkpoint in `workdir` if there is one.
+    """Trains to `experiment.training.steps`, from the newest whole checkpoint in `workdir` if
+    there is one.
 
-    `on_start` is called once when everything fits, bases and checkpoint among it, before the first file is written. crew: the run's processes;
-    by default this one is alone. began: time.monotonic() when the command began, for goodput.
+    `on_start` is called once when everything fits, bases and checkpoint among it, before the
+    first file is written. crew: the run's processes; by default this one is alone. began:
+    time.monotonic() when the command began, for goodput.
 
-    Raises: UserError before any work for what does not fit; NotFiniteError when too many steps in a row were not finite; NotLearnedError,
-    with everything saved, where a required loss was not reached.
+    Raises: UserError before any work for what does not fit; NotFiniteError when too many steps
+    in a row were not finite; NotLearnedError, with everything saved, where a required loss was
+    not reached.
     """
     training = experiment.training
     for name in set(training.required_loss) - set(held_out):
-        raise UserError(f"config.training.required_loss names {name!r}, which is no held-out dataset: add it to config.held_out or take it out")
+        raise UserError(
+            f"config.training.required_loss names {name!r}, which is no held-out dataset: add"
+            " it to config.held_out or take it out"
+        )
     primary, team = jax.process_index() == 0, crew or Alone()
 
     log.info("mesh and model")
@@ -88,17 +94,34 @@ def train(
                 iterator.set_state(extra["positions"][name])
             clock = extra["clock"]
         else:
-            extra = {"positions": {name: iterator.get_state() for name, iterator in iterators.items()}}
+            extra = {
+                "positions": {name: iterator.get_state() for name, iterator in iterators.items()}
+            }
             state = initialise(experiment, assembly, team)
         positions = extra["positions"]
         clock["starts"] += 1
         trained = time.monotonic() - clock["seconds"]
-        update = make_update(assembly.graph, task, assembly.optimizer, experiment.data, training.mixing, assembly.gradient_shardings, assembly.schedule)
+        update = make_update(
+            assembly.graph,
+            task,
+            assembly.optimizer,
+            experiment.data,
+            training.mixing,
+            assembly.gradient_shardings,
+            assembly.schedule,
+        )
 
         on_start()
         records = Records(workdir, resume_step=start, enabled=primary)
         feed = Feed(iterators, mesh, until=team.may_stop)
-        meter = Meter(training.max_not_finite, list(iterators), step_cost(experiment), _peak(mesh), training.log_every, training.steps)
+        meter = Meter(
+            training.max_not_finite,
+            list(iterators),
+            step_cost(experiment),
+            _peak(mesh),
+            training.log_every,
+            training.steps,
+        )
         # A pass over all parameters, which only the steps that are written make.
         parameter_norm: Any = jax.jit(optax.global_norm)
         evaluate = HeldOut(assembly, task, held_out, experiment.held_out, mesh)
@@ -118,7 +141,12 @@ def train(
             now = clock | {"seconds": time.monotonic() - trained}
             asked = time.monotonic()
             with spending("save"):
-                kept = {"positions": positions, "datasets": datasets, "clock": now, "bases": origins}
+                kept = {
+                    "positions": positions,
+                    "datasets": datasets,
+                    "clock": now,
+                    "bases": origins,
+                }
                 checkpoints.save(step, state, kept | {"experiment": to_json(experiment)})
             seconds_saving += time.monotonic() - asked
             goodput.mark(step, feed.seconds_waiting)
@@ -129,22 +157,41 @@ def train(
 
         def write(ready: Iterable[tuple[int, dict[str, Any]]], bar: Bar) -> None:
             for number, values in ready:
-                values |= {"seconds_waiting": feed.seconds_waiting, "time": time.monotonic() - trained, "seconds_saving": seconds_saving}
+                values |= {
+                    "seconds_waiting": feed.seconds_waiting,
+                    "time": time.monotonic() - trained,
+                    "seconds_saving": seconds_saving,
+                }
                 records.write(number, values)
                 goodput.mark(number, feed.seconds_waiting)
-                speed = f"{values['mfu']:.1%} MFU" if "mfu" in values else f"{values['flops_per_second'] / 1e12:.3g} TFLOP/s"
-                bar.advance(number - bar.done, f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tokens/s  {speed}")
+                speed = (
+                    f"{values['mfu']:.1%} MFU"
+                    if "mfu" in values
+                    else f"{values['flops_per_second'] / 1e12:.3g} TFLOP/s"
+                )
+                bar.advance(
+                    number - bar.done,
+                    f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tokens/s "
+                    f" {speed}",
+                )
 
         with contextlib.ExitStack() as ending:
-            # Called in reverse: a second signal still finds its handler while the last save ends.
+            # Called in reverse: a second signal still finds its handler while the last save
+            # ends.
             ending.enter_context(team.listening())
             for part in (checkpoints, records, goodput, feed):
                 ending.callback(part.close)
-            with Bar(experiment.name or experiment.task, training.steps, start=start, enabled=primary) as bar:
+            with Bar(
+                experiment.name or experiment.task, training.steps, start=start, enabled=primary
+            ) as bar:
                 while step < training.steps and not team.should_stop(step):
-                    evaluating, saving = (step > start and step % every == 0 for every in (training.evaluate_every, training.save_every))
+                    evaluating, saving = (
+                        step > start and step % every == 0
+                        for every in (training.evaluate_every, training.save_every)
+                    )
                     if evaluating or saving:
-                        # A run that is killed once this step is saved goes on after it, and would never write what is held back.
+                        # A run that is killed once this step is saved goes on after it, and
+                        # would never write what is held back.
                         write(meter.drain(), bar)
                     if evaluating:
                         records.write(step, measure())
@@ -158,9 +205,12 @@ def train(
                             compiled = _compile(update, state, frozen, fed.batches)
                             frozen = laid_out(compiled, frozen)
                             parameter_norm = parameter_norm.lower(state.trainable).compile()
-                            # Now, so that what does not fit in memory is known before anything is trained.
+                            # Now, so that what does not fit in memory is known before anything
+                            # is trained.
                             for name, program in evaluate.compile(state, frozen).items():
-                                log.info("compiled the evaluation of %s%s", name, _memory_of(program))
+                                log.info(
+                                    "compiled the evaluation of %s%s", name, _memory_of(program)
+                                )
                             team.meet("the first step")
                     with jax.transfer_guard("disallow"):
                         state, metrics = compiled(state, frozen, fed.batches)
@@ -173,7 +223,8 @@ def train(
             if step > start:
                 save()
             if held_out and step >= training.steps:
-                # Also where nothing was left to train: the start before may have been killed in the middle of it.
+                # Also where nothing was left to train: the start before may have been killed in
+                # the middle of it.
                 values = measure()
                 records.write(step, values)
                 _require_learned(training.required_loss, values)
@@ -193,7 +244,14 @@ def _compile(update: Any, state: TrainState, frozen: Parameters, batches: Any) -
 def _memory_of(compiled: jax.stages.Compiled) -> str:
     """What a program holds while it runs, where the compiler says so."""
     memory = compiled.memory_analysis()
-    return "" if memory is None else f", {(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20:,.0f} MiB a device"
+    return (
+        ""
+        if memory is None
+        else (
+            f", {(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20:,.0f} MiB"
+            " a device"
+        )
+    )
 
 
 def _peak(mesh: jax.sharding.Mesh) -> float | None:
@@ -203,22 +261,37 @@ def _peak(mesh: jax.sharding.Mesh) -> float | None:
 
 
 def _require_same_run(saved: Experiment, current: Experiment, workdir: pathlib.Path) -> None:
-    """What the state and the datasets' positions mean nothing without. Rates, weights, batches, paths and the mesh may change on the way."""
+    """What the state and the datasets' positions mean nothing without.
+
+    Rates, weights, batches, paths and the mesh may change on the way.
+    """
 
     def held(experiment: Experiment) -> dict[str, Any]:
         field = stages.MODEL_FIELD[experiment.task]
-        found: dict[str, Any] = {"task": experiment.task, "seed": experiment.seed, "training.use_visuals": experiment.training.use_visuals}
+        found: dict[str, Any] = {
+            "task": experiment.task,
+            "seed": experiment.seed,
+            "training.use_visuals": experiment.training.use_visuals,
+        }
         found["training.unfreeze_vision_encoder"] = experiment.training.unfreeze_vision_encoder
         found |= {"data": sorted(experiment.data)}
-        found |= {f"{field}.{key}": value for key, value in to_json(stages.model_config(experiment)).items()}
+        found |= {
+            f"{field}.{key}": value
+            for key, value in to_json(stages.model_config(experiment)).items()
+        }
         rows = ("kind", "split", "length", "visuals", "frames", "pack", "prompt")
-        return found | {f"data.{name}.{key}": getattr(d, key) for name, d in experiment.data.items() for key in rows}
+        return found | {
+            f"data.{name}.{key}": getattr(d, key)
+            for name, d in experiment.data.items()
+            for key in rows
+        }
 
     before, now = held(saved), held(current)
     for key in [*before, *now]:
         if before.get(key) != now.get(key):
             raise UserError(
-                f"the run in {workdir} has config.{key} = {before.get(key)!r}, but it is {now.get(key)!r} here: set it back or train in a new workdir"
+                f"the run in {workdir} has config.{key} = {before.get(key)!r}, but it is"
+                f" {now.get(key)!r} here: set it back or train in a new workdir"
             )
 
 
@@ -227,6 +300,7 @@ def _require_learned(required: Mapping[str, float], values: Mapping[str, float])
         loss = values[f"held_out/{name}/loss_per_token"]
         if not loss <= most:
             raise NotLearnedError(
-                f"training ended with a held-out loss per token of {loss:.3f} on {name}, above the {most} of config.training.required_loss: "
-                "go on with a higher config.training.steps"
+                f"training ended with a held-out loss per token of {loss:.3f} on {name}, above"
+                f" the {most} of config.training.required_loss: go on with a higher"
+                " config.training.steps"
             )

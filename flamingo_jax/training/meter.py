@@ -14,14 +14,14 @@ from flamingo_jax.planning.flops import Cost, Work
 
 
 class Meter:
-    """Holds each step's metrics back by two steps, so that reading them never makes the host wait for
-    the device, and gives those of every `log_every`-th step and of the `last`.
+    """Holds each step's metrics back by two steps, so that reading them never makes the host
+    wait for the device, and gives those of every `log_every`-th step and of the `last`.
 
-    These lines tell how fast all processes were together since the line before: tokens_per_second and
-    images_per_second (each frame of a clip is an image) of what is real in the batches,
-    flops_per_second (model FLOPs: see `planning.flops`) and, where `peak` (FLOPs a second of all
-    devices) is known, mfu, their share of it. A window holds steps and their waiting for data, but
-    nothing that `paused` encloses.
+    These lines tell how fast all processes were together since the line before:
+    tokens_per_second and images_per_second (each frame of a clip is an image) of what is real
+    in the batches, flops_per_second (model FLOPs: see `planning.flops`) and, where `peak`
+    (FLOPs a second of all devices) is known, mfu, their share of it. A window holds steps and
+    their waiting for data, but nothing that `paused` encloses.
     """
 
     BEHIND = 2
@@ -66,7 +66,8 @@ class Meter:
     def _take(self, count: int) -> list[tuple[int, dict[str, Any]]]:
         taken = [self._pending.popleft() for _ in range(count)]
         read = [(step, self._read(step, metrics)) for step, metrics in taken]
-        # Steps that are waited for together share the time they took: when each ended is not known.
+        # Steps that are waited for together share the time they took: when each ended is not
+        # known.
         now = time.monotonic()
         seconds, self._last_time = (now - self._last_time) / max(count, 1), now
         lines = []
@@ -92,13 +93,17 @@ class Meter:
         return speed
 
     def _read(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
-        """A step's metrics on the host. Raises NotFiniteError where too many steps in a row were not finite."""
+        """A step's metrics on the host.
+
+        Raises NotFiniteError where too many steps in a row were not finite.
+        """
         values = {name: np.asarray(value) for name, value in jax.device_get(metrics).items()}
         if int(values["skipped_in_a_row"]) > self._max:
             guilty = [name for name in self._datasets if not values[f"finite/{name}"]]
             culprit = f"the loss of {' and '.join(guilty)}" if guilty else "the gradient"
             raise NotFiniteError(
-                f"stopped at step {step}: {culprit} was not finite, {values['skipped_in_a_row']} steps in a row "
-                f"(config.training.max_not_finite is {self._max}); the last checkpoint is whole"
+                f"stopped at step {step}: {culprit} was not finite,"
+                f" {values['skipped_in_a_row']} steps in a row (config.training.max_not_finite"
+                f" is {self._max}); the last checkpoint is whole"
             )
         return {name: value for name, value in values.items() if not name.startswith("finite/")}

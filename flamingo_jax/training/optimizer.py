@@ -1,4 +1,6 @@
-"""The optimizer from its config: AdamW with clipping, decay by parameter name, and a schedule (paper B.1.2, B.1.3)."""
+"""The optimizer from its config: AdamW with clipping, decay by parameter name, and a schedule
+(paper B.1.2, B.1.3).
+"""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -19,38 +21,52 @@ VISION_ENCODER = "(vision|vision_encoder)/.*"
 """What adaptive clipping applies to."""
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, trainable: Mapping[str, Any], updates_per_step: int = 1) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, steps: int, trainable: Mapping[str, Any], updates_per_step: int = 1
+) -> optax.GradientTransformation:
     """Clip, then Adam's direction plus weight decay, times the scheduled rate.
 
-    Weight decay skips the names of `config.no_decay` (paper: the resampler) and, unless `config.decay_vectors`, all norm scales, biases and
-    gates: the paper decays "new parameters" without a word about vectors; decay would pull norm scales to 0 and hold the tanh gates,
-    which must grow from 0, back, and public recipes of such models leave them out.
+    Weight decay skips the names of `config.no_decay` (paper: the resampler) and, unless
+    `config.decay_vectors`, all norm scales, biases and
+    gates: the paper decays "new parameters" without a word about vectors; decay would pull norm
+    scales to 0 and hold the tanh gates, which must grow from 0, back, and public recipes of
+    such models leave them out.
 
-    With `config.adaptive_clip` the vision encoder is clipped unit by unit (Brock et al. 2021), and the clip by global norm sees the rest
-    only, as in the paper's contrastive stage (NFNet: 1e-2, text encoder: 10).
+    With `config.adaptive_clip` the vision encoder is clipped unit by unit (Brock et al. 2021),
+    and the clip by global norm sees the rest only, as in the paper's contrastive stage (NFNet:
+    1e-2, text encoder: 10).
 
     Args:
       steps: length of the run, where a falling rate reaches its end.
       trainable: {flat name: anything with a shape}, what `init` and `update` will be given.
-      updates_per_step: how often `update` is called in each of the `steps`, which share their rate.
+      updates_per_step: how often `update` is called in each of the `steps`, which share their
+        rate.
 
     Raises: UserError for an expression in `no_decay` that matches no parameter.
     """
-    # Matched from the shapes here, so that every leaf of the state is an array and its sharding follows its parameter's.
+    # Matched from the shapes here, so that every leaf of the state is an array and its sharding
+    # follows its parameter's.
     decayed = decay_mask(config, trainable)
     return optax.chain(
         clip(config, trainable),
         optax.scale_by_adam(config.beta1, config.beta2, config.eps),
-        optax.add_decayed_weights(config.weight_decay, decayed) if config.weight_decay else optax.identity(),
+        (
+            optax.add_decayed_weights(config.weight_decay, decayed)
+            if config.weight_decay
+            else optax.identity()
+        ),
         optax.scale_by_learning_rate(make_schedule(config, steps, updates_per_step)),
     )
 
 
-def make_schedule(config: OptimizerConfig, steps: int, updates_per_step: int = 1) -> Callable[[Array | int], Array]:
+def make_schedule(
+    config: OptimizerConfig, steps: int, updates_per_step: int = 1
+) -> Callable[[Array | int], Array]:
     """Update number (from 0) -> learning rate.
 
-    Step n of the warm-up, counted from 1, has n / warmup_steps of the peak, so that the first one already learns. Afterwards the rate is
-    constant, falls linearly or as a cosine to `end_rate` at `steps`, or is multiplied by `decay_factor` after each step of `decay_at`.
+    Step n of the warm-up, counted from 1, has n / warmup_steps of the peak, so that the first
+    one already learns. Afterwards the rate is constant, falls linearly or as a cosine to
+    `end_rate` at `steps`, or is multiplied by `decay_factor` after each step of `decay_at`.
 
     Raises: UserError where steps and decay do not belong together.
     """
@@ -59,12 +75,17 @@ def make_schedule(config: OptimizerConfig, steps: int, updates_per_step: int = 1
     def rate(count: Array | int) -> Array:
         done = jnp.asarray(count // updates_per_step, jnp.float32)
         warm = jnp.minimum((done + 1) / max(config.warmup_steps, 1), 1.0)
-        progress = jnp.clip((done - config.warmup_steps) / max(steps - config.warmup_steps, 1), 0.0, 1.0)
+        progress = jnp.clip(
+            (done - config.warmup_steps) / max(steps - config.warmup_steps, 1), 0.0, 1.0
+        )
         remaining = {
             "constant": jnp.ones_like(progress),
             "linear": 1 - progress,
             "cosine": 0.5 * (1 + jnp.cos(jnp.pi * progress)),
-            "stepwise": config.decay_factor ** (done[..., None] >= jnp.asarray(config.decay_at, jnp.float32)).sum(-1),
+            "stepwise": (
+                config.decay_factor
+                ** (done[..., None] >= jnp.asarray(config.decay_at, jnp.float32)).sum(-1)
+            ),
         }[config.decay]
         end = config.end_rate if config.decay in ("linear", "cosine") else 0.0
         return warm * (end + (config.peak_rate - end) * remaining)
@@ -76,14 +97,21 @@ def _check_decay(config: OptimizerConfig, steps: int) -> None:
     places = config.decay_at
     if config.decay != "stepwise":
         if places:
-            raise UserError(f"config.optimizer.decay_at is set, but decay is {config.decay!r}: set decay to 'stepwise' or decay_at to ()")
+            raise UserError(
+                f"config.optimizer.decay_at is set, but decay is {config.decay!r}: set decay to"
+                " 'stepwise' or decay_at to ()"
+            )
         return
     if not places or list(places) != sorted(set(places)) or not 0 < places[0] <= places[-1] < steps:
         raise UserError(
-            f"config.optimizer.decay_at is {places}, but a stepwise decay needs rising steps between 1 and {steps - 1}, the last but one of the run: mend it"
+            f"config.optimizer.decay_at is {places}, but a stepwise decay needs rising steps"
+            f" between 1 and {steps - 1}, the last but one of the run: mend it"
         )
     if not 0 < config.decay_factor <= 1:
-        raise UserError(f"config.optimizer.decay_factor is {config.decay_factor}, but must be above 0 and at most 1: the paper's is 0.1")
+        raise UserError(
+            f"config.optimizer.decay_factor is {config.decay_factor}, but must be above 0 and"
+            " at most 1: the paper's is 0.1"
+        )
 
 
 def decay_mask(config: OptimizerConfig, trainable: Mapping[str, Any]) -> dict[str, bool]:
@@ -92,18 +120,30 @@ def decay_mask(config: OptimizerConfig, trainable: Mapping[str, Any]) -> dict[st
         return dict.fromkeys(trainable, False)
     for pattern in config.no_decay:
         if not any(re.fullmatch(pattern, name) for name in trainable):
-            raise UserError(f"config.optimizer.no_decay has {pattern!r}, which matches no trained parameter; they start with {', '.join(_heads(trainable))}")
+            raise UserError(
+                f"config.optimizer.no_decay has {pattern!r}, which matches no trained"
+                f" parameter; they start with {', '.join(_heads(trainable))}"
+            )
     return {
-        name: not any(re.fullmatch(pattern, name) for pattern in config.no_decay) and (config.decay_vectors or not _is_vector(name, like.shape))
+        name: (
+            not any(re.fullmatch(pattern, name) for pattern in config.no_decay)
+            and (config.decay_vectors or not _is_vector(name, like.shape))
+        )
         for name, like in trainable.items()
     }
 
 
 def clip(config: OptimizerConfig, names: Iterable[str]) -> optax.GradientTransformation:
-    """Adaptive clipping of the vision encoder, if any, and clipping of the rest by its global norm; 0 turns either off."""
-    unitwise = frozenset(name for name in names if config.adaptive_clip and re.fullmatch(VISION_ENCODER, name))
+    """Adaptive clipping of the vision encoder, if any, and clipping of the rest by its global
+    norm; 0 turns either off.
+    """
+    unitwise = frozenset(
+        name for name in names if config.adaptive_clip and re.fullmatch(VISION_ENCODER, name)
+    )
 
-    def update(gradient: Tree, state: optax.EmptyState, parameters: Tree | None = None) -> tuple[Tree, optax.EmptyState]:
+    def update(
+        gradient: Tree, state: optax.EmptyState, parameters: Tree | None = None
+    ) -> tuple[Tree, optax.EmptyState]:
         rest = {name: g for name, g in gradient.items() if name not in unitwise}
         if config.clip_norm and rest:
             norm = optax.global_norm(rest)
@@ -111,14 +151,20 @@ def clip(config: OptimizerConfig, names: Iterable[str]) -> optax.GradientTransfo
             rest = {name: g * scale for name, g in rest.items()}
         if unitwise:
             assert parameters is not None
-            rest |= {name: adaptive_clip(name, gradient[name], parameters[name], config.adaptive_clip) for name in unitwise}
+            rest |= {
+                name: adaptive_clip(name, gradient[name], parameters[name], config.adaptive_clip)
+                for name in unitwise
+            }
         return {name: rest[name] for name in gradient}, state
 
     return optax.GradientTransformation(lambda parameters: optax.EmptyState(), update)
 
 
-def adaptive_clip(name: str, gradient: Array, parameter: Array, limit: float, eps: float = 1e-3) -> Array:
-    """Scales each unit of `gradient` whose norm is over `limit` times its parameter's (at least eps) down to that (Brock et al. 2021).
+def adaptive_clip(
+    name: str, gradient: Array, parameter: Array, limit: float, eps: float = 1e-3
+) -> Array:
+    """Scales each unit of `gradient` whose norm is over `limit` times its parameter's (at least
+    eps) down to that (Brock et al. 2021).
 
     Units are those of `unit_axes`; layers of a stack are apart.
     """
@@ -130,10 +176,12 @@ def adaptive_clip(name: str, gradient: Array, parameter: Array, limit: float, ep
 
 
 def unit_axes(name: str, ndim: int) -> tuple[int, ...]:
-    """The axes of a parameter over which adaptive clipping takes a norm: a unit is all that feeds one output.
+    """The axes of a parameter over which adaptive clipping takes a norm: a unit is all that
+    feeds one output.
 
-    Of an attention's maps to heads [D, H, d] it is a column of D: they are one matrix to H * d outputs. Of other
-    matrices, convolutions and tables it is all axes but the last, and vectors, among them biases [H, d], are whole.
+    Of an attention's maps to heads [D, H, d] it is a column of D: they are one matrix to H * d
+    outputs. Of other matrices, convolutions and tables it is all axes but the last, and
+    vectors, among them biases [H, d], are whole.
     """
     lead = stack_axes(name)
     if ndim - lead < 2 or name.endswith("bias"):

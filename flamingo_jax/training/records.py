@@ -1,4 +1,6 @@
-"""Where a run writes what it measured: JSON lines and TensorBoard, cut back to the restored step on resume."""
+"""Where a run writes what it measured: JSON lines and TensorBoard, cut back to the restored
+step on resume.
+"""
 
 import json
 import pathlib
@@ -17,7 +19,10 @@ FLUSH_SECONDS = 30.0
 
 
 class Records:
-    """Writes `<workdir>/metrics.jsonl`, one object a line, and `<workdir>/tensorboard/`. A disabled one writes nothing."""
+    """Writes `<workdir>/metrics.jsonl`, one object a line, and `<workdir>/tensorboard/`.
+
+    A disabled one writes nothing.
+    """
 
     def __init__(self, workdir: pathlib.Path, *, resume_step: int, enabled: bool = True):
         self._file = self._board = None
@@ -30,7 +35,10 @@ class Records:
         self._board = _Board(workdir / "tensorboard", resume_step)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Scalars and short vectors at a step. What the file ended with when it was opened is not written again."""
+        """Scalars and short vectors at a step.
+
+        What the file ended with when it was opened is not written again.
+        """
         if self._file is None or self._board is None:
             return
         plain = {name: np.asarray(value).tolist() for name, value in values.items()}
@@ -53,18 +61,27 @@ class Records:
 
 
 class _Board:
-    """TensorBoard's event file, written by who calls. The library's own SummaryWriter has a thread for it, which dies of a full disk, and waits for
-    it for ever after."""
+    """TensorBoard's event file, written by who calls. The library's own SummaryWriter has a
+    thread for it, which dies of a full disk, and waits for it for ever after.
+    """
 
     def __init__(self, folder: pathlib.Path, resume_step: int):
         folder.mkdir(parents=True, exist_ok=True)
         self._writer = EventsWriter(str(folder / "events"))
         # What an earlier start wrote after that step is not shown.
-        self._writer.write_event(Event(wall_time=time.time(), step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._writer.write_event(
+            Event(
+                wall_time=time.time(),
+                step=resume_step + 1,
+                session_log=SessionLog(status=SessionLog.START),
+            )
+        )
         self._shown = time.monotonic()
 
     def add(self, name: str, value: float, step: int) -> None:
-        self._writer.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+        self._writer.write_event(
+            Event(wall_time=time.time(), step=step, summary=scalar(name, value))
+        )
 
     def show(self) -> None:
         if time.monotonic() - self._shown > FLUSH_SECONDS:
@@ -76,7 +93,9 @@ class _Board:
 
 
 def reopen(path: pathlib.Path, kept: list[dict[str, Any]]) -> TextIO:
-    """The file with these lines alone, replaced in one move, to append to; each line that is written goes to the system at once."""
+    """The file with these lines alone, replaced in one move, to append to; each line that is
+    written goes to the system at once.
+    """
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
     temporary.replace(path)
@@ -84,9 +103,10 @@ def reopen(path: pathlib.Path, kept: list[dict[str, Any]]) -> TextIO:
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of such a file, none where there is none; a last line that a kill cut short is left
-    out. Raises OSError for one that cannot be read just now: taken for none, what it holds would be
-    lost."""
+    """The lines of such a file, none where there is none; a last line that a kill cut short is
+    left out. Raises OSError for one that cannot be read just now: taken for none, what it holds
+    would be lost.
+    """
     try:
         text = read_again(path.read_text)
     except FileNotFoundError:

@@ -14,7 +14,9 @@ Parameters = dict[str, Array]
 
 
 class TrainState(NamedTuple):
-    """The unit that a checkpoint holds besides data positions and clock; frozen parameters are not in it."""
+    """The unit that a checkpoint holds besides data positions and clock; frozen parameters are
+    not in it.
+    """
 
     step: Array
     """int32 scalar: updates so far, skipped ones among them."""
@@ -36,13 +38,24 @@ def split_model(model: nnx.Module) -> tuple[Any, Parameters]:
 
 
 def merge_model(graph: Any, *parameters: Parameters) -> Any:
-    """The module again, from its graph and one or more dicts that together hold all its parameters."""
+    """The module again, from its graph and one or more dicts that together hold all its
+    parameters.
+    """
     merged: Parameters = {}
     for part in parameters:
         merged |= part
     return nnx.merge(graph, nnx.State(from_flat(merged)))
 
 
-def initial_state(trainable: Parameters, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def initial_state(
+    trainable: Parameters, optimizer: optax.GradientTransformation, seed: int
+) -> TrainState:
     zero = jnp.int32(0)
-    return TrainState(zero, trainable, optimizer.init(trainable), jax.random.key_data(jax.random.key(seed)), zero, zero)
+    return TrainState(
+        zero,
+        trainable,
+        optimizer.init(trainable),
+        jax.random.key_data(jax.random.key(seed)),
+        zero,
+        zero,
+    )

@@ -1,4 +1,6 @@
-"""The update: gradients of every dataset, weighted and summed, then one step of the optimizer (paper 2.4)."""
+"""The update: gradients of every dataset, weighted and summed, then one step of the optimizer
+(paper 2.4).
+"""
 
 import zlib
 from collections.abc import Callable, Mapping
@@ -20,9 +22,16 @@ Update = Callable[[TrainState, Parameters, dict[str, Batch]], tuple[TrainState, 
 
 
 def accumulated(
-    graph: Any, task: Task, trainable: Parameters, frozen: Parameters, batches: Mapping[str, Batch], key: Array, datasets: Mapping[str, DatasetConfig]
+    graph: Any,
+    task: Task,
+    trainable: Parameters,
+    frozen: Parameters,
+    batches: Mapping[str, Batch],
+    key: Array,
+    datasets: Mapping[str, DatasetConfig],
 ) -> tuple[dict[str, Loss], Parameters, dict[str, Array]]:
-    """The reference form: dataset after dataset, each one's gradient scaled by lambda_m / weight_m and added in float32.
+    """The reference form: dataset after dataset, each one's gradient scaled by lambda_m /
+    weight_m and added in float32.
 
     Returns: losses, the gradient, and the norm of each dataset's part of it.
     """
@@ -48,21 +57,37 @@ def accumulated(
 
 
 def streamed(
-    graph: Any, task: StreamTask, trainable: Parameters, frozen: Parameters, batches: Mapping[str, Batch], key: Array, datasets: Mapping[str, DatasetConfig]
+    graph: Any,
+    task: StreamTask,
+    trainable: Parameters,
+    frozen: Parameters,
+    batches: Mapping[str, Batch],
+    key: Array,
+    datasets: Mapping[str, DatasetConfig],
 ) -> tuple[dict[str, Loss], Parameters, dict[str, Array]]:
-    """The fast form of the same gradient: the sum of the scaled gradients is the gradient of the scaled sum, taken once of all datasets' tokens.
+    """The fast form of the same gradient: the sum of the scaled gradients is the gradient of
+    the scaled sum, taken once of all datasets' tokens.
 
     Of several datasets none has a gradient of its own here, so that no norms are returned.
     """
     weights = {name: task.weight(batch) for name, batch in batches.items()}
     scales = {name: datasets[name].weight / divisor(weight) for name, weight in weights.items()}
 
-    def total(trainable: Parameters, part: dict[str, Batch], key: Array) -> tuple[Array, dict[str, Loss]]:
+    def total(
+        trainable: Parameters, part: dict[str, Batch], key: Array
+    ) -> tuple[Array, dict[str, Loss]]:
         losses = task.stream_losses(merge_model(graph, trainable, frozen), part, key)
-        return sum((scales[name] * loss.total for name, loss in losses.items()), jnp.float32(0)), losses
+        return (
+            sum((scales[name] * loss.total for name, loss in losses.items()), jnp.float32(0)),
+            losses,
+        )
 
     count = next(iter(datasets.values())).microbatches
-    parts = {name: task.microbatches(batch, count) for name, batch in batches.items()} if count > 1 else None
+    parts = (
+        {name: task.microbatches(batch, count) for name, batch in batches.items()}
+        if count > 1
+        else None
+    )
     # One key for all: their examples are drawn for as one batch's.
     key = dataset_key(key, *batches)
     losses, grads = _over_parts(jax.grad(total, has_aux=True), trainable, dict(batches), parts, key)
@@ -76,8 +101,12 @@ def dataset_key(key: Array, *names: str) -> Array:
     return jax.random.fold_in(key, zlib.crc32("\n".join(names).encode()))
 
 
-def _over_parts(gradient: Callable[..., Any], trainable: Parameters, batch: Any, parts: Any, key: Array) -> tuple[Any, Parameters]:
-    """What `gradient(trainable, batch, key) -> (gradient, losses)` gives, summed over the parts of the batch, one after the other, where there are any."""
+def _over_parts(
+    gradient: Callable[..., Any], trainable: Parameters, batch: Any, parts: Any, key: Array
+) -> tuple[Any, Parameters]:
+    """What `gradient(trainable, batch, key) -> (gradient, losses)` gives, summed over the parts
+    of the batch, one after the other, where there are any.
+    """
     if parts is None:
         grads, losses = gradient(trainable, batch, key)
         return losses, grads
@@ -88,53 +117,89 @@ def _over_parts(gradient: Callable[..., Any], trainable: Parameters, batch: Any,
         return jax.tree.map(jnp.add, carry, (losses, grads)), None
 
     keys = jax.random.split(key, jax.tree.leaves(parts)[0].shape[0])
-    grads, losses = jax.eval_shape(gradient, trainable, jax.tree.map(lambda a: a[0], parts), keys[0])
+    grads, losses = jax.eval_shape(
+        gradient, trainable, jax.tree.map(lambda a: a[0], parts), keys[0]
+    )
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (losses, grads))
     return jax.lax.scan(add, zeros, (parts, keys))[0]
 
 
 def make_update(
-    graph: Any, task: Task, optimizer: optax.GradientTransformation, datasets: Mapping[str, DatasetConfig], mode: str = "accumulate",
-    gradient_shardings: Mapping[str, jax.sharding.NamedSharding] | None = None, schedule: Callable[[Array], Array] | None = None,
+    graph: Any,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    datasets: Mapping[str, DatasetConfig],
+    mode: str = "accumulate",
+    gradient_shardings: Mapping[str, jax.sharding.NamedSharding] | None = None,
+    schedule: Callable[[Array], Array] | None = None,
 ) -> Update:
     """The jittable update (state, frozen, {dataset: batch}) -> (state, metrics).
 
-    gradient = sum over datasets m of lambda_m * d(total_m) / weight_m. A step whose losses or gradient are not finite leaves
-    parameters, moments and the optimizer's count as they were, and is counted. `mode`: `TrainingConfig.mixing`. gradient_shardings:
-    where the gradient is summed to; by default the compiler chooses. schedule: the optimizer's, to tell its rate.
+    gradient = sum over datasets m of lambda_m * d(total_m) / weight_m. A step whose losses or
+    gradient are not finite leaves parameters, moments and the optimizer's count as they were,
+    and is counted. `mode`: `TrainingConfig.mixing`. gradient_shardings: where the gradient is
+    summed to; by default the compiler chooses. schedule: the optimizer's, to tell its rate.
 
-    metrics: {"loss", "loss/<dataset>", "<metric>/<dataset>", "gradient_norm", "gradient_norm/<dataset>", "learning_rate",
-    "finite/<dataset>", "skipped", "skipped_in_a_row", "work"}. gradient_norm: before it is clipped, under round_robin the largest of the
-    datasets'. gradient_norm/<dataset>: of lambda_m * d(total_m) / weight_m; a stream of several datasets takes their gradient at once
-    and does not know it. learning_rate: of this step's update. work: int32 [4], the batches' `planning.flops.Work` on all devices.
-    Raises: UserError where the task has no form for the mode, or a stream's datasets have different numbers of microbatches.
+    metrics: {"loss", "loss/<dataset>", "<metric>/<dataset>", "gradient_norm",
+    "gradient_norm/<dataset>", "learning_rate", "finite/<dataset>", "skipped",
+    "skipped_in_a_row", "work"}. gradient_norm: before it is clipped, under round_robin the
+    largest of the datasets'. gradient_norm/<dataset>: of lambda_m * d(total_m) / weight_m; a
+    stream of several datasets takes their gradient at once and does not know it. learning_rate:
+    of this step's update. work: int32 [4], the batches' `planning.flops.Work` on all devices.
+    Raises: UserError where the task has no form for the mode, or a stream's datasets have
+      different numbers of microbatches.
     """
     if mode == "stream":
         if not isinstance(task, StreamTask):
-            raise UserError("config.training.mixing is 'stream', which this task has no form of: set it to 'accumulate'")
+            raise UserError(
+                "config.training.mixing is 'stream', which this task has no form of: set it to"
+                " 'accumulate'"
+            )
         if len({config.microbatches for config in datasets.values()}) > 1:
-            raise UserError("config.training.mixing is 'stream', whose datasets share their microbatches: give them all the same number")
+            raise UserError(
+                "config.training.mixing is 'stream', whose datasets share their microbatches:"
+                " give them all the same number"
+            )
     form: Callable[..., Any] = streamed if mode == "stream" else accumulated
 
-    def losses_and_gradients(state: TrainState, frozen: Parameters, batches: dict[str, Batch], names: list[str]) -> Any:
+    def losses_and_gradients(
+        state: TrainState, frozen: Parameters, batches: dict[str, Batch], names: list[str]
+    ) -> Any:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        losses, gradient, norms = form(graph, task, state.trainable, frozen, {name: batches[name] for name in names}, key, datasets)
+        losses, gradient, norms = form(
+            graph,
+            task,
+            state.trainable,
+            frozen,
+            {name: batches[name] for name in names},
+            key,
+            datasets,
+        )
         if gradient_shardings is not None:
             gradient = jax.lax.with_sharding_constraint(gradient, dict(gradient_shardings))
-        metrics: dict[str, Any] = {"loss": jnp.float32(0)} | {f"gradient_norm/{name}": norm for name, norm in norms.items()}
+        metrics: dict[str, Any] = {"loss": jnp.float32(0)} | {
+            f"gradient_norm/{name}": norm for name, norm in norms.items()
+        }
         for name, loss in losses.items():
             value = loss.value
             metrics["loss"] += datasets[name].weight * value
             metrics[f"loss/{name}"] = value
-            metrics |= {f"{metric}/{name}": a / jnp.maximum(b, 1e-9) for metric, (a, b) in loss.metrics.items()}
+            metrics |= {
+                f"{metric}/{name}": a / jnp.maximum(b, 1e-9)
+                for metric, (a, b) in loss.metrics.items()
+            }
         return metrics, gradient
 
-    def apply(state: TrainState, metrics: dict[str, Any], gradient: Parameters, names: list[str]) -> tuple[TrainState, dict[str, Any]]:
+    def apply(
+        state: TrainState, metrics: dict[str, Any], gradient: Parameters, names: list[str]
+    ) -> tuple[TrainState, dict[str, Any]]:
         norm = optax.global_norm(gradient)
         metrics["gradient_norm"] = norm
         metrics |= {f"finite/{name}": jnp.isfinite(metrics[f"loss/{name}"]) for name in names}
         if schedule is not None:
-            metrics["learning_rate"] = schedule(optax.tree.get_all_with_path(state.optimizer, "count")[0][1])
+            metrics["learning_rate"] = schedule(
+                optax.tree.get_all_with_path(state.optimizer, "count")[0][1]
+            )
         finite = jnp.isfinite(norm)
         for name in names:
             finite &= metrics[f"finite/{name}"]
@@ -151,7 +216,9 @@ def make_update(
         )
         return state, metrics
 
-    def update(state: TrainState, frozen: Parameters, batches: dict[str, Batch]) -> tuple[TrainState, dict[str, Any]]:
+    def update(
+        state: TrainState, frozen: Parameters, batches: dict[str, Batch]
+    ) -> tuple[TrainState, dict[str, Any]]:
         names = list(datasets)
         groups = [[name] for name in names] if mode == "round_robin" else [names]
         metrics: dict[str, Any] = {}
@@ -160,40 +227,73 @@ def make_update(
             part, gradient = losses_and_gradients(state, frozen, batches, group)
             state, part = apply(state, part, gradient, group)
             before = metrics.get("loss", 0.0), metrics.get("gradient_norm", 0.0)
-            metrics |= part | {"loss": before[0] + part["loss"], "gradient_norm": jnp.maximum(before[1], part["gradient_norm"])}
-        state = state._replace(skipped_in_a_row=jnp.where(state.skipped > skipped_before, state.skipped_in_a_row + 1, 0))
-        metrics["work"] = jnp.stack([jnp.asarray(count, jnp.int32) for count in work_in(batches.values())])
-        metrics |= task.watch(state.trainable) | {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+            metrics |= part | {
+                "loss": before[0] + part["loss"],
+                "gradient_norm": jnp.maximum(before[1], part["gradient_norm"]),
+            }
+        state = state._replace(
+            skipped_in_a_row=jnp.where(
+                state.skipped > skipped_before, state.skipped_in_a_row + 1, 0
+            )
+        )
+        metrics["work"] = jnp.stack(
+            [jnp.asarray(count, jnp.int32) for count in work_in(batches.values())]
+        )
+        metrics |= task.watch(state.trainable) | {
+            "skipped": state.skipped,
+            "skipped_in_a_row": state.skipped_in_a_row,
+        }
         return state._replace(step=state.step + 1), metrics
 
     return update
 
 
 TPU_OPTIONS: dict[str, str | bool] = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-"""A product whose weight is gathered, or whose result is scattered, stays whole rather than a loop over the devices' shares: the loops' small
-products take several times the compiler's cycles of the whole one, and their code most of the time to compile."""
+"""A product whose weight is gathered, or whose result is scattered, stays whole rather than a
+loop over the devices' shares: the loops' small products take several times the compiler's
+cycles of the whole one, and their code most of the time to compile.
+"""
 
 
 def trace_update(update: Update, state: Any, frozen: Any, batches: Any) -> jax.stages.Traced:
-    """The update traced for arrays, or shapes with shardings, like these; compiled, it takes over the state's memory.
+    """The update traced for arrays, or shapes with shardings, like these; compiled, it takes
+    over the state's memory.
 
-    On TPUs the compiler chooses how frozen parameters lie in memory (see `laid_out`): in the default order a step would begin with copies of them.
+    On TPUs the compiler chooses how frozen parameters lie in memory (see `laid_out`): in the
+    default order a step would begin with copies of them.
     """
     given = jax.tree.map(lambda a: a.sharding, (state, frozen, batches))
     if platform_of(state) == "tpu":
-        given = (given[0], jax.tree.map(lambda sharding: Format(Layout.AUTO, sharding), given[1]), given[2])
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (state, frozen, batches))
-    return jax.jit(update, donate_argnums=0, in_shardings=given, out_shardings=(given[0], state.step.sharding)).trace(*shapes)
+        given = (
+            given[0],
+            jax.tree.map(lambda sharding: Format(Layout.AUTO, sharding), given[1]),
+            given[2],
+        )
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (state, frozen, batches)
+    )
+    return jax.jit(
+        update,
+        donate_argnums=0,
+        in_shardings=given,
+        out_shardings=(given[0], state.step.sharding),
+    ).trace(*shapes)
 
 
 def laid_out(compiled: jax.stages.Compiled, frozen: Parameters) -> Parameters:
-    """Frozen parameters in the memory layout that a compiled update takes them in, one after the other."""
+    """Frozen parameters in the memory layout that a compiled update takes them in, one after
+    the other.
+    """
     formats = compiled.input_formats[0][1]
-    return {name: jax.device_put(value, formats[name], donate=True) for name, value in frozen.items()}
+    return {
+        name: jax.device_put(value, formats[name], donate=True) for name, value in frozen.items()
+    }
 
 
 def platform_of(state: Any) -> str:
-    """"cpu", "gpu" or "tpu": of the devices that the state's arrays, or shapes with shardings, lie on."""
+    """ "cpu", "gpu" or "tpu": of the devices that the state's arrays, or shapes with shardings,
+    lie on.
+    """
     return next(iter(state.step.sharding.device_set)).platform
 
 
@@ -210,9 +310,13 @@ def compile_update(update: Update, state: Any, frozen: Any, batches: Any) -> jax
 WITHOUT_PICTURES = "_without_pictures"
 
 
-def make_held_out_loss(graph: Any, task: Task, microbatches: int = 1) -> Callable[..., dict[str, Loss]]:
-    """The jittable losses (trainable, frozen, batch) -> {"": Loss, "_without_pictures": Loss} of one held-out batch, the second where the
-    task has one. The batch goes through the model in so many equal parts, one after the other."""
+def make_held_out_loss(
+    graph: Any, task: Task, microbatches: int = 1
+) -> Callable[..., dict[str, Loss]]:
+    """The jittable losses (trainable, frozen, batch) -> {"": Loss, "_without_pictures": Loss}
+    of one held-out batch, the second where the task has one. The batch goes through the model
+    in so many equal parts, one after the other.
+    """
 
     def of(trainable: Parameters, frozen: Parameters, batch: Batch) -> Loss:
         loss = lambda part: task.loss(merge_model(graph, trainable, frozen), part, None)
@@ -221,7 +325,9 @@ def make_held_out_loss(graph: Any, task: Task, microbatches: int = 1) -> Callabl
         parts = task.microbatches(batch, microbatches)
         shape = jax.eval_shape(loss, jax.tree.map(lambda a: a[0], parts))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
-        return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, loss(part)), None), zeros, parts)[0]
+        return jax.lax.scan(
+            lambda total, part: (jax.tree.map(jnp.add, total, loss(part)), None), zeros, parts
+        )[0]
 
     def losses(trainable: Parameters, frozen: Parameters, batch: Batch) -> dict[str, Loss]:
         text = task.without_pictures(batch)

@@ -25,7 +25,9 @@ from tests.processes import one_device
 
 
 class State(NamedTuple):
-    """The shapes of a training state: a scalar, flat names with slashes, a nested optimizer, a key, an empty array."""
+    """The shapes of a training state: a scalar, flat names with slashes, a nested optimizer, a
+    key, an empty array.
+    """
 
     step: jax.Array
     trainable: dict[str, jax.Array]
@@ -34,20 +36,36 @@ class State(NamedTuple):
 
 
 def mesh(devices: int) -> jax.sharding.Mesh:
-    return jax.make_mesh((devices,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices])
+    return jax.make_mesh(
+        (devices,),
+        ("x",),
+        axis_types=(jax.sharding.AxisType.Auto,),
+        devices=jax.devices()[:devices],
+    )
 
 
 def make_state(step: int, devices: int = 1) -> State:
     split, whole = (jax.NamedSharding(mesh(devices), spec) for spec in (jax.P("x"), jax.P()))
     query = jax.device_put(jnp.arange(64.0).reshape(8, 8) + step, split)
     norm = jax.device_put(jnp.full((3,), step, jnp.bfloat16), whole)
-    moments = ({"count": jax.device_put(jnp.int32(step), whole), "mu": {"a/layers/q": query * 2}}, (), [jax.device_put(jnp.zeros((0, 3)), whole)])
+    moments = (
+        {"count": jax.device_put(jnp.int32(step), whole), "mu": {"a/layers/q": query * 2}},
+        (),
+        [jax.device_put(jnp.zeros((0, 3)), whole)],
+    )
     key = jax.device_put(jax.random.key_data(jax.random.key(step)), whole)
-    return State(jax.device_put(jnp.int32(step), whole), {"a/layers/q": query, "a/norm": norm}, moments, key)
+    return State(
+        jax.device_put(jnp.int32(step), whole),
+        {"a/layers/q": query, "a/norm": norm},
+        moments,
+        key,
+    )
 
 
 def template(state: Any) -> Any:
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
+    )
 
 
 def require_equal(found: Any, wanted: Any) -> None:
@@ -57,7 +75,9 @@ def require_equal(found: Any, wanted: Any) -> None:
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-def saved(folder: pathlib.Path, steps: list[int], keep_last: int = 9, keep_every: int = 0) -> Checkpoints:
+def saved(
+    folder: pathlib.Path, steps: list[int], keep_last: int = 9, keep_every: int = 0
+) -> Checkpoints:
     checkpoints = Checkpoints(folder, keep_last=keep_last, keep_every=keep_every)
     for step in steps:
         checkpoints.save(step, make_state(step), {"position": {"m3w": step * 10}})
@@ -73,7 +93,9 @@ def test_round_trip_with_extra_data(tmp_path: pathlib.Path) -> None:
     assert checkpoints.extra(5) == {"position": {"m3w": 50}}
 
 
-def test_an_empty_or_missing_folder_has_no_latest_and_is_not_made(tmp_path: pathlib.Path) -> None:
+def test_an_empty_or_missing_folder_has_no_latest_and_is_not_made(
+    tmp_path: pathlib.Path,
+) -> None:
     assert Checkpoints(tmp_path, keep_last=1).latest() is None
     checkpoints = Checkpoints(tmp_path / "nowhere", keep_last=1)
     assert checkpoints.latest() is None and not (tmp_path / "nowhere").exists()
@@ -82,7 +104,9 @@ def test_an_empty_or_missing_folder_has_no_latest_and_is_not_made(tmp_path: path
 
 
 @pytest.mark.parametrize(("before", "after"), [(8, 4), (4, 8), (8, 1)])
-def test_restored_into_another_number_of_devices(tmp_path: pathlib.Path, before: int, after: int) -> None:
+def test_restored_into_another_number_of_devices(
+    tmp_path: pathlib.Path, before: int, after: int
+) -> None:
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     checkpoints.save(1, make_state(1, before), {})
     wanted = make_state(1, after)
@@ -100,7 +124,10 @@ def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path: pathlib.Path) -
     for _ in range(10):
         values = advance(values)
     jax.block_until_ready(values)
-    require_equal(checkpoints.restore(1, template(values)), {str(i): jnp.full((256, 256), float(i)) for i in range(16)})
+    require_equal(
+        checkpoints.restore(1, template(values)),
+        {str(i): jnp.full((256, 256), float(i)) for i in range(16)},
+    )
     checkpoints.close()
 
 
@@ -111,12 +138,15 @@ def test_keep_last_and_keep_every(tmp_path: pathlib.Path) -> None:
         Checkpoints(tmp_path, keep_last=0)
 
 
-def test_a_flipped_byte_in_any_file_of_the_newest_is_found_and_the_one_before_is_used(tmp_path: pathlib.Path, caplog: Any) -> None:
+def test_a_flipped_byte_in_any_file_of_the_newest_is_found_and_the_one_before_is_used(
+    tmp_path: pathlib.Path, caplog: Any
+) -> None:
     saved(tmp_path, [1]).close()
     for number in itertools.count():
         step = 2 + number
         saved(tmp_path, [step]).close()
-        # The names of orbax's data files are random and their number varies by save: the same place in the list stands for the same kind of file.
+        # The names of orbax's data files are random and their number varies by save: the same
+        # place in the list stands for the same kind of file.
         files = sorted(path for path in (tmp_path / str(step)).rglob("*") if path.is_file())
         if number >= len(files):
             break
@@ -139,23 +169,31 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def unreadable(path: pathlib.Path) -> pathlib.Path:
-    """In its place a file that the system refuses to open (ELOOP), for root too; returns where it
-    is now."""
+    """In its place a file that the system refuses to open (ELOOP), for root too; returns where
+    it is now.
+    """
     kept = path.rename(path.with_name("kept elsewhere"))
     path.symlink_to(path)
     return kept
 
 
 @pytest.mark.parametrize("what", ["data", "contents.json", manifest.NAME, "folder"])
-def test_what_cannot_be_read_just_now_is_no_damage(what: str, hasty: None, tmp_path: pathlib.Path) -> None:
+def test_what_cannot_be_read_just_now_is_no_damage(
+    what: str, hasty: None, tmp_path: pathlib.Path
+) -> None:
     folder = tmp_path / "checkpoints"
     saved(folder, [1, 2]).close()
-    data = max(filter(pathlib.Path.is_file, (folder / "2").rglob("*")), key=lambda path: path.stat().st_size)
+    data = max(
+        filter(pathlib.Path.is_file, (folder / "2").rglob("*")),
+        key=lambda path: path.stat().st_size,
+    )
     files = {"folder": folder, "data": data}
     victim = files.get(what, folder / "2" / what)
     kept = unreadable(victim)
     for find in (Checkpoints.latest, Checkpoints.newest):
-        with pytest.raises(StorageError, match="cannot be read just now .Too many levels") as caught:
+        with pytest.raises(
+            StorageError, match="cannot be read just now .Too many levels"
+        ) as caught:
             find(Checkpoints(folder, keep_last=1))
         assert caught.value.exit_code == EXIT_SAVE_FAILED and str(victim) in str(caught.value)
     if what != "folder":
@@ -195,7 +233,10 @@ def test_an_error_of_the_storage_is_read_again_and_then_told(
     most = 3
     assert Checkpoints(tmp_path, keep_last=1).latest() == 2, "it may pass"
     fails, most = itertools.count(), 4
-    with pytest.raises(StorageError, match=rf"2/contents.json cannot be read just now .{os.strerror(code)}.: mend"):
+    with pytest.raises(
+        StorageError,
+        match=rf"2/contents.json cannot be read just now .{os.strerror(code)}.: mend",
+    ):
         Checkpoints(tmp_path, keep_last=1).latest()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
@@ -203,8 +244,9 @@ def test_an_error_of_the_storage_is_read_again_and_then_told(
 def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(
     hasty: None, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run would begin anew, and cut away what it has measured. Python's own globbing passes over
-    such errors."""
+    """A run would begin anew, and cut away what it has measured. Python's own globbing passes
+    over such errors.
+    """
     saved(tmp_path, [1]).close()
 
     def fail(*_: Any) -> None:
@@ -217,7 +259,9 @@ def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(
     assert Checkpoints(tmp_path, keep_last=1).latest() == 1
 
 
-def test_who_only_reads_changes_nothing_and_is_told_what_is_newer(tmp_path: pathlib.Path, caplog: Any) -> None:
+def test_who_only_reads_changes_nothing_and_is_told_what_is_newer(
+    tmp_path: pathlib.Path, caplog: Any
+) -> None:
     saved(tmp_path, [1, 2, 3, 4, 5]).close()
     (tmp_path / "1" / manifest.NAME).unlink()
     (tmp_path / "3" / "contents.json").write_text("{}")
@@ -250,14 +294,20 @@ class Watched(Alone):
 
 
 def test_those_who_wait_are_told_that_it_gets_on(tmp_path: pathlib.Path) -> None:
-    """A save ends, for all, when its manifest is there, and what was read last is told of byte by
-    byte."""
+    """A save ends, for all, when its manifest is there, and what was read last is told of byte
+    by byte.
+    """
     watched = Watched()
     checkpoints = Checkpoints(tmp_path, keep_last=1, crew=watched)
     checkpoints.save(1, make_state(1), {})
     checkpoints.close()
-    assert watched.told[0] == "saving step 1" and watched.told[-2:] == ["", "met: saving step 1"]
-    files = sum(path.is_file() and path.stat().st_size > 0 for path in (tmp_path / "1").rglob("*")) - 1
+    assert watched.told[0] == "saving step 1" and watched.told[-2:] == [
+        "",
+        "met: saving step 1",
+    ]
+    files = (
+        sum(path.is_file() and path.stat().st_size > 0 for path in (tmp_path / "1").rglob("*")) - 1
+    )
     assert watched.told.count("saving step 1") == 1 + files
     watched.told.clear()
     assert Checkpoints(tmp_path, keep_last=1, crew=watched).latest() == 1
@@ -268,7 +318,9 @@ def test_those_who_wait_are_told_that_it_gets_on(tmp_path: pathlib.Path) -> None
 def test_no_collective_waits_for_the_one_that_reads(
     index: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Collectives have time limits of their own: all meet once it has read, and only then broadcast."""
+    """Collectives have time limits of their own: all meet once it has read, and only then
+    broadcast.
+    """
     saved(tmp_path, [1]).close()
     watched = Watched()
 
@@ -284,7 +336,9 @@ def test_no_collective_waits_for_the_one_that_reads(
     assert checkpoints.latest() == 1
     read = [told for told in watched.told if told.startswith("verifying")]
     search = ["met: the search for the newest checkpoint", "broadcast"]
-    assert watched.told == [*read, *([""] if index == 0 else []), *search] and bool(read) == (index == 0)
+    assert watched.told == [*read, *([""] if index == 0 else []), *search] and bool(read) == (
+        index == 0
+    )
     watched.told.clear()
     sent = 0
     assert again.extra(1) == {"position": {"m3w": 10}}
@@ -304,7 +358,9 @@ def test_a_damaged_step_may_be_saved_again(tmp_path: pathlib.Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "3.damaged", "3.damaged.2"]
 
 
-def test_a_step_without_a_manifest_is_passed_over_and_removed_by_the_next_save(tmp_path: pathlib.Path, caplog: Any) -> None:
+def test_a_step_without_a_manifest_is_passed_over_and_removed_by_the_next_save(
+    tmp_path: pathlib.Path, caplog: Any
+) -> None:
     saved(tmp_path, [1, 2]).close()
     (tmp_path / "2" / manifest.NAME).unlink()
     (tmp_path / "3" / "state.orbax-checkpoint-tmp").mkdir(parents=True)
@@ -334,13 +390,25 @@ def test_somebody_elses_checkpoints_are_refused_and_stay(tmp_path: pathlib.Path)
 def test_another_models_state_is_refused_by_name(tmp_path: pathlib.Path) -> None:
     checkpoints = saved(tmp_path, [1])
     for change, words in (
-        (lambda t: {"a/layers/q": t["a/layers/q"]}, "trainable/a/norm is bfloat16 .3. in the checkpoint and absent here"),
+        (
+            lambda t: {"a/layers/q": t["a/layers/q"]},
+            "trainable/a/norm is bfloat16 .3. in the checkpoint and absent here",
+        ),
         (lambda t: t | {"b": t["a/norm"]}, "trainable/b is absent in the checkpoint"),
-        (lambda t: t | {"a/norm": jax.ShapeDtypeStruct((4,), jnp.bfloat16)}, "bfloat16 .3. in the checkpoint and bfloat16 .4. here"),
-        (lambda t: t | {"a/norm": jax.ShapeDtypeStruct((3,), jnp.float32)}, "bfloat16 .3. in the checkpoint and float32 .3. here"),
+        (
+            lambda t: t | {"a/norm": jax.ShapeDtypeStruct((4,), jnp.bfloat16)},
+            "bfloat16 .3. in the checkpoint and bfloat16 .4. here",
+        ),
+        (
+            lambda t: t | {"a/norm": jax.ShapeDtypeStruct((3,), jnp.float32)},
+            "bfloat16 .3. in the checkpoint and float32 .3. here",
+        ),
     ):
         other = template(make_state(1))
-        with pytest.raises(UserError, match=f"another model or optimizer: {words}|another model or optimizer: .*{words}"):
+        with pytest.raises(
+            UserError,
+            match=f"another model or optimizer: {words}|another model or optimizer: .*{words}",
+        ):
             checkpoints.restore(1, other._replace(trainable=change(other.trainable)))
 
 
@@ -354,7 +422,9 @@ def test_a_step_is_saved_once(tmp_path: pathlib.Path) -> None:
     require_equal(checkpoints.restore(1, template(make_state(1))), make_state(1))
 
 
-def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path: pathlib.Path) -> None:
+def test_what_cannot_be_saved_is_refused_before_anything_is_written(
+    tmp_path: pathlib.Path,
+) -> None:
     checkpoints = Checkpoints(tmp_path / "c", keep_last=2)
     with pytest.raises(TypeError, match="key_data"):
         checkpoints.save(1, {"key": jax.random.key(0)}, {})
@@ -365,7 +435,9 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path: pa
     assert not (tmp_path / "c").exists()
 
 
-def test_a_failed_save_is_raised_once_by_the_next_call_and_leaves_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_is_raised_once_by_the_next_call_and_leaves_nothing(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoints = saved(tmp_path, [1])
 
     def full(folder: pathlib.Path, progress: Any) -> None:
@@ -401,7 +473,7 @@ if start:
 for step in itertools.count(start + 1):
     checkpoints.save(step, {"w": jnp.full((300, 300), step, jnp.float32)}, {"step": step})
     print(step, flush=True)
-"""
+"""  # noqa: E501
 
 
 def test_killed_while_it_saves_it_leaves_whole_steps_alone(tmp_path: pathlib.Path) -> None:
@@ -424,5 +496,7 @@ def test_killed_while_it_saves_it_leaves_whole_steps_alone(tmp_path: pathlib.Pat
         step = Checkpoints(tmp_path, keep_last=1).latest()
         assert step is not None and step >= reached - 1, "all but the save in flight is whole"
         newest = step
-        state = Checkpoints(tmp_path, keep_last=1).restore(step, {"w": jax.ShapeDtypeStruct((300, 300), jnp.float32)})
+        state = Checkpoints(tmp_path, keep_last=1).restore(
+            step, {"w": jax.ShapeDtypeStruct((300, 300), jnp.float32)}
+        )
         np.testing.assert_array_equal(state["w"], np.full((300, 300), step))

@@ -1,4 +1,6 @@
-"""Exports come back bit for bit, and a folder that is not a whole export is refused in one sentence."""
+"""Exports come back bit for bit, and a folder that is not a whole export is refused in one
+sentence.
+"""
 
 import json
 import pathlib
@@ -16,7 +18,9 @@ from flamingo_jax.checkpointing.export import export_model, open_export
 from flamingo_jax.errors import EXIT_SAVE_FAILED, StorageError, UserError
 
 PARAMETERS = {
-    "language_model/layers/attention/query": jnp.arange(12 * 6, dtype=jnp.bfloat16).reshape(12, 2, 3),
+    "language_model/layers/attention/query": (
+        jnp.arange(12 * 6, dtype=jnp.bfloat16).reshape(12, 2, 3)
+    ),
     "language_model/layers/gate": jnp.arange(12.0),
     "language_model/embedding": jnp.linspace(0, 1, 35).reshape(7, 5),
     "encoder/layers/layers/w": np.arange(12, dtype=np.float32).reshape(2, 3, 2),
@@ -43,7 +47,10 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
 def test_round_trip(folder: pathlib.Path) -> None:
     export = open_export(folder)
     export.verify()
-    assert export.kind == "flamingo" and export.config == {"width": 8, "vision": {"variant": "tiny"}}
+    assert export.kind == "flamingo" and export.config == {
+        "width": 8,
+        "vision": {"variant": "tiny"},
+    }
     assert export.names == tuple(sorted(PARAMETERS))
     assert export.tokenizer_file is not None and export.tokenizer_file.read_bytes() == b"pieces"
     assert (folder / "notes/metrics.jsonl").read_text() == "a line\n"
@@ -53,7 +60,9 @@ def test_round_trip(folder: pathlib.Path) -> None:
         assert values[name].dtype == value.dtype
         np.testing.assert_array_equal(values[name], np.asarray(value))
     assert values["language_model/layers/attention/query"].dtype == ml_dtypes.bfloat16
-    assert set(export.read("language_model/")) == {name for name in PARAMETERS if name.startswith("language_model/")}
+    assert set(export.read("language_model/")) == {
+        name for name in PARAMETERS if name.startswith("language_model/")
+    }
 
 
 def test_files_are_plain_safetensors_with_per_layer_names(folder: pathlib.Path) -> None:
@@ -65,12 +74,17 @@ def test_files_are_plain_safetensors_with_per_layer_names(folder: pathlib.Path) 
         assert len(content) - 8 - int.from_bytes(content[:8], "little") in (*range(101), 140)
     name = "language_model/layers/11/attention/query"
     with safe_open(folder / files[name], framework="numpy") as file:
-        np.testing.assert_array_equal(file.get_tensor(name), np.asarray(PARAMETERS["language_model/layers/attention/query"][11]))
+        np.testing.assert_array_equal(
+            file.get_tensor(name),
+            np.asarray(PARAMETERS["language_model/layers/attention/query"][11]),
+        )
     assert not (folder.parent / "export.writing").exists()
 
 
 def test_sharded_arrays_are_exported_whole(tmp_path: pathlib.Path) -> None:
-    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    mesh = jax.make_mesh(
+        (4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4]
+    )
     value = jax.device_put(jnp.arange(32.0).reshape(8, 4), jax.NamedSharding(mesh, jax.P("x")))
     export_model(tmp_path / "e", kind="contrastive", config={}, parameters={"w": value})
     export = open_export(tmp_path / "e")
@@ -80,7 +94,9 @@ def test_sharded_arrays_are_exported_whole(tmp_path: pathlib.Path) -> None:
 
 def test_the_digest_names_the_content(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     def digest(name: str, value: float) -> str:
-        export_model(tmp_path / name, kind="contrastive", config={}, parameters={"w": np.full(3, value)})
+        export_model(
+            tmp_path / name, kind="contrastive", config={}, parameters={"w": np.full(3, value)}
+        )
         return open_export(tmp_path / name).digest
 
     assert digest("a", 1.0) == digest("b", 1.0) != digest("c", 2.0)
@@ -99,7 +115,9 @@ def test_missing_and_foreign_folders_are_refused(tmp_path: pathlib.Path) -> None
     assert "is no export" in refused(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
     assert "is no export" in refused(tmp_path)
-    (tmp_path / "config.json").write_text('{"format": "flamingo_jax", "version": 9, "kind": "flamingo", "config": {}}')
+    (tmp_path / "config.json").write_text(
+        '{"format": "flamingo_jax", "version": 9, "kind": "flamingo", "config": {}}'
+    )
     assert "version 9" in refused(tmp_path)
 
 
@@ -124,7 +142,9 @@ def test_a_flipped_byte_is_found_by_verify(folder: pathlib.Path) -> None:
         open_export(folder).verify()
 
 
-@pytest.mark.parametrize("file", ["config.json", "manifest.json", "model.safetensors.index.json", "model-00003*"])
+@pytest.mark.parametrize(
+    "file", ["config.json", "manifest.json", "model.safetensors.index.json", "model-00003*"]
+)
 def test_what_cannot_be_read_just_now_is_no_damage(
     file: str, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,9 +160,13 @@ def test_what_cannot_be_read_just_now_is_no_damage(
     if victim.suffix == ".safetensors":
         attempts += [export.read, lambda: export.shapes, lambda: tensors.read_headers([victim])]
     for attempt in attempts:
-        with pytest.raises(StorageError, match="cannot be read just now .Too many levels") as caught:
+        with pytest.raises(
+            StorageError, match="cannot be read just now .Too many levels"
+        ) as caught:
             attempt()
-        assert caught.value.exit_code == EXIT_SAVE_FAILED and "again" not in str(caught.value).replace("start again", "")
+        assert caught.value.exit_code == EXIT_SAVE_FAILED and "again" not in str(
+            caught.value
+        ).replace("start again", "")
     victim.unlink()
     kept.rename(victim)
     open_export(folder).verify()
@@ -171,11 +195,19 @@ def test_a_tensor_that_cannot_be_read_just_now_is_no_damage_and_one_that_ends_to
     assert not isinstance(caught.value, StorageError)
 
 
-def test_nothing_is_overwritten_and_a_failed_export_leaves_nothing(folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_overwritten_and_a_failed_export_leaves_nothing(
+    folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match="is there already"):
         export_model(folder, kind="flamingo", config={}, parameters={})
     with pytest.raises(UserError, match="is missing"):
-        export_model(tmp_path / "e", kind="flamingo", config={}, parameters=PARAMETERS, tokenizer_file=tmp_path / "none")
+        export_model(
+            tmp_path / "e",
+            kind="flamingo",
+            config={},
+            parameters=PARAMETERS,
+            tokenizer_file=tmp_path / "none",
+        )
 
     def full(*args: Any, **keywords: Any) -> None:
         raise OSError(28, "No space left on device")

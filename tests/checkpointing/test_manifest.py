@@ -44,7 +44,9 @@ def test_a_whole_folder_passes(folder: pathlib.Path) -> None:
         ("d/empty", pathlib.Path.unlink),
     ],
 )
-def test_damage_is_found_and_named(folder: pathlib.Path, file: str, damage: Callable[[pathlib.Path], None]) -> None:
+def test_damage_is_found_and_named(
+    folder: pathlib.Path, file: str, damage: Callable[[pathlib.Path], None]
+) -> None:
     damage(folder / file)
     with pytest.raises(manifest.DamageError, match=file) as caught:
         manifest.check_digests(folder, manifest.read_manifest(folder))

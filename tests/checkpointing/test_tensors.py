@@ -11,7 +11,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from flamingo_jax.checkpointing import tensors
-from flamingo_jax.checkpointing.tensors import Term, layout, read_headers, read_layers, read_sharded
+from flamingo_jax.checkpointing.tensors import (
+    Term,
+    layout,
+    read_headers,
+    read_layers,
+    read_sharded,
+)
 from flamingo_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -19,10 +25,20 @@ RNG = np.random.default_rng(0)
 FORMS: dict[str, Any] = {
     "same": ("", (6, 10), (6, 10), lambda a: a),
     "transposed": ("v w -> w v", (12, 10), (10, 12), lambda a: a.T),
-    "into heads": ("(h d) w -> w h d", (24, 10), (10, 8, 3), lambda a: a.reshape(8, 3, 10).transpose(2, 0, 1)),
+    "into heads": (
+        "(h d) w -> w h d",
+        (24, 10),
+        (10, 8, 3),
+        lambda a: a.reshape(8, 3, 10).transpose(2, 0, 1),
+    ),
     "out of heads": ("w (h d) -> h d w", (10, 24), (8, 3, 10), lambda a: a.T.reshape(8, 3, 10)),
     "a bias of heads": ("(h d) -> h d", (24,), (8, 3), lambda a: a.reshape(8, 3)),
-    "patches": ("w c p q -> (p q c) w", (10, 3, 2, 2), (12, 10), lambda a: a.transpose(2, 3, 1, 0).reshape(12, 10)),
+    "patches": (
+        "w c p q -> (p q c) w",
+        (10, 3, 2, 2),
+        (12, 10),
+        lambda a: a.transpose(2, 3, 1, 0).reshape(12, 10),
+    ),
     "a scalar": ("", (), (), lambda a: a),
 }
 
@@ -40,7 +56,14 @@ def stored(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> dict[str, ten
 @pytest.mark.parametrize("kind", ["HostShard", "DeviceShard"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("piece", [1, 200, 2**24])
-def test_forms_on_a_mesh(form: str, kind: str, piece: int, mesh: jax.sharding.Mesh, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forms_on_a_mesh(
+    form: str,
+    kind: str,
+    piece: int,
+    mesh: jax.sharding.Mesh,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Two layers of a stack, every axis in turn over `model`, another over `fsdp`."""
     text, shape, target, expected = FORMS[form]
     monkeypatch.setattr(tensors, "HostShard", getattr(tensors, kind))
@@ -58,7 +81,11 @@ def test_forms_on_a_mesh(form: str, kind: str, piece: int, mesh: jax.sharding.Me
         other = (axis + 1) % len(target)
         spec[1 + other] = spec[1 + other] or ("fsdp" if target[other] % 2 == 0 else None)
         sharding = jax.NamedSharding(mesh, jax.P(*spec))
-        made = read_sharded(found, sources, {"layers/w": jax.ShapeDtypeStruct((2, *target), np.float32, sharding=sharding)})["layers/w"]
+        made = read_sharded(
+            found,
+            sources,
+            {"layers/w": jax.ShapeDtypeStruct((2, *target), np.float32, sharding=sharding)},
+        )["layers/w"]
         assert made.sharding == sharding
         np.testing.assert_array_equal(made, whole)
 
@@ -67,7 +94,12 @@ def test_forms_on_a_mesh(form: str, kind: str, piece: int, mesh: jax.sharding.Me
 def test_layer_by_layer(form: str, tmp_path: pathlib.Path) -> None:
     text, shape, target, expected = FORMS[form]
     layers = {f"t{n}": RNG.normal(size=shape).astype(np.float32) for n in range(2)}
-    sources = {f"layers/{n}/w": (Term(f"t{n}", text, {"c": 3, "p": 2, "q": 2} if form == "patches" else {}),) for n in range(2)}
+    sources = {
+        f"layers/{n}/w": (
+            Term(f"t{n}", text, {"c": 3, "p": 2, "q": 2} if form == "patches" else {}),
+        )
+        for n in range(2)
+    }
     made = list(read_layers(stored(tmp_path, layers), sources, {"layers/w": (2, *target)}))
     assert [name for name, _ in made] == ["layers/0/w", "layers/1/w"]
     for (_, found), array in zip(made, layers.values(), strict=True):
@@ -76,22 +108,45 @@ def test_layer_by_layer(form: str, tmp_path: pathlib.Path) -> None:
 
 def test_types_are_cast(tmp_path: pathlib.Path) -> None:
     values = RNG.normal(size=(300, 70)).astype(np.float32)
-    found = stored(tmp_path, {"f32": values, "bf16": values.astype(ml_dtypes.bfloat16), "f16": values.astype(np.float16), "f64": values.astype(np.float64)})
+    found = stored(
+        tmp_path,
+        {
+            "f32": values,
+            "bf16": values.astype(ml_dtypes.bfloat16),
+            "f16": values.astype(np.float16),
+            "f64": values.astype(np.float64),
+        },
+    )
     for name in found:
         for dtype in (np.float32, ml_dtypes.bfloat16):
             for form in ("", "a b -> b a"):
                 shape = values.shape[::-1] if form else values.shape
-                made = read_sharded(found, {"w": (Term(name, form),)}, {"w": jax.ShapeDtypeStruct(shape, dtype)})["w"]
+                made = read_sharded(
+                    found, {"w": (Term(name, form),)}, {"w": jax.ShapeDtypeStruct(shape, dtype)}
+                )["w"]
                 source = values.astype(tensors.DTYPES[found[name].dtype]).astype(dtype)
                 assert made.dtype == dtype
                 np.testing.assert_array_equal(made, source.T if form else source)
 
 
 def test_rows_and_sums(tmp_path: pathlib.Path) -> None:
-    table, token = RNG.normal(size=(10, 4)).astype(np.float32), RNG.normal(size=4).astype(np.float32)
+    table, token = (
+        RNG.normal(size=(10, 4)).astype(np.float32),
+        RNG.normal(size=4).astype(np.float32),
+    )
     found = stored(tmp_path, {"table": table, "token": token})
-    sources = {"token": (Term("token"), Term("table", "n w -> (n w)", {"n": 1}, taken=1)), "grid": (Term("table", "(r s) w -> r s w", first=1),)}
-    made = read_sharded(found, sources, {"token": jax.ShapeDtypeStruct((4,), jnp.float32), "grid": jax.ShapeDtypeStruct((3, 3, 4), jnp.float32)})
+    sources = {
+        "token": (Term("token"), Term("table", "n w -> (n w)", {"n": 1}, taken=1)),
+        "grid": (Term("table", "(r s) w -> r s w", first=1),),
+    }
+    made = read_sharded(
+        found,
+        sources,
+        {
+            "token": jax.ShapeDtypeStruct((4,), jnp.float32),
+            "grid": jax.ShapeDtypeStruct((3, 3, 4), jnp.float32),
+        },
+    )
     np.testing.assert_array_equal(made["token"], token + table[0])
     np.testing.assert_array_equal(made["grid"], table[1:].reshape(3, 3, 4))
 

@@ -65,7 +65,11 @@ def set_all(monkeypatch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
 def test_what_slurm_tells_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     set_all(monkeypatch, SLURM)
     found = find_place()
-    assert found is not None and (found.index, found.count, found.local_devices) == (1, 2, (0,)) and found.address.startswith("node3:")
+    assert (
+        found is not None
+        and (found.index, found.count, found.local_devices) == (1, 2, (0,))
+        and found.address.startswith("node3:")
+    )
     monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "0,1")
     found = find_place()
     assert found is not None and found.local_devices is None
@@ -113,7 +117,9 @@ def test_a_detection_of_another_form_is_none(monkeypatch: pytest.MonkeyPatch) ->
         find_place()
 
 
-def test_a_tpu_machine_that_jax_does_not_ask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tpu_machine_that_jax_does_not_ask_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(place, "_is_tpu_machine", lambda: True)
     assert find_place() is None
     monkeypatch.setattr(place, "_detection", lambda: None)

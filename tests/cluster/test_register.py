@@ -4,12 +4,31 @@ from typing import Any
 
 import pytest
 
-from flamingo_jax.cluster.register import CLOCK_SECONDS, END, LOOK_EVERY, SETTLE_SECONDS, STAGES, Limits, Register
-from flamingo_jax.errors import EXIT_ABSENT, EXIT_BAD_INPUT, EXIT_HUNG, EXIT_LOST, EXIT_NOT_FINITE, EXIT_PREEMPTED, EXIT_SAVE_FAILED
+from flamingo_jax.cluster.register import (
+    CLOCK_SECONDS,
+    END,
+    LOOK_EVERY,
+    SETTLE_SECONDS,
+    STAGES,
+    Limits,
+    Register,
+)
+from flamingo_jax.errors import (
+    EXIT_ABSENT,
+    EXIT_BAD_INPUT,
+    EXIT_HUNG,
+    EXIT_LOST,
+    EXIT_NOT_FINITE,
+    EXIT_PREEMPTED,
+    EXIT_SAVE_FAILED,
+)
 
 LIMITS = Limits(start=100.0, lost=20.0, step=50.0)
 FACTS: dict[str, dict[str, Any]] = {
-    "config": {"config.seed": 0, "config.optimizer.peak_rate": 1e-3}, "version": {"jax": "0.10.2"}, "code": {"a.py": "1"}, "data": {"d": "x"},
+    "config": {"config.seed": 0, "config.optimizer.peak_rate": 1e-3},
+    "version": {"jax": "0.10.2"},
+    "code": {"a.py": "1"},
+    "data": {"d": "x"},
 }
 
 
@@ -38,7 +57,13 @@ def running(count: int = 3) -> Register:
     return register
 
 
-def beat(register: Register, now: float, steps: dict[int, int], phase: str = "training", **waited: float) -> None:
+def beat(
+    register: Register,
+    now: float,
+    steps: dict[int, int],
+    phase: str = "training",
+    **waited: float,
+) -> None:
     for index, step in steps.items():
         register.beat(index, now, step, phase, waited.get(f"p{index}", 0.0))
 
@@ -53,25 +78,40 @@ def test_who_is_missing_is_said_again_and_again_and_in_the_end() -> None:
     register = arrived(4, present=2)
     for now in (10.0, 20.0):
         ((to, message),) = said(register, now)
-        assert to == [0, 1] and f"processes 2 and 3 of 4, which did not arrive, for {now:.0f} s" in message["say"]
+        assert (
+            to == [0, 1]
+            and f"processes 2 and 3 of 4, which did not arrive, for {now:.0f} s" in message["say"]
+        )
         beat(register, now, {0: 0, 1: 0}, "starting")
     assert not said(register, 21.0)
     for now in range(21, 101):
         beat(register, float(now), {0: 0, 1: 0}, "starting")
     code, why = verdict(register, 101.0)
-    assert code == EXIT_ABSENT and "processes 2 and 3 of 4" in why and "101 s" in why and "--start_timeout" in why
+    assert (
+        code == EXIT_ABSENT
+        and "processes 2 and 3 of 4" in why
+        and "101 s" in why
+        and "--start_timeout" in why
+    )
 
 
 @pytest.mark.parametrize(
     ("kind", "key", "value", "words"),
     [
-        ("config", "config.optimizer.peak_rate", 2e-3, "config.optimizer.peak_rate = 0.002, but process 0 (host0, pid 100) has 0.001"),
+        (
+            "config",
+            "config.optimizer.peak_rate",
+            2e-3,
+            "config.optimizer.peak_rate = 0.002, but process 0 (host0, pid 100) has 0.001",
+        ),
         ("version", "jax", "0.11.0", "has jax 0.11.0"),
         ("code", "a.py", "2", "has another a.py"),
         ("data", "d", "y", "something else at d"),
     ],
 )
-def test_what_differs_is_named_with_the_process(kind: str, key: str, value: Any, words: str) -> None:
+def test_what_differs_is_named_with_the_process(
+    kind: str, key: str, value: Any, words: str
+) -> None:
     register = arrived(3)
     register.told(2, FACTS | {kind: FACTS[kind] | {key: value}}, now=1.0)
     code, why = verdict(register, 2.0)
@@ -107,19 +147,27 @@ def test_storage_that_one_cannot_use_is_named() -> None:
     said(register, 2.0)
     register.probed(0, STAGES[0], "", now=2.0)
     register.probed(1, STAGES[0], "cannot write to /runs (Read-only file system): ...", now=2.0)
-    assert verdict(register, 2.0) == (EXIT_BAD_INPUT, "process 1 (host1, pid 101) cannot write to /runs (Read-only file system): ...")
+    assert verdict(register, 2.0) == (
+        EXIT_BAD_INPUT,
+        "process 1 (host1, pid 101) cannot write to /runs (Read-only file system): ...",
+    )
 
 
 def test_a_broken_connection_and_silence_are_deaths() -> None:
     register = running()
     beat(register, 5.0, {0: 7, 1: 7, 2: 7})
     register.vanished(1, now=6.0)
-    assert verdict(register, 6.0) == (EXIT_LOST, "process 1 (host1, pid 101) died at step 7 (training)")
+    assert verdict(register, 6.0) == (
+        EXIT_LOST,
+        "process 1 (host1, pid 101) died at step 7 (training)",
+    )
     silent = running()
     for now in range(3, 24):
         beat(silent, float(now), {0: now, 1: now})
     code, why = verdict(silent, 23.0)
-    assert code == EXIT_LOST and why.startswith("process 2 (host2, pid 102) was not heard of for 21 s")
+    assert code == EXIT_LOST and why.startswith(
+        "process 2 (host2, pid 102) was not heard of for 21 s"
+    )
 
 
 def test_a_death_is_the_reason_for_errors_that_come_before_word_of_it() -> None:
@@ -137,10 +185,25 @@ def test_a_death_is_the_reason_for_errors_that_come_before_word_of_it() -> None:
 
 def test_of_several_failures_the_killed_one_is_the_reason_and_all_are_told() -> None:
     register = running()
-    for index, code, why in ((1, -6, "it was ended by SIGABRT"), (0, -9, "it was ended by SIGKILL"), (2, 1, "JaxRuntimeError")):
+    for index, code, why in (
+        (1, -6, "it was ended by SIGABRT"),
+        (0, -9, "it was ended by SIGKILL"),
+        (2, 1, "JaxRuntimeError"),
+    ):
         register.left(index, code, why, now=10.0)
     assert not said(register, 10.0)
-    assert said(register, 10.0 + SETTLE_SECONDS) == [([0, 1, 2], {"end": (EXIT_LOST, "process 0 (host0, pid 100) stopped: it was ended by SIGKILL", 0)})]
+    assert said(register, 10.0 + SETTLE_SECONDS) == [
+        (
+            [0, 1, 2],
+            {
+                "end": (
+                    EXIT_LOST,
+                    "process 0 (host0, pid 100) stopped: it was ended by SIGKILL",
+                    0,
+                )
+            },
+        )
+    ]
 
 
 @pytest.mark.parametrize("code", [EXIT_BAD_INPUT, EXIT_NOT_FINITE])
@@ -168,7 +231,9 @@ def test_good_ends_end_nobody_else_unless_the_others_stay() -> None:
     for now in range(10, 32):
         beat(staying, float(now), {1: now, 2: now})
     code, why = verdict(staying, 31.0)
-    assert code == EXIT_PREEMPTED and why.startswith("process 0 (host0, pid 100) ended at step 0, and others did not")
+    assert code == EXIT_PREEMPTED and why.startswith(
+        "process 0 (host0, pid 100) ended at step 0, and others did not"
+    )
 
 
 def test_those_who_meet_go_on_together() -> None:
@@ -225,7 +290,9 @@ def test_a_run_that_one_has_left_before_the_end_is_no_finished_one() -> None:
     for now in range(6, 28):
         all_alive(register, now)
     code, why = verdict(register, 27.0)
-    assert code == EXIT_LOST and why.startswith("process 1 (host1, pid 101) ended at step 0, and others did not")
+    assert code == EXIT_LOST and why.startswith(
+        "process 1 (host1, pid 101) ended at step 0, and others did not"
+    )
 
 
 @pytest.mark.parametrize("what", ["saving step 4", "verifying step 4"])
@@ -242,7 +309,10 @@ def test_what_gets_on_is_not_hung_and_what_does_not_is_named(what: str) -> None:
     for now in range(300, 352):
         all_alive(register, now)
     code, why = verdict(register, 351.0)
-    assert code == EXIT_HUNG and f"process 0 (host0, pid 100) is at step {4 * what.startswith('saving')} ({what})" in why
+    assert (
+        code == EXIT_HUNG
+        and f"process 0 (host0, pid 100) is at step {4 * what.startswith('saving')} ({what})" in why
+    )
 
 
 def test_one_that_still_reads_before_its_first_step_does_not_hang_who_waits_for_it() -> None:
@@ -272,7 +342,11 @@ def test_a_hung_step_names_the_one_behind() -> None:
             register.beat(index, float(now))
     assert register.verdict is None
     code, why = verdict(register, 61.0)
-    assert code == EXIT_HUNG and "process 1 (host1, pid 101) is at step 4 (training), others are at step 5" in why and "51 s" in why
+    assert (
+        code == EXIT_HUNG
+        and "process 1 (host1, pid 101) is at step 4 (training), others are at step 5" in why
+        and "51 s" in why
+    )
 
 
 def test_who_waits_for_data_or_is_late_is_named_once_a_look() -> None:
@@ -282,7 +356,9 @@ def test_who_waits_for_data_or_is_late_is_named_once_a_look() -> None:
         for index in range(3):
             register.beat(index, now, step, "training", 0.5 * step if index == 2 else 0.01 * step)
     ((to, message),) = said(register, 2.0 + LOOK_EVERY)
-    assert to == [0] and message["say"].startswith("process 2 (host2, pid 102) holds the others up: 50% of the time it waits for its data")
+    assert to == [0] and message["say"].startswith(
+        "process 2 (host2, pid 102) holds the others up: 50% of the time it waits for its data"
+    )
     assert not said(register, 2.5 + LOOK_EVERY)
 
     late = running()
@@ -290,4 +366,6 @@ def test_who_waits_for_data_or_is_late_is_named_once_a_look() -> None:
         for index in range(3):
             late.beat(index, 2.0 + step + (0.4 if index == 1 else 0.0), step, "training", 0.0)
     ((_, message),) = said(late, 2.0 + LOOK_EVERY)
-    assert message["say"].startswith("process 1 (host1, pid 101) holds the others up: 40% of the time it comes later")
+    assert message["say"].startswith(
+        "process 1 (host1, pid 101) holds the others up: 40% of the time it comes later"
+    )

@@ -1,4 +1,6 @@
-"""Storage that fails: array_record's readers with errors in the very words that they have for them, and small datasets of many shards."""
+"""Storage that fails: array_record's readers with errors in the very words that they have for
+them, and small datasets of many shards.
+"""
 
 import collections
 import errno
@@ -27,12 +29,19 @@ WORDS = ["red", "blue", "green", "circle", "square", "star", "left", "right"]
 
 
 def told(number: int, path: str) -> RuntimeError:
-    """What array_record raises where a read fails with this errno; `test_storage` compares it with a real one."""
-    return RuntimeError(f"pread() failed: {os.strerror(number)}; reading {path}; at byte 30454; Could not read from the underlying reader; at byte 0")
+    """What array_record raises where a read fails with this errno; `test_storage` compares it
+    with a real one.
+    """
+    return RuntimeError(
+        f"pread() failed: {os.strerror(number)}; reading {path}; at byte 30454; Could not read"
+        " from the underlying reader; at byte 0"
+    )
 
 
 class Faults:
-    """Reads of shards fail where `plan(number of the read, file and place)` gives an errno. reads: how many there were; failed: of them."""
+    """Reads of shards fail where `plan(number of the read, file and place)` gives an errno.
+    reads: how many there were; failed: of them.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, plan: Callable[[int, str], int | None]):
         self.reads = self.failed = 0
@@ -63,13 +72,19 @@ class Faults:
 
 
 def now_and_then(times: int = 2, one_in: int = 3) -> Callable[[int, str], int | None]:
-    """One record in so many fails as many times in a row, whichever threads ask, and well later again; each in another way."""
+    """One record in so many fails as many times in a row, whichever threads ask, and well later
+    again; each in another way.
+    """
     kinds = [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ETIMEDOUT]
     asked: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)
 
     def plan(read: int, record: str) -> int | None:
         drawn = zlib.crc32(record.encode())
-        return kinds[drawn % len(kinds)] if drawn % one_in == 0 and next(asked[record]) % 60 < times else None
+        return (
+            kinds[drawn % len(kinds)]
+            if drawn % one_in == 0 and next(asked[record]) % 60 < times
+            else None
+        )
 
     return plan
 
@@ -84,7 +99,9 @@ def never(read: int, record: str) -> int | None:
 
 def noise(seed: int, side: int = 8) -> bytes:
     data = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)).save(data, "PNG")
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)).save(
+        data, "PNG"
+    )
     return data.getvalue()
 
 
@@ -95,22 +112,44 @@ def records(kind: str, count: int) -> list[Example]:
     fields: dict[str, Callable[[int], dict[str, Any]]] = {
         "text": lambda i: {"text": words() + " " + words()},
         "pairs": lambda i: {"image": noise(i), "captions": [words() for _ in range(1 + i % 3)]},
-        "pages": lambda i: {"texts": ["", *(words() for _ in range(1 + i % 2))], "images": [noise(2 * i + j) for j in range(1 + i % 2)]},
-        "videos": lambda i: {"frames": [noise(3 * i + j) for j in range(2)], "fps": 1.0, "captions": [words()]},
-        "questions": lambda i: {"frames": [noise(i // 3)], "question": words(), "answers": ["red"], "type": ""},
+        "pages": lambda i: {
+            "texts": ["", *(words() for _ in range(1 + i % 2))],
+            "images": [noise(2 * i + j) for j in range(1 + i % 2)],
+        },
+        "videos": lambda i: {
+            "frames": [noise(3 * i + j) for j in range(2)],
+            "fps": 1.0,
+            "captions": [words()],
+        },
+        "questions": lambda i: {
+            "frames": [noise(i // 3)],
+            "question": words(),
+            "answers": ["red"],
+            "type": "",
+        },
     }
     return [Example("train", {"id": f"{kind}{i}", **fields[kind](i)}) for i in range(count)]
 
 
-def build(folder: pathlib.Path, kind: str, count: int, monkeypatch: pytest.MonkeyPatch, per_shard: int = 5_000) -> pathlib.Path:
+def build(
+    folder: pathlib.Path,
+    kind: str,
+    count: int,
+    monkeypatch: pytest.MonkeyPatch,
+    per_shard: int = 5_000,
+) -> pathlib.Path:
     """A dataset of so many records; its folder."""
     monkeypatch.setattr(writer, "RECORDS_PER_SHARD", per_shard)
     writer.write_dataset(folder / kind, Given(kind, tuple(records(kind, count))))
     return folder / kind / "1.0.0"
 
 
-def hurt(folder: pathlib.Path, kind: str, wanted: Callable[[int], bool] = lambda place: True) -> tuple[int, Callable[[], None]]:
-    """Flips a bit of one record on disk, in the first shard; which one it is, and what flips it back. wanted: whether one will do."""
+def hurt(
+    folder: pathlib.Path, kind: str, wanted: Callable[[int], bool] = lambda place: True
+) -> tuple[int, Callable[[], None]]:
+    """Flips a bit of one record on disk, in the first shard; which one it is, and what flips it
+    back. wanted: whether one will do.
+    """
     file = min(folder.glob("*-train.array_record*"))
     whole = file.read_bytes()
     for place in range(150, 20_000, 23):

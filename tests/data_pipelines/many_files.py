@@ -1,4 +1,5 @@
-"""Reads 150,000 pairs in 1,200 shards, and their kept features in 1,500 parts, whole: `python -m tests.data_pipelines.many_files FOLDER`.
+"""Reads 150,000 pairs in 1,200 shards, and their kept features in 1,500 parts, whole: `python
+-m tests.data_pipelines.many_files FOLDER`.
 
 To be run where few files may be open and that cannot be raised; prints what it met as JSON.
 """
@@ -30,7 +31,8 @@ def main(folder: pathlib.Path) -> dict[str, int]:
     writer.RECORDS_PER_SHARD = RECORDS // SHARDS
     pictures = [noise(number) for number in range(PICTURES)]
     examples = tuple(
-        Example("train", {"id": str(i), "image": pictures[i % PICTURES], "captions": ["red star"]}) for i in range(RECORDS)
+        Example("train", {"id": str(i), "image": pictures[i % PICTURES], "captions": ["red star"]})
+        for i in range(RECORDS)
     )
     writer.write_dataset(folder / "pairs", Given("pairs", examples))
     data = folder / "pairs" / "1.0.0"
@@ -42,20 +44,33 @@ def main(folder: pathlib.Path) -> dict[str, int]:
         if UNREADABLE not in record:
             ids[place] = int(record["id"])
 
-    found = encoded.load_or_encode(records, "image", Quarters(), data, "train", image_size=SIZE, mean=MEAN)
+    found = encoded.load_or_encode(
+        records, "image", Quarters(), data, "train", image_size=SIZE, mean=MEAN
+    )
     expected = [encoder_of(picture) for picture in pictures]
-    wrong = sum(not np.allclose(found.read(place, 0), expected[ids[place] % PICTURES], rtol=1e-6) for place in order)
+    wrong = sum(
+        not np.allclose(found.read(place, 0), expected[ids[place] % PICTURES], rtol=1e-6)
+        for place in order
+    )
 
     dataset = DatasetConfig("pairs", str(data), batch_size=8, length=64, visuals=4)
-    it = make_iterator(dataset, tokenizer=make_tokenizer(), task="flamingo", image_size=SIZE, mean=MEAN, encoder=Quarters(), cache_bytes=0)
+    it = make_iterator(
+        dataset,
+        tokenizer=make_tokenizer(),
+        task="flamingo",
+        image_size=SIZE,
+        mean=MEAN,
+        encoder=Quarters(),
+        cache_bytes=0,
+    )
     for _ in range(200):
         next(it)
     failed = len(it.summary()["failed"])
     it.close()
     return {
-        "shards": len(list(data.glob("*.array_record*"))), "records": len(set(ids.tolist()) - {-1}), "features": RECORDS - wrong,
-        "parts": len(list(data.glob("features_*/?????.npy"))), "failed": failed, "allowed": open_files_allowed(),
-        "open": len(os.listdir("/proc/self/fd")), "readers": len(shard_files.READERS), "files": len(encoded.FILES),
+        "shards": len(list(data.glob("*.array_record*"))), "records": len(set(ids.tolist()) - {-1}), "features": RECORDS - wrong,  # noqa: E501
+        "parts": len(list(data.glob("features_*/?????.npy"))), "failed": failed, "allowed": open_files_allowed(),  # noqa: E501
+        "open": len(os.listdir("/proc/self/fd")), "readers": len(shard_files.READERS), "files": len(encoded.FILES),  # noqa: E501
     }  # fmt: skip
 
 

@@ -21,7 +21,11 @@ ALL_TRAIN = Shares(validation=0.0)
 def colourful(height: int = 80, width: int = 100, seed: int = 0) -> np.ndarray:
     """Smooth, so that JPEG changes little."""
     rows, columns = np.mgrid[0:height, 0:width]
-    return np.stack([rows * 2, columns * 2, (rows + columns + seed) % 256], -1).clip(0, 255).astype(np.uint8)
+    return (
+        np.stack([rows * 2, columns * 2, (rows + columns + seed) % 256], -1)
+        .clip(0, 255)
+        .astype(np.uint8)
+    )
 
 
 def save(path: pathlib.Path, image: np.ndarray | Image.Image, **options: Any) -> bytes:
@@ -31,17 +35,28 @@ def save(path: pathlib.Path, image: np.ndarray | Image.Image, **options: Any) ->
 
 
 def lines(path: pathlib.Path, *records: Any) -> None:
-    path.write_text("".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records))
+    path.write_text(
+        "".join(
+            (record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records
+        )
+    )
 
 
 def huge_png(side: int) -> bytes:
     """A header that claims side x side pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+        + chunk(b"IEND", b"")
+    )
 
 
 def read(folder: pathlib.Path, split: str = "train") -> dict[str, Any]:
@@ -77,13 +92,22 @@ def strings(values: Any) -> list[str]:
 
 
 def film(
-    path: pathlib.Path, seconds: int, rate: int = 4, size: tuple[int, int] = (64, 96), codec: str = "mpeg4", form: str | None = None
+    path: pathlib.Path,
+    seconds: int,
+    rate: int = 4,
+    size: tuple[int, int] = (64, 96),
+    codec: str = "mpeg4",
+    form: str | None = None,
 ) -> None:
     """Second s is grey of level 40 s + 20."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", format=form) as container:
         stream = container.add_stream(codec, rate=rate)
-        stream.height, stream.width, stream.pix_fmt, stream.time_base = *size, "rgb8" if codec == "gif" else "yuv420p", Fraction(1, rate)
+        stream.height, stream.width, stream.pix_fmt, stream.time_base = (
+            *size,
+            "rgb8" if codec == "gif" else "yuv420p",
+            Fraction(1, rate),
+        )
         for number in range(seconds * rate):
             picture = np.full((*size, 3), 40 * (number // rate) + 20, np.uint8)
             for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):

@@ -1,4 +1,6 @@
-"""Memory that batches share one after the other holds nothing of those before, and is nobody else's meanwhile."""
+"""Memory that batches share one after the other holds nothing of those before, and is nobody
+else's meanwhile.
+"""
 
 import gc
 import random
@@ -23,13 +25,20 @@ def test_memory_is_zero_again_and_used_again(dtype: type) -> None:
     for _ in range(10):
         blank = blanks.take(SHAPE, np.dtype(dtype), leading=2)
         array = blank.array
-        assert array.shape == SHAPE and array.dtype == dtype and array.flags.writeable and array.flags.c_contiguous
+        assert (
+            array.shape == SHAPE
+            and array.dtype == dtype
+            and array.flags.writeable
+            and array.flags.c_contiguous
+        )
         assert array.ctypes.data % ALIGNMENT == 0
         places.add(array.ctypes.data)
         written, kept = random_.random(SHAPE[:2]) < 0.5, random_.random(SHAPE[:2]) < 0.7
         array[written] = 7
         assert blanks.finish(blank, written, kept & written) is array
-        np.testing.assert_array_equal(array.astype(int).sum((2, 3)), np.where(kept & written, 7 * 20, 0))
+        np.testing.assert_array_equal(
+            array.astype(int).sum((2, 3)), np.where(kept & written, 7 * 20, 0)
+        )
         del array, blank
     assert len(places) == 1
 

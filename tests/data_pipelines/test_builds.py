@@ -171,7 +171,9 @@ def test_processes_that_die_as_they_start_are_an_error_of_one_sentence(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        WorkerPool, "_begun", lambda _: ProcessPoolExecutor(1, initializer=os._exit, initargs=(1,))
+        WorkerPool,
+        "_begun",
+        lambda _: ProcessPoolExecutor(1, initializer=os._exit, initargs=(1,)),
     )
     with WorkerPool(1) as pool, pytest.raises(UserError, match="die as soon as they start"):
         write_dataset(tmp_path / "out", Texts("a"), pool)
@@ -202,7 +204,10 @@ def test_folders_of_one_name_give_ids_of_their_own(tmp_path: pathlib.Path) -> No
     files = tuple(str(folder / "a.json") for folder in inputs[:2])
     for file in files:
         pathlib.Path(file).write_text("{}")
-    assert {record_id(files, folder, "x") for folder in inputs[:2]} == {"en/books/x", "de/books/x"}
+    assert {record_id(files, folder, "x") for folder in inputs[:2]} == {
+        "en/books/x",
+        "de/books/x",
+    }
     with pytest.raises(UserError, match=r"--input names .*photos twice"):
         record_id((names[2], f"{names[2]}/../photos/"), inputs[2], "x")
 

@@ -1,4 +1,6 @@
-"""Features in the pictures' place: each picture's own, made once, whatever is torn, rebuilt or unreadable."""
+"""Features in the pictures' place: each picture's own, made once, whatever is torn, rebuilt or
+unreadable.
+"""
 
 import dataclasses
 import errno
@@ -54,13 +56,17 @@ class Quarters:
 
 def quarters(images: np.ndarray) -> np.ndarray:
     """uint8 [..., 8, 8, 3] -> float32 [..., 4, 3]."""
-    blocks = images.reshape(*images.shape[:-3], 2, 4, 2, 4, 3).astype(np.float32).mean(axis=(-4, -2))
+    blocks = (
+        images.reshape(*images.shape[:-3], 2, 4, 2, 4, 3).astype(np.float32).mean(axis=(-4, -2))
+    )
     return blocks.reshape(*images.shape[:-3], 4, 3)
 
 
 def noise(number: int) -> bytes:
     data = io.BytesIO()
-    Image.fromarray(np.random.default_rng(number).integers(0, 256, (SIZE, SIZE, 3), np.uint8)).save(data, "PNG")
+    Image.fromarray(np.random.default_rng(number).integers(0, 256, (SIZE, SIZE, 3), np.uint8)).save(
+        data, "PNG"
+    )
     return data.getvalue()
 
 
@@ -71,9 +77,28 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
     pages, clips = [], []
     for i in range(7):
         pictures = [noise(10 * i + j) for j in range(1 + i % 3)]
-        pages.append(Example("train", {"id": f"page{i}", "texts": ["", *(f"red circle {j}" for j in range(len(pictures)))], "images": pictures}))
+        pages.append(
+            Example(
+                "train",
+                {
+                    "id": f"page{i}",
+                    "texts": ["", *(f"red circle {j}" for j in range(len(pictures)))],
+                    "images": pictures,
+                },
+            )
+        )
         frames = [noise(100 + 10 * i + j) for j in range(2 + i)]
-        clips.append(Example("train", {"id": f"clip{i}", "frames": frames, "fps": 1.0, "captions": [f"star left {i}"]}))
+        clips.append(
+            Example(
+                "train",
+                {
+                    "id": f"clip{i}",
+                    "frames": frames,
+                    "fps": 1.0,
+                    "captions": [f"star left {i}"],
+                },
+            )
+        )
     write_dataset(folder / "pages", Given("pages", tuple(pages)))
     write_dataset(folder / "videos", Given("videos", tuple(clips)))
     return {"pages": folder / "pages", "videos": folder / "videos"}
@@ -92,7 +117,11 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pages", "videos"])
-def test_rows_hold_the_features_of_the_pictures_they_would_hold(kind: str, sets: dict[str, pathlib.Path], tokenizer: Tokenizer) -> None:  # noqa: F811
+def test_rows_hold_the_features_of_the_pictures_they_would_hold(
+    kind: str,
+    sets: dict[str, pathlib.Path],
+    tokenizer: Tokenizer,  # noqa: F811
+) -> None:  # noqa: F811
     dataset = dataclasses.replace(DATASETS[kind], path=str(sets[kind]))
     options = {"tokenizer": tokenizer, "task": "flamingo", "image_size": SIZE, "mean": MEAN}
     plain = make_iterator(dataset, **options)
@@ -108,17 +137,36 @@ def test_rows_hold_the_features_of_the_pictures_they_would_hold(kind: str, sets:
     plain.close()
     cached.close()
     fixed = held_out(dataset, batches=1, encoder=Quarters(), **options)[0]
-    np.testing.assert_allclose(fixed["features"], quarters(held_out(dataset, batches=1, **options)[0]["images"]), rtol=1e-6)
-
-
-def opened(path: pathlib.Path, encoder: Quarters, feature: str = "images", kind: str = "pages", **options: int) -> encoded.EncodedPictures:
-    folder = next(path.iterdir())
-    return encoded.load_or_encode(
-        open_records(folder, "train", kind), feature, encoder, folder, "train", image_size=SIZE, mean=MEAN, **options
+    np.testing.assert_allclose(
+        fixed["features"],
+        quarters(held_out(dataset, batches=1, **options)[0]["images"]),
+        rtol=1e-6,
     )
 
 
-def test_parts_are_made_once_and_anew_when_the_dataset_is(sets: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+def opened(
+    path: pathlib.Path,
+    encoder: Quarters,
+    feature: str = "images",
+    kind: str = "pages",
+    **options: int,
+) -> encoded.EncodedPictures:
+    folder = next(path.iterdir())
+    return encoded.load_or_encode(
+        open_records(folder, "train", kind),
+        feature,
+        encoder,
+        folder,
+        "train",
+        image_size=SIZE,
+        mean=MEAN,
+        **options,
+    )
+
+
+def test_parts_are_made_once_and_anew_when_the_dataset_is(
+    sets: dict[str, pathlib.Path], tmp_path: pathlib.Path
+) -> None:
     encoder = Quarters("once")
     first = opened(sets["pages"], encoder)
     calls = encoder.calls
@@ -130,18 +178,40 @@ def test_parts_are_made_once_and_anew_when_the_dataset_is(sets: dict[str, pathli
     store = folder / "features_once_train"
     (store / "00001.npy").unlink()
     opened(sets["pages"], encoder)
-    assert encoder.calls == calls + 2, "only the part that was missing: six pictures, four at a time"
+    assert encoder.calls == calls + 2, (
+        "only the part that was missing: six pictures, four at a time"
+    )
     for part in store.glob("?????.npy"):
         os.utime(part, (0, (folder / INFO_FILE).stat().st_mtime - 10))
     opened(sets["pages"], encoder)
     assert encoder.calls > calls + 2
 
 
-def test_a_picture_that_questions_share_is_encoded_once(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_questions_share_is_encoded_once(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(encoded, "RECORDS", 6)
-    frames = [[noise(1)], [noise(1)], [noise(2), noise(1)], [noise(2)], [noise(3)], [noise(1)], [noise(1)]]
+    frames = [
+        [noise(1)],
+        [noise(1)],
+        [noise(2), noise(1)],
+        [noise(2)],
+        [noise(3)],
+        [noise(1)],
+        [noise(1)],
+    ]
     asked = [
-        Example("train", {"id": f"q{i}", "frames": some, "question": f"which {i}?", "answers": ["red"], "type": ""}) for i, some in enumerate(frames)
+        Example(
+            "train",
+            {
+                "id": f"q{i}",
+                "frames": some,
+                "question": f"which {i}?",
+                "answers": ["red"],
+                "type": "",
+            },
+        )
+        for i, some in enumerate(frames)
     ]
     write_dataset(tmp_path / "asked", Given("questions", tuple(asked)))
     found = opened(tmp_path / "asked", Quarters(), "frames", "questions")
@@ -149,13 +219,19 @@ def test_a_picture_that_questions_share_is_encoded_once(tmp_path: pathlib.Path, 
     assert [np.load(store / f"0000{part}.npy").shape[0] for part in range(2)] == [3, 1]
     for place, some in enumerate(frames):
         for number, picture in enumerate(some):
-            np.testing.assert_allclose(found.read(place, number), quarters(np.asarray(Image.open(io.BytesIO(picture)))), rtol=1e-6)
+            np.testing.assert_allclose(
+                found.read(place, number),
+                quarters(np.asarray(Image.open(io.BytesIO(picture)))),
+                rtol=1e-6,
+            )
     with pytest.raises(ImageError, match="more pictures than the 1"):
         found.read(0, 1)
 
 
 def test_bfloat16_features_come_back_as_such(sets: dict[str, pathlib.Path]) -> None:
-    found = opened(sets["videos"], Quarters("half", dtype=np.dtype(ml_dtypes.bfloat16)), "frames", "videos").read(2, 3)
+    found = opened(
+        sets["videos"], Quarters("half", dtype=np.dtype(ml_dtypes.bfloat16)), "frames", "videos"
+    ).read(2, 3)
     assert found.dtype == ml_dtypes.bfloat16
     expected = quarters(np.asarray(Image.open(io.BytesIO(noise(123)))))
     np.testing.assert_allclose(found.astype(np.float32), expected, rtol=1e-2)
@@ -174,15 +250,26 @@ def test_a_picture_that_cannot_be_read_is_an_error_of_its_own(tmp_path: pathlib.
 
 
 def test_one_sentence_where_features_cannot_be_kept(
-    sets: dict[str, pathlib.Path], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    sets: dict[str, pathlib.Path],
+    tokenizer: Tokenizer,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
 ) -> None:
     augmented = dataclasses.replace(DATASETS["pages"], path=str(sets["pages"]), colour=0.1)
     with pytest.raises(UserError, match="augmented.*flip and colour to 0"):
-        make_iterator(augmented, tokenizer=tokenizer, task="flamingo", image_size=SIZE, mean=MEAN, encoder=Quarters())
+        make_iterator(
+            augmented,
+            tokenizer=tokenizer,
+            task="flamingo",
+            image_size=SIZE,
+            mean=MEAN,
+            encoder=Quarters(),
+        )
     monkeypatch.setattr(encoded.multihost_utils, "sync_global_devices", lambda name: None)
     with pytest.raises(UserError, match="lacks 1 of 3 parts.*all hosts"):
         opened(sets["pages"], Quarters("shared"), index=0, count=2)
-    monkeypatch.setattr(encoded.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
+    monkeypatch.setattr(
+        encoded.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})()
+    )
     with pytest.raises(UserError, match="MiB are needed.*make room"):
         opened(sets["pages"], Quarters("full"))
 
@@ -201,11 +288,17 @@ def features_of(path: pathlib.Path, found: encoded.EncodedPictures) -> list[np.n
 
 
 def agree(first: list[np.ndarray | None], second: list[np.ndarray | None]) -> bool:
-    return len(first) == len(second) and all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    return len(first) == len(second) and all(
+        np.array_equal(a, b) for a, b in zip(first, second, strict=True)
+    )
 
 
-def test_storage_that_fails_for_moments_changes_no_features(sets: dict[str, pathlib.Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """When they are made, opened and read; for long it ends the run, without a part that was made of it."""
+def test_storage_that_fails_for_moments_changes_no_features(
+    sets: dict[str, pathlib.Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When they are made, opened and read; for long it ends the run, without a part that was
+    made of it.
+    """
     whole = features_of(sets["pages"], opened(sets["pages"], Quarters("calm")))
     faults = Faults(monkeypatch, now_and_then(one_in=1))
     calls = {"load": itertools.count(), "preadv": itertools.count()}
@@ -221,7 +314,9 @@ def test_storage_that_fails_for_moments_changes_no_features(sets: dict[str, path
     monkeypatch.setattr(encoded.np, "load", failing("load", np.load))
     monkeypatch.setattr(encoded.os, "preadv", failing("preadv", os.preadv))
     assert agree(whole, features_of(sets["pages"], opened(sets["pages"], Quarters("moments"))))
-    assert agree(whole, features_of(sets["pages"], opened(sets["pages"], Quarters("moments")))), "and again, of what is kept"
+    assert agree(whole, features_of(sets["pages"], opened(sets["pages"], Quarters("moments")))), (
+        "and again, of what is kept"
+    )
     assert faults.failed and next(calls["load"]) > 5 and next(calls["preadv"]) > 5
 
     faults.plan = ever(errno.ESTALE)
@@ -229,7 +324,9 @@ def test_storage_that_fails_for_moments_changes_no_features(sets: dict[str, path
         opened(sets["pages"], Quarters("long"))
     assert not list(next(sets["pages"].iterdir()).glob("features_long_train/?????.npy"))
     found = opened(sets["pages"], Quarters("moments"))
-    monkeypatch.setattr(encoded.os, "preadv", lambda *args: (_ for _ in ()).throw(OSError(errno.EIO, "x")))
+    monkeypatch.setattr(
+        encoded.os, "preadv", lambda *args: (_ for _ in ()).throw(OSError(errno.EIO, "x"))
+    )
     with pytest.raises(StorageError, match=r"00001.npy could not be read 3 times"):
         found.read(4, 1)
 
@@ -256,11 +353,16 @@ def test_parts_that_are_torn_are_made_again(sets: dict[str, pathlib.Path]) -> No
         for cut in (b"", data[:60], data[:-8]):
             (store / name).write_bytes(cut)
             encoder = Quarters("torn")
-            assert agree(whole, features_of(sets["pages"], opened(sets["pages"], encoder))), (name, len(cut))
+            assert agree(whole, features_of(sets["pages"], opened(sets["pages"], encoder))), (
+                name,
+                len(cut),
+            )
             assert encoder.calls == 2, "that part alone"
 
 
-def test_features_of_a_record_that_was_damaged_are_made_once_it_is_mended(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_of_a_record_that_was_damaged_are_made_once_it_is_mended(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = build(tmp_path, "pages", 8, monkeypatch)
     whole = features_of(folder.parent, opened(folder.parent, Quarters("mended_later")))
     place, mend = hurt(folder, "pages")
@@ -272,11 +374,18 @@ def test_features_of_a_record_that_was_damaged_are_made_once_it_is_mended(tmp_pa
     opened(folder.parent, encoder)
     assert encoder.calls == calls, "what is damaged still is not made at every start"
     mend()
-    assert agree(whole, features_of(folder.parent, opened(folder.parent, encoder))) and calls < encoder.calls < 2 * calls
+    assert (
+        agree(whole, features_of(folder.parent, opened(folder.parent, encoder)))
+        and calls < encoder.calls < 2 * calls
+    )
 
 
-def test_more_parts_than_open_files(sets: dict[str, pathlib.Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """No part holds a descriptor or a mapping of its own, and what is open is let go where others want it."""
+def test_more_parts_than_open_files(
+    sets: dict[str, pathlib.Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No part holds a descriptor or a mapping of its own, and what is open is let go where
+    others want it.
+    """
     monkeypatch.setattr(encoded, "RECORDS", 1)
     found = opened(sets["pages"], Quarters("many"))
     whole = features_of(sets["pages"], found)

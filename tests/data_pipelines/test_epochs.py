@@ -1,4 +1,6 @@
-"""Epochs of the contrastive stage meet in no batch, and datasets of one size have nothing random in common."""
+"""Epochs of the contrastive stage meet in no batch, and datasets of one size have nothing
+random in common.
+"""
 
 import itertools
 
@@ -32,9 +34,14 @@ def reds(batch):
     return batch["images"][:, 0, 0, 0].tolist()
 
 
-@pytest.mark.parametrize("kind, items, size", [("pairs", 43, 4), ("pairs", 43, 25), ("questions", 15, 4)])
+@pytest.mark.parametrize(
+    "kind, items, size", [("pairs", 43, 4), ("pairs", 43, 25), ("questions", 15, 4)]
+)
 def test_no_contrastive_batch_holds_a_pair_twice(kind, items, size, tokenizer):  # noqa: F811
-    """A pair twice is its own negative. What an epoch leaves out is counted, and stands in another."""
+    """A pair twice is its own negative.
+
+    What an epoch leaves out is counted, and stands in another.
+    """
     it = iterator("contrastive", kind, tokenizer, source=GIVEN[kind], batch_size=size)
     each = items // size
     assert it.summary()["rows"] == each * size and it.summary()["dropped"] == items % size
@@ -57,7 +64,10 @@ def test_the_end_of_an_epoch_is_the_same_resumed_and_shared_out(kind, tokenizer)
         same(next(resumed), one[stop])
     resumed.close()
     group = processes((4, 1, 2), 4)
-    parts = [take(iterator("contrastive", kind, tokenizer, share=share, **options), 12) for share in group.shares]
+    parts = [
+        take(iterator("contrastive", kind, tokenizer, share=share, **options), 12)
+        for share in group.shares
+    ]
     for step, batch in enumerate(one):
         same(in_lists(batch, group), group.assembled([part[step] for part in parts]))
 
@@ -73,7 +83,15 @@ def test_no_pair_stands_twice_after_the_batch_size_was_changed(tokenizer):  # no
 
 def test_datasets_of_one_size_share_no_order_no_captions_and_no_draws(tokenizer):  # noqa: F811
     def orders(dataset):
-        made = plan(np.ones(90, int), np.ones(90, int), row_length=1, row_visuals=1, seed=3, epoch=1, dataset=dataset)
+        made = plan(
+            np.ones(90, int),
+            np.ones(90, int),
+            row_length=1,
+            row_visuals=1,
+            seed=3,
+            epoch=1,
+            dataset=dataset,
+        )
         return made.items.tolist()
 
     lengths = measure(pairs(90), "pairs", tokenizer)
@@ -82,7 +100,9 @@ def test_datasets_of_one_size_share_no_order_no_captions_and_no_draws(tokenizer)
         "captions": lambda dataset: lengths.choose(0.5, 3, 1, dataset).caption.tolist(),
         "spaces": lambda dataset: lengths.choose(0.5, 3, 1, dataset).space.tolist(),
         "draws": lambda dataset: Draws(3, 1, "a record", dataset=dataset).order(20),
-        "numbers": lambda dataset: generator("order", 3, dataset, 1).integers(9, size=30).tolist(),
+        "numbers": (
+            lambda dataset: generator("order", 3, dataset, 1).integers(9, size=30).tolist()
+        ),
     }
     for what, draw in drawn.items():
         assert draw("coco") == draw("coco") != draw("ltip"), what
@@ -92,7 +112,10 @@ def test_datasets_of_one_size_share_no_order_no_captions_and_no_draws(tokenizer)
     assert abs(agree - 0.5) < 4 * np.sqrt(0.25 / 90)
 
 
-@pytest.mark.parametrize("task, kind", [("contrastive", "pairs"), ("flamingo", "pages"), ("language_modelling", "text")])
+@pytest.mark.parametrize(
+    "task, kind",
+    [("contrastive", "pairs"), ("flamingo", "pages"), ("language_modelling", "text")],
+)
 def test_the_same_records_under_two_names_come_in_two_orders(task, kind, tokenizer):  # noqa: F811
     def tokens(name):
         return [batch["tokens"] for batch in take(iterator(task, kind, tokenizer, name=name), 3)]
@@ -103,10 +126,20 @@ def test_the_same_records_under_two_names_come_in_two_orders(task, kind, tokeniz
 
 def test_a_config_names_its_datasets(tokenizer, tmp_path, monkeypatch):  # noqa: F811
     """The same records, read twice by one experiment: two orders."""
-    dataset = DatasetConfig("text", str(build(tmp_path, "text", 40, monkeypatch)), batch_size=4, length=32, visuals=0)
+    dataset = DatasetConfig(
+        "text",
+        str(build(tmp_path, "text", 40, monkeypatch)),
+        batch_size=4,
+        length=32,
+        visuals=0,
+    )
     both = {"first": dataset, "second": dataset}
     experiment = Experiment(
-        name="two", task="language_modelling", tokenizer="", data=both, language_model=LanguageModelConfig(vocab_size=320)
+        name="two",
+        task="language_modelling",
+        tokenizer="",
+        data=both,
+        language_model=LanguageModelConfig(vocab_size=320),
     )
     iterators = make_iterators(experiment, tokenizer)
     first, second = (np.stack([next(it)["tokens"] for _ in range(3)]) for it in iterators.values())

@@ -23,11 +23,26 @@ def picture(value: int) -> bytes:
 
 
 RECORDS: dict[str, dict[str, Any]] = {
-    "pages": {"id": "p", "texts": ["", "zwei <image>", "drei\nvier"], "images": [picture(1), picture(2)]},
+    "pages": {
+        "id": "p",
+        "texts": ["", "zwei <image>", "drei\nvier"],
+        "images": [picture(1), picture(2)],
+    },
     "pairs": {"id": "q", "image": picture(3), "captions": ["ein Café", "two"]},
-    "videos": {"id": "v", "frames": [picture(4), picture(5), picture(6)], "fps": 0.5, "captions": ["moving"]},
+    "videos": {
+        "id": "v",
+        "frames": [picture(4), picture(5), picture(6)],
+        "fps": 0.5,
+        "captions": ["moving"],
+    },
     "text": {"id": "t", "text": "line\n\nline"},
-    "questions": {"id": "f", "frames": [picture(7)], "question": "what?", "answers": ["this", "that"], "type": "one/what"},
+    "questions": {
+        "id": "f",
+        "frames": [picture(7)],
+        "question": "what?",
+        "answers": ["this", "that"],
+        "type": "one/what",
+    },
 }
 
 
@@ -62,15 +77,23 @@ def plain(value: Any) -> Any:
 @pytest.mark.parametrize("kind", features.KINDS)
 def test_records_come_back(kind, tmp_path):
     record = RECORDS[kind]
-    write_dataset(tmp_path / "set", Given(kind, (Example("train", record), Example("test", record))))
+    write_dataset(
+        tmp_path / "set", Given(kind, (Example("train", record), Example("test", record)))
+    )
     builder = tfds.builder_from_directory(str(tmp_path / "set" / "1.0.0"))
-    assert {name: split.num_examples for name, split in builder.info.splits.items()} == {"train": 1, "test": 1}
+    assert {name: split.num_examples for name, split in builder.info.splits.items()} == {
+        "train": 1,
+        "test": 1,
+    }
     assert features.kind_of(builder.info.features) == kind
     read = builder.as_data_source(split="test")[0]
     assert set(read) == set(record)
     for name, value in record.items():
         if name in ("image", "images", "frames"):
-            shown = [np.asarray(Image.open(io.BytesIO(data))).tolist() for data in ([value] if name == "image" else value)]
+            shown = [
+                np.asarray(Image.open(io.BytesIO(data))).tolist()
+                for data in ([value] if name == "image" else value)
+            ]
             assert plain(read[name]) == (shown[0] if name == "image" else shown)
         else:
             assert plain(read[name]) == value
@@ -88,28 +111,53 @@ def test_many_records_make_several_shards_in_order(tmp_path, monkeypatch):
     write_dataset(tmp_path / "many", Given("text", outcomes))
     builder = tfds.builder_from_directory(str(tmp_path / "many" / "1.0.0"))
     assert builder.info.splits["train"].shard_lengths == [4, 4, 2]
-    assert [record["id"] for record in builder.as_data_source(split="train")] == [str(i).encode() for i in range(10)]
+    assert [record["id"] for record in builder.as_data_source(split="train")] == [
+        str(i).encode() for i in range(10)
+    ]
 
 
 def test_large_records_do_not_wait_for_many(tmp_path, monkeypatch):
     written = []
     add = tfds.core.SequentialWriter.add_examples
-    monkeypatch.setattr(tfds.core.SequentialWriter, "add_examples", lambda self, given: (written.append(len(given["train"])), add(self, given)))
-    monkeypatch.setattr("data_pipelines.build.writer.BYTES_PER_FLUSH", 2 * sum(map(len, RECORDS["pages"]["images"])))
-    statistics, _ = write_dataset(tmp_path / "large", Given("pages", (Example("train", RECORDS["pages"]),) * 5))
+    monkeypatch.setattr(
+        tfds.core.SequentialWriter,
+        "add_examples",
+        lambda self, given: (written.append(len(given["train"])), add(self, given)),
+    )
+    monkeypatch.setattr(
+        "data_pipelines.build.writer.BYTES_PER_FLUSH",
+        2 * sum(map(len, RECORDS["pages"]["images"])),
+    )
+    statistics, _ = write_dataset(
+        tmp_path / "large", Given("pages", (Example("train", RECORDS["pages"]),) * 5)
+    )
     assert written == [2, 2, 1] and statistics["pictures"]["used"] == 10
 
 
 def test_statistics_account_for_every_record(tmp_path):
-    outcomes = (Example("train", RECORDS["pages"], ("small",)), Dropped("torn"), Dropped("torn", ("small", "far")), Dropped("empty"))
+    outcomes = (
+        Example("train", RECORDS["pages"], ("small",)),
+        Dropped("torn"),
+        Dropped("torn", ("small", "far")),
+        Dropped("empty"),
+    )
     statistics, built = write_dataset(tmp_path / "counted", Given("pages", outcomes))
     assert built
-    assert {reason: len(names) for reason, names in statistics["dropped_names"].items()} == {"empty": 1, "torn": 2}
-    assert {name: value for name, value in statistics.items() if name != "dropped_names"} == {
-        "splits": {"train": 1}, "records_read": 4, "used": 1, "dropped": {"empty": 1, "torn": 2},
-        "pictures": {"used": 2, "dropped": {"far": 1, "small": 2}}, "options": {"records": 4},
+    assert {reason: len(names) for reason, names in statistics["dropped_names"].items()} == {
+        "empty": 1,
+        "torn": 2,
     }
-    assert json.loads((tmp_path / "counted" / "1.0.0" / "statistics.json").read_text()) == statistics
+    assert {name: value for name, value in statistics.items() if name != "dropped_names"} == {
+        "splits": {"train": 1},
+        "records_read": 4,
+        "used": 1,
+        "dropped": {"empty": 1, "torn": 2},
+        "pictures": {"used": 2, "dropped": {"far": 1, "small": 2}},
+        "options": {"records": 4},
+    }
+    assert (
+        json.loads((tmp_path / "counted" / "1.0.0" / "statistics.json").read_text()) == statistics
+    )
 
 
 def test_a_finished_dataset_is_left_alone(tmp_path):
@@ -135,7 +183,11 @@ def test_an_interrupted_build_is_made_again(tmp_path):
     (tmp_path / "torn" / "1.0.0.incomplete" / "left").write_text("over")
     write_dataset(tmp_path / "torn", source)
     assert {path.name for path in (tmp_path / "torn").iterdir()} == {"1.0.0"}
-    assert features.dataset_folder(tmp_path / "torn") == features.dataset_folder(tmp_path / "torn" / "1.0.0") == tmp_path / "torn" / "1.0.0"
+    assert (
+        features.dataset_folder(tmp_path / "torn")
+        == features.dataset_folder(tmp_path / "torn" / "1.0.0")
+        == tmp_path / "torn" / "1.0.0"
+    )
 
 
 def test_bad_outputs_are_refused(tmp_path):
@@ -149,10 +201,18 @@ def test_bad_outputs_are_refused(tmp_path):
 
 def test_splits_that_get_no_record_are_named(tmp_path, caplog):
     shares, record = Shares(validation=0.1, test=0.2), RECORDS["text"]
-    with pytest.raises(UserError, match=r"no record is left .* to train on \(1 torn, 2 for validation\)"):
-        write_dataset(tmp_path / "small", Given("text", (Dropped("torn"), *[Example("validation", record)] * 2), shares=shares))
+    with pytest.raises(
+        UserError, match=r"no record is left .* to train on \(1 torn, 2 for validation\)"
+    ):
+        write_dataset(
+            tmp_path / "small",
+            Given("text", (Dropped("torn"), *[Example("validation", record)] * 2), shares=shares),
+        )
     assert not (tmp_path / "small").exists()
-    write_dataset(tmp_path / "small", Given("text", (Example("train", record), Example("validation", record)), shares=shares))
+    write_dataset(
+        tmp_path / "small",
+        Given("text", (Example("train", record), Example("validation", record)), shares=shares),
+    )
     warnings = lambda: [message for message in caplog.messages if "share" in message]
     (message,) = warnings()
     assert "share of test" in message and "--test_share" in message

@@ -28,7 +28,9 @@ WAYS = [(NFC, NFD), (NFD, NFC), ("sub/a b.png", "sub\\a b.png"), (NFD, NFC.repla
 
 @pytest.fixture
 def hub(tmp_path: pathlib.Path) -> pathlib.Path:
-    """A snapshot as Hugging Face's hub caches one, with links to everywhere; the files it names."""
+    """A snapshot as Hugging Face's hub caches one, with links to everywhere; the files it
+    names.
+    """
     repository = tmp_path / "hub" / "datasets--me--photos"
     snapshot = repository / "snapshots" / "0123abcd"
     save(tmp_path / "secret.png", colourful())
@@ -99,7 +101,12 @@ def test_all_that_is_said_of_a_file_comes_together(tmp_path: pathlib.Path) -> No
     save(root / NFD, colourful())
     film(root / NFD.replace("png", "film"), 2, form="avi")  # An ending that the walk does not list.
     for name in (NFC, NFC.replace("png", "film")):
-        ways = [name, unicodedata.normalize("NFD", name), name.replace("/", "\\"), str(root / name)]
+        ways = [
+            name,
+            unicodedata.normalize("NFD", name),
+            name.replace("/", "\\"),
+            str(root / name),
+        ]
         kind, key = (ImageFolder, "image") if name == NFC else (VideoFolder, "video")
         told = ({key: way, "caption": str(number)} for number, way in enumerate(ways))
         lines(root / "captions.jsonl", *told)
@@ -169,7 +176,14 @@ def test_folders_that_only_look_like_the_hub_s_open_no_others(tmp_path: pathlib.
 
 def test_a_walk_lists_each_folder_once_and_says_what_it_refuses(tmp_path: pathlib.Path) -> None:
     root = tmp_path / "raw"
-    for name in ("b/x.txt", "B.TXT", "b/c/y.txt", ".hidden/z.txt", "b/.z.txt", "__MACOSX/b/z.txt"):
+    for name in (
+        "b/x.txt",
+        "B.TXT",
+        "b/c/y.txt",
+        ".hidden/z.txt",
+        "b/.z.txt",
+        "__MACOSX/b/z.txt",
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("x")
     (tmp_path / "far").mkdir()

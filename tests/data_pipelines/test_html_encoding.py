@@ -1,4 +1,6 @@
-"""Pages are decoded as browsers decode them, to their last byte, in every encoding of the table."""
+"""Pages are decoded as browsers decode them, to their last byte, in every encoding of the
+table.
+"""
 
 import time
 

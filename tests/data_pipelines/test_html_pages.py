@@ -14,7 +14,15 @@ from data_pipelines.build.html_pages import HtmlPages
 from data_pipelines.build.html_places import read_place
 from data_pipelines.build.pictures import PictureRules, Unfit
 from data_pipelines.build.writer import write_dataset
-from tests.data_pipelines.raw import ALL_TRAIN, accounted, colourful, huge_png, read, save, strings
+from tests.data_pipelines.raw import (
+    ALL_TRAIN,
+    accounted,
+    colourful,
+    huge_png,
+    read,
+    save,
+    strings,
+)
 
 PAGE = """<!DOCTYPE html><html><head><title>not text</title><style>p {color: red}</style></head>
 <body>
@@ -28,7 +36,7 @@ PAGE = """<!DOCTYPE html><html><head><title>not text</title><style>p {color: red
 <img src="http://example.com/far.png"><img src="../out.png"><img src="/pics/wide.png"><img src="gone.png">
 <img>
 <img src="data:image/png;base64,AA">
-last<br>line</body></html>"""
+last<br>line</body></html>"""  # noqa: E501
 
 
 def test_text_and_pictures_in_the_order_of_the_page(tmp_path: pathlib.Path) -> None:

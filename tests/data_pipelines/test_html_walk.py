@@ -70,7 +70,20 @@ def test_text_that_nobody_sees_is_not_read(part: str) -> None:
 
 def test_what_is_read_is_what_a_tree_holds_outside_the_unread() -> None:
     """Against a tree of Beautiful Soup's, on pages drawn by chance."""
-    tags = ["div", "p", "b", "li", "ul", "nav", "script", "td", "table", "span", "footer", "form"]
+    tags = [
+        "div",
+        "p",
+        "b",
+        "li",
+        "ul",
+        "nav",
+        "script",
+        "td",
+        "table",
+        "span",
+        "footer",
+        "form",
+    ]
     for seed in range(300):
         drawn = random.Random(seed)
         page = ""
@@ -112,7 +125,10 @@ def test_places_of_a_picture_are_those_of_late_loaders_then_a_browser_s_choice()
         ("a.png 1x, b.png 2x", ["b.png", "a.png"]),
         ("a.png 1x,b.png 1.5x", ["b.png", "a.png"]),
         (" , a.png 320w , b.png 64w", ["a.png", "b.png"]),
-        ("a,b.png 2x, data:image/png;base64,AAAA 3x", ["data:image/png;base64,AAAA", "a,b.png"]),
+        (
+            "a,b.png 2x, data:image/png;base64,AAAA 3x",
+            ["data:image/png;base64,AAAA", "a,b.png"],
+        ),
         ("a.png calc(1, 2), b.png 2x", ["b.png", "a.png"]),
         ("a.png nanw, b.png 1e999w, c.png 5w", ["c.png", "a.png", "b.png"]),
         ("a.png,, b.png", ["a.png", "b.png"]),
@@ -141,11 +157,17 @@ LATE = '<img src="spacer.gif" data-src="a.png">'
         ),
         ('<noscript><img src="a.png"></noscript>', [("a.png",)]),
         (
-            f'{LATE}<img data-src="b.png"><noscript><img src="a.png"><img src="b.png"></noscript>',
+            (
+                f'{LATE}<img data-src="b.png"><noscript><img src="a.png"><img'
+                ' src="b.png"></noscript>'
+            ),
             [("a.png", "spacer.gif"), ("b.png",)],
         ),
         ('<img src="a.png"><img src="a.png">', [("a.png",), ("a.png",)]),
-        (f"{LATE * 2}<noscript>{'<img src=a.png>' * 2}</noscript>", [("a.png", "spacer.gif")] * 2),
+        (
+            f"{LATE * 2}<noscript>{'<img src=a.png>' * 2}</noscript>",
+            [("a.png", "spacer.gif")] * 2,
+        ),
         (
             '<picture><source srcset="s.png"><noscript><img src="a.png"></noscript></picture>',
             [("s.png", "a.png")],
@@ -164,7 +186,12 @@ def test_pictures_that_are_not_shown_say_why() -> None:
         "<nav><img src=a></nav><p hidden><img src=b></p><img src=c style='display:none'><img src=d>"
     )
     pictures = [item for item in walk(page.encode()).items if isinstance(item, Picture)]
-    assert [picture.unread for picture in pictures] == ["outside the text", "hidden", "hidden", ""]
+    assert [picture.unread for picture in pictures] == [
+        "outside the text",
+        "hidden",
+        "hidden",
+        "",
+    ]
 
 
 def test_pages_nested_without_end_are_read_whole() -> None:

@@ -1,4 +1,6 @@
-"""Training, kept features, evaluation and prompts all see an image as the encoder's config says."""
+"""Training, kept features, evaluation and prompts all see an image as the encoder's config
+says.
+"""
 
 import dataclasses
 import io
@@ -38,7 +40,12 @@ def test_all_that_reads_an_image_makes_the_same_square(fit: images.Fit) -> None:
     records = [{"id": b"a", "image": wide(), "captions": [b"a red star"]}]
     dataset = DatasetConfig("pairs", batch_size=1, length=16, visuals=1)
     options = dict(
-        tokenizer=TOKENIZER, task="flamingo", image_size=SIZE, mean=MEAN, image_fit=fit, source=records
+        tokenizer=TOKENIZER,
+        task="flamingo",
+        image_size=SIZE,
+        mean=MEAN,
+        image_fit=fit,
+        source=records,
     )
     iterator = make_iterator(dataset, **options)  # type: ignore[arg-type]
     np.testing.assert_array_equal(next(iterator)["images"][0, 0], expected)

@@ -1,5 +1,7 @@
-"""One made set of all that goes wrong with other people's shards and videos, built once a source:
-what is read is used or dropped, and the reasons are those of a key that is written here."""
+"""One made set of all that goes wrong with other people's shards and videos, built once a
+source: what is read is used or dropped, and the reasons are those of a key that is written
+here.
+"""
 
 import collections
 import dataclasses
@@ -117,7 +119,11 @@ def fill_damage(shard: Shard) -> None:
     shard.add("blank.png", PICTURE)
     shard.add("blank.txt", b" \n")
     shard.drop(no_caption=2)
-    for name, data in (("cut", PICTURE[:-200]), ("html", b"<html>"), ("bomb", huge_png(60_000))):
+    for name, data in (
+        ("cut", PICTURE[:-200]),
+        ("html", b"<html>"),
+        ("bomb", huge_png(60_000)),
+    ):
         shard.add(f"{name}.png", data)
         shard.texts(f"{name}.txt")
     shard.drop(unreadable=2, too_many_pixels=1)

@@ -1,4 +1,6 @@
-"""Batches by the contract: each kind and task, on any number of processes, interrupted or not, with bad pictures among the good."""
+"""Batches by the contract: each kind and task, on any number of processes, interrupted or not,
+with bad pictures among the good.
+"""
 
 import dataclasses
 import io
@@ -42,8 +44,15 @@ def tokenizer() -> Tokenizer:
 def make_tokenizer() -> Tokenizer:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([" ".join(WORDS), "This is a dax. Output: wug"] * 20), model_writer=model, vocab_size=320, pad_id=3,
-        hard_vocab_limit=False, byte_fallback=True, normalization_rule_name="identity", minloglevel=2, user_defined_symbols=["<image>"],
+        sentence_iterator=iter([" ".join(WORDS), "This is a dax. Output: wug"] * 20),
+        model_writer=model,
+        vocab_size=320,
+        pad_id=3,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        minloglevel=2,
+        user_defined_symbols=["<image>"],
     )
     return SentencePieceTokenizer(model.getvalue())
 
@@ -62,7 +71,11 @@ def words(rng, low, high):
 def pairs(count=40):
     rng = np.random.default_rng(0)
     return [
-        {"id": f"pair{i}".encode(), "image": picture(i), "captions": [f"p{i} {words(rng, 2, 9)}".encode(), f"p{i} {words(rng, 2, 5)}"]}
+        {
+            "id": f"pair{i}".encode(),
+            "image": picture(i),
+            "captions": [f"p{i} {words(rng, 2, 9)}".encode(), f"p{i} {words(rng, 2, 5)}"],
+        }
         for i in range(count)
     ]
 
@@ -73,13 +86,24 @@ def pages(count=20):
     for i in range(count):
         k = int(rng.integers(1, 6))
         texts = [""] + [f"q{10 * i + j} {words(rng, 2, 8)}" for j in range(k)]
-        made.append({"id": f"page{i}", "texts": texts, "images": [picture(10 * i + j) for j in range(k)]})
+        made.append(
+            {
+                "id": f"page{i}",
+                "texts": texts,
+                "images": [picture(10 * i + j) for j in range(k)],
+            }
+        )
     return made
 
 
 def videos(count=12):
     return [
-        {"id": f"video{i}", "frames": [picture(20 * i + j) for j in range(2 + i)], "fps": 1.0, "captions": [f"v{i} star left"]}
+        {
+            "id": f"video{i}",
+            "frames": [picture(20 * i + j) for j in range(2 + i)],
+            "fps": 1.0,
+            "captions": [f"v{i} star left"],
+        }
         for i in range(count)
     ]
 
@@ -93,14 +117,23 @@ def questions(count=30):
     """About pictures and clips by turns; their first word names their first frame."""
     return [
         {
-            "id": f"question{i}", "frames": [picture(7 * i + j) for j in range(1 + i % 2 * 3)], "question": f"n{i} star or circle?",
-            "answers": [b"red", "blue a"][: 1 + i % 2], "type": "",
+            "id": f"question{i}",
+            "frames": [picture(7 * i + j) for j in range(1 + i % 2 * 3)],
+            "question": f"n{i} star or circle?",
+            "answers": [b"red", "blue a"][: 1 + i % 2],
+            "type": "",
         }
         for i in range(count)
     ]
 
 
-SOURCES = {"pairs": pairs(), "pages": pages(), "videos": videos(), "text": texts(), "questions": questions()}
+SOURCES = {
+    "pairs": pairs(),
+    "pages": pages(),
+    "videos": videos(),
+    "text": texts(),
+    "questions": questions(),
+}
 CONFIGS = {
     "pairs": DatasetConfig(kind="pairs", batch_size=4, length=64, visuals=5),
     "pages": DatasetConfig(kind="pages", batch_size=4, length=48, visuals=3, p_next=0.5),
@@ -110,15 +143,42 @@ CONFIGS = {
 }
 READERS = Readers(3)
 CASES = [
-    ("contrastive", "pairs"), ("flamingo", "pairs"), ("flamingo", "pages"), ("flamingo", "videos"), ("language_modelling", "text"),
-    ("flamingo", "questions"), ("language_modelling", "questions"),
+    ("contrastive", "pairs"),
+    ("flamingo", "pairs"),
+    ("flamingo", "pages"),
+    ("flamingo", "videos"),
+    ("language_modelling", "text"),
+    ("flamingo", "questions"),
+    ("language_modelling", "questions"),
 ]
 
 
-def iterator(task, kind, tokenizer, *, source=None, readers=None, seed=3, share=WHOLE, cache_bytes=1 << 20, name="", **changes):
+def iterator(
+    task,
+    kind,
+    tokenizer,
+    *,
+    source=None,
+    readers=None,
+    seed=3,
+    share=WHOLE,
+    cache_bytes=1 << 20,
+    name="",
+    **changes,
+):
     return make_iterator(
-        dataclasses.replace(CONFIGS[kind], **changes), tokenizer=tokenizer, task=task, image_size=SIZE, mean=MEAN, seed=seed, share=share,
-        text_length=24, source=SOURCES[kind] if source is None else source, readers=readers, cache_bytes=cache_bytes, name=name,
+        dataclasses.replace(CONFIGS[kind], **changes),
+        tokenizer=tokenizer,
+        task=task,
+        image_size=SIZE,
+        mean=MEAN,
+        seed=seed,
+        share=share,
+        text_length=24,
+        source=SOURCES[kind] if source is None else source,
+        readers=readers,
+        cache_bytes=cache_bytes,
+        name=name,
     )
 
 
@@ -135,25 +195,52 @@ def same(first, second):
 
 
 def in_lists(batch, group):
-    """The arrays of one process with every row shard's list of visuals filled up with blanks for the mesh's `model`."""
+    """The arrays of one process with every row shard's list of visuals filled up with blanks
+    for the mesh's `model`.
+    """
     rows, model = group.mesh.size // group.mesh.shape["model"], group.mesh.shape["model"]
-    lists = {name: a.reshape(rows, -1, *a.shape[1:]) for name, a in batch.items() if name in BY_VISUAL and "visuals" in batch}
-    filled = {name: np.pad(a, [(0, 0), (0, -a.shape[1] % model), *[(0, 0)] * (a.ndim - 2)]) for name, a in lists.items()}
+    lists = {
+        name: a.reshape(rows, -1, *a.shape[1:])
+        for name, a in batch.items()
+        if name in BY_VISUAL and "visuals" in batch
+    }
+    filled = {
+        name: np.pad(a, [(0, 0), (0, -a.shape[1] % model), *[(0, 0)] * (a.ndim - 2)])
+        for name, a in lists.items()
+    }
     return batch | {name: a.reshape(-1, *a.shape[2:]) for name, a in filled.items()}
 
 
 GROUPS = [((2, 2, 2), 2, None), ((4, 1, 2), 4, 0), ((1, 2, 4), 4, None), ((1, 1, 8), 2, 1)]
-"""Meshes whose devices several processes hold, the last three with `model` across them, two of them in disorder."""
+"""Meshes whose devices several processes hold, the last three with `model` across them, two of
+them in disorder.
+"""
 
 
 @pytest.mark.parametrize("task, kind", CASES)
 def test_the_same_batches_on_any_number_of_processes_threaded_or_not(task, kind, tokenizer):
-    """Array for array, with a picture that cannot be read among them, which some of the processes never try to."""
+    """Array for array, with a picture that cannot be read among them, which some of the
+    processes never try to.
+    """
     source = broken(SOURCES[kind], {5})
     one = take(iterator(task, kind, tokenizer, source=source), 8)
     for shape, count, seed in GROUPS:
         group = processes(shape, count, seed)
-        parts = [take(iterator(task, kind, tokenizer, source=source, share=share, readers=READERS, cache_bytes=0), 8) for share in group.shares]
+        parts = [
+            take(
+                iterator(
+                    task,
+                    kind,
+                    tokenizer,
+                    source=source,
+                    share=share,
+                    readers=READERS,
+                    cache_bytes=0,
+                ),
+                8,
+            )
+            for share in group.shares
+        ]
         for step, batch in enumerate(one):
             same(in_lists(batch, group), group.assembled([part[step] for part in parts]))
     assert any(not np.array_equal(one[0]["tokens"], batch["tokens"]) for batch in one[1:])
@@ -161,14 +248,18 @@ def test_the_same_batches_on_any_number_of_processes_threaded_or_not(task, kind,
     assert not np.array_equal(other["tokens"], one[0]["tokens"])
 
 
-@pytest.mark.parametrize("task, kind", [("flamingo", "videos"), ("flamingo", "pages"), ("contrastive", "pairs")])
+@pytest.mark.parametrize(
+    "task, kind", [("flamingo", "videos"), ("flamingo", "pages"), ("contrastive", "pairs")]
+)
 def test_the_same_augmentation_on_any_number_of_processes_and_after_a_resume(task, kind, tokenizer):
     options = {"source": SOURCES[kind], "flip": True, "colour": 0.3}
     one = take(iterator(task, kind, tokenizer, **options), 8)
     for shape, count, seed in GROUPS:
         group, parts = processes(shape, count, seed), []
         for share in group.shares:
-            it = iterator(task, kind, tokenizer, share=share, readers=READERS, cache_bytes=0, **options)
+            it = iterator(
+                task, kind, tokenizer, share=share, readers=READERS, cache_bytes=0, **options
+            )
             it.set_state({"global_next_index": 5 * CONFIGS[kind].batch_size})
             parts.append(take(it, 3))
         for step, batch in enumerate(one[5:]):
@@ -179,7 +270,11 @@ def test_the_same_augmentation_on_any_number_of_processes_and_after_a_resume(tas
 def test_a_process_decodes_the_pictures_of_its_own_devices_alone(tokenizer, monkeypatch):
     met = []
     decode = images.decode
-    monkeypatch.setattr(images, "decode", lambda data, size, **options: met.append(data) or decode(data, size, **options))
+    monkeypatch.setattr(
+        images,
+        "decode",
+        lambda data, size, **options: met.append(data) or decode(data, size, **options),
+    )
 
     def decoded(share):
         met.clear()
@@ -195,7 +290,9 @@ def test_a_process_decodes_the_pictures_of_its_own_devices_alone(tokenizer, monk
 @pytest.mark.parametrize("stop", [1, 5])
 def test_an_interrupted_run_goes_on_with_the_same_batches(task, kind, stop, tokenizer):
     whole = take(iterator(task, kind, tokenizer), 9)
-    began = iterator(task, kind, tokenizer, readers=READERS, share=processes((4, 1, 2), 4).shares[1])
+    began = iterator(
+        task, kind, tokenizer, readers=READERS, share=processes((4, 1, 2), 4).shares[1]
+    )
     for _ in range(stop):
         next(began)
     state = json.loads(json.dumps(began.get_state()))
@@ -219,7 +316,10 @@ def test_flamingo_batches_keep_the_contract(kind, tokenizer):
     seen = set()
     for batch in take(iterator("flamingo", kind, tokenizer, p_next=0.0), 12):
         rows, places = config.batch_size, config.visuals
-        assert batch["images"].shape == (rows * places, config.frames, SIZE, SIZE, 3) and batch["images"].dtype == np.uint8
+        assert (
+            batch["images"].shape == (rows * places, config.frames, SIZE, SIZE, 3)
+            and batch["images"].dtype == np.uint8
+        )
         assert batch["frame_mask"].shape == (rows * places, config.frames)
         for name in ("tokens", "positions", "segments", "media_index"):
             assert batch[name].shape == (rows, config.length) and batch[name].dtype == np.int32
@@ -228,7 +328,9 @@ def test_flamingo_batches_keep_the_contract(kind, tokenizer):
         assert (batch["tokens"][padding] == tokenizer.pad).all()
         for row in range(rows):
             present = batch["visuals"][row] >= 0
-            np.testing.assert_array_equal(batch["visuals"][row][present], (np.arange(places) + row * places)[present])
+            np.testing.assert_array_equal(
+                batch["visuals"][row][present], (np.arange(places) + row * places)[present]
+            )
             assert not batch["images"][row * places : (row + 1) * places][~present].any()
             for mask in segments_of(batch, row):
                 tokens = batch["tokens"][row][mask]
@@ -248,7 +350,9 @@ def check_pictures(kind, batch, row, mask, tokenizer):
     for begin, end in zip(ends, [*ends[1:], len(tokens)], strict=True):
         text = tokenizer.decode(tokens[begin + 1 : end].tolist()).strip()
         place = index[begin]
-        if place < 0 or " " not in text:  # Past the room for visuals, or cut off by the window's end.
+        if (
+            place < 0 or " " not in text
+        ):  # Past the room for visuals, or cut off by the window's end.
             continue
         number = int(text.split()[0][1:])
         image = batch["images"][batch["visuals"][row][place]]
@@ -260,7 +364,9 @@ def check_pictures(kind, batch, row, mask, tokenizer):
             there = batch["frame_mask"][batch["visuals"][row][place]]
             reds = image[there][:, 0, 0, 0].astype(int)
             assert len(reds) == min(4, 2 + number)
-            assert ((reds - 20 * number) % 256 < 2 + number).all() and (np.diff(reds) % 256 == 1).all()
+            assert ((reds - 20 * number) % 256 < 2 + number).all() and (
+                np.diff(reds) % 256 == 1
+            ).all()
         seen.add(text)
     return seen
 
@@ -281,71 +387,134 @@ def test_both_coins_and_all_captions_come_up(tokenizer):
 
 @pytest.mark.parametrize("kind", ["pairs", "videos"])
 def test_rows_are_full_of_the_captions_that_are_shown(kind, tokenizer):
-    """Captions of one record differ in length by far more than what may stay empty; another is shown in another epoch.
+    """Captions of one record differ in length by far more than what may stay empty; another is
+    shown in another epoch.
 
-    An epoch has as many rows as the first, whatever captions it chose: the fewer the records, the more these differ.
+    An epoch has as many rows as the first, whatever captions it chose: the fewer the records,
+    the more these differ.
     """
     rng = np.random.default_rng(5)
-    fields = {"pairs": lambda i: {"image": picture(i)}, "videos": lambda i: {"frames": [picture(i)], "fps": 1.0}}[kind]
-    source = [{"id": str(i), "captions": [words(rng, 1, 16) for _ in range(5)], **fields(i)} for i in range(1_600)]
-    it = iterator("flamingo", kind, tokenizer, source=source, batch_size=1, length=128, visuals=32, leading_space=0.5)
+    fields = {
+        "pairs": lambda i: {"image": picture(i)},
+        "videos": lambda i: {"frames": [picture(i)], "fps": 1.0},
+    }[kind]
+    source = [
+        {"id": str(i), "captions": [words(rng, 1, 16) for _ in range(5)], **fields(i)}
+        for i in range(1_600)
+    ]
+    it = iterator(
+        "flamingo",
+        kind,
+        tokenizer,
+        source=source,
+        batch_size=1,
+        length=128,
+        visuals=32,
+        leading_space=0.5,
+    )
     rows = it.summary()["rows"]
     shown = []
     for _ in range(2):
         epoch = [next(it) for _ in range(rows)]
         assert np.mean([batch["segments"] > 0 for batch in epoch]) > 0.95
-        shown.append({tuple(batch["tokens"][0][batch["segments"][0] == n]) for batch in epoch for n in range(1, batch["segments"].max() + 1)})
+        shown.append(
+            {
+                tuple(batch["tokens"][0][batch["segments"][0] == n])
+                for batch in epoch
+                for n in range(1, batch["segments"].max() + 1)
+            }
+        )
     assert len(shown[0] & shown[1]) < 1_000, "one of ten forms of each"
     it.close()
     config = dataclasses.replace(CONFIGS[kind], length=128, visuals=32, batch_size=1)
-    padded = held_out(config, tokenizer=tokenizer, task="flamingo", batches=1_000, image_size=SIZE, source=source)
+    padded = held_out(
+        config,
+        tokenizer=tokenizer,
+        task="flamingo",
+        batches=1_000,
+        image_size=SIZE,
+        source=source,
+    )
     assert np.mean([batch["segments"] > 0 for batch in padded]) > 0.95
 
 
 def test_of_a_question_the_answer_and_its_end_alone_are_learned(tokenizer):
-    """In the very tokens that a prompt and its continuation have; one of its answers on each visit; several to a row, each with its own frames."""
+    """In the very tokens that a prompt and its continuation have; one of its answers on each
+    visit; several to a row, each with its own frames.
+    """
     it = iterator("flamingo", "questions", tokenizer, source=questions(6), batch_size=1)
     told, packed = {}, False
     for _ in range(40):
         batch = next(it)
         packed |= batch["segments"].max() > 1
         for mask in segments_of(batch, 0):
-            tokens, learned, index = (batch[name][0][mask] for name in ("tokens", "loss_mask", "media_index"))
+            tokens, learned, index = (
+                batch[name][0][mask] for name in ("tokens", "loss_mask", "media_index")
+            )
             number = int(tokenizer.decode(tokens.tolist()).split(" n")[1].split()[0])
-            example = Example("", Visual(np.zeros((1, SIZE, SIZE, 3), np.uint8)), ("",), questions(6)[number]["question"])
+            example = Example(
+                "",
+                Visual(np.zeros((1, SIZE, SIZE, 3), np.uint8)),
+                ("",),
+                questions(6)[number]["question"],
+            )
             prompt = tokenise(few_shot(example, [], [], QUESTION), tokenizer)
             answer = tokens[len(prompt.tokens) : -2]
             np.testing.assert_array_equal(tokens[: len(prompt.tokens)], prompt.tokens)
             np.testing.assert_array_equal(index[: len(prompt.tokens)] >= 0, prompt.media_index >= 0)
             assert tokens[-2:].tolist() == [tokenizer.eoc, tokenizer.eos]
-            np.testing.assert_array_equal(np.flatnonzero(learned), np.arange(len(prompt.tokens), len(tokens) - 1))
+            np.testing.assert_array_equal(
+                np.flatnonzero(learned), np.arange(len(prompt.tokens), len(tokens) - 1)
+            )
             told.setdefault(number, set()).add(tokenizer.decode(answer.tolist()))
             place = batch["visuals"][0][index[1]]
-            reds = batch["images"][place][batch["frame_mask"][place]][:, 0, 0, 0].astype(int) - 7 * number
-            assert reds.tolist() == [0] if number % 2 == 0 else reds[0] in (0, 1, 2) and reds[1] == reds[0] + 1
+            reds = (
+                batch["images"][place][batch["frame_mask"][place]][:, 0, 0, 0].astype(int)
+                - 7 * number
+            )
+            assert (
+                reds.tolist() == [0]
+                if number % 2 == 0
+                else reds[0] in (0, 1, 2) and reds[1] == reds[0] + 1
+            )
     it.close()
-    assert packed and told == {number: {" red", " blue a"} if number % 2 else {" red"} for number in range(6)}
+    assert packed and told == {
+        number: {" red", " blue a"} if number % 2 else {" red"} for number in range(6)
+    }
 
 
 def asked(count=7, about=3):
     """`about` questions about one picture after another."""
-    return [questions(count)[i] | {"frames": [picture(i // about)], "answers": ["red"]} for i in range(count)]
+    return [
+        questions(count)[i] | {"frames": [picture(i // about)], "answers": ["red"]}
+        for i in range(count)
+    ]
 
 
 def test_questions_about_one_picture_share_it_in_a_row(tokenizer):
-    """Three of them fit a row, and the seventh is alone with its picture; each is packed as it would be with a picture of its own."""
+    """Three of them fit a row, and the seventh is alone with its picture; each is packed as it
+    would be with a picture of its own.
+    """
     longest = int(measure(asked(), "questions", tokenizer, QUESTION.template).tokens.max())
     options = dict(source=asked(), batch_size=1, length=3 * longest, visuals=1, frames=1)
     apart = {}
     for batch in take(iterator("flamingo", "questions", tokenizer, pack=False, **options), 7):
         tokens = batch["tokens"][0][batch["segments"][0] == 1]
-        apart[tokens.tobytes()] = batch["loss_mask"][0][: len(tokens)], batch["media_index"][0][: len(tokens)], batch["images"]
+        apart[tokens.tobytes()] = (
+            batch["loss_mask"][0][: len(tokens)],
+            batch["media_index"][0][: len(tokens)],
+            batch["images"],
+        )
     it = iterator("flamingo", "questions", tokenizer, **options)
     assert it.summary()["rows"] == 3
     numbers = []
     for batch in take(it, 3):
         numbers.append(int(batch["segments"].max()))
-        assert batch["images"].shape[0] == 1 and batch["frame_mask"].all() and batch["visuals"].tolist() == [[0]]
+        assert (
+            batch["images"].shape[0] == 1
+            and batch["frame_mask"].all()
+            and batch["visuals"].tolist() == [[0]]
+        )
         for mask in segments_of(batch, 0):
             learned, index, images = apart.pop(batch["tokens"][0][mask].tobytes())
             np.testing.assert_array_equal(batch["loss_mask"][0][mask], learned)
@@ -353,14 +522,29 @@ def test_questions_about_one_picture_share_it_in_a_row(tokenizer):
             np.testing.assert_array_equal(batch["images"], images)
     assert sorted(numbers) == [1, 3, 3] and not apart
     # Two fit a row: three of them are parted as evenly as can be.
-    short = iterator("flamingo", "questions", tokenizer, **(options | {"length": 2 * longest, "visuals": 2}))
-    assert short.summary()["too_long"] == 0 and max(int(batch["segments"].max()) for batch in take(short, 6)) == 2
+    short = iterator(
+        "flamingo", "questions", tokenizer, **(options | {"length": 2 * longest, "visuals": 2})
+    )
+    assert (
+        short.summary()["too_long"] == 0
+        and max(int(batch["segments"].max()) for batch in take(short, 6)) == 2
+    )
 
 
 def test_contrastive_texts_of_questions_are_those_of_their_picture(tokenizer):
     source = asked(12)
     texts, numbers = set(), []
-    for batch in take(iterator("contrastive", "questions", tokenizer, source=source, batch_size=4, prompt="{question}"), 12):
+    for batch in take(
+        iterator(
+            "contrastive",
+            "questions",
+            tokenizer,
+            source=source,
+            batch_size=4,
+            prompt="{question}",
+        ),
+        12,
+    ):
         for row in range(4):
             ids = batch["tokens"][row][batch["mask"][row]]
             assert ids[0] == tokenizer.bos and ids[-1] == tokenizer.eos
@@ -375,7 +559,16 @@ def test_contrastive_texts_of_questions_are_those_of_their_picture(tokenizer):
 
 def test_a_bad_picture_blanks_all_questions_that_share_it(tokenizer):
     source = broken(asked(), {0, 1, 2})
-    it = iterator("flamingo", "questions", tokenizer, source=source, batch_size=1, length=200, visuals=2, frames=1)
+    it = iterator(
+        "flamingo",
+        "questions",
+        tokenizer,
+        source=source,
+        batch_size=1,
+        length=200,
+        visuals=2,
+        frames=1,
+    )
     lost = 0
     for batch in take(it, it.summary()["rows"]):
         for mask in segments_of(batch, 0):
@@ -383,12 +576,23 @@ def test_a_bad_picture_blanks_all_questions_that_share_it(tokenizer):
             blank = int(text.split(" n")[1].split()[0]) < 3
             lost += blank
             read = masked(batch)
-            assert read["loss_mask"][0][mask].any() != blank and (read["media_index"][0][mask] >= 0).any() != blank
+            assert (
+                read["loss_mask"][0][mask].any() != blank
+                and (read["media_index"][0][mask] >= 0).any() != blank
+            )
     assert lost == 3 and it.summary()["failed"] == ["question0"]
 
 
 def test_questions_as_text_are_the_same_words_without_a_visual(tokenizer):
-    it = iterator("language_modelling", "questions", tokenizer, source=questions(4), batch_size=1, visuals=0, length=256)
+    it = iterator(
+        "language_modelling",
+        "questions",
+        tokenizer,
+        source=questions(4),
+        batch_size=1,
+        visuals=0,
+        length=256,
+    )
     batch = next(it)
     assert batch["segments"].max() == 4 == it.summary()["records"]
     it.close()
@@ -396,8 +600,15 @@ def test_questions_as_text_are_the_same_words_without_a_visual(tokenizer):
         tokens = batch["tokens"][0][mask]
         text = tokenizer.decode(tokens.tolist())
         number = int(text.split(" n")[1].split()[0])
-        assert text in {f"Question: {questions(4)[number]['question']} Answer: {answer}" for answer in ("red", "blue a")}
-        assert tokens[0] == tokenizer.bos and tokens[-1] == tokenizer.eos and batch["loss_mask"][0][mask].tolist() == [False] + [True] * (len(tokens) - 1)
+        assert text in {
+            f"Question: {questions(4)[number]['question']} Answer: {answer}"
+            for answer in ("red", "blue a")
+        }
+        assert (
+            tokens[0] == tokenizer.bos
+            and tokens[-1] == tokenizer.eos
+            and batch["loss_mask"][0][mask].tolist() == [False] + [True] * (len(tokens) - 1)
+        )
 
 
 def test_a_question_too_long_for_a_row_is_left_out_and_counted(tokenizer):
@@ -405,16 +616,35 @@ def test_a_question_too_long_for_a_row_is_left_out_and_counted(tokenizer):
     it = iterator("flamingo", "questions", tokenizer, source=source, batch_size=1)
     assert (it.summary()["too_long"], it.summary()["cut"]) == (1, 0)
     it.close()
-    other = iterator("flamingo", "questions", tokenizer, source=questions(2), prompt="{question}", batch_size=1)
-    assert tokenizer.decode(next(other)["tokens"][0].tolist()).startswith(("<image>n0 star or circle? red", "<image>n1 star or circle? "))
+    other = iterator(
+        "flamingo",
+        "questions",
+        tokenizer,
+        source=questions(2),
+        prompt="{question}",
+        batch_size=1,
+    )
+    assert tokenizer.decode(next(other)["tokens"][0].tolist()).startswith(
+        ("<image>n0 star or circle? red", "<image>n1 star or circle? ")
+    )
     other.close()
     with pytest.raises(UserError, match="has no {question} in it"):
         iterator("flamingo", "questions", tokenizer, prompt="Answer:")
 
 
 def test_lengths_of_questions_are_kept_by_prompt(tokenizer, tmp_path):
-    sizes = [int(load_or_measure(questions(2), "questions", tokenizer, tmp_path, "train", prompt).tokens[0]) for prompt in ("{question}", "a {question}")]
-    assert sizes[1] == sizes[0] + len(tokenizer.encode("a n0")) - len(tokenizer.encode("n0")) and len(list(tmp_path.iterdir())) == 2
+    sizes = [
+        int(
+            load_or_measure(questions(2), "questions", tokenizer, tmp_path, "train", prompt).tokens[
+                0
+            ]
+        )
+        for prompt in ("{question}", "a {question}")
+    ]
+    assert (
+        sizes[1] == sizes[0] + len(tokenizer.encode("a n0")) - len(tokenizer.encode("n0"))
+        and len(list(tmp_path.iterdir())) == 2
+    )
 
 
 def test_pages_look_either_way_by_p_next(tokenizer):
@@ -434,14 +664,20 @@ def test_all_text_is_a_target_once_an_epoch(tokenizer):
         assert not batch["loss_mask"][batch["positions"] == 0].any()
         targets += batch["tokens"][batch["loss_mask"]].tolist()
     it.close()
-    expected = [token for record in SOURCES["text"] for token in [*tokenizer.encode(record["text"]), tokenizer.eos]]
+    expected = [
+        token
+        for record in SOURCES["text"]
+        for token in [*tokenizer.encode(record["text"]), tokenizer.eos]
+    ]
     assert sorted(targets) == sorted(expected)
 
 
 def test_contrastive_pairs(tokenizer):
     reds = []
     for batch in take(iterator("contrastive", "pairs", tokenizer, batch_size=8), 5):
-        assert batch["images"].shape == (8, SIZE, SIZE, 3) and batch["tokens"].shape == batch["mask"].shape == (8, 24)
+        assert batch["images"].shape == (8, SIZE, SIZE, 3) and batch["tokens"].shape == batch[
+            "mask"
+        ].shape == (8, 24)
         for row in range(8):
             ids = batch["tokens"][row][batch["mask"][row]]
             assert ids[0] == tokenizer.bos and ids[-1] == tokenizer.eos
@@ -458,7 +694,9 @@ def broken(source, numbers):
         record = dict(record)
         if number in numbers:
             for name in {"image", "images", "frames"} & record.keys():
-                record[name] = record[name][:40] if name == "image" else [p[:40] for p in record[name]]
+                record[name] = (
+                    record[name][:40] if name == "image" else [p[:40] for p in record[name]]
+                )
         out.append(record)
     return out
 
@@ -471,7 +709,10 @@ def masked(batch):
 @pytest.mark.parametrize("kind", ["pairs", "pages", "videos"])
 def test_a_bad_picture_masks_its_segment_and_moves_nothing(kind, tokenizer, caplog):
     record = SOURCES[kind][5]
-    good, bad = (iterator("flamingo", kind, tokenizer, source=s, batch_size=1) for s in (SOURCES[kind], broken(SOURCES[kind], {5})))
+    good, bad = (
+        iterator("flamingo", kind, tokenizer, source=s, batch_size=1)
+        for s in (SOURCES[kind], broken(SOURCES[kind], {5}))
+    )
     hit = 0
     for _ in range(2 * good.summary()["rows"]):
         whole, holed = next(good), next(bad)
@@ -485,10 +726,19 @@ def test_a_bad_picture_masks_its_segment_and_moves_nothing(kind, tokenizer, capl
             hit += 1
             (segment,) = set(whole["segments"][0][changed].tolist())
             inside = whole["segments"][0] == segment
-            assert not holed["loss_mask"][0][inside].any() and (holed["media_index"][0][inside] == -1).all()
-            np.testing.assert_array_equal(whole["media_index"][0][~inside], holed["media_index"][0][~inside])
+            assert (
+                not holed["loss_mask"][0][inside].any()
+                and (holed["media_index"][0][inside] == -1).all()
+            )
+            np.testing.assert_array_equal(
+                whole["media_index"][0][~inside], holed["media_index"][0][~inside]
+            )
         np.testing.assert_array_equal(whole["images"][~places], holed["images"][~places])
-        assert not holed["images"][places].any() and not holed["frame_mask"][places].any() and (holed["visuals"][0][places] == -1).all()
+        assert (
+            not holed["images"][places].any()
+            and not holed["frame_mask"][places].any()
+            and (holed["visuals"][0][places] == -1).all()
+        )
     assert hit == 2, "once an epoch"
     name = record["id"].decode() if isinstance(record["id"], bytes) else record["id"]
     assert bad.summary()["failed"] == [name]
@@ -497,7 +747,10 @@ def test_a_bad_picture_masks_its_segment_and_moves_nothing(kind, tokenizer, capl
 
 def test_a_bad_contrastive_pair_is_marked_by_an_empty_mask(tokenizer):
     """The sign by which the contrastive task leaves a row out of its loss."""
-    for batch in take(iterator("contrastive", "pairs", tokenizer, source=broken(pairs(8), {3}), batch_size=8), 2):
+    for batch in take(
+        iterator("contrastive", "pairs", tokenizer, source=broken(pairs(8), {3}), batch_size=8),
+        2,
+    ):
         (row,) = np.flatnonzero(~batch["images"].any(axis=(1, 2, 3)))
         np.testing.assert_array_equal(np.flatnonzero(~batch["mask"].any(axis=1)), [row])
         assert (batch["tokens"][row] == tokenizer.pad).all()
@@ -505,23 +758,44 @@ def test_a_bad_contrastive_pair_is_marked_by_an_empty_mask(tokenizer):
 
 @pytest.mark.parametrize("readers", [None, READERS])
 def test_too_many_bad_pictures_stop_the_run(readers, tokenizer):
-    it = iterator("flamingo", "pairs", tokenizer, source=broken(pairs(200), set(range(0, 200, 20))), readers=readers, path="some/where")
+    it = iterator(
+        "flamingo",
+        "pairs",
+        tokenizer,
+        source=broken(pairs(200), set(range(0, 200, 20))),
+        readers=readers,
+        path="some/where",
+    )
     with pytest.raises(UserError, match="some/where"):
         take(it, 40)
     it.close()
 
 
 def test_the_share_of_bad_pictures_is_that_of_those_a_process_reads(tokenizer):
-    """Four processes share every row: what each counts as seen is what it decodes itself, and no good picture for what another does."""
+    """Four processes share every row: what each counts as seen is what it decodes itself, and
+    no good picture for what another does.
+    """
     bad = {7, 50, 99, 120}
-    rows = iterator("flamingo", "pairs", tokenizer, source=broken(pairs(200), bad), batch_size=1, visuals=4).summary()["rows"]
+    rows = iterator(
+        "flamingo", "pairs", tokenizer, source=broken(pairs(200), bad), batch_size=1, visuals=4
+    ).summary()["rows"]
     seen, failed = [], set()
     for share in processes((1, 1, 8), 4).shares:
-        it = iterator("flamingo", "pairs", tokenizer, source=broken(pairs(200), bad), batch_size=2, visuals=4, share=share)
+        it = iterator(
+            "flamingo",
+            "pairs",
+            tokenizer,
+            source=broken(pairs(200), bad),
+            batch_size=2,
+            visuals=4,
+            share=share,
+        )
         take(it, rows // 2)
         seen.append(it._rows._failures.seen)
         failed |= set(it.summary()["failed"])
-    everyone = iterator("flamingo", "pairs", tokenizer, source=broken(pairs(200), bad), batch_size=2, visuals=4)
+    everyone = iterator(
+        "flamingo", "pairs", tokenizer, source=broken(pairs(200), bad), batch_size=2, visuals=4
+    )
     take(everyone, rows // 2)
     assert sum(seen) == everyone._rows._failures.seen > 150 and 0 < min(seen) <= max(seen) < 100
     assert failed == set(everyone.summary()["failed"]) and len(failed) >= 3
@@ -531,14 +805,25 @@ def test_summary_accounts_for_every_record(tokenizer):
     source = [*pairs(10), {"id": "long", "image": picture(1), "captions": ["star " * 200]}]
     it = iterator("flamingo", "pairs", tokenizer, source=source, batch_size=1)
     summary = it.summary()
-    assert summary["records"] == 11 and summary["cut"] == 1 and summary["too_long"] == 0 and summary["dropped"] == 0
+    assert (
+        summary["records"] == 11
+        and summary["cut"] == 1
+        and summary["too_long"] == 0
+        and summary["dropped"] == 0
+    )
     full = [b for b in take(it, summary["rows"]) if (b["segments"] == 1).all()]
     assert len(full) == 1
-    assert full[0]["tokens"][0][-2:].tolist() == [tokenizer.eoc, tokenizer.eos], "a cut caption keeps its end marks"
+    assert full[0]["tokens"][0][-2:].tolist() == [
+        tokenizer.eoc,
+        tokenizer.eos,
+    ], "a cut caption keeps its end marks"
 
 
 def test_cut_contrastive_captions_are_counted_once_each(tokenizer):
-    source = [{"id": str(i), "image": picture(i), "captions": ["star" if i else "star " * 200]} for i in range(8)]
+    source = [
+        {"id": str(i), "image": picture(i), "captions": ["star" if i else "star " * 200]}
+        for i in range(8)
+    ]
     it = iterator("contrastive", "pairs", tokenizer, source=source, batch_size=8)
     assert it.summary()["cut"] == 0
     for _ in range(2):
@@ -551,7 +836,15 @@ def test_cut_contrastive_captions_are_counted_once_each(tokenizer):
 def test_held_out_batches_are_fixed(task, kind, tokenizer):
     config = dataclasses.replace(CONFIGS[kind], batch_size=2)
     make = lambda share: held_out(  # noqa: E731
-        config, tokenizer=tokenizer, task=task, batches=2, image_size=SIZE, mean=MEAN, share=share, text_length=24, source=SOURCES[kind]
+        config,
+        tokenizer=tokenizer,
+        task=task,
+        batches=2,
+        image_size=SIZE,
+        mean=MEAN,
+        share=share,
+        text_length=24,
+        source=SOURCES[kind],
     )
     group = processes((2, 1, 4), 4)
     one, parts = make(WHOLE), [make(share) for share in group.shares]
@@ -592,11 +885,19 @@ def test_lengths_are_kept_beside_the_dataset(tokenizer, tmp_path):
     assert made.visuals.tolist() == [len(page["images"]) for page in SOURCES["pages"]]
     again = load_or_measure([None] * 20, "pages", tokenizer, tmp_path, "train")
     np.testing.assert_array_equal(again.tokens, made.tokens)
-    assert len(load_or_measure(SOURCES["pages"][:7], "pages", tokenizer, tmp_path, "train").tokens) == 7
-    unwritable = load_or_measure(SOURCES["pages"], "pages", tokenizer, tmp_path / "nowhere", "train")
+    assert (
+        len(load_or_measure(SOURCES["pages"][:7], "pages", tokenizer, tmp_path, "train").tokens)
+        == 7
+    )
+    unwritable = load_or_measure(
+        SOURCES["pages"], "pages", tokenizer, tmp_path / "nowhere", "train"
+    )
     np.testing.assert_array_equal(unwritable.tokens, made.tokens)
     file.write_bytes(b"damaged")
-    np.testing.assert_array_equal(load_or_measure(SOURCES["pages"], "pages", tokenizer, tmp_path, "train").tokens, made.tokens)
+    np.testing.assert_array_equal(
+        load_or_measure(SOURCES["pages"], "pages", tokenizer, tmp_path, "train").tokens,
+        made.tokens,
+    )
 
 
 def test_draws_are_even_and_of_one_visit():
@@ -604,17 +905,35 @@ def test_draws_are_even_and_of_one_visit():
     counts = np.bincount([of(visit).below(5) for visit in range(4_000)], minlength=5)
     assert abs(counts - 800).max() < 4 * np.sqrt(800)
     values = np.array([[draws.uniform(), draws.uniform(-3, 1)] for draws in map(of, range(4_000))])
-    assert values[:, 0].min() >= 0 and values[:, 0].max() < 1 and values[:, 1].min() >= -3 and values[:, 1].max() < 1
+    assert (
+        values[:, 0].min() >= 0
+        and values[:, 0].max() < 1
+        and values[:, 1].min() >= -3
+        and values[:, 1].max() < 1
+    )
     assert abs(values.mean(0) - [0.5, -1]).max() < 0.06 and abs(np.corrcoef(values.T)[0, 1]) < 0.06
-    assert abs(sum(of(visit).happens(0.3) for visit in range(4_000)) - 1200) < 4 * np.sqrt(4_000 * 0.3 * 0.7)
-    assert sorted(of(1).order(6)) == list(range(6)) and len({tuple(of(visit).order(3)) for visit in range(100)}) == 6
+    assert abs(sum(of(visit).happens(0.3) for visit in range(4_000)) - 1200) < 4 * np.sqrt(
+        4_000 * 0.3 * 0.7
+    )
+    assert (
+        sorted(of(1).order(6)) == list(range(6))
+        and len({tuple(of(visit).order(3)) for visit in range(100)}) == 6
+    )
     assert of(1).order(9) == of(1).order(9) != of(1, seed=1).order(9) != of(1, epoch=1).order(9)
 
 
-@pytest.mark.parametrize("task, kind", [("flamingo", "videos"), ("flamingo", "pages"), ("contrastive", "pairs")])
-def test_augmentation_flips_pixels_and_leaves_colours_to_the_device(task, kind, tokenizer, monkeypatch):
-    """One draw for all frames of a visual; images are the plain ones or their mirror images, and jitter has their sizes."""
-    noise = lambda data, size, **_: np.random.default_rng(zlib.crc32(data)).integers(0, 256, (size, 6, 3), np.uint8)  # noqa: E731
+@pytest.mark.parametrize(
+    "task, kind", [("flamingo", "videos"), ("flamingo", "pages"), ("contrastive", "pairs")]
+)
+def test_augmentation_flips_pixels_and_leaves_colours_to_the_device(
+    task, kind, tokenizer, monkeypatch
+):
+    """One draw for all frames of a visual; images are the plain ones or their mirror images,
+    and jitter has their sizes.
+    """
+    noise = lambda data, size, **_: np.random.default_rng(zlib.crc32(data)).integers(
+        0, 256, (size, 6, 3), np.uint8
+    )  # noqa: E731
     monkeypatch.setattr(images, "decode", noise)
     plain = take(iterator(task, kind, tokenizer), 6)
     turned = take(iterator(task, kind, tokenizer, flip=True, colour=0.3, readers=READERS), 6)
@@ -624,8 +943,13 @@ def test_augmentation_flips_pixels_and_leaves_colours_to_the_device(task, kind, 
         for name in set(one) - {"images", "tokens", "mask"}:
             np.testing.assert_array_equal(one[name], other[name])
         shown, jitter = one["images"].reshape(-1, SIZE, SIZE, 3), other["jitter"].reshape(-1, 6)
-        assert other["jitter"].dtype == np.float32 and other["jitter"].shape == (*one["images"].shape[:-3], 6)
-        for before, after, row in zip(shown, other["images"].reshape(shown.shape), jitter, strict=True):
+        assert other["jitter"].dtype == np.float32 and other["jitter"].shape == (
+            *one["images"].shape[:-3],
+            6,
+        )
+        for before, after, row in zip(
+            shown, other["images"].reshape(shown.shape), jitter, strict=True
+        ):
             if not before.any():
                 assert not after.any() and not row.any()
                 continue
@@ -636,11 +960,17 @@ def test_augmentation_flips_pixels_and_leaves_colours_to_the_device(task, kind, 
             assert max(row[4:]) == SIZE and min(row[4:]) >= 1
         if kind == "videos":
             present = one["frame_mask"]
-            same_in_clip = [np.ptp(clip[mask, :4], axis=0).max() for clip, mask in zip(other["jitter"], present, strict=True) if mask.any()]
+            same_in_clip = [
+                np.ptp(clip[mask, :4], axis=0).max()
+                for clip, mask in zip(other["jitter"], present, strict=True)
+                if mask.any()
+            ]
             assert max(same_in_clip) == 0
     factors = np.array(drawn)[:, :4]
     assert 0 < sum(flips) < len(flips) and len(np.unique(factors[:, 0])) > 10
-    assert (abs(factors[:, :3] - 1) <= 0.3 + 1e-6).all() and (abs(factors[:, 3]) <= 0.03 + 1e-6).all()
+    assert (abs(factors[:, :3] - 1) <= 0.3 + 1e-6).all() and (
+        abs(factors[:, 3]) <= 0.03 + 1e-6
+    ).all()
 
 
 def test_nothing_is_drawn_where_augmentation_is_off():
@@ -650,12 +980,30 @@ def test_nothing_is_drawn_where_augmentation_is_off():
 def test_held_out_images_are_not_augmented(tokenizer):
     """Also where a config asks for it."""
     config = dataclasses.replace(CONFIGS["pairs"], flip=True, colour=0.5)
-    options = dict(tokenizer=tokenizer, task="flamingo", batches=2, image_size=SIZE, mean=MEAN, source=SOURCES["pairs"])
-    for one, other in zip(held_out(CONFIGS["pairs"], **options), held_out(config, readers=READERS, **options), strict=True):
+    options = dict(
+        tokenizer=tokenizer,
+        task="flamingo",
+        batches=2,
+        image_size=SIZE,
+        mean=MEAN,
+        source=SOURCES["pairs"],
+    )
+    for one, other in zip(
+        held_out(CONFIGS["pairs"], **options),
+        held_out(config, readers=READERS, **options),
+        strict=True,
+    ):
         same(one, other)
 
 
 def test_a_contrastive_batch_larger_than_the_dataset_is_refused(tokenizer):
     dataset = DatasetConfig(kind="pairs", batch_size=41)
     with pytest.raises(UserError, match="has 40 pairs, fewer than its batch_size of 41"):
-        make_iterator(dataset, tokenizer=tokenizer, task="contrastive", image_size=SIZE, mean=MEAN, source=SOURCES["pairs"])
+        make_iterator(
+            dataset,
+            tokenizer=tokenizer,
+            task="contrastive",
+            image_size=SIZE,
+            mean=MEAN,
+            source=SOURCES["pairs"],
+        )

@@ -9,7 +9,9 @@ from data_pipelines.transforms.packing import plan
 
 
 def captions(count: int, seed: int = 0) -> np.ndarray:
-    """Token lengths like LTIP's: about 20 and a tail (paper A.3.3), with the overhead of a pair."""
+    """Token lengths like LTIP's: about 20 and a tail (paper A.3.3), with the overhead of a
+    pair.
+    """
     return np.random.default_rng(seed).gamma(9.0, 2.3, count).astype(int).clip(3, 64) + 5
 
 
@@ -35,14 +37,24 @@ def test_rows_hold_what_fits(row_length, row_visuals):
 @pytest.mark.parametrize("row_length", [128, 256])
 def test_caption_like_rows_are_full(row_length):
     lengths = captions(5_000)
-    rows = plan(lengths, np.ones(5_000, int), row_length=row_length, row_visuals=row_length, seed=0, epoch=0)
+    rows = plan(
+        lengths,
+        np.ones(5_000, int),
+        row_length=row_length,
+        row_visuals=row_length,
+        seed=0,
+        epoch=0,
+    )
     assert rows.fill >= 0.95
     assert rows.fill == pytest.approx(lengths.sum() / (len(rows) * row_length))
 
 
 def test_pure_and_shuffled_by_seed_and_epoch():
     lengths, visuals = captions(300), np.ones(300, int)
-    make = {key: plan(lengths, visuals, row_length=128, row_visuals=9, seed=key[0], epoch=key[1]) for key in ((0, 0), (0, 1), (1, 0))}
+    make = {
+        key: plan(lengths, visuals, row_length=128, row_visuals=9, seed=key[0], epoch=key[1])
+        for key in ((0, 0), (0, 1), (1, 0))
+    }
     again = plan(lengths, visuals, row_length=128, row_visuals=9, seed=0, epoch=1)
     np.testing.assert_array_equal(make[0, 1].items, again.items)
     np.testing.assert_array_equal(make[0, 1].offsets, again.offsets)
@@ -53,10 +65,15 @@ def test_pure_and_shuffled_by_seed_and_epoch():
 def test_every_epoch_has_the_same_number_of_rows():
     lengths, visuals = captions(400), np.ones(400, int)
     wanted = len(plan(lengths, visuals, row_length=100, row_visuals=4, seed=0, epoch=0))
-    free = {len(plan(lengths, visuals, row_length=100, row_visuals=4, seed=0, epoch=epoch)) for epoch in range(1, 30)}
+    free = {
+        len(plan(lengths, visuals, row_length=100, row_visuals=4, seed=0, epoch=epoch))
+        for epoch in range(1, 30)
+    }
     assert min(free) < wanted or max(free) > wanted, "the case is not tested"
     for epoch in range(1, 30):
-        rows = plan(lengths, visuals, row_length=100, row_visuals=4, seed=0, epoch=epoch, rows=wanted)
+        rows = plan(
+            lengths, visuals, row_length=100, row_visuals=4, seed=0, epoch=epoch, rows=wanted
+        )
         check(rows, lengths, visuals, 100, 4)
         assert len(rows) == wanted and rows.dropped <= 12
 

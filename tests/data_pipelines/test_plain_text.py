@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from data_pipelines.build.plain_text import BORDER, NULLS, PlainText, documents, stretches
-from data_pipelines.build.sentencepiece_trainer import MAX_SENTENCE, cut, texts_in, train_tokenizer
+from data_pipelines.build.sentencepiece_trainer import (
+    MAX_SENTENCE,
+    cut,
+    texts_in,
+    train_tokenizer,
+)
 from data_pipelines.build.source import Shares
 from data_pipelines.build.writer import write_dataset
 from flamingo_jax.errors import UserError

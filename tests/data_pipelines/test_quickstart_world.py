@@ -22,14 +22,19 @@ PLACES = {name: (i // 3, i % 3) for i, name in enumerate(world.PLACES)}
 
 @pytest.fixture
 def unpainted(monkeypatch):
-    """Records without pictures: scenes and text are drawn before anything is painted, so they are the same."""
+    """Records without pictures: scenes and text are drawn before anything is painted, so they
+    are the same.
+    """
     monkeypatch.setattr(world, "render", lambda scene, rng: None)
     monkeypatch.setattr(world, "render_clip", lambda scene, rng: [None] * world.FRAMES)
     monkeypatch.setattr(world, "png", lambda pixels: b"")
 
 
 def all_drawn(dataset: str, split: str, at_most: int = 20_000):
-    return (world.drawn(dataset, split, i) for i in range(min(world.DATASETS[dataset].sizes[split], at_most)))
+    return (
+        world.drawn(dataset, split, i)
+        for i in range(min(world.DATASETS[dataset].sizes[split], at_most))
+    )
 
 
 def scene_of(caption: str) -> world.Scene:
@@ -37,10 +42,17 @@ def scene_of(caption: str) -> world.Scene:
     if match := re.fullmatch(rf"an? ({COLOUR}) ({SHAPE}) at the ([a-z ]+)", caption):
         row, column = PLACES[match[3]]
         return world.Scene((world.Thing(match[1], match[2]),), (3 * row + column,))
-    if match := re.fullmatch(rf"an? ({COLOUR}) ({SHAPE}) moving ({'|'.join(world.DIRECTIONS)})", caption):
+    if match := re.fullmatch(
+        rf"an? ({COLOUR}) ({SHAPE}) moving ({'|'.join(world.DIRECTIONS)})", caption
+    ):
         return world.Scene((world.Thing(match[1], match[2]),), (4,), match[3])
-    if match := re.fullmatch(rf"an? ({COLOUR}) ({SHAPE}) (left of|above) an? ({COLOUR}) ({SHAPE})", caption):
-        return world.Scene((world.Thing(match[1], match[2]), world.Thing(match[4], match[5])), (0, 2 if match[3] == "left of" else 6))
+    if match := re.fullmatch(
+        rf"an? ({COLOUR}) ({SHAPE}) (left of|above) an? ({COLOUR}) ({SHAPE})", caption
+    ):
+        return world.Scene(
+            (world.Thing(match[1], match[2]), world.Thing(match[4], match[5])),
+            (0, 2 if match[3] == "left of" else 6),
+        )
     match = re.fullmatch(rf"(two|three|four) ({COLOUR}) ({SHAPE})e?s", caption)
     assert match, caption
     count = {"two": 2, "three": 3, "four": 4}[match[1]]
@@ -51,21 +63,32 @@ def same(one: world.Scene, other: world.Scene) -> bool:
     """Equal in all that a caption tells."""
     if (one.sort, one.things, one.moving) != (other.sort, other.things, other.moving):
         return False
-    return one.cells == other.cells if one.sort == "one" else one.sort != "two" or one.relation == other.relation
+    return (
+        one.cells == other.cells
+        if one.sort == "one"
+        else one.sort != "two" or one.relation == other.relation
+    )
 
 
 def test_held_out_pairs_are_one_per_colour_and_one_per_shape():
     assert len(set(world.HELD_OUT)) == 8
     assert {thing.colour for thing in world.HELD_OUT} == set(world.COLOURS)
     assert {thing.shape for thing in world.HELD_OUT} == set(world.SHAPES)
-    assert set(world.SEEN) | set(world.HELD_OUT) == {world.Thing(c, s) for c in world.COLOURS for s in world.SHAPES}
+    assert set(world.SEEN) | set(world.HELD_OUT) == {
+        world.Thing(c, s) for c in world.COLOURS for s in world.SHAPES
+    }
 
 
 def test_pictures_keep_held_out_pairs_for_the_unseen_splits(unpainted):
     """Of every record of every dataset: no sampling."""
     for name, dataset in world.DATASETS.items():
         for split in dataset.sizes:
-            shown = {thing for drawn in all_drawn(name, split) for scene in drawn.scenes for thing in scene.things}
+            shown = {
+                thing
+                for drawn in all_drawn(name, split)
+                for scene in drawn.scenes
+                for thing in scene.things
+            }
             if split == "unseen":
                 assert shown <= set(world.HELD_OUT), name
             else:
@@ -85,7 +108,11 @@ def test_records_fit_their_features_and_their_scenes():
             drawn = world.drawn(name, split, 3)
             assert set(drawn.record) == set(features(dataset.kind))
             record = drawn.record
-            pictures = record.get("images") or record.get("frames") or [record["image"]] if drawn.scenes else []
+            pictures = (
+                record.get("images") or record.get("frames") or [record["image"]]
+                if drawn.scenes
+                else []
+            )
             for data in pictures:
                 image = Image.open(io.BytesIO(data))
                 assert (image.format, image.mode, image.size) == ("PNG", "RGB", (48, 48))
@@ -100,7 +127,12 @@ def test_records_are_a_function_of_seed_split_and_index():
         return world.drawn(*arguments, seed=seed).record["image"]
 
     assert key("ltip", "train", 5) == key("ltip", "train", 5)
-    others = [("ltip", "train", 5), ("ltip", "train", 6), ("ltip", "validation", 5), ("align", "train", 5)]
+    others = [
+        ("ltip", "train", 5),
+        ("ltip", "train", 6),
+        ("ltip", "validation", 5),
+        ("align", "train", 5),
+    ]
     assert len({key(*other) for other in others} | {key(*others[0], seed=1)}) == 5
 
 
@@ -108,7 +140,10 @@ def test_things_in_colours_without_a_name_are_told_without_their_colour():
     rng = np.random.default_rng(2)
     for _ in range(200):
         colour = world._nameless(rng)
-        assert min(np.linalg.norm(colour - named) for named in world.COLOURS.values()) > 75 and 140 < colour.max() <= 255
+        assert (
+            min(np.linalg.norm(colour - named) for named in world.COLOURS.values()) > 75
+            and 140 < colour.max() <= 255
+        )
     found = [world.drawn("align", "train", index) for index in range(200)]
     nameless = [drawn for drawn in found if drawn.scenes[0].nameless]
     assert 70 < len(nameless) < 130
@@ -123,8 +158,14 @@ def test_a_scene_has_one_clean_caption(unpainted):
         assert same(scene_of(world.caption(scene)), scene)
     clip = world.draw_motion(rng, world.ALL_THINGS)
     assert same(scene_of(world.caption(clip)), clip)
-    assert world.caption(world.Scene((world.Thing("orange", "cross"),), (2,))) == "an orange cross at the top right"
-    assert world.caption(world.Scene((world.Thing("red", "cross"),) * 3, (0, 2, 4))) == "three red crosses"
+    assert (
+        world.caption(world.Scene((world.Thing("orange", "cross"),), (2,)))
+        == "an orange cross at the top right"
+    )
+    assert (
+        world.caption(world.Scene((world.Thing("red", "cross"),) * 3, (0, 2, 4)))
+        == "three red crosses"
+    )
 
 
 def test_noisy_captions_are_never_wrong(unpainted):
@@ -134,14 +175,18 @@ def test_noisy_captions_are_never_wrong(unpainted):
         said = world.noisy_caption(scene, rng)
         pairs = re.findall(rf"\b({COLOUR}) ({SHAPE})", said)
         assert {world.Thing(*pair) for pair in pairs} <= set(scene.things), said
-        assert set(re.findall(rf"\b({COLOUR})\b", said)) <= {thing.colour for thing in scene.things}, said
+        assert set(re.findall(rf"\b({COLOUR})\b", said)) <= {
+            thing.colour for thing in scene.things
+        }, said
         assert set(re.findall(rf"({SHAPE})", said)) <= {thing.shape for thing in scene.things}, said
         for relation in re.findall("left of|above", said):
             first, second = said.split(relation)
             assert scene.relation == relation
             assert any(word in first for word in (scene.things[0].shape, scene.things[0].colour))
             assert any(word in second for word in (scene.things[1].shape, scene.things[1].colour))
-        if place := re.findall("|".join(sorted(world.PLACES, key=len, reverse=True)), said.replace("left of", "")):
+        if place := re.findall(
+            "|".join(sorted(world.PLACES, key=len, reverse=True)), said.replace("left of", "")
+        ):
             assert place == [world.PLACES[scene.cells[0]]]
         if number := re.findall("two|three|four", said):
             assert world.NUMBERS[len(scene.things)] == number[0]
@@ -149,13 +194,19 @@ def test_noisy_captions_are_never_wrong(unpainted):
 
 def answer(scene: world.Scene, question: str) -> str:
     """Looks at the scene's things and cells alone."""
-    by_shape = {thing.shape: (thing, cell) for thing, cell in zip(scene.things, scene.cells, strict=True)}
+    by_shape = {
+        thing.shape: (thing, cell) for thing, cell in zip(scene.things, scene.cells, strict=True)
+    }
     if match := re.fullmatch(rf"what colour is the ({SHAPE})\?", question):
         return by_shape[match[1]][0].colour
     if match := re.fullmatch(rf"what shape is ({COLOUR})\?", question):
         return next(thing.shape for thing in scene.things if thing.colour == match[1])
     if match := re.fullmatch(rf"where is the ({SHAPE})\?", question):
-        return next(name for name, (row, column) in PLACES.items() if 3 * row + column == by_shape[match[1]][1])
+        return next(
+            name
+            for name, (row, column) in PLACES.items()
+            if 3 * row + column == by_shape[match[1]][1]
+        )
     if match := re.fullmatch(rf"is there an? ({COLOUR}) ({SHAPE})\?", question):
         return "yes" if world.Thing(match[1], match[2]) in scene.things else "no"
     if match := re.fullmatch(rf"how many ({SHAPE})e?s are there\?", question):
@@ -164,14 +215,18 @@ def answer(scene: world.Scene, question: str) -> str:
         other = next(shape for shape in by_shape if shape != match[2])
         assert stands(by_shape[other][1], match[1], by_shape[match[2]][1])
         return world.a(by_shape[other][0])
-    if match := re.fullmatch(rf"is the ({SHAPE}) (left of|right of|above|below) the ({SHAPE})\?", question):
+    if match := re.fullmatch(
+        rf"is the ({SHAPE}) (left of|right of|above|below) the ({SHAPE})\?", question
+    ):
         return "yes" if stands(by_shape[match[1]][1], match[2], by_shape[match[3]][1]) else "no"
     raise AssertionError(question)
 
 
 def stands(one: int, relation: str, other: int) -> bool:
     row, column = one // 3 - other // 3, one % 3 - other % 3
-    return {"left of": column < 0, "right of": column > 0, "above": row < 0, "below": row > 0}[relation]
+    return {"left of": column < 0, "right of": column > 0, "above": row < 0, "below": row > 0}[
+        relation
+    ]
 
 
 def test_answers_are_right_and_balanced(unpainted):
@@ -184,7 +239,15 @@ def test_answers_are_right_and_balanced(unpainted):
             counts[asked.type][asked.answer] += 1
             assert not any(str(thing) in asked.question for thing in world.HELD_OUT)
     assert set(counts) == {
-        "one/colour", "one/shape", "one/place", "one/presence", "two/colour", "two/shape", "two/relation", "two/order", "counts/number",
+        "one/colour",
+        "one/shape",
+        "one/place",
+        "one/presence",
+        "two/colour",
+        "two/shape",
+        "two/relation",
+        "two/order",
+        "counts/number",
     }
     for balanced in ("one/presence", "two/order"):
         assert 0.45 < counts[balanced]["yes"] / counts[balanced].total() < 0.55
@@ -206,13 +269,25 @@ def test_pages_are_of_three_sorts_and_tell_of_their_pictures(unpainted):
                 kinds.add("questions")
             else:
                 match = re.fullmatch(r"(?: (.*))? ([a-z]+)", text)
-                assert match and match[2] in world.WORDS and match[1] in (None, scene.things[0].colour, scene.things[0].shape)
+                assert (
+                    match
+                    and match[2] in world.WORDS
+                    and match[1] in (None, scene.things[0].colour, scene.things[0].shape)
+                )
                 assert bound.setdefault(match[2], scene.things[0]) == scene.things[0]
                 kinds.add("binding")
         assert len(kinds) == 1
-        # An example without its picture may open a page of captions or questions, in the form of the page.
-        assert texts[0] == "" or (texts[0].split(":")[0], kinds) in (("Output", {"captions"}), ("Question", {"questions"}))
-        assert len({t.colour for t in bound.values()}) == len({t.shape for t in bound.values()}) == len(bound)
+        # An example without its picture may open a page of captions or questions, in the form
+        # of the page.
+        assert texts[0] == "" or (texts[0].split(":")[0], kinds) in (
+            ("Output", {"captions"}),
+            ("Question", {"questions"}),
+        )
+        assert (
+            len({t.colour for t in bound.values()})
+            == len({t.shape for t in bound.values()})
+            == len(bound)
+        )
         sorts.update(kinds)
     shares = {sort: count / 600 for sort, count in sorts.items()}
     assert shares == pytest.approx({"captions": 0.15, "questions": 0.65, "binding": 0.20}, abs=0.05)
@@ -221,7 +296,11 @@ def test_pages_are_of_three_sorts_and_tell_of_their_pictures(unpainted):
 def colours_first(description: str) -> str:
     """A description that has shapes first, as a clean caption; others as they are."""
     turned = re.sub(rf"({SHAPE})((?:es|s)?) ({COLOUR})\b", r"\3 \1\2", description)
-    return turned if turned == description or turned.split()[0] in ("two", "three", "four") else re.sub(rf"({COLOUR}) ", r"a \1 ", turned)
+    return (
+        turned
+        if turned == description or turned.split()[0] in ("two", "three", "four")
+        else re.sub(rf"({COLOUR}) ", r"a \1 ", turned)
+    )
 
 
 def test_what_text_tells_of_a_scene_follows_from_its_description():
@@ -243,7 +322,9 @@ def test_what_text_tells_of_a_scene_follows_from_its_description():
             assert asked and len(asked) == len({question for question, _ in asked}) <= 3
             told[len(asked)] += 1
             for question, said in asked:
-                assert said == (scene.moving if "move" in question else answer(scene, question)), line
+                assert said == (scene.moving if "move" in question else answer(scene, question)), (
+                    line
+                )
     assert forms[True] == pytest.approx(forms[False], rel=0.2)
     assert min(told[1], told[2], told[3]) > 100
 
@@ -254,11 +335,18 @@ def test_lookups_ask_about_things_in_their_list():
     for _ in range(300):
         text = world.lookups(rng).record["text"].removeprefix("<image>")
         listed, rest = text.split(". ", 1)
-        things = [world.Thing(*colours_first(one).removeprefix("an ").removeprefix("a ").split()) for one in listed.split(", ")]
-        assert 3 <= len(things) <= 6 and len({t.colour for t in things}) == len({t.shape for t in things}) == len(things)
+        things = [
+            world.Thing(*colours_first(one).removeprefix("an ").removeprefix("a ").split())
+            for one in listed.split(", ")
+        ]
+        assert 3 <= len(things) <= 6 and len({t.colour for t in things}) == len(
+            {t.shape for t in things}
+        ) == len(things)
         known = {t.colour: t.shape for t in things} | {t.shape: t.colour for t in things}
         asked = re.findall(r"(Question: what \w+ is (?:the )?)?(\w+)\? (?:Answer: )?(\w+)", rest)
-        assert len(asked) == 10 and " ".join(re.findall(r"\w+", rest)).count("Question") == sum(bool(whole) for whole, _, _ in asked)
+        assert len(asked) == 10 and " ".join(re.findall(r"\w+", rest)).count("Question") == sum(
+            bool(whole) for whole, _, _ in asked
+        )
         for whole, word, said in asked:
             assert known[word] == said, text
             forms["whole" if whole else "short"] += 1
@@ -271,7 +359,10 @@ def test_binding_pages_are_balanced_for_every_number_of_shots(unpainted):
         words = [text.strip() for text in drawn.record["texts"][1:]]
         assert len(words) == 33 and len(set(words)) == 2
         meaning = dict(zip(words, (scene.things[0] for scene in drawn.scenes), strict=True))
-        assert all(meaning[word] == scene.things[0] for word, scene in zip(words, drawn.scenes, strict=True))
+        assert all(
+            meaning[word] == scene.things[0]
+            for word, scene in zip(words, drawn.scenes, strict=True)
+        )
         one, other = meaning.values()
         assert one.colour != other.colour and one.shape != other.shape
         for shots in range(2, 33, 2):
@@ -307,19 +398,31 @@ def test_things_are_drawn_in_their_colour_at_their_place():
 
 
 def test_shapes_are_told_apart_by_a_plain_template():
-    """At 48 pixels, any colour, size and place: nearest mean mask after cropping to the drawn part."""
+    """At 48 pixels, any colour, size and place: nearest mean mask after cropping to the drawn
+    part.
+    """
 
     def view(shape: str, rng: np.random.Generator) -> np.ndarray:
         colour = list(world.COLOURS)[rng.integers(8)]
-        mask = mask_of(world.render(world.Scene((world.Thing(colour, shape),), (int(rng.integers(9)),)), rng).astype(float))
+        mask = mask_of(
+            world.render(
+                world.Scene((world.Thing(colour, shape),), (int(rng.integers(9)),)), rng
+            ).astype(float)
+        )
         rows, columns = np.argwhere(mask).min(0), np.argwhere(mask).max(0) + 1
-        crop = Image.fromarray(255 * mask[rows[0] : columns[0], rows[1] : columns[1]].astype(np.uint8))
+        crop = Image.fromarray(
+            255 * mask[rows[0] : columns[0], rows[1] : columns[1]].astype(np.uint8)
+        )
         return np.asarray(crop.resize((16, 16)), float) / 255
 
     rng = np.random.default_rng(4)
-    templates = np.stack([np.mean([view(shape, rng) for _ in range(10)], axis=0) for shape in world.SHAPES])
+    templates = np.stack(
+        [np.mean([view(shape, rng) for _ in range(10)], axis=0) for shape in world.SHAPES]
+    )
     right = [
-        world.SHAPES[np.square(templates - view(shape, rng)).sum((1, 2)).argmin()] == shape for shape in world.SHAPES for _ in range(25)
+        world.SHAPES[np.square(templates - view(shape, rng)).sum((1, 2)).argmin()] == shape
+        for shape in world.SHAPES
+        for _ in range(25)
     ]
     assert np.mean(right) > 0.98
 
@@ -341,7 +444,9 @@ def pieces(mask: np.ndarray) -> int:
         border = [left.pop()]
         while border:
             row, column = border.pop()
-            for near in itertools.product((row - 1, row, row + 1), (column - 1, column, column + 1)):
+            for near in itertools.product(
+                (row - 1, row, row + 1), (column - 1, column, column + 1)
+            ):
                 if near in left:
                     left.discard(near)
                     border.append(near)
@@ -368,11 +473,14 @@ def test_the_build_is_whole_and_words_are_single_pieces(tmp_path, unpainted):
     for name in TRAINED_ON:
         for drawn in all_drawn(name, "validation", 60):
             record = drawn.record
-            for text in record.get("texts", []) + record.get("captions", []) + [record.get("text", "")]:
+            for text in (
+                record.get("texts", []) + record.get("captions", []) + [record.get("text", "")]
+            ):
                 ids = tokenizer.encode(text)
                 assert tokenizer.decode(ids) == text
                 if re.match(rf"({SHAPE})e?s\b", text):
-                    # Too few captions of so small a world begin with a plural for each to be one piece.
+                    # Too few captions of so small a world begin with a plural for each to be
+                    # one piece.
                     continue
                 assert len(ids) == len(re.findall(r"<image>|[A-Za-z]+|[^\sA-Za-z]|\n", text)), text
     assert not any(built for _, built in build_quickstart(tmp_path / "data", limit=250).values())

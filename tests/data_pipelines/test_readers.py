@@ -1,4 +1,6 @@
-"""The readers' pool: whose turn it is, what a failure does, and how much a batch holds meanwhile."""
+"""The readers' pool: whose turn it is, what a failure does, and how much a batch holds
+meanwhile.
+"""
 
 import gc
 import pathlib
@@ -18,7 +20,11 @@ from data_pipelines.transforms.examples import Arrays
 from flamingo_jax.errors import UserError
 from flamingo_jax.processing import images
 from flamingo_jax.processing.tokenizer import Tokenizer
-from tests.data_pipelines.test_mixture import iterator, take, tokenizer  # noqa: F401 - a fixture
+from tests.data_pipelines.test_mixture import (
+    iterator,
+    take,
+    tokenizer,  # noqa: F401
+)  # noqa: F401 - a fixture
 
 
 def nothing() -> Arrays:
@@ -52,7 +58,9 @@ def test_earlier_batches_of_all_datasets_come_first() -> None:
     for dataset in "ab":
         for number in range(3):
 
-            def begin(batch: PendingBatch, name: str = f"{dataset}{number}") -> Callable[[], Arrays]:
+            def begin(
+                batch: PendingBatch, name: str = f"{dataset}{number}"
+            ) -> Callable[[], Arrays]:
                 for part in range(2):
                     batch.add(lambda part=part: begun.append(f"{name}.{part}"))  # type: ignore[misc]
                 return nothing
@@ -102,12 +110,20 @@ def test_their_number_is_the_configs_or_the_cores() -> None:
     assert Readers().count == cores() >= 1 and Readers(5).count == 5
 
 
-@pytest.mark.parametrize("task, kind", [("flamingo", "pairs"), ("flamingo", "videos"), ("contrastive", "pairs")])
+@pytest.mark.parametrize(
+    "task, kind", [("flamingo", "pairs"), ("flamingo", "videos"), ("contrastive", "pairs")]
+)
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_batch_holds_each_image_once(
-    task: str, kind: str, count: int, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    task: str,
+    kind: str,
+    count: int,
+    tokenizer: Tokenizer,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
 ) -> None:
-    """Of what was decoded nothing is alive but in the batches, and the image that each reader is at."""
+    """Of what was decoded nothing is alive but in the batches, and the image that each reader
+    is at.
+    """
     decode, alive, most = images.decode, 0, 0
     lock = threading.Lock()
 
@@ -126,16 +142,25 @@ def test_a_batch_holds_each_image_once(
         return pixels
 
     monkeypatch.setattr(images, "decode", counted)
-    batches = take(iterator(task, kind, tokenizer, readers=Readers(count), cache_bytes=0, flip=True), 4)
+    batches = take(
+        iterator(task, kind, tokenizer, readers=Readers(count), cache_bytes=0, flip=True), 4
+    )
     shown = sum(int(batch["images"].any((-3, -2, -1)).sum()) for batch in batches)
     assert shown > 4 * count and 1 <= most <= count
     gc.collect()
     assert alive == 0
 
 
-def test_what_is_read_ahead_is_bounded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_what_is_read_ahead_is_bounded(
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+) -> None:  # noqa: F811
     decode, met = images.decode, []
-    monkeypatch.setattr(images, "decode", lambda data, size, **options: met.append(data) or decode(data, size, **options))
+    monkeypatch.setattr(
+        images,
+        "decode",
+        lambda data, size, **options: met.append(data) or decode(data, size, **options),
+    )
     it = iterator("contrastive", "pairs", tokenizer, readers=Readers(2), cache_bytes=0)
     rows = len(next(it)["images"])
     deadline = time.monotonic() + 5
@@ -170,7 +195,16 @@ time.sleep(0.2)
 """
 
 
-def test_a_program_ends_by_its_own_code_while_readers_are_at_work(tmp_path: pathlib.Path) -> None:
-    """A thread that comes out of a C++ library into an interpreter that is gone would end it with SIGABRT."""
-    ended = subprocess.run([sys.executable, "-c", LEAVING, str(tmp_path / "a")], cwd=pathlib.Path(__file__).parents[2], capture_output=True, timeout=60)
+def test_a_program_ends_by_its_own_code_while_readers_are_at_work(
+    tmp_path: pathlib.Path,
+) -> None:
+    """A thread that comes out of a C++ library into an interpreter that is gone would end it
+    with SIGABRT.
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", LEAVING, str(tmp_path / "a")],
+        cwd=pathlib.Path(__file__).parents[2],
+        capture_output=True,
+        timeout=60,
+    )
     assert (ended.returncode, ended.stderr) == (0, b"")

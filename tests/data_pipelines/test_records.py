@@ -12,7 +12,14 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from data_pipelines.features import features
-from data_pipelines.records import PICTURES, Failures, Parsed, Records, left_encoded, open_records
+from data_pipelines.records import (
+    PICTURES,
+    Failures,
+    Parsed,
+    Records,
+    left_encoded,
+    open_records,
+)
 from flamingo_jax.errors import UserError
 from flamingo_jax.processing.images import ImageError
 
@@ -77,7 +84,9 @@ def test_records_of_every_kind(kind, folder):
 def test_records_are_what_tfds_decodes(kind, folder):
     path = build(kind, folder, 3)
     feature = PICTURES.get(kind)
-    decoded = tfds.builder_from_directory(path).as_data_source("train", decoders=left_encoded([feature] if feature else []))
+    decoded = tfds.builder_from_directory(path).as_data_source(
+        "train", decoders=left_encoded([feature] if feature else [])
+    )
     opened = open_records(path, "train", kind)
     assert len(opened) == len(decoded) == 3
     for ours, theirs in zip((opened[place] for place in range(3)), decoded, strict=True):
@@ -91,8 +100,12 @@ def test_records_are_what_tfds_decodes(kind, folder):
 def test_an_example_that_lacks_a_field_or_has_several_is_an_error(hurt):
     example = tf_example_pb2.Example()
     for name in ("id", "captions", "image"):
-        example.features.feature[name].bytes_list.value.extend([b"a", b"b"] if name == "captions" else [b"a"])
-    parsed = lambda: Parsed([example.SerializeToString()], {"id": False, "captions": True, "image": False})[0]
+        example.features.feature[name].bytes_list.value.extend(
+            [b"a", b"b"] if name == "captions" else [b"a"]
+        )
+    parsed = lambda: Parsed(
+        [example.SerializeToString()], {"id": False, "captions": True, "image": False}
+    )[0]
     assert parsed() == {"id": b"a", "captions": [b"a", b"b"], "image": b"a"}
     if hurt != "captions":
         example.features.feature[hurt].bytes_list.value.append(b"c")
@@ -115,7 +128,12 @@ def test_what_is_known_of_a_record_is_not_read_again():
     records = Records(source, "pages", 6, cache_bytes=0)
     assert records[0].once("", lambda: "made") == "made"
     again = records[0]
-    assert (again.id, again.frame_counts, again.damaged, again.once("", lambda: "made anew")) == ("a", [1], False, "made")
+    assert (
+        again.id,
+        again.frame_counts,
+        again.damaged,
+        again.once("", lambda: "made anew"),
+    ) == ("a", [1], False, "made")
     assert source.read == 1
     assert (again.read(0, 0) == 7).all() and again.fields["texts"] == ["", "x"]
     assert source.read == 2, "one visit reads it once"
@@ -142,7 +160,9 @@ def test_threads_that_want_its_images_read_a_record_once():
 
 def test_what_is_no_dataset_is_refused(folder, tmp_path):
     path = build("pairs", folder, 3)
-    assert len(open_records(pathlib.Path(path).parent, "train", "pairs")) == 3, "the version may be left out"
+    assert len(open_records(pathlib.Path(path).parent, "train", "pairs")) == 3, (
+        "the version may be left out"
+    )
     with pytest.raises(UserError, match="no split 'test'; it has train: .* --test_share"):
         open_records(path, "test", "pairs")
     with pytest.raises(UserError, match="has no images, texts, so it is not of kind 'pages'"):
@@ -165,13 +185,21 @@ def test_memory_is_bounded():
 def test_memory_is_counted_by_the_larger_form_of_a_picture():
     source = [{"id": "a", "frames": [bytes(5_000), bytes(10)], "captions": []}]
     decoded = 3 * 6 * 6
-    costs = {pictures: Records(source, "videos", 6, cache_bytes=0, pictures=pictures)[0].cost for pictures in (True, False)}
+    costs = {
+        pictures: Records(source, "videos", 6, cache_bytes=0, pictures=pictures)[0].cost
+        for pictures in (True, False)
+    }
     assert costs[True] - costs[False] == 5_000 + decoded + 2 * 200
     assert Records(source, "videos", 6, cache_bytes=0, pictures=False)[0].frame_counts == [2]
 
 
 def test_missing_pictures_are_failures():
-    record = Records([{"id": "a", "texts": ["", "x", "y"], "images": [png(1).getvalue()]}], "pages", 6, cache_bytes=0)[0]
+    record = Records(
+        [{"id": "a", "texts": ["", "x", "y"], "images": [png(1).getvalue()]}],
+        "pages",
+        6,
+        cache_bytes=0,
+    )[0]
     with pytest.raises(ImageError, match="more pictures than the 1"):
         record.read(1, 0)
 

@@ -1,5 +1,6 @@
-"""What the storage cannot read for a moment while a dataset is built is read again: it is no damage
-of the source, and a build that lost it would keep that loss for ever."""
+"""What the storage cannot read for a moment while a dataset is built is read again: it is no
+damage of the source, and a build that lost it would keep that loss for ever.
+"""
 
 import builtins
 import errno
@@ -98,7 +99,9 @@ def break_storage(
 
 @pytest.mark.parametrize("make", SOURCES, ids=lambda make: make.__name__)
 def test_a_source_that_fails_for_a_moment_is_read_again(
-    make: Callable[[pathlib.Path], Source], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[pathlib.Path], Source],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = make(tmp_path)
     whole = [source.convert(entry) for entry in source.entries()]
@@ -112,7 +115,9 @@ def test_a_source_that_fails_for_a_moment_is_read_again(
 
 @pytest.mark.parametrize("make", SOURCES, ids=lambda make: make.__name__)
 def test_a_source_that_fails_for_long_ends_the_build(
-    make: Callable[[pathlib.Path], Source], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[pathlib.Path], Source],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = make(tmp_path)
     break_storage(monkeypatch, SOURCES[make], errno.EIO, 1_000)
@@ -122,7 +127,9 @@ def test_a_source_that_fails_for_long_ends_the_build(
 
 @pytest.mark.parametrize("make", SOURCES, ids=lambda make: make.__name__)
 def test_what_nobody_may_read_is_counted_at_once(
-    make: Callable[[pathlib.Path], Source], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[pathlib.Path], Source],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = make(tmp_path)
     waited = break_storage(monkeypatch, SOURCES[make], errno.EACCES, 1_000)

@@ -1,4 +1,6 @@
-"""What cannot be read just now is read again and never taken for damaged, nothing read under an error is kept, and damage is masked where it is met."""
+"""What cannot be read just now is read again and never taken for damaged, nothing read under an
+error is kept, and damage is masked where it is met.
+"""
 
 import dataclasses
 import errno
@@ -26,16 +28,38 @@ from flamingo_jax.errors import EXIT_SAVE_FAILED, StorageError, UserError
 from flamingo_jax.experiment import DatasetConfig
 from flamingo_jax.processing.images import ImageError, decode
 from flamingo_jax.processing.tokenizer import Tokenizer
-from tests.data_pipelines.faults import Faults, build, ever, hurt, never, noise, now_and_then, told
-from tests.data_pipelines.test_mixture import READERS, same, take, tokenizer  # noqa: F401 - a fixture
+from tests.data_pipelines.faults import (
+    Faults,
+    build,
+    ever,
+    hurt,
+    never,
+    noise,
+    now_and_then,
+    told,
+)
+from tests.data_pipelines.test_mixture import (
+    READERS,
+    same,
+    take,
+    tokenizer,  # noqa: F401
+)  # noqa: F401 - a fixture
 from tests.processes import one_device
 
 COUNT = 40
-TASKS = {"text": "language_modelling", "pairs": "flamingo", "pages": "flamingo", "videos": "flamingo", "questions": "contrastive"}
+TASKS = {
+    "text": "language_modelling",
+    "pairs": "flamingo",
+    "pages": "flamingo",
+    "videos": "flamingo",
+    "questions": "contrastive",
+}
 
 
 def iterator(folder: pathlib.Path, kind: str, tokenizer: Tokenizer, task: str = "", **options):  # noqa: F811
-    dataset = DatasetConfig(kind=kind, path=str(folder), batch_size=4, length=64, visuals=0 if kind == "text" else 2)
+    dataset = DatasetConfig(
+        kind=kind, path=str(folder), batch_size=4, length=64, visuals=0 if kind == "text" else 2
+    )
     options = {"cache_bytes": 0, "text_length": 24, "task": task or TASKS[kind]} | options
     return make_iterator(dataset, tokenizer=tokenizer, image_size=8, **options)
 
@@ -54,13 +78,21 @@ def test_the_storage_is_told_from_damage_in_the_words_of_array_record(tmp_path, 
     missing = raised(lambda: shard_files._open(str(tmp_path / "none")))
     assert storage.storage_failure(missing).errno == errno.ENOENT
     # The descriptor is closed beneath the reader, as a server that forgot it would have it.
-    reader = array_record_module.ArrayRecordReader(str(file), options=shard_files.OPTIONS, file_reader_buffer_size=512)
-    number = next(int(fd.name) for fd in pathlib.Path("/proc/self/fd").iterdir() if os.path.realpath(fd) == str(file.resolve()))
+    reader = array_record_module.ArrayRecordReader(
+        str(file), options=shard_files.OPTIONS, file_reader_buffer_size=512
+    )
+    number = next(
+        int(fd.name)
+        for fd in pathlib.Path("/proc/self/fd").iterdir()
+        if os.path.realpath(fd) == str(file.resolve())
+    )
     os.close(number)
     stale = raised(lambda: [reader.read([place]) for place in range(12)])
     failure = storage.storage_failure(stale)
     assert failure.errno == errno.EBADF
-    assert str(told(errno.EBADF, str(file))).split(";")[:2] == str(stale).split(";")[:2], "the tests' faults speak as real ones do"
+    assert str(told(errno.EBADF, str(file))).split(";")[:2] == str(stale).split(";")[:2], (
+        "the tests' faults speak as real ones do"
+    )
     taken = os.open(os.devnull, os.O_RDONLY)  # What the reader will close.
     assert taken <= number
 
@@ -71,10 +103,10 @@ def test_the_storage_is_told_from_damage_in_the_words_of_array_record(tmp_path, 
 
 
 @pytest.mark.parametrize("error, is_storage", [
-    (OSError(errno.EIO, "x"), True), (OSError(errno.ESTALE, "x"), True), (OSError(errno.EMFILE, "x"), True), (TimeoutError("slow"), True),
-    (PermissionError(errno.EACCES, "x"), True), (ConnectionResetError("gone"), True), (told(errno.ETIMEDOUT, "a; b"), True),
-    (OSError("image file is truncated"), False), (gzip.BadGzipFile("x"), False), (zipfile.BadZipFile("x"), False), (EOFError("x"), False),
-    (ValueError("it has no id"), False), (RuntimeError("Corrupted Riegeli/records file: chunk data hash mismatch"), False),
+    (OSError(errno.EIO, "x"), True), (OSError(errno.ESTALE, "x"), True), (OSError(errno.EMFILE, "x"), True), (TimeoutError("slow"), True),  # noqa: E501
+    (PermissionError(errno.EACCES, "x"), True), (ConnectionResetError("gone"), True), (told(errno.ETIMEDOUT, "a; b"), True),  # noqa: E501
+    (OSError("image file is truncated"), False), (gzip.BadGzipFile("x"), False), (zipfile.BadZipFile("x"), False), (EOFError("x"), False),  # noqa: E501
+    (ValueError("it has no id"), False), (RuntimeError("Corrupted Riegeli/records file: chunk data hash mismatch"), False),  # noqa: E501
     (RuntimeError("index 1000 out of bound 200"), False), (StorageError("told already"), False),
 ])  # fmt: skip
 def test_every_error_is_of_the_storage_or_of_the_bytes(error, is_storage):
@@ -100,9 +132,18 @@ def test_reading_again_waits_longer_each_time_and_ends(monkeypatch):
     def fail():
         raise OSError(errno.EIO, os.strerror(errno.EIO), "a/b")
 
-    with pytest.raises(StorageError, match=r"it could not be read 5 times over 10.6 s \(Input/output error\): mend the storage") as caught:
+    with pytest.raises(
+        StorageError,
+        match=(
+            r"it could not be read 5 times over 10.6 s \(Input/output error\): mend the storage"
+        ),
+    ) as caught:
         storage.read_again(fail, "it")
-    assert caught.value.exit_code == EXIT_SAVE_FAILED and waited == list(storage.WAITS) == sorted(waited) and sum(waited) < 30
+    assert (
+        caught.value.exit_code == EXIT_SAVE_FAILED
+        and waited == list(storage.WAITS) == sorted(waited)
+        and sum(waited) < 30
+    )
     with pytest.raises(StorageError, match="ulimit -n"):
         storage.read_again(lambda: (_ for _ in ()).throw(OSError(errno.EMFILE, "too many")), "it")
     waited.clear()
@@ -112,11 +153,18 @@ def test_reading_again_waits_longer_each_time_and_ends(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", TASKS)
-def test_a_run_over_storage_that_fails_for_moments_has_the_same_batches(kind, tokenizer, tmp_path, monkeypatch):  # noqa: F811
-    """Whatever is read: lengths, records and held-out batches, in the threads that make batches too."""
+def test_a_run_over_storage_that_fails_for_moments_has_the_same_batches(
+    kind,
+    tokenizer,
+    tmp_path,
+    monkeypatch,  # noqa: F811
+):  # noqa: F811
+    """Whatever is read: lengths, records and held-out batches, in the threads that make batches
+    too.
+    """
     folder = build(tmp_path, kind, COUNT, monkeypatch, per_shard=7)
     fixed = lambda: held_out(
-        DatasetConfig(kind=kind, path=str(folder), batch_size=4, length=64, visuals=0 if kind == "text" else 2), tokenizer=tokenizer,
+        DatasetConfig(kind=kind, path=str(folder), batch_size=4, length=64, visuals=0 if kind == "text" else 2), tokenizer=tokenizer,  # noqa: E501
         task=TASKS[kind], batches=2, image_size=8, text_length=24,
     )  # fmt: skip
     whole, seen = take(iterator(folder, kind, tokenizer), 9), list(fixed())
@@ -130,7 +178,10 @@ def test_a_run_over_storage_that_fails_for_moments_has_the_same_batches(kind, to
     for first, second in zip(seen, fixed(), strict=True):
         same(first, second)
     assert it.summary()["failed"] == [] and faults.failed >= 10
-    with np.load(next(folder.glob("lengths_*"))) as again, np.load(io.BytesIO(next(iter(kept.values())))) as before:
+    with (
+        np.load(next(folder.glob("lengths_*"))) as again,
+        np.load(io.BytesIO(next(iter(kept.values())))) as before,
+    ):
         assert not again["damaged"].any()
         for name in before:
             np.testing.assert_array_equal(again[name], before[name])
@@ -138,7 +189,13 @@ def test_a_run_over_storage_that_fails_for_moments_has_the_same_batches(kind, to
 
 @pytest.mark.parametrize("kind", ["text", "pairs"])
 @pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE])
-def test_storage_that_fails_for_long_ends_the_run_and_leaves_nothing(kind, number, tokenizer, tmp_path, monkeypatch):  # noqa: F811
+def test_storage_that_fails_for_long_ends_the_run_and_leaves_nothing(
+    kind,
+    number,
+    tokenizer,
+    tmp_path,
+    monkeypatch,  # noqa: F811
+):  # noqa: F811
     """Started again it has the same batches: no length was measured of what could not be read."""
     folder = build(tmp_path, kind, COUNT, monkeypatch)
     faults = Faults(monkeypatch, never)
@@ -147,7 +204,9 @@ def test_storage_that_fails_for_long_ends_the_run_and_leaves_nothing(kind, numbe
     lengths.unlink()
     # At the first record, in the midst of measuring.
     for begin in (1, 17):
-        faults.plan = lambda read, record, begin=begin + faults.reads: number if read >= begin else None
+        faults.plan = lambda read, record, begin=begin + faults.reads: (
+            number if read >= begin else None
+        )
         with pytest.raises(StorageError, match="could not be read 3 times"):
             iterator(folder, kind, tokenizer)
         assert not list(folder.glob("*lengths_*"))
@@ -186,15 +245,21 @@ def test_side_files_are_read_again_too(tokenizer, tmp_path, monkeypatch):  # noq
     monkeypatch.setattr(pathlib.Path, "stat", failing(pathlib.Path.stat, ".npz_"))
     import tensorflow_datasets as tfds
 
-    monkeypatch.setattr(tfds, "builder_from_directory", failing(tfds.builder_from_directory, "1.0.0"))
+    monkeypatch.setattr(
+        tfds, "builder_from_directory", failing(tfds.builder_from_directory, "1.0.0")
+    )
     for first, second in zip(whole, take(iterator(folder, "text", tokenizer), 3), strict=True):
         same(first, second)
     assert met.count(".npz") == 2 and met.count("1.0.0") == 2
-    assert lengths.stat().st_mtime_ns == stamp, "what is kept is not measured again for a moment's failure"
+    assert lengths.stat().st_mtime_ns == stamp, (
+        "what is kept is not measured again for a moment's failure"
+    )
 
 
 def blank_lengths(path: pathlib.Path, place: int, *, damaged: bool | None) -> None:
-    """Lengths that hold a blank one's for a record, as versions before kept them, which did not note what was damaged."""
+    """Lengths that hold a blank one's for a record, as versions before kept them, which did not
+    note what was damaged.
+    """
     with np.load(path) as stored:
         values = dict(stored)
     values["tokens"][place] = 2
@@ -206,19 +271,31 @@ def blank_lengths(path: pathlib.Path, place: int, *, damaged: bool | None) -> No
 
 
 @pytest.mark.parametrize("kind", ["text", "pages", "questions"])
-def test_lengths_that_were_kept_under_an_error_are_measured_again(kind, tokenizer, tmp_path, monkeypatch):  # noqa: F811
+def test_lengths_that_were_kept_under_an_error_are_measured_again(
+    kind,
+    tokenizer,
+    tmp_path,
+    monkeypatch,  # noqa: F811
+):  # noqa: F811
     folder = build(tmp_path, kind, COUNT, monkeypatch)
     task = "language_modelling" if kind in ("text", "questions") else "flamingo"
     whole = take(iterator(folder, kind, tokenizer, task), 12)
     (lengths,) = folder.glob("lengths_*")
     for damaged in (None, True):
         blank_lengths(lengths, 3, damaged=damaged)
-        for first, second in zip(whole, take(iterator(folder, kind, tokenizer, task), 12), strict=True):
+        for first, second in zip(
+            whole, take(iterator(folder, kind, tokenizer, task), 12), strict=True
+        ):
             same(first, second)
 
 
 @pytest.mark.parametrize("kind", ["text", "pages", "questions"])
-def test_lengths_that_no_longer_agree_are_named_in_a_sentence(kind, tokenizer, tmp_path, monkeypatch):  # noqa: F811
+def test_lengths_that_no_longer_agree_are_named_in_a_sentence(
+    kind,
+    tokenizer,
+    tmp_path,
+    monkeypatch,  # noqa: F811
+):  # noqa: F811
     folder = build(tmp_path, kind, COUNT, monkeypatch)
     task = "language_modelling" if kind in ("text", "questions") else "flamingo"
     it = iterator(folder, kind, tokenizer, task)
@@ -227,7 +304,13 @@ def test_lengths_that_no_longer_agree_are_named_in_a_sentence(kind, tokenizer, t
     (lengths,) = folder.glob("lengths_*")
     blank_lengths(lengths, 3, damaged=False)
     it = iterator(folder, kind, tokenizer, task)
-    with pytest.raises(UserError, match=rf"the record '{kind}\d+' of .* has \d+ tokens, where 2 were measured: .* remove the files lengths_") as caught:
+    with pytest.raises(
+        UserError,
+        match=(
+            rf"the record '{kind}\d+' of .* has \d+ tokens, where 2 were measured: .* remove"
+            r" the files lengths_"
+        ),
+    ) as caught:
         for _ in range(rows):
             next(it)
     assert caught.value.exit_code == 2, "no launcher starts it again"
@@ -240,7 +323,9 @@ def test_a_caption_that_was_measured_and_is_gone_is_a_sentence(tokenizer, tmp_pa
     with np.load(path) as stored:
         values = dict(stored)
     # Every record but the last has the captions of the one behind it too.
-    values["first"] = np.concatenate([values["first"][:1], values["first"][2:], values["first"][-1:]])
+    values["first"] = np.concatenate(
+        [values["first"][:1], values["first"][2:], values["first"][-1:]]
+    )
     np.savez(path, **values)
     it = iterator(folder, "pairs", tokenizer)
     with pytest.raises(UserError, match="were measured|no caption 2, which was measured"):
@@ -248,8 +333,21 @@ def test_a_caption_that_was_measured_and_is_gone_is_a_sentence(tokenizer, tmp_pa
             next(it)
 
 
-@pytest.mark.parametrize("hurt_file", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: data[:-300] + bytes(300), lambda data: b"PK" + data])
-def test_lengths_whose_file_is_damaged_are_measured_again(hurt_file, tokenizer, tmp_path, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize(
+    "hurt_file",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: b"",
+        lambda data: data[:-300] + bytes(300),
+        lambda data: b"PK" + data,
+    ],
+)
+def test_lengths_whose_file_is_damaged_are_measured_again(
+    hurt_file,
+    tokenizer,
+    tmp_path,
+    monkeypatch,  # noqa: F811
+):  # noqa: F811
     folder = build(tmp_path, "text", COUNT, monkeypatch)
     records = open_records(folder, "train", "text")
     made = load_or_measure(records, "text", tokenizer, folder, "train")
@@ -277,17 +375,28 @@ def test_a_record_that_was_mended_is_whole_again(tokenizer, tmp_path, monkeypatc
     assert it.summary()["failed"] == [f"#{place}"]
     it.close()
     made = lengths.read_bytes()
-    assert load_or_measure(records, "pairs", tokenizer, folder, "train").damaged.nonzero()[0].tolist() == [place]
+    assert load_or_measure(records, "pairs", tokenizer, folder, "train").damaged.nonzero()[
+        0
+    ].tolist() == [place]
     assert lengths.read_bytes() == made, "what is damaged still is not measured at every start"
     mend()
-    for first, second in zip(whole, take(it := iterator(folder, "pairs", tokenizer), 12), strict=True):
+    for first, second in zip(
+        whole, take(it := iterator(folder, "pairs", tokenizer), 12), strict=True
+    ):
         same(first, second)
     assert it.summary()["failed"] == []
 
 
 @pytest.mark.parametrize("kind", ["pairs", "pages", "text", "videos"])
-def test_damage_that_comes_after_lengths_were_measured_is_masked(kind, tokenizer, tmp_path, monkeypatch):  # noqa: F811
-    """Before the start, and in the midst of a run; all else stays as it was, and a caption that the blank in its place lacks is not asked for."""
+def test_damage_that_comes_after_lengths_were_measured_is_masked(
+    kind,
+    tokenizer,
+    tmp_path,
+    monkeypatch,  # noqa: F811
+):  # noqa: F811
+    """Before the start, and in the midst of a run; all else stays as it was, and a caption that
+    the blank in its place lacks is not asked for.
+    """
     folder = build(tmp_path, kind, COUNT, monkeypatch)
     it = iterator(folder, kind, tokenizer)
     epoch = 3 * (it.summary()["rows"] // 4 + 1)
@@ -297,7 +406,10 @@ def test_damage_that_comes_after_lengths_were_measured_is_masked(kind, tokenizer
         next(running)
     running.set_state({"global_next_index": 0})
     place, _ = hurt(folder, kind)
-    for it, known in ((iterator(folder, kind, tokenizer), False), (running, kind in ("pages", "text"))):
+    for it, known in (
+        (iterator(folder, kind, tokenizer), False),
+        (running, kind in ("pages", "text")),
+    ):
         lost = 0
         for before in whole:
             after = next(it)
@@ -308,17 +420,23 @@ def test_damage_that_comes_after_lengths_were_measured_is_masked(kind, tokenizer
             np.testing.assert_array_equal(before["segments"], after["segments"])
             assert not (after["loss_mask"] & ~before["loss_mask"]).any()
         # What was made of texts stays in memory, so that of a page the images alone are lost.
-        assert bool(lost == 0) is known and len(it.summary()["failed"]) == (0 if known and kind == "text" else 1)
+        assert bool(lost == 0) is known and len(it.summary()["failed"]) == (
+            0 if known and kind == "text" else 1
+        )
         it.close()
 
 
 def test_a_damaged_question_is_not_told(tokenizer, tmp_path, monkeypatch):  # noqa: F811
-    """In the contrastive stage several are told about one picture; the blank that stands in for one is none of them."""
+    """In the contrastive stage several are told about one picture; the blank that stands in for
+    one is none of them.
+    """
     folder = build(tmp_path, "questions", COUNT, monkeypatch)
     it = iterator(folder, "questions", tokenizer, text_length=60)
     whole = take(it, 10)
     # Each third one is the first about its picture.
-    ids = [int(open_records(folder, "train", "questions")[place]["id"][9:]) for place in range(COUNT)]
+    ids = [
+        int(open_records(folder, "train", "questions")[place]["id"][9:]) for place in range(COUNT)
+    ]
     place, _ = hurt(folder, "questions", lambda place: ids[place] % 3 > 0)
     source = open_records(folder, "train", "questions")
     left = len(source) - 1
@@ -338,7 +456,13 @@ def test_a_dataset_that_lacks_files_is_refused(tmp_path, monkeypatch):
     folder = build(tmp_path, "text", COUNT, monkeypatch, per_shard=10)
     first, *_, last = sorted(folder.glob("*.array_record*"))
     last.unlink()
-    with pytest.raises(UserError, match=f"1 of the 4 files of {folder} train are missing, such as {last}: copy the dataset again"):
+    with pytest.raises(
+        UserError,
+        match=(
+            f"1 of the 4 files of {folder} train are missing, such as {last}: copy the dataset"
+            " again"
+        ),
+    ):
         open_records(folder, "train", "text")
     first.unlink()
     with pytest.raises(UserError, match="2 of the 4 files"):
@@ -347,10 +471,16 @@ def test_a_dataset_that_lacks_files_is_refused(tmp_path, monkeypatch):
 
 def test_a_picture_that_the_system_could_not_read_is_no_bad_picture(monkeypatch):
     for number in (errno.EMFILE, errno.EIO):
-        monkeypatch.setattr(Image, "open", lambda data, number=number: (_ for _ in ()).throw(OSError(number, "x")))
+        monkeypatch.setattr(
+            Image,
+            "open",
+            lambda data, number=number: (_ for _ in ()).throw(OSError(number, "x")),
+        )
         with pytest.raises(OSError):
             decode(noise(1), 8)
-    monkeypatch.setattr(Image, "open", lambda data: (_ for _ in ()).throw(OSError("image file is truncated")))
+    monkeypatch.setattr(
+        Image, "open", lambda data: (_ for _ in ()).throw(OSError("image file is truncated"))
+    )
     with pytest.raises(ImageError):
         decode(noise(1), 8)
 
@@ -360,7 +490,10 @@ def test_80_shards_are_read_whole_under_a_low_limit_of_open_files(tokenizer, tmp
     resource = pytest.importorskip("resource")
     folder = build(tmp_path, "text", 160, monkeypatch, per_shard=2)
     assert len(list(folder.glob("*.array_record*"))) == 80
-    whole = [record["text"] for record in map(open_records(folder, "train", "text").__getitem__, range(160))]
+    whole = [
+        record["text"]
+        for record in map(open_records(folder, "train", "text").__getitem__, range(160))
+    ]
     monkeypatch.setattr(shard_files, "READERS", OpenFiles(shard_files._open))
     held = len(os.listdir("/proc/self/fd"))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -400,7 +533,9 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(monkeypatch):
     resource = pytest.importorskip("resource")
     limits = [256, 4_096]
     monkeypatch.setattr(resource, "getrlimit", lambda kind: tuple(limits))
-    monkeypatch.setattr(resource, "setrlimit", lambda kind, values: limits.__setitem__(slice(None), values))
+    monkeypatch.setattr(
+        resource, "setrlimit", lambda kind, values: limits.__setitem__(slice(None), values)
+    )
     storage.raise_open_files()
     assert limits == [4_096, 4_096] and storage.open_files_allowed() == 4_096
     limits[:] = [1_024, resource.RLIM_INFINITY]
@@ -419,16 +554,32 @@ def test_a_dataset_that_was_built_anew_is_read_anew(tmp_path, monkeypatch):
     for path in other.iterdir():
         path.replace(folder / path.name)
     again = open_records(folder, "train", "text")
-    assert len(again) == 12 and {again[place]["id"] for place in range(12)} == {f"text{number}".encode() for number in range(12)}
+    assert len(again) == 12 and {again[place]["id"] for place in range(12)} == {
+        f"text{number}".encode() for number in range(12)
+    }
 
 
 @pytest.mark.scale
 def test_1200_shards_and_150000_kept_features_are_read_whole_with_1024_open_files(tmp_path):
     """In a process that cannot raise its limit."""
-    command = f"ulimit -n 1024 && exec {sys.executable} -m tests.data_pipelines.many_files {tmp_path}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=one_device(), cwd=pathlib.Path(__file__).parents[2])
+    command = (
+        f"ulimit -n 1024 && exec {sys.executable} -m tests.data_pipelines.many_files {tmp_path}"
+    )
+    done = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        env=one_device(),
+        cwd=pathlib.Path(__file__).parents[2],
+    )
     assert done.returncode == 0, done.stderr[-2_000:]
     met = json.loads(done.stdout)
-    assert (met["shards"], met["records"], met["features"], met["parts"], met["failed"]) == (1_200, 150_000, 150_000, 1_500, 0), met
+    assert (met["shards"], met["records"], met["features"], met["parts"], met["failed"]) == (
+        1_200,
+        150_000,
+        150_000,
+        1_500,
+        0,
+    ), met
     assert met["allowed"] == 1_024 and met["open"] < 600, met
     assert "damaged" not in done.stderr

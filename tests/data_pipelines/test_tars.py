@@ -50,8 +50,9 @@ def packed(members: Members) -> bytes:
 
 
 def named(names: Iterable[str]) -> list[tuple[str, bytes]]:
-    """Members of these names: pictures of levels 10, 20, ... in their order, texts that say their
-    own name and which time it comes."""
+    """Members of these names: pictures of levels 10, 20, ... in their order, texts that say
+    their own name and which time it comes.
+    """
     levels, times = itertools.count(10, 10), collections.Counter[str]()
     made = []
     for name in names:
@@ -63,8 +64,9 @@ def named(names: Iterable[str]) -> list[tuple[str, bytes]]:
 
 
 def found(shard: pathlib.Path) -> tuple[dict[str, tuple[int, list[str]]], dict, dict]:
-    """What a build of a shard gives: (level, captions) by id in the shard, what is dropped, and the
-    pictures that are."""
+    """What a build of a shard gives: (level, captions) by id in the shard, what is dropped, and
+    the pictures that are.
+    """
     output = shard.parent / f"out_{shard.name.replace('.', '_')}"
     statistics, _ = write_dataset(output, WebDataset((str(shard),), ALL_TRAIN))
     records = {
@@ -109,8 +111,10 @@ CASES: dict[str, tuple[str, dict, dict, dict]] = {
         {},
     ),
     "endings of several parts": (
-        "0.input.jpg 0.caption.txt 1.jpg 1.cls.txt 1.txt 2.jpg 2.cls 2.en.txt "
-        "3.left.jpg 3.right.jpg 3.txt",
+        (
+            "0.input.jpg 0.caption.txt 1.jpg 1.cls.txt 1.txt 2.jpg 2.cls 2.en.txt "
+            "3.left.jpg 3.right.jpg 3.txt"
+        ),
         {
             "0": (10, says("0.caption.txt")),
             "1": (20, says("1.txt")),
@@ -127,8 +131,10 @@ CASES: dict[str, tuple[str, dict, dict, dict]] = {
         {},
     ),
     "masks": (
-        "1.seg.png 1.jpg 1.txt 2.jpg 2.depth.png 2.seg.json 2.txt 3.mask.png 3.txt "
-        "4.b.png 4.b.txt 4.b.seg.png",
+        (
+            "1.seg.png 1.jpg 1.txt 2.jpg 2.depth.png 2.seg.json 2.txt 3.mask.png 3.txt "
+            "4.b.png 4.b.txt 4.b.seg.png"
+        ),
         {"1": (20, says("1.txt")), "2": (30, says("2.txt")), "4.b": (60, says("4.b.txt"))},
         {NO_PICTURE: 1},
         {},
@@ -158,7 +164,7 @@ CASES: dict[str, tuple[str, dict, dict, dict]] = {
         {},
     ),
     "hidden files": (
-        "._0.jpg 0.jpg .DS_Store 0.txt d/._1.txt __MACOSX/d/._1.jpg d/1.jpg d/1.txt .cache/2.jpg",
+        ("._0.jpg 0.jpg .DS_Store 0.txt d/._1.txt __MACOSX/d/._1.jpg d/1.jpg d/1.txt .cache/2.jpg"),
         {"0": (20, says("0.txt")), "d/1": (40, says("d/1.txt"))},
         {},
         {},
@@ -318,7 +324,11 @@ def test_what_cannot_be_unpacked_is_said(
     monkeypatch.setattr(
         pieces,
         "PACKINGS",
-        (*pieces.PACKINGS[:3], pieces.Packing("zstd", b"\x28\xb5\x2f\xfd"), *pieces.PACKINGS[4:]),
+        (
+            *pieces.PACKINGS[:3],
+            pieces.Packing("zstd", b"\x28\xb5\x2f\xfd"),
+            *pieces.PACKINGS[4:],
+        ),
     )
 
     def reasons(data: bytes) -> list[str]:
@@ -350,8 +360,9 @@ def test_what_cannot_be_unpacked_is_said(
 def test_damage_costs_no_more_than_it_hits(
     tmp_path: pathlib.Path, pack: Callable[[bytes], bytes]
 ) -> None:
-    """A cut at every half block, and a flipped header: what comes before is read, and one reason
-    tells of the rest."""
+    """A cut at every half block, and a flipped header: what comes before is read, and one
+    reason tells of the rest.
+    """
     whole = packed(named(f"{number}.{ending}" for number in range(4) for ending in ("jpg", "txt")))
     path = tmp_path / "a.tar"
     path.write_bytes(whole)
@@ -365,7 +376,10 @@ def test_damage_costs_no_more_than_it_hits(
         assert len(told) == sum(end <= cut for end in ends)
         lost = [reason for reason in met if isinstance(reason, str)]
         between = any(end <= cut <= start for end, start in zip(ends, starts[1:]))
-        assert len(lost) == (0 if between else 1) and set(lost) <= {tars.TRUNCATED, tars.DAMAGED}
+        assert len(lost) == (0 if between else 1) and set(lost) <= {
+            tars.TRUNCATED,
+            tars.DAMAGED,
+        }
     hurt = bytearray(whole)
     hurt[starts[3]] ^= 1
     path.write_bytes(pack(bytes(hurt)))
@@ -379,7 +393,9 @@ def test_a_plain_shard_whose_first_name_looks_compressed(tmp_path: pathlib.Path)
     assert found(tmp_path / "a.tar")[0] == {"BZh9": (10, says("BZh9.txt"))}
 
 
-def test_pieces_of_compressed_files_in_any_order_and_after_a_change(tmp_path: pathlib.Path) -> None:
+def test_pieces_of_compressed_files_in_any_order_and_after_a_change(
+    tmp_path: pathlib.Path,
+) -> None:
     data = random.Random(0).randbytes(50_000)
     path = tmp_path / "a.gz"
     path.write_bytes(gzip.compress(data))
@@ -416,7 +432,10 @@ def test_what_a_header_claims_is_not_read_at_once(tmp_path: pathlib.Path, form: 
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < 8 << 20
-    assert [member.name for member in met if isinstance(member, tars.Member)] == ["0.jpg", "0.txt"]
+    assert [member.name for member in met if isinstance(member, tars.Member)] == [
+        "0.jpg",
+        "0.txt",
+    ]
     assert [reason for reason in met if isinstance(reason, str)] == [tars.DAMAGED]
 
 

@@ -1,4 +1,6 @@
-"""Texts as people's files hold them: every record is used, or counted for a reason that is true."""
+"""Texts as people's files hold them: every record is used, or counted for a reason that is
+true.
+"""
 
 import base64
 import io
@@ -174,7 +176,11 @@ def test_questions_as_vqa_and_tables_have_them(tmp_path: pathlib.Path) -> None:
         r["question"].decode(): (strings(r["answers"]), r["type"].decode())
         for r in records.values()
     }
-    assert told == {"vqa?": (["yes", "no"], "3"), "table?": (["x"], ""), "number?": (["2.5"], "")}
+    assert told == {
+        "vqa?": (["yes", "no"], "3"),
+        "table?": (["x"], ""),
+        "number?": (["2.5"], ""),
+    }
     assert texts_dropped(tmp_path / "out") == {EMPTY: 3}
 
 
@@ -352,5 +358,8 @@ def test_a_label_that_is_none_is_not_the_last_class(tmp_path: pathlib.Path) -> N
     features = {"image": image, "label": tfds.features.Sequence(label)}
     source = Tfds(prepare(tmp_path / "two", features, {"train": several}), ALL_TRAIN)
     records = accounted(tmp_path / "more", source, {unknown: 1})
-    assert [strings(record["captions"]) for record in records.values()] == [["cat"], ["dog", "cat"]]
+    assert [strings(record["captions"]) for record in records.values()] == [
+        ["cat"],
+        ["dog", "cat"],
+    ]
     assert texts_dropped(tmp_path / "more") == {unknown: 2}

@@ -8,7 +8,13 @@ import pytest
 from data_pipelines import timing
 from flamingo_jax.processing import images
 from flamingo_jax.processing.tokenizer import Tokenizer
-from tests.data_pipelines.test_mixture import SIZE, iterator, picture, take, tokenizer  # noqa: F401 - a fixture
+from tests.data_pipelines.test_mixture import (
+    SIZE,
+    iterator,
+    picture,
+    take,
+    tokenizer,  # noqa: F401
+)  # noqa: F401 - a fixture
 
 
 @pytest.mark.parametrize("kind", ["pairs", "pages", "videos"])
@@ -25,7 +31,11 @@ def test_reading_counts_what_the_rows_hold(kind: str, tokenizer: Tokenizer) -> N
 
 
 def test_readers_are_timed_over_the_same_pictures(tokenizer: Tokenizer) -> None:  # noqa: F811
-    rates = timing.time_readers(lambda readers: iterator("contrastive", "pairs", tokenizer, readers=readers, cache_bytes=0), [1, 3], 4)
+    rates = timing.time_readers(
+        lambda readers: iterator("contrastive", "pairs", tokenizer, readers=readers, cache_bytes=0),
+        [1, 3],
+        4,
+    )
     assert list(rates) == [1, 3] and min(rates.values()) > 0
 
 
@@ -38,5 +48,7 @@ def test_waiting_is_what_a_step_waits_for() -> None:
         def __next__(self) -> None:
             time.sleep(0.02)
 
-    assert timing.waiting_share({"a": Slow(), "b": Slow()}, 0.04, 10) == pytest.approx(0.5, abs=0.15)  # type: ignore[dict-item]
+    assert timing.waiting_share({"a": Slow(), "b": Slow()}, 0.04, 10) == pytest.approx(
+        0.5, abs=0.15
+    )  # type: ignore[dict-item]
     assert timing.waiting_share({"a": iter(range(100))}, 0.01, 10) < 0.1  # type: ignore[dict-item]

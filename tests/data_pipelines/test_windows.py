@@ -18,13 +18,22 @@ class Characters:
         return [ord(character) for character in text]
 
 
-PAGES = [["ab", "cdefg", "", "hi", "jklmnop"], ["", "abc", "defg"], ["abcdefgh"], ["abc", "d", "e", "f", "g", "h"]]
+PAGES = [
+    ["ab", "cdefg", "", "hi", "jklmnop"],
+    ["", "abc", "defg"],
+    ["abcdefgh"],
+    ["abc", "d", "e", "f", "g", "h"],
+]
 
 
 def by_hand(page, start, length, limit, look):
-    """Walks the tokens: a visual is seen where its tag starts in the window and it is among the first `limit` of those."""
+    """Walks the tokens: a visual is seen where its tag starts in the window and it is among the
+    first `limit` of those.
+    """
     tags = [i for i, token in enumerate(page.tokens) if token == 7]
-    inside = [number for number, place in enumerate(tags) if start <= place < start + length][:limit]
+    inside = [number for number, place in enumerate(tags) if start <= place < start + length][
+        :limit
+    ]
     index = []
     for i in range(start, min(start + length, len(page))):
         before = [number for number, place in enumerate(tags) if place <= i]

@@ -1,7 +1,9 @@
-"""Runs launch.train on storage that fails: `python -m tests.end_to_end.failing KIND:READ:TIMES,... --config=... --workdir=...`.
+"""Runs launch.train on storage that fails: `python -m tests.end_to_end.failing
+KIND:READ:TIMES,... --config=... --workdir=...`.
 
-From its READth read on, a KIND of file cannot be read so many TIMES in a row: shard (records of a dataset), lengths (what is kept of them),
-feature (those that are kept), info (a dataset's description), manifest (a checkpoint's). What happened is told at the end on stderr.
+From its READth read on, a KIND of file cannot be read so many TIMES in a row: shard (records of
+a dataset), lengths (what is kept of them), feature (those that are kept), info (a dataset's
+description), manifest (a checkpoint's). What happened is told at the end on stderr.
 """
 
 import atexit
@@ -26,7 +28,10 @@ from flamingo_jax.checkpointing import manifest
 
 
 class Faults:
-    """Which reads fail: {kind: [(first read, how many)]}. Errors by turns: an I/O error, a stale handle, too many open files, a timeout."""
+    """Which reads fail: {kind: [(first read, how many)]}.
+
+    Errors by turns: an I/O error, a stale handle, too many open files, a timeout.
+    """
 
     def __init__(self, told: str):
         self._failing: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)
@@ -47,9 +52,15 @@ class Faults:
         return None
 
     def tell(self) -> None:
-        print(f"faults met: {len(self._met)} of {sum(map(len, self._failing.values()))}; reads: {dict(self._reads)}", file=sys.stderr)
+        print(
+            f"faults met: {len(self._met)} of {sum(map(len, self._failing.values()))}; reads:"
+            f" {dict(self._reads)}",
+            file=sys.stderr,
+        )
 
-    def wrap(self, kind: str, real: Callable[..., Any], wanted: Callable[..., bool]) -> Callable[..., Any]:
+    def wrap(
+        self, kind: str, real: Callable[..., Any], wanted: Callable[..., bool]
+    ) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
             if wanted(*args, **options) and (number := self.errno(kind)) is not None:
                 raise OSError(number, os.strerror(number), str(args[0]))
@@ -70,14 +81,22 @@ def install(faults: Faults) -> None:
 
         def read(self, places: list[int]) -> list[bytes]:
             if (number := faults.errno("shard")) is not None:
-                raise RuntimeError(f"pread() failed: {os.strerror(number)}; reading {self._path}; at byte 30454")
+                raise RuntimeError(
+                    f"pread() failed: {os.strerror(number)}; reading {self._path}; at byte 30454"
+                )
             return self._real.read(places)
 
     array_record_module.ArrayRecordReader = Reader
-    np.load = faults.wrap("lengths", np.load, lambda path, *args, **options: str(path).endswith(".npz"))
+    np.load = faults.wrap(
+        "lengths", np.load, lambda path, *args, **options: str(path).endswith(".npz")
+    )
     os.preadv = faults.wrap("feature", os.preadv, lambda *args: True)
-    tfds.builder_from_directory = faults.wrap("info", tfds.builder_from_directory, lambda *args, **options: True)
-    ours = lambda path, mode="r", *args, **options: bool(re.search(r"checkpoints/.*manifest\.json$", str(path))) and not set(mode) & set("wax+")
+    tfds.builder_from_directory = faults.wrap(
+        "info", tfds.builder_from_directory, lambda *args, **options: True
+    )
+    ours = lambda path, mode="r", *args, **options: (
+        bool(re.search(r"checkpoints/.*manifest\.json$", str(path))) and not set(mode) & set("wax+")
+    )
     io.open = builtins.open = faults.wrap("manifest", open, ours)  # type: ignore[assignment]
     storage.WAITS = (0.01, 0.01, 0.02, 0.05)
     manifest.READ_AGAIN_AFTER = (0.01, 0.02, 0.05)

@@ -1,4 +1,6 @@
-"""Small stages on a small drawn world, as a config file (`--config=tests/end_to_end/small.py:STAGE,DATA`) and as Experiments."""
+"""Small stages on a small drawn world, as a config file
+(`--config=tests/end_to_end/small.py:STAGE,DATA`) and as Experiments.
+"""
 
 import dataclasses
 import pathlib
@@ -21,28 +23,50 @@ from flamingo_jax.experiment import (
 )
 
 VISION = VisionConfig(variant="tiny", image_size=32)
-LANGUAGE_MODEL = LanguageModelConfig(vocab_size=VOCABULARY, layers=2, width=16, heads=2, head_width=8, feed_forward=32)
+LANGUAGE_MODEL = LanguageModelConfig(
+    vocab_size=VOCABULARY, layers=2, width=16, heads=2, head_width=8, feed_forward=32
+)
 OPTIMIZER = OptimizerConfig(peak_rate=1e-2, warmup_steps=2, no_decay=())
-TRAINING = TrainingConfig(steps=30, log_every=1, save_every=3, keep_last=2, evaluate_every=1000, compute_dtype="float32")
+TRAINING = TrainingConfig(
+    steps=30,
+    log_every=1,
+    save_every=3,
+    keep_last=2,
+    evaluate_every=1000,
+    compute_dtype="float32",
+)
 
 
 def get_config(argument: str) -> ml_collections.ConfigDict:
     stage, _, data = argument.partition(",")
-    stages = {"contrastive": contrastive, "language_model": language_model, "flamingo": flamingo, "questions": questions, "unfrozen": unfrozen, "pages": pages}
+    stages = {
+        "contrastive": contrastive,
+        "language_model": language_model,
+        "flamingo": flamingo,
+        "questions": questions,
+        "unfrozen": unfrozen,
+        "pages": pages,
+    }
     return to_config(stages[stage](pathlib.Path(data)))
 
 
 def contrastive(data: pathlib.Path, **changes: object) -> Experiment:
     text = TextEncoderConfig(vocab_size=VOCABULARY, layers=1, width=16, heads=2, max_length=24)
     return _experiment(
-        data, changes, task="contrastive", contrastive=ContrastiveConfig(vision=VISION, text=text, joint_width=16),
+        data,
+        changes,
+        task="contrastive",
+        contrastive=ContrastiveConfig(vision=VISION, text=text, joint_width=16),
         data={"ltip": DatasetConfig("pairs", str(data / "ltip"), batch_size=8)},
     )
 
 
 def language_model(data: pathlib.Path, **changes: object) -> Experiment:
     return _experiment(
-        data, changes, task="language_modelling", language_model=LANGUAGE_MODEL,
+        data,
+        changes,
+        task="language_modelling",
+        language_model=LANGUAGE_MODEL,
         data={"text": DatasetConfig("text", str(data / "text"), batch_size=8, length=32)},
     )
 
@@ -50,25 +74,61 @@ def language_model(data: pathlib.Path, **changes: object) -> Experiment:
 def flamingo(data: pathlib.Path, **changes: object) -> Experiment:
     """The Flamingo on all four datasets, on untrained frozen parts unless exports are named."""
     return _experiment(
-        data, changes, task="flamingo",
+        data,
+        changes,
+        task="flamingo",
         flamingo=FlamingoConfig(
-            vision=VISION, language_model=LANGUAGE_MODEL,
-            resampler=ResamplerConfig(layers=1, width=16, heads=2, head_width=8, latents=2, frames=4, feed_forward=32),
-            xattn_heads=2, xattn_head_width=8, xattn_feed_forward=32,
+            vision=VISION,
+            language_model=LANGUAGE_MODEL,
+            resampler=ResamplerConfig(
+                layers=1, width=16, heads=2, head_width=8, latents=2, frames=4, feed_forward=32
+            ),
+            xattn_heads=2,
+            xattn_head_width=8,
+            xattn_feed_forward=32,
         ),
         data={
-            "m3w": DatasetConfig("pages", str(data / "m3w"), batch_size=8, length=64, visuals=2, weight=1.0, p_next=0.5),
-            "align": DatasetConfig("pairs", str(data / "align"), batch_size=8, length=48, visuals=2, weight=0.2),
-            "ltip": DatasetConfig("pairs", str(data / "ltip"), batch_size=8, length=48, visuals=2, weight=0.2, colour=0.2),
-            "vtp": DatasetConfig("videos", str(data / "vtp"), batch_size=8, length=48, visuals=1, frames=4, weight=0.03),
+            "m3w": DatasetConfig(
+                "pages",
+                str(data / "m3w"),
+                batch_size=8,
+                length=64,
+                visuals=2,
+                weight=1.0,
+                p_next=0.5,
+            ),
+            "align": DatasetConfig(
+                "pairs", str(data / "align"), batch_size=8, length=48, visuals=2, weight=0.2
+            ),
+            "ltip": DatasetConfig(
+                "pairs",
+                str(data / "ltip"),
+                batch_size=8,
+                length=48,
+                visuals=2,
+                weight=0.2,
+                colour=0.2,
+            ),
+            "vtp": DatasetConfig(
+                "videos",
+                str(data / "vtp"),
+                batch_size=8,
+                length=48,
+                visuals=1,
+                frames=4,
+                weight=0.03,
+            ),
         },
-        vision_encoder_from="random", language_model_from="random",
+        vision_encoder_from="random",
+        language_model_from="random",
     )
 
 
 def questions(data: pathlib.Path, **changes: object) -> Experiment:
     """The Flamingo on questions alone, several to a row."""
-    asked = DatasetConfig("questions", str(data / "vqa"), split="test", batch_size=8, length=64, visuals=2)
+    asked = DatasetConfig(
+        "questions", str(data / "vqa"), split="test", batch_size=8, length=64, visuals=2
+    )
     return dataclasses.replace(flamingo(data, **changes), data={"vqa": asked})
 
 
@@ -85,5 +145,10 @@ def unfrozen(data: pathlib.Path, **changes: object) -> Experiment:
 
 
 def _experiment(folder: pathlib.Path, changes: dict[str, object], **options: object) -> Experiment:
-    shared: dict[str, object] = {"name": "small", "tokenizer": str(folder / "tokenizer"), "optimizer": OPTIMIZER, "training": TRAINING}
+    shared: dict[str, object] = {
+        "name": "small",
+        "tokenizer": str(folder / "tokenizer"),
+        "optimizer": OPTIMIZER,
+        "training": TRAINING,
+    }
     return Experiment(**(shared | options | changes))  # type: ignore[arg-type]

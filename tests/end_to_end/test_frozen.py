@@ -1,4 +1,6 @@
-"""Three stages, each on the exports of those before: what is frozen stays as it was to the bit, and an export is the model trained."""
+"""Three stages, each on the exports of those before: what is frozen stays as it was to the bit,
+and an export is the model trained.
+"""
 
 import dataclasses
 import json
@@ -46,41 +48,68 @@ def run(experiment: Experiment, folder: pathlib.Path) -> Export:
 
 
 @pytest.fixture(scope="module")
-def stages(data: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Export, Export, Export]:
-    """The Flamingo's experiment, and the exports of the encoder, the language model and the Flamingo."""
+def stages(
+    data: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Experiment, Export, Export, Export]:
+    """The Flamingo's experiment, and the exports of the encoder, the language model and the
+    Flamingo.
+    """
     folder = tmp_path_factory.mktemp("stages")
     contrastive = run(small.contrastive(data, training=TRAINING), folder / "contrastive")
     language_model = run(small.language_model(data, training=TRAINING), folder / "language_model")
     experiment = small.flamingo(
-        data, training=TRAINING, vision_encoder_from=str(contrastive.folder), language_model_from=str(language_model.folder)
+        data,
+        training=TRAINING,
+        vision_encoder_from=str(contrastive.folder),
+        language_model_from=str(language_model.folder),
     )
     # One dataset compiles in a quarter of the time of four.
     experiment = dataclasses.replace(experiment, data={"m3w": experiment.data["m3w"]})
     return experiment, contrastive, language_model, run(experiment, folder / "flamingo")
 
 
-def test_frozen_parts_are_their_exports_to_the_bit(stages: tuple[Experiment, Export, Export, Export]) -> None:
+def test_frozen_parts_are_their_exports_to_the_bit(
+    stages: tuple[Experiment, Export, Export, Export],
+) -> None:
     _, contrastive, language_model, flamingo = stages
-    for base, source, part in ((contrastive, "vision/", "vision_encoder/"), (language_model, "", "language_model/")):
-        expected = {part + name.removeprefix(source): value for name, value in base.read(source).items()}
+    for base, source, part in (
+        (contrastive, "vision/", "vision_encoder/"),
+        (language_model, "", "language_model/"),
+    ):
+        expected = {
+            part + name.removeprefix(source): value for name, value in base.read(source).items()
+        }
         found = flamingo.read(part)
         assert found and sorted(found) == sorted(expected)
         for name, value in found.items():
-            assert value.dtype == expected[name].dtype and value.tobytes() == expected[name].tobytes(), name
+            assert (
+                value.dtype == expected[name].dtype and value.tobytes() == expected[name].tobytes()
+            ), name
 
 
-def test_every_trained_parameter_has_moved(stages: tuple[Experiment, Export, Export, Export]) -> None:
+def test_every_trained_parameter_has_moved(
+    stages: tuple[Experiment, Export, Export, Export],
+) -> None:
     experiment, _, _, flamingo = stages
     mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
         start = initialise(experiment, assemble(experiment, mesh)).trainable
     found = flamingo.read()
-    assert {name.split("/")[0] for name in start} == {"resampler", "visual_projection", "gated_xattn", "extra_embedding"}
-    still = [name for name, value in start.items() if np.array_equal(found[name], np.asarray(value))]
+    assert {name.split("/")[0] for name in start} == {
+        "resampler",
+        "visual_projection",
+        "gated_xattn",
+        "extra_embedding",
+    }
+    still = [
+        name for name, value in start.items() if np.array_equal(found[name], np.asarray(value))
+    ]
     assert not still
 
 
-def test_an_export_gives_the_logits_of_the_model_trained(stages: tuple[Experiment, Export, Export, Export]) -> None:
+def test_an_export_gives_the_logits_of_the_model_trained(
+    stages: tuple[Experiment, Export, Export, Export],
+) -> None:
     experiment, *_, flamingo = stages
     mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
@@ -97,11 +126,20 @@ def test_an_export_gives_the_logits_of_the_model_trained(stages: tuple[Experimen
     @nnx.jit
     def logits(model: Flamingo) -> jax.Array:
         visuals = model.encode_visuals(batch["images"], batch["frame_mask"])
-        return model(batch["tokens"], batch["positions"], batch["segments"], batch["media_index"], visuals, batch["visuals"])
+        return model(
+            batch["tokens"],
+            batch["positions"],
+            batch["segments"],
+            batch["media_index"],
+            visuals,
+            batch["visuals"],
+        )
 
     loaded = load_flamingo(flamingo.folder)
     assert loaded.config == experiment.flamingo
-    trained = merge_model(assembly.graph, {name: jnp.asarray(value) for name, value in parameters.items()})
+    trained = merge_model(
+        assembly.graph, {name: jnp.asarray(value) for name, value in parameters.items()}
+    )
     np.testing.assert_array_equal(logits(loaded.model), logits(trained))
 
 
@@ -138,9 +176,13 @@ def test_an_export_says_which_step_it_takes_and_changes_nothing_in_the_workdir(
         export.main()
 
 
-def test_with_kept_features_the_losses_are_those_of_the_pictures(stages: tuple[Experiment, Export, Export, Export], tmp_path: pathlib.Path) -> None:
+def test_with_kept_features_the_losses_are_those_of_the_pictures(
+    stages: tuple[Experiment, Export, Export, Export], tmp_path: pathlib.Path
+) -> None:
     experiment, *_, flamingo = stages
-    cached = dataclasses.replace(experiment, training=dataclasses.replace(experiment.training, cache_features=True))
+    cached = dataclasses.replace(
+        experiment, training=dataclasses.replace(experiment.training, cache_features=True)
+    )
     run(cached, tmp_path)
 
     def losses(folder: pathlib.Path) -> list[float]:

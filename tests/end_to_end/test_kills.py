@@ -1,4 +1,6 @@
-"""Runs that are killed, damaged and signalled through the real command give every step's loss to the bit."""
+"""Runs that are killed, damaged and signalled through the real command give every step's loss
+to the bit.
+"""
 
 import os
 import pathlib
@@ -28,15 +30,28 @@ Start = Callable[..., "subprocess.Popen[str]"]
 def start(data: pathlib.Path) -> Start:
     """(workdir, *overrides, stage) -> the training command, running on one device."""
 
-    def run(workdir: pathlib.Path, *overrides: str, stage: str = "flamingo") -> "subprocess.Popen[str]":
-        return launch("train", f"--config=tests/end_to_end/small.py:{stage},{data}", f"--workdir={workdir}", *overrides)
+    def run(
+        workdir: pathlib.Path, *overrides: str, stage: str = "flamingo"
+    ) -> "subprocess.Popen[str]":
+        return launch(
+            "train",
+            f"--config=tests/end_to_end/small.py:{stage},{data}",
+            f"--workdir={workdir}",
+            *overrides,
+        )
 
     return run
 
 
 def launch(command: str, *arguments: str) -> "subprocess.Popen[str]":
     """A command of launch/, running on one device."""
-    return subprocess.Popen([sys.executable, "-m", f"launch.{command}", *arguments], cwd=ROOT, env=one_device(), stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", f"launch.{command}", *arguments],
+        cwd=ROOT,
+        env=one_device(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
@@ -66,7 +81,14 @@ def wait_for(step: int, workdir: pathlib.Path, process: "subprocess.Popen[str]")
 
 
 def newest(workdir: pathlib.Path) -> int:
-    return max((int(path.parent.name) for path in workdir.glob(f"checkpoints/*/{manifest.NAME}") if path.parent.name.isdecimal()), default=0)
+    return max(
+        (
+            int(path.parent.name)
+            for path in workdir.glob(f"checkpoints/*/{manifest.NAME}")
+            if path.parent.name.isdecimal()
+        ),
+        default=0,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +102,15 @@ def unbroken(start: Start, tmp_path_factory: pytest.TempPathFactory) -> dict[int
 
 
 @pytest.mark.scale
-def test_killed_ten_times_the_losses_are_the_unbroken_runs(start: Start, unbroken: dict[int, float], tmp_path: pathlib.Path) -> None:
+def test_killed_ten_times_the_losses_are_the_unbroken_runs(
+    start: Start, unbroken: dict[int, float], tmp_path: pathlib.Path
+) -> None:
     chance = random.Random(0)
     for kill in range(KILLS):
         before = newest(tmp_path)
         process = start(tmp_path)
-        # The records of what comes after the checkpoint are cut away at the start of the run; until then they are the last run's.
+        # The records of what comes after the checkpoint are cut away at the start of the run;
+        # until then they are the last run's.
         ahead = chance.randint(1, 4)
         while last_step(tmp_path) > before and process.poll() is None:
             time.sleep(0.002)
@@ -100,7 +125,9 @@ def test_killed_ten_times_the_losses_are_the_unbroken_runs(start: Start, unbroke
 
 
 @pytest.mark.scale
-def test_a_flipped_byte_is_named_and_the_checkpoint_before_is_used(start: Start, unbroken: dict[int, float], tmp_path: pathlib.Path) -> None:
+def test_a_flipped_byte_is_named_and_the_checkpoint_before_is_used(
+    start: Start, unbroken: dict[int, float], tmp_path: pathlib.Path
+) -> None:
     process = start(tmp_path)
     wait_for(11, tmp_path, process)
     process.terminate()
@@ -108,7 +135,10 @@ def test_a_flipped_byte_is_named_and_the_checkpoint_before_is_used(start: Start,
     steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert len(steps) == 2 and steps[-1] >= 11
     folder = tmp_path / "checkpoints" / str(steps[-1])
-    victim = max((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    victim = max(
+        (file for file in folder.rglob("*") if file.is_file()),
+        key=lambda file: file.stat().st_size,
+    )
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
@@ -120,10 +150,17 @@ def test_a_flipped_byte_is_named_and_the_checkpoint_before_is_used(start: Start,
     assert losses(tmp_path) == unbroken
 
 
-def test_a_signal_saves_exits_with_its_code_and_the_same_command_goes_on(start: Start, tmp_path: pathlib.Path) -> None:
+def test_a_signal_saves_exits_with_its_code_and_the_same_command_goes_on(
+    start: Start, tmp_path: pathlib.Path
+) -> None:
     # The stage that compiles soonest.
     stage = "language_model"
-    process = start(tmp_path / "stopped", "--config.training.steps=100000", "--config.training.save_every=100000", stage=stage)
+    process = start(
+        tmp_path / "stopped",
+        "--config.training.steps=100000",
+        "--config.training.save_every=100000",
+        stage=stage,
+    )
     wait_for(1, tmp_path / "stopped", process)
     # One that stands still holds its workdir too, and comes no further meanwhile.
     process.send_signal(signal.SIGSTOP)
@@ -138,6 +175,13 @@ def test_a_signal_saves_exits_with_its_code_and_the_same_command_goes_on(start: 
     stopped = last_step(tmp_path / "stopped")
     assert f"stopped by a signal at step {stopped} and saved" in err
     for workdir in ("stopped", "unbroken"):
-        finish(start(tmp_path / workdir, f"--config.training.steps={stopped + 2}", "--config.training.save_every=100000", stage=stage))
+        finish(
+            start(
+                tmp_path / workdir,
+                f"--config.training.steps={stopped + 2}",
+                "--config.training.save_every=100000",
+                stage=stage,
+            )
+        )
     assert losses(tmp_path / "stopped") == losses(tmp_path / "unbroken")
     assert not list((tmp_path / "stopped").glob(".holder*"))

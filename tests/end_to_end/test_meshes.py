@@ -1,4 +1,6 @@
-"""Eight devices in any shape of mesh give the losses of one; a row that is packed gives each token the loss it has alone."""
+"""Eight devices in any shape of mesh give the losses of one; a row that is packed gives each
+token the loss it has alone.
+"""
 
 import dataclasses
 import itertools
@@ -22,7 +24,9 @@ SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if np.pro
 # Eight heads, so that `model` can take all eight devices.
 MODEL = dataclasses.replace(
     world.FLAMINGO,
-    language_model=dataclasses.replace(world.FLAMINGO.language_model, width=32, heads=8, head_width=4, feed_forward=64),
+    language_model=dataclasses.replace(
+        world.FLAMINGO.language_model, width=32, heads=8, head_width=4, feed_forward=64
+    ),
     xattn_heads=8,
     xattn_head_width=4,
     xattn_feed_forward=64,
@@ -31,7 +35,9 @@ MODEL = dataclasses.replace(
 
 def run(workdir: pathlib.Path, mesh: MeshConfig, **form: object) -> np.ndarray:
     """The losses of `STEPS` steps."""
-    training = dataclasses.replace(world.experiment().training, steps=STEPS, save_every=STEPS, **form)  # type: ignore[arg-type]
+    training = dataclasses.replace(
+        world.experiment().training, steps=STEPS, save_every=STEPS, **form
+    )  # type: ignore[arg-type]
     # At higher rates a hundred steps of Adam on random tokens blow rounding up past the bound.
     optimizer = dataclasses.replace(world.experiment().optimizer, peak_rate=1e-4)
     experiment = world.experiment(flamingo=MODEL, mesh=mesh, training=training, optimizer=optimizer)
@@ -51,13 +57,17 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
 
 @pytest.mark.scale
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_mesh_gives_the_losses_of_one_device(alone: np.ndarray, shape: tuple[int, int, int], tmp_path: pathlib.Path) -> None:
+def test_every_mesh_gives_the_losses_of_one_device(
+    alone: np.ndarray, shape: tuple[int, int, int], tmp_path: pathlib.Path
+) -> None:
     np.testing.assert_allclose(run(tmp_path, MeshConfig(*shape)), alone, rtol=1e-5)
 
 
 @pytest.mark.scale
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_stream_with_less_kept_gives_them_on_every_mesh(alone: np.ndarray, shape: tuple[int, int, int], tmp_path: pathlib.Path) -> None:
+def test_the_stream_with_less_kept_gives_them_on_every_mesh(
+    alone: np.ndarray, shape: tuple[int, int, int], tmp_path: pathlib.Path
+) -> None:
     """Where `model` is more than 1, the residual stream lies over it along the sequence."""
     losses = run(tmp_path, MeshConfig(*shape), mixing="stream", remat="products", frames_at_once=3)
     np.testing.assert_allclose(losses, alone, rtol=1e-5)
@@ -70,17 +80,25 @@ def test_packing_changes_no_tokens_loss() -> None:
     gates.attention_gate[...] = gates.dense_gate[...] = jnp.full(gates.attention_gate.shape, 0.7)
     batch = world.batch(world.DATA["m3w"], 3)
 
-    visual_tokens = jax.jit(model.encode_visuals)(jnp.asarray(batch["images"]), jnp.asarray(batch["frame_mask"]))
+    visual_tokens = jax.jit(model.encode_visuals)(
+        jnp.asarray(batch["images"]), jnp.asarray(batch["frame_mask"])
+    )
     graph, state = nnx.split(model)
-    forward = jax.jit(lambda state, **arrays: nnx.merge(graph, state)(visual_tokens=visual_tokens, **arrays))
+    forward = jax.jit(
+        lambda state, **arrays: nnx.merge(graph, state)(visual_tokens=visual_tokens, **arrays)
+    )
 
     def losses(rows: dict[str, np.ndarray]) -> np.ndarray:
-        """[B, L]: of the token at each place, from what stands before it in its segment; 0 where none does."""
+        """[B, L]: of the token at each place, from what stands before it in its segment; 0
+        where none does.
+        """
         names = ("tokens", "positions", "segments", "media_index", "visuals")
         logits = forward(state, **{name: rows[name] for name in names})
         steps = -jax.nn.log_softmax(logits[:, :-1])
         found = np.take_along_axis(np.asarray(steps), rows["tokens"][:, 1:, None], -1)[..., 0]
-        follows = (rows["segments"][:, 1:] == rows["segments"][:, :-1]) & (rows["segments"][:, 1:] > 0)
+        follows = (rows["segments"][:, 1:] == rows["segments"][:, :-1]) & (
+            rows["segments"][:, 1:] > 0
+        )
         return np.pad(np.where(follows, found, 0), ((0, 0), (1, 0)))
 
     packed = losses(batch)
@@ -89,7 +107,10 @@ def test_packing_changes_no_tokens_loss() -> None:
         mine = batch["segments"] == segment
         # Shifted to the front of a row of its own.
         order = np.argsort(~mine, axis=1, kind="stable")
-        rows = {name: np.take_along_axis(batch[name], order, 1) for name in ("tokens", "positions", "segments", "media_index")}
+        rows = {
+            name: np.take_along_axis(batch[name], order, 1)
+            for name in ("tokens", "positions", "segments", "media_index")
+        }
         kept = np.take_along_axis(mine, order, 1)
         rows["segments"] = np.where(kept, 1, 0).astype(np.int32)
         alone = losses(rows | {"visuals": batch["visuals"]})

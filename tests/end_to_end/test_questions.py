@@ -1,4 +1,6 @@
-"""Runs on questions: the encoder frozen or not, gone on from, with kept features, killed, exported and evaluated."""
+"""Runs on questions: the encoder frozen or not, gone on from, with kept features, killed,
+exported and evaluated.
+"""
 
 import dataclasses
 import json
@@ -26,18 +28,29 @@ from tests.end_to_end.test_kills import Start, finish, start  # noqa: F401 - a f
 from tests.launch import commands
 
 STEPS = 3
-VIT = VisionConfig(image_size=32, vit=ViTConfig(patch_size=8, layers=1, width=16, heads=2, feed_forward=32))
+VIT = VisionConfig(
+    image_size=32, vit=ViTConfig(patch_size=8, layers=1, width=16, heads=2, feed_forward=32)
+)
 """Compiles in a fraction of an NFNet's time."""
 
 
 def experiment_of(form: Experiment, **changes: object) -> Experiment:
-    return dataclasses.replace(form, training=dataclasses.replace(form.training, **({"steps": STEPS, "save_every": 2} | changes)))  # type: ignore[arg-type]
+    return dataclasses.replace(
+        form,
+        training=dataclasses.replace(
+            form.training, **({"steps": STEPS, "save_every": 2} | changes)
+        ),
+    )  # type: ignore[arg-type]
 
 
 def train(experiment: Experiment, folder: pathlib.Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         command = commands.load("train")
-        for name, value in (("CONFIG", configuring.to_config(experiment)), ("PREPARE", False), ("WORKDIR", str(folder))):
+        for name, value in (
+            ("CONFIG", configuring.to_config(experiment)),
+            ("PREPARE", False),
+            ("WORKDIR", str(folder)),
+        ):
             patch.setattr(command, name, commands.flag(value))
         assert command.main() == 0
 
@@ -47,7 +60,9 @@ def one_device() -> Iterator[None]:
     """Compiles in half of the time of eight."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (loop, commands.load("train"), commands.load("export")):
-            patch.setattr(module, "make_mesh", lambda config: make_mesh(MeshConfig(), jax.devices()[:1]))
+            patch.setattr(
+                module, "make_mesh", lambda config: make_mesh(MeshConfig(), jax.devices()[:1])
+            )
         yield
 
 
@@ -56,26 +71,40 @@ def losses(folder: pathlib.Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def tuned(data: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Export]:
+def tuned(
+    data: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Experiment, Export]:
     """A Flamingo whose encoder was trained, and its export."""
     experiment = experiment_of(small.unfrozen(data))
     assert experiment.flamingo is not None
-    experiment = dataclasses.replace(experiment, flamingo=dataclasses.replace(experiment.flamingo, vision=VIT))
+    experiment = dataclasses.replace(
+        experiment, flamingo=dataclasses.replace(experiment.flamingo, vision=VIT)
+    )
     return experiment, run(experiment, tmp_path_factory.mktemp("tuned"))
 
 
-def test_an_unfrozen_encoder_moves_and_is_exported_and_the_language_model_stays(tuned: tuple[Experiment, Export]) -> None:
+def test_an_unfrozen_encoder_moves_and_is_exported_and_the_language_model_stays(
+    tuned: tuple[Experiment, Export],
+) -> None:
     experiment, export = tuned
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         began = initialise(experiment, assemble(experiment, mesh)).trainable
-    assert {name.split("/")[0] for name in began} == {"vision_encoder", "resampler", "visual_projection", "gated_xattn", "extra_embedding"}
+    assert {name.split("/")[0] for name in began} == {
+        "vision_encoder",
+        "resampler",
+        "visual_projection",
+        "gated_xattn",
+        "extra_embedding",
+    }
     found = export.read()
     assert all(found[name].dtype == np.float32 for name in began)
     assert [name for name in began if np.array_equal(found[name], began[name])] == []
 
 
-def test_a_run_that_goes_on_has_the_unbroken_runs_losses(tuned: tuple[Experiment, Export], tmp_path: pathlib.Path) -> None:
+def test_a_run_that_goes_on_has_the_unbroken_runs_losses(
+    tuned: tuple[Experiment, Export], tmp_path: pathlib.Path
+) -> None:
     experiment, export = tuned
     train(experiment_of(experiment, steps=2), tmp_path)
     train(experiment, tmp_path)
@@ -85,39 +114,71 @@ def test_a_run_that_goes_on_has_the_unbroken_runs_losses(tuned: tuple[Experiment
 def frozen_again(experiment: Experiment, export: Export) -> Experiment:
     """Fine-tuning of an export at another picture size, with a rate that falls in steps."""
     assert experiment.flamingo is not None
-    flamingo = dataclasses.replace(experiment.flamingo, vision=dataclasses.replace(experiment.flamingo.vision, image_size=48))
+    flamingo = dataclasses.replace(
+        experiment.flamingo,
+        vision=dataclasses.replace(experiment.flamingo.vision, image_size=48),
+    )
     optimizer = dataclasses.replace(experiment.optimizer, decay="stepwise", decay_at=(1,))
-    origin = {"vision_encoder_from": "", "language_model_from": "", "flamingo_from": str(export.folder)}
-    return experiment_of(dataclasses.replace(experiment, flamingo=flamingo, optimizer=optimizer, **origin), unfreeze_vision_encoder=False)
+    origin = {
+        "vision_encoder_from": "",
+        "language_model_from": "",
+        "flamingo_from": str(export.folder),
+    }
+    return experiment_of(
+        dataclasses.replace(experiment, flamingo=flamingo, optimizer=optimizer, **origin),
+        unfreeze_vision_encoder=False,
+    )
 
 
-def test_fine_tuning_goes_on_from_an_export(tuned: tuple[Experiment, Export], tmp_path: pathlib.Path) -> None:
+def test_fine_tuning_goes_on_from_an_export(
+    tuned: tuple[Experiment, Export], tmp_path: pathlib.Path
+) -> None:
     experiment, export = tuned
     tuning, before = frozen_again(experiment, export), export.read()
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         began = initialise(tuning, assemble(tuning, mesh)).trainable
-    assert "resampler/latents" in began and not any(name.startswith("vision_encoder/") for name in began)
+    assert "resampler/latents" in began and not any(
+        name.startswith("vision_encoder/") for name in began
+    )
     for name, value in began.items():
         np.testing.assert_array_equal(value, before[name])
 
-    after = run(experiment_of(tuning, cache_features=True), tmp_path / "tuned").read("vision_encoder/")
+    after = run(experiment_of(tuning, cache_features=True), tmp_path / "tuned").read(
+        "vision_encoder/"
+    )
     positions = after.pop("vision_encoder/position_embedding")
     assert after and all(np.array_equal(value, before[name]) for name, value in after.items())
     # A ViT's positions are those that it makes of its own for pictures of this size.
-    np.testing.assert_allclose(positions, resize_positions(before["vision_encoder/position_embedding"], 6, 6), atol=1e-6)
+    np.testing.assert_allclose(
+        positions,
+        resize_positions(before["vision_encoder/position_embedding"], 6, 6),
+        atol=1e-6,
+    )
 
 
-def test_what_does_not_belong_together_is_refused(tuned: tuple[Experiment, Export], tmp_path: pathlib.Path) -> None:
+def test_what_does_not_belong_together_is_refused(
+    tuned: tuple[Experiment, Export], tmp_path: pathlib.Path
+) -> None:
     experiment, export = tuned
     tuning = frozen_again(experiment, export)
     assert tuning.flamingo is not None
-    other = dataclasses.replace(tuning.flamingo, resampler=dataclasses.replace(tuning.flamingo.resampler, latents=3))
+    other = dataclasses.replace(
+        tuning.flamingo, resampler=dataclasses.replace(tuning.flamingo.resampler, latents=3)
+    )
     refused = {
-        r"cache_features keeps what a frozen encoder makes, but training\.unfreeze_vision_encoder trains it": experiment_of(experiment, cache_features=True),
-        "flamingo_from brings the encoder and the language model along": dataclasses.replace(tuning, vision_encoder_from="random"),
-        "was trained with latents = 2, but this config's model has 3": dataclasses.replace(tuning, flamingo=other),
-        "flamingo_from is 'nowhere', which is no folder": dataclasses.replace(tuning, flamingo_from="nowhere"),
+        r"cache_features keeps what a frozen encoder makes, but training\.unfreeze_vision_encoder trains it": experiment_of(  # noqa: E501
+            experiment, cache_features=True
+        ),
+        "flamingo_from brings the encoder and the language model along": dataclasses.replace(
+            tuning, vision_encoder_from="random"
+        ),
+        "was trained with latents = 2, but this config's model has 3": dataclasses.replace(
+            tuning, flamingo=other
+        ),
+        "flamingo_from is 'nowhere', which is no folder": dataclasses.replace(
+            tuning, flamingo_from="nowhere"
+        ),
     }
     for sentence, wrong in refused.items():
         with pytest.raises(UserError, match=sentence):
@@ -126,7 +187,9 @@ def test_what_does_not_belong_together_is_refused(tuned: tuple[Experiment, Expor
 
 
 @pytest.mark.scale
-def test_with_kept_features_the_losses_are_those_of_the_pictures(tuned: tuple[Experiment, Export], tmp_path: pathlib.Path) -> None:
+def test_with_kept_features_the_losses_are_those_of_the_pictures(
+    tuned: tuple[Experiment, Export], tmp_path: pathlib.Path
+) -> None:
     tuning = experiment_of(frozen_again(*tuned), steps=30)
     for name, kept in (("pictures", False), ("kept", True)):
         train(experiment_of(tuning, cache_features=kept, steps=30), tmp_path / name)
@@ -134,14 +197,36 @@ def test_with_kept_features_the_losses_are_those_of_the_pictures(tuned: tuple[Ex
     np.testing.assert_allclose(losses(tmp_path / "kept"), losses(tmp_path / "pictures"), rtol=1e-5)
 
 
-def test_evaluation_asks_as_training_did(tuned: tuple[Experiment, Export], data: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
+def test_evaluation_asks_as_training_did(
+    tuned: tuple[Experiment, Export],
+    data: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
     _, export = tuned
     evaluate = commands.load("evaluate")
     values = {
-        "MODEL": str(export.folder), "OUTPUT": str(tmp_path), "BENCHMARK": [f"vqa:shapes={data}/vqa:unseen,support={data}/vqa:test"], "SHOTS": None,
-        "BASELINE": "", "SUITE": None, "TEXT_EXAMPLES": None, "QUESTION_PROMPT": None, "SELECTION": "random", "SEED": 0, "MAX_TOKENS": 2, "BEAM": 1,
-        "SECONDS": "", "CURVES": [], "LIMIT": 8, "ROWS": 8, "CAPTION_PROMPT": "Output:",
-        "SUPPORT_LIMIT": 2048, "CLASSES": "", "FRAMES": None, "FPS": None,
+        "MODEL": str(export.folder),
+        "OUTPUT": str(tmp_path),
+        "BENCHMARK": [f"vqa:shapes={data}/vqa:unseen,support={data}/vqa:test"],
+        "SHOTS": None,
+        "BASELINE": "",
+        "SUITE": None,
+        "TEXT_EXAMPLES": None,
+        "QUESTION_PROMPT": None,
+        "SELECTION": "random",
+        "SEED": 0,
+        "MAX_TOKENS": 2,
+        "BEAM": 1,
+        "SECONDS": "",
+        "CURVES": [],
+        "LIMIT": 8,
+        "ROWS": 8,
+        "CAPTION_PROMPT": "Output:",
+        "SUPPORT_LIMIT": 2048,
+        "CLASSES": "",
+        "FRAMES": None,
+        "FPS": None,
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in values.items():
@@ -149,18 +234,28 @@ def test_evaluation_asks_as_training_did(tuned: tuple[Experiment, Export], data:
         assert evaluate.main() == 0
     report = json.loads((tmp_path / "report.json").read_text())
     figures = report["benchmarks"]["shapes"]["0"]
-    assert {"accuracy", "commonest_answer"} <= set(figures) and report["settings"]["text_examples"] == 0
+    assert {"accuracy", "commonest_answer"} <= set(figures) and report["settings"][
+        "text_examples"
+    ] == 0
     assert report["commonest_answers"]["shapes"] and "commonest answer" in capsys.readouterr().out
 
 
 @pytest.mark.scale
 @pytest.mark.parametrize("stage", ["questions", "unfrozen"])
-def test_killed_runs_on_questions_have_the_unbroken_runs_losses(stage: str, start: Start, tmp_path: pathlib.Path) -> None:  # noqa: F811
+def test_killed_runs_on_questions_have_the_unbroken_runs_losses(
+    stage: str,
+    start: Start,
+    tmp_path: pathlib.Path,  # noqa: F811
+) -> None:  # noqa: F811
     finish(start(tmp_path / "unbroken", stage=stage))
     chance = random.Random(0)
     for _ in range(3):
         process = start(tmp_path / "killed", stage=stage)
-        test_kills.wait_for(test_kills.last_step(tmp_path / "killed") + chance.randint(3, 6), tmp_path / "killed", process)
+        test_kills.wait_for(
+            test_kills.last_step(tmp_path / "killed") + chance.randint(3, 6),
+            tmp_path / "killed",
+            process,
+        )
         assert process.poll() is None
         os.kill(process.pid, signal.SIGKILL)
         finish(process, -signal.SIGKILL)

@@ -1,4 +1,6 @@
-"""Training on storage that fails: it goes on, or is started again, to the losses that it has on storage that does not."""
+"""Training on storage that fails: it goes on, or is started again, to the losses that it has on
+storage that does not.
+"""
 
 import pathlib
 import subprocess
@@ -23,22 +25,37 @@ STARTS = [
     ("info:1:60", EXIT_SAVE_FAILED),
     ("manifest:1:1,feature:3:2,shard:1:2", 0),
 ]
-"""Faults of each start (see `failing`), 20 in all, and its exit code. Several threads share the 60 reads that fail in a row."""
+"""Faults of each start (see `failing`), 20 in all, and its exit code.
+
+Several threads share the 60 reads that fail in a row.
+"""
 
 
 @pytest.mark.scale
 def test_20_faults_of_storage_change_no_loss(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
     assert sum(len(faults.split(",")) for faults, _ in STARTS) == 20
     frozen = tmp_path / "contrastive"
-    finish(launch("train", f"--config=tests/end_to_end/small.py:contrastive,{data}", f"--workdir={frozen}", "--config.training.steps=3"))
+    finish(
+        launch(
+            "train",
+            f"--config=tests/end_to_end/small.py:contrastive,{data}",
+            f"--workdir={frozen}",
+            "--config.training.steps=3",
+        )
+    )
     finish(launch("export", f"--workdir={frozen}", f"--output={frozen / 'export'}"))
 
     def run(workdir: pathlib.Path, faults: str, code: int) -> str:
         command = [
-            sys.executable, "-m", "tests.end_to_end.failing", faults, f"--config=tests/end_to_end/small.py:pages,{data}", f"--workdir={workdir}",
-            f"--config.vision_encoder_from={frozen / 'export'}", "--config.training.cache_features=True",
+            sys.executable, "-m", "tests.end_to_end.failing", faults, f"--config=tests/end_to_end/small.py:pages,{data}", f"--workdir={workdir}",  # noqa: E501
+            f"--config.vision_encoder_from={frozen / 'export'}", "--config.training.cache_features=True",  # noqa: E501
         ]  # fmt: skip
-        return finish(subprocess.Popen(command, cwd=ROOT, env=one_device(), stderr=subprocess.PIPE, text=True), code)
+        return finish(
+            subprocess.Popen(
+                command, cwd=ROOT, env=one_device(), stderr=subprocess.PIPE, text=True
+            ),
+            code,
+        )
 
     def forget() -> None:
         for path in [*data.glob("*/*/lengths_*"), *data.glob("*/*/features_*/*")]:
@@ -53,7 +70,10 @@ def test_20_faults_of_storage_change_no_loss(data: pathlib.Path, tmp_path: pathl
         told = run(tmp_path / "failing", faults, code)
         count = len(faults.split(","))
         assert f"faults met: {count} of {count}" in told, told
-        assert "damaged" not in told.replace("nothing is taken for damaged", "") and "masked" not in told, told
+        assert (
+            "damaged" not in told.replace("nothing is taken for damaged", "")
+            and "masked" not in told
+        ), told
         if code:
             assert "start again" in told and "Traceback" not in told, told
     assert losses(tmp_path / "failing") == expected

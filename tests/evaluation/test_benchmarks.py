@@ -6,7 +6,14 @@ import pytest
 from PIL import Image
 
 from flamingo_jax.errors import UserError
-from flamingo_jax.evaluation.benchmarks import Binding, Classification, Settings, captioning, commonest_answer, question_answering
+from flamingo_jax.evaluation.benchmarks import (
+    Binding,
+    Classification,
+    Settings,
+    captioning,
+    commonest_answer,
+    question_answering,
+)
 from flamingo_jax.evaluation.drawn_world import direction_right
 from flamingo_jax.evaluation.examples import page_examples, read_examples, read_pages
 from flamingo_jax.evaluation.prompts import QUESTION, Format, clean
@@ -24,7 +31,9 @@ def picture_of(prompt: Prompt) -> int:
 
 
 def test_captioning_zero_shot_has_text_only_examples_and_scores_exact_matches() -> None:
-    engine = ScriptedEngine(lambda prompt: {1: " A red circle", 2: " a red circle"}[picture_of(prompt)])
+    engine = ScriptedEngine(
+        lambda prompt: {1: " A red circle", 2: " a red circle"}[picture_of(prompt)]
+    )
     result = captioning("captions", QUERIES, SUPPORT).run(engine, Settings())
     assert result.accuracy == 0.5
     assert [sample.prediction for sample in result.samples] == ["A red circle", "a red circle"]
@@ -49,7 +58,10 @@ def test_few_shot_prompts_show_their_examples_pictures_and_no_text_only_ones() -
 
 
 def test_questions_are_scored_by_type() -> None:
-    queries = [example(1, "red", "what colour is it?", "colour"), example(2, "star", "what shape is it?", "shape")]
+    queries = [
+        example(1, "red", "what colour is it?", "colour"),
+        example(2, "star", "what shape is it?", "shape"),
+    ]
     engine = ScriptedEngine(lambda prompt: " red<EOC>"[:4])
     result = question_answering("vqa", queries, []).run(engine, Settings(text_examples=0))
     assert result.figures == {"accuracy": 0.5, "accuracy/colour": 1.0, "accuracy/shape": 0.0}
@@ -57,9 +69,17 @@ def test_questions_are_scored_by_type() -> None:
 
 
 def test_the_commonest_answer_stands_beside_the_accuracy() -> None:
-    assert commonest_answer([["no"], ["yes", "yes"], ["no", "yes"]]) == "yes" and commonest_answer([["b"], ["a"]]) == "b" and commonest_answer([]) == ""
-    queries = [example(n, answer, "is it red?") for n, answer in enumerate(("no", "yes", "no", "no"))]
-    result = question_answering("vqa", queries, [], Format("{question}"), "no").run(ScriptedEngine(lambda prompt: " yes"), Settings(text_examples=0))
+    assert (
+        commonest_answer([["no"], ["yes", "yes"], ["no", "yes"]]) == "yes"
+        and commonest_answer([["b"], ["a"]]) == "b"
+        and commonest_answer([]) == ""
+    )
+    queries = [
+        example(n, answer, "is it red?") for n, answer in enumerate(("no", "yes", "no", "no"))
+    ]
+    result = question_answering("vqa", queries, [], Format("{question}"), "no").run(
+        ScriptedEngine(lambda prompt: " yes"), Settings(text_examples=0)
+    )
     assert result.figures == {"accuracy": 0.25, "commonest_answer": 0.75}
     assert result.samples[0].prompt == "<image>is it red?"
 
@@ -81,7 +101,9 @@ def test_every_query_has_as_many_shots_as_are_said(selection: str) -> None:
     for shots in (9, 10):
         settings = Settings(shots=shots, selection=selection)
         if shots == 10:
-            with pytest.raises(UserError, match="needs 10 .* there are 9, besides the query itself"):
+            with pytest.raises(
+                UserError, match="needs 10 .* there are 9, besides the query itself"
+            ):
                 inside.check(settings)
             continue
         engine = ScriptedEngine()
@@ -99,37 +121,82 @@ def test_rices_looks_at_nothing_without_shots() -> None:
 
 
 def test_classification_takes_the_likeliest_class_and_no_text_only_examples() -> None:
-    queries = [example(1, "circle", "what shape is it?"), example(2, "star", "what shape is it?")]
-    engine = ScriptedEngine(likes=lambda prompt, text: {" circle": -1.0, " star": -0.5 if picture_of(prompt) == 2 else -2.0}[text])
-    result = Classification("shapes", queries, SUPPORT, ["circle", "star"], QUESTION).run(engine, Settings())
+    queries = [
+        example(1, "circle", "what shape is it?"),
+        example(2, "star", "what shape is it?"),
+    ]
+    engine = ScriptedEngine(
+        likes=lambda prompt, text: {
+            " circle": -1.0,
+            " star": -0.5 if picture_of(prompt) == 2 else -2.0,
+        }[text]
+    )
+    result = Classification("shapes", queries, SUPPORT, ["circle", "star"], QUESTION).run(
+        engine, Settings()
+    )
     assert result.accuracy == 1.0
     assert engine.prompts[0] == [queries[0].visual, "Question: what shape is it? Answer:"]
 
 
 def test_binding_shows_the_last_pictures_and_asks_between_the_pages_words() -> None:
-    pages = [page(0, ["dax", "wug", "wug", "dax", "dax"]), page(1, ["fep", "toma", "fep", "fep", "toma"])]
-    engine = ScriptedEngine(likes=lambda prompt, text: {" dax": -1.0, " wug": -2.0, " fep": -1.0, " toma": -2.0}[text])
+    pages = [
+        page(0, ["dax", "wug", "wug", "dax", "dax"]),
+        page(1, ["fep", "toma", "fep", "fep", "toma"]),
+    ]
+    engine = ScriptedEngine(
+        likes=lambda prompt, text: {" dax": -1.0, " wug": -2.0, " fep": -1.0, " toma": -2.0}[text]
+    )
     result = Binding("new words", pages).run(engine, Settings(shots=2))
     assert result.accuracy == 0.5
     assert [s.prediction for s in result.samples] == ["dax", "fep"]
-    assert engine.prompts[0] == [pages[0].visuals[2], "This is a wug", pages[0].visuals[3], "This is a dax", pages[0].visuals[4], "This is a"]
+    assert engine.prompts[0] == [
+        pages[0].visuals[2],
+        "This is a wug",
+        pages[0].visuals[3],
+        "This is a dax",
+        pages[0].visuals[4],
+        "This is a",
+    ]
 
 
-@pytest.mark.parametrize("benchmark", [captioning("captions", [], SUPPORT), captioning("captions", QUERIES, SUPPORT[:1]), Binding("words", [])])
+@pytest.mark.parametrize(
+    "benchmark",
+    [
+        captioning("captions", [], SUPPORT),
+        captioning("captions", QUERIES, SUPPORT[:1]),
+        Binding("words", []),
+    ],
+)
 def test_too_little_data_is_refused(benchmark: object) -> None:
-    for ask in (lambda: benchmark.check(Settings()), lambda: benchmark.run(ScriptedEngine(), Settings())):  # type: ignore[attr-defined]
+    for ask in (
+        lambda: benchmark.check(Settings()),
+        lambda: benchmark.run(ScriptedEngine(), Settings()),
+    ):  # type: ignore[attr-defined]
         with pytest.raises(UserError, match=r"captions|words"):
             ask()
 
 
 @pytest.mark.parametrize(
-    ("said", "kept"), [(" a red circle Output: a", "a red circle"), ("red Question: what", "red"), (" a star", "a star"), ("Output: x", "")]
+    ("said", "kept"),
+    [
+        (" a red circle Output: a", "a red circle"),
+        ("red Question: what", "red"),
+        (" a star", "a star"),
+        ("Output: x", ""),
+    ],
 )
 def test_predictions_are_cut_at_the_next_examples_keywords(said: str, kept: str) -> None:
     assert clean(said) == kept
 
 
-@pytest.mark.parametrize(("said", "right"), [("a blue star moving left", 1.0), ("a red circle moving right", 0.0), ("a red circle", 0.0)])
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        ("a blue star moving left", 1.0),
+        ("a red circle moving right", 0.0),
+        ("a red circle", 0.0),
+    ],
+)
 def test_the_direction_alone_is_judged(said: str, right: float) -> None:
     assert direction_right(said, ["a red circle moving left"]) == right
 
@@ -144,12 +211,30 @@ CONFIG = tiny_config(40)
 
 
 def test_records_become_examples_at_the_models_size() -> None:
-    pair, = read_examples([{"id": b"a", "image": png(9), "captions": [b"Output: one", "two"]}], "pairs", CONFIG)
+    (pair,) = read_examples(
+        [{"id": b"a", "image": png(9), "captions": [b"Output: one", "two"]}], "pairs", CONFIG
+    )
     assert pair.visual.frames.shape == (1, 32, 32, 3)
     assert pair.answers == ("one", "two")
-    clip, = read_examples([{"id": b"v", "frames": [png(v) for v in range(9)], "captions": [b"x"]}], "videos", CONFIG)
+    (clip,) = read_examples(
+        [{"id": b"v", "frames": [png(v) for v in range(9)], "captions": [b"x"]}],
+        "videos",
+        CONFIG,
+    )
     assert clip.visual.frames[:, 16, 16, 0].tolist() == [3, 4, 5, 6]
-    asked, = read_examples([{"id": b"q", "frames": [png(1)], "question": b"why?", "answers": [b"so"], "type": b"one/why"}], "questions", CONFIG)
+    (asked,) = read_examples(
+        [
+            {
+                "id": b"q",
+                "frames": [png(1)],
+                "question": b"why?",
+                "answers": [b"so"],
+                "type": b"one/why",
+            }
+        ],
+        "questions",
+        CONFIG,
+    )
     assert (asked.question, asked.answers, asked.type) == ("why?", ("so",), "one/why")
 
 
@@ -157,7 +242,7 @@ def test_a_clips_rate_is_what_was_asked_for() -> None:
     record = {"id": b"v", "frames": [png(v) for v in range(40)], "fps": 6.0, "captions": [b"x"]}
 
     def shown(**options: float) -> list[int]:
-        made, = read_examples([record], "videos", CONFIG, **options)  # type: ignore[arg-type]
+        (made,) = read_examples([record], "videos", CONFIG, **options)  # type: ignore[arg-type]
         return made.visual.frames[:, 16, 16, 0].tolist()
 
     assert shown() == [18, 19, 20, 21]
@@ -165,7 +250,13 @@ def test_a_clips_rate_is_what_was_asked_for() -> None:
     assert shown(fps=6.0, frames=30) == list(range(5, 35))
     with pytest.raises(UserError, match="v was stored at 6 frames a second, fewer than --fps=7"):
         shown(fps=7.0)
-    asked = {"id": b"q", "frames": [png(1), png(2)], "question": b"why?", "answers": [b"so"], "type": b""}
+    asked = {
+        "id": b"q",
+        "frames": [png(1), png(2)],
+        "question": b"why?",
+        "answers": [b"so"],
+        "type": b"",
+    }
     with pytest.raises(UserError, match="q does not say its frame rate"):
         read_examples([asked], "questions", CONFIG, fps=3.0)
     # A rate is nothing to an image.
@@ -173,15 +264,27 @@ def test_a_clips_rate_is_what_was_asked_for() -> None:
 
 
 def test_pages_give_support_examples() -> None:
-    texts = [b"", b"Output: a red star", b"Question: what is it? Answer: a star", b"This is a dax"]
+    texts = [
+        b"",
+        b"Output: a red star",
+        b"Question: what is it? Answer: a star",
+        b"This is a dax",
+    ]
     pages = read_pages([{"id": b"p", "texts": texts, "images": [png(1), png(2), png(3)]}], CONFIG)
     made = page_examples(pages)
-    assert [(e.question, e.answers) for e in made] == [("", ("a red star",)), ("what is it?", ("a star",))]
+    assert [(e.question, e.answers) for e in made] == [
+        ("", ("a red star",)),
+        ("what is it?", ("a star",)),
+    ]
     assert [int(e.visual.frames[0, 16, 16, 0]) for e in made] == [1, 2]
 
 
 @pytest.mark.parametrize(
-    ("record", "said"), [({"image": b"nothing", "captions": [b"x"]}, "unreadable image"), ({"image": png(1), "captions": []}, "no right answer")]
+    ("record", "said"),
+    [
+        ({"image": b"nothing", "captions": [b"x"]}, "unreadable image"),
+        ({"image": png(1), "captions": []}, "no right answer"),
+    ],
 )
 def test_a_record_that_cannot_be_used_is_named(record: dict, said: str) -> None:  # type: ignore[type-arg]
     with pytest.raises(UserError, match="bad/7") as error:
@@ -198,6 +301,8 @@ def test_captions_may_follow_their_pictures_at_once() -> None:
 
 
 def test_samples_keep_what_was_shown() -> None:
-    result = captioning("captions", [example(1)], []).run(ScriptedEngine(), Settings(text_examples=0))
+    result = captioning("captions", [example(1)], []).run(
+        ScriptedEngine(), Settings(text_examples=0)
+    )
     assert result.samples[0].prompt == "<image>Output:"
     np.testing.assert_array_equal(result.samples[0].visual.frames, visual(1).frames)

@@ -5,16 +5,33 @@ from flamingo_jax.evaluation.metrics import exact_match, normalise_vqa, vqa_accu
 
 @pytest.mark.parametrize(
     ("prediction", "right"),
-    [(" A red  circle.", 1.0), ("a red circle", 1.0), ("red circle", 0.0), ("a red circle .", 1.0), ("a red circle..", 0.0), ("", 0.0)],
+    [
+        (" A red  circle.", 1.0),
+        ("a red circle", 1.0),
+        ("red circle", 0.0),
+        ("a red circle .", 1.0),
+        ("a red circle..", 0.0),
+        ("", 0.0),
+    ],
 )
-def test_exact_match_forgives_case_whitespace_and_a_full_stop(prediction: str, right: float) -> None:
+def test_exact_match_forgives_case_whitespace_and_a_full_stop(
+    prediction: str, right: float
+) -> None:
     assert exact_match(prediction, ["a blue star", "a red circle"]) == right
 
 
 @pytest.mark.parametrize(
     ("agreeing", "expected"),
-    # Leaving out one of n equal answers leaves n - 1: (n * min(1, (n - 1) / 3) + (10 - n) * min(1, n / 3)) / 10.
-    [(0, 0.0), (1, (0 + 9 / 3) / 10), (2, (2 / 3 + 8 * 2 / 3) / 10), (3, (3 * 2 / 3 + 7) / 10), (4, 1.0), (9, 1.0)],
+    # Leaving out one of n equal answers leaves n - 1: (n * min(1, (n - 1) / 3) + (10 - n) *
+    # min(1, n / 3)) / 10.
+    [
+        (0, 0.0),
+        (1, (0 + 9 / 3) / 10),
+        (2, (2 / 3 + 8 * 2 / 3) / 10),
+        (3, (3 * 2 / 3 + 7) / 10),
+        (4, 1.0),
+        (9, 1.0),
+    ],
 )
 def test_vqa_accuracy_with_ten_answers(agreeing: int, expected: float) -> None:
     others = [f"other {place}" for place in range(10 - agreeing)]
@@ -40,8 +57,14 @@ def test_one_answer_is_matched_plainly() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("The two dogs!", "2 dogs"), ("dont know", "don't know"), ("10,000", "10000"), ("left/right", "left right"), ("left / right", "left right"),
-        ("3.5 m.", "3.5 m"), ("An Apple, a pear", "apple pear"), ("none", "0"),
+        ("The two dogs!", "2 dogs"),
+        ("dont know", "don't know"),
+        ("10,000", "10000"),
+        ("left/right", "left right"),
+        ("left / right", "left right"),
+        ("3.5 m.", "3.5 m"),
+        ("An Apple, a pear", "apple pear"),
+        ("none", "0"),
     ],
 )
 def test_the_official_normal_form(text: str, expected: str) -> None:

@@ -3,19 +3,38 @@ import pathlib
 from html.parser import HTMLParser
 
 from flamingo_jax.evaluation.benchmarks import Sample, summarise
-from flamingo_jax.evaluation.report import last_gates, read_metrics, training_charts, write_report
+from flamingo_jax.evaluation.report import (
+    last_gates,
+    read_metrics,
+    training_charts,
+    write_report,
+)
 from flamingo_jax.web_page import Table
 from tests.evaluation.world import visual
 
 METRICS = [
-    {"step": 10, "loss": 3.0, "loss/ltip": 2.0, "gates/attention": [0.0, 0.1], "gates/dense": [0.2, 0.0]},
-    {"step": 20, "loss": 2.0, "loss/ltip": 1.0, "gates/attention": [0.3, 0.4], "gates/dense": [0.5, 0.6]},
+    {
+        "step": 10,
+        "loss": 3.0,
+        "loss/ltip": 2.0,
+        "gates/attention": [0.0, 0.1],
+        "gates/dense": [0.2, 0.0],
+    },
+    {
+        "step": 20,
+        "loss": 2.0,
+        "loss/ltip": 1.0,
+        "gates/attention": [0.3, 0.4],
+        "gates/dense": [0.5, 0.6],
+    },
     {"step": 20, "held_out/ltip/loss": 1.5, "held_out/ltip/loss_without_pictures": 2.5},
 ]
 
 
 class Counter(HTMLParser):
-    """Counts opened elements and keeps the sources of pictures; complains where elements are not closed in order."""
+    """Counts opened elements and keeps the sources of pictures; complains where elements are
+    not closed in order.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,10 +56,24 @@ class Counter(HTMLParser):
 
 
 def test_the_report_is_one_whole_file(tmp_path: pathlib.Path) -> None:
-    samples = [Sample(str(n), "<image>Output:", visual(n, 1 + 7 * (n % 2)), "a <b>red</b> star", ("a star",), float(n % 3 == 0)) for n in range(30)]
+    samples = [
+        Sample(
+            str(n),
+            "<image>Output:",
+            visual(n, 1 + 7 * (n % 2)),
+            "a <b>red</b> star",
+            ("a star",),
+            float(n % 3 == 0),
+        )
+        for n in range(30)
+    ]
     write_report(
-        tmp_path, {"seen": {"x": 0.5}}, title="A & B", tables=[Table("Results", ["", "seen"], [["x", 0.5], ["y", None], ["z", 12]])],
-        results=[("captions", summarise("captions", 0, samples))], training={"flamingo": METRICS, "none": []},
+        tmp_path,
+        {"seen": {"x": 0.5}},
+        title="A & B",
+        tables=[Table("Results", ["", "seen"], [["x", 0.5], ["y", None], ["z", 12]])],
+        results=[("captions", summarise("captions", 0, samples))],
+        training={"flamingo": METRICS, "none": []},
         lines={"binding": {"model": ([1, 2], [0.5, 0.9])}},
     )
     assert json.loads((tmp_path / "report.json").read_text()) == {"seen": {"x": 0.5}}

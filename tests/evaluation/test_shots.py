@@ -28,7 +28,9 @@ def test_a_query_is_never_its_own_example() -> None:
 
 
 def test_random_shots_use_the_whole_support() -> None:
-    drawn = np.array([int(RandomShots(SUPPORT, 0)(example(1000 + n), 1)[0].id[1:]) for n in range(2000)])
+    drawn = np.array(
+        [int(RandomShots(SUPPORT, 0)(example(1000 + n), 1)[0].id[1:]) for n in range(2000)]
+    )
     assert np.bincount(drawn, minlength=40).min() > 20
 
 
@@ -43,7 +45,11 @@ def test_what_is_drawn_comes_from_the_whole_set(seed: int) -> None:
     places = draw(seed, "photos:train", 100_000, 2048)
     assert places == sorted(set(places)) and len(places) == 2048
     assert places == draw(seed, "photos:train", 100_000, 2048)
-    assert places != draw(seed, "others:train", 100_000, 2048) != draw(seed + 1, "others:train", 100_000, 2048)
+    assert (
+        places
+        != draw(seed, "others:train", 100_000, 2048)
+        != draw(seed + 1, "others:train", 100_000, 2048)
+    )
     # Of each tenth of the set about a tenth: 205 with a deviation of 13.6.
     assert np.abs(np.bincount(np.array(places) // 10_000) - 204.8).max() < 6 * 13.6
     assert draw(seed, "few", 5, 2048) == draw(seed, "few", 5, 0) == [0, 1, 2, 3, 4]

@@ -14,28 +14,49 @@ def visual(value: int, frames: int = 1) -> Visual:
     return Visual(np.full((frames, 8, 8, 3), value, np.uint8))
 
 
-def example(number: int, answer: str = "a red circle", question: str = "", sort: str = "") -> Example:
+def example(
+    number: int, answer: str = "a red circle", question: str = "", sort: str = ""
+) -> Example:
     return Example(f"e{number}", visual(number % 256), (answer,), question, sort)
 
 
 def page(number: int, words: Sequence[str]) -> Page:
-    return Page(f"p{number}", ("", *(f"This is a {word}" for word in words)), tuple(visual(n) for n in range(len(words))))
+    return Page(
+        f"p{number}",
+        ("", *(f"This is a {word}" for word in words)),
+        tuple(visual(n) for n in range(len(words))),
+    )
 
 
 class ScriptedEngine:
     """`says` continues a prompt; `likes` scores a candidate. Keeps the prompts it was given."""
 
-    def __init__(self, says: Callable[[Prompt], str] = lambda prompt: "", likes: Callable[[Prompt, str], float] = lambda prompt, text: 0.0):
+    def __init__(
+        self,
+        says: Callable[[Prompt], str] = lambda prompt: "",
+        likes: Callable[[Prompt, str], float] = lambda prompt, text: 0.0,
+    ):
         self.says, self.likes = says, likes
         self.prompts: list[Prompt] = []
 
-    def generate(self, prompts: Sequence[Prompt], decoding: Any, *, seed: int = 0, progress: Any = None) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[Prompt], decoding: Any, *, seed: int = 0, progress: Any = None
+    ) -> list[Completion]:
         self.prompts += prompts
         return [Completion(self.says(prompt), -1.0, True) for prompt in prompts]
 
-    def log_likelihoods(self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, progress: Any = None) -> list[np.ndarray]:
+    def log_likelihoods(
+        self,
+        prompts: Sequence[Prompt],
+        candidates: Sequence[Sequence[str]],
+        *,
+        progress: Any = None,
+    ) -> list[np.ndarray]:
         self.prompts += prompts
-        return [np.array([self.likes(prompt, text) for text in texts]) for prompt, texts in zip(prompts, candidates, strict=True)]
+        return [
+            np.array([self.likes(prompt, text) for text in texts])
+            for prompt, texts in zip(prompts, candidates, strict=True)
+        ]
 
     def features(self, visuals: Sequence[Visual]) -> np.ndarray:
         angles = np.array([v.frames.mean() / 100 for v in visuals])

@@ -31,7 +31,9 @@ def abstract(config: FlamingoConfig) -> tuple[Any, Any]:
 
 
 def token_flops(config: FlamingoConfig) -> tuple[int, int]:
-    """FLOPs of a decoded token, and how many parameters it meets: not those of visuals and of distances."""
+    """FLOPs of a decoded token, and how many parameters it meets: not those of visuals and of
+    distances.
+    """
     graph, state = abstract(config)
     width, latents = config.language_model.width, config.resampler.latents
 
@@ -55,11 +57,16 @@ def token_flops(config: FlamingoConfig) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("config", [flamingo_3b, flamingo_80b])
-def test_a_decoded_token_costs_little_more_than_the_parameters_that_it_meets(config: Any) -> None:
+def test_a_decoded_token_costs_little_more_than_the_parameters_that_it_meets(
+    config: Any,
+) -> None:
     flamingo = from_config(Experiment, config.get_config()).flamingo
     assert flamingo is not None
     flops, met = token_flops(flamingo)
-    print(f"\n{flops / 1e9:.2f} GFLOP a token, {flops / (2 * met):.3f} times its {met / 1e9:.2f} G parameters")
+    print(
+        f"\n{flops / 1e9:.2f} GFLOP a token, {flops / (2 * met):.3f} times its {met / 1e9:.2f}"
+        " G parameters"
+    )
     assert 1 <= flops / (2 * met) <= 1.15
 
 

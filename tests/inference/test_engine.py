@@ -36,13 +36,22 @@ def engine(loaded: Loaded) -> Engine:
 
 @pytest.fixture(scope="module")
 def forward(loaded: Loaded):
-    """(prompt, tokens after it) -> log-probabilities [n, V] of the whole row, by one pass with no cache."""
+    """(prompt, tokens after it) -> log-probabilities [n, V] of the whole row, by one pass with
+    no cache.
+    """
     graph, state = nnx.split(loaded.model)
 
     @jax.jit
     def run(state, tokens, segments, index, images, mask, visuals):
         model = nnx.merge(graph, state)
-        logits = model(tokens, jnp.arange(LENGTH)[None], segments, index, model.encode_visuals(images, mask), visuals)
+        logits = model(
+            tokens,
+            jnp.arange(LENGTH)[None],
+            segments,
+            index,
+            model.encode_visuals(images, mask),
+            visuals,
+        )
         return jax.nn.log_softmax(logits[0])
 
     def whole(prompt: Prompt, after: list[int], seen: bool = True) -> np.ndarray:
@@ -50,17 +59,26 @@ def forward(loaded: Loaded):
         ids = [*made.tokens.tolist(), *after]
         tokens, segments, index = (np.zeros((1, LENGTH), np.int32) for _ in range(3))
         tokens[0, : len(ids)], segments[0, : len(ids)] = ids, 1
-        index[0, : len(ids)] = [*made.media_index.tolist(), *[made.media_index[-1]] * len(after)] if seen else -1
+        index[0, : len(ids)] = (
+            [*made.media_index.tolist(), *[made.media_index[-1]] * len(after)] if seen else -1
+        )
         images, mask = np.zeros((2, 4, 32, 32, 3), np.uint8), np.zeros((2, 4), bool)
         for place, visual in enumerate(made.visuals):
-            images[place, : len(visual.frames)], mask[place, : len(visual.frames)] = visual.frames, True
+            images[place, : len(visual.frames)], mask[place, : len(visual.frames)] = (
+                visual.frames,
+                True,
+            )
         visuals = np.array([[0, 1 if len(made.visuals) > 1 else -1]])
-        return np.asarray(run(state, tokens, segments, index, images, mask, visuals))[len(made.tokens) - 1 : len(ids)]
+        return np.asarray(run(state, tokens, segments, index, images, mask, visuals))[
+            len(made.tokens) - 1 : len(ids)
+        ]
 
     return whole
 
 
-def test_greedy_generation_equals_running_the_whole_row_again_and_again(engine: Engine, forward) -> None:
+def test_greedy_generation_equals_running_the_whole_row_again_and_again(
+    engine: Engine, forward
+) -> None:
     tokenizer = engine.tokenizer
     never = [tokenizer.bos, tokenizer.pad, *tokenizer.image_tag_ids]
     for prompt, made in zip(PROMPTS, engine.generate(PROMPTS, Decoding(max_tokens=6)), strict=True):
@@ -76,35 +94,54 @@ def test_greedy_generation_equals_running_the_whole_row_again_and_again(engine: 
         assert made.finished == (after[-1] in (tokenizer.eoc, tokenizer.eos))
 
 
-def test_a_beam_is_no_worse_than_greedy_and_its_score_is_that_of_the_whole_row(engine: Engine, forward) -> None:
+def test_a_beam_is_no_worse_than_greedy_and_its_score_is_that_of_the_whole_row(
+    engine: Engine, forward
+) -> None:
     greedy = engine.generate(PROMPTS, Decoding(max_tokens=6))
-    for prompt, one, made in zip(PROMPTS, greedy, engine.generate(PROMPTS, Decoding(max_tokens=6, beam=3)), strict=True):
+    for prompt, one, made in zip(
+        PROMPTS, greedy, engine.generate(PROMPTS, Decoding(max_tokens=6, beam=3)), strict=True
+    ):
         if made.finished and one.finished:
             assert made.score >= one.score - 1e-4
         candidates = engine.log_likelihoods([prompt], [[made.text]], close=made.finished)
-        # The text may be cut into other pieces than those written: then it says nothing about the score.
-        if engine.tokenizer.decode(engine.tokenizer.encode(made.text)) == made.text and np.isclose(candidates[0][0], made.score, atol=1e-3):
+        # The text may be cut into other pieces than those written: then it says nothing about
+        # the score.
+        if engine.tokenizer.decode(engine.tokenizer.encode(made.text)) == made.text and np.isclose(
+            candidates[0][0], made.score, atol=1e-3
+        ):
             return
     pytest.fail("no beam's score was confirmed")
 
 
 def test_log_likelihoods_equal_those_of_whole_rows(engine: Engine, forward) -> None:
-    candidates = [[" a red circle", " a star"], [" blue"], [" circle", " a", " star at the top"]]
+    candidates = [
+        [" a red circle", " a star"],
+        [" blue"],
+        [" circle", " a", " star at the top"],
+    ]
     tokenizer = engine.tokenizer
-    for prompt, texts, scores in zip(PROMPTS, candidates, engine.log_likelihoods(PROMPTS, candidates), strict=True):
+    for prompt, texts, scores in zip(
+        PROMPTS, candidates, engine.log_likelihoods(PROMPTS, candidates), strict=True
+    ):
         for text, score in zip(texts, scores, strict=True):
             ids = [*tokenizer.encode(text), tokenizer.eoc]
             rows = forward(prompt, ids)
-            assert score == pytest.approx(sum(rows[i, token] for i, token in enumerate(ids)), abs=1e-3)
+            assert score == pytest.approx(
+                sum(rows[i, token] for i, token in enumerate(ids)), abs=1e-3
+            )
 
 
-def test_without_visuals_prompts_are_read_as_if_pictures_were_taken_away(loaded: Loaded, forward) -> None:
+def test_without_visuals_prompts_are_read_as_if_pictures_were_taken_away(
+    loaded: Loaded, forward
+) -> None:
     blind = Engine(loaded, with_visuals=False)
     ids = [*loaded.tokenizer.encode(" a star"), loaded.tokenizer.eoc]
     scores = blind.log_likelihoods(PROMPTS, [[" a star"]] * 3)
     for prompt, score in zip(PROMPTS, scores, strict=True):
         rows = forward(prompt, ids, seen=False)
-        assert score[0] == pytest.approx(sum(rows[i, token] for i, token in enumerate(ids)), abs=1e-3)
+        assert score[0] == pytest.approx(
+            sum(rows[i, token] for i, token in enumerate(ids)), abs=1e-3
+        )
 
 
 def test_answers_do_not_depend_on_the_batch(engine: Engine) -> None:
@@ -113,20 +150,33 @@ def test_answers_do_not_depend_on_the_batch(engine: Engine) -> None:
     assert many[1].text == engine.generate([PROMPTS[1]], Decoding(max_tokens=6))[0].text
 
 
-def test_each_different_picture_is_encoded_once(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_different_picture_is_encoded_once(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from flamingo_jax.inference import engine as module
 
     counted = []
     encode = module._encode
-    monkeypatch.setattr(module, "_encode", lambda graph, state, images, mask: counted.append(int(mask.any(1).sum())) or encode(graph, state, images, mask))
+    monkeypatch.setattr(
+        module,
+        "_encode",
+        lambda graph, state, images, mask: (
+            counted.append(int(mask.any(1).sum())) or encode(graph, state, images, mask)
+        ),
+    )
     engine = Engine(loaded)
-    copies = [[Visual(part.frames.copy()) if isinstance(part, Visual) else part for part in prompt] for prompt in PROMPTS]
+    copies = [
+        [Visual(part.frames.copy()) if isinstance(part, Visual) else part for part in prompt]
+        for prompt in PROMPTS
+    ]
     engine.generate([*PROMPTS, *copies], Decoding(max_tokens=2, beam=3))
     engine.log_likelihoods(PROMPTS, [[" a", " red"]] * 3)
     assert sum(counted) == 4
 
 
-def test_features_are_unit_vectors_that_do_not_depend_on_padding(loaded: Loaded, engine: Engine) -> None:
+def test_features_are_unit_vectors_that_do_not_depend_on_padding(
+    loaded: Loaded, engine: Engine
+) -> None:
     features = engine.features([*PICTURES, CLIP])
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1.0, atol=1e-5)
     np.testing.assert_allclose(Engine(loaded).features([CLIP])[0], features[3], atol=1e-5)

@@ -26,7 +26,11 @@ def prompt(row: int) -> list[int]:
     return TOKENS[row, : LENGTHS[row]].tolist()
 
 
-_whole_rows = jax.jit(lambda tokens, positions: MODEL.decode(tokens, positions, None, None, None, MODEL.init_cache(1, 16))[0])
+_whole_rows = jax.jit(
+    lambda tokens, positions: MODEL.decode(
+        tokens, positions, None, None, None, MODEL.init_cache(1, 16)
+    )[0]
+)
 
 
 def log_probabilities(tokens: list[int]) -> np.ndarray:
@@ -41,9 +45,14 @@ def likelihood(before: list[int], after: list[int]) -> float:
     return float(sum(rows[i, token] for i, token in enumerate(after)))
 
 
-def run(decoding: Decoding, vocabulary: Vocabulary = VOCABULARY) -> list[tuple[list[int], float, bool]]:
+def run(
+    decoding: Decoding, vocabulary: Vocabulary = VOCABULARY
+) -> list[tuple[list[int], float, bool]]:
     made = jax.jit(lambda: generate(MODEL, PROMPTS, None, KEYS, decoding, vocabulary))()
-    return [([t for t in row.tolist() if t >= 0], float(s), bool(f)) for row, s, f in zip(*map(np.asarray, made), strict=True)]
+    return [
+        ([t for t in row.tolist() if t >= 0], float(s), bool(f))
+        for row, s, f in zip(*map(np.asarray, made), strict=True)
+    ]
 
 
 def test_greedy_takes_the_likeliest_token_until_a_stop() -> None:
@@ -60,7 +69,9 @@ def test_greedy_takes_the_likeliest_token_until_a_stop() -> None:
 def test_a_wide_beam_finds_the_likeliest_of_all_sequences() -> None:
     made = run(Decoding(max_tokens=T, beam=V**3))
     for row, (tokens, score, finished) in enumerate(made):
-        closed = [[*body, STOP] for n in range(T) for body in itertools.product(range(STOP), repeat=n)]
+        closed = [
+            [*body, STOP] for n in range(T) for body in itertools.product(range(STOP), repeat=n)
+        ]
         best = max(closed, key=lambda tokens: likelihood(prompt(row), tokens))
         assert finished
         assert tokens == best[:-1]
@@ -70,8 +81,13 @@ def test_a_wide_beam_finds_the_likeliest_of_all_sequences() -> None:
 def test_a_length_penalty_ranks_by_mean_like_scores() -> None:
     made = run(Decoding(max_tokens=T, beam=V**3, length_penalty=2.0))
     for row, (tokens, _, _) in enumerate(made):
-        closed = [[*body, STOP] for n in range(T) for body in itertools.product(range(STOP), repeat=n)]
-        best = max(closed, key=lambda tokens: likelihood(prompt(row), tokens) / ((5 + len(tokens)) / 6) ** 2)
+        closed = [
+            [*body, STOP] for n in range(T) for body in itertools.product(range(STOP), repeat=n)
+        ]
+        best = max(
+            closed,
+            key=lambda tokens: likelihood(prompt(row), tokens) / ((5 + len(tokens)) / 6) ** 2,
+        )
         assert tokens == best[:-1]
 
 
@@ -82,7 +98,9 @@ def test_a_narrow_beam_equals_a_written_out_one(beam: int) -> None:
         opened: list[tuple[float, list[int]]] = [(0.0, [])]
         best: tuple[float, list[int]] = (-np.inf, [])
         for _ in range(T):
-            grown = [(likelihood(prompt(row), [*h, t]), [*h, t]) for _, h in opened for t in range(V)]
+            grown = [
+                (likelihood(prompt(row), [*h, t]), [*h, t]) for _, h in opened for t in range(V)
+            ]
             grown.sort(key=lambda pair: -pair[0])
             for value, tokens_ in grown[:beam]:
                 if tokens_[-1] == STOP and value > best[0]:
@@ -95,7 +113,9 @@ def test_a_narrow_beam_equals_a_written_out_one(beam: int) -> None:
 
 def test_what_is_never_written_is_not_written() -> None:
     for beam in (1, 3):
-        for tokens, _, _ in run(Decoding(max_tokens=T, beam=beam), Vocabulary(stop=(STOP,), never=(0, 2))):
+        for tokens, _, _ in run(
+            Decoding(max_tokens=T, beam=beam), Vocabulary(stop=(STOP,), never=(0, 2))
+        ):
             assert not {0, 2} & set(tokens)
 
 
@@ -103,13 +123,24 @@ def test_nucleus_keeps_the_smallest_set_that_reaches_the_share() -> None:
     probabilities = np.array([[0.5, 0.1, 0.3, 0.06, 0.04], [0.2, 0.2, 0.2, 0.2, 0.2]])
     kept = np.isfinite(nucleus(jnp.log(probabilities), 0.75))
     np.testing.assert_array_equal(kept[0], [True, False, True, False, False])
-    np.testing.assert_array_equal(np.isfinite(nucleus(jnp.log(probabilities), 0.85))[0], [True, True, True, False, False])
+    np.testing.assert_array_equal(
+        np.isfinite(nucleus(jnp.log(probabilities), 0.85))[0], [True, True, True, False, False]
+    )
 
 
 def test_sampling_follows_the_models_distribution_and_its_keys() -> None:
     count = 4000
     prompts = Prompts(*(jnp.repeat(a[:1], count, axis=0) for a in PROMPTS[:3]), None)
-    sample = jax.jit(lambda keys: generate(MODEL, prompts, None, keys, Decoding(max_tokens=1, temperature=1.5), Vocabulary(stop=())).tokens[:, 0])
+    sample = jax.jit(
+        lambda keys: generate(
+            MODEL,
+            prompts,
+            None,
+            keys,
+            Decoding(max_tokens=1, temperature=1.5),
+            Vocabulary(stop=()),
+        ).tokens[:, 0]
+    )
     drawn = np.asarray(sample(jax.random.split(jax.random.key(3), count)))
     wanted = jax.nn.softmax(log_probabilities(prompt(0))[-1] / 1.5)
     np.testing.assert_allclose(np.bincount(drawn, minlength=V) / count, wanted, atol=0.03)
@@ -123,7 +154,9 @@ def test_candidate_scores_are_the_likelihoods_of_whole_sequences(at_once: int) -
     for row, column in itertools.product(range(3), range(3)):
         ids = candidates[row][column]
         tokens[row, column, : len(ids)], lengths[row, column] = ids, len(ids)
-    scores = jax.jit(lambda t, n: candidate_scores(MODEL, PROMPTS, None, t, n, at_once=at_once))(tokens, lengths)
+    scores = jax.jit(lambda t, n: candidate_scores(MODEL, PROMPTS, None, t, n, at_once=at_once))(
+        tokens, lengths
+    )
     for row, column in itertools.product(range(3), range(3)):
         ids = candidates[row][column]
         if ids:

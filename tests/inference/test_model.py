@@ -26,10 +26,16 @@ def parameters() -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in to_flat(nnx.split(LOADED.model)[1]).items()}
 
 
-def export(folder: pathlib.Path, values: dict[str, np.ndarray], kind: str = "flamingo") -> pathlib.Path:
+def export(
+    folder: pathlib.Path, values: dict[str, np.ndarray], kind: str = "flamingo"
+) -> pathlib.Path:
     LOADED.tokenizer.save(folder)
     export_model(
-        folder / "export", kind=kind, config=dataclasses.asdict(LOADED.config), parameters=values, tokenizer_file=folder / "tokenizer.model"
+        folder / "export",
+        kind=kind,
+        config=dataclasses.asdict(LOADED.config),
+        parameters=values,
+        tokenizer_file=folder / "tokenizer.model",
     )
     return folder / "export"
 
@@ -78,7 +84,12 @@ def test_what_does_not_fit_is_refused(tmp_path: pathlib.Path) -> None:
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     root = pathlib.Path(__file__).parents[2]
     return subprocess.run(
-        [sys.executable, "-m", "launch.generate", *arguments], cwd=root, env=one_device(), capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "launch.generate", *arguments],
+        cwd=root,
+        env=one_device(),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -88,11 +99,18 @@ def test_the_command_continues_every_prompt_of_a_file(tmp_path: pathlib.Path) ->
     frames = [Image.fromarray(np.full((32, 32, 3), 60 * n, np.uint8)) for n in range(3)]
     frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:], duration=1000)
     lines = [
-        [{"image": "a.png"}, {"text": "Output: a star"}, {"video": "clip.gif"}, {"text": "Output:"}],
+        [
+            {"image": "a.png"},
+            {"text": "Output: a star"},
+            {"video": "clip.gif"},
+            {"text": "Output:"},
+        ],
         [{"text": "<image>Question: what is this? Answer:"}, {"image": "a.png"}],
     ]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    made = run(f"--model={folder}", f"--prompt={tmp_path}/prompts.jsonl", "--max_tokens=2", "--beam=1")
+    made = run(
+        f"--model={folder}", f"--prompt={tmp_path}/prompts.jsonl", "--max_tokens=2", "--beam=1"
+    )
     assert made.returncode == 0, made.stderr
     assert len(made.stdout.splitlines()) == 2
 

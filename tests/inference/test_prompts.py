@@ -2,7 +2,16 @@ import numpy as np
 import pytest
 
 from flamingo_jax.errors import UserError
-from flamingo_jax.inference.prompts import END_OF_CHUNK, Visual, collate, escape, padded_length, power_of, resolve_tags, tokenise
+from flamingo_jax.inference.prompts import (
+    END_OF_CHUNK,
+    Visual,
+    collate,
+    escape,
+    padded_length,
+    power_of,
+    resolve_tags,
+    tokenise,
+)
 from flamingo_jax.processing.sequences import media_index as page_media_index
 from flamingo_jax.processing.sequences import page_sequence
 from flamingo_jax.processing.tokenizer import JSONTokenizer
@@ -13,23 +22,42 @@ TOKENIZER = make_tokenizer()
 FIRST, SECOND, THIRD = (Visual(np.full((1, 4, 4, 3), value, np.uint8)) for value in (1, 2, 3))
 
 
-@pytest.mark.parametrize("texts", [["", "Output: a red circle", "Output:"], ["this is a star", "a circle", "", " at the top"]])
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["", "Output: a red circle", "Output:"],
+        ["this is a star", "a circle", "", " at the top"],
+    ],
+)
 def test_a_prompt_is_an_open_training_page(texts: list[str]) -> None:
     visuals = [FIRST, SECOND, THIRD][: len(texts) - 1]
-    parts = [texts[0], *(part for visual, text in zip(visuals, texts[1:], strict=True) for part in (visual, text))]
+    parts = [
+        texts[0],
+        *(part for visual, text in zip(visuals, texts[1:], strict=True) for part in (visual, text)),
+    ]
     made = tokenise([part for part in parts if part != ""], TOKENIZER)
     page = page_sequence(texts, TOKENIZER, close=False)
     np.testing.assert_array_equal(made.tokens, page.tokens)
-    np.testing.assert_array_equal(made.media_index, page_media_index(page.chunk, len(visuals), "previous"))
+    np.testing.assert_array_equal(
+        made.media_index, page_media_index(page.chunk, len(visuals), "previous")
+    )
     assert made.visuals == visuals
 
 
 def test_text_only_examples_are_closed_once_and_see_nothing() -> None:
-    made = tokenise(["Output: a star", END_OF_CHUNK, "Output: a circle", END_OF_CHUNK, FIRST, "Output:"], TOKENIZER)
+    made = tokenise(
+        ["Output: a star", END_OF_CHUNK, "Output: a circle", END_OF_CHUNK, FIRST, "Output:"],
+        TOKENIZER,
+    )
     encode = TOKENIZER.encode
     expected = [
-        TOKENIZER.bos, *encode("Output: a star"), TOKENIZER.eoc, *encode("Output: a circle"), TOKENIZER.eoc,
-        *encode("<image>"), *encode("Output:"),
+        TOKENIZER.bos,
+        *encode("Output: a star"),
+        TOKENIZER.eoc,
+        *encode("Output: a circle"),
+        TOKENIZER.eoc,
+        *encode("<image>"),
+        *encode("Output:"),
     ]
     assert made.tokens.tolist() == expected
     seen = len(encode("<image>")) + len(encode("Output:"))
@@ -37,15 +65,29 @@ def test_text_only_examples_are_closed_once_and_see_nothing() -> None:
 
 
 def test_neighbouring_texts_are_one_text() -> None:
-    np.testing.assert_array_equal(tokenise(["a re", "d circle"], TOKENIZER).tokens, tokenise(["a red circle"], TOKENIZER).tokens)
+    np.testing.assert_array_equal(
+        tokenise(["a re", "d circle"], TOKENIZER).tokens,
+        tokenise(["a red circle"], TOKENIZER).tokens,
+    )
 
 
 def test_literal_tags_are_filled_in_order() -> None:
-    assert resolve_tags(["<image>a star<image>", FIRST, "Output:", SECOND]) == [FIRST, "a star", SECOND, "Output:"]
+    assert resolve_tags(["<image>a star<image>", FIRST, "Output:", SECOND]) == [
+        FIRST,
+        "a star",
+        SECOND,
+        "Output:",
+    ]
     assert resolve_tags(["a star", FIRST]) == ["a star", FIRST]
 
 
-@pytest.mark.parametrize(("parts", "said"), [(["<image><image>a"], "more image tags than pictures"), (["<image>", FIRST, SECOND], "more pictures")])
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        (["<image><image>a"], "more image tags than pictures"),
+        (["<image>", FIRST, SECOND], "more pictures"),
+    ],
+)
 def test_tags_and_pictures_must_agree(parts: list[str | Visual], said: str) -> None:
     with pytest.raises(UserError, match=said):
         tokenise(parts, TOKENIZER)
@@ -83,7 +125,10 @@ def test_frames_that_are_none_are_refused(frames: object, said: str) -> None:
 
 def test_a_batch_holds_each_different_picture_once() -> None:
     again = Visual(FIRST.frames.copy())
-    prompts = [tokenise([FIRST, "a", SECOND, "a"], TOKENIZER), tokenise([again, "a star"], TOKENIZER)]
+    prompts = [
+        tokenise([FIRST, "a", SECOND, "a"], TOKENIZER),
+        tokenise([again, "a star"], TOKENIZER),
+    ]
     batch = collate(prompts, rows=4, length=32, places=3, pad_token=TOKENIZER.pad)
     assert batch.distinct == [FIRST, SECOND]
     assert batch.visuals.tolist() == [[0, 1, -1], [0, -1, -1], [0, 1, -1], [0, 1, -1]]
@@ -93,6 +138,16 @@ def test_a_batch_holds_each_different_picture_once() -> None:
 
 
 def test_sizes_are_rounded_up() -> None:
-    assert [padded_length(n) for n in (1, 32, 33, 65, 97, 129, 193, 257, 385)] == [32, 32, 64, 96, 128, 192, 256, 384, 512]
+    assert [padded_length(n) for n in (1, 32, 33, 65, 97, 129, 193, 257, 385)] == [
+        32,
+        32,
+        64,
+        96,
+        128,
+        192,
+        256,
+        384,
+        512,
+    ]
     assert [power_of(2, n) for n in (0, 1, 2, 3, 64, 65)] == [0, 1, 2, 4, 64, 128]
     assert [power_of(4, n) for n in (0, 1, 2, 5, 16, 17)] == [0, 1, 4, 16, 16, 64]

@@ -1,4 +1,6 @@
-"""Small stand-ins: a model whose next-token probabilities are a table of all that came before, and a tiny Flamingo."""
+"""Small stand-ins: a model whose next-token probabilities are a table of all that came before,
+and a tiny Flamingo.
+"""
 
 import dataclasses
 import io
@@ -10,31 +12,51 @@ import numpy as np
 import sentencepiece
 from flax import nnx
 
-from flamingo_jax.experiment import FlamingoConfig, LanguageModelConfig, ResamplerConfig, VisionConfig
+from flamingo_jax.experiment import (
+    FlamingoConfig,
+    LanguageModelConfig,
+    ResamplerConfig,
+    VisionConfig,
+)
 from flamingo_jax.inference.model import Loaded
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.processing.tokenizer import SentencePieceTokenizer, Tokenizer
 from flamingo_jax.pytrees import from_flat, to_flat
 
-WORDS = "a an red blue green circle square star at the top left Output Question Answer what colour is this dax wug".split()  # noqa: SIM905
+WORDS = (
+    "a an red blue green circle square star at the top left Output Question Answer what colour"
+    " is this dax wug".split()
+)  # noqa: SIM905
 
 
 class TableModel:
-    """Logits are a random table looked up by a hash of the whole prefix, so that every history has its own distribution."""
+    """Logits are a random table looked up by a hash of the whole prefix, so that every history
+    has its own distribution.
+    """
 
     config = SimpleNamespace(attend="last")
     buckets = 4096
 
     def __init__(self, vocabulary: int, seed: int = 0, sharpness: float = 2.0):
         rng = np.random.default_rng(seed)
-        self.table = jnp.asarray(sharpness * rng.normal(size=(self.buckets, vocabulary)), jnp.float32)
+        self.table = jnp.asarray(
+            sharpness * rng.normal(size=(self.buckets, vocabulary)), jnp.float32
+        )
         self.weights = jnp.asarray(rng.integers(1, self.buckets, 64), jnp.int32)
 
     def init_cache(self, batch: int, max_length: int) -> Any:
         """Tokens by position, counted from 1; [1, B, S]."""
         return jnp.zeros((1, batch, max_length), jnp.int32)
 
-    def decode(self, tokens: Any, positions: Any, media_index: Any, media: Any, visuals: Any, cache: Any) -> tuple[Any, Any]:
+    def decode(
+        self,
+        tokens: Any,
+        positions: Any,
+        media_index: Any,
+        media: Any,
+        visuals: Any,
+        cache: Any,
+    ) -> tuple[Any, Any]:
         rows = jnp.arange(tokens.shape[0])[:, None]
         cache = cache.at[0, rows, positions].set(tokens + 1, mode="drop")
         seen = jnp.arange(cache.shape[2]) <= positions[:, :, None]
@@ -47,10 +69,23 @@ class TableModel:
 def make_tokenizer() -> Tokenizer:
     """A SentencePiece model of a few words, with the image tag as one piece."""
     model = io.BytesIO()
-    sentences = [" ".join(WORDS), *("".join(f" {w}" for w in np.random.default_rng(i).permutation(WORDS)) for i in range(200))]
+    sentences = [
+        " ".join(WORDS),
+        *(
+            "".join(f" {w}" for w in np.random.default_rng(i).permutation(WORDS))
+            for i in range(200)
+        ),
+    ]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*sentences, "Question: what colour is this? Answer: red. Output: a red circle"] * 2),
-        model_writer=model, vocab_size=90, model_type="unigram", hard_vocab_limit=False, user_defined_symbols=["<image>"], pad_id=3,
+        sentence_iterator=iter(
+            [*sentences, "Question: what colour is this? Answer: red. Output: a red circle"] * 2
+        ),
+        model_writer=model,
+        vocab_size=90,
+        model_type="unigram",
+        hard_vocab_limit=False,
+        user_defined_symbols=["<image>"],
+        pad_id=3,
         minloglevel=2,
     )
     return SentencePieceTokenizer(model.getvalue())
@@ -58,15 +93,25 @@ def make_tokenizer() -> Tokenizer:
 
 def tiny_config(vocabulary: int) -> FlamingoConfig:
     return FlamingoConfig(
-        vision=VisionConfig(variant="tiny", image_size=32, mean=(0.2, 0.2, 0.2), std=(0.25, 0.25, 0.25)),
-        language_model=LanguageModelConfig(vocab_size=vocabulary, layers=2, width=32, heads=2, head_width=16, feed_forward=64),
-        resampler=ResamplerConfig(layers=1, width=32, heads=2, head_width=16, latents=4, frames=4, feed_forward=64),
-        xattn_heads=2, xattn_head_width=16, xattn_feed_forward=64,
+        vision=VisionConfig(
+            variant="tiny", image_size=32, mean=(0.2, 0.2, 0.2), std=(0.25, 0.25, 0.25)
+        ),
+        language_model=LanguageModelConfig(
+            vocab_size=vocabulary, layers=2, width=32, heads=2, head_width=16, feed_forward=64
+        ),
+        resampler=ResamplerConfig(
+            layers=1, width=32, heads=2, head_width=16, latents=4, frames=4, feed_forward=64
+        ),
+        xattn_heads=2,
+        xattn_head_width=16,
+        xattn_feed_forward=64,
     )
 
 
 def make_loaded(**changes: Any) -> Loaded:
-    """A Flamingo of random weights, drawn in numpy (nothing to compile), with open gates so that pictures matter."""
+    """A Flamingo of random weights, drawn in numpy (nothing to compile), with open gates so
+    that pictures matter.
+    """
     tokenizer = make_tokenizer()
     config = dataclasses.replace(tiny_config(tokenizer.vocab_size), **changes)
     graph, shapes = nnx.split(nnx.eval_shape(lambda: Flamingo(config, rngs=nnx.Rngs(0))))
@@ -77,5 +122,7 @@ def make_loaded(**changes: Any) -> Loaded:
             return np.ones(shape, np.float32)
         return rng.normal(0, 0.25, shape).astype(np.float32)
 
-    parameters = {name: jnp.asarray(draw(name, like.shape)) for name, like in to_flat(shapes).items()}
+    parameters = {
+        name: jnp.asarray(draw(name, like.shape)) for name, like in to_flat(shapes).items()
+    }
     return Loaded(nnx.merge(graph, nnx.State(from_flat(parameters))), tokenizer, config)

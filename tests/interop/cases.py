@@ -1,4 +1,5 @@
-"""Small models of every family whose weights anyone can make again: a tensor's values follow from its name and shape.
+"""Small models of every family whose weights anyone can make again: a tensor's values follow
+from its name and shape.
 
 `fixtures/` holds what transformers' PyTorch modules make of them; see make_fixtures.py.
 """
@@ -14,30 +15,98 @@ from safetensors.numpy import save_file
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 LENGTHS = (1, 7, 40)
 TEXT: dict[str, Any] = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 101,
-    "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 101,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
 }
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-TOWER: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "patch_size": 8}
+TOWER: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "patch_size": 8,
+}
 LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
     "llama": TEXT | {"model_type": "llama"},
     # Tied, all heads their own keys, a vocabulary padded to a multiple of 64.
-    "llama3": TEXT | {"model_type": "llama", "num_key_value_heads": 4, "vocab_size": 128, "tie_word_embeddings": True, "rope_parameters": LLAMA3},
-    "llama_linear": TEXT | {"model_type": "llama", "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}},
-    "mistral": TEXT | {"model_type": "mistral", "head_dim": 16, "sliding_window": 9, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
-    "qwen2": TEXT | {"model_type": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 1},
+    "llama3": (
+        TEXT
+        | {
+            "model_type": "llama",
+            "num_key_value_heads": 4,
+            "vocab_size": 128,
+            "tie_word_embeddings": True,
+            "rope_parameters": LLAMA3,
+        }
+    ),
+    "llama_linear": (
+        TEXT
+        | {
+            "model_type": "llama",
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0},
+        }
+    ),
+    "mistral": (
+        TEXT
+        | {
+            "model_type": "mistral",
+            "head_dim": 16,
+            "sliding_window": 9,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        }
+    ),
+    "qwen2": (
+        TEXT | {"model_type": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 1}
+    ),
     # A window in every layer, longer than what the model was trained on.
-    "qwen2_window": TEXT | {
-        "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0, "max_position_embeddings": 8,
-    },
-    "qwen3": TEXT | {"model_type": "qwen3", "head_dim": 16, "rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "qwen2_window": (
+        TEXT
+        | {
+            "model_type": "qwen2",
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "max_window_layers": 0,
+            "max_position_embeddings": 8,
+        }
+    ),
+    "qwen3": (
+        TEXT
+        | {
+            "model_type": "qwen3",
+            "head_dim": 16,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        }
+    ),
 }
 VISION_ENCODERS: dict[str, dict[str, Any]] = {
-    "clip": {"model_type": "clip_vision_model", "image_size": 32, "hidden_act": "quick_gelu", **TOWER},
-    "clip_gelu": {"model_type": "clip_vision_model", "image_size": 16, "hidden_act": "gelu", **TOWER},
+    "clip": {
+        "model_type": "clip_vision_model",
+        "image_size": 32,
+        "hidden_act": "quick_gelu",
+        **TOWER,
+    },
+    "clip_gelu": {
+        "model_type": "clip_vision_model",
+        "image_size": 16,
+        "hidden_act": "gelu",
+        **TOWER,
+    },
     # 30 pixels are three patches of 8 and a rest.
     "siglip": {"model_type": "siglip_vision_model", "image_size": 30, **TOWER},
 }
@@ -66,7 +135,11 @@ def outputs(case: str) -> dict[str, np.ndarray]:
 
 
 def write_folder(
-    folder: pathlib.Path, config: dict[str, Any], tensors: dict[str, tuple[int, ...]], files: int = 1, dtype: Any = np.float32
+    folder: pathlib.Path,
+    config: dict[str, Any],
+    tensors: dict[str, tuple[int, ...]],
+    files: int = 1,
+    dtype: Any = np.float32,
 ) -> pathlib.Path:
     """A checkpoint of one file, or an index of several."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,22 +151,35 @@ def write_folder(
     weight_map: dict[str, str] = {}
     for number in range(files):
         file = f"model-{number + 1:05d}-of-{files:05d}.safetensors"
-        part = {name: array for place, (name, array) in enumerate(arrays.items()) if place % files == number}
+        part = {
+            name: array
+            for place, (name, array) in enumerate(arrays.items())
+            if place % files == number
+        }
         save_file(part, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return folder
 
 
 def tokens(case: str, vocabulary: int) -> list[np.ndarray]:
     """One text of each length."""
     draw = np.random.RandomState(zlib.crc32(case.encode()))
-    return [draw.randint(0, vocabulary, length).astype(np.int32) for length in (*LENGTHS, *((200,) if case == "llama3" else ()))]
+    return [
+        draw.randint(0, vocabulary, length).astype(np.int32)
+        for length in (*LENGTHS, *((200,) if case == "llama3" else ()))
+    ]
 
 
 def pictures(case: str, size: int) -> np.ndarray:
     """Normalised pictures float32 [2, S, S, 3]."""
-    return np.random.RandomState(zlib.crc32(case.encode())).standard_normal((2, size, size, 3)).astype(np.float32)
+    return (
+        np.random.RandomState(zlib.crc32(case.encode()))
+        .standard_normal((2, size, size, 3))
+        .astype(np.float32)
+    )
 
 
 OTHER_SIZES = {"clip": 44, "clip_gelu": 40, "siglip": 20}

@@ -1,10 +1,14 @@
-"""How fast and with how much memory a checkpoint is loaded, in a process of its own: python -m tests.interop.loading FOLDER [make|read|load].
+"""How fast and with how much memory a checkpoint is loaded, in a process of its own: python -m
+tests.interop.loading FOLDER [make|read|load].
 
-make: writes a Llama-form checkpoint of 8 GB in bfloat16. read: a bare read of its files into 16 MiB. load: load_language_model, twice. The last two
-print JSON: seconds, and of load the most memory that the process held beyond what it had before and beyond the arrays themselves, which on CPU lie
-in host memory as well. The second load takes the memory that the first gave back (with the Makefile's GLIBC_TUNABLES, which keep it in the process):
-a machine that must find 8 GB of fresh pages first may take longer over that than over reading, and an accelerator's host needs none. "cold" drops the
-files from the page cache before each.
+make: writes a Llama-form checkpoint of 8 GB in bfloat16. read: a bare read of its files into 16
+  MiB. load: load_language_model, twice. The last two
+print JSON: seconds, and of load the most memory that the process held beyond what it had before
+and beyond the arrays themselves, which on CPU lie in host memory as well. The second load takes
+the memory that the first gave back (with the Makefile's GLIBC_TUNABLES, which keep it in the
+process): a machine that must find 8 GB of fresh pages first may take longer over that than over
+reading, and an accelerator's host needs none. "cold" drops the files from the page cache before
+each.
 """
 
 import gc
@@ -18,8 +22,16 @@ import time
 import numpy as np
 
 CONFIG = {
-    "model_type": "llama", "vocab_size": 64_000, "hidden_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "intermediate_size": 14_336, "tie_word_embeddings": False, "max_position_embeddings": 8192, "rope_theta": 500_000.0,
+    "model_type": "llama",
+    "vocab_size": 64_000,
+    "hidden_size": 4096,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14_336,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500_000.0,
 }
 FILES = 4
 
@@ -27,28 +39,52 @@ FILES = 4
 def tensors() -> dict[str, tuple[int, ...]]:
     width, hidden, vocabulary = 4096, 14_336, 64_000
     layer = {
-        "input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,),
-        "self_attn.q_proj.weight": (width, width), "self_attn.k_proj.weight": (1024, width), "self_attn.v_proj.weight": (1024, width),
-        "self_attn.o_proj.weight": (width, width), "mlp.gate_proj.weight": (hidden, width), "mlp.up_proj.weight": (hidden, width),
+        "input_layernorm.weight": (width,),
+        "post_attention_layernorm.weight": (width,),
+        "self_attn.q_proj.weight": (width, width),
+        "self_attn.k_proj.weight": (1024, width),
+        "self_attn.v_proj.weight": (1024, width),
+        "self_attn.o_proj.weight": (width, width),
+        "mlp.gate_proj.weight": (hidden, width),
+        "mlp.up_proj.weight": (hidden, width),
         "mlp.down_proj.weight": (width, hidden),
     }
-    layers = {f"model.layers.{number}.{name}": shape for number in range(16) for name, shape in layer.items()}
-    return {"model.embed_tokens.weight": (vocabulary, width), **layers, "model.norm.weight": (width,), "lm_head.weight": (vocabulary, width)}
+    layers = {
+        f"model.layers.{number}.{name}": shape
+        for number in range(16)
+        for name, shape in layer.items()
+    }
+    return {
+        "model.embed_tokens.weight": (vocabulary, width),
+        **layers,
+        "model.norm.weight": (width,),
+        "lm_head.weight": (vocabulary, width),
+    }
 
 
 def make(folder: pathlib.Path) -> None:
     """The files tensor by tensor, so that no more than one is in memory."""
     folder.mkdir(parents=True, exist_ok=True)
     # Finite in bfloat16, and no two pages alike.
-    block = (np.random.default_rng(0).integers(0, 2**16, 2**25, np.uint16) & 0xBFFF).astype(np.uint16)
+    block = (np.random.default_rng(0).integers(0, 2**16, 2**25, np.uint16) & 0xBFFF).astype(
+        np.uint16
+    )
     shapes, weight_map = tensors(), {}
     names = list(shapes)
     for number in range(FILES):
         file = f"model-{number + 1:05d}-of-{FILES:05d}.safetensors"
-        mine, start, header = names[number * len(names) // FILES : (number + 1) * len(names) // FILES], 0, {}
+        mine, start, header = (
+            names[number * len(names) // FILES : (number + 1) * len(names) // FILES],
+            0,
+            {},
+        )
         for name in mine:
             size = 2 * math.prod(shapes[name])
-            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [start, start + size]}
+            header[name] = {
+                "dtype": "BF16",
+                "shape": shapes[name],
+                "data_offsets": [start, start + size],
+            }
             start += size
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
@@ -109,12 +145,21 @@ def load(folder: pathlib.Path, cold: bool) -> dict[str, float]:
         del loaded
         gc.collect()
     return {
-        "seconds": times[1], "first_seconds": times[0], "bytes": result, "bytes_a_second": result / times[1], "overhead": overheads[0], "largest": largest
+        "seconds": times[1],
+        "first_seconds": times[0],
+        "bytes": result,
+        "bytes_a_second": result / times[1],
+        "overhead": overheads[0],
+        "largest": largest,
     }
 
 
 def status(key: str) -> int:
-    line = next(line for line in pathlib.Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    line = next(
+        line
+        for line in pathlib.Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(key)
+    )
     return 1024 * int(line.split()[1])
 
 

@@ -1,4 +1,6 @@
-"""Writes fixtures/ from transformers' PyTorch modules: python -m tests.interop.make_fixtures (needs flamingo_jax[interop-test])."""
+"""Writes fixtures/ from transformers' PyTorch modules: python -m tests.interop.make_fixtures
+(needs flamingo_jax[interop-test]).
+"""
 
 import json
 import pathlib
@@ -10,8 +12,12 @@ import numpy as np
 from tests.interop import cases
 
 
-def original(case: str, folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], dict[str, np.ndarray]]:
-    """(config.json, {tensor: shape}, inputs and outputs) of the family's own module with the weights of `cases.values`."""
+def original(
+    case: str, folder: pathlib.Path
+) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], dict[str, np.ndarray]]:
+    """(config.json, {tensor: shape}, inputs and outputs) of the family's own module with the
+    weights of `cases.values`.
+    """
     import torch
     import transformers
 
@@ -34,11 +40,18 @@ def original(case: str, folder: pathlib.Path) -> tuple[dict[str, Any], dict[str,
         if is_text:
             for text in cases.tokens(case, given["vocab_size"]):
                 logits = model(torch.from_numpy(text.astype(np.int64))[None]).logits[0].numpy()
-                found |= {f"tokens_{len(text)}": text, f"logits_{len(text)}": logits if len(text) <= 40 else logits[-20:]}
+                found |= {
+                    f"tokens_{len(text)}": text,
+                    f"logits_{len(text)}": logits if len(text) <= 40 else logits[-20:],
+                }
         else:
             images = cases.pictures(case, given["image_size"])
-            features = model(pixel_values=torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).last_hidden_state
-            found["features"] = features[:, 1 if "clip" in case and "siglip" not in case else 0 :].numpy()
+            features = model(
+                pixel_values=torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+            ).last_hidden_state
+            found["features"] = features[
+                :, 1 if "clip" in case and "siglip" not in case else 0 :
+            ].numpy()
     return saved, tensors, found
 
 
@@ -75,7 +88,10 @@ def main() -> None:
     for case in (*cases.LANGUAGE_MODELS, *cases.VISION_ENCODERS):
         with tempfile.TemporaryDirectory() as folder:
             config, tensors, found = original(case, pathlib.Path(folder))
-        content = {"config": config, "tensors": {name: list(shape) for name, shape in tensors.items()}}
+        content = {
+            "config": config,
+            "tensors": {name: list(shape) for name, shape in tensors.items()},
+        }
         (cases.FIXTURES / f"{case}.json").write_text(json.dumps(content, indent=1) + "\n")
         np.savez_compressed(cases.FIXTURES / f"{case}.npz", **found)
 

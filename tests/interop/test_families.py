@@ -1,4 +1,6 @@
-"""Published families give what transformers' PyTorch modules give: fixtures/ holds their outputs on weights that `cases.values` makes again."""
+"""Published families give what transformers' PyTorch modules give: fixtures/ holds their
+outputs on weights that `cases.values` makes again.
+"""
 
 import pathlib
 
@@ -26,18 +28,28 @@ def relative_error(found: jax.Array, expected: np.ndarray) -> float:
 def texts(case: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """(tokens, logits of the last of them) of every length."""
     kept = cases.outputs(case)
-    return [(kept[name], kept[name.replace("tokens", "logits")]) for name in kept if name.startswith("tokens")]
+    return [
+        (kept[name], kept[name.replace("tokens", "logits")])
+        for name in kept
+        if name.startswith("tokens")
+    ]
 
 
 @pytest.fixture(scope="module", params=cases.LANGUAGE_MODELS)
-def language_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, LanguageModel]:
+def language_model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, LanguageModel]:
     # Three files, so that layers lie apart from each other.
-    folder = cases.write_folder(tmp_path_factory.mktemp(request.param), *cases.fixture(request.param), files=3)
+    folder = cases.write_folder(
+        tmp_path_factory.mktemp(request.param), *cases.fixture(request.param), files=3
+    )
     return request.param, load_language_model(folder).model
 
 
 @nnx.jit
-def logits(model: LanguageModel, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+def logits(
+    model: LanguageModel, tokens: jax.Array, positions: jax.Array, segments: jax.Array
+) -> jax.Array:
     return model(tokens, positions, segments)
 
 
@@ -50,7 +62,9 @@ def test_padded_rows(language_model: tuple[str, LanguageModel]) -> None:
         rows[row, : len(tokens)], segments[row, : len(tokens)] = tokens, 1
     made = logits(model, rows, np.broadcast_to(np.arange(length), rows.shape), segments)
     for row, (tokens, expected) in enumerate(found):
-        assert relative_error(made[row, len(tokens) - len(expected) : len(tokens)], expected) <= BAR, len(tokens)
+        assert (
+            relative_error(made[row, len(tokens) - len(expected) : len(tokens)], expected) <= BAR
+        ), len(tokens)
 
 
 def test_packed_rows(language_model: tuple[str, LanguageModel]) -> None:
@@ -58,7 +72,9 @@ def test_packed_rows(language_model: tuple[str, LanguageModel]) -> None:
     found = texts(case)
     row = np.concatenate([tokens for tokens, _ in found])[None]
     positions = np.concatenate([np.arange(len(tokens)) for tokens, _ in found])[None]
-    segments = np.concatenate([np.full(len(tokens), number + 1) for number, (tokens, _) in enumerate(found)])[None]
+    segments = np.concatenate(
+        [np.full(len(tokens), number + 1) for number, (tokens, _) in enumerate(found)]
+    )[None]
     made, end = logits(model, row, positions, segments)[0], 0
     for tokens, expected in found:
         end += len(tokens)
@@ -80,11 +96,20 @@ def test_with_the_cache(language_model: tuple[str, LanguageModel]) -> None:
     parts = [[made[row, : len(prompt)]] for row, prompt in enumerate(prompts)]
     for step in range(STEPS):
         places = np.array([[len(prompt) + step] for prompt in prompts])
-        made, cache = decode(model, np.array([[tokens[place]] for (tokens, _), (place,) in zip(found, places, strict=True)]), places, cache)
+        made, cache = decode(
+            model,
+            np.array(
+                [[tokens[place]] for (tokens, _), (place,) in zip(found, places, strict=True)]
+            ),
+            places,
+            cache,
+        )
         for row in range(rows):
             parts[row].append(made[row])
     for row, (tokens, expected) in enumerate(found):
-        assert relative_error(jnp.concatenate(parts[row])[-len(expected) :], expected) <= BAR, len(tokens)
+        assert relative_error(jnp.concatenate(parts[row])[-len(expected) :], expected) <= BAR, len(
+            tokens
+        )
 
 
 @pytest.mark.parametrize("case", cases.VISION_ENCODERS)

@@ -1,4 +1,6 @@
-"""Published configs mean what transformers mean by them; what cannot be honoured, or is not whole, is refused in one sentence before anything is read."""
+"""Published configs mean what transformers mean by them; what cannot be honoured, or is not
+whole, is refused in one sentence before anything is read.
+"""
 
 import io
 import json
@@ -26,8 +28,13 @@ from tests.interop import cases
 
 # As the models' cards and papers count them.
 PARAMETERS = {
-    "Llama-3.1-8B": 8_030_261_248, "Llama-3.2-1B": 1_235_814_400, "Mistral-7B-v0.1": 7_241_732_096, "Qwen2.5-0.5B": 494_032_768,
-    "Qwen2.5-7B": 7_615_616_512, "Qwen3-0.6B": 596_049_920, "Qwen3-8B": 8_190_735_360,
+    "Llama-3.1-8B": 8_030_261_248,
+    "Llama-3.2-1B": 1_235_814_400,
+    "Mistral-7B-v0.1": 7_241_732_096,
+    "Qwen2.5-0.5B": 494_032_768,
+    "Qwen2.5-7B": 7_615_616_512,
+    "Qwen3-0.6B": 596_049_920,
+    "Qwen3-8B": 8_190_735_360,
 }
 
 
@@ -39,13 +46,24 @@ def test_sizes_of_public_models(name: str) -> None:
 
 def test_details_of_public_models() -> None:
     assert published("Llama-3.1-8B").rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
-    assert published("Mistral-7B-v0.1").attention_window == 4096 and published("Qwen2.5-7B").attention_window == 0
+    assert (
+        published("Mistral-7B-v0.1").attention_window == 4096
+        and published("Qwen2.5-7B").attention_window == 0
+    )
     assert [published(name).image_size for name in VISION_ENCODERS] == [224, 224, 384]
-    assert published("siglip-base-patch16-224").vit.activation == "gelu" and published("clip-vit-large-patch14").vit.activation == "quick_gelu"
-    assert published("siglip-base-patch16-224").mean == (0.5, 0.5, 0.5) and published("clip-vit-large-patch14").std[0] == 0.26862954
+    assert (
+        published("siglip-base-patch16-224").vit.activation == "gelu"
+        and published("clip-vit-large-patch14").vit.activation == "quick_gelu"
+    )
+    assert (
+        published("siglip-base-patch16-224").mean == (0.5, 0.5, 0.5)
+        and published("clip-vit-large-patch14").std[0] == 0.26862954
+    )
 
 
-def folder_of(case: str, folder: pathlib.Path, change: dict[str, Any] | None = None, **options: Any) -> pathlib.Path:
+def folder_of(
+    case: str, folder: pathlib.Path, change: dict[str, Any] | None = None, **options: Any
+) -> pathlib.Path:
     config, tensors = cases.fixture(case)
     return cases.write_folder(folder, config | (change or {}), tensors, **options)
 
@@ -60,25 +78,55 @@ def refused(folder: pathlib.Path, part: Any = "language_model") -> str:
 @pytest.mark.parametrize(
     ("case", "change", "said"),
     [
-        ("llama", {"model_type": "mixtral"}, "has model_type = 'mixtral', but only one of 'llama', 'mistral', 'qwen2', 'qwen3' can be read"),
+        (
+            "llama",
+            {"model_type": "mixtral"},
+            (
+                "has model_type = 'mixtral', but only one of 'llama', 'mistral', 'qwen2',"
+                " 'qwen3' can be read"
+            ),
+        ),
         ("llama", {"model_type": None}, "has no model_type"),
         ("llama", {"hidden_act": "relu6"}, "hidden_act = 'relu6'"),
         ("llama", {"attention_bias": True}, "attention_bias = True, but only False"),
         ("llama", {"mlp_bias": True}, "mlp_bias"),
         ("llama", {"quantization_config": {"bits": 4}}, "but only models without it"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type = 'yarn', but only 'default', 'linear' or 'llama3'"),
-        ("llama", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 4.0}}, "type = 'dynamic'"),
-        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "has no low_freq_factor"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+            "rope_type = 'yarn', but only 'default', 'linear' or 'llama3'",
+        ),
+        (
+            "llama",
+            {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 4.0}},
+            "type = 'dynamic'",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+            "has no low_freq_factor",
+        ),
         ("llama", {"num_key_value_heads": 3}, "a divisor of num_attention_heads (4)"),
         ("llama", {"hidden_size": "wide"}, "hidden_size = 'wide', but only a whole number"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": None}, "a sliding window in all layers or in none"),
+        (
+            "qwen2",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "max_window_layers": 1,
+                "layer_types": None,
+            },
+            "a sliding window in all layers or in none",
+        ),
         ("qwen2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("clip", {"hidden_act": "tanh"}, "hidden_act = 'tanh'"),
         ("clip", {"num_channels": 1}, "num_channels = 1"),
         ("clip", {"model_type": "dinov2"}, "model_type = 'dinov2'"),
     ],
 )
-def test_configs_that_cannot_be_honoured(case: str, change: dict[str, Any], said: str, tmp_path: pathlib.Path) -> None:
+def test_configs_that_cannot_be_honoured(
+    case: str, change: dict[str, Any], said: str, tmp_path: pathlib.Path
+) -> None:
     folder = folder_of(case, tmp_path, change)
     assert said in refused(folder, "vision_encoder" if case == "clip" else "language_model")
 
@@ -87,7 +135,11 @@ def test_preprocessing(tmp_path: pathlib.Path) -> None:
     folder = folder_of("clip", tmp_path)
     assert read_config(folder, "vision_encoder").mean == (0.48145466, 0.4578275, 0.40821073)
     preprocessor = folder / "preprocessor_config.json"
-    preprocessor.write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3], "rescale_factor": 1 / 255}))
+    preprocessor.write_text(
+        json.dumps(
+            {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3], "rescale_factor": 1 / 255}
+        )
+    )
     config = read_config(folder, "vision_encoder")
     assert config.mean == (0.1, 0.2, 0.3) and config.std == (1.0, 2.0, 3.0)
     preprocessor.write_text(json.dumps({"rescale_factor": 1 / 127.5}))
@@ -101,7 +153,11 @@ def test_preprocessing(tmp_path: pathlib.Path) -> None:
     [
         ("clip", None, "crop"),
         ("clip", {"size": 224, "crop_size": 224, "do_center_crop": True}, "crop"),
-        ("clip", {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}, "crop"),
+        (
+            "clip",
+            {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}},
+            "crop",
+        ),
         ("clip", {"size": {"height": 224, "width": 224}, "do_center_crop": False}, "stretch"),
         ("siglip", None, "stretch"),
         ("siglip", {"size": {"height": 384, "width": 384}}, "stretch"),
@@ -139,8 +195,13 @@ def test_all_that_differs_is_said_at_once(tmp_path: pathlib.Path) -> None:
     save_file(arrays, folder / "model.safetensors")
     said = refused(folder)
     for part in (
-        "(6 differ)", f"{layer}q_proj.weight is missing (nearest: {layer}query_proj.weight)", f"{layer}query_proj.weight [32, 32] is not known",
-        "lm_head.weight is missing", "extra [2] is not known", f"{layer}k_proj.weight is [3, 32] instead of [16, 32]", "model.norm.weight is of type I32",
+        "(6 differ)",
+        f"{layer}q_proj.weight is missing (nearest: {layer}query_proj.weight)",
+        f"{layer}query_proj.weight [32, 32] is not known",
+        "lm_head.weight is missing",
+        "extra [2] is not known",
+        f"{layer}k_proj.weight is [3, 32] instead of [16, 32]",
+        "model.norm.weight is of type I32",
     ):
         assert part in said
 
@@ -148,7 +209,10 @@ def test_all_that_differs_is_said_at_once(tmp_path: pathlib.Path) -> None:
 def test_harmless_tensors_are_left_unread(tmp_path: pathlib.Path) -> None:
     def add(folder: pathlib.Path, **more: np.ndarray) -> None:
         arrays = load_file(folder / "model.safetensors")
-        save_file(arrays | {name.replace("__", "."): array for name, array in more.items()}, folder / "model.safetensors")
+        save_file(
+            arrays | {name.replace("__", "."): array for name, array in more.items()},
+            folder / "model.safetensors",
+        )
 
     tied = folder_of("llama3", tmp_path / "tied")
     embedding = load_file(tied / "model.safetensors")["model.embed_tokens.weight"]
@@ -156,13 +220,25 @@ def test_harmless_tensors_are_left_unread(tmp_path: pathlib.Path) -> None:
     add(tied, lm_head__weight=embedding, model__layers__0__self_attn__rotary_emb__inv_freq=turns)
     assert open_folder(tied, "language_model").config.tied_embeddings
     add(tied, model__layers__1__self_attn__rotary_emb__inv_freq=rotary_frequencies(4, 500_000.0))
-    assert "model.layers.1.self_attn.rotary_emb.inv_freq is not what the config's rope_theta" in refused(tied)
-    # The whole of a CLIP as published has names of its own for the tower, and positions as a tensor.
+    assert (
+        "model.layers.1.self_attn.rotary_emb.inv_freq is not what the config's rope_theta"
+        in refused(tied)
+    )
+    # The whole of a CLIP as published has names of its own for the tower, and positions as a
+    # tensor.
     config, tensors = cases.fixture("clip")
-    names = {name if name.startswith("vision_model.") else f"vision_model.{name}": shape for name, shape in tensors.items()}
-    whole = cases.write_folder(tmp_path / "clip", {"model_type": "clip", "vision_config": config}, names)
+    names = {
+        name if name.startswith("vision_model.") else f"vision_model.{name}": shape
+        for name, shape in tensors.items()
+    }
+    whole = cases.write_folder(
+        tmp_path / "clip", {"model_type": "clip", "vision_config": config}, names
+    )
     add(
-        whole, text_model__a=np.zeros(1, np.float32), visual_projection__weight=np.zeros(1, np.float32), logit_scale=np.zeros((), np.float32),
+        whole,
+        text_model__a=np.zeros(1, np.float32),
+        visual_projection__weight=np.zeros(1, np.float32),
+        logit_scale=np.zeros((), np.float32),
         vision_model__embeddings__position_ids=np.zeros(1, np.int64),
     )
     add(folder_of("clip", tmp_path / "tower"))
@@ -201,8 +277,16 @@ def test_a_head_of_its_own_is_read_whatever_the_config_ties(
         ("mistral", {"sliding_window": None}, 0),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, 8),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, 0),
-        ("qwen2", {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0}, 0),
-        ("qwen3", {"use_sliding_window": True, "sliding_window": 600, "max_window_layers": 0}, 600),
+        (
+            "qwen2",
+            {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0},
+            0,
+        ),
+        (
+            "qwen3",
+            {"use_sliding_window": True, "sliding_window": 600, "max_window_layers": 0},
+            600,
+        ),
     ],
 )
 def test_windows(case: str, change: dict[str, Any], window: int, tmp_path: pathlib.Path) -> None:
@@ -213,9 +297,14 @@ def test_windows(case: str, change: dict[str, Any], window: int, tmp_path: pathl
 
 def test_a_language_model_saved_without_its_head(tmp_path: pathlib.Path) -> None:
     config, tensors = cases.fixture("qwen2")
-    whole, bare = (cases.write_folder(tmp_path / name, config, tensors) for name in ("whole", "bare"))
+    whole, bare = (
+        cases.write_folder(tmp_path / name, config, tensors) for name in ("whole", "bare")
+    )
     arrays = load_file(whole / "model.safetensors")
-    save_file({name.removeprefix("model."): array for name, array in arrays.items()}, bare / "model.safetensors")
+    save_file(
+        {name.removeprefix("model."): array for name, array in arrays.items()},
+        bare / "model.safetensors",
+    )
     same(load_language_model(whole).model, load_language_model(bare).model)
 
 
@@ -253,17 +342,30 @@ def same(first: nnx.Module, second: nnx.Module) -> None:
 def test_read_onto_a_mesh(tmp_path: pathlib.Path) -> None:
     folder = folder_of("qwen3", tmp_path / "lm", files=2)
     mesh = make_mesh(MeshConfig(2, 2, 2))
-    whole, spread = load_language_model(folder).model, load_language_model(folder, mesh=mesh).model
+    whole, spread = (
+        load_language_model(folder).model,
+        load_language_model(folder, mesh=mesh).model,
+    )
     same(whole, spread)
     query = spread.layers.attention.query[...]
-    assert query.sharding.spec == jax.P(None, "fsdp", "model", None) and query.addressable_shards[0].data.shape == (2, 16, 2, 16)
+    assert query.sharding.spec == jax.P(None, "fsdp", "model", None) and query.addressable_shards[
+        0
+    ].data.shape == (2, 16, 2, 16)
     encoder = load_vision_encoder(folder_of("clip", tmp_path / "clip"), mesh=mesh).model
     assert encoder.patch_embedding[...].sharding.is_fully_replicated
 
 
 def test_the_digest_names_weights_and_config(tmp_path: pathlib.Path) -> None:
     def digest(name: str, **change: Any) -> str:
-        return open_folder(folder_of("qwen2", tmp_path / name, change, dtype=np.float16 if name == "half" else np.float32), "language_model").digest()
+        return open_folder(
+            folder_of(
+                "qwen2",
+                tmp_path / name,
+                change,
+                dtype=np.float16 if name == "half" else np.float32,
+            ),
+            "language_model",
+        ).digest()
 
     assert digest("a") == digest("b")
     assert len({digest("a"), digest("half"), digest("other", rms_norm_eps=1e-5)}) == 3

@@ -1,4 +1,6 @@
-"""Beside transformers' own modules, where they are installed (flamingo_jax[interop-test]), and the speed and memory of loading: long proofs."""
+"""Beside transformers' own modules, where they are installed (flamingo_jax[interop-test]), and
+the speed and memory of loading: long proofs.
+"""
 
 import io
 import json
@@ -26,7 +28,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 def convert(monkeypatch: pytest.MonkeyPatch, **given: object) -> int:
     command = commands.load("convert")
     for name in ("LANGUAGE_MODEL", "VISION_ENCODER", "OUTPUT", "VERIFY"):
-        monkeypatch.setattr(command, name, commands.flag(given.get(name, "" if name != "VERIFY" else False)))
+        monkeypatch.setattr(
+            command, name, commands.flag(given.get(name, "" if name != "VERIFY" else False))
+        )
     return command.main()
 
 
@@ -38,7 +42,9 @@ def test_bad_calls_are_refused(tmp_path: pathlib.Path, monkeypatch: pytest.Monke
 
     folder = str(cases.write_folder(tmp_path / "lm", *cases.fixture("llama")))
     assert "name the folder of one model" in refused(OUTPUT="out")
-    assert "name the folder of one model" in refused(LANGUAGE_MODEL=folder, VISION_ENCODER=folder, OUTPUT="out")
+    assert "name the folder of one model" in refused(
+        LANGUAGE_MODEL=folder, VISION_ENCODER=folder, OUTPUT="out"
+    )
     assert "nothing to do" in refused(LANGUAGE_MODEL=folder)
     assert "is no folder" in refused(LANGUAGE_MODEL="nowhere", OUTPUT=str(tmp_path / "out"))
     assert "holds no tokenizer.json" in refused(LANGUAGE_MODEL=folder, OUTPUT=str(tmp_path / "out"))
@@ -49,7 +55,12 @@ def test_bad_calls_are_refused(tmp_path: pathlib.Path, monkeypatch: pytest.Monke
 
 @pytest.mark.scale
 @pytest.mark.parametrize("case", [*cases.LANGUAGE_MODELS, *cases.VISION_ENCODERS])
-def test_originals_give_what_the_fixtures_hold(case: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_originals_give_what_the_fixtures_hold(
+    case: str,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     config, tensors, found = make_fixtures.original(case, tmp_path)
@@ -58,7 +69,11 @@ def test_originals_give_what_the_fixtures_hold(case: str, tmp_path: pathlib.Path
     assert sorted(kept) == sorted(found)
     for name in kept:
         assert np.abs(kept[name] - found[name]).max() <= 1e-6 * np.abs(found[name]).max(), name
-    key, of = ("LANGUAGE_MODEL", verify.verify_language_model) if case in cases.LANGUAGE_MODELS else ("VISION_ENCODER", verify.verify_vision_encoder)
+    key, of = (
+        ("LANGUAGE_MODEL", verify.verify_language_model)
+        if case in cases.LANGUAGE_MODELS
+        else ("VISION_ENCODER", verify.verify_vision_encoder)
+    )
     assert convert(monkeypatch, **{key: str(tmp_path), "VERIFY": True}) == 0
     assert "largest relative error" in capsys.readouterr().out
     compared = of(tmp_path)
@@ -80,8 +95,16 @@ def test_torch_interpolates_positions_as_the_fixture_holds() -> None:
 def test_whole_models_as_they_are_saved(family: str, tmp_path: pathlib.Path) -> None:
     """Text tower, projections and pooling head beside the vision tower."""
     transformers = pytest.importorskip("transformers")
-    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
-    config = getattr(transformers, f"{family}Config")(text_config=text, vision_config=cases.TOWER | {"image_size": 32})
+    text = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 50,
+    }
+    config = getattr(transformers, f"{family}Config")(
+        text_config=text, vision_config=cases.TOWER | {"image_size": 32}
+    )
     getattr(transformers, f"{family}Model")(config).save_pretrained(tmp_path)
     assert verify.verify_vision_encoder(tmp_path).relative_error <= BAR
 
@@ -95,7 +118,9 @@ def test_a_tied_config_beside_a_head_of_its_own(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.scale
-@pytest.mark.parametrize(("case", "kind"), [("clip", "CLIPImageProcessor"), ("siglip", "SiglipImageProcessor")])
+@pytest.mark.parametrize(
+    ("case", "kind"), [("clip", "CLIPImageProcessor"), ("siglip", "SiglipImageProcessor")]
+)
 @pytest.mark.parametrize("side", [(640, 427), (375, 500), (224, 224)])
 def test_pixels_are_those_of_the_original_preprocessor(
     case: str, kind: str, side: tuple[int, int], tmp_path: pathlib.Path
@@ -122,21 +147,33 @@ def test_pixels_are_those_of_the_original_preprocessor(
 
 @pytest.mark.scale
 def test_loading_eight_gigabytes(tmp_path: pathlib.Path) -> None:
-    """The most memory beside the arrays, and the time beside a bare read of the files from the disk, the best of three each."""
+    """The most memory beside the arrays, and the time beside a bare read of the files from the
+    disk, the best of three each.
+    """
     if shutil.disk_usage(tmp_path).free < 10e9:
         pytest.skip("10 GB of disk are needed")
-    keeping = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
+    keeping = (
+        "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
+    )
     env = os.environ | {"XLA_FLAGS": "", "GLIBC_TUNABLES": keeping}
 
     def call(*what: str) -> dict[str, float]:
         done = subprocess.run(
-            [sys.executable, "-m", "tests.interop.loading", str(tmp_path), *what], cwd=ROOT, env=env, check=True, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "tests.interop.loading", str(tmp_path), *what],
+            cwd=ROOT,
+            env=env,
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         return json.loads(done.stdout) if done.stdout else {}
 
     call("make")
     reads, loads = ([call(what, "cold") for _ in range(3)] for what in ("read", "load"))
     read, load = (max(found, key=lambda one: one["bytes_a_second"]) for found in (reads, loads))
-    print(f"bare read {read['bytes_a_second'] / 1e9:.2f} GB/s, load {load['bytes_a_second'] / 1e9:.2f} GB/s, overhead {load['overhead'] / 2**20:.0f} MiB")
+    print(
+        f"bare read {read['bytes_a_second'] / 1e9:.2f} GB/s, load"
+        f" {load['bytes_a_second'] / 1e9:.2f} GB/s, overhead {load['overhead'] / 2**20:.0f} MiB"
+    )
     assert max(one["overhead"] for one in loads) <= 1.2 * load["largest"] + 2**30
     assert load["bytes_a_second"] >= 0.6 * read["bytes_a_second"]

@@ -7,7 +7,9 @@ from absl import flags
 
 
 def load(name: str) -> types.ModuleType:
-    """`launch.<name>` with its flags at their defaults; absl forgets them, so that another command can define its own of the same names."""
+    """`launch.<name>` with its flags at their defaults; absl forgets them, so that another
+    command can define its own of the same names.
+    """
     module = importlib.import_module(f"launch.{name}")
     for place, value in list(vars(module).items()):
         if isinstance(value, flags.FlagHolder):

@@ -1,4 +1,6 @@
-"""launch.build_data's command line: which flags a source reads, official splits, contradictions."""
+"""launch.build_data's command line: which flags a source reads, official splits,
+contradictions.
+"""
 
 import contextlib
 import io
@@ -163,7 +165,11 @@ def test_a_tokenizer_of_another_size_is_not_taken_for_the_one_that_is_asked_for(
 ) -> None:
     (tmp_path / "a.txt").write_text("the cat sat on the mat\n")
     train_tokenizer(texts_in(tmp_path), tmp_path / "out", vocab_size=280)
-    given = {"source": "sentencepiece", "input": [str(tmp_path)], "output": str(tmp_path / "out")}
+    given = {
+        "source": "sentencepiece",
+        "input": [str(tmp_path)],
+        "output": str(tmp_path / "out"),
+    }
     assert build(**given, vocab_size=280).main() == 0
     with pytest.raises(UserError, match="with 280 pieces in place of --vocab_size=300"):
         build(**given, vocab_size=300).main()

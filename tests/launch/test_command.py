@@ -50,7 +50,13 @@ def call(tmp_path_factory: pytest.TempPathFactory) -> Call:
 
     def run(*arguments: str) -> tuple[int, str, str]:
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, program, *arguments],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
         return done.returncode, done.stdout, done.stderr
 
     return run
@@ -58,12 +64,27 @@ def call(tmp_path_factory: pytest.TempPathFactory) -> Call:
 
 def test_overrides_reach_the_experiment_and_main_gives_the_exit_code(call: Call) -> None:
     code, out, _ = call(
-        CONFIG, "--config.seed=3", "--config.training.steps", "9", "--noconfig.training.use_visuals", "--config.data.m3w.p_next=1",
-        "--config.optimizer.no_decay=('a.*', 'b')", "--config.tokenizer=",
+        CONFIG,
+        "--config.seed=3",
+        "--config.training.steps",
+        "9",
+        "--noconfig.training.use_visuals",
+        "--config.data.m3w.p_next=1",
+        "--config.optimizer.no_decay=('a.*', 'b')",
+        "--config.tokenizer=",
     )
     experiment = configuring.from_json(Experiment, json.loads(out))
-    assert code == 7 and experiment.seed == 3 and experiment.training.steps == 9 and not experiment.training.use_visuals
-    assert experiment.data["m3w"].p_next == 1.0 and experiment.optimizer.no_decay == ("a.*", "b") and experiment.tokenizer == ""
+    assert (
+        code == 7
+        and experiment.seed == 3
+        and experiment.training.steps == 9
+        and not experiment.training.use_visuals
+    )
+    assert (
+        experiment.data["m3w"].p_next == 1.0
+        and experiment.optimizer.no_decay == ("a.*", "b")
+        and experiment.tokenizer == ""
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,19 +92,43 @@ def test_overrides_reach_the_experiment_and_main_gives_the_exit_code(call: Call)
     [
         ((), "--config is not set: name a config file"),
         ((CONFIG, "--config.sed=3"), "config has no key 'sed', did you mean seed?"),
-        ((CONFIG, "--config.training.step=3"), "config.training has no key 'step', did you mean steps?"),
-        ((CONFIG, "--config.data.mw.weight=3"), "config.data has no key 'mw', did you mean m3w?"),
+        (
+            (CONFIG, "--config.training.step=3"),
+            "config.training has no key 'step', did you mean steps?",
+        ),
+        (
+            (CONFIG, "--config.data.mw.weight=3"),
+            "config.data has no key 'mw', did you mean m3w?",
+        ),
         ((CONFIG, "--config.contrastive.joint_width=3"), "config.contrastive is None here"),
         ((CONFIG, "--config.seed=abc"), "config.seed is 'abc', but must be an int"),
         ((CONFIG, "--config.seed=1.5"), "config.seed is '1.5', but must be an int"),
-        ((CONFIG, "--config.training.use_visuals=maybe"), "config.training.use_visuals is 'maybe', but must be a bool"),
-        ((CONFIG, "--config.task=sleep"), "config.task is 'sleep', but must be one of 'contrastive'"),
-        ((CONFIG, "--config.optimizer.no_decay=(1, 2)"), "config.optimizer.no_decay[0] is 1, but must be a string"),
-        ((CONFIG, "--config.optimizer=3"), "config.optimizer is an OptimizerConfig: set its keys one by one"),
-        ((CONFIG, "--config.data=3"), "config.data is a dict of DatasetConfigs by name: set its keys one by one"),
+        (
+            (CONFIG, "--config.training.use_visuals=maybe"),
+            "config.training.use_visuals is 'maybe', but must be a bool",
+        ),
+        (
+            (CONFIG, "--config.task=sleep"),
+            "config.task is 'sleep', but must be one of 'contrastive'",
+        ),
+        (
+            (CONFIG, "--config.optimizer.no_decay=(1, 2)"),
+            "config.optimizer.no_decay[0] is 1, but must be a string",
+        ),
+        (
+            (CONFIG, "--config.optimizer=3"),
+            "config.optimizer is an OptimizerConfig: set its keys one by one",
+        ),
+        (
+            (CONFIG, "--config.data=3"),
+            "config.data is a dict of DatasetConfigs by name: set its keys one by one",
+        ),
         (("--config.seed=3",), "--config.seed comes without --config=FILE"),
         (("--config=nowhere.py",), "there is no file nowhere.py"),
-        ((CONFIG + "x",), "configs/quickstart.py has no stage 'flamingox': choose one of contrastive"),
+        (
+            (CONFIG + "x",),
+            "configs/quickstart.py has no stage 'flamingox': choose one of contrastive",
+        ),
         ((CONFIG, "--wrkdir=x"), "there is no flag --wrkdir, did you mean --workdir?"),
         ((CONFIG, "--kind=three"), "flag --kind=three: value should be one of <one|two>"),
         ((CONFIG, "stray"), "'stray' is no flag"),
@@ -100,11 +145,16 @@ def test_a_mistake_is_one_sentence(call: Call, arguments: tuple[str, ...], sente
     [
         ("def get_config(:\n", "fails with SyntaxError"),
         ("x = 1\n", "has no attribute 'get_config'"),
-        ("def get_config():\n    return missing\n", "fails with NameError: name 'missing' is not defined ("),
+        (
+            "def get_config():\n    return missing\n",
+            "fails with NameError: name 'missing' is not defined (",
+        ),
         ("def get_config():\n    return 3\n", "get_config returned int, not a ConfigDict"),
     ],
 )
-def test_a_broken_config_file_is_one_sentence(call: Call, tmp_path: pathlib.Path, text: str, sentence: str) -> None:
+def test_a_broken_config_file_is_one_sentence(
+    call: Call, tmp_path: pathlib.Path, text: str, sentence: str
+) -> None:
     (tmp_path / "config.py").write_text(text)
     code, _, err = call(f"--config={tmp_path}/config.py")
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and sentence in err
@@ -119,7 +169,10 @@ def test_help_is_the_docstring_the_flags_and_the_keys(call: Call) -> None:
     code, out, err = call("--help")
     assert code == 0 and err == "" and out.startswith("Does a thing.")
     for part in (
-        "--config\n", "--workdir\n", "      Folder to work in. (default: here)\n", "      Which. One of one, two. (default: one)\n",
+        "--config\n",
+        "--workdir\n",
+        "      Folder to work in. (default: here)\n",
+        "      Which. One of one, two. (default: one)\n",
         "      Where. May be given several times.\n",
     ):
         assert part in out
@@ -130,7 +183,10 @@ def test_a_written_config_is_read_again(tmp_path: pathlib.Path) -> None:
     experiment = Experiment(name="x")
     command.write_config(experiment, tmp_path / "config.json")
     command.write_config(experiment, tmp_path / "config.json")
-    assert configuring.from_json(Experiment, json.loads((tmp_path / "config.json").read_text())) == experiment
+    assert (
+        configuring.from_json(Experiment, json.loads((tmp_path / "config.json").read_text()))
+        == experiment
+    )
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
@@ -152,7 +208,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-    ("end", "code"), [("return 7", 7), ("raise errors.StorageError('gone')", 74), ("raise SystemExit(75)", 75)]
+    ("end", "code"),
+    [("return 7", 7), ("raise errors.StorageError('gone')", 74), ("raise SystemExit(75)", 75)],
 )
 def test_a_thread_that_is_stuck_on_storage_keeps_no_command_from_ending(
     end: str, code: int, tmp_path: pathlib.Path
@@ -160,6 +217,11 @@ def test_a_thread_that_is_stuck_on_storage_keeps_no_command_from_ending(
     (tmp_path / "stuck.py").write_text(STUCK.format(end=end))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, tmp_path / "stuck.py"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, tmp_path / "stuck.py"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == code and done.stdout == "all is said\n", done.stderr

@@ -20,7 +20,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     build_quickstart(folder / "data", limit=8)
     loaded.tokenizer.save(folder)
     export_model(
-        folder / "export", kind="flamingo", config=dataclasses.asdict(loaded.config), parameters={}, tokenizer_file=folder / "tokenizer.model"
+        folder / "export",
+        kind="flamingo",
+        config=dataclasses.asdict(loaded.config),
+        parameters={},
+        tokenizer_file=folder / "tokenizer.model",
     )
     return folder
 
@@ -28,22 +32,58 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.mark.parametrize(
     ("benchmarks", "shots", "baseline", "sentence"),
     [
-        (["captioning:a={}/ltip:validation", "classification:a={}/ltip:validation"], "0", "", "two benchmarks are named 'a'"),
-        (["captioning:a={}/ltip:validation", "captioning:b={}/ltip:validation"], "0,900", "", "a needs 900 support examples"),
+        (
+            ["captioning:a={}/ltip:validation", "classification:a={}/ltip:validation"],
+            "0",
+            "",
+            "two benchmarks are named 'a'",
+        ),
+        (
+            ["captioning:a={}/ltip:validation", "captioning:b={}/ltip:validation"],
+            "0,900",
+            "",
+            "a needs 900 support examples",
+        ),
         (["reading:a={}/ltip"], "0", "", "with KIND one of captioning"),
-        (["captioning:a={}/ltip:validation"], "x", "", "must be numbers with commas between them"),
+        (
+            ["captioning:a={}/ltip:validation"],
+            "x",
+            "",
+            "must be numbers with commas between them",
+        ),
         (["captioning:a={}/ltip:validation"], "0", "{}", "data is no export"),
     ],
 )
 def test_what_cannot_be_run(
-    folder: pathlib.Path, benchmarks: list[str], shots: str, baseline: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+    folder: pathlib.Path,
+    benchmarks: list[str],
+    shots: str,
+    baseline: str,
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     evaluate = commands.load("evaluate")
     values = {
-        "MODEL": f"{folder}/export", "OUTPUT": f"{folder}/out", "BENCHMARK": [b.format(folder / "data") for b in benchmarks], "SHOTS": shots.split(","),
-        "BASELINE": baseline.format(folder / "data"), "SUITE": None, "TEXT_EXAMPLES": 2, "QUESTION_PROMPT": None,
-        "SELECTION": "random", "SEED": 0, "MAX_TOKENS": 24, "BEAM": 3, "SECONDS": "", "CURVES": [], "LIMIT": 0, "CAPTION_PROMPT": "Output:",
-        "SUPPORT_LIMIT": 2048, "CLASSES": "", "FRAMES": None, "FPS": None,
+        "MODEL": f"{folder}/export",
+        "OUTPUT": f"{folder}/out",
+        "BENCHMARK": [b.format(folder / "data") for b in benchmarks],
+        "SHOTS": shots.split(","),
+        "BASELINE": baseline.format(folder / "data"),
+        "SUITE": None,
+        "TEXT_EXAMPLES": 2,
+        "QUESTION_PROMPT": None,
+        "SELECTION": "random",
+        "SEED": 0,
+        "MAX_TOKENS": 24,
+        "BEAM": 3,
+        "SECONDS": "",
+        "CURVES": [],
+        "LIMIT": 0,
+        "CAPTION_PROMPT": "Output:",
+        "SUPPORT_LIMIT": 2048,
+        "CLASSES": "",
+        "FRAMES": None,
+        "FPS": None,
     }
     for name, value in values.items():
         monkeypatch.setattr(evaluate, name, commands.flag(value))
@@ -57,8 +97,19 @@ def test_a_limit_leaves_every_class_to_choose_from(
 ) -> None:
     """Three records' own classes are right by construction."""
     evaluate = commands.load("evaluate")
-    values = {"CLASSES": "", "LIMIT": 3, "SUPPORT_LIMIT": 2, "SEED": 0, "FRAMES": None, "FPS": None}
-    values |= {"CAPTION_PROMPT": "Output:", "MODEL": f"{folder}/export", "QUESTION_PROMPT": None}
+    values = {
+        "CLASSES": "",
+        "LIMIT": 3,
+        "SUPPORT_LIMIT": 2,
+        "SEED": 0,
+        "FRAMES": None,
+        "FPS": None,
+    }
+    values |= {
+        "CAPTION_PROMPT": "Output:",
+        "MODEL": f"{folder}/export",
+        "QUESTION_PROMPT": None,
+    }
     for name, value in values.items():
         monkeypatch.setattr(evaluate, name, commands.flag(value))
     text = f"classification:colours={folder}/data/vqa:test"

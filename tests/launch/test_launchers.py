@@ -1,4 +1,6 @@
-"""The cluster launchers: JobSets by Kubernetes' schemas, scripts run beside executables that stand in for srun, scontrol, gcloud and Python."""
+"""The cluster launchers: JobSets by Kubernetes' schemas, scripts run beside executables that
+stand in for srun, scontrol, gcloud and Python.
+"""
 
 import fcntl
 import functools
@@ -25,7 +27,9 @@ from launch import command
 from tests.processes import one_device
 
 ROOT = pathlib.Path(__file__).parents[2]
-SLURM, AGAIN, TPU = (ROOT / "launch" / name for name in ("slurm/train.sbatch", "tpu_vm/again.sh", "tpu_vm/tpu.sh"))
+SLURM, AGAIN, TPU = (
+    ROOT / "launch" / name for name in ("slurm/train.sbatch", "tpu_vm/again.sh", "tpu_vm/tpu.sh")
+)
 FINAL = [errors.EXIT_BAD_INPUT, errors.EXIT_NOT_FINITE, errors.EXIT_NOT_LEARNED]
 PREEMPTED = errors.EXIT_PREEMPTED
 RESTARTED = [1, 69, 74, PREEMPTED, 76, 77, 134, 137, 139]
@@ -44,7 +48,7 @@ if [ "$code" = saves ]; then
 fi
 if [ "${code:-0}" -gt 128 ]; then kill -$((code - 128)) $$; fi
 exit "${code:-0}"
-"""
+"""  # noqa: E501
 SRUN = """#!/bin/bash
 # Runs its tasks one after the other and ends with the highest of their codes, as srun does.
 trap : TERM
@@ -69,7 +73,7 @@ case "$*" in
     *" scp "*) cp "$5" "${6%%:*}/${6#*:}" ;;
     *" ssh "*) for word in "$@"; do case $word in --command=*) cd "$5" && HOME=$PWD bash -c "${word#--command=}" || exit ;; esac; done ;;
 esac
-"""
+"""  # noqa: E501
 
 
 GIT = """#!/bin/bash
@@ -99,7 +103,12 @@ def until(condition: Callable[[], object]) -> None:
 
 @pytest.fixture
 def stubs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    for name, text in {"python": PYTHON, "srun": SRUN, "scontrol": SCONTROL, "gcloud": GCLOUD}.items():
+    for name, text in {
+        "python": PYTHON,
+        "srun": SRUN,
+        "scontrol": SCONTROL,
+        "gcloud": GCLOUD,
+    }.items():
         executable(tmp_path / "bin" / name, text)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     monkeypatch.setenv("STUBS", str(tmp_path))
@@ -117,15 +126,26 @@ def test_the_scripts_are_bash(script: pathlib.Path) -> None:
 
 
 def slurm_environment(restarts: int, **more: str) -> dict[str, str]:
-    return os.environ | {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts), "SLURM_GPUS_ON_NODE": "4"} | more
+    return (
+        os.environ
+        | {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts), "SLURM_GPUS_ON_NODE": "4"}
+        | more
+    )
 
 
 def slurm(folder: pathlib.Path, *values: object, **environment: str) -> int:
-    """Runs the job, again for as long as it queues itself again, and returns its last exit code."""
+    """Runs the job, again for as long as it queues itself again, and returns its last exit
+    code.
+    """
     codes(folder, *values)
     restarts = 0
     while True:
-        done = subprocess.run([SLURM, "--config=a b"], cwd=folder, env=slurm_environment(restarts, **environment), capture_output=True)
+        done = subprocess.run(
+            [SLURM, "--config=a b"],
+            cwd=folder,
+            env=slurm_environment(restarts, **environment),
+            capture_output=True,
+        )
         queued = lines(folder / "scontrol")
         assert queued == ["requeue 7"] * len(queued)
         if len(queued) == restarts:
@@ -170,7 +190,13 @@ def test_slurm_has_a_limit(stubs: pathlib.Path) -> None:
 
 def test_slurm_lets_a_process_save_on_sigterm(stubs: pathlib.Path) -> None:
     codes(stubs, "saves")
-    job = subprocess.Popen([SLURM], cwd=stubs, env=slurm_environment(0), start_new_session=True, stderr=subprocess.PIPE)
+    job = subprocess.Popen(
+        [SLURM],
+        cwd=stubs,
+        env=slurm_environment(0),
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+    )
     until((stubs / "waiting").exists)
     # As SLURM signals all that is in a job.
     os.killpg(job.pid, signal.SIGTERM)
@@ -191,7 +217,12 @@ def test_what_slurm_is_asked_for() -> None:
 def again(folder: pathlib.Path, *values: object, **environment: str) -> int:
     codes(folder, *values)
     environment = {"PAUSE_SECONDS": "0"} | environment
-    return subprocess.run([AGAIN, "python", "-m", "launch.train", "a b"], cwd=folder, env=os.environ | environment, capture_output=True).returncode
+    return subprocess.run(
+        [AGAIN, "python", "-m", "launch.train", "a b"],
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+    ).returncode
 
 
 @pytest.mark.parametrize("code", RESTARTED)
@@ -220,17 +251,31 @@ def test_a_host_lets_the_process_save_and_starts_no_other(stubs: pathlib.Path, n
     loop = subprocess.Popen([AGAIN, "python"], cwd=stubs, start_new_session=True, preexec_fn=heard)
     until((stubs / "waiting").exists)
     second = subprocess.run([AGAIN, "python"], cwd=stubs, capture_output=True, text=True)
-    assert second.returncode == errors.EXIT_BAD_INPUT and "the command runs here already" in second.stderr
+    assert (
+        second.returncode == errors.EXIT_BAD_INPUT
+        and "the command runs here already" in second.stderr
+    )
     os.kill(int((stubs / "again.pid").read_text()), number)
     assert loop.wait(timeout=60) == PREEMPTED
     assert len(lines(stubs / "started")) == 1
 
 
-def tpu(folder: pathlib.Path, *arguments: str, expect: int = 0, **environment: str) -> list[list[str]]:
-    """The calls of gcloud that a command makes, without "compute tpus" in front and the zone behind."""
+def tpu(
+    folder: pathlib.Path, *arguments: str, expect: int = 0, **environment: str
+) -> list[list[str]]:
+    """The calls of gcloud that a command makes, without "compute tpus" in front and the zone
+    behind.
+    """
     (folder / "gcloud").unlink(missing_ok=True)
     environment = {"ZONE": "z", "NAME": "n", "TYPE": "v4-32", "POLL_SECONDS": "0"} | environment
-    done = subprocess.run([TPU, *arguments], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(
+        [TPU, *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
     assert done.returncode == expect, done.stderr
     written = (folder / "gcloud").read_text() if (folder / "gcloud").exists() else ""
     calls = [call.split("\x1f")[:-1] for call in written.split("END\x1f")[:-1]]
@@ -242,9 +287,16 @@ def test_tpu_machines_are_made_and_deleted(stubs: pathlib.Path) -> None:
     (stubs / "states").write_text("PROVISIONING\nACTIVE\nACTIVE\nFAILED\n")
     machine = ["--accelerator-type=v4-32", "--runtime-version=tpu-ubuntu2204-base"]
     ask = ["queued-resources", "describe", "n", "--format=value(state.state)"]
-    assert tpu(stubs, "create") == [["queued-resources", "create", "n", *machine, "--node-id=n"], ask, ask]
+    assert tpu(stubs, "create") == [
+        ["queued-resources", "create", "n", *machine, "--node-id=n"],
+        ask,
+        ask,
+    ]
     several = [*machine, "--node-count=2", "--node-prefix=n", "--spot"]
-    assert tpu(stubs, "create", SLICES="2", SPOT="1") == [["queued-resources", "create", "n", *several], ask]
+    assert tpu(stubs, "create", SLICES="2", SPOT="1") == [
+        ["queued-resources", "create", "n", *several],
+        ask,
+    ]
     tpu(stubs, "create", expect=1)
     assert tpu(stubs, "delete") == [["queued-resources", "delete", "n", "--force", "--quiet"]]
     for wrong in ([], ["destroy"], ["start"]):
@@ -262,16 +314,23 @@ def commit(stubs: pathlib.Path, *files: str) -> None:
 def test_tpu_machines_get_this_commit(stubs: pathlib.Path) -> None:
     nodes = [stubs / "n-0", stubs / "n-1"]
     for name in ("sudo", "python3.11"):
-        executable(stubs / "bin" / name, f"#!/bin/bash\necho {name} \"$@\" >> made\n")
+        executable(stubs / "bin" / name, f'#!/bin/bash\necho {name} "$@" >> made\n')
     for node in nodes:
-        executable(node / "flamingo_jax/.venv/bin/pip", "#!/bin/bash\necho pip \"$@\" >> made\n")
+        executable(node / "flamingo_jax/.venv/bin/pip", '#!/bin/bash\necho pip "$@" >> made\n')
     commit(stubs, "setup.py", "a/old.py", "a/b.py", "a/it's c.py")
     calls = tpu(stubs, "setup", SLICES="2", NFS="10.0.0.2:/share")
-    assert [call[:2] + call[3:5] for call in calls[:2]] == [["tpu-vm", "scp", f"n-{i}:flamingo_jax.tar.gz", "--worker=all"] for i in (0, 1)]
-    assert sorted(call[:4] for call in calls[2:]) == [["tpu-vm", "ssh", f"n-{i}", "--worker=all"] for i in (0, 1)]
+    assert [call[:2] + call[3:5] for call in calls[:2]] == [
+        ["tpu-vm", "scp", f"n-{i}:flamingo_jax.tar.gz", "--worker=all"] for i in (0, 1)
+    ]
+    assert sorted(call[:4] for call in calls[2:]) == [
+        ["tpu-vm", "ssh", f"n-{i}", "--worker=all"] for i in (0, 1)
+    ]
     for node in nodes:
         assert "sudo mount -t nfs 10.0.0.2:/share /shared" in lines(node / "made")
-        assert lines(node / "flamingo_jax/made") == ["python3.11 -m venv .venv", "pip install -q -e .[tpu]"]
+        assert lines(node / "flamingo_jax/made") == [
+            "python3.11 -m venv .venv",
+            "pip install -q -e .[tpu]",
+        ]
         assert (node / "flamingo_jax/a/old.py").read_text() == "a/old.py"
         # Somebody's own, and a run's.
         (node / "flamingo_jax/a/mine.py").touch()
@@ -279,8 +338,21 @@ def test_tpu_machines_get_this_commit(stubs: pathlib.Path) -> None:
     commit(stubs, "setup.py", "a/b.py", "c.py")
     tpu(stubs, "setup", SLICES="2")
     for node in nodes:
-        found = {path.relative_to(node / "flamingo_jax").as_posix() for path in (node / "flamingo_jax").rglob("*") if path.is_file()}
-        assert found == {"setup.py", "a/b.py", "c.py", "a/mine.py", "train.log", "made", "again.lock", ".venv/bin/pip"}
+        found = {
+            path.relative_to(node / "flamingo_jax").as_posix()
+            for path in (node / "flamingo_jax").rglob("*")
+            if path.is_file()
+        }
+        assert found == {
+            "setup.py",
+            "a/b.py",
+            "c.py",
+            "a/mine.py",
+            "train.log",
+            "made",
+            "again.lock",
+            ".venv/bin/pip",
+        }
     with open(nodes[0] / "flamingo_jax/again.lock") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         commit(stubs, "setup.py")
@@ -298,10 +370,14 @@ def test_tpu_machines_start_on_every_node_and_stop_saved(stubs: pathlib.Path) ->
         codes(folder, 75, "saves")
     flags = ["--config=configs/flamingo_3b.py:v4_2x2x4", "--config.name=it's here"]
     calls = tpu(stubs, "start", *flags, SLICES="2", PAUSE_SECONDS="0")
-    assert sorted(call[:4] for call in calls) == [["tpu-vm", "ssh", f"n-{i}", "--worker=all"] for i in (0, 1)]
+    assert sorted(call[:4] for call in calls) == [
+        ["tpu-vm", "ssh", f"n-{i}", "--worker=all"] for i in (0, 1)
+    ]
     for folder in folders:
         until(lambda folder=folder: len(lines(folder / "started")) == 2)
-        assert [shlex.split(line) for line in lines(folder / "started")] == [["-u", "-m", "launch.train", *flags]] * 2
+        assert [shlex.split(line) for line in lines(folder / "started")] == [
+            ["-u", "-m", "launch.train", *flags]
+        ] * 2
         until((folder / "waiting").exists)
     tpu(stubs, "stop", SLICES="2")
     for folder in folders:
@@ -313,13 +389,24 @@ def test_tpu_machines_start_on_every_node_and_stop_saved(stubs: pathlib.Path) ->
 
 
 JOBSET = {
-    "spec": {"failurePolicy", "network", "replicatedJobs", "successPolicy", "coordinator", "suspend", "ttlSecondsAfterFinished", "managedBy"},
+    "spec": {
+        "failurePolicy",
+        "network",
+        "replicatedJobs",
+        "successPolicy",
+        "coordinator",
+        "suspend",
+        "ttlSecondsAfterFinished",
+        "managedBy",
+    },
     "failurePolicy": {"maxRestarts", "restartStrategy", "rules"},
     "rule": {"name", "action", "onJobFailureReasons", "targetReplicatedJobs"},
     "network": {"enableDNSHostnames", "subdomain", "publishNotReadyAddresses"},
     "replicatedJob": {"name", "groupName", "replicas", "template", "dependsOn"},
 }
-"""The fields of a JobSet by its API reference, v1alpha2; what is in a job's template is Kubernetes' own."""
+"""The fields of a JobSet by its API reference, v1alpha2; what is in a job's template is
+Kubernetes' own.
+"""
 
 
 def jobset(name: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -335,8 +422,15 @@ def jobset(name: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
 def test_jobsets_have_the_fields_of_their_api(name: str) -> None:
     made, job, _ = jobset(name)
     spec = made["spec"]
-    assert made.keys() <= {"apiVersion", "kind", "metadata", "spec"} and spec.keys() <= JOBSET["spec"] and job.keys() <= JOBSET["replicatedJob"]
-    assert spec.get("network", {}).keys() <= JOBSET["network"] and spec["failurePolicy"].keys() <= JOBSET["failurePolicy"]
+    assert (
+        made.keys() <= {"apiVersion", "kind", "metadata", "spec"}
+        and spec.keys() <= JOBSET["spec"]
+        and job.keys() <= JOBSET["replicatedJob"]
+    )
+    assert (
+        spec.get("network", {}).keys() <= JOBSET["network"]
+        and spec["failurePolicy"].keys() <= JOBSET["failurePolicy"]
+    )
     assert spec["failurePolicy"]["restartStrategy"] in ("Recreate", "BlockingRecreate")
     for rule in spec["failurePolicy"]["rules"]:
         assert {"name", "action"} <= rule.keys() <= JOBSET["rule"]
@@ -346,10 +440,17 @@ def test_jobsets_have_the_fields_of_their_api(name: str) -> None:
 def test_the_jobs_within_are_what_kubernetes_takes(name: str) -> None:
     kubernetes_validate = pytest.importorskip("kubernetes_validate")
     version, (_, job, _) = kubernetes_validate.latest_version(), jobset(name)
-    batch = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}, "spec": job["template"]["spec"]}
+    batch = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": "job"},
+        "spec": job["template"]["spec"],
+    }
     kubernetes_validate.validate(batch, version, strict=True)
     with pytest.raises(kubernetes_validate.ValidationError):
-        kubernetes_validate.validate(batch | {"spec": batch["spec"] | {"backofLimit": 0}}, version, strict=True)
+        kubernetes_validate.validate(
+            batch | {"spec": batch["spec"] | {"backofLimit": 0}}, version, strict=True
+        )
 
 
 @pytest.mark.parametrize("name", ["tpu", "gpu"])
@@ -357,11 +458,18 @@ def test_jobsets_start_again_by_exit_code(name: str) -> None:
     made, job, container = jobset(name)
     policy, spec = made["spec"]["failurePolicy"], job["template"]["spec"]
     (rule,) = spec["podFailurePolicy"]["rules"]
-    assert rule == {"action": "FailJob", "onExitCodes": {"containerName": container["name"], "operator": "In", "values": FINAL}}
-    # A job that fails by that policy fails the set; any other failure is of this reason, which no rule names, so that the set starts again.
+    assert rule == {
+        "action": "FailJob",
+        "onExitCodes": {"containerName": container["name"], "operator": "In", "values": FINAL},
+    }
+    # A job that fails by that policy fails the set; any other failure is of this reason, which
+    # no rule names, so that the set starts again.
     assert spec["backoffLimit"] == 0 and spec["template"]["spec"]["restartPolicy"] == "Never"
     (fatal,) = policy["rules"]
-    assert (fatal["action"], fatal["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    assert (fatal["action"], fatal["onJobFailureReasons"]) == (
+        "FailJobSet",
+        ["PodFailurePolicy"],
+    )
     assert 10 <= policy["maxRestarts"] <= 1000
     assert container["command"] == ["python", "-u", "-m", "launch.train"]
 
@@ -371,7 +479,9 @@ def experiment(container: dict[str, Any]) -> Experiment:
     values = dict(argument.removeprefix("--").split("=", 1) for argument in container["args"])
     assert values.pop("workdir").startswith("/shared/")
     config = command.load_config(values.pop("config"))
-    config.update_from_flattened_dict({key.removeprefix("config."): int(value) for key, value in values.items()})
+    config.update_from_flattened_dict(
+        {key.removeprefix("config."): int(value) for key, value in values.items()}
+    )
     return configuring.from_config(Experiment, config)
 
 
@@ -379,12 +489,24 @@ def test_the_tpu_jobset_is_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     _, job, container = jobset("tpu")
     spec = job["template"]["spec"]
-    chips = math.prod(int(side) for side in spec["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
-    assert spec["parallelism"] == spec["completions"] == chips // container["resources"]["limits"]["google.com/tpu"]
+    chips = math.prod(
+        int(side)
+        for side in spec["template"]["spec"]["nodeSelector"][
+            "cloud.google.com/gke-tpu-topology"
+        ].split("x")
+    )
+    assert (
+        spec["parallelism"]
+        == spec["completions"]
+        == chips // container["resources"]["limits"]["google.com/tpu"]
+    )
     environment = {variable["name"]: variable["value"] for variable in container["env"]}
     assert int(environment["JAX_NUM_PROCESSES"]) == job["replicas"] * spec["completions"]
     mesh = experiment(container).mesh
-    assert (mesh.data, mesh.data * mesh.fsdp * mesh.model) == (job["replicas"], job["replicas"] * chips)
+    assert (mesh.data, mesh.data * mesh.fsdp * mesh.model) == (
+        job["replicas"],
+        job["replicas"] * chips,
+    )
 
 
 def test_the_gpu_jobset_tells_each_pod_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,11 +517,22 @@ def test_the_gpu_jobset_tells_each_pod_its_place(monkeypatch: pytest.MonkeyPatch
     host, port = environment["JAX_COORDINATOR_ADDRESS"]["value"].split(":")
     assert host == f"{name}-{job['name']}-0-0.{name}" and 1024 < int(port) < 32768
     assert made["spec"]["network"]["enableDNSHostnames"]
-    assert job["replicas"] == 1 and int(environment["JAX_NUM_PROCESSES"]["value"]) == spec["parallelism"] == spec["completions"]
+    assert (
+        job["replicas"] == 1
+        and int(environment["JAX_NUM_PROCESSES"]["value"])
+        == spec["parallelism"]
+        == spec["completions"]
+    )
     place = environment["JAX_PROCESS_ID"]["valueFrom"]["fieldRef"]["fieldPath"]
-    assert place == "metadata.annotations['batch.kubernetes.io/job-completion-index']" and spec["completionMode"] == "Indexed"
+    assert (
+        place == "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+        and spec["completionMode"] == "Indexed"
+    )
     mesh = experiment(container).mesh
-    assert mesh.data * mesh.fsdp * mesh.model == spec["parallelism"] * container["resources"]["limits"]["nvidia.com/gpu"]
+    assert (
+        mesh.data * mesh.fsdp * mesh.model
+        == spec["parallelism"] * container["resources"]["limits"]["nvidia.com/gpu"]
+    )
 
 
 @pytest.mark.parametrize("name", ["tpu", "gpu"])
@@ -430,13 +563,15 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     for line in lines(ROOT / "launch/gke/Dockerfile"):
         for name in line.split()[1:-1] if line.startswith("COPY") else ():
             if (ROOT / name).is_dir():
-                shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(
+                    ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__")
+                )
             else:
                 shutil.copy(ROOT / name, folder)
     return folder
 
 
-REAL_PYTHON = f"#!/bin/bash\nexec {sys.executable} \"$@\"\n"
+REAL_PYTHON = f'#!/bin/bash\nexec {sys.executable} "$@"\n'
 STEPS = ("--config.training.steps=1", "--config.training.evaluate_batches=1")
 
 
@@ -449,8 +584,9 @@ def there(environment: dict[str, str], folder: pathlib.Path) -> dict[str, str]:
 def test_a_pod_of_the_jobset_starts(
     name: str, image: pathlib.Path, shared: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """The container's own command, in the image's folder and with the claim mounted; but for the
-    size of the model and the other pods."""
+    """The container's own command, in the image's folder and with the claim mounted; but for
+    the size of the model and the other pods.
+    """
     _, _, container = jobset(name)
     executable(tmp_path / "bin/python", REAL_PYTHON)
 
@@ -461,29 +597,44 @@ def test_a_pod_of_the_jobset_starts(
     environment = {v["name"]: here(v["value"]) for v in container["env"] if "value" in v}
     alone = {"JAX_NUM_PROCESSES": "1"}
     done = subprocess.run(
-        [*container["command"], *arguments, "--prepare"], cwd=image,
-        env=there(environment | alone, tmp_path), capture_output=True, text=True,
+        [*container["command"], *arguments, "--prepare"],
+        cwd=image,
+        env=there(environment | alone, tmp_path),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0 and "all is prepared" in done.stderr, done.stderr
 
 
-def test_a_slurm_job_trains(
-    image: pathlib.Path, shared: pathlib.Path, stubs: pathlib.Path
-) -> None:
+def test_a_slurm_job_trains(image: pathlib.Path, shared: pathlib.Path, stubs: pathlib.Path) -> None:
     executable(stubs / "bin/python", REAL_PYTHON)
-    flags = [f"--config=configs/lm_1b4.py:form=tiny,root={shared}", f"--workdir={shared}/runs/job", *STEPS]
-    task = {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "node3"}
+    flags = [
+        f"--config=configs/lm_1b4.py:form=tiny,root={shared}",
+        f"--workdir={shared}/runs/job",
+        *STEPS,
+    ]
+    task = {
+        "SLURM_NTASKS": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_NODELIST": "node3",
+    }
     task |= {"SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "1", "SLURM_CPUS_PER_TASK": "2"}
     folder = shutil.copytree(image, stubs / "repository")
     script = shutil.copy(SLURM, stubs)
-    done = subprocess.run([script, *flags], cwd=folder, env=there(task, stubs), capture_output=True, text=True)
+    done = subprocess.run(
+        [script, *flags], cwd=folder, env=there(task, stubs), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert (shared / "runs/job/checkpoints/1/manifest.json").exists()
     assert lines(folder / "srun")[2] == "--cpus-per-task=2"
 
 
 def test_a_tpu_machine_trains(
-    image: pathlib.Path, shared: pathlib.Path, stubs: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    image: pathlib.Path,
+    shared: pathlib.Path,
+    stubs: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Set up from the commit, started by its own command, ended by itself."""
     for name in ("sudo", "python3.11"):
@@ -497,7 +648,11 @@ def test_a_tpu_machine_trains(
     tpu(stubs, "setup")
     monkeypatch.delenv("XLA_FLAGS")
     tpu(
-        stubs, "start", f"--config=configs/lm_1b4.py:form=tiny,root={shared}", f"--workdir={shared}/runs/vm", *STEPS,
+        stubs,
+        "start",
+        f"--config=configs/lm_1b4.py:form=tiny,root={shared}",
+        f"--workdir={shared}/runs/vm",
+        *STEPS,
         JAX_COMPILATION_CACHE_DIR=os.environ["JAX_COMPILATION_CACHE_DIR"],
     )
     until(lambda: (machine / "again.pid").exists())
@@ -505,9 +660,13 @@ def test_a_tpu_machine_trains(
         if not (machine / "again.pid").exists():
             break
         time.sleep(0.1)
-    assert (shared / "runs/vm/checkpoints/1/manifest.json").exists(), (machine / "train.log").read_text()
+    assert (shared / "runs/vm/checkpoints/1/manifest.json").exists(), (
+        machine / "train.log"
+    ).read_text()
 
 
 def test_the_image_holds_every_package() -> None:
-    copied = {line.split()[1] for line in lines(ROOT / "launch/gke/Dockerfile") if line.startswith("COPY")}
+    copied = {
+        line.split()[1] for line in lines(ROOT / "launch/gke/Dockerfile") if line.startswith("COPY")
+    }
     assert {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"} <= copied

@@ -1,4 +1,6 @@
-"""Models for tests, their parameters drawn by numpy: none is where it starts (a bias of 0 hides its absence), and nothing is compiled."""
+"""Models for tests, their parameters drawn by numpy: none is where it starts (a bias of 0 hides
+its absence), and nothing is compiled.
+"""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -20,11 +22,16 @@ ONE_STAGE = nfnet.Variant((4,), (4,), (8,), (2,), (1,), 1024, 8)
 
 
 def filled(make: Callable[[nnx.Rngs], M], seed: int = 0) -> M:
-    """The module that `make` builds; its gains and scales are near 1, the rest is normal with deviation 0.3."""
+    """The module that `make` builds; its gains and scales are near 1, the rest is normal with
+    deviation 0.3.
+    """
     graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     rng = np.random.default_rng(seed)
     middle = lambda name: float(name.endswith(("gain", "scale")))
-    values = {name: jnp.asarray(middle(name) + 0.3 * rng.standard_normal(s.shape), jnp.float32) for name, s in to_flat(state).items()}
+    values = {
+        name: jnp.asarray(middle(name) + 0.3 * rng.standard_normal(s.shape), jnp.float32)
+        for name, s in to_flat(state).items()
+    }
     nnx.replace_by_pure_dict(state, from_flat(values))
     return nnx.merge(graph, state)
 

@@ -15,17 +15,34 @@ from tests.models.filling import filled
 from tests.rounding import assert_close
 
 TERMS = 8 + 2 * 4 + 2 * 7 + 8 + 8
-"""Projections, scores of content and of position, the softmax over at most 7 keys and its sum of values, the map out of two heads of 4, and norms."""
+"""Projections, scores of content and of position, the softmax over at most 7 keys and its sum
+of values, the map out of two heads of 4, and norms.
+"""
 CONFIG = LanguageModelConfig(width=8, heads=2, head_width=4)
 
 
 def make(**changes: object) -> attention.SelfAttention:
-    return attention.SelfAttention(dataclasses.replace(CONFIG, **changes), out_scale=1.0, rngs=nnx.Rngs(0))  # type: ignore[arg-type]
+    return attention.SelfAttention(
+        dataclasses.replace(CONFIG, **changes), out_scale=1.0, rngs=nnx.Rngs(0)
+    )  # type: ignore[arg-type]
 
 
-def reference_transformer_xl(module: attention.SelfAttention, x: np.ndarray, segments: np.ndarray) -> np.ndarray:
+def reference_transformer_xl(
+    module: attention.SelfAttention, x: np.ndarray, segments: np.ndarray
+) -> np.ndarray:
     """Transformer-XL attention (Dai et al. 2019, equation of section 3.3), token by token."""
-    w = {name: np.asarray(getattr(module, name)[...], np.float64) for name in ("query", "key", "value", "out", "position", "content_bias", "position_bias")}
+    w = {
+        name: np.asarray(getattr(module, name)[...], np.float64)
+        for name in (
+            "query",
+            "key",
+            "value",
+            "out",
+            "position",
+            "content_bias",
+            "position_bias",
+        )
+    }
     rows, length, width = x.shape
     codes = np.asarray(attention.sinusoids(length, width), np.float64)
     heads, head_width = w["query"].shape[1:]
@@ -34,16 +51,29 @@ def reference_transformer_xl(module: attention.SelfAttention, x: np.ndarray, seg
         for i in range(length):
             for h in range(heads):
                 query = x[b, i] @ w["query"][:, h]
-                seen = [j for j in range(i + 1) if segments[b, j] == segments[b, i] and segments[b, i] > 0]
+                seen = [
+                    j
+                    for j in range(i + 1)
+                    if segments[b, j] == segments[b, i] and segments[b, i] > 0
+                ]
                 if not seen:
                     continue
                 scores = []
                 for j in seen:
                     key, relative = x[b, j] @ w["key"][:, h], codes[i - j] @ w["position"][:, h]
-                    scores.append(((query + w["content_bias"][h]) @ key + (query + w["position_bias"][h]) @ relative) / np.sqrt(head_width))
+                    scores.append(
+                        (
+                            (query + w["content_bias"][h]) @ key
+                            + (query + w["position_bias"][h]) @ relative
+                        )
+                        / np.sqrt(head_width)
+                    )
                 p = np.exp(np.array(scores) - max(scores))
                 p /= p.sum()
-                out[b, i] += sum(p[k] * (x[b, j] @ w["value"][:, h]) for k, j in enumerate(seen)) @ w["out"][h]
+                out[b, i] += (
+                    sum(p[k] * (x[b, j] @ w["value"][:, h]) for k, j in enumerate(seen))
+                    @ w["out"][h]
+                )
     return out
 
 
@@ -58,7 +88,9 @@ def module() -> attention.SelfAttention:
 def test_transformer_xl_attention_equals_its_equation(module: attention.SelfAttention) -> None:
     x = np.random.default_rng(0).normal(size=(2, 7, 8))
     segments = np.array([[1, 1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1, 1]])
-    ours, _ = module(jnp.asarray(x, jnp.float32), jnp.zeros((2, 7), jnp.int32), jnp.asarray(segments), None)
+    ours, _ = module(
+        jnp.asarray(x, jnp.float32), jnp.zeros((2, 7), jnp.int32), jnp.asarray(segments), None
+    )
     assert_close(ours, reference_transformer_xl(module, x, segments), TERMS)
 
 
@@ -85,12 +117,21 @@ def test_padding_never_enters_a_cache() -> None:
 
 def test_rotation_keeps_scores_a_function_of_distance() -> None:
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+
     def score(i: int, j: int) -> float:
-        turned = (attention.rotate(x, jnp.array([[place]]), attention.rotary_frequencies(4, 1e4)) for x, place in ((q, i), (k, j)))
+        turned = (
+            attention.rotate(x, jnp.array([[place]]), attention.rotary_frequencies(4, 1e4))
+            for x, place in ((q, i), (k, j))
+        )
         return float(jnp.sum(next(turned) * next(turned)))
 
     # Eight products; angles up to 12 are as near as their last place.
-    assert_close(score(5, 3), score(12, 10), terms=8 + 2 * 12, size=float(jnp.abs(q).max() * jnp.abs(k).max()))
+    assert_close(
+        score(5, 3),
+        score(12, 10),
+        terms=8 + 2 * 12,
+        size=float(jnp.abs(q).max() * jnp.abs(k).max()),
+    )
     assert abs(score(5, 3) - score(5, 1)) > 1e-3
 
 
@@ -110,7 +151,9 @@ def test_a_position_bias_makes_heads_prefer_distances_from_the_start() -> None:
     assert np.ptp(scores[0, :, 4, :], axis=-1).min() > 1
 
 
-def published_frequency(pair: int, scaling: RopeScaling | None, half: int = 2, base: float = 100.0) -> float:
+def published_frequency(
+    pair: int, scaling: RopeScaling | None, half: int = 2, base: float = 100.0
+) -> float:
     """As Llama 3.1's code has it: by wave length, in three cases."""
     frequency = base ** (-pair / half)
     if scaling is None:
@@ -122,7 +165,9 @@ def published_frequency(pair: int, scaling: RopeScaling | None, half: int = 2, b
         return frequency
     if wave > length / scaling.low_frequency_factor:
         return frequency / scaling.factor
-    smooth = (length / wave - scaling.low_frequency_factor) / (scaling.high_frequency_factor - scaling.low_frequency_factor)
+    smooth = (length / wave - scaling.low_frequency_factor) / (
+        scaling.high_frequency_factor - scaling.low_frequency_factor
+    )
     return (1 - smooth) * frequency / scaling.factor + smooth * frequency
 
 
@@ -143,18 +188,31 @@ OPEN = {
 }
 
 
-def reference_open(module: attention.SelfAttention, config: LanguageModelConfig, x: np.ndarray) -> np.ndarray:
-    """Grouped-query attention with rotary positions of one text [L, D], token by token and pair by pair."""
+def reference_open(
+    module: attention.SelfAttention, config: LanguageModelConfig, x: np.ndarray
+) -> np.ndarray:
+    """Grouped-query attention with rotary positions of one text [L, D], token by token and pair
+    by pair.
+    """
     value_of = lambda a: None if a is None else np.asarray(a[...], np.float64)
-    w = {name: value_of(getattr(module, name)) for name in ("query", "key", "value", "out", "query_bias", "key_bias", "value_bias")}
+    w = {
+        name: value_of(getattr(module, name))
+        for name in ("query", "key", "value", "out", "query_bias", "key_bias", "value_bias")
+    }
     half = config.head_width // 2
 
     def head(name: str, place: int, number: int) -> np.ndarray:
-        h = x[place] @ w[name][:, number] + (0 if w[f"{name}_bias"] is None else w[f"{name}_bias"][number])
+        h = x[place] @ w[name][:, number] + (
+            0 if w[f"{name}_bias"] is None else w[f"{name}_bias"][number]
+        )
         if name == "value":
             return h
         if config.query_key_norm:
-            h = h / np.sqrt(np.mean(h**2) + config.norm_eps) * value_of(getattr(module, f"{name}_norm").scale)
+            h = (
+                h
+                / np.sqrt(np.mean(h**2) + config.norm_eps)
+                * value_of(getattr(module, f"{name}_norm").scale)
+            )
         turned = np.zeros_like(h)
         for pair in range(half):
             angle = place * published_frequency(pair, config.rope_scaling, half, config.rope_base)
@@ -167,15 +225,28 @@ def reference_open(module: attention.SelfAttention, config: LanguageModelConfig,
     for i in range(len(x)):
         for number in range(config.heads):
             shared = number // (config.heads // config.kv_heads)
-            scores = np.array([head("query", i, number) @ head("key", j, shared) for j in range(i + 1)]) / math.sqrt(config.head_width)
+            scores = np.array(
+                [head("query", i, number) @ head("key", j, shared) for j in range(i + 1)]
+            ) / math.sqrt(config.head_width)
             weights = np.exp(scores - scores.max())
-            out[i] += sum(p * head("value", j, shared) for j, p in enumerate(weights / weights.sum())) @ w["out"][number]
+            out[i] += (
+                sum(p * head("value", j, shared) for j, p in enumerate(weights / weights.sum()))
+                @ w["out"][number]
+            )
     return out
 
 
 @pytest.mark.parametrize("family", OPEN)
 def test_the_open_families_attention_equals_its_equation(family: str) -> None:
-    config = dataclasses.replace(CONFIG, width=8, heads=4, head_width=4, positions="rotary", rope_base=100.0, **OPEN[family])
+    config = dataclasses.replace(
+        CONFIG,
+        width=8,
+        heads=4,
+        head_width=4,
+        positions="rotary",
+        rope_base=100.0,
+        **OPEN[family],
+    )
     module = filled(lambda rngs: attention.SelfAttention(config, out_scale=1.0, rngs=rngs))
     x = np.random.default_rng(0).normal(size=(2, 6, 8))
     places = jnp.tile(jnp.arange(6), (2, 1))
@@ -183,7 +254,9 @@ def test_the_open_families_attention_equals_its_equation(family: str) -> None:
     for row, text in enumerate(x):
         assert_close(whole[row], reference_open(module, config, text), TERMS)
     empty = jnp.zeros((2, 8, config.kv_heads, 4))
-    first, cache = module(jnp.asarray(x[:, :4], jnp.float32), places[:, :4], None, attention.Cache(empty, empty))
+    first, cache = module(
+        jnp.asarray(x[:, :4], jnp.float32), places[:, :4], None, attention.Cache(empty, empty)
+    )
     second, _ = module(jnp.asarray(x[:, 4:], jnp.float32), places[:, 4:], None, cache)
     assert_close(jnp.concatenate([first, second], 1), whole, TERMS)
 
@@ -191,16 +264,25 @@ def test_the_open_families_attention_equals_its_equation(family: str) -> None:
 @pytest.mark.parametrize("keys", [2, 6])
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_every_platforms_form_is_the_same_function(platform: str, added: bool, keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Heads that share keys, an added score, a query that sees nothing; the gradient in finite differences."""
+def test_every_platforms_form_is_the_same_function(
+    platform: str, added: bool, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads that share keys, an added score, a query that sees nothing; the gradient in finite
+    differences.
+    """
     monkeypatch.setattr(attention, "platform", lambda: platform)
     draw = np.random.default_rng(1)
-    arrays = [draw.normal(size=(2, length, heads, 8)) for length, heads in ((4, 6), (10, keys), (10, keys))]
+    arrays = [
+        draw.normal(size=(2, length, heads, 8))
+        for length, heads in ((4, 6), (10, keys), (10, keys))
+    ]
     arrays += [draw.normal(size=(2, 6, 4, 10))] if added else []
     mask = draw.random((2, 1, 4, 10)) < 0.5
     mask[1, :, 2] = False
 
-    def equation(query: np.ndarray, key: np.ndarray, value: np.ndarray, scores: np.ndarray | float = 0.0) -> np.ndarray:
+    def equation(
+        query: np.ndarray, key: np.ndarray, value: np.ndarray, scores: np.ndarray | float = 0.0
+    ) -> np.ndarray:
         key, value = (np.repeat(a, 6 // keys, axis=2) for a in (key, value))
         p = np.exp((np.einsum("blhd,bshd->bhls", query, key) + scores) / math.sqrt(8)) * mask
         return np.einsum("bhls,bshd->blhd", p / np.maximum(p.sum(-1, keepdims=True), 1e-300), value)
@@ -215,7 +297,10 @@ def test_every_platforms_form_is_the_same_function(platform: str, added: bool, k
     gradients = jax.grad(lambda *a: (ours(*a) * wanted).sum(), tuple(range(len(given))))(*given)
     for place, gradient in enumerate(gradients):
         way = draw.normal(size=arrays[place].shape)
-        moved = [equation(*(a + step * way if n == place else a for n, a in enumerate(arrays))) for step in (1e-5, -1e-5)]
+        moved = [
+            equation(*(a + step * way if n == place else a for n, a in enumerate(arrays)))
+            for step in (1e-5, -1e-5)
+        ]
         slope = ((moved[0] - moved[1]) * wanted).sum() / 2e-5
         # The sum of as many products as the array has, and the finite difference.
         products = np.asarray(gradient) * way
@@ -224,10 +309,13 @@ def test_every_platforms_form_is_the_same_function(platform: str, added: bool, k
 
 @pytest.mark.parametrize("keys", [2, 6])
 def test_the_fused_form_is_the_same_function(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With XLA's form of the call in the place of cuDNN's, which wants a GPU: heads that share keys, a query that sees nothing, the gradient."""
+    """With XLA's form of the call in the place of cuDNN's, which wants a GPU: heads that share
+    keys, a query that sees nothing, the gradient.
+    """
     draw = np.random.default_rng(0)
     query, key, value = (
-        jnp.asarray(draw.normal(size=(2, length, heads, 8)), jnp.bfloat16) for length, heads in ((4, 6), (10, keys), (10, keys))
+        jnp.asarray(draw.normal(size=(2, length, heads, 8)), jnp.bfloat16)
+        for length, heads in ((4, 6), (10, keys), (10, keys))
     )
     mask = jnp.asarray(draw.random((2, 1, 4, 10)) < 0.5).at[1, :, 2].set(False)
 
@@ -235,7 +323,11 @@ def test_the_fused_form_is_the_same_function(keys: int, monkeypatch: pytest.Monk
         return jnp.square(attention.attend(*arrays, mask).astype(jnp.float32)).sum()
 
     values_and_gradients = lambda: [
-        np.asarray(a, np.float32) for a in (attention.attend(query, key, value, mask), *jax.grad(total, (0, 1, 2))(query, key, value))
+        np.asarray(a, np.float32)
+        for a in (
+            attention.attend(query, key, value, mask),
+            *jax.grad(total, (0, 1, 2))(query, key, value),
+        )
     ]
     plain = values_and_gradients()
     calls: list[str] = []
@@ -249,4 +341,7 @@ def test_the_fused_form_is_the_same_function(keys: int, monkeypatch: pytest.Monk
     monkeypatch.setattr(jax.nn, "dot_product_attention", call)
     for found, expected in zip(values_and_gradients(), plain, strict=True):
         np.testing.assert_allclose(found, expected, atol=0.03 * np.abs(expected).max())
-    assert set(calls) == {"cudnn"} and not np.asarray(attention.attend(query, key, value, mask)[1, 2]).any()
+    assert (
+        set(calls) == {"cudnn"}
+        and not np.asarray(attention.attend(query, key, value, mask)[1, 2]).any()
+    )

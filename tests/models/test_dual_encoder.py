@@ -14,9 +14,13 @@ from tests.models.filling import ONE_STAGE, filled_dual_encoder
 from tests.rounding import assert_close
 
 ENCODER = 200
-"""Terms within either encoder, of which the longest sums are convolutions over 3 x 3 x 4 values and norms over 8."""
+"""Terms within either encoder, of which the longest sums are convolutions over 3 x 3 x 4 values
+and norms over 8.
+"""
 CONFIG = ContrastiveConfig(
-    vision=VisionConfig(variant="one_stage", image_size=16, mean=(0.2, 0.4, 0.6), std=(0.5, 0.25, 0.125)),
+    vision=VisionConfig(
+        variant="one_stage", image_size=16, mean=(0.2, 0.4, 0.6), std=(0.5, 0.25, 0.125)
+    ),
     text=TextEncoderConfig(vocab_size=11, layers=1, width=8, heads=2, max_length=6),
     joint_width=12,
     initial_temperature=0.1,
@@ -36,7 +40,10 @@ def test_normalise() -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5, 3)).astype(np.uint8)
     out = normalise(jnp.asarray(images), CONFIG.vision.mean, CONFIG.vision.std, jnp.float32)
     assert_close(out, (images / 255 - CONFIG.vision.mean) / CONFIG.vision.std, terms=4)
-    assert normalise(jnp.asarray(images), CONFIG.vision.mean, CONFIG.vision.std, jnp.bfloat16).dtype == jnp.bfloat16
+    assert (
+        normalise(jnp.asarray(images), CONFIG.vision.mean, CONFIG.vision.std, jnp.bfloat16).dtype
+        == jnp.bfloat16
+    )
 
 
 def test_images(model: DualEncoder) -> None:
@@ -45,7 +52,8 @@ def test_images(model: DualEncoder) -> None:
     pixels = (images / 255 - CONFIG.vision.mean) / CONFIG.vision.std
     grid = np.asarray(model.vision(jnp.asarray(pixels, jnp.float32)), np.float64)
     expected = unit(grid.mean((1, 2)) @ np.asarray(model.vision_projection[...], np.float64))
-    # Behind the encoder: the mean over the grid, the projection, the length; the encoder is the same.
+    # Behind the encoder: the mean over the grid, the projection, the length; the encoder is the
+    # same.
     assert_close(model.encode_images(jnp.asarray(images)), expected, terms=ENCODER + 4 + 16 + 12)
 
 
@@ -72,14 +80,20 @@ def test_an_empty_text_has_no_direction_and_a_finite_gradient(model: DualEncoder
 def test_temperature_starts_as_configured() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(nfnet.VARIANTS, "one_stage", ONE_STAGE)
-        start = jax.jit(lambda: DualEncoder(CONFIG, rngs=nnx.Rngs(0)).log_inverse_temperature[...])()
+        start = jax.jit(
+            lambda: DualEncoder(CONFIG, rngs=nnx.Rngs(0)).log_inverse_temperature[...]
+        )()
     # The logarithm is off by half a unit of its last place, which its exponential multiplies.
     assert_close(jnp.exp(start), 10, terms=4)
 
 
 def test_half_precision_gives_float32_vectors_of_length_1() -> None:
     half = filled_dual_encoder(CONFIG, jnp.bfloat16)
-    images, tokens, mask = jnp.zeros((1, 16, 16, 3), jnp.uint8), jnp.ones((1, 4), jnp.int32), jnp.ones((1, 4), bool)
+    images, tokens, mask = (
+        jnp.zeros((1, 16, 16, 3), jnp.uint8),
+        jnp.ones((1, 4), jnp.int32),
+        jnp.ones((1, 4), bool),
+    )
     for out in (half.encode_images(images), half.encode_texts(tokens, mask)):
         assert out.dtype == jnp.float32
         assert_close(jnp.linalg.norm(out, axis=-1), 1, terms=2 * 12)

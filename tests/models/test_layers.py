@@ -12,7 +12,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flamingo_jax.experiment import MeshConfig
 from flamingo_jax.models import layers
-from flamingo_jax.models.layers import ACTIVATIONS, FeedForward, LayerNorm, RMSNorm, fan_in_normal, gated_linear, linear, scan_layers, stack
+from flamingo_jax.models.layers import (
+    ACTIVATIONS,
+    FeedForward,
+    LayerNorm,
+    RMSNorm,
+    fan_in_normal,
+    gated_linear,
+    linear,
+    scan_layers,
+    stack,
+)
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.pytrees import to_flat
 from tests.models.filling import filled
@@ -26,16 +36,24 @@ TERMS_OF_A_LAYER = 4 + 1 + 4
 """Of `Affine`: a product of 4 terms, its bias, and the sum over what it gives."""
 
 
-@pytest.mark.parametrize(("shape", "weight", "contract", "equation"), [
-    ((2, 3, 8), (8, 5), 1, "abi,io->abo"),
-    ((2, 3, 8), (8, 2, 5), 1, "abi,iho->abho"),
-    ((2, 3, 4, 2), (4, 2, 5), 2, "abhd,hdo->abo"),
-    ((4, 2), (4, 2, 5, 3), 2, "hd,hdop->op"),
-    ((8,), (8, 5), 1, "i,io->o"),
-])
+@pytest.mark.parametrize(
+    ("shape", "weight", "contract", "equation"),
+    [
+        ((2, 3, 8), (8, 5), 1, "abi,io->abo"),
+        ((2, 3, 8), (8, 2, 5), 1, "abi,iho->abho"),
+        ((2, 3, 4, 2), (4, 2, 5), 2, "abhd,hdo->abo"),
+        ((4, 2), (4, 2, 5, 3), 2, "hd,hdop->op"),
+        ((8,), (8, 5), 1, "i,io->o"),
+    ],
+)
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_linear(
-    shape: tuple[int, ...], weight: tuple[int, ...], contract: int, equation: str, platform: str, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...],
+    weight: tuple[int, ...],
+    contract: int,
+    equation: str,
+    platform: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(layers, "platform", lambda: platform)
     x, w = RNG.standard_normal(shape), RNG.standard_normal(weight)
@@ -45,30 +63,43 @@ def test_linear(
 
 @pytest.mark.parametrize("gate", [0.0, -0.6])
 def test_a_gates_gradient_is_that_of_the_gated_product(gate: float) -> None:
-    x, w = jnp.asarray(RNG.standard_normal((3, 4, 2)), jnp.float32), jnp.asarray(RNG.standard_normal((4, 2, 5)), jnp.float32)
+    x, w = (
+        jnp.asarray(RNG.standard_normal((3, 4, 2)), jnp.float32),
+        jnp.asarray(RNG.standard_normal((4, 2, 5)), jnp.float32),
+    )
     total = lambda x, w, gate: jnp.sin(gated_linear(x, w, jnp.tanh(gate), 2)).sum()
     plain = lambda x, w, gate: jnp.sin(jnp.tanh(gate) * linear(x, w, 2)).sum()
     given = (x, w, jnp.float32(gate))
     np.testing.assert_array_equal(total(*given), plain(*given))
-    for found, expected in zip(jax.grad(total, (0, 1, 2))(*given), jax.grad(plain, (0, 1, 2))(*given), strict=True):
+    for found, expected in zip(
+        jax.grad(total, (0, 1, 2))(*given), jax.grad(plain, (0, 1, 2))(*given), strict=True
+    ):
         # Two products of up to 8 terms, and the sum over 15 sines.
         assert_close(found, expected, terms=2 * (8 + 8) + 15)
 
 
 def test_a_weight_is_cast_to_its_activation() -> None:
-    assert linear(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4), jnp.float32)).dtype == jnp.bfloat16
+    assert (
+        linear(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4), jnp.float32)).dtype == jnp.bfloat16
+    )
 
 
 def test_layer_norm() -> None:
     module = filled(lambda _: LayerNorm(8, 1e-2))
     scale, bias = (np.asarray(a[...], np.float64) for a in (module.scale, module.bias))
-    expected = (X - X.mean(-1, keepdims=True)) / np.sqrt(X.var(-1, keepdims=True) + 1e-2) * scale + bias
+    expected = (X - X.mean(-1, keepdims=True)) / np.sqrt(
+        X.var(-1, keepdims=True) + 1e-2
+    ) * scale + bias
     assert_close(module(jnp.asarray(X, jnp.float32)), expected, terms=NORM)
 
 
 def test_rms_norm() -> None:
     module = filled(lambda _: RMSNorm(8, 1e-2))
-    expected = X / np.sqrt((X**2).mean(-1, keepdims=True) + 1e-2) * np.asarray(module.scale[...], np.float64)
+    expected = (
+        X
+        / np.sqrt((X**2).mean(-1, keepdims=True) + 1e-2)
+        * np.asarray(module.scale[...], np.float64)
+    )
     assert_close(module(jnp.asarray(X, jnp.float32)), expected, terms=NORM)
 
 
@@ -80,15 +111,21 @@ def test_norms_take_their_statistics_in_float32(norm: Any) -> None:
     out = norm(1001)(jnp.asarray(x, jnp.bfloat16))
     centred = x - x.mean() if norm is LayerNorm else x
     assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(out, np.float64), centred / np.sqrt((centred**2).mean()), rtol=1e-2)
+    np.testing.assert_allclose(
+        np.asarray(out, np.float64), centred / np.sqrt((centred**2).mean()), rtol=1e-2
+    )
 
 
 @pytest.mark.parametrize("norm", [LayerNorm, RMSNorm])
 def test_norms_of_rows_that_lie_over_the_mesh_gather_nothing(norm: Any) -> None:
     mesh = make_mesh(MeshConfig(data=2, model=4))
-    x = jax.ShapeDtypeStruct((4, 8, 16), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data", "model")))
+    x = jax.ShapeDtypeStruct(
+        (4, 8, 16), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data", "model"))
+    )
     graph, parameters = nnx.split(norm(16))
-    gradient = jax.jit(jax.grad(lambda parameters, x: jnp.square(nnx.merge(graph, parameters)(x)).sum()))
+    gradient = jax.jit(
+        jax.grad(lambda parameters, x: jnp.square(nnx.merge(graph, parameters)(x)).sum())
+    )
     text = gradient.lower(parameters, x).compile().as_text()
     assert "all-reduce" in text and "all-gather" not in text
 
@@ -128,8 +165,14 @@ def body(layer: Affine, x: jax.Array, given: jax.Array | None) -> tuple[jax.Arra
 def test_stacked_layers_equal_a_loop_over_them(count: int, with_inputs: bool) -> None:
     stacked = stack(lambda rngs: Affine(rngs), count, nnx.Rngs(0))
     graph, state = nnx.split(stacked)
-    assert {name: a.shape for name, a in to_flat(state).items()} == {"w": (count, 4, 4), "b": (count, 4)}
-    x, inputs = jax.random.normal(jax.random.key(1), (2, 4)), jnp.arange(1.0, 2 * count + 1).reshape(count, 2) if with_inputs else None
+    assert {name: a.shape for name, a in to_flat(state).items()} == {
+        "w": (count, 4, 4),
+        "b": (count, 4),
+    }
+    x, inputs = (
+        jax.random.normal(jax.random.key(1), (2, 4)),
+        (jnp.arange(1.0, 2 * count + 1).reshape(count, 2) if with_inputs else None),
+    )
 
     def scanned(state: nnx.State) -> tuple[jax.Array, jax.Array]:
         return scan_layers(nnx.merge(graph, state), body, x, inputs)
@@ -145,7 +188,9 @@ def test_stacked_layers_equal_a_loop_over_them(count: int, with_inputs: bool) ->
     for a, b in zip(jax.tree.leaves(scanned(state)), jax.tree.leaves(looped(state)), strict=True):
         assert a.shape == b.shape
         assert_close(a, b, terms=count * TERMS_OF_A_LAYER)
-    slopes = [jax.grad(lambda s, f=f: f(s)[0].sum() + f(s)[1].sum())(state) for f in (scanned, looped)]
+    slopes = [
+        jax.grad(lambda s, f=f: f(s)[0].sum() + f(s)[1].sum())(state) for f in (scanned, looped)
+    ]
     for a, b in zip(*map(jax.tree.leaves, slopes), strict=True):
         assert_close(a, b, terms=2 * count * TERMS_OF_A_LAYER)
 
@@ -164,6 +209,9 @@ def test_a_gated_feed_forward_is_the_product_of_gate_and_up() -> None:
     assert_close(module(jnp.asarray(x, jnp.float32)), expected, terms=2 * 3 + 5)
 
 
-@pytest.mark.parametrize(("name", "at_one"), [("gelu", 0.8411920), ("exact_gelu", 0.8413447), ("quick_gelu", 0.8457958)])
+@pytest.mark.parametrize(
+    ("name", "at_one"),
+    [("gelu", 0.8411920), ("exact_gelu", 0.8413447), ("quick_gelu", 0.8457958)],
+)
 def test_the_three_gelus(name: str, at_one: float) -> None:
     assert float(ACTIVATIONS[name](jnp.float32(1.0))) == pytest.approx(at_one, abs=1e-6)

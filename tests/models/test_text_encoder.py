@@ -16,7 +16,9 @@ from tests.models.filling import filled
 from tests.rounding import assert_close
 
 TERMS = 16 + 2 * (8 + 4 + 6 + 8 + 16 + 8 + 32 + 16)
-"""The first norm; in each of two layers projections, scores, 6 keys, the map out, a norm, two products and a norm."""
+"""The first norm; in each of two layers projections, scores, 6 keys, the map out, a norm, two
+products and a norm.
+"""
 CONFIG = TextEncoderConfig(vocab_size=11, layers=2, width=8, heads=2, max_length=6)
 
 
@@ -26,7 +28,9 @@ def encoder() -> TextEncoder:
 
 
 def norm(x: np.ndarray, parameters: dict[str, Any]) -> np.ndarray:
-    return (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) * parameters["scale"] + parameters["bias"]
+    return (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) * parameters[
+        "scale"
+    ] + parameters["bias"]
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
@@ -35,13 +39,19 @@ def gelu(x: np.ndarray) -> np.ndarray:
 
 def bert(tokens: np.ndarray, parameters: dict[str, Any]) -> np.ndarray:
     """One text of real tokens alone, head by head and token by token."""
-    x = norm(parameters["embedding"][tokens] + parameters["position_embedding"][: len(tokens)], parameters["embedding_norm"])
+    x = norm(
+        parameters["embedding"][tokens] + parameters["position_embedding"][: len(tokens)],
+        parameters["embedding_norm"],
+    )
     for number in range(CONFIG.layers):
         layer = jax.tree.map(lambda a, number=number: a[number], parameters["layers"])
         attention = layer["attention"]
         attended = np.zeros_like(x)
         for head in range(CONFIG.heads):
-            query, key, value = (x @ attention[name][:, head] + attention[f"{name}_bias"][head] for name in ("query", "key", "value"))
+            query, key, value = (
+                x @ attention[name][:, head] + attention[f"{name}_bias"][head]
+                for name in ("query", "key", "value")
+            )
             for place in range(len(tokens)):
                 weights = np.exp(key @ query[place] / math.sqrt(CONFIG.width // CONFIG.heads))
                 attended[place] += (weights / weights.sum()) @ value @ attention["out"][head]
@@ -53,7 +63,9 @@ def bert(tokens: np.ndarray, parameters: dict[str, Any]) -> np.ndarray:
 
 
 def test_equals_the_published_form_whatever_the_padding(encoder: TextEncoder) -> None:
-    parameters = from_flat({name: np.asarray(a, np.float64) for name, a in to_flat(nnx.state(encoder)).items()})
+    parameters = from_flat(
+        {name: np.asarray(a, np.float64) for name, a in to_flat(nnx.state(encoder)).items()}
+    )
     tokens = np.random.default_rng(1).integers(0, 11, (3, 6)).astype(np.int32)
     lengths = (6, 4, 1)
     out = encoder(jnp.asarray(tokens), jnp.arange(6) < jnp.array(lengths)[:, None])
@@ -63,7 +75,9 @@ def test_equals_the_published_form_whatever_the_padding(encoder: TextEncoder) ->
 
 
 def test_size_of_bert_large() -> None:
-    """Devlin et al.: 24 layers of 1,024; 302.3 M in the layers and 1,024 more for each word, position and embedding norm."""
+    """Devlin et al.: 24 layers of 1,024; 302.3 M in the layers and 1,024 more for each word,
+    position and embedding norm.
+    """
     model = nnx.eval_shape(lambda: TextEncoder(TextEncoderConfig(), rngs=nnx.Rngs(0)))
     count = sum(math.prod(a.shape) for a in to_flat(nnx.state(model)).values())
     assert count == 24 * (12 * 1024**2 + 13 * 1024) + 1024 * (32_000 + 64 + 2)

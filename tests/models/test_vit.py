@@ -19,14 +19,26 @@ from tests.models.filling import filled
 from tests.rounding import assert_close
 
 TERMS = 48 + 16 + 2 * (16 + 8 + 4 + 10 + 8 + 16 + 8 + 12) + 16
-"""Patches, a norm; in each of two layers a norm, projections, scores, keys, the map out, a norm and two products; a norm."""
+"""Patches, a norm; in each of two layers a norm, projections, scores, keys, the map out, a norm
+and two products; a norm.
+"""
 CLIP = ViTConfig(patch_size=4, layers=2, width=8, heads=2, feed_forward=12)
-SIGLIP = dataclasses.replace(CLIP, activation="gelu", class_token=False, patch_bias=True, first_norm=False, last_norm=True, norm_eps=1e-6)
+SIGLIP = dataclasses.replace(
+    CLIP,
+    activation="gelu",
+    class_token=False,
+    patch_bias=True,
+    first_norm=False,
+    last_norm=True,
+    norm_eps=1e-6,
+)
 FORMS = {"clip": CLIP, "siglip": SIGLIP}
 
 
 def norm(x: np.ndarray, parameters: dict[str, Any], eps: float) -> np.ndarray:
-    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * parameters["scale"] + parameters["bias"]
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * parameters[
+        "scale"
+    ] + parameters["bias"]
 
 
 def activation(x: np.ndarray, name: str) -> np.ndarray:
@@ -38,10 +50,17 @@ def activation(x: np.ndarray, name: str) -> np.ndarray:
 def published(image: np.ndarray, parameters: dict[str, Any], config: ViTConfig) -> np.ndarray:
     """One picture, patch by patch and head by head -> [patches, C]."""
     side, rows = config.patch_size, image.shape[0] // config.patch_size
-    patches = [image[side * i : side * (i + 1), side * j : side * (j + 1)] for i in range(rows) for j in range(rows)]
-    # A convolution's weights [rows, columns, colours, outputs], as the published forms have them.
+    patches = [
+        image[side * i : side * (i + 1), side * j : side * (j + 1)]
+        for i in range(rows)
+        for j in range(rows)
+    ]
+    # A convolution's weights [rows, columns, colours, outputs], as the published forms have
+    # them.
     kernel = parameters["patch_embedding"].reshape(side, side, 3, config.width)
-    x = np.stack([np.einsum("ijc,ijcd->d", patch, kernel) for patch in patches]) + parameters.get("patch_bias", 0)
+    x = np.stack([np.einsum("ijc,ijcd->d", patch, kernel) for patch in patches]) + parameters.get(
+        "patch_bias", 0
+    )
     x = x + parameters["position_embedding"].reshape(rows * rows, -1)
     if config.class_token:
         x = np.concatenate([parameters["class_embedding"][None], x])
@@ -52,23 +71,34 @@ def published(image: np.ndarray, parameters: dict[str, Any], config: ViTConfig) 
         attention, h = layer["attention"], norm(x, layer["attention_norm"], config.norm_eps)
         x = x + attention["out_bias"]
         for head in range(config.heads):
-            query, key, value = (h @ attention[n][:, head] + attention[f"{n}_bias"][head] for n in ("query", "key", "value"))
+            query, key, value = (
+                h @ attention[n][:, head] + attention[f"{n}_bias"][head]
+                for n in ("query", "key", "value")
+            )
             weights = np.exp(query @ key.T / math.sqrt(config.width // config.heads))
             x = x + weights / weights.sum(-1, keepdims=True) @ value @ attention["out"][head]
         feed, h = layer["feed_forward"], norm(x, layer["feed_forward_norm"], config.norm_eps)
-        x = x + activation(h @ feed["up"] + feed["up_bias"], config.activation) @ feed["down"] + feed["down_bias"]
+        x = (
+            x
+            + activation(h @ feed["up"] + feed["up_bias"], config.activation) @ feed["down"]
+            + feed["down_bias"]
+        )
     x = x[1:] if config.class_token else x
     return norm(x, parameters["last_norm"], config.norm_eps) if config.last_norm else x
 
 
 def make(form: str, image_size: int = 12) -> ViT:
-    return filled(lambda rngs: vision_encoder(VisionConfig(image_size=image_size, vit=FORMS[form]), rngs=rngs))
+    return filled(
+        lambda rngs: vision_encoder(VisionConfig(image_size=image_size, vit=FORMS[form]), rngs=rngs)
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_equals_the_published_form(form: str) -> None:
     encoder = make(form)
-    parameters = from_flat({name: np.asarray(a, np.float64) for name, a in to_flat(nnx.state(encoder)).items()})
+    parameters = from_flat(
+        {name: np.asarray(a, np.float64) for name, a in to_flat(nnx.state(encoder)).items()}
+    )
     images = np.random.default_rng(1).normal(size=(2, 12, 12, 3)).astype(np.float32)
     features = encoder(jnp.asarray(images))
     assert features.shape == (2, 3, 3, 8)
@@ -89,13 +119,23 @@ def test_positions_stretch_to_pictures_of_another_size() -> None:
 
 
 def test_size_of_clips_large_encoder() -> None:
-    """ViT-L/14 has 303,179,776 parameters, of which the pooled vector's norm and the class token's own position are not ours."""
-    model = nnx.eval_shape(lambda: vision_encoder(VisionConfig(image_size=224, vit=ViTConfig()), rngs=nnx.Rngs(0)))
-    assert sum(math.prod(a.shape) for a in to_flat(nnx.state(model)).values()) == 303_179_776 - 2 * 1024 - 1024
+    """ViT-L/14 has 303,179,776 parameters, of which the pooled vector's norm and the class
+    token's own position are not ours.
+    """
+    model = nnx.eval_shape(
+        lambda: vision_encoder(VisionConfig(image_size=224, vit=ViTConfig()), rngs=nnx.Rngs(0))
+    )
+    assert (
+        sum(math.prod(a.shape) for a in to_flat(nnx.state(model)).values())
+        == 303_179_776 - 2 * 1024 - 1024
+    )
 
 
 def test_what_does_not_fill_a_patch_is_left_out() -> None:
-    encoder, images = make("siglip", image_size=14), jnp.asarray(np.random.default_rng(1).normal(size=(1, 14, 14, 3)), jnp.float32)
+    encoder, images = (
+        make("siglip", image_size=14),
+        jnp.asarray(np.random.default_rng(1).normal(size=(1, 14, 14, 3)), jnp.float32),
+    )
     assert encoder.grid == 3
     np.testing.assert_array_equal(encoder(images), encoder(images[:, :12, :12]))
 

@@ -1,4 +1,6 @@
-"""Several real processes of one run on this machine, each with CPU devices of its own, which speak over gloo."""
+"""Several real processes of one run on this machine, each with CPU devices of its own, which
+speak over gloo.
+"""
 
 import pathlib
 import socket
@@ -28,28 +30,59 @@ class Ended(NamedTuple):
 
     def sentences(self) -> list[list[str]]:
         """The errors that each process told its user."""
-        return [[line for line in log.splitlines() if line.startswith("error: ")] for log in self.logs]
+        return [
+            [line for line in log.splitlines() if line.startswith("error: ")] for log in self.logs
+        ]
 
 
 class Crew:
-    """The processes of one start. commands, extra: what each runs and its further flags, where they are not the same; logs: where they are written,
-    by default beside the workdir."""
+    """The processes of one start. commands, extra: what each runs and its further flags, where
+    they are not the same; logs: where they are written, by default beside the workdir.
+    """
 
     def __init__(
-        self, count: int, config: str, workdir: pathlib.Path, *overrides: str, devices: int = 2,
-        commands: Sequence[Sequence[str]] = (), extra: Sequence[Sequence[str]] = (), logs: pathlib.Path | None = None,
+        self,
+        count: int,
+        config: str,
+        workdir: pathlib.Path,
+        *overrides: str,
+        devices: int = 2,
+        commands: Sequence[Sequence[str]] = (),
+        extra: Sequence[Sequence[str]] = (),
+        logs: pathlib.Path | None = None,
     ):
-        environment = one_device() | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_cpu_collective_call_terminate_timeout_seconds=600"}
+        environment = one_device() | {
+            "XLA_FLAGS": (
+                f"--xla_force_host_platform_device_count={devices}"
+                " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+            )
+        }
         port = free_port()
         self.workdir, self._files = workdir, []
         self.processes: list[subprocess.Popen[str]] = []
         for index in range(count):
             log = ((logs or workdir.parent) / f"{workdir.name}.{index}.log").open("w+")
-            place = [f"--coordinator=localhost:{port}", f"--processes={count}", f"--process={index}"] if count > 1 else []
-            arguments = [f"--config={config}", f"--workdir={workdir}", *place, *overrides, *(extra[index] if extra else ())]
+            place = (
+                [
+                    f"--coordinator=localhost:{port}",
+                    f"--processes={count}",
+                    f"--process={index}",
+                ]
+                if count > 1
+                else []
+            )
+            arguments = [
+                f"--config={config}",
+                f"--workdir={workdir}",
+                *place,
+                *overrides,
+                *(extra[index] if extra else ()),
+            ]
             command = [sys.executable, *(commands[index] if commands else MODULE), *arguments]
             self._files.append(log)
-            self.processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log, text=True))
+            self.processes.append(
+                subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log, text=True)
+            )
 
     def __enter__(self) -> "Crew":
         return self
@@ -69,7 +102,10 @@ class Crew:
             try:
                 codes.append(process.wait(max(deadline - time.monotonic(), 0.1)))
             except subprocess.TimeoutExpired:
-                raise AssertionError(f"a process did not end within {seconds:.0f} s:\n" + "\n=====\n".join(self.logs())) from None
+                raise AssertionError(
+                    f"a process did not end within {seconds:.0f} s:\n"
+                    + "\n=====\n".join(self.logs())
+                ) from None
         return Ended(codes, self.logs())
 
     def logs(self) -> list[str]:
@@ -78,10 +114,14 @@ class Crew:
     def wait_for(self, step: int) -> None:
         """Until the run has written that step, or ended."""
         deadline = time.monotonic() + SECONDS
-        while last_step(self.workdir) < step and all(process.poll() is None for process in self.processes):
+        while last_step(self.workdir) < step and all(
+            process.poll() is None for process in self.processes
+        ):
             assert time.monotonic() < deadline, "\n=====\n".join(self.logs())
             time.sleep(0.01)
-        assert all(process.poll() is None for process in self.processes), "\n=====\n".join(self.logs())
+        assert all(process.poll() is None for process in self.processes), "\n=====\n".join(
+            self.logs()
+        )
 
     def child(self, index: int) -> int:
         """The process that trains, beside its supervisor."""
@@ -91,10 +131,15 @@ class Crew:
 
 
 def slow_crew(
-    config: str, workdir: pathlib.Path, seconds: float, patch: pytest.MonkeyPatch, *overrides: str
+    config: str,
+    workdir: pathlib.Path,
+    seconds: float,
+    patch: pytest.MonkeyPatch,
+    *overrides: str,
 ) -> Crew:
-    """Two processes, the first of which takes so long to digest each of its saves, which is longer
-    than one may be silent."""
+    """Two processes, the first of which takes so long to digest each of its saves, which is
+    longer than one may be silent.
+    """
     patch.setenv("SECONDS_A_SAVE", str(seconds))
     slow = (str(pathlib.Path(__file__).with_name("slow_save.py")),)
     flags = ("--config.training.save_every=100000", "--lost_after=3", *overrides)
@@ -114,7 +159,11 @@ def last_step(workdir: pathlib.Path) -> int:
 
 
 def losses(workdir: pathlib.Path) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in read_lines(workdir / "metrics.jsonl") if "loss" in line}
+    return {
+        line["step"]: line["loss"]
+        for line in read_lines(workdir / "metrics.jsonl")
+        if "loss" in line
+    }
 
 
 def saved(workdir: pathlib.Path) -> list[int]:

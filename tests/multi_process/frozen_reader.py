@@ -1,8 +1,10 @@
-"""One process of several that load frozen parts: tells how many bytes it read, and of what fails.
+"""One process of several that load frozen parts: tells how many bytes it read, and of what
+fails.
 
     python -m tests.multi_process.frozen_reader INDEX COUNT PORT EXPORT ENCODER OTHER MESH
 
-OTHER: a folder that is verified after the export, of which every process may have a copy of its own.
+OTHER: a folder that is verified after the export, of which every process may have a copy of its
+  own.
 """
 
 import json

@@ -1,4 +1,6 @@
-"""`python late_clock.py --flags` is `python -m launch.train --flags` on a host whose clock is an hour ahead."""
+"""`python late_clock.py --flags` is `python -m launch.train --flags` on a host whose clock is
+an hour ahead.
+"""
 
 import pathlib
 import runpy

@@ -1,4 +1,6 @@
-"""`python slow_reader.py --flags` is `python -m launch.train --flags` on a host whose storage is slow."""
+"""`python slow_reader.py --flags` is `python -m launch.train --flags` on a host whose storage
+is slow.
+"""
 
 import pathlib
 import runpy

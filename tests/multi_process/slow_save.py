@@ -1,5 +1,6 @@
 """`SECONDS_A_SAVE=30 python slow_save.py --flags` is `python -m launch.train --flags` on a host
-that takes so long to digest a checkpoint; SECONDS_TO_PLAN that takes so long to plan its rows."""
+that takes so long to digest a checkpoint; SECONDS_TO_PLAN that takes so long to plan its rows.
+"""
 
 import os
 import pathlib

@@ -1,4 +1,6 @@
-"""Processes that are stopped and killed, ten times each: all end as documented, nothing that was saved is lost, the next start goes on."""
+"""Processes that are stopped and killed, ten times each: all end as documented, nothing that
+was saved is lost, the next start goes on.
+"""
 
 import contextlib
 import os
@@ -26,7 +28,9 @@ def config(data: pathlib.Path) -> str:
 
 
 def begun(workdir: pathlib.Path) -> set[tuple[str, int]]:
-    """Saves whose folder is there and whose manifest is not, known by their inodes: what an earlier start left is removed by the next save."""
+    """Saves whose folder is there and whose manifest is not, known by their inodes: what an
+    earlier start left is removed by the next save.
+    """
     found = set()
     for path in workdir.glob("checkpoints/*"):
         # The run may remove it at any moment.
@@ -72,8 +76,12 @@ def test_sigterm_stops_all_at_one_step(config: str, tmp_path: pathlib.Path) -> N
 
 @pytest.mark.scale
 @pytest.mark.parametrize("whole_host", [True, False], ids=["the host", "the training process"])
-def test_sigkill_ends_the_others_in_time(whole_host: bool, config: str, tmp_path: pathlib.Path) -> None:
-    """Of the ten, five are a supervisor with what it started, as where a host dies, and five its child alone, as where memory is short."""
+def test_sigkill_ends_the_others_in_time(
+    whole_host: bool, config: str, tmp_path: pathlib.Path
+) -> None:
+    """Of the ten, five are a supervisor with what it started, as where a host dies, and five
+    its child alone, as where memory is short.
+    """
     chance, workdir, slowest = random.Random(whole_host), tmp_path / "run", 0.0
     for _ in range(TIMES // 2):
         before = max(saved(workdir), default=0)
@@ -103,7 +111,9 @@ def test_sigkill_ends_the_others_in_time(whole_host: bool, config: str, tmp_path
 
 
 @pytest.mark.scale
-def test_sigkill_during_a_save_leaves_it_whole_or_absent(config: str, tmp_path: pathlib.Path) -> None:
+def test_sigkill_during_a_save_leaves_it_whole_or_absent(
+    config: str, tmp_path: pathlib.Path
+) -> None:
     chance, workdir, unfinished = random.Random(2), tmp_path / "run", 0
     for _ in range(TIMES):
         left = begun(workdir)
@@ -111,7 +121,9 @@ def test_sigkill_during_a_save_leaves_it_whole_or_absent(config: str, tmp_path: 
             victim = chance.randrange(2)
             deadline = time.monotonic() + 300
             while not begun(workdir) - left:
-                assert time.monotonic() < deadline and all(process.poll() is None for process in crew.processes), crew.logs()
+                assert time.monotonic() < deadline and all(
+                    process.poll() is None for process in crew.processes
+                ), crew.logs()
             time.sleep(chance.random() * 0.3)
             child = crew.child(victim)
             os.kill(crew.processes[victim].pid, signal.SIGKILL)
@@ -123,4 +135,8 @@ def test_sigkill_during_a_save_leaves_it_whole_or_absent(config: str, tmp_path: 
     print(f"\n{unfinished} of {TIMES} kills left a save unfinished")
     assert unfinished
     # Where no save was ever finished the run begins again.
-    run(2, config, workdir, "--config.training.steps=12", ENDLESS[1]) if not saved(workdir) else require_same_losses(config, workdir)
+    (
+        run(2, config, workdir, "--config.training.steps=12", ENDLESS[1])
+        if not saved(workdir)
+        else require_same_losses(config, workdir)
+    )

@@ -43,7 +43,11 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         drawn = {name: rng.random(s.shape, np.float32) for name, s in shapes.items()}
         parameters = {name: value.astype(ml_dtypes.bfloat16) for name, value in drawn.items()}
         export_model(
-            folder, kind=kind, config=to_json(config), shard_bytes=4_000_000, parameters=parameters
+            folder,
+            kind=kind,
+            config=to_json(config),
+            shard_bytes=4_000_000,
+            parameters=parameters,
         )
 
     write(folder, "language_model", CONFIG, lambda: LanguageModel(CONFIG, rngs=nnx.Rngs(0)))
@@ -57,7 +61,9 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def load(export: pathlib.Path, other: str, count: int, mesh: str) -> list[dict]:
     """What each of `count` processes tells."""
-    environment = one_device() | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count}"}
+    environment = one_device() | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count}"
+    }
     # Programs that are read from there would be counted too.
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     port, encoder = free_port(), str(export.with_name("encoder"))
@@ -65,7 +71,11 @@ def load(export: pathlib.Path, other: str, count: int, mesh: str) -> list[dict]:
     processes = [
         subprocess.Popen(
             [*module, str(index), str(count), str(port), str(export), encoder, other, mesh],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for index in range(count)
     ]
@@ -80,7 +90,8 @@ def load(export: pathlib.Path, other: str, count: int, mesh: str) -> list[dict]:
 
 @pytest.mark.parametrize(
     ("count", "mesh", "times"),
-    # Whole on every device; then over `model`: those who hold columns of the same rows read these.
+    # Whole on every device; then over `model`: those who hold columns of the same rows read
+    # these.
     [(2, "4x1x1", 1.0), pytest.param(4, "2x1x2", 1.6, marks=pytest.mark.scale)],
 )
 def test_each_byte_is_hashed_and_read_once_by_all_processes_together(

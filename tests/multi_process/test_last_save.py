@@ -40,7 +40,11 @@ def preempted(
 @pytest.mark.parametrize("seconds", [1, 10, 30])
 @pytest.mark.parametrize("end", [finished, preempted])
 def test_no_last_save_is_lost(
-    end: object, seconds: int, config: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    end: object,
+    seconds: int,
+    config: str,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Twenty runs in all."""
     times = {1: 4, 10: 3, 30: 3}[seconds]

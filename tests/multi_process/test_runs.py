@@ -1,4 +1,6 @@
-"""Runs on two and four processes, and on another number after every start, learn what a run of one process learns."""
+"""Runs on two and four processes, and on another number after every start, learn what a run of
+one process learns.
+"""
 
 import pathlib
 
@@ -32,11 +34,28 @@ def alone(config: str, tmp_path_factory: pytest.TempPathFactory) -> dict[int, fl
 @pytest.mark.scale
 @pytest.mark.parametrize(
     ("count", "mesh"),
-    [(2, {}), (4, {}), (2, {"data": 1, "model": 4}), (4, {"data": 2, "model": 2}), (4, {"data": 1, "fsdp": 2, "model": 2})],
+    [
+        (2, {}),
+        (4, {}),
+        (2, {"data": 1, "model": 4}),
+        (4, {"data": 2, "model": 2}),
+        (4, {"data": 1, "fsdp": 2, "model": 2}),
+    ],
     ids=["2", "4", "2, model across", "4, model across", "4, fsdp and model across"],
 )
-def test_several_processes_have_the_losses_of_one(count: int, mesh: dict[str, int], config: str, alone: dict[int, float], tmp_path: pathlib.Path) -> None:
-    start(count, config, tmp_path / "run", *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items()))
+def test_several_processes_have_the_losses_of_one(
+    count: int,
+    mesh: dict[str, int],
+    config: str,
+    alone: dict[int, float],
+    tmp_path: pathlib.Path,
+) -> None:
+    start(
+        count,
+        config,
+        tmp_path / "run",
+        *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items()),
+    )
     found = losses(tmp_path / "run")
     assert list(found) == list(alone) == list(range(1, 31))
     worst = max(abs(found[step] - loss) / abs(loss) for step, loss in alone.items())
@@ -45,13 +64,23 @@ def test_several_processes_have_the_losses_of_one(count: int, mesh: dict[str, in
 
 
 @pytest.mark.scale
-def test_a_chain_of_starts_ends_where_the_unbroken_run_does(config: str, alone: dict[int, float], tmp_path: pathlib.Path) -> None:
-    """4, 2, 1 and 4 processes, `model` across processes in the first and the last: every batch has the rows that one process gives it."""
-    chain = [(4, 8, ("--config.mesh.data=2", "--config.mesh.model=2")), (2, 15, ()), (1, 22, ("--config.mesh.data=2", "--config.mesh.fsdp=2")),
-             (4, 30, ("--config.mesh.data=1", "--config.mesh.model=4"))]
+def test_a_chain_of_starts_ends_where_the_unbroken_run_does(
+    config: str, alone: dict[int, float], tmp_path: pathlib.Path
+) -> None:
+    """4, 2, 1 and 4 processes, `model` across processes in the first and the last: every batch
+    has the rows that one process gives it.
+    """
+    chain = [
+        (4, 8, ("--config.mesh.data=2", "--config.mesh.model=2")),
+        (2, 15, ()),
+        (1, 22, ("--config.mesh.data=2", "--config.mesh.fsdp=2")),
+        (4, 30, ("--config.mesh.data=1", "--config.mesh.model=4")),
+    ]
     for count, steps, mesh in chain:
         start(count, config, tmp_path / "run", f"--config.training.steps={steps}", *mesh)
     found = losses(tmp_path / "run")
     assert list(found) == list(alone)
     np.testing.assert_allclose(list(found.values()), list(alone.values()), rtol=1e-4)
-    print(f"\nthe chain ends {abs(found[30] - alone[30]) / abs(alone[30]):.1e} from the unbroken run")
+    print(
+        f"\nthe chain ends {abs(found[30] - alone[30]) / abs(alone[30]):.1e} from the unbroken run"
+    )

@@ -19,8 +19,9 @@ QUICK = ("--config.training.save_every=2",)
 def test_two_processes_stop_at_one_step_and_one_process_goes_on_with_the_same_losses(
     data: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last save takes longer than a process may be silent and its supervisor then waits for its
-    end."""
+    """The last save takes longer than a process may be silent and its supervisor then waits for
+    its end.
+    """
     config = f"tests/end_to_end/small.py:language_model,{data}"
     endless = "--config.training.steps=100000"
     with slow_crew(config, tmp_path / "run", 3 + GRACE_SECONDS + 2, monkeypatch, endless) as crew:
@@ -43,7 +44,9 @@ def test_two_processes_stop_at_one_step_and_one_process_goes_on_with_the_same_lo
     assert [line["resume"] for line in goodput if "resume" in line] == [0, stopped]
 
 
-def test_a_killed_process_ends_the_other_with_its_name(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_killed_process_ends_the_other_with_its_name(
+    data: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     config = f"tests/end_to_end/small.py:language_model,{data}"
     with Crew(2, config, tmp_path / "run", "--config.training.steps=100000", *QUICK) as crew:
         crew.wait_for(5)
@@ -61,13 +64,21 @@ def test_a_killed_process_ends_the_other_with_its_name(data: pathlib.Path, tmp_p
     assert saved(tmp_path / "run")
 
 
-def test_another_config_is_refused_before_anything_is_written(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_another_config_is_refused_before_anything_is_written(
+    data: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     config = f"tests/end_to_end/small.py:language_model,{data}"
-    with Crew(2, config, tmp_path / "run", extra=[(), ("--config.optimizer.peak_rate=0.5",)]) as crew:
+    with Crew(
+        2, config, tmp_path / "run", extra=[(), ("--config.optimizer.peak_rate=0.5",)]
+    ) as crew:
         ended = crew.finish()
     assert ended.codes == [EXIT_BAD_INPUT] * 2
     for told in ended.sentences():
-        assert len(told) == 1 and "config.optimizer.peak_rate = 0.5" in told[0] and "process 1" in told[0]
+        assert (
+            len(told) == 1
+            and "config.optimizer.peak_rate = 0.5" in told[0]
+            and "process 1" in told[0]
+        )
     assert not (tmp_path / "run").exists()
 
 

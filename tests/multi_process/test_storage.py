@@ -1,4 +1,6 @@
-"""Hosts and storage that fail: one sentence, an exit code of its own, no hang, and the last good checkpoint whole."""
+"""Hosts and storage that fail: one sentence, an exit code of its own, no hang, and the last
+good checkpoint whole.
+"""
 
 import os
 import pathlib
@@ -27,7 +29,9 @@ def disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A file system of its own, 64 MiB large."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", folder], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "none", folder], capture_output=True
+    ).returncode:
         pytest.skip("mounting a file system needs root")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
@@ -68,10 +72,18 @@ def test_a_checkpoint_folder_gone_read_only(config: str, disk: pathlib.Path) -> 
     assert ended.codes == [EXIT_SAVE_FAILED] * 2, ended.logs
     require_told(ended.sentences(), "Read-only file system")
     require_whole(disk / "run")
-    run(2, config, disk / "run", f"--config.training.steps={saved(disk / 'run')[-1] + 2}", ENDLESS[1])
+    run(
+        2,
+        config,
+        disk / "run",
+        f"--config.training.steps={saved(disk / 'run')[-1] + 2}",
+        ENDLESS[1],
+    )
 
 
-def test_a_folder_that_is_read_only_from_the_start(config: str, disk: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_folder_that_is_read_only_from_the_start(
+    config: str, disk: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     with Crew(2, config, disk / "run", logs=tmp_path) as crew:
         ended = crew.finish(seconds=90)
@@ -89,7 +101,9 @@ def test_a_clock_that_is_an_hour_ahead(config: str, tmp_path: pathlib.Path) -> N
 
 
 def test_a_machine_that_stands_still(config: str, tmp_path: pathlib.Path) -> None:
-    """SIGSTOP to a training process: its supervisor lives, and no step ends; to both: nothing is heard of them."""
+    """SIGSTOP to a training process: its supervisor lives, and no step ends; to both: nothing
+    is heard of them.
+    """
     with Crew(2, config, tmp_path / "run", *ENDLESS, "--step_timeout=30") as crew:
         crew.wait_for(3)
         child = crew.child(1)
@@ -114,15 +128,28 @@ def test_a_host_that_reads_slowly_is_named(config: str, tmp_path: pathlib.Path) 
     slow = (str(pathlib.Path(__file__).with_name("slow_reader.py")),)
     with Crew(2, config, tmp_path / "run", *ENDLESS, commands=[MODULE, slow]) as crew:
         deadline = time.monotonic() + 240
-        while "process 1" not in "".join(line for line in crew.logs()[0].splitlines() if "waits for its data" in line):
+        while "process 1" not in "".join(
+            line for line in crew.logs()[0].splitlines() if "waits for its data" in line
+        ):
             assert time.monotonic() < deadline, crew.logs()
             time.sleep(0.5)
-        assert not any("process 0" in line for line in crew.logs()[0].splitlines() if "waits for its data" in line)
+        assert not any(
+            "process 0" in line
+            for line in crew.logs()[0].splitlines()
+            if "waits for its data" in line
+        )
 
 
 def test_two_hundred_saves_leave_memory_flat(config: str, tmp_path: pathlib.Path) -> None:
     workdir = tmp_path / "run"
-    with Crew(2, config, workdir, "--config.training.steps=400", "--config.training.save_every=2", "--config.training.log_every=10") as crew:
+    with Crew(
+        2,
+        config,
+        workdir,
+        "--config.training.steps=400",
+        "--config.training.save_every=2",
+        "--config.training.log_every=10",
+    ) as crew:
         held: dict[int, list[int]] = {}
         crew.wait_for(20)
         children = [crew.child(index) for index in range(2)]
@@ -133,12 +160,23 @@ def test_two_hundred_saves_leave_memory_flat(config: str, tmp_path: pathlib.Path
                 break
             time.sleep(0.5)
         assert crew.finish().codes == [0, 0]
-    early, late = ([sizes for step, sizes in held.items() if first <= step <= last] for first, last in ((100, 200), (300, 400)))
-    before, after = ([sum(sizes[index] for sizes in part) / len(part) / 2**20 for index in range(2)] for part in (early, late))
-    print(f"\n200 saves: {before[0]:.0f} and {before[1]:.0f} MiB after 50 to 100, {after[0]:.0f} and {after[1]:.0f} after 150 to 200")
+    early, late = (
+        [sizes for step, sizes in held.items() if first <= step <= last]
+        for first, last in ((100, 200), (300, 400))
+    )
+    before, after = (
+        [sum(sizes[index] for sizes in part) / len(part) / 2**20 for index in range(2)]
+        for part in (early, late)
+    )
+    print(
+        f"\n200 saves: {before[0]:.0f} and {before[1]:.0f} MiB after 50 to 100, {after[0]:.0f}"
+        f" and {after[1]:.0f} after 150 to 200"
+    )
     assert all(b - a < 16 for a, b in zip(before, after, strict=True))
 
 
 def _resident(pid: int) -> int:
     """Bytes of memory that a process holds."""
-    return int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf(
+        "SC_PAGE_SIZE"
+    )

@@ -1,4 +1,6 @@
-"""The test's devices as if they were several processes': who has which, what each would read, and the global arrays out of it."""
+"""The test's devices as if they were several processes': who has which, what each would read,
+and the global arrays out of it.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -22,17 +24,25 @@ class FakeDevice:
 
 
 class Processes(NamedTuple):
-    """A mesh of real devices, the process that each of them is said to be of, and the share of each process."""
+    """A mesh of real devices, the process that each of them is said to be of, and the share of
+    each process.
+    """
 
     mesh: Mesh
     process_of: dict[jax.Device, int]
     shares: list[Share]
 
     def assembled(self, batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """The global arrays of which every process holds its batch. Fails where devices that hold the same would not, or something is missing."""
+        """The global arrays of which every process holds its batch.
+
+        Fails where devices that hold the same would not, or something is missing.
+        """
         found = {}
         for name, sharding in batch_shardings(batches[0], self.mesh).items():
-            parts = [share.parts(dict(batch))[name] for share, batch in zip(self.shares, batches, strict=True)]
+            parts = [
+                share.parts(dict(batch))[name]
+                for share, batch in zip(self.shares, batches, strict=True)
+            ]
             (shape,) = {part.shape(batch[name]) for part, batch in zip(parts, batches, strict=True)}
             whole, filled = np.zeros(shape, batches[0][name].dtype), np.zeros(shape[0], bool)
             for device, index in sharding.devices_indices_map(shape).items():
@@ -48,9 +58,13 @@ class Processes(NamedTuple):
 
 
 def processes(shape: tuple[int, int, int], count: int, seed: int | None = None) -> Processes:
-    """A mesh of eight devices shared by `count` processes: those that follow one another, or any, drawn with a seed."""
+    """A mesh of eight devices shared by `count` processes: those that follow one another, or
+    any, drawn with a seed.
+    """
     mesh = make_mesh(MeshConfig(*shape))
-    order = np.arange(mesh.size) if seed is None else np.random.default_rng(seed).permutation(mesh.size)
+    order = (
+        np.arange(mesh.size) if seed is None else np.random.default_rng(seed).permutation(mesh.size)
+    )
     owner = (order * count // mesh.size).reshape(mesh.devices.shape)
     fakes: Any = np.empty(mesh.devices.shape, object)
     for place, process in np.ndenumerate(owner):

@@ -22,10 +22,26 @@ ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler"
         ({}, [], "None None 1"),
         ({}, ["several"], f"64 {ORDER}=false 1"),
         ({"JAX_NUM_CPU_DEVICES": "4"}, [], f"64 {ORDER}=false 4"),
-        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, [], f"64 --xla_force_host_platform_device_count=3 {ORDER}=false 3"),
-        ({"JAX_NUM_CPU_DEVICES": "2", "NPROC": "7", "XLA_FLAGS": f"{ORDER}=true"}, [], f"7 {ORDER}=true 2"),
+        (
+            {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"},
+            [],
+            f"64 --xla_force_host_platform_device_count=3 {ORDER}=false 3",
+        ),
+        (
+            {"JAX_NUM_CPU_DEVICES": "2", "NPROC": "7", "XLA_FLAGS": f"{ORDER}=true"},
+            [],
+            f"7 {ORDER}=true 2",
+        ),
     ],
 )
-def test_only_several_devices_or_processes_are_settled(setting: dict[str, str], processes: list[str], said: str) -> None:
-    done = subprocess.run([sys.executable, "-c", SAY, *processes], env=one_device() | setting, capture_output=True, text=True, check=True)
+def test_only_several_devices_or_processes_are_settled(
+    setting: dict[str, str], processes: list[str], said: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SAY, *processes],
+        env=one_device() | setting,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.strip() == said

@@ -16,7 +16,10 @@ from flamingo_jax.partitioning.mesh import batch_shardings, check_batches, make_
 @pytest.mark.parametrize(
     ("config", "shape"),
     [
-        (MeshConfig(), (8, 1, 1)), (MeshConfig(model=2), (4, 1, 2)), (MeshConfig(2, -1, 2), (2, 2, 2)), (MeshConfig(1, 1, 8), (1, 1, 8)),
+        (MeshConfig(), (8, 1, 1)),
+        (MeshConfig(model=2), (4, 1, 2)),
+        (MeshConfig(2, -1, 2), (2, 2, 2)),
+        (MeshConfig(1, 1, 8), (1, 1, 8)),
         (MeshConfig(1, 8, -1), (1, 8, 1)),
     ],
 )
@@ -73,7 +76,9 @@ def sliced(platform: str) -> list[Any]:
 def test_data_joins_tpu_slices_and_the_other_axes_stay_within() -> None:
     mesh = make_mesh(MeshConfig(4, 1, 2), sliced("tpu"))
     slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
-    np.testing.assert_array_equal(slices, np.broadcast_to(np.array([0, 0, 1, 1])[:, None, None], (4, 1, 2)))
+    np.testing.assert_array_equal(
+        slices, np.broadcast_to(np.array([0, 0, 1, 1])[:, None, None], (4, 1, 2))
+    )
     with pytest.raises(UserError, match="config.mesh.data is 1, but the 8 devices are 2 slices"):
         make_mesh(MeshConfig(1, 4, 2), sliced("tpu"))
 
@@ -98,7 +103,12 @@ def test_slices_that_cannot_be_told_apart_are_refused(monkeypatch: pytest.Monkey
 def test_rows_lie_over_data_and_fsdp() -> None:
     sharding = batch_shardings(["tokens"], make_mesh(MeshConfig(2, 2, 2)))["tokens"]
     places = sharding.devices_indices_map((8, 3))
-    assert {(index[0].start, index[0].stop) for index in places.values()} == {(0, 2), (2, 4), (4, 6), (6, 8)}
+    assert {(index[0].start, index[0].stop) for index in places.values()} == {
+        (0, 2),
+        (2, 4),
+        (4, 6),
+        (6, 8),
+    }
     assert len(places) == 8
 
 
@@ -117,16 +127,39 @@ def test_batches_that_divide_pass() -> None:
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        (experiment(batch_size=6), "config.data.m3w.batch_size is 6, but 2 (data) x 2 (fsdp) devices share it: make it a multiple of 4, such as 8"),
-        (experiment(batch_size=4, microbatches=2), "2 (data) x 2 (fsdp) devices x 2 microbatches share it: make it a multiple of 8, such as 8"),
+        (
+            experiment(batch_size=6),
+            (
+                "config.data.m3w.batch_size is 6, but 2 (data) x 2 (fsdp) devices share it:"
+                " make it a multiple of 4, such as 8"
+            ),
+        ),
+        (
+            experiment(batch_size=4, microbatches=2),
+            (
+                "2 (data) x 2 (fsdp) devices x 2 microbatches share it: make it a multiple of"
+                " 8, such as 8"
+            ),
+        ),
         (experiment("held_out", batch_size=2), "config.held_out.m3w.batch_size is 2"),
-        (experiment("held_out", batch_size=4, microbatches=4), "4 microbatches share it: make it a multiple of 16, such as 16"),
+        (
+            experiment("held_out", batch_size=4, microbatches=4),
+            "4 microbatches share it: make it a multiple of 16, such as 16",
+        ),
         (experiment(batch_size=0), "make it a multiple of 4, such as 4"),
         (experiment(microbatches=0), "config.data.m3w.microbatches is 0"),
-        (experiment(task="contrastive", microbatches=3), "2 (data) x 2 (fsdp) devices x 3 microbatches share it: make it a multiple of 12, such as 12"),
+        (
+            experiment(task="contrastive", microbatches=3),
+            (
+                "2 (data) x 2 (fsdp) devices x 3 microbatches share it: make it a multiple of"
+                " 12, such as 12"
+            ),
+        ),
     ],
 )
-def test_batches_that_do_not_divide_are_refused_with_the_mend(given: Experiment, sentence: str) -> None:
+def test_batches_that_do_not_divide_are_refused_with_the_mend(
+    given: Experiment, sentence: str
+) -> None:
     with pytest.raises(UserError) as error:
         check_batches(given, make_mesh(MeshConfig(2, 2, 2)))
     assert sentence in str(error.value)

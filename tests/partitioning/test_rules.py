@@ -28,7 +28,9 @@ def shapes_80b() -> dict[str, Any]:
 
 def mesh(data: int, fsdp: int, model: int) -> Any:
     """A mesh of any size: rules only ask for its shape."""
-    return jax.sharding.AbstractMesh((data, fsdp, model), ("data", "fsdp", "model"), axis_types=(AxisType.Auto,) * 3)
+    return jax.sharding.AbstractMesh(
+        (data, fsdp, model), ("data", "fsdp", "model"), axis_types=(AxisType.Auto,) * 3
+    )
 
 
 def specs(task: str, shapes: dict[str, Any], on: Mesh) -> dict[str, PartitionSpec]:
@@ -70,12 +72,16 @@ GOLDEN_MODEL = {
 
 
 def test_the_80b_model_over_16_way_megatron(shapes_80b: dict[str, Any]) -> None:
-    found = {name: strip(spec) for name, spec in specs("flamingo", shapes_80b, mesh(96, 1, 16)).items()}
+    found = {
+        name: strip(spec) for name, spec in specs("flamingo", shapes_80b, mesh(96, 1, 16)).items()
+    }
     assert {name: spec for name, spec in found.items() if spec} == GOLDEN_MODEL
 
 
 def test_fsdp_takes_another_axis_of_trained_matrices_alone(shapes_80b: dict[str, Any]) -> None:
-    found = {name: strip(spec) for name, spec in specs("flamingo", shapes_80b, mesh(12, 8, 16)).items()}
+    found = {
+        name: strip(spec) for name, spec in specs("flamingo", shapes_80b, mesh(12, 8, 16)).items()
+    }
     expected = {
         "gated_xattn/layers/query": (None, "fsdp", "model"),
         "gated_xattn/layers/out": (None, "model", None, "fsdp"),
@@ -90,15 +96,28 @@ def test_fsdp_takes_another_axis_of_trained_matrices_alone(shapes_80b: dict[str,
         "resampler/final_norm/scale": (),
     }
     assert {name: found[name] for name in expected} == expected
-    frozen = {name: spec for name, spec in found.items() if name.startswith(("language_model", "vision_encoder"))}
-    assert {name: spec for name, spec in frozen.items() if spec} == {k: v for k, v in GOLDEN_MODEL.items() if k.startswith("language_model")}
+    frozen = {
+        name: spec
+        for name, spec in found.items()
+        if name.startswith(("language_model", "vision_encoder"))
+    }
+    assert {name: spec for name, spec in frozen.items() if spec} == {
+        k: v for k, v in GOLDEN_MODEL.items() if k.startswith("language_model")
+    }
 
 
-def test_moments_lie_over_data_besides_where_an_axis_divides(shapes_80b: dict[str, Any]) -> None:
+def test_moments_lie_over_data_besides_where_an_axis_divides(
+    shapes_80b: dict[str, Any],
+) -> None:
     trained = rules.trainable_names("flamingo", shapes_80b)
     places = rules.shardings("flamingo", shapes_80b, mesh(32, 2, 8))
-    arrays = {name: jax.ShapeDtypeStruct(shapes_80b[name].shape, np.float32, sharding=places[name]) for name in trained}
-    found = {name: strip(sharding.spec) for name, sharding in rules.moment_shardings(arrays).items()}
+    arrays = {
+        name: jax.ShapeDtypeStruct(shapes_80b[name].shape, np.float32, sharding=places[name])
+        for name in trained
+    }
+    found = {
+        name: strip(sharding.spec) for name, sharding in rules.moment_shardings(arrays).items()
+    }
     expected = {
         "gated_xattn/layers/query": (None, "fsdp", "model", "data"),
         "gated_xattn/layers/feed_forward/up": (None, "fsdp", "model"),
@@ -107,26 +126,40 @@ def test_moments_lie_over_data_besides_where_an_axis_divides(shapes_80b: dict[st
         "resampler/final_norm/scale": (),
     }
     assert {name: found[name] for name in expected} == expected
-    alone = rules.moment_shardings({name: laid_whole(a, mesh(64, 1, 1)) for name, a in arrays.items()})
+    alone = rules.moment_shardings(
+        {name: laid_whole(a, mesh(64, 1, 1)) for name, a in arrays.items()}
+    )
     assert strip(alone["gated_xattn/layers/feed_forward/up"].spec) == (None, None, "data")
 
 
 def laid_whole(array: Any, on: Any) -> Any:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=jax.sharding.NamedSharding(on, PartitionSpec()))
+    return jax.ShapeDtypeStruct(
+        array.shape, array.dtype, sharding=jax.sharding.NamedSharding(on, PartitionSpec())
+    )
 
 
 def test_what_trains(shapes_80b: dict[str, Any]) -> None:
     frozen = set(shapes_80b) - rules.trainable_names("flamingo", shapes_80b)
     assert {name.split("/")[0] for name in frozen} == {"vision_encoder", "language_model"}
-    assert not {name for name in shapes_80b if name.startswith(("vision_encoder", "language_model"))} - frozen
+    assert (
+        not {name for name in shapes_80b if name.startswith(("vision_encoder", "language_model"))}
+        - frozen
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "overrides"),
-    [("contrastive_nfnet_f6", {}), ("lm_1b4", {}), ("lm_1b4", {"positions": "rotary", "tied_embeddings": False}), ("flamingo_9b", {})],
+    [
+        ("contrastive_nfnet_f6", {}),
+        ("lm_1b4", {}),
+        ("lm_1b4", {"positions": "rotary", "tied_embeddings": False}),
+        ("flamingo_9b", {}),
+    ],
 )
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 1, 8), (1, 8, 1)])
-def test_tables_cover_every_model_on_every_mesh(name: str, overrides: dict[str, Any], shape: tuple[int, int, int]) -> None:
+def test_tables_cover_every_model_on_every_mesh(
+    name: str, overrides: dict[str, Any], shape: tuple[int, int, int]
+) -> None:
     config = importlib.import_module(f"configs.{name}").get_config("tiny")
     for key, value in overrides.items():
         config.language_model[key] = value
@@ -139,7 +172,9 @@ def test_tables_cover_every_model_on_every_mesh(name: str, overrides: dict[str, 
         parts = sharding.shard_shape(shapes[parameter].shape)
         lead = rules.stack_axes(parameter)
         assert parts[:lead] == shapes[parameter].shape[:lead], "the layer axis is never sharded"
-        assert all(whole % part == 0 for whole, part in zip(shapes[parameter].shape, parts, strict=True))
+        assert all(
+            whole % part == 0 for whole, part in zip(shapes[parameter].shape, parts, strict=True)
+        )
 
 
 @pytest.mark.parametrize("name", ["lm_7b", "lm_70b", "contrastive_nfnet_f6"])
@@ -162,5 +197,10 @@ def test_first_match_wins_and_both_kinds_of_stale_table_are_named() -> None:
 
 
 def test_a_large_array_that_an_axis_cannot_shard_is_named(shapes_80b: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="'gated_xattn/layers/feed_forward/down' with shape .* cannot be sharded over model=7"):
+    with pytest.raises(
+        UserError,
+        match=(
+            "'gated_xattn/layers/feed_forward/down' with shape .* cannot be sharded over model=7"
+        ),
+    ):
         rules.shardings("flamingo", shapes_80b, mesh(1, 1, 7))

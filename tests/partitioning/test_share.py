@@ -18,12 +18,17 @@ def test_by_default_all_of_a_batch() -> None:
     np.testing.assert_array_equal(Share.of(make_mesh(MeshConfig(2, 2, 2))).rows(8), np.arange(8))
 
 
-@pytest.mark.parametrize(("shape", "rows"), [
-    ((4, 1, 2), [[0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15]]),
-    ((1, 1, 8), [list(range(16))] * 2),
-    ((1, 2, 4), [list(range(8)), list(range(8, 16))]),
-])
-def test_two_hosts_of_four_devices_that_follow_one_another(shape: tuple[int, int, int], rows: list[list[int]]) -> None:
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        ((4, 1, 2), [[0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15]]),
+        ((1, 1, 8), [list(range(16))] * 2),
+        ((1, 2, 4), [list(range(8)), list(range(8, 16))]),
+    ],
+)
+def test_two_hosts_of_four_devices_that_follow_one_another(
+    shape: tuple[int, int, int], rows: list[list[int]]
+) -> None:
     shares = processes(shape, 2).shares
     assert [share.rows(ROWS).tolist() for share in shares] == rows
     visuals = [share.visuals(ROWS, PLACES).tolist() for share in shares]
@@ -33,24 +38,37 @@ def test_two_hosts_of_four_devices_that_follow_one_another(shape: tuple[int, int
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 4), (1, 1, 8), (4, 2, 1)])
 @pytest.mark.parametrize("seed", [None, 0, 1])
-def test_every_device_finds_its_part_of_what_its_process_reads(count: int, shape: tuple[int, int, int], seed: int | None) -> None:
+def test_every_device_finds_its_part_of_what_its_process_reads(
+    count: int, shape: tuple[int, int, int], seed: int | None
+) -> None:
     group = processes(shape, count, seed)
     batches = []
     for share in group.shares:
         rows, listed = share.rows(ROWS), share.visuals(ROWS, PLACES)
-        batches.append({"tokens": rows[:, None] * 10, "visuals": rows[:, None], "images": listed[:, None]})
+        batches.append(
+            {"tokens": rows[:, None] * 10, "visuals": rows[:, None], "images": listed[:, None]}
+        )
         assert len(set(rows)) == len(rows) and (np.diff(rows) > 0).all()
-        held = {share.devices[place * len(share.devices) // len(listed)][0] for place in range(len(listed))}
+        held = {
+            share.devices[place * len(share.devices) // len(listed)][0]
+            for place in range(len(listed))
+        }
         assert held == {row * share.row_shards // ROWS for row in rows}
     whole = group.assembled(batches)
     np.testing.assert_array_equal(whole["tokens"][:, 0], np.arange(ROWS) * 10)
     # Row after row, each row shard's filled up for its devices.
     each = ROWS * PLACES // group.shares[0].row_shards
-    filled = np.pad(np.arange(ROWS * PLACES).reshape(-1, each), ((0, 0), (0, -each % shape[2])), constant_values=-1)
+    filled = np.pad(
+        np.arange(ROWS * PLACES).reshape(-1, each),
+        ((0, 0), (0, -each % shape[2])),
+        constant_values=-1,
+    )
     np.testing.assert_array_equal(whole["images"][:, 0], filled.reshape(-1))
     assert group.shares[0].listed(ROWS, PLACES) == filled.size
     decoded = np.concatenate([share.visuals(ROWS, PLACES) for share in group.shares])
-    np.testing.assert_array_equal(np.sort(decoded[decoded >= 0]), np.arange(ROWS * PLACES), "each once")
+    np.testing.assert_array_equal(
+        np.sort(decoded[decoded >= 0]), np.arange(ROWS * PLACES), "each once"
+    )
 
 
 def test_a_part_that_is_not_held_is_no_part() -> None:
@@ -63,8 +81,16 @@ def test_a_part_that_is_not_held_is_no_part() -> None:
 
 def test_pictures_of_pairs_lie_with_their_rows() -> None:
     mesh = make_mesh(MeshConfig(2, 2, 2))
-    listed, pairs = batch_shardings(["images", "visuals", "tokens"], mesh), batch_shardings(["images", "tokens", "mask"], mesh)
-    assert listed["images"].shard_shape((16, 3)) == (2, 3) and listed["visuals"].shard_shape((16, 3)) == (4, 3)
+    listed, pairs = (
+        batch_shardings(["images", "visuals", "tokens"], mesh),
+        batch_shardings(["images", "tokens", "mask"], mesh),
+    )
+    assert listed["images"].shard_shape((16, 3)) == (2, 3) and listed["visuals"].shard_shape(
+        (16, 3)
+    ) == (4, 3)
     assert pairs["images"].shard_shape((16, 3)) == pairs["tokens"].shard_shape((16, 3)) == (4, 3)
     share = processes((2, 2, 2), 2).shares[0]
-    assert share.parts({"images": 0, "mask": 0}) == {"images": share.by_row, "mask": share.by_row}
+    assert share.parts({"images": 0, "mask": 0}) == {
+        "images": share.by_row,
+        "mask": share.by_row,
+    }

@@ -1,11 +1,13 @@
 """A training step beside open_flamingo's, both of the same sizes, in turn on the same cores.
 
-    pip install -e '.[interop-test]' einops einops-exts && pip install --no-deps open_flamingo==2.0.1
-    python -m tests.planning.open_flamingo --sizes=layers=4,width=256,heads=4,vocab=8192,every=1,vit_layers=4,vit_width=256,vit_heads=4,\\
+    pip install -e '.[interop-test]' einops einops-exts && pip install --no-deps
+    open_flamingo==2.0.1 python -m tests.planning.open_flamingo
+    --sizes=layers=4,width=256,heads=4,vocab=8192,every=1,vit_layers=4,vit_width=256,vit_heads=4,\\
 image=96,patch=16,interleaved=8x3x128,pairs=16x1x32 [--rounds=3]
 
-open_flamingo wants torchvision, which its model does not need: hence --no-deps. Its step is as its train_utils.py has it: a loss and its
-gradient for each dataset, the embedding's gradient masked to the tokens that were added, clipping, AdamW; float32, as ours.
+open_flamingo wants torchvision, which its model does not need: hence --no-deps. Its step is as
+its train_utils.py has it: a loss and its gradient for each dataset, the embedding's gradient
+masked to the tokens that were added, clipping, AdamW; float32, as ours.
 """
 
 import importlib.util
@@ -29,7 +31,9 @@ from flamingo_jax.planning.timing import median_seconds
 SIZES = flags.DEFINE_string("sizes", None, "As launch.benchmark takes them.", required=True)
 ROUNDS = flags.DEFINE_integer("rounds", 3, "Of each, in turn.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 12, "Steps that are timed in each.", lower_bound=1)
-PEER = flags.DEFINE_bool("peer", False, "Time open_flamingo alone, in this process, and print JSON.")
+PEER = flags.DEFINE_bool(
+    "peer", False, "Time open_flamingo alone, in this process, and print JSON."
+)
 
 MATRIX = 2048
 
@@ -50,7 +54,12 @@ def main(_: list[str]) -> None:
         table.add_column(heading, justify="right")
     for mine, peer in zip(ours, peers, strict=True):
         for name, found in (("flamingo_jax", mine), ("open_flamingo", peer)):
-            table.add_row(name, f"{found['step']:.3f}", f"{found['matrix_rate'] / 1e9:.0f}", f"{mine['flops'] / found['step'] / found['matrix_rate']:.1%}")
+            table.add_row(
+                name,
+                f"{found['step']:.3f}",
+                f"{found['matrix_rate'] / 1e9:.0f}",
+                f"{mine['flops'] / found['step'] / found['matrix_rate']:.1%}",
+            )
     median = lambda runs: statistics.median(run["step"] for run in runs)
     table.caption = f"the median of ours takes {median(ours) / median(peers):.2f} of the peer's"
     Console().print(table)
@@ -58,12 +67,20 @@ def main(_: list[str]) -> None:
 
 def _run(*command: str) -> dict[str, Any]:
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    found = subprocess.run([sys.executable, *command], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
     return json.loads(found.stdout.splitlines()[-1])
 
 
 def time_peer() -> dict[str, float]:
-    """The median step's seconds and the FLOPs a second of a large product, as `planning.timing` takes them."""
+    """The median step's seconds and the FLOPs a second of a large product, as `planning.timing`
+    takes them.
+    """
     import torch
 
     experiment = experiment_of(SIZES.value)
@@ -71,13 +88,23 @@ def time_peer() -> dict[str, float]:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     step = peer_step(experiment.flamingo, list(experiment.data.values()))
     a = torch.ones(MATRIX, MATRIX)
-    return {"step": median_seconds(step, STEPS.value), "matrix_rate": 2 * MATRIX**3 / median_seconds(lambda: a @ a, STEPS.value)}
+    return {
+        "step": median_seconds(step, STEPS.value),
+        "matrix_rate": 2 * MATRIX**3 / median_seconds(lambda: a @ a, STEPS.value),
+    }
 
 
 def peer_step(config: FlamingoConfig, datasets: list[DatasetConfig]) -> Callable[[], None]:
-    """open_flamingo's update of random weights on full rows of random content; each dataset's visuals stand at equal distances."""
+    """open_flamingo's update of random weights on full rows of random content; each dataset's
+    visuals stand at equal distances.
+    """
     import torch
-    from transformers import CLIPVisionConfig, CLIPVisionModel, GPTNeoXConfig, GPTNeoXForCausalLM
+    from transformers import (
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+    )
 
     # The package's own __init__ imports open_clip, and with it torchvision.
     found = importlib.util.find_spec("open_flamingo")
@@ -94,22 +121,32 @@ def peer_step(config: FlamingoConfig, datasets: list[DatasetConfig]) -> Callable
     lm, vision, vit = config.language_model, config.vision, config.vision.vit
     text = GPTNeoXForCausalLM(
         GPTNeoXConfig(
-            vocab_size=lm.vocab_size, hidden_size=lm.width, num_hidden_layers=lm.layers, num_attention_heads=lm.heads,
-            intermediate_size=lm.feed_forward, max_position_embeddings=max(dataset.length for dataset in datasets),
+            vocab_size=lm.vocab_size,
+            hidden_size=lm.width,
+            num_hidden_layers=lm.layers,
+            num_attention_heads=lm.heads,
+            intermediate_size=lm.feed_forward,
+            max_position_embeddings=max(dataset.length for dataset in datasets),
         )
     )
     extend_instance(text, FlamingoLMMixin)
     text.set_decoder_layers_attr_name("gpt_neox.layers")
 
     class Vision(torch.nn.Module):
-        """A CLIP's vision part as open_clip's `visual` answers: pooled features, then those of the patches."""
+        """A CLIP's vision part as open_clip's `visual` answers: pooled features, then those of
+        the patches.
+        """
 
         def __init__(self) -> None:
             super().__init__()
             self.vit = CLIPVisionModel(
                 CLIPVisionConfig(
-                    hidden_size=vit.width, intermediate_size=vit.feed_forward, num_hidden_layers=vit.layers, num_attention_heads=vit.heads,
-                    image_size=vision.image_size, patch_size=vit.patch_size,
+                    hidden_size=vit.width,
+                    intermediate_size=vit.feed_forward,
+                    num_hidden_layers=vit.layers,
+                    num_attention_heads=vit.heads,
+                    image_size=vision.image_size,
+                    patch_size=vit.patch_size,
                 )
             )
 
@@ -120,7 +157,9 @@ def peer_step(config: FlamingoConfig, datasets: list[DatasetConfig]) -> Callable
     clip = torch.nn.Module()
     clip.visual = Vision()
     image, end = lm.vocab_size - 1, lm.vocab_size - 2
-    model = Flamingo(clip, text, end, image, vis_dim=vit.width, cross_attn_every_n_layers=config.every).train()
+    model = Flamingo(
+        clip, text, end, image, vis_dim=vit.width, cross_attn_every_n_layers=config.every
+    ).train()
     model.requires_grad_(False)
     embedding = text.get_input_embeddings()
     for part in (model.perceiver, text.gated_cross_attn_layers, embedding):
@@ -131,9 +170,17 @@ def peer_step(config: FlamingoConfig, datasets: list[DatasetConfig]) -> Callable
     for data in datasets:
         tokens = torch.randint(0, end, (data.batch_size, data.length))
         tokens[:, :: data.length // data.visuals][:, : data.visuals] = image
-        pictures = torch.rand(data.batch_size, data.visuals, 1, 3, vision.image_size, vision.image_size)
-        inputs = {"vision_x": pictures, "lang_x": tokens, "attention_mask": torch.ones_like(tokens)}
-        batches.append((inputs | {"labels": torch.where(tokens == image, -100, tokens)}, data.weight))
+        pictures = torch.rand(
+            data.batch_size, data.visuals, 1, 3, vision.image_size, vision.image_size
+        )
+        inputs = {
+            "vision_x": pictures,
+            "lang_x": tokens,
+            "attention_mask": torch.ones_like(tokens),
+        }
+        batches.append(
+            (inputs | {"labels": torch.where(tokens == image, -100, tokens)}, data.weight)
+        )
     added = torch.zeros(lm.vocab_size, 1)
     added[[image, end]] = 1
 

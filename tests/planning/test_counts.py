@@ -27,7 +27,15 @@ PUBLISHED = {
     "flamingo_9b": {"gated_xattn": 1.611e9, "language_model": 7.110e9, "total": 9.35e9},
     "flamingo_80b": {"gated_xattn": 9.664e9, "language_model": 70.06e9, "total": 80.35e9},
 }
-CLASSIFIERS = {"F0": 71.49, "F1": 132.63, "F2": 193.78, "F3": 254.92, "F4": 316.07, "F5": 377.21, "F6": 438.36}
+CLASSIFIERS = {
+    "F0": 71.49,
+    "F1": 132.63,
+    "F2": 193.78,
+    "F3": 254.92,
+    "F4": 316.07,
+    "F5": 377.21,
+    "F6": 438.36,
+}
 """Millions of parameters with the classifier of 1,000 classes."""
 
 
@@ -40,17 +48,28 @@ def test_flamingos(name: str) -> None:
     counts = count_parameters(load(name))
     for part, published in (SHARED | PUBLISHED[name]).items():
         assert counts[part] == pytest.approx(published, rel=5e-3), part
-    assert counts["trainable"] == sum(counts[part] for part in ("resampler", "gated_xattn", "visual_projection", "extra_embedding"))
-    assert counts["total"] == counts["trainable"] + counts["vision_encoder"] + counts["language_model"]
+    assert counts["trainable"] == sum(
+        counts[part]
+        for part in ("resampler", "gated_xattn", "visual_projection", "extra_embedding")
+    )
+    assert (
+        counts["total"] == counts["trainable"] + counts["vision_encoder"] + counts["language_model"]
+    )
 
 
 def test_a_stage_that_trains_everything() -> None:
-    assert count_parameters(load("lm_70b")) == {"language_model": 70_057_992_192, "trainable": 70_057_992_192, "total": 70_057_992_192}
+    assert count_parameters(load("lm_70b")) == {
+        "language_model": 70_057_992_192,
+        "trainable": 70_057_992_192,
+        "total": 70_057_992_192,
+    }
 
 
 @pytest.mark.parametrize("variant", CLASSIFIERS)
 def test_nfnets(variant: str) -> None:
-    model = nnx.eval_shape(lambda: NFNet(dataclasses.replace(VisionConfig(), variant=variant), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(
+        lambda: NFNet(dataclasses.replace(VisionConfig(), variant=variant), rngs=nnx.Rngs(0))
+    )
     body = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model)))
     assert (body + (model.width + 1) * 1_000) / 1e6 == pytest.approx(CLASSIFIERS[variant], rel=5e-3)
 
@@ -58,20 +77,33 @@ def test_nfnets(variant: str) -> None:
 def test_a_checkpoint_of_the_80b_model() -> None:
     experiment = load("flamingo_80b")
     counts, sizes = count_parameters(experiment), checkpoint_bytes(experiment)
-    # Each trained parameter and Adam's two moments of it, in float32; frozen ones in bfloat16 stay outside.
-    assert sizes["trainables"] == 4 * counts["trainable"] and sizes["moments"] == 8 * counts["trainable"]
+    # Each trained parameter and Adam's two moments of it, in float32; frozen ones in bfloat16
+    # stay outside.
+    assert (
+        sizes["trainables"] == 4 * counts["trainable"]
+        and sizes["moments"] == 8 * counts["trainable"]
+    )
     assert sizes["frozen"] == 2 * (counts["total"] - counts["trainable"])
-    assert sizes["total"] == sizes["trainables"] + sizes["moments"] + sizes["rest"] == pytest.approx(120e9, rel=0.02)
+    assert (
+        sizes["total"]
+        == sizes["trainables"] + sizes["moments"] + sizes["rest"]
+        == pytest.approx(120e9, rel=0.02)
+    )
     assert 0 < sizes["rest"] < 100
 
 
 @pytest.mark.parametrize("unfreeze", [False, True])
 def test_a_checkpoint_is_as_large_as_the_state_that_is_restored(unfreeze: bool) -> None:
     experiment = world.experiment()
-    experiment = dataclasses.replace(experiment, training=dataclasses.replace(experiment.training, unfreeze_vision_encoder=unfreeze))
+    experiment = dataclasses.replace(
+        experiment,
+        training=dataclasses.replace(experiment.training, unfreeze_vision_encoder=unfreeze),
+    )
     assembly = assemble(experiment, make_mesh(MeshConfig(fsdp=2, model=2)))
     sizes = checkpoint_bytes(experiment)
-    assert sizes["total"] == sum(shape.size * shape.dtype.itemsize for shape in jax.tree.leaves(assembly.state))
+    assert sizes["total"] == sum(
+        shape.size * shape.dtype.itemsize for shape in jax.tree.leaves(assembly.state)
+    )
     assert sizes["moments"] == 2 * sizes["trainables"]
     assert sizes["trainables"] == sum(4 * shape.size for shape in assembly.trainable.values())
     assert sizes["frozen"] == sum(4 * shape.size for shape in assembly.frozen.values())
@@ -79,10 +111,27 @@ def test_a_checkpoint_is_as_large_as_the_state_that_is_restored(unfreeze: bool) 
 
 def test_the_command_says_so() -> None:
     def printed(*arguments: str) -> str:
-        command = [sys.executable, "-m", "launch.plan", "--config=configs/flamingo_80b.py", "--counts", *arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "launch.plan",
+            "--config=configs/flamingo_80b.py",
+            "--counts",
+            *arguments,
+        ]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
     experiment = load("flamingo_80b")
-    assert json.loads(printed("--json")) == {"parameters": count_parameters(experiment), "checkpoint": checkpoint_bytes(experiment)}
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed().splitlines() if "│" in line]
-    assert ["the whole checkpoint", "118.4 GB"] in rows and ["frozen parameters, not in it", "141 GB"] in rows
+    assert json.loads(printed("--json")) == {
+        "parameters": count_parameters(experiment),
+        "checkpoint": checkpoint_bytes(experiment),
+    }
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in printed().splitlines()
+        if "│" in line
+    ]
+    assert ["the whole checkpoint", "118.4 GB"] in rows and [
+        "frozen parameters, not in it",
+        "141 GB",
+    ] in rows

@@ -12,15 +12,27 @@ from flamingo_jax.planning.hlo import Collective, first_group, parse, summarise
 
 
 def compiled(steps: int) -> str:
-    """A loop over `steps` all-reduces of a float32 [4, 16] over the two devices of `a`, then one all-gather of [8, 16] over the four of `b`."""
+    """A loop over `steps` all-reduces of a float32 [4, 16] over the two devices of `a`, then
+    one all-gather of [8, 16] over the four of `b`.
+    """
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
 
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=PartitionSpec(None, "b"), out_specs=PartitionSpec(), check_vma=False)
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=PartitionSpec(None, "b"),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
     def run(x: jax.Array) -> jax.Array:
-        x, _ = jax.lax.scan(lambda c, _: (jnp.tanh(jax.lax.psum(c, "a")), None), x, None, length=steps)
+        x, _ = jax.lax.scan(
+            lambda c, _: (jnp.tanh(jax.lax.psum(c, "a")), None), x, None, length=steps
+        )
         return jax.lax.all_gather(x, "b", axis=1, tiled=True)
 
-    x = jax.ShapeDtypeStruct((4, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(None, "b")))
+    x = jax.ShapeDtypeStruct(
+        (4, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(None, "b"))
+    )
     return jax.jit(run).lower(x).compile().as_text()
 
 
@@ -55,7 +67,7 @@ ENTRY %main.2 (a: bf16[8,128]) -> bf16[8,128] {
   %w = (s32[], bf16[8,128]{1,0}) while(%a), condition=%cond, body=%body.1, backend_config={"known_trip_count":{"n":"24"}}
   ROOT %g = bf16[8,128]{1,0} get-tuple-element(%w), index=1, backend_config={"estimated_cycles":"5"}
 }
-"""
+"""  # noqa: E501
 
 
 def test_cycles_of_a_fusion_count_once_and_of_a_loop_as_often_as_it_runs() -> None:
@@ -63,7 +75,10 @@ def test_cycles_of_a_fusion_count_once_and_of_a_loop_as_often_as_it_runs() -> No
     assert summary.cycles == 24 * 100 + 5
     assert summary.collectives == [Collective("all-gather", (0, 1, 2, 3), 32 * 128 * 2, 24)]
     computations, entry = parse(TPU)
-    assert entry == "main.2" and [i.opcode for i in computations["fused"]] == ["parameter", "negate"]
+    assert entry == "main.2" and [i.opcode for i in computations["fused"]] == [
+        "parameter",
+        "negate",
+    ]
 
 
 def test_a_loop_without_a_note_runs_as_often_as_its_condition_says() -> None:
@@ -75,7 +90,9 @@ def test_a_loop_without_a_note_runs_as_often_as_its_condition_says() -> None:
 }
 
 ENTRY"""
-    text = TPU.replace(', backend_config={"known_trip_count":{"n":"24"}}', "").replace("ENTRY", condition)
+    text = TPU.replace(', backend_config={"known_trip_count":{"n":"24"}}', "").replace(
+        "ENTRY", condition
+    )
     assert summarise(text).cycles == 9 * 100 + 5
 
 
@@ -100,24 +117,30 @@ def test_products_and_convolutions_of_a_program_are_those_of_its_jaxpr() -> None
     def step(x: jax.Array, w: jax.Array, kernel: jax.Array) -> jax.Array:
         x, _ = jax.lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, None, length=5)
         image = x.reshape(2, 8, 8, 4)
-        return jax.lax.conv_general_dilated(image, kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jax.lax.conv_general_dilated(
+            image, kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
 
-    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 64), (64, 64), (3, 3, 4, 16))]
+    arrays = [
+        jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 64), (64, 64), (3, 3, 4, 16))
+    ]
     text = jax.jit(step).lower(*arrays).compile().as_text()
     expected = 5 * 2 * 8 * 64 * 64 + 2 * 2 * 3 * 3 * 16 * 3 * 3 * 4
     assert product_flops(jax.make_jaxpr(step)(*arrays).jaxpr) == expected
-    # XLA's CPU backend calls a library for some products, which are then no longer in the program.
+    # XLA's CPU backend calls a library for some products, which are then no longer in the
+    # program.
     assert summarise(text).flops in (expected, expected - 5 * 2 * 8 * 64 * 64)
 
 
 def test_taps_on_padding_and_between_inputs_are_no_work() -> None:
-    # A batched product as TPU programs write it: of the three taps of each output one falls on its own input.
+    # A batched product as TPU programs write it: of the three taps of each output one falls on
+    # its own input.
     text = """ENTRY %main (a: bf16[3,8,4], b: bf16[3,4,5]) -> bf16[3,8,5] {
   %a = bf16[3,8,4]{2,1,0} parameter(0)
   %b = bf16[3,4,5]{2,1,0} parameter(1)
   ROOT %c = bf16[3,8,5]{2,1,0} convolution(%a, %b), window={size=3 stride=2 pad=0_0 lhs_dilate=3}, dim_labels=0bf_0io->0bf
 }
-"""
+"""  # noqa: E501
     assert summarise(text).flops == 2 * 3 * 8 * 4 * 5
 
 

@@ -1,4 +1,6 @@
-"""A step compiled on shapes alone: its memory and FLOPs, on the host's devices and, where libtpu is installed, for TPUs that are not here."""
+"""A step compiled on shapes alone: its memory and FLOPs, on the host's devices and, where
+libtpu is installed, for TPUs that are not here.
+"""
 
 import dataclasses
 import importlib.util
@@ -12,7 +14,16 @@ from flamingo_jax.experiment import MeshConfig, VisionConfig, ViTConfig
 from flamingo_jax.partitioning.mesh import check_batches, make_mesh
 from flamingo_jax.planning.flops import work_in
 from flamingo_jax.planning.hlo import summarise
-from flamingo_jax.planning.program import DoesNotFit, Memory, _needed, batch_shapes, compile_held_out, compile_program, full_work, smaller
+from flamingo_jax.planning.program import (
+    DoesNotFit,
+    Memory,
+    _needed,
+    batch_shapes,
+    compile_held_out,
+    compile_program,
+    full_work,
+    smaller,
+)
 from flamingo_jax.planning.topology import open_topology
 from flamingo_jax.training.assembly import assemble
 from tests.training import world
@@ -22,11 +33,16 @@ def test_batches_are_those_that_training_gets() -> None:
     mesh = make_mesh(MeshConfig())
     made = batch_shapes(world.experiment(flamingo=world.FLAMINGO), mesh)
     for name, batch in world.batches().items():
-        assert {key: (value.shape, value.dtype) for key, value in batch.items()} == {key: (s.shape, s.dtype) for key, s in made[name].items()}
+        assert {key: (value.shape, value.dtype) for key, value in batch.items()} == {
+            key: (s.shape, s.dtype) for key, s in made[name].items()
+        }
 
 
 def test_full_work_is_the_work_of_full_batches() -> None:
-    full = {name: batch | {"segments": np.ones_like(batch["segments"])} for name, batch in world.batches().items()}
+    full = {
+        name: batch | {"segments": np.ones_like(batch["segments"])}
+        for name, batch in world.batches().items()
+    }
     assert full_work(world.experiment()) == work_in(full.values())
 
 
@@ -40,7 +56,8 @@ def test_memory_and_flops_of_a_compiled_step() -> None:
     expected = sum(a.size * a.dtype.itemsize for a in arrays)
     assert expected * 0.95 <= program.memory.arguments <= expected * 1.05
     assert program.memory.peak > program.memory.arguments
-    # Attention's products of activations, which the formula leaves out, weigh much at this size.
+    # Attention's products of activations, which the formula leaves out, weigh much at this
+    # size.
     assert 1.0 < program.jaxpr_flops / program.formula_flops < 3.0
 
 
@@ -48,9 +65,16 @@ def test_memory_and_flops_of_a_compiled_step() -> None:
 def test_depth_does_not_lengthen_the_step() -> None:
     def lines(layers: int) -> int:
         language_model = dataclasses.replace(world.FLAMINGO.language_model, layers=layers)
-        training = dataclasses.replace(world.experiment().training, mixing="stream", remat="products")
-        experiment = world.experiment(flamingo=dataclasses.replace(world.FLAMINGO, language_model=language_model, every=2), training=training)
-        return summarise(compile_program(experiment, make_mesh(MeshConfig(), jax.devices()[:1])).hlo).instructions
+        training = dataclasses.replace(
+            world.experiment().training, mixing="stream", remat="products"
+        )
+        experiment = world.experiment(
+            flamingo=dataclasses.replace(world.FLAMINGO, language_model=language_model, every=2),
+            training=training,
+        )
+        return summarise(
+            compile_program(experiment, make_mesh(MeshConfig(), jax.devices()[:1])).hlo
+        ).instructions
 
     # More groups than are unrolled on CPUs.
     assert lines(40) <= 1.05 * lines(20)
@@ -59,42 +83,66 @@ def test_depth_does_not_lengthen_the_step() -> None:
 def test_what_needs_less_memory_is_tried_from_the_cheapest_on() -> None:
     mesh = make_mesh(MeshConfig(data=2, model=4))
     tried = list(smaller(world.experiment(), mesh))
-    assert [change for change, _ in tried][:2] == ["--config.training.remat=products", "--config.training.remat=layers"]
+    assert [change for change, _ in tried][:2] == [
+        "--config.training.remat=products",
+        "--config.training.remat=layers",
+    ]
     assert "--config.data.vtp.microbatches=4" in tried[-1][0] and len(tried) == 4
     for _, experiment in tried:
         check_batches(experiment, mesh)
 
 
 def test_what_the_compiler_says_of_memory() -> None:
-    message = "RESOURCE_EXHAUSTED: Ran out of memory: temporaries (83.93G) exceeds available HBM (30.75G), 512.0M of 1.5K"
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory: temporaries (83.93G) exceeds available HBM"
+        " (30.75G), 512.0M of 1.5K"
+    )
     assert DoesNotFit(_needed(message)).needed == int(83.93 * 2**30)
     assert "83.9 GiB a device" in str(DoesNotFit(_needed(message)))
 
 
 @pytest.mark.parametrize("name", ["v4", "h200:8", "v4:2by2"])
 def test_an_unknown_topology_is_one_sentence(name: str) -> None:
-    with pytest.raises(UserError, match="must be CHIP:SIZES or SLICES\\*CHIP:SIZES, such as v4:2x2x4"):
+    with pytest.raises(
+        UserError, match="must be CHIP:SIZES or SLICES\\*CHIP:SIZES, such as v4:2x2x4"
+    ):
         open_topology(name)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the compiler is installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is not None, reason="the compiler is installed"
+)
 def test_without_the_compiler_it_is_named() -> None:
     with pytest.raises(UserError, match="pip install"):
         open_topology("v4:2x2x1")
 
 
 def test_evaluation_is_planned_in_its_microbatches() -> None:
-    """Arguments are all that is held and the batch; parts take less memory than the whole; colours are not jittered."""
-    mesh, dataset = make_mesh(MeshConfig(), jax.devices()[:1]), dataclasses.replace(world.DATA["vtp"], batch_size=64, colour=0.2)
-    vision = VisionConfig(image_size=32, vit=ViTConfig(patch_size=16, layers=1, width=16, heads=2, feed_forward=64))
+    """Arguments are all that is held and the batch; parts take less memory than the whole;
+    colours are not jittered.
+    """
+    mesh, dataset = (
+        make_mesh(MeshConfig(), jax.devices()[:1]),
+        dataclasses.replace(world.DATA["vtp"], batch_size=64, colour=0.2),
+    )
+    vision = VisionConfig(
+        image_size=32,
+        vit=ViTConfig(patch_size=16, layers=1, width=16, heads=2, feed_forward=64),
+    )
 
     def planned(microbatches: int) -> Memory:
         held_out = {"vtp": dataclasses.replace(dataset, microbatches=microbatches)}
-        experiment = world.experiment(flamingo=dataclasses.replace(world.FLAMINGO, vision=vision), data={"vtp": dataset}, held_out=held_out)
+        experiment = world.experiment(
+            flamingo=dataclasses.replace(world.FLAMINGO, vision=vision),
+            data={"vtp": dataset},
+            held_out=held_out,
+        )
         made = compile_held_out(experiment, mesh)
         assert list(made) == ["vtp"]
         assembly, batch = assemble(experiment, mesh), world.batch(dataset, 0)
-        arrays = jax.tree.leaves((assembly.trainable, assembly.frozen, assembly.state.optimizer, batch))
+        arrays = jax.tree.leaves(
+            (assembly.trainable, assembly.frozen, assembly.state.optimizer, batch)
+        )
         expected = sum(a.size * a.dtype.itemsize for a in arrays)
         assert expected * 0.95 <= made["vtp"].arguments <= expected * 1.05
         return made["vtp"]

@@ -54,7 +54,10 @@ def write(
 def write_two(path: pathlib.Path, still: np.ndarray, film: Sequence[int], *, cover: bool) -> None:
     """A file whose first stream is a still, marked as a cover or not, before a film at 10 fps."""
     with av.open(str(path), "w") as container:
-        streams = [container.add_stream("mjpeg", rate=1), container.add_stream("mpeg4", rate=10)]
+        streams = [
+            container.add_stream("mjpeg", rate=1),
+            container.add_stream("mpeg4", rate=10),
+        ]
         pictures = [[still], [np.full((64, 96, 3), level, np.uint8) for level in film]]
         for stream, shown in zip(streams, pictures, strict=True):
             stream.height, stream.width = shown[0].shape[:2]

@@ -34,14 +34,23 @@ def test_right_size_is_untouched():
 def test_odd_sides_and_writing_in_place():
     out = np.zeros((8, 8, 3), np.uint8)
     pad(np.full((8, 3, 3), 9, np.uint8), 8, MEAN, out=out)
-    assert (out[:, 2:5] == 9).all() and (out[:, :2] == MEAN_PIXEL).all() and (out[:, 5:] == MEAN_PIXEL).all()
+    assert (
+        (out[:, 2:5] == 9).all()
+        and (out[:, :2] == MEAN_PIXEL).all()
+        and (out[:, 5:] == MEAN_PIXEL).all()
+    )
 
 
 @pytest.mark.parametrize("size", [(8, 3), (5, 8), (8, 8)])
 def test_views_of_pixels_are_padded_as_their_copies(size):
     """Mirrored, upside down, or with their channels first in memory."""
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
-    for view in (pixels[:, ::-1], pixels[::-1, ::-1], pixels[..., ::-1], np.moveaxis(np.moveaxis(pixels, 2, 0).copy(), 0, 2)):
+    for view in (
+        pixels[:, ::-1],
+        pixels[::-1, ::-1],
+        pixels[..., ::-1],
+        np.moveaxis(np.moveaxis(pixels, 2, 0).copy(), 0, 2),
+    ):
         np.testing.assert_array_equal(pad(view, 8, MEAN), pad(view.copy(), 8, MEAN))
 
 

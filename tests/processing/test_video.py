@@ -8,15 +8,25 @@ from flamingo_jax.processing.video import VideoError, clip, middle_clip, read_fr
 from tests.processing.films import levels, write
 
 
-@pytest.mark.parametrize("name, codec", [("a.mp4", "libx264"), ("a.webm", "libvpx"), ("a.avi", "mpeg4")])
+@pytest.mark.parametrize(
+    "name, codec", [("a.mp4", "libx264"), ("a.webm", "libvpx"), ("a.avi", "mpeg4")]
+)
 def test_frames_at_one_and_at_four_a_second(tmp_path, name, codec):
     shown = [20 * (i // 4) + 20 for i in range(16)]
     write(tmp_path / name, shown, rate=4, codec=codec)
-    np.testing.assert_allclose(levels(read_frames(tmp_path / name, fps=1)), [20, 40, 60, 80], atol=4)
+    np.testing.assert_allclose(
+        levels(read_frames(tmp_path / name, fps=1)), [20, 40, 60, 80], atol=4
+    )
     np.testing.assert_allclose(levels(read_frames(tmp_path / name, fps=4)), shown, atol=4)
-    np.testing.assert_allclose(levels(read_frames(tmp_path / name, fps=8)), np.repeat(shown, 2), atol=4)
+    np.testing.assert_allclose(
+        levels(read_frames(tmp_path / name, fps=8)), np.repeat(shown, 2), atol=4
+    )
     assert len(read_frames(tmp_path / name, fps=4, max_frames=5)) == 5
-    assert read_frames(tmp_path / name, fps=1, resize=lambda frame: frame[:20])[0].shape == (20, 64, 3)
+    assert read_frames(tmp_path / name, fps=1, resize=lambda frame: frame[:20])[0].shape == (
+        20,
+        64,
+        3,
+    )
 
 
 def test_moving_gif(tmp_path):
@@ -48,7 +58,9 @@ def test_bad_files_are_refused(tmp_path):
     with pytest.raises(VideoError, match="more than 100"):
         read_frames(tmp_path / "large.mp4", fps=1, max_pixels=100)
     write(tmp_path / "known.avi", [1, 2], rate=1, codec="mpeg4")
-    (tmp_path / "unknown.avi").write_bytes((tmp_path / "known.avi").read_bytes().replace(b"FMP4", b"ZZZZ"))
+    (tmp_path / "unknown.avi").write_bytes(
+        (tmp_path / "known.avi").read_bytes().replace(b"FMP4", b"ZZZZ")
+    )
     with pytest.raises(VideoError, match=r"unknown.avi: there is no decoder"):
         read_frames(tmp_path / "unknown.avi", fps=1)
 

@@ -29,7 +29,8 @@ def test_films_without_time_stamps(tmp_path: pathlib.Path, form: str, codec: str
 
 
 @pytest.mark.parametrize(
-    "ending, codec", [("mp4", "libx264"), ("mkv", "libx264"), ("ts", "libx264"), ("avi", "mpeg4")]
+    "ending, codec",
+    [("mp4", "libx264"), ("mkv", "libx264"), ("ts", "libx264"), ("avi", "mpeg4")],
 )
 def test_a_clock_that_jumps_forwards(tmp_path: pathlib.Path, ending: str, codec: str):
     form = {"ts": "mpegts", "mkv": "matroska"}.get(ending)
@@ -54,7 +55,13 @@ def test_a_clock_that_jumps_backwards(
 ):
     """Two recordings in one file, one after the other."""
     path = tmp_path / f"a.{ending}"
-    write(path, [20 * (i // rate) + 20 for i in range(3 * rate)], rate=rate, codec=codec, form=form)
+    write(
+        path,
+        [20 * (i // rate) + 20 for i in range(3 * rate)],
+        rate=rate,
+        codec=codec,
+        form=form,
+    )
     path.write_bytes(2 * path.read_bytes())
     np.testing.assert_allclose(levels(read_frames(path, fps=1)), 2 * [20, 40, 60], atol=6)
 
@@ -76,7 +83,10 @@ def test_moving_pictures_without_a_clock_stay_as_long_as_they_say(tmp_path: path
 
     pictures = [Image.new("RGB", (20, 10), (level,) * 3) for level in (10, 90, 170)]
     pictures[0].save(
-        tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=[500, 20_000, 500]
+        tmp_path / "a.gif",
+        save_all=True,
+        append_images=pictures[1:],
+        duration=[500, 20_000, 500],
     )
     np.testing.assert_allclose(
         levels(read_frames(tmp_path / "a.gif", fps=2)), [10, *(40 * [90]), 170], atol=4

@@ -13,7 +13,17 @@ import pytest
 
 from flamingo_jax.processing.video import GAP, VideoError, read_film
 from flamingo_jax.processing.video_file import BROKEN, DAMAGED, FOREIGN, NO_PICTURES, UNREADABLE
-from tests.processing.films import BLUE, GREEN, GREY, RED, SIZE, levels, quarters, write, write_two
+from tests.processing.films import (
+    BLUE,
+    GREEN,
+    GREY,
+    RED,
+    SIZE,
+    levels,
+    quarters,
+    write,
+    write_two,
+)
 
 
 @pytest.mark.parametrize("cover", [False, True])
@@ -68,7 +78,13 @@ def test_a_film_goes_on_after_what_is_damaged(tmp_path: pathlib.Path, ending: st
 def test_pictures_that_lack_leave_a_gap_that_is_told(tmp_path: pathlib.Path):
     """FFmpeg finds its way in damaged Matroska files again without a word."""
     path = tmp_path / "a.mkv"
-    write(path, noise(60), rate=10, codec="mpeg4", stamp=lambda number: number + 12 * (number > 30))
+    write(
+        path,
+        noise(60),
+        rate=10,
+        codec="mpeg4",
+        stamp=lambda number: number + 12 * (number > 30),
+    )
     film = read_film(path, fps=1)
     assert len(film.frames) == 8 and film.lost == (GAP,)
 
@@ -142,8 +158,10 @@ def playlists(film: pathlib.Path) -> dict[str, str]:
         "a.ffconcat": f"ffconcat version 1.0\nfile '{film.name}'\n",
         "absolute.ffconcat": f"ffconcat version 1.0\nfile '{url}'\n",
         "a.mpd": dash,
-        "a.sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\n"
-        "m=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+        "a.sdp": (
+            "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\n"
+            "m=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n"
+        ),
         "a.asx": f'<asx version="3.0"><entry><ref href="{url}"/></entry></asx>',
         "a.json": json.dumps({"video": str(film)}),
     }
@@ -165,7 +183,11 @@ def test_no_file_but_its_own_is_read_for_a_video(tmp_path: pathlib.Path, monkeyp
         with pytest.raises(VideoError) as caught:
             read_film(name, fps=1)
         assert caught.value.reason == FOREIGN
-    for name in ("concat:film.mp4|film.mp4", "file:film.mp4", "subfile,,start,0,end,0,,:film.mp4"):
+    for name in (
+        "concat:film.mp4|film.mp4",
+        "file:film.mp4",
+        "subfile,,start,0,end,0,,:film.mp4",
+    ):
         with pytest.raises(VideoError):
             read_film(name, fps=1)
 

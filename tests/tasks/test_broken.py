@@ -1,4 +1,6 @@
-"""What is not finite reaches what it may reach, and nothing else: neither its values nor its gradient, since 0 x NaN is NaN."""
+"""What is not finite reaches what it may reach, and nothing else: neither its values nor its
+gradient, since 0 x NaN is NaN.
+"""
 
 from typing import Any
 
@@ -34,7 +36,10 @@ CONFIG = FlamingoConfig(
     resampler=ResamplerConfig(
         layers=1, width=8, heads=2, head_width=4, latents=2, frames=2, feed_forward=12
     ),
-    every=2, xattn_heads=2, xattn_head_width=4, xattn_feed_forward=12,
+    every=2,
+    xattn_heads=2,
+    xattn_head_width=4,
+    xattn_feed_forward=12,
 )
 RNG = np.random.default_rng(0)
 SEGMENTS = np.array([[1, 1, 1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 1, 1, 0, 0]])
@@ -45,7 +50,9 @@ REACHED = (MEDIA_INDEX == 0) & (np.arange(2) == 0)[:, None]
 
 
 def batch() -> dict[str, jax.Array]:
-    """Two visuals a row with two frames each: the first row's second has one, the second row has one visual."""
+    """Two visuals a row with two frames each: the first row's second has one, the second row
+    has one visual.
+    """
     masks = [[True, True], [True, False], [True, True], [False, False]]
     return {
         "tokens": jnp.asarray(RNG.integers(0, 10, SEGMENTS.shape), jnp.int32),
@@ -91,7 +98,9 @@ def same(found: Any, expected: Any) -> None:
 
 
 def test_a_broken_image_has_no_part_in_the_loss_of_text_that_does_not_look(slope: Any) -> None:
-    """Nor in its gradient; text that looks has no finite loss, which the update takes for a step to skip."""
+    """Nor in its gradient; text that looks has no finite loss, which the update takes for a
+    step to skip.
+    """
     elsewhere = BATCH | {"loss_mask": jnp.asarray(~REACHED)}
     expected = slope(elsewhere)
     for value in BROKEN:
@@ -170,7 +179,9 @@ def test_the_resampler_keeps_visuals_apart() -> None:
 
     expected, slope = run(features)
     for value in BROKEN:
-        found, same_slope = run(features.at[0, 1, 1].set(value).at[1, 0, 0, 0].set(value).at[2].set(value))
+        found, same_slope = run(
+            features.at[0, 1, 1].set(value).at[1, 0, 0, 0].set(value).at[2].set(value)
+        )
         np.testing.assert_array_equal(found[jnp.array([0, 2])], expected[jnp.array([0, 2])])
         assert np.isnan(found[1]).all()
         same(same_slope, slope)
@@ -181,7 +192,8 @@ def test_the_resampler_keeps_visuals_apart() -> None:
 def test_logits_of_what_is_no_target_have_no_part_in_the_loss(value: float, reduction: str) -> None:
     given = BATCH | {"loss_mask": jnp.asarray(~REACHED)}
     logits = jnp.asarray(RNG.standard_normal((2, 8, 10)), jnp.float32)
-    # The logits at l are of the token at l + 1: those that predict what is reached, and the last of a segment.
+    # The logits at l are of the token at l + 1: those that predict what is reached, and the
+    # last of a segment.
     masked = np.roll(REACHED, -1, axis=1) | (np.roll(SEGMENTS, -1, axis=1) != SEGMENTS)
     total = jax.value_and_grad(lambda logits: token_loss(logits, given, reduction).total)
     same(total(jnp.where(masked[..., None], value, logits)), total(logits))

@@ -1,7 +1,8 @@
-"""The paper's models compiled for the machines they would train on: does each fit, and how far from the floor is it?
+"""The paper's models compiled for the machines they would train on: does each fit, and how far
+from the floor is it?
 
-Minutes and gigabytes each, so that they run one after the other, each in a process of its own. `python -m pytest -m scale tests/topology -s`
-prints the table.
+Minutes and gigabytes each, so that they run one after the other, each in a process of its own.
+`python -m pytest -m scale tests/topology -s` prints the table.
 """
 
 import dataclasses
@@ -24,7 +25,9 @@ GIB = 2**30
 
 
 class Row(NamedTuple):
-    """name, its config, the machine, the most GiB of each device's memory, and the most cycles over the floor."""
+    """name, its config, the machine, the most GiB of each device's memory, and the most cycles
+    over the floor.
+    """
 
     name: str
     config: str
@@ -46,21 +49,46 @@ ROWS = [
 def printed() -> Any:
     rows: list[str] = []
     yield rows
-    print("\n" + "\n".join(["| plan | machine | peak GiB | cycles / floor | jaxpr / formula | compile s | GiB |", "| --- |" + " --- |" * 6, *rows]))
+    print(
+        "\n"
+        + "\n".join(
+            [
+                (
+                    "| plan | machine | peak GiB | cycles / floor | jaxpr / formula | compile s"
+                    " | GiB |"
+                ),
+                "| --- |" + " --- |" * 6,
+                *rows,
+            ]
+        )
+    )
 
 
 @pytest.mark.scale
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install -e '.[plan]'")
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs the TPU compiler: pip install -e '.[plan]'",
+)
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.name} {row.topology}")
 def test_the_papers_models_fit_their_machines(row: Row, printed: list[str]) -> None:
-    command = [sys.executable, "-m", "launch.plan", f"--config={row.config}", f"--topology={row.topology}", "--json"]
-    done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "launch.plan",
+        f"--config={row.config}",
+        f"--topology={row.topology}",
+        "--json",
+    ]
+    done = subprocess.run(
+        command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     step = json.loads(done.stdout.splitlines()[-1])["step"]
     ratio = step["flops"]["jaxpr"] / step["flops"]["formula"]
     printed.append(
-        f"| {row.name} | {row.topology} | {step['peak_bytes'] / GIB:.1f} | {step['cycles_over_floor']:.2f} | {ratio:.3f} "
-        f"| {step['compile_seconds']:.0f} | {step['compiler_bytes'] / GIB:.1f} |"
+        f"| {row.name} | {row.topology} | {step['peak_bytes'] / GIB:.1f} |"
+        f" {step['cycles_over_floor']:.2f} | {ratio:.3f} | {step['compile_seconds']:.0f} |"
+        f" {step['compiler_bytes'] / GIB:.1f} |"
     )
     assert step["peak_bytes"] <= row.memory * GIB
     assert step["cycles_over_floor"] <= row.cycles
@@ -71,14 +99,23 @@ def test_the_papers_models_fit_their_machines(row: Row, printed: list[str]) -> N
 @pytest.mark.scale
 def test_the_step_of_80_layers_lowers_to_little_more_than_that_of_14() -> None:
     """14 layers are two whole groups of 7, 80 eleven and a shorter one."""
-    experiment = dataclasses.replace(from_config(Experiment, flamingo_80b.get_config()), mesh=MeshConfig(model=8))
+    experiment = dataclasses.replace(
+        from_config(Experiment, flamingo_80b.get_config()), mesh=MeshConfig(model=8)
+    )
     mesh = make_mesh(experiment.mesh)
 
     def lines(layers: int) -> int:
         flamingo = experiment.flamingo
         assert flamingo is not None
-        smaller = dataclasses.replace(flamingo, language_model=dataclasses.replace(flamingo.language_model, layers=layers))
-        return trace_step(dataclasses.replace(experiment, flamingo=smaller), mesh).traced.lower().as_text().count("\n")
+        smaller = dataclasses.replace(
+            flamingo, language_model=dataclasses.replace(flamingo.language_model, layers=layers)
+        )
+        return (
+            trace_step(dataclasses.replace(experiment, flamingo=smaller), mesh)
+            .traced.lower()
+            .as_text()
+            .count("\n")
+        )
 
     shallow, deep = lines(14), lines(80)
     print(f"\nlines of HLO: {shallow:,} with 14 layers, {deep:,} with 80")

@@ -30,7 +30,12 @@ class Stuck:
             self.asked.set()
             self.answer.wait()
         tokens = np.ones((jax.device_count(), 4), np.int32)
-        return {"tokens": tokens, "positions": tokens, "segments": tokens, "loss_mask": tokens > 0}
+        return {
+            "tokens": tokens,
+            "positions": tokens,
+            "segments": tokens,
+            "loss_mask": tokens > 0,
+        }
 
     def batch(
         self, first: int, size: int, share: Any, readers: Readers | None, order: float

@@ -14,7 +14,9 @@ from tests.launch import commands
 
 
 class Clock:
-    """Stands in for the module `time`: `pass_` lets seconds go by, `set_back` moves the wall clock alone."""
+    """Stands in for the module `time`: `pass_` lets seconds go by, `set_back` moves the wall
+    clock alone.
+    """
 
     def __init__(self) -> None:
         self._seconds, self._offset = 1000.0, 1.7e9
@@ -89,24 +91,36 @@ def test_three_starts_with_a_kill(clock: Clock, tmp_path: pathlib.Path) -> None:
     three_starts(clock, tmp_path)
     made = read_goodput(tmp_path)
     first, second, third = made.starts
-    # Steps 1 to 20 took 10 - 1 and 10 - 2 seconds besides waiting; the 12 of steps 21 to 30 are lost.
+    # Steps 1 to 20 took 10 - 1 and 10 - 2 seconds besides waiting; the 12 of steps 21 to 30 are
+    # lost.
     assert first.seconds == seconds(start=20, compile=30, data=3, save=2, steps=17, lost=12)
     # The killed start's last 7 seconds are in no line.
     assert second.seconds == seconds(down=107, start=25, data=1, steps=20, save=4)
     assert third.seconds == seconds(down=50, start=15, steps=20, save=3, evaluate=6)
-    assert [(start.resume, start.step) for start in made.starts] == [(0, 30), (20, 40), (40, 60)]
-    assert made.seconds == seconds(steps=57, start=60, compile=30, data=4, save=9, evaluate=6, lost=12, down=157)
+    assert [(start.resume, start.step) for start in made.starts] == [
+        (0, 30),
+        (20, 40),
+        (40, 60),
+    ]
+    assert made.seconds == seconds(
+        steps=57, start=60, compile=30, data=4, save=9, evaluate=6, lost=12, down=157
+    )
     # No second of the chain is left out or counted twice.
     assert sum(made.seconds.values()) == pytest.approx(clock.monotonic() - 1000)
     assert made.share == pytest.approx(57 / 335, abs=1e-4)
-    assert made.sentence() == "goodput 17.0 %: down 46.9, start 17.9, compile 9.0, lost 3.6, save 2.7, evaluate 1.8, data 1.2"
+    assert (
+        made.sentence()
+        == "goodput 17.0 %: down 46.9, start 17.9, compile 9.0, lost 3.6, save 2.7, evaluate"
+        " 1.8, data 1.2"
+    )
 
 
 def test_a_start_that_goes_back_over_several(clock: Clock, tmp_path: pathlib.Path) -> None:
     three_starts(clock, tmp_path)
     begin(clock, tmp_path, 15, 5)
     made = read_goodput(tmp_path)
-    # Half of the 8 seconds of steps 11 to 20 is before step 15, and nothing of the later starts.
+    # Half of the 8 seconds of steps 11 to 20 is before step 15, and nothing of the later
+    # starts.
     assert [start.seconds["steps"] for start in made.starts] == pytest.approx([9 + 4, 0, 0, 0])
     assert [start.seconds["lost"] for start in made.starts] == pytest.approx([4 + 12, 20, 20, 0])
 
@@ -152,7 +166,9 @@ def test_inner_phases_and_more_waiting_than_steps(clock: Clock, tmp_path: pathli
     run.mark(3, waited=0)
     clock.pass_(32)
     run.close()
-    assert read_goodput(tmp_path).seconds == seconds(evaluate=5, compile=2, data=8, steps=16, lost=32)
+    assert read_goodput(tmp_path).seconds == seconds(
+        evaluate=5, compile=2, data=8, steps=16, lost=32
+    )
     with pytest.raises(ValueError, match="'saving' is no kind of time"), run.spending("saving"):
         pass
 
@@ -167,20 +183,53 @@ def test_other_processes_write_nothing(tmp_path: pathlib.Path) -> None:
         read_goodput(tmp_path)
 
 
-def test_the_command(clock: Clock, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_the_command(
+    clock: Clock,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
     three_starts(clock, tmp_path)
     command = commands.load("goodput")
     monkeypatch.setattr(command, "WORKDIR", commands.flag(str(tmp_path)))
     monkeypatch.setattr(command, "JSON", commands.flag(True))
     assert command.main() == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["goodput"] == pytest.approx(57 / 335) and told["seconds"]["lost"] == 12 and told["starts"][1]["seconds"]["down"] == 107
+    assert (
+        told["goodput"] == pytest.approx(57 / 335)
+        and told["seconds"]["lost"] == 12
+        and told["starts"][1]["seconds"]["down"] == 107
+    )
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setattr(command, "JSON", commands.flag(False))
     assert command.main() == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["2", "20", "40", "20.0", "25.0", "0.0", "1.0", "4.0", "0.0", "0.0", "107.0", "12.7%"] in rows
-    assert ["all", "57.0", "60.0", "30.0", "4.0", "9.0", "6.0", "12.0", "157.0", "17.0%"] in rows
+    assert [
+        "2",
+        "20",
+        "40",
+        "20.0",
+        "25.0",
+        "0.0",
+        "1.0",
+        "4.0",
+        "0.0",
+        "0.0",
+        "107.0",
+        "12.7%",
+    ] in rows
+    assert [
+        "all",
+        "57.0",
+        "60.0",
+        "30.0",
+        "4.0",
+        "9.0",
+        "6.0",
+        "12.0",
+        "157.0",
+        "17.0%",
+    ] in rows
     monkeypatch.setattr(command, "WORKDIR", commands.flag(""))
     with pytest.raises(UserError, match="--workdir is not set"):
         command.main()

@@ -1,4 +1,6 @@
-"""Held-out losses: in microbatches as in one, with pictures and without, read anew at every evaluation."""
+"""Held-out losses: in microbatches as in one, with pictures and without, read anew at every
+evaluation.
+"""
 
 import dataclasses
 from collections.abc import Iterator
@@ -19,12 +21,18 @@ from flamingo_jax.training.held_out import HeldOut
 from flamingo_jax.training.state import Parameters, TrainState, initial_state, split_model
 from tests.training import world
 
-VISION = VisionConfig(image_size=32, vit=ViTConfig(patch_size=16, layers=1, width=16, heads=2, feed_forward=16))
+VISION = VisionConfig(
+    image_size=32, vit=ViTConfig(patch_size=16, layers=1, width=16, heads=2, feed_forward=16)
+)
 CONFIG = dataclasses.replace(world.FLAMINGO, vision=VISION, gate_start=0.5)
 DATASET = dataclasses.replace(world.DATA["vtp"], weight=0.3)
 # The last rows of a held-out set are padding: whole microbatches may hold nothing.
 LAST = {
-    name: np.where(np.arange(len(a)).reshape(-1, *[1] * (a.ndim - 1)) < 3, a, -1 if name in ("media_index", "visuals") else 0)
+    name: np.where(
+        np.arange(len(a)).reshape(-1, *[1] * (a.ndim - 1)) < 3,
+        a,
+        -1 if name in ("media_index", "visuals") else 0,
+    )
     for name, a in world.batch(DATASET, 4).items()
 }
 
@@ -36,7 +44,10 @@ class Read:
         self.made = 0
 
     def __iter__(self) -> Iterator[HostBatch]:
-        for batch in (world.batch(DATASET, 3), {name: a.astype(world.batch(DATASET, 4)[name].dtype) for name, a in LAST.items()}):
+        for batch in (
+            world.batch(DATASET, 3),
+            {name: a.astype(world.batch(DATASET, 4)[name].dtype) for name, a in LAST.items()},
+        ):
             self.made += 1
             yield batch
 
@@ -50,17 +61,28 @@ def experiment(microbatches: int) -> Experiment:
 def made() -> tuple[Assembly, TrainState, Parameters]:
     assembly = assemble(experiment(1), make_mesh(experiment(1).mesh))
     _, parameters = split_model(Flamingo(CONFIG, rngs=nnx.Rngs(0)))
-    parameters = jax.device_put(parameters, {name: s.sharding for name, s in (assembly.trainable | assembly.frozen).items()})
+    parameters = jax.device_put(
+        parameters,
+        {name: s.sharding for name, s in (assembly.trainable | assembly.frozen).items()},
+    )
     trainable = {name: parameters[name] for name in assembly.trainable}
-    return assembly, initial_state(trainable, assembly.optimizer, 0), {name: parameters[name] for name in assembly.frozen}
+    return (
+        assembly,
+        initial_state(trainable, assembly.optimizer, 0),
+        {name: parameters[name] for name in assembly.frozen},
+    )
 
 
-def evaluated(made: tuple[Assembly, TrainState, Parameters], microbatches: int, compiled: bool = False) -> tuple[dict[str, float], Read]:
+def evaluated(
+    made: tuple[Assembly, TrainState, Parameters], microbatches: int, compiled: bool = False
+) -> tuple[dict[str, float], Read]:
     assembly, state, frozen = made
     config, batches = experiment(microbatches), Read()
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        evaluate = HeldOut(assembly, stages.make_task(config), {"vtp": batches}, config.held_out, mesh)
+        evaluate = HeldOut(
+            assembly, stages.make_task(config), {"vtp": batches}, config.held_out, mesh
+        )
         if compiled:
             programs = evaluate.compile(state, frozen)
             assert list(programs) == ["vtp"] and batches.made == 1
@@ -69,8 +91,12 @@ def evaluated(made: tuple[Assembly, TrainState, Parameters], microbatches: int, 
         return evaluate(state, frozen), batches
 
 
-def test_microbatches_give_the_same_losses(made: tuple[Assembly, TrainState, Parameters]) -> None:
-    """As one batch does, compiled before or when it is asked for; each batch is read when its turn comes."""
+def test_microbatches_give_the_same_losses(
+    made: tuple[Assembly, TrainState, Parameters],
+) -> None:
+    """As one batch does, compiled before or when it is asked for; each batch is read when its
+    turn comes.
+    """
     whole, batches = evaluated(made, 1)
     assert batches.made == 2
     parts, batches = evaluated(made, 4, compiled=True)
@@ -78,17 +104,30 @@ def test_microbatches_give_the_same_losses(made: tuple[Assembly, TrainState, Par
     assert set(parts) == set(whole) and "held_out/vtp/loss_without_pictures" in whole
     for name, value in whole.items():
         assert parts[name] == pytest.approx(value, rel=1e-5), name
-    assert whole["held_out/vtp/loss"] != pytest.approx(whole["held_out/vtp/loss_without_pictures"], rel=1e-4)
+    assert whole["held_out/vtp/loss"] != pytest.approx(
+        whole["held_out/vtp/loss_without_pictures"], rel=1e-4
+    )
     assert whole["held_out/loss"] == pytest.approx(0.3 * whole["held_out/vtp/loss"])
 
 
-def test_losses_are_those_of_the_rows_written_out(made: tuple[Assembly, TrainState, Parameters]) -> None:
+def test_losses_are_those_of_the_rows_written_out(
+    made: tuple[Assembly, TrainState, Parameters],
+) -> None:
     """The mean over sequences of the sum over their tokens, over all batches together."""
     model = Flamingo(CONFIG, rngs=nnx.Rngs(0))
     total, sequences = 0.0, 0
     for batch in Read():
-        visual_tokens = model.encode_visuals(jnp.asarray(batch["images"]), jnp.asarray(batch["frame_mask"]))
-        logits = model(*(jnp.asarray(batch[name]) for name in ("tokens", "positions", "segments", "media_index")), visual_tokens, batch["visuals"])
+        visual_tokens = model.encode_visuals(
+            jnp.asarray(batch["images"]), jnp.asarray(batch["frame_mask"])
+        )
+        logits = model(
+            *(
+                jnp.asarray(batch[name])
+                for name in ("tokens", "positions", "segments", "media_index")
+            ),
+            visual_tokens,
+            batch["visuals"],
+        )
         log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
         for row, place in np.argwhere(batch["loss_mask"][:, 1:]):
             if batch["segments"][row, place] == batch["segments"][row, place + 1] > 0:

@@ -24,7 +24,11 @@ from tests.training import world
 
 
 def losses(workdir: pathlib.Path) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in read_lines(workdir / "metrics.jsonl") if "loss" in line}
+    return {
+        line["step"]: line["loss"]
+        for line in read_lines(workdir / "metrics.jsonl")
+        if "loss" in line
+    }
 
 
 class Stopping(world.Stream):
@@ -43,7 +47,9 @@ class Stopping(world.Stream):
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("unbroken")
     experiment = world.experiment(held_out={"vtp": world.DATA["vtp"]})
-    outcome = loop.train(experiment, world.streams(), {"vtp": [world.batch(world.DATA["vtp"], 9)]}, workdir)
+    outcome = loop.train(
+        experiment, world.streams(), {"vtp": [world.batch(world.DATA["vtp"], 9)]}, workdir
+    )
     assert outcome == loop.Outcome(6, preempted=False)
     return workdir
 
@@ -51,11 +57,16 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def test_every_step_is_recorded_with_its_gates(unbroken: pathlib.Path) -> None:
     lines = read_lines(unbroken / "metrics.jsonl")
     assert sorted(losses(unbroken)) == [1, 2, 3, 4, 5, 6]
-    assert len(lines[3]["gates/attention"]) == 2 and lines[0]["gates/attention"] != lines[5]["gates/attention"]
+    assert (
+        len(lines[3]["gates/attention"]) == 2
+        and lines[0]["gates/attention"] != lines[5]["gates/attention"]
+    )
     held_out = lines[-1]
     assert held_out["held_out/vtp/loss"] > 0 and held_out["held_out/vtp/loss_without_pictures"] > 0
     weight = world.DATA["vtp"].weight
-    assert weight != 1 and held_out["held_out/loss"] == pytest.approx(weight * held_out["held_out/vtp/loss"])
+    assert weight != 1 and held_out["held_out/loss"] == pytest.approx(
+        weight * held_out["held_out/vtp/loss"]
+    )
 
 
 def test_speed_is_recorded_in_model_flops(unbroken: pathlib.Path) -> None:
@@ -65,13 +76,20 @@ def test_speed_is_recorded_in_model_flops(unbroken: pathlib.Path) -> None:
     stream = world.streams()
     for line in lines:
         work = work_in([next(s) for s in stream.values()])
-        assert line["flops_per_second"] / line["tokens_per_second"] == pytest.approx(cost.of(work) / work.tokens)
-        assert line["images_per_second"] / line["tokens_per_second"] == pytest.approx(work.frames / work.tokens)
+        assert line["flops_per_second"] / line["tokens_per_second"] == pytest.approx(
+            cost.of(work) / work.tokens
+        )
+        assert line["images_per_second"] / line["tokens_per_second"] == pytest.approx(
+            work.frames / work.tokens
+        )
         assert "mfu" not in line
 
 
 def test_rate_and_norms_are_recorded(unbroken: pathlib.Path) -> None:
-    """The config warms up over two steps. Clipping is of the norm that is told, which the datasets' norms bound."""
+    """The config warms up over two steps.
+
+    Clipping is of the norm that is told, which the datasets' norms bound.
+    """
     lines = [line for line in read_lines(unbroken / "metrics.jsonl") if "loss" in line]
     peak = world.experiment().optimizer.peak_rate
     assert [line["learning_rate"] for line in lines] == pytest.approx([peak / 2] + [peak] * 5)
@@ -80,15 +98,23 @@ def test_rate_and_norms_are_recorded(unbroken: pathlib.Path) -> None:
         assert 0 < line["gradient_norm"] <= 1.00001 * sum(apart)
         assert max(apart) <= 1.00001 * (line["gradient_norm"] + sum(apart) - max(apart))
     checkpoints = Checkpoints(unbroken / "checkpoints", keep_last=3, keep_every=0)
-    state = checkpoints.restore(6, assemble(world.experiment(), make_mesh(world.experiment().mesh)).state)
+    state = checkpoints.restore(
+        6, assemble(world.experiment(), make_mesh(world.experiment().mesh)).state
+    )
     checkpoints.close()
-    total = sum(float(np.square(np.asarray(value, np.float64)).sum()) for value in state.trainable.values())
+    total = sum(
+        float(np.square(np.asarray(value, np.float64)).sum()) for value in state.trainable.values()
+    )
     assert lines[-1]["parameter_norm"] == pytest.approx(total**0.5, rel=1e-5)
 
 
 def ready(count: int = 0, **work: int) -> dict[str, Any]:
     """A step's metrics, so many of the last steps having been skipped."""
-    return {"skipped_in_a_row": np.int32(count), "finite/a": np.True_, "work": np.array(Work(**work), np.int32)}
+    return {
+        "skipped_in_a_row": np.int32(count),
+        "finite/a": np.True_,
+        "work": np.array(Work(**work), np.int32),
+    }
 
 
 def test_mfu_is_the_share_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +123,12 @@ def test_mfu_is_the_share_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = meter.Meter(1, ["a"], Cost(token=600, frame=1_000), peak=8_000.0)
     assert measured.add(1, ready(tokens=10, frames=2)) == []
     ((step, values),) = measured.drain()
-    assert step == 1 and values["tokens_per_second"] == 5 and values["flops_per_second"] == 4_000 and values["mfu"] == 0.5
+    assert (
+        step == 1
+        and values["tokens_per_second"] == 5
+        and values["flops_per_second"] == 4_000
+        and values["mfu"] == 0.5
+    )
     assert values["images_per_second"] == 1
 
 
@@ -127,7 +158,9 @@ def test_speed_is_of_the_window_since_the_line_before(monkeypatch: pytest.Monkey
     assert speeds == pytest.approx([most * 3 / 10, most * 3 / 6.5, most / 2.5])
 
 
-def test_a_signal_saves_and_the_next_start_goes_on_to_the_bit(unbroken: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_signal_saves_and_the_next_start_goes_on_to_the_bit(
+    unbroken: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     streams = world.streams() | {"m3w": Stopping(world.DATA["m3w"], 0)}
     outcome = loop.train(world.experiment(), streams, {}, tmp_path)
     assert outcome.preempted and 0 < outcome.step < 6
@@ -136,7 +169,9 @@ def test_a_signal_saves_and_the_next_start_goes_on_to_the_bit(unbroken: pathlib.
     assert losses(tmp_path) == losses(unbroken)
 
 
-def test_the_number_of_devices_does_not_change_the_losses(unbroken: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_the_number_of_devices_does_not_change_the_losses(
+    unbroken: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     mesh = dataclasses.replace(world.experiment().mesh, data=2, fsdp=2, model=2)
     loop.train(world.experiment(mesh=mesh), world.streams(), {}, tmp_path)
     for step, loss in losses(unbroken).items():
@@ -151,13 +186,27 @@ def test_a_base_that_changed_is_refused(unbroken: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"data": {"m3w": world.DATA["m3w"]}}, r"config\.data = \['align', 'ltip', 'm3w', 'vtp'\], but it is \['m3w'\] here"),
-        ({"data": world.DATA | {"vtp": dataclasses.replace(world.DATA["vtp"], length=16)}}, r"config\.data\.vtp\.length = 12, but it is 16 here"),
-        ({"flamingo": dataclasses.replace(world.FLAMINGO, attend="all_previous")}, r"config\.flamingo\.attend = 'last'"),
-        ({"training": dataclasses.replace(world.experiment().training, use_visuals=False)}, r"config\.training\.use_visuals = True"),
+        (
+            {"data": {"m3w": world.DATA["m3w"]}},
+            r"config\.data = \['align', 'ltip', 'm3w', 'vtp'\], but it is \['m3w'\] here",
+        ),
+        (
+            {"data": world.DATA | {"vtp": dataclasses.replace(world.DATA["vtp"], length=16)}},
+            r"config\.data\.vtp\.length = 12, but it is 16 here",
+        ),
+        (
+            {"flamingo": dataclasses.replace(world.FLAMINGO, attend="all_previous")},
+            r"config\.flamingo\.attend = 'last'",
+        ),
+        (
+            {"training": dataclasses.replace(world.experiment().training, use_visuals=False)},
+            r"config\.training\.use_visuals = True",
+        ),
     ],
 )
-def test_another_run_is_refused(unbroken: pathlib.Path, changes: dict[str, Any], sentence: str) -> None:
+def test_another_run_is_refused(
+    unbroken: pathlib.Path, changes: dict[str, Any], sentence: str
+) -> None:
     before = (unbroken / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match=sentence):
         loop.train(world.experiment(**changes), world.streams(), {}, unbroken)
@@ -165,23 +214,37 @@ def test_another_run_is_refused(unbroken: pathlib.Path, changes: dict[str, Any],
 
 
 def test_a_run_that_is_not_finite_stops_and_names_the_gradient(tmp_path: pathlib.Path) -> None:
-    optimizer = dataclasses.replace(world.experiment().optimizer, peak_rate=float("inf"), warmup_steps=0)
+    optimizer = dataclasses.replace(
+        world.experiment().optimizer, peak_rate=float("inf"), warmup_steps=0
+    )
     training = dataclasses.replace(world.experiment().training, max_not_finite=1, steps=20)
     with pytest.raises(NotFiniteError, match="not finite, 2 steps in a row"):
-        loop.train(world.experiment(optimizer=optimizer, training=training), world.streams(), {}, tmp_path)
+        loop.train(
+            world.experiment(optimizer=optimizer, training=training),
+            world.streams(),
+            {},
+            tmp_path,
+        )
 
 
-def test_a_run_above_its_required_loss_is_saved_and_says_so(unbroken: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_run_above_its_required_loss_is_saved_and_says_so(
+    unbroken: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     held_out = {"vtp": [world.batch(world.DATA["vtp"], 9)]}
     reached = read_lines(unbroken / "metrics.jsonl")[-1]["held_out/vtp/loss_per_token"]
 
     def requiring(**most: float) -> Experiment:
-        return world.experiment(training=dataclasses.replace(world.experiment().training, required_loss=most))
+        return world.experiment(
+            training=dataclasses.replace(world.experiment().training, required_loss=most)
+        )
 
     shutil.copytree(unbroken, tmp_path / "run")
     loop.train(requiring(vtp=reached + 1e-3), world.streams(), held_out, tmp_path / "run")
-    # Also where nothing was left to train: the next stage must not start because a launcher tried twice.
-    with pytest.raises(NotLearnedError, match=r"on vtp, above the .* higher config\.training\.steps"):
+    # Also where nothing was left to train: the next stage must not start because a launcher
+    # tried twice.
+    with pytest.raises(
+        NotLearnedError, match=r"on vtp, above the .* higher config\.training\.steps"
+    ):
         loop.train(requiring(vtp=reached - 1e-3), world.streams(), held_out, tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / "6").is_dir()
     recorded = read_lines(tmp_path / "run" / "metrics.jsonl")
@@ -197,7 +260,9 @@ def test_a_run_above_its_required_loss_is_saved_and_says_so(unbroken: pathlib.Pa
 def test_frozen_parameters_have_no_gradient_or_moments() -> None:
     experiment = world.experiment()
     assembly = assemble(experiment, make_mesh(experiment.mesh))
-    assert not any(name.startswith(("vision_encoder", "language_model")) for name in assembly.trainable)
+    assert not any(
+        name.startswith(("vision_encoder", "language_model")) for name in assembly.trainable
+    )
     trained = sum(int(np.prod(s.shape)) for s in assembly.trainable.values())
     moments = sum(int(np.prod(s.shape)) for s in jax.tree.leaves(assembly.state.optimizer))
     assert moments <= 2 * trained + 10

@@ -1,4 +1,6 @@
-"""Gradients of trained parameters are summed in float32 over rows and devices, whatever is computed in."""
+"""Gradients of trained parameters are summed in float32 over rows and devices, whatever is
+computed in.
+"""
 
 import dataclasses
 import re
@@ -39,13 +41,23 @@ def draw(*shape: int) -> jax.Array:
     return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
 
 
-def half_sums(text: str, among: Callable[[tuple[int, ...]], bool] = lambda group: True) -> list[str]:
-    """Sums over (groups of) devices of what was rounded to 16 bits: CPUs have none, and tell where they had to widen one."""
+def half_sums(
+    text: str, among: Callable[[tuple[int, ...]], bool] = lambda group: True
+) -> list[str]:
+    """Sums over (groups of) devices of what was rounded to 16 bits: CPUs have none, and tell
+    where they had to widen one.
+    """
     found = []
     for instructions in hlo.parse(text)[0].values():
         for i in instructions:
-            if i.opcode.removesuffix("-start") in ("all-reduce", "reduce-scatter") and among(hlo.first_group(i.rest)):
-                found += [f"{i.name}: {i.shape}"] if "promoted" in i.rest or re.search(r"\b(bf16|f16)\[", i.shape) else []
+            if i.opcode.removesuffix("-start") in ("all-reduce", "reduce-scatter") and among(
+                hlo.first_group(i.rest)
+            ):
+                found += (
+                    [f"{i.name}: {i.shape}"]
+                    if "promoted" in i.rest or re.search(r"\b(bf16|f16)\[", i.shape)
+                    else []
+                )
     return found
 
 
@@ -85,12 +97,17 @@ def test_sums_over_rows_and_devices_are_not_rounded_to_sixteen_bits(kind: str) -
     for name in {"a bias": ("w", "bias"), "a gated product": ("w",)}.get(kind, ("w",)):
         scale = np.einsum("blw,blhd->whd", abs(x), abs(dy)).max()
         # 192 terms, each of their sums rounded to float32: far below 2^-9 of them.
-        np.testing.assert_allclose(found[name], expected[name], atol=192 * 2**-24 * scale, err_msg=name)
+        np.testing.assert_allclose(
+            found[name], expected[name], atol=192 * 2**-24 * scale, err_msg=name
+        )
     if kind == "a gated product":
         np.testing.assert_allclose(found["gate"], expected["gate"], rtol=1e-4)
 
 
-@pytest.mark.parametrize(("size", "kernel", "stride", "groups"), [((8, 8), 3, 1, 1), ((9, 7), 3, 2, 2), ((5, 5), 1, 2, 1)])
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "groups"),
+    [((8, 8), 3, 1, 1), ((9, 7), 3, 2, 2), ((5, 5), 1, 2, 1)],
+)
 def test_a_convolutions_filters_have_the_gradient_of_whole_precision(
     size: tuple[int, int], kernel: int, stride: int, groups: int
 ) -> None:
@@ -103,11 +120,20 @@ def test_a_convolutions_filters_have_the_gradient_of_whole_precision(
     (found,) = slope(dy)
     assert found.dtype == jnp.float32
     terms = dy.size // 6
-    np.testing.assert_allclose(found, expected, atol=terms * 2**-24 * float(jnp.abs(expected).max()))
+    np.testing.assert_allclose(
+        found, expected, atol=terms * 2**-24 * float(jnp.abs(expected).max())
+    )
 
 
 VIT = ViTConfig(
-    patch_size=4, layers=2, width=8, heads=2, feed_forward=12, class_token=True, patch_bias=True, first_norm=True
+    patch_size=4,
+    layers=2,
+    width=8,
+    heads=2,
+    feed_forward=12,
+    class_token=True,
+    patch_bias=True,
+    first_norm=True,
 )
 LANGUAGE_MODEL = LanguageModelConfig(
     vocab_size=9, layers=2, width=8, heads=2, head_width=4, feed_forward=12
@@ -116,22 +142,36 @@ RESAMPLER = ResamplerConfig(
     layers=2, width=8, heads=2, head_width=4, latents=2, frames=2, feed_forward=12
 )
 TOKENS = jnp.asarray(RNG.integers(0, 9, (8, 6)), jnp.int32)
-MODULES: dict[str, tuple[Callable[[nnx.Rngs], Any], Callable[[Any, jax.Array], jax.Array], jax.Array]] = {
+MODULES: dict[
+    str, tuple[Callable[[nnx.Rngs], Any], Callable[[Any, jax.Array], jax.Array], jax.Array]
+] = {
     "vision transformer": (
         lambda rngs: ViT(VisionConfig(image_size=8, vit=VIT), rngs=rngs),
-        lambda module, x: module(x.astype(HALF)), draw(8, 8, 8, 3),
+        lambda module, x: module(x.astype(HALF)),
+        draw(8, 8, 8, 3),
     ),
     "NFNet's block": (
-        lambda rngs: nfnet.Block(8, 8, 2, True, dataclasses.replace(ONE_STAGE, group_width=2), rngs=rngs),
-        lambda module, x: module(x.astype(HALF), 1.0), draw(8, 4, 4, 8),
+        lambda rngs: nfnet.Block(
+            8, 8, 2, True, dataclasses.replace(ONE_STAGE, group_width=2), rngs=rngs
+        ),
+        lambda module, x: module(x.astype(HALF), 1.0),
+        draw(8, 4, 4, 8),
     ),
     "resampler": (
-        lambda rngs: PerceiverResampler(dataclasses.replace(RESAMPLER, position_grid=2), 5, rngs=rngs),
-        lambda module, x: module(x.astype(HALF), jnp.ones((8, 2), bool)), draw(8, 2, 4, 5),
+        lambda rngs: PerceiverResampler(
+            dataclasses.replace(RESAMPLER, position_grid=2), 5, rngs=rngs
+        ),
+        lambda module, x: module(x.astype(HALF), jnp.ones((8, 2), bool)),
+        draw(8, 2, 4, 5),
     ),
     "language model": (
-        lambda rngs: LanguageModel(dataclasses.replace(LANGUAGE_MODEL, attention_bias=True), rngs=rngs, dtype=HALF),
-        lambda module, x: module(x, jnp.broadcast_to(jnp.arange(6), (8, 6)), jnp.ones((8, 6), jnp.int32)), TOKENS,
+        lambda rngs: LanguageModel(
+            dataclasses.replace(LANGUAGE_MODEL, attention_bias=True), rngs=rngs, dtype=HALF
+        ),
+        lambda module, x: module(
+            x, jnp.broadcast_to(jnp.arange(6), (8, 6)), jnp.ones((8, 6), jnp.int32)
+        ),
+        TOKENS,
     ),
 }
 
@@ -152,7 +192,9 @@ def test_no_parameter_of_a_module_has_its_gradient_summed_in_sixteen_bits(name: 
 @pytest.mark.scale
 @pytest.mark.parametrize("mixing", ["accumulate", "stream"])
 def test_a_whole_steps_gradients_cross_the_mesh_in_float32(mixing: Any) -> None:
-    """On 2 x 2 x 2: activations may be summed over `model` (neighbouring devices) as they are, gradients over `data` and `fsdp` not."""
+    """On 2 x 2 x 2: activations may be summed over `model` (neighbouring devices) as they are,
+    gradients over `data` and `fsdp` not.
+    """
     training = TrainingConfig(steps=6, compute_dtype="bfloat16", mixing=mixing)
     program = compile_program(world.experiment(training=training), make_mesh(MeshConfig(2, 2, 2)))
     beyond_model = lambda group: len(group) != 2 or group[1] != group[0] + 1

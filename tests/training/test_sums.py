@@ -1,4 +1,6 @@
-"""Losses are divided once, by the weight of all that was summed, and every part of a step draws for itself."""
+"""Losses are divided once, by the weight of all that was summed, and every part of a step draws
+for itself.
+"""
 
 import dataclasses
 from typing import Any
@@ -26,7 +28,10 @@ LANGUAGE_MODEL = LanguageModelConfig(
     vocab_size=12, layers=1, width=8, heads=2, head_width=4, feed_forward=8
 )
 FLAMINGO = dataclasses.replace(
-    world.FLAMINGO, language_model=LANGUAGE_MODEL, xattn_heads=1, xattn_head_width=4,
+    world.FLAMINGO,
+    language_model=LANGUAGE_MODEL,
+    xattn_heads=1,
+    xattn_head_width=4,
     xattn_feed_forward=8,
 )
 
@@ -150,7 +155,9 @@ def draws(mode: str, names: str, parts: int = 1, steps: int = 2) -> list[tuple[f
     for _ in range(steps):
         # The parameter is not to change what a loss tells of its draw.
         state = state._replace(trainable=parameters)
-        state, metrics = update(state, {}, {name: {"segments": jnp.zeros((4, 1), jnp.int32)} for name in names})
+        state, metrics = update(
+            state, {}, {name: {"segments": jnp.zeros((4, 1), jnp.int32)} for name in names}
+        )
         found += [(float(metrics[f"loss/{n}"]), float(metrics[f"square/{n}"])) for n in names]
     return found
 
@@ -158,7 +165,8 @@ def draws(mode: str, names: str, parts: int = 1, steps: int = 2) -> list[tuple[f
 @pytest.mark.parametrize("mode", ["round_robin", "accumulate"])
 def test_every_dataset_and_every_step_draws_anew(mode: str) -> None:
     found = [draw for draw, _ in draws(mode, "abc")]
-    # In round robin the sum of gradients moves the parameter, but not before its dataset's own loss.
+    # In round robin the sum of gradients moves the parameter, but not before its dataset's own
+    # loss.
     assert len({round(draw, 4) for draw in found}) == 6
 
 
