@@ -8,6 +8,8 @@ setuptools.setup(
     name="flamingo_jax",
     version="0.1.0",
     description="Visual language models after Flamingo, trained and evaluated in JAX.",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=setuptools.find_packages(
         include=[

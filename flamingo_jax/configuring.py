@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import ml_collections
 
+from flamingo_jax import renamed
 from flamingo_jax.errors import UserError
 from flamingo_jax.ranges import Range
 
@@ -38,7 +39,7 @@ def from_config(cls: type[T], config: Mapping[str, Any], name: str = "config") -
     the one expected) or a number outside its declared range. `name` stands for the whole in the
     message.
     """
-    return _build(cls, config, name)
+    return _build(cls, config, name, stored=False)
 
 
 def to_json(value: Any) -> dict[str, Any]:
@@ -47,8 +48,11 @@ def to_json(value: Any) -> dict[str, Any]:
 
 
 def from_json(cls: type[T], document: Mapping[str, Any], name: str = "config") -> T:
-    """The dataclass that a parsed JSON document describes, with the checks of `from_config`."""
-    return _build(cls, document, name)
+    """The dataclass that a parsed JSON document describes, with the checks of `from_config`.
+
+    Fields that had another name when it was written are read (see `renamed`).
+    """
+    return _build(cls, document, name, stored=True)
 
 
 def key_type(cls: type, key: str, config: Mapping[str, Any], name: str = "config") -> Any:
@@ -73,7 +77,8 @@ def key_type(cls: type, key: str, config: Mapping[str, Any], name: str = "config
         else:
             raise UserError(f"{name} is {describe(kind)} and has no key {part!r}")
         if part not in fields:
-            raise UserError(_unknown_key(name, part, known))
+            old = renamed.told(getattr(kind, "__name__", ""), part, None, name)
+            raise UserError(old or _unknown_key(name, part, known))
         kind, value, name = fields[part], value[part], f"{name}.{part}"
     return kind
 
@@ -110,24 +115,30 @@ def describe(kind: Any) -> str:
     return words.get(kind, f"{'an' if name[0] in 'AEIOU' else 'a'} {name}")
 
 
-def _build(kind: Any, value: Any, name: str) -> Any:
-    """`value` as the declared `kind`, or a UserError."""
+def _build(kind: Any, value: Any, name: str, stored: bool) -> Any:
+    """`value` as the declared `kind`, or a UserError. stored: it may have the names of before."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
-        return _within(arguments[1], _build(arguments[0], value, name), name)
+        return _within(arguments[1], _build(arguments[0], value, name, stored), name)
     if origin in (types.UnionType, typing.Union):
-        return None if value is None else _build(_without_none(kind), value, name)
+        return None if value is None else _build(_without_none(kind), value, name, stored)
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping | ml_collections.ConfigDict):
         hints = typing.get_type_hints(kind, include_extras=True)
+        if stored:
+            value = renamed.modernised(kind.__name__, value)  # type: ignore[union-attr]
         for key in value:
+            if old := renamed.told(kind.__name__, key, value[key], name):  # type: ignore[union-attr]
+                raise UserError(old)
             if key not in hints:
                 raise UserError(_unknown_key(name, key, hints))
-        return kind(**{key: _build(hints[key], value[key], f"{name}.{key}") for key in value})  # type: ignore[operator]
+        built = {key: _build(hints[key], value[key], f"{name}.{key}", stored) for key in value}
+        return kind(**built)  # type: ignore[operator]
     if origin is dict and isinstance(value, Mapping | ml_collections.ConfigDict):
-        return {key: _build(arguments[1], value[key], f"{name}.{key}") for key in value}
+        return {key: _build(arguments[1], value[key], f"{name}.{key}", stored) for key in value}
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(
-            _build(arguments[0], item, f"{name}[{place}]") for place, item in enumerate(value)
+            _build(arguments[0], item, f"{name}[{place}]", stored)
+            for place, item in enumerate(value)
         )
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         try:

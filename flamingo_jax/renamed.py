@@ -1,0 +1,69 @@
+"""Config fields that had another name or place before.
+
+A user's config or flag with an old name is refused with one sentence that says the new one. A
+document that was written to disk with it (a run's or an export's config.json, a checkpoint's
+description) is read as if it had the new one: what was trained once can always be read.
+
+To rename a field, add a row to `MOVED` under the name of the dataclass that had it; to take one
+away, add a row to `REMOVED` with what to do instead.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+
+class Moved(NamedTuple):
+    """Where a field went.
+
+    to: its place now, dotted where it is in a nested config, from the dataclass that had it.
+    convert: makes the value of now from the value of then. was: the type that the old value had,
+      for a field whose name stayed and is a nested config now: other values are not old.
+    """
+
+    to: str
+    convert: Callable[[Any], Any] | None = None
+    was: type | None = None
+
+
+MOVED: dict[str, dict[str, Moved]] = {}
+"""{dataclass: {old field: where it went}}."""
+
+REMOVED: dict[str, dict[str, str]] = {}
+"""{dataclass: {old field: what to do instead, as the end of a sentence}}."""
+
+
+def told(dataclass: str, key: str, value: Any, name: str) -> str | None:
+    """Returns the sentence about `dataclass` field `key`, or None where it is no old one.
+
+    name: the place of the dataclass in the config, such as "config.optimizer".
+    """
+    moved = MOVED.get(dataclass, {}).get(key)
+    if moved is not None and (moved.was is None or isinstance(value, moved.was)):
+        return f"{name}.{key} is {name}.{moved.to} now: use that name"
+    if key in REMOVED.get(dataclass, {}):
+        return f"{name}.{key} is no more: {REMOVED[dataclass][key]}"
+    return None
+
+
+def modernised(dataclass: str, document: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a stored mapping of `dataclass` with every old field in its place of now.
+
+    A field that is there under its new name as well keeps that value.
+    """
+    moves, gone = MOVED.get(dataclass, {}), REMOVED.get(dataclass, {})
+    found: dict[str, Any] = {}
+    old: list[tuple[Moved, Any]] = []
+    for key, value in document.items():
+        moved = moves.get(key)
+        if moved is not None and (moved.was is None or isinstance(value, moved.was)):
+            old.append((moved, value))
+        elif key not in gone:
+            found[key] = copy.deepcopy(value)
+    for moved, value in old:
+        *groups, field = moved.to.split(".")
+        place = found
+        for group in groups:
+            place = place.setdefault(group, {})
+        place.setdefault(field, value if moved.convert is None else moved.convert(value))
+    return found
