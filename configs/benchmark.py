@@ -37,7 +37,7 @@ NUMBERS = (
     "patch",
 )
 BATCHES = ("interleaved", "pairs")
-"""Each as rows x pictures x tokens."""
+"""Each as rows x images x tokens."""
 NUMBER = "[1-9][0-9]{0,8}"
 
 
@@ -79,7 +79,7 @@ def experiment_of(sizes: str) -> Experiment:
         heads=n["vit_heads"],
         feed_forward=4 * vision,
     )
-    (rows, pictures, tokens), (pair_rows, pair_pictures, pair_tokens) = (
+    (rows, images, tokens), (pair_rows, pair_images, pair_tokens) = (
         [int(size) for size in given[name].split("x")] for name in BATCHES
     )
     experiment = Experiment(
@@ -96,11 +96,11 @@ def experiment_of(sizes: str) -> Experiment:
             xattn_feed_forward=4 * width,
         ),
         data={
-            "m3w": DatasetConfig("pages", batch_size=rows, visuals=pictures, length=tokens),
+            "m3w": DatasetConfig("pages", batch_size=rows, visuals=images, length=tokens),
             "pairs": DatasetConfig(
                 "pairs",
                 batch_size=pair_rows,
-                visuals=pair_pictures,
+                visuals=pair_images,
                 length=pair_tokens,
                 weight=0.2,
             ),

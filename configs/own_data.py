@@ -1,4 +1,4 @@
-"""A small Flamingo on one's own pictures, pages, clips and text: copy this file and change it.
+"""A small Flamingo on one's own images, pages, clips and text: copy this file and change it.
 
     python -m launch.train --config=configs/own_data.py:contrastive,runs/mine
     --workdir=runs/mine/contrastive

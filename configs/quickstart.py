@@ -1,7 +1,7 @@
 """The quickstart: all stages on the embedded drawn world, in minutes on two CPU cores.
 
 `--config=configs/quickstart.py:contrastive`, `:language_model`, `:flamingo` (the default) or
-`:without_pictures`, the Flamingo that is trained on the same text with every picture taken
+`:without_images`, the Flamingo that is trained on the same text with every image taken
 away. `:stage=flamingo,root=FOLDER`, or `:flamingo,FOLDER`, looks for data and exports in
 another folder than `runs/quickstart`.
 
@@ -59,8 +59,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "contrastive": contrastive,
         "language_model": language_model,
         "flamingo": flamingo,
-        "without_pictures": without_pictures,
+        "without_images": without_images,
     }
+    if stage == "without_pictures":
+        raise UserError("the stage without_pictures is now called without_images: write that")
     if stage not in stages:
         raise UserError(
             f"configs/quickstart.py has no stage {stage!r}: choose one of {', '.join(stages)}"
@@ -205,10 +207,10 @@ def flamingo(root: str, use_visuals: bool = True) -> Experiment:
     )
 
 
-def without_pictures(root: str) -> Experiment:
-    """The same model on the same text, never shown a picture: what the answers are worth
+def without_images(root: str) -> Experiment:
+    """The same model on the same text, never shown an image: what the answers are worth
     without looking.
     """
     experiment = flamingo(root, use_visuals=False)
     training = dataclasses.replace(experiment.training, steps=100)
-    return dataclasses.replace(experiment, name="without pictures", held_out={}, training=training)
+    return dataclasses.replace(experiment, name="without images", held_out={}, training=training)

@@ -1,4 +1,4 @@
-"""Answers to questions about one's own pictures or clips, trained in minutes on two CPU cores:
+"""Answers to questions about one's own images or clips, trained in minutes on two CPU cores:
 copy this file and change it.
 
     python -m launch.build_data --source=questions_folder --input=my_questions
@@ -8,10 +8,10 @@ copy this file and change it.
     --workdir=runs/vqa/contrastive
 
 and then `:language_model` and `:flamingo` (for clips `:video`), each exported to
-`<folder>/<stage>/export` before the next (README). The encoder learns first, from all of a
-picture's questions and answers at once: from single answers alone, most of them yes or no, it
+`<folder>/<stage>/export` before the next (README). The encoder learns first, from all of an
+image's questions and answers at once: from single answers alone, most of them yes or no, it
 would learn what is easy to see, as colours, and for thousands of steps nothing else. Then it is
-frozen, and each picture encoded once. Whoever has a trained encoder names its export in
+frozen, and each image encoded once. Whoever has a trained encoder names its export in
 `vision_encoder_from` and leaves that stage out. `:finetune` goes on from the Flamingo with the
 encoder unfrozen (paper 3.2, B.2.2).
 """
@@ -75,8 +75,8 @@ def _questions(folder: str, **options: object) -> dict[str, DatasetConfig]:
 
 
 def _contrastive(folder: str) -> Experiment:
-    """Pictures beside their questions and answers as one text: the encoder learns from all of
-    them at once what tells pictures apart.
+    """Images beside their questions and answers as one text: the encoder learns from all of
+    them at once what tells images apart.
     """
     return Experiment(
         name="contrastive",
@@ -107,7 +107,7 @@ def _contrastive(folder: str) -> Experiment:
 
 
 def _language_model(folder: str) -> Experiment:
-    """The text of the questions with their answers, without the pictures."""
+    """The text of the questions with their answers, without the images."""
     data = _questions(folder, batch_size=16, length=128)
     return Experiment(
         name="language model",
@@ -133,9 +133,9 @@ def _language_model(folder: str) -> Experiment:
 
 
 def _flamingo(folder: str) -> Experiment:
-    """Pictures, one to a row with its questions.
+    """Images, one to a row with its questions.
 
-    A row that is too short for all of them is followed by others with the same picture.
+    A row that is too short for all of them is followed by others with the same image.
     """
     data = _questions(folder, batch_size=16, length=64, visuals=1)
     return Experiment(
@@ -193,7 +193,7 @@ def _video(folder: str) -> Experiment:
 
 def _finetune(folder: str) -> Experiment:
     """On from `<folder>/flamingo/export` with the encoder trained too, at a rate that falls by
-    factors of 10. Larger pictures are another flamingo.vision.image_size (paper: 480).
+    factors of 10. Larger images are another flamingo.vision.image_size (paper: 480).
     """
     flamingo = _flamingo(folder)
     return dataclasses.replace(

@@ -1,10 +1,10 @@
-"""A frozen encoder's features of every picture of a split: made once, kept beside the dataset,
-read in the pictures' place.
+"""A frozen encoder's features of every image of a split: made once, kept beside the dataset,
+read in the images' place.
 
-`<dataset>/features_<encoder>_<split>/00003.npy` holds those of the different pictures of
+`<dataset>/features_<encoder>_<split>/00003.npy` holds those of the different images of
 records 3 * RECORDS to 4 * RECORDS, of which many may share one (questions do),
-`00003.counts.npy` how many pictures each of these has, and `00003.places.npy` where each
-picture's features are. A picture that cannot be read is NaN throughout; a record that was
+`00003.counts.npy` how many images each of these has, and `00003.places.npy` where each
+image's features are. An image that cannot be read is NaN throughout; a record that was
 damaged on disk has a count of -1, and its part is made again once it is mended. A part that is
 torn or does not fit the dataset is made again.
 """
@@ -35,7 +35,7 @@ from flamingo_jax.storage import read_again
 RECORDS = 100
 """Records to a part."""
 BATCH = 64
-"""Pictures encoded at once."""
+"""Images encoded at once."""
 NOT_WRITABLE = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -51,7 +51,7 @@ NOT_WRITABLE = (
 class Encoder(Protocol):
     """A frozen vision encoder, as data pipelines know it.
 
-    digest: names weights, picture size and type. shape, dtype: those of a picture's features,
+    digest: names weights, image size and type. shape, dtype: those of an image's features,
       [S, C]. encode: uint8 [n, H, W, 3] -> [n, S, C].
     """
 
@@ -67,8 +67,8 @@ class Encoder(Protocol):
 
 class _Part(NamedTuple):
     """What is known of a part without its features: counts int64 [records], -1 for a damaged
-    one; first int64 [records + 1], where the pictures of each record begin in `places` int64
-    [pictures], which is where their features are in the file; start: the byte at which these
+    one; first int64 [records + 1], where the images of each record begin in `places` int64
+    [images], which is where their features are in the file; start: the byte at which these
     begin there.
     """
 
@@ -122,8 +122,8 @@ FILES: OpenFiles[_File] = OpenFiles(_File)
 """The open parts of all datasets of this process."""
 
 
-class EncodedPictures:
-    """The features of a split's pictures, read from disk. Safe to use from several threads.
+class EncodedImages:
+    """The features of a split's images, read from disk. Safe to use from several threads.
 
     They are not mapped into memory: each part would hold a descriptor, and storage that fails
     under a mapped file kills the process.
@@ -133,8 +133,8 @@ class EncodedPictures:
         self._parts = parts
         self.shape, self.dtype = shape, dtype
 
-    def read(self, place: int, picture: int) -> np.ndarray:
-        """[S, C] of a record's picture, counted over all of its visuals and frames.
+    def read(self, place: int, image: int) -> np.ndarray:
+        """[S, C] of a record's image, counted over all of its visuals and frames.
 
         Raises ImageError, and StorageError (see `read_again`).
         """
@@ -142,12 +142,10 @@ class EncodedPictures:
         part = self._parts[number]
         if part.counts[within] < 0:
             raise ImageError("it was damaged on disk when its features were made")
-        if picture >= part.counts[within]:
-            raise ImageError(
-                f"its texts ask for more pictures than the {part.counts[within]} it has"
-            )
+        if image >= part.counts[within]:
+            raise ImageError(f"its texts ask for more images than the {part.counts[within]} it has")
         features = read_again(
-            lambda: self._read(part, int(part.places[part.first[within] + picture])), part.path
+            lambda: self._read(part, int(part.places[part.first[within] + image])), part.path
         )
         if np.isnan(features[0, 0]):
             raise ImageError("it could not be read when its features were made")
@@ -182,13 +180,13 @@ def load_or_encode(
     image_fit: Fit = "pad",
     index: int = 0,
     count: int = 1,
-) -> EncodedPictures:
+) -> EncodedImages:
     """From the dataset's folder; parts that are missing there, torn, or older than the dataset,
     are made first.
 
     Args:
-      feature: the feature of a record that holds its pictures.
-      image_size, mean, image_fit: side of the square pictures, the colour (0..1 a channel) that
+      feature: the feature of a record that holds its images.
+      image_size, mean, image_fit: side of the square images, the colour (0..1 a channel) that
         pads them, how they become squares.
       index, count: this process makes the parts index, index + count, ... and waits for the
         others.
@@ -226,7 +224,7 @@ def load_or_encode(
         if mine:
             store.mkdir(exist_ok=True)
             _make(
-                _Pictures(records, feature, image_size, mean, image_fit),
+                _Images(records, feature, image_size, mean, image_fit),
                 encoder,
                 store,
                 mine,
@@ -239,7 +237,7 @@ def load_or_encode(
                 " and start again"
             ) from error
         raise UserError(
-            f"the features of pictures could not be written to {store} ({error}); make room"
+            f"the features of images could not be written to {store} ({error}); make room"
             " there or turn training.cache_features off"
         ) from error
     if count > 1:
@@ -251,7 +249,7 @@ def load_or_encode(
             f"{store} lacks {parts - len(whole)} of {parts} parts: put the dataset where all"
             " hosts see it, or turn training.cache_features off"
         )
-    return EncodedPictures(whole, encoder.shape, encoder.dtype)
+    return EncodedImages(whole, encoder.shape, encoder.dtype)
 
 
 def _load(
@@ -271,38 +269,38 @@ def _load(
 
 
 def _make(
-    pictures_in: "_Pictures",
+    images_in: "_Images",
     encoder: Encoder,
     store: pathlib.Path,
     parts: list[int],
     title: str,
 ) -> None:
-    # A thread decodes the next part's pictures meanwhile.
+    # A thread decodes the next part's images meanwhile.
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-    pictures_of = grain.MapDataset.source(parts).map(pictures_in).to_iter_dataset(ahead)
+    images_of = grain.MapDataset.source(parts).map(images_in).to_iter_dataset(ahead)
     with Bar(title, len(parts)) as bar:
         done = 0
-        for number, (counts, places_of, pictures) in zip(parts, pictures_of, strict=True):
-            made = np.full((len(pictures), *encoder.shape), np.nan, encoder.dtype)
+        for number, (counts, places_of, images) in zip(parts, images_of, strict=True):
+            made = np.full((len(images), *encoder.shape), np.nan, encoder.dtype)
             _require_room(store, made.nbytes)
-            readable = [place for place, pixels in enumerate(pictures) if pixels is not None]
+            readable = [place for place, pixels in enumerate(images) if pixels is not None]
             for start in range(0, len(readable), BATCH):
                 places = readable[start : start + BATCH]
                 # One shape for all, so that the encoder is compiled once.
                 batch = np.stack(
-                    [pictures[place] for place in places]
-                    + [pictures[places[0]]] * (BATCH - len(places))
+                    [images[place] for place in places]
+                    + [images[places[0]]] * (BATCH - len(places))
                 )
                 made[places] = encoder.encode(batch)[: len(places)]
             _write(_counts(store, number), counts)
             _write(_places(store, number), places_of)
             _write(_part(store, number), made)
             done += len(places_of)
-            bar.advance(1, f"{done:,} pictures")
+            bar.advance(1, f"{done:,} images")
 
 
-class _Pictures:
-    """A part's pictures: how many each record has (-1: it is damaged), for all in a row which
+class _Images:
+    """A part's images: how many each record has (-1: it is damaged), for all in a row which
     of the different ones it is, and these, with None for what cannot be read.
     """
 
@@ -324,7 +322,7 @@ class _Pictures:
 
     def __call__(self, part: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray | None]]:
         counts, places = [], []
-        pictures: list[np.ndarray | None] = []
+        images: list[np.ndarray | None] = []
         met: dict[bytes, int] = {}
         for place in range(part * RECORDS, min((part + 1) * RECORDS, len(self._records))):
             record = Record(self._records, place, self._feature, self._size, self._fit)
@@ -336,12 +334,12 @@ class _Pictures:
                 for frame in range(frames):
                     key = record.digest(visual, frame)
                     if key not in met:
-                        met[key] = len(pictures)
-                        pictures.append(self._picture(record, visual, frame))
+                        met[key] = len(images)
+                        images.append(self._image(record, visual, frame))
                     places.append(met[key])
-        return np.array(counts, np.int64), np.array(places, np.int64), pictures
+        return np.array(counts, np.int64), np.array(places, np.int64), images
 
-    def _picture(self, record: Record, visual: int, frame: int) -> np.ndarray | None:
+    def _image(self, record: Record, visual: int, frame: int) -> np.ndarray | None:
         try:
             return pad(record.read(visual, frame), self._size, self._mean)
         except ImageError as error:

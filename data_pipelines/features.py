@@ -3,14 +3,14 @@ files lie.
 
 | kind | fields |
 | --- | --- |
-| pages | `id`, `texts` (k + 1 strings), `images` (k pictures); text i stands before picture i,
+| pages | `id`, `texts` (k + 1 strings), `images` (k images); text i stands before image i,
 the last one after all |
 | pairs | `id`, `image`, `captions` (one is drawn on each visit) |
 | videos | `id`, `frames` (at `fps` frames a second), `fps`, `captions` |
 | text | `id`, `text` |
-| questions | `id`, `frames` (one for a picture), `question`, `answers`, `type` |
+| questions | `id`, `frames` (one for an image), `question`, `answers`, `type` |
 
-Pictures are JPEG or PNG with three channels, as TFDS wants them.
+Images are JPEG or PNG with three channels, as TFDS wants them.
 """
 
 import pathlib

@@ -21,7 +21,7 @@ def make_iterators(
     share: Share = WHOLE,
     readers: Readers | None = None,
 ) -> dict[str, BatchIterator]:
-    """A share of every training dataset, its pictures encoded where an encoder is given; raises
+    """A share of every training dataset, its images encoded where an encoder is given; raises
     UserError for what cannot be read.
 
     readers: the process's; None makes each batch when it is asked for.

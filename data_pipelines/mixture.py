@@ -153,7 +153,7 @@ def make_iterator(
     new draws each epoch.
 
     Args:
-      image_size, mean, image_fit: side of the square pictures, the colour (0..1 a channel) that
+      image_size, mean, image_fit: side of the square images, the colour (0..1 a channel) that
         pads them, how they become squares.
       text_length: tokens of a text in the contrastive stage.
       readers: the process's, which make batches ahead; None makes each batch when it is asked
@@ -161,8 +161,8 @@ def make_iterator(
       source: records to read in place of those at `dataset.path`.
       process: this one and how many there are, which make the features that are missing,
         whatever their shares.
-      cache_bytes: records stay in memory, their pictures decoded, until these are used.
-      encoder: every picture is encoded once, here, and batches hold `features` [M, T, S, C] in
+      cache_bytes: records stay in memory, their images decoded, until these are used.
+      encoder: every image is encoded once, here, and batches hold `features` [M, T, S, C] in
         place of images.
       name: the dataset's in the config; its order and all draws are its own, also where others
         have its size or its records.
@@ -175,7 +175,7 @@ def make_iterator(
       language_modelling: those of [B, L] but media_index.
       contrastive: images uint8 [B, H, W, 3], tokens int32 [B, text_length], mask bool [B,
       text_length]. With images stands jitter float32 [M, T, 6] or [B, 6] where `dataset.colour`
-      asks for it (`flamingo_jax.processing.jitter`). What is of rows depends on no picture
+      asks for it (`flamingo_jax.processing.jitter`). What is of rows depends on no image
       but in the contrastive stage, where every reader of a row decodes it: a visual that cannot
       be read has no frame, and the task masks what looks at it.
 

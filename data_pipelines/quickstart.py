@@ -1,10 +1,10 @@
 """The embedded drawn world: coloured shapes on a dark ground, their captions, questions, clips
 and pages. Pure functions of a seed.
 
-A scene says what is in a picture, `render` draws it, and everything that is written about it
+A scene says what is in an image, `render` draws it, and everything that is written about it
 follows from the scene by one grammar in which a scene has exactly one clean caption. HELD_OUT
-names the colour-shape pairs that no picture of training, validation or test shows; text may
-name them. In every picture of an `unseen` split everything is of a held-out pair.
+names the colour-shape pairs that no image of training, validation or test shows; text may
+name them. In every image of an `unseen` split everything is of a held-out pair.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 T = TypeVar("T")
 
 SIZE = 48
-"""Side of every picture in pixels."""
+"""Side of every image in pixels."""
 FRAMES = 8
 """Frames of a clip, one a second."""
 COLOURS = {
@@ -35,7 +35,7 @@ COLOURS = {
     "white": (240, 240, 240),
 }
 NAMELESS = 0.5
-"""Share of the pictures with short captions whose things have colours that no text has a word
+"""Share of the images with short captions whose things have colours that no text has a word
 for, and of which only shapes, places and numbers
 are told: shapes are then learned whatever their colour."""
 SHAPES = ("circle", "square", "triangle", "cross", "star", "ring", "heart", "moon")
@@ -109,7 +109,7 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What a picture or a clip shows.
+    """What an image or a clip shows.
 
     Two things stand in one row or one column, named left first or top first; several equal
     things make a count.
@@ -155,9 +155,9 @@ SEEN = tuple(thing for thing in ALL_THINGS if thing not in HELD_OUT)
 OPPOSITE = {"left of": "right of", "above": "below"}
 CORNERS_AND_CENTRE = (0, 2, 4, 6, 8)
 SORTS = {"one": 0.45, "two": 0.40, "counts": 0.15}
-"""Shares of scenes among pictures."""
+"""Shares of scenes among images."""
 TAUGHT = {"one": 0.20, "two": 0.65, "counts": 0.15}
-"""Shares among pictures of pages and of clean captions: two things are the hardest to tell."""
+"""Shares among images of pages and of clean captions: two things are the hardest to tell."""
 
 
 FILLERS_BEFORE = ("photo of", "picture of", "drawing of", "nice", "my", "image :")
@@ -209,7 +209,7 @@ def differing(rng: np.random.Generator, things: Sequence[Thing], count: int) -> 
     return tuple(chosen)
 
 
-# Pictures.
+# Images.
 
 FINE = 4
 """Shapes are drawn this many times larger, then averaged down."""
@@ -235,7 +235,7 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def render_clip(scene: Scene, rng: np.random.Generator) -> list[np.ndarray]:
-    """8 frames uint8 [48, 48, 3] in which the thing crosses the picture in its direction."""
+    """8 frames uint8 [48, 48, 3] in which the thing crosses the image in its direction."""
     thing, step = scene.things[0], np.asarray(DIRECTIONS[scene.moving], float)
     radius, shade = rng.uniform(7.0, 9.0), _shade(np.asarray(COLOURS[thing.colour]), rng)
     ground = _ground(rng)
@@ -257,7 +257,7 @@ def render_clip(scene: Scene, rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """The picture as a PNG file."""
+    """The image as a PNG file."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", compress_level=1)
     return file.getvalue()
@@ -546,9 +546,9 @@ def question_text(question: Question) -> str:
 def naming_text(word: str, known: str = "") -> str:
     """A chunk of a page that binds new words; with a known word, that is said first.
 
-    The new word follows at once on what it names, a picture or one known word: what a language
-    model learns of binding in text then needs nothing but a picture that reads like a word.
-    With two known words it would learn to look two words back, where a page has no picture.
+    The new word follows at once on what it names, an image or one known word: what a language
+    model learns of binding in text then needs nothing but an image that reads like a word.
+    With two known words it would learn to look two words back, where a page has no image.
     """
     return f" {known} {word}" if known else f" {word}"
 
@@ -560,7 +560,7 @@ Record = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """A record and the scenes its pictures show."""
+    """A record and the scenes its images show."""
 
     record: Record
     scenes: tuple[Scene, ...] = ()
@@ -609,13 +609,13 @@ def question(rng: np.random.Generator, things: Sequence[Thing]) -> Drawn:
 
 
 def page(rng: np.random.Generator, things: Sequence[Thing]) -> Drawn:
-    """Pictures with captions (15 in 100), questions (65 in 100), or new words bound to what
+    """Images with captions (15 in 100), questions (65 in 100), or new words bound to what
     they show.
 
-    Two thirds of the pages of captions or questions begin with an example that has no picture.
+    Two thirds of the pages of captions or questions begin with an example that has no image.
     It tells of any thing, half of the time of one
-    that no picture shows: what the model trains on text must not learn that there is no thing
-    but those in its pictures.
+    that no image shows: what the model trains on text must not learn that there is no thing
+    but those in its images.
     """
     sort = rng.random()
     if sort >= 0.8:
@@ -682,7 +682,7 @@ def _page(
 
 
 def document(rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS) -> Drawn:
-    """Text that mirrors the pages, with a description of the scene in the place of its picture,
+    """Text that mirrors the pages, with a description of the scene in the place of its image,
     and rhymes.
 
     Half of the documents are lines, in the others the image tag stands before each description
@@ -723,7 +723,7 @@ def _some_questions(rng: np.random.Generator, scene: Scene, things: Sequence[Thi
 def namings(
     rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS, tagged: bool = True
 ) -> Drawn:
-    """4 to 16 new words after known words, which stand for pictures: what binding takes, in
+    """4 to 16 new words after known words, which stand for images: what binding takes, in
     text alone.
     """
     _, known, new = _binding(rng, things, int(rng.integers(4, 17)))
@@ -827,12 +827,12 @@ DATASETS: dict[str, WorldDataset] = {
         "many things and questions about them",
     ),
     "caption_one": WorldDataset(
-        "pairs", functools.partial(pair, draw=draw_one), _TESTS, "pictures of one thing"
+        "pairs", functools.partial(pair, draw=draw_one), _TESTS, "images of one thing"
     ),
     "caption_two": WorldDataset(
-        "pairs", functools.partial(pair, draw=draw_two), _TESTS, "pictures of two things"
+        "pairs", functools.partial(pair, draw=draw_two), _TESTS, "images of two things"
     ),
-    "vqa": WorldDataset("questions", question, _TESTS, "questions about pictures"),
+    "vqa": WorldDataset("questions", question, _TESTS, "questions about images"),
     "motion": WorldDataset(
         "videos",
         functools.partial(clip, plain=True),

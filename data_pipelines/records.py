@@ -1,4 +1,4 @@
-"""Records of a dataset on disk by position, with their pictures decoded once where memory
+"""Records of a dataset on disk by position, with their images decoded once where memory
 allows.
 """
 
@@ -30,8 +30,8 @@ FAILED_AFTER = 100
 
 TEXT_BYTES = 64 << 20
 
-PICTURES = {"pages": "images", "pairs": "image", "videos": "frames", "questions": "frames"}
-"""The feature of each kind that holds its pictures."""
+IMAGE_FEATURES = {"pages": "images", "pairs": "image", "videos": "frames", "questions": "frames"}
+"""The feature of each kind that holds its images."""
 UNREADABLE = "unreadable"
 """A field that only records have whose bytes on disk are damaged."""
 BLANKS: dict[str, dict[str, Any]] = {
@@ -41,13 +41,13 @@ BLANKS: dict[str, dict[str, Any]] = {
     "text": {"text": ""},
     "questions": {"frames": [], "question": "", "answers": [""], "type": ""},
 }
-"""What stands in for a record that cannot be read: it has texts, and pictures that cannot be
+"""What stands in for a record that cannot be read: it has texts, and images that cannot be
 read.
 """
 
 
 def open_records(path: str | pathlib.Path, split: str, kind: str | None = None) -> Sequence[Any]:
-    """A split of a prepared TFDS dataset, its pictures left encoded; kind None takes whatever
+    """A split of a prepared TFDS dataset, its images left encoded; kind None takes whatever
     it holds.
 
     Raises:
@@ -83,7 +83,7 @@ def open_records(path: str | pathlib.Path, split: str, kind: str | None = None) 
     kind = kind or kind_of(fields)
     name = f"{folder} {split}"
     own = fields.get_serialized_info()
-    decoders = left_encoded(name for name in PICTURES.values() if name in fields)
+    decoders = left_encoded(name for name in IMAGE_FEATURES.values() if name in fields)
     if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
         return Readable(builder.as_data_source(split=split, decoders=decoders), kind, name)
     raw = Shards(
@@ -106,21 +106,21 @@ def open_records(path: str | pathlib.Path, split: str, kind: str | None = None) 
 
 def left_encoded(names: Iterable[str]) -> dict[str, Any]:
     """TFDS decoders that leave these features as the bytes they are stored in, sequences of
-    pictures too.
+    images too.
     """
     import tensorflow_datasets as tfds
 
     class Encoded(tfds.decode.SkipDecoding):
-        """SkipDecoding knows single pictures only."""
+        """SkipDecoding knows single images only."""
 
-        def decode_batch_example_np(self, pictures: Any) -> Any:
-            return pictures
+        def decode_batch_example_np(self, encoded: Any) -> Any:
+            return encoded
 
     return {name: Encoded() for name in names}
 
 
 class Parsed(Sequence[Any]):
-    """A split of serialised tf.train.Examples, as TFDS decodes them but for pictures, which
+    """A split of serialised tf.train.Examples, as TFDS decodes them but for images, which
     stay encoded, and for sequences, which are lists.
 
     TFDS's own decoding knows every feature there is and takes four times as long. plural: {name
@@ -204,7 +204,7 @@ class DamagedError(images.ImageError):
 
 
 class Known(NamedTuple):
-    """What stays of a record in memory when its pictures do not: a row that shows none of them
+    """What stays of a record in memory when its images do not: a row that shows none of them
     is made of this alone.
 
     made: see `Record.once`. damaged: its bytes on disk are.
@@ -220,9 +220,9 @@ class Records:
     """Records by position. What is read stays in memory until `cache_bytes` are used; the rest
     is read again when it is asked for, but for what was
     made of its texts, which has a budget of its own: tokens are small, and making them may take
-    as long as decoding the pictures.
+    as long as decoding the images.
 
-    pictures: False where only their number is asked for. Safe to use from several threads.
+    with_images: False where only their number is asked for. Safe to use from several threads.
     """
 
     def __init__(
@@ -233,9 +233,13 @@ class Records:
         image_fit: images.Fit = "pad",
         *,
         cache_bytes: int,
-        pictures: bool = True,
+        with_images: bool = True,
     ):
-        self._source, self._feature, self._pictures = source, PICTURES.get(kind), pictures
+        self._source, self._feature, self._with_images = (
+            source,
+            IMAGE_FEATURES.get(kind),
+            with_images,
+        )
         self._size, self._fit = image_size, image_fit
         self._left, self._left_for_texts = cache_bytes, TEXT_BYTES
         self._kept: dict[int, Record] = {}
@@ -255,7 +259,7 @@ class Records:
             self._feature,
             self._size,
             self._fit,
-            pictures=self._pictures,
+            with_images=self._with_images,
             known=known,
         )
         if known is None:
@@ -271,11 +275,11 @@ class Records:
 
 
 class Record:
-    """One record of `source`: what is `known` of it, its `fields` without pictures, and its
-    pictures by (visual, frame).
+    """One record of `source`: what is `known` of it, its `fields` without images, and its
+    images by (visual, frame).
 
-    frame_counts: stored frames of each visual. pictures: False keeps no more of them than that.
-    known: from an earlier visit; then the record is not read before its fields or pictures are
+    frame_counts: stored frames of each visual. with_images: False keeps no more of them than that.
+    known: from an earlier visit; then the record is not read before its fields or images are
     asked for.
     """
 
@@ -287,15 +291,15 @@ class Record:
         size: int,
         fit: images.Fit = "pad",
         *,
-        pictures: bool = True,
+        with_images: bool = True,
         known: Known | None = None,
     ):
-        self._source, self._place, self._feature, self._keep = source, place, feature, pictures
+        self._source, self._place, self._feature, self._keep = source, place, feature, with_images
         self._size, self._fit = size, fit
         self.kept = False
-        """It stays in memory, its pictures as they were decoded."""
+        """It stays in memory, its images as they were decoded."""
         self._fields: dict[str, Any] | None = None
-        self._pictures: list[list[bytes | np.ndarray]] = []
+        self._images: list[list[bytes | np.ndarray]] = []
         self._was_whole = known is not None and not known.damaged
         self._loading = threading.Lock()
         if known is None:
@@ -311,13 +315,11 @@ class Record:
         stored = self._source[self._place]
         if UNREADABLE in stored and self._was_whole:
             raise DamagedError
-        pictures = [] if self._feature is None else stored[self._feature]
+        encoded = [] if self._feature is None else stored[self._feature]
         if self._feature == "image":
-            pictures = [pictures]
-        nested = (
-            [list(pictures)] if self._feature == "frames" else [[picture] for picture in pictures]
-        )
-        self._pictures = nested if self._keep else []
+            encoded = [encoded]
+        nested = [list(encoded)] if self._feature == "frames" else [[one] for one in encoded]
+        self._images = nested if self._keep else []
         self._fields = {name: value for name, value in stored.items() if name != self._feature}
         return [len(frames) for frames in nested]
 
@@ -337,12 +339,12 @@ class Record:
         return self._fields
 
     @property
-    def pictures(self) -> list[list[bytes | np.ndarray]]:
+    def images(self) -> list[list[bytes | np.ndarray]]:
         """By visual and frame, as they are on disk or as they were decoded; none where they are
         not kept.
         """
         self._require()
-        return self._pictures
+        return self._images
 
     @property
     def text_cost(self) -> int:
@@ -359,13 +361,13 @@ class Record:
 
     @property
     def cost(self) -> int:
-        """The most bytes it takes, each picture encoded or decoded, and every token made; to be
-        asked for before pictures are read.
+        """The most bytes it takes, each image encoded or decoded, and every token made; to be
+        asked for before images are read.
         """
         kept = [
-            max(len(picture), 3 * self._size * self._size) + 200
-            for frames in self.pictures
-            for picture in frames
+            max(len(image), 3 * self._size * self._size) + 200
+            for frames in self.images
+            for image in frames
         ]
         return 1_000 + sum(kept) + self.text_cost
 
@@ -378,29 +380,27 @@ class Record:
         return self.made[text]
 
     def digest(self, visual: int, frame: int) -> bytes:
-        """Names a picture's bytes as they are on disk; to be asked for before it is read."""
-        picture = self.pictures[visual][frame]
-        assert isinstance(picture, bytes), "it has been decoded"
-        return hashlib.blake2b(picture, digest_size=16).digest()
+        """Names an image's bytes as they are on disk; to be asked for before it is read."""
+        image = self.images[visual][frame]
+        assert isinstance(image, bytes), "it has been decoded"
+        return hashlib.blake2b(image, digest_size=16).digest()
 
     def read(self, visual: int, frame: int) -> np.ndarray:
         """uint8 [h, w, 3], its longer side the image size. Raises ImageError."""
-        pictures = self.pictures
-        if visual >= len(pictures):
-            raise images.ImageError(
-                f"its texts ask for more pictures than the {len(pictures)} it has"
-            )
-        picture = pictures[visual][frame]
-        if isinstance(picture, bytes):
-            picture = images.decode(picture, self._size, how=self._fit)
+        stored = self.images
+        if visual >= len(stored):
+            raise images.ImageError(f"its texts ask for more images than the {len(stored)} it has")
+        image = stored[visual][frame]
+        if isinstance(image, bytes):
+            image = images.decode(image, self._size, how=self._fit)
             # What is not kept is in its batch from here on, and need not be there twice.
             if self.kept:
-                pictures[visual][frame] = picture
-        return picture
+                stored[visual][frame] = image
+        return image
 
 
 class Failures:
-    """Counts the records whose pictures cannot be read, names each once, and ends the run when
+    """Counts the records whose images cannot be read, names each once, and ends the run when
     they are too many.
     """
 
@@ -422,11 +422,11 @@ class Failures:
                 raise UserError(
                     f"{len(self.failed)} of the first {judged} records of the dataset"
                     f" {self.name} cannot be read, more than {FAILED_SHARE:.0%} (for one"
-                    f" {sorted(self.failed)[0]!r}); build the dataset again from whole pictures"
+                    f" {sorted(self.failed)[0]!r}); build the dataset again from whole images"
                 )
 
     def add(self, record_id: str, error: Exception) -> None:
-        """This record's pictures cannot be read."""
+        """This record's images cannot be read."""
         with self._lock:
             new = record_id not in self.failed
             self.failed.add(record_id)

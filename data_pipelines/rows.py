@@ -10,12 +10,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from data_pipelines.encoded import EncodedPictures, Encoder, load_or_encode
+from data_pipelines.encoded import EncodedImages, Encoder, load_or_encode
 from data_pipelines.features import dataset_folder
 from data_pipelines.items import Items
 from data_pipelines.readers import PendingBatch, Readers, Work
 from data_pipelines.records import (
-    PICTURES,
+    IMAGE_FEATURES,
     DamagedError,
     Failures,
     Record,
@@ -58,7 +58,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 @dataclasses.dataclass(frozen=True)
 class Making:
     """What rows are made from and for. training: False makes no draws, so that every visit of a
-    record is the same. encoder: rows hold its features in place of pictures.
+    record is the same. encoder: rows hold its features in place of images.
     """
 
     dataset: DatasetConfig
@@ -160,7 +160,7 @@ class Rows:
             making.image_size,
             making.image_fit,
             cache_bytes=cache_bytes,
-            pictures=self._looks and making.encoder is None,
+            with_images=self._looks and making.encoder is None,
         )
         self._failures = Failures(self.name, len(opened))
         self._cut = np.zeros(len(opened), bool)
@@ -178,7 +178,7 @@ class Rows:
             )
         self._canvas = image_canvas(making.image_size, making.mean)
         self._blanks = Blanks()
-        self._encoded: EncodedPictures | None = None
+        self._encoded: EncodedImages | None = None
         if making.encoder is not None and self._looks:
             self._encoded = self._encode(opened, making.encoder)
             self._canvas = feature_canvas(self._encoded.shape, self._encoded.dtype)
@@ -198,7 +198,7 @@ class Rows:
         items, size = len(self._items.record), self._making.dataset.batch_size
         return items - items % size if items >= size else None
 
-    def _encode(self, opened: Sequence[Any], encoder: Encoder) -> EncodedPictures:
+    def _encode(self, opened: Sequence[Any], encoder: Encoder) -> EncodedImages:
         dataset = self._making.dataset
         if dataset.flip or dataset.colour:
             raise UserError(
@@ -208,7 +208,7 @@ class Rows:
         index, count = self._making.process
         return load_or_encode(
             opened,
-            PICTURES[dataset.kind],
+            IMAGE_FEATURES[dataset.kind],
             encoder,
             dataset_folder(dataset.path),
             dataset.split,
@@ -457,7 +457,7 @@ class Rows:
             )
             return board.finish(self._blanks) | {"visuals": shown} | self._finish(segments)
 
-        # One thread alone makes all texts before the first picture: in turn they would push
+        # One thread alone makes all texts before the first image: in turn they would push
         # each other's code and data out of the processor's caches. Of several, some make texts
         # while others decode: those that all want the interpreter at once wait for one another.
         for number in range(len(rows)):
@@ -569,8 +569,8 @@ class Rows:
         return finish
 
     def _contrastive(self, row: PlannedRow, board: Board, number: int) -> np.ndarray:
-        """Tokens of a pair, whose picture becomes the board's visual of this number. One whose
-        picture cannot be read is an empty picture without one token, which the loss leaves out.
+        """Tokens of a pair, whose image becomes the board's visual of this number. One whose
+        image cannot be read is an empty image without one token, which the loss leaves out.
 
         An item of questions holds all about one visual: the pair is one of its frames and as
         many of them, answered, as the text has room for.
@@ -631,7 +631,7 @@ class Rows:
         None for contrastive pairs); cut: records longer than a row, which give a window, a
         caption without its end, or several pieces, and contrastive pairs whose caption was cut
         so far; too_long: items that fit no row; dropped: items that the newest epoch leaves out
-        for an equal number of rows; failed: ids of records whose pictures could not be read so
+        for an equal number of rows; failed: ids of records whose images could not be read so
         far.
         """
         return {

@@ -1,5 +1,5 @@
 """How fast a dataset is read on one core, against a loop that does nothing but decode the same
-pictures; what more readers gain; how long a step waits.
+images; what more readers gain; how long a step waits.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ taken.
 
 
 class Reading(NamedTuple):
-    """Pictures a second of the bare loop and of the rows. fill: part of the rows' tokens that
-    is no padding. pictures: met in one pass.
+    """Images a second of the bare loop and of the rows. fill: part of the rows' tokens that
+    is no padding. images: met in one pass.
     """
 
     bare: float
     rows: float
     fill: float
-    pictures: int
+    images: int
 
     @property
     def share(self) -> float:
@@ -42,7 +42,7 @@ class Reading(NamedTuple):
 
 def time_reading(iterator: BatchIterator, image_size: int, batches: int) -> Reading:
     """Makes the first `batches` batches of an iterator that reads nothing ahead and keeps no
-    picture, and decodes their pictures alone.
+    image, and decodes their images alone.
 
     Every pass makes the same rows. What an iterator keeps of texts is there from the second on,
     as it is in training from the second epoch.
@@ -53,25 +53,25 @@ def time_reading(iterator: BatchIterator, image_size: int, batches: int) -> Read
         return itertools.islice(iterator, batches)
 
     with _one_core():
-        with _decoded() as pictures:
+        with _decoded() as encoded:
             full = [
                 float((batch["segments"] > 0).mean()) for batch in rows() if "segments" in batch
             ]
         seconds: dict[str, list[float]] = {"bare": [], "rows": []}
         for _ in range(PASSES):
-            seconds["bare"].append(_seconds(bare(data, image_size) for data in pictures))
+            seconds["bare"].append(_seconds(bare(data, image_size) for data in encoded))
             seconds["rows"].append(_seconds(rows()))
-    rate = {name: len(pictures) / statistics.median(taken) for name, taken in seconds.items()}
+    rate = {name: len(encoded) / statistics.median(taken) for name, taken in seconds.items()}
     return Reading(
-        rate["bare"], rate["rows"], statistics.fmean(full) if full else 0.0, len(pictures)
+        rate["bare"], rate["rows"], statistics.fmean(full) if full else 0.0, len(encoded)
     )
 
 
 def time_readers(
     make: Callable[[Readers], BatchIterator], counts: Sequence[int], batches: int
 ) -> dict[int, float]:
-    """Pictures a second by the clock, by how many readers make them: the first `batches`
-    batches of each `make(readers)`, which keeps no picture.
+    """Images a second by the clock, by how many readers make them: the first `batches`
+    batches of each `make(readers)`, which keeps no image.
 
     The first pass is not counted: it fills what is kept of texts. Then all numbers take turns.
     """
@@ -80,15 +80,15 @@ def time_readers(
     for turn in range(PASSES + 1):
         for count, it in iterators.items():
             it.set_state({"global_next_index": 0})
-            began, pictures = time.perf_counter(), 0
+            began, count_read = time.perf_counter(), 0
             for batch in itertools.islice(it, batches):
-                pictures += (
+                count_read += (
                     int(batch["frame_mask"].sum())
                     if "frame_mask" in batch
                     else len(batch["images"])
                 )
             if turn:
-                rates[count].append(pictures / (time.perf_counter() - began))
+                rates[count].append(count_read / (time.perf_counter() - began))
             it.close()
     return {count: statistics.median(found) for count, found in rates.items()}
 

@@ -245,8 +245,8 @@ class DatasetConfig:
     """One dataset on disk and how its rows are formed."""
 
     kind: Literal["pages", "pairs", "videos", "text", "questions"] = "pairs"
-    """questions: pictures or clips with a prompt and an answer, of which the answer alone is
-    learned; in the language modelling stage they are read as texts, without their pictures.
+    """questions: images or clips with a prompt and an answer, of which the answer alone is
+    learned; in the language modelling stage they are read as texts, without their images.
     """
     path: str = ""
     """Folder of a prepared TFDS dataset (`data_dir/name/version`), opened with
@@ -377,7 +377,7 @@ class TrainingConfig:
     training: `stochastic_depth` is the contrastive stage's."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     use_visuals: bool = True
-    """False trains the same model on the same text with every picture taken away: the baseline
+    """False trains the same model on the same text with every image taken away: the baseline
     that shows what looking is worth.
     """
     required_loss: dict[str, AboveZero] = dataclasses.field(default_factory=dict)
@@ -391,9 +391,9 @@ class TrainingConfig:
     more hide storage that is slow to answer. Batches are the same with any number.
     """
     cache_features: bool = False
-    """The frozen encoder's outputs for every picture are made once, before the first step, and
+    """The frozen encoder's outputs for every image are made once, before the first step, and
     kept beside each dataset, so that no step
-    runs the encoder: for several epochs over small data, without augmentation. A picture takes
+    runs the encoder: for several epochs over small data, without augmentation. An image takes
     cells x channels values of `compute_dtype`.
     """
 

@@ -1,4 +1,4 @@
-"""Web pages in one file that a person opens: tables and pictures inside them, every text
+"""Web pages in one file that a person opens: tables and images inside them, every text
 escaped.
 """
 
@@ -63,7 +63,7 @@ def cell(value: Any) -> str:
 
 
 def strip(frames: Sequence[np.ndarray] | np.ndarray, height: int, form: str = "PNG") -> str:
-    """A data URI of a picture, or of at most FRAMES of a clip's frames side by side: uint8 [H,
+    """A data URI of an image, or of at most FRAMES of a clip's frames side by side: uint8 [H,
     W, 3] each, of one shape.
     """
     if len(frames) > FRAMES:

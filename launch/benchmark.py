@@ -14,14 +14,14 @@ against a large matrix product on the same devices in the same run. `--sizes` ma
 that
 a PyTorch peer can be built with as well: a language model of the GPT-NeoX form (rotary
 positions, GELU, a head of its own), a ViT, a resampler of 6 layers, cross-attention of 8 heads
-of 64; `interleaved` and `pairs` are rows x pictures x tokens.
+of 64; `interleaved` and `pairs` are rows x images x tokens.
 
 `data` makes rows of each dataset on one core, nothing kept but what is made of texts, and
-prints their pictures a second beside those of a loop that only decodes and resizes the same
-pictures, and the part of the rows' tokens that is no padding. Then it makes them by the clock
+prints their images a second beside those of a loop that only decodes and resizes the same
+images, and the part of the rows' tokens that is no padding. Then it makes them by the clock
 with one reader and with `--readers` (config.training.readers, or as many as there are cores):
 images are flipped and their colour jitter drawn, as in the paper. At last it reads all datasets
-together as training does, with pictures kept while memory allows, and prints which part of the
+together as training does, with images kept while memory allows, and prints which part of the
 time a step of `--step_seconds` would wait.
 """
 
@@ -42,7 +42,7 @@ from data_pipelines.features import dataset_folder, kind_of
 from data_pipelines.inputs import make_iterators
 from data_pipelines.mixture import make_iterator
 from data_pipelines.readers import Readers
-from data_pipelines.records import PICTURES
+from data_pipelines.records import IMAGE_FEATURES
 from data_pipelines.timing import Reading, time_readers, time_reading, waiting_share
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import DatasetConfig, Experiment
@@ -64,7 +64,7 @@ DATASETS = flags.DEFINE_multi_string(
 )
 TOKENIZER = flags.DEFINE_string("tokenizer", "", "data: the tokenizer's folder, with --dataset.")
 IMAGE_SIZE = flags.DEFINE_integer(
-    "image_size", 224, "data: side of the pictures, with --dataset.", lower_bound=1
+    "image_size", 224, "data: side of the images, with --dataset.", lower_bound=1
 )
 STEP_SECONDS = flags.DEFINE_float(
     "step_seconds",
@@ -93,7 +93,7 @@ ROWS = {
 }
 """What rows are made of a dataset that no config describes. Pages as in the paper (A.3.1),
 short texts packed as full as they come; of pages more rows to a batch, since most stretches of
-256 tokens have no picture in them.
+256 tokens have no image in them.
 """
 
 
@@ -137,7 +137,7 @@ def main(verb: str) -> int:
 
 
 def data() -> int:
-    """Raises UserError where a dataset is missing or has no pictures."""
+    """Raises UserError where a dataset is missing or has no images."""
     if bool(DATASETS.value) == (CONFIG.value is not None):
         raise UserError(
             "data to read: name a config with --config, or folders with --dataset and --tokenizer"
@@ -155,7 +155,9 @@ def data() -> int:
             vision.mean,
         )
         datasets = {
-            name: dataset for name, dataset in experiment.data.items() if dataset.kind in PICTURES
+            name: dataset
+            for name, dataset in experiment.data.items()
+            if dataset.kind in IMAGE_FEATURES
         }
     options: dict[str, Any] = {
         "tokenizer": tokenizer,
@@ -214,7 +216,7 @@ def _dataset(path: str) -> DatasetConfig:
     kind = kind_of(tfds.builder_from_directory(str(dataset_folder(path))).info.features)
     if kind not in ROWS:
         raise UserError(
-            f"the dataset {path} holds {kind}, which has no pictures to read: take it out"
+            f"the dataset {path} holds {kind}, which has no images to read: take it out"
         )
     return dataclasses.replace(ROWS[kind], path=path, flip=True, colour=COLOUR)
 
@@ -231,12 +233,12 @@ def _reading_table(
         for count in next(iter(paces.values()), {})
     ]
     for heading in (
-        "pictures a second, rows",
+        "images a second, rows",
         "bare loop",
         "rows / bare",
         *counts,
         "tokens that are no padding",
-        "pictures met",
+        "images met",
     ):
         table.add_column(heading, justify="right")
     for name, made in readings.items():
@@ -248,7 +250,7 @@ def _reading_table(
             f"{made.share:.1%}",
             *clock,
             f"{made.fill:.1%}",
-            f"{made.pictures:,}",
+            f"{made.images:,}",
         )
     return table
 

@@ -39,10 +39,10 @@ from data_pipelines.build import tfds
 from data_pipelines.build.coco import Coco
 from data_pipelines.build.html_pages import HtmlPages
 from data_pipelines.build.image_folder import ImageFolder
+from data_pipelines.build.images import ANY_IMAGE, ImageRules
 from data_pipelines.build.interleaved import PAGES_RULES
 from data_pipelines.build.mmc4 import Mmc4
 from data_pipelines.build.obelics import Obelics
-from data_pipelines.build.pictures import ANY_PICTURE, PictureRules
 from data_pipelines.build.plain_text import PlainText
 from data_pipelines.build.questions_folder import QuestionsFolder
 from data_pipelines.build.quickstart import build_quickstart
@@ -59,18 +59,18 @@ from launch import command
 
 _SPLITS = ("validation_share", "test_share", "split")
 _RECORDS = ("input", "workers", *_SPLITS)
-_PICTURES = ("min_side", "max_aspect", "short_side")
+_IMAGE_RULES = ("min_side", "max_aspect", "short_side")
 READS: dict[str, tuple[str, ...]] = {
     "quickstart": ("workers", "seed"),
-    "image_folder": (*_RECORDS, "captions", *_PICTURES),
-    "html_pages": (*_RECORDS, "alt_text", *_PICTURES),
+    "image_folder": (*_RECORDS, "captions", *_IMAGE_RULES),
+    "html_pages": (*_RECORDS, "alt_text", *_IMAGE_RULES),
     "video_folder": (*_RECORDS, "captions", "fps", "max_seconds", "short_side"),
-    "questions_folder": (*_RECORDS, "captions", "fps", "max_seconds", *_PICTURES),
-    "webdataset": (*_RECORDS, *_PICTURES),
-    "coco": (*_RECORDS, "images", *_PICTURES),
-    "mmc4": (*_RECORDS, "images", "min_similarity", *_PICTURES),
-    "obelics": (*_RECORDS, "images", *_PICTURES),
-    "tfds": (*_RECORDS, "kind", "field", "fps", *_PICTURES),
+    "questions_folder": (*_RECORDS, "captions", "fps", "max_seconds", *_IMAGE_RULES),
+    "webdataset": (*_RECORDS, *_IMAGE_RULES),
+    "coco": (*_RECORDS, "images", *_IMAGE_RULES),
+    "mmc4": (*_RECORDS, "images", "min_similarity", *_IMAGE_RULES),
+    "obelics": (*_RECORDS, "images", *_IMAGE_RULES),
+    "tfds": (*_RECORDS, "kind", "field", "fps", *_IMAGE_RULES),
     "plain_text": (*_RECORDS, "document_characters"),
     "sentencepiece": ("input", "vocab_size", "model_type", "byte_fallback", "piece"),
 }
@@ -85,13 +85,13 @@ INPUT = flags.DEFINE_multi_string(
 IMAGES = flags.DEFINE_multi_string(
     "images",
     [],
-    "coco, mmc4, obelics: folder with the pictures, by name, as img2dataset downloads them, or"
+    "coco, mmc4, obelics: folder with the images, by name, as img2dataset downloads them, or"
     " named by the SHA-256 of their address; else they lie beside the input.",
 )
 MIN_SIMILARITY = flags.DEFINE_float(
     "min_similarity",
     Mmc4.min_similarity,
-    "mmc4: pictures less similar to their sentence are dropped.",
+    "mmc4: images less similar to their sentence are dropped.",
 )
 KIND = flags.DEFINE_enum(
     "kind", None, tuple(tfds.USUAL), "tfds: what the records are; else what their features say."
@@ -138,23 +138,23 @@ CAPTIONS = flags.DEFINE_string(
 MIN_SIDE = flags.DEFINE_integer(
     "min_side",
     None,
-    "Pictures with a shorter side are dropped; 64 for pages, else 1.",
+    "Images with a shorter side are dropped; 64 for pages, else 1.",
     lower_bound=1,
 )
 MAX_ASPECT = flags.DEFINE_float(
     "max_aspect",
     None,
-    "Pictures with a larger aspect are dropped; 3 for pages, else 20.",
+    "Images with a larger aspect are dropped; 3 for pages, else 20.",
     lower_bound=1.0,
 )
 SHORT_SIDE = flags.DEFINE_integer(
     "short_side",
     None,
-    "Larger pictures shrink to this, 0 for never; 256 for videos, else 0.",
+    "Larger images shrink to this, 0 for never; 256 for videos, else 0.",
     lower_bound=0,
 )
 ALT_TEXT = flags.DEFINE_bool(
-    "alt_text", False, "html_pages: a picture's alternative text follows it."
+    "alt_text", False, "html_pages: an image's alternative text follows it."
 )
 FPS = flags.DEFINE_float(
     "fps",
@@ -245,7 +245,7 @@ def source(shares: Shares) -> Source:
     folders, images = tuple(INPUT.value), tuple(IMAGES.value)
     match SOURCE.value:
         case "image_folder":
-            return ImageFolder(folders, shares, CAPTIONS.value, _rules(ANY_PICTURE))
+            return ImageFolder(folders, shares, CAPTIONS.value, _rules(ANY_IMAGE))
         case "html_pages":
             return HtmlPages(folders, shares, _rules(PAGES_RULES), ALT_TEXT.value)
         case "video_folder":
@@ -255,13 +255,13 @@ def source(shares: Shares) -> Source:
                 folders,
                 shares,
                 CAPTIONS.value,
-                _rules(ANY_PICTURE),
+                _rules(ANY_IMAGE),
                 **_sampling("video_short_side"),
             )
         case "webdataset":
-            return WebDataset(folders, shares, _rules(ANY_PICTURE))
+            return WebDataset(folders, shares, _rules(ANY_IMAGE))
         case "coco":
-            return Coco(folders, images, shares, _rules(ANY_PICTURE))
+            return Coco(folders, images, shares, _rules(ANY_IMAGE))
         case "mmc4":
             return Mmc4(folders, images, shares, _rules(PAGES_RULES), MIN_SIMILARITY.value)
         case "obelics":
@@ -285,7 +285,7 @@ def _tfds(names: tuple[str, ...], shares: Shares) -> Source:
     fields = tuple(
         (name, feature) for name, _, feature in (field.partition("=") for field in FIELDS.value)
     )
-    return tfds.Tfds(names[0], shares, fields, KIND.value, _rules(ANY_PICTURE), FPS.value)
+    return tfds.Tfds(names[0], shares, fields, KIND.value, _rules(ANY_IMAGE), FPS.value)
 
 
 def _sampling(short_side: str) -> dict[str, Any]:
@@ -294,9 +294,9 @@ def _sampling(short_side: str) -> dict[str, Any]:
     return {"fps": FPS.value, "max_seconds": MAX_SECONDS.value, **sides}
 
 
-def _rules(rules: PictureRules) -> PictureRules:
+def _rules(rules: ImageRules) -> ImageRules:
     """A source's own rules, changed by the flags that are set."""
-    return PictureRules(
+    return ImageRules(
         min_side=rules.min_side if MIN_SIDE.value is None else MIN_SIDE.value,
         max_aspect=rules.max_aspect if MAX_ASPECT.value is None else MAX_ASPECT.value,
         short_side=rules.short_side if SHORT_SIDE.value is None else SHORT_SIDE.value,
@@ -334,19 +334,19 @@ def workers() -> Executor:
 def report(made: dict[str, tuple[dict[str, Any], bool]]) -> None:
     """A table of what became of every source record."""
     heads = ["dataset", "records read", "used", "in splits", "dropped"]
-    heads += ["pictures used", "pictures dropped"]
+    heads += ["images used", "images dropped"]
     with_texts = any("texts" in statistics for statistics, _ in made.values())
     table = Table(*heads, *(["texts dropped"] if with_texts else []))
     for name, (statistics, new) in made.items():
-        pictures = statistics.get("pictures", {"used": "", "dropped": {}})
+        images = statistics.get("images", {"used": "", "dropped": {}})
         cells = (
             name if new else f"{name} (was there)",
             statistics["records_read"],
             statistics["used"],
             _listed(statistics["splits"]),
             _listed(statistics["dropped"]),
-            pictures["used"],
-            _listed(pictures["dropped"]),
+            images["used"],
+            _listed(images["dropped"]),
         )
         texts = [_listed(statistics.get("texts", {"dropped": {}})["dropped"])] if with_texts else []
         table.add_row(*map(str, cells), *texts)

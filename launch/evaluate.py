@@ -9,7 +9,7 @@ A benchmark is KIND:NAME=DATASET[:SPLIT][,support=DATASET[:SPLIT]], with KIND on
   word vqa             questions; VQA accuracy, beside what the commonest answer of the training
   split would have classification  pairs, videos or questions whose answers are class names,
   ranked by log-likelihood binding         pages whose texts end with new words; which word
-  names the last picture
+  names the last image
 SPLIT is `test` if it is not given. The classes are all answers of the evaluated split and the
 support set, or the lines of --classes=FILE. A model that was trained on questions is asked as
 it was then; a Flamingo of pages and pairs is asked as in the paper, after two text-only
@@ -19,8 +19,8 @@ split.
     python -m launch.evaluate --suite=quickstart --data=runs/quickstart/data --model=EXPORT
     --baseline=EXPORT --output=FOLDER
 
-runs the quickstart's suite. The baseline is a model trained without pictures: it is asked the
-same with every picture taken away.
+runs the quickstart's suite. The baseline is a model trained without images: it is asked the
+same with every image taken away.
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ from launch.parts import TOTAL
 KINDS = ("captioning", "vqa", "classification", "binding")
 MODEL = flags.DEFINE_string("model", "", "Exported folder of a Flamingo.")
 BASELINE = flags.DEFINE_string(
-    "baseline", "", "Exported folder of a Flamingo trained without pictures."
+    "baseline", "", "Exported folder of a Flamingo trained without images."
 )
 OUTPUT = flags.DEFINE_string("output", "", "Folder for report.json and report.html.")
 BENCHMARK = flags.DEFINE_multi_string(
@@ -87,7 +87,7 @@ SELECTION = flags.DEFINE_enum(
     "selection",
     "random",
     ["random", "rices"],
-    "How few-shot examples are chosen: at random, or by likeness of their pictures.",
+    "How few-shot examples are chosen: at random, or by likeness of their images.",
 )
 TEXT_EXAMPLES = flags.DEFINE_integer(
     "text_examples",
@@ -99,7 +99,7 @@ TEXT_EXAMPLES = flags.DEFINE_integer(
 QUESTION_PROMPT = flags.DEFINE_string(
     "question_prompt",
     None,
-    "What stands between a picture and the answer, with {question} in it, for --benchmark;"
+    "What stands between an image and the answer, with {question} in it, for --benchmark;"
     f" by default what the model was trained with, or '{prompts.QUESTION.template}'.",
 )
 BEAM = flags.DEFINE_integer(
@@ -108,8 +108,8 @@ BEAM = flags.DEFINE_integer(
 CAPTION_PROMPT = flags.DEFINE_string(
     "caption_prompt",
     prompts.CAPTION.template,
-    "What stands between a picture and its caption or class, for --benchmark (paper: Output:);"
-    " empty for models that have met captions right after their pictures alone, as in plain"
+    "What stands between an image and its caption or class, for --benchmark (paper: Output:);"
+    " empty for models that have met captions right after their images alone, as in plain"
     " pairs.",
 )
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", 24, "Tokens of an answer at most.", lower_bound=1)
@@ -203,7 +203,7 @@ def run_suite(
     )
     mine, theirs = drawn_world.figures(outcome), drawn_world.figures(blind) if blind else None
     report = mine | {
-        "without_pictures": theirs,
+        "without_images": theirs,
         "counts": drawn_world.counts(outcome),
         "seconds": _with_evaluation(seconds, time.monotonic() - began),
         **_about(model, baseline, settings),
@@ -220,8 +220,8 @@ def run_suite(
     columns = [
         "seen pairs",
         "unseen pairs",
-        "seen, without pictures",
-        "unseen, without pictures",
+        "seen, without images",
+        "unseen, without images",
     ]
     types = sorted({t for split in drawn_world.SPLITS for t in mine["vqa_by_type"][split]})
     by_type = [
@@ -253,7 +253,7 @@ def run_suite(
         report,
         title="Flamingo on the drawn world",
         tables=[
-            Table("New pictures, zero-shot", ["", *columns], headline),
+            Table("New images, zero-shot", ["", *columns], headline),
             Table("A word bound in the prompt, 2-way, by shots", ["", *shots], binding),
             Table("Few-shot, by shots", ["", *map(str, few_shots)], few),
             Table("Questions by type", ["", *columns], by_type),
@@ -306,7 +306,7 @@ def run_benchmarks(
     model, baseline = _load()
     engines = {"model": Engine(model, rows=ROWS.value)}
     if baseline:
-        engines["without_pictures"] = Engine(baseline, with_visuals=False, rows=ROWS.value)
+        engines["without_images"] = Engine(baseline, with_visuals=False, rows=ROWS.value)
     results: dict[str, list[Result]] = {
         name: [
             b.run(engine, dataclasses.replace(settings, shots=n)) for b in benchmarks for n in shots
@@ -321,7 +321,7 @@ def run_benchmarks(
     }
     report = {
         "benchmarks": figures["model"],
-        "without_pictures": figures.get("without_pictures"),
+        "without_images": figures.get("without_images"),
         "commonest_answers": {
             b.name: b.commonest for b in benchmarks if isinstance(b, OpenEnded) and b.commonest
         },
@@ -538,7 +538,7 @@ def _about(model: Loaded, baseline: Loaded | None, settings: Settings) -> dict[s
 
 
 def _named(mine: Any, theirs: Any) -> list[tuple[str, Any]]:
-    return [("model", mine)] + ([("without pictures", theirs)] if theirs else [])
+    return [("model", mine)] + ([("without images", theirs)] if theirs else [])
 
 
 def _curves() -> dict[str, list[dict[str, Any]]]:
@@ -551,7 +551,7 @@ def _curves() -> dict[str, list[dict[str, Any]]]:
         files[name] = pathlib.Path(path)
     files["flamingo"] = pathlib.Path(MODEL.value) / "metrics.jsonl"
     if BASELINE.value:
-        files["without pictures"] = pathlib.Path(BASELINE.value) / "metrics.jsonl"
+        files["without images"] = pathlib.Path(BASELINE.value) / "metrics.jsonl"
     return {name: read_metrics(file) for name, file in files.items()}
 
 

@@ -8,7 +8,7 @@ The prompt file holds a JSON list of parts in any order, {"text": "Output:"}, {"
 Paths are relative to the file. A prompt's own form matters: where training text reads
 `<image>Output: a caption`, as the quickstart's does, a captioning prompt is [{"image":
 "photo.jpg"}, {"text": "Output:"}]; for a model of plain pairs (configs/own_data.py), whose
-captions follow their pictures at once, it is [{"image": "photo.jpg"}]. A text that spells out
+captions follow their images at once, it is [{"image": "photo.jpg"}]. A text that spells out
 where visuals go has <image> there; one that only speaks of the tag has a backslash before it.
 """
 

@@ -28,7 +28,7 @@ SEED = flags.DEFINE_integer("seed", 0, "Seed of all stages.", lower_bound=0)
 
 BASES = ("contrastive", "language_model")
 """Stages that need nothing of each other."""
-STAGES = (*BASES, "flamingo", "without_pictures")
+STAGES = (*BASES, "flamingo", "without_images")
 LONGER = {"language_model": ("--config.training.steps=4500",)}
 """How a stage goes on that ended above its required loss: when a language model learns to bind
 new words differs from seed to seed.
@@ -78,7 +78,7 @@ def main() -> int:
         "--few_shot_limit=16",
         f"--data={root}/data",
         f"--model={root}/flamingo/export",
-        f"--baseline={root}/without_pictures/export",
+        f"--baseline={root}/without_images/export",
         f"--seconds={root}/seconds.json",
         f"--output={root}",
         *(f"--curves={name}={root}/{name}/metrics.jsonl" for name in STAGES if name != "flamingo"),

@@ -1,4 +1,4 @@
-"""A folder of files with a caption file beside them, as a source: what pictures and videos have
+"""A folder of files with a caption file beside them, as a source: what images and videos have
 in common.
 """
 
@@ -80,7 +80,7 @@ class CaptionedFolder:
         return [Example(self.shares.split(name), fields, lost, texts_lost)]
 
     def read(self, file: pathlib.Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """The fields that hold the file's pictures, and for each of its pictures that is left
+        """The fields that hold the file's images, and for each of its images that is left
         out the reason. Raises Unusable.
         """
         raise NotImplementedError

@@ -8,7 +8,7 @@ from typing import Any
 
 from data_pipelines.build.captions import NO_CAPTION, Texts, file_name, why_no_text
 from data_pipelines.build.files import existing_folder
-from data_pipelines.build.pictures import ANY_PICTURE, PictureRules, Unfit
+from data_pipelines.build.images import ANY_IMAGE, ImageRules, Unfit
 from data_pipelines.build.shards import Found, files_in, folders_of, read_named
 from data_pipelines.build.source import (
     DEFAULT_SHARES,
@@ -28,7 +28,7 @@ BAD_ANNOTATION = "annotation without a caption for one of the images"
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A picture by the folders it may lie in, its name and captions, or what is of no use.
+    """An image by the folders it may lie in, its name and captions, or what is of no use.
 
     no_captions: for each caption that is of no use the reason; `bad` is that of the entry.
     """
@@ -46,14 +46,14 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Coco:
-    """inputs: the JSON files. images: folders that hold the pictures, by default those of the
+    """inputs: the JSON files. images: folders that hold the images, by default those of the
     files; the first with such a name is taken.
     """
 
     inputs: tuple[str, ...]
     images: tuple[str, ...] = ()
     shares: Shares = DEFAULT_SHARES
-    rules: PictureRules = ANY_PICTURE
+    rules: ImageRules = ANY_IMAGE
 
     @property
     def kind(self) -> str:
@@ -61,7 +61,7 @@ class Coco:
 
     @property
     def about(self) -> str:
-        return "Pictures with captions in COCO's format."
+        return "Images with captions in COCO's format."
 
     @property
     def options(self) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class Coco:
         met: set[str] = set()
         made = []
         for number, name in names.items():
-            # Two pictures of one name, which the ids of the file tell apart.
+            # Two images of one name, which the ids of the file tell apart.
             name_id = record_id(self.inputs, file.root, f"{name}#{number}" if name in met else name)
             made.append(Entry(name_id, name, folders, *captions[number]))
             met.add(name)

@@ -25,7 +25,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from data_pipelines.build.pictures import UNREADABLE, Unfit
+from data_pipelines.build.images import UNREADABLE, Unfit
 from flamingo_jax.errors import UserError
 from flamingo_jax.storage import LASTING, read_again
 
@@ -36,7 +36,7 @@ LINKED_FOLDER = "linked folder that lies outside the folder"
 UNLISTED = "folder that cannot be listed"
 NOT_A_FILE = "not a file"
 MAX_BYTES = 256 << 20
-"""A larger file is no picture, no caption and no page."""
+"""A larger file is no image, no caption and no page."""
 TOO_LARGE = f"larger than {MAX_BYTES >> 20} MiB"
 
 FILLERS = ("__MACOSX",)

@@ -1,7 +1,7 @@
-"""Folders of HTML pages with their pictures to a dataset of pages: text and pictures in the
+"""Folders of HTML pages with their images to a dataset of pages: text and images in the
 order of the document (paper 3.2, M3W).
 
-Pictures are read from the folder, or out of the page where it holds them itself: what a page
+Images are read from the folder, or out of the page where it holds them itself: what a page
 refers to elsewhere, on the web or by a path that leads out, is left out and counted.
 """
 
@@ -15,9 +15,9 @@ from lxml import etree
 
 from data_pipelines.build.files import FileEntry, NoFile, file_entries, read
 from data_pipelines.build.html_places import NO_ADDRESS, read_place
-from data_pipelines.build.html_walk import Page, Picture, TooDeep, walk
+from data_pipelines.build.html_walk import Image, Page, TooDeep, walk
+from data_pipelines.build.images import ImageRules, Unfit
 from data_pipelines.build.interleaved import PAGES_RULES, Shown, make_page
-from data_pipelines.build.pictures import PictureRules, Unfit
 from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Outcome, Shares, record_id
 
 SUFFIXES = {".html", ".htm", ".xhtml", ".xht"}
@@ -31,13 +31,13 @@ NOT_DECODED = "page in an encoding that is not decoded"
 
 @dataclasses.dataclass(frozen=True)
 class HtmlPages:
-    """Pages that keep no picture are dropped. alt_text: a picture's alternative text follows it
+    """Pages that keep no image are dropped. alt_text: an image's alternative text follows it
     on a line of its own.
     """
 
     folders: tuple[str, ...]
     shares: Shares = DEFAULT_SHARES
-    rules: PictureRules = PAGES_RULES
+    rules: ImageRules = PAGES_RULES
     alt_text: bool = False
 
     @property
@@ -46,7 +46,7 @@ class HtmlPages:
 
     @property
     def about(self) -> str:
-        return "HTML pages with their pictures."
+        return "HTML pages with their images."
 
     @property
     def options(self) -> dict[str, Any]:
@@ -77,13 +77,13 @@ class HtmlPages:
             yield Shown(reads[0], after, tuple(reads[1:]))
 
     def _reads(
-        self, root: pathlib.Path, file: pathlib.Path, base: str, picture: Picture
+        self, root: pathlib.Path, file: pathlib.Path, base: str, image: Image
     ) -> list[Callable[[], bytes]]:
-        if picture.unread or not picture.places:
-            return [functools.partial(_refuse, picture.unread or NO_ADDRESS)]
+        if image.unread or not image.places:
+            return [functools.partial(_refuse, image.unread or NO_ADDRESS)]
         return [
             functools.partial(read_place, root, file, place, base, self.folders)
-            for place in picture.places
+            for place in image.places
         ]
 
 

@@ -1,4 +1,4 @@
-"""From the address of a picture on a page to its bytes: of a file below the folder, or the
+"""From the address of an image on a page to its bytes: of a file below the folder, or the
 page's.
 
 What a page refers to elsewhere, on the web or by a path that leads out, is not read.
@@ -12,7 +12,7 @@ import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
 
 from data_pipelines.build.files import MISSING, NoFile, find, read
-from data_pipelines.build.pictures import Unfit
+from data_pipelines.build.images import Unfit
 
 ELSEWHERE = "on another machine"
 NO_ADDRESS = "no address"
@@ -29,7 +29,7 @@ def read_place(
     base: str = "",
     given: Sequence[str] = (),
 ) -> bytes:
-    """The picture that an address on `page` means, a file below `root`.
+    """The image that an address on `page` means, a file below `root`.
 
     base: of the page's addresses. given: other folders that links may lead to. Raises Unfit.
     """

@@ -1,4 +1,4 @@
-"""An HTML page as a reader sees it: text and pictures in the order of the document.
+"""An HTML page as a reader sees it: text and images in the order of the document.
 
 The parser's events are read as they come and no tree is made, so that the time is linear in the
 page's bytes and elements may nest as deep as they like.
@@ -44,13 +44,13 @@ BLOCKS = {
 """Elements whose text stands on lines of its own."""
 VERBATIM = {"listing", "plaintext", "pre", "xmp"}
 """Elements whose blanks and line ends are text."""
-PICTURES = {"amp-img", "image", "img"}
+IMAGE_TAGS = {"amp-img", "image", "img"}
 
 LATE = ("data-src", "data-lazy-src", "data-original", "data-lazy", "data-actualsrc")
-"""Where scripts that load pictures late keep the address; until then `src` names a stand-in."""
+"""Where scripts that load images late keep the address; until then `src` names a stand-in."""
 LATE_SETS = ("data-srcset", "data-lazy-srcset")
 PLACES = 32
-"""Most addresses kept of one picture."""
+"""Most addresses kept of one image."""
 INVISIBLE = re.compile(r"(?i)(?:^|;)\s*(?:display\s*:\s*none|visibility\s*:\s*hidden)")
 CANDIDATE = re.compile(r"[\s,]*(\S+)")
 DESCRIPTOR = re.compile(r"[^,(]*(?:\([^)]*\)[^,(]*)*")
@@ -64,7 +64,7 @@ FED = 64 << 10
 """Bytes given to the parser at once."""
 
 ASIDE = "outside the text"
-"""Why a picture of a menu, a footer or the like is left out."""
+"""Why an image of a menu, a footer or the like is left out."""
 HIDDEN = "hidden"
 
 
@@ -73,8 +73,8 @@ class TooDeep(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
-    """A picture of a page. places: its addresses as they stand there, the likeliest first;
+class Image:
+    """An image of a page. places: its addresses as they stand there, the likeliest first;
     unread: why it is not looked at, "" where it is.
     """
 
@@ -87,7 +87,7 @@ class Picture:
 class Page:
     """items: in document order; line ends mark where blocks begin and end. base: of addresses."""
 
-    items: list[str | Picture]
+    items: list[str | Image]
     base: str = ""
 
 
@@ -109,7 +109,7 @@ class _Reader:
     """Takes the parser's events. Elements that are not read are those within `_unread`."""
 
     def __init__(self, ends: int):
-        self.items: list[str | Picture] = []
+        self.items: list[str | Image] = []
         self.base = ""
         self._most = WORK // max(1, ends)
         self._depth = 0
@@ -127,8 +127,8 @@ class _Reader:
             self.base = (attributes.get("href") or "").strip()
         if self._unread is None and (reason := _unread(tag, attributes)):
             self._unread = self._depth, reason
-        if tag in PICTURES:
-            self._picture(attributes)
+        if tag in IMAGE_TAGS:
+            self._image(attributes)
         elif tag == "picture":
             self._sources = []
         elif tag == "source" and self._sources is not None:
@@ -147,7 +147,7 @@ class _Reader:
             self._noscript = None
         if tag == "picture":
             if self._sources:  # There was no <img>.
-                self._picture({})
+                self._image({})
             self._sources = None
         if self._unread is not None and self._unread[0] == self._depth:
             self._unread = None
@@ -180,46 +180,46 @@ class _Reader:
         elif tag == "br" or not (self.items and str(self.items[-1]).endswith("\n")):
             self.items.append(Verbatim(edge))
 
-    def _picture(self, attributes: dict[str, str]) -> None:
+    def _image(self, attributes: dict[str, str]) -> None:
         """Its addresses: of a late loader, then those that a browser would choose from."""
         sources = self._sources or []
         own = (attributes.get("src") or "").strip()
         addresses = [*_late(attributes), *sources, *_set(attributes.get("srcset")), own]
         places = tuple(dict.fromkeys(filter(None, addresses)))[:PLACES]
         reason = self._unread[1] if self._unread else ""
-        picture = Picture(places, " ".join((attributes.get("alt") or "").split()), reason)
+        image = Image(places, " ".join((attributes.get("alt") or "").split()), reason)
         if self._sources is not None:
             self._sources = []
-        self._near.add(self.items, picture, spare=self._noscript is not None)
+        self._near.add(self.items, image, spare=self._noscript is not None)
 
 
 class _Near:
-    """The pictures since the last text: one that stands there twice, once for browsers without
-    scripts (`spare`, in a <noscript>), is one picture with the addresses of both."""
+    """The images since the last text: one that stands there twice, once for browsers without
+    scripts (`spare`, in a <noscript>), is one image with the addresses of both."""
 
     def __init__(self) -> None:
         self._by_address: tuple[dict[str, int], dict[str, int]] = ({}, {})
         self._alone: set[int] = set()
         self._last: tuple[int, bool] | None = None
 
-    def add(self, items: list[str | Picture], picture: Picture, *, spare: bool) -> None:
-        """Appends a picture to the page's items, or joins it to its twin there."""
-        twin = self._twin(picture, spare)
+    def add(self, items: list[str | Image], image: Image, *, spare: bool) -> None:
+        """Appends an image to the page's items, or joins it to its twin there."""
+        twin = self._twin(image, spare)
         place = len(items) if twin is None else twin
         if twin is None:
-            items.append(picture)
+            items.append(image)
             self._alone.add(place)
             self._last = place, spare
         else:
             other = items[twin]
-            assert isinstance(other, Picture)
-            items[twin] = _one(other, picture) if spare else _one(picture, other)
+            assert isinstance(other, Image)
+            items[twin] = _one(other, image) if spare else _one(image, other)
             self._alone.remove(twin)
-        for address in picture.places:
+        for address in image.places:
             self._by_address[spare].setdefault(address, place)
 
-    def _twin(self, picture: Picture, spare: bool) -> int | None:
-        known = (self._by_address[not spare].get(address) for address in picture.places)
+    def _twin(self, image: Image, spare: bool) -> int | None:
+        known = (self._by_address[not spare].get(address) for address in image.places)
         for place in known:
             if place in self._alone:
                 return place
@@ -228,10 +228,10 @@ class _Near:
         return None
 
 
-def _one(first: Picture, second: Picture) -> Picture:
+def _one(first: Image, second: Image) -> Image:
     places = tuple(dict.fromkeys((*first.places, *second.places)))
     alternative = first.alternative or second.alternative
-    return Picture(places, alternative, first.unread and second.unread)
+    return Image(places, alternative, first.unread and second.unread)
 
 
 def _unread(tag: str, attributes: dict[str, str]) -> str:

@@ -1,6 +1,6 @@
-"""A folder of pictures with a captions JSONL to a dataset of pairs.
+"""A folder of images with a captions JSONL to a dataset of pairs.
 
-`captions.jsonl` has a line per picture, `{"image": "any/where/below.jpg", "captions": ["...",
+`captions.jsonl` has a line per image, `{"image": "any/where/below.jpg", "captions": ["...",
 ...]}` or `{"image": ..., "caption": "..."}`.
 """
 
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from data_pipelines.build.captioned import CaptionedFolder, Unusable
 from data_pipelines.build.files import read
-from data_pipelines.build.pictures import ANY_PICTURE, PictureRules, Unfit
+from data_pipelines.build.images import ANY_IMAGE, ImageRules, Unfit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ImageFolder(CaptionedFolder):
         {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
     )
 
-    rules: PictureRules = ANY_PICTURE
+    rules: ImageRules = ANY_IMAGE
 
     @property
     def kind(self) -> str:
@@ -29,7 +29,7 @@ class ImageFolder(CaptionedFolder):
 
     @property
     def about(self) -> str:
-        return "Pictures with captions."
+        return "Images with captions."
 
     def read(self, file: pathlib.Path) -> tuple[dict[str, Any], tuple[str, ...]]:
         try:

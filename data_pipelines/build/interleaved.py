@@ -1,4 +1,4 @@
-"""Text and pictures in the order of a document to a record of kind pages: what all sources of
+"""Text and images in the order of a document to a record of kind pages: what all sources of
 pages have in common (paper 3.2, M3W).
 """
 
@@ -6,15 +6,15 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable
 
-from data_pipelines.build.pictures import PictureRules, Unfit
+from data_pipelines.build.images import ImageRules, Unfit
 from data_pipelines.build.source import Dropped, Example, Outcome
 
-PAGES_RULES = PictureRules(min_side=64, max_aspect=3.0)
-MAX_PICTURES = 1_000
+PAGES_RULES = ImageRules(min_side=64, max_aspect=3.0)
+MAX_IMAGES = 1_000
 """Of one page; a training example holds a few of them."""
 MAX_BYTES = 512 << 20
-"""Of a page's pictures: no record of more than 2 GiB can be written."""
-BEYOND = f"beyond the first {MAX_PICTURES:,} or {MAX_BYTES >> 20} MiB of a page"
+"""Of a page's images: no record of more than 2 GiB can be written."""
+BEYOND = f"beyond the first {MAX_IMAGES:,} or {MAX_BYTES >> 20} MiB of a page"
 
 
 class Verbatim(str):
@@ -23,15 +23,15 @@ class Verbatim(str):
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """A picture of a document. read: its file, raises Unfit; after: text that follows it where
-    it is fit; others: where else it may lie, tried in order until a fit picture is found.
+    """An image of a document. read: its file, raises Unfit; after: text that follows it where
+    it is fit; others: where else it may lie, tried in order until a fit image is found.
     """
 
     read: Callable[[], bytes]
     after: str = ""
     others: tuple[Callable[[], bytes], ...] = ()
 
-    def stored(self, rules: PictureRules) -> bytes:
+    def stored(self, rules: ImageRules) -> bytes:
         """Raises Unfit, with the reason that the first place gave."""
         reasons = []
         for read in (self.read, *self.others):
@@ -42,8 +42,8 @@ class Shown:
         raise reasons[0]
 
 
-def make_page(name: str, split: str, items: Iterable[str | Shown], rules: PictureRules) -> Outcome:
-    """Texts and pictures as a record; pictures that are unfit are left out and counted, and
+def make_page(name: str, split: str, items: Iterable[str | Shown], rules: ImageRules) -> Outcome:
+    """Texts and images as a record; images that are unfit are left out and counted, and
     pages that keep none are dropped.
     """
     pieces: list[list[str]] = [[]]
@@ -54,7 +54,7 @@ def make_page(name: str, split: str, items: Iterable[str | Shown], rules: Pictur
             pieces[-1].append(item)
             continue
         try:
-            image = item.stored(rules) if len(images) < MAX_PICTURES else b""
+            image = item.stored(rules) if len(images) < MAX_IMAGES else b""
             if not image or size + len(image) > MAX_BYTES:
                 raise Unfit(BEYOND)
             images.append(image)
@@ -64,7 +64,7 @@ def make_page(name: str, split: str, items: Iterable[str | Shown], rules: Pictur
             unfit.append(str(error))
     texts = [joined(parts) for parts in pieces]
     if not images:
-        return Dropped("page without a picture that is fit", tuple(unfit))
+        return Dropped("page without an image that is fit", tuple(unfit))
     if not any(texts):
         return Dropped("page without text", (*unfit, *["on a page without text"] * len(images)))
     return Example(split, {"id": name, "texts": texts, "images": images}, tuple(unfit))

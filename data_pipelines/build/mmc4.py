@@ -1,13 +1,13 @@
-"""MMC4 (Multimodal C4) to a dataset of pages: JSON lines of documents with sentences, pictures,
+"""MMC4 (Multimodal C4) to a dataset of pages: JSON lines of documents with sentences, images,
 and how similar each is to each.
 
 A document has `text_list` (sentences) and `image_info`, whose members have `image_name` (and
-`raw_url`), `matched_text_index` (the place of the sentence that the picture belongs to) and
-`matched_sim` (their CLIP similarity); the rows of `similarity_matrix` are pictures, its columns
-sentences. Each picture stands right before its own sentence; those of one sentence stand as
-`image_info` lists them. Where a picture has no `matched_text_index`, pictures and sentences are
+`raw_url`), `matched_text_index` (the place of the sentence that the image belongs to) and
+`matched_sim` (their CLIP similarity); the rows of `similarity_matrix` are images, its columns
+sentences. Each image stands right before its own sentence; those of one sentence stand as
+`image_info` lists them. Where an image has no `matched_text_index`, images and sentences are
 matched one to one for the largest sum of similarities, as MMC4's authors did. OpenFlamingo's
-conversion is read too: tar shards with a .json for each document, in which pictures lie
+conversion is read too: tar shards with a .json for each document, in which images lie
 themselves, as `image_base64` (Python's way of writing bytes, b'...', included). Numbers may
 have passed through a table: 1.0 is a place too, NaN is none.
 """
@@ -23,8 +23,8 @@ import numpy as np
 
 from data_pipelines.build.captions import is_missing, why_no_text
 from data_pipelines.build.files import existing_folder
+from data_pipelines.build.images import ImageRules, Unfit
 from data_pipelines.build.interleaved import PAGES_RULES, Shown, make_page
-from data_pipelines.build.pictures import PictureRules, Unfit
 from data_pipelines.build.pieces import Piece, why
 from data_pipelines.build.shards import (
     Found,
@@ -55,10 +55,10 @@ from data_pipelines.build.text_files import (
 )
 from flamingo_jax.errors import UserError
 
-BAD_LINE = "line that is not JSON with sentences and pictures"
+BAD_LINE = "line that is not JSON with sentences and images"
 NO_DOCUMENT = "sample without a .json"
 SHARD_DOCUMENT = 300_000
-"""Bytes of a document with its pictures, about."""
+"""Bytes of a document with its images, about."""
 UNMATCHED = "matched to no sentence"
 
 
@@ -66,7 +66,7 @@ UNMATCHED = "matched to no sentence"
 class Entry:
     """A document: a line of a file, or a file of a shard; `bad` says why there is none.
 
-    downloaded: for each picture its file, where it is known by its address.
+    downloaded: for each image its file, where it is known by its address.
     """
 
     id: str
@@ -85,17 +85,17 @@ class Match(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Mmc4:
-    """inputs: the JSON lines. images: folders of pictures, by name or as `shards.by_address`
+    """inputs: the JSON lines. images: folders of images, by name or as `shards.by_address`
     says, by default those of the lines.
 
-    min_similarity: pictures less similar to their sentence are left out. A cosine from -1 to 1;
+    min_similarity: images less similar to their sentence are left out. A cosine from -1 to 1;
     MMC4's own files hold none below 0.15, OpenFlamingo trained with 0.24.
     """
 
     inputs: tuple[str, ...]
     images: tuple[str, ...] = ()
     shares: Shares = DEFAULT_SHARES
-    rules: PictureRules = PAGES_RULES
+    rules: ImageRules = PAGES_RULES
     min_similarity: float = 0.0
 
     @property
@@ -104,7 +104,7 @@ class Mmc4:
 
     @property
     def about(self) -> str:
-        return "Documents of MMC4 with their pictures."
+        return "Documents of MMC4 with their images."
 
     @property
     def options(self) -> dict[str, Any]:
@@ -141,29 +141,29 @@ class Mmc4:
             return []
         record = parsed(text)
         try:
-            told, pictures = record["text_list"], record["image_info"]
+            told, images = record["text_list"], record["image_info"]
         except (KeyError, TypeError):
             return [Dropped(BAD_LINE)]
-        if not isinstance(told, list) or not isinstance(pictures, list):
+        if not isinstance(told, list) or not isinstance(images, list):
             return [Dropped(BAD_LINE)]
         reasons = [None if text == "" else why_no_text(text) for text in told]
         texts_lost = tuple(reason for reason in reasons if reason)
         if texts_lost and len(texts_lost) == len(told):
             return [Dropped(NOT_UTF8 if NOT_UTF8 in texts_lost else BAD_LINE)]
-        # An empty sentence in place of a lost one: pictures name their sentences by place.
+        # An empty sentence in place of a lost one: images name their sentences by place.
         sentences = ["" if reason else text for text, reason in zip(told, reasons, strict=True)]
         folders = self.images or folders_of(self.inputs)
-        matches = match(pictures, len(sentences), record.get("similarity_matrix"))
+        matches = match(images, len(sentences), record.get("similarity_matrix"))
         before: list[list[Shown]] = [[] for _ in sentences]
         lost = []
-        for place, (picture, matched) in enumerate(zip(pictures, matches, strict=True)):
+        for place, (image, matched) in enumerate(zip(images, matches, strict=True)):
             if matched is None:
                 lost.append(UNMATCHED)
             elif not matched.similarity >= self.min_similarity:
                 lost.append(f"similarity under {self.min_similarity:g}")
             else:
                 piece = entry.downloaded[place] if place < len(entry.downloaded) else None
-                before[matched.sentence].append(Shown(_reader(picture, folders, piece)))
+                before[matched.sentence].append(Shown(_reader(image, folders, piece)))
         items: list[str | Shown] = []
         for shown, sentence in zip(before, sentences, strict=True):
             items += [*shown, f"{sentence} "]
@@ -211,12 +211,12 @@ def _text(entry: Entry) -> str:
 
 
 def _reader(
-    picture: dict[str, Any], folders: Sequence[str], piece: Piece | None
+    image: dict[str, Any], folders: Sequence[str], piece: Piece | None
 ) -> Callable[[], bytes]:
-    """What reads a picture: the document's own copy, or the file that `shards.reader` finds."""
-    within = picture.get("image_base64")
+    """What reads an image: the document's own copy, or the file that `shards.reader` finds."""
+    within = image.get("image_base64")
     if not isinstance(within, str) or not within:
-        return reader(folders, picture.get("image_name"), piece)
+        return reader(folders, image.get("image_name"), piece)
 
     def read() -> bytes:
         written = re.fullmatch(r"b'(.*)'", within, re.DOTALL)
@@ -228,16 +228,16 @@ def _reader(
     return read
 
 
-def match(pictures: list[Any], sentences: int, matrix: Any) -> list[Match | None]:
-    """For each picture of `image_info` its sentence, None where there is none; a similarity
+def match(images: list[Any], sentences: int, matrix: Any) -> list[Match | None]:
+    """For each image of `image_info` its sentence, None where there is none; a similarity
     that is not given is infinite.
     """
-    similar = _similarities(matrix, (len(pictures), sentences))
-    found = [_given(picture, place, sentences, similar) for place, picture in enumerate(pictures)]
+    similar = _similarities(matrix, (len(images), sentences))
+    found = [_given(image, place, sentences, similar) for place, image in enumerate(images)]
     free = [
         place
-        for place, picture in enumerate(pictures)
-        if isinstance(picture, dict) and is_missing(picture.get("matched_text_index"))
+        for place, image in enumerate(images)
+        if isinstance(image, dict) and is_missing(image.get("matched_text_index"))
     ]
     if free and similar is not None:
         # A third of the start of a command, which those without such files need not wait for.
@@ -248,20 +248,20 @@ def match(pictures: list[Any], sentences: int, matrix: Any) -> list[Match | None
     return found
 
 
-def _given(picture: Any, place: int, sentences: int, similar: np.ndarray | None) -> Match | None:
-    index = picture.get("matched_text_index") if isinstance(picture, dict) else None
+def _given(image: Any, place: int, sentences: int, similar: np.ndarray | None) -> Match | None:
+    index = image.get("matched_text_index") if isinstance(image, dict) else None
     if isinstance(index, bool) or not isinstance(index, int | float):
         return None
     if not 0 <= index < sentences or index != int(index):
         return None
-    sentence, similarity = int(index), picture.get("matched_sim")
+    sentence, similarity = int(index), image.get("matched_sim")
     if type(similarity) not in (int, float) or is_missing(similarity):
         similarity = math.inf if similar is None else similar[place, sentence]
     return Match(sentence, float(similarity))
 
 
 def _similarities(matrix: Any, shape: tuple[int, int]) -> np.ndarray | None:
-    """float [pictures, sentences], None where the matrix is missing or another's."""
+    """float [images, sentences], None where the matrix is missing or another's."""
     try:
         values = np.asarray(matrix, float)
     except (TypeError, ValueError):
@@ -274,10 +274,10 @@ def _downloaded(entry: Entry, known: dict[bytes, Piece]) -> tuple[Piece | None, 
         record = parsed(_text(entry))
     except OSError:  # It is counted when the entry is converted.
         return ()
-    pictures = record.get("image_info") if isinstance(record, dict) else None
+    images = record.get("image_info") if isinstance(record, dict) else None
     addresses = (
-        [picture.get("raw_url") if isinstance(picture, dict) else None for picture in pictures]
-        if isinstance(pictures, list)
+        [image.get("raw_url") if isinstance(image, dict) else None for image in images]
+        if isinstance(images, list)
         else []
     )
     return tuple(

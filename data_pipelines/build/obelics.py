@@ -2,10 +2,10 @@
 
 A row has the lists `images` and `texts` of equal length; at each place one of them has an entry
 and the other has none. The published files hold addresses on the web in `images`; their
-pictures are looked for among what was downloaded (see `shards.by_address`: the output of
-img2dataset, or files named by the SHA-256 of their address). Files that hold the pictures
+images are looked for among what was downloaded (see `shards.by_address`: the output of
+img2dataset, or files named by the SHA-256 of their address). Files that hold the images
 themselves, as bytes or as {"bytes": ...}, the form that Hugging Face's datasets have, need
-nothing else. A picture that is not there is left out and counted. Where its authors found that
+nothing else. An image that is not there is left out and counted. Where its authors found that
 a page turns to another topic they wrote END_OF_DOCUMENT into a text,
 which is never trained on: what follows is a document of its own, in the same split.
 """
@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from data_pipelines.build.files import existing_folder
+from data_pipelines.build.images import ImageRules
 from data_pipelines.build.interleaved import PAGES_RULES, Shown, make_page
-from data_pipelines.build.pictures import PictureRules
 from data_pipelines.build.shards import (
     Found,
     Piece,
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 
 COLUMNS = ("images", "texts")
 ROWS = 16
-"""Rows that are read at once: with the pictures within, each may take many megabytes."""
+"""Rows that are read at once: with the images within, each may take many megabytes."""
 BAD_FILE = "unreadable parquet file"
 BAD_ROWS = "row of a damaged part of a parquet file"
-BAD_ROW = "row without lists of pictures and texts"
+BAD_ROW = "row without lists of images and texts"
 PARAGRAPH = "\n"
 END_OF_DOCUMENT = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"
 Item = str | bytes | Piece | None
@@ -53,7 +53,7 @@ Item = str | bytes | Piece | None
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A row as texts, pictures (bytes, or where they lie) and, as None, those that are not
+    """A row as texts, images (bytes, or where they lie) and, as None, those that are not
     there; or why it is of no use.
     """
 
@@ -67,14 +67,14 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Obelics:
-    """inputs: the parquet files. images: folders of downloaded pictures, by default those of
+    """inputs: the parquet files. images: folders of downloaded images, by default those of
     the files.
     """
 
     inputs: tuple[str, ...]
     images: tuple[str, ...] = ()
     shares: Shares = DEFAULT_SHARES
-    rules: PictureRules = PAGES_RULES
+    rules: ImageRules = PAGES_RULES
 
     @property
     def kind(self) -> str:
@@ -82,7 +82,7 @@ class Obelics:
 
     @property
     def about(self) -> str:
-        return "Documents of OBELICS with their pictures."
+        return "Documents of OBELICS with their images."
 
     @property
     def options(self) -> dict[str, Any]:

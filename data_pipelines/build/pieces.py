@@ -65,7 +65,7 @@ def packing_of(path: str | pathlib.Path) -> Packing | None:
 
 
 class TooLarge(OSError):
-    """More bytes than a picture, a caption or a page may have."""
+    """More bytes than an image, a caption or a page may have."""
 
 
 class Piece(NamedTuple):

@@ -1,12 +1,12 @@
-"""A folder of pictures or videos with a JSONL of questions to a dataset of questions (VQA;
+"""A folder of images or videos with a JSONL of questions to a dataset of questions (VQA;
 paper 3.3).
 
 `qa.jsonl` or `questions.jsonl` has a line per question,
 `{"image": "any/where/below.jpg", "question": "What is it?", "answer": "a cat"}`: `video` in
 place of `image`, `answers` (those of several people, as texts or as VQA's `{"answer": "a
-cat"}`) in place of `answer`, and `type` where questions have sorts. All questions about a
-picture land in the same split, so that what is kept out of training is pictures. Each record
-holds its picture again, as any reader of the kind expects; `short_side` keeps that small.
+cat"}`) in place of `answer`, and `type` where questions have sorts. All questions about an
+image land in the same split, so that what is kept out of training is images. Each record
+holds its image again, as any reader of the kind expects; `short_side` keeps that small.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from data_pipelines.build.captioned import Unusable
 from data_pipelines.build.captions import Texts, caption_file, file_name, is_missing, read_texts
 from data_pipelines.build.files import NoFile, Spelled, existing_folder, find, walk
 from data_pipelines.build.image_folder import ImageFolder
-from data_pipelines.build.pictures import ANY_PICTURE, PictureRules
+from data_pipelines.build.images import ANY_IMAGE, ImageRules
 from data_pipelines.build.source import (
     DEFAULT_SHARES,
     Dropped,
@@ -37,7 +37,7 @@ from data_pipelines.build.text_files import (
 from data_pipelines.build.video_folder import VideoFolder, stored_frames
 
 FILES = ("qa.jsonl", "questions.jsonl")
-BAD_LINE = "line that is not JSON with a picture, a question and answers"
+BAD_LINE = "line that is not JSON with an image, a question and answers"
 NO_QUESTION = "no question"
 NO_ANSWER = "no answer"
 
@@ -54,7 +54,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One picture or video with all questions about it, or a line that is of no use: `bad` says
+    """One image or video with all questions about it, or a line that is of no use: `bad` says
     why.
     """
 
@@ -68,7 +68,7 @@ class Entry:
         return self.name
 
     def all_dropped(self, reason: str) -> list[Outcome]:
-        """Each question, or the picture that nobody asks about, dropped for this reason."""
+        """Each question, or the image that nobody asks about, dropped for this reason."""
         if not self.questions:
             return [Dropped(reason)]
         return [Dropped(reason, texts_dropped=asked.no_answers) for asked in self.questions]
@@ -83,7 +83,7 @@ class QuestionsFolder:
     folders: tuple[str, ...]
     shares: Shares = DEFAULT_SHARES
     file: str | None = None
-    rules: PictureRules = ANY_PICTURE
+    rules: ImageRules = ANY_IMAGE
     fps: float = VideoFolder.fps
     max_seconds: float = VideoFolder.max_seconds
     video_short_side: int = VideoFolder.short_side
@@ -94,7 +94,7 @@ class QuestionsFolder:
 
     @property
     def about(self) -> str:
-        return "Questions about pictures or videos."
+        return "Questions about images or videos."
 
     @property
     def options(self) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from flamingo_jax.web_page import FRAMES, Table, page, strip, table
 
 COUNT = 24
 HEIGHT = 150
-"""Pixels of a picture on the page."""
-PICTURES = 6
-"""Pictures shown of a page of text."""
+"""Pixels of an image on the page."""
+MAX_IMAGES = 6
+"""Images shown of a page of text."""
 CHARACTERS = 600
 """Shown of a text."""
 
@@ -71,10 +71,10 @@ def samples_page(
             [reason, count, ", ".join(named.get(reason, []))] for reason, count in dropped.items()
         ]
         tables.append(Table("Where dropped records went", ["reason", "records", "such as"], rows))
-    if "pictures" in statistics:
-        pictures = statistics["pictures"]
-        lost = [[f"dropped: {reason}", count] for reason, count in pictures["dropped"].items()]
-        tables.append(Table("Pictures", ["", "pictures"], [["used", pictures["used"]], *lost]))
+    if "images" in statistics:
+        counts = statistics["images"]
+        lost = [[f"dropped: {reason}", count] for reason, count in counts["dropped"].items()]
+        tables.append(Table("Images", ["", "images"], [["used", counts["used"]], *lost]))
     if "texts" in statistics:
         texts = statistics["texts"]
         lost = [[f"dropped: {reason}", count] for reason, count in texts["dropped"].items()]
@@ -99,15 +99,15 @@ def _card(example: Example) -> str:
     parts = [f'<div class="prompt">{_text(fields["id"])}</div>']
     if "texts" in fields:
         for place, text in enumerate(fields["texts"]):
-            if 0 < place <= PICTURES:
-                parts.append(_pictures(fields["images"][place - 1 : place]))
-            parts.append(f"<div>{_text(text)}</div>" if place <= PICTURES else "")
-        if len(fields["images"]) > PICTURES:
+            if 0 < place <= MAX_IMAGES:
+                parts.append(_images(fields["images"][place - 1 : place]))
+            parts.append(f"<div>{_text(text)}</div>" if place <= MAX_IMAGES else "")
+        if len(fields["images"]) > MAX_IMAGES:
             parts.append(
-                f'<div class="prompt">and {len(fields["images"]) - PICTURES} more pictures</div>'
+                f'<div class="prompt">and {len(fields["images"]) - MAX_IMAGES} more images</div>'
             )
         return _framed(parts)
-    parts.append(_pictures([fields["image"]] if "image" in fields else fields.get("frames", ())))
+    parts.append(_images([fields["image"]] if "image" in fields else fields.get("frames", ())))
     if "question" in fields:
         parts.append(
             f"<div>{_text(fields['question'])}</div><div><b>{_text(' | '.join(dict.fromkeys(fields['answers'])))}</b></div>"  # noqa: E501
@@ -128,7 +128,7 @@ def _text(text: str) -> str:
     )
 
 
-def _pictures(encoded: Sequence[bytes]) -> str:
+def _images(encoded: Sequence[bytes]) -> str:
     if not encoded:
         return ""
     shown = (
@@ -139,5 +139,5 @@ def _pictures(encoded: Sequence[bytes]) -> str:
     try:
         frames = [images.decode(data, 2 * HEIGHT) for data in shown]
     except images.ImageError:
-        return '<div class="prompt">(a picture that cannot be read)</div>'
+        return '<div class="prompt">(an image that cannot be read)</div>'
     return f'<img src="{strip(frames, HEIGHT, "JPEG")}" alt="">'

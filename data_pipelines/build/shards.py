@@ -1,4 +1,4 @@
-"""The files that a source is given, and pictures that are found by name or by address."""
+"""The files that a source is given, and images that are found by name or by address."""
 
 import hashlib
 import os
@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from data_pipelines.build import files
-from data_pipelines.build.pictures import Unfit
+from data_pipelines.build.images import Unfit
 from data_pipelines.build.pieces import Piece, why
-from data_pipelines.build.tar_samples import PICTURES, Sample, samples
+from data_pipelines.build.tar_samples import IMAGE_ENDINGS, Sample, samples
 from data_pipelines.build.tars import SUFFIXES, packed_with
 from data_pipelines.build.text_files import decode, parsed
 from flamingo_jax.errors import UserError
@@ -65,7 +65,7 @@ def read_named(folders: Sequence[str], name: str) -> bytes:
 
 
 def folders_of(inputs: Sequence[str]) -> tuple[str, ...]:
-    """The inputs that are folders, and the folders of those that are files: where pictures lie
+    """The inputs that are folders, and the folders of those that are files: where images lie
     unless another place is named.
     """
     return tuple(
@@ -76,12 +76,12 @@ def folders_of(inputs: Sequence[str]) -> tuple[str, ...]:
 
 
 def by_address(folders: Sequence[str]) -> dict[bytes, Piece]:
-    """Downloaded pictures by their address on the web (`address_key`), below folders of
+    """Downloaded images by their address on the web (`address_key`), below folders of
 
     - what img2dataset made (`output_format` webdataset or files), whose .json files have the
       `url`;
-    - files named by the SHA-256 of their address in hexadecimal digits, with any ending of a
-      picture.
+    - files named by the SHA-256 of their address in hexadecimal digits, with any ending of an
+      image.
 
     Raises UserError for a compressed shard, in which nothing can be looked up.
     """
@@ -97,17 +97,17 @@ def by_address(folders: Sequence[str]) -> dict[bytes, Piece]:
         if file.lower().endswith((*SUFFIXES, ".json")) or DIGITS.search(file)
     ]
     known = frozenset(below)
-    with Bar("pictures by address", len(paths)) as bar:
+    with Bar("images by address", len(paths)) as bar:
         for path in paths:
             bar.advance()
             ending = path.suffix.lower()[1:]
             if path.name.lower().endswith(SUFFIXES):
                 _enter_shard(found, path)
             elif ending == "json":
-                beside = (path.with_suffix(f".{ending}") for ending in PICTURES)
-                if picture_file := next((file for file in beside if str(file) in known), None):
-                    _enter(found, Piece(str(path)), Piece(str(picture_file)))
-            elif ending in PICTURES:
+                beside = (path.with_suffix(f".{ending}") for ending in IMAGE_ENDINGS)
+                if image_file := next((file for file in beside if str(file) in known), None):
+                    _enter(found, Piece(str(path)), Piece(str(image_file)))
+            elif ending in IMAGE_ENDINGS:
                 found.setdefault(bytes.fromhex(path.stem), Piece(str(path)))
     return found
 
@@ -119,12 +119,12 @@ def _enter_shard(found: dict[bytes, Piece], path: pathlib.Path) -> None:
         return
     if packing:
         raise UserError(
-            f"{path} is compressed ({packing.name}), and pictures are looked up in it one by"
+            f"{path} is compressed ({packing.name}), and images are looked up in it one by"
             " one: unpack it to a plain .tar file"
         )
     for sample in samples(path):
-        if isinstance(sample, Sample) and sample.picture and sample.about:
-            _enter(found, sample.about, sample.picture)
+        if isinstance(sample, Sample) and sample.image and sample.about:
+            _enter(found, sample.about, sample.image)
 
 
 def address_key(address: str) -> bytes:
@@ -132,7 +132,7 @@ def address_key(address: str) -> bytes:
 
 
 def reader(folders: Sequence[str], name: object, downloaded: Piece | None) -> Callable[[], bytes]:
-    """What reads a picture: the file known by its address, else the one of that name below the
+    """What reads an image: the file known by its address, else the one of that name below the
     folders. It raises Unfit.
     """
 
@@ -149,10 +149,10 @@ def reader(folders: Sequence[str], name: object, downloaded: Piece | None) -> Ca
     return read
 
 
-def _enter(found: dict[bytes, Piece], about: Piece, picture: Piece) -> None:
+def _enter(found: dict[bytes, Piece], about: Piece, image: Piece) -> None:
     try:
         record = parsed(decode(about.read()))
     except OSError:
         return
     if isinstance(record, dict) and isinstance(record.get("url"), str):
-        found.setdefault(address_key(record["url"]), picture)
+        found.setdefault(address_key(record["url"]), image)

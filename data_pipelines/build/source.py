@@ -22,7 +22,7 @@ E = TypeVar("E")
 class Example:
     """A record for a split.
 
-    For each picture that was left out of it `parts_dropped` has the reason, for each text
+    For each image that was left out of it `parts_dropped` has the reason, for each text
     (a caption, an answer, a sentence) `texts_dropped`.
     """
 

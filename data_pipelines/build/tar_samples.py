@@ -1,12 +1,12 @@
-"""Which members of a tar shard belong to one sample, and which of them is its picture.
+"""Which members of a tar shard belong to one sample, and which of them is its image.
 
 WebDataset's rule is that neighbours whose names are the same up to the first dot of their last
 part
 are one sample: `0.jpg`, `0.seg.png`, `0.txt`. Files that others packed have dots in their
-names, `a.2021.jpg` and `a.2021.txt` beside `a.2022.jpg`, or stand by kind, all pictures first.
+names, `a.2021.jpg` and `a.2021.txt` beside `a.2022.jpg`, or stand by kind, all images first.
 So, here:
 
-- Among neighbours with the same key by WebDataset's rule, what has a picture and a text of the
+- Among neighbours with the same key by WebDataset's rule, what has an image and a text of the
   same name up to the *last* dot is a sample of its own, unless what stands before its ending is
   a word for a part of a sample (`WORDS`). All else joins the longest name that it continues.
 - A name that comes again begins a new sample.
@@ -21,16 +21,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from data_pipelines.build.pieces import Piece
 from data_pipelines.build.tars import Member, members
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 TEXTS = ("txt", "json")
 
-IMAGE_WORDS = frozenset("image img input rgb photo picture color colour orig original".split())
+IMAGE_WORDS = frozenset("image img input rgb photo image color colour orig original".split())
 MAP_WORDS = frozenset(
     "seg segmentation segment mask masks matte alpha depth disparity normal normals label"
     " labels semantic instance panoptic edge edges canny sketch pose flow heatmap albedo target"
     " output gt annotation annotations thumb thumbnail".split()
 )
-"""Of pictures that show something else than what the caption says."""
+"""Of images that show something else than what the caption says."""
 CAPTION_WORDS = frozenset("caption captions text texts prompt description alt title".split())
 OTHER_WORDS = frozenset(
     "cls class id index url license ocr box boxes bbox meta metadata info".split()
@@ -53,8 +53,8 @@ class Sample:
     group: str = ""
 
     @property
-    def picture(self) -> Piece | None:
-        return _chosen(self.members, PICTURES, IMAGE_WORDS, MAP_WORDS)
+    def image(self) -> Piece | None:
+        return _chosen(self.members, IMAGE_ENDINGS, IMAGE_WORDS, MAP_WORDS)
 
     @property
     def text(self) -> Piece | None:
@@ -66,10 +66,10 @@ class Sample:
         return _chosen(self.members, ("json",), CAPTION_WORDS | {"meta", "metadata"}, MAP_WORDS)
 
     @property
-    def other_pictures(self) -> int:
-        """Pictures beside its own, maps not among them."""
-        shown = [name for name in self.members if _rank(name, PICTURES, IMAGE_WORDS, MAP_WORDS) < 3]
-        return max(0, len(shown) - 1)
+    def other_images(self) -> int:
+        """Images beside its own, maps not among them."""
+        ranks = (_rank(name, IMAGE_ENDINGS, IMAGE_WORDS, MAP_WORDS) for name in self.members)
+        return max(0, sum(rank < 3 for rank in ranks) - 1)
 
 
 def samples(shard: str | pathlib.Path) -> Iterator[Sample | str]:
@@ -173,12 +173,12 @@ def _groups(run: Files) -> dict[str, Files]:
             _move(groups, more, parent)
     for more in sorted(groups, key=_depth):
         files = groups[more]
-        has_picture, has_text = _has(files, PICTURES), _has(files, TEXTS)
+        has_image, has_text = _has(files, IMAGE_ENDINGS), _has(files, TEXTS)
         above = next((name for name in _above(more) if name in groups), None)
-        if not has_picture and not has_text:
+        if not has_image and not has_text:
             above = above or ""
         elif above is not None and not _is_whole(files):
-            lacks = TEXTS if has_picture else PICTURES
+            lacks = TEXTS if has_image else IMAGE_ENDINGS
             above = above if _has(groups[above], lacks) else None
         else:
             above = None
@@ -206,7 +206,7 @@ def _move(groups: dict[str, Files], more: str, above: str) -> None:
 
 
 def _is_whole(files: Files) -> bool:
-    return _has(files, PICTURES) and _has(files, TEXTS)
+    return _has(files, IMAGE_ENDINGS) and _has(files, TEXTS)
 
 
 def _has(files: Files, endings: Iterable[str]) -> bool:

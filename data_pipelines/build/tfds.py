@@ -1,7 +1,7 @@
 """A TFDS dataset, by its name or its folder, to one of our kinds: its features found by their
 usual names, or by those that are given.
 
-Read once and written again rather than trained from directly: its pictures are checked and
+Read once and written again rather than trained from directly: its images are checked and
 bounded as those of any other source, what cannot be used is counted, and everything after has
 one form of record. Splits named train, validation (val, valid, dev) and test stay what they
 are; a dataset with one split alone is dealt out as other sources are. Features named in
@@ -21,7 +21,7 @@ import numpy as np
 
 from data_pipelines.build.captions import NO_CAPTION, Texts, why_no_text
 from data_pipelines.build.files import FILLERS
-from data_pipelines.build.pictures import ANY_PICTURE, PictureRules, Unfit
+from data_pipelines.build.images import ANY_IMAGE, ImageRules, Unfit
 from data_pipelines.build.source import (
     DEFAULT_SHARES,
     Dropped,
@@ -99,7 +99,7 @@ class Tfds:
     shares_if_one: Shares = DEFAULT_SHARES
     fields: tuple[tuple[str, str], ...] = ()
     as_kind: str | None = None
-    rules: PictureRules = ANY_PICTURE
+    rules: ImageRules = ANY_IMAGE
     fps: float = 1.0
 
     @property
@@ -140,7 +140,7 @@ class Tfds:
         target = {split: None if len(splits) == 1 else SPLITS[split] for split in splits}
         folder = str(builder.data_path)
         _records(
-            folder, next(iter(splits)), self._picture
+            folder, next(iter(splits)), self._image
         )  # One sentence for a form that cannot be read, before work starts.
 
         def places() -> Iterator[Entry]:
@@ -151,13 +151,13 @@ class Tfds:
 
     def convert(self, entry: Entry) -> list[Outcome]:
         try:
-            record = _records(entry.folder, entry.split, self._picture)[entry.place]
+            record = _records(entry.folder, entry.split, self._image)[entry.place]
         except Exception:  # noqa: BLE001 - readers of damaged records raise whatever they stumble on.
             return [Dropped("unreadable record")]
         kind, features = self._mapped
-        picture = features["image" if kind == "pairs" else "frames"]
+        image = features["image" if kind == "pairs" else "frames"]
         try:
-            stored = _at(record, picture)
+            stored = _at(record, image)
             shown = [
                 self.rules.store(data)
                 for data in ([stored] if isinstance(stored, bytes) else list(stored))
@@ -173,9 +173,9 @@ class Tfds:
         except (KeyError, TypeError, ValueError):
             return [Dropped("record of another form")]
         if not shown:
-            return [Dropped("no picture")]
+            return [Dropped("no image")]
         record_id = f"{entry.split}/{entry.place}" + (f"/{name}" if name else "")
-        # All questions about a picture land in one split.
+        # All questions about an image land in one split.
         dealt = (
             record_id
             if kind != "questions"
@@ -243,7 +243,7 @@ class Tfds:
         )
 
     @property
-    def _picture(self) -> str:
+    def _image(self) -> str:
         kind, features = self._mapped
         return features["image" if kind == "pairs" else "frames"]
 
@@ -330,11 +330,11 @@ def _builder(name: str) -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def _records(folder: str, split: str, picture: str) -> Sequence[Any]:
+def _records(folder: str, split: str, image: str) -> Sequence[Any]:
     """Raises UserError for a dataset that has no random access."""
     try:
         return _builder(folder).as_data_source(
-            split=split, decoders=left_encoded([picture.split("/")[0]])
+            split=split, decoders=left_encoded([image.split("/")[0]])
         )
     except (NotImplementedError, ValueError, FileNotFoundError) as error:
         raise UserError(

@@ -11,7 +11,7 @@ import pathlib
 from typing import Any, ClassVar
 
 from data_pipelines.build.captioned import CaptionedFolder, Unusable
-from data_pipelines.build.pictures import encode, shrink
+from data_pipelines.build.images import encode, shrink
 from flamingo_jax.processing.video import VideoError, read_film
 
 FRAME_QUALITY = 90

@@ -1,6 +1,6 @@
 """WebDataset tar shards, those of img2dataset among them, to a dataset of pairs.
 
-A sample's picture is its .jpg, .png, .webp, ...; its captions are its .txt, or `captions`,
+A sample's image is its .jpg, .png, .webp, ...; its captions are its .txt, or `captions`,
 `caption` or `text` of its .json. Which members make a sample is told in `tar_samples`.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from data_pipelines.build.captions import NO_CAPTION, Texts, read_texts
-from data_pipelines.build.pictures import ANY_PICTURE, PictureRules, Unfit
+from data_pipelines.build.images import ANY_IMAGE, ImageRules, Unfit
 from data_pipelines.build.pieces import Piece, why
 from data_pipelines.build.shards import files_in
 from data_pipelines.build.source import (
@@ -25,8 +25,8 @@ from data_pipelines.build.tars import SUFFIXES
 from data_pipelines.build.text_files import NotUtf8, as_utf8, decode, parsed
 from flamingo_jax.progress import Bar
 
-NO_PICTURE = "no picture"
-OTHER_PICTURE = "another picture of the same sample"
+NO_IMAGE = "no image"
+OTHER_IMAGE = "another image of the same sample"
 CAPTION_FIELDS = (("captions", "caption"), ("texts", "text"))
 BAD_JSON = "caption file that is not JSON with a caption"
 
@@ -40,10 +40,10 @@ class Entry:
 
     id: str
     group: str = ""
-    picture: Piece | None = None
+    image: Piece | None = None
     text: Piece | None = None
     about: Piece | None = None
-    other_pictures: int = 0
+    other_images: int = 0
     bad: str = ""
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ class Entry:
 class WebDataset:
     inputs: tuple[str, ...]
     shares: Shares = DEFAULT_SHARES
-    rules: PictureRules = ANY_PICTURE
+    rules: ImageRules = ANY_IMAGE
 
     @property
     def kind(self) -> str:
@@ -62,7 +62,7 @@ class WebDataset:
 
     @property
     def about(self) -> str:
-        return "Pictures with captions from WebDataset shards."
+        return "Images with captions from WebDataset shards."
 
     @property
     def options(self) -> dict[str, Any]:
@@ -80,10 +80,10 @@ class WebDataset:
                             Entry(
                                 record_id(self.inputs, shard.root, f"{name}/{sample.key}"),
                                 record_id(self.inputs, shard.root, f"{name}/{sample.group}"),
-                                sample.picture,
+                                sample.image,
                                 sample.text,
                                 sample.about,
-                                sample.other_pictures,
+                                sample.other_images,
                             )
                         )
                     else:
@@ -92,15 +92,15 @@ class WebDataset:
         return entries
 
     def convert(self, entry: Entry) -> list[Outcome]:
-        others = (OTHER_PICTURE,) * entry.other_pictures
-        if entry.bad or not entry.picture:
-            return [Dropped(entry.bad or NO_PICTURE, others)]
-        files = _Read(piece for piece in (entry.picture, entry.text, entry.about) if piece)
+        others = (OTHER_IMAGE,) * entry.other_images
+        if entry.bad or not entry.image:
+            return [Dropped(entry.bad or NO_IMAGE, others)]
+        files = _Read(piece for piece in (entry.image, entry.text, entry.about) if piece)
         try:
             captions, lost = _captions(entry, files)
             if not captions:
                 return [Dropped(NO_CAPTION, others, lost)]
-            image = self.rules.store(files[entry.picture])
+            image = self.rules.store(files[entry.image])
         except (Unfit, NotUtf8) as error:
             return [Dropped(str(error), others)]
         except OSError as error:

@@ -32,7 +32,7 @@ NAMES = 5
 RECORDS_PER_SHARD = 5_000
 RECORDS_PER_FLUSH = 200
 BYTES_PER_FLUSH = 64 << 20
-"""Records of a split, or bytes of their pictures, that wait in memory to be written together:
+"""Records of a split, or bytes of their images, that wait in memory to be written together:
 TFDS writes its metadata anew at every flush.
 """
 FAILED = "the reader failed"
@@ -164,6 +164,8 @@ def _finished(final: pathlib.Path, source: Source) -> dict[str, Any]:
             f"{final} was built from another source or with other options: remove it, or choose"
             " another --output"
         )
+    if "pictures" in statistics:  # What older versions of this file call them.
+        statistics["images"] = statistics.pop("pictures")
     return statistics
 
 
@@ -189,7 +191,7 @@ def _write(
     drawn = Drawn()
     parts: collections.Counter[str] = collections.Counter()
     texts_dropped: collections.Counter[str] = collections.Counter()
-    pictures = texts = 0
+    images = texts = 0
     waiting: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
     size: collections.Counter[str] = collections.Counter()
 
@@ -209,8 +211,8 @@ def _write(
             continue
         drawn.offer(outcome)
         counts[outcome.split] += 1
-        shown = _pictures(outcome)
-        pictures += len(shown)
+        shown = _images(outcome)
+        images += len(shown)
         texts += sum(len(outcome.fields.get(field, ())) for field in TEXT_FIELDS)
         waiting[outcome.split].append(outcome.fields)
         size[outcome.split] += sum(map(len, shown))
@@ -231,14 +233,14 @@ def _write(
         "dropped": dict(sorted(dropped.items())),
         "dropped_names": {reason: known for reason, known in sorted(names.items()) if known},
     }
-    if pictures or parts:
-        statistics["pictures"] = {"used": pictures, "dropped": dict(sorted(parts.items()))}
+    if images or parts:
+        statistics["images"] = {"used": images, "dropped": dict(sorted(parts.items()))}
     if texts_dropped:
         statistics["texts"] = {"used": texts, "dropped": dict(sorted(texts_dropped.items()))}
     return statistics, drawn
 
 
-def _pictures(example: Example) -> list[bytes]:
+def _images(example: Example) -> list[bytes]:
     fields = example.fields
     return [
         *([fields["image"]] if "image" in fields else []),

@@ -28,7 +28,7 @@ class Canvas(NamedTuple):
 
 
 def image_canvas(size: int, mean: Sequence[float]) -> Canvas:
-    """Frames as pictures uint8 [size, size, 3]; blanks are zero."""
+    """Frames as images uint8 [size, size, 3]; blanks are zero."""
     return Canvas(
         "images",
         np.zeros((size, size, 3), np.uint8),

@@ -146,7 +146,7 @@ def flamingo_segment(
     fixed choice that evaluation makes.
 
     Its fields are asked for only where something is made of them that is not kept: a page whose
-    window shows no picture need not be read again.
+    window shows no image need not be read again.
     """
     if dataset.kind == "pages":
         sequence = record.once(

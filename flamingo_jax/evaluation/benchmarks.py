@@ -199,10 +199,10 @@ class Classification:
 
 @dataclasses.dataclass(frozen=True)
 class Binding:
-    """Which of the page's new words names the last picture, after `shots` pictures with their
+    """Which of the page's new words names the last image, after `shots` images with their
     words; chance is one over the words.
 
-    A page's texts end with the word that names its picture.
+    A page's texts end with the word that names its image.
     """
 
     name: str
@@ -215,7 +215,7 @@ class Binding:
         pages = [page for page in self.pages if len(page.visuals) > settings.shots]
         if not pages:
             raise UserError(
-                f"no page of {self.name} has {settings.shots} pictures before its last: ask for"
+                f"no page of {self.name} has {settings.shots} images before its last: ask for"
                 " fewer shots"
             )
         return pages

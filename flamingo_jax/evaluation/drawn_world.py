@@ -1,5 +1,5 @@
 """The quickstart's suite on the embedded drawn world: captions, questions, clips and new words,
-with and without pictures.
+with and without images.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.inference.engine import Engine
 
 SPLITS = {"seen": "test", "unseen": "unseen"}
-"""`unseen` shows only colour-shape pairs that are in no training picture."""
+"""`unseen` shows only colour-shape pairs that are in no training image."""
 BINDING_SHOTS = (1, 2, 4, 8, 16, 32)
 
 ReadRecords = Callable[[str, str, str], Sequence[Any]]

@@ -31,7 +31,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Page:
-    """k + 1 texts around k pictures."""
+    """k + 1 texts around k images."""
 
     id: str
     texts: tuple[str, ...]
@@ -46,7 +46,7 @@ def read_examples(
     frames: int | None = None,
     fps: float | None = None,
 ) -> list[Example]:
-    """Records of kind pairs, videos or questions, their pictures encoded as on disk
+    """Records of kind pairs, videos or questions, their images encoded as on disk
     (data_pipelines/features.py has the fields).
 
     Args:
@@ -55,20 +55,20 @@ def read_examples(
       fps: frames a second of clips, no more than were stored; by default all that were stored,
         as in training.
 
-    Raises: UserError that names the record whose picture cannot be read, that has no answer, or
+    Raises: UserError that names the record whose image cannot be read, that has no answer, or
       whose video was stored at a lower rate.
     """
     examples = []
     for record in records:
         name = _text(record["id"])
-        pictures = [record["image"]] if kind == "pairs" else list(record["frames"])
+        encoded = [record["image"]] if kind == "pairs" else list(record["frames"])
         every = (
             1.0
-            if kind == "pairs" or fps is None or len(pictures) == 1
+            if kind == "pairs" or fps is None or len(encoded) == 1
             else _every(record, fps, name)
         )
-        kept = middle_clip(len(pictures), frames or config.resampler.frames, every=every)
-        visual = read_visual([pictures[place] for place in kept], config, name)
+        kept = middle_clip(len(encoded), frames or config.resampler.frames, every=every)
+        visual = read_visual([encoded[place] for place in kept], config, name)
         answers = _answers(record, kind)
         if not answers:
             raise UserError(
@@ -113,12 +113,12 @@ def _every(record: Any, fps: float, name: str) -> float:
 def read_pages(records: Iterable[Any], config: FlamingoConfig) -> list[Page]:
     """Records of kind pages.
 
-    Raises UserError that names the record whose picture cannot be read.
+    Raises UserError that names the record whose image cannot be read.
     """
     pages = []
     for record in records:
         name = _text(record["id"])
-        visuals = tuple(read_visual([picture], config, name) for picture in record["images"])
+        visuals = tuple(read_visual([image], config, name) for image in record["images"])
         pages.append(Page(name, tuple(_text(text) for text in record["texts"]), visuals))
     return pages
 
@@ -146,23 +146,22 @@ def _plain(caption: str) -> str:
     return re.sub(r"^\s*Output: ", "", caption)
 
 
-def read_visual(pictures: Sequence[bytes], config: FlamingoConfig, name: str) -> Visual:
-    """Encoded pictures as one visual at the model's size.
+def read_visual(encoded: Sequence[bytes], config: FlamingoConfig, name: str) -> Visual:
+    """Encoded images as one visual at the model's size.
 
     Raises UserError with `name` where one cannot be read.
     """
     vision = config.vision
     try:
         frames = [
-            images.load(picture, vision.image_size, vision.mean, vision.image_fit)
-            for picture in pictures
+            images.load(one, vision.image_size, vision.mean, vision.image_fit) for one in encoded
         ]
     except images.ImageError as error:
         raise UserError(
             f"{name}: unreadable image ({error}): replace it by a whole PNG or JPEG file"
         ) from error
     if not frames:
-        raise UserError(f"{name} has no picture: leave it out")
+        raise UserError(f"{name} has no image: leave it out")
     return Visual(np.stack(frames))
 
 

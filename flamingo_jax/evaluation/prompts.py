@@ -36,7 +36,7 @@ KEYWORDS = re.compile(r"\s*(?:Question:|Answer:|Output:|<image>).*", re.DOTALL)
 def few_shot(
     query: Example, shots: Sequence[Example], text_only: Sequence[Example], form: Format
 ) -> list[Part]:
-    """`text_only` examples without their pictures, then `shots` with theirs, then the query up
+    """`text_only` examples without their images, then `shots` with theirs, then the query up
     to its answer.
 
     Zero-shot prompts of open-ended tasks have two text-only examples and no shots (paper 3.3:
@@ -52,7 +52,7 @@ def few_shot(
 
 
 def binding(page: Page, shots: int) -> list[Part]:
-    """The last `shots` pictures before the page's last one with their texts, then the last one
+    """The last `shots` images before the page's last one with their texts, then the last one
     with its text up to the last word.
     """
     parts: list[Part] = []

@@ -1,4 +1,4 @@
-"""report.json and report.html: one file that a person opens, with pictures, predictions, curves
+"""report.json and report.html: one file that a person opens, with images, predictions, curves
 and tables inside it.
 """
 
@@ -16,7 +16,7 @@ from flamingo_jax.web_page import Table, page, strip, table
 
 SAMPLES = 12
 """Samples shown of each result."""
-PICTURE_SIDE = 112
+IMAGE_SIDE = 112
 
 
 def write_report(
@@ -63,7 +63,7 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def training_charts(stage: str, measured: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Training losses, held-out losses with and without pictures, and the last gates by layer,
+    """Training losses, held-out losses with and without images, and the last gates by layer,
     as far as they were measured.
     """
 
@@ -134,9 +134,9 @@ def chart(
     return drawn[drawn.index("<svg") :]
 
 
-def picture(sample: Sample) -> str:
-    """The visual of a sample as a data URI: a picture, or the frames of a clip side by side."""
-    return strip(sample.visual.frames, PICTURE_SIDE)
+def image(sample: Sample) -> str:
+    """The visual of a sample as a data URI: an image, or the frames of a clip side by side."""
+    return strip(sample.visual.frames, IMAGE_SIDE)
 
 
 def _samples(heading: str, result: Result) -> str:
@@ -152,7 +152,7 @@ def _card(sample: Sample) -> str:
     prompt = sample.prompt if len(sample.prompt) <= 160 else "… " + sample.prompt[-160:]
     return (
         f'<div class="sample{" right" if sample.right >= 0.5 else ""}"><img'
-        f' src="{picture(sample)}" alt="">'
+        f' src="{image(sample)}" alt="">'
         "<div"
         f' class="prompt">{html.escape(prompt)}</div><div><b>{html.escape(sample.prediction) or "(nothing)"}</b></div>'  # noqa: E501
         f"<div>should be: {html.escape(' | '.join(sorted(set(sample.answers))))}</div></div>"

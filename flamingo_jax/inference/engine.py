@@ -131,8 +131,8 @@ class Engine:
     """Runs a model on prompts. Answers do not depend on which prompts share a batch, within
     float32 rounding.
 
-    with_visuals: False takes every picture away, as in the training of a model without
-      pictures; the image tags stay.
+    with_visuals: False takes every image away, as in the training of a model without
+      images; the image tags stay.
     rows: prompts in a batch at most.
     """
 
@@ -336,7 +336,7 @@ class Engine:
         return _prepare(self._graph, self._state, np.stack(tokens + blank))
 
     def _encoded(self, visuals: list[Visual], encode: Any) -> Iterator[tuple[bytes, np.ndarray]]:
-        """(digest, encoding) of every visual, by number of frames, so that pictures do not pay
+        """(digest, encoding) of every visual, by number of frames, so that images do not pay
         for clips.
         """
         groups: dict[int, list[Visual]] = {}

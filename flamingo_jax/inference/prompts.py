@@ -49,7 +49,7 @@ class Visual:
 
     @functools.cached_property
     def digest(self) -> bytes:
-        """Names the pixels: equal pictures are encoded once, wherever they came from."""
+        """Names the pixels: equal images are encoded once, wherever they came from."""
         return hashlib.blake2b(
             str(self.frames.shape).encode() + np.ascontiguousarray(self.frames).tobytes(),
             digest_size=16,
@@ -95,12 +95,10 @@ def resolve_tags(prompt: Prompt, tag: str = Tokenizer.image_tag) -> list[Part]:
     if not tags:
         return list(prompt)
     if tags != len(visuals):
-        more, fewer = (
-            ("image tags", "pictures") if tags > len(visuals) else ("pictures", "image tags")
-        )
+        more, fewer = ("image tags", "images") if tags > len(visuals) else ("images", "image tags")
         raise UserError(
-            f"more {more} than {fewer} in a prompt ({tags} {tag}, {len(visuals)} pictures):"
-            f" write one {tag} for each picture, or none at all, and \\{tag} where text only"
+            f"more {more} than {fewer} in a prompt ({tags} {tag}, {len(visuals)} images):"
+            f" write one {tag} for each image, or none at all, and \\{tag} where text only"
             " mentions it"
         )
     left = iter(visuals)

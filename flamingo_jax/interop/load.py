@@ -38,18 +38,18 @@ class LoadedVisionEncoder:
     model: ViT
     config: VisionConfig
 
-    def preprocess(self, pictures: list[bytes]) -> np.ndarray:
-        """Encoded pictures -> float32 [M, S, S, 3] as the encoder takes them: squares by the
+    def preprocess(self, images: list[bytes]) -> np.ndarray:
+        """Encoded images -> float32 [M, S, S, 3] as the encoder takes them: squares by the
         config's image_fit, normalised.
 
-        Raises: ImageError for what is no picture.
+        Raises: ImageError for what is no image.
         """
         mean, std = (
             np.asarray(values, np.float32) for values in (self.config.mean, self.config.std)
         )
         pixels = [
             load(data, self.config.image_size, self.config.mean, self.config.image_fit)
-            for data in pictures
+            for data in images
         ]
         return (np.stack(pixels).astype(np.float32) / 255 - mean) / std
 
@@ -93,7 +93,7 @@ def load_vision_encoder(
     folder: str | pathlib.Path, *, mesh: Mesh | None = None, weights: Any = None
 ) -> LoadedVisionEncoder:
     """The vision tower of a CLIP or SigLIP as transformers save them, alone or within the whole
-    model; it computes in the type of its pictures.
+    model; it computes in the type of its images.
 
     Args, Raises: as of `load_language_model`; on a mesh it is whole on every device.
     """

@@ -19,9 +19,9 @@ from flamingo_jax.interop.load import (
 
 LENGTHS = (1, 17, 128)
 TEXT = (
-    "In the beginning there was a picture, and whoever looked at it said what was to be seen:"
+    "In the beginning there was an image, and whoever looked at it said what was to be seen:"
     " two dogs on a beach, one of them wet, and behind them the sea. Later there were many"
-    " pictures, 1,024 to a page, and nobody looked at all of them. Machines were asked instead."
+    " images, 1,024 to a page, and nobody looked at all of them. Machines were asked instead."
     " What is on the left? A boat. Is it moving? It is hard to tell from one frame, they said,"
     " and asked for another."
 )
@@ -79,7 +79,7 @@ def verify_language_model(folder: str | pathlib.Path) -> Comparison:
 
 
 def verify_vision_encoder(folder: str | pathlib.Path) -> Comparison:
-    """Features of two pictures of noise."""
+    """Features of two images of noise."""
     require_original()
     import torch
     import transformers

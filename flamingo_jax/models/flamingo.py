@@ -127,10 +127,10 @@ class Flamingo(nnx.Module):
         return self.encode_stream([images])[0]
 
     def encode_stream(self, images: Parts) -> list[Array]:
-        """The pictures of several datasets, uint8 [M, T, H, W, 3] each, as one batch over all
+        """The images of several datasets, uint8 [M, T, H, W, 3] each, as one batch over all
         devices -> grid features [M, T, S, C] of each.
 
-        Where all M divide, every device encodes the pictures that lie on it; else row shards
+        Where all M divide, every device encodes the images that lie on it; else row shards
         share theirs out anew.
         """
         axes = AXES if all(part.shape[0] % shards(AXES) == 0 for part in images) else ROWS

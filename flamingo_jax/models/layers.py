@@ -40,7 +40,7 @@ def linear(x: Array, w: Array, contract: int = 1) -> Array:
 
 def _product(x: Array, w: Array, contract: int) -> Array:
     if platform() != "cpu":
-        # TPUs tile the last two axes: those that are no multiple of 8 (164 keys of a picture)
+        # TPUs tile the last two axes: those that are no multiple of 8 (164 keys of an image)
         # would be copied to become one row axis.
         return jnp.tensordot(x, w.astype(x.dtype), contract)
     # As one matrix product: XLA's CPU backend is twice as slow at the gradient of a product

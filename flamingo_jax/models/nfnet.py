@@ -48,7 +48,7 @@ def _family(scale: int) -> Variant:
 
 
 VARIANTS: dict[str, Variant] = {f"F{n}": _family(n + 1) for n in range(8)} | {
-    # Total stride 8 and no groups: what 48 px pictures and two CPU cores want.
+    # Total stride 8 and no groups: what 48 px images and two CPU cores want.
     "tiny": Variant((16, 48), (2, 2), (64, 128), (2, 2), (1, 2), 1024, 160)
 }
 
@@ -111,7 +111,7 @@ def _cast_backward(
             x.shape[1:3], w.shape[:2], (stride, stride), "SAME"
         )
     ]
-    # As far as the filter's place reaches over the pictures, and no farther.
+    # As far as the filter's place reaches over the images, and no farther.
     high = [
         stride * (o - 1) + k - size - before
         for o, k, size, before in zip(dy.shape[1:3], w.shape[:2], x.shape[1:3], low, strict=True)
@@ -292,7 +292,7 @@ class Stage(nnx.Module):
 
 
 class NFNet(nnx.Module):
-    """Normalised pictures [M, H, W, 3] -> grid features [M, h, w, C] after the final 1x1
+    """Normalised images [M, H, W, 3] -> grid features [M, h, w, C] after the final 1x1
     convolution (F6: stride 32, C = 3072).
     """
 
@@ -338,7 +338,7 @@ class NFNet(nnx.Module):
         return activation(self.final(x))
 
     def prepared(self, dtype: DTypeLike) -> "NFNet":
-        """The same function of pictures of this dtype with every weight standardised, once for
+        """The same function of images of this dtype with every weight standardised, once for
         however many batches.
         """
         copy = nnx.merge(*nnx.split(self))

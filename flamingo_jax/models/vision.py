@@ -10,7 +10,7 @@ VisionEncoder = NFNet | ViT
 
 
 def vision_encoder(config: VisionConfig, *, rngs: nnx.Rngs) -> VisionEncoder:
-    """Both map normalised pictures [M, H, W, 3] to grid features [M, h, w, C], C being their
+    """Both map normalised images [M, H, W, 3] to grid features [M, h, w, C], C being their
     `width`.
     """
     return NFNet(config, rngs=rngs) if config.vit is None else ViT(config, rngs=rngs)

@@ -41,12 +41,12 @@ class ViTLayer(nnx.Module):
 
 
 class ViT(nnx.Module):
-    """Normalised pictures [M, H, W, 3] -> grid features [M, H / patch, W / patch, C], the
+    """Normalised images [M, H, W, 3] -> grid features [M, H / patch, W / patch, C], the
     patches' last states.
 
-    Pictures of another size than the config's have their positions interpolated. What does not
+    Images of another size than the config's have their positions interpolated. What does not
     fill a patch, on the right and below, is left out (SigLIP: 384 pixels are 27 patches of 14).
-    Raises: UserError where a picture is smaller than a patch.
+    Raises: UserError where an image is smaller than a patch.
     """
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
@@ -68,25 +68,25 @@ class ViT(nnx.Module):
     def __call__(self, images: Array, *, train: bool = False, key: Array | None = None) -> Array:
         """Nothing is random, whether in training or not."""
         patch = self.config.patch_size
-        pictures, rows, columns = (
+        count, rows, columns = (
             images.shape[0],
             _cells(images.shape[1], patch),
             _cells(images.shape[2], patch),
         )
         x = images[:, : rows * patch, : columns * patch]
         x = (
-            x.reshape(pictures, rows, patch, columns, patch, 3)
+            x.reshape(count, rows, patch, columns, patch, 3)
             .swapaxes(2, 3)
-            .reshape(pictures, rows, columns, -1)
+            .reshape(count, rows, columns, -1)
         )
         x = linear(x, self.patch_embedding[...])
         if self.patch_bias is not None:
             x = x + spread(self.patch_bias[...], x)
         x = (x + spread(self._positions(rows, columns), x)).reshape(
-            pictures, rows * columns, self.width
+            count, rows * columns, self.width
         )
         if self.class_embedding is not None:
-            first = jnp.broadcast_to(self.class_embedding[...], (pictures, 1, self.width)).astype(
+            first = jnp.broadcast_to(self.class_embedding[...], (count, 1, self.width)).astype(
                 x.dtype
             )
             x = jnp.concatenate([first, x], axis=1)
@@ -97,7 +97,7 @@ class ViT(nnx.Module):
             x = x[:, 1:]
         if self.last_norm is not None:
             x = self.last_norm(x)
-        return x.reshape(pictures, rows, columns, self.width)
+        return x.reshape(count, rows, columns, self.width)
 
     def prepared(self, dtype: DTypeLike) -> "ViT":
         """Itself: nothing of it is worth computing once for many batches."""

@@ -118,7 +118,7 @@ def batch_shardings(names: Iterable[str], mesh: Mesh) -> dict[str, NamedSharding
     """Where a batch's arrays lie, by their names: rows over data and fsdp, repeated over model;
     the list of visuals over all three.
 
-    Only batches with `visuals` have such a list: the pictures of contrastive pairs lie with
+    Only batches with `visuals` have such a list: the images of contrastive pairs lie with
     their rows. `share` has the hosts' side of this.
     """
     names = set(names)

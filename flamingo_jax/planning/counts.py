@@ -23,7 +23,7 @@ FLOW = (
     "language_model",
     "extra_embedding",
 )
-"""The parts of a Flamingo in the order in which a picture meets them."""
+"""The parts of a Flamingo in the order in which an image meets them."""
 
 
 def parameter_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:

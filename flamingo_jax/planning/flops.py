@@ -132,7 +132,7 @@ def step_cost(experiment: Experiment) -> Cost:
 
 
 def encoder_cost(encoder: Any, image_size: int) -> tuple[int, int]:
-    """FLOPs forward of a vision encoder for one picture, and the cells of its grid.
+    """FLOPs forward of a vision encoder for one image, and the cells of its grid.
 
     `encoder` may hold shapes for arrays.
     """

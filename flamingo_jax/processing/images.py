@@ -16,7 +16,7 @@ from flamingo_jax.processing.metadata import without_metadata
 from flamingo_jax.storage import storage_failure
 
 MAX_PIXELS = 64_000_000
-"""Larger pictures are refused before they are decoded: a few bytes can claim terabytes."""
+"""Larger images are refused before they are decoded: a few bytes can claim terabytes."""
 
 ORIENTATION = 0x0112
 """The EXIF entry that says how a camera was held."""
@@ -39,7 +39,7 @@ Fit = Literal["pad", "crop", "stretch"]
 
 
 class ImageError(ValueError):
-    """A picture that cannot be read."""
+    """An image that cannot be read."""
 
 
 def decode(
@@ -50,10 +50,10 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     strict: bool = False,
 ) -> np.ndarray:
-    """An encoded picture, upright and brought to `size` as `fit` does: uint8 [h, w, 3].
+    """An encoded image, upright and brought to `size` as `fit` does: uint8 [h, w, 3].
 
     Transparent parts turn white. Metadata that is damaged or too large is passed over, unless
-    `strict`. Raises ImageError where the bytes are no picture, are cut short, or hold more than
+    `strict`. Raises ImageError where the bytes are no image, are cut short, or hold more than
     `max_pixels`.
     """
     try:
@@ -65,7 +65,7 @@ def decode(
             raise  # Too many files are open, or a reader of PIL's could not be loaded.
         bare = None if strict else without_metadata(data)
         if bare is None:
-            raise ImageError(f"not a readable picture: {error}") from error
+            raise ImageError(f"not a readable image: {error}") from error
     return decode(bare, size, how=how, max_pixels=max_pixels, strict=True)
 
 
@@ -76,7 +76,7 @@ def _decode(data: bytes, size: int, how: Fit, max_pixels: int) -> np.ndarray:
         # JPEGs are decoded at a half, a quarter or an eighth where that still leaves twice the
         # size wanted.
         image.draft("RGB", (2 * size, 2 * size))
-        image.load()  # TIFF's reader turns pictures itself, and forgets their orientation then.
+        image.load()  # TIFF's reader turns images itself, and forgets their orientation then.
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
         # PIL's own exif_transpose also writes the other entries anew, which fails on damaged
         # ones.
@@ -84,7 +84,7 @@ def _decode(data: bytes, size: int, how: Fit, max_pixels: int) -> np.ndarray:
 
 
 def fit(image: Image.Image | np.ndarray, size: int, how: Fit = "pad") -> np.ndarray:
-    """An RGB picture resized: uint8 [h, w, 3].
+    """An RGB image resized: uint8 [h, w, 3].
 
     pad: with its aspect, so that its longer side is `size`; `pad` makes the square. crop: with
     its aspect, so that its shorter side is `size`, the middle of the other. stretch: both
@@ -160,7 +160,7 @@ def load(
     *,
     max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
-    """An encoded picture as the model takes it: uint8 [size, size, 3]. Raises ImageError."""
+    """An encoded image as the model takes it: uint8 [size, size, 3]. Raises ImageError."""
     return pad(decode(data, size, how=how, max_pixels=max_pixels), size, mean)
 
 

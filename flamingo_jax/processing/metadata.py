@@ -1,4 +1,4 @@
-"""Encoded pictures without what is not pixels: readers give up on damaged or huge metadata."""
+"""Encoded images without what is not pixels: readers give up on damaged or huge metadata."""
 
 import itertools
 import re
@@ -37,7 +37,7 @@ def without_metadata(data: bytes) -> bytes | None:
     up.
 
     What holds the pixels is copied as it is, with its checksums. None for other formats, and
-    where the picture has none of the parts that it should.
+    where the image has none of the parts that it should.
     """
     parts: Iterator[bytes]
     if data.startswith(PNG_START):
@@ -147,7 +147,7 @@ def _webp(data: bytes) -> Iterator[bytes]:
 
 
 def _tiff(data: bytes, order: str) -> Iterator[bytes]:
-    """The first picture's directory, in its own place, without the entries of other tags."""
+    """The first image's directory, in its own place, without the entries of other tags."""
     (start,) = struct.unpack_from(f"{order}I", data, 4)
     (count,) = struct.unpack_from(f"{order}H", data, start)
     places = range(start + 2, start + 2 + 12 * count, 12)

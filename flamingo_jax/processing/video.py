@@ -22,8 +22,8 @@ from flamingo_jax.processing.video_file import (
     DAMAGED,
     VideoError,
     claimed,
+    decoded_frames,
     opened,
-    pictures,
 )
 from flamingo_jax.storage import LASTING, read_again
 
@@ -34,7 +34,7 @@ CLOCK = 5e-4
 UNSURE = 1.0
 """Seconds by which a header may be wrong about a film's length."""
 TRUSTED = ("gif", "apng")
-"""Forms that state how long each picture stays, and no clock."""
+"""Forms that state how long each frame stays, and no clock."""
 MAX_STRETCH = 8
 """Pixels more oblong than this are taken for a mistake in the file."""
 GAP = "gap in a video of a steady rate"
@@ -43,7 +43,7 @@ TOO_MANY_PIXELS = "too many pixels"
 
 @dataclasses.dataclass(frozen=True)
 class Film:
-    """What was read of a video. frames: uint8 [H, W, 3], upright RGB. lost: for each picture or
+    """What was read of a video. frames: uint8 [H, W, 3], upright RGB. lost: for each frame or
     part of the file that could not be read, the reason."""
 
     frames: list[np.ndarray]
@@ -58,12 +58,12 @@ def read_film(
     max_frames: int = MAX_FRAMES,
     max_pixels: int = MAX_PIXELS,
 ) -> Film:
-    """The pictures on screen at 0, 1/fps, 2/fps, ... seconds, at most `max_frames`, and what
+    """The frames on screen at 0, 1/fps, 2/fps, ... seconds, at most `max_frames`, and what
     was
-    lost on the way: damage is passed over, so that the picture before it stays on screen.
+    lost on the way: damage is passed over, so that the frame before it stays on screen.
 
     Any form of `video_file.FORMATS`, moving GIFs among them. Pixels that are not square are
-    made so, and pictures are turned and mirrored as the file says. Where time stamps lack or
+    made so, and frames are turned and mirrored as the file says. Where time stamps lack or
     jump, the file's rate takes their place (`video_clock`). `resize` is called on every frame
     as it is read, so that a long video of large frames needs little memory. Raises VideoError
     where no frame can be read or frames have more than `max_pixels`; StorageError where the
@@ -156,7 +156,7 @@ def _shown(
     rates = float(stream.guessed_rate or 0), float(stream.average_rate or 0)
     clock = Clock(*rates, trusted=container.format.name in TRUSTED)
     last: av.VideoFrame | None = None
-    for frame in pictures(container, stream, lost):
+    for frame in decoded_frames(container, stream, lost):
         time = clock(frame.time, _seconds(last) if last is not None else None)
         if last is not None:
             yield last, time

@@ -1,4 +1,4 @@
-"""The seconds at which a film's pictures are shown, out of time stamps that may lack or jump."""
+"""The seconds at which a film's frames are shown, out of time stamps that may lack or jump."""
 
 LONGEST = 10.0
 """Seconds. A longer gap between two stamps is a jump of the clock rather than a still: ffplay
@@ -11,7 +11,7 @@ SETBACK = 1.0
 of decoding are off by so much at most.
 """
 BEHIND = 16
-"""Pictures in a row that may lie behind, as many as a decoder may hold back."""
+"""Frames in a row that may lie behind, as many as a decoder may hold back."""
 USUAL_STEP = 1 / 25
 """Seconds, where a file says nothing of its rate."""
 GAP = 1.5
@@ -21,18 +21,18 @@ STEADY = 0.05
 
 
 class Clock:
-    """Called with every picture in turn, it says when each is shown, counted from the first.
+    """Called with every frame in turn, it says when each is shown, counted from the first.
 
     The second never falls, and rises by the usual step where a stamp lacks, is the one before
     again, or has jumped.
     """
 
     def __init__(self, rate: float, average: float = 0.0, *, trusted: bool = False):
-        """rate: pictures a second by the file's header; 0 where it is not known.
+        """rate: frames a second by the file's header; 0 where it is not known.
 
         average: their count over the film's length, which tells slides from a clock that
           jumped.
-        trusted: stamps are sums of the times that pictures stay, and cannot jump (moving GIFs).
+        trusted: stamps are sums of the times that frames stay, and cannot jump (moving GIFs).
         """
         self._usual = 1 / rate if 1e-3 < rate < 1e4 else USUAL_STEP
         slides = SLIDES / average if average > 0 else 0.0
@@ -45,7 +45,7 @@ class Clock:
         self._steps = self._gaps = 0
 
     def __call__(self, stamp: float | None, lasted: float | None = None) -> float:
-        """Seconds of a picture. stamp: its time by the file. lasted: how long the one before it
+        """Seconds of a frame. stamp: its time by the file. lasted: how long the one before it
         stays by the file, which counts where the stamp is of no use."""
         self._hear(lasted)
         self._now = self._next(stamp)
@@ -53,7 +53,7 @@ class Clock:
         return self._now
 
     def last(self, lasts: float | None) -> float:
-        """The second at which the last picture leaves the screen."""
+        """The second at which the last frame leaves the screen."""
         self._hear(lasts)
         return (self._now or 0.0) + self._step
 

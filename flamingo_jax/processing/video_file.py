@@ -1,4 +1,4 @@
-"""A video file as the pictures in it: what is opened, which stream is the film, what is lost."""
+"""A video file as the frames in it: what is opened, which stream is the film, what is lost."""
 
 import contextlib
 import errno
@@ -18,7 +18,7 @@ FORMATS = (
 """FFmpeg's names of the containers and bare streams that hold all of a film in the file itself.
 
 Playlists and descriptions (hls, dash, concat, sdp, imf, vobsub, ...) name other files or hosts,
-and are not opened; nor are devices, subtitles and single pictures.
+and are not opened; nor are devices, subtitles and single frames.
 """
 OPTIONS = {
     "format_whitelist": FORMATS,
@@ -27,7 +27,7 @@ OPTIONS = {
     "use_absolute_path": "0",
 }
 """The file is handed over open, so that FFmpeg needs no protocol at all; the last two are for
-.mov files, which may name others that hold their pictures.
+.mov files, which may name others that hold their frames.
 """
 HEADED = ("mov", "matroska", "avi")
 """Forms whose length is read from a header; FFmpeg guesses that of others."""
@@ -42,16 +42,16 @@ if int(av.__version__.split(".")[0]) < 19:
     METADATA["metadata_errors"] = "replace"
 COVERS = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
 PROBED = 1_000
-"""Packets looked at to tell a film from a still, where a file has several streams of pictures.
+"""Packets looked at to tell a film from a still, where a file has several streams of frames.
 """
 FAILURES = 100
 """Failed reads in a row after which a file has broken off."""
 
 UNREADABLE = "unreadable"
 FOREIGN = "not a video, or one that names other files"
-NO_PICTURES = "file without moving pictures"
+NO_MOVING_IMAGES = "file without moving images"
 NO_DECODER = "video that no decoder is known for"
-DAMAGED = "damaged picture of a video"
+DAMAGED = "damaged frame of a video"
 BROKEN = "rest of a video that breaks off"
 
 
@@ -77,9 +77,9 @@ def opened(
         if not any(stream.type in ("video", "audio") for stream in container.streams):
             raise VideoError(f"{path} is not a readable video: there is nothing to play in it")
         if not films:
-            raise VideoError(f"{path} has no moving pictures in it", NO_PICTURES)
+            raise VideoError(f"{path} has no moving images in it", NO_MOVING_IMAGES)
         if not known:
-            raise VideoError(f"{path}: there is no decoder for its pictures", NO_DECODER)
+            raise VideoError(f"{path}: there is no decoder for its frames", NO_DECODER)
         if len(known) == 1:
             yield container, known[0]
             return
@@ -116,7 +116,7 @@ def _nothing_else(url: str, flags: int, options: dict[str, Any]) -> Any:
 
 
 def _film(container: av.container.InputContainer, streams: list[av.VideoStream]) -> int:
-    """Of several streams with pictures, the index of the one to watch.
+    """Of several streams with frames, the index of the one to watch.
 
     A still has one packet; of those that move, the file's default, then the largest.
     """
@@ -135,15 +135,15 @@ def _film(container: av.container.InputContainer, streams: list[av.VideoStream])
     return max(streams, key=worth).index
 
 
-def pictures(
+def decoded_frames(
     container: av.container.InputContainer, stream: av.VideoStream, lost: list[str]
 ) -> Iterator[av.VideoFrame]:
     """The stream's frames in the order in which they are shown.
 
-    What is damaged is passed over: `lost` gets DAMAGED for each picture, and BROKEN where the
+    What is damaged is passed over: `lost` gets DAMAGED for each frame, and BROKEN where the
     file ends before its time.
     """
-    # Frame threads report an error at another picture, and lose what they hold beside it.
+    # Frame threads report an error at another frame, and lose what they hold beside it.
     stream.thread_type = "SLICE"
     for packet in _packets(container, stream, lost):
         try:
@@ -179,7 +179,7 @@ def _packets(
         if failures:
             lost += [BROKEN] if flush else [DAMAGED] * failures
             failures = 0
-        if packet.size or flush:  # Empty ones in between stand for a picture that did not change.
+        if packet.size or flush:  # Empty ones in between stand for a frame that did not change.
             yield packet
     lost.append(BROKEN)
 

@@ -1,4 +1,4 @@
-"""Which caption belongs to which picture, and the other way round (paper B.1.3, equations 4 and
+"""Which caption belongs to which image, and the other way round (paper B.1.3, equations 4 and
 5).
 """
 
@@ -24,7 +24,7 @@ def contrastive_loss(
     same: Array | None = None,
     real: Array | None = None,
 ) -> tuple[Array, Array]:
-    """Softmax cross-entropy over the batch, picture to text plus text to picture.
+    """Softmax cross-entropy over the batch, image to text plus text to image.
 
     Args:
       images, texts: float32 [B, J] of length 1, row by row a pair. scale: the inverse
@@ -35,7 +35,7 @@ def contrastive_loss(
       real: bool [B], False on rows that hold no pair: they have no loss and are nobody's
         negative. By default all are real.
 
-    Returns: the loss, a mean over pairs, and the share of pictures whose own caption (or one
+    Returns: the loss, a mean over pairs, and the share of images whose own caption (or one
       equal to it) scores highest.
     """
     batch = images.shape[0]
@@ -154,7 +154,7 @@ class ContrastiveTask:
         """
         return {name: a[None] for name, a in split_rows(batch, count).items()}
 
-    def without_pictures(self, batch: Batch) -> None:
+    def without_images(self, batch: Batch) -> None:
         return None
 
     def watch(self, trainable: dict[str, Array]) -> dict[str, Array]:

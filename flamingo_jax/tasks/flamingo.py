@@ -25,7 +25,7 @@ VISUAL_ARRAYS = (*BY_VISUAL, "visuals")
 
 def in_rows(batch: Batch) -> Batch:
     """The batch without the blanks that fill its list of visuals up for the mesh's `model` axis
-    (`partitioning.share`): M = B * N, in the order of rows. Pictures that need none stay where
+    (`partitioning.share`): M = B * N, in the order of rows. Images that need none stay where
     they lie.
     """
     rows, places = batch["visuals"].shape
@@ -126,7 +126,7 @@ class FlamingoTask:
     def stream_losses(
         self, model: Flamingo, batches: dict[str, Batch], key: jax.Array | None
     ) -> dict[str, Loss]:
-        """Text of all datasets as one stream of tokens, pictures as one batch of the encoder."""
+        """Text of all datasets as one stream of tokens, images as one batch of the encoder."""
         batches = {name: readable(batch) for name, batch in batches.items()}
         seen = {
             name: batch
@@ -190,7 +190,7 @@ class FlamingoTask:
             parts["visuals"] = jnp.where(parts["visuals"] >= 0, own, -1)
         return parts
 
-    def without_pictures(self, batch: Batch) -> Batch:
+    def without_images(self, batch: Batch) -> Batch:
         return text_alone(batch)
 
     def watch(self, trainable: dict[str, jax.Array]) -> dict[str, jax.Array]:

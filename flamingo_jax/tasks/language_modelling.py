@@ -20,7 +20,7 @@ class LanguageModellingTask:
     def microbatches(self, batch: Batch, count: int) -> Batch:
         return split_rows(batch, count)
 
-    def without_pictures(self, batch: Batch) -> None:
+    def without_images(self, batch: Batch) -> None:
         return None
 
     def watch(self, trainable: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -40,8 +40,8 @@ class Task(Protocol):
         """
         ...
 
-    def without_pictures(self, batch: Batch) -> Batch | None:
-        """The same text with every picture taken away, or None where that means nothing."""
+    def without_images(self, batch: Batch) -> Batch | None:
+        """The same text with every image taken away, or None where that means nothing."""
         ...
 
     def watch(self, trainable: dict[str, Array]) -> dict[str, Array]:

@@ -46,9 +46,9 @@ class Assembly(NamedTuple):
 
 
 class FrozenEncoder(NamedTuple):
-    """The vision encoder as a function of pictures.
+    """The vision encoder as a function of images.
 
-    digest: names weights, picture size and type. shape, dtype: those of a picture's features,
+    digest: names weights, image size and type. shape, dtype: those of an image's features,
       [S, C]. encode: uint8 [n, H, W, 3] -> [n, S, C].
     """
 
@@ -339,7 +339,7 @@ def _as_stored(
     name: str, target: jax.ShapeDtypeStruct, shape: tuple[int, ...], folder: str
 ) -> jax.ShapeDtypeStruct:
     """The target in its stored shape, which may be another for a ViT's positions: those of
-    another picture size are interpolated.
+    another image size are interpolated.
     """
     if shape == target.shape:
         return target
@@ -355,7 +355,7 @@ def _as_stored(
 
 
 def _fitted(value: jax.Array, target: jax.ShapeDtypeStruct) -> jax.Array:
-    """A ViT's positions interpolated as its own forward does for pictures of another size; all
+    """A ViT's positions interpolated as its own forward does for images of another size; all
     else as it is.
     """
     if value.shape == target.shape:

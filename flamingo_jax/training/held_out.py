@@ -11,11 +11,11 @@ from flamingo_jax.experiment import DatasetConfig
 from flamingo_jax.training.assembly import Assembly
 from flamingo_jax.training.feed import HostBatch, put
 from flamingo_jax.training.state import Parameters, TrainState
-from flamingo_jax.training.step import WITHOUT_PICTURES, make_held_out_loss
+from flamingo_jax.training.step import WITHOUT_IMAGES, make_held_out_loss
 
 
 class HeldOut:
-    """Each held-out dataset's loss, with its pictures and without them, so that one sees
+    """Each held-out dataset's loss, with its images and without them, so that one sees
     whether the model looks; and the weighted sum of them, as training has it.
 
     batches: each dataset's, the same at every pass, all of one shape. They may be read anew
@@ -67,7 +67,7 @@ class HeldOut:
                     ).items():
                         sums[f"held_out/{name}/{metric}{suffix}"] += np.array(pair, np.float64)
             values |= {metric: float(a / max(b, 1e-9)) for metric, (a, b) in sums.items()}
-        for suffix in ("", WITHOUT_PICTURES):
+        for suffix in ("", WITHOUT_IMAGES):
             found = {name: values.get(f"held_out/{name}/loss{suffix}") for name in self._batches}
             if found and None not in found.values():
                 values[f"held_out/loss{suffix}"] = sum(

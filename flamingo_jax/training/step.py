@@ -307,13 +307,13 @@ def compile_update(update: Update, state: Any, frozen: Any, batches: Any) -> jax
     return compile_traced(trace_update(update, state, frozen, batches), platform_of(state))
 
 
-WITHOUT_PICTURES = "_without_pictures"
+WITHOUT_IMAGES = "_without_images"
 
 
 def make_held_out_loss(
     graph: Any, task: Task, microbatches: int = 1
 ) -> Callable[..., dict[str, Loss]]:
-    """The jittable losses (trainable, frozen, batch) -> {"": Loss, "_without_pictures": Loss}
+    """The jittable losses (trainable, frozen, batch) -> {"": Loss, "_without_images": Loss}
     of one held-out batch, the second where the task has one. The batch goes through the model
     in so many equal parts, one after the other.
     """
@@ -330,8 +330,8 @@ def make_held_out_loss(
         )[0]
 
     def losses(trainable: Parameters, frozen: Parameters, batch: Batch) -> dict[str, Loss]:
-        text = task.without_pictures(batch)
+        text = task.without_images(batch)
         found = {"": of(trainable, frozen, batch)}
-        return found if text is None else found | {WITHOUT_PICTURES: of(trainable, frozen, text)}
+        return found if text is None else found | {WITHOUT_IMAGES: of(trainable, frozen, text)}
 
     return losses

@@ -23,15 +23,15 @@ from tests.data_pipelines.test_encoded import Quarters, quarters
 from tests.data_pipelines.test_features import Given
 from tests.data_pipelines.test_mixture import MEAN, SIZE, make_tokenizer
 
-RECORDS, SHARDS, PICTURES = 150_000, 1_200, 200
+RECORDS, SHARDS, IMAGES = 150_000, 1_200, 200
 
 
 def main(folder: pathlib.Path) -> dict[str, int]:
     raise_open_files()
     writer.RECORDS_PER_SHARD = RECORDS // SHARDS
-    pictures = [noise(number) for number in range(PICTURES)]
+    images = [noise(number) for number in range(IMAGES)]
     examples = tuple(
-        Example("train", {"id": str(i), "image": pictures[i % PICTURES], "captions": ["red star"]})
+        Example("train", {"id": str(i), "image": images[i % IMAGES], "captions": ["red star"]})
         for i in range(RECORDS)
     )
     writer.write_dataset(folder / "pairs", Given("pairs", examples))
@@ -47,9 +47,9 @@ def main(folder: pathlib.Path) -> dict[str, int]:
     found = encoded.load_or_encode(
         records, "image", Quarters(), data, "train", image_size=SIZE, mean=MEAN
     )
-    expected = [encoder_of(picture) for picture in pictures]
+    expected = [encoder_of(image) for image in images]
     wrong = sum(
-        not np.allclose(found.read(place, 0), expected[ids[place] % PICTURES], rtol=1e-6)
+        not np.allclose(found.read(place, 0), expected[ids[place] % IMAGES], rtol=1e-6)
         for place in order
     )
 
@@ -74,10 +74,10 @@ def main(folder: pathlib.Path) -> dict[str, int]:
     }  # fmt: skip
 
 
-def encoder_of(picture: bytes) -> np.ndarray:
+def encoder_of(image: bytes) -> np.ndarray:
     from flamingo_jax.processing.images import decode
 
-    return quarters(decode(picture, SIZE))
+    return quarters(decode(image, SIZE))
 
 
 if __name__ == "__main__":

@@ -68,12 +68,12 @@ def accounted(
     output: pathlib.Path,
     source: Source,
     dropped: dict[str, int],
-    pictures_dropped: dict[str, int] | None = None,
+    images_dropped: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """Builds a source whose `dropped` records, by reason, the test knows: the training records.
 
     No record may be lost without a count, nor counted for another reason: what was read is what
-    was used and what was dropped, and what was used is on disk. pictures_dropped: of its pages.
+    was used and what was dropped, and what was used is on disk. images_dropped: of its pages.
     """
     statistics, _ = write_dataset(output, source)
     assert statistics["dropped"] == dropped
@@ -81,9 +81,9 @@ def accounted(
     assert sum(statistics["splits"].values()) == statistics["used"]
     records = [record for split in statistics["splits"] for record in read(output, split).items()]
     assert len(records) == len(dict(records)) == statistics["used"]
-    if pictures_dropped is not None:
+    if images_dropped is not None:
         shown = sum(len(record.get("images", ())) for _, record in records)
-        assert statistics["pictures"] == {"used": shown, "dropped": pictures_dropped}
+        assert statistics["images"] == {"used": shown, "dropped": images_dropped}
     return read(output)
 
 
@@ -109,8 +109,8 @@ def film(
             Fraction(1, rate),
         )
         for number in range(seconds * rate):
-            picture = np.full((*size, 3), 40 * (number // rate) + 20, np.uint8)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+            image = np.full((*size, 3), 40 * (number // rate) + 20, np.uint8)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)

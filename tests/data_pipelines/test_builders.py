@@ -15,7 +15,7 @@ from PIL import Image
 
 from data_pipelines.build.html_pages import HtmlPages
 from data_pipelines.build.image_folder import ImageFolder
-from data_pipelines.build.pictures import PictureRules, Unfit
+from data_pipelines.build.images import ImageRules, Unfit
 from data_pipelines.build.plain_text import PlainText, documents
 from data_pipelines.build.questions_folder import QuestionsFolder
 from data_pipelines.build.sentencepiece_trainer import texts_in, train_tokenizer
@@ -37,11 +37,11 @@ from tests.data_pipelines.raw import (
 )
 from tests.launch import commands
 
-# Pictures.
+# Images.
 
 
-def test_fit_pictures_are_stored_as_they_are(tmp_path):
-    rules = PictureRules()
+def test_fit_images_are_stored_as_they_are(tmp_path):
+    rules = ImageRules()
     for name in ("a.jpg", "a.png"):
         data = save(tmp_path / name, colourful())
         assert rules.store(data) == data
@@ -59,34 +59,34 @@ def test_fit_pictures_are_stored_as_they_are(tmp_path):
         ("g.png", "1"),
     ],
 )
-def test_other_pictures_become_rgb_jpeg_or_png(tmp_path, name, mode):
+def test_other_images_become_rgb_jpeg_or_png(tmp_path, name, mode):
     original = Image.fromarray(colourful()).convert(mode)
-    stored = Image.open(io.BytesIO(PictureRules().store(save(tmp_path / name, original))))
+    stored = Image.open(io.BytesIO(ImageRules().store(save(tmp_path / name, original))))
     assert stored.mode == "RGB" and stored.size == original.size
     assert stored.format == ("PNG" if name.endswith(("png", "gif")) else "JPEG")
     assert np.abs(np.asarray(stored, float) - np.asarray(original.convert("RGB"), float)).mean() < 4
 
 
-def test_turned_pictures_are_stored_upright(tmp_path):
+def test_turned_images_are_stored_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     stored = Image.open(
         io.BytesIO(
-            PictureRules().store(save(tmp_path / "a.jpg", Image.fromarray(colourful()), exif=exif))
+            ImageRules().store(save(tmp_path / "a.jpg", Image.fromarray(colourful()), exif=exif))
         )
     )
     assert stored.size == (80, 100) and stored.getexif().get(0x0112, 1) == 1
 
 
-def test_large_pictures_shrink_to_the_short_side(tmp_path):
+def test_large_images_shrink_to_the_short_side(tmp_path):
     stored = Image.open(
-        io.BytesIO(PictureRules(short_side=40).store(save(tmp_path / "a.png", colourful(80, 120))))
+        io.BytesIO(ImageRules(short_side=40).store(save(tmp_path / "a.png", colourful(80, 120))))
     )
     assert stored.size == (60, 40)
 
 
-def test_unfit_pictures_say_why(tmp_path):
-    rules = PictureRules(min_side=64, max_aspect=3.0, max_pixels=1_000_000)
+def test_unfit_images_say_why(tmp_path):
+    rules = ImageRules(min_side=64, max_aspect=3.0, max_pixels=1_000_000)
     whole = save(tmp_path / "a.jpg", colourful())
     cases = {
         "smaller than 64 pixels": save(tmp_path / "b.png", colourful(63, 100)),
@@ -98,11 +98,11 @@ def test_unfit_pictures_say_why(tmp_path):
     for reason, data in cases.items():
         with pytest.raises(Unfit, match=reason):
             rules.store(data)
-    for data in (b"", b"no picture", b"\x89PNG\r\n\x1a\n"):
+    for data in (b"", b"no image", b"\x89PNG\r\n\x1a\n"):
         with pytest.raises(Unfit, match="unreadable"):
             rules.store(data)
     with pytest.raises(Unfit, match="too many pixels"):
-        PictureRules().store(huge_png(60_000))
+        ImageRules().store(huge_png(60_000))
 
 
 # Folders with captions.
@@ -159,7 +159,7 @@ def test_links_do_not_lead_out_of_the_folder(tmp_path):
         write_dataset(tmp_path / "out", ImageFolder((str(tmp_path / "photos"),), ALL_TRAIN))
 
 
-def test_a_picture_is_one_record_however_its_name_is_written(tmp_path):
+def test_an_image_is_one_record_however_its_name_is_written(tmp_path):
     root = tmp_path / "photos"
     save(root / "a.png", colourful())
     save(root / "b.png", colourful(seed=9))
@@ -198,7 +198,7 @@ def test_names_that_no_file_can_have_are_missing(tmp_path):
         f'<p>one<img src="a.png">two<img src="thumb.php?sig={"x" * 300}"><img src="circle.png">'
     )
     statistics, _ = write_dataset(tmp_path / "pages", HtmlPages((str(root),), ALL_TRAIN))
-    assert statistics["pictures"] == {"used": 1, "dropped": {"missing": 2}}
+    assert statistics["images"] == {"used": 1, "dropped": {"missing": 2}}
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ def test_questions_folder(tmp_path):
         and statistics["records_read"] == 3 + 1 + 1 + 1 + 5 + 1 + 1
     )
     assert statistics["dropped"] == {
-        "line that is not JSON with a picture, a question and answers": 5,
+        "line that is not JSON with an image, a question and answers": 5,
         "missing": 1,
         "no answer": 1,
         "no question": 1,
@@ -353,7 +353,7 @@ def test_questions_folder(tmp_path):
     )
 
 
-def test_all_questions_about_a_picture_are_in_one_split(tmp_path):
+def test_all_questions_about_an_image_are_in_one_split(tmp_path):
     names = [f"{number}.png" for number in range(30)]
     for name in names:
         save(tmp_path / "asked" / name, colourful(8, 8))

@@ -44,13 +44,13 @@ def png(number: int) -> bytes:
 
 
 def flipped(data: bytes) -> bytes:
-    """One bit of the picture's compressed part."""
+    """One bit of the image's compressed part."""
     place = data.index(b"IDAT") + 40
     return data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
 
 
 def damaged() -> dict[str, tuple[bytes, bytes]]:
-    """(picture, caption) by name: whole ones, and one for each sort of damage."""
+    """(image, caption) by name: whole ones, and one for each sort of damage."""
     whole = {
         f"{number:02d}": (png(number), f"caption {number}".encode()) for number in range(WHOLE)
     }
@@ -68,11 +68,11 @@ def damaged() -> dict[str, tuple[bytes, bytes]]:
     )
 
 
-BAD_PICTURES = {"unreadable": 4, "too many pixels": 1}
+BAD_IMAGES = {"unreadable": 4, "too many pixels": 1}
 
 
 def fill(folder: pathlib.Path) -> dict[str, str]:
-    """The pictures as files; their names."""
+    """The images as files; their names."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (data, _) in damaged().items():
         (folder / f"{name}.png").write_bytes(data)
@@ -89,7 +89,7 @@ def image_folder(root: pathlib.Path) -> tuple[Source, dict[str, int]]:
         b"".join([*told, b'{"image": "00.p', b"\n\xff\xfe\x00\n", b"[" * 100_000, b"\n"])
     )
     source = ImageFolder((str(root),), ALL_TRAIN)
-    return source, BAD_PICTURES | {
+    return source, BAD_IMAGES | {
         "text that is not UTF-8": 1,
         "no caption": 1,
         "caption line that is not JSON with a name and captions": 3,
@@ -106,9 +106,9 @@ def questions_folder(root: pathlib.Path) -> tuple[Source, dict[str, int]]:
     reasons = {
         "text that is not UTF-8": 1,
         "no question": 1,
-        "line that is not JSON with a picture, a question and answers": 2,
+        "line that is not JSON with an image, a question and answers": 2,
     }
-    return QuestionsFolder((str(root),), ALL_TRAIN), BAD_PICTURES | reasons
+    return QuestionsFolder((str(root),), ALL_TRAIN), BAD_IMAGES | reasons
 
 
 def video_folder(root: pathlib.Path) -> tuple[Source, dict[str, int]]:
@@ -150,7 +150,7 @@ def html_pages(root: pathlib.Path) -> tuple[Source, dict[str, int]]:
     (root / "zero.html").write_bytes(b"")
     (root / "noise.html").write_bytes(bytes(range(256)) * 40)
     return HtmlPages((str(root),), ALL_TRAIN), {
-        "page without a picture that is fit": 6,
+        "page without an image that is fit": 6,
         "unreadable page": 1,
     }
 
@@ -176,9 +176,9 @@ def webdataset(root: pathlib.Path) -> tuple[Source, dict[str, int]]:
         member(tar, "device.png", type=tarfile.CHRTYPE)
         member(tar, "broken.json", b'{"caption": ')
         member(tar, "broken.png", png(2))
-        member(tar, "alone.txt", b"no picture")
+        member(tar, "alone.txt", b"no image")
     whole = (root / "00000.tar").read_bytes()
-    # A flipped bit in the header of one member, of the second of whose two blocks the picture
+    # A flipped bit in the header of one member, of the second of whose two blocks the image
     # is.
     place = whole.index(b"03.txt\0")
     (root / "00000.tar").write_bytes(whole[:place] + b"1" + whole[place + 1 :])
@@ -193,11 +193,11 @@ def webdataset(root: pathlib.Path) -> tuple[Source, dict[str, int]]:
         "damaged stretch of a shard": 1,
         "cut off in the shard": 1,
         "shard that is no tar file": 2,
-        "no picture": 1,
+        "no image": 1,
         "caption file that is not JSON with a caption": 1,
         "no caption": 1,
     }
-    return WebDataset((str(root),), ALL_TRAIN), BAD_PICTURES | reasons
+    return WebDataset((str(root),), ALL_TRAIN), BAD_IMAGES | reasons
 
 
 def coco(root: pathlib.Path) -> tuple[Source, dict[str, int]]:
@@ -234,16 +234,14 @@ def coco(root: pathlib.Path) -> tuple[Source, dict[str, int]]:
     }
     return (
         Coco((str(root / "captions.json"),), (str(root / "images"),), ALL_TRAIN),
-        BAD_PICTURES | reasons,
+        BAD_IMAGES | reasons,
     )
 
 
 def mmc4(root: pathlib.Path) -> tuple[Source, dict[str, int]]:
     names = fill(root)
-    picture = b'{"image_name": "%s", "matched_text_index": 0, "matched_sim": 0.3}'
-    line = (
-        b'{"text_list": ["%s"], "image_info": [' + picture + b'], "similarity_matrix": [[0.3]]}\n'
-    )
+    image = b'{"image_name": "%s", "matched_text_index": 0, "matched_sim": 0.3}'
+    line = b'{"text_list": ["%s"], "image_info": [' + image + b'], "similarity_matrix": [[0.3]]}\n'
     told = [line % (caption, names[name].encode()) for name, (_, caption) in damaged().items()]
     odd = [
         b"{}\n",
@@ -255,8 +253,8 @@ def mmc4(root: pathlib.Path) -> tuple[Source, dict[str, int]]:
     (root / "docs.jsonl").write_bytes(b"".join(told + odd))
     reasons = {
         "text that is not UTF-8": 1,
-        "page without a picture that is fit": 6,
-        "line that is not JSON with sentences and pictures": 4,
+        "page without an image that is fit": 6,
+        "line that is not JSON with sentences and images": 4,
     }
     return Mmc4((str(root),), (), ALL_TRAIN), reasons
 
@@ -288,18 +286,18 @@ def obelics(root: pathlib.Path) -> tuple[Source, dict[str, int]]:
     (root / "e.parquet").write_bytes(data)
     reasons = {
         "text that is not UTF-8": 1,
-        "page without a picture that is fit": 5 + 20,
+        "page without an image that is fit": 5 + 20,
         "row of a damaged part of a parquet file": 20,
     }
     return Obelics((str(root),), (), ALL_TRAIN), reasons | {
         "unreadable parquet file": 2,
         "parquet file without columns images and texts": 1,
-        "row without lists of pictures and texts": 1,
+        "row without lists of images and texts": 1,
     }
 
 
 def prepared(root: pathlib.Path) -> tuple[Source, dict[str, int]]:
-    pictures, texts = tfds.features.Image(shape=(None, None, 3)), tfds.features.Text()
+    images, texts = tfds.features.Image(shape=(None, None, 3)), tfds.features.Text()
     made = {
         name: {"image": io.BytesIO(data), "caption": caption}
         for name, (data, caption) in damaged().items()
@@ -319,7 +317,7 @@ def prepared(root: pathlib.Path) -> tuple[Source, dict[str, int]]:
         def _info(self) -> tfds.core.DatasetInfo:
             return tfds.core.DatasetInfo(
                 builder=self,
-                features=tfds.features.FeaturesDict({"image": pictures, "caption": texts}),
+                features=tfds.features.FeaturesDict({"image": images, "caption": texts}),
             )
 
         def _split_generators(self, manager: object) -> dict[str, object]:
@@ -347,7 +345,7 @@ def plain_text(root: pathlib.Path) -> tuple[Source, dict[str, int]]:
         (root / f"{number:02d}.txt").write_text(f"text {number}")
     (root / "empty.txt").write_bytes(b"")
     (root / "latin.txt").write_bytes(NOT_UTF8)
-    (root / "picture.txt").write_bytes(png(1))
+    (root / "image.txt").write_bytes(png(1))
     return PlainText((str(root),), ALL_TRAIN), {"empty": 1, "not UTF-8": 2}
 
 

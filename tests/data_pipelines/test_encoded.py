@@ -1,4 +1,4 @@
-"""Features in the pictures' place: each picture's own, made once, whatever is torn, rebuilt or
+"""Features in the images' place: each image's own, made once, whatever is torn, rebuilt or
 unreadable.
 """
 
@@ -37,7 +37,7 @@ MEAN = (0.5, 0.5, 0.5)
 
 @dataclasses.dataclass
 class Quarters:
-    """An encoder whose features are the mean colours of a picture's four quarters."""
+    """An encoder whose features are the mean colours of an image's four quarters."""
 
     digest: str = "quarters"
     shape: tuple[int, int] = (4, 3)
@@ -72,18 +72,18 @@ def noise(number: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
-    """Pages and clips with unequal numbers of pictures, in several parts."""
+    """Pages and clips with unequal numbers of images, in several parts."""
     folder = tmp_path_factory.mktemp("sets")
     pages, clips = [], []
     for i in range(7):
-        pictures = [noise(10 * i + j) for j in range(1 + i % 3)]
+        images = [noise(10 * i + j) for j in range(1 + i % 3)]
         pages.append(
             Example(
                 "train",
                 {
                     "id": f"page{i}",
-                    "texts": ["", *(f"red circle {j}" for j in range(len(pictures)))],
-                    "images": pictures,
+                    "texts": ["", *(f"red circle {j}" for j in range(len(images)))],
+                    "images": images,
                 },
             )
         )
@@ -117,7 +117,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pages", "videos"])
-def test_rows_hold_the_features_of_the_pictures_they_would_hold(
+def test_rows_hold_the_features_of_the_images_they_would_hold(
     kind: str,
     sets: dict[str, pathlib.Path],
     tokenizer: Tokenizer,  # noqa: F811
@@ -150,7 +150,7 @@ def opened(
     feature: str = "images",
     kind: str = "pages",
     **options: int,
-) -> encoded.EncodedPictures:
+) -> encoded.EncodedImages:
     folder = next(path.iterdir())
     return encoded.load_or_encode(
         open_records(folder, "train", kind),
@@ -178,16 +178,14 @@ def test_parts_are_made_once_and_anew_when_the_dataset_is(
     store = folder / "features_once_train"
     (store / "00001.npy").unlink()
     opened(sets["pages"], encoder)
-    assert encoder.calls == calls + 2, (
-        "only the part that was missing: six pictures, four at a time"
-    )
+    assert encoder.calls == calls + 2, "only the part that was missing: six images, four at a time"
     for part in store.glob("?????.npy"):
         os.utime(part, (0, (folder / INFO_FILE).stat().st_mtime - 10))
     opened(sets["pages"], encoder)
     assert encoder.calls > calls + 2
 
 
-def test_a_picture_that_questions_share_is_encoded_once(
+def test_an_image_that_questions_share_is_encoded_once(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoded, "RECORDS", 6)
@@ -218,13 +216,13 @@ def test_a_picture_that_questions_share_is_encoded_once(
     store = next(tmp_path.glob("asked/*/features_quarters_train"))
     assert [np.load(store / f"0000{part}.npy").shape[0] for part in range(2)] == [3, 1]
     for place, some in enumerate(frames):
-        for number, picture in enumerate(some):
+        for number, image in enumerate(some):
             np.testing.assert_allclose(
                 found.read(place, number),
-                quarters(np.asarray(Image.open(io.BytesIO(picture)))),
+                quarters(np.asarray(Image.open(io.BytesIO(image)))),
                 rtol=1e-6,
             )
-    with pytest.raises(ImageError, match="more pictures than the 1"):
+    with pytest.raises(ImageError, match="more images than the 1"):
         found.read(0, 1)
 
 
@@ -237,15 +235,15 @@ def test_bfloat16_features_come_back_as_such(sets: dict[str, pathlib.Path]) -> N
     np.testing.assert_allclose(found.astype(np.float32), expected, rtol=1e-2)
 
 
-def test_a_picture_that_cannot_be_read_is_an_error_of_its_own(tmp_path: pathlib.Path) -> None:
-    pictures = [noise(1), noise(2)[:60], noise(3)]
-    example = Example("train", {"id": "p", "texts": ["", "a", "b", "c"], "images": pictures})
+def test_an_image_that_cannot_be_read_is_an_error_of_its_own(tmp_path: pathlib.Path) -> None:
+    images = [noise(1), noise(2)[:60], noise(3)]
+    example = Example("train", {"id": "p", "texts": ["", "a", "b", "c"], "images": images})
     write_dataset(tmp_path / "torn", Given("pages", (example,)))
     found = opened(tmp_path / "torn", Quarters())
     assert np.isfinite(found.read(0, 0)).all() and np.isfinite(found.read(0, 2)).all()
     with pytest.raises(ImageError, match="could not be read"):
         found.read(0, 1)
-    with pytest.raises(ImageError, match="more pictures than the 3"):
+    with pytest.raises(ImageError, match="more images than the 3"):
         found.read(0, 3)
 
 
@@ -274,14 +272,14 @@ def test_one_sentence_where_features_cannot_be_kept(
         opened(sets["pages"], Quarters("full"))
 
 
-def features_of(path: pathlib.Path, found: encoded.EncodedPictures) -> list[np.ndarray | None]:
-    """Of every picture of a set of pages, None for what cannot be read."""
+def features_of(path: pathlib.Path, found: encoded.EncodedImages) -> list[np.ndarray | None]:
+    """Of every image of a set of pages, None for what cannot be read."""
     records = open_records(next(path.iterdir()), "train", "pages")
     made: list[np.ndarray | None] = []
     for place in range(len(records)):
-        for picture in range(len(records[place]["images"])):
+        for image in range(len(records[place]["images"])):
             try:
-                made.append(found.read(place, picture))
+                made.append(found.read(place, image))
             except ImageError:
                 made.append(None)
     return made

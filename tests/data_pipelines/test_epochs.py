@@ -26,11 +26,11 @@ from tests.data_pipelines.test_mixture import (
 from tests.partitioning.processes import processes
 
 GIVEN = {"pairs": pairs(43), "questions": asked(43, about=3)}
-"""43 pairs and 15 pictures that are asked about; neither is a multiple of the batches below."""
+"""43 pairs and 15 images that are asked about; neither is a multiple of the batches below."""
 
 
 def reds(batch):
-    """The numbers of the pictures in a batch of pairs."""
+    """The numbers of the images in a batch of pairs."""
     return batch["images"][:, 0, 0, 0].tolist()
 
 

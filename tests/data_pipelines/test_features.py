@@ -16,7 +16,7 @@ from data_pipelines.build.writer import write_dataset
 from flamingo_jax.errors import UserError
 
 
-def picture(value: int) -> bytes:
+def image(value: int) -> bytes:
     file = io.BytesIO()
     Image.fromarray(np.full((5, 7, 3), value, np.uint8)).save(file, "PNG")
     return file.getvalue()
@@ -26,19 +26,19 @@ RECORDS: dict[str, dict[str, Any]] = {
     "pages": {
         "id": "p",
         "texts": ["", "zwei <image>", "drei\nvier"],
-        "images": [picture(1), picture(2)],
+        "images": [image(1), image(2)],
     },
-    "pairs": {"id": "q", "image": picture(3), "captions": ["ein Café", "two"]},
+    "pairs": {"id": "q", "image": image(3), "captions": ["ein Café", "two"]},
     "videos": {
         "id": "v",
-        "frames": [picture(4), picture(5), picture(6)],
+        "frames": [image(4), image(5), image(6)],
         "fps": 0.5,
         "captions": ["moving"],
     },
     "text": {"id": "t", "text": "line\n\nline"},
     "questions": {
         "id": "f",
-        "frames": [picture(7)],
+        "frames": [image(7)],
         "question": "what?",
         "answers": ["this", "that"],
         "type": "one/what",
@@ -131,7 +131,7 @@ def test_large_records_do_not_wait_for_many(tmp_path, monkeypatch):
     statistics, _ = write_dataset(
         tmp_path / "large", Given("pages", (Example("train", RECORDS["pages"]),) * 5)
     )
-    assert written == [2, 2, 1] and statistics["pictures"]["used"] == 10
+    assert written == [2, 2, 1] and statistics["images"]["used"] == 10
 
 
 def test_statistics_account_for_every_record(tmp_path):
@@ -152,7 +152,7 @@ def test_statistics_account_for_every_record(tmp_path):
         "records_read": 4,
         "used": 1,
         "dropped": {"empty": 1, "torn": 2},
-        "pictures": {"used": 2, "dropped": {"far": 1, "small": 2}},
+        "images": {"used": 2, "dropped": {"far": 1, "small": 2}},
         "options": {"records": 4},
     }
     assert (

@@ -49,8 +49,8 @@ HUB = {"missing": 1, files.LINKED: 2}
 """What is dropped of it: gone.png, other.png and secret.png."""
 
 
-def of_pictures(root: pathlib.Path, names: list[str], kind: type) -> Source:
-    """A source of each kind that names pictures below `root`, one record a name."""
+def of_images(root: pathlib.Path, names: list[str], kind: type) -> Source:
+    """A source of each kind that names images below `root`, one record a name."""
     folders = (str(root),)
     if kind is ImageFolder:
         lines(root / "captions.jsonl", *({"image": name, "caption": "x"} for name in names))
@@ -71,7 +71,7 @@ def of_pictures(root: pathlib.Path, names: list[str], kind: type) -> Source:
 
 
 KINDS = [ImageFolder, QuestionsFolder, HtmlPages, Mmc4, Coco]
-NO_PICTURE = "page without a picture that is fit"
+NO_IMAGE = "page without an image that is fit"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,7 +79,7 @@ def test_a_name_is_found_in_each_of_its_spellings(kind: type, tmp_path: pathlib.
     for number, (on_disk, _) in enumerate(WAYS):
         save(tmp_path / "raw" / str(number) / on_disk, colourful(seed=number))
     names = [f"{number}/{written}" for number, (_, written) in enumerate(WAYS)]
-    records = accounted(tmp_path / "out", of_pictures(tmp_path / "raw", names, kind), {})
+    records = accounted(tmp_path / "out", of_images(tmp_path / "raw", names, kind), {})
     assert len(records) == len(WAYS)
 
 
@@ -88,9 +88,9 @@ def test_a_snapshot_of_the_hub_is_read_and_no_other_link(
     kind: type, hub: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     names = ["a.png", "deep/b.png", "gone.png", "other.png", "secret.png"]
-    source = of_pictures(hub, names, kind)
+    source = of_images(hub, names, kind)
     if kind in (HtmlPages, Mmc4):
-        records = accounted(tmp_path / "out", source, {NO_PICTURE: 3}, HUB)
+        records = accounted(tmp_path / "out", source, {NO_IMAGE: 3}, HUB)
     else:
         records = accounted(tmp_path / "out", source, HUB)
     assert len(records) == 2
@@ -253,7 +253,7 @@ def test_a_caption_file_that_is_a_link_to_elsewhere_is_not_read(tmp_path: pathli
     assert len(named.entries()) == 1
 
 
-def test_every_picture_named_is_used_or_counted(hub: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_every_image_named_is_used_or_counted(hub: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """A line for each way of naming a file, right and wrong; the key says what becomes of it."""
     for number, (on_disk, _) in enumerate(WAYS):
         save(hub / str(number) / on_disk, colourful(seed=number))

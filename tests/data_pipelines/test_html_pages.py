@@ -1,4 +1,4 @@
-"""Folders of pages to records: where pictures lie, and what became of every page and picture."""
+"""Folders of pages to records: where images lie, and what became of every page and image."""
 
 import base64
 import os
@@ -12,7 +12,7 @@ import pytest
 from data_pipelines.build import files, html_pages, interleaved
 from data_pipelines.build.html_pages import HtmlPages
 from data_pipelines.build.html_places import read_place
-from data_pipelines.build.pictures import PictureRules, Unfit
+from data_pipelines.build.images import ImageRules, Unfit
 from data_pipelines.build.writer import write_dataset
 from tests.data_pipelines.raw import (
     ALL_TRAIN,
@@ -39,7 +39,7 @@ PAGE = """<!DOCTYPE html><html><head><title>not text</title><style>p {color: red
 last<br>line</body></html>"""  # noqa: E501
 
 
-def test_text_and_pictures_in_the_order_of_the_page(tmp_path: pathlib.Path) -> None:
+def test_text_and_images_in_the_order_of_the_page(tmp_path: pathlib.Path) -> None:
     root = tmp_path / "site"
     save(root / "sub" / "pics" / "a b.png", colourful())
     save(root / "a.png", colourful())
@@ -56,7 +56,7 @@ def test_text_and_pictures_in_the_order_of_the_page(tmp_path: pathlib.Path) -> N
     records = accounted(
         tmp_path / "pages",
         HtmlPages((str(root),), ALL_TRAIN),
-        {"page without a picture that is fit": 2, "page without text": 1, "unreadable page": 1},
+        {"page without an image that is fit": 2, "page without text": 1, "unreadable page": 1},
         {
             "aspect over 3": 1,
             "missing": 3,
@@ -109,14 +109,14 @@ def test_alternative_text_on_request(tmp_path: pathlib.Path) -> None:
         ("https://[", "b.png", "sub/b.png"),
     ],
 )
-def test_a_picture_is_found_by_its_address(
+def test_an_image_is_found_by_its_address(
     base: str, address: str, name: str, tmp_path: pathlib.Path
 ) -> None:
     data = save(tmp_path / name, colourful(), format="PNG")
     assert read_place(tmp_path, tmp_path / "sub" / "page.html", address, base) == data
 
 
-def test_a_picture_is_found_by_the_address_of_its_file(tmp_path: pathlib.Path) -> None:
+def test_an_image_is_found_by_the_address_of_its_file(tmp_path: pathlib.Path) -> None:
     data = save(tmp_path / "a b.png", colourful())
     for start in ("file://", "file://localhost", "file:"):
         address = start + urllib.parse.quote(str(tmp_path / "a b.png"))
@@ -141,14 +141,14 @@ def test_a_picture_is_found_by_the_address_of_its_file(tmp_path: pathlib.Path) -
         ("data:image/png;base64,***", "data address that cannot be decoded"),
     ],
 )
-def test_why_a_picture_is_not_read(address: str, reason: str, tmp_path: pathlib.Path) -> None:
+def test_why_an_image_is_not_read(address: str, reason: str, tmp_path: pathlib.Path) -> None:
     (tmp_path / "site").mkdir()
     save(tmp_path / "secret.png", colourful())
     with pytest.raises(Unfit, match=f"^{reason}$"):
         read_place(tmp_path / "site", tmp_path / "site" / "page.html", address)
 
 
-def test_pictures_within_the_page_are_read(tmp_path: pathlib.Path) -> None:
+def test_images_within_the_page_are_read(tmp_path: pathlib.Path) -> None:
     data = save(tmp_path / "a.png", colourful())
     coded = base64.b64encode(data).decode()
     for address in (
@@ -161,7 +161,7 @@ def test_pictures_within_the_page_are_read(tmp_path: pathlib.Path) -> None:
         assert read_place(tmp_path, tmp_path / "page.html", address) == data
 
 
-def test_places_are_tried_until_one_is_a_picture(tmp_path: pathlib.Path) -> None:
+def test_places_are_tried_until_one_is_an_image(tmp_path: pathlib.Path) -> None:
     save(tmp_path / "site" / "a.png", colourful())
     save(tmp_path / "site" / "spacer.gif", np.zeros((1, 1, 3), np.uint8))
     (tmp_path / "site" / "torn.png").write_bytes(b"\x89PNG")
@@ -176,10 +176,10 @@ def test_places_are_tried_until_one_is_a_picture(tmp_path: pathlib.Path) -> None
     assert len(records["page.html"]["images"]) == 5
 
 
-def test_every_page_and_picture_is_used_or_counted(
+def test_every_page_and_image_is_used_or_counted(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A page for each fault; the key says what becomes of it and of its pictures."""
+    """A page for each fault; the key says what becomes of it and of its images."""
     monkeypatch.setattr(html_pages, "MAX_PAGE", 1 << 20)
     root = tmp_path / "site"
     save(root / "a.png", colourful())
@@ -221,8 +221,8 @@ def test_every_page_and_picture_is_used_or_counted(
         "large": (shown.encode() + b"x" * (1 << 20), html_pages.TOO_LARGE),
         "pit": (b"<i>" * 70_000 + b"</b>" * 70_000 + shown.encode(), html_pages.TOO_DEEP),
         "mute": (shown.encode(), "page without text"),
-        "bare": (b"text alone", "page without a picture that is fit"),
-        "lost": (b"text <img src=gone.png>", "page without a picture that is fit"),
+        "bare": (b"text alone", "page without an image that is fit"),
+        "lost": (b"text <img src=gone.png>", "page without an image that is fit"),
     }
     for name, (data, _) in pages.items():
         (root / f"{name}.html").write_bytes(data)
@@ -230,7 +230,7 @@ def test_every_page_and_picture_is_used_or_counted(
     for _, reason in pages.values():
         if reason:
             dropped[reason] = dropped.get(reason, 0) + 1
-    pictures = {
+    images = {
         "unreadable": 2,
         "outside the folder": 1,
         files.LINKED: 1,
@@ -244,7 +244,7 @@ def test_every_page_and_picture_is_used_or_counted(
         "no address": 1,
         "on a page without text": 1,
     }
-    records = accounted(tmp_path / "pages", HtmlPages((str(root),), ALL_TRAIN), dropped, pictures)
+    records = accounted(tmp_path / "pages", HtmlPages((str(root),), ALL_TRAIN), dropped, images)
     assert set(records) == {f"{name}.html" for name, (_, reason) in pages.items() if not reason}
     said = {name: " ".join(strings(record["texts"])).strip() for name, record in records.items()}
     assert said["plain.html"] == "one two" and said["latin.html"] == latin
@@ -252,13 +252,13 @@ def test_every_page_and_picture_is_used_or_counted(
     assert said["hidden.html"] == said["utf16.html"] == "text"
 
 
-def test_a_page_holds_only_so_many_pictures(
+def test_a_page_holds_only_so_many_images(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = len(save(tmp_path / "site" / "a.png", colourful()))
     (tmp_path / "site" / "page.html").write_text("text" + "<img src=a.png>" * 5)
-    source = HtmlPages((str(tmp_path / "site"),), ALL_TRAIN, PictureRules())
-    monkeypatch.setattr(interleaved, "MAX_PICTURES", 3)
+    source = HtmlPages((str(tmp_path / "site"),), ALL_TRAIN, ImageRules())
+    monkeypatch.setattr(interleaved, "MAX_IMAGES", 3)
     records = accounted(tmp_path / "few", source, {}, {interleaved.BEYOND: 2})
     assert len(records["page.html"]["images"]) == 3
     monkeypatch.setattr(interleaved, "MAX_BYTES", 2 * size)

@@ -1,4 +1,4 @@
-"""Text and pictures of a page in the order of the document, as a reader sees them."""
+"""Text and images of a page in the order of the document, as a reader sees them."""
 
 import random
 import time
@@ -6,7 +6,7 @@ import time
 import bs4
 import pytest
 
-from data_pipelines.build.html_walk import SKIPPED, Picture, TooDeep, walk
+from data_pipelines.build.html_walk import SKIPPED, Image, TooDeep, walk
 from data_pipelines.build.interleaved import PAGES_RULES, joined, make_page
 from data_pipelines.build.source import Dropped
 
@@ -16,7 +16,7 @@ def page_text(page: str) -> str:
 
 
 def places(page: str) -> list[tuple[str, ...]]:
-    return [item.places for item in walk(page.encode()).items if isinstance(item, Picture)]
+    return [item.places for item in walk(page.encode()).items if isinstance(item, Image)]
 
 
 def test_broken_pages_are_read_as_far_as_they_go() -> None:
@@ -100,7 +100,7 @@ def test_what_is_read_is_what_a_tree_holds_outside_the_unread() -> None:
         assert page_text(page or " x").split() == soup.get_text(" ").split(), page
 
 
-def test_places_of_a_picture_are_those_of_late_loaders_then_a_browser_s_choice() -> None:
+def test_places_of_an_image_are_those_of_late_loaders_then_a_browser_s_choice() -> None:
     page = """<picture><source srcset="a.webp 1x, a2.webp 2x" type="image/webp">
         <source data-srcset="late.webp 1x"><img src="a.png" srcset="s.png 300w, l.png 1024w">
         </picture>
@@ -174,19 +174,19 @@ LATE = '<img src="spacer.gif" data-src="a.png">'
         ),
     ],
 )
-def test_a_picture_for_browsers_without_scripts_is_no_second_one(
+def test_an_image_for_browsers_without_scripts_is_no_second_one(
     page: str, expected: list[tuple[str, ...]]
 ) -> None:
     assert places(page) == expected
     assert page_text("<noscript>Turn scripts on!<br></noscript>" + page) in ("", "text")
 
 
-def test_pictures_that_are_not_shown_say_why() -> None:
+def test_images_that_are_not_shown_say_why() -> None:
     page = (
         "<nav><img src=a></nav><p hidden><img src=b></p><img src=c style='display:none'><img src=d>"
     )
-    pictures = [item for item in walk(page.encode()).items if isinstance(item, Picture)]
-    assert [picture.unread for picture in pictures] == [
+    images = [item for item in walk(page.encode()).items if isinstance(item, Image)]
+    assert [image.unread for image in images] == [
         "outside the text",
         "hidden",
         "hidden",
@@ -207,7 +207,7 @@ REPEATED = {
     "paragraphs": "<p>some words here</p>\n",
     "words": "word <b>bold</b> text ",
     "lines": "line<br>",
-    "pictures": "<img src=a.png> <noscript><img src=b.png></noscript>",
+    "images": "<img src=a.png> <noscript><img src=b.png></noscript>",
     "nested": "<div><b>x ",
     "tables": "<table><tr><td>x",
     "programs": "<pre>x\n<div>y</div></pre>",

@@ -49,9 +49,9 @@ class Shard:
             setattr(info, field, value)
         self._members.append((info, data))
 
-    def pictures(self, *names: str) -> None:
+    def images(self, *names: str) -> None:
         for name in names:
-            self.add(name, PICTURE)
+            self.add(name, IMAGE)
 
     def texts(self, *names: str) -> None:
         for name in names:
@@ -81,32 +81,32 @@ def png() -> bytes:
     return data.getvalue()
 
 
-PICTURE = png()
+IMAGE = png()
 Make = Callable[[pathlib.Path], tuple[Source, dict[str, int]]]
 
 
 def fill_names(shard: Shard) -> None:
     """Names with dots, endings of several parts, keys that repeat or stand apart, hidden files."""
     for stem in ("a.1", "a.2", "v1.0-x", "d.e/f.g"):
-        shard.pictures(f"{stem}.png")
+        shard.images(f"{stem}.png")
         shard.texts(f"{stem}.txt")
         shard.use(stem)
     for _ in range(2):
-        shard.pictures("twice.png")
+        shard.images("twice.png")
         shard.texts("twice.txt")
     shard.use("twice", "twice#2")
-    shard.pictures("2.seg.png", "2.left.png", "2.png")
+    shard.images("2.seg.png", "2.left.png", "2.png")
     shard.texts("2.cls.txt", "2.txt")
     shard.use("2")
-    shard.key.parts["another picture of the same sample"] += 1
-    shard.pictures("mask.seg.png")
+    shard.key.parts["another image of the same sample"] += 1
+    shard.images("mask.seg.png")
     shard.texts("mask.txt")
-    shard.drop(no_picture=1)
-    shard.pictures("apart.1.png", "apart.2.png", "far.png", "._a.png", "__MACOSX/._far.png")
+    shard.drop(no_image=1)
+    shard.images("apart.1.png", "apart.2.png", "far.png", "._a.png", "__MACOSX/._far.png")
     shard.add(".DS_Store", b"\0" * 100)
     shard.texts("far.txt", "apart.2.txt", "apart.1.txt", "._far.txt")
     shard.use("apart.1", "apart.2", "far")
-    shard.pictures("x.png", "y.png", "x.png")
+    shard.images("x.png", "y.png", "x.png")
     shard.texts("y.txt", "x.txt")
     shard.key.dropped["sample of a key that repeats, apart from its other members"] += 3
     shard.use("y")
@@ -114,32 +114,32 @@ def fill_names(shard: Shard) -> None:
 
 def fill_damage(shard: Shard) -> None:
     shard.texts("alone.txt")
-    shard.drop(no_picture=1)
-    shard.pictures("silent.png")
-    shard.add("blank.png", PICTURE)
+    shard.drop(no_image=1)
+    shard.images("silent.png")
+    shard.add("blank.png", IMAGE)
     shard.add("blank.txt", b" \n")
     shard.drop(no_caption=2)
     for name, data in (
-        ("cut", PICTURE[:-200]),
+        ("cut", IMAGE[:-200]),
         ("html", b"<html>"),
         ("bomb", huge_png(60_000)),
     ):
         shard.add(f"{name}.png", data)
         shard.texts(f"{name}.txt")
     shard.drop(unreadable=2, too_many_pixels=1)
-    shard.pictures("latin.png", "json.png")
+    shard.images("latin.png", "json.png")
     shard.add("latin.txt", b"caf\xe9")
     shard.add("json.json", b'{"caption": ')
     shard.key.dropped["text that is not UTF-8"] += 1
     shard.key.dropped["caption file that is not JSON with a caption"] += 1
     for name in ("../out.png", "/out.png"):
-        shard.add(name, PICTURE)
+        shard.add(name, IMAGE)
     shard.drop(member_whose_name_leads_out_of_the_shard=2)
     shard.add("link.png", type=tarfile.SYMTYPE, linkname="silent.png")
     shard.drop(member_that_is_a_link_or_a_device=1)
     shard.add("holes.png", bytes(1_024), type=tarfile.GNUTYPE_SPARSE)
     shard.drop(member_that_is_stored_with_holes=1)
-    shard.pictures("last.png")
+    shard.images("last.png")
     shard.texts("last.txt")
     shard.use("last")
 
@@ -167,7 +167,7 @@ def test_no_sample_of_a_shard_goes_without_a_count(tmp_path: pathlib.Path) -> No
             "shard compressed with lz4, which is not read": 1,
         }
     )
-    key.dropped["no picture"] += 1  # Its only member is a text, and whole.
+    key.dropped["no image"] += 1  # Its only member is a text, and whole.
     check(tmp_path, WebDataset((str(raw),), ALL_TRAIN), key)
 
 
@@ -195,7 +195,7 @@ def fill_films(raw: pathlib.Path, key: Key) -> list[str]:
     (raw / "twice.ts").write_bytes(2 * (raw / "twice.ts").read_bytes())
     film(raw / "one.avi", codec="mjpeg")
     hurt(raw / "one.avi", 12)
-    key.parts["damaged picture of a video"] += 1
+    key.parts["damaged image of a video"] += 1
     film(raw / "torn.mkv")
     torn = (raw / "torn.mkv").read_bytes()
     (raw / "torn.mkv").write_bytes(torn[: len(torn) // 2])
@@ -268,7 +268,7 @@ def check(tmp_path: pathlib.Path, source: Source, key: Key) -> dict[str, dict]:
     records = read(tmp_path / "out")
     assert set(records) == key.used and statistics["used"] == len(key.used)
     assert statistics["dropped"] == dict(key.dropped)
-    assert statistics["pictures"]["dropped"] == dict(key.parts)
+    assert statistics["images"]["dropped"] == dict(key.parts)
     assert statistics["records_read"] == len(key.used) + key.dropped.total()
     stored = json.loads((tmp_path / "out" / "1.0.0" / "statistics.json").read_text())
     assert stored["dropped"] == statistics["dropped"]

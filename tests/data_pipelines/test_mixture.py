@@ -1,5 +1,5 @@
 """Batches by the contract: each kind and task, on any number of processes, interrupted or not,
-with bad pictures among the good.
+with bad images among the good.
 """
 
 import dataclasses
@@ -57,8 +57,8 @@ def make_tokenizer() -> Tokenizer:
     return SentencePieceTokenizer(model.getvalue())
 
 
-def picture(number: int) -> bytes:
-    """A picture that says which one it is: its red is `number`."""
+def numbered_image(number: int) -> bytes:
+    """An image that says which one it is: its red is `number`."""
     data = io.BytesIO()
     Image.new("RGB", (SIZE, SIZE), (number % 256, 100, 50)).save(data, "PNG")
     return data.getvalue()
@@ -73,7 +73,7 @@ def pairs(count=40):
     return [
         {
             "id": f"pair{i}".encode(),
-            "image": picture(i),
+            "image": numbered_image(i),
             "captions": [f"p{i} {words(rng, 2, 9)}".encode(), f"p{i} {words(rng, 2, 5)}"],
         }
         for i in range(count)
@@ -90,7 +90,7 @@ def pages(count=20):
             {
                 "id": f"page{i}",
                 "texts": texts,
-                "images": [picture(10 * i + j) for j in range(k)],
+                "images": [numbered_image(10 * i + j) for j in range(k)],
             }
         )
     return made
@@ -100,7 +100,7 @@ def videos(count=12):
     return [
         {
             "id": f"video{i}",
-            "frames": [picture(20 * i + j) for j in range(2 + i)],
+            "frames": [numbered_image(20 * i + j) for j in range(2 + i)],
             "fps": 1.0,
             "captions": [f"v{i} star left"],
         }
@@ -114,11 +114,11 @@ def texts(count=15):
 
 
 def questions(count=30):
-    """About pictures and clips by turns; their first word names their first frame."""
+    """About images and clips by turns; their first word names their first frame."""
     return [
         {
             "id": f"question{i}",
-            "frames": [picture(7 * i + j) for j in range(1 + i % 2 * 3)],
+            "frames": [numbered_image(7 * i + j) for j in range(1 + i % 2 * 3)],
             "question": f"n{i} star or circle?",
             "answers": [b"red", "blue a"][: 1 + i % 2],
             "type": "",
@@ -219,7 +219,7 @@ them in disorder.
 
 @pytest.mark.parametrize("task, kind", CASES)
 def test_the_same_batches_on_any_number_of_processes_threaded_or_not(task, kind, tokenizer):
-    """Array for array, with a picture that cannot be read among them, which some of the
+    """Array for array, with an image that cannot be read among them, which some of the
     processes never try to.
     """
     source = broken(SOURCES[kind], {5})
@@ -267,7 +267,7 @@ def test_the_same_augmentation_on_any_number_of_processes_and_after_a_resume(tas
             same(in_lists(batch, group), group.assembled([part[step] for part in parts]))
 
 
-def test_a_process_decodes_the_pictures_of_its_own_devices_alone(tokenizer, monkeypatch):
+def test_a_process_decodes_the_images_of_its_own_devices_alone(tokenizer, monkeypatch):
     met = []
     decode = images.decode
     monkeypatch.setattr(
@@ -338,12 +338,12 @@ def test_flamingo_batches_keep_the_contract(kind, tokenizer):
                 unlearned = np.isin(tokens, [tokenizer.bos, *tokenizer.image_tag_ids])
                 unlearned[0] = True
                 np.testing.assert_array_equal(batch["loss_mask"][row][mask], ~unlearned)
-                seen |= check_pictures(kind, batch, row, mask, tokenizer)
+                seen |= check_images(kind, batch, row, mask, tokenizer)
     assert len(seen) > 10
 
 
-def check_pictures(kind, batch, row, mask, tokenizer):
-    """Each caption names the number of its picture, whose red is that number."""
+def check_images(kind, batch, row, mask, tokenizer):
+    """Each caption names the number of its image, whose red is that number."""
     tokens, index = batch["tokens"][row][mask], batch["media_index"][row][mask]
     ends = np.flatnonzero(np.isin(tokens, tokenizer.image_tag_ids))
     seen = set()
@@ -395,8 +395,8 @@ def test_rows_are_full_of_the_captions_that_are_shown(kind, tokenizer):
     """
     rng = np.random.default_rng(5)
     fields = {
-        "pairs": lambda i: {"image": picture(i)},
-        "videos": lambda i: {"frames": [picture(i)], "fps": 1.0},
+        "pairs": lambda i: {"image": numbered_image(i)},
+        "videos": lambda i: {"frames": [numbered_image(i)], "fps": 1.0},
     }[kind]
     source = [
         {"id": str(i), "captions": [words(rng, 1, 16) for _ in range(5)], **fields(i)}
@@ -484,16 +484,16 @@ def test_of_a_question_the_answer_and_its_end_alone_are_learned(tokenizer):
 
 
 def asked(count=7, about=3):
-    """`about` questions about one picture after another."""
+    """`about` questions about one image after another."""
     return [
-        questions(count)[i] | {"frames": [picture(i // about)], "answers": ["red"]}
+        questions(count)[i] | {"frames": [numbered_image(i // about)], "answers": ["red"]}
         for i in range(count)
     ]
 
 
-def test_questions_about_one_picture_share_it_in_a_row(tokenizer):
-    """Three of them fit a row, and the seventh is alone with its picture; each is packed as it
-    would be with a picture of its own.
+def test_questions_about_one_image_share_it_in_a_row(tokenizer):
+    """Three of them fit a row, and the seventh is alone with its image; each is packed as it
+    would be with an image of its own.
     """
     longest = int(measure(asked(), "questions", tokenizer, QUESTION.template).tokens.max())
     options = dict(source=asked(), batch_size=1, length=3 * longest, visuals=1, frames=1)
@@ -531,7 +531,7 @@ def test_questions_about_one_picture_share_it_in_a_row(tokenizer):
     )
 
 
-def test_contrastive_texts_of_questions_are_those_of_their_picture(tokenizer):
+def test_contrastive_texts_of_questions_are_those_of_their_image(tokenizer):
     source = asked(12)
     texts, numbers = set(), []
     for batch in take(
@@ -557,7 +557,7 @@ def test_contrastive_texts_of_questions_are_those_of_their_picture(tokenizer):
     assert sorted(numbers) == sorted([0, 1, 2, 3] * 12) and len(texts) > 8
 
 
-def test_a_bad_picture_blanks_all_questions_that_share_it(tokenizer):
+def test_a_bad_image_blanks_all_questions_that_share_it(tokenizer):
     source = broken(asked(), {0, 1, 2})
     it = iterator(
         "flamingo",
@@ -688,7 +688,7 @@ def test_contrastive_pairs(tokenizer):
 
 
 def broken(source, numbers):
-    """The same records with the last picture of some cut short."""
+    """The same records with the last image of some cut short."""
     out = []
     for number, record in enumerate(source):
         record = dict(record)
@@ -707,7 +707,7 @@ def masked(batch):
 
 
 @pytest.mark.parametrize("kind", ["pairs", "pages", "videos"])
-def test_a_bad_picture_masks_its_segment_and_moves_nothing(kind, tokenizer, caplog):
+def test_a_bad_image_masks_its_segment_and_moves_nothing(kind, tokenizer, caplog):
     record = SOURCES[kind][5]
     good, bad = (
         iterator("flamingo", kind, tokenizer, source=s, batch_size=1)
@@ -757,7 +757,7 @@ def test_a_bad_contrastive_pair_is_marked_by_an_empty_mask(tokenizer):
 
 
 @pytest.mark.parametrize("readers", [None, READERS])
-def test_too_many_bad_pictures_stop_the_run(readers, tokenizer):
+def test_too_many_bad_images_stop_the_run(readers, tokenizer):
     it = iterator(
         "flamingo",
         "pairs",
@@ -771,9 +771,9 @@ def test_too_many_bad_pictures_stop_the_run(readers, tokenizer):
     it.close()
 
 
-def test_the_share_of_bad_pictures_is_that_of_those_a_process_reads(tokenizer):
+def test_the_share_of_bad_images_is_that_of_those_a_process_reads(tokenizer):
     """Four processes share every row: what each counts as seen is what it decodes itself, and
-    no good picture for what another does.
+    no good image for what another does.
     """
     bad = {7, 50, 99, 120}
     rows = iterator(
@@ -802,7 +802,7 @@ def test_the_share_of_bad_pictures_is_that_of_those_a_process_reads(tokenizer):
 
 
 def test_summary_accounts_for_every_record(tokenizer):
-    source = [*pairs(10), {"id": "long", "image": picture(1), "captions": ["star " * 200]}]
+    source = [*pairs(10), {"id": "long", "image": numbered_image(1), "captions": ["star " * 200]}]
     it = iterator("flamingo", "pairs", tokenizer, source=source, batch_size=1)
     summary = it.summary()
     assert (
@@ -821,7 +821,7 @@ def test_summary_accounts_for_every_record(tokenizer):
 
 def test_cut_contrastive_captions_are_counted_once_each(tokenizer):
     source = [
-        {"id": str(i), "image": picture(i), "captions": ["star" if i else "star " * 200]}
+        {"id": str(i), "image": numbered_image(i), "captions": ["star" if i else "star " * 200]}
         for i in range(8)
     ]
     it = iterator("contrastive", "pairs", tokenizer, source=source, batch_size=8)

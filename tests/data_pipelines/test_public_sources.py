@@ -31,7 +31,7 @@ from tests.data_pipelines.raw import ALL_TRAIN, colourful, film, lines, read, sa
 from tests.evaluation.test_report import Counter
 
 
-def picture(level: int, form: str = "PNG") -> bytes:
+def shaded_image(level: int, form: str = "PNG") -> bytes:
     """Told from others by its mean."""
     data = io.BytesIO()
     pixels = np.full((80, 80, 3), level, np.uint8)
@@ -61,12 +61,12 @@ def test_webdataset(tmp_path: pathlib.Path) -> None:
     shard(
         tmp_path / "a" / "000.tar",
         {
-            "./0.jpg": picture(10, "JPEG"),
+            "./0.jpg": shaded_image(10, "JPEG"),
             "0.txt": b" a cat \n",
             "0.json": b'{"caption": "not this"}',
             "sub.dir/1.json": b'{"captions": ["x", "y"]}',
-            "sub.dir/1.input.PNG": picture(20),
-            "2.webp": picture(30, "WEBP"),
+            "sub.dir/1.input.PNG": shaded_image(20),
+            "2.webp": shaded_image(30, "WEBP"),
             "2.json": b'{"text": "a text"}',
             "2.cls": b"7",
             "3.txt": b"alone",
@@ -74,13 +74,18 @@ def test_webdataset(tmp_path: pathlib.Path) -> None:
     )
     shard(
         tmp_path / "b" / "deep" / "000.tar",
-        {"0.png": picture(40), "0.txt": "grün".encode(), "1.png": picture(50), "1.txt": b" "},
+        {
+            "0.png": shaded_image(40),
+            "0.txt": "grün".encode(),
+            "1.png": shaded_image(50),
+            "1.txt": b" ",
+        },
     )
     statistics, _ = write_dataset(
         tmp_path / "out",
         WebDataset((str(tmp_path / "a"), str(tmp_path / "b" / "deep" / "000.tar")), ALL_TRAIN),
     )
-    assert statistics["dropped"] == {"no caption": 1, "no picture": 1}
+    assert statistics["dropped"] == {"no caption": 1, "no image": 1}
     found = {
         name: (level(record["image"]), strings(record["captions"]))
         for name, record in read(tmp_path / "out").items()
@@ -97,7 +102,7 @@ def test_webdataset(tmp_path: pathlib.Path) -> None:
 
 def test_coco(tmp_path: pathlib.Path) -> None:
     for name, shade in (("one/1.png", 10), ("two/2.png", 20), ("one/3.png", 30)):
-        save(tmp_path / name, Image.open(io.BytesIO(picture(shade))))
+        save(tmp_path / name, Image.open(io.BytesIO(shaded_image(shade))))
     images = [
         {"id": number, "file_name": f"{number}.png", "height": 80, "width": 80}
         for number in (1, 2, 3)
@@ -127,8 +132,8 @@ def test_coco(tmp_path: pathlib.Path) -> None:
         write_dataset(tmp_path / "other", source)
 
 
-def document(sentences: list[str], pictures: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    return {"text_list": sentences, "image_info": pictures, **more}
+def document(sentences: list[str], images: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    return {"text_list": sentences, "image_info": images, **more}
 
 
 def shown(
@@ -142,9 +147,9 @@ def shown(
     }
 
 
-def test_mmc4_pictures_stand_before_their_own_sentences(tmp_path: pathlib.Path) -> None:
+def test_mmc4_images_stand_before_their_own_sentences(tmp_path: pathlib.Path) -> None:
     for number in range(10, 100, 10):
-        save(tmp_path / f"{number}.png", Image.open(io.BytesIO(picture(number))))
+        save(tmp_path / f"{number}.png", Image.open(io.BytesIO(shaded_image(number))))
     lines(
         tmp_path / "docs.jsonl",
         # In falling order, and two for one sentence, which stay as they are listed.
@@ -177,7 +182,7 @@ def test_mmc4_pictures_stand_before_their_own_sentences(tmp_path: pathlib.Path) 
         "B. C.",
         "D.",
     ] and levels(records["docs.jsonl#0"]) == [20, 40, 30, 10]
-    assert levels(records["docs.jsonl#1"]) == [10, 20] and statistics["pictures"]["dropped"] == {
+    assert levels(records["docs.jsonl#1"]) == [10, 20] and statistics["images"]["dropped"] == {
         "matched to no sentence": 4
     }
     assert strings(records["docs.jsonl#2"]["texts"]) == ["", "A.", "B.", "C."] and levels(
@@ -189,7 +194,7 @@ def test_mmc4_pictures_stand_before_their_own_sentences(tmp_path: pathlib.Path) 
     )
     assert (
         levels(read(tmp_path / "alike")["docs.jsonl#1"]) == [20]
-        and statistics["pictures"]["dropped"]["similarity under 0.24"] == 1
+        and statistics["images"]["dropped"]["similarity under 0.24"] == 1
     )
     with pytest.raises(UserError, match="--min_similarity=30 is no cosine"):
         write_dataset(tmp_path / "none", Mmc4((str(tmp_path),), min_similarity=30))
@@ -200,14 +205,12 @@ def test_matching_is_one_to_one_for_the_largest_sum() -> None:
     import itertools
 
     rng = np.random.default_rng(0)
-    for pictures, sentences in ((2, 3), (3, 3), (4, 3)):
-        matrix = rng.uniform(0.1, 0.4, (pictures, sentences))
-        matched = match([{} for _ in range(pictures)], sentences, matrix.tolist())
+    for images, sentences in ((2, 3), (3, 3), (4, 3)):
+        matrix = rng.uniform(0.1, 0.4, (images, sentences))
+        matched = match([{} for _ in range(images)], sentences, matrix.tolist())
         found = {place: one for place, one in enumerate(matched) if one}
-        assert (
-            len({one.sentence for one in found.values()}) == len(found) == min(pictures, sentences)
-        )
-        ways = itertools.permutations(range(max(pictures, sentences)), pictures)
+        assert len({one.sentence for one in found.values()}) == len(found) == min(images, sentences)
+        ways = itertools.permutations(range(max(images, sentences)), images)
         best = max(
             sum(
                 matrix[place, sentence]
@@ -222,24 +225,24 @@ def test_matching_is_one_to_one_for_the_largest_sum() -> None:
 
 
 def downloads(folder: pathlib.Path) -> None:
-    """Four pictures by address, each in another way."""
+    """Four images by address, each in another way."""
     about = lambda number: json.dumps({"url": f"http://x/{number}", "status": "success"}).encode()
     shard(
         folder / "00000.tar",
         {
-            "0.jpg": picture(10, "JPEG"),
+            "0.jpg": shaded_image(10, "JPEG"),
             "0.json": about(10),
             "1.json": b'{"url": "http://x/99", "status": "failed"}',
         },
     )
-    save(folder / "00001" / "7.png", Image.open(io.BytesIO(picture(20))))
+    save(folder / "00001" / "7.png", Image.open(io.BytesIO(shaded_image(20))))
     (folder / "00001" / "7.json").write_bytes(about(20))
     name = hashlib.sha256(b"http://x/30").hexdigest()
-    (folder / f"{name}.jpeg").write_bytes(picture(30))
+    (folder / f"{name}.jpeg").write_bytes(shaded_image(30))
     (folder / "broken.json").write_text("{")
 
 
-def test_obelics_pictures_are_found_by_their_address(tmp_path: pathlib.Path) -> None:
+def test_obelics_images_are_found_by_their_address(tmp_path: pathlib.Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     downloads(tmp_path / "downloaded")
     images = [
@@ -263,8 +266,8 @@ def test_obelics_pictures_are_found_by_their_address(tmp_path: pathlib.Path) -> 
         tmp_path / "out",
         Obelics((str(tmp_path / "a.parquet"),), (str(tmp_path / "downloaded"),), ALL_TRAIN),
     )
-    assert statistics["dropped"] == {"page without a picture that is fit": 2} and statistics[
-        "pictures"
+    assert statistics["dropped"] == {"page without an image that is fit": 2} and statistics[
+        "images"
     ] == {"used": 3, "dropped": {"missing": 2}}
     records = read(tmp_path / "out")
     first, second = records["a.parquet#0"], records["a.parquet#1"]
@@ -283,7 +286,7 @@ def test_parquet_files_want_their_package(
         write_dataset(tmp_path / "out", Obelics((str(tmp_path),)))
 
 
-def test_mmc4_pictures_are_found_by_their_address_too(tmp_path: pathlib.Path) -> None:
+def test_mmc4_images_are_found_by_their_address_too(tmp_path: pathlib.Path) -> None:
     downloads(tmp_path / "downloaded")
     lines(
         tmp_path / "docs.jsonl",
@@ -293,7 +296,7 @@ def test_mmc4_pictures_are_found_by_their_address_too(tmp_path: pathlib.Path) ->
         tmp_path / "out",
         Mmc4((str(tmp_path / "docs.jsonl"),), (str(tmp_path / "downloaded"),), ALL_TRAIN),
     )
-    assert levels(read(tmp_path / "out")["docs.jsonl#0"]) == [30, 10] and statistics["pictures"][
+    assert levels(read(tmp_path / "out")["docs.jsonl#0"]) == [30, 10] and statistics["images"][
         "dropped"
     ] == {"missing": 1}
 
@@ -332,7 +335,7 @@ def test_tfds_features_are_found_by_their_usual_names_or_as_told(
         "label": tfds.features.ClassLabel(names=["cat", "dog"]),
     }
     told = lambda number: {
-        "image": io.BytesIO(picture(number)),
+        "image": io.BytesIO(shaded_image(number)),
         "captions": [{"id": 1, "text": "a"}, {"id": 2, "text": f"b{number}"}],
         "label": number % 2,
     }
@@ -368,7 +371,7 @@ def test_tfds_questions_and_videos(tmp_path: pathlib.Path) -> None:
     image, text = tfds.features.Image(shape=(None, None, 3)), tfds.features.Text()
     asked = [
         {
-            "image": io.BytesIO(picture(10 * (number // 4))),
+            "image": io.BytesIO(shaded_image(10 * (number // 4))),
             "question": f"q{number}",
             "answers": ["x", "x", "y"],
             "question_type": "t",
@@ -395,7 +398,12 @@ def test_tfds_questions_and_videos(tmp_path: pathlib.Path) -> None:
     assert about["train"].isdisjoint(about["validation"]) and statistics["used"] == 60
     record = splits["train"][min(splits["train"])]
     assert strings(record["answers"]) == ["x", "x", "y"] and record["type"] == b"t"
-    clips = [{"video": [io.BytesIO(picture(10)), io.BytesIO(picture(20))], "caption": "brighter"}]
+    clips = [
+        {
+            "video": [io.BytesIO(shaded_image(10)), io.BytesIO(shaded_image(20))],
+            "caption": "brighter",
+        }
+    ]
     name = prepare(
         tmp_path / "clips",
         {"video": tfds.features.Sequence(image), "caption": text},
@@ -440,7 +448,7 @@ def test_videos_in_any_container(ending: str, codec: str, tmp_path: pathlib.Path
     )
 
 
-def test_samples_show_records_as_text_and_pictures(tmp_path: pathlib.Path) -> None:
+def test_samples_show_records_as_text_and_images(tmp_path: pathlib.Path) -> None:
     root = tmp_path / "photos"
     for number in range(40):
         save(root / f"{number}.png", colourful(60, 90, seed=number))

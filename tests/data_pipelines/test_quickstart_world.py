@@ -1,4 +1,4 @@
-"""The drawn world: what pictures show, what is said about them, and what is held out."""
+"""The drawn world: what images show, what is said about them, and what is held out."""
 
 import collections
 import io
@@ -22,7 +22,7 @@ PLACES = {name: (i // 3, i % 3) for i, name in enumerate(world.PLACES)}
 
 @pytest.fixture
 def unpainted(monkeypatch):
-    """Records without pictures: scenes and text are drawn before anything is painted, so they
+    """Records without images: scenes and text are drawn before anything is painted, so they
     are the same.
     """
     monkeypatch.setattr(world, "render", lambda scene, rng: None)
@@ -79,7 +79,7 @@ def test_held_out_pairs_are_one_per_colour_and_one_per_shape():
     }
 
 
-def test_pictures_keep_held_out_pairs_for_the_unseen_splits(unpainted):
+def test_images_keep_held_out_pairs_for_the_unseen_splits(unpainted):
     """Of every record of every dataset: no sampling."""
     for name, dataset in world.DATASETS.items():
         for split in dataset.sizes:
@@ -108,12 +108,12 @@ def test_records_fit_their_features_and_their_scenes():
             drawn = world.drawn(name, split, 3)
             assert set(drawn.record) == set(features(dataset.kind))
             record = drawn.record
-            pictures = (
+            images = (
                 record.get("images") or record.get("frames") or [record["image"]]
                 if drawn.scenes
                 else []
             )
-            for data in pictures:
+            for data in images:
                 image = Image.open(io.BytesIO(data))
                 assert (image.format, image.mode, image.size) == ("PNG", "RGB", (48, 48))
             if dataset.kind == "pages":
@@ -253,7 +253,7 @@ def test_answers_are_right_and_balanced(unpainted):
         assert 0.45 < counts[balanced]["yes"] / counts[balanced].total() < 0.55
 
 
-def test_pages_are_of_three_sorts_and_tell_of_their_pictures(unpainted):
+def test_pages_are_of_three_sorts_and_tell_of_their_images(unpainted):
     sorts: collections.Counter[str] = collections.Counter()
     for drawn in all_drawn("m3w", "train", 600):
         texts = drawn.record["texts"]
@@ -277,7 +277,7 @@ def test_pages_are_of_three_sorts_and_tell_of_their_pictures(unpainted):
                 assert bound.setdefault(match[2], scene.things[0]) == scene.things[0]
                 kinds.add("binding")
         assert len(kinds) == 1
-        # An example without its picture may open a page of captions or questions, in the form
+        # An example without its image may open a page of captions or questions, in the form
         # of the page.
         assert texts[0] == "" or (texts[0].split(":")[0], kinds) in (
             ("Output", {"captions"}),
@@ -427,7 +427,7 @@ def test_shapes_are_told_apart_by_a_plain_template():
     assert np.mean(right) > 0.98
 
 
-def test_things_of_one_picture_do_not_touch():
+def test_things_of_one_image_do_not_touch():
     rng = np.random.default_rng(5)
     for draw, _ in itertools.product((world.draw_two, world.draw_counts), range(60)):
         scene = draw(rng, world.ALL_THINGS)

@@ -1,4 +1,4 @@
-"""Datasets on disk come back with their pictures encoded, and what is no dataset is refused."""
+"""Datasets on disk come back with their images encoded, and what is no dataset is refused."""
 
 import io
 import pathlib
@@ -13,7 +13,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from data_pipelines.features import features
 from data_pipelines.records import (
-    PICTURES,
+    IMAGE_FEATURES,
     Failures,
     Parsed,
     Records,
@@ -83,7 +83,7 @@ def test_records_of_every_kind(kind, folder):
 @pytest.mark.parametrize("kind", MAKE)
 def test_records_are_what_tfds_decodes(kind, folder):
     path = build(kind, folder, 3)
-    feature = PICTURES.get(kind)
+    feature = IMAGE_FEATURES.get(kind)
     decoded = tfds.builder_from_directory(path).as_data_source(
         "train", decoders=left_encoded([feature] if feature else [])
     )
@@ -182,25 +182,25 @@ def test_memory_is_bounded():
     assert [records[i] is first[i] for i in range(5)] == [True, True, False, False, False]
 
 
-def test_memory_is_counted_by_the_larger_form_of_a_picture():
+def test_memory_is_counted_by_the_larger_form_of_an_image():
     source = [{"id": "a", "frames": [bytes(5_000), bytes(10)], "captions": []}]
     decoded = 3 * 6 * 6
     costs = {
-        pictures: Records(source, "videos", 6, cache_bytes=0, pictures=pictures)[0].cost
-        for pictures in (True, False)
+        wanted: Records(source, "videos", 6, cache_bytes=0, with_images=wanted)[0].cost
+        for wanted in (True, False)
     }
     assert costs[True] - costs[False] == 5_000 + decoded + 2 * 200
-    assert Records(source, "videos", 6, cache_bytes=0, pictures=False)[0].frame_counts == [2]
+    assert Records(source, "videos", 6, cache_bytes=0, with_images=False)[0].frame_counts == [2]
 
 
-def test_missing_pictures_are_failures():
+def test_missing_images_are_failures():
     record = Records(
         [{"id": "a", "texts": ["", "x", "y"], "images": [png(1).getvalue()]}],
         "pages",
         6,
         cache_bytes=0,
     )[0]
-    with pytest.raises(ImageError, match="more pictures than the 1"):
+    with pytest.raises(ImageError, match="more images than the 1"):
         record.read(1, 0)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from data_pipelines.build.html_pages import HtmlPages
 from data_pipelines.build.image_folder import ImageFolder
-from data_pipelines.build.pictures import ANY_PICTURE
+from data_pipelines.build.images import ANY_IMAGE
 from data_pipelines.build.plain_text import PlainText
 from data_pipelines.build.source import Dropped, Example, Source
 from data_pipelines.build.video_folder import VideoFolder
@@ -22,7 +22,7 @@ from data_pipelines.build.webdataset import WebDataset
 from flamingo_jax import storage
 from flamingo_jax.errors import StorageError
 from tests.data_pipelines.raw import ALL_TRAIN, colourful, film, lines, save
-from tests.data_pipelines.test_tars import packed, picture
+from tests.data_pipelines.test_tars import image, packed
 
 
 def text(folder: pathlib.Path) -> Source:
@@ -39,7 +39,7 @@ def images(folder: pathlib.Path) -> Source:
 def pages(folder: pathlib.Path) -> Source:
     save(folder / "a.png", colourful())
     (folder / "a.html").write_text('one <img src="a.png"> two')
-    return HtmlPages((str(folder),), ALL_TRAIN, ANY_PICTURE)
+    return HtmlPages((str(folder),), ALL_TRAIN, ANY_IMAGE)
 
 
 def videos(folder: pathlib.Path) -> Source:
@@ -49,7 +49,7 @@ def videos(folder: pathlib.Path) -> Source:
 
 
 def tar(folder: pathlib.Path) -> Source:
-    (folder / "a.tar").write_bytes(packed([("a.png", picture(50)), ("a.txt", b"a")]))
+    (folder / "a.tar").write_bytes(packed([("a.png", image(50)), ("a.txt", b"a")]))
     return WebDataset((str(folder),), ALL_TRAIN)
 
 

@@ -427,13 +427,13 @@ def test_damage_that_comes_after_lengths_were_measured_is_masked(
 
 
 def test_a_damaged_question_is_not_told(tokenizer, tmp_path, monkeypatch):  # noqa: F811
-    """In the contrastive stage several are told about one picture; the blank that stands in for
+    """In the contrastive stage several are told about one image; the blank that stands in for
     one is none of them.
     """
     folder = build(tmp_path, "questions", COUNT, monkeypatch)
     it = iterator(folder, "questions", tokenizer, text_length=60)
     whole = take(it, 10)
-    # Each third one is the first about its picture.
+    # Each third one is the first about its image.
     ids = [
         int(open_records(folder, "train", "questions")[place]["id"][9:]) for place in range(COUNT)
     ]
@@ -469,7 +469,7 @@ def test_a_dataset_that_lacks_files_is_refused(tmp_path, monkeypatch):
         open_records(folder, "train")
 
 
-def test_a_picture_that_the_system_could_not_read_is_no_bad_picture(monkeypatch):
+def test_an_image_that_the_system_could_not_read_is_no_bad_image(monkeypatch):
     for number in (errno.EMFILE, errno.EIO):
         monkeypatch.setattr(
             Image,

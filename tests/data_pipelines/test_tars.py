@@ -22,7 +22,7 @@ from data_pipelines.build import pieces, tars
 from data_pipelines.build.shards import by_address
 from data_pipelines.build.source import Shares
 from data_pipelines.build.tar_samples import REPEATED, Sample, samples
-from data_pipelines.build.webdataset import NO_CAPTION, NO_PICTURE, OTHER_PICTURE, WebDataset
+from data_pipelines.build.webdataset import NO_CAPTION, NO_IMAGE, OTHER_IMAGE, WebDataset
 from data_pipelines.build.writer import write_dataset
 from flamingo_jax.errors import UserError
 from tests.data_pipelines.raw import ALL_TRAIN, read, strings
@@ -30,7 +30,7 @@ from tests.data_pipelines.raw import ALL_TRAIN, read, strings
 Members = Iterable[tuple[str, bytes]]
 
 
-def picture(level: int) -> bytes:
+def image(level: int) -> bytes:
     """Told from others by its level."""
     pixels = np.full((40, 40, 3), level, np.uint8)
     pixels[:20] += 10
@@ -50,7 +50,7 @@ def packed(members: Members) -> bytes:
 
 
 def named(names: Iterable[str]) -> list[tuple[str, bytes]]:
-    """Members of these names: pictures of levels 10, 20, ... in their order, texts that say
+    """Members of these names: images of levels 10, 20, ... in their order, texts that say
     their own name and which time it comes.
     """
     levels, times = itertools.count(10, 10), collections.Counter[str]()
@@ -58,14 +58,14 @@ def named(names: Iterable[str]) -> list[tuple[str, bytes]]:
     for name in names:
         times[name] += 1
         text = f"{name} {times[name]}".encode()
-        is_picture = name.rsplit(".", 1)[-1].lower() in ("jpg", "jpeg", "png")
-        made.append((name, picture(next(levels)) if is_picture else text))
+        is_image = name.rsplit(".", 1)[-1].lower() in ("jpg", "jpeg", "png")
+        made.append((name, image(next(levels)) if is_image else text))
     return made
 
 
 def found(shard: pathlib.Path) -> tuple[dict[str, tuple[int, list[str]]], dict, dict]:
     """What a build of a shard gives: (level, captions) by id in the shard, what is dropped, and
-    the pictures that are.
+    the images that are.
     """
     output = shard.parent / f"out_{shard.name.replace('.', '_')}"
     statistics, _ = write_dataset(output, WebDataset((str(shard),), ALL_TRAIN))
@@ -79,7 +79,7 @@ def found(shard: pathlib.Path) -> tuple[dict[str, tuple[int, list[str]]], dict, 
     dropped = statistics["dropped"]
     assert statistics["records_read"] == statistics["used"] + sum(dropped.values())
     assert statistics["used"] == len(records)
-    return records, dropped, statistics["pictures"]["dropped"]
+    return records, dropped, statistics["images"]["dropped"]
 
 
 def says(name: str, time: int = 1) -> list[str]:
@@ -107,7 +107,7 @@ CASES: dict[str, tuple[str, dict, dict, dict]] = {
     "dots in names, some without a part": (
         "a.1.jpg a.2.jpg a.2.txt a.3.txt a.4.jpg",
         {"a.2": (20, says("a.2.txt"))},
-        {NO_CAPTION: 2, NO_PICTURE: 1},
+        {NO_CAPTION: 2, NO_IMAGE: 1},
         {},
     ),
     "endings of several parts": (
@@ -122,7 +122,7 @@ CASES: dict[str, tuple[str, dict, dict, dict]] = {
             "3": (40, says("3.txt")),
         },
         {},
-        {OTHER_PICTURE: 1},
+        {OTHER_IMAGE: 1},
     ),
     "labels are no captions": (
         "0.jpg 0.cls.txt 1.jpg 1.cls 2.jpg 2.txt",
@@ -136,7 +136,7 @@ CASES: dict[str, tuple[str, dict, dict, dict]] = {
             "4.b.png 4.b.txt 4.b.seg.png"
         ),
         {"1": (20, says("1.txt")), "2": (30, says("2.txt")), "4.b": (60, says("4.b.txt"))},
-        {NO_PICTURE: 1},
+        {NO_IMAGE: 1},
         {},
     ),
     "repeated keys": (
@@ -145,10 +145,10 @@ CASES: dict[str, tuple[str, dict, dict, dict]] = {
         {NO_CAPTION: 1},
         {},
     ),
-    "all pictures first": (
+    "all images first": (
         "0.jpg 1.jpg 2.jpg 3.jpg 0.txt 2.txt 1.txt 4.txt",
         {"0": (10, says("0.txt")), "1": (20, says("1.txt")), "2": (30, says("2.txt"))},
-        {NO_CAPTION: 1, NO_PICTURE: 1},
+        {NO_CAPTION: 1, NO_IMAGE: 1},
         {},
     ),
     "repeated keys apart": (
@@ -172,7 +172,7 @@ CASES: dict[str, tuple[str, dict, dict, dict]] = {
     "folders, capitals, and what is no sample": (
         "./a/0.JPG ./a/0.TXT b/0.Jpeg b/0.txt README",
         {"a/0": (10, says("./a/0.TXT")), "b/0": (20, says("b/0.txt"))},
-        {NO_PICTURE: 1},
+        {NO_IMAGE: 1},
         {},
     ),
 }
@@ -249,16 +249,16 @@ def test_every_sample_is_used_or_counted_whatever_its_name_and_place(
     whole = {
         sample.key: sample
         for sample in met
-        if isinstance(sample, Sample) and sample.picture and sample.text
+        if isinstance(sample, Sample) and sample.image and sample.text
     }
     assert whole.keys() == {stem for stem in stems if has[stem] == (1, 1)}
     for stem, sample in whole.items():
         assert (
-            sample.picture.read() == f"{stem}.jpg".encode()
+            sample.image.read() == f"{stem}.jpg".encode()
             and sample.text.read() == f"{stem}.txt".encode()
         )
     alone = collections.Counter(
-        "jpg" if sample.picture else "txt" for sample in met if sample.key not in whole
+        "jpg" if sample.image else "txt" for sample in met if sample.key not in whole
     )
     assert alone == {
         "jpg": sum(h == (1, 0) for h in has.values()),
@@ -312,7 +312,7 @@ def test_compressed_shards_are_read(
         found(tmp_path / "plain.tar"),
     )
     assert (records, dropped) == (expected, none) and len(records) == 20
-    # Read on from where it is, not from the start for every picture.
+    # Read on from where it is, not from the start for every image.
     assert streams._opened == (3 if apart else 1)
     assert max(opened) <= pieces.STREAMS
 
@@ -411,8 +411,8 @@ def test_pieces_of_compressed_files_in_any_order_and_after_a_change(
         pieces.Piece(str(path), 49_000, 10, packed=True).read()
 
 
-def test_pictures_are_not_looked_up_in_compressed_shards(tmp_path: pathlib.Path) -> None:
-    members = [("0.jpg", picture(10)), ("0.json", b'{"url": "http://x/1"}')]
+def test_images_are_not_looked_up_in_compressed_shards(tmp_path: pathlib.Path) -> None:
+    members = [("0.jpg", image(10)), ("0.json", b'{"url": "http://x/1"}')]
     (tmp_path / "0.tar").write_bytes(packed(members))
     assert len(by_address([str(tmp_path)])) == 1
     (tmp_path / "1.tar").write_bytes(gzip.compress(packed(members)))

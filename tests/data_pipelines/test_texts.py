@@ -167,9 +167,9 @@ def test_questions_as_vqa_and_tables_have_them(tmp_path: pathlib.Path) -> None:
         {"image": "a.png", "question": None, "answer": "x"},
         {"image": "a.png", "question": "", "answer": "x"},
         {"image": "a.png", "question": 5, "answer": "x"},
-        {"question": "no picture?", "answer": "x"},
+        {"question": "no image?", "answer": "x"},
     )
-    bad_line = "line that is not JSON with a picture, a question and answers"
+    bad_line = "line that is not JSON with an image, a question and answers"
     dropped = {bad_line: 2, "no answer": 1, "no question": 2}
     records = accounted(tmp_path / "out", QuestionsFolder((str(root),), ALL_TRAIN), dropped)
     told = {
@@ -261,7 +261,7 @@ def test_mmc4_of_tables_and_of_open_flamingo(tmp_path: pathlib.Path) -> None:
     text = "\n".join(t if isinstance(t, str) else json.dumps(t) for t in told)
     text = text.replace("\\u2028", "\u2028")
     (tmp_path / "docs.jsonl").write_bytes(text.encode("utf-8-sig"))
-    dropped = {"line that is not JSON with sentences and pictures": 2}
+    dropped = {"line that is not JSON with sentences and images": 2}
     lost = {"matched to no sentence": 2, "unreadable": 1}
     records = accounted(tmp_path / "out", Mmc4((str(tmp_path),), (), ALL_TRAIN), dropped, lost)
     texts = {
@@ -304,7 +304,7 @@ def test_the_shards_of_open_flamingo(tmp_path: pathlib.Path, ending: str) -> Non
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     dropped = {
-        "line that is not JSON with sentences and pictures": 1,
+        "line that is not JSON with sentences and images": 1,
         "sample without a .json": 1,
     }
     source = Mmc4((str(path.parent),), (), ALL_TRAIN)
@@ -331,7 +331,7 @@ def test_the_end_of_a_document_in_obelics_is_no_text(tmp_path: pathlib.Path) -> 
         [END_OF_DOCUMENT],
     ]
     parquet.write_table(arrow.table({"images": images, "texts": texts}), tmp_path / "a.parquet")
-    dropped = {"page without a picture that is fit": 2, "page without text": 1}
+    dropped = {"page without an image that is fit": 2, "page without text": 1}
     lost = {"on a page without text": 1}
     records = accounted(tmp_path / "out", Obelics((str(tmp_path),), (), ALL_TRAIN), dropped, lost)
     assert {name: strings(record["texts"]) for name, record in records.items()} == {
@@ -346,8 +346,8 @@ def test_a_label_that_is_none_is_not_the_last_class(tmp_path: pathlib.Path) -> N
     label = tfds.features.ClassLabel(names=["cat", "dog"])
 
     def made(number: int, value: Any) -> dict[str, Any]:
-        picture = save(tmp_path / "picture.png", colourful(seed=number))
-        return {"image": io.BytesIO(picture), "label": value}
+        image = save(tmp_path / "image.png", colourful(seed=number))
+        return {"image": io.BytesIO(image), "label": value}
 
     single = [made(number, value) for number, value in enumerate((0, -1, 1, -1))]
     name = prepare(tmp_path / "one", {"image": image, "label": label}, {"train": single})

@@ -11,7 +11,7 @@ from flamingo_jax.processing.tokenizer import Tokenizer
 from tests.data_pipelines.test_mixture import (
     SIZE,
     iterator,
-    picture,
+    numbered_image,
     take,
     tokenizer,  # noqa: F401
 )  # noqa: F401 - a fixture
@@ -24,13 +24,13 @@ def test_reading_counts_what_the_rows_hold(kind: str, tokenizer: Tokenizer) -> N
     reading = timing.time_reading(it, SIZE, 3)
     it.close()
     batches = take(iterator("flamingo", kind, tokenizer), 3)
-    assert reading.pictures == sum(int(batch["frame_mask"].sum()) for batch in batches)
+    assert reading.images == sum(int(batch["frame_mask"].sum()) for batch in batches)
     assert reading.fill == pytest.approx(np.mean([batch["segments"] > 0 for batch in batches]))
     assert reading.rows > 0 and reading.bare > 0 and reading.share == reading.rows / reading.bare
     assert images.decode is decode
 
 
-def test_readers_are_timed_over_the_same_pictures(tokenizer: Tokenizer) -> None:  # noqa: F811
+def test_readers_are_timed_over_the_same_images(tokenizer: Tokenizer) -> None:  # noqa: F811
     rates = timing.time_readers(
         lambda readers: iterator("contrastive", "pairs", tokenizer, readers=readers, cache_bytes=0),
         [1, 3],
@@ -39,8 +39,10 @@ def test_readers_are_timed_over_the_same_pictures(tokenizer: Tokenizer) -> None:
     assert list(rates) == [1, 3] and min(rates.values()) > 0
 
 
-def test_the_bare_loop_makes_the_same_pictures() -> None:
-    np.testing.assert_array_equal(timing.bare(picture(7), 5), images.decode(picture(7), 5))
+def test_the_bare_loop_makes_the_same_images() -> None:
+    np.testing.assert_array_equal(
+        timing.bare(numbered_image(7), 5), images.decode(numbered_image(7), 5)
+    )
 
 
 def test_waiting_is_what_a_step_waits_for() -> None:

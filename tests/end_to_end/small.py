@@ -139,7 +139,7 @@ def pages(data: pathlib.Path, **changes: object) -> Experiment:
 
 
 def unfrozen(data: pathlib.Path, **changes: object) -> Experiment:
-    """The same with the vision encoder trained, two of a device's pictures at a time."""
+    """The same with the vision encoder trained, two of a device's images at a time."""
     training = dataclasses.replace(TRAINING, unfreeze_vision_encoder=True, frames_at_once=2)
     return questions(data, **({"training": training} | changes))
 

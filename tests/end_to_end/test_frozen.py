@@ -176,7 +176,7 @@ def test_an_export_says_which_step_it_takes_and_changes_nothing_in_the_workdir(
         export.main()
 
 
-def test_with_kept_features_the_losses_are_those_of_the_pictures(
+def test_with_kept_features_the_losses_are_those_of_the_images(
     stages: tuple[Experiment, Export, Export, Export], tmp_path: pathlib.Path
 ) -> None:
     experiment, *_, flamingo = stages

@@ -112,7 +112,7 @@ def test_a_run_that_goes_on_has_the_unbroken_runs_losses(
 
 
 def frozen_again(experiment: Experiment, export: Export) -> Experiment:
-    """Fine-tuning of an export at another picture size, with a rate that falls in steps."""
+    """Fine-tuning of an export at another image size, with a rate that falls in steps."""
     assert experiment.flamingo is not None
     flamingo = dataclasses.replace(
         experiment.flamingo,
@@ -149,7 +149,7 @@ def test_fine_tuning_goes_on_from_an_export(
     )
     positions = after.pop("vision_encoder/position_embedding")
     assert after and all(np.array_equal(value, before[name]) for name, value in after.items())
-    # A ViT's positions are those that it makes of its own for pictures of this size.
+    # A ViT's positions are those that it makes of its own for images of this size.
     np.testing.assert_allclose(
         positions,
         resize_positions(before["vision_encoder/position_embedding"], 6, 6),
@@ -187,14 +187,14 @@ def test_what_does_not_belong_together_is_refused(
 
 
 @pytest.mark.scale
-def test_with_kept_features_the_losses_are_those_of_the_pictures(
+def test_with_kept_features_the_losses_are_those_of_the_images(
     tuned: tuple[Experiment, Export], tmp_path: pathlib.Path
 ) -> None:
     tuning = experiment_of(frozen_again(*tuned), steps=30)
-    for name, kept in (("pictures", False), ("kept", True)):
+    for name, kept in (("images", False), ("kept", True)):
         train(experiment_of(tuning, cache_features=kept, steps=30), tmp_path / name)
     assert len(losses(tmp_path / "kept")) == 30
-    np.testing.assert_allclose(losses(tmp_path / "kept"), losses(tmp_path / "pictures"), rtol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path / "kept"), losses(tmp_path / "images"), rtol=1e-5)
 
 
 def test_evaluation_asks_as_training_did(

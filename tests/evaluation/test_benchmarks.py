@@ -26,13 +26,13 @@ SUPPORT = [example(n, f"a thing {n}") for n in range(10, 20)]
 TOKENIZER = make_tokenizer()
 
 
-def picture_of(prompt: Prompt) -> int:
+def image_of(prompt: Prompt) -> int:
     return int([part for part in prompt if isinstance(part, Visual)][-1].frames.flat[0])
 
 
 def test_captioning_zero_shot_has_text_only_examples_and_scores_exact_matches() -> None:
     engine = ScriptedEngine(
-        lambda prompt: {1: " A red circle", 2: " a red circle"}[picture_of(prompt)]
+        lambda prompt: {1: " A red circle", 2: " a red circle"}[image_of(prompt)]
     )
     result = captioning("captions", QUERIES, SUPPORT).run(engine, Settings())
     assert result.accuracy == 0.5
@@ -47,7 +47,7 @@ def test_captioning_zero_shot_has_text_only_examples_and_scores_exact_matches() 
     assert engine.prompts[0][:4] == engine.prompts[1][:4]
 
 
-def test_few_shot_prompts_show_their_examples_pictures_and_no_text_only_ones() -> None:
+def test_few_shot_prompts_show_their_examples_images_and_no_text_only_ones() -> None:
     engine = ScriptedEngine()
     captioning("captions", QUERIES, SUPPORT).run(engine, Settings(shots=4))
     for prompt, query in zip(engine.prompts, QUERIES, strict=True):
@@ -128,7 +128,7 @@ def test_classification_takes_the_likeliest_class_and_no_text_only_examples() ->
     engine = ScriptedEngine(
         likes=lambda prompt, text: {
             " circle": -1.0,
-            " star": -0.5 if picture_of(prompt) == 2 else -2.0,
+            " star": -0.5 if image_of(prompt) == 2 else -2.0,
         }[text]
     )
     result = Classification("shapes", queries, SUPPORT, ["circle", "star"], QUESTION).run(
@@ -138,7 +138,7 @@ def test_classification_takes_the_likeliest_class_and_no_text_only_examples() ->
     assert engine.prompts[0] == [queries[0].visual, "Question: what shape is it? Answer:"]
 
 
-def test_binding_shows_the_last_pictures_and_asks_between_the_pages_words() -> None:
+def test_binding_shows_the_last_images_and_asks_between_the_pages_words() -> None:
     pages = [
         page(0, ["dax", "wug", "wug", "dax", "dax"]),
         page(1, ["fep", "toma", "fep", "fep", "toma"]),
@@ -292,7 +292,7 @@ def test_a_record_that_cannot_be_used_is_named(record: dict, said: str) -> None:
     assert said in str(error.value)
 
 
-def test_captions_may_follow_their_pictures_at_once() -> None:
+def test_captions_may_follow_their_images_at_once() -> None:
     engine = ScriptedEngine()
     captioning("captions", QUERIES, SUPPORT, form=Format("")).run(engine, Settings(shots=1))
     for (shown, text, last), query in zip(engine.prompts, QUERIES, strict=True):

@@ -27,12 +27,12 @@ METRICS = [
         "gates/attention": [0.3, 0.4],
         "gates/dense": [0.5, 0.6],
     },
-    {"step": 20, "held_out/ltip/loss": 1.5, "held_out/ltip/loss_without_pictures": 2.5},
+    {"step": 20, "held_out/ltip/loss": 1.5, "held_out/ltip/loss_without_images": 2.5},
 ]
 
 
 class Counter(HTMLParser):
-    """Counts opened elements and keeps the sources of pictures; complains where elements are
+    """Counts opened elements and keeps the sources of images; complains where elements are
     not closed in order.
     """
 

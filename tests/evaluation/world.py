@@ -1,4 +1,4 @@
-"""Examples of plain pictures and an engine that answers from a script."""
+"""Examples of plain images and an engine that answers from a script."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -14,12 +14,12 @@ from flamingo_jax.inference.prompts import Prompt, Visual, tokenise
 from tests.inference.world import make_loaded
 
 RNG = np.random.default_rng(0)
-PICTURES = [Visual(RNG.integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)) for _ in range(3)]
+IMAGES = [Visual(RNG.integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)) for _ in range(3)]
 CLIP = Visual(RNG.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8))
 PROMPTS: list[Prompt] = [
-    [PICTURES[0], "Output: a red circle", PICTURES[1], "Output:"],
-    [PICTURES[2], "Output:"],
-    ["this is a", CLIP, "Output: a star", PICTURES[1], "Output: a blue"],
+    [IMAGES[0], "Output: a red circle", IMAGES[1], "Output:"],
+    [IMAGES[2], "Output:"],
+    ["this is a", CLIP, "Output: a star", IMAGES[1], "Output: a blue"],
 ]
 LENGTH = 48
 
@@ -131,7 +131,7 @@ def test_log_likelihoods_equal_those_of_whole_rows(engine: Engine, forward) -> N
             )
 
 
-def test_without_visuals_prompts_are_read_as_if_pictures_were_taken_away(
+def test_without_visuals_prompts_are_read_as_if_images_were_taken_away(
     loaded: Loaded, forward
 ) -> None:
     blind = Engine(loaded, with_visuals=False)
@@ -150,7 +150,7 @@ def test_answers_do_not_depend_on_the_batch(engine: Engine) -> None:
     assert many[1].text == engine.generate([PROMPTS[1]], Decoding(max_tokens=6))[0].text
 
 
-def test_each_different_picture_is_encoded_once(
+def test_each_different_image_is_encoded_once(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flamingo_jax.inference import engine as module
@@ -177,7 +177,7 @@ def test_each_different_picture_is_encoded_once(
 def test_features_are_unit_vectors_that_do_not_depend_on_padding(
     loaded: Loaded, engine: Engine
 ) -> None:
-    features = engine.features([*PICTURES, CLIP])
+    features = engine.features([*IMAGES, CLIP])
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1.0, atol=1e-5)
     np.testing.assert_allclose(Engine(loaded).features([CLIP])[0], features[3], atol=1e-5)
 
@@ -194,8 +194,8 @@ def test_each_features_are_computed_once(loaded: Loaded, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(module, "_features", counting)
     engine = Engine(loaded)
-    first = engine.features([*PICTURES, CLIP])
-    again = engine.features([CLIP, Visual(PICTURES[0].frames.copy()), CLIP])
+    first = engine.features([*IMAGES, CLIP])
+    again = engine.features([CLIP, Visual(IMAGES[0].frames.copy()), CLIP])
     assert sum(counted) == 4
     np.testing.assert_array_equal(again, first[[3, 0, 3]])
 
@@ -235,7 +235,7 @@ def test_visuals_of_another_size_are_refused(engine: Engine) -> None:
     for ask in (
         lambda: engine.generate([[large, "Output:"]], Decoding()),
         lambda: engine.log_likelihoods([[large]], [[" a"]]),
-        lambda: engine.features([PICTURES[0], large]),
+        lambda: engine.features([IMAGES[0], large]),
     ):
         with pytest.raises(UserError, match="40 x 32 pixels, but the model takes 32 x 32"):
             ask()

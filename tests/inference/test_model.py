@@ -117,5 +117,5 @@ def test_the_command_continues_every_prompt_of_a_file(tmp_path: pathlib.Path) ->
     (tmp_path / "wrong.json").write_text('[{"text": "<image><image>Output:"}, {"image": "a.png"}]')
     refused = run(f"--model={folder}", f"--prompt={tmp_path}/wrong.json")
     assert refused.returncode == 2
-    assert refused.stderr.startswith("error: more image tags than pictures in a prompt")
+    assert refused.stderr.startswith("error: more image tags than images in a prompt")
     assert len(refused.stderr.splitlines()) == 1

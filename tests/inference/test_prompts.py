@@ -84,11 +84,11 @@ def test_literal_tags_are_filled_in_order() -> None:
 @pytest.mark.parametrize(
     ("parts", "said"),
     [
-        (["<image><image>a"], "more image tags than pictures"),
-        (["<image>", FIRST, SECOND], "more pictures"),
+        (["<image><image>a"], "more image tags than images"),
+        (["<image>", FIRST, SECOND], "more images"),
     ],
 )
-def test_tags_and_pictures_must_agree(parts: list[str | Visual], said: str) -> None:
+def test_tags_and_images_must_agree(parts: list[str | Visual], said: str) -> None:
     with pytest.raises(UserError, match=said):
         tokenise(parts, TOKENIZER)
 
@@ -123,7 +123,7 @@ def test_frames_that_are_none_are_refused(frames: object, said: str) -> None:
         Visual(frames)  # type: ignore[arg-type]
 
 
-def test_a_batch_holds_each_different_picture_once() -> None:
+def test_a_batch_holds_each_different_image_once() -> None:
     again = Visual(FIRST.frames.copy())
     prompts = [
         tokenise([FIRST, "a", SECOND, "a"], TOKENIZER),

@@ -110,7 +110,7 @@ def tiny_config(vocabulary: int) -> FlamingoConfig:
 
 def make_loaded(**changes: Any) -> Loaded:
     """A Flamingo of random weights, drawn in numpy (nothing to compile), with open gates so
-    that pictures matter.
+    that images matter.
     """
     tokenizer = make_tokenizer()
     config = dataclasses.replace(tiny_config(tokenizer.vocab_size), **changes)

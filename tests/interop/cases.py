@@ -173,8 +173,8 @@ def tokens(case: str, vocabulary: int) -> list[np.ndarray]:
     ]
 
 
-def pictures(case: str, size: int) -> np.ndarray:
-    """Normalised pictures float32 [2, S, S, 3]."""
+def images(case: str, size: int) -> np.ndarray:
+    """Normalised images float32 [2, S, S, 3]."""
     return (
         np.random.RandomState(zlib.crc32(case.encode()))
         .standard_normal((2, size, size, 3))
@@ -183,7 +183,7 @@ def pictures(case: str, size: int) -> np.ndarray:
 
 
 OTHER_SIZES = {"clip": 44, "clip_gelu": 40, "siglip": 20}
-"""Sides of pictures that an encoder's stored positions are stretched or shrunk for."""
+"""Sides of images that an encoder's stored positions are stretched or shrunk for."""
 GRIDS = ((4, 4), (6, 6), (3, 3), (5, 7), (2, 9), (1, 1))
 """Grids that a table of 4 x 4 positions is brought to."""
 

@@ -45,7 +45,7 @@ def original(
                     f"logits_{len(text)}": logits if len(text) <= 40 else logits[-20:],
                 }
         else:
-            images = cases.pictures(case, given["image_size"])
+            images = cases.images(case, given["image_size"])
             features = model(
                 pixel_values=torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
             ).last_hidden_state
@@ -75,7 +75,7 @@ def positions() -> dict[str, np.ndarray]:
             model = transformers.AutoModel.from_pretrained(
                 folder, attn_implementation="eager", dtype=torch.float32
             ).eval()
-        images = torch.from_numpy(cases.pictures(case, size).transpose(0, 3, 1, 2).copy())
+        images = torch.from_numpy(cases.images(case, size).transpose(0, 3, 1, 2).copy())
         with torch.no_grad():
             made = model(pixel_values=images, interpolate_pos_encoding=True).last_hidden_state
         found[f"features_{case}"] = made[:, "siglip" not in case :].numpy()

@@ -116,7 +116,7 @@ def test_with_the_cache(language_model: tuple[str, LanguageModel]) -> None:
 def test_vision_encoders(case: str, tmp_path: pathlib.Path) -> None:
     config, tensors = cases.fixture(case)
     loaded = load_vision_encoder(cases.write_folder(tmp_path, config, tensors, files=2))
-    features = loaded.model(jnp.asarray(cases.pictures(case, config["image_size"])))
+    features = loaded.model(jnp.asarray(cases.images(case, config["image_size"])))
     expected = cases.outputs(case)["features"]
     assert features.shape[1] * features.shape[2] == expected.shape[1]
     assert relative_error(features.reshape(expected.shape), expected) <= BAR
@@ -128,7 +128,7 @@ def test_vision_encoders_at_another_size(case: str, tmp_path: pathlib.Path) -> N
     size = cases.OTHER_SIZES[case]
     assert size != config["image_size"]
     loaded = load_vision_encoder(cases.write_folder(tmp_path, config, tensors))
-    features = loaded.model(jnp.asarray(cases.pictures(case, size)))
+    features = loaded.model(jnp.asarray(cases.images(case, size)))
     expected = cases.positions()[f"features_{case}"]
     assert relative_error(features.reshape(expected.shape), expected) <= BAR
 

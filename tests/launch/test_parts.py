@@ -115,8 +115,8 @@ def test_a_relay_knows_the_lines_of_a_bar() -> None:
             ("language model", "130", "3000", "loss 1.2865  9,642 tokens/s"),
         ),
         (
-            "features of m3w 3/24 128 pictures nan s left",
-            ("features of m3w", "3", "24", "128 pictures"),
+            "features of m3w 3/24 128 images nan s left",
+            ("features of m3w", "3", "24", "128 images"),
         ),
         ("vqa, seen 300/300  in 4 s", ("vqa, seen", "300", "300", "")),
     ):

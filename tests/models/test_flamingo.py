@@ -106,7 +106,7 @@ def test_text_before_the_first_visual_sees_none(model: Flamingo) -> None:
     assert float(jnp.abs(other[0, 2:] - same[0, 2:]).max()) > 1e-3
 
 
-def test_text_with_no_visual_reads_as_if_pictures_were_taken_away(model: Flamingo) -> None:
+def test_text_with_no_visual_reads_as_if_images_were_taken_away(model: Flamingo) -> None:
     nothing = jnp.full_like(MEDIA_INDEX, -1)
     # Nothing is added to what the language model says.
     assert_close(forward(model, media_index=nothing), forward(model, visual_tokens=None), TERMS)
@@ -189,7 +189,7 @@ def test_decoding_token_by_token_equals_the_whole_row(attend: str) -> None:
 
 @pytest.mark.parametrize("counts", [(16, 8), (16, 12), (12,), (8,)])
 @pytest.mark.parametrize("frames_at_once", [0, 2])
-def test_pictures_that_divide_are_encoded_where_they_lie(
+def test_images_that_divide_are_encoded_where_they_lie(
     counts: tuple[int, ...], frames_at_once: int
 ) -> None:
     """Only features move then; where they do not divide over all devices, the encoder's work is

@@ -48,7 +48,7 @@ def activation(x: np.ndarray, name: str) -> np.ndarray:
 
 
 def published(image: np.ndarray, parameters: dict[str, Any], config: ViTConfig) -> np.ndarray:
-    """One picture, patch by patch and head by head -> [patches, C]."""
+    """One image, patch by patch and head by head -> [patches, C]."""
     side, rows = config.patch_size, image.shape[0] // config.patch_size
     patches = [
         image[side * i : side * (i + 1), side * j : side * (j + 1)]
@@ -107,7 +107,7 @@ def test_equals_the_published_form(form: str) -> None:
         assert_close(found.reshape(9, 8), expected, TERMS)
 
 
-def test_positions_stretch_to_pictures_of_another_size() -> None:
+def test_positions_stretch_to_images_of_another_size() -> None:
     encoder = make("siglip")
     larger = encoder(jnp.ones((1, 24, 24, 3)))
     assert larger.shape == (1, 6, 6, 8)
@@ -140,6 +140,6 @@ def test_what_does_not_fill_a_patch_is_left_out() -> None:
     np.testing.assert_array_equal(encoder(images), encoder(images[:, :12, :12]))
 
 
-def test_a_picture_smaller_than_a_patch_is_refused() -> None:
+def test_an_image_smaller_than_a_patch_is_refused() -> None:
     with pytest.raises(UserError, match="image_size is 3, .* a patch of 4: make it a multiple"):
         make("clip", image_size=3)

@@ -79,7 +79,7 @@ def test_a_part_that_is_not_held_is_no_part() -> None:
         first.by_row.shape(np.zeros((7, 2)))
 
 
-def test_pictures_of_pairs_lie_with_their_rows() -> None:
+def test_images_of_pairs_lie_with_their_rows() -> None:
     mesh = make_mesh(MeshConfig(2, 2, 2))
     listed, pairs = (
         batch_shardings(["images", "visuals", "tokens"], mesh),

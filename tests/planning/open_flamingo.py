@@ -170,11 +170,11 @@ def peer_step(config: FlamingoConfig, datasets: list[DatasetConfig]) -> Callable
     for data in datasets:
         tokens = torch.randint(0, end, (data.batch_size, data.length))
         tokens[:, :: data.length // data.visuals][:, : data.visuals] = image
-        pictures = torch.rand(
+        images = torch.rand(
             data.batch_size, data.visuals, 1, 3, vision.image_size, vision.image_size
         )
         inputs = {
-            "vision_x": pictures,
+            "vision_x": images,
             "lang_x": tokens,
             "attention_mask": torch.ones_like(tokens),
         }

@@ -42,7 +42,7 @@ MACS = {
     "F3": (416, 114.76e9),
     "F6": (576, 377.28e9),
 }
-"""Brock et al. 2021, table 6, and the picture sizes they are for: multiplications with their
+"""Brock et al. 2021, table 6, and the image sizes they are for: multiplications with their
 additions as one.
 """
 

@@ -27,20 +27,18 @@ def write(
     matrix: Sequence[int] | None = None,
     options: dict[str, str] | None = None,
 ) -> None:
-    """Each picture is grey of a level, or uint8 [H, W, 3]. stamp: picture i's time in 1/rate s.
+    """Each frame is grey of a level, or uint8 [H, W, 3]. stamp: frame i's time in 1/rate s.
     matrix: an .mp4's or .mov's display matrix."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pictures = [
-        np.full((64, 64, 3), one, np.uint8) if isinstance(one, int) else one for one in shown
-    ]
+    frames = [np.full((64, 64, 3), one, np.uint8) if isinstance(one, int) else one for one in shown]
     with av.open(str(path), "w", format=form) as container:
         stream = container.add_stream(codec, rate=rate, options=options or {})
-        stream.height, stream.width = pictures[0].shape[:2]
+        stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         if aspect:
             stream.codec_context.sample_aspect_ratio = aspect
-        for number, picture in enumerate(pictures):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        for number, frame in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
             if stamp:
                 frame.pts, frame.time_base = stamp(number), Fraction(1, rate)
             container.mux(stream.encode(frame))
@@ -58,25 +56,25 @@ def write_two(path: pathlib.Path, still: np.ndarray, film: Sequence[int], *, cov
             container.add_stream("mjpeg", rate=1),
             container.add_stream("mpeg4", rate=10),
         ]
-        pictures = [[still], [np.full((64, 96, 3), level, np.uint8) for level in film]]
-        for stream, shown in zip(streams, pictures, strict=True):
+        frames = [[still], [np.full((64, 96, 3), level, np.uint8) for level in film]]
+        for stream, shown in zip(streams, frames, strict=True):
             stream.height, stream.width = shown[0].shape[:2]
             stream.pix_fmt = "yuvj420p" if stream is streams[0] else "yuv420p"
         if cover:
             streams[0].disposition = av.stream.Disposition.attached_pic.value
-        for stream, shown in zip(streams, pictures, strict=True):
-            for picture in shown:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for stream, shown in zip(streams, frames, strict=True):
+            for frame in shown:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             container.mux(stream.encode(None))
 
 
 def quarters() -> np.ndarray:
     """Red, green / blue, grey."""
-    picture = np.empty((*SIZE, 3), np.uint8)
+    frame = np.empty((*SIZE, 3), np.uint8)
     height, width = SIZE[0] // 2, SIZE[1] // 2
-    picture[:height, :width], picture[:height, width:] = RED, GREEN
-    picture[height:, :width], picture[height:, width:] = BLUE, GREY
-    return picture
+    frame[:height, :width], frame[:height, width:] = RED, GREEN
+    frame[height:, :width], frame[height:, width:] = BLUE, GREY
+    return frame
 
 
 def levels(frames: Iterable[np.ndarray]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Pictures keep their aspect, are padded with the mean, and bad ones are refused."""
+"""Images keep their aspect, are padded with the mean, and bad ones are refused."""
 
 import io
 
@@ -19,7 +19,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     return data.getvalue()
 
 
-def test_wide_picture_is_padded_above_and_below():
+def test_wide_image_is_padded_above_and_below():
     out = load(encoded(Image.new("RGB", (80, 40), (255, 0, 0))), 32, MEAN)
     assert out.shape == (32, 32, 3) and out.dtype == np.uint8
     assert (out[8:24] == [255, 0, 0]).all()
@@ -97,7 +97,7 @@ def test_too_many_pixels_are_refused_unread():
         decode(encoded(Image.new("RGB", (10, 10))), 8, max_pixels=99)
 
 
-def picture(width: int, height: int) -> np.ndarray:
+def soft_waves(width: int, height: int) -> np.ndarray:
     """Soft waves, so that resizing means the same to every library."""
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(x / 17 + channel) + np.cos(y / 23 - channel) for channel in range(3)]
@@ -107,7 +107,7 @@ def picture(width: int, height: int) -> np.ndarray:
 @pytest.mark.parametrize(("width", "height"), [(120, 80), (80, 121), (90, 90), (40, 31), (33, 300)])
 def test_three_ways_to_make_a_square(width: int, height: int) -> None:
     """Against Pillow's own resize and crop, as the published preprocessors call them."""
-    pixels = picture(width, height)
+    pixels = soft_waves(width, height)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     whole = Image.fromarray(pixels)
@@ -133,7 +133,7 @@ def test_three_ways_to_make_a_square(width: int, height: int) -> None:
 @pytest.mark.parametrize("how", ["crop", "stretch"])
 def test_a_large_jpeg_fills_the_square_at_twice_its_detail(how: images.Fit) -> None:
     """Decoded smaller, but no side to less than twice what is wanted."""
-    pixels = picture(1600, 900)
+    pixels = soft_waves(1600, 900)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
     found = images.decode(buffer.getvalue(), 64, how=how)

@@ -144,7 +144,7 @@ def test_a_flamingo_sees_the_jittered_images_in_every_form() -> None:
     found = stream(model, plain | {"vtp": given})
     assert float(found["vtp"]) == pytest.approx(expected, rel=1e-5)
     assert float(found["ltip"]) == pytest.approx(float(loss(model, plain["ltip"])), rel=1e-5)
-    assert "jitter" not in task.without_pictures(given)
+    assert "jitter" not in task.without_images(given)
 
 
 def test_contrastive_pairs_are_jittered_in_parts_and_streams() -> None:

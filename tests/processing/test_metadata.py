@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from data_pipelines.build.pictures import PictureRules, Unfit
+from data_pipelines.build.images import ImageRules, Unfit
 from flamingo_jax.processing.images import ImageError, decode
 from flamingo_jax.processing.metadata import without_metadata
 
@@ -73,7 +73,7 @@ def test_a_png_is_read_whatever_its_metadata(fault: str, behind: bool) -> None:
     place = len(PNG) - 12 if behind else HEADER
     hurt = PNG[:place] + PNG_FAULTS[fault] + PNG[place:]
     np.testing.assert_array_equal(decode(hurt, 100), PIXELS)
-    stored = PictureRules().store(hurt)
+    stored = ImageRules().store(hurt)
     with Image.open(io.BytesIO(stored)) as image:
         image.load()
         image.getexif()
@@ -100,7 +100,7 @@ def test_damaged_pixels_are_still_refused(kind: bytes) -> None:
         with pytest.raises(ImageError):
             decode(data, 100)
         with pytest.raises(Unfit, match="unreadable"):
-            PictureRules().store(data)
+            ImageRules().store(data)
 
 
 JPEG_STARTS = {
@@ -122,7 +122,7 @@ def test_a_jpeg_is_read_whatever_its_segments_hold(marker: int) -> None:
         segment = bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body
         hurt = whole[:2] + segment + whole[2:]
         np.testing.assert_array_equal(decode(hurt, 100), expected)
-        with Image.open(io.BytesIO(PictureRules().store(hurt))) as stored:
+        with Image.open(io.BytesIO(ImageRules().store(hurt))) as stored:
             assert stored.getexif().get(0x0112, 1) == 1 and stored.size == (100, 80)
 
 
@@ -170,7 +170,7 @@ def test_a_tiff_is_read_whatever_its_other_entries(compression: str | None) -> N
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_turned_as_pillow_turns_them(form: str, orientation: int) -> None:
+def test_images_are_turned_as_pillow_turns_them(form: str, orientation: int) -> None:
     options = {"lossless": True} if form == "WEBP" else {}
     data = encoded(form, exif=exif(orientation), **options)
     with Image.open(io.BytesIO(data)) as image:

@@ -31,8 +31,8 @@ def test_frames_at_one_and_at_four_a_second(tmp_path, name, codec):
 
 def test_moving_gif(tmp_path):
     path = tmp_path / "a.gif"
-    pictures = [Image.new("RGB", (20, 10), (level,) * 3) for level in (10, 90, 170, 250)]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=500, loop=0)
+    frames = [Image.new("RGB", (20, 10), (level,) * 3) for level in (10, 90, 170, 250)]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=500, loop=0)
     frames = read_frames(path, fps=2)
     assert frames[0].shape == (10, 20, 3) and frames[0].dtype == np.uint8
     np.testing.assert_allclose(levels(frames), [10, 90, 170, 250], atol=4)

@@ -1,4 +1,4 @@
-"""A film's pictures come at their own times, whatever becomes of its clock."""
+"""A film's frames come at their own times, whatever becomes of its clock."""
 
 import pathlib
 
@@ -78,14 +78,14 @@ def test_stills_up_to_the_bound_keep_their_time(tmp_path: pathlib.Path):
     np.testing.assert_allclose(shown[:31], 15 * [20] + 15 * [60] + [100], atol=6)
 
 
-def test_moving_pictures_without_a_clock_stay_as_long_as_they_say(tmp_path: pathlib.Path):
+def test_moving_frames_without_a_clock_stay_as_long_as_they_say(tmp_path: pathlib.Path):
     from PIL import Image
 
-    pictures = [Image.new("RGB", (20, 10), (level,) * 3) for level in (10, 90, 170)]
-    pictures[0].save(
+    frames = [Image.new("RGB", (20, 10), (level,) * 3) for level in (10, 90, 170)]
+    frames[0].save(
         tmp_path / "a.gif",
         save_all=True,
-        append_images=pictures[1:],
+        append_images=frames[1:],
         duration=[500, 20_000, 500],
     )
     np.testing.assert_allclose(

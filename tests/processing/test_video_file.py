@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 
 from flamingo_jax.processing.video import GAP, VideoError, read_film
-from flamingo_jax.processing.video_file import BROKEN, DAMAGED, FOREIGN, NO_PICTURES, UNREADABLE
+from flamingo_jax.processing.video_file import (
+    BROKEN,
+    DAMAGED,
+    FOREIGN,
+    NO_MOVING_IMAGES,
+    UNREADABLE,
+)
 from tests.processing.films import (
     BLUE,
     GREEN,
@@ -45,13 +51,13 @@ def test_a_cover_alone_is_no_film(tmp_path: pathlib.Path):
             if packet.dts is not None:
                 packet.stream = stream
                 made.mux(packet)
-    with pytest.raises(VideoError, match="no moving pictures") as caught:
+    with pytest.raises(VideoError, match="no moving images") as caught:
         read_film(tmp_path / "b.mp4", fps=1)
-    assert caught.value.reason == NO_PICTURES
+    assert caught.value.reason == NO_MOVING_IMAGES
 
 
 def noise(count: int) -> list[np.ndarray]:
-    """Pictures that take many bytes, all of one level."""
+    """Frames that take many bytes, all of one level."""
     drawn = np.random.default_rng(0)
     return [drawn.integers(60, 140, (*SIZE, 3), np.uint8) for _ in range(count)]
 
@@ -75,7 +81,7 @@ def test_a_film_goes_on_after_what_is_damaged(tmp_path: pathlib.Path, ending: st
         assert 0 < len(cut.frames) < 6 and {DAMAGED, BROKEN} & set(cut.lost)
 
 
-def test_pictures_that_lack_leave_a_gap_that_is_told(tmp_path: pathlib.Path):
+def test_frames_that_lack_leave_a_gap_that_is_told(tmp_path: pathlib.Path):
     """FFmpeg finds its way in damaged Matroska files again without a word."""
     path = tmp_path / "a.mkv"
     write(
@@ -91,7 +97,7 @@ def test_pictures_that_lack_leave_a_gap_that_is_told(tmp_path: pathlib.Path):
 
 @pytest.mark.parametrize("ending", ["mp4", "mkv", "avi"])
 def test_a_film_that_begins_late_is_whole(tmp_path: pathlib.Path, ending: str):
-    """Some headers count its length from the first picture, some from the start of the clock."""
+    """Some headers count its length from the first frame, some from the start of the clock."""
     write(tmp_path / f"a.{ending}", [20] * 30, rate=10, codec="mpeg4", stamp=lambda i: i + 100)
     film = read_film(tmp_path / f"a.{ending}", fps=1)
     assert len(film.frames) == 3 and film.lost == ()
@@ -107,7 +113,7 @@ MATRICES = [
 
 
 @pytest.mark.parametrize("matrix", MATRICES, ids=str)
-def test_pictures_are_turned_and_mirrored_as_the_file_says(tmp_path: pathlib.Path, matrix):
+def test_frames_are_turned_and_mirrored_as_the_file_says(tmp_path: pathlib.Path, matrix):
     """Each corner is where the matrix's own equations bring it: x' = a x + c y, y' = b x + d y."""
     a, b, c, d = matrix
     whole = [a * FIXED, b * FIXED, 0, c * FIXED, d * FIXED, 0, 0, 0, 1 << 30]
@@ -196,8 +202,8 @@ BOXES = (b"moov", b"trak", b"mdia", b"minf", b"dinf", b"dref")
 
 
 def referring(data: bytes, path: str) -> bytes:
-    """A .mov whose pictures lie in the file of that absolute path: the data reference that said
-    "in this file" is a Macintosh alias instead, and the pictures are taken out."""
+    """A .mov whose frames lie in the file of that absolute path: the data reference that said
+    "in this file" is a Macintosh alias instead, and the frames are taken out."""
     path = path.encode()
     path += bytes(len(path) % 2)
     alias = (

@@ -58,7 +58,7 @@ def units(seed: int, count: int) -> np.ndarray:
 
 
 def cross_entropy(scores: np.ndarray, answers: list[int], smoothing: float) -> float:
-    """Of one picture's (or text's) scores, the target shared among `answers`."""
+    """Of one image's (or text's) scores, the target shared among `answers`."""
     probabilities = np.exp(scores) / np.exp(scores).sum()
     loss = 0.0
     for place, probability in enumerate(probabilities):

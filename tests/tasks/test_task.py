@@ -180,7 +180,7 @@ def test_parts_of_pages_lose_as_the_whole_does() -> None:
         [loss(state, {name: a[i] for name, a in parts.items()}) for i in range(2)],
     )
     jax.tree.map(lambda w, a, b: assert_close(w, a + b, SUM + TERMS), whole, *halves)
-    blind = loss(state, FlamingoTask().without_pictures(batch))
+    blind = loss(state, FlamingoTask().without_images(batch))
     assert abs(float(blind.total - whole.total)) > 1e-3
 
 
@@ -235,7 +235,7 @@ def test_what_looks_at_a_visual_that_could_not_be_read_is_masked_whole() -> None
     "form, reduction", [("accumulate", "sequence_sum"), ("stream", "token_mean")]
 )
 def test_losses_and_gradients_are_those_of_rows_made_without_it(form: str, reduction: str) -> None:
-    """In both forms, in parts, and with every picture taken away; whatever stands where the
+    """In both forms, in parts, and with every image taken away; whatever stands where the
     visual would have stood.
     """
     batch, known = looked_at_and_lost()
@@ -272,7 +272,7 @@ def test_losses_and_gradients_are_those_of_rows_made_without_it(form: str, reduc
     parts, expected_parts = task.microbatches(batch, 2), task.microbatches(known, 2)
     for name in set(parts) - {"features"}:
         np.testing.assert_array_equal(parts[name], expected_parts[name])
-    blind, expected_blind = task.without_pictures(batch), task.without_pictures(known)
+    blind, expected_blind = task.without_images(batch), task.without_images(known)
     assert (
         blind.keys()
         == expected_blind.keys()

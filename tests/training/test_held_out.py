@@ -1,4 +1,4 @@
-"""Held-out losses: in microbatches as in one, with pictures and without, read anew at every
+"""Held-out losses: in microbatches as in one, with images and without, read anew at every
 evaluation.
 """
 
@@ -101,11 +101,11 @@ def test_microbatches_give_the_same_losses(
     assert batches.made == 2
     parts, batches = evaluated(made, 4, compiled=True)
     assert batches.made == 3
-    assert set(parts) == set(whole) and "held_out/vtp/loss_without_pictures" in whole
+    assert set(parts) == set(whole) and "held_out/vtp/loss_without_images" in whole
     for name, value in whole.items():
         assert parts[name] == pytest.approx(value, rel=1e-5), name
     assert whole["held_out/vtp/loss"] != pytest.approx(
-        whole["held_out/vtp/loss_without_pictures"], rel=1e-4
+        whole["held_out/vtp/loss_without_images"], rel=1e-4
     )
     assert whole["held_out/loss"] == pytest.approx(0.3 * whole["held_out/vtp/loss"])
 

@@ -62,7 +62,7 @@ def test_every_step_is_recorded_with_its_gates(unbroken: pathlib.Path) -> None:
         and lines[0]["gates/attention"] != lines[5]["gates/attention"]
     )
     held_out = lines[-1]
-    assert held_out["held_out/vtp/loss"] > 0 and held_out["held_out/vtp/loss_without_pictures"] > 0
+    assert held_out["held_out/vtp/loss"] > 0 and held_out["held_out/vtp/loss_without_images"] > 0
     weight = world.DATA["vtp"].weight
     assert weight != 1 and held_out["held_out/loss"] == pytest.approx(
         weight * held_out["held_out/vtp/loss"]

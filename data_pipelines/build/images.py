@@ -1,4 +1,4 @@
-"""Which pictures of a source are fit to train on, and in which bytes they are stored."""
+"""Which images of a source are fit to train on, and in which bytes they are stored."""
 
 import dataclasses
 import io
@@ -10,22 +10,22 @@ from flamingo_jax.processing import images
 from flamingo_jax.processing.metadata import without_metadata
 
 JPEG_QUALITY = 95
-"""Of pictures that cannot be stored as they come."""
+"""Of images that cannot be stored as they come."""
 LOSSLESS = ("PNG", "GIF", "BMP", "TIFF", "PPM")
 SINGLE_COLOUR = 8
-"""A picture whose channels all vary by less than this, of 255, shows nothing."""
+"""An image whose channels all vary by less than this, of 255, shows nothing."""
 
 
 UNREADABLE = "unreadable"
 
 
 class Unfit(ValueError):
-    """A picture, or the file that should hold one, that is left out; the message is the reason."""
+    """An image, or the file that should hold one, that is left out; the message is the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureRules:
-    """min_side and short_side in pixels; short_side 0 stores pictures in their own size.
+class ImageRules:
+    """min_side and short_side in pixels; short_side 0 stores images in their own size.
     max_aspect is the longer side over the shorter.
     """
 
@@ -86,7 +86,7 @@ class PictureRules:
             raise Unfit(f"aspect over {self.max_aspect:g}")
 
 
-ANY_PICTURE = PictureRules()
+ANY_IMAGE = ImageRules()
 
 
 def shrink(pixels: np.ndarray, short_side: int) -> np.ndarray:
