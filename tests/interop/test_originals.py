@@ -20,7 +20,7 @@ from flamingo_jax.interop.load import load_vision_encoder
 from tests.interop import cases, make_fixtures
 from tests.interop.test_families import BAR
 from tests.launch import commands
-from tests.processing.test_images import image
+from tests.processing.test_images import soft_waves
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -134,7 +134,7 @@ def test_pixels_are_those_of_the_original_preprocessor(
         **(sizes if case == "clip" else {"size": {"height": size, "width": size}})
     )
     processor.save_pretrained(folder)
-    pixels = image(*side)
+    pixels = soft_waves(*side)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     ours = load_vision_encoder(folder).preprocess([buffer.getvalue()])[0]
