@@ -24,7 +24,7 @@ from flamingo_jax.experiment import Experiment, MeshConfig
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.processing.tokenizer import FILE_NAME, tokenizer_file
 from flamingo_jax.tasks import stages
-from flamingo_jax.training.assembly import assemble, load_frozen, require_same_bases
+from flamingo_jax.training.setup import load_frozen, make_setup, require_same_pretrained
 from launch import command
 
 log = logging.getLogger("launch")
@@ -49,7 +49,7 @@ def main() -> int:
     # Its own mesh, not the run's: a checkpoint is read by any number of devices.
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
     with jax.set_mesh(mesh):
-        assembly = assemble(experiment, mesh)
+        setup = make_setup(experiment, mesh)
         checkpoints = Checkpoints(
             workdir / "checkpoints",
             keep_last=experiment.training.keep_last,
@@ -59,9 +59,9 @@ def main() -> int:
         if step is None:
             raise errors.UserError(f"{workdir} has no whole checkpoint{_told(passed)}: train first")
         log.info("taking step %d of %d%s", step, experiment.training.steps, _told(passed))
-        state = checkpoints.restore(step, assembly.state)
-        frozen, origins = load_frozen(experiment, assembly)
-        require_same_bases(checkpoints.extra(step)["bases"], origins, workdir)
+        state = checkpoints.restore(step, setup.state)
+        frozen, digests = load_frozen(experiment, setup)
+        require_same_pretrained(checkpoints.extra(step)["bases"], digests, workdir)
     export_model(
         output,
         kind=stages.MODEL_FIELD[experiment.task],

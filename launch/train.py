@@ -37,8 +37,8 @@ from flamingo_jax.partitioning.mesh import check_batches, make_mesh
 from flamingo_jax.partitioning.share import Share
 from flamingo_jax.processing.tokenizer import Tokenizer, tokenizer_file
 from flamingo_jax.tasks import stages
-from flamingo_jax.training.assembly import load_encoder, open_bases
 from flamingo_jax.training.loop import train
+from flamingo_jax.training.setup import load_encoder, open_frozen_sources
 from launch import command
 
 BEGAN = time.monotonic()
@@ -190,8 +190,8 @@ def check_tokenizer(experiment: Experiment, tokenizer: Tokenizer, workdir: pathl
     """A UserError where the frozen language model, or the run in `workdir`, was trained on
     another tokenizer, however many pieces it has.
     """
-    bases = open_bases(experiment)
-    frozen = bases["language_model"].tokenizer_file if "language_model" in bases else None
+    sources = open_frozen_sources(experiment)
+    frozen = sources["language_model"].tokenizer_file if "language_model" in sources else None
     earlier = tokenizer_file(workdir) if any((workdir / "checkpoints").glob("*")) else None
     for file in (frozen, earlier):
         if (

@@ -13,7 +13,7 @@ from flamingo_jax.experiment import Experiment
 from flamingo_jax.partitioning.rules import trainable_names
 from flamingo_jax.pytrees import to_flat
 from flamingo_jax.tasks import stages
-from flamingo_jax.training.assembly import state_shapes
+from flamingo_jax.training.setup import state_shapes
 
 FLOW = (
     "vision_encoder",

@@ -17,10 +17,10 @@ from jax.typing import DTypeLike
 from flamingo_jax.experiment import DatasetConfig, Experiment
 from flamingo_jax.partitioning.mesh import ROWS, batch_shardings, check_batches
 from flamingo_jax.partitioning.share import Share
-from flamingo_jax.planning.flops import Work, product_flops, step_cost
 from flamingo_jax.processing.jitter import FIELDS
 from flamingo_jax.tasks import stages
-from flamingo_jax.training.assembly import Assembly, assemble
+from flamingo_jax.tasks.flops import Work, product_flops, step_cost
+from flamingo_jax.training.setup import TrainSetup, make_setup
 from flamingo_jax.training.step import (
     compile_traced,
     make_held_out_loss,
@@ -80,7 +80,7 @@ class Program(NamedTuple):
 class TracedStep(NamedTuple):
     """An experiment's update, traced on shapes with shardings."""
 
-    assembly: Assembly
+    setup: TrainSetup
     traced: jax.stages.Traced
 
 
@@ -91,20 +91,20 @@ def trace_step(experiment: Experiment, mesh: Mesh) -> TracedStep:
     """
     check_batches(experiment, mesh)
     # Outside of the mesh: optax makes a few scalars, and the mesh's devices may be unable to.
-    assembly = assemble(experiment, mesh)
+    setup = make_setup(experiment, mesh)
     with jax.set_mesh(mesh):
         update = make_update(
-            assembly.graph,
+            setup.graph,
             stages.make_task(experiment),
-            assembly.optimizer,
+            setup.optimizer,
             experiment.data,
             experiment.training.mixing,
-            assembly.gradient_shardings,
-            assembly.schedule,
+            setup.gradient_shardings,
+            setup.schedule,
         )
         return TracedStep(
-            assembly,
-            trace_update(update, assembly.state, assembly.frozen, batch_shapes(experiment, mesh)),
+            setup,
+            trace_update(update, setup.state, setup.frozen, batch_shapes(experiment, mesh)),
         )
 
 
@@ -115,7 +115,7 @@ def compile_program(experiment: Experiment, mesh: Mesh) -> Program:
       a device's memory is too small.
     """
     began = time.monotonic()
-    assembly, traced = trace_step(experiment, mesh)
+    setup, traced = trace_step(experiment, mesh)
     compiled, memory = _compile(traced, mesh)
     text = compiled.as_text()
     assert text is not None, "every XLA backend has it"
@@ -128,7 +128,7 @@ def compile_program(experiment: Experiment, mesh: Mesh) -> Program:
         time.monotonic() - began,
         peak,
         text,
-        _largest(assembly),
+        _largest(setup),
     )
 
 
@@ -139,18 +139,16 @@ def compile_held_out(experiment: Experiment, mesh: Mesh) -> dict[str, Memory]:
     Raises: as `compile_program`.
     """
     check_batches(experiment, mesh)
-    assembly, task = assemble(experiment, mesh), stages.make_task(experiment)
+    setup, task = make_setup(experiment, mesh), stages.make_task(experiment)
     beside = sum(
         math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
-        for a in jax.tree.leaves(assembly.state.optimizer)
+        for a in jax.tree.leaves(setup.state.optimizer)
     )
     found: dict[str, Memory] = {}
     for name, batch in batch_shapes(experiment, mesh, held_out=True).items():
-        losses = make_held_out_loss(assembly.graph, task, experiment.held_out[name].microbatches)
+        losses = make_held_out_loss(setup.graph, task, experiment.held_out[name].microbatches)
         with jax.set_mesh(mesh):
-            _, memory = _compile(
-                jax.jit(losses).trace(assembly.trainable, assembly.frozen, batch), mesh
-            )
+            _, memory = _compile(jax.jit(losses).trace(setup.trainable, setup.frozen, batch), mesh)
         found[name] = memory._replace(arguments=memory.arguments + beside)
     return found
 
@@ -173,11 +171,11 @@ TOP = 8
 """How many of the largest arrays are told."""
 
 
-def _largest(assembly: Assembly) -> list[dict[str, Any]]:
+def _largest(setup: TrainSetup) -> list[dict[str, Any]]:
     held = {
-        "trained": assembly.trainable,
-        "frozen": assembly.frozen,
-        "moments": optax.tree.get(assembly.state.optimizer, "mu"),
+        "trained": setup.trainable,
+        "frozen": setup.frozen,
+        "moments": optax.tree.get(setup.state.optimizer, "mu"),
     }
     found = []
     for role, arrays in held.items():

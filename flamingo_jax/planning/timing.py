@@ -12,11 +12,11 @@ from jax.typing import DTypeLike
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.partitioning.mesh import check_batches, make_mesh
 from flamingo_jax.partitioning.share import Share
-from flamingo_jax.planning.flops import Work, step_cost, work_in
 from flamingo_jax.planning.synthetic import full_batches
 from flamingo_jax.tasks import stages
-from flamingo_jax.training.assembly import assemble, initialise, load_frozen
-from flamingo_jax.training.feed import put
+from flamingo_jax.tasks.flops import Work, step_cost, work_in
+from flamingo_jax.training.prefetcher import shard_batch
+from flamingo_jax.training.setup import initialise, load_frozen, make_setup
 from flamingo_jax.training.state import merge_model
 from flamingo_jax.training.step import compile_update, laid_out, make_update
 
@@ -25,7 +25,7 @@ class Timing(NamedTuple):
     """Seconds are medians. parts: of the whole step, each compiled and timed alone; what is
     left is the gated blocks' and the rest's.
 
-    flops: of the step by the formula (`planning.flops`). matrix_rate: FLOPs a second of one
+    flops: of the step by the formula (`tasks.flops`). matrix_rate: FLOPs a second of one
       large product on the same devices in the same run.
     """
 
@@ -52,26 +52,26 @@ def time_step(experiment: Experiment, *, steps: int = 10, trace: str = "") -> Ti
     mesh = make_mesh(experiment.mesh)
     check_batches(experiment, mesh)
     with jax.set_mesh(mesh):
-        assembly = assemble(experiment, mesh)
-        frozen, _ = load_frozen(experiment, assembly)
-        state = initialise(experiment, assembly)
+        setup = make_setup(experiment, mesh)
+        frozen, _ = load_frozen(experiment, setup)
+        state = initialise(experiment, setup)
         task = stages.make_task(experiment)
         update = make_update(
-            assembly.graph,
+            setup.graph,
             task,
-            assembly.optimizer,
+            setup.optimizer,
             experiment.data,
             experiment.training.mixing,
-            assembly.gradient_shardings,
-            assembly.schedule,
+            setup.gradient_shardings,
+            setup.schedule,
         )
         made = full_batches(experiment, Share.of(mesh))
-        batches = {name: put(batch, mesh) for name, batch in made.items()}
+        batches = {name: shard_batch(batch, mesh) for name, batch in made.items()}
         began = time.monotonic()
         compiled = compile_update(update, state, frozen, batches)
         compile_seconds = time.monotonic() - began
         frozen = laid_out(compiled, frozen)
-        parts = _parts(experiment, assembly, state, frozen, batches, steps)
+        parts = _parts(experiment, setup, state, frozen, batches, steps)
 
         def step() -> Any:
             nonlocal state
@@ -97,14 +97,14 @@ def time_step(experiment: Experiment, *, steps: int = 10, trace: str = "") -> Ti
 
 
 def _parts(
-    experiment: Experiment, assembly: Any, state: Any, frozen: Any, batches: Any, steps: int
+    experiment: Experiment, setup: Any, state: Any, frozen: Any, batches: Any, steps: int
 ) -> dict[str, float]:
     """Seconds of what a Flamingo's step is made of; of other tasks the optimizer alone."""
     found = {}
     if experiment.task == "flamingo":
         seen = [batch for batch in batches.values() if "images" in batch]
         images, masks = [batch["images"] for batch in seen], [batch["frame_mask"] for batch in seen]
-        model = lambda trainable: merge_model(assembly.graph, trainable, frozen)
+        model = lambda trainable: merge_model(setup.graph, trainable, frozen)
         encode = jax.jit(lambda trainable: model(trainable).encode_stream(images))
         features = encode(state.trainable)
         found["vision encoder"] = median_seconds(lambda: encode(state.trainable), steps)
@@ -136,7 +136,7 @@ def _parts(
     optimise = jax.jit(
         lambda state: optax.apply_updates(
             state.trainable,
-            assembly.optimizer.update(state.trainable, state.optimizer, state.trainable)[0],
+            setup.optimizer.update(state.trainable, state.optimizer, state.trainable)[0],
         )
     )
     found["optimizer"] = median_seconds(lambda: optimise(state), steps)

@@ -27,7 +27,7 @@ MODEL_FIELD = {
 """Task -> the field of Experiment that declares its model; also the kind of its export."""
 
 
-class Source(NamedTuple):
+class ExportPath(NamedTuple):
     """Where a part stands in an export, "" for at the top. parameters: the prefix of their
     names. config: its key in the export's.
     """
@@ -36,27 +36,30 @@ class Source(NamedTuple):
     config: str = ""
 
 
-SOURCES = {
-    "vision_encoder": {"contrastive": Source("vision", "vision"), "vision_encoder": Source()},
-    "language_model": {"language_model": Source()},
+EXPORT_PATHS = {
+    "vision_encoder": {
+        "contrastive": ExportPath("vision", "vision"),
+        "vision_encoder": ExportPath(),
+    },
+    "language_model": {"language_model": ExportPath()},
 }
 """Part -> the kinds of export that hold it, the one of its own stage first -> where it stands
 in them.
 """
 
 
-class Base(NamedTuple):
-    """A part that comes from an export, or from a published model."""
+class PretrainedPart(NamedTuple):
+    """A part of the model whose weights come from an export or a published model."""
 
-    part: str
-    """Name of the part in this model, also the prefix of its parameters; "" for all of it."""
+    name: str
+    """Of the part in this model, also the prefix of its parameters; "" for all of it."""
     folder: str
     """Exported or published folder, or "random" for untrained weights (benchmarks, tests)."""
     config: Any
     """The part's configuration here."""
     field: str
     """The field of Experiment that names the folder."""
-    sources: Mapping[str, Source]
+    export_paths: Mapping[str, ExportPath]
     """The kinds of export that hold the part, and where."""
 
 
@@ -114,44 +117,44 @@ def unfrozen(experiment: Experiment) -> tuple[str, ...]:
     return ("vision_encoder",)
 
 
-def bases(experiment: Experiment, parts: Collection[str] = PARTS) -> list[Base]:
+def frozen_parts(experiment: Experiment, parts: Collection[str] = PARTS) -> list[PretrainedPart]:
     """Those `parts` of the task's model that are frozen and the folders they come from; a
     UserError where one is not named or not there.
     """
     if experiment.task != "flamingo":
         return []
     return [
-        _base(experiment, part)
+        _pretrained_part(experiment, part)
         for part in PARTS
         if part in parts and part not in unfrozen(experiment)
     ]
 
 
-def starts(experiment: Experiment) -> list[Base]:
+def warm_started_parts(experiment: Experiment) -> list[PretrainedPart]:
     """The exports that trained parts start from; what none of them has starts at random.
 
-    A UserError as of `bases`.
+    A UserError as of `frozen_parts`.
     """
     if experiment.task != "flamingo":
         return []
     if experiment.flamingo_from:
-        return [_of_flamingo(experiment, "", model_config(experiment), Source())]
+        return [_of_flamingo(experiment, "", model_config(experiment), ExportPath())]
     return [
-        base
-        for base in (_base(experiment, part) for part in unfrozen(experiment))
-        if base.folder != "random"
+        part
+        for part in (_pretrained_part(experiment, part) for part in unfrozen(experiment))
+        if part.folder != "random"
     ]
 
 
-def _base(experiment: Experiment, part: str) -> Base:
+def _pretrained_part(experiment: Experiment, part: str) -> PretrainedPart:
     config = model_config(experiment)
     fields = {"vision_encoder": "vision", "language_model": "language_model"}
     part_config = getattr(config, fields[part])
     if experiment.flamingo_from:
-        return _of_flamingo(experiment, part, part_config, Source(part, fields[part]))
+        return _of_flamingo(experiment, part, part_config, ExportPath(part, fields[part]))
     field = f"{part}_from"
     folder = getattr(experiment, field)
-    stage = next(iter(SOURCES[part]))
+    stage = next(iter(EXPORT_PATHS[part]))
     if not folder:
         raise UserError(
             f"config.{field} is empty: name the folder exported by the {stage} stage, that of a"
@@ -162,10 +165,12 @@ def _base(experiment: Experiment, part: str) -> Base:
             f"config.{field} is {folder!r}, which is no folder: run the {stage} stage and"
             " launch.export first, or name the folder of a published model"
         )
-    return Base(part, folder, part_config, field, SOURCES[part])
+    return PretrainedPart(part, folder, part_config, field, EXPORT_PATHS[part])
 
 
-def _of_flamingo(experiment: Experiment, part: str, config: Any, source: Source) -> Base:
+def _of_flamingo(
+    experiment: Experiment, part: str, config: Any, path: ExportPath
+) -> PretrainedPart:
     """A part of the Flamingo that the experiment goes on from."""
     folder = experiment.flamingo_from
     if experiment.vision_encoder_from or experiment.language_model_from:
@@ -178,4 +183,4 @@ def _of_flamingo(experiment: Experiment, part: str, config: Any, source: Source)
             f"config.flamingo_from is {folder!r}, which is no folder: run the flamingo stage"
             " and launch.export first"
         )
-    return Base(part, folder, config, "flamingo_from", {"flamingo": source})
+    return PretrainedPart(part, folder, config, "flamingo_from", {"flamingo": path})

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, TextIO
 
 from flamingo_jax.errors import UserError
-from flamingo_jax.training.records import read_lines, reopen
+from flamingo_jax.training.metric_writer import read_lines, reopen
 
 FILE_NAME = "goodput.jsonl"
 STEPS = "steps"

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from flamingo_jax.experiment import DatasetConfig
-from flamingo_jax.training.assembly import Assembly
-from flamingo_jax.training.feed import HostBatch, put
+from flamingo_jax.training.prefetcher import HostBatch, shard_batch
+from flamingo_jax.training.setup import TrainSetup
 from flamingo_jax.training.state import Parameters, TrainState
 from flamingo_jax.training.step import WITHOUT_IMAGES, make_held_out_loss
 
@@ -25,7 +25,7 @@ class HeldOut:
 
     def __init__(
         self,
-        assembly: Assembly,
+        setup: TrainSetup,
         task: Any,
         batches: Mapping[str, Iterable[HostBatch]],
         datasets: Mapping[str, DatasetConfig],
@@ -35,7 +35,7 @@ class HeldOut:
         configs = {name: datasets.get(name, DatasetConfig()) for name in batches}
         self._weights = {name: config.weight for name, config in configs.items()}
         self._losses: dict[str, Any] = {
-            name: jax.jit(make_held_out_loss(assembly.graph, task, config.microbatches))
+            name: jax.jit(make_held_out_loss(setup.graph, task, config.microbatches))
             for name, config in configs.items()
         }
 
@@ -47,7 +47,7 @@ class HeldOut:
             if first is not None:
                 made[name] = (
                     self._losses[name]
-                    .lower(state.trainable, frozen, put(first, self._mesh))
+                    .lower(state.trainable, frozen, shard_batch(first, self._mesh))
                     .compile()
                 )
         self._losses |= made
@@ -59,7 +59,7 @@ class HeldOut:
             sums: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(2))
             for host in batches:
                 losses = jax.device_get(
-                    self._losses[name](state.trainable, frozen, put(host, self._mesh))
+                    self._losses[name](state.trainable, frozen, shard_batch(host, self._mesh))
                 )
                 for suffix, loss in losses.items():
                     for metric, pair in (

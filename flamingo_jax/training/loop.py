@@ -21,23 +21,23 @@ from flamingo_jax.dataset_identity import identities, require_same_datasets
 from flamingo_jax.errors import NotLearnedError, UserError
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.partitioning.mesh import make_mesh
-from flamingo_jax.planning.flops import peak_flops, step_cost
 from flamingo_jax.progress import Bar
 from flamingo_jax.tasks import stages
-from flamingo_jax.training.assembly import assemble, initialise, load_frozen, require_same_bases
-from flamingo_jax.training.feed import DataIterator, Feed, HostBatch
+from flamingo_jax.tasks.flops import peak_flops, step_cost
 from flamingo_jax.training.goodput import Goodput, read_goodput
 from flamingo_jax.training.held_out import HeldOut
-from flamingo_jax.training.meter import Meter
-from flamingo_jax.training.records import Records
+from flamingo_jax.training.metric_writer import MetricWriter
+from flamingo_jax.training.metrics_buffer import MetricsBuffer
+from flamingo_jax.training.prefetcher import DataIterator, HostBatch, Prefetcher
+from flamingo_jax.training.setup import initialise, load_frozen, make_setup, require_same_pretrained
 from flamingo_jax.training.state import Parameters, TrainState
 from flamingo_jax.training.step import compile_update, laid_out, make_update
 
 log = logging.getLogger(__name__)
 
 
-class Outcome(NamedTuple):
-    """How a run ended."""
+class TrainResult(NamedTuple):
+    """Tells how a run ended."""
 
     step: int
     preempted: bool
@@ -51,7 +51,7 @@ def train(
     on_start: Callable[[], None] = lambda: None,
     crew: Crew | None = None,
     began: float | None = None,
-) -> Outcome:
+) -> TrainResult:
     """Trains to `experiment.training.steps`, from the newest whole checkpoint in `workdir` if
     there is one.
 
@@ -75,8 +75,8 @@ def train(
     mesh = make_mesh(experiment.mesh)
     task = stages.make_task(experiment)
     with jax.set_mesh(mesh):
-        assembly = assemble(experiment, mesh)
-        frozen, origins = load_frozen(experiment, assembly, team)
+        setup = make_setup(experiment, mesh)
+        frozen, digests = load_frozen(experiment, setup, team)
         datasets = identities(experiment)
 
         log.info("state")
@@ -86,10 +86,10 @@ def train(
         clock = {"seconds": 0.0, "starts": 0}
         if start:
             extra = checkpoints.extra(start)
-            require_same_bases(extra["bases"], origins, workdir)
+            require_same_pretrained(extra["bases"], digests, workdir)
             _require_same_run(from_json(Experiment, extra["experiment"]), experiment, workdir)
             require_same_datasets(extra.get("datasets", {}), datasets, experiment, workdir)
-            state = checkpoints.restore(start, assembly.state)
+            state = checkpoints.restore(start, setup.state)
             for name, iterator in iterators.items():
                 iterator.set_state(extra["positions"][name])
             clock = extra["clock"]
@@ -97,24 +97,24 @@ def train(
             extra = {
                 "positions": {name: iterator.get_state() for name, iterator in iterators.items()}
             }
-            state = initialise(experiment, assembly, team)
+            state = initialise(experiment, setup, team)
         positions = extra["positions"]
         clock["starts"] += 1
         trained = time.monotonic() - clock["seconds"]
         update = make_update(
-            assembly.graph,
+            setup.graph,
             task,
-            assembly.optimizer,
+            setup.optimizer,
             experiment.data,
             training.mixing,
-            assembly.gradient_shardings,
-            assembly.schedule,
+            setup.gradient_shardings,
+            setup.schedule,
         )
 
         on_start()
-        records = Records(workdir, resume_step=start, enabled=primary)
-        feed = Feed(iterators, mesh, until=team.may_stop)
-        meter = Meter(
+        writer = MetricWriter(workdir, resume_step=start, enabled=primary)
+        prefetcher = Prefetcher(iterators, mesh, until=team.may_stop)
+        buffer = MetricsBuffer(
             training.max_not_finite,
             list(iterators),
             step_cost(experiment),
@@ -124,7 +124,7 @@ def train(
         )
         # A pass over all parameters, which only the steps that are written make.
         parameter_norm: Any = jax.jit(optax.global_norm)
-        evaluate = HeldOut(assembly, task, held_out, experiment.held_out, mesh)
+        evaluate = HeldOut(setup, task, held_out, experiment.held_out, mesh)
         goodput = Goodput(workdir, start, primary, began)
         compiled = None
         step, seconds_saving = start, 0.0
@@ -132,8 +132,8 @@ def train(
         @contextlib.contextmanager
         def spending(kind: str) -> Iterator[None]:
             """What is no step, told to whom it concerns."""
-            team.beat(step, kind, feed.seconds_waiting)
-            with goodput.spending(kind), meter.paused():
+            team.beat(step, kind, prefetcher.seconds_waiting)
+            with goodput.spending(kind), buffer.paused():
                 yield
 
         def save() -> None:
@@ -145,11 +145,11 @@ def train(
                     "positions": positions,
                     "datasets": datasets,
                     "clock": now,
-                    "bases": origins,
+                    "bases": digests,
                 }
                 checkpoints.save(step, state, kept | {"experiment": to_json(experiment)})
             seconds_saving += time.monotonic() - asked
-            goodput.mark(step, feed.seconds_waiting)
+            goodput.mark(step, prefetcher.seconds_waiting)
 
         def measure() -> dict[str, float]:
             with spending("evaluate"):
@@ -158,12 +158,12 @@ def train(
         def write(ready: Iterable[tuple[int, dict[str, Any]]], bar: Bar) -> None:
             for number, values in ready:
                 values |= {
-                    "seconds_waiting": feed.seconds_waiting,
+                    "seconds_waiting": prefetcher.seconds_waiting,
                     "time": time.monotonic() - trained,
                     "seconds_saving": seconds_saving,
                 }
-                records.write(number, values)
-                goodput.mark(number, feed.seconds_waiting)
+                writer.write(number, values)
+                goodput.mark(number, prefetcher.seconds_waiting)
                 speed = (
                     f"{values['mfu']:.1%} MFU"
                     if "mfu" in values
@@ -179,7 +179,7 @@ def train(
             # Called in reverse: a second signal still finds its handler while the last save
             # ends.
             ending.enter_context(team.listening())
-            for part in (checkpoints, records, goodput, feed):
+            for part in (checkpoints, writer, goodput, prefetcher):
                 ending.callback(part.close)
             with Bar(
                 experiment.name or experiment.task, training.steps, start=start, enabled=primary
@@ -192,17 +192,17 @@ def train(
                     if evaluating or saving:
                         # A run that is killed once this step is saved goes on after it, and
                         # would never write what is held back.
-                        write(meter.drain(), bar)
+                        write(buffer.drain(), bar)
                     if evaluating:
-                        records.write(step, measure())
+                        writer.write(step, measure())
                     if saving:
                         save()
-                    fed = next(feed, None)
-                    if fed is None:
+                    step_input = next(prefetcher, None)
+                    if step_input is None:
                         break
                     if compiled is None:
                         with spending("compile"):
-                            compiled = _compile(update, state, frozen, fed.batches)
+                            compiled = _compile(update, state, frozen, step_input.batches)
                             frozen = laid_out(compiled, frozen)
                             parameter_norm = parameter_norm.lower(state.trainable).compile()
                             # Now, so that what does not fit in memory is known before anything
@@ -213,24 +213,24 @@ def train(
                                 )
                             team.meet("the first step")
                     with jax.transfer_guard("disallow"):
-                        state, metrics = compiled(state, frozen, fed.batches)
-                    step, positions = step + 1, fed.positions
-                    team.beat(step, "training", feed.seconds_waiting)
-                    if meter.is_line(step):
+                        state, metrics = compiled(state, frozen, step_input.batches)
+                    step, positions = step + 1, step_input.positions
+                    team.beat(step, "training", prefetcher.seconds_waiting)
+                    if buffer.is_line(step):
                         metrics["parameter_norm"] = parameter_norm(state.trainable)
-                    write(meter.add(step, metrics), bar)
-                write(meter.drain(), bar)
+                    write(buffer.add(step, metrics), bar)
+                write(buffer.drain(), bar)
             if step > start:
                 save()
             if held_out and step >= training.steps:
                 # Also where nothing was left to train: the start before may have been killed in
                 # the middle of it.
                 values = measure()
-                records.write(step, values)
+                writer.write(step, values)
                 _require_learned(training.required_loss, values)
     if primary:
         log.info("%s", read_goodput(workdir).sentence())
-    return Outcome(step, preempted=step < training.steps)
+    return TrainResult(step, preempted=step < training.steps)
 
 
 def _compile(update: Any, state: TrainState, frozen: Parameters, batches: Any) -> Any:

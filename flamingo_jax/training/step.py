@@ -13,7 +13,7 @@ from jax.experimental.layout import Format, Layout
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import DatasetConfig
-from flamingo_jax.planning.flops import work_in
+from flamingo_jax.tasks.flops import work_in
 from flamingo_jax.tasks.task import Batch, Loss, StreamTask, Task, divisor
 from flamingo_jax.training.state import Parameters, TrainState, merge_model
 
@@ -145,7 +145,7 @@ def make_update(
     "skipped_in_a_row", "work"}. gradient_norm: before it is clipped, under round_robin the
     largest of the datasets'. gradient_norm/<dataset>: of lambda_m * d(total_m) / weight_m; a
     stream of several datasets takes their gradient at once and does not know it. learning_rate:
-    of this step's update. work: int32 [4], the batches' `planning.flops.Work` on all devices.
+    of this step's update. work: int32 [4], the batches' `tasks.flops.Work` on all devices.
     Raises: UserError where the task has no form for the mode, or a stream's datasets have
       different numbers of microbatches.
     """

@@ -25,7 +25,7 @@ from flamingo_jax.inference.model import load_flamingo
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.processing.tokenizer import Tokenizer
-from flamingo_jax.training.assembly import assemble, initialise, load_frozen
+from flamingo_jax.training.setup import initialise, load_frozen, make_setup
 from flamingo_jax.training.state import merge_model
 from tests.end_to_end import small
 from tests.launch import commands
@@ -93,7 +93,7 @@ def test_every_trained_parameter_has_moved(
     experiment, _, _, flamingo = stages
     mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
-        start = initialise(experiment, assemble(experiment, mesh)).trainable
+        start = initialise(experiment, make_setup(experiment, mesh)).trainable
     found = flamingo.read()
     assert {name.split("/")[0] for name in start} == {
         "resampler",
@@ -113,11 +113,11 @@ def test_an_export_gives_the_logits_of_the_model_trained(
     experiment, *_, flamingo = stages
     mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
-        assembly = assemble(experiment, mesh)
+        setup = make_setup(experiment, mesh)
         checkpoints = Checkpoints(flamingo.folder.parent / "checkpoints", keep_last=2)
-        state = checkpoints.restore(TRAINING.steps, assembly.state)
+        state = checkpoints.restore(TRAINING.steps, setup.state)
         checkpoints.close()
-        frozen, _ = load_frozen(experiment, assembly)
+        frozen, _ = load_frozen(experiment, setup)
     parameters = jax.device_get(state.trainable | frozen)
     iterator = make_iterators(experiment, Tokenizer.load(experiment.tokenizer))["m3w"]
     batch = {name: jnp.asarray(value) for name, value in next(iterator).items()}
@@ -138,7 +138,7 @@ def test_an_export_gives_the_logits_of_the_model_trained(
     loaded = load_flamingo(flamingo.folder)
     assert loaded.config == experiment.flamingo
     trained = merge_model(
-        assembly.graph, {name: jnp.asarray(value) for name, value in parameters.items()}
+        setup.graph, {name: jnp.asarray(value) for name, value in parameters.items()}
     )
     np.testing.assert_array_equal(logits(loaded.model), logits(trained))
 

@@ -24,8 +24,8 @@ from flamingo_jax.inference.generation import Decoding
 from flamingo_jax.inference.model import load_flamingo
 from flamingo_jax.interop.folders import open_folder, read_config
 from flamingo_jax.processing.tokenizer import JSONTokenizer, Tokenizer
-from flamingo_jax.training.assembly import open_bases
-from flamingo_jax.training.records import read_lines
+from flamingo_jax.training.metric_writer import read_lines
+from flamingo_jax.training.setup import open_frozen_sources
 from tests.end_to_end import small, test_kills
 from tests.end_to_end.test_frozen import run
 from tests.interop import cases
@@ -301,7 +301,7 @@ def test_what_does_not_belong_together_is_refused(
 ) -> None:
     def refused(experiment: Experiment) -> str:
         with pytest.raises(UserError) as caught:
-            open_bases(experiment)
+            open_frozen_sources(experiment)
         return str(caught.value)
 
     narrow = dataclasses.replace(

@@ -21,7 +21,7 @@ from flamingo_jax.experiment import Experiment, MeshConfig, VisionConfig, ViTCon
 from flamingo_jax.models.vit import resize_positions
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.training import loop
-from flamingo_jax.training.assembly import assemble, initialise
+from flamingo_jax.training.setup import initialise, make_setup
 from tests.end_to_end import small, test_kills
 from tests.end_to_end.test_frozen import run
 from tests.end_to_end.test_kills import Start, finish, start  # noqa: F401 - a fixture
@@ -89,7 +89,7 @@ def test_an_unfrozen_encoder_moves_and_is_exported_and_the_language_model_stays(
     experiment, export = tuned
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        began = initialise(experiment, assemble(experiment, mesh)).trainable
+        began = initialise(experiment, make_setup(experiment, mesh)).trainable
     assert {name.split("/")[0] for name in began} == {
         "vision_encoder",
         "resampler",
@@ -137,7 +137,7 @@ def test_fine_tuning_goes_on_from_an_export(
     tuning, before = frozen_again(experiment, export), export.read()
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        began = initialise(tuning, assemble(tuning, mesh)).trainable
+        began = initialise(tuning, make_setup(tuning, mesh)).trainable
     assert "resampler/latents" in began and not any(
         name.startswith("vision_encoder/") for name in began
     )

@@ -18,8 +18,8 @@ from flamingo_jax.inference.generation import Decoding, Vocabulary, generate
 from flamingo_jax.models.attention import SelfAttention, Shared, over_rows
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.models.language_model import LanguageModel
-from flamingo_jax.planning.flops import product_flops
 from flamingo_jax.pytrees import to_flat
+from flamingo_jax.tasks.flops import product_flops
 from tests.inference.world import tiny_config
 from tests.models.filling import filled
 

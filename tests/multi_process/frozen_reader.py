@@ -20,7 +20,7 @@ from flamingo_jax.configuring import from_json
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import LanguageModelConfig, MeshConfig
 from flamingo_jax.partitioning.mesh import make_mesh
-from flamingo_jax.training.assembly import assemble, load_frozen
+from flamingo_jax.training.setup import load_frozen, make_setup
 from tests.training import world
 
 
@@ -44,15 +44,15 @@ def main() -> None:
     mesh = make_mesh(MeshConfig(*map(int, sizes.split("x"))))
     told = {}
     with jax.set_mesh(mesh):
-        assembly = assemble(experiment, mesh)
+        setup = make_setup(experiment, mesh)
         for time in ("first", "again"):
             before = bytes_read()
-            frozen, origins = load_frozen(experiment, assembly)
+            frozen, digests = load_frozen(experiment, setup)
             told[time] = bytes_read() - before
-    told["digest"] = origins["language_model"]["digest"]
+    told["digest"] = digests["language_model"]["digest"]
     whole = open_export(export).read()
     for name, value in frozen.items():
-        target = assembly.frozen[name]
+        target = setup.frozen[name]
         assert value.sharding == target.sharding and value.dtype == target.dtype
         expected = whole.get(name.removeprefix("language_model/"))
         for shard in value.addressable_shards if expected is not None else ():

@@ -10,7 +10,7 @@ import pytest
 
 from flamingo_jax.cluster.supervisor import GRACE_SECONDS
 from flamingo_jax.errors import EXIT_BAD_INPUT, EXIT_LOST, EXIT_PREEMPTED
-from flamingo_jax.training.records import read_lines
+from flamingo_jax.training.metric_writer import read_lines
 from tests.multi_process.crew import Crew, last_step, losses, run, saved, slow_crew
 
 QUICK = ("--config.training.save_every=2",)

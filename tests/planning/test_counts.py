@@ -17,7 +17,7 @@ from flamingo_jax.experiment import Experiment, MeshConfig, VisionConfig
 from flamingo_jax.models.nfnet import NFNet
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.planning.counts import checkpoint_bytes, count_parameters
-from flamingo_jax.training.assembly import assemble
+from flamingo_jax.training.setup import make_setup
 from tests.training import world
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -99,14 +99,14 @@ def test_a_checkpoint_is_as_large_as_the_state_that_is_restored(unfreeze: bool) 
         experiment,
         training=dataclasses.replace(experiment.training, unfreeze_vision_encoder=unfreeze),
     )
-    assembly = assemble(experiment, make_mesh(MeshConfig(fsdp=2, model=2)))
+    setup = make_setup(experiment, make_mesh(MeshConfig(fsdp=2, model=2)))
     sizes = checkpoint_bytes(experiment)
     assert sizes["total"] == sum(
-        shape.size * shape.dtype.itemsize for shape in jax.tree.leaves(assembly.state)
+        shape.size * shape.dtype.itemsize for shape in jax.tree.leaves(setup.state)
     )
     assert sizes["moments"] == 2 * sizes["trainables"]
-    assert sizes["trainables"] == sum(4 * shape.size for shape in assembly.trainable.values())
-    assert sizes["frozen"] == sum(4 * shape.size for shape in assembly.frozen.values())
+    assert sizes["trainables"] == sum(4 * shape.size for shape in setup.trainable.values())
+    assert sizes["frozen"] == sum(4 * shape.size for shape in setup.frozen.values())
 
 
 def test_the_command_says_so() -> None:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flamingo_jax.planning.flops import product_flops
 from flamingo_jax.planning.hlo import Collective, first_group, parse, summarise
+from flamingo_jax.tasks.flops import product_flops
 
 
 def compiled(steps: int) -> str:

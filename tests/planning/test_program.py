@@ -12,7 +12,6 @@ import pytest
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import MeshConfig, VisionConfig, ViTConfig
 from flamingo_jax.partitioning.mesh import check_batches, make_mesh
-from flamingo_jax.planning.flops import work_in
 from flamingo_jax.planning.hlo import summarise
 from flamingo_jax.planning.program import (
     DoesNotFit,
@@ -25,7 +24,8 @@ from flamingo_jax.planning.program import (
     smaller,
 )
 from flamingo_jax.planning.topology import open_topology
-from flamingo_jax.training.assembly import assemble
+from flamingo_jax.tasks.flops import work_in
+from flamingo_jax.training.setup import make_setup
 from tests.training import world
 
 
@@ -50,9 +50,9 @@ def test_memory_and_flops_of_a_compiled_step() -> None:
     experiment = world.experiment()
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     program = compile_program(experiment, mesh)
-    assembly = assemble(experiment, mesh)
+    setup = make_setup(experiment, mesh)
     assert program.largest[0]["bytes"] >= program.largest[-1]["bytes"] > 0
-    arrays = jax.tree.leaves((assembly.state, assembly.frozen, batch_shapes(experiment, mesh)))
+    arrays = jax.tree.leaves((setup.state, setup.frozen, batch_shapes(experiment, mesh)))
     expected = sum(a.size * a.dtype.itemsize for a in arrays)
     assert expected * 0.95 <= program.memory.arguments <= expected * 1.05
     assert program.memory.peak > program.memory.arguments
@@ -139,10 +139,8 @@ def test_evaluation_is_planned_in_its_microbatches() -> None:
         )
         made = compile_held_out(experiment, mesh)
         assert list(made) == ["vtp"]
-        assembly, batch = assemble(experiment, mesh), world.batch(dataset, 0)
-        arrays = jax.tree.leaves(
-            (assembly.trainable, assembly.frozen, assembly.state.optimizer, batch)
-        )
+        setup, batch = make_setup(experiment, mesh), world.batch(dataset, 0)
+        arrays = jax.tree.leaves((setup.trainable, setup.frozen, setup.state.optimizer, batch))
         expected = sum(a.size * a.dtype.itemsize for a in arrays)
         assert expected * 0.95 <= made["vtp"].arguments <= expected * 1.05
         return made["vtp"]

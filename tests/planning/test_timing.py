@@ -9,10 +9,10 @@ from flamingo_jax.experiment import MeshConfig
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.partitioning.share import Share
 from flamingo_jax.planning.counts import count_parameters
-from flamingo_jax.planning.flops import work_in
 from flamingo_jax.planning.program import batch_shapes, full_work
 from flamingo_jax.planning.synthetic import full_batches
 from flamingo_jax.planning.timing import time_step
+from flamingo_jax.tasks.flops import work_in
 
 SIZES = "layers=2,width=16,heads=2,vocab=32,every=1,vit_layers=1,vit_width=16,vit_heads=2,image=16,patch=8,interleaved=8x3x12,pairs=16x1x8"  # noqa: E501
 

@@ -19,7 +19,7 @@ from flamingo_jax.partitioning.share import Share
 from flamingo_jax.tasks.flamingo import FlamingoTask, in_rows, without_failed
 from flamingo_jax.tasks.language_modelling import LanguageModellingTask
 from flamingo_jax.tasks.task import Loss, target_mask, token_loss
-from flamingo_jax.training.feed import put
+from flamingo_jax.training.prefetcher import shard_batch
 from tests.models.filling import filled
 from tests.rounding import assert_close
 
@@ -296,7 +296,7 @@ def test_lists_filled_up_for_the_mesh_are_those_of_rows(shape: tuple[int, int, i
         "visuals": np.arange(12, dtype=np.int32).reshape(4, 3),
     }
     with jax.set_mesh(mesh):
-        found = jax.jit(in_rows)(put(batch, mesh))
+        found = jax.jit(in_rows)(shard_batch(batch, mesh))
     np.testing.assert_array_equal(found["images"], real)
     np.testing.assert_array_equal(found["frame_mask"], mask)
 

@@ -9,7 +9,7 @@ from flamingo_jax.checkpointing import manifest
 from flamingo_jax.errors import UserError
 from flamingo_jax.training import goodput
 from flamingo_jax.training.goodput import FILE_NAME, KINDS, Goodput, read_goodput
-from flamingo_jax.training.records import Records, read_lines
+from flamingo_jax.training.metric_writer import MetricWriter, read_lines
 from tests.launch import commands
 
 
@@ -243,7 +243,7 @@ def test_a_file_that_cannot_be_read_just_now_is_not_taken_for_none(
     monkeypatch.setattr(manifest, "READ_AGAIN_AFTER", (0.0,))
     assert read_lines(tmp_path / "metrics.jsonl") == []
     (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "metrics.jsonl")
-    for read in (read_lines, lambda path: Records(path.parent, resume_step=1)):
+    for read in (read_lines, lambda path: MetricWriter(path.parent, resume_step=1)):
         with pytest.raises(OSError, match="Too many levels"):
             read(tmp_path / "metrics.jsonl")
     assert (tmp_path / "metrics.jsonl").is_symlink()

@@ -15,9 +15,9 @@ from flamingo_jax.experiment import Experiment, VisionConfig, ViTConfig
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.tasks import stages
-from flamingo_jax.training.assembly import Assembly, assemble
-from flamingo_jax.training.feed import HostBatch
 from flamingo_jax.training.held_out import HeldOut
+from flamingo_jax.training.prefetcher import HostBatch
+from flamingo_jax.training.setup import TrainSetup, make_setup
 from flamingo_jax.training.state import Parameters, TrainState, initial_state, split_model
 from tests.training import world
 
@@ -58,31 +58,29 @@ def experiment(microbatches: int) -> Experiment:
 
 
 @pytest.fixture(scope="module")
-def made() -> tuple[Assembly, TrainState, Parameters]:
-    assembly = assemble(experiment(1), make_mesh(experiment(1).mesh))
+def made() -> tuple[TrainSetup, TrainState, Parameters]:
+    setup = make_setup(experiment(1), make_mesh(experiment(1).mesh))
     _, parameters = split_model(Flamingo(CONFIG, rngs=nnx.Rngs(0)))
     parameters = jax.device_put(
         parameters,
-        {name: s.sharding for name, s in (assembly.trainable | assembly.frozen).items()},
+        {name: s.sharding for name, s in (setup.trainable | setup.frozen).items()},
     )
-    trainable = {name: parameters[name] for name in assembly.trainable}
+    trainable = {name: parameters[name] for name in setup.trainable}
     return (
-        assembly,
-        initial_state(trainable, assembly.optimizer, 0),
-        {name: parameters[name] for name in assembly.frozen},
+        setup,
+        initial_state(trainable, setup.optimizer, 0),
+        {name: parameters[name] for name in setup.frozen},
     )
 
 
 def evaluated(
-    made: tuple[Assembly, TrainState, Parameters], microbatches: int, compiled: bool = False
+    made: tuple[TrainSetup, TrainState, Parameters], microbatches: int, compiled: bool = False
 ) -> tuple[dict[str, float], Read]:
-    assembly, state, frozen = made
+    setup, state, frozen = made
     config, batches = experiment(microbatches), Read()
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        evaluate = HeldOut(
-            assembly, stages.make_task(config), {"vtp": batches}, config.held_out, mesh
-        )
+        evaluate = HeldOut(setup, stages.make_task(config), {"vtp": batches}, config.held_out, mesh)
         if compiled:
             programs = evaluate.compile(state, frozen)
             assert list(programs) == ["vtp"] and batches.made == 1
@@ -92,7 +90,7 @@ def evaluated(
 
 
 def test_microbatches_give_the_same_losses(
-    made: tuple[Assembly, TrainState, Parameters],
+    made: tuple[TrainSetup, TrainState, Parameters],
 ) -> None:
     """As one batch does, compiled before or when it is asked for; each batch is read when its
     turn comes.
@@ -111,7 +109,7 @@ def test_microbatches_give_the_same_losses(
 
 
 def test_losses_are_those_of_the_rows_written_out(
-    made: tuple[Assembly, TrainState, Parameters],
+    made: tuple[TrainSetup, TrainState, Parameters],
 ) -> None:
     """The mean over sequences of the sum over their tokens, over all batches together."""
     model = Flamingo(CONFIG, rngs=nnx.Rngs(0))

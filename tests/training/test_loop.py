@@ -16,10 +16,10 @@ from flamingo_jax.checkpointing.checkpoints import Checkpoints
 from flamingo_jax.errors import NotFiniteError, NotLearnedError, UserError
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.partitioning.mesh import make_mesh
-from flamingo_jax.planning.flops import Cost, Work, step_cost, work_in
-from flamingo_jax.training import loop, meter
-from flamingo_jax.training.assembly import assemble
-from flamingo_jax.training.records import read_lines
+from flamingo_jax.tasks.flops import Cost, Work, step_cost, work_in
+from flamingo_jax.training import loop, metrics_buffer
+from flamingo_jax.training.metric_writer import read_lines
+from flamingo_jax.training.setup import make_setup
 from tests.training import world
 
 
@@ -50,7 +50,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     outcome = loop.train(
         experiment, world.streams(), {"vtp": [world.batch(world.DATA["vtp"], 9)]}, workdir
     )
-    assert outcome == loop.Outcome(6, preempted=False)
+    assert outcome == loop.TrainResult(6, preempted=False)
     return workdir
 
 
@@ -99,7 +99,7 @@ def test_rate_and_norms_are_recorded(unbroken: pathlib.Path) -> None:
         assert max(apart) <= 1.00001 * (line["gradient_norm"] + sum(apart) - max(apart))
     checkpoints = Checkpoints(unbroken / "checkpoints", keep_last=3, keep_every=0)
     state = checkpoints.restore(
-        6, assemble(world.experiment(), make_mesh(world.experiment().mesh)).state
+        6, make_setup(world.experiment(), make_mesh(world.experiment().mesh)).state
     )
     checkpoints.close()
     total = sum(
@@ -119,8 +119,10 @@ def ready(count: int = 0, **work: int) -> dict[str, Any]:
 
 def test_mfu_is_the_share_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 12.0])
-    monkeypatch.setattr(meter, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
-    measured = meter.Meter(1, ["a"], Cost(token=600, frame=1_000), peak=8_000.0)
+    monkeypatch.setattr(
+        metrics_buffer, "time", types.SimpleNamespace(monotonic=lambda: next(clock))
+    )
+    measured = metrics_buffer.MetricsBuffer(1, ["a"], Cost(token=600, frame=1_000), peak=8_000.0)
     assert measured.add(1, ready(tokens=10, frames=2)) == []
     ((step, values),) = measured.drain()
     assert (
@@ -141,9 +143,9 @@ def test_speed_is_of_the_window_since_the_line_before(monkeypatch: pytest.Monkey
         now += metrics["seconds"]
         return metrics
 
-    monkeypatch.setattr(meter, "time", types.SimpleNamespace(monotonic=lambda: now))
-    monkeypatch.setattr(meter, "jax", types.SimpleNamespace(device_get=device_get))
-    measured = meter.Meter(1, ["a"], Cost(token=1), peak=None, log_every=3, last=7)
+    monkeypatch.setattr(metrics_buffer, "time", types.SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(metrics_buffer, "jax", types.SimpleNamespace(device_get=device_get))
+    measured = metrics_buffer.MetricsBuffer(1, ["a"], Cost(token=1), peak=None, log_every=3, last=7)
     lines = []
     for step, seconds in enumerate([1, 8, 1, 2, 2, 2, 3], start=1):
         lines += measured.add(step, ready(tokens=most) | {"seconds": seconds})
@@ -165,7 +167,7 @@ def test_a_signal_saves_and_the_next_start_goes_on_to_the_bit(
     outcome = loop.train(world.experiment(), streams, {}, tmp_path)
     assert outcome.preempted and 0 < outcome.step < 6
     again = loop.train(world.experiment(), world.streams(), {}, tmp_path)
-    assert again == loop.Outcome(6, preempted=False)
+    assert again == loop.TrainResult(6, preempted=False)
     assert losses(tmp_path) == losses(unbroken)
 
 
@@ -259,10 +261,10 @@ def test_a_run_above_its_required_loss_is_saved_and_says_so(
 
 def test_frozen_parameters_have_no_gradient_or_moments() -> None:
     experiment = world.experiment()
-    assembly = assemble(experiment, make_mesh(experiment.mesh))
+    setup = make_setup(experiment, make_mesh(experiment.mesh))
     assert not any(
-        name.startswith(("vision_encoder", "language_model")) for name in assembly.trainable
+        name.startswith(("vision_encoder", "language_model")) for name in setup.trainable
     )
-    trained = sum(int(np.prod(s.shape)) for s in assembly.trainable.values())
-    moments = sum(int(np.prod(s.shape)) for s in jax.tree.leaves(assembly.state.optimizer))
+    trained = sum(int(np.prod(s.shape)) for s in setup.trainable.values())
+    moments = sum(int(np.prod(s.shape)) for s in jax.tree.leaves(setup.state.optimizer))
     assert moments <= 2 * trained + 10

@@ -36,14 +36,16 @@ class DataIterator(Protocol):
     def set_state(self, state: Any) -> None: ...
 
 
-class Fed(NamedTuple):
+class StepInput(NamedTuple):
+    """What a step reads: a batch of each dataset, as global arrays."""
+
     batches: dict[str, dict[str, jax.Array]]
     positions: dict[str, Any]
     """Every dataset's position after these batches."""
 
 
-def put(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
-    """What this process has read, by its `Share` of the mesh, as its part of global arrays."""
+def shard_batch(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
+    """Makes global arrays of what this process has read, its `Share` of the mesh."""
     shardings, parts = batch_shardings(batch, mesh), Share.of(mesh).parts(batch)
     return {
         name: jax.make_array_from_callback(
@@ -53,7 +55,7 @@ def put(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
     }
 
 
-class Feed:
+class Prefetcher:
     """Reads `depth` updates ahead. Errors of the reading thread are raised to whoever asks for
     the next batch.
 
@@ -69,9 +71,9 @@ class Feed:
         until: Callable[[], bool] = lambda: False,
     ):
         self._iterators, self._mesh, self._until = dict(iterators), mesh, until
-        self._queue: queue.Queue[Fed | BaseException] = queue.Queue(maxsize=depth)
+        self._queue: queue.Queue[StepInput | BaseException] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._read, daemon=True, name="feed")
+        self._thread = threading.Thread(target=self._read, daemon=True, name="prefetcher")
         self.seconds_waiting = 0.0
         self._thread.start()
 
@@ -82,22 +84,22 @@ class Feed:
                 positions = {
                     name: iterator.get_state() for name, iterator in self._iterators.items()
                 }
-                batches = {name: put(batch, self._mesh) for name, batch in host.items()}
-                self._offer(Fed(batches, positions))
+                batches = {name: shard_batch(batch, self._mesh) for name, batch in host.items()}
+                self._offer(StepInput(batches, positions))
         except BaseException as error:  # noqa: BLE001 - handed to the loop, which raises it
             self._offer(error)
 
-    def _offer(self, item: Fed | BaseException) -> None:
+    def _offer(self, item: StepInput | BaseException) -> None:
         while not self._stop.is_set():
             try:
                 return self._queue.put(item, timeout=0.2)
             except queue.Full:
                 continue
 
-    def __iter__(self) -> Iterator[Fed]:
+    def __iter__(self) -> Iterator[StepInput]:
         return self
 
-    def __next__(self) -> Fed:
+    def __next__(self) -> StepInput:
         began = time.monotonic()
         while True:
             try:

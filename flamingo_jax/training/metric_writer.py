@@ -18,7 +18,7 @@ FLUSH_SECONDS = 30.0
 """Between what TensorBoard is shown: its file is brought to the disk each time."""
 
 
-class Records:
+class MetricWriter:
     """Writes `<workdir>/metrics.jsonl`, one object a line, and `<workdir>/tensorboard/`.
 
     A disabled one writes nothing.

@@ -14,7 +14,7 @@ from data_pipelines.readers import PendingBatch, Readers
 from flamingo_jax.experiment import MeshConfig
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.partitioning.share import WHOLE
-from flamingo_jax.training import feed
+from flamingo_jax.training import prefetcher
 
 
 class Stuck:
@@ -52,9 +52,9 @@ class Stuck:
 def test_a_feed_is_closed_though_its_reader_is_stuck(
     monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    monkeypatch.setattr(feed, "CLOSE_SECONDS", 0.3)
+    monkeypatch.setattr(prefetcher, "CLOSE_SECONDS", 0.3)
     stuck = Stuck()
-    fed = feed.Feed({"text": stuck}, make_mesh(MeshConfig(data=-1)))
+    fed = prefetcher.Prefetcher({"text": stuck}, make_mesh(MeshConfig(data=-1)))
     assert next(fed).positions == {"text": 1}
     stuck.asked.wait(10)
     began = time.monotonic()
@@ -69,7 +69,7 @@ def test_a_feed_is_closed_though_its_reader_is_stuck(
 
 def test_a_signal_ends_a_wait_for_storage() -> None:
     stuck, asked = Stuck(), threading.Event()
-    fed = feed.Feed({"text": stuck}, make_mesh(MeshConfig(data=-1)), until=asked.is_set)
+    fed = prefetcher.Prefetcher({"text": stuck}, make_mesh(MeshConfig(data=-1)), until=asked.is_set)
     stuck.asked.wait(30)
     asked.set()
     assert next(fed).positions == {"text": 1}, "what is there is given"

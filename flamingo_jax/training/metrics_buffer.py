@@ -10,16 +10,16 @@ import jax
 import numpy as np
 
 from flamingo_jax.errors import NotFiniteError
-from flamingo_jax.planning.flops import Cost, Work
+from flamingo_jax.tasks.flops import Cost, Work
 
 
-class Meter:
+class MetricsBuffer:
     """Holds each step's metrics back by two steps, so that reading them never makes the host
     wait for the device, and gives those of every `log_every`-th step and of the `last`.
 
     These lines tell how fast all processes were together since the line before:
     tokens_per_second and images_per_second (each frame of a clip is an image) of what is real
-    in the batches, flops_per_second (model FLOPs: see `planning.flops`) and, where `peak`
+    in the batches, flops_per_second (model FLOPs: see `tasks.flops`) and, where `peak`
     (FLOPs a second of all devices) is known, mfu, their share of it. A window holds steps and
     their waiting for data, but nothing that `paused` encloses.
     """

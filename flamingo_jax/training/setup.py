@@ -30,8 +30,8 @@ from flamingo_jax.training.optimizer import make_optimizer, make_schedule
 from flamingo_jax.training.state import Parameters, TrainState, initial_state, split_model
 
 
-class Assembly(NamedTuple):
-    """Everything about a run that is known before its first step."""
+class TrainSetup(NamedTuple):
+    """What is known about a run before its first step: shapes, shardings and functions."""
 
     graph: Any
     trainable: dict[str, jax.ShapeDtypeStruct]
@@ -58,9 +58,8 @@ class FrozenEncoder(NamedTuple):
     encode: Callable[[np.ndarray], np.ndarray]
 
 
-class Origin(NamedTuple):
-    """Where a frozen part comes from: an export or a published model's folder, opened but not
-    read.
+class WeightSource(NamedTuple):
+    """A folder that weights come from, an export or a published model, opened but not read.
 
     shapes: of its parameters, by their flat stacked names within the part.
     digest: names the weights; may read all of them, once for all processes, which all ask.
@@ -74,8 +73,8 @@ class Origin(NamedTuple):
     read: Callable[[dict[str, jax.ShapeDtypeStruct], Crew], Parameters]
 
 
-def assemble(experiment: Experiment, mesh: Mesh) -> Assembly:
-    """Shapes and shardings of everything, without allocating anything on a device."""
+def make_setup(experiment: Experiment, mesh: Mesh) -> TrainSetup:
+    """Works out shapes and shardings of everything; allocates nothing on a device."""
     model = nnx.eval_shape(
         lambda: stages.build_model(experiment, nnx.Rngs(params=jax.random.key(0)))
     )
@@ -107,7 +106,7 @@ def assemble(experiment: Experiment, mesh: Mesh) -> Assembly:
     schedule = make_schedule(
         experiment.optimizer, experiment.training.steps, updates_per_step(experiment)
     )
-    return Assembly(
+    return TrainSetup(
         graph,
         trainable,
         frozen,
@@ -133,7 +132,7 @@ def updates_per_step(experiment: Experiment) -> int:
     return len(experiment.data) if experiment.training.mixing == "round_robin" else 1
 
 
-def initialise(experiment: Experiment, assembly: Assembly, crew: Crew | None = None) -> TrainState:
+def initialise(experiment: Experiment, setup: TrainSetup, crew: Crew | None = None) -> TrainState:
     """Makes a fresh state on the devices that hold it; frozen parts are not initialised.
     Trained parts that an export has start from it. crew: as of `load_frozen`.
     """
@@ -141,24 +140,24 @@ def initialise(experiment: Experiment, assembly: Assembly, crew: Crew | None = N
     def make(key: jax.Array) -> TrainState:
         _, parameters = split_model(stages.build_model(experiment, nnx.Rngs(params=key)))
         return initial_state(
-            {name: parameters[name] for name in assembly.trainable},
-            assembly.optimizer,
+            {name: parameters[name] for name in setup.trainable},
+            setup.optimizer,
             experiment.seed,
         )
 
-    shardings = jax.tree.map(lambda s: s.sharding, assembly.state)
+    shardings = jax.tree.map(lambda s: s.sharding, setup.state)
     found: Parameters = {}
-    for base in stages.starts(experiment):
+    for part in stages.warm_started_parts(experiment):
         wanted = {
-            name: s for name, s in assembly.trainable.items() if name.startswith(_prefix(base.part))
+            name: s for name, s in setup.trainable.items() if name.startswith(_prefix(part.name))
         }
-        found |= _read_base(_open_base(base), base, wanted, crew or Alone())
+        found |= _read_part(_open_source(part), part, wanted, crew or Alone())
     state = jax.jit(make, out_shardings=shardings)(jax.random.key(experiment.seed))
     return state._replace(trainable=state.trainable | found)
 
 
 def load_frozen(
-    experiment: Experiment, assembly: Assembly, crew: Crew | None = None
+    experiment: Experiment, setup: TrainSetup, crew: Crew | None = None
 ) -> tuple[Parameters, dict[str, dict[str, str]]]:
     """Reads the frozen parameters from the folders they come from to where they lie.
 
@@ -171,19 +170,19 @@ def load_frozen(
     """
     crew = crew or Alone()
     frozen: Parameters = {}
-    origins: dict[str, dict[str, str]] = {}
-    for base in stages.bases(experiment):
+    digests: dict[str, dict[str, str]] = {}
+    for part in stages.frozen_parts(experiment):
         wanted = {
-            name: s for name, s in assembly.frozen.items() if name.startswith(_prefix(base.part))
+            name: s for name, s in setup.frozen.items() if name.startswith(_prefix(part.name))
         }
-        if base.folder == "random":
+        if part.folder == "random":
             frozen |= _random_parameters(experiment, wanted)
-            origins[base.part] = {"folder": "random", "digest": f"seed {experiment.seed}"}
+            digests[part.name] = {"folder": "random", "digest": f"seed {experiment.seed}"}
             continue
-        origin = _open_base(base)
-        frozen |= _read_base(origin, base, wanted, crew)
-        origins[base.part] = {"folder": base.folder, "digest": origin.digest(crew)}
-    return frozen, origins
+        source = _open_source(part)
+        frozen |= _read_part(source, part, wanted, crew)
+        digests[part.name] = {"folder": part.folder, "digest": source.digest(crew)}
+    return frozen, digests
 
 
 def load_encoder(experiment: Experiment, crew: Crew | None = None) -> FrozenEncoder:
@@ -207,15 +206,15 @@ def load_encoder(experiment: Experiment, crew: Crew | None = None) -> FrozenEnco
         stages.model_config(experiment).vision,
         jnp.dtype(experiment.training.compute_dtype),
     )
-    (base,) = stages.bases(experiment, ["vision_encoder"])
-    if base.folder == "random":
+    (part,) = stages.frozen_parts(experiment, ["vision_encoder"])
+    if part.folder == "random":
         raise UserError(
             "training.cache_features needs an encoder that stays: name its export in"
             " config.vision_encoder_from"
         )
-    origin = _open_base(base)
+    source = _open_source(part)
     graph, shapes = nnx.split(nnx.eval_shape(lambda: vision_encoder(config, rngs=nnx.Rngs(0))))
-    mesh, prefix = Mesh(np.asarray(jax.local_devices()), "data"), _prefix(base.part)
+    mesh, prefix = Mesh(np.asarray(jax.local_devices()), "data"), _prefix(part.name)
     whole = NamedSharding(mesh, PartitionSpec())
     wanted = {
         prefix + name: jax.ShapeDtypeStruct(s.shape, dtype, sharding=whole)
@@ -223,7 +222,7 @@ def load_encoder(experiment: Experiment, crew: Crew | None = None) -> FrozenEnco
     }
     parameters = {
         name.removeprefix(prefix): value
-        for name, value in _read_base(origin, base, wanted, crew).items()
+        for name, value in _read_part(source, part, wanted, crew).items()
     }
 
     @functools.partial(jax.jit, in_shardings=(None, NamedSharding(mesh, PartitionSpec("data"))))
@@ -241,58 +240,60 @@ def load_encoder(experiment: Experiment, crew: Crew | None = None) -> FrozenEnco
     image = jax.ShapeDtypeStruct((mesh.size, config.image_size, config.image_size, 3), jnp.uint8)
     _, cells, channels = jax.eval_shape(features, parameters, image).shape
     fit = "" if config.image_fit == "pad" else f"_{config.image_fit}"
-    name = f"{origin.digest(crew)[:16]}_{config.image_size}{fit}_{dtype.name}"
+    name = f"{source.digest(crew)[:16]}_{config.image_size}{fit}_{dtype.name}"
     return FrozenEncoder(name, (cells, channels), np.dtype(dtype), encode)
 
 
-def require_same_bases(
+def require_same_pretrained(
     saved: dict[str, Any], current: dict[str, Any], workdir: pathlib.Path
 ) -> None:
     """A UserError where a frozen part is another one now than when a checkpoint of `workdir`
     was saved; both as `load_frozen` tells them.
     """
-    for part, origin in current.items():
-        before = saved.get(part, {})
-        if before.get("digest") != origin["digest"]:
+    for name, source in current.items():
+        before = saved.get(name, {})
+        if before.get("digest") != source["digest"]:
             raise UserError(
-                f"the checkpoint in {workdir} was trained on the {part} of"
-                f" {before.get('folder')} ({before.get('digest')}), but {origin['folder']} now"
-                f" holds another ({origin['digest']}): restore that export or train in a new"
+                f"the checkpoint in {workdir} was trained on the {name} of"
+                f" {before.get('folder')} ({before.get('digest')}), but {source['folder']} now"
+                f" holds another ({source['digest']}): restore that export or train in a new"
                 " workdir"
             )
 
 
-def open_bases(experiment: Experiment) -> dict[str, Origin]:
-    """Where every frozen part comes from, by part, those that are random left out.
+def open_frozen_sources(experiment: Experiment) -> dict[str, WeightSource]:
+    """Opens the folder of every frozen part, by part, those that are random left out.
 
     UserError where one is missing, foreign or of another config.
     """
     return {
-        base.part: _open_base(base) for base in stages.bases(experiment) if base.folder != "random"
+        part.name: _open_source(part)
+        for part in stages.frozen_parts(experiment)
+        if part.folder != "random"
     }
 
 
-def _open_base(base: stages.Base) -> Origin:
+def _open_source(part: stages.PretrainedPart) -> WeightSource:
     """Where a frozen part comes from, whose config agrees with the one here."""
-    if base.field != "flamingo_from" and is_foreign(base.folder):
-        part: Part = "language_model" if base.part == "language_model" else "vision_encoder"
-        foreign = open_folder(base.folder, part)
-        _require_equal(to_json(foreign.config), to_json(base.config), base)
-        return Origin(
-            base.folder, foreign.tokenizer_file, foreign.shapes, foreign.digest, foreign.read
+    if part.field != "flamingo_from" and is_foreign(part.folder):
+        kind: Part = "language_model" if part.name == "language_model" else "vision_encoder"
+        foreign = open_folder(part.folder, kind)
+        _require_equal(to_json(foreign.config), to_json(part.config), part)
+        return WeightSource(
+            part.folder, foreign.tokenizer_file, foreign.shapes, foreign.digest, foreign.read
         )
-    export = open_export(base.folder)
-    if export.kind not in base.sources:
+    export = open_export(part.folder)
+    if export.kind not in part.export_paths:
         raise UserError(
-            f"{base.folder} holds a {export.kind} export, but config.{base.field} needs one of"
-            f" kind {' or '.join(base.sources)}"
+            f"{part.folder} holds a {export.kind} export, but config.{part.field} needs one of"
+            f" kind {' or '.join(part.export_paths)}"
         )
-    place = base.sources[export.kind]
+    place = part.export_paths[export.kind]
     theirs: Any = export.config[place.config] if place.config else export.config
     # An export of an earlier version lacks the keys that came since: their defaults are what it
     # was.
-    theirs = to_json(from_json(type(base.config), theirs, f"the config of {base.folder}"))
-    _require_equal(theirs, to_json(base.config), base)
+    theirs = to_json(from_json(type(part.config), theirs, f"the config of {part.folder}"))
+    _require_equal(theirs, to_json(part.config), part)
     prefix = _prefix(place.parameters)
 
     def read(targets: dict[str, jax.ShapeDtypeStruct], crew: Crew) -> Parameters:
@@ -306,28 +307,31 @@ def _open_base(base: stages.Base) -> Origin:
         for name, shape in export.shapes.items()
         if name.startswith(prefix)
     }
-    return Origin(base.folder, export.tokenizer_file, shapes, lambda _: export.digest, read)
+    return WeightSource(part.folder, export.tokenizer_file, shapes, lambda _: export.digest, read)
 
 
-def _read_base(
-    origin: Origin, base: stages.Base, wanted: Mapping[str, jax.ShapeDtypeStruct], crew: Crew
+def _read_part(
+    source: WeightSource,
+    part: stages.PretrainedPart,
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    crew: Crew,
 ) -> Parameters:
     """The wanted parameters by their names here, where they shall lie."""
-    prefix = _prefix(base.part)
+    prefix = _prefix(part.name)
     targets = {name.removeprefix(prefix): target for name, target in wanted.items()}
-    missing = sorted(set(targets) - set(origin.shapes))
+    missing = sorted(set(targets) - set(source.shapes))
     if missing:
         raise UserError(
-            f"{base.folder} lacks {len(missing)} parameters of the {base.part or 'model'},"
+            f"{part.folder} lacks {len(missing)} parameters of the {part.name or 'model'},"
             f" {prefix}{missing[0]} first: export that stage again"
         )
     stored = {
-        name: _as_stored(prefix + name, target, origin.shapes[name], base.folder)
+        name: _as_stored(prefix + name, target, source.shapes[name], part.folder)
         for name, target in targets.items()
     }
     return {
         prefix + name: _fitted(value, targets[name])
-        for name, value in origin.read(stored, crew).items()
+        for name, value in source.read(stored, crew).items()
     }
 
 
@@ -379,15 +383,17 @@ def _random_parameters(
     return jax.jit(make, out_shardings=shardings)(jax.random.key(experiment.seed + 1))
 
 
-def _require_equal(theirs: dict[str, Any], ours: dict[str, Any], base: stages.Base) -> None:
+def _require_equal(
+    theirs: dict[str, Any], ours: dict[str, Any], part: stages.PretrainedPart
+) -> None:
     for key in sorted(set(theirs) | set(ours)):
         mine, other = ours.get(key), theirs.get(key)
         if isinstance(mine, dict) and isinstance(other, dict):
-            _require_equal(other, mine, base)
+            _require_equal(other, mine, part)
         elif key not in FREE and other != mine:
             raise UserError(
-                f"{base.folder} was trained with {key} = {other!r}, but this config's"
-                f" {base.part or 'model'} has {mine!r}: make them equal"
+                f"{part.folder} was trained with {key} = {other!r}, but this config's"
+                f" {part.name or 'model'} has {mine!r}: make them equal"
             )
 
 

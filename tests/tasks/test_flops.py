@@ -21,7 +21,8 @@ from flamingo_jax.experiment import (
     VisionConfig,
 )
 from flamingo_jax.models.nfnet import NFNet
-from flamingo_jax.planning.flops import (
+from flamingo_jax.tasks import stages
+from flamingo_jax.tasks.flops import (
     Cost,
     Work,
     encoder_cost,
@@ -30,7 +31,6 @@ from flamingo_jax.planning.flops import (
     step_cost,
     work_in,
 )
-from flamingo_jax.tasks import stages
 from flamingo_jax.training.state import split_model
 from flamingo_jax.training.step import accumulated
 from tests.training import world
