@@ -59,8 +59,8 @@ from flamingo_jax.evaluation.report import read_metrics, write_report
 from flamingo_jax.evaluation.shots import draw
 from flamingo_jax.experiment import Experiment, FlamingoConfig
 from flamingo_jax.inference.engine import Engine
-from flamingo_jax.inference.generation import Decoding
-from flamingo_jax.inference.model import Loaded, flamingo_config, load_flamingo
+from flamingo_jax.inference.generation import DecodingConfig
+from flamingo_jax.inference.loading import LoadedFlamingo, flamingo_config, load_flamingo
 from flamingo_jax.progress import Bar
 from flamingo_jax.web_page import Table, cell
 from launch import command
@@ -103,7 +103,7 @@ QUESTION_PROMPT = flags.DEFINE_string(
     f" by default what the model was trained with, or '{prompts.QUESTION.template}'.",
 )
 BEAM = flags.DEFINE_integer(
-    "beam", 3, "Hypotheses of beam search (paper: 3); 1 is greedy.", lower_bound=1
+    "beam_size", 3, "Hypotheses of beam search (paper: 3); 1 is greedy.", lower_bound=1
 )
 CAPTION_PROMPT = flags.DEFINE_string(
     "caption_prompt",
@@ -170,7 +170,7 @@ def main() -> int:
         text_examples=text_examples,
         selection=SELECTION.value,
         seed=SEED.value,
-        decoding=Decoding(max_tokens=MAX_TOKENS.value, beam=BEAM.value),
+        decoding=DecodingConfig(max_tokens=MAX_TOKENS.value, beam_size=BEAM.value),
     )
     began = time.monotonic()
     seconds = _read_json(pathlib.Path(SECONDS.value)) if SECONDS.value else {}
@@ -523,12 +523,14 @@ def _config() -> FlamingoConfig:
     return flamingo_config(MODEL.value)
 
 
-def _load() -> tuple[Loaded, Loaded | None]:
+def _load() -> tuple[LoadedFlamingo, LoadedFlamingo | None]:
     """The model and the baseline, if there is one."""
     return load_flamingo(MODEL.value), load_flamingo(BASELINE.value) if BASELINE.value else None
 
 
-def _about(model: Loaded, baseline: Loaded | None, settings: Settings) -> dict[str, Any]:
+def _about(
+    model: LoadedFlamingo, baseline: LoadedFlamingo | None, settings: Settings
+) -> dict[str, Any]:
     return {
         "figures_are": "fractions between 0 and 1",
         "model": {"folder": MODEL.value, "digest": model.digest},

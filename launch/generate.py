@@ -1,7 +1,7 @@
 """Continues prompts of texts, images and videos with an exported Flamingo.
 
     python -m launch.generate --model=runs/quickstart/flamingo/export --prompt=prompt.json
-    [--beam=3 | --temperature=0.7 --top_p=0.9]
+    [--beam_size=3 | --temperature=0.7 --top_p=0.9]
 
 The prompt file holds a JSON list of parts in any order, {"text": "Output:"}, {"image":
 "photo.jpg"} or {"video": "clip.mp4"}, or one such list a line (JSONL) for several prompts.
@@ -24,9 +24,9 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation.examples import read_visual
 from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.inference.engine import Engine
-from flamingo_jax.inference.generation import Decoding
-from flamingo_jax.inference.model import flamingo_config, load_flamingo
-from flamingo_jax.inference.prompts import Part, Visual, resolve_tags
+from flamingo_jax.inference.generation import DecodingConfig
+from flamingo_jax.inference.loading import flamingo_config, load_flamingo
+from flamingo_jax.inference.prompts import PromptPart, Visual, fill_image_tags
 from flamingo_jax.processing import images
 from flamingo_jax.processing.video import VideoError, middle_clip, read_frames
 from launch import command
@@ -35,7 +35,7 @@ MODEL = flags.DEFINE_string("model", "", "Exported folder of a Flamingo.")
 PROMPT = flags.DEFINE_string("prompt", "", "JSON or JSONL file of prompts.")
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", 32, "Tokens to write at most.", lower_bound=1)
 BEAM = flags.DEFINE_integer(
-    "beam",
+    "beam_size",
     3,
     "Hypotheses of beam search; 1 is greedy, or samples with a temperature.",
     lower_bound=1,
@@ -82,9 +82,9 @@ def main() -> int:
     config = flamingo_config(MODEL.value)
     prompts = [prompt_of(parts, config, pathlib.Path(PROMPT.value).parent) for parts in written]
     loaded = load_flamingo(MODEL.value)
-    decoding = Decoding(
+    decoding = DecodingConfig(
         max_tokens=MAX_TOKENS.value,
-        beam=1 if TEMPERATURE.value > 0 else BEAM.value,
+        beam_size=1 if TEMPERATURE.value > 0 else BEAM.value,
         temperature=TEMPERATURE.value,
         top_p=TOP_P.value,
     )
@@ -119,12 +119,12 @@ def read_prompts(path: pathlib.Path) -> list[list[Any]]:
     return prompts
 
 
-def prompt_of(parts: list[Any], config: FlamingoConfig, folder: pathlib.Path) -> list[Part]:
+def prompt_of(parts: list[Any], config: FlamingoConfig, folder: pathlib.Path) -> list[PromptPart]:
     """Written parts with their files read.
 
     Raises UserError for a part that is none, or a file that cannot be read.
     """
-    prompt: list[Part] = []
+    prompt: list[PromptPart] = []
     for part in parts:
         kind, value = (
             next(iter(part.items())) if isinstance(part, dict) and len(part) == 1 else (None, None)
@@ -140,7 +140,7 @@ def prompt_of(parts: list[Any], config: FlamingoConfig, folder: pathlib.Path) ->
             prompt.append(_read_image(folder / value, config))
         else:
             prompt.append(_read_video(folder / value, config))
-    return resolve_tags(prompt)
+    return fill_image_tags(prompt)
 
 
 def _read_image(path: pathlib.Path, config: FlamingoConfig) -> Visual:

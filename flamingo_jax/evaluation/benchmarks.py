@@ -12,11 +12,11 @@ from flamingo_jax.evaluation import metrics, prompts
 from flamingo_jax.evaluation.examples import Example, Page
 from flamingo_jax.evaluation.shots import keyed_rng, make_shots
 from flamingo_jax.inference.engine import Engine
-from flamingo_jax.inference.generation import Decoding
-from flamingo_jax.inference.prompts import Part, Prompt, Visual
+from flamingo_jax.inference.generation import DecodingConfig
+from flamingo_jax.inference.prompts import Prompt, PromptPart, Visual
 from flamingo_jax.progress import Bar
 
-PAPER_DECODING = Decoding(max_tokens=24, beam=3)
+PAPER_DECODING = DecodingConfig(max_tokens=24, beam_size=3)
 Judge = Callable[[str, Sequence[str]], float]
 """(prediction, right answers) -> how right it is, 0 to 1."""
 
@@ -32,7 +32,7 @@ class Settings:
     shots: int = 0
     text_examples: int = 2
     selection: str = "random"
-    decoding: Decoding = PAPER_DECODING
+    decoding: DecodingConfig = PAPER_DECODING
     seed: int = 0
 
 
@@ -296,7 +296,7 @@ def _few_shot_prompts(
     engine: Engine,
     settings: Settings,
     text_examples: int,
-) -> list[list[Part]]:
+) -> list[list[PromptPart]]:
     support, name = benchmark.support, benchmark.name
     # The same examples stand before every query of a zero-shot prompt.
     text_only: list[Example] = []

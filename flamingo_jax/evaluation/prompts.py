@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from flamingo_jax.evaluation.examples import Example, Page
 from flamingo_jax.experiment import QUESTION_PROMPT
-from flamingo_jax.inference.prompts import END_OF_CHUNK, Part, escape
+from flamingo_jax.inference.prompts import END_OF_CHUNK, PromptPart, escape_image_tags
 from flamingo_jax.processing.sequences import asked
 
 
@@ -22,10 +22,10 @@ class Format:
     template: str
 
     def opening(self, example: Example) -> str:
-        return escape(asked(self.template, example.question))
+        return escape_image_tags(asked(self.template, example.question))
 
     def whole(self, example: Example) -> str:
-        return f"{self.opening(example)} {escape(example.answers[0])}"
+        return f"{self.opening(example)} {escape_image_tags(example.answers[0])}"
 
 
 CAPTION = Format("Output:")
@@ -35,14 +35,14 @@ KEYWORDS = re.compile(r"\s*(?:Question:|Answer:|Output:|<image>).*", re.DOTALL)
 
 def few_shot(
     query: Example, shots: Sequence[Example], text_only: Sequence[Example], form: Format
-) -> list[Part]:
+) -> list[PromptPart]:
     """`text_only` examples without their images, then `shots` with theirs, then the query up
     to its answer.
 
     Zero-shot prompts of open-ended tasks have two text-only examples and no shots (paper 3.3:
     one is harmful, more help little).
     """
-    parts: list[Part] = []
+    parts: list[PromptPart] = []
     for example in text_only:
         parts += [form.whole(example), END_OF_CHUNK]
     for shot in shots:
@@ -51,14 +51,14 @@ def few_shot(
     return [*parts, query.visual, *([opening] if opening else [])]
 
 
-def binding(page: Page, shots: int) -> list[Part]:
+def binding(page: Page, shots: int) -> list[PromptPart]:
     """The last `shots` images before the page's last one with their texts, then the last one
     with its text up to the last word.
     """
-    parts: list[Part] = []
+    parts: list[PromptPart] = []
     for place in range(len(page.visuals) - 1 - shots, len(page.visuals)):
-        parts += [page.visuals[place], escape(page.texts[place + 1])]
-    parts[-1] = escape(split_last_word(page.texts[-1])[0])
+        parts += [page.visuals[place], escape_image_tags(page.texts[place + 1])]
+    parts[-1] = escape_image_tags(split_last_word(page.texts[-1])[0])
     return parts
 
 

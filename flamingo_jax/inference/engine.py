@@ -14,31 +14,31 @@ import numpy as np
 from flax import nnx
 
 from flamingo_jax.errors import UserError
-from flamingo_jax.inference.decoding import Prompts
-from flamingo_jax.inference.generation import Decoding, Generated, Vocabulary, generate
-from flamingo_jax.inference.model import Loaded
+from flamingo_jax.inference.generation import DecodingConfig, Generated, TokenConstraints, generate
+from flamingo_jax.inference.loading import LoadedFlamingo
+from flamingo_jax.inference.prefill import PromptArrays
 from flamingo_jax.inference.prompts import (
     Prompt,
     PromptBatch,
     Visual,
+    bucket_length,
     collate,
-    padded_length,
-    power_of,
+    next_power,
     tokenise,
 )
 from flamingo_jax.inference.scoring import candidate_scores
 from flamingo_jax.processing.tokenizer import Tokenizer
 
 Array = jax.Array
-Progress = Callable[[int], None]
+ProgressCallback = Callable[[int], None]
 """Told how many prompts more are done."""
 
 TOKENS_IN_BATCH = 16_384
 VISUALS_IN_BATCH = 512
 """Bounds on a batch's padded tokens and places for visuals, for memory."""
-LOGITS_AT_ONCE = 1 << 26
-FRAMES_AT_ONCE = 64
-KEPT_BYTES = 512 << 20
+LOGITS_IN_BATCH = 1 << 26
+FRAMES_IN_BATCH = 64
+CACHED_BYTES = 512 << 20
 """Visual tokens, and as many bytes of features, kept on the host for visuals that come again.
 """
 
@@ -72,35 +72,35 @@ def _prepare(graph: Any, state: nnx.State, visual_tokens: Array) -> Any:
     return nnx.merge(graph, state).prepare_media(visual_tokens)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "decoding", "vocabulary"))
+@functools.partial(jax.jit, static_argnames=("graph", "decoding", "constraints"))
 def _generate(
     graph: Any,
     state: nnx.State,
-    prompts: Prompts,
+    prompts: PromptArrays,
     media: Any,
     keys: Array,
-    decoding: Decoding,
-    vocabulary: Vocabulary,
+    decoding: DecodingConfig,
+    constraints: TokenConstraints,
 ) -> Generated:
-    return generate(nnx.merge(graph, state), prompts, media, keys, decoding, vocabulary)
+    return generate(nnx.merge(graph, state), prompts, media, keys, decoding, constraints)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "at_once"))
+@functools.partial(jax.jit, static_argnames=("graph", "group_size"))
 def _score(
     graph: Any,
     state: nnx.State,
-    prompts: Prompts,
+    prompts: PromptArrays,
     media: Any,
     candidates: Array,
     lengths: Array,
-    at_once: int,
+    group_size: int,
 ) -> Array:
     return candidate_scores(
-        nnx.merge(graph, state), prompts, media, candidates, lengths, at_once=at_once
+        nnx.merge(graph, state), prompts, media, candidates, lengths, group_size=group_size
     )
 
 
-class KeptArrays:
+class ArrayCache:
     """Arrays by digest, those of longest ago let go where all together hold more than
     `most_bytes`.
     """
@@ -136,22 +136,25 @@ class Engine:
     rows: prompts in a batch at most.
     """
 
-    def __init__(self, loaded: Loaded, *, with_visuals: bool = True, rows: int = 64):
+    def __init__(self, loaded: LoadedFlamingo, *, with_visuals: bool = True, rows: int = 64):
         self.tokenizer, self.config = loaded.tokenizer, loaded.config
         self.with_visuals = with_visuals
         self._graph, self._state = nnx.split(loaded.model)
         self._dtype = loaded.model.dtype
         self._rows = rows
-        self._vocabulary = vocabulary_of(loaded.tokenizer, loaded.config.extra_tokens)
-        self._kept_tokens, self._kept_features = KeptArrays(KEPT_BYTES), KeptArrays(KEPT_BYTES)
+        self._constraints = token_constraints(loaded.tokenizer, loaded.config.extra_tokens)
+        self._cached_tokens, self._cached_features = (
+            ArrayCache(CACHED_BYTES),
+            ArrayCache(CACHED_BYTES),
+        )
 
     def generate(
         self,
         prompts: Sequence[Prompt],
-        decoding: Decoding,
+        decoding: DecodingConfig,
         *,
         seed: int = 0,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
     ) -> list[Completion]:
         """The continuation of every prompt, without its <EOC>.
 
@@ -166,7 +169,7 @@ class Engine:
             prepared, media = self._place(batch)
             made = jax.device_get(
                 _generate(
-                    self._graph, self._state, prepared, media, keys, decoding, self._vocabulary
+                    self._graph, self._state, prepared, media, keys, decoding, self._constraints
                 )
             )
             for row, place in enumerate(places):
@@ -182,7 +185,7 @@ class Engine:
         candidates: Sequence[Sequence[str]],
         *,
         close: bool = True,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
     ) -> list[np.ndarray]:
         """Log-probability of each prompt's candidates, float64 [number of its candidates].
 
@@ -214,15 +217,15 @@ class Engine:
         for places, batch in self._batches(prompts):
             rows = len(batch.lengths)
             columns = self.config.language_model.vocab_size + self.config.extra_tokens
-            at_once = max(
+            group_size = max(
                 1,
                 min(
                     most,
-                    LOGITS_AT_ONCE // (rows * longest * columns),
+                    LOGITS_IN_BATCH // (rows * longest * columns),
                     4 * TOKENS_IN_BATCH // batch.tokens.size,
                 ),
             )
-            count = -(-most // at_once) * at_once
+            count = -(-most // group_size) * group_size
             ends, lengths = (
                 np.zeros((rows, count, longest), np.int32),
                 np.zeros((rows, count), np.int32),
@@ -235,7 +238,7 @@ class Engine:
                     )
             prepared, media = self._place(batch)
             scores = jax.device_get(
-                _score(self._graph, self._state, prepared, media, ends, lengths, at_once)
+                _score(self._graph, self._state, prepared, media, ends, lengths, group_size)
             )
             for row, place in enumerate(places):
                 found[place] = scores[row, : len(candidates[place])].astype(np.float64)
@@ -251,7 +254,7 @@ class Engine:
             return np.zeros((0, 0), np.float32)
         self._check_size(visuals)
         different = {visual.digest: visual for visual in visuals}
-        rows = self._kept_features.get(
+        rows = self._cached_features.get(
             list(different),
             lambda missing: dict(
                 self._encoded([different[digest] for digest in missing], _features)
@@ -278,17 +281,17 @@ class Engine:
             return
         tokenised = [tokenise(prompt, self.tokenizer) for prompt in prompts]
         self._check_size(visual for prompt in tokenised for visual in prompt.visuals)
-        longest = padded_length(max(len(p.tokens) for p in tokenised))
+        longest = bucket_length(max(len(p.tokens) for p in tokenised))
         # 1, 4, 16, 64, ...: a shape more costs the compilation of a program, a place more
         # hardly anything.
-        places = power_of(4, max(len(p.visuals) for p in tokenised))
+        places = next_power(4, max(len(p.visuals) for p in tokenised))
         rows = min(self._rows, TOKENS_IN_BATCH // longest, VISUALS_IN_BATCH // max(places, 1))
-        rows = min(max(power_of(2, rows + 1) // 2, 1), power_of(2, len(prompts)))
+        rows = min(max(next_power(2, rows + 1) // 2, 1), next_power(2, len(prompts)))
         order = sorted(range(len(prompts)), key=lambda place: len(tokenised[place].tokens))
         chosen = [order[start : start + rows] for start in range(0, len(order), rows)]
         for part in chosen:
             members = [tokenised[place] for place in part]
-            length = padded_length(max(len(prompt.tokens) for prompt in members))
+            length = bucket_length(max(len(prompt.tokens) for prompt in members))
             yield (
                 part,
                 collate(
@@ -296,12 +299,12 @@ class Engine:
                 ),
             )
 
-    def _place(self, batch: PromptBatch) -> tuple[Prompts, Any]:
+    def _place(self, batch: PromptBatch) -> tuple[PromptArrays, Any]:
         tokens, index, lengths = jax.device_put((batch.tokens, batch.media_index, batch.lengths))
         if not batch.distinct:
-            return Prompts(tokens, index, lengths, None), None
+            return PromptArrays(tokens, index, lengths, None), None
         if self.with_visuals:
-            return Prompts(tokens, index, lengths, jnp.asarray(batch.visuals)), self._media(
+            return PromptArrays(tokens, index, lengths, jnp.asarray(batch.visuals)), self._media(
                 batch.distinct, batch.visuals.size
             )
         # Nothing is looked at, which adds exactly zero; the shapes stay, so that both kinds of
@@ -316,7 +319,7 @@ class Engine:
         )
         media = _prepare(self._graph, self._state, blank.astype(self._dtype))
         return (
-            Prompts(
+            PromptArrays(
                 tokens,
                 jnp.full_like(index, -1),
                 lengths,
@@ -327,7 +330,7 @@ class Engine:
 
     def _media(self, distinct: list[Visual], size: int) -> Any:
         by_digest = {visual.digest: visual for visual in distinct}
-        found = self._kept_tokens.get(
+        found = self._cached_tokens.get(
             list(by_digest),
             lambda missing: dict(self._encoded([by_digest[digest] for digest in missing], _encode)),
         )
@@ -343,10 +346,10 @@ class Engine:
         for visual in visuals:
             groups.setdefault(self._frames(len(visual.frames)), []).append(visual)
         for frames, group in sorted(groups.items()):
-            most = max(1, FRAMES_AT_ONCE // frames)
+            most = max(1, FRAMES_IN_BATCH // frames)
             for start in range(0, len(group), most):
                 part = group[start : start + most]
-                rows = most if len(group) > most else min(power_of(8, len(part)), most)
+                rows = most if len(group) > most else min(next_power(8, len(part)), most)
                 images = np.zeros((rows, frames, *part[0].frames.shape[1:]), np.uint8)
                 mask = np.zeros((rows, frames), bool)
                 for row, visual in enumerate(part):
@@ -371,15 +374,15 @@ class Engine:
         return frames if frames == 1 or frames > trained else trained
 
 
-def vocabulary_of(tokenizer: Tokenizer, extra_tokens: int = 1) -> Vocabulary:
+def token_constraints(tokenizer: Tokenizer, extra_tokens: int = 1) -> TokenConstraints:
     """<EOC> or <EOS> ends a text; what is never learned as a target is never written."""
     stop = (tokenizer.eoc, tokenizer.eos)
-    never = {
+    suppressed = {
         tokenizer.bos,
         tokenizer.pad,
         *range(tokenizer.pieces, tokenizer.eoc),
         *range(tokenizer.eoc + 1, tokenizer.vocab_size + extra_tokens),
     }
     if len(tokenizer.image_tag_ids) == 1:
-        never.add(tokenizer.image_tag_ids[0])
-    return Vocabulary(stop, tuple(sorted(never - set(stop))))
+        suppressed.add(tokenizer.image_tag_ids[0])
+    return TokenConstraints(stop, tuple(sorted(suppressed - set(stop))))

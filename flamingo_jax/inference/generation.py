@@ -11,23 +11,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flamingo_jax.inference.decoding import Decoder, Prompts, Started, start
+from flamingo_jax.inference.prefill import DecodingModel, Prefilled, PromptArrays, prefill
 from flamingo_jax.models.attention import over_rows
 
 Array = jax.Array
-NOTHING = -1
+NO_TOKEN = -1
 """Fills the places after a row's end."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoding:
+class DecodingConfig:
     """How to continue a prompt.
 
-    The paper's open-ended tasks use a beam of 3 (facts 6.4); it names no length penalty.
+    The paper's open-ended tasks use a beam_size of 3 (facts 6.4); it names no length penalty.
     """
 
     max_tokens: int = 32
-    beam: int = 1
+    beam_size: int = 1
     """Hypotheses of beam search; 1 samples."""
     temperature: float = 0.0
     """0 takes the likeliest token (greedy)."""
@@ -42,13 +42,13 @@ class Decoding:
 
 
 @dataclasses.dataclass(frozen=True)
-class Vocabulary:
-    """stop: ids that end a row. never: ids that are not generated, such as <BOS>, padding and
+class TokenConstraints:
+    """stop: ids that end a row. suppressed: ids that are not generated, such as <BOS>, padding and
     the image tag.
     """
 
     stop: tuple[int, ...]
-    never: tuple[int, ...] = ()
+    suppressed: tuple[int, ...] = ()
 
 
 class Generated(NamedTuple):
@@ -63,23 +63,23 @@ class Generated(NamedTuple):
 
 
 def generate(
-    model: Decoder,
-    prompts: Prompts,
+    model: DecodingModel,
+    prompts: PromptArrays,
     media: Any,
     keys: Array,
-    decoding: Decoding,
-    vocabulary: Vocabulary,
+    decoding: DecodingConfig,
+    constraints: TokenConstraints,
 ) -> Generated:
     """At most `decoding.max_tokens` tokens after each prompt; `keys` [B], one PRNG key a row,
     matter to sampling only.
     """
-    started = start(model, prompts, media, prompts.tokens.shape[1] + decoding.max_tokens)
-    if decoding.beam > 1:
-        return _beam_search(model, started, media, decoding, vocabulary)
-    return _sample(model, started, media, keys, decoding, vocabulary)
+    prefilled = prefill(model, prompts, media, prompts.tokens.shape[1] + decoding.max_tokens)
+    if decoding.beam_size > 1:
+        return _beam_search(model, prefilled, media, decoding, constraints)
+    return _sample(model, prefilled, media, keys, decoding, constraints)
 
 
-class _Sampling(NamedTuple):
+class _SamplingState(NamedTuple):
     step: Array
     token: Array
     cache: Any
@@ -89,23 +89,27 @@ class _Sampling(NamedTuple):
 
 
 def _sample(
-    model: Decoder,
-    started: Started,
+    model: DecodingModel,
+    prefilled: Prefilled,
     media: Any,
     keys: Array,
-    decoding: Decoding,
-    vocabulary: Vocabulary,
+    decoding: DecodingConfig,
+    constraints: TokenConstraints,
 ) -> Generated:
-    rows = started.last.shape[0]
+    rows = prefilled.last.shape[0]
 
-    def body(s: _Sampling) -> _Sampling:
-        log_probabilities, cache = _next(model, started, media, s.token, s.step, s.cache)
-        allowed = _without(log_probabilities, vocabulary.never)
-        token = _choose(allowed, jax.vmap(jax.random.fold_in, (0, None))(keys, s.step), decoding)
+    def body(s: _SamplingState) -> _SamplingState:
+        log_probabilities, cache = _next_log_probabilities(
+            model, prefilled, media, s.token, s.step, s.cache
+        )
+        allowed = _suppress(log_probabilities, constraints.suppressed)
+        token = _pick_token(
+            allowed, jax.vmap(jax.random.fold_in, (0, None))(keys, s.step), decoding
+        )
         gained = jnp.take_along_axis(log_probabilities, token[:, None], axis=1)[:, 0]
-        stops = jnp.isin(token, jnp.array(vocabulary.stop))
-        written = jnp.where(s.finished | stops, NOTHING, token)
-        return _Sampling(
+        stops = jnp.isin(token, jnp.array(constraints.stop))
+        written = jnp.where(s.finished | stops, NO_TOKEN, token)
+        return _SamplingState(
             s.step + 1,
             token,
             cache,
@@ -114,11 +118,11 @@ def _sample(
             s.finished | stops,
         )
 
-    first = _Sampling(
+    first = _SamplingState(
         jnp.int32(0),
-        started.last,
-        started.cache,
-        jnp.full((rows, decoding.max_tokens), NOTHING, jnp.int32),
+        prefilled.last,
+        prefilled.cache,
+        jnp.full((rows, decoding.max_tokens), NO_TOKEN, jnp.int32),
         jnp.zeros(rows),
         jnp.zeros(rows, bool),
     )
@@ -128,7 +132,7 @@ def _sample(
     return Generated(last.tokens, last.score, last.finished)
 
 
-def _choose(log_probabilities: Array, keys: Array, decoding: Decoding) -> Array:
+def _pick_token(log_probabilities: Array, keys: Array, decoding: DecodingConfig) -> Array:
     """[B, V] -> int32 [B]."""
     if decoding.temperature == 0.0:
         return jnp.argmax(log_probabilities, axis=-1).astype(jnp.int32)
@@ -149,7 +153,7 @@ def nucleus(logits: Array, top_p: float) -> Array:
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-class _Beams(NamedTuple):
+class _BeamState(NamedTuple):
     step: Array
     token: Array
     cache: Any
@@ -161,29 +165,35 @@ class _Beams(NamedTuple):
 
 
 def _beam_search(
-    model: Decoder, started: Started, media: Any, decoding: Decoding, vocabulary: Vocabulary
+    model: DecodingModel,
+    prefilled: Prefilled,
+    media: Any,
+    decoding: DecodingConfig,
+    constraints: TokenConstraints,
 ) -> Generated:
-    """Keeps the `beam` likeliest open hypotheses of every row, and the best closed one.
+    """Keeps the `beam_size` likeliest open hypotheses of every row, and the best closed one.
 
-    As in common practice a hypothesis may close only where its stop token is among the `beam`
+    As in common practice a hypothesis may close only where its stop token is among the `beam_size`
     likeliest continuations, which makes a beam of one greedy search. A row is done when none of
     its open hypotheses can still overtake its closed one. A row with no closed hypothesis at
     the end gives its likeliest open one.
     """
-    rows, beams, length = started.last.shape[0], decoding.beam, decoding.max_tokens
-    stop = jnp.array(vocabulary.stop)
-    started = started.repeat(beams)
+    rows, beams, length = prefilled.last.shape[0], decoding.beam_size, decoding.max_tokens
+    stop = jnp.array(constraints.stop)
+    prefilled = prefilled.repeat(beams)
 
     def normaliser(tokens: Array | int) -> Array:
         return ((5.0 + tokens) / 6.0) ** decoding.length_penalty
 
-    def body(s: _Beams) -> _Beams:
-        log_probabilities, cache = _next(model, started, media, s.token, s.step, s.cache)
-        allowed = _without(log_probabilities, vocabulary.never).reshape(rows, beams, -1)
+    def body(s: _BeamState) -> _BeamState:
+        log_probabilities, cache = _next_log_probabilities(
+            model, prefilled, media, s.token, s.step, s.cache
+        )
+        allowed = _suppress(log_probabilities, constraints.suppressed).reshape(rows, beams, -1)
         size = allowed.shape[-1]
         # A hypothesis has as many closing continuations as there are stop tokens: so many are
         # taken that `beams` open ones remain.
-        wide = min(beams * (1 + len(vocabulary.stop)), beams * size)
+        wide = min(beams * (1 + len(constraints.stop)), beams * size)
         score, flat = jax.lax.top_k((s.score[:, :, None] + allowed).reshape(rows, -1), wide)
         parent, token = flat // size, (flat % size).astype(jnp.int32)
         stops = jnp.isin(token, stop)
@@ -209,7 +219,7 @@ def _beam_search(
         )
         source = (jnp.arange(rows)[:, None] * beams + parent).reshape(-1)
         cache = over_rows(lambda a: jnp.take(a, source, axis=1), cache)
-        return _Beams(
+        return _BeamState(
             s.step + 1,
             token.reshape(-1),
             cache,
@@ -220,19 +230,19 @@ def _beam_search(
             jnp.where(better, rank, s.best_rank),
         )
 
-    def goes_on(s: _Beams) -> Array:
+    def goes_on(s: _BeamState) -> Array:
         # Log-probabilities only fall, and a positive length penalty favours the longest.
         reach = s.score[:, 0] / normaliser(length if decoding.length_penalty > 0 else s.step + 1)
         return (s.step < length) & jnp.any(reach > s.best_rank)
 
-    nothing = jnp.full((rows, length), NOTHING, jnp.int32)
+    nothing = jnp.full((rows, length), NO_TOKEN, jnp.int32)
     none = jnp.full(rows, -jnp.inf)
     # All hypotheses are the prompt at first: one alone may branch.
     score = jnp.tile(jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf), (rows, 1))
-    first = _Beams(
+    first = _BeamState(
         jnp.int32(0),
-        started.last,
-        started.cache,
+        prefilled.last,
+        prefilled.cache,
         jnp.tile(nothing[:, None], (1, beams, 1)),
         score,
         nothing,
@@ -248,26 +258,26 @@ def _beam_search(
     )
 
 
-def _next(
-    model: Decoder, started: Started, media: Any, token: Array, step: Array, cache: Any
+def _next_log_probabilities(
+    model: DecodingModel, prefilled: Prefilled, media: Any, token: Array, step: Array, cache: Any
 ) -> tuple[Array, Any]:
     """Log-probabilities float32 [B, V] of what follows `token` [B], the step-th after the
     prompt's last.
     """
     logits, cache = model.decode(
         token[:, None],
-        (started.position + step)[:, None],
-        started.media_index[:, None],
+        (prefilled.position + step)[:, None],
+        prefilled.media_index[:, None],
         media,
-        started.visuals,
+        prefilled.visuals,
         cache,
     )
     return jax.nn.log_softmax(logits[:, 0]), cache
 
 
-def _without(log_probabilities: Array, never: tuple[int, ...]) -> Array:
+def _suppress(log_probabilities: Array, suppressed: tuple[int, ...]) -> Array:
     return (
-        log_probabilities.at[:, jnp.array(never, jnp.int32)].set(-jnp.inf)
-        if never
+        log_probabilities.at[:, jnp.array(suppressed, jnp.int32)].set(-jnp.inf)
+        if suppressed
         else log_probabilities
     )

@@ -56,19 +56,19 @@ class Visual:
         ).digest()
 
 
-class Mark(enum.Enum):
+class SpecialToken(enum.Enum):
     """Marks that a prompt may hold besides text and visuals."""
 
     END_OF_CHUNK = "<EOC>"
 
 
-END_OF_CHUNK = Mark.END_OF_CHUNK
+END_OF_CHUNK = SpecialToken.END_OF_CHUNK
 """Closes a piece of text that no visual follows, as between the text-only examples of a
 zero-shot prompt.
 """
 
-Part = str | Visual | Mark
-Prompt = Sequence[Part]
+PromptPart = str | Visual | SpecialToken
+Prompt = Sequence[PromptPart]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +82,12 @@ class TokenisedPrompt:
     visuals: list[Visual]
 
 
-def resolve_tags(prompt: Prompt, tag: str = Tokenizer.image_tag) -> list[Part]:
+def fill_image_tags(prompt: Prompt, tag: str = Tokenizer.image_tag) -> list[PromptPart]:
     """Text may spell out where the visuals go: literal image tags are then filled with the
     prompt's visuals in order.
 
     Without any tag the visuals stand where the list has them. A tag behind a backslash
-    (`escape`) is mere text. Raises UserError when tags and visuals differ in number.
+    (`escape_image_tags`) is mere text. Raises UserError when tags and visuals differ in number.
     """
     visuals = [part for part in prompt if isinstance(part, Visual)]
     unescaped = re.compile(r"(?<!\\)" + re.escape(tag))
@@ -102,9 +102,9 @@ def resolve_tags(prompt: Prompt, tag: str = Tokenizer.image_tag) -> list[Part]:
             " mentions it"
         )
     left = iter(visuals)
-    parts: list[Part] = []
+    parts: list[PromptPart] = []
     for part in prompt:
-        if isinstance(part, Mark):
+        if isinstance(part, SpecialToken):
             parts.append(part)
         elif isinstance(part, str):
             first, *others = unescaped.split(part)
@@ -114,7 +114,7 @@ def resolve_tags(prompt: Prompt, tag: str = Tokenizer.image_tag) -> list[Part]:
     return [part for part in parts if part != ""]
 
 
-def escape(text: str, tag: str = Tokenizer.image_tag) -> str:
+def escape_image_tags(text: str, tag: str = Tokenizer.image_tag) -> str:
     """Text whose image tags are words in it: for what somebody else wrote, as a data set's
     questions.
     """
@@ -143,7 +143,7 @@ def tokenise(prompt: Prompt, tokenizer: Tokenizer) -> TokenisedPrompt:
         chunk.extend([len(visuals)] * len(ids))
 
     # Neighbouring texts are one text: its pieces may span them.
-    for part in _joined(resolve_tags(prompt)):
+    for part in _joined(fill_image_tags(prompt)):
         if isinstance(part, str):
             add(_encode(part, tokenizer))
         elif isinstance(part, Visual):
@@ -157,8 +157,8 @@ def tokenise(prompt: Prompt, tokenizer: Tokenizer) -> TokenisedPrompt:
     return TokenisedPrompt(np.array(tokens, np.int32), index, visuals)
 
 
-def _joined(prompt: Prompt) -> list[Part]:
-    parts: list[Part] = []
+def _joined(prompt: Prompt) -> list[PromptPart]:
+    parts: list[PromptPart] = []
     for part in prompt:
         if isinstance(part, str) and parts and isinstance(parts[-1], str):
             parts[-1] += part
@@ -211,15 +211,15 @@ def collate(
     return PromptBatch(tokens, index, lengths, visuals, distinct)
 
 
-def padded_length(count: int) -> int:
+def bucket_length(count: int) -> int:
     """The least of 32, 64, 96, 128, 192, 256, 384, ... that is at least `count`: few lengths,
     little padding.
     """
-    length = LENGTH_STEP * power_of(2, -(-count // LENGTH_STEP))
+    length = LENGTH_STEP * next_power(2, -(-count // LENGTH_STEP))
     return length * 3 // 4 if length >= 4 * LENGTH_STEP and length * 3 // 4 >= count else length
 
 
-def power_of(base: int, count: int) -> int:
+def next_power(base: int, count: int) -> int:
     """The least power of `base` that is at least `count`, 0 for 0."""
     power = min(count, 1)
     while power < count:

@@ -15,7 +15,7 @@ from data_pipelines.records import Records
 from flamingo_jax.evaluation.examples import read_visual
 from flamingo_jax.experiment import DatasetConfig, Experiment, FlamingoConfig, VisionConfig
 from flamingo_jax.processing import images
-from tests.inference.world import make_tokenizer
+from tests.inference.tiny_models import make_tokenizer
 
 SIZE, MEAN = 16, (0.0, 0.0, 1.0)
 TOKENIZER = make_tokenizer()

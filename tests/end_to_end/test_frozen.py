@@ -21,7 +21,7 @@ from flamingo_jax.checkpointing.checkpoints import Checkpoints
 from flamingo_jax.checkpointing.export import Export, open_export
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
-from flamingo_jax.inference.model import load_flamingo
+from flamingo_jax.inference.loading import load_flamingo
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.processing.tokenizer import Tokenizer

@@ -20,8 +20,8 @@ from flamingo_jax.checkpointing.export import Export, open_export
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment, FlamingoConfig
 from flamingo_jax.inference.engine import Engine
-from flamingo_jax.inference.generation import Decoding
-from flamingo_jax.inference.model import load_flamingo
+from flamingo_jax.inference.generation import DecodingConfig
+from flamingo_jax.inference.loading import load_flamingo
 from flamingo_jax.interop.folders import open_folder, read_config
 from flamingo_jax.processing.tokenizer import JSONTokenizer, Tokenizer
 from flamingo_jax.training.metric_writer import read_lines
@@ -292,7 +292,7 @@ def test_the_export_stands_alone(
         loaded.tokenizer.eoc == 320 > loaded.tokenizer.pieces
         and loaded.tokenizer.bos == loaded.tokenizer.eos
     )
-    (made,) = Engine(loaded).generate([["a small"]], Decoding(max_tokens=4))
+    (made,) = Engine(loaded).generate([["a small"]], DecodingConfig(max_tokens=4))
     assert isinstance(made.text, str)
 
 

@@ -19,7 +19,7 @@ from flamingo_jax.evaluation.examples import page_examples, read_examples, read_
 from flamingo_jax.evaluation.prompts import QUESTION, Format, clean
 from flamingo_jax.inference.prompts import END_OF_CHUNK, Prompt, Visual, tokenise
 from tests.evaluation.world import ScriptedEngine, example, page, visual
-from tests.inference.world import make_tokenizer, tiny_config
+from tests.inference.tiny_models import make_tokenizer, tiny_config
 
 QUERIES = [example(1, "a red circle"), example(2, "a blue star")]
 SUPPORT = [example(n, f"a thing {n}") for n in range(10, 20)]

@@ -1,5 +1,6 @@
 """What a token costs: the weights that it meets, and attention to what came before."""
 
+import functools
 import math
 import re
 from typing import Any
@@ -13,14 +14,14 @@ from flax import nnx
 from configs import flamingo_3b, flamingo_80b
 from flamingo_jax.configuring import from_config
 from flamingo_jax.experiment import Experiment, FlamingoConfig
-from flamingo_jax.inference.decoding import Prompts, start
-from flamingo_jax.inference.generation import Decoding, Vocabulary, generate
+from flamingo_jax.inference.generation import DecodingConfig, TokenConstraints, generate
+from flamingo_jax.inference.prefill import PromptArrays, prefill
 from flamingo_jax.models.attention import SelfAttention, Shared, over_rows
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.models.language_model import LanguageModel
 from flamingo_jax.pytrees import to_flat
 from flamingo_jax.tasks.flops import product_flops
-from tests.inference.world import tiny_config
+from tests.inference.tiny_models import tiny_config
 from tests.models.filling import filled
 
 SLOTS = 1056
@@ -78,17 +79,28 @@ def test_distances_are_projected_once_for_all_rows_and_tokens(
     asked: list[tuple[int, ...]] = []
     monkeypatch.setattr(SelfAttention, "distance_keys", lambda *_: pytest.fail("computed again"))
 
-    def run(state: Any, keys: jax.Array, beam: int) -> Any:
+    def run(state: Any, keys: jax.Array, beam_size: int) -> Any:
         model = nnx.merge(graph, state)
         tokens = jnp.ones((2, 5), jnp.int32)
-        prompts = Prompts(tokens, tokens - 2, jnp.array([5, 3]), None)
-        started = start(model, prompts, None, 12).repeat(3)
+        prompts = PromptArrays(tokens, tokens - 2, jnp.array([5, 3]), None)
+        started = prefill(model, prompts, None, 12).repeat(3)
         asked.append(started.cache.distances.value.shape)
         asked.append(started.cache.key.shape)
-        return generate(model, prompts, None, keys, Decoding(7, beam=beam), Vocabulary((3,)))
+        return generate(
+            model,
+            prompts,
+            None,
+            keys,
+            DecodingConfig(7, beam_size=beam_size),
+            TokenConstraints((3,)),
+        )
 
-    for beam in (1, 3):
-        jax.eval_shape(lambda s, k: run(s, k, beam), state, jax.random.split(jax.random.key(0), 2))  # noqa: B023
+    for beam_size in (1, 3):
+        jax.eval_shape(
+            functools.partial(run, beam_size=beam_size),
+            state,
+            jax.random.split(jax.random.key(0), 2),
+        )
     assert asked == [(2, 12, 2, 16), (2, 6, 12, 2, 16)] * 2
 
 

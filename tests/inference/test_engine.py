@@ -7,11 +7,11 @@ import pytest
 from flax import nnx
 
 from flamingo_jax.errors import UserError
-from flamingo_jax.inference.engine import Engine, KeptArrays
-from flamingo_jax.inference.generation import Decoding
-from flamingo_jax.inference.model import Loaded
+from flamingo_jax.inference.engine import ArrayCache, Engine
+from flamingo_jax.inference.generation import DecodingConfig
+from flamingo_jax.inference.loading import LoadedFlamingo
 from flamingo_jax.inference.prompts import Prompt, Visual, tokenise
-from tests.inference.world import make_loaded
+from tests.inference.tiny_models import make_loaded
 
 RNG = np.random.default_rng(0)
 IMAGES = [Visual(RNG.integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)) for _ in range(3)]
@@ -25,17 +25,17 @@ LENGTH = 48
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Loaded:
+def loaded() -> LoadedFlamingo:
     return make_loaded()
 
 
 @pytest.fixture(scope="module")
-def engine(loaded: Loaded) -> Engine:
+def engine(loaded: LoadedFlamingo) -> Engine:
     return Engine(loaded)
 
 
 @pytest.fixture(scope="module")
-def forward(loaded: Loaded):
+def forward(loaded: LoadedFlamingo):
     """(prompt, tokens after it) -> log-probabilities [n, V] of the whole row, by one pass with
     no cache.
     """
@@ -81,7 +81,9 @@ def test_greedy_generation_equals_running_the_whole_row_again_and_again(
 ) -> None:
     tokenizer = engine.tokenizer
     never = [tokenizer.bos, tokenizer.pad, *tokenizer.image_tag_ids]
-    for prompt, made in zip(PROMPTS, engine.generate(PROMPTS, Decoding(max_tokens=6)), strict=True):
+    for prompt, made in zip(
+        PROMPTS, engine.generate(PROMPTS, DecodingConfig(max_tokens=6)), strict=True
+    ):
         after: list[int] = []
         score = 0.0
         while len(after) < 6 and not {tokenizer.eoc, tokenizer.eos} & set(after):
@@ -97,9 +99,12 @@ def test_greedy_generation_equals_running_the_whole_row_again_and_again(
 def test_a_beam_is_no_worse_than_greedy_and_its_score_is_that_of_the_whole_row(
     engine: Engine, forward
 ) -> None:
-    greedy = engine.generate(PROMPTS, Decoding(max_tokens=6))
+    greedy = engine.generate(PROMPTS, DecodingConfig(max_tokens=6))
     for prompt, one, made in zip(
-        PROMPTS, greedy, engine.generate(PROMPTS, Decoding(max_tokens=6, beam=3)), strict=True
+        PROMPTS,
+        greedy,
+        engine.generate(PROMPTS, DecodingConfig(max_tokens=6, beam_size=3)),
+        strict=True,
     ):
         if made.finished and one.finished:
             assert made.score >= one.score - 1e-4
@@ -132,7 +137,7 @@ def test_log_likelihoods_equal_those_of_whole_rows(engine: Engine, forward) -> N
 
 
 def test_without_visuals_prompts_are_read_as_if_images_were_taken_away(
-    loaded: Loaded, forward
+    loaded: LoadedFlamingo, forward
 ) -> None:
     blind = Engine(loaded, with_visuals=False)
     ids = [*loaded.tokenizer.encode(" a star"), loaded.tokenizer.eoc]
@@ -145,13 +150,15 @@ def test_without_visuals_prompts_are_read_as_if_images_were_taken_away(
 
 
 def test_answers_do_not_depend_on_the_batch(engine: Engine) -> None:
-    many = engine.generate([*PROMPTS, *PROMPTS[::-1]], Decoding(max_tokens=6, temperature=0.0))
+    many = engine.generate(
+        [*PROMPTS, *PROMPTS[::-1]], DecodingConfig(max_tokens=6, temperature=0.0)
+    )
     assert [one.text for one in many[:3]] == [one.text for one in many[5:2:-1]]
-    assert many[1].text == engine.generate([PROMPTS[1]], Decoding(max_tokens=6))[0].text
+    assert many[1].text == engine.generate([PROMPTS[1]], DecodingConfig(max_tokens=6))[0].text
 
 
 def test_each_different_image_is_encoded_once(
-    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedFlamingo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flamingo_jax.inference import engine as module
 
@@ -169,20 +176,22 @@ def test_each_different_image_is_encoded_once(
         [Visual(part.frames.copy()) if isinstance(part, Visual) else part for part in prompt]
         for prompt in PROMPTS
     ]
-    engine.generate([*PROMPTS, *copies], Decoding(max_tokens=2, beam=3))
+    engine.generate([*PROMPTS, *copies], DecodingConfig(max_tokens=2, beam_size=3))
     engine.log_likelihoods(PROMPTS, [[" a", " red"]] * 3)
     assert sum(counted) == 4
 
 
 def test_features_are_unit_vectors_that_do_not_depend_on_padding(
-    loaded: Loaded, engine: Engine
+    loaded: LoadedFlamingo, engine: Engine
 ) -> None:
     features = engine.features([*IMAGES, CLIP])
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1.0, atol=1e-5)
     np.testing.assert_allclose(Engine(loaded).features([CLIP])[0], features[3], atol=1e-5)
 
 
-def test_each_features_are_computed_once(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_features_are_computed_once(
+    loaded: LoadedFlamingo, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For every number of shots the same support is asked for again."""
     from flamingo_jax.inference import engine as module
 
@@ -201,7 +210,7 @@ def test_each_features_are_computed_once(loaded: Loaded, monkeypatch: pytest.Mon
 
 
 def test_arrays_of_longest_ago_are_let_go() -> None:
-    kept, asked = KeptArrays(3 * 8), []
+    kept, asked = ArrayCache(3 * 8), []
 
     def get(*names: bytes) -> None:
         def make(missing: list[bytes]) -> dict[bytes, np.ndarray]:
@@ -220,7 +229,7 @@ def test_arrays_of_longest_ago_are_let_go() -> None:
 
 
 def test_nothing_asked_is_nothing_said(engine: Engine) -> None:
-    assert engine.log_likelihoods([], []) == engine.generate([], Decoding()) == []
+    assert engine.log_likelihoods([], []) == engine.generate([], DecodingConfig()) == []
     assert engine.features([]).shape == (0, 0)
     empty = engine.log_likelihoods(PROMPTS[:2], [[], []])
     assert [scores.shape for scores in empty] == [(0,), (0,)]
@@ -233,7 +242,7 @@ def test_nothing_asked_is_nothing_said(engine: Engine) -> None:
 def test_visuals_of_another_size_are_refused(engine: Engine) -> None:
     large = Visual(np.zeros((1, 32, 40, 3), np.uint8))
     for ask in (
-        lambda: engine.generate([[large, "Output:"]], Decoding()),
+        lambda: engine.generate([[large, "Output:"]], DecodingConfig()),
         lambda: engine.log_likelihoods([[large]], [[" a"]]),
         lambda: engine.features([IMAGES[0], large]),
     ):

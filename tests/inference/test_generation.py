@@ -5,20 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flamingo_jax.inference.decoding import Prompts
-from flamingo_jax.inference.generation import Decoding, Vocabulary, generate, nucleus
+from flamingo_jax.inference.generation import DecodingConfig, TokenConstraints, generate, nucleus
+from flamingo_jax.inference.prefill import PromptArrays
 from flamingo_jax.inference.scoring import candidate_scores
-from tests.inference.world import TableModel
+from tests.inference.tiny_models import TableModel
 from tests.rounding import assert_close
 
 V, STOP, T = 5, 4, 4
 TERMS = T * (V + 3) + T
 """Terms of a score: at most T logarithms of a softmax over V, and their sum."""
 MODEL = TableModel(V)
-VOCABULARY = Vocabulary(stop=(STOP,))
+VOCABULARY = TokenConstraints(stop=(STOP,))
 TOKENS = np.array([[0, 1, 2, 0], [3, 3, 0, 0], [1, 0, 0, 0]], np.int32)
 LENGTHS = np.array([4, 2, 1], np.int32)
-PROMPTS = Prompts(jnp.asarray(TOKENS), jnp.full(TOKENS.shape, -1), jnp.asarray(LENGTHS), None)
+PROMPTS = PromptArrays(jnp.asarray(TOKENS), jnp.full(TOKENS.shape, -1), jnp.asarray(LENGTHS), None)
 KEYS = jax.random.split(jax.random.key(0), 3)
 
 
@@ -46,7 +46,7 @@ def likelihood(before: list[int], after: list[int]) -> float:
 
 
 def run(
-    decoding: Decoding, vocabulary: Vocabulary = VOCABULARY
+    decoding: DecodingConfig, vocabulary: TokenConstraints = VOCABULARY
 ) -> list[tuple[list[int], float, bool]]:
     made = jax.jit(lambda: generate(MODEL, PROMPTS, None, KEYS, decoding, vocabulary))()
     return [
@@ -56,7 +56,7 @@ def run(
 
 
 def test_greedy_takes_the_likeliest_token_until_a_stop() -> None:
-    made = run(Decoding(max_tokens=T))
+    made = run(DecodingConfig(max_tokens=T))
     for row, (tokens, score, finished) in enumerate(made):
         expected: list[int] = []
         while len(expected) < T and STOP not in expected:
@@ -67,7 +67,7 @@ def test_greedy_takes_the_likeliest_token_until_a_stop() -> None:
 
 
 def test_a_wide_beam_finds_the_likeliest_of_all_sequences() -> None:
-    made = run(Decoding(max_tokens=T, beam=V**3))
+    made = run(DecodingConfig(max_tokens=T, beam_size=V**3))
     for row, (tokens, score, finished) in enumerate(made):
         closed = [
             [*body, STOP] for n in range(T) for body in itertools.product(range(STOP), repeat=n)
@@ -79,7 +79,7 @@ def test_a_wide_beam_finds_the_likeliest_of_all_sequences() -> None:
 
 
 def test_a_length_penalty_ranks_by_mean_like_scores() -> None:
-    made = run(Decoding(max_tokens=T, beam=V**3, length_penalty=2.0))
+    made = run(DecodingConfig(max_tokens=T, beam_size=V**3, length_penalty=2.0))
     for row, (tokens, _, _) in enumerate(made):
         closed = [
             [*body, STOP] for n in range(T) for body in itertools.product(range(STOP), repeat=n)
@@ -91,9 +91,9 @@ def test_a_length_penalty_ranks_by_mean_like_scores() -> None:
         assert tokens == best[:-1]
 
 
-@pytest.mark.parametrize("beam", [2, 3])
-def test_a_narrow_beam_equals_a_written_out_one(beam: int) -> None:
-    made = run(Decoding(max_tokens=T, beam=beam))
+@pytest.mark.parametrize("beam_size", [2, 3])
+def test_a_narrow_beam_equals_a_written_out_one(beam_size: int) -> None:
+    made = run(DecodingConfig(max_tokens=T, beam_size=beam_size))
     for row, (tokens, score, _) in enumerate(made):
         opened: list[tuple[float, list[int]]] = [(0.0, [])]
         best: tuple[float, list[int]] = (-np.inf, [])
@@ -102,19 +102,20 @@ def test_a_narrow_beam_equals_a_written_out_one(beam: int) -> None:
                 (likelihood(prompt(row), [*h, t]), [*h, t]) for _, h in opened for t in range(V)
             ]
             grown.sort(key=lambda pair: -pair[0])
-            for value, tokens_ in grown[:beam]:
+            for value, tokens_ in grown[:beam_size]:
                 if tokens_[-1] == STOP and value > best[0]:
                     best = (value, tokens_[:-1])
-            opened = [pair for pair in grown if pair[1][-1] != STOP][:beam]
+            opened = [pair for pair in grown if pair[1][-1] != STOP][:beam_size]
         expected = best if best[0] > -np.inf else opened[0]
         assert tokens == expected[1]
         assert_close(score, expected[0], TERMS)
 
 
 def test_what_is_never_written_is_not_written() -> None:
-    for beam in (1, 3):
+    for beam_size in (1, 3):
         for tokens, _, _ in run(
-            Decoding(max_tokens=T, beam=beam), Vocabulary(stop=(STOP,), never=(0, 2))
+            DecodingConfig(max_tokens=T, beam_size=beam_size),
+            TokenConstraints(stop=(STOP,), suppressed=(0, 2)),
         ):
             assert not {0, 2} & set(tokens)
 
@@ -130,15 +131,15 @@ def test_nucleus_keeps_the_smallest_set_that_reaches_the_share() -> None:
 
 def test_sampling_follows_the_models_distribution_and_its_keys() -> None:
     count = 4000
-    prompts = Prompts(*(jnp.repeat(a[:1], count, axis=0) for a in PROMPTS[:3]), None)
+    prompts = PromptArrays(*(jnp.repeat(a[:1], count, axis=0) for a in PROMPTS[:3]), None)
     sample = jax.jit(
         lambda keys: generate(
             MODEL,
             prompts,
             None,
             keys,
-            Decoding(max_tokens=1, temperature=1.5),
-            Vocabulary(stop=()),
+            DecodingConfig(max_tokens=1, temperature=1.5),
+            TokenConstraints(stop=()),
         ).tokens[:, 0]
     )
     drawn = np.asarray(sample(jax.random.split(jax.random.key(3), count)))
@@ -147,16 +148,16 @@ def test_sampling_follows_the_models_distribution_and_its_keys() -> None:
     np.testing.assert_array_equal(drawn, sample(jax.random.split(jax.random.key(3), count)))
 
 
-@pytest.mark.parametrize("at_once", [1, 3])
-def test_candidate_scores_are_the_likelihoods_of_whole_sequences(at_once: int) -> None:
+@pytest.mark.parametrize("group_size", [1, 3])
+def test_candidate_scores_are_the_likelihoods_of_whole_sequences(group_size: int) -> None:
     candidates = [[[1, 2], [0], [3, 1, 4]], [[2, 2, 2], [4], []], [[0, 1], [1, 0], [2]]]
     tokens, lengths = np.zeros((3, 3, 4), np.int32), np.zeros((3, 3), np.int32)
     for row, column in itertools.product(range(3), range(3)):
         ids = candidates[row][column]
         tokens[row, column, : len(ids)], lengths[row, column] = ids, len(ids)
-    scores = jax.jit(lambda t, n: candidate_scores(MODEL, PROMPTS, None, t, n, at_once=at_once))(
-        tokens, lengths
-    )
+    scores = jax.jit(
+        lambda t, n: candidate_scores(MODEL, PROMPTS, None, t, n, group_size=group_size)
+    )(tokens, lengths)
     for row, column in itertools.product(range(3), range(3)):
         ids = candidates[row][column]
         if ids:

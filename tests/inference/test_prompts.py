@@ -5,17 +5,17 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.inference.prompts import (
     END_OF_CHUNK,
     Visual,
+    bucket_length,
     collate,
-    escape,
-    padded_length,
-    power_of,
-    resolve_tags,
+    escape_image_tags,
+    fill_image_tags,
+    next_power,
     tokenise,
 )
 from flamingo_jax.processing.sequences import media_index as page_media_index
 from flamingo_jax.processing.sequences import page_sequence
 from flamingo_jax.processing.tokenizer import JSONTokenizer
-from tests.inference.world import make_tokenizer
+from tests.inference.tiny_models import make_tokenizer
 from tests.processing.test_tokenizer import JSONS
 
 TOKENIZER = make_tokenizer()
@@ -72,13 +72,13 @@ def test_neighbouring_texts_are_one_text() -> None:
 
 
 def test_literal_tags_are_filled_in_order() -> None:
-    assert resolve_tags(["<image>a star<image>", FIRST, "Output:", SECOND]) == [
+    assert fill_image_tags(["<image>a star<image>", FIRST, "Output:", SECOND]) == [
         FIRST,
         "a star",
         SECOND,
         "Output:",
     ]
-    assert resolve_tags(["a star", FIRST]) == ["a star", FIRST]
+    assert fill_image_tags(["a star", FIRST]) == ["a star", FIRST]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_tags_and_images_must_agree(parts: list[str | Visual], said: str) -> Non
 
 @pytest.mark.parametrize("text", [r"what is \<image> ?", r"\<image>", r"a \<image>\<image> b"])
 def test_an_escaped_tag_is_mere_text(text: str) -> None:
-    assert resolve_tags([text, FIRST]) == [text, FIRST]
+    assert fill_image_tags([text, FIRST]) == [text, FIRST]
     made = tokenise([text, FIRST], TOKENIZER)
     (tag,) = TOKENIZER.image_tag_ids
     assert made.tokens.tolist().count(tag) == 1 and made.visuals == [FIRST]
@@ -103,8 +103,8 @@ def test_an_escaped_tag_is_mere_text(text: str) -> None:
     words = JSONTokenizer(*JSONS["bytes"])
     assert words.decode(tokenise([text], words).tokens.tolist()) == text.replace("\\", "")
     # Beside a tag that is one.
-    assert resolve_tags([text + "<image>", FIRST]) == [text, FIRST]
-    assert resolve_tags([escape("<image>")]) == [r"\<image>"]
+    assert fill_image_tags([text + "<image>", FIRST]) == [text, FIRST]
+    assert fill_image_tags([escape_image_tags("<image>")]) == [r"\<image>"]
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_batch_holds_each_different_image_once() -> None:
 
 
 def test_sizes_are_rounded_up() -> None:
-    assert [padded_length(n) for n in (1, 32, 33, 65, 97, 129, 193, 257, 385)] == [
+    assert [bucket_length(n) for n in (1, 32, 33, 65, 97, 129, 193, 257, 385)] == [
         32,
         32,
         64,
@@ -149,5 +149,5 @@ def test_sizes_are_rounded_up() -> None:
         384,
         512,
     ]
-    assert [power_of(2, n) for n in (0, 1, 2, 3, 64, 65)] == [0, 1, 2, 4, 64, 128]
-    assert [power_of(4, n) for n in (0, 1, 2, 5, 16, 17)] == [0, 1, 4, 16, 16, 64]
+    assert [next_power(2, n) for n in (0, 1, 2, 3, 64, 65)] == [0, 1, 2, 4, 64, 128]
+    assert [next_power(4, n) for n in (0, 1, 2, 5, 16, 17)] == [0, 1, 4, 16, 16, 64]

@@ -9,7 +9,7 @@ from data_pipelines.build.quickstart import build_quickstart
 from data_pipelines.records import open_records
 from flamingo_jax.checkpointing.export import export_model
 from flamingo_jax.errors import UserError
-from tests.inference.world import make_loaded
+from tests.inference.tiny_models import make_loaded
 from tests.launch import commands
 
 

@@ -8,7 +8,7 @@ import sentencepiece
 import tokenizers
 
 from flamingo_jax.errors import UserError
-from flamingo_jax.inference.engine import vocabulary_of
+from flamingo_jax.inference.engine import token_constraints
 from flamingo_jax.processing.tokenizer import JSONTokenizer, SentencePieceTokenizer, Tokenizer
 
 
@@ -219,7 +219,7 @@ def test_a_padded_vocabulary(tmp_path, tokenizer):
     JSONTokenizer(content, specials).save(tmp_path)
     found = Tokenizer.load(tmp_path, 320)
     assert (found.pieces, found.vocab_size, found.eoc) == (273, 320, 320)
-    never = vocabulary_of(found).never
+    never = token_constraints(found).suppressed
     assert set(range(273, 320)) <= set(never) and found.eoc not in never and found.eos not in never
     for size in (272, 500):
         with pytest.raises(UserError, match=f"has 273 pieces, but the language model {size}"):

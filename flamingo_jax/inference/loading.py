@@ -18,7 +18,7 @@ from flamingo_jax.pytrees import from_flat, to_flat
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
+class LoadedFlamingo:
     """A Flamingo with its tokenizer.
 
     `digest` names the exported weights; "" for a model made in memory.
@@ -30,7 +30,7 @@ class Loaded:
     digest: str = ""
 
 
-def load_flamingo(folder: str | pathlib.Path, dtype: Any = None) -> Loaded:
+def load_flamingo(folder: str | pathlib.Path, dtype: Any = None) -> LoadedFlamingo:
     """The model of an exported folder, which is all it needs. Weights keep their stored types
     and are cast at use.
 
@@ -63,7 +63,7 @@ def load_flamingo(folder: str | pathlib.Path, dtype: Any = None) -> Loaded:
             )
         )
     )
-    return Loaded(nnx.merge(graph, state), tokenizer, config, export.digest)
+    return LoadedFlamingo(nnx.merge(graph, state), tokenizer, config, export.digest)
 
 
 def flamingo_config(folder: str | pathlib.Path) -> FlamingoConfig:

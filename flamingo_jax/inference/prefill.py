@@ -12,7 +12,7 @@ from flamingo_jax.models.attention import over_rows
 Array = jax.Array
 
 
-class Decoder(Protocol):
+class DecodingModel(Protocol):
     """A model that reads some tokens more of every row: `Flamingo`, or anything with its two
     methods.
     """
@@ -36,7 +36,7 @@ class Decoder(Protocol):
         """
 
 
-class Prompts(NamedTuple):
+class PromptArrays(NamedTuple):
     """Right-padded prompts on the device: tokens, media_index int32 [B, L]; lengths int32 [B];
     visuals int32 [B, N] or None.
     """
@@ -47,7 +47,7 @@ class Prompts(NamedTuple):
     visuals: Array | None
 
 
-class Started(NamedTuple):
+class Prefilled(NamedTuple):
     """Prompts that a model has read, all but their last token, which begins what follows.
 
     cache: with `size` slots. last: int32 [B], the last tokens. position: int32 [B], where they
@@ -62,14 +62,14 @@ class Started(NamedTuple):
     media_index: Array
     visuals: Array | None
 
-    def repeat(self, times: int) -> "Started":
+    def repeat(self, times: int) -> "Prefilled":
         """Every row `times` times in a row: beams or candidates of one prompt."""
         cache = over_rows(lambda a: jnp.repeat(a, times, axis=1), self.cache)
         rows = jax.tree.map(lambda a: jnp.repeat(a, times, axis=0), self._replace(cache=None))
         return rows._replace(cache=cache)
 
 
-def start(model: Decoder, prompts: Prompts, media: Any, size: int) -> Started:
+def prefill(model: DecodingModel, prompts: PromptArrays, media: Any, size: int) -> Prefilled:
     """Reads all but the last token of every prompt into a cache of `size` slots.
 
     The logits of these tokens are not used, so that XLA leaves their computation out: a
@@ -92,4 +92,4 @@ def start(model: Decoder, prompts: Prompts, media: Any, size: int) -> Started:
             -1,
         )
         index = jnp.minimum(index, 0)
-    return Started(cache, take(prompts.tokens), prompts.lengths - 1, index, visuals)
+    return Prefilled(cache, take(prompts.tokens), prompts.lengths - 1, index, visuals)

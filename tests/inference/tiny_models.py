@@ -18,7 +18,7 @@ from flamingo_jax.experiment import (
     ResamplerConfig,
     VisionConfig,
 )
-from flamingo_jax.inference.model import Loaded
+from flamingo_jax.inference.loading import LoadedFlamingo
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.processing.tokenizer import SentencePieceTokenizer, Tokenizer
 from flamingo_jax.pytrees import from_flat, to_flat
@@ -108,7 +108,7 @@ def tiny_config(vocabulary: int) -> FlamingoConfig:
     )
 
 
-def make_loaded(**changes: Any) -> Loaded:
+def make_loaded(**changes: Any) -> LoadedFlamingo:
     """A Flamingo of random weights, drawn in numpy (nothing to compile), with open gates so
     that images matter.
     """
@@ -125,4 +125,4 @@ def make_loaded(**changes: Any) -> Loaded:
     parameters = {
         name: jnp.asarray(draw(name, like.shape)) for name, like in to_flat(shapes).items()
     }
-    return Loaded(nnx.merge(graph, nnx.State(from_flat(parameters))), tokenizer, config)
+    return LoadedFlamingo(nnx.merge(graph, nnx.State(from_flat(parameters))), tokenizer, config)

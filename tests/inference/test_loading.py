@@ -14,9 +14,9 @@ from PIL import Image
 
 from flamingo_jax.checkpointing.export import export_model
 from flamingo_jax.errors import UserError
-from flamingo_jax.inference.model import load_flamingo
+from flamingo_jax.inference.loading import load_flamingo
 from flamingo_jax.pytrees import to_flat
-from tests.inference.world import make_loaded
+from tests.inference.tiny_models import make_loaded
 from tests.processes import one_device
 
 LOADED = make_loaded()
@@ -109,7 +109,7 @@ def test_the_command_continues_every_prompt_of_a_file(tmp_path: pathlib.Path) ->
     ]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
     made = run(
-        f"--model={folder}", f"--prompt={tmp_path}/prompts.jsonl", "--max_tokens=2", "--beam=1"
+        f"--model={folder}", f"--prompt={tmp_path}/prompts.jsonl", "--max_tokens=2", "--beam_size=1"
     )
     assert made.returncode == 0, made.stderr
     assert len(made.stdout.splitlines()) == 2
