@@ -285,12 +285,12 @@ def language_modelling(
         data=data,
         held_out=held_out(data),
         optimizer=OptimizerConfig(
-            peak_rate=rate,
-            end_rate=rate / 10,
+            learning_rate=rate,
+            end_learning_rate=rate / 10,
             warmup_steps=1_500,
-            decay="cosine",
+            schedule="cosine",
             beta2=0.95,
-            no_decay=(),
+            weight_decay_exclude=(),
         ),
         mesh=mesh,
         training=TrainingConfig(steps=steps, loss="token_mean", remat="products"),
@@ -317,7 +317,10 @@ def tiny(experiment: Experiment) -> Experiment:
         data=data,
         held_out=held_out(data),
         optimizer=dataclasses.replace(
-            optimizer, peak_rate=1e-3, end_rate=min(optimizer.end_rate, 1e-4), warmup_steps=20
+            optimizer,
+            learning_rate=1e-3,
+            end_learning_rate=min(optimizer.end_learning_rate, 1e-4),
+            warmup_steps=20,
         ),
         mesh=MeshConfig(),
         training=dataclasses.replace(

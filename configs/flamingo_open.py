@@ -178,7 +178,7 @@ def _tiny(language_model: str, encoder: str, datasets: str, root: str) -> Experi
         tokenizer=language_model if own else os.path.join(root, base.DATA, "tokenizer"),
         data=data,
         held_out=base.held_out(data),
-        optimizer=OptimizerConfig(peak_rate=1e-3, warmup_steps=20),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
         training=TrainingConfig(
             steps=100,
             log_every=5,

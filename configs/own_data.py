@@ -72,7 +72,7 @@ def _training(stage: str) -> TrainingConfig:
 
 def _optimizer(**changes: object) -> OptimizerConfig:
     # A short run wants a higher rate than the paper's 1e-4, and one that falls to 0.
-    short = {"peak_rate": 1e-3, "warmup_steps": 30, "decay": "cosine", "beta2": 0.98}
+    short = {"learning_rate": 1e-3, "warmup_steps": 30, "schedule": "cosine", "beta2": 0.98}
     return OptimizerConfig(**(short | changes))  # type: ignore[arg-type]
 
 
@@ -96,7 +96,7 @@ def _contrastive(folder: str) -> Experiment:
                 kind="pairs", path=f"{folder}/data/pairs", batch_size=128, flip=True, colour=0.1
             )
         },
-        optimizer=_optimizer(no_decay=()),
+        optimizer=_optimizer(weight_decay_exclude=()),
         training=_training("contrastive"),
     )
 
@@ -112,7 +112,7 @@ def _language_model(folder: str) -> Experiment:
         tokenizer=f"{folder}/data/tokenizer",
         data=data,
         held_out=held_out(data),
-        optimizer=_optimizer(no_decay=()),
+        optimizer=_optimizer(weight_decay_exclude=()),
         training=_training("language_model"),
     )
 

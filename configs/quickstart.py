@@ -93,14 +93,14 @@ def contrastive(root: str) -> Experiment:
         tokenizer=f"{root}/data/tokenizer",
         data=data,
         optimizer=OptimizerConfig(
-            peak_rate=2e-3,
+            learning_rate=2e-3,
             warmup_steps=50,
-            decay="cosine",
+            schedule="cosine",
             beta2=0.99,
             weight_decay=0.01,
             clip_norm=1.0,
             adaptive_clip=0.0,
-            no_decay=(),
+            weight_decay_exclude=(),
         ),
         training=TrainingConfig(
             steps=450,
@@ -126,12 +126,12 @@ def language_model(root: str) -> Experiment:
             for name in ("text", "namings", "lookups")
         },
         optimizer=OptimizerConfig(
-            peak_rate=1.5e-3,
+            learning_rate=1.5e-3,
             warmup_steps=50,
-            decay="cosine",
+            schedule="cosine",
             beta2=0.98,
             weight_decay=0.1,
-            no_decay=(),
+            weight_decay_exclude=(),
         ),
         training=TrainingConfig(
             steps=3000,
@@ -187,7 +187,7 @@ def flamingo(root: str, use_visuals: bool = True) -> Experiment:
         data=data,
         held_out=held_out(data),
         optimizer=OptimizerConfig(
-            peak_rate=2e-3, warmup_steps=50, decay="cosine", beta2=0.98, weight_decay=0.1
+            learning_rate=2e-3, warmup_steps=50, schedule="cosine", beta2=0.98, weight_decay=0.1
         ),
         training=TrainingConfig(
             steps=1200,

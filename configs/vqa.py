@@ -93,7 +93,11 @@ def _contrastive(folder: str) -> Experiment:
         tokenizer=f"{folder}/data/tokenizer",
         data=_questions(folder, batch_size=64),
         optimizer=OptimizerConfig(
-            peak_rate=2e-3, warmup_steps=30, decay="cosine", beta2=0.98, no_decay=()
+            learning_rate=2e-3,
+            warmup_steps=30,
+            schedule="cosine",
+            beta2=0.98,
+            weight_decay_exclude=(),
         ),
         training=TrainingConfig(
             steps=600,
@@ -117,7 +121,11 @@ def _language_model(folder: str) -> Experiment:
         data=data,
         held_out=held_out(data),
         optimizer=OptimizerConfig(
-            peak_rate=1.5e-3, warmup_steps=20, decay="cosine", beta2=0.98, no_decay=()
+            learning_rate=1.5e-3,
+            warmup_steps=20,
+            schedule="cosine",
+            beta2=0.98,
+            weight_decay_exclude=(),
         ),
         training=TrainingConfig(
             steps=150,
@@ -166,7 +174,9 @@ def _flamingo(folder: str) -> Experiment:
         tokenizer=f"{folder}/data/tokenizer",
         data=data,
         held_out=held_out(data),
-        optimizer=OptimizerConfig(peak_rate=1e-3, warmup_steps=50, decay="cosine", beta2=0.98),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3, warmup_steps=50, schedule="cosine", beta2=0.98
+        ),
         training=TrainingConfig(
             steps=800,
             log_every=10,
@@ -200,7 +210,11 @@ def _finetune(folder: str) -> Experiment:
         flamingo,
         name="fine-tuning",
         optimizer=OptimizerConfig(
-            peak_rate=1e-4, warmup_steps=10, decay="stepwise", decay_at=(150, 250), beta2=0.98
+            learning_rate=1e-4,
+            warmup_steps=10,
+            schedule="stepwise",
+            boundaries=(150, 250),
+            beta2=0.98,
         ),
         training=dataclasses.replace(
             flamingo.training,

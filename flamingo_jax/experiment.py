@@ -296,27 +296,28 @@ class DatasetConfig:
 class OptimizerConfig:
     """AdamW as the paper has it (B.1.2); betas and eps are not published."""
 
-    peak_rate: NotNegative = 1e-4
+    learning_rate: NotNegative = 1e-4
+    """The highest one, after warm-up."""
     warmup_steps: Count = 5_000
-    decay: Literal["constant", "linear", "cosine", "stepwise"] = "constant"
+    schedule: Literal["constant", "linear", "cosine", "stepwise"] = "constant"
     """After warm-up.
 
     The paper's Flamingo stays constant; its contrastive stage falls linearly to 0; fine-tuning
     falls by factors of 10 (B.2.2).
     """
-    end_rate: NotNegative = 0.0
-    """linear, cosine: the rate at the last step."""
-    decay_at: tuple[Positive, ...] = ()
-    """stepwise: the steps after which the rate is multiplied by `decay_factor`."""
-    decay_factor: Shrinking = 0.1
+    end_learning_rate: NotNegative = 0.0
+    """linear, cosine: the learning rate at the last step."""
+    boundaries: tuple[Positive, ...] = ()
+    """stepwise: the steps after which the learning rate is multiplied by `boundary_factor`."""
+    boundary_factor: Shrinking = 0.1
     beta1: BelowOne = 0.9
     beta2: BelowOne = 0.999
     eps: AboveZero = 1e-8
     weight_decay: NotNegative = 0.1
-    no_decay: tuple[str, ...] = ("resampler/.*",)
+    weight_decay_exclude: tuple[str, ...] = ("resampler/.*",)
     """Regular expressions over parameter names that get no weight decay (paper: the resampler).
     """
-    decay_vectors: bool = False
+    weight_decay_on_vectors: bool = False
     """Weight decay also on norm scales, biases and gates (see
     `training.optimizer.make_optimizer`).
     """

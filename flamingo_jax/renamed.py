@@ -26,7 +26,17 @@ class Moved(NamedTuple):
     was: type | None = None
 
 
-MOVED: dict[str, dict[str, Moved]] = {}
+MOVED: dict[str, dict[str, Moved]] = {
+    "OptimizerConfig": {
+        "peak_rate": Moved("learning_rate"),
+        "end_rate": Moved("end_learning_rate"),
+        "decay": Moved("schedule"),
+        "decay_at": Moved("boundaries"),
+        "decay_factor": Moved("boundary_factor"),
+        "no_decay": Moved("weight_decay_exclude"),
+        "decay_vectors": Moved("weight_decay_on_vectors"),
+    },
+}
 """{dataclass: {old field: where it went}}."""
 
 REMOVED: dict[str, dict[str, str]] = {}

@@ -21,7 +21,7 @@ FULL = Experiment(
     name="x",
     flamingo=FlamingoConfig(language_model=LanguageModelConfig(layers=3), every=2),
     data={"a": DatasetConfig(weight=1), "b": DatasetConfig(kind="pages")},
-    optimizer=OptimizerConfig(no_decay=("a.*", "b")),
+    optimizer=OptimizerConfig(weight_decay_exclude=("a.*", "b")),
 )
 CONFIGS = (
     "flamingo_3b",
@@ -44,20 +44,23 @@ def test_an_override_becomes_part_of_the_experiment() -> None:
     config = to_config(FULL)
     config.data.a.weight = 0.5
     config.flamingo.language_model.layers = 9
-    config.optimizer.no_decay = ("c",)
+    config.optimizer.weight_decay_exclude = ("c",)
     experiment = from_config(Experiment, config)
     assert (
         experiment.data["a"].weight == 0.5
         and experiment.flamingo is not None
         and experiment.flamingo.language_model.layers == 9
     )
-    assert experiment.optimizer.no_decay == ("c",) and experiment.data["b"] == FULL.data["b"]
+    assert (
+        experiment.optimizer.weight_decay_exclude == ("c",)
+        and experiment.data["b"] == FULL.data["b"]
+    )
 
 
 def test_ints_stand_for_floats_and_missing_keys_for_defaults() -> None:
     assert type(to_config(FULL).data.a.weight) is float
     assert from_json(MeshConfig, {"model": 2}) == MeshConfig(model=2)
-    assert type(from_json(OptimizerConfig, {"peak_rate": 1}).peak_rate) is float
+    assert type(from_json(OptimizerConfig, {"learning_rate": 1}).learning_rate) is float
 
 
 @pytest.mark.parametrize(
@@ -72,8 +75,8 @@ def test_ints_stand_for_floats_and_missing_keys_for_defaults() -> None:
             "config.training.use_visuals is 1, but must be a bool",
         ),
         (
-            {"optimizer": {"peak_rate": "fast"}},
-            "config.optimizer.peak_rate is 'fast', but must be a float",
+            {"optimizer": {"learning_rate": "fast"}},
+            "config.optimizer.learning_rate is 'fast', but must be a float",
         ),
         (
             {"task": "sleep"},
@@ -83,12 +86,12 @@ def test_ints_stand_for_floats_and_missing_keys_for_defaults() -> None:
             ),
         ),
         (
-            {"optimizer": {"no_decay": "a"}},
-            "config.optimizer.no_decay is 'a', but must be a tuple of strings",
+            {"optimizer": {"weight_decay_exclude": "a"}},
+            "config.optimizer.weight_decay_exclude is 'a', but must be a tuple of strings",
         ),
         (
-            {"optimizer": {"no_decay": ["a", 2]}},
-            "config.optimizer.no_decay[1] is 2, but must be a string",
+            {"optimizer": {"weight_decay_exclude": ["a", 2]}},
+            "config.optimizer.weight_decay_exclude[1] is 2, but must be a string",
         ),
         (
             {"data": {"m3w": {"lenght": 3}}},

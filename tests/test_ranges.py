@@ -32,7 +32,7 @@ def numbers(kind: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 def test_every_number_of_the_schema_has_a_range() -> None:
     found = dict(numbers(Experiment, "config"))
-    assert len(found) > 80 and "config.optimizer.decay_at" in found
+    assert len(found) > 80 and "config.optimizer.boundaries" in found
     assert [name for name, kind in found.items() if kind in (int, float)] == []
 
 
@@ -48,11 +48,11 @@ def nested(key: str, value: Any) -> dict[str, Any]:
         ("seed", 2**64, "is 18446744073709551616, but must be from 0 to 4294967295"),
         ("seed", -1, "is -1, but must be from 0 to 4294967295"),
         ("data.text.length", 1, "is 1, but must be 2 or more"),
-        ("optimizer.peak_rate", -1, "is -1.0, but must be 0 or more"),
-        ("optimizer.peak_rate", NAN, "is nan, but must be finite and 0 or more"),
+        ("optimizer.learning_rate", -1, "is -1.0, but must be 0 or more"),
+        ("optimizer.learning_rate", NAN, "is nan, but must be finite and 0 or more"),
         ("optimizer.beta2", 1, "is 1.0, but must be 0 or more and below 1"),
-        ("optimizer.decay_factor", 0, "is 0.0, but must be above 0 and 1 or less"),
-        ("optimizer.decay_at", [3, 0], "[1] is 0, but must be 1 or more"),
+        ("optimizer.boundary_factor", 0, "is 0.0, but must be above 0 and 1 or less"),
+        ("optimizer.boundaries", [3, 0], "[1] is 0, but must be 1 or more"),
         ("data.text.weight", INF, "is inf, but must be finite and 0 or more"),
         ("held_out.text.p_next", 1.5, "is 1.5, but must be from 0 to 1"),
         ("training.required_loss.text", -INF, "is -inf, but must be finite and above 0"),

@@ -1,5 +1,5 @@
-"""The optimizer from its config: AdamW with clipping, decay by parameter name, and a schedule
-(paper B.1.2, B.1.3).
+"""Makes the optimizer of a config: AdamW with clipping, weight decay by parameter name, and a
+learning rate schedule (paper B.1.2, B.1.3).
 """
 
 import re
@@ -24,13 +24,13 @@ VISION_ENCODER = "(vision|vision_encoder)/.*"
 def make_optimizer(
     config: OptimizerConfig, steps: int, trainable: Mapping[str, Any], updates_per_step: int = 1
 ) -> optax.GradientTransformation:
-    """Clip, then Adam's direction plus weight decay, times the scheduled rate.
+    """Makes AdamW: clips, then takes Adam's direction plus weight decay, times the schedule.
 
-    Weight decay skips the names of `config.no_decay` (paper: the resampler) and, unless
-    `config.decay_vectors`, all norm scales, biases and
-    gates: the paper decays "new parameters" without a word about vectors; decay would pull norm
-    scales to 0 and hold the tanh gates, which must grow from 0, back, and public recipes of
-    such models leave them out.
+    Weight decay skips the names of `config.weight_decay_exclude` (paper: the resampler) and,
+    unless `config.weight_decay_on_vectors`, all norm scales, biases and gates: the paper decays
+    "new parameters" without a word about vectors; decay would pull norm scales to 0 and hold
+    the tanh gates, which must grow from 0, back, and public recipes of such models leave them
+    out.
 
     With `config.adaptive_clip` the vision encoder is clipped unit by unit (Brock et al. 2021),
     and the clip by global norm sees the rest only, as in the paper's contrastive stage (NFNet:
@@ -42,7 +42,7 @@ def make_optimizer(
       updates_per_step: how often `update` is called in each of the `steps`, which share their
         rate.
 
-    Raises: UserError for an expression in `no_decay` that matches no parameter.
+    Raises: UserError for an expression in `weight_decay_exclude` that matches no parameter.
     """
     # Matched from the shapes here, so that every leaf of the state is an array and its sharding
     # follows its parameter's.
@@ -62,15 +62,16 @@ def make_optimizer(
 def make_schedule(
     config: OptimizerConfig, steps: int, updates_per_step: int = 1
 ) -> Callable[[Array | int], Array]:
-    """Update number (from 0) -> learning rate.
+    """Makes the learning rate schedule: update number, from 0 -> learning rate.
 
-    Step n of the warm-up, counted from 1, has n / warmup_steps of the peak, so that the first
-    one already learns. Afterwards the rate is constant, falls linearly or as a cosine to
-    `end_rate` at `steps`, or is multiplied by `decay_factor` after each step of `decay_at`.
+    Step n of the warm-up, counted from 1, has n / warmup_steps of `learning_rate`, so
+    that the first one already learns. Afterwards the rate is constant, falls linearly or as a
+    cosine to `end_learning_rate` at `steps`, or is multiplied by `boundary_factor` after each
+    step of `boundaries`.
 
-    Raises: UserError where steps and decay do not belong together.
+    Raises: UserError where steps, schedule and boundaries do not belong together.
     """
-    _check_decay(config, steps)
+    _check_boundaries(config, steps)
 
     def rate(count: Array | int) -> Array:
         done = jnp.asarray(count // updates_per_step, jnp.float32)
@@ -83,60 +84,62 @@ def make_schedule(
             "linear": 1 - progress,
             "cosine": 0.5 * (1 + jnp.cos(jnp.pi * progress)),
             "stepwise": (
-                config.decay_factor
-                ** (done[..., None] >= jnp.asarray(config.decay_at, jnp.float32)).sum(-1)
+                config.boundary_factor
+                ** (done[..., None] >= jnp.asarray(config.boundaries, jnp.float32)).sum(-1)
             ),
-        }[config.decay]
-        end = config.end_rate if config.decay in ("linear", "cosine") else 0.0
-        return warm * (end + (config.peak_rate - end) * remaining)
+        }[config.schedule]
+        end = config.end_learning_rate if config.schedule in ("linear", "cosine") else 0.0
+        return warm * (end + (config.learning_rate - end) * remaining)
 
     return rate
 
 
-def _check_decay(config: OptimizerConfig, steps: int) -> None:
-    places = config.decay_at
-    if config.decay != "stepwise":
-        if places:
+def _check_boundaries(config: OptimizerConfig, steps: int) -> None:
+    boundaries = config.boundaries
+    if config.schedule != "stepwise":
+        if boundaries:
             raise UserError(
-                f"config.optimizer.decay_at is set, but decay is {config.decay!r}: set decay to"
-                " 'stepwise' or decay_at to ()"
+                "config.optimizer.boundaries is set, but schedule is"
+                f" {config.schedule!r}: set schedule to 'stepwise' or boundaries to ()"
             )
         return
-    if not places or list(places) != sorted(set(places)) or not 0 < places[0] <= places[-1] < steps:
+    rising = list(boundaries) == sorted(set(boundaries))
+    if not boundaries or not rising or not 0 < boundaries[0] <= boundaries[-1] < steps:
         raise UserError(
-            f"config.optimizer.decay_at is {places}, but a stepwise decay needs rising steps"
-            f" between 1 and {steps - 1}, the last but one of the run: mend it"
+            f"config.optimizer.boundaries is {boundaries}, but a stepwise schedule needs rising"
+            f" steps between 1 and {steps - 1}, the last but one of the run: mend it"
         )
-    if not 0 < config.decay_factor <= 1:
+    if not 0 < config.boundary_factor <= 1:
         raise UserError(
-            f"config.optimizer.decay_factor is {config.decay_factor}, but must be above 0 and"
+            f"config.optimizer.boundary_factor is {config.boundary_factor}, but must be above 0 and"
             " at most 1: the paper's is 0.1"
         )
 
 
 def decay_mask(config: OptimizerConfig, trainable: Mapping[str, Any]) -> dict[str, bool]:
-    """Which parameters weight decay applies to."""
+    """Tells which parameters weight decay applies to: {flat name: whether}.
+
+    Raises: UserError for an expression in `weight_decay_exclude` that matches no parameter.
+    """
     if not config.weight_decay:
         return dict.fromkeys(trainable, False)
-    for pattern in config.no_decay:
+    for pattern in config.weight_decay_exclude:
         if not any(re.fullmatch(pattern, name) for name in trainable):
             raise UserError(
-                f"config.optimizer.no_decay has {pattern!r}, which matches no trained"
+                f"config.optimizer.weight_decay_exclude has {pattern!r}, which matches no trained"
                 f" parameter; they start with {', '.join(_heads(trainable))}"
             )
     return {
         name: (
-            not any(re.fullmatch(pattern, name) for pattern in config.no_decay)
-            and (config.decay_vectors or not _is_vector(name, like.shape))
+            not any(re.fullmatch(pattern, name) for pattern in config.weight_decay_exclude)
+            and (config.weight_decay_on_vectors or not _is_vector(name, like.shape))
         )
         for name, like in trainable.items()
     }
 
 
 def clip(config: OptimizerConfig, names: Iterable[str]) -> optax.GradientTransformation:
-    """Adaptive clipping of the vision encoder, if any, and clipping of the rest by its global
-    norm; 0 turns either off.
-    """
+    """Clips the vision encoder adaptively and the rest by its global norm; 0 turns either off."""
     unitwise = frozenset(
         name for name in names if config.adaptive_clip and re.fullmatch(VISION_ENCODER, name)
     )
@@ -163,21 +166,24 @@ def clip(config: OptimizerConfig, names: Iterable[str]) -> optax.GradientTransfo
 def adaptive_clip(
     name: str, gradient: Array, parameter: Array, limit: float, eps: float = 1e-3
 ) -> Array:
-    """Scales each unit of `gradient` whose norm is over `limit` times its parameter's (at least
-    eps) down to that (Brock et al. 2021).
+    """Scales down each unit of `gradient` whose norm is over `limit` times its parameter's.
+
+    It then has that norm; a parameter's counts as `eps` at least (Brock et al. 2021).
 
     Units are those of `unit_axes`; layers of a stack are apart.
     """
     axes = unit_axes(name, gradient.ndim)
-    norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
+
+    def norm(x: Array) -> Array:
+        return jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
+
     allowed = limit * jnp.maximum(norm(parameter), eps)
     actual = norm(gradient)
     return gradient * jnp.where(actual > allowed, allowed / jnp.maximum(actual, 1e-6), 1.0)
 
 
 def unit_axes(name: str, ndim: int) -> tuple[int, ...]:
-    """The axes of a parameter over which adaptive clipping takes a norm: a unit is all that
-    feeds one output.
+    """Returns the axes over which adaptive clipping takes a norm: a unit feeds one output.
 
     Of an attention's maps to heads [D, H, d] it is a column of D: they are one matrix to H * d
     outputs. Of other matrices, convolutions and tables it is all axes but the last, and

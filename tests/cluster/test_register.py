@@ -25,7 +25,7 @@ from flamingo_jax.errors import (
 
 LIMITS = Limits(start=100.0, lost=20.0, step=50.0)
 FACTS: dict[str, dict[str, Any]] = {
-    "config": {"config.seed": 0, "config.optimizer.peak_rate": 1e-3},
+    "config": {"config.seed": 0, "config.optimizer.learning_rate": 1e-3},
     "version": {"jax": "0.10.2"},
     "code": {"a.py": "1"},
     "data": {"d": "x"},
@@ -100,9 +100,9 @@ def test_who_is_missing_is_said_again_and_again_and_in_the_end() -> None:
     [
         (
             "config",
-            "config.optimizer.peak_rate",
+            "config.optimizer.learning_rate",
             2e-3,
-            "config.optimizer.peak_rate = 0.002, but process 0 (host0, pid 100) has 0.001",
+            "config.optimizer.learning_rate = 0.002, but process 0 (host0, pid 100) has 0.001",
         ),
         ("version", "jax", "0.11.0", "has jax 0.11.0"),
         ("code", "a.py", "2", "has another a.py"),

@@ -26,7 +26,7 @@ VISION = VisionConfig(variant="tiny", image_size=32)
 LANGUAGE_MODEL = LanguageModelConfig(
     vocab_size=VOCABULARY, layers=2, width=16, heads=2, head_width=8, feed_forward=32
 )
-OPTIMIZER = OptimizerConfig(peak_rate=1e-2, warmup_steps=2, no_decay=())
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, weight_decay_exclude=())
 TRAINING = TrainingConfig(
     steps=30,
     log_every=1,

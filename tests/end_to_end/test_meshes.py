@@ -39,7 +39,7 @@ def run(workdir: pathlib.Path, mesh: MeshConfig, **form: object) -> np.ndarray:
         world.experiment().training, steps=STEPS, save_every=STEPS, **form
     )  # type: ignore[arg-type]
     # At higher rates a hundred steps of Adam on random tokens blow rounding up past the bound.
-    optimizer = dataclasses.replace(world.experiment().optimizer, peak_rate=1e-4)
+    optimizer = dataclasses.replace(world.experiment().optimizer, learning_rate=1e-4)
     experiment = world.experiment(flamingo=MODEL, mesh=mesh, training=training, optimizer=optimizer)
     loop.train(experiment, world.streams(), {}, workdir)
     return np.array([line["loss"] for line in read_lines(workdir / "metrics.jsonl")])

@@ -118,7 +118,7 @@ def frozen_again(experiment: Experiment, export: Export) -> Experiment:
         experiment.flamingo,
         vision=dataclasses.replace(experiment.flamingo.vision, image_size=48),
     )
-    optimizer = dataclasses.replace(experiment.optimizer, decay="stepwise", decay_at=(1,))
+    optimizer = dataclasses.replace(experiment.optimizer, schedule="stepwise", boundaries=(1,))
     origin = {
         "vision_encoder_from": "",
         "language_model_from": "",

@@ -70,7 +70,7 @@ def test_overrides_reach_the_experiment_and_main_gives_the_exit_code(call: Call)
         "9",
         "--noconfig.training.use_visuals",
         "--config.data.m3w.p_next=1",
-        "--config.optimizer.no_decay=('a.*', 'b')",
+        "--config.optimizer.weight_decay_exclude=('a.*', 'b')",
         "--config.tokenizer=",
     )
     experiment = configuring.from_json(Experiment, json.loads(out))
@@ -82,7 +82,7 @@ def test_overrides_reach_the_experiment_and_main_gives_the_exit_code(call: Call)
     )
     assert (
         experiment.data["m3w"].p_next == 1.0
-        and experiment.optimizer.no_decay == ("a.*", "b")
+        and experiment.optimizer.weight_decay_exclude == ("a.*", "b")
         and experiment.tokenizer == ""
     )
 
@@ -112,8 +112,8 @@ def test_overrides_reach_the_experiment_and_main_gives_the_exit_code(call: Call)
             "config.task is 'sleep', but must be one of 'contrastive'",
         ),
         (
-            (CONFIG, "--config.optimizer.no_decay=(1, 2)"),
-            "config.optimizer.no_decay[0] is 1, but must be a string",
+            (CONFIG, "--config.optimizer.weight_decay_exclude=(1, 2)"),
+            "config.optimizer.weight_decay_exclude[0] is 1, but must be a string",
         ),
         (
             (CONFIG, "--config.optimizer=3"),
@@ -176,7 +176,7 @@ def test_help_is_the_docstring_the_flags_and_the_keys(call: Call) -> None:
         "      Where. May be given several times.\n",
     ):
         assert part in out
-    assert "--config.optimizer.peak_rate=0.002" in call(CONFIG, "--help")[1]
+    assert "--config.optimizer.learning_rate=0.002" in call(CONFIG, "--help")[1]
 
 
 def test_a_written_config_is_read_again(tmp_path: pathlib.Path) -> None:

@@ -69,14 +69,14 @@ def test_another_config_is_refused_before_anything_is_written(
 ) -> None:
     config = f"tests/end_to_end/small.py:language_model,{data}"
     with Crew(
-        2, config, tmp_path / "run", extra=[(), ("--config.optimizer.peak_rate=0.5",)]
+        2, config, tmp_path / "run", extra=[(), ("--config.optimizer.learning_rate=0.5",)]
     ) as crew:
         ended = crew.finish()
     assert ended.codes == [EXIT_BAD_INPUT] * 2
     for told in ended.sentences():
         assert (
             len(told) == 1
-            and "config.optimizer.peak_rate = 0.5" in told[0]
+            and "config.optimizer.learning_rate = 0.5" in told[0]
             and "process 1" in told[0]
         )
     assert not (tmp_path / "run").exists()

@@ -91,7 +91,7 @@ def test_rate_and_norms_are_recorded(unbroken: pathlib.Path) -> None:
     Clipping is of the norm that is told, which the datasets' norms bound.
     """
     lines = [line for line in read_lines(unbroken / "metrics.jsonl") if "loss" in line]
-    peak = world.experiment().optimizer.peak_rate
+    peak = world.experiment().optimizer.learning_rate
     assert [line["learning_rate"] for line in lines] == pytest.approx([peak / 2] + [peak] * 5)
     for line in lines:
         apart = [line[f"gradient_norm/{name}"] for name in world.DATA]
@@ -217,7 +217,7 @@ def test_another_run_is_refused(
 
 def test_a_run_that_is_not_finite_stops_and_names_the_gradient(tmp_path: pathlib.Path) -> None:
     optimizer = dataclasses.replace(
-        world.experiment().optimizer, peak_rate=float("inf"), warmup_steps=0
+        world.experiment().optimizer, learning_rate=float("inf"), warmup_steps=0
     )
     training = dataclasses.replace(world.experiment().training, max_not_finite=1, steps=20)
     with pytest.raises(NotFiniteError, match="not finite, 2 steps in a row"):

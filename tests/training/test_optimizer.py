@@ -10,6 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
+from flamingo_jax.configuring import from_config, from_json
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import OptimizerConfig, VisionConfig, ViTConfig
 from flamingo_jax.models.vit import ViT
@@ -24,9 +25,9 @@ from flamingo_jax.training.optimizer import (
 from tests.rounding import assert_close
 
 CONFIG = OptimizerConfig(
-    peak_rate=1e-2,
+    learning_rate=1e-2,
     warmup_steps=3,
-    decay="linear",
+    schedule="linear",
     beta1=0.8,
     beta2=0.95,
     weight_decay=0.3,
@@ -78,7 +79,7 @@ def adamw(
     x = {name: p.astype(np.float64) for name, p in parameters.items()}
     m, v = ({name: np.zeros_like(p) for name, p in x.items()} for _ in range(2))
     for step, gradient in enumerate(gradients, start=1):
-        rate = config.peak_rate * min(step / config.warmup_steps, 1)
+        rate = config.learning_rate * min(step / config.warmup_steps, 1)
         if step - 1 > config.warmup_steps:
             rate *= 1 - (step - 1 - config.warmup_steps) / (STEPS - config.warmup_steps)
         norm = math.sqrt(
@@ -112,24 +113,29 @@ def test_adamw_with_clipping_and_masked_decay(scale: float) -> None:
         # Each step rounds the parameter, and its rate times a direction that is off by the
         # moments, the norm over all gradients and 1 - beta2, which is off by 1 / (1 - beta2)
         # times as much.
-        terms = 2 + CONFIG.peak_rate * (8 + sum(map(math.prod, SHAPES.values())) + 20)
+        terms = 2 + CONFIG.learning_rate * (8 + sum(map(math.prod, SHAPES.values())) + 20)
         assert_close(found[name], expected[name], STEPS * terms, err_msg=name)
 
 
 def test_a_rate_that_falls_in_steps() -> None:
     config = dataclasses.replace(
-        CONFIG, peak_rate=2e-3, end_rate=1e-4, warmup_steps=2, decay="stepwise", decay_at=(4, 6)
+        CONFIG,
+        learning_rate=2e-3,
+        end_learning_rate=1e-4,
+        warmup_steps=2,
+        schedule="stepwise",
+        boundaries=(4, 6),
     )
     rates = [float(make_schedule(config, 8)(step)) for step in range(8)]
     for rate, wanted in zip(rates, [1e-3, 2e-3, 2e-3, 2e-3, 2e-4, 2e-4, 2e-5, 2e-5], strict=True):
         assert_close(rate, wanted, terms=4)
     refused = {
-        "(6, 4)": {"decay_at": (6, 4)},
-        "()": {"decay_at": ()},
-        "(8,)": {"decay_at": (8,)},
-        "decay is 'linear'": {"decay": "linear"},
+        "(6, 4)": {"boundaries": (6, 4)},
+        "()": {"boundaries": ()},
+        "(8,)": {"boundaries": (8,)},
+        "schedule is 'linear'": {"schedule": "linear"},
     }
-    for words, changes in (refused | {"decay_factor is 0": {"decay_factor": 0.0}}).items():
+    for words, changes in (refused | {"boundary_factor is 0": {"boundary_factor": 0.0}}).items():
         with pytest.raises(UserError) as caught:
             make_schedule(dataclasses.replace(config, **changes), 8)
         assert words in str(caught.value)
@@ -142,13 +148,13 @@ def test_decay_by_name() -> None:
         if decays
     }
     assert names() == DECAYED
-    assert names(decay_vectors=True) == set(SHAPES) - {"resampler/latents"}
-    assert names(no_decay=()) == DECAYED | {"resampler/latents"}
-    assert names(weight_decay=0.0, no_decay=("nothing",)) == set()
+    assert names(weight_decay_on_vectors=True) == set(SHAPES) - {"resampler/latents"}
+    assert names(weight_decay_exclude=()) == DECAYED | {"resampler/latents"}
+    assert names(weight_decay=0.0, weight_decay_exclude=("nothing",)) == set()
     with pytest.raises(UserError, match="'resampla/\\.\\*', which matches no trained parameter"):
-        names(no_decay=("resampla/.*",))
+        names(weight_decay_exclude=("resampla/.*",))
     with pytest.raises(UserError, match="matches no trained parameter"):
-        names(no_decay=("resampler",))  # whole names, not prefixes
+        names(weight_decay_exclude=("resampler",))  # whole names, not prefixes
 
 
 def test_attention_biases_are_vectors() -> None:
@@ -156,14 +162,14 @@ def test_attention_biases_are_vectors() -> None:
         "layers/attention/content_bias": jnp.zeros((2, 4, 8)),
         "layers/attention/query": jnp.zeros((2, 8, 4, 8)),
     }
-    assert decay_mask(dataclasses.replace(CONFIG, no_decay=()), shapes) == {
+    assert decay_mask(dataclasses.replace(CONFIG, weight_decay_exclude=()), shapes) == {
         "layers/attention/content_bias": False,
         "layers/attention/query": True,
     }
 
 
 @pytest.mark.parametrize(
-    ("decay", "end", "expected"),
+    ("schedule", "end", "expected"),
     [
         ("constant", 0.0, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1]),
         ("linear", 0.2, [0.25, 0.5, 0.75, 1, 1, 0.8, 0.6, 0.4, 0.2]),
@@ -174,8 +180,10 @@ def test_attention_biases_are_vectors() -> None:
         ),
     ],
 )
-def test_schedules(decay: str, end: float, expected: list[float]) -> None:
-    config = OptimizerConfig(peak_rate=2.0, warmup_steps=4, decay=decay, end_rate=2 * end)  # type: ignore[arg-type]
+def test_schedules(schedule: str, end: float, expected: list[float]) -> None:
+    config = OptimizerConfig(
+        learning_rate=2.0, warmup_steps=4, schedule=schedule, end_learning_rate=2 * end
+    )  # type: ignore[arg-type]
     schedule = make_schedule(config, steps=8)
     assert_close([schedule(n) for n in range(9)], 2 * np.array(expected), terms=8)
     assert_close(schedule(100), 2 * expected[-1], terms=8, size=2.0)
@@ -184,7 +192,7 @@ def test_schedules(decay: str, end: float, expected: list[float]) -> None:
 
 
 def test_no_warm_up() -> None:
-    assert make_schedule(OptimizerConfig(peak_rate=0.5, warmup_steps=0), steps=3)(0) == 0.5
+    assert make_schedule(OptimizerConfig(learning_rate=0.5, warmup_steps=0), steps=3)(0) == 0.5
 
 
 UNITS = {
@@ -283,12 +291,12 @@ def test_adaptive_clipping_leaves_the_global_norm_to_the_rest() -> None:
     shapes = {"vision/final/weight": (1, 1, 3, 4), "text/embedding": (5, 4)}
     config = OptimizerConfig(
         weight_decay=0.0,
-        no_decay=(),
+        weight_decay_exclude=(),
         clip_norm=10.0,
         adaptive_clip=1e-2,
         beta1=0.0,
         eps=1e6,
-        peak_rate=1e6,
+        learning_rate=1e6,
         warmup_steps=0,
     )
     parameters, gradient = arrays(0, shapes), arrays(1, shapes, scale=100.0)
@@ -314,3 +322,20 @@ def test_a_gradient_of_zeros_stays_finite() -> None:
     )
     for name in SHAPES:
         np.testing.assert_array_equal(moved[name], parameters[name])
+
+
+def test_an_old_run_is_read() -> None:
+    """Of a run that was written with other names for these fields."""
+    old = {"peak_rate": 2e-3, "end_rate": 1e-4, "decay": "stepwise", "decay_at": [4, 6]}
+    old |= {"decay_factor": 0.5, "no_decay": [], "decay_vectors": True}
+    assert from_json(OptimizerConfig, old) == OptimizerConfig(
+        learning_rate=2e-3,
+        end_learning_rate=1e-4,
+        schedule="stepwise",
+        boundaries=(4, 6),
+        boundary_factor=0.5,
+        weight_decay_exclude=(),
+        weight_decay_on_vectors=True,
+    )
+    with pytest.raises(UserError, match=r"config\.peak_rate is config\.learning_rate now"):
+        from_config(OptimizerConfig, {"peak_rate": 1e-3})

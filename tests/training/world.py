@@ -43,7 +43,7 @@ def experiment(**changes: object) -> Experiment:
         data=DATA,
         vision_encoder_from="random",
         language_model_from="random",
-        optimizer=OptimizerConfig(peak_rate=1e-2, warmup_steps=2),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
         training=TrainingConfig(
             steps=6, log_every=1, save_every=2, evaluate_every=100, compute_dtype="float32"
         ),
