@@ -30,7 +30,7 @@ from data_pipelines.records import UNREADABLE, Record
 from flamingo_jax.errors import StorageError, UserError
 from flamingo_jax.processing.images import Fit, ImageError, pad
 from flamingo_jax.progress import Bar
-from flamingo_jax.storage import read_again
+from flamingo_jax.storage import read_with_retries
 
 RECORDS = 100
 """Records to a part."""
@@ -144,7 +144,7 @@ class EncodedImages:
             raise ImageError("it was damaged on disk when its features were made")
         if image >= part.counts[within]:
             raise ImageError(f"its texts ask for more images than the {part.counts[within]} it has")
-        features = read_again(
+        features = read_with_retries(
             lambda: self._read(part, int(part.places[part.first[within] + image])), part.path
         )
         if np.isnan(features[0, 0]):
@@ -262,7 +262,9 @@ def _load(
     ):
         return None
     try:
-        return read_again(lambda: _Part.load(store, number, records, encoder), _part(store, number))
+        return read_with_retries(
+            lambda: _Part.load(store, number, records, encoder), _part(store, number)
+        )
     except (ValueError, EOFError) as error:
         logging.warning("features are made again: %s", error)
         return None

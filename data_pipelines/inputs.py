@@ -10,7 +10,7 @@ from data_pipelines.encoded import Encoder
 from data_pipelines.mixture import BatchIterator, FixedBatches, held_out, make_iterator
 from data_pipelines.readers import Readers
 from flamingo_jax.experiment import Experiment
-from flamingo_jax.partitioning.share import WHOLE, Share
+from flamingo_jax.partitioning.host_shard import WHOLE_BATCH, HostShard
 from flamingo_jax.processing.tokenizer import Tokenizer
 
 
@@ -18,7 +18,7 @@ def make_iterators(
     experiment: Experiment,
     tokenizer: Tokenizer,
     encoder: Encoder | None = None,
-    share: Share = WHOLE,
+    host_shard: HostShard = WHOLE_BATCH,
     readers: Readers | None = None,
 ) -> dict[str, BatchIterator]:
     """A share of every training dataset, its images encoded where an encoder is given; raises
@@ -26,7 +26,7 @@ def make_iterators(
 
     readers: the process's; None makes each batch when it is asked for.
     """
-    options = _options(experiment, tokenizer, encoder, share, readers)
+    options = _options(experiment, tokenizer, encoder, host_shard, readers)
     return {
         name: make_iterator(dataset, name=name, seed=experiment.seed, **options)
         for name, dataset in experiment.data.items()
@@ -37,11 +37,11 @@ def held_out_batches(
     experiment: Experiment,
     tokenizer: Tokenizer,
     encoder: Encoder | None = None,
-    share: Share = WHOLE,
+    host_shard: HostShard = WHOLE_BATCH,
     readers: Readers | None = None,
 ) -> dict[str, FixedBatches]:
     """A share of the first batches of every held-out dataset, read as they are asked for."""
-    options = _options(experiment, tokenizer, encoder, share, readers)
+    options = _options(experiment, tokenizer, encoder, host_shard, readers)
     batches = experiment.training.evaluate_batches
     return {
         name: held_out(dataset, name=name, batches=batches, **options)
@@ -53,14 +53,14 @@ def _options(
     experiment: Experiment,
     tokenizer: Tokenizer,
     encoder: Encoder | None,
-    share: Share,
+    host_shard: HostShard,
     readers: Readers | None,
 ) -> dict[str, Any]:
     process = jax.process_index(), jax.process_count()
     options: dict[str, Any] = {
         "tokenizer": tokenizer,
         "task": experiment.task,
-        "share": share,
+        "host_shard": host_shard,
         "process": process,
         "encoder": encoder,
     }

@@ -15,7 +15,7 @@ from data_pipelines.rows import Making, Rows, Task
 from data_pipelines.transforms.examples import Arrays
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import DatasetConfig
-from flamingo_jax.partitioning.share import WHOLE, Share
+from flamingo_jax.partitioning.host_shard import WHOLE_BATCH, HostShard
 from flamingo_jax.processing.images import Fit
 from flamingo_jax.processing.tokenizer import Tokenizer
 
@@ -32,8 +32,13 @@ class BatchIterator:
     `summary` says what the plan could not use.
     """
 
-    def __init__(self, rows: Rows, batch_size: int, share: Share, readers: Readers | None):
-        self._rows, self._size, self._share, self._readers = rows, batch_size, share, readers
+    def __init__(self, rows: Rows, batch_size: int, host_shard: HostShard, readers: Readers | None):
+        self._rows, self._size, self._host_shard, self._readers = (
+            rows,
+            batch_size,
+            host_shard,
+            readers,
+        )
         self._pending: collections.deque[PendingBatch] = collections.deque()
         self._go_to(0)
 
@@ -56,7 +61,7 @@ class BatchIterator:
             number = self._begun
             first = self._first + number * self._size
             self._pending.append(
-                self._rows.batch(first, self._size, self._share, self._readers, number)
+                self._rows.batch(first, self._size, self._host_shard, self._readers, number)
             )
             self._begun += 1
 
@@ -93,13 +98,18 @@ class FixedBatches(Sequence[Arrays]):
     """
 
     def __init__(
-        self, rows: Rows, batch_size: int, count: int, share: Share, readers: Readers | None
+        self,
+        rows: Rows,
+        batch_size: int,
+        count: int,
+        host_shard: HostShard,
+        readers: Readers | None,
     ):
-        self._rows, self._size, self._count, self._share, self._readers = (
+        self._rows, self._size, self._count, self._host_shard, self._readers = (
             rows,
             batch_size,
             count,
-            share,
+            host_shard,
             readers,
         )
 
@@ -127,7 +137,7 @@ class FixedBatches(Sequence[Arrays]):
     def _begin(self, number: int) -> PendingBatch:
         # Before all of training's, which nobody waits for meanwhile.
         return self._rows.batch(
-            number * self._size, self._size, self._share, self._readers, number - self._count
+            number * self._size, self._size, self._host_shard, self._readers, number - self._count
         )
 
 
@@ -140,7 +150,7 @@ def make_iterator(
     mean: Sequence[float] = (0.0, 0.0, 0.0),
     image_fit: Fit = "pad",
     seed: int = 0,
-    share: Share = WHOLE,
+    host_shard: HostShard = WHOLE_BATCH,
     process: tuple[int, int] = (0, 1),
     text_length: int = 64,
     readers: Readers | None = None,
@@ -184,7 +194,7 @@ def make_iterator(
         cannot read, fewer pairs than a contrastive batch, or (while iterating) too many records
         that cannot be decoded.
     """
-    _check_split(dataset, share)
+    _check_split(dataset, host_shard)
     making = Making(
         dataset,
         task,
@@ -206,7 +216,7 @@ def make_iterator(
             f" {dataset.batch_size}, so that a batch would hold a pair twice, each the other's"
             " negative; make batch_size smaller"
         )
-    return BatchIterator(rows, dataset.batch_size, share, readers)
+    return BatchIterator(rows, dataset.batch_size, host_shard, readers)
 
 
 def held_out(
@@ -218,7 +228,7 @@ def held_out(
     image_size: int = 0,
     mean: Sequence[float] = (0.0, 0.0, 0.0),
     image_fit: Fit = "pad",
-    share: Share = WHOLE,
+    host_shard: HostShard = WHOLE_BATCH,
     process: tuple[int, int] = (0, 1),
     text_length: int = 64,
     source: Sequence[Any] | None = None,
@@ -234,7 +244,7 @@ def held_out(
     Args and Raises as `make_iterator`; also UserError where there is not even one contrastive
     batch.
     """
-    _check_split(dataset, share)
+    _check_split(dataset, host_shard)
     making = Making(
         dataset,
         task,
@@ -258,12 +268,12 @@ def held_out(
             f" of {size}; make it smaller"
         )
     count = min(batches, whole if task == "contrastive" else -(-len(rows) // size))
-    return FixedBatches(rows, size, count, share, readers)
+    return FixedBatches(rows, size, count, host_shard, readers)
 
 
-def _check_split(dataset: DatasetConfig, share: Share) -> None:
-    if dataset.batch_size % share.row_shards:
+def _check_split(dataset: DatasetConfig, host_shard: HostShard) -> None:
+    if dataset.batch_size % host_shard.row_shards:
         raise UserError(
-            f"a batch of {dataset.batch_size} rows cannot be split over {share.row_shards} data"
-            " shards; make it a multiple of them"
+            f"a batch of {dataset.batch_size} rows cannot be split over {host_shard.row_shards}"
+            " data shards; make it a multiple of them"
         )

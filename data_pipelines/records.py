@@ -17,7 +17,7 @@ from data_pipelines.shard_files import Shard, Shards
 from data_pipelines.transforms.examples import strings
 from flamingo_jax.errors import UserError
 from flamingo_jax.processing import images
-from flamingo_jax.storage import read_again
+from flamingo_jax.storage import read_with_retries
 
 FAILED_SHARE = 0.01
 """Part of the records that may fail to decode."""
@@ -59,7 +59,7 @@ def open_records(path: str | pathlib.Path, split: str, kind: str | None = None) 
     import tensorflow_datasets as tfds  # Half a second, which commands without data need not wait for.  # noqa: E501
 
     folder = dataset_folder(path)
-    builder = read_again(lambda: tfds.builder_from_directory(str(folder)), folder)
+    builder = read_with_retries(lambda: tfds.builder_from_directory(str(folder)), folder)
     if split not in builder.info.splits:
         raise UserError(
             f"the dataset {folder} has no split {split!r}; it has"
@@ -181,7 +181,7 @@ class Readable(Sequence[Any]):
         if not 0 <= place < len(self):
             raise IndexError(f"{self._name} has {len(self)} records")
         try:
-            return read_again(lambda: self._source[place], f"record {place} of {self._name}")
+            return read_with_retries(lambda: self._source[place], f"record {place} of {self._name}")
         except (UserError, MemoryError):
             raise
         except Exception as error:  # noqa: BLE001 - readers of damaged bytes raise whatever they stumble on.

@@ -41,7 +41,7 @@ from data_pipelines.transforms.lengths import Choices, load_or_measure, measure
 from data_pipelines.transforms.packing import Plan, plan
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import DatasetConfig
-from flamingo_jax.partitioning.share import WHOLE, Share
+from flamingo_jax.partitioning.host_shard import WHOLE_BATCH, HostShard
 from flamingo_jax.processing.images import Fit, ImageError
 from flamingo_jax.processing.sequences import pair_overhead, question_tokens, text_tokens
 from flamingo_jax.processing.tokenizer import Tokenizer
@@ -110,9 +110,9 @@ class Standing(NamedTuple):
 
     @classmethod
     @functools.cache
-    def of(cls, share: Share, size: int, visuals: int) -> "Standing":
+    def of(cls, host_shard: HostShard, size: int, visuals: int) -> "Standing":
         """Of batches of `size` rows with `visuals` each."""
-        own, listed = share.row_visuals(size, visuals), share.visuals(size, visuals)
+        own, listed = host_shard.row_visuals(size, visuals), host_shard.visuals(size, visuals)
         places = {visual: place for place, visual in enumerate(listed.tolist())}
         return cls(
             own, len(listed), [[places.get(visual) for visual in row] for row in own.tolist()]
@@ -304,7 +304,7 @@ class Rows:
         self,
         first: int,
         size: int,
-        share: Share = WHOLE,
+        host_shard: HostShard = WHOLE_BATCH,
         readers: Readers | None = None,
         order: float = 0,
     ) -> PendingBatch:
@@ -314,22 +314,24 @@ class Rows:
         readers: what makes it, in this order among their batches; None leaves that to whoever
           asks for the result.
         """
-        return PendingBatch(lambda batch: self._begin(batch, first, size, share), readers, order)
+        return PendingBatch(
+            lambda batch: self._begin(batch, first, size, host_shard), readers, order
+        )
 
     def _begin(
-        self, batch: PendingBatch, first: int, size: int, share: Share
+        self, batch: PendingBatch, first: int, size: int, host_shard: HostShard
     ) -> Callable[[], Arrays]:
         """Adds the batch's work, a row's or an image's at a time; returns what finishes it."""
         if self._making.task == "contrastive":
             # Where another batch size left off in the midst of one: no batch holds rows of two
             # epochs.
             first = -(-first // size) * size
-        rows = [self._planned(place) for place in (first + share.rows(size)).tolist()]
+        rows = [self._planned(place) for place in (first + host_shard.rows(size)).tolist()]
         if self._making.task == "contrastive":
             return self._pairs(batch, rows)
         if self._looks:
             return self._visuals(
-                batch, rows, Standing.of(share, size, self._making.dataset.visuals)
+                batch, rows, Standing.of(host_shard, size, self._making.dataset.visuals)
             )
         made: list[list[Segment]] = [[] for _ in rows]
         for row, segments in zip(rows, made, strict=True):

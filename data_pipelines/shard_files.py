@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from data_pipelines.open_files import OpenFiles
 from flamingo_jax.errors import UserError
-from flamingo_jax.storage import read_again, storage_failure
+from flamingo_jax.storage import read_with_retries, storage_failure
 
 OPTIONS = "readahead_buffer_size:0"
 """Records are read at random places: what stands behind one is not wanted."""
@@ -57,7 +57,7 @@ class Shards(Sequence[bytes]):
         there = {
             str(folder / file)
             for folder in folders
-            for file in read_again(functools.partial(_names, folder), folder)
+            for file in read_with_retries(functools.partial(_names, folder), folder)
         }
         if missing := [shard.path for shard in self._shards if shard.path not in there]:
             raise UserError(
@@ -77,7 +77,7 @@ class Shards(Sequence[bytes]):
         number = bisect.bisect_right(self._ends, place)
         shard = self._shards[number]
         within = shard.first + place - (self._ends[number] - shard.records)
-        return read_again(lambda: _read(shard.path, within), shard.path)
+        return read_with_retries(lambda: _read(shard.path, within), shard.path)
 
 
 def _read(path: str, place: int) -> bytes:

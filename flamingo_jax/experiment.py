@@ -16,11 +16,11 @@ from flamingo_jax.ranges import (
     BelowOne,
     Count,
     Finite,
+    HostShard,
     NotNegative,
     Positive,
     Seed,
     Several,
-    Share,
     Shrinking,
 )
 
@@ -269,11 +269,11 @@ class DatasetConfig:
     and once more for the gradient; similarities are over the whole batch. A held-out dataset
     has its own number.
     """
-    p_next: Share = 0.0
+    p_next: HostShard = 0.0
     """Probability, once per page, that text looks at the next visual rather than the previous
     one (pages only; paper 0.5).
     """
-    leading_space: Share = 0.5
+    leading_space: HostShard = 0.5
     """Probability that paired text starts with a space (paper A.3.3)."""
     prompt: str = QUESTION_PROMPT
     """Questions: what stands between the visual and the answer, with the record's question at
@@ -285,7 +285,7 @@ class DatasetConfig:
     """
     flip: bool = False
     """Random left-right flips; off where text speaks of left and right."""
-    colour: Share = 0.0
+    colour: HostShard = 0.0
     """Strength of colour augmentation, 0 for none.
 
     Drawn with the row; applied on the device, in training alone.

@@ -62,7 +62,7 @@ def storage_failure(error: BaseException) -> OSError | None:
     return storage_failure(error.__cause__) if error.__cause__ is not None else None
 
 
-def tried_again(
+def retry(
     read: Callable[[], T], waits: Iterable[float], passes: Callable[[Exception, float], bool]
 ) -> T:
     """What `read` gives; after an error that may pass it is called again, behind each of these
@@ -81,7 +81,9 @@ def tried_again(
     return read()
 
 
-def read_again(read: Callable[[], T], what: object, at_once: Collection[int | None] = ()) -> T:
+def read_with_retries(
+    read: Callable[[], T], what: object, at_once: Collection[int | None] = ()
+) -> T:
     """What `read` gives; where the storage fails it is called again, after ever longer waits
     (`WAITS`).
 
@@ -113,7 +115,7 @@ def read_again(read: Callable[[], T], what: object, at_once: Collection[int | No
         return failure is not None
 
     try:
-        return tried_again(read, WAITS, passes)
+        return retry(read, WAITS, passes)
     except Exception as error:
         failure = failure_of(error)
         if failure is None:
@@ -134,7 +136,7 @@ def modified(path: pathlib.Path) -> float | None:
     """When a file or folder was last written, in seconds; None where there is none.
 
     That it cannot be told just now is no None, as it is of `Path.exists` in some versions of
-    Python, but read again (see `read_again`).
+    Python, but read again (see `read_with_retries`).
     """
 
     def look() -> float | None:
@@ -143,7 +145,7 @@ def modified(path: pathlib.Path) -> float | None:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    return read_again(look, path)
+    return read_with_retries(look, path)
 
 
 def raise_open_files() -> None:

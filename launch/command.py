@@ -24,10 +24,10 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from flamingo_jax import configuring
-from flamingo_jax.cluster.link import is_supervised
+from flamingo_jax.distributed.process_group import is_supervised
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
-from flamingo_jax.partitioning.mesh import settle_cpu_devices
+from flamingo_jax.partitioning.mesh import configure_cpu_devices
 from flamingo_jax.ranges import MAX_SEED
 from flamingo_jax.storage import raise_open_files
 
@@ -35,7 +35,7 @@ CONFIG = "config"
 EXIT_SECONDS = 120.0
 """For which an interpreter that has done its work may take to end: it joins threads, of which
 one may be stuck on storage. Longer than jax's processes wait for one another
-(`cluster.link.SHUTDOWN_SECONDS`).
+(`distributed.process_group.SHUTDOWN_SECONDS`).
 """
 _INTERRUPTED = 130
 """What shells give a command that Ctrl-C ended."""
@@ -86,7 +86,7 @@ def run(main: Callable[..., int | None], verbs: Sequence[str] = ()) -> NoReturn:
     """
     _set_up_logging()
     raise_open_files()
-    settle_cpu_devices(is_supervised())
+    configure_cpu_devices(is_supervised())
     try:
         if {"--help", "-help", "-h", "--helpshort", "--helpfull"} & set(sys.argv[1:]):
             print(_help(sys.argv))

@@ -39,7 +39,7 @@ def main() -> int:
             raise errors.UserError(f"--{name} is not set: name a folder")
     workdir, output = pathlib.Path(WORKDIR.value), pathlib.Path(OUTPUT.value)
     try:
-        text = manifest.read_again((workdir / "config.json").read_text)
+        text = manifest.retry_read((workdir / "config.json").read_text)
     except (FileNotFoundError, NotADirectoryError):
         lacks = f"--workdir={workdir} holds no config.json"
         raise errors.UserError(f"{lacks}: name the folder of a training run") from None

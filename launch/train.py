@@ -27,14 +27,14 @@ from absl import flags
 from data_pipelines.inputs import held_out_batches, make_iterators
 from data_pipelines.readers import Readers
 from flamingo_jax import errors
-from flamingo_jax.cluster.link import Crew, Link, is_supervised
-from flamingo_jax.cluster.place import find_place
-from flamingo_jax.cluster.register import END, Limits
-from flamingo_jax.cluster.supervisor import supervise
+from flamingo_jax.distributed.coordinator import END, Timeouts
+from flamingo_jax.distributed.process_group import ProcessGroup, SupervisorClient, is_supervised
+from flamingo_jax.distributed.process_info import detect_process
+from flamingo_jax.distributed.supervisor import supervise
 from flamingo_jax.experiment import Experiment, TrainingConfig
-from flamingo_jax.holder import holding
+from flamingo_jax.folder_lock import lock_folder
+from flamingo_jax.partitioning.host_shard import HostShard
 from flamingo_jax.partitioning.mesh import check_batches, make_mesh
-from flamingo_jax.partitioning.share import Share
 from flamingo_jax.processing.tokenizer import Tokenizer, tokenizer_file
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.loop import train
@@ -56,19 +56,19 @@ PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the run 
 PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
 START_TIMEOUT = flags.DEFINE_float(
     "start_timeout",
-    Limits().start,
+    Timeouts().start,
     "Seconds until all processes must have arrived.",
     lower_bound=0.0,
 )
 LOST_AFTER = flags.DEFINE_float(
     "lost_after",
-    Limits().lost,
+    Timeouts().lost,
     "Seconds without a word of a process after which the others end.",
     lower_bound=0.0,
 )
 STEP_TIMEOUT = flags.DEFINE_float(
     "step_timeout",
-    Limits().step,
+    Timeouts().step,
     "Seconds without the end of a step after which all processes end.",
     lower_bound=0.0,
 )
@@ -88,39 +88,41 @@ def main() -> int:
             f"--workdir={workdir} is a file: name a folder for checkpoints and metrics"
         )
     check_intervals(experiment.training)
-    place = find_place(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-    limits = (
-        Limits()
-        if place is None
-        else Limits(START_TIMEOUT.value, LOST_AFTER.value, STEP_TIMEOUT.value)
+    process_info = detect_process(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    timeouts = (
+        Timeouts()
+        if process_info is None
+        else Timeouts(START_TIMEOUT.value, LOST_AFTER.value, STEP_TIMEOUT.value)
     )
-    if place is not None and not is_supervised():
-        return supervise(place, limits, [sys.executable, *sys.orig_argv[1:]], workdir)
+    if process_info is not None and not is_supervised():
+        return supervise(process_info, timeouts, [sys.executable, *sys.orig_argv[1:]], workdir)
     # Until the loop saves on it: there is nothing to save yet, but whoever restarts a run by
     # its exit code must see the same one.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(errors.EXIT_PREEMPTED))
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
-    if place is None:
+    if process_info is None:
         return run(experiment, workdir)
-    with Link(place, limits) as link:
-        link.join(experiment, workdir)
-        code = run(experiment, workdir, link)
+    with SupervisorClient(process_info, timeouts) as client:
+        client.join(experiment, workdir)
+        code = run(experiment, workdir, client)
         # Without this one the others would be lost, with whatever they still do.
-        link.meet(END)
-        link.leave(code)
+        client.barrier(END)
+        client.leave(code)
         return code
 
 
-def run(experiment: Experiment, workdir: pathlib.Path, crew: Crew | None = None) -> int:
+def run(
+    experiment: Experiment, workdir: pathlib.Path, process_group: ProcessGroup | None = None
+) -> int:
     """This process's part of the run, once all are there; returns its exit code."""
     # Of several processes the supervisor of the first holds it; what is prepared lies
     # elsewhere.
-    alone = crew is None and not PREPARE.value
+    alone = process_group is None and not PREPARE.value
     try:
-        with holding(workdir, "a run") if alone else contextlib.nullcontext():
-            return _run(experiment, workdir, crew)
+        with lock_folder(workdir, "a run") if alone else contextlib.nullcontext():
+            return _run(experiment, workdir, process_group)
     except OSError as error:
         where = f" of {error.filename}" if error.filename else f" in {workdir}"
         raise errors.StorageError(
@@ -129,17 +131,19 @@ def run(experiment: Experiment, workdir: pathlib.Path, crew: Crew | None = None)
         ) from error
 
 
-def _run(experiment: Experiment, workdir: pathlib.Path, crew: Crew | None) -> int:
+def _run(experiment: Experiment, workdir: pathlib.Path, process_group: ProcessGroup | None) -> int:
     mesh = make_mesh(experiment.mesh)
     check_batches(experiment, mesh)
-    share = Share.of(mesh)
+    host_shard = HostShard.of(mesh)
     tokenizer = load_tokenizer(experiment)
     if not PREPARE.value:
         check_tokenizer(experiment, tokenizer, workdir)
-    encoder = load_encoder(experiment, crew) if experiment.training.cache_features else None
+    encoder = (
+        load_encoder(experiment, process_group) if experiment.training.cache_features else None
+    )
     readers = Readers(experiment.training.readers)
-    iterators = make_iterators(experiment, tokenizer, encoder, share, readers)
-    held_out = held_out_batches(experiment, tokenizer, encoder, share, readers)
+    iterators = make_iterators(experiment, tokenizer, encoder, host_shard, readers)
+    held_out = held_out_batches(experiment, tokenizer, encoder, host_shard, readers)
     for name, iterator in iterators.items():
         log.info("%s: %s", name, told(iterator.summary()))
     if PREPARE.value:
@@ -157,7 +161,7 @@ def _run(experiment: Experiment, workdir: pathlib.Path, crew: Crew | None) -> in
         command.write_config(experiment, workdir / "config.json")
         tokenizer.save(workdir)
 
-    outcome = train(experiment, iterators, held_out, workdir, on_start, crew, BEGAN)
+    outcome = train(experiment, iterators, held_out, workdir, on_start, process_group, BEGAN)
     if outcome.preempted:
         log.warning(
             "stopped by a signal at step %d and saved: run the same command to go on",

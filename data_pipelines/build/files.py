@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from data_pipelines.build.images import UNREADABLE, Unfit
 from flamingo_jax.errors import UserError
-from flamingo_jax.storage import LASTING, read_again
+from flamingo_jax.storage import LASTING, read_with_retries
 
 MISSING = "missing"
 OUTSIDE = "outside the folder"
@@ -125,7 +125,7 @@ def walk(
             continue
         seen.add(real)
         try:
-            entries = read_again(functools.partial(_entries, real), real, LASTING)
+            entries = read_with_retries(functools.partial(_entries, real), real, LASTING)
         except OSError:
             refused.append(Refused(here or ".", UNLISTED, is_folder=True))
             continue
@@ -190,7 +190,7 @@ def read(path: str | pathlib.Path, most: int = MAX_BYTES, too_large: str = TOO_L
             return file.read(most + 1) if os.fstat(file.fileno()).st_size <= most else None
 
     try:
-        data = read_again(load, path, LASTING)
+        data = read_with_retries(load, path, LASTING)
     except OSError as error:
         raise NoFile(UNREADABLE) from error
     if data is None or len(data) > most:
@@ -305,7 +305,7 @@ def _why_not(path: str, places: _Inside) -> str | None:
         real = os.path.realpath(path)
         if not places(real):
             return LINKED
-        mode = read_again(lambda: os.stat(real).st_mode, real, LASTING)
+        mode = read_with_retries(lambda: os.stat(real).st_mode, real, LASTING)
         return None if stat.S_ISREG(mode) else NOT_A_FILE
     except PermissionError:
         return UNREADABLE

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple
 
 from data_pipelines.build.files import MAX_BYTES, TOO_LARGE, UNREADABLE
-from flamingo_jax.storage import LASTING, read_again
+from flamingo_jax.storage import LASTING, read_with_retries
 
 MAX_UNPACKED = 64 << 30
 """Bytes of a compressed file that are looked at: a few may claim any number."""
@@ -88,7 +88,7 @@ class Piece(NamedTuple):
         most = MAX_BYTES + 1 if self.size is None else self.size
         if (self.size or 0) > MAX_BYTES:
             raise TooLarge(f"{self.size} bytes of {self.file} are more than {MAX_BYTES}")
-        data = read_again(functools.partial(self._read, most), self.file, LASTING)
+        data = read_with_retries(functools.partial(self._read, most), self.file, LASTING)
         if len(data) > MAX_BYTES:
             raise TooLarge(f"{self.file} is larger than {MAX_BYTES} bytes")
         if self.size is not None and len(data) != self.size:

@@ -20,7 +20,7 @@ from data_pipelines.records import open_records
 from data_pipelines.transforms.examples import strings
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import QUESTION_PROMPT
-from flamingo_jax.holder import holding
+from flamingo_jax.folder_lock import lock_folder
 from flamingo_jax.processing.sequences import asked
 from flamingo_jax.processing.tokenizer import FILE_NAME
 
@@ -54,7 +54,7 @@ def train_tokenizer(
     `vocab_size`, or another process trains there.
     """
     output = pathlib.Path(output)
-    with holding(output, "the training of a tokenizer"):
+    with lock_folder(output, "the training of a tokenizer"):
         sentences = Sentences(texts)
         model = io.BytesIO()
         try:

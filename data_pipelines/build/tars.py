@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from data_pipelines.build.files import FILLERS, UNREADABLE
 from data_pipelines.build.pieces import ERRORS, MAX_UNPACKED, STEP, Packing, Piece, packing_of
-from flamingo_jax.storage import LASTING, read_again, storage_failure
+from flamingo_jax.storage import LASTING, read_with_retries, storage_failure
 
 SUFFIXES = (
     ".tar",
@@ -73,7 +73,7 @@ def members(shard: str | pathlib.Path) -> list[Member | str]:
     Raises StorageError where the storage fails for long.
     """
     try:
-        return read_again(lambda: list(_opened(shard)), shard, LASTING)
+        return read_with_retries(lambda: list(_opened(shard)), shard, LASTING)
     except OSError:
         return [UNREADABLE]
 

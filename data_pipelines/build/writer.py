@@ -21,7 +21,7 @@ from data_pipelines.build.source import Dropped, Example, Outcome, Source
 from data_pipelines.build.workers import DIED, ordered_map
 from data_pipelines.features import INFO_FILE, STATISTICS_FILE, TRAIN, VERSION, features
 from flamingo_jax.errors import UserError
-from flamingo_jax.holder import holding
+from flamingo_jax.folder_lock import lock_folder
 from flamingo_jax.progress import Bar
 
 SAMPLES_FILE = "samples.html"
@@ -58,7 +58,7 @@ def write_dataset(
     final = output / VERSION
     if (final / INFO_FILE).is_file():
         return _finished(final, source), False
-    with holding(output, "a build"):
+    with lock_folder(output, "a build"):
         if (final / INFO_FILE).is_file():  # Since the look above.
             return _finished(final, source), False
         return _build(output, source, executor), True

@@ -26,7 +26,7 @@ from flamingo_jax.processing.sequences import (
 )
 from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.progress import Bar
-from flamingo_jax.storage import read_again
+from flamingo_jax.storage import read_with_retries
 
 LONG = 5_000
 """Records from which on measuring shows a progress bar."""
@@ -156,7 +156,7 @@ def load_or_measure(
 
     Where the file is damaged, or a record that was damaged when it was measured has been mended
     since, all are measured again. Raises StorageError where the storage fails each time it is
-    asked (see `storage.read_again`); nothing is kept then.
+    asked (see `storage.read_with_retries`); nothing is kept then.
     """
     asked_so = f"_{hashlib.sha256(prompt.encode()).hexdigest()[:16]}" if kind == "questions" else ""
     path = folder / f"lengths_{tokenizer.fingerprint}{asked_so}_{split}.npz"
@@ -188,7 +188,7 @@ def _load(path: pathlib.Path, records: int) -> Lengths | None:
             return Lengths(*(stored[field.name] for field in dataclasses.fields(Lengths)))
 
     try:
-        lengths = read_again(load, path)
+        lengths = read_with_retries(load, path)
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         logging.warning("%s cannot be used and is made anew: %s", path, error)
         return None

@@ -28,8 +28,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from flamingo_jax.checkpointing import manifest
-from flamingo_jax.cluster.link import Alone, Crew
-from flamingo_jax.cluster.register import SAVING
+from flamingo_jax.distributed.coordinator import SAVING
+from flamingo_jax.distributed.process_group import ProcessGroup, SingleProcess
 from flamingo_jax.errors import StorageError, UserError
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Checkpoints:
       folder: on storage that all processes share; made by the first save.
       keep_last: how many of the newest steps stay, at least 1.
       keep_every: steps at multiples of this stay for ever; 0 for none.
-      crew: the run's processes; by default this one is alone.
+      process_group: the run's processes; by default this one is alone.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Checkpoints:
         *,
         keep_last: int,
         keep_every: int = 0,
-        crew: Crew | None = None,
+        process_group: ProcessGroup | None = None,
     ):
         if keep_last < 1 or keep_every < 0:
             raise UserError(
@@ -82,7 +82,7 @@ class Checkpoints:
         self._folder = pathlib.Path(folder).absolute()
         self._keep_last, self._keep_every = keep_last, keep_every
         self._orbax = ocp.StandardCheckpointer()
-        self._primary, self._crew = jax.process_index() == 0, crew or Alone()
+        self._primary, self._crew = jax.process_index() == 0, process_group or SingleProcess()
         self._ending: threading.Thread | None = None
         self._failure: tuple[int, BaseException] | None = None
         self._saved: set[int] = set()
@@ -151,7 +151,7 @@ class Checkpoints:
                 step = self._find_newest(set_aside=True).step
         if jax.process_count() > 1:
             # Reading takes as long as it takes, and a broadcast may not wait for that.
-            self._crew.meet("the search for the newest checkpoint")
+            self._crew.barrier("the search for the newest checkpoint")
             found = int(
                 multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step))
             )
@@ -245,7 +245,7 @@ class Checkpoints:
                     manifest.write_manifest(self._path(step), progress)
                 log.info("saved step %d in %.1f s", step, time.monotonic() - began)
             # Whoever left before would take the one that still writes along.
-            self._crew.meet(f"{SAVING} step {step}")
+            self._crew.barrier(f"{SAVING} step {step}")
         except Exception as error:  # noqa: BLE001 - whatever orbax raises, the save has failed
             self._failure = (step, error)
             return
@@ -320,7 +320,7 @@ class Checkpoints:
         that took that for none would begin anew.
         """
         try:
-            with manifest.read_again(lambda: os.scandir(self._folder)) as entries:
+            with manifest.retry_read(lambda: os.scandir(self._folder)) as entries:
                 names = [one.name for one in entries if one.name.isdecimal() and one.is_dir()]
         except (FileNotFoundError, NotADirectoryError):
             return []
@@ -363,11 +363,11 @@ class Checkpoints:
     @contextlib.contextmanager
     def _working(self, what: str) -> Iterator[manifest.Progress]:
         """Within, who calls what it yields shows the others that it gets on."""
-        self._crew.work(what)
+        self._crew.report_progress(what)
         try:
-            yield lambda: self._crew.work(what)
+            yield lambda: self._crew.report_progress(what)
         finally:
-            self._crew.work("")
+            self._crew.report_progress("")
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
@@ -399,7 +399,7 @@ class Checkpoints:
                 else f"{self._folder} has no checkpoint of step {step}"
             )
         if jax.process_count() > 1:
-            self._crew.meet(f"the verification of step {step}")
+            self._crew.barrier(f"the verification of step {step}")
         if jax.process_count() > 1 and int(
             multihost_utils.broadcast_one_to_all(np.int32(bool(problem)))
         ):
@@ -413,7 +413,7 @@ class Checkpoints:
 
     def _contents(self, step: int) -> dict[str, Any]:
         with self._reading():
-            return json.loads(manifest.read_again((self._path(step) / CONTENTS).read_bytes))
+            return json.loads(manifest.retry_read((self._path(step) / CONTENTS).read_bytes))
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from flamingo_jax.checkpointing import manifest
 from flamingo_jax.checkpointing.tensors import DTYPES, Stored, Term, read_headers, read_sharded
 from flamingo_jax.checkpointing.verification import verify
-from flamingo_jax.cluster.link import Crew
+from flamingo_jax.distributed.process_group import ProcessGroup
 from flamingo_jax.errors import UserError
 from flamingo_jax.processing.tokenizer import FILE_NAME, JSON_NAME, SPECIALS_NAME, Tokenizer
 from flamingo_jax.processing.tokenizer import tokenizer_file as find_tokenizer
@@ -200,7 +200,7 @@ class Export:
         }
 
     def read_sharded(
-        self, targets: Mapping[str, jax.ShapeDtypeStruct], crew: Crew | None = None
+        self, targets: Mapping[str, jax.ShapeDtypeStruct], process_group: ProcessGroup | None = None
     ) -> dict[str, jax.Array]:
         """The parameters of these flat stacked names with the types and shardings of `targets`;
         how several processes share the reading, see `tensors.read_sharded`.
@@ -220,7 +220,9 @@ class Export:
                     " is damaged"
                 )
         sources = {leaf: (Term(leaf),) for leaf in self._files}
-        return read_sharded(self._stored, sources, targets, f"reading {self.folder.name}", crew)
+        return read_sharded(
+            self._stored, sources, targets, f"reading {self.folder.name}", process_group
+        )
 
     def read(self, prefix: str = "") -> dict[str, np.ndarray]:
         """Parameters whose flat stacked name starts with `prefix`, joined over layers, in the
@@ -257,16 +259,16 @@ class Export:
             raise manifest.unreadable(self.folder, error) from error
         return values
 
-    def verify(self, crew: Crew | None = None) -> None:
+    def verify(self, process_group: ProcessGroup | None = None) -> None:
         """Reads every byte, once for all processes of a run, which all have to ask.
 
-        crew: the run's processes; by default this one is alone.
+        process_group: the run's processes; by default this one is alone.
 
         Raises: UserError naming the first file that differs from what was exported,
           StorageError for one that cannot be read just now.
         """
         try:
-            verify(self.folder, self._manifest, crew)
+            verify(self.folder, self._manifest, process_group)
         except manifest.DamageError as error:
             raise UserError(f"{error}: copy or export {self.folder} again") from error
         except OSError as error:
@@ -290,7 +292,7 @@ def _opened(folder: pathlib.Path) -> Export:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: name one that launch.export wrote")
     try:
-        content = json.loads(manifest.read_again((folder / CONFIG).read_bytes))
+        content = json.loads(manifest.retry_read((folder / CONFIG).read_bytes))
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r}")
         kind, version, config = content["kind"], content["version"], content["config"]
@@ -307,7 +309,7 @@ def _opened(folder: pathlib.Path) -> Export:
     try:
         listing = manifest.read_manifest(folder)
         manifest.check_sizes(folder, listing)
-        files = json.loads(manifest.read_again((folder / INDEX).read_bytes))["weight_map"]
+        files = json.loads(manifest.retry_read((folder / INDEX).read_bytes))["weight_map"]
         names = tuple(sorted({stacked_name(leaf)[0] for leaf in files}))
     except manifest.DamageError as error:
         raise UserError(f"{error}: copy or export {folder} again") from error

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
 from flamingo_jax.errors import StorageError
-from flamingo_jax.storage import tried_again
+from flamingo_jax.storage import retry
 
 NAME = "manifest.json"
 _THREADS = min(4, os.cpu_count() or 1)
@@ -58,12 +58,12 @@ class Manifest(NamedTuple):
     files: dict[str, Entry]
 
 
-def read_again(read: Callable[[], T]) -> T:
+def retry_read(read: Callable[[], T]) -> T:
     """What `read` returns, tried again a few times where it raises an OSError; that of the last
     time is raised. A file that is not there is not waited for."""
     missing = (FileNotFoundError, NotADirectoryError)
     passes = lambda error, wait: isinstance(error, OSError) and not isinstance(error, missing)
-    return tried_again(read, READ_AGAIN_AFTER, passes)
+    return retry(read, READ_AGAIN_AFTER, passes)
 
 
 def unreadable(where: pathlib.Path, error: Exception) -> StorageError:
@@ -79,14 +79,14 @@ def unreadable(where: pathlib.Path, error: Exception) -> StorageError:
 def require_readable(file: pathlib.Path) -> None:
     """Raises the OSError of a file that cannot be opened just now: safetensors takes each for a
     missing one."""
-    read_again(lambda: open(file, "rb").close())
+    retry_read(lambda: open(file, "rb").close())
 
 
 def is_there(path: pathlib.Path) -> bool:
     """Whether there is such a file or folder; an OSError where that cannot be known, which
     `Path.exists` takes for a no in some versions of Python."""
     try:
-        read_again(lambda: os.stat(path))
+        retry_read(lambda: os.stat(path))
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
@@ -110,7 +110,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
     """Raises: FileNotFoundError when there is none, DamageError when it is not as it was
     written, OSError when it cannot be read just now.
     """
-    text = read_again((folder / NAME).read_bytes)
+    text = retry_read((folder / NAME).read_bytes)
     try:
         raw = json.loads(text)
         manifest = Manifest(
@@ -129,7 +129,7 @@ def check_sizes(folder: pathlib.Path, manifest: Manifest) -> None:
     """
     for name, entry in manifest.files.items():
         try:
-            found = read_again((folder / name).stat)
+            found = retry_read((folder / name).stat)
         except (FileNotFoundError, NotADirectoryError):
             raise DamageError(folder, name, "is missing") from None
         size = found.st_size
@@ -147,7 +147,7 @@ def check_digests(
     """
     check_sizes(folder, manifest)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        read = lambda name: read_again(lambda: _entry(folder / name, progress))
+        read = lambda name: retry_read(lambda: _entry(folder / name, progress))
         found = pool.map(read, manifest.files)
         for name, entry in zip(manifest.files, found, strict=True):
             if entry != manifest.files[name]:
@@ -156,7 +156,7 @@ def check_digests(
 
 def entry(file: pathlib.Path, progress: Progress = lambda: None) -> Entry:
     """Reads a file for its size and SHA-256. Raises OSError."""
-    return read_again(lambda: _entry(file, progress))
+    return retry_read(lambda: _entry(file, progress))
 
 
 def digest_of(entries: dict[str, Entry]) -> str:

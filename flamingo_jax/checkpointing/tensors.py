@@ -24,7 +24,7 @@ import safetensors
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flamingo_jax.checkpointing import manifest
-from flamingo_jax.cluster.link import Alone, Crew
+from flamingo_jax.distributed.process_group import ProcessGroup, SingleProcess
 from flamingo_jax.errors import UserError
 from flamingo_jax.progress import Bar
 from flamingo_jax.pytrees import stacked_name
@@ -180,7 +180,7 @@ def read_sharded(
     sources: Mapping[str, Sequence[Term]],
     targets: Mapping[str, jax.ShapeDtypeStruct],
     title: str = "reading",
-    crew: Crew | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> dict[str, jax.Array]:
     """The targets' arrays, with the types and shardings that they name.
 
@@ -188,7 +188,7 @@ def read_sharded(
     of its rows, by as few of them as may be, and the devices gather it.
 
     Args:
-      crew: the run's processes; by default this one is alone.
+      process_group: the run's processes; by default this one is alone.
       stored: what the files hold: every term's tensor, in the shape that `layout` gives.
       sources: {per-layer name of a parameter: its terms}, "layers/12/attention/query".
       targets: {stacked name: shape, dtype and sharding}; one without a sharding goes to the
@@ -215,7 +215,7 @@ def read_sharded(
             pieces += _pieces(stored, terms, index, target.shape[len(index) :], shards[name])
     _run(pieces, title)
     if any(shardings[name] != wanted[name] for name in targets):
-        (crew or Alone()).meet(f"the end of {title}")
+        (process_group or SingleProcess()).barrier(f"the end of {title}")
     found: dict[str, jax.Array] = {}
     for name, target in targets.items():
         arrays = [array for shard in shards.pop(name) for array in shard.arrays()]
@@ -276,7 +276,7 @@ def read_layers(
     for leaf, terms in sources.items():
         name, index = stacked_name(leaf)
         shape = shapes[name][len(index) :]
-        shard = HostShard(
+        shard = HostBuffer(
             np.dtype(DTYPES[stored[terms[0].name].dtype]),
             (),
             tuple(slice(0, size) for size in shape),
@@ -311,7 +311,7 @@ def same_bytes(first: Stored, second: Stored) -> bool:
     return True
 
 
-class HostShard:
+class HostBuffer:
     """What CPU devices hold of an array: memory that is filled in place and then becomes theirs
     without a copy.
 
@@ -353,7 +353,7 @@ class HostShard:
         return [jax.device_put(self.buffer, device, may_alias=True) for device in self._devices]
 
 
-class DeviceShard:
+class DeviceBuffer:
     """What accelerators hold of an array: buffers that pieces are laid into, transposed and
     cast on the device. Arguments as in HostShard.
     """
@@ -389,7 +389,7 @@ class DeviceShard:
         return self._buffers
 
 
-_Shard = HostShard | DeviceShard
+_Shard = HostBuffer | DeviceBuffer
 
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
@@ -415,7 +415,7 @@ def _shards(
     found: list[_Shard] = []
     for bounds, devices in holders.items():
         slices = tuple(slice(*pair) for pair in bounds)
-        kind = HostShard if devices[0].platform == "cpu" else DeviceShard
+        kind = HostBuffer if devices[0].platform == "cpu" else DeviceBuffer
         found.append(kind(np.dtype(target.dtype), slices[:lead], slices[lead:], devices))
     return found
 
@@ -535,7 +535,7 @@ def _run(pieces: list[_Piece], title: str) -> None:
         if getattr(mine, "memory", None) is None or mine.memory.size < piece.bytes:
             mine.memory = np.empty(max(piece.bytes, min(PIECE, largest)), np.uint8)
         memory = mine.memory[: piece.bytes]
-        piece.put(manifest.read_again(lambda: _read(piece.file, piece.start, memory)))
+        piece.put(manifest.retry_read(lambda: _read(piece.file, piece.start, memory)))
         return piece.bytes
 
     total, largest = (

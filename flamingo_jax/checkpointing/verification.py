@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 
 from flamingo_jax.checkpointing import manifest
 from flamingo_jax.checkpointing.manifest import Entry
-from flamingo_jax.cluster.link import Alone, Crew
+from flamingo_jax.distributed.process_group import ProcessGroup, SingleProcess
 from flamingo_jax.errors import UserError
 
 THREADS = min(4, os.cpu_count() or 1)
@@ -33,7 +33,7 @@ SETTLED_NS = 2_000_000_000
 SHA = hashlib.sha256().digest_size
 
 
-class Mark(NamedTuple):
+class FileStamp(NamedTuple):
     """What a file is known by without reading it; where none of it changes, its content does
     not.
     """
@@ -44,13 +44,13 @@ class Mark(NamedTuple):
     inode: int
 
 
-_known: dict[Mark, Entry] = {}
+_known: dict[FileStamp, Entry] = {}
 """What was hashed in this process, or by others for it: a start asks several times for a part.
 """
 
 
 @dataclasses.dataclass(frozen=True)
-class Peers:
+class ProcessExchange:
     """The processes of a run. gather: an array of each, of one shape, to all: [count, ...]."""
 
     index: int
@@ -58,7 +58,7 @@ class Peers:
     gather: Callable[[np.ndarray], np.ndarray]
 
     @classmethod
-    def here(cls) -> "Peers":
+    def here(cls) -> "ProcessExchange":
         gather = multihost_utils.process_allgather
         return cls(
             jax.process_index(), jax.process_count(), lambda array: np.asarray(gather(array))
@@ -68,50 +68,52 @@ class Peers:
 def entries(
     folder: pathlib.Path,
     names: Sequence[str],
-    crew: Crew | None = None,
-    peers: Peers | None = None,
+    process_group: ProcessGroup | None = None,
+    exchange: ProcessExchange | None = None,
 ) -> dict[str, Entry]:
     """Returns size and digest of files of a folder; every process of the run asks for the same.
 
     Raises: UserError where processes find different files or contents, OSError where one that
       is hashed here cannot be read.
     """
-    crew, peers = crew or Alone(), peers or Peers.here()
-    marks = {name: _mark(folder / name) for name in names}
-    told = np.concatenate([_sha(list(names)), _sha([mark[1:] for mark in marks.values()])])
-    known = all(mark in _known for mark in marks.values())
+    process_group, exchange = process_group or SingleProcess(), exchange or ProcessExchange.here()
+    stamps = {name: _stamp(folder / name) for name in names}
+    told = np.concatenate([_sha(list(names)), _sha([stamp[1:] for stamp in stamps.values()])])
+    known = all(stamp in _known for stamp in stamps.values())
     among = np.zeros((1, told.size), np.uint8)
-    if peers.count > 1:
-        crew.meet(f"what is known of {folder}")
-        gathered = peers.gather(np.append(told, np.uint8(known)))
+    if exchange.count > 1:
+        process_group.barrier(f"what is known of {folder}")
+        gathered = exchange.gather(np.append(told, np.uint8(known)))
         among, known = gathered[:, :-1], bool(gathered[:, -1].all())
         _require_equal(among[:, :SHA], folder, "other files")
     if known:
-        return {name: _known[mark] for name, mark in marks.items()}
-    same = np.flatnonzero((among == among[peers.index]).all(1)).tolist()
-    shares = share([mark.bytes for mark in marks.values()], len(same))
-    mine = [names[place] for place in shares[same.index(peers.index)]]
-    found = _hash(folder, mine, crew)
-    if peers.count > 1:
-        found = _exchange(folder, names, marks, found, crew, peers)
+        return {name: _known[stamp] for name, stamp in stamps.items()}
+    same = np.flatnonzero((among == among[exchange.index]).all(1)).tolist()
+    shares = partition_by_size([stamp.bytes for stamp in stamps.values()], len(same))
+    mine = [names[place] for place in shares[same.index(exchange.index)]]
+    found = _hash(folder, mine, process_group)
+    if exchange.count > 1:
+        found = _share_digests(folder, names, stamps, found, process_group, exchange)
     settled = time.time_ns() - SETTLED_NS
-    _known.update({m: found[n] for n, m in marks.items() if m.changed_ns < settled})
+    _known.update({m: found[n] for n, m in stamps.items() if m.changed_ns < settled})
     return found
 
 
-def verify(folder: pathlib.Path, listing: manifest.Manifest, crew: Crew | None = None) -> None:
+def verify(
+    folder: pathlib.Path, listing: manifest.Manifest, process_group: ProcessGroup | None = None
+) -> None:
     """Compares the files of a folder with its manifest, of which every byte is read once a run.
 
     Raises: DamageError for the first file whose size or content differs, as `entries` besides.
     """
     manifest.check_sizes(folder, listing)
-    found = entries(folder, list(listing.files), crew)
+    found = entries(folder, list(listing.files), process_group)
     for name, entry in listing.files.items():
         if found[name] != entry:
             raise manifest.DamageError(folder, name, "has other content than its manifest says")
 
 
-def share(sizes: Sequence[int], count: int) -> list[list[int]]:
+def partition_by_size(sizes: Sequence[int], count: int) -> list[list[int]]:
     """Deals files out, by their places, so that all of `count` get about as many bytes."""
     loads = [(0, member) for member in range(count)]
     dealt: list[list[int]] = [[] for _ in range(count)]
@@ -122,47 +124,51 @@ def share(sizes: Sequence[int], count: int) -> list[list[int]]:
     return dealt
 
 
-def _mark(file: pathlib.Path) -> Mark:
-    found = manifest.read_again(file.stat)
-    return Mark(str(file.absolute()), found.st_size, found.st_mtime_ns, found.st_ino)
+def _stamp(file: pathlib.Path) -> FileStamp:
+    found = manifest.retry_read(file.stat)
+    return FileStamp(str(file.absolute()), found.st_size, found.st_mtime_ns, found.st_ino)
 
 
 def _sha(value: object) -> np.ndarray:
     return np.frombuffer(hashlib.sha256(json.dumps(value).encode()).digest(), np.uint8)
 
 
-def _hash(folder: pathlib.Path, names: Sequence[str], crew: Crew) -> dict[str, Entry]:
+def _hash(
+    folder: pathlib.Path, names: Sequence[str], process_group: ProcessGroup
+) -> dict[str, Entry]:
     what = f"verifying {folder.name}"
-    crew.work(what)
+    process_group.report_progress(what)
     try:
         with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-            read = lambda name: manifest.entry(folder / name, lambda: crew.work(what))
+            read = lambda name: manifest.entry(
+                folder / name, lambda: process_group.report_progress(what)
+            )
             return dict(zip(names, pool.map(read, names), strict=True))
     finally:
-        crew.work("")
+        process_group.report_progress("")
 
 
-def _exchange(
+def _share_digests(
     folder: pathlib.Path,
     names: Sequence[str],
-    marks: dict[str, Mark],
+    stamps: dict[str, FileStamp],
     found: dict[str, Entry],
-    crew: Crew,
-    peers: Peers,
+    process_group: ProcessGroup,
+    exchange: ProcessExchange,
 ) -> dict[str, Entry]:
     """Tells the others what was hashed here, and completes it with what they did."""
     own = np.zeros((len(names), SHA), np.uint8)
     for place, name in enumerate(names):
         if name in found:
             own[place] = np.frombuffer(bytes.fromhex(found[name].sha256), np.uint8)
-    crew.meet(f"the digests of {folder}")
-    gathered = peers.gather(own)
+    process_group.barrier(f"the digests of {folder}")
+    gathered = exchange.gather(own)
     complete: dict[str, Entry] = {}
     for place, name in enumerate(names):
         hashed = gathered[:, place]
         hashed = hashed[hashed.any(1)]
         _require_equal(hashed, folder / name, "another content")
-        complete[name] = Entry(marks[name].bytes, hashed[0].tobytes().hex())
+        complete[name] = Entry(stamps[name].bytes, hashed[0].tobytes().hex())
     return complete
 
 

@@ -25,7 +25,7 @@ class Document:
     @classmethod
     def read(cls, file: pathlib.Path) -> "Document":
         try:
-            content = json.loads(manifest.read_again(file.read_bytes))
+            content = json.loads(manifest.retry_read(file.read_bytes))
         except FileNotFoundError:
             raise UserError(
                 f"there is no {file}: name the folder of a model as Hugging Face's transformers"

@@ -25,7 +25,7 @@ from flamingo_jax.checkpointing.tensors import (
     read_sharded,
 )
 from flamingo_jax.checkpointing.verification import entries
-from flamingo_jax.cluster.link import Crew
+from flamingo_jax.distributed.process_group import ProcessGroup
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import LanguageModelConfig
 from flamingo_jax.interop import content, language_models, vision_encoders
@@ -61,14 +61,14 @@ class Foreign:
     _sources: dict[str, tuple[Term, ...]] = dataclasses.field(repr=False)
     _stored: dict[str, Stored] = dataclasses.field(repr=False)
 
-    def digest(self, crew: Crew | None = None) -> str:
+    def digest(self, process_group: ProcessGroup | None = None) -> str:
         """SHA-256 over those of the config and of all files of tensors, which are read for it,
-        once for all processes of a run. crew: these; by default this one is alone.
+        once for all processes of a run. process_group: these; by default this one is alone.
         """
         files = {self.folder / CONFIG, *(tensor.file for tensor in self._stored.values())}
         names = sorted(file.relative_to(self.folder).as_posix() for file in files)
         try:
-            return manifest.digest_of(entries(self.folder, names, crew))
+            return manifest.digest_of(entries(self.folder, names, process_group))
         except OSError as error:
             raise manifest.unreadable(self.folder, error) from error
 
@@ -93,14 +93,14 @@ class Foreign:
         return found
 
     def read(
-        self, targets: Mapping[str, jax.ShapeDtypeStruct], crew: Crew | None = None
+        self, targets: Mapping[str, jax.ShapeDtypeStruct], process_group: ProcessGroup | None = None
     ) -> dict[str, jax.Array]:
         """The parameters of these stacked names, with the types and shardings of `targets`; how
         several processes share the reading, see `tensors.read_sharded`. Raises UserError where
         a file cannot be read.
         """
         title = f"reading {self.folder.name}"
-        return read_sharded(self._stored, self._sources, targets, title, crew)
+        return read_sharded(self._stored, self._sources, targets, title, process_group)
 
     def layers(self) -> Iterator[tuple[str, np.ndarray]]:
         """Every (per-layer name, array in its stored type), one at a time on the host."""

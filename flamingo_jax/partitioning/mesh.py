@@ -25,7 +25,7 @@ _CPU_THREADS = "64"
 _CPU_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler"
 
 
-def settle_cpu_devices(several_processes: bool = False) -> None:
+def configure_cpu_devices(several_processes: bool = False) -> None:
     """Keeps steps from waiting for themselves where CPUs stand in for several devices, of one
     process or of several; to be called before one is used.
 

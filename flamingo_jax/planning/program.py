@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from flamingo_jax.experiment import DatasetConfig, Experiment
+from flamingo_jax.partitioning.host_shard import HostShard
 from flamingo_jax.partitioning.mesh import ROWS, batch_shardings, check_batches
-from flamingo_jax.partitioning.share import Share
 from flamingo_jax.processing.jitter import FIELDS
 from flamingo_jax.tasks import stages
 from flamingo_jax.tasks.flops import Work, product_flops, step_cost
@@ -305,7 +305,7 @@ def _batch_shapes(
     if dataset.kind == "text":
         return batch
     visuals, size = (
-        Share.of(mesh).listed(rows, dataset.visuals),
+        HostShard.of(mesh).listed(rows, dataset.visuals),
         stages.model_config(experiment).vision.image_size,
     )
     return batch | {

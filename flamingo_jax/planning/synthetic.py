@@ -3,28 +3,33 @@
 import numpy as np
 
 from flamingo_jax.experiment import DatasetConfig, Experiment
-from flamingo_jax.partitioning.share import WHOLE, Share
+from flamingo_jax.partitioning.host_shard import WHOLE_BATCH, HostShard
 from flamingo_jax.processing.jitter import FIELDS
 from flamingo_jax.tasks import stages
 
 
-def full_batches(experiment: Experiment, share: Share = WHOLE) -> dict[str, dict[str, np.ndarray]]:
+def full_batches(
+    experiment: Experiment, host_shard: HostShard = WHOLE_BATCH
+) -> dict[str, dict[str, np.ndarray]]:
     """A process's share of a Flamingo's or language model's batches (the arrays of
     `data_pipelines.mixture`) of random tokens and pixels.
     """
     rng = np.random.default_rng(0)
     return {
-        name: _full_batch(experiment, dataset, share, rng)
+        name: _full_batch(experiment, dataset, host_shard, rng)
         for name, dataset in experiment.data.items()
     }
 
 
 def _full_batch(
-    experiment: Experiment, dataset: DatasetConfig, share: Share, rng: np.random.Generator
+    experiment: Experiment, dataset: DatasetConfig, host_shard: HostShard, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
     config = stages.model_config(experiment)
     length, places = dataset.length, dataset.visuals
-    shape, whole = (len(share.rows(dataset.batch_size)), length), np.arange(length, dtype=np.int32)
+    shape, whole = (
+        (len(host_shard.rows(dataset.batch_size)), length),
+        np.arange(length, dtype=np.int32),
+    )
     vocabulary = (config.language_model if experiment.task == "flamingo" else config).vocab_size
     batch = {
         "tokens": rng.integers(0, vocabulary, shape, dtype=np.int32),
@@ -34,11 +39,11 @@ def _full_batch(
     }
     if experiment.task != "flamingo" or dataset.kind == "text":
         return batch
-    size, listed = config.vision.image_size, share.visuals(dataset.batch_size, places)
+    size, listed = config.vision.image_size, host_shard.visuals(dataset.batch_size, places)
     return batch | {
         # Visuals stand evenly over the row, the first at its start.
         "media_index": np.broadcast_to(whole * places // length, shape).astype(np.int32),
-        "visuals": share.row_visuals(dataset.batch_size, places),
+        "visuals": host_shard.row_visuals(dataset.batch_size, places),
         "frame_mask": np.repeat(listed[:, None] >= 0, dataset.frames, axis=1),
         "images": rng.integers(
             0, 256, (len(listed), dataset.frames, size, size, 3), dtype=np.uint8

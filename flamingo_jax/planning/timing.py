@@ -10,8 +10,8 @@ import optax
 from jax.typing import DTypeLike
 
 from flamingo_jax.experiment import Experiment
+from flamingo_jax.partitioning.host_shard import HostShard
 from flamingo_jax.partitioning.mesh import check_batches, make_mesh
-from flamingo_jax.partitioning.share import Share
 from flamingo_jax.planning.synthetic import full_batches
 from flamingo_jax.tasks import stages
 from flamingo_jax.tasks.flops import Work, step_cost, work_in
@@ -65,7 +65,7 @@ def time_step(experiment: Experiment, *, steps: int = 10, trace: str = "") -> Ti
             setup.gradient_shardings,
             setup.schedule,
         )
-        made = full_batches(experiment, Share.of(mesh))
+        made = full_batches(experiment, HostShard.of(mesh))
         batches = {name: shard_batch(batch, mesh) for name, batch in made.items()}
         began = time.monotonic()
         compiled = compile_update(update, state, frozen, batches)

@@ -25,7 +25,7 @@ from flamingo_jax.processing.video_file import (
     decoded_frames,
     opened,
 )
-from flamingo_jax.storage import LASTING, read_again
+from flamingo_jax.storage import LASTING, read_with_retries
 
 MAX_FRAMES = 3_600
 """One hour at 1 fps."""
@@ -69,7 +69,9 @@ def read_film(
     where no frame can be read or frames have more than `max_pixels`; StorageError where the
     storage fails for long.
     """
-    film = read_again(lambda: _film(path, fps, resize, max_frames, max_pixels), path, LASTING)
+    film = read_with_retries(
+        lambda: _film(path, fps, resize, max_frames, max_pixels), path, LASTING
+    )
     if film.lost:
         logging.warning("%s is damaged: %s", path, ", ".join(dict.fromkeys(film.lost)))
     return film

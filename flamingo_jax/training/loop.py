@@ -15,9 +15,9 @@ import jax
 import optax
 
 from flamingo_jax.checkpointing.checkpoints import Checkpoints
-from flamingo_jax.cluster.link import Alone, Crew
 from flamingo_jax.configuring import from_json, to_json
 from flamingo_jax.dataset_identity import identities, require_same_datasets
+from flamingo_jax.distributed.process_group import ProcessGroup, SingleProcess
 from flamingo_jax.errors import NotLearnedError, UserError
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.partitioning.mesh import make_mesh
@@ -49,14 +49,14 @@ def train(
     held_out: Mapping[str, Iterable[HostBatch]],
     workdir: pathlib.Path,
     on_start: Callable[[], None] = lambda: None,
-    crew: Crew | None = None,
+    process_group: ProcessGroup | None = None,
     began: float | None = None,
 ) -> TrainResult:
     """Trains to `experiment.training.steps`, from the newest whole checkpoint in `workdir` if
     there is one.
 
     `on_start` is called once when everything fits, bases and checkpoint among it, before the
-    first file is written. crew: the run's processes; by default this one is alone. began:
+    first file is written. process_group: the run's processes; by default this one is alone. began:
     time.monotonic() when the command began, for goodput.
 
     Raises: UserError before any work for what does not fit; NotFiniteError when too many steps
@@ -69,7 +69,7 @@ def train(
             f"config.training.required_loss names {name!r}, which is no held-out dataset: add"
             " it to config.held_out or take it out"
         )
-    primary, team = jax.process_index() == 0, crew or Alone()
+    primary, team = jax.process_index() == 0, process_group or SingleProcess()
 
     log.info("mesh and model")
     mesh = make_mesh(experiment.mesh)
@@ -81,7 +81,7 @@ def train(
 
         log.info("state")
         keep = {"keep_last": training.keep_last, "keep_every": training.keep_every}
-        checkpoints = Checkpoints(workdir / "checkpoints", **keep, crew=team)
+        checkpoints = Checkpoints(workdir / "checkpoints", **keep, process_group=team)
         start = checkpoints.latest() or 0
         clock = {"seconds": 0.0, "starts": 0}
         if start:
@@ -113,7 +113,7 @@ def train(
 
         on_start()
         writer = MetricWriter(workdir, resume_step=start, enabled=primary)
-        prefetcher = Prefetcher(iterators, mesh, until=team.may_stop)
+        prefetcher = Prefetcher(iterators, mesh, until=team.stop_requested)
         buffer = MetricsBuffer(
             training.max_not_finite,
             list(iterators),
@@ -132,7 +132,7 @@ def train(
         @contextlib.contextmanager
         def spending(kind: str) -> Iterator[None]:
             """What is no step, told to whom it concerns."""
-            team.beat(step, kind, prefetcher.seconds_waiting)
+            team.heartbeat(step, kind, prefetcher.seconds_waiting)
             with goodput.spending(kind), buffer.paused():
                 yield
 
@@ -178,7 +178,7 @@ def train(
         with contextlib.ExitStack() as ending:
             # Called in reverse: a second signal still finds its handler while the last save
             # ends.
-            ending.enter_context(team.listening())
+            ending.enter_context(team.handling_signals())
             for part in (checkpoints, writer, goodput, prefetcher):
                 ending.callback(part.close)
             with Bar(
@@ -211,11 +211,11 @@ def train(
                                 log.info(
                                     "compiled the evaluation of %s%s", name, _memory_of(program)
                                 )
-                            team.meet("the first step")
+                            team.barrier("the first step")
                     with jax.transfer_guard("disallow"):
                         state, metrics = compiled(state, frozen, step_input.batches)
                     step, positions = step + 1, step_input.positions
-                    team.beat(step, "training", prefetcher.seconds_waiting)
+                    team.heartbeat(step, "training", prefetcher.seconds_waiting)
                     if buffer.is_line(step):
                         metrics["parameter_norm"] = parameter_norm(state.trainable)
                     write(buffer.add(step, metrics), bar)

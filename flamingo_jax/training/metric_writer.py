@@ -12,7 +12,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from flamingo_jax.checkpointing.manifest import read_again
+from flamingo_jax.checkpointing.manifest import retry_read
 
 FLUSH_SECONDS = 30.0
 """Between what TensorBoard is shown: its file is brought to the disk each time."""
@@ -108,7 +108,7 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     would be lost.
     """
     try:
-        text = read_again(path.read_text)
+        text = retry_read(path.read_text)
     except FileNotFoundError:
         return []
     lines = []

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from flamingo_jax.partitioning.host_shard import HostShard
 from flamingo_jax.partitioning.mesh import batch_shardings
-from flamingo_jax.partitioning.share import Share
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ HostBatch = dict[str, np.ndarray]
 
 
 class DataIterator(Protocol):
-    """What the loop asks of a dataset: endless batches of this process's `Share`, and a
+    """What the loop asks of a dataset: endless batches of this process's `HostShard`, and a
     JSON-able position.
     """
 
@@ -45,8 +45,8 @@ class StepInput(NamedTuple):
 
 
 def shard_batch(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
-    """Makes global arrays of what this process has read, its `Share` of the mesh."""
-    shardings, parts = batch_shardings(batch, mesh), Share.of(mesh).parts(batch)
+    """Makes global arrays of what this process has read, its `HostShard` of the mesh."""
+    shardings, parts = batch_shardings(batch, mesh), HostShard.of(mesh).parts(batch)
     return {
         name: jax.make_array_from_callback(
             parts[name].shape(array), shardings[name], functools.partial(parts[name].cut, array)

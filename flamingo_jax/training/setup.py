@@ -15,8 +15,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flamingo_jax.checkpointing.export import open_export
-from flamingo_jax.cluster.link import Alone, Crew
 from flamingo_jax.configuring import from_json, to_json
+from flamingo_jax.distributed.process_group import ProcessGroup, SingleProcess
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.interop.folders import Part, is_foreign, open_folder
@@ -69,8 +69,8 @@ class WeightSource(NamedTuple):
     folder: str
     tokenizer_file: pathlib.Path | None
     shapes: dict[str, tuple[int, ...]]
-    digest: Callable[[Crew], str]
-    read: Callable[[dict[str, jax.ShapeDtypeStruct], Crew], Parameters]
+    digest: Callable[[ProcessGroup], str]
+    read: Callable[[dict[str, jax.ShapeDtypeStruct], ProcessGroup], Parameters]
 
 
 def make_setup(experiment: Experiment, mesh: Mesh) -> TrainSetup:
@@ -132,9 +132,11 @@ def updates_per_step(experiment: Experiment) -> int:
     return len(experiment.data) if experiment.training.mixing == "round_robin" else 1
 
 
-def initialise(experiment: Experiment, setup: TrainSetup, crew: Crew | None = None) -> TrainState:
+def initialise(
+    experiment: Experiment, setup: TrainSetup, process_group: ProcessGroup | None = None
+) -> TrainState:
     """Makes a fresh state on the devices that hold it; frozen parts are not initialised.
-    Trained parts that an export has start from it. crew: as of `load_frozen`.
+    Trained parts that an export has start from it. process_group: as of `load_frozen`.
     """
 
     def make(key: jax.Array) -> TrainState:
@@ -151,24 +153,24 @@ def initialise(experiment: Experiment, setup: TrainSetup, crew: Crew | None = No
         wanted = {
             name: s for name, s in setup.trainable.items() if name.startswith(_prefix(part.name))
         }
-        found |= _read_part(_open_source(part), part, wanted, crew or Alone())
+        found |= _read_part(_open_source(part), part, wanted, process_group or SingleProcess())
     state = jax.jit(make, out_shardings=shardings)(jax.random.key(experiment.seed))
     return state._replace(trainable=state.trainable | found)
 
 
 def load_frozen(
-    experiment: Experiment, setup: TrainSetup, crew: Crew | None = None
+    experiment: Experiment, setup: TrainSetup, process_group: ProcessGroup | None = None
 ) -> tuple[Parameters, dict[str, dict[str, str]]]:
     """Reads the frozen parameters from the folders they come from to where they lie.
 
     Their bytes are checked once for all processes of the run, and each is read by as few as may
     be.
 
-    crew: the run's processes; by default this one is alone.
+    process_group: the run's processes; by default this one is alone.
 
     Returns: the parameters, and {part: {"folder", "digest"}} to hold a checkpoint to.
     """
-    crew = crew or Alone()
+    process_group = process_group or SingleProcess()
     frozen: Parameters = {}
     digests: dict[str, dict[str, str]] = {}
     for part in stages.frozen_parts(experiment):
@@ -180,18 +182,20 @@ def load_frozen(
             digests[part.name] = {"folder": "random", "digest": f"seed {experiment.seed}"}
             continue
         source = _open_source(part)
-        frozen |= _read_part(source, part, wanted, crew)
-        digests[part.name] = {"folder": part.folder, "digest": source.digest(crew)}
+        frozen |= _read_part(source, part, wanted, process_group)
+        digests[part.name] = {"folder": part.folder, "digest": source.digest(process_group)}
     return frozen, digests
 
 
-def load_encoder(experiment: Experiment, crew: Crew | None = None) -> FrozenEncoder:
-    """Loads the frozen vision encoder alone, on this process's devices. crew: as of
+def load_encoder(
+    experiment: Experiment, process_group: ProcessGroup | None = None
+) -> FrozenEncoder:
+    """Loads the frozen vision encoder alone, on this process's devices. process_group: as of
     `load_frozen`.
 
     Raises: UserError where there is none, or its export does not fit the config.
     """
-    crew = crew or Alone()
+    process_group = process_group or SingleProcess()
     if experiment.task != "flamingo":
         raise UserError(
             f"training.cache_features is on, but task {experiment.task!r} has no frozen"
@@ -222,7 +226,7 @@ def load_encoder(experiment: Experiment, crew: Crew | None = None) -> FrozenEnco
     }
     parameters = {
         name.removeprefix(prefix): value
-        for name, value in _read_part(source, part, wanted, crew).items()
+        for name, value in _read_part(source, part, wanted, process_group).items()
     }
 
     @functools.partial(jax.jit, in_shardings=(None, NamedSharding(mesh, PartitionSpec("data"))))
@@ -240,7 +244,7 @@ def load_encoder(experiment: Experiment, crew: Crew | None = None) -> FrozenEnco
     image = jax.ShapeDtypeStruct((mesh.size, config.image_size, config.image_size, 3), jnp.uint8)
     _, cells, channels = jax.eval_shape(features, parameters, image).shape
     fit = "" if config.image_fit == "pad" else f"_{config.image_fit}"
-    name = f"{source.digest(crew)[:16]}_{config.image_size}{fit}_{dtype.name}"
+    name = f"{source.digest(process_group)[:16]}_{config.image_size}{fit}_{dtype.name}"
     return FrozenEncoder(name, (cells, channels), np.dtype(dtype), encode)
 
 
@@ -296,10 +300,10 @@ def _open_source(part: stages.PretrainedPart) -> WeightSource:
     _require_equal(theirs, to_json(part.config), part)
     prefix = _prefix(place.parameters)
 
-    def read(targets: dict[str, jax.ShapeDtypeStruct], crew: Crew) -> Parameters:
-        export.verify(crew)
+    def read(targets: dict[str, jax.ShapeDtypeStruct], process_group: ProcessGroup) -> Parameters:
+        export.verify(process_group)
         within = {prefix + name: target for name, target in targets.items()}
-        found = export.read_sharded(within, crew)
+        found = export.read_sharded(within, process_group)
         return {name.removeprefix(prefix): value for name, value in found.items()}
 
     shapes = {
@@ -314,7 +318,7 @@ def _read_part(
     source: WeightSource,
     part: stages.PretrainedPart,
     wanted: Mapping[str, jax.ShapeDtypeStruct],
-    crew: Crew,
+    process_group: ProcessGroup,
 ) -> Parameters:
     """The wanted parameters by their names here, where they shall lie."""
     prefix = _prefix(part.name)
@@ -331,7 +335,7 @@ def _read_part(
     }
     return {
         prefix + name: _fitted(value, targets[name])
-        for name, value in source.read(stored, crew).items()
+        for name, value in source.read(stored, process_group).items()
     }
 
 

@@ -19,7 +19,7 @@ import pytest
 from flamingo_jax.checkpointing import checkpoints as checkpointing
 from flamingo_jax.checkpointing import manifest
 from flamingo_jax.checkpointing.checkpoints import Checkpoints, SaveError
-from flamingo_jax.cluster.link import Alone
+from flamingo_jax.distributed.process_group import SingleProcess
 from flamingo_jax.errors import EXIT_SAVE_FAILED, StorageError, UserError
 from tests.processes import one_device
 
@@ -279,7 +279,7 @@ def test_who_only_reads_changes_nothing_and_is_told_what_is_newer(
     assert Checkpoints(tmp_path / "nowhere", keep_last=1).newest() == (None, {})
 
 
-class Watched(Alone):
+class Watched(SingleProcess):
     """What is told of reads and writes, and where all meet."""
 
     def __init__(self) -> None:
@@ -289,7 +289,7 @@ class Watched(Alone):
     def work(self, what: str) -> None:
         self.told.append(what)
 
-    def meet(self, where: str) -> None:
+    def barrier(self, where: str) -> None:
         self.told.append(f"met: {where}")
 
 
@@ -298,7 +298,7 @@ def test_those_who_wait_are_told_that_it_gets_on(tmp_path: pathlib.Path) -> None
     by byte.
     """
     watched = Watched()
-    checkpoints = Checkpoints(tmp_path, keep_last=1, crew=watched)
+    checkpoints = Checkpoints(tmp_path, keep_last=1, process_group=watched)
     checkpoints.save(1, make_state(1), {})
     checkpoints.close()
     assert watched.told[0] == "saving step 1" and watched.told[-2:] == [
@@ -310,7 +310,7 @@ def test_those_who_wait_are_told_that_it_gets_on(tmp_path: pathlib.Path) -> None
     )
     assert watched.told.count("saving step 1") == 1 + files
     watched.told.clear()
-    assert Checkpoints(tmp_path, keep_last=1, crew=watched).latest() == 1
+    assert Checkpoints(tmp_path, keep_last=1, process_group=watched).latest() == 1
     assert watched.told == ["verifying step 1"] * (1 + files) + [""]
 
 
@@ -328,7 +328,9 @@ def test_no_collective_waits_for_the_one_that_reads(
         watched.told.append("broadcast")
         return np.asarray(value if index == 0 else sent)
 
-    checkpoints, again = (Checkpoints(tmp_path, keep_last=1, crew=watched) for _ in range(2))
+    checkpoints, again = (
+        Checkpoints(tmp_path, keep_last=1, process_group=watched) for _ in range(2)
+    )
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(checkpointing.multihost_utils, "broadcast_one_to_all", broadcast)
     checkpoints._primary = again._primary = index == 0

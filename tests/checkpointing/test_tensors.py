@@ -53,7 +53,7 @@ def stored(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> dict[str, ten
     return read_headers([folder / "a.safetensors"])
 
 
-@pytest.mark.parametrize("kind", ["HostShard", "DeviceShard"])
+@pytest.mark.parametrize("kind", ["HostBuffer", "DeviceBuffer"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("piece", [1, 200, 2**24])
 def test_forms_on_a_mesh(
@@ -66,7 +66,7 @@ def test_forms_on_a_mesh(
 ) -> None:
     """Two layers of a stack, every axis in turn over `model`, another over `fsdp`."""
     text, shape, target, expected = FORMS[form]
-    monkeypatch.setattr(tensors, "HostShard", getattr(tensors, kind))
+    monkeypatch.setattr(tensors, "HostBuffer", getattr(tensors, kind))
     monkeypatch.setattr(tensors, "PIECE", piece)
     monkeypatch.setattr(tensors, "TILE", (4, 3))
     layers = {f"t{n}": RNG.normal(size=shape).astype(np.float32) for n in range(2)}

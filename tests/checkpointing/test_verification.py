@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flamingo_jax.checkpointing import manifest, verification
-from flamingo_jax.checkpointing.verification import Peers, entries, share
+from flamingo_jax.checkpointing.verification import ProcessExchange, entries, partition_by_size
 from flamingo_jax.errors import UserError
 
 SIZES = [70_000, 10, 30_000, 20_000, 20_000, 0]
@@ -55,7 +55,9 @@ def ask(*folders: pathlib.Path) -> list[object]:
 
         names = sorted(file.name for file in folders[index].iterdir())
         try:
-            return entries(folders[index], names, peers=Peers(index, len(folders), gather))
+            return entries(
+                folders[index], names, exchange=ProcessExchange(index, len(folders), gather)
+            )
         except UserError as error:
             return str(error)
 
@@ -65,11 +67,11 @@ def ask(*folders: pathlib.Path) -> list[object]:
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_files_are_dealt_out_whole_and_evenly(count: int) -> None:
-    dealt = share(SIZES, count)
+    dealt = partition_by_size(SIZES, count)
     assert sorted(place for places in dealt for place in places) == list(range(len(SIZES)))
     # No one has more than another by more than its largest file.
     loads = [sum(SIZES[place] for place in places) for places in dealt]
-    assert max(loads) - min(loads) <= max(SIZES) and share(SIZES, count) == dealt
+    assert max(loads) - min(loads) <= max(SIZES) and partition_by_size(SIZES, count) == dealt
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

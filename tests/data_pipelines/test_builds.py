@@ -17,14 +17,14 @@ import pytest
 from data_pipelines.build.source import Dropped, Example, Outcome, Shares, record_id
 from data_pipelines.build.workers import DIED, WorkerPool
 from data_pipelines.build.writer import write_dataset
-from flamingo_jax import holder
+from flamingo_jax import folder_lock
 from flamingo_jax.errors import UserError
-from flamingo_jax.holder import PREFIX, HeldError, Holder, holding
+from flamingo_jax.folder_lock import PREFIX, FolderLock, FolderLockedError, lock_folder
 
 HOLD = """
 import pathlib, sys, time
-from flamingo_jax.holder import holding
-with holding(pathlib.Path(sys.argv[1]), "a build"):
+from flamingo_jax.folder_lock import holding
+with lock_folder(pathlib.Path(sys.argv[1]), "a build"):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -91,7 +91,10 @@ def test_a_holder_that_was_killed_holds_nothing(tmp_path: pathlib.Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(output)], stdout=subprocess.PIPE)
     try:
         assert other.stdout is not None and other.stdout.readline() == b"held\n"
-        with pytest.raises(UserError, match=f"process {other.pid} on"), holding(output, "a run"):
+        with (
+            pytest.raises(UserError, match=f"process {other.pid} on"),
+            lock_folder(output, "a run"),
+        ):
             raise AssertionError
     finally:
         other.kill()
@@ -108,7 +111,7 @@ def test_one_at_a_time_of_many_that_come_and_go(tmp_path: pathlib.Path) -> None:
     def work() -> None:
         while held[0] < 40:
             try:
-                with holding(tmp_path / "deep" / "out", "a run"):
+                with lock_folder(tmp_path / "deep" / "out", "a run"):
                     inside[0] += 1
                     most[0] = max(most[0], inside[0])
                     time.sleep(1e-4)
@@ -125,20 +128,20 @@ def test_one_at_a_time_of_many_that_come_and_go(tmp_path: pathlib.Path) -> None:
     assert most == [1] and held[0] >= 40
 
 
-def test_who_comes_while_another_lets_go_keeps_its_own_claim(
+def test_who_comes_while_another_lets_go_keeps_its_own_lease(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, newest = Holder(tmp_path, "a run"), holder._newest
+    first, newest = FolderLock(tmp_path, "a run"), folder_lock._newest
 
-    def after_release(folder: pathlib.Path) -> holder.Found | None:
+    def after_release(folder: pathlib.Path) -> folder_lock.LeaseFile | None:
         first.release()
-        monkeypatch.setattr(holder, "_newest", newest)
+        monkeypatch.setattr(folder_lock, "_newest", newest)
         return newest(folder)
 
-    monkeypatch.setattr(holder, "_newest", after_release)
-    second = Holder(tmp_path, "a build")
-    with pytest.raises(HeldError, match="a build"):
-        Holder(tmp_path, "a run")
+    monkeypatch.setattr(folder_lock, "_newest", after_release)
+    second = FolderLock(tmp_path, "a build")
+    with pytest.raises(FolderLockedError, match="a build"):
+        FolderLock(tmp_path, "a run")
     second.release()
     assert not list(tmp_path.iterdir())
 

@@ -33,7 +33,7 @@ from flamingo_jax.processing.tokenizer import Tokenizer
 from tests.data_pipelines.raw import ALL_TRAIN, colourful, film, huge_png, lines, read
 from tests.data_pipelines.test_mixture import tokenizer  # noqa: F401 - a fixture
 
-WHOLE = 12
+WHOLE_BATCH = 12
 NOT_UTF8 = b"caf\xe9 noir"
 
 
@@ -52,7 +52,8 @@ def flipped(data: bytes) -> bytes:
 def damaged() -> dict[str, tuple[bytes, bytes]]:
     """(image, caption) by name: whole ones, and one for each sort of damage."""
     whole = {
-        f"{number:02d}": (png(number), f"caption {number}".encode()) for number in range(WHOLE)
+        f"{number:02d}": (png(number), f"caption {number}".encode())
+        for number in range(WHOLE_BATCH)
     }
     hurt = {
         "truncated": png(20)[:-300],
@@ -114,7 +115,7 @@ def questions_folder(root: pathlib.Path) -> tuple[Source, dict[str, int]]:
 def video_folder(root: pathlib.Path) -> tuple[Source, dict[str, int]]:
     film(root / "00.avi", 2)
     whole = (root / "00.avi").read_bytes()
-    for number in range(1, WHOLE):
+    for number in range(1, WHOLE_BATCH):
         (root / f"{number:02d}.avi").write_bytes(whole)
     mp4 = root / "x.mp4"
     film(mp4, 2)
@@ -130,7 +131,7 @@ def video_folder(root: pathlib.Path) -> tuple[Source, dict[str, int]]:
         (root / name).write_bytes(data)
     told = [
         json.dumps({"video": f"{number:02d}.avi", "caption": "grey"}).encode()
-        for number in range(WHOLE)
+        for number in range(WHOLE_BATCH)
     ]
     told += [json.dumps({"video": name, "caption": "never seen"}).encode() for name in hurt]
     (root / "videos.jsonl").write_bytes(
@@ -341,7 +342,7 @@ def prepared(root: pathlib.Path) -> tuple[Source, dict[str, int]]:
 
 def plain_text(root: pathlib.Path) -> tuple[Source, dict[str, int]]:
     root.mkdir()
-    for number in range(WHOLE):
+    for number in range(WHOLE_BATCH):
         (root / f"{number:02d}.txt").write_text(f"text {number}")
     (root / "empty.txt").write_bytes(b"")
     (root / "latin.txt").write_bytes(NOT_UTF8)

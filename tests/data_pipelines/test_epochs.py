@@ -65,8 +65,8 @@ def test_the_end_of_an_epoch_is_the_same_resumed_and_shared_out(kind, tokenizer)
     resumed.close()
     group = processes((4, 1, 2), 4)
     parts = [
-        take(iterator("contrastive", kind, tokenizer, share=share, **options), 12)
-        for share in group.shares
+        take(iterator("contrastive", kind, tokenizer, host_shard=host_shard, **options), 12)
+        for host_shard in group.shares
     ]
     for step, batch in enumerate(one):
         same(in_lists(batch, group), group.assembled([part[step] for part in parts]))

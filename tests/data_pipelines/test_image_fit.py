@@ -59,5 +59,7 @@ def test_all_that_reads_an_image_makes_the_same_square(fit: images.Fit) -> None:
     visual = read_visual([wide()], FlamingoConfig(vision=vision), "a")
     np.testing.assert_array_equal(visual.frames[0], expected)
     experiment = Experiment(flamingo=FlamingoConfig(vision=vision))
-    given = inputs._options(experiment, TOKENIZER, None, dataclasses.replace(inputs.WHOLE), None)
+    given = inputs._options(
+        experiment, TOKENIZER, None, dataclasses.replace(inputs.WHOLE_BATCH), None
+    )
     assert given["image_fit"] == fit

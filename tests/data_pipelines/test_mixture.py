@@ -24,8 +24,8 @@ from flamingo_jax.evaluation.examples import Example
 from flamingo_jax.evaluation.prompts import QUESTION, few_shot
 from flamingo_jax.experiment import DatasetConfig
 from flamingo_jax.inference.prompts import Visual, tokenise
+from flamingo_jax.partitioning.host_shard import WHOLE_BATCH, HostShard
 from flamingo_jax.partitioning.mesh import BY_VISUAL
-from flamingo_jax.partitioning.share import WHOLE, Share
 from flamingo_jax.processing import images
 from flamingo_jax.processing.tokenizer import SentencePieceTokenizer, Tokenizer
 from flamingo_jax.tasks.flamingo import without_failed
@@ -161,7 +161,7 @@ def iterator(
     source=None,
     readers=None,
     seed=3,
-    share=WHOLE,
+    host_shard=WHOLE_BATCH,
     cache_bytes=1 << 20,
     name="",
     **changes,
@@ -173,7 +173,7 @@ def iterator(
         image_size=SIZE,
         mean=MEAN,
         seed=seed,
-        share=share,
+        host_shard=host_shard,
         text_length=24,
         source=SOURCES[kind] if source is None else source,
         readers=readers,
@@ -233,13 +233,13 @@ def test_the_same_batches_on_any_number_of_processes_threaded_or_not(task, kind,
                     kind,
                     tokenizer,
                     source=source,
-                    share=share,
+                    host_shard=host_shard,
                     readers=READERS,
                     cache_bytes=0,
                 ),
                 8,
             )
-            for share in group.shares
+            for host_shard in group.shares
         ]
         for step, batch in enumerate(one):
             same(in_lists(batch, group), group.assembled([part[step] for part in parts]))
@@ -256,9 +256,15 @@ def test_the_same_augmentation_on_any_number_of_processes_and_after_a_resume(tas
     one = take(iterator(task, kind, tokenizer, **options), 8)
     for shape, count, seed in GROUPS:
         group, parts = processes(shape, count, seed), []
-        for share in group.shares:
+        for host_shard in group.shares:
             it = iterator(
-                task, kind, tokenizer, share=share, readers=READERS, cache_bytes=0, **options
+                task,
+                kind,
+                tokenizer,
+                host_shard=host_shard,
+                readers=READERS,
+                cache_bytes=0,
+                **options,
             )
             it.set_state({"global_next_index": 5 * CONFIGS[kind].batch_size})
             parts.append(take(it, 3))
@@ -276,13 +282,13 @@ def test_a_process_decodes_the_images_of_its_own_devices_alone(tokenizer, monkey
         lambda data, size, **options: met.append(data) or decode(data, size, **options),
     )
 
-    def decoded(share):
+    def decoded(host_shard):
         met.clear()
-        take(iterator("flamingo", "pages", tokenizer, share=share, cache_bytes=0), 1)
+        take(iterator("flamingo", "pages", tokenizer, host_shard=host_shard, cache_bytes=0), 1)
         return sorted(met)
 
-    whole = decoded(WHOLE)
-    each = [decoded(share) for share in processes((1, 2, 4), 4).shares]
+    whole = decoded(WHOLE_BATCH)
+    each = [decoded(host_shard) for host_shard in processes((1, 2, 4), 4).shares]
     assert sorted(itertools.chain(*each)) == whole and max(map(len, each)) <= len(whole) / 2
 
 
@@ -291,7 +297,7 @@ def test_a_process_decodes_the_images_of_its_own_devices_alone(tokenizer, monkey
 def test_an_interrupted_run_goes_on_with_the_same_batches(task, kind, stop, tokenizer):
     whole = take(iterator(task, kind, tokenizer), 9)
     began = iterator(
-        task, kind, tokenizer, readers=READERS, share=processes((4, 1, 2), 4).shares[1]
+        task, kind, tokenizer, readers=READERS, host_shard=processes((4, 1, 2), 4).shares[1]
     )
     for _ in range(stop):
         next(began)
@@ -780,7 +786,7 @@ def test_the_share_of_bad_images_is_that_of_those_a_process_reads(tokenizer):
         "flamingo", "pairs", tokenizer, source=broken(pairs(200), bad), batch_size=1, visuals=4
     ).summary()["rows"]
     seen, failed = [], set()
-    for share in processes((1, 1, 8), 4).shares:
+    for host_shard in processes((1, 1, 8), 4).shares:
         it = iterator(
             "flamingo",
             "pairs",
@@ -788,7 +794,7 @@ def test_the_share_of_bad_images_is_that_of_those_a_process_reads(tokenizer):
             source=broken(pairs(200), bad),
             batch_size=2,
             visuals=4,
-            share=share,
+            host_shard=host_shard,
         )
         take(it, rows // 2)
         seen.append(it._rows._failures.seen)
@@ -835,19 +841,19 @@ def test_cut_contrastive_captions_are_counted_once_each(tokenizer):
 @pytest.mark.parametrize("task, kind", CASES)
 def test_held_out_batches_are_fixed(task, kind, tokenizer):
     config = dataclasses.replace(CONFIGS[kind], batch_size=2)
-    make = lambda share: held_out(  # noqa: E731
+    make = lambda host_shard: held_out(  # noqa: E731
         config,
         tokenizer=tokenizer,
         task=task,
         batches=2,
         image_size=SIZE,
         mean=MEAN,
-        share=share,
+        host_shard=host_shard,
         text_length=24,
         source=SOURCES[kind],
     )
     group = processes((2, 1, 4), 4)
-    one, parts = make(WHOLE), [make(share) for share in group.shares]
+    one, parts = make(WHOLE_BATCH), [make(host_shard) for host_shard in group.shares]
     assert len(one) == 2
     for step, batch in enumerate(one):
         same(in_lists(batch, group), group.assembled([part[step] for part in parts]))
@@ -869,7 +875,7 @@ def test_bad_configs_are_refused(tokenizer, tmp_path):
     with pytest.raises(UserError, match="kind text or questions"):
         iterator("language_modelling", "pairs", tokenizer)
     with pytest.raises(UserError, match="3 data shards"):
-        iterator("flamingo", "pairs", tokenizer, share=Share(row_shards=3))
+        iterator("flamingo", "pairs", tokenizer, host_shard=HostShard(row_shards=3))
     with pytest.raises(UserError, match="is empty"):
         iterator("flamingo", "pairs", tokenizer, source=[])
     with pytest.raises(UserError, match="no room for a caption"):

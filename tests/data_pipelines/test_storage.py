@@ -126,7 +126,7 @@ def test_reading_again_waits_longer_each_time_and_ends(monkeypatch):
             raise made
         return made
 
-    assert storage.read_again(read, "it") == b"data" and waited == list(storage.WAITS[:2])
+    assert storage.read_with_retries(read, "it") == b"data" and waited == list(storage.WAITS[:2])
     waited.clear()
 
     def fail():
@@ -138,17 +138,19 @@ def test_reading_again_waits_longer_each_time_and_ends(monkeypatch):
             r"it could not be read 5 times over 10.6 s \(Input/output error\): mend the storage"
         ),
     ) as caught:
-        storage.read_again(fail, "it")
+        storage.read_with_retries(fail, "it")
     assert (
         caught.value.exit_code == EXIT_SAVE_FAILED
         and waited == list(storage.WAITS) == sorted(waited)
         and sum(waited) < 30
     )
     with pytest.raises(StorageError, match="ulimit -n"):
-        storage.read_again(lambda: (_ for _ in ()).throw(OSError(errno.EMFILE, "too many")), "it")
+        storage.read_with_retries(
+            lambda: (_ for _ in ()).throw(OSError(errno.EMFILE, "too many")), "it"
+        )
     waited.clear()
     with pytest.raises(ValueError, match="wrong"):
-        storage.read_again(lambda: (_ for _ in ()).throw(ValueError("wrong")), "it")
+        storage.read_with_retries(lambda: (_ for _ in ()).throw(ValueError("wrong")), "it")
     assert not waited
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from flamingo_jax.checkpointing import manifest
 from flamingo_jax.errors import EXIT_LOST, EXIT_PREEMPTED
-from tests.multi_process.crew import Crew, last_step, losses, run, saved
+from tests.multi_process.run_processes import RunProcesses, last_step, losses, run, saved
 
 TIMES = 10
 SET_TIME = 20.0
@@ -61,11 +61,11 @@ def require_same_losses(config: str, workdir: pathlib.Path) -> None:
 def test_sigterm_stops_all_at_one_step(config: str, tmp_path: pathlib.Path) -> None:
     chance, workdir, before = random.Random(0), tmp_path / "run", 0
     for _ in range(TIMES):
-        with Crew(2, config, workdir, *ENDLESS) as crew:
-            crew.wait_for(before + chance.randint(1, 4))
+        with RunProcesses(2, config, workdir, *ENDLESS) as started:
+            started.wait_for(before + chance.randint(1, 4))
             time.sleep(chance.random())
-            crew.processes[chance.randrange(2)].send_signal(signal.SIGTERM)
-            ended = crew.finish()
+            started.processes[chance.randrange(2)].send_signal(signal.SIGTERM)
+            ended = started.finish()
         assert ended.codes == [EXIT_PREEMPTED] * 2, ended.logs
         stopped = last_step(workdir)
         assert stopped > before and saved(workdir)[-1] == stopped
@@ -85,18 +85,18 @@ def test_sigkill_ends_the_others_in_time(
     chance, workdir, slowest = random.Random(whole_host), tmp_path / "run", 0.0
     for _ in range(TIMES // 2):
         before = max(saved(workdir), default=0)
-        with Crew(2, config, workdir, *ENDLESS) as crew:
+        with RunProcesses(2, config, workdir, *ENDLESS) as started:
             while last_step(workdir) > before:
                 # Lines behind the checkpoint are cut away when the run starts.
                 time.sleep(0.01)
-            crew.wait_for(before + chance.randint(6, 9))
+            started.wait_for(before + chance.randint(6, 9))
             victim = chance.randrange(2)
-            child = crew.child(victim)
+            child = started.child(victim)
             began = time.monotonic()
             if whole_host:
-                os.kill(crew.processes[victim].pid, signal.SIGKILL)
+                os.kill(started.processes[victim].pid, signal.SIGKILL)
             os.kill(child, signal.SIGKILL)
-            ended = crew.finish(seconds=60)
+            ended = started.finish(seconds=60)
             slowest = max(slowest, time.monotonic() - began)
         assert ended.codes[1 - victim] == EXIT_LOST, ended.logs
         assert ended.codes[victim] == (-signal.SIGKILL if whole_host else EXIT_LOST)
@@ -117,18 +117,18 @@ def test_sigkill_during_a_save_leaves_it_whole_or_absent(
     chance, workdir, unfinished = random.Random(2), tmp_path / "run", 0
     for _ in range(TIMES):
         left = begun(workdir)
-        with Crew(2, config, workdir, *ENDLESS) as crew:
+        with RunProcesses(2, config, workdir, *ENDLESS) as started:
             victim = chance.randrange(2)
             deadline = time.monotonic() + 300
             while not begun(workdir) - left:
                 assert time.monotonic() < deadline and all(
-                    process.poll() is None for process in crew.processes
-                ), crew.logs()
+                    process.poll() is None for process in started.processes
+                ), started.logs()
             time.sleep(chance.random() * 0.3)
-            child = crew.child(victim)
-            os.kill(crew.processes[victim].pid, signal.SIGKILL)
+            child = started.child(victim)
+            os.kill(started.processes[victim].pid, signal.SIGKILL)
             os.kill(child, signal.SIGKILL)
-            ended = crew.finish(seconds=60)
+            ended = started.finish(seconds=60)
         assert ended.codes[1 - victim] == EXIT_LOST, ended.logs
         unfinished += bool(begun(workdir))
         require_whole(workdir)

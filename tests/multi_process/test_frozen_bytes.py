@@ -20,7 +20,7 @@ from flamingo_jax.experiment import LanguageModelConfig
 from flamingo_jax.models.language_model import LanguageModel
 from flamingo_jax.models.vision import vision_encoder
 from flamingo_jax.pytrees import to_flat
-from tests.multi_process.crew import ROOT, free_port, run
+from tests.multi_process.run_processes import ROOT, free_port, run
 from tests.processes import one_device
 from tests.training import world
 

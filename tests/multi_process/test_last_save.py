@@ -8,7 +8,7 @@ import time
 import pytest
 
 from flamingo_jax.errors import EXIT_LOST, EXIT_PREEMPTED
-from tests.multi_process.crew import last_step, saved, slow_crew
+from tests.multi_process.run_processes import last_step, saved, slow_run
 
 pytestmark = pytest.mark.scale
 STEPS = 4
@@ -20,8 +20,8 @@ def config(data: pathlib.Path) -> str:
 
 
 def finished(config: str, workdir: pathlib.Path, seconds: float, patch: pytest.MonkeyPatch) -> None:
-    with slow_crew(config, workdir, seconds, patch, f"--config.training.steps={STEPS}") as crew:
-        ended = crew.finish()
+    with slow_run(config, workdir, seconds, patch, f"--config.training.steps={STEPS}") as started:
+        ended = started.finish()
     assert ended.codes == [0, 0], ended.logs
     assert saved(workdir) == [STEPS] and ended.sentences() == [[], []], ended.logs
 
@@ -29,10 +29,10 @@ def finished(config: str, workdir: pathlib.Path, seconds: float, patch: pytest.M
 def preempted(
     config: str, workdir: pathlib.Path, seconds: float, patch: pytest.MonkeyPatch
 ) -> None:
-    with slow_crew(config, workdir, seconds, patch, "--config.training.steps=100000") as crew:
-        crew.wait_for(2)
-        crew.processes[1].send_signal(signal.SIGTERM)
-        ended = crew.finish()
+    with slow_run(config, workdir, seconds, patch, "--config.training.steps=100000") as started:
+        started.wait_for(2)
+        started.processes[1].send_signal(signal.SIGTERM)
+        ended = started.finish()
     assert ended.codes == [EXIT_PREEMPTED] * 2, ended.logs
     assert saved(workdir) == [last_step(workdir)] and ended.sentences() == [[], []], ended.logs
 
@@ -58,8 +58,8 @@ def test_who_has_prepared_its_part_does_not_end_the_others(
     config: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SECONDS_TO_PLAN", "20")
-    with slow_crew(config, tmp_path / "run", 0, monkeypatch, "--prepare") as crew:
-        ended = crew.finish()
+    with slow_run(config, tmp_path / "run", 0, monkeypatch, "--prepare") as started:
+        ended = started.finish()
     assert ended.codes == [0, 0] and all("all is prepared" in log for log in ended.logs), ended.logs
 
 
@@ -67,13 +67,13 @@ def test_a_save_that_is_all_but_digested_outlives_the_death_of_another_process(
     config: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workdir = tmp_path / "run"
-    with slow_crew(config, workdir, 3, monkeypatch, f"--config.training.steps={STEPS}") as crew:
-        crew.wait_for(STEPS)
+    with slow_run(config, workdir, 3, monkeypatch, f"--config.training.steps={STEPS}") as started:
+        started.wait_for(STEPS)
         deadline = time.monotonic() + 60
         while not (workdir / "checkpoints" / str(STEPS) / "state").exists():
-            assert time.monotonic() < deadline, crew.logs()
+            assert time.monotonic() < deadline, started.logs()
             time.sleep(0.05)
-        os.kill(crew.child(1), signal.SIGKILL)
-        ended = crew.finish(seconds=60)
+        os.kill(started.child(1), signal.SIGKILL)
+        ended = started.finish(seconds=60)
     assert ended.codes == [EXIT_LOST] * 2, ended.logs
     assert saved(workdir) == [STEPS]

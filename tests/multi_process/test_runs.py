@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from tests.multi_process.crew import losses, run
+from tests.multi_process.run_processes import losses, run
 
 DEVICES = 4
 """Of every run, whatever its processes."""

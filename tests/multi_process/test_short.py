@@ -8,10 +8,10 @@ import time
 import numpy as np
 import pytest
 
-from flamingo_jax.cluster.supervisor import GRACE_SECONDS
+from flamingo_jax.distributed.supervisor import GRACE_SECONDS
 from flamingo_jax.errors import EXIT_BAD_INPUT, EXIT_LOST, EXIT_PREEMPTED
 from flamingo_jax.training.metric_writer import read_lines
-from tests.multi_process.crew import Crew, last_step, losses, run, saved, slow_crew
+from tests.multi_process.run_processes import RunProcesses, last_step, losses, run, saved, slow_run
 
 QUICK = ("--config.training.save_every=2",)
 
@@ -24,10 +24,10 @@ def test_two_processes_stop_at_one_step_and_one_process_goes_on_with_the_same_lo
     """
     config = f"tests/end_to_end/small.py:language_model,{data}"
     endless = "--config.training.steps=100000"
-    with slow_crew(config, tmp_path / "run", 3 + GRACE_SECONDS + 2, monkeypatch, endless) as crew:
-        crew.wait_for(3)
-        crew.processes[1].send_signal(signal.SIGTERM)
-        ended = crew.finish()
+    with slow_run(config, tmp_path / "run", 3 + GRACE_SECONDS + 2, monkeypatch, endless) as started:
+        started.wait_for(3)
+        started.processes[1].send_signal(signal.SIGTERM)
+        ended = started.finish()
     assert ended.codes == [EXIT_PREEMPTED] * 2, ended.logs
     stopped = last_step(tmp_path / "run")
     assert saved(tmp_path / "run") == [stopped]
@@ -48,15 +48,17 @@ def test_a_killed_process_ends_the_other_with_its_name(
     data: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     config = f"tests/end_to_end/small.py:language_model,{data}"
-    with Crew(2, config, tmp_path / "run", "--config.training.steps=100000", *QUICK) as crew:
-        crew.wait_for(5)
-        with Crew(1, config, tmp_path / "run", logs=tmp_path.parent) as second:
+    with RunProcesses(
+        2, config, tmp_path / "run", "--config.training.steps=100000", *QUICK
+    ) as started:
+        started.wait_for(5)
+        with RunProcesses(1, config, tmp_path / "run", logs=tmp_path.parent) as second:
             refused = second.finish()
         assert refused.codes == [EXIT_BAD_INPUT]
-        assert f"is held by a run (process {crew.processes[0].pid} on " in refused.logs[0]
-        os.kill(crew.child(0), signal.SIGKILL)
+        assert f"is held by a run (process {started.processes[0].pid} on " in refused.logs[0]
+        os.kill(started.child(0), signal.SIGKILL)
         began = time.monotonic()
-        ended = crew.finish(seconds=30)
+        ended = started.finish(seconds=30)
     assert time.monotonic() - began < 20
     assert ended.codes == [EXIT_LOST] * 2
     for told in ended.sentences():
@@ -68,10 +70,10 @@ def test_another_config_is_refused_before_anything_is_written(
     data: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     config = f"tests/end_to_end/small.py:language_model,{data}"
-    with Crew(
+    with RunProcesses(
         2, config, tmp_path / "run", extra=[(), ("--config.optimizer.learning_rate=0.5",)]
-    ) as crew:
-        ended = crew.finish()
+    ) as started:
+        ended = started.finish()
     assert ended.codes == [EXIT_BAD_INPUT] * 2
     for told in ended.sentences():
         assert (
@@ -84,9 +86,9 @@ def test_another_config_is_refused_before_anything_is_written(
 
 def test_a_process_that_does_not_come_is_named(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = f"tests/end_to_end/small.py:language_model,{data}"
-    with Crew(2, config, tmp_path / "run", "--start_timeout=12") as crew:
-        crew.processes[1].kill()
-        ended = crew.finish()
+    with RunProcesses(2, config, tmp_path / "run", "--start_timeout=12") as started:
+        started.processes[1].kill()
+        ended = started.finish()
     assert ended.codes[0] == 69
     ((told,),) = ended.sentences()[:1]
     assert "process 1 of 2" in told

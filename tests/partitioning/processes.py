@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from flamingo_jax.experiment import MeshConfig
+from flamingo_jax.partitioning.host_shard import HostShard
 from flamingo_jax.partitioning.mesh import AXES, batch_shardings, make_mesh
-from flamingo_jax.partitioning.share import Share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Processes(NamedTuple):
 
     mesh: Mesh
     process_of: dict[jax.Device, int]
-    shares: list[Share]
+    shares: list[HostShard]
 
     def assembled(self, batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """The global arrays of which every process holds its batch.
@@ -40,8 +40,8 @@ class Processes(NamedTuple):
         found = {}
         for name, sharding in batch_shardings(batches[0], self.mesh).items():
             parts = [
-                share.parts(dict(batch))[name]
-                for share, batch in zip(self.shares, batches, strict=True)
+                host_shard.parts(dict(batch))[name]
+                for host_shard, batch in zip(self.shares, batches, strict=True)
             ]
             (shape,) = {part.shape(batch[name]) for part, batch in zip(parts, batches, strict=True)}
             whole, filled = np.zeros(shape, batches[0][name].dtype), np.zeros(shape[0], bool)
@@ -71,4 +71,4 @@ def processes(shape: tuple[int, int, int], count: int, seed: int | None = None) 
         fakes[place] = FakeDevice(mesh.devices[place].id, int(process))
     fake = Mesh(fakes, AXES, axis_types=(AxisType.Auto,) * 3)
     process_of = {device: int(owner[place]) for place, device in np.ndenumerate(mesh.devices)}
-    return Processes(mesh, process_of, [Share.of(fake, process) for process in range(count)])
+    return Processes(mesh, process_of, [HostShard.of(fake, process) for process in range(count)])

@@ -9,8 +9,8 @@ from tests.processes import one_device
 
 SAY = """
 import os, sys, jax
-from flamingo_jax.partitioning.mesh import settle_cpu_devices
-settle_cpu_devices(len(sys.argv) > 1)
+from flamingo_jax.partitioning.mesh import configure_cpu_devices
+configure_cpu_devices(len(sys.argv) > 1)
 print(os.environ.get("NPROC"), os.environ.get("XLA_FLAGS"), jax.device_count())
 """
 ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler"

@@ -6,8 +6,8 @@ import pytest
 from configs.benchmark import experiment_of
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import MeshConfig
+from flamingo_jax.partitioning.host_shard import HostShard
 from flamingo_jax.partitioning.mesh import make_mesh
-from flamingo_jax.partitioning.share import Share
 from flamingo_jax.planning.counts import count_parameters
 from flamingo_jax.planning.program import batch_shapes, full_work
 from flamingo_jax.planning.synthetic import full_batches
@@ -59,7 +59,7 @@ def test_batches_are_full_and_of_the_shapes_that_plans_compile(
         experiment_of(SIZES if shape[2] == 1 else SIZES.replace("8x3x12", "4x3x12")),
         make_mesh(MeshConfig(*shape)),
     )
-    batches = full_batches(experiment, Share.of(mesh))
+    batches = full_batches(experiment, HostShard.of(mesh))
     assert work_in(batches.values()) == full_work(experiment)
     assert batches["m3w"]["images"].shape[0] == (24 if shape[2] == 1 else 16)
     planned = batch_shapes(experiment, mesh)

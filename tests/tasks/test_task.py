@@ -14,8 +14,8 @@ from flamingo_jax.experiment import (
     VisionConfig,
 )
 from flamingo_jax.models.flamingo import Flamingo
+from flamingo_jax.partitioning.host_shard import HostShard
 from flamingo_jax.partitioning.mesh import make_mesh
-from flamingo_jax.partitioning.share import Share
 from flamingo_jax.tasks.flamingo import FlamingoTask, in_rows, without_failed
 from flamingo_jax.tasks.language_modelling import LanguageModellingTask
 from flamingo_jax.tasks.task import Loss, target_mask, token_loss
@@ -285,9 +285,9 @@ def test_losses_and_gradients_are_those_of_rows_made_without_it(form: str, reduc
 def test_lists_filled_up_for_the_mesh_are_those_of_rows(shape: tuple[int, int, int]) -> None:
     """Three visuals a row shard, or six, over two devices or four."""
     mesh = make_mesh(MeshConfig(*shape))
-    share = Share.of(mesh)
+    host_shard = HostShard.of(mesh)
     real = np.random.default_rng(0).integers(0, 256, (12, 2, 4), np.uint8)
-    listed = share.visuals(4, 3)
+    listed = host_shard.visuals(4, 3)
     assert (listed < 0).any()
     mask = np.array(real[..., 0] > 100)
     batch = {

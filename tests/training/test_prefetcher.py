@@ -12,8 +12,8 @@ import pytest
 from data_pipelines.mixture import BatchIterator
 from data_pipelines.readers import PendingBatch, Readers
 from flamingo_jax.experiment import MeshConfig
+from flamingo_jax.partitioning.host_shard import WHOLE_BATCH
 from flamingo_jax.partitioning.mesh import make_mesh
-from flamingo_jax.partitioning.share import WHOLE
 from flamingo_jax.training import prefetcher
 
 
@@ -82,7 +82,7 @@ def test_a_signal_ends_a_wait_for_storage() -> None:
 def test_an_iterator_of_batches_is_closed_though_its_threads_are_stuck() -> None:
     stuck = Stuck()
     readers = Readers(1)
-    batches = BatchIterator(stuck, 4, WHOLE, readers)  # type: ignore[arg-type]
+    batches = BatchIterator(stuck, 4, WHOLE_BATCH, readers)  # type: ignore[arg-type]
     next(batches)
     stuck.asked.wait(10)
     began = time.monotonic()

@@ -35,7 +35,7 @@ class Ended(NamedTuple):
         ]
 
 
-class Crew:
+class RunProcesses:
     """The processes of one start. commands, extra: what each runs and its further flags, where
     they are not the same; logs: where they are written, by default beside the workdir.
     """
@@ -84,7 +84,7 @@ class Crew:
                 subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log, text=True)
             )
 
-    def __enter__(self) -> "Crew":
+    def __enter__(self) -> "RunProcesses":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -130,26 +130,26 @@ class Crew:
         return int(child)
 
 
-def slow_crew(
+def slow_run(
     config: str,
     workdir: pathlib.Path,
     seconds: float,
     patch: pytest.MonkeyPatch,
     *overrides: str,
-) -> Crew:
+) -> RunProcesses:
     """Two processes, the first of which takes so long to digest each of its saves, which is
     longer than one may be silent.
     """
     patch.setenv("SECONDS_A_SAVE", str(seconds))
     slow = (str(pathlib.Path(__file__).with_name("slow_save.py")),)
     flags = ("--config.training.save_every=100000", "--lost_after=3", *overrides)
-    return Crew(2, config, workdir, *flags, commands=[slow, MODULE])
+    return RunProcesses(2, config, workdir, *flags, commands=[slow, MODULE])
 
 
 def run(count: int, config: str, workdir: pathlib.Path, *overrides: str, devices: int = 2) -> Ended:
     """A start that should end well."""
-    with Crew(count, config, workdir, *overrides, devices=devices) as crew:
-        ended = crew.finish()
+    with RunProcesses(count, config, workdir, *overrides, devices=devices) as started:
+        ended = started.finish()
     assert ended.codes == [0] * count, "\n=====\n".join(ended.logs)
     return ended
 

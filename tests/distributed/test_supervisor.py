@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from flamingo_jax.cluster import supervisor
-from flamingo_jax.cluster.line import Line, Message
-from flamingo_jax.cluster.place import Place
-from flamingo_jax.cluster.register import Limits
+from flamingo_jax.distributed import supervisor
+from flamingo_jax.distributed.coordinator import Timeouts
+from flamingo_jax.distributed.json_socket import JsonSocket, Message
+from flamingo_jax.distributed.process_info import ProcessInfo
 from flamingo_jax.errors import EXIT_LOST
 
 
@@ -36,14 +36,14 @@ def test_storage_that_does_not_answer_leaves_it_heard(
         answer.wait()
         return ""
 
-    monkeypatch.setattr(supervisor, "_probe", stuck)
-    monkeypatch.setattr(supervisor, "BEAT_EVERY", 0.05)
+    monkeypatch.setattr(supervisor, "_check_storage", stuck)
+    monkeypatch.setattr(supervisor, "HEARTBEAT_EVERY", 0.05)
     heard: list[tuple[bool, Message]] = []
     with socket.create_server(("localhost", 0)) as server:
 
         def desk() -> None:
-            line = Line(server.accept()[0])
-            line.send({"probe": "write"})
+            line = JsonSocket(server.accept()[0])
+            line.send({"check_storage": "write"})
             asked.wait(10)
             for seconds in (0.5, 0.5):
                 until = time.monotonic() + seconds
@@ -55,11 +55,13 @@ def test_storage_that_does_not_answer_leaves_it_heard(
 
         thread = threading.Thread(target=desk)
         thread.start()
-        place = Place(1, 2, f"localhost:{server.getsockname()[1] - 1}")
+        process_info = ProcessInfo(1, 2, f"localhost:{server.getsockname()[1] - 1}")
         sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
-        code = supervisor.supervise(place, Limits(start=30, lost=20, step=30), sleeps, tmp_path)
+        code = supervisor.supervise(
+            process_info, Timeouts(start=30, lost=20, step=30), sleeps, tmp_path
+        )
         thread.join()
     assert code == EXIT_LOST
-    assert sum("beat" in message for answered, message in heard if not answered) >= 3
-    probed = [(answered, message) for answered, message in heard if "probed" in message]
-    assert probed == [(True, {"probed": "write", "problem": ""})]
+    assert sum("heartbeat" in message for answered, message in heard if not answered) >= 3
+    probed = [(answered, message) for answered, message in heard if "storage_checked" in message]
+    assert probed == [(True, {"storage_checked": "write", "problem": ""})]

@@ -9,7 +9,7 @@ MOST_BYTES = 16 << 20
 Message = dict[str, Any]
 
 
-class Line:
+class JsonSocket:
     """One end of a connection. `open` is False once the other end is gone."""
 
     def __init__(self, connection: socket.socket):

@@ -1,4 +1,8 @@
-"""A training process's word to its supervisor, and what it does alone where it has none."""
+"""All processes of a run as the training loop sees them: barriers, heartbeats, when to stop.
+
+Of several, each reports to its supervisor (`SupervisorClient`); one alone has none
+(`SingleProcess`).
+"""
 
 import contextlib
 import logging
@@ -17,47 +21,47 @@ from typing import Any, Protocol
 import jax
 from jax.experimental import multihost_utils
 
-from flamingo_jax.cluster.facts import gather
-from flamingo_jax.cluster.line import Line
-from flamingo_jax.cluster.place import Place
-from flamingo_jax.cluster.register import Limits
+from flamingo_jax.distributed.coordinator import Timeouts
+from flamingo_jax.distributed.fingerprint import run_fingerprint
+from flamingo_jax.distributed.json_socket import JsonSocket
+from flamingo_jax.distributed.process_info import ProcessInfo
 from flamingo_jax.errors import EXIT_SAVE_FAILED, UserError
 from flamingo_jax.experiment import Experiment
 
 log = logging.getLogger(__name__)
 
-LINK = "FLAMINGO_JAX_LINK"
-"""The environment variable that tells a supervised process the file descriptor of its
-supervisor.
+SUPERVISOR_FD = "FLAMINGO_JAX_SUPERVISOR_FD"
+"""The environment variable that holds the file descriptor of a supervised process's socket to
+its supervisor.
 """
-SECONDS_BETWEEN_BEATS = 0.2
+SECONDS_BETWEEN_HEARTBEATS = 0.2
 SHUTDOWN_SECONDS = 60
 """For which a process that ends waits for the others to end."""
-SECONDS_BETWEEN_WORDS = 1.0
+SECONDS_BETWEEN_REPORTS = 1.0
 """Of the progress of what is read or written."""
-VERDICT_SECONDS = 5.0
+DECISION_SECONDS = 5.0
 """What fails because another process has died waits so long for the supervisor, which knows
 which one.
 """
 
 
-class Crew(Protocol):
-    """All processes of a run, as the training loop sees them."""
+class ProcessGroup(Protocol):
+    """Coordinates all processes of a run, as the training loop asks for it."""
 
-    def listening(self) -> AbstractContextManager[None]:
+    def handling_signals(self) -> AbstractContextManager[None]:
         """Within, a signal asks for an end at a step; before and after it ends the process at
         once.
         """
 
-    def beat(self, step: int, phase: str, waited: float) -> None:
+    def heartbeat(self, step: int, phase: str, waited: float) -> None:
         """Tells the others how far this one is. waited: seconds spent waiting for data so far."""
 
-    def work(self, what: str) -> None:
+    def report_progress(self, what: str) -> None:
         """Tells the others that this one got on with what it reads or writes, as "saving step
         12"; "" once that is done. From any thread, as often as one likes.
         """
 
-    def meet(self, where: str) -> None:
+    def barrier(self, where: str) -> None:
         """Returns once all have come to the place of this name, however long it takes the last:
         what waits for others on a device has time limits of its own. From any thread, one a
         name at a time.
@@ -69,18 +73,18 @@ class Crew(Protocol):
         Every process asks at every step.
         """
 
-    def may_stop(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether a signal asked this process to end, which needs no other one for that."""
 
 
-class Alone:
-    """A run of one process."""
+class SingleProcess:
+    """Coordinates a run of one process, which has nobody to wait for."""
 
     def __init__(self) -> None:
         self._asked = False
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
+    def handling_signals(self) -> Iterator[None]:
         numbers = (
             (signal.SIGTERM, signal.SIGINT)
             if threading.current_thread() is threading.main_thread()
@@ -96,99 +100,104 @@ class Alone:
     def _ask(self, number: int, frame: Any) -> None:
         self._asked = True
 
-    def beat(self, step: int, phase: str, waited: float) -> None:
+    def heartbeat(self, step: int, phase: str, waited: float) -> None:
         pass
 
-    def work(self, what: str) -> None:
+    def report_progress(self, what: str) -> None:
         pass
 
-    def meet(self, where: str) -> None:
+    def barrier(self, where: str) -> None:
         pass
 
     def should_stop(self, step: int) -> bool:
         return self._asked
 
-    def may_stop(self) -> bool:
+    def stop_requested(self) -> bool:
         return self._asked
 
 
 def is_supervised() -> bool:
-    return LINK in os.environ
+    return SUPERVISOR_FD in os.environ
 
 
-class Link:
-    """`with Link(place, limits) as link: link.join(...)`: a supervised process from its start
-    to its end.
+class SupervisorClient:
+    """A supervised process's connection to its supervisor, from its start to its end.
+
+    `with SupervisorClient(process_info, timeouts) as client: client.join(...)`.
     """
 
-    def __init__(self, place: Place, limits: Limits):
-        self._place, self._limits = place, limits
+    def __init__(self, process_info: ProcessInfo, timeouts: Timeouts):
+        self._process_info, self._timeouts = process_info, timeouts
         # Not for processes that this one starts.
-        self._line = Line(socket.socket(fileno=int(os.environ.pop(LINK))))
+        self._socket = JsonSocket(socket.socket(fileno=int(os.environ.pop(SUPERVISOR_FD))))
         self._lock = threading.Lock()
         self._going = threading.Event()
-        self._met: dict[str, threading.Event] = {}
+        self._barriers: dict[str, threading.Event] = {}
         self._work, self._worked = "", 0.0
-        self._phase, self._step, self._beaten, self._stride = "", 0, time.monotonic(), 1
+        self._phase, self._step, self._last_heartbeat, self._stride = "", 0, time.monotonic(), 1
 
-    def __enter__(self) -> "Link":
+    def __enter__(self) -> "SupervisorClient":
         return self
 
     def join(self, experiment: Experiment, workdir: pathlib.Path) -> None:
         """Returns once all processes are there and agree, with JAX's own service running
         between them. To be called before any device is used.
         """
-        self._send({"facts": gather(experiment, workdir)})
-        threading.Thread(target=self._listen, daemon=True, name="link").start()
+        self._send({"fingerprint": run_fingerprint(experiment, workdir)})
+        threading.Thread(target=self._listen, daemon=True, name="supervisor-client").start()
         self._going.wait()
         # The supervisors notice before JAX's service does, which aborts without a word of who
         # is gone.
-        patience = round(10 * self._limits.lost) + 100
+        patience = round(10 * self._timeouts.lost) + 100
         jax.distributed.initialize(
-            self._place.address,
-            self._place.count,
-            self._place.index,
-            local_device_ids=self._place.local_devices,
-            initialization_timeout=round(self._limits.start),
+            self._process_info.address,
+            self._process_info.count,
+            self._process_info.index,
+            local_device_ids=self._process_info.local_devices,
+            initialization_timeout=round(self._timeouts.start),
             heartbeat_timeout_seconds=patience,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
         # JAX's service listens to SIGTERM alone.
         signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
-    def listening(self) -> AbstractContextManager[None]:
+    def handling_signals(self) -> AbstractContextManager[None]:
         """JAX's service listens from `join` on, and agrees with the others on the step."""
         return contextlib.nullcontext()
 
-    def beat(self, step: int, phase: str, waited: float) -> None:
+    def heartbeat(self, step: int, phase: str, waited: float) -> None:
         if phase == self._phase and step % self._stride:
             return
         now = time.monotonic()
         if step > self._step:
             # Powers of two, so that all processes tell of the same steps, about as often as
             # SECONDS_BETWEEN_BEATS.
-            steps = SECONDS_BETWEEN_BEATS * (step - self._step) / max(now - self._beaten, 1e-6)
+            steps = (
+                SECONDS_BETWEEN_HEARTBEATS
+                * (step - self._step)
+                / max(now - self._last_heartbeat, 1e-6)
+            )
             self._stride = 1 << max(0, math.ceil(math.log2(steps)))
-            self._step, self._beaten = step, now
+            self._step, self._last_heartbeat = step, now
         self._phase = phase
-        self._send({"beat": {"step": step, "phase": phase, "waited": waited}})
+        self._send({"heartbeat": {"step": step, "phase": phase, "waited": waited}})
 
-    def work(self, what: str) -> None:
+    def report_progress(self, what: str) -> None:
         now = time.monotonic()
-        if what != self._work or now - self._worked >= SECONDS_BETWEEN_WORDS:
+        if what != self._work or now - self._worked >= SECONDS_BETWEEN_REPORTS:
             self._work, self._worked = what, now
-            self._send({"work": what})
+            self._send({"progress": what})
 
-    def meet(self, where: str) -> None:
-        met = self._met[where] = threading.Event()
-        self._send({"meet": where})
+    def barrier(self, where: str) -> None:
+        met = self._barriers[where] = threading.Event()
+        self._send({"barrier": where})
         met.wait()
-        del self._met[where]
+        del self._barriers[where]
 
     def should_stop(self, step: int) -> bool:
         return multihost_utils.reached_preemption_sync_point(step)
 
-    def may_stop(self) -> bool:
+    def stop_requested(self) -> bool:
         return False
 
     def __exit__(
@@ -204,30 +213,30 @@ class Link:
         code, why = 1, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         if isinstance(error, UserError):
             code, why = error.exit_code, str(error)
-        self._send({"left": code, "why": why})
+        self._send({"exit": code, "why": why})
         if code in (1, EXIT_SAVE_FAILED):
             # What it would say itself would only hide the reason.
-            time.sleep(VERDICT_SECONDS)
+            time.sleep(DECISION_SECONDS)
 
     def leave(self, code: int) -> None:
         """Says that this process ends as it should."""
-        self._send({"left": code, "why": "it was asked to"})
+        self._send({"exit": code, "why": "it was asked to"})
 
     def _send(self, message: dict[str, Any]) -> None:
         with self._lock:
-            self._line.send(message)
+            self._socket.send(message)
 
     def _listen(self) -> None:
         """Hears the supervisor, and ends with it: without it nobody would end this process when
         the others are gone.
         """
-        while self._line.open:
+        while self._socket.open:
             time.sleep(0.05)
             with self._lock:
-                messages = self._line.take()
+                messages = self._socket.take()
             for message in messages:
-                if "go" in message:
+                if "start" in message:
                     self._going.set()
-                if "met" in message:
-                    self._met[message["met"]].set()
+                if "barrier_passed" in message:
+                    self._barriers[message["barrier_passed"]].set()
         os.kill(os.getpid(), signal.SIGKILL)

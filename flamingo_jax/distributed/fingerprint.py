@@ -21,7 +21,7 @@ SMALL = (".json", ".model")
 """Endings of files that are compared by their content: descriptions and tokenizers."""
 
 
-def gather(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
+def run_fingerprint(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     """Gathers {kind: {name: value}}, small and JSON-able.
 
     Datasets are known by their identities, other folders by the sizes of their files and the
@@ -59,11 +59,11 @@ def gather(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     }
 
 
-def first_difference(facts: Mapping[str, Mapping[str, Any]]) -> str:
+def first_difference(fingerprint: Mapping[str, Mapping[str, Any]]) -> str:
     """A sentence on the first thing that two processes disagree on, or "". facts: those of
     every process, by its name.
     """
-    (first, expected), *others = facts.items()
+    (first, expected), *others = fingerprint.items()
     for name, found in others:
         for kind, sentence in _SENTENCES.items():
             a, b = expected[kind], found[kind]

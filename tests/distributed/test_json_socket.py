@@ -2,11 +2,11 @@
 
 import socket
 
-from flamingo_jax.cluster.line import MOST_BYTES, Line
+from flamingo_jax.distributed.json_socket import MOST_BYTES, JsonSocket
 
 
-def pair() -> tuple[Line, Line]:
-    return tuple(Line(end) for end in socket.socketpair())  # type: ignore[return-value]
+def pair() -> tuple[JsonSocket, JsonSocket]:
+    return tuple(JsonSocket(end) for end in socket.socketpair())  # type: ignore[return-value]
 
 
 def test_messages_arrive_whole_and_in_order_however_large() -> None:
@@ -33,11 +33,11 @@ def test_what_was_sent_before_the_end_is_still_heard() -> None:
 def test_what_is_no_message_closes_the_line() -> None:
     for noise in (b"GET / HTTP/1.1\r\n\r\n", b"[1, 2]\n", b'{"a": \xff}\n'):
         raw, ours = socket.socketpair()
-        line = Line(ours)
+        line = JsonSocket(ours)
         raw.sendall(noise)
         assert line.take() == [] and not line.open
     raw, ours = socket.socketpair()
-    line = Line(ours)
+    line = JsonSocket(ours)
     raw.setblocking(False)
     sent = 0
     while line.open and sent <= 2 * MOST_BYTES:

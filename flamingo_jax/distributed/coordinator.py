@@ -10,8 +10,8 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from flamingo_jax.cluster.facts import first_difference
-from flamingo_jax.cluster.line import Message
+from flamingo_jax.distributed.fingerprint import first_difference
+from flamingo_jax.distributed.json_socket import Message
 from flamingo_jax.errors import (
     EXIT_ABSENT,
     EXIT_BAD_INPUT,
@@ -43,7 +43,7 @@ END = "the end of the run"
 """Where all meet before one of them may leave: none is needed any more."""
 
 
-class Limits(NamedTuple):
+class Timeouts(NamedTuple):
     """Seconds: until all have arrived; without a word of a process; without the end of a step,
     or progress of what a process reads or writes between steps.
     """
@@ -54,14 +54,14 @@ class Limits(NamedTuple):
 
 
 @dataclasses.dataclass
-class Member:
+class Peer:
     """One process, as far as it is known."""
 
     index: int
     host: str
     pid: int
     heard: float
-    facts: dict[str, Any] | None = None
+    fingerprint: dict[str, Any] | None = None
     probed: str | None = None
     """The last stage of the look at the storage that it ended."""
     step: int = 0
@@ -85,7 +85,7 @@ class Member:
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
+class ExitDecision:
     """Why the run ends for all, and with which exit code. index: of the process that is the
     reason, -1 for none.
     """
@@ -95,45 +95,45 @@ class Verdict:
     index: int = -1
 
 
-STAGES = ("hold", "write", "read", "clear")
-"""Of the look at the storage: process 0 makes the run the workdir's holder, every process
+STAGES = ("lock", "write", "read", "clear")
+"""Of the look at the storage: process 0 locks the workdir for the run, every process
 writes a file, looks for everyone's, and removes its own; nobody goes on before all have.
 """
 
 
-class Register:
+class Coordinator:
     """All processes of a run. `verdict` is why it ends for all, once it is known."""
 
-    def __init__(self, count: int, limits: Limits, now: float):
-        self._count, self._limits, self._began = count, limits, now
-        self._members: dict[int, Member] = {}
+    def __init__(self, count: int, timeouts: Timeouts, now: float):
+        self._count, self._timeouts, self._began = count, timeouts, now
+        self._peers: dict[int, Peer] = {}
         self._stage: int | None = None
         self._running = False
         self._waiting: dict[str, set[int]] = {}
         """Who waits for all others, by the place where."""
         self._finished = False
         self._said = now
-        self._suspected: tuple[float, int, Verdict] | None = None
+        self._suspected: tuple[float, int, ExitDecision] | None = None
         self._first_left: tuple[float, int, str] | None = None
         self._looked = now
         self._arrivals: dict[int, dict[int, float]] = {}
         self._lags: dict[int, list[float]] = {}
-        self.verdict: Verdict | None = None
+        self.decision: ExitDecision | None = None
 
     # -- what is heard --
 
-    def arrived(
+    def on_hello(
         self, index: int, count: int, host: str, pid: int, behind: float, now: float
     ) -> None:
         """A process has called. behind: seconds that its clock is behind this one's.
 
         One that calls a run that has all its processes is not of it.
         """
-        member = Member(index, host, pid, heard=now, since=now)
+        peer = Peer(index, host, pid, heard=now, since=now)
         if self._running:
             return
-        if index in self._members:
-            both = f"{self._members[index]} and {member}"
+        if index in self._peers:
+            both = f"{self._peers[index]} and {peer}"
             return self._end(
                 EXIT_BAD_INPUT,
                 f"{both} say that they are the same one: give every process its own --process",
@@ -141,30 +141,30 @@ class Register:
         if count != self._count or not 0 <= index < self._count:
             return self._end(
                 EXIT_BAD_INPUT,
-                f"{member} was started as one of {count}, process 0 as one of {self._count}:"
+                f"{peer} was started as one of {count}, process 0 as one of {self._count}:"
                 " start all with the same --processes",
             )
-        self._members[index] = member
+        self._peers[index] = peer
         if abs(behind) > CLOCK_SECONDS:
             way = "behind" if behind > 0 else "ahead of"
             mend = "set it (NTP): what is newer is told by files' times"
             self._end(
                 EXIT_BAD_INPUT,
-                f"the clock of {member} is {abs(behind):,.0f} s {way} that of process 0: {mend}",
+                f"the clock of {peer} is {abs(behind):,.0f} s {way} that of process 0: {mend}",
             )
 
-    def told(self, index: int, facts: dict[str, Any], now: float) -> None:
+    def on_fingerprint(self, index: int, fingerprint: dict[str, Any], now: float) -> None:
         """What all processes must agree on (see `facts`)."""
-        member = self._members[index]
-        member.facts, member.heard, member.since = facts, now, now
+        peer = self._peers[index]
+        peer.fingerprint, peer.heard, peer.since = fingerprint, now, now
 
-    def probed(self, index: int, stage: str, problem: str, now: float) -> None:
-        member = self._members[index]
-        member.probed, member.heard = stage, now
+    def on_storage_check(self, index: int, stage: str, problem: str, now: float) -> None:
+        peer = self._peers[index]
+        peer.probed, peer.heard = stage, now
         if problem:
-            self._end(EXIT_BAD_INPUT, f"{member} {problem}")
+            self._end(EXIT_BAD_INPUT, f"{peer} {problem}")
 
-    def beat(
+    def on_heartbeat(
         self,
         index: int,
         now: float,
@@ -173,42 +173,42 @@ class Register:
         waited: float = 0.0,
     ) -> None:
         """A sign of life, with the training's progress where there is some."""
-        member = self._members[index]
-        member.heard = now
+        peer = self._peers[index]
+        peer.heard = now
         if step is None:
             return
-        if (step, phase) != (member.step, member.phase):
-            member.since = now
-        if step != member.step:
+        if (step, phase) != (peer.step, peer.phase):
+            peer.since = now
+        if step != peer.step:
             self._arrivals.setdefault(step, {})[index] = now
-        member.step, member.phase, member.waited = step, phase, waited
+        peer.step, peer.phase, peer.waited = step, phase, waited
 
-    def works(self, index: int, what: str, now: float) -> None:
+    def on_progress(self, index: int, what: str, now: float) -> None:
         """A process got on with what it reads or writes; "" once that is done."""
-        member = self._members[index]
-        member.work, member.heard, member.since = what, now, now
+        peer = self._peers[index]
+        peer.work, peer.heard, peer.since = what, now, now
 
-    def meets(self, index: int, where: str, now: float) -> None:
+    def on_barrier(self, index: int, where: str, now: float) -> None:
         """A process, or a thread of it, waits for all others to come to the same place of its
         program."""
-        self._members[index].heard = now
+        self._peers[index].heard = now
         self._waiting.setdefault(where, set()).add(index)
 
-    def left(self, index: int, code: int, why: str, now: float) -> None:
+    def on_exit(self, index: int, code: int, why: str, now: float) -> None:
         """A process has ended, or is about to, and says how."""
-        member = self._members[index]
-        if member.left:
+        peer = self._peers[index]
+        if peer.left:
             return
-        member.left = True
+        peer.left = True
         if code in (0, EXIT_PREEMPTED):
             if self._running:
                 self._first_left = self._first_left or (
                     now,
                     code,
-                    f"{member} ended at step {member.step}, and others did not",
+                    f"{peer} ended at step {peer.step}, and others did not",
                 )
             else:
-                self._end(code, f"{member} was stopped before all had started")
+                self._end(code, f"{peer} was stopped before all had started")
         elif code in (EXIT_SAVE_FAILED, 1) or code < 0:
             # A save, a collective or JAX's service (which aborts) fails as well when another
             # process has died.
@@ -218,52 +218,52 @@ class Register:
             self._suspect(
                 now,
                 likely,
-                Verdict(
+                ExitDecision(
                     code if code == EXIT_SAVE_FAILED else EXIT_LOST,
-                    f"{member} stopped: {why}",
+                    f"{peer} stopped: {why}",
                     index,
                 ),
             )
         else:
-            self._end(code, f"{member} stopped: {why}", index)
+            self._end(code, f"{peer} stopped: {why}", index)
 
-    def vanished(self, index: int, now: float) -> None:
+    def on_disconnect(self, index: int, now: float) -> None:
         """A connection broke without a word before."""
-        member = self._members[index]
-        if not member.left:
-            member.left = True
-            self._end(EXIT_LOST, f"{member} died at step {member.step} ({member.doing})", index)
+        peer = self._peers[index]
+        if not peer.left:
+            peer.left = True
+            self._end(EXIT_LOST, f"{peer} died at step {peer.step} ({peer.doing})", index)
 
     # -- what follows --
 
     def decide(self, now: float) -> Iterator[tuple[Sequence[int], Message]]:
         """(to whom, what) for all that is to be said at this time."""
-        present = [index for index, member in self._members.items() if not member.left]
-        if self.verdict is None:
+        present = [index for index, peer in self._peers.items() if not peer.left]
+        if self.decision is None:
             self._time_out(now)
         if self._suspected is not None and now - self._suspected[0] >= SETTLE_SECONDS:
             self._end(*dataclasses.astuple(self._suspected[2]))
-        if self.verdict is not None:
+        if self.decision is not None:
             # Also to those whose child has ended: they wait to hear why.
-            yield list(self._members), {"end": dataclasses.astuple(self.verdict)}
+            yield list(self._peers), {"decision": dataclasses.astuple(self.decision)}
         elif self._running:
             for where in [where for where, who in self._waiting.items() if len(who) == self._count]:
                 del self._waiting[where]
                 self._finished |= where == END
-                yield present, {"met": where}
+                yield present, {"barrier_passed": where}
             if now - self._looked >= LOOK_EVERY:
-                yield from (([0], {"say": sentence}) for sentence in self._held_up(now))
+                yield from (([0], {"log": sentence}) for sentence in self._held_up(now))
         elif self._stage is not None:
-            if all(member.probed == STAGES[self._stage] for member in self._members.values()):
+            if all(peer.probed == STAGES[self._stage] for peer in self._peers.values()):
                 yield from self._next_stage(present, now)
-        elif len(self._members) == self._count and all(
-            member.facts is not None for member in self._members.values()
+        elif len(self._peers) == self._count and all(
+            peer.fingerprint is not None for peer in self._peers.values()
         ):
             different = first_difference(
                 {
-                    str(member): member.facts
-                    for _, member in sorted(self._members.items())
-                    if member.facts is not None
+                    str(peer): peer.fingerprint
+                    for _, peer in sorted(self._peers.items())
+                    if peer.fingerprint is not None
                 }
             )
             if different:
@@ -274,7 +274,7 @@ class Register:
                 yield from self._next_stage(present, now)
         elif now - self._said >= SAY_EVERY:
             self._said = now
-            yield present, {"say": f"waiting for {self._missing()}, for {now - self._began:.0f} s"}
+            yield present, {"log": f"waiting for {self._missing()}, for {now - self._began:.0f} s"}
 
     def _next_stage(
         self, present: Sequence[int], now: float
@@ -282,20 +282,18 @@ class Register:
         assert self._stage is not None
         self._stage += 1
         if self._stage < len(STAGES):
-            yield present, {"probe": STAGES[self._stage]}
+            yield present, {"check_storage": STAGES[self._stage]}
         else:
             self._running, self._stage, self._looked = True, None, now
-            for member in self._members.values():
-                member.since = now
-            yield present, {"go": [str(member) for _, member in sorted(self._members.items())]}
+            for peer in self._peers.values():
+                peer.since = now
+            yield present, {"start": [str(peer) for _, peer in sorted(self._peers.items())]}
 
     def _missing(self) -> str:
-        absent = [index for index in range(self._count) if index not in self._members]
-        unready = [str(member) for member in self._members.values() if member.facts is None]
+        absent = [index for index in range(self._count) if index not in self._peers]
+        unready = [str(peer) for peer in self._peers.values() if peer.fingerprint is None]
         stage = None if self._stage is None else STAGES[self._stage]
-        blind = [
-            str(member) for member in self._members.values() if stage not in (None, member.probed)
-        ]
+        blind = [str(peer) for peer in self._peers.values() if stage not in (None, peer.probed)]
         parts = []
         if absent:
             which = (
@@ -311,22 +309,22 @@ class Register:
         return " and ".join(parts) or "all to look at the storage"
 
     def _time_out(self, now: float) -> None:
-        here = [member for member in self._members.values() if not member.left]
-        saving = any(member.work.startswith(SAVING) for member in here)
+        here = [peer for peer in self._peers.values() if not peer.left]
+        saving = any(peer.work.startswith(SAVING) for peer in here)
         if here and self._first_left is not None and not self._finished and not saving:
             since, code, why = self._first_left
-            if now - since > self._limits.lost:
+            if now - since > self._timeouts.lost:
                 # Not all have done what they had to: this is no good end of the run.
                 return self._end(code or EXIT_LOST, why)
-        for member in here:
-            if now - member.heard > self._limits.lost:
+        for peer in here:
+            if now - peer.heard > self._timeouts.lost:
                 return self._end(
                     EXIT_LOST,
-                    f"{member} was not heard of for {now - member.heard:.0f} s; its last step"
-                    f" was {member.step} ({member.doing})",
+                    f"{peer} was not heard of for {now - peer.heard:.0f} s; its last step"
+                    f" was {peer.step} ({peer.doing})",
                 )
         if not self._running:
-            if now - self._began > self._limits.start:
+            if now - self._began > self._timeouts.start:
                 mend = "look at the logs of its host, or raise --start_timeout"
                 self._end(
                     EXIT_ABSENT,
@@ -337,13 +335,13 @@ class Register:
         # Who waits for the others is not to blame, and while one of them gets on, all do. Until
         # its first step a process may have much to read and to encode.
         waiting = set().union(*self._waiting.values())
-        busy = [member for member in here if member.index not in waiting] or here
-        if busy and all(self._stuck(member, now) for member in busy):
-            first = min(busy, key=lambda member: (member.step, member.since))
+        busy = [peer for peer in here if peer.index not in waiting] or here
+        if busy and all(self._stuck(peer, now) for peer in busy):
+            first = min(busy, key=lambda peer: (peer.step, peer.since))
             level = (
                 "all are there"
-                if len({member.step for member in here}) == 1
-                else f"others are at step {max(member.step for member in here)}"
+                if len({peer.step for peer in here}) == 1
+                else f"others are at step {max(peer.step for member in here)}"
             )
             self._end(
                 EXIT_HUNG,
@@ -351,64 +349,62 @@ class Register:
                 f" ({first.doing}), {level}; look at its host, or raise --step_timeout",
             )
 
-    def _stuck(self, member: Member, now: float) -> bool:
+    def _stuck(self, peer: Peer, now: float) -> bool:
         """Whether it has not got on for too long with what has a limit."""
-        limited = member.phase != STARTING or bool(member.work)
-        return limited and now - member.since > self._limits.step
+        limited = peer.phase != STARTING or bool(peer.work)
+        return limited and now - peer.since > self._timeouts.step
 
     def _held_up(self, now: float) -> Iterator[str]:
         """A sentence for each process that holds the others up: by its data, or by coming to
         its steps later than they do.
         """
         window, self._looked = now - self._looked, now
-        members = [member for _, member in sorted(self._members.items())]
-        waits = {
-            member.index: (member.waited - member.waited_before) / window for member in members
-        }
-        for member in members:
-            member.waited_before = member.waited
+        peers = [peer for _, peer in sorted(self._peers.items())]
+        waits = {peer.index: (peer.waited - peer.waited_before) / window for peer in peers}
+        for peer in peers:
+            peer.waited_before = peer.waited
         together = {
             step: times for step, times in self._arrivals.items() if len(times) == self._count
         }
         steps = max(together, default=0) - min(together, default=0)
-        lags = {member.index: 0.0 for member in members}
+        lags = {peer.index: 0.0 for peer in peers}
         if len(together) >= FEWEST_STEPS:
             seconds = (
                 max(min(times.values()) for times in together.values())
                 - min(min(times.values()) for times in together.values())
             ) / steps
-            for member in members:
-                lags[member.index] = statistics.median(
-                    times[member.index] - min(times.values()) for times in together.values()
+            for peer in peers:
+                lags[peer.index] = statistics.median(
+                    times[peer.index] - min(times.values()) for times in together.values()
                 ) / max(seconds, 1e-9)
-        newest = max((member.step for member in members), default=0)
+        newest = max((peer.step for peer in peers), default=0)
         self._arrivals = {
             step: times
             for step, times in self._arrivals.items()
             if step >= newest - 1 and len(times) < self._count
         }
         for shares, what in ((waits, "waits for its data"), (lags, "comes later to its steps")):
-            for member in members:
+            for peer in peers:
                 others = (
                     statistics.median(
-                        share for index, share in shares.items() if index != member.index
+                        share for index, share in shares.items() if index != peer.index
                     )
-                    if len(members) > 1
+                    if len(peers) > 1
                     else 0.0
                 )
-                if shares[member.index] > max(HELD_UP, 3 * others):
+                if shares[peer.index] > max(HELD_UP, 3 * others):
                     yield (
-                        f"{member} holds the others up: {shares[member.index]:.0%} of the time"
+                        f"{peer} holds the others up: {shares[peer.index]:.0%} of the time"
                         f" it {what}"
                     )
 
-    def _suspect(self, now: float, likely: int, verdict: Verdict) -> None:
+    def _suspect(self, now: float, likely: int, decision: ExitDecision) -> None:
         """Of several failures the likeliest to be the reason of the others, and the first of
         these.
         """
         if self._suspected is None or likely > self._suspected[1]:
-            self._suspected = self._suspected[0] if self._suspected else now, likely, verdict
+            self._suspected = self._suspected[0] if self._suspected else now, likely, decision
 
     def _end(self, code: int, why: str, index: int = -1) -> None:
-        if self.verdict is None:
-            self.verdict = Verdict(code, why, index)
+        if self.decision is None:
+            self.decision = ExitDecision(code, why, index)

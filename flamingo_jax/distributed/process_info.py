@@ -33,7 +33,7 @@ ACCELERATORS = ("accel[0-9]*", "vfio/[0-9]*")
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ProcessInfo:
     """Process `index` of `count`.
 
     address: host:port of process 0, where JAX's own service listens; this run's supervisors
@@ -47,15 +47,15 @@ class Place:
     local_devices: tuple[int, ...] | None = None
 
     @property
-    def meeting(self) -> tuple[str, int]:
+    def supervisor_address(self) -> tuple[str, int]:
         host, _, port = self.address.rpartition(":")
         return host.strip("[]"), int(port) + 1
 
 
-def find_place(
+def detect_process(
     address: str | None = None, count: int | None = None, index: int | None = None
-) -> Place | None:
-    """Finds this process's place in its run.
+) -> ProcessInfo | None:
+    """Detects which process of its run this one is.
 
     It is what is given, else the environment variables above, else what JAX finds on TPU pods,
     SLURM and Open MPI. A number of processes alone is one that the latter must agree with.
@@ -94,23 +94,23 @@ def find_place(
             "give all three, or none where the cluster tells them"
         )
     assert address is not None and count is not None and index is not None
-    return _checked(Place(index, count, address))
+    return _checked(ProcessInfo(index, count, address))
 
 
-def _checked(place: Place) -> Place:
-    index, count = place.index, place.count
+def _checked(process_info: ProcessInfo) -> ProcessInfo:
+    index, count = process_info.index, process_info.count
     if count < 1 or not 0 <= index < count:
         raise UserError(
             f"process {index} of {count} does not exist: processes count from 0 to one less"
             " than their number"
         )
-    host, _, port = place.address.rpartition(":")
+    host, _, port = process_info.address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) <= LAST_PORT:
         raise UserError(
-            f"the coordinator's address {place.address!r} is not host:port with a port from 1"
-            f" to {LAST_PORT}: the port after it is used as well"
+            f"the coordinator's address {process_info.address!r} is not host:port with a port"
+            f" from 1 to {LAST_PORT}: the port after it is used as well"
         )
-    return place
+    return process_info
 
 
 def _require_alone() -> None:
@@ -146,7 +146,7 @@ def _number(name: str) -> int | None:
     return None if text is None else int(text)
 
 
-def _detect() -> Place | None:
+def _detect() -> ProcessInfo | None:
     """Finds what JAX itself would; None where it knows of no cluster."""
     detect = _detection()
     if detect is None:
@@ -165,7 +165,7 @@ def _detect() -> Place | None:
         address = f"{host}:{LAST_PORT - 1}"
     # JAX reads these itself where it is not given any.
     told = "JAX_LOCAL_DEVICE_IDS" in os.environ
-    return Place(index, count, address, None if devices is None or told else tuple(devices))
+    return ProcessInfo(index, count, address, None if devices is None or told else tuple(devices))
 
 
 def _detection() -> Any:

@@ -4,29 +4,40 @@ import re
 
 import pytest
 
-from flamingo_jax.cluster import place
-from flamingo_jax.cluster.place import Place, find_place
+from flamingo_jax.distributed import process_info
+from flamingo_jax.distributed.process_info import ProcessInfo, detect_process
 from flamingo_jax.errors import UserError
 
 
 @pytest.fixture(autouse=True)
 def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = (place.ADDRESS, place.COUNT, place.INDEX, *place.TASKS, *place.HOSTS, place.SLICES)
-    for name in (*known, place.POD):
+    known = (
+        process_info.ADDRESS,
+        process_info.COUNT,
+        process_info.INDEX,
+        *process_info.TASKS,
+        *process_info.HOSTS,
+        process_info.SLICES,
+    )
+    for name in (*known, process_info.POD):
         monkeypatch.delenv(name, raising=False)
 
 
 def test_a_run_of_one_process_has_no_place() -> None:
-    assert find_place() is None
-    assert find_place(count=1) is None
+    assert detect_process() is None
+    assert detect_process(count=1) is None
 
 
 def test_flags_come_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in ((place.ADDRESS, "a:1234"), (place.COUNT, "4"), (place.INDEX, "3")):
+    for name, value in (
+        (process_info.ADDRESS, "a:1234"),
+        (process_info.COUNT, "4"),
+        (process_info.INDEX, "3"),
+    ):
         monkeypatch.setenv(name, value)
-    assert find_place() == Place(3, 4, "a:1234")
-    assert find_place("b:99", index=0) == Place(0, 4, "b:99")
-    assert Place(0, 4, "[::1]:99").meeting == ("::1", 100)
+    assert detect_process() == ProcessInfo(3, 4, "a:1234")
+    assert detect_process("b:99", index=0) == ProcessInfo(0, 4, "b:99")
+    assert ProcessInfo(0, 4, "[::1]:99").supervisor_address == ("::1", 100)
 
 
 SLURM = {
@@ -64,14 +75,14 @@ def set_all(monkeypatch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
 
 def test_what_slurm_tells_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     set_all(monkeypatch, SLURM)
-    found = find_place()
+    found = detect_process()
     assert (
         found is not None
         and (found.index, found.count, found.local_devices) == (1, 2, (0,))
         and found.address.startswith("node3:")
     )
     monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "0,1")
-    found = find_place()
+    found = detect_process()
     assert found is not None and found.local_devices is None
 
 
@@ -86,13 +97,13 @@ def test_what_slurm_tells_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_does_not_fit_is_refused(given: tuple[str, int, int | None], words: str) -> None:
     with pytest.raises(UserError, match=re.escape(words)):
-        find_place(*given)
+        detect_process(*given)
 
 
 def test_an_environment_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(place.COUNT, "four")
+    monkeypatch.setenv(process_info.COUNT, "four")
     with pytest.raises(UserError, match="JAX_NUM_PROCESSES='four'"):
-        find_place()
+        detect_process()
 
 
 @pytest.mark.parametrize("told", SEVERAL, ids=lambda told: next(iter(told)))
@@ -102,29 +113,29 @@ def test_several_tasks_whose_places_are_unknown_are_refused(
     """Jax's detection has moved, or finds nothing: each task would train alone in one workdir."""
     set_all(monkeypatch, told)
     for detection in (lambda: None, lambda: lambda *_: (None, None, None, None)):
-        monkeypatch.setattr(place, "_detection", detection)
+        monkeypatch.setattr(process_info, "_detection", detection)
         with pytest.raises(UserError, match="there are several tasks") as caught:
-            find_place()
+            detect_process()
         assert any(f"{name}={value}" in str(caught.value) for name, value in told.items())
-        assert find_place(count=1) is None
+        assert detect_process(count=1) is None
 
 
 def test_a_detection_of_another_form_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(place, "_detection", lambda: lambda address, count: (address, count))
-    assert find_place() is None
+    monkeypatch.setattr(process_info, "_detection", lambda: lambda address, count: (address, count))
+    assert detect_process() is None
     set_all(monkeypatch, OPEN_MPI)
     with pytest.raises(UserError, match="OMPI_COMM_WORLD_SIZE=4"):
-        find_place()
+        detect_process()
 
 
 def test_a_tpu_machine_that_jax_does_not_ask_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(place, "_is_tpu_machine", lambda: True)
-    assert find_place() is None
-    monkeypatch.setattr(place, "_detection", lambda: None)
+    monkeypatch.setattr(process_info, "_is_tpu_machine", lambda: True)
+    assert detect_process() is None
+    monkeypatch.setattr(process_info, "_detection", lambda: None)
     with pytest.raises(UserError, match="this machine has a TPU"):
-        find_place()
+        detect_process()
 
 
 @pytest.mark.parametrize(
@@ -140,19 +151,19 @@ def test_a_tpu_machine_that_jax_does_not_ask_is_refused(
 )
 def test_one_task_is_alone(told: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     set_all(monkeypatch, told)
-    monkeypatch.setattr(place, "_detection", lambda: None)
-    assert find_place() is None
+    monkeypatch.setattr(process_info, "_detection", lambda: None)
+    assert detect_process() is None
 
 
 def test_a_number_alone_is_what_the_cluster_must_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(place.COUNT, "2")
+    monkeypatch.setenv(process_info.COUNT, "2")
     with pytest.raises(UserError, match="--coordinator .* and --process .* is not known"):
-        find_place()
+        detect_process()
     set_all(monkeypatch, SLURM)
-    found = find_place()
+    found = detect_process()
     assert found is not None and (found.index, found.count) == (1, 2)
     with pytest.raises(UserError, match="says 4, but the cluster has 2"):
-        find_place(count=4)
+        detect_process(count=4)
 
 
 def test_every_slurm_job_has_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,5 +171,5 @@ def test_every_slurm_job_has_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
     set_all(monkeypatch, SLURM)
     for job in (4094, 4095, 4096):
         monkeypatch.setenv("SLURM_JOB_ID", str(job))
-        found = find_place()
-        assert found is not None and found.meeting[1] <= 65_535
+        found = detect_process()
+        assert found is not None and found.supervisor_address[1] <= 65_535

@@ -9,8 +9,8 @@ import pytest
 
 from data_pipelines.build.world import World
 from data_pipelines.build.writer import write_dataset
-from flamingo_jax.cluster import facts
-from flamingo_jax.cluster.facts import first_difference, gather
+from flamingo_jax.distributed import fingerprint
+from flamingo_jax.distributed.fingerprint import first_difference, run_fingerprint
 from flamingo_jax.experiment import DatasetConfig, Experiment
 
 
@@ -48,7 +48,7 @@ def difference(hosts: tuple[pathlib.Path, pathlib.Path], monkeypatch: pytest.Mon
     told = {}
     for name, host in zip(("first", "other"), hosts, strict=True):
         monkeypatch.chdir(host)
-        told[name] = json.loads(json.dumps(gather(experiment(), pathlib.Path("run"))))
+        told[name] = json.loads(json.dumps(run_fingerprint(experiment(), pathlib.Path("run"))))
     return first_difference(told)
 
 
@@ -58,7 +58,7 @@ def test_two_hosts_with_the_same_agree(
     # What a run keeps beside a dataset.
     (hosts[1] / "data/text/1.0.0/lengths_abc_train.npz").write_bytes(b"lengths")
     assert difference(hosts, monkeypatch) == ""
-    told = gather(experiment(), pathlib.Path("run"))["data"]
+    told = run_fingerprint(experiment(), pathlib.Path("run"))["data"]
     assert told["data/text (train)"].startswith("8 records in 1 file")
     assert set(told) == {"data/text (train)", "data/text (validation)", "data/tokenizer"}
 
@@ -93,19 +93,21 @@ def test_a_host_whose_storage_fails_is_named(
     hosts: tuple[pathlib.Path, pathlib.Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(hosts[0])
-    ours = gather(experiment(), pathlib.Path("run"))
+    ours = run_fingerprint(experiment(), pathlib.Path("run"))
 
     def fail(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(facts, "identify", fail)
-    told = first_difference({"a": ours, "b": gather(experiment(), pathlib.Path("run"))})
+    monkeypatch.setattr(fingerprint, "identify", fail)
+    told = first_difference({"a": ours, "b": run_fingerprint(experiment(), pathlib.Path("run"))})
     assert "b finds something else at data/text (train) (what cannot be read: Input/output" in told
 
 
 def test_a_key_that_only_one_has_and_another_workdir_are_named() -> None:
     run = pathlib.Path("run")
-    ours = gather(experiment(), run)
-    assert "config.data" in first_difference({"a": ours, "b": gather(experiment(data={}), run)})
-    elsewhere = gather(experiment(), pathlib.Path("elsewhere"))
+    ours = run_fingerprint(experiment(), run)
+    assert "config.data" in first_difference(
+        {"a": ours, "b": run_fingerprint(experiment(data={}), run)}
+    )
+    elsewhere = run_fingerprint(experiment(), pathlib.Path("elsewhere"))
     assert "--workdir" in first_difference({"a": ours, "b": elsewhere})

@@ -1,13 +1,13 @@
-"""One process at a time works in a folder: a build in its output, a run in its workdir.
+"""A lock of a folder: one process at a time works in it, a build in its output, a run in its
+workdir.
 
-    <folder>/.holder-<n>    who holds it: a `Claim` as JSON; changed at each sign of life
+    <folder>/.holder-<n>    who holds it: a `Lease` as JSON; changed at each sign of life
 
-Of several files the one with the highest n counts. A holder whose process is gone, on this
-machine, or of which no sign has come for `SILENT` seconds, from another one, is followed by who
-makes the
-next n: a file system, NFS too, lets one alone make a new file, where locks of files are not
-known to all of its hosts. Ages are told by the storage's own clock. So nothing is to be cleaned
-up after a process or a host that died.
+Of several files the one with the highest n counts. A lease whose process is gone, on this
+machine, or that was not renewed for `LEASE_SECONDS`, from another one, is followed by that of
+whoever makes the next n: a file system, NFS too, lets one process alone make a new file, where
+locks of files (flock) are not known to all of its hosts. Ages are told by the storage's own
+clock. So nothing is to be cleaned up after a process or a host that died.
 """
 
 import contextlib
@@ -30,26 +30,26 @@ from flamingo_jax.errors import EXIT_LOST, StorageError, UserError
 
 log = logging.getLogger(__name__)
 
-BEAT_EVERY = 5.0
+HEARTBEAT_EVERY = 5.0
 """Seconds between a holder's signs of life."""
-SILENT = 60.0
+LEASE_SECONDS = 60.0
 """Seconds without one after which a holder on another machine counts as dead. Network storage
 may show what another host wrote 30 s late.
 """
 LOOK_EVERY = 0.5
 MOST_BYTES = 1 << 12
-"""Of a claim that are read."""
+"""Of a lease that are read."""
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 """What no second try would change."""
 PREFIX = ".holder-"
 _NAME = re.compile(re.escape(PREFIX) + "([1-9][0-9]{0,8})")
 
 
-class HeldError(UserError):
+class FolderLockedError(UserError):
     """Another process holds the folder."""
 
 
-class Claim(NamedTuple):
+class Lease(NamedTuple):
     """Who holds a folder, and for what work.
 
     machine: names this start of an operating system and its set of process numbers; a pid means
@@ -67,8 +67,8 @@ class Claim(NamedTuple):
     token: str
 
 
-class Standing(enum.Enum):
-    """What a claim says to who wants the folder."""
+class LeaseState(enum.Enum):
+    """Whether a lease that is found keeps others out."""
 
     HELD = "held"
     FREE = "free"
@@ -76,50 +76,50 @@ class Standing(enum.Enum):
     """It has to be watched: a sign of life says that it is held, silence that it is free."""
 
 
-def judge(runs: bool | None, silent: float, beaten: bool) -> Standing:
-    """What follows for who finds a claim.
+def lease_state(runs: bool | None, silent: float, beaten: bool) -> LeaseState:
+    """Tells whether a lease that is found keeps others out.
 
     Args:
-      runs: whether the process that made it still runs, None where that cannot be seen from
+      runs: whether the process that holds it still runs, None where that cannot be seen from
         here.
       silent: seconds since its last sign of life, by the storage's clock.
       beaten: whether it has given one since it was first looked at.
     """
     if runs is not None:
-        return Standing.HELD if runs else Standing.FREE
+        return LeaseState.HELD if runs else LeaseState.FREE
     if beaten:
-        return Standing.HELD
-    return Standing.FREE if silent > SILENT else Standing.UNKNOWN
+        return LeaseState.HELD
+    return LeaseState.FREE if silent > LEASE_SECONDS else LeaseState.UNKNOWN
 
 
-class Found(NamedTuple):
-    """A file of a claim as it was read: its number, the claim (None where its maker has not
+class LeaseFile(NamedTuple):
+    """A file of a lease as it was read: its number, the lease (None where its maker has not
     written it yet) and its time of change in seconds.
     """
 
     number: int
-    claim: Claim | None
+    lease: Lease | None
     changed: float
 
 
 @contextlib.contextmanager
-def holding(folder: pathlib.Path, work: str) -> Iterator[None]:
-    """Within, this process holds the folder: see `Holder`."""
-    holder = Holder(folder, work)
+def lock_folder(folder: pathlib.Path, work: str) -> Iterator[None]:
+    """Locks the folder within: see `FolderLock`."""
+    folder_lock = FolderLock(folder, work)
     try:
         yield
     finally:
-        holder.release()
+        folder_lock.release()
 
 
-class Holder:
-    """This process's hold on a folder, from now until `release`; a thread gives signs of life.
+class FolderLock:
+    """Locks a folder for this process, from now until `release`; a thread renews the lease.
 
     Args:
       folder: made where it is not there.
       work: what is done, as "a build"; whoever comes meanwhile is told it.
       lost: called where another has taken the folder, as it may when this process stood still
-        for longer than `SILENT`: nothing may be written any more. By default it ends the
+        for longer than `LEASE_SECONDS`: nothing may be written any more. By default it ends the
         process at once.
     Raises: HeldError where another holds it; UserError where it cannot be written to.
     """
@@ -131,7 +131,7 @@ class Holder:
         lost: Callable[[pathlib.Path], None] | None = None,
     ):
         self._folder, self._lost = folder, lost or _end
-        self._claim = Claim(
+        self._lease = Lease(
             work,
             socket.gethostname(),
             os.getpid(),
@@ -146,23 +146,23 @@ class Holder:
         except OSError as error:
             raise _failed(folder, error) from error
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True, name="holder")
+        self._thread = threading.Thread(target=self._heartbeat, daemon=True, name="folder-lock")
         self._thread.start()
 
     def release(self) -> None:
         """Lets go of it. A folder that was made for nothing is not left behind."""
         self._stop.set()
         # It may be stuck on the storage.
-        self._thread.join(BEAT_EVERY)
+        self._thread.join(HEARTBEAT_EVERY)
         with contextlib.suppress(OSError):
             found = _read(self._path)
-            if found is not None and found.claim == self._claim:
+            if found is not None and found.lease == self._lease:
                 self._path.unlink()
             if self._made:
                 self._folder.rmdir()
 
     def _take(self) -> pathlib.Path:
-        first: Found | None = None
+        first: LeaseFile | None = None
         while True:
             self._folder.mkdir(parents=True, exist_ok=True)
             try:
@@ -173,14 +173,14 @@ class Holder:
                         log.info(
                             "%s: looking whether %s still runs, for at most %.0f s",
                             self._folder,
-                            _who(found.claim),
-                            SILENT,
+                            _who(found.lease),
+                            LEASE_SECONDS,
                         )
                     time.sleep(LOOK_EVERY)
                     continue
                 number = found.number + 1 if found else 1
                 path = self._folder / f"{PREFIX}{number}"
-                if not _make(path, self._claim):
+                if not _make(path, self._lease):
                     continue
                 others = set(_numbers(self._folder)) - {number}
                 if others - set(seen) or max(others, default=0) > number:
@@ -196,31 +196,31 @@ class Holder:
                 (self._folder / f"{PREFIX}{other}").unlink(missing_ok=True)
             return path
 
-    def _is_free(self, found: Found, first: Found | None) -> bool:
+    def _is_free(self, found: LeaseFile, first: LeaseFile | None) -> bool:
         """Raises HeldError. first: what was found at first."""
-        runs = self._runs(found.claim)
+        runs = self._runs(found.lease)
         beaten = (
             first is not None and first.number == found.number and first.changed != found.changed
         )
-        standing = judge(runs, self._now() - found.changed if runs is None else 0.0, beaten)
-        if standing is Standing.HELD:
+        state = lease_state(runs, self._now() - found.changed if runs is None else 0.0, beaten)
+        if state is LeaseState.HELD:
             mend = "wait until that has ended, or name another folder"
-            raise HeldError(f"{self._folder} is held by {_who(found.claim)}: {mend}")
-        return standing is Standing.FREE
+            raise FolderLockedError(f"{self._folder} is held by {_who(found.lease)}: {mend}")
+        return state is LeaseState.FREE
 
-    def _runs(self, claim: Claim | None) -> bool | None:
-        """Whether a claim's process runs, where it would be on this machine."""
+    def _runs(self, lease: Lease | None) -> bool | None:
+        """Whether a lease's process runs, where it would be on this machine."""
         if (
-            claim is None
-            or claim.machine != self._claim.machine
-            or claim.folder != self._claim.folder
+            lease is None
+            or lease.machine != self._lease.machine
+            or lease.folder != self._lease.folder
         ):
             return None
-        return _is_running(claim.pid, claim.began)
+        return _is_running(lease.pid, lease.began)
 
     def _now(self) -> float:
         """The storage's time."""
-        path = self._folder / f"{PREFIX}clock-{self._claim.token}"
+        path = self._folder / f"{PREFIX}clock-{self._lease.token}"
         with open(path, "wb") as file:
             file.write(b"?")
             file.flush()
@@ -228,24 +228,24 @@ class Holder:
         path.unlink()
         return now
 
-    def _beat(self) -> None:
-        while not self._stop.wait(BEAT_EVERY):
+    def _heartbeat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_EVERY):
             # What fails for a moment is tried again with the next beat.
             with contextlib.suppress(OSError):
                 found = _newest(self._folder)
                 if found is None:
                     # Somebody tidied up.
-                    _make(self._path, self._claim)
-                elif found.claim == self._claim:
+                    _make(self._path, self._lease)
+                elif found.lease == self._lease:
                     os.utime(self._path)
                 elif not self._stop.is_set():
                     return self._lost(self._folder)
 
 
-def _who(claim: Claim | None) -> str:
-    if claim is None:
+def _who(lease: Lease | None) -> str:
+    if lease is None:
         return "another process that has just started"
-    return f"{claim.work} (process {claim.pid} on {claim.host})"
+    return f"{lease.work} (process {lease.pid} on {lease.host})"
 
 
 def _failed(folder: pathlib.Path, error: OSError) -> UserError:
@@ -260,7 +260,7 @@ def _end(folder: pathlib.Path) -> None:
     found = None
     with contextlib.suppress(OSError):  # It ends whether or not that can be told.
         found = _newest(folder)
-    who = _who(found.claim if found else None)
+    who = _who(found.lease if found else None)
     print(
         f"error: {folder} was taken by {who} while this process stood still: see how that does",
         file=sys.stderr,
@@ -282,14 +282,14 @@ def _numbers(folder: pathlib.Path) -> list[int]:
         return sorted(number for entry in entries if (number := _number(entry.name)))
 
 
-def _newest(folder: pathlib.Path) -> Found | None:
+def _newest(folder: pathlib.Path) -> LeaseFile | None:
     for number in reversed(_numbers(folder)):
         if (found := _read(folder / f"{PREFIX}{number}")) is not None:
             return found
     return None
 
 
-def _read(path: pathlib.Path) -> Found | None:
+def _read(path: pathlib.Path) -> LeaseFile | None:
     """None where it is not there, or there no more."""
     try:
         # NFS looks again at a file that is opened.
@@ -297,17 +297,17 @@ def _read(path: pathlib.Path) -> Found | None:
             text, changed = file.read(MOST_BYTES), os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
         return None
-    claim = None
+    lease = None
     with contextlib.suppress(ValueError, TypeError):
-        raw = Claim(**json.loads(text))
+        raw = Lease(**json.loads(text))
         if isinstance(raw.pid, int) and all(
             isinstance(value, str) for value in raw if value is not raw.pid
         ):
-            claim = raw
-    return Found(_number(path.name), claim, changed)
+            lease = raw
+    return LeaseFile(_number(path.name), lease, changed)
 
 
-def _make(path: pathlib.Path, claim: Claim) -> bool:
+def _make(path: pathlib.Path, lease: Lease) -> bool:
     """Whether this process made it: one alone can."""
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
@@ -315,7 +315,7 @@ def _make(path: pathlib.Path, claim: Claim) -> bool:
         return False
     try:
         with open(descriptor, "wb") as file:
-            file.write(json.dumps(claim._asdict()).encode())
+            file.write(json.dumps(lease._asdict()).encode())
             file.flush()
             os.fsync(file.fileno())
     except OSError:

@@ -4,18 +4,20 @@ import numpy as np
 import pytest
 
 from flamingo_jax.experiment import MeshConfig
+from flamingo_jax.partitioning.host_shard import WHOLE_BATCH, HostShard
 from flamingo_jax.partitioning.mesh import batch_shardings, make_mesh
-from flamingo_jax.partitioning.share import WHOLE, Share
 from tests.partitioning.processes import processes
 
 ROWS, PLACES = 16, 3
 
 
 def test_by_default_all_of_a_batch() -> None:
-    assert WHOLE.listed(4, 2) == 8
-    np.testing.assert_array_equal(WHOLE.rows(4), np.arange(4))
-    np.testing.assert_array_equal(WHOLE.visuals(4, 2), np.arange(8))
-    np.testing.assert_array_equal(Share.of(make_mesh(MeshConfig(2, 2, 2))).rows(8), np.arange(8))
+    assert WHOLE_BATCH.listed(4, 2) == 8
+    np.testing.assert_array_equal(WHOLE_BATCH.rows(4), np.arange(4))
+    np.testing.assert_array_equal(WHOLE_BATCH.visuals(4, 2), np.arange(8))
+    np.testing.assert_array_equal(
+        HostShard.of(make_mesh(MeshConfig(2, 2, 2))).rows(8), np.arange(8)
+    )
 
 
 @pytest.mark.parametrize(
@@ -30,8 +32,8 @@ def test_two_hosts_of_four_devices_that_follow_one_another(
     shape: tuple[int, int, int], rows: list[list[int]]
 ) -> None:
     shares = processes(shape, 2).shares
-    assert [share.rows(ROWS).tolist() for share in shares] == rows
-    visuals = [share.visuals(ROWS, PLACES).tolist() for share in shares]
+    assert [host_shard.rows(ROWS).tolist() for host_shard in shares] == rows
+    visuals = [host_shard.visuals(ROWS, PLACES).tolist() for host_shard in shares]
     assert visuals == [list(range(24)), list(range(24, 48))], "no visual twice, though rows are"
 
 
@@ -43,17 +45,17 @@ def test_every_device_finds_its_part_of_what_its_process_reads(
 ) -> None:
     group = processes(shape, count, seed)
     batches = []
-    for share in group.shares:
-        rows, listed = share.rows(ROWS), share.visuals(ROWS, PLACES)
+    for host_shard in group.shares:
+        rows, listed = host_shard.rows(ROWS), host_shard.visuals(ROWS, PLACES)
         batches.append(
             {"tokens": rows[:, None] * 10, "visuals": rows[:, None], "images": listed[:, None]}
         )
         assert len(set(rows)) == len(rows) and (np.diff(rows) > 0).all()
         held = {
-            share.devices[place * len(share.devices) // len(listed)][0]
+            host_shard.devices[place * len(host_shard.devices) // len(listed)][0]
             for place in range(len(listed))
         }
-        assert held == {row * share.row_shards // ROWS for row in rows}
+        assert held == {row * host_shard.row_shards // ROWS for row in rows}
     whole = group.assembled(batches)
     np.testing.assert_array_equal(whole["tokens"][:, 0], np.arange(ROWS) * 10)
     # Row after row, each row shard's filled up for its devices.
@@ -65,7 +67,7 @@ def test_every_device_finds_its_part_of_what_its_process_reads(
     )
     np.testing.assert_array_equal(whole["images"][:, 0], filled.reshape(-1))
     assert group.shares[0].listed(ROWS, PLACES) == filled.size
-    decoded = np.concatenate([share.visuals(ROWS, PLACES) for share in group.shares])
+    decoded = np.concatenate([host_shard.visuals(ROWS, PLACES) for host_shard in group.shares])
     np.testing.assert_array_equal(
         np.sort(decoded[decoded >= 0]), np.arange(ROWS * PLACES), "each once"
     )
@@ -89,8 +91,8 @@ def test_images_of_pairs_lie_with_their_rows() -> None:
         (16, 3)
     ) == (4, 3)
     assert pairs["images"].shard_shape((16, 3)) == pairs["tokens"].shard_shape((16, 3)) == (4, 3)
-    share = processes((2, 2, 2), 2).shares[0]
-    assert share.parts({"images": 0, "mask": 0}) == {
-        "images": share.by_row,
-        "mask": share.by_row,
+    host_shard = processes((2, 2, 2), 2).shares[0]
+    assert host_shard.parts({"images": 0, "mask": 0}) == {
+        "images": host_shard.by_row,
+        "mask": host_shard.by_row,
     }

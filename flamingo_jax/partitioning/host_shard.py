@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from flamingo_jax.partitioning.mesh import BY_VISUAL
 
 
-class Parts(NamedTuple):
+class AxisParts(NamedTuple):
     """Which of the `total` equal parts of an array's first axis a process holds, in ascending
     order.
     """
@@ -54,7 +54,7 @@ class Parts(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class HostShard:
     """A process's share of every global batch; by default all of it.
 
     row_shards, model: into how many parts the mesh divides rows, and then the visuals of each.
@@ -67,7 +67,7 @@ class Share:
 
     @classmethod
     @functools.cache
-    def of(cls, mesh: Mesh, process: int | None = None) -> "Share":
+    def of(cls, mesh: Mesh, process: int | None = None) -> "HostShard":
         """That of a process, by default this one."""
         process = jax.process_index() if process is None else process
         _, fsdp, model = mesh.devices.shape
@@ -79,14 +79,14 @@ class Share:
         return cls(mesh.devices.size // model, model, tuple(sorted(held)))
 
     @property
-    def by_row(self) -> Parts:
+    def by_row(self) -> AxisParts:
         """Of arrays with one entry a row."""
-        return Parts(tuple(sorted({shard for shard, _ in self.devices})), self.row_shards)
+        return AxisParts(tuple(sorted({shard for shard, _ in self.devices})), self.row_shards)
 
     @property
-    def by_visual(self) -> Parts:
+    def by_visual(self) -> AxisParts:
         """Of arrays with one entry a visual."""
-        return Parts(
+        return AxisParts(
             tuple(shard * self.model + place for shard, place in self.devices),
             self.row_shards * self.model,
         )
@@ -120,7 +120,7 @@ class Share:
             self.row_shards * self.model * math.ceil(rows // self.row_shards * places / self.model)
         )
 
-    def parts(self, batch: dict[str, Any]) -> dict[str, Parts]:
+    def parts(self, batch: dict[str, Any]) -> dict[str, AxisParts]:
         """Those of each of a batch's arrays, by the rule of `mesh.batch_shardings`."""
         return {
             name: self.by_visual if "visuals" in batch and name in BY_VISUAL else self.by_row
@@ -128,4 +128,4 @@ class Share:
         }
 
 
-WHOLE = Share()
+WHOLE_BATCH = HostShard()
