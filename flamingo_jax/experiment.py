@@ -190,8 +190,12 @@ class LanguageModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ResamplerConfig:
-    """Perceiver Resampler (paper A.1.1)."""
+    """How visual features become visual tokens: see `models.resamplers`."""
 
+    kind: Literal["perceiver", "mlp", "transformer"] = "perceiver"
+    """perceiver: latents read the features (paper A.1.1). The ablation's others: transformer,
+    features and latents in one sequence; mlp, cell by cell, then a map from cells to tokens.
+    """
     layers: Positive = 6
     width: Positive = 1536
     heads: Positive = 16

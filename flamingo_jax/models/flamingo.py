@@ -25,7 +25,7 @@ from flamingo_jax.models.layers import (
     rematerialised,
     stack,
 )
-from flamingo_jax.models.perceiver import PerceiverResampler
+from flamingo_jax.models.resamplers import make_resampler
 from flamingo_jax.models.stream import Parts, join, shapes_of, split
 from flamingo_jax.models.vision import VisionEncoder, vision_encoder
 from flamingo_jax.partitioning.constraints import (
@@ -114,8 +114,12 @@ class Flamingo(nnx.Module):
         self.encoder_trains = encoder_trains
         width = config.language_model.width
         self.vision_encoder = vision_encoder(config.vision, rngs=rngs)
-        self.resampler = PerceiverResampler(
-            config.resampler, self.vision_encoder.width, rngs=rngs, remat=remat
+        self.resampler = make_resampler(
+            config.resampler,
+            self.vision_encoder.width,
+            self.vision_encoder.grid,
+            rngs=rngs,
+            remat=remat,
         )
         self.visual_projection = fan_in_normal(rngs, (config.resampler.width, width))
         self.gated_xattn = GatedBlocks(config, rngs=rngs)

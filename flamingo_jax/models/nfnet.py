@@ -315,6 +315,8 @@ class NFNet(nnx.Module):
         )
         self.final = WSConv(shape.widths[-1], shape.final_width, 1, rngs=rngs)
         self.width = shape.final_width
+        stride = math.prod(shape.stem_strides) * math.prod(shape.strides)
+        self.grid = -(-config.image_size // stride)
 
     def __call__(self, images: Array, *, train: bool = False, key: Array | None = None) -> Array:
         """`key` draws stochastic depth in training; without it, or at rate 0, nothing is

@@ -117,16 +117,18 @@ def step_cost(experiment: Experiment) -> Cost:
     encoder, cells = encoder_cost(model.vision_encoder, config.vision.image_size)
     unfrozen = bool(stages.unfrozen(experiment))
     encoder *= 0 if experiment.training.cache_features else 3 if unfrozen else 1
-    latent = weights(_LAYER, "resampler/") + weights(
-        "visual_projection|gated_xattn/layers/(key|value)"
-    )
-    cell = (6 if unfrozen else 4) * weights("resampler/input_projection") + 6 * weights(
-        "resampler/layers/(key|value)"
-    )
+    visual_token = weights("visual_projection|gated_xattn/layers/(key|value)")
+    layers, kind = weights(_LAYER, "resampler/"), config.resampler.kind
+    # What layers meet: the perceiver's latents all of them, its cells keys and values alone;
+    # the transformer's latents and cells all; the MLP's cells all, and its map every channel.
+    latent = {"perceiver": layers, "transformer": layers, "mlp": 0}[kind]
+    of_cell = weights("resampler/layers/(key|value)") if kind == "perceiver" else layers
+    channels = weights("resampler/cells_to_tokens") * config.resampler.width
+    cell = (6 if unfrozen else 4) * weights("resampler/input_projection") + 6 * of_cell
     return Cost(
         token,
         6 * weights("gated_xattn/layers/(query|out)"),
-        6 * config.resampler.latents * latent,
+        6 * (config.resampler.latents * (latent + visual_token) + channels),
         encoder + cells * cell,
     )
 

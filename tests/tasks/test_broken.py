@@ -20,7 +20,7 @@ from flamingo_jax.experiment import (
 )
 from flamingo_jax.models import nfnet
 from flamingo_jax.models.flamingo import Flamingo
-from flamingo_jax.models.perceiver import PerceiverResampler
+from flamingo_jax.models.resamplers import PerceiverResampler
 from flamingo_jax.models.text_encoder import TextEncoder
 from flamingo_jax.tasks.contrastive import contrastive_loss
 from flamingo_jax.tasks.flamingo import FlamingoTask

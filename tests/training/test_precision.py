@@ -25,7 +25,7 @@ from flamingo_jax.experiment import (
 from flamingo_jax.models import nfnet
 from flamingo_jax.models.language_model import LanguageModel
 from flamingo_jax.models.layers import gated_linear, linear, spread
-from flamingo_jax.models.perceiver import PerceiverResampler
+from flamingo_jax.models.resamplers import PerceiverResampler
 from flamingo_jax.models.vit import ViT
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.planning import hlo
