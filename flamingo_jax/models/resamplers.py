@@ -141,6 +141,7 @@ class Resampler(nnx.Module):
             if config.position_grid
             else None
         )
+        self.final_norm = LayerNorm(config.width)
 
     def time_embeddings(self, frames: int) -> Array:
         """float32 [frames, D]: the first ones, or the trained ones stretched linearly over more
@@ -217,7 +218,6 @@ class PerceiverResampler(Resampler):
         super().__init__(config, feature_width, rngs=rngs, remat=remat)
         self.latents = nnx.Param(jax.random.normal(rngs.params(), (config.latents, config.width)))
         self.layers = stack(lambda r: PerceiverLayer(config, rngs=r), config.layers, rngs)
-        self.final_norm = LayerNorm(config.width)
 
     def reduce(self, x: Array, frame_mask: Array) -> Array:
         visuals, frames, cells, width = x.shape
@@ -249,7 +249,6 @@ class TransformerResampler(Resampler):
         super().__init__(config, feature_width, rngs=rngs, remat=remat)
         self.latents = nnx.Param(jax.random.normal(rngs.params(), (config.latents, config.width)))
         self.layers = stack(lambda r: TransformerLayer(config, rngs=r), config.layers, rngs)
-        self.final_norm = LayerNorm(config.width)
 
     def reduce(self, x: Array, frame_mask: Array) -> Array:
         visuals, frames, cells, width = x.shape
@@ -285,7 +284,6 @@ class MLPResampler(Resampler):
         super().__init__(config, feature_width, rngs=rngs, remat=remat)
         self.layers = stack(lambda r: MLPLayer(config, rngs=r), config.layers, rngs)
         self.cells_to_tokens = fan_in_normal(rngs, (grid * grid, config.latents))
-        self.final_norm = LayerNorm(config.width)
 
     def reduce(self, x: Array, frame_mask: Array) -> Array:
         x, _ = scan_layers(self.layers, lambda layer, h, _: (layer(h), None), x, None, self.remat)
