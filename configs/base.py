@@ -15,6 +15,7 @@ from collections.abc import Collection, Sequence
 from flamingo_jax.configuring import did_you_mean
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import (
+    ConditioningConfig,
     ContrastiveConfig,
     DatasetConfig,
     Experiment,
@@ -248,10 +249,12 @@ def flamingo(
             vision=VisionConfig("F6", image_size=320),
             language_model=language_model,
             resampler=ResamplerConfig(),
-            every=every,
-            xattn_heads=language_model.heads,
-            xattn_head_width=language_model.head_width,
-            xattn_feed_forward=language_model.feed_forward,
+            conditioning=ConditioningConfig(
+                xattn_every=every,
+                heads=language_model.heads,
+                head_width=language_model.head_width,
+                feed_forward=language_model.feed_forward,
+            ),
         ),
         tokenizer=f"{DATA}/tokenizer",
         data=data,
@@ -371,7 +374,7 @@ def _tiny_language_model(model: LanguageModelConfig, layers: int) -> LanguageMod
 def _tiny_flamingo(flamingo: FlamingoConfig) -> FlamingoConfig:
     # Two groups, the last one as short as the full model's last: 80 layers by 7 end in a group
     # of 3.
-    every, layers = flamingo.every, flamingo.language_model.layers
+    every, layers = flamingo.conditioning.xattn_every, flamingo.language_model.layers
     return dataclasses.replace(
         flamingo,
         vision=_tiny_vision(flamingo.vision),
@@ -387,9 +390,12 @@ def _tiny_flamingo(flamingo: FlamingoConfig) -> FlamingoConfig:
             latents=8,
             feed_forward=256,
         ),
-        xattn_heads=4,
-        xattn_head_width=16,
-        xattn_feed_forward=256,
+        conditioning=dataclasses.replace(
+            flamingo.conditioning,
+            heads=4,
+            head_width=16,
+            feed_forward=256,
+        ),
     )
 
 

@@ -1,7 +1,7 @@
 """A Flamingo by its sizes alone, such as a PyTorch peer can be built with as well; for `python
 -m launch.benchmark train --sizes=...`.
 
-`--config=configs/benchmark.py:layers=4,width=256,heads=4,vocab=8192,every=1,vit_layers=4,...`
+`--config=configs/benchmark.py:layers=4,width=256,heads=4,vocab=8192,xattn_every=1,vit_layers=4,...`
 names all of `NUMBERS` and `BATCHES`: a language model of the GPT-NeoX form (rotary positions,
 GELU, a head of its own), a ViT, a resampler of 6 layers, cross-attention of 8 heads of 64.
 """
@@ -14,6 +14,7 @@ import ml_collections
 from flamingo_jax.configuring import from_config, to_config
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import (
+    ConditioningConfig,
     DatasetConfig,
     Experiment,
     FlamingoConfig,
@@ -29,7 +30,7 @@ NUMBERS = (
     "width",
     "heads",
     "vocab",
-    "every",
+    "xattn_every",
     "vit_layers",
     "vit_width",
     "vit_heads",
@@ -90,10 +91,12 @@ def experiment_of(sizes: str) -> Experiment:
             resampler=ResamplerConfig(
                 layers=6, width=vision, heads=8, head_width=64, feed_forward=4 * vision
             ),
-            every=n["every"],
-            xattn_heads=8,
-            xattn_head_width=64,
-            xattn_feed_forward=4 * width,
+            conditioning=ConditioningConfig(
+                xattn_every=n["xattn_every"],
+                heads=8,
+                head_width=64,
+                feed_forward=4 * width,
+            ),
         ),
         data={
             "m3w": DatasetConfig("pages", batch_size=rows, visuals=images, length=tokens),

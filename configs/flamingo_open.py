@@ -35,6 +35,7 @@ from flamingo_jax.checkpointing.export import open_export
 from flamingo_jax.configuring import from_json, to_config
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import (
+    ConditioningConfig,
     DatasetConfig,
     Experiment,
     FlamingoConfig,
@@ -119,12 +120,14 @@ def _experiment(language_model: str, encoder: str, data: dict[str, DatasetConfig
             vision=vision,
             language_model=lm,
             resampler=ResamplerConfig(),
-            every=4,
-            xattn_heads=lm.heads,
-            xattn_head_width=lm.head_width,
-            # The paper's blocks are 4 times as wide inside; a SwiGLU's own width would say
-            # something else.
-            xattn_feed_forward=4 * lm.width,
+            conditioning=ConditioningConfig(
+                xattn_every=4,
+                heads=lm.heads,
+                head_width=lm.head_width,
+                # The paper's blocks are 4 times as wide inside; a SwiGLU's own width would say
+                # something else.
+                feed_forward=4 * lm.width,
+            ),
         ),
         tokenizer=language_model,
         data=data,
@@ -170,10 +173,12 @@ def _tiny(language_model: str, encoder: str, datasets: str, root: str) -> Experi
                 frames=8,
                 feed_forward=256,
             ),
-            every=2,
-            xattn_heads=4,
-            xattn_head_width=16,
-            xattn_feed_forward=256,
+            conditioning=ConditioningConfig(
+                xattn_every=2,
+                heads=4,
+                head_width=16,
+                feed_forward=256,
+            ),
         ),
         tokenizer=language_model if own else os.path.join(root, base.DATA, "tokenizer"),
         data=data,

@@ -22,6 +22,7 @@ from configs.base import arguments, held_out
 from flamingo_jax.configuring import to_config
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import (
+    ConditioningConfig,
     ContrastiveConfig,
     DatasetConfig,
     Experiment,
@@ -176,12 +177,14 @@ def flamingo(root: str, use_visuals: bool = True) -> Experiment:
                 feed_forward=512,
                 position_grid=6,
             ),
-            every=1,
-            xattn_heads=4,
-            xattn_head_width=32,
-            xattn_feed_forward=512,
-            gate_start=1.0,
-            gated_out_scale=0.3,
+            conditioning=ConditioningConfig(
+                xattn_every=1,
+                heads=4,
+                head_width=32,
+                feed_forward=512,
+                gate_init=1.0,
+                out_scale=0.3,
+            ),
         ),
         tokenizer=f"{root}/data/tokenizer",
         data=data,

@@ -24,6 +24,7 @@ from configs.base import arguments, held_out
 from flamingo_jax.configuring import to_config
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import (
+    ConditioningConfig,
     ContrastiveConfig,
     DatasetConfig,
     Experiment,
@@ -165,11 +166,13 @@ def _flamingo(folder: str) -> Experiment:
                 position_grid=8,
             ),
             # Gates that start at 0, as the paper's do, hardly open in a run this short.
-            xattn_heads=4,
-            xattn_head_width=32,
-            xattn_feed_forward=512,
-            gate_start=1.0,
-            gated_out_scale=0.3,
+            conditioning=ConditioningConfig(
+                heads=4,
+                head_width=32,
+                feed_forward=512,
+                gate_init=1.0,
+                out_scale=0.3,
+            ),
         ),
         tokenizer=f"{folder}/data/tokenizer",
         data=data,

@@ -213,33 +213,41 @@ class ResamplerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ConditioningConfig:
+    """How the frozen language model comes to see: gated cross-attention blocks (paper 2.2)."""
+
+    xattn_every: Positive = 1
+    """A block stands before language model layers 0, xattn_every, 2 xattn_every, ... (paper
+    B.1.1).
+    """
+    heads: Positive = 16
+    head_width: Positive = 128
+    feed_forward: Positive = 8192
+    gate_init: Finite = 0.0
+    """The gates' parameters at the start. 0 (paper): training begins with the language model's
+    own outputs, and while a gate is near 0 the noise of its gradient turns its sign again and
+    again, so that nothing behind it learns. Runs of some hundred steps want open gates, as 1,
+    with a small `out_scale`: then the first blocks learn to write what the language model's
+    first layers can read.
+    """
+    out_scale: NotNegative = 1.0
+    """What blocks write starts at this many times its usual size; their gates make it 0 in the
+    paper's start.
+    """
+    attend_to_media: Literal["last", "all_previous"] = "last"
+    """Which visuals a text token sees: the last one before it (paper) or all before it
+    (ablation).
+    """
+
+
+@dataclasses.dataclass(frozen=True)
 class FlamingoConfig:
-    """Frozen encoder, resampler, gated cross-attention and frozen language model."""
+    """Frozen encoder, resampler, conditioning and frozen language model."""
 
     vision: VisionConfig = VisionConfig()
     language_model: LanguageModelConfig = LanguageModelConfig()
     resampler: ResamplerConfig = ResamplerConfig()
-    every: Positive = 1
-    """A gated block stands before language model layers 0, every, 2 every, ... (paper B.1.1).
-    """
-    xattn_heads: Positive = 16
-    xattn_head_width: Positive = 128
-    xattn_feed_forward: Positive = 8192
-    gate_start: Finite = 0.0
-    """Both gates' parameters at the start. 0 (paper): training begins with the language model's
-    own outputs, and while a gate is near 0 the noise of its gradient turns its sign again and
-    again, so that nothing behind it learns. Runs of some hundred steps want open gates, as 1,
-    with a small `gated_out_scale`: then the first blocks learn to write what the language
-    model's first layers can read.
-    """
-    gated_out_scale: NotNegative = 1.0
-    """What gated blocks write starts at this many times its usual size; their gates make it 0
-    in the paper's start.
-    """
-    attend: Literal["last", "all_previous"] = "last"
-    """Which visuals a text token sees: the last one before it (paper) or all before it
-    (ablation).
-    """
+    conditioning: ConditioningConfig = ConditioningConfig()
     extra_tokens: Positive = 1
     """Trained additions to the frozen vocabulary; the first is <EOC>."""
 

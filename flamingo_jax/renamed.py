@@ -27,6 +27,15 @@ class Moved(NamedTuple):
 
 
 MOVED: dict[str, dict[str, Moved]] = {
+    "FlamingoConfig": {
+        "every": Moved("conditioning.xattn_every"),
+        "xattn_heads": Moved("conditioning.heads"),
+        "xattn_head_width": Moved("conditioning.head_width"),
+        "xattn_feed_forward": Moved("conditioning.feed_forward"),
+        "gate_start": Moved("conditioning.gate_init"),
+        "gated_out_scale": Moved("conditioning.out_scale"),
+        "attend": Moved("conditioning.attend_to_media"),
+    },
     "OptimizerConfig": {
         "peak_rate": Moved("learning_rate"),
         "end_rate": Moved("end_learning_rate"),

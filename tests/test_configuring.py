@@ -9,6 +9,7 @@ import pytest
 from flamingo_jax.configuring import from_config, from_json, key_type, to_config, to_json
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import (
+    ConditioningConfig,
     DatasetConfig,
     Experiment,
     FlamingoConfig,
@@ -19,7 +20,9 @@ from flamingo_jax.experiment import (
 
 FULL = Experiment(
     name="x",
-    flamingo=FlamingoConfig(language_model=LanguageModelConfig(layers=3), every=2),
+    flamingo=FlamingoConfig(
+        language_model=LanguageModelConfig(layers=3), conditioning=ConditioningConfig(xattn_every=2)
+    ),
     data={"a": DatasetConfig(weight=1), "b": DatasetConfig(kind="pages")},
     optimizer=OptimizerConfig(weight_decay_exclude=("a.*", "b")),
 )

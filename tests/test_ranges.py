@@ -57,7 +57,7 @@ def nested(key: str, value: Any) -> dict[str, Any]:
         ("held_out.text.p_next", 1.5, "is 1.5, but must be from 0 to 1"),
         ("training.required_loss.text", -INF, "is -inf, but must be finite and above 0"),
         ("training.steps", 10**30, f"is {10**30}, but must be {MAX_INT} or less"),
-        ("flamingo.gate_start", NAN, "is nan, but must be finite"),
+        ("flamingo.conditioning.gate_init", NAN, "is nan, but must be finite"),
         ("flamingo.vision.std", [0.2, 0, 0.2], "[1] is 0.0, but must be above 0"),
         ("optimizer.eps", 10**400, "which no float holds"),
     ],

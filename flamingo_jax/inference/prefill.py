@@ -84,7 +84,7 @@ def prefill(model: DecodingModel, prompts: PromptArrays, media: Any, size: int) 
     )
     take = lambda a: jnp.take_along_axis(a, prompts.lengths[:, None] - 1, axis=1)[:, 0]
     index, visuals = take(prompts.media_index), prompts.visuals
-    if visuals is not None and model.config.attend == "last":
+    if visuals is not None and model.config.conditioning.attend_to_media == "last":
         # What follows looks at one visual alone: the others need not be gathered at every step.
         visuals = jnp.where(
             index[:, None] >= 0,

@@ -80,8 +80,11 @@ class GatedBlocks(nnx.Module):
     """The stack of gated blocks, one before language model layers 0, every, 2 every, ..."""
 
     def __init__(self, config: FlamingoConfig, *, rngs: nnx.Rngs):
-        count = math.ceil(config.language_model.layers / config.every)
-        self.layers = stack(lambda r: GatedCrossAttentionBlock(config, rngs=r), count, rngs)
+        width = config.language_model.width
+        count = math.ceil(config.language_model.layers / config.conditioning.xattn_every)
+        self.layers = stack(
+            lambda r: GatedCrossAttentionBlock(config.conditioning, width, rngs=r), count, rngs
+        )
 
 
 class Flamingo(nnx.Module):
@@ -310,7 +313,11 @@ class Flamingo(nnx.Module):
         if rows.visuals is None:
             return jnp.zeros((rows.tokens.shape[0], 1, rows.tokens.shape[1], 0), bool)
         return media_mask(
-            rows.media_index, rows.segments, rows.visuals, tokens_per_visual, self.config.attend
+            rows.media_index,
+            rows.segments,
+            rows.visuals,
+            tokens_per_visual,
+            self.config.conditioning.attend_to_media,
         )
 
     def resample_stream(self, features: Parts, frame_masks: Parts) -> Array:
@@ -393,7 +400,13 @@ class Flamingo(nnx.Module):
         if media is not None:
             assert visuals is not None
             tokens_per_visual = media.media.key.shape[2]
-            mask = media_mask(media_index, None, visuals, tokens_per_visual, self.config.attend)
+            mask = media_mask(
+                media_index,
+                None,
+                visuals,
+                tokens_per_visual,
+                self.config.conditioning.attend_to_media,
+            )
             looks = (mask[:, 0, :, ::tokens_per_visual] & media.broken[visuals][:, None]).any(-1)
             x = jnp.where(looks[..., None], jnp.nan, x)
 
@@ -419,7 +432,7 @@ class Flamingo(nnx.Module):
         """
         blocks_graph, blocks = nnx.split(self.gated_xattn.layers)
         layers_graph, layers = nnx.split(self.language_model.layers)
-        every = self.config.every
+        every = self.config.conditioning.xattn_every
         groups, rest = divmod(self.config.language_model.layers, every)
 
         take = lambda tree, index: jax.tree.map(

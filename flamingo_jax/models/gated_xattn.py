@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flamingo_jax.experiment import FlamingoConfig
+from flamingo_jax.experiment import ConditioningConfig
 from flamingo_jax.models.attention import attend
 from flamingo_jax.models.layers import (
     FeedForward,
@@ -61,15 +61,14 @@ def media_mask(
 
 class GatedCrossAttentionBlock(nnx.Module):
     """y += tanh(a) * CrossAttn(LN(y), LN(X)); y += tanh(b) * FFW(LN(y)), with both gates 0 at
-    the start (unless `config.gate_start`).
+    the start (unless `config.gate_init`).
 
     One LayerNorm serves keys and values (paper v1, 3.1.2); no part that follows the attention
     has a bias, so that a token with no visual gets exactly zero from it.
     """
 
-    def __init__(self, config: FlamingoConfig, *, rngs: nnx.Rngs):
-        width = config.language_model.width
-        shape = (width, config.xattn_heads, config.xattn_head_width)
+    def __init__(self, config: ConditioningConfig, width: int, *, rngs: nnx.Rngs):
+        shape = (width, config.heads, config.head_width)
         self.attention_norm = LayerNorm(width)
         self.media_norm = LayerNorm(width)
         self.query = fan_in_normal(rngs, shape)
@@ -78,14 +77,14 @@ class GatedCrossAttentionBlock(nnx.Module):
         self.out = fan_in_normal(
             rngs,
             (*shape[1:], width),
-            config.xattn_heads * config.xattn_head_width,
-            config.gated_out_scale,
+            config.heads * config.head_width,
+            config.out_scale,
         )
-        self.attention_gate = nnx.Param(jnp.full((), config.gate_start))
+        self.attention_gate = nnx.Param(jnp.full((), config.gate_init))
         self.dense_norm = LayerNorm(width)
-        self.feed_forward = FeedForward(width, config.xattn_feed_forward, "squared_relu", rngs=rngs)
-        self.feed_forward.down[...] *= config.gated_out_scale
-        self.dense_gate = nnx.Param(jnp.full((), config.gate_start))
+        self.feed_forward = FeedForward(width, config.feed_forward, "squared_relu", rngs=rngs)
+        self.feed_forward.down[...] *= config.out_scale
+        self.dense_gate = nnx.Param(jnp.full((), config.gate_init))
 
     def project_visuals(self, visual_tokens: Array) -> Media:
         """[M, R, D] -> keys and values, once per visual however many rows look at it."""

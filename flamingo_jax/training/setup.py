@@ -401,7 +401,7 @@ def _require_equal(
             )
 
 
-FREE = ("image_size", "image_fit", "stochastic_depth", "gate_start", "gated_out_scale")
+FREE = ("image_size", "image_fit", "stochastic_depth", "gate_init", "out_scale")
 """What may be another than in an export: an image may have another size and form in training
 and in use, and a start is behind it; everything else is part of the weights' meaning.
 """

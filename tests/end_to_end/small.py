@@ -10,6 +10,7 @@ import ml_collections
 from data_pipelines.build.quickstart import VOCABULARY
 from flamingo_jax.configuring import to_config
 from flamingo_jax.experiment import (
+    ConditioningConfig,
     ContrastiveConfig,
     DatasetConfig,
     Experiment,
@@ -83,9 +84,11 @@ def flamingo(data: pathlib.Path, **changes: object) -> Experiment:
             resampler=ResamplerConfig(
                 layers=1, width=16, heads=2, head_width=8, latents=2, frames=4, feed_forward=32
             ),
-            xattn_heads=2,
-            xattn_head_width=8,
-            xattn_feed_forward=32,
+            conditioning=ConditioningConfig(
+                heads=2,
+                head_width=8,
+                feed_forward=32,
+            ),
         ),
         data={
             "m3w": DatasetConfig(

@@ -27,9 +27,9 @@ MODEL = dataclasses.replace(
     language_model=dataclasses.replace(
         world.FLAMINGO.language_model, width=32, heads=8, head_width=4, feed_forward=64
     ),
-    xattn_heads=8,
-    xattn_head_width=4,
-    xattn_feed_forward=64,
+    conditioning=dataclasses.replace(
+        world.FLAMINGO.conditioning, heads=8, head_width=4, feed_forward=64
+    ),
 )
 
 

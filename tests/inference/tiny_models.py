@@ -13,6 +13,7 @@ import sentencepiece
 from flax import nnx
 
 from flamingo_jax.experiment import (
+    ConditioningConfig,
     FlamingoConfig,
     LanguageModelConfig,
     ResamplerConfig,
@@ -34,7 +35,7 @@ class TableModel:
     has its own distribution.
     """
 
-    config = SimpleNamespace(attend="last")
+    config = SimpleNamespace(conditioning=ConditioningConfig())
     buckets = 4096
 
     def __init__(self, vocabulary: int, seed: int = 0, sharpness: float = 2.0):
@@ -102,9 +103,11 @@ def tiny_config(vocabulary: int) -> FlamingoConfig:
         resampler=ResamplerConfig(
             layers=1, width=32, heads=2, head_width=16, latents=4, frames=4, feed_forward=64
         ),
-        xattn_heads=2,
-        xattn_head_width=16,
-        xattn_feed_forward=64,
+        conditioning=ConditioningConfig(
+            heads=2,
+            head_width=16,
+            feed_forward=64,
+        ),
     )
 
 

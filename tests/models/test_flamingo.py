@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 
 from flamingo_jax.experiment import (
+    ConditioningConfig,
     FlamingoConfig,
     LanguageModelConfig,
     MeshConfig,
@@ -38,10 +40,12 @@ TERMS = (5 + 3) * LAYER + 2 * 32 + 32
 CONFIG = FlamingoConfig(
     vision=VisionConfig(variant="tiny", image_size=48),
     language_model=LANGUAGE_MODEL,
-    every=2,
-    xattn_heads=2,
-    xattn_head_width=16,
-    xattn_feed_forward=64,
+    conditioning=ConditioningConfig(
+        xattn_every=2,
+        heads=2,
+        head_width=16,
+        feed_forward=64,
+    ),
     resampler=ResamplerConfig(
         layers=1, width=24, heads=2, head_width=12, latents=3, frames=2, feed_forward=48
     ),
@@ -56,8 +60,13 @@ VISUALS = jnp.asarray([[0, 1, 2], [3, -1, -1]], jnp.int32)
 VISUAL_TOKENS = jax.random.normal(jax.random.key(1), (ROWS * PLACES, 3, 32))
 
 
-def make(**changes: object) -> Flamingo:
-    model = Flamingo(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(0))  # type: ignore[arg-type]
+def conditioned(**changes: Any) -> FlamingoConfig:
+    conditioning = dataclasses.replace(CONFIG.conditioning, **changes)
+    return dataclasses.replace(CONFIG, conditioning=conditioning)
+
+
+def make(**changes: Any) -> Flamingo:
+    model = Flamingo(conditioned(**changes), rngs=nnx.Rngs(0))
     model.gated_xattn.layers.attention_gate[...] = jnp.full(
         model.gated_xattn.layers.attention_gate.shape, 0.8
     )
@@ -92,7 +101,7 @@ def forward(
 def test_with_gates_at_zero_the_logits_are_the_language_models_to_the_last_bit(
     every: int,
 ) -> None:
-    model = Flamingo(dataclasses.replace(CONFIG, every=every), rngs=nnx.Rngs(0))
+    model = Flamingo(conditioned(xattn_every=every), rngs=nnx.Rngs(0))
     tokens = jnp.minimum(TOKENS, 39)
     graph, state = nnx.split(model.language_model)
     alone = jax.jit(lambda s, t: nnx.merge(graph, s)(t, POSITIONS, SEGMENTS))(state, tokens)
@@ -169,7 +178,7 @@ def test_packing_changes_no_logit(model: Flamingo) -> None:
 
 @pytest.mark.parametrize("attend", ["last", "all_previous"])
 def test_decoding_token_by_token_equals_the_whole_row(attend: str) -> None:
-    model = make(attend=attend)
+    model = make(attend_to_media=attend)
     whole = forward(model)
     media, cache = model.prepare_media(VISUAL_TOKENS), model.init_cache(ROWS, 16)
     graph, state = nnx.split(model)
@@ -254,7 +263,7 @@ def test_gates_start_at_0_unless_told_otherwise() -> None:
     make = lambda **options: (
         Flamingo(dataclasses.replace(CONFIG, **options), rngs=nnx.Rngs(0)).gated_xattn.layers
     )
-    paper, opened = make(), make(gate_start=1.0, gated_out_scale=0.3)
+    paper, opened = make(), make(gate_init=1.0, out_scale=0.3)
     for gate in ("attention_gate", "dense_gate"):
         assert not getattr(paper, gate)[...].any() and (getattr(opened, gate)[...] == 1).all()
     assert_close(opened.out[...], 0.3 * paper.out[...], terms=4)

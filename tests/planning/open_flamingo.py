@@ -2,7 +2,7 @@
 
     pip install -e '.[interop-test]' einops einops-exts && pip install --no-deps
     open_flamingo==2.0.1 python -m tests.planning.open_flamingo
-    --sizes=layers=4,width=256,heads=4,vocab=8192,every=1,vit_layers=4,vit_width=256,vit_heads=4,\\
+    --sizes=layers=4,width=256,heads=4,vocab=8192,xattn_every=1,vit_layers=4,vit_width=256,vit_heads=4,\\
 image=96,patch=16,interleaved=8x3x128,pairs=16x1x32 [--rounds=3]
 
 open_flamingo wants torchvision, which its model does not need: hence --no-deps. Its step is as
@@ -158,7 +158,12 @@ def peer_step(config: FlamingoConfig, datasets: list[DatasetConfig]) -> Callable
     clip.visual = Vision()
     image, end = lm.vocab_size - 1, lm.vocab_size - 2
     model = Flamingo(
-        clip, text, end, image, vis_dim=vit.width, cross_attn_every_n_layers=config.every
+        clip,
+        text,
+        end,
+        image,
+        vis_dim=vit.width,
+        cross_attn_every_n_layers=config.conditioning.xattn_every,
     ).train()
     model.requires_grad_(False)
     embedding = text.get_input_embeddings()

@@ -69,7 +69,11 @@ def test_depth_does_not_lengthen_the_step() -> None:
             world.experiment().training, mixing="stream", remat="products"
         )
         experiment = world.experiment(
-            flamingo=dataclasses.replace(world.FLAMINGO, language_model=language_model, every=2),
+            flamingo=dataclasses.replace(
+                world.FLAMINGO,
+                language_model=language_model,
+                conditioning=dataclasses.replace(world.FLAMINGO.conditioning, xattn_every=2),
+            ),
             training=training,
         )
         return summarise(

@@ -14,7 +14,7 @@ from flamingo_jax.planning.synthetic import full_batches
 from flamingo_jax.planning.timing import time_step
 from flamingo_jax.tasks.flops import work_in
 
-SIZES = "layers=2,width=16,heads=2,vocab=32,every=1,vit_layers=1,vit_width=16,vit_heads=2,image=16,patch=8,interleaved=8x3x12,pairs=16x1x8"  # noqa: E501
+SIZES = "layers=2,width=16,heads=2,vocab=32,xattn_every=1,vit_layers=1,vit_width=16,vit_heads=2,image=16,patch=8,interleaved=8x3x12,pairs=16x1x8"  # noqa: E501
 
 
 def test_sizes_make_the_model_they_name() -> None:

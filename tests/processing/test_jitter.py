@@ -120,7 +120,11 @@ def test_a_flamingo_sees_the_jittered_images_in_every_form() -> None:
     batch, in microbatches and in a stream with a dataset that has none; the text alone knows
     nothing of it.
     """
-    config = dataclasses.replace(world.FLAMINGO, vision=VISION, gate_start=0.5)
+    config = dataclasses.replace(
+        world.FLAMINGO,
+        vision=VISION,
+        conditioning=dataclasses.replace(world.FLAMINGO.conditioning, gate_init=0.5),
+    )
     model, task = Flamingo(config, rngs=nnx.Rngs(0)), FlamingoTask()
     names = ("ltip", "vtp")
     plain = {name: jax.tree.map(jnp.asarray, world.batches()[name]) for name in names}

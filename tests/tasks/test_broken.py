@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from flamingo_jax.experiment import (
+    ConditioningConfig,
     ContrastiveConfig,
     FlamingoConfig,
     LanguageModelConfig,
@@ -36,10 +37,12 @@ CONFIG = FlamingoConfig(
     resampler=ResamplerConfig(
         layers=1, width=8, heads=2, head_width=4, latents=2, frames=2, feed_forward=12
     ),
-    every=2,
-    xattn_heads=2,
-    xattn_head_width=4,
-    xattn_feed_forward=12,
+    conditioning=ConditioningConfig(
+        xattn_every=2,
+        heads=2,
+        head_width=4,
+        feed_forward=12,
+    ),
 )
 RNG = np.random.default_rng(0)
 SEGMENTS = np.array([[1, 1, 1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 1, 1, 0, 0]])

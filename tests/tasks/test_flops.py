@@ -186,8 +186,9 @@ def test_a_flamingo_is_nearly_its_gradients_products(
             head_width=128,
             feed_forward=1024,
         ),
-        xattn_head_width=128,
-        xattn_feed_forward=1024,
+        conditioning=dataclasses.replace(
+            world.FLAMINGO.conditioning, head_width=128, feed_forward=1024
+        ),
     )
     experiment = world.experiment(
         flamingo=wide, training=dataclasses.replace(FLOAT32, unfreeze_vision_encoder=unfrozen)

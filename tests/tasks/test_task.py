@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from flamingo_jax.experiment import (
+    ConditioningConfig,
     FlamingoConfig,
     LanguageModelConfig,
     MeshConfig,
@@ -137,9 +138,11 @@ CONFIG = FlamingoConfig(
     resampler=ResamplerConfig(
         layers=1, width=8, heads=2, head_width=4, latents=2, frames=1, feed_forward=12
     ),
-    xattn_heads=2,
-    xattn_head_width=4,
-    xattn_feed_forward=12,
+    conditioning=ConditioningConfig(
+        heads=2,
+        head_width=4,
+        feed_forward=12,
+    ),
 )
 
 

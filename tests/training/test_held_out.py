@@ -24,7 +24,11 @@ from tests.training import world
 VISION = VisionConfig(
     image_size=32, vit=ViTConfig(patch_size=16, layers=1, width=16, heads=2, feed_forward=16)
 )
-CONFIG = dataclasses.replace(world.FLAMINGO, vision=VISION, gate_start=0.5)
+CONFIG = dataclasses.replace(
+    world.FLAMINGO,
+    vision=VISION,
+    conditioning=dataclasses.replace(world.FLAMINGO.conditioning, gate_init=0.5),
+)
 DATASET = dataclasses.replace(world.DATA["vtp"], weight=0.3)
 # The last rows of a held-out set are padding: whole microbatches may hold nothing.
 LAST = {

@@ -197,8 +197,15 @@ def test_a_base_that_changed_is_refused(unbroken: pathlib.Path) -> None:
             r"config\.data\.vtp\.length = 12, but it is 16 here",
         ),
         (
-            {"flamingo": dataclasses.replace(world.FLAMINGO, attend="all_previous")},
-            r"config\.flamingo\.attend = 'last'",
+            {
+                "flamingo": dataclasses.replace(
+                    world.FLAMINGO,
+                    conditioning=dataclasses.replace(
+                        world.FLAMINGO.conditioning, attend_to_media="all_previous"
+                    ),
+                )
+            },
+            r"config\.flamingo\.conditioning\.attend_to_media = 'last'",
         ),
         (
             {"training": dataclasses.replace(world.experiment().training, use_visuals=False)},

@@ -30,9 +30,9 @@ LANGUAGE_MODEL = LanguageModelConfig(
 FLAMINGO = dataclasses.replace(
     world.FLAMINGO,
     language_model=LANGUAGE_MODEL,
-    xattn_heads=1,
-    xattn_head_width=4,
-    xattn_feed_forward=8,
+    conditioning=dataclasses.replace(
+        world.FLAMINGO.conditioning, heads=1, head_width=4, feed_forward=8
+    ),
 )
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 
 from flamingo_jax.experiment import (
+    ConditioningConfig,
     DatasetConfig,
     Experiment,
     FlamingoConfig,
@@ -22,9 +23,11 @@ FLAMINGO = FlamingoConfig(
     resampler=ResamplerConfig(
         layers=1, width=16, heads=2, head_width=8, latents=2, frames=2, feed_forward=32
     ),
-    xattn_heads=2,
-    xattn_head_width=8,
-    xattn_feed_forward=32,
+    conditioning=ConditioningConfig(
+        heads=2,
+        head_width=8,
+        feed_forward=32,
+    ),
 )
 DATA = {
     "m3w": DatasetConfig(kind="pages", batch_size=8, length=16, visuals=2, weight=1.0),
