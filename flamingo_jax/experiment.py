@@ -338,6 +338,10 @@ class OptimizerConfig:
 
     With `adaptive_clip`, of all but the vision encoder's.
     """
+    learning_rate_scales: dict[str, NotNegative] = dataclasses.field(default_factory=dict)
+    """Part of the model -> its learning rate as a multiple of `learning_rate`: the paper has
+    {"language_model": 0.1} where that is trained further with the rest.
+    """
     adaptive_clip: NotNegative = 0.0
     """Adaptive gradient clipping of the vision encoder (NFNet); 0 for none, the paper's
     contrastive stage has 1e-2.
@@ -388,6 +392,10 @@ class TrainingConfig:
     """The vision encoder is trained too, as in fine-tuning (paper 3.2); "random" is then a
     start like any other. Nothing of it is random in
     training: `stochastic_depth` is the contrastive stage's."""
+    unfreeze_language_model: bool = False
+    """The language model is trained too (the paper's ablation of freezing); "random" is then a
+    start like any other.
+    """
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     use_visuals: bool = True
     """False trains the same model on the same text with every image taken away: the baseline

@@ -109,14 +109,15 @@ def step_cost(experiment: Experiment) -> Cost:
             3 * encoder,
         )
 
-    token = 4 * language_model("language_model/") + 6 * weights(
-        "gated_xattn/layers/feed_forward/(up|down)|extra_embedding"
-    )
+    unfrozen = stages.unfrozen(experiment)
+    token = (6 if "language_model" in unfrozen else 4) * language_model(
+        "language_model/"
+    ) + 6 * weights("gated_xattn/layers/feed_forward/(up|down)|extra_embedding")
     if not experiment.training.use_visuals:
         return Cost(token)
     encoder, cells = encoder_cost(model.vision_encoder, config.vision.image_size)
-    unfrozen = bool(stages.unfrozen(experiment))
-    encoder *= 0 if experiment.training.cache_features else 3 if unfrozen else 1
+    encoder_trains = "vision_encoder" in unfrozen
+    encoder *= 0 if experiment.training.cache_features else 3 if encoder_trains else 1
     visual_token = weights("visual_projection|gated_xattn/layers/(key|value)")
     layers, kind = weights(_LAYER, "resampler/"), config.resampler.kind
     # What layers meet: the perceiver's latents all of them, its cells keys and values alone;
@@ -124,7 +125,7 @@ def step_cost(experiment: Experiment) -> Cost:
     latent = {"perceiver": layers, "transformer": layers, "mlp": 0}[kind]
     of_cell = weights("resampler/layers/(key|value)") if kind == "perceiver" else layers
     channels = weights("resampler/cells_to_tokens") * config.resampler.width
-    cell = (6 if unfrozen else 4) * weights("resampler/input_projection") + 6 * of_cell
+    cell = (6 if encoder_trains else 4) * weights("resampler/input_projection") + 6 * of_cell
     return Cost(
         token,
         6 * weights("gated_xattn/layers/(query|out)"),

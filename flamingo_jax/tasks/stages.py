@@ -88,7 +88,7 @@ def build_model(experiment: Experiment, rngs: nnx.Rngs) -> nnx.Module:
         dtype=dtype,
         remat=experiment.training.remat,
         frames_at_once=experiment.training.frames_at_once,
-        encoder_trains=bool(unfrozen(experiment)),
+        encoder_trains="vision_encoder" in unfrozen(experiment),
     )
 
 
@@ -107,14 +107,13 @@ PARTS = ("vision_encoder", "language_model")
 
 def unfrozen(experiment: Experiment) -> tuple[str, ...]:
     """The parts that train although their task's table freezes them."""
-    if not experiment.training.unfreeze_vision_encoder:
-        return ()
-    if experiment.task != "flamingo":
+    parts = tuple(part for part in PARTS if getattr(experiment.training, f"unfreeze_{part}"))
+    if parts and experiment.task != "flamingo":
         raise UserError(
-            f"config.training.unfreeze_vision_encoder is on, but task {experiment.task!r} has"
-            " no frozen encoder: turn it off"
+            f"config.training.unfreeze_{parts[0]} is on, but task {experiment.task!r} freezes"
+            " nothing: turn it off"
         )
-    return ("vision_encoder",)
+    return parts
 
 
 def frozen_parts(experiment: Experiment, parts: Collection[str] = PARTS) -> list[PretrainedPart]:

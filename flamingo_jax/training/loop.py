@@ -273,7 +273,8 @@ def _require_same_run(saved: Experiment, current: Experiment, workdir: pathlib.P
             "seed": experiment.seed,
             "training.use_visuals": experiment.training.use_visuals,
         }
-        found["training.unfreeze_vision_encoder"] = experiment.training.unfreeze_vision_encoder
+        for part in stages.PARTS:
+            found[f"training.unfreeze_{part}"] = part in stages.unfrozen(experiment)
         found |= {"data": sorted(experiment.data)}
         found |= {
             f"{field}.{key}": value

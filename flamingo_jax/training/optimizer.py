@@ -56,7 +56,33 @@ def make_optimizer(
             else optax.identity()
         ),
         optax.scale_by_learning_rate(make_schedule(config, steps, updates_per_step)),
+        *([scale_parts(config, trainable)] if config.learning_rate_scales else []),
     )
+
+
+def scale_parts(config: OptimizerConfig, names: Iterable[str]) -> optax.GradientTransformation:
+    """Multiplies the updates of the parts named in `config.learning_rate_scales`.
+
+    Raises: UserError for a part that has no trained parameter.
+    """
+    parts = _parts(names)
+    for part in config.learning_rate_scales:
+        if part not in parts:
+            raise UserError(
+                f"config.optimizer.learning_rate_scales has {part!r}, which is no trained part:"
+                f" there are {', '.join(parts)}"
+            )
+
+    def update(
+        updates: Tree, state: optax.EmptyState, parameters: Tree | None = None
+    ) -> tuple[Tree, optax.EmptyState]:
+        scales = config.learning_rate_scales
+        return {
+            name: u * scales[part] if (part := name.split("/")[0]) in scales else u
+            for name, u in updates.items()
+        }, state
+
+    return optax.GradientTransformation(lambda parameters: optax.EmptyState(), update)
 
 
 def make_schedule(
@@ -127,7 +153,7 @@ def decay_mask(config: OptimizerConfig, trainable: Mapping[str, Any]) -> dict[st
         if not any(re.fullmatch(pattern, name) for name in trainable):
             raise UserError(
                 f"config.optimizer.weight_decay_exclude has {pattern!r}, which matches no trained"
-                f" parameter; they start with {', '.join(_heads(trainable))}"
+                f" parameter; they start with {', '.join(_parts(trainable))}"
             )
     return {
         name: (
@@ -203,5 +229,5 @@ def _is_vector(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) - stack_axes(name) < 2 or name.endswith("bias")
 
 
-def _heads(names: Iterable[str]) -> list[str]:
+def _parts(names: Iterable[str]) -> list[str]:
     return sorted({name.split("/")[0] for name in names})

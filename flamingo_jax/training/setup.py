@@ -201,7 +201,7 @@ def load_encoder(
             f"training.cache_features is on, but task {experiment.task!r} has no frozen"
             " encoder: turn it off"
         )
-    if stages.unfrozen(experiment):
+    if "vision_encoder" in stages.unfrozen(experiment):
         raise UserError(
             "training.cache_features keeps what a frozen encoder makes, but"
             " training.unfreeze_vision_encoder trains it: turn one of them off"

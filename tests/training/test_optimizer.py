@@ -117,6 +117,20 @@ def test_adamw_with_clipping_and_masked_decay(scale: float) -> None:
         assert_close(found[name], expected[name], STEPS * terms, err_msg=name)
 
 
+def test_a_part_with_a_learning_rate_of_its_own() -> None:
+    parameters, gradients = arrays(0), [arrays(1)]
+    scaled = dataclasses.replace(CONFIG, learning_rate_scales={"resampler": 0.1})
+    found, usual = run(scaled, parameters, gradients), run(CONFIG, parameters, gradients)
+    for name in SHAPES:
+        scale = 0.1 if name.startswith("resampler/") else 1.0
+        moved = parameters[name] + scale * (usual[name] - parameters[name])
+        assert_close(found[name], moved, terms=4, err_msg=name)
+    with pytest.raises(UserError, match="learning_rate_scales has 'decoder', which is no trained"):
+        make_optimizer(
+            dataclasses.replace(CONFIG, learning_rate_scales={"decoder": 0.1}), STEPS, parameters
+        )
+
+
 def test_a_rate_that_falls_in_steps() -> None:
     config = dataclasses.replace(
         CONFIG,
