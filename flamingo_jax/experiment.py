@@ -16,7 +16,7 @@ from flamingo_jax.ranges import (
     BelowOne,
     Count,
     Finite,
-    HostShard,
+    Fraction,
     NotNegative,
     Positive,
     Seed,
@@ -281,11 +281,11 @@ class DatasetConfig:
     and once more for the gradient; similarities are over the whole batch. A held-out dataset
     has its own number.
     """
-    p_next: HostShard = 0.0
+    p_next: Fraction = 0.0
     """Probability, once per page, that text looks at the next visual rather than the previous
     one (pages only; paper 0.5).
     """
-    leading_space: HostShard = 0.5
+    leading_space: Fraction = 0.5
     """Probability that paired text starts with a space (paper A.3.3)."""
     prompt: str = QUESTION_PROMPT
     """Questions: what stands between the visual and the answer, with the record's question at
@@ -297,7 +297,7 @@ class DatasetConfig:
     """
     flip: bool = False
     """Random left-right flips; off where text speaks of left and right."""
-    colour: HostShard = 0.0
+    colour: Fraction = 0.0
     """Strength of colour augmentation, 0 for none.
 
     Drawn with the row; applied on the device, in training alone.

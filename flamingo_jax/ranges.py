@@ -65,7 +65,7 @@ AxisSize = Annotated[int, Range(-1, MAX_INT)]
 Finite = Annotated[float, Range()]
 NotNegative = Annotated[float, Range(0)]
 AboveZero = Annotated[float, Range(0, open_least=True)]
-HostShard = Annotated[float, Range(0, 1)]
+Fraction = Annotated[float, Range(0, 1)]
 BelowOne = Annotated[float, Range(0, 1, open_most=True)]
 Shrinking = Annotated[float, Range(0, 1, open_least=True)]
 """A factor that makes smaller, or leaves as it is."""
