@@ -41,6 +41,16 @@ TOWER: dict[str, Any] = {
     "intermediate_size": 48,
     "patch_size": 8,
 }
+MPT: dict[str, Any] = {
+    "model_type": "mpt",
+    "d_model": 32,
+    "n_heads": 4,
+    "n_layers": 2,
+    "expansion_ratio": 4,
+    "max_seq_len": 512,
+    "vocab_size": 101,
+    "no_bias": True,
+}
 LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
     "llama": TEXT | {"model_type": "llama"},
     # Tied, all heads their own keys, a vocabulary padded to a multiple of 64.
@@ -91,6 +101,45 @@ LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
             "head_dim": 16,
             "rms_norm_eps": 1e-6,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        }
+    ),
+    # Half of each head turns, both halves of a layer read the same state.
+    "gpt_neox": (
+        TEXT
+        | {
+            "model_type": "gpt_neox",
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "partial_rotary_factor": 0.5,
+            },
+        }
+    ),
+    # RedPajama-INCITE: one half after the other, whole heads turn.
+    "gpt_neox_sequential": (
+        TEXT
+        | {
+            "model_type": "gpt_neox",
+            "use_parallel_residual": False,
+            "hidden_act": "gelu_new",
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "partial_rotary_factor": 1.0,
+            },
+        }
+    ),
+    "mpt": MPT,
+    # Alibi's slopes of a number of heads that is no power of two.
+    "mpt_six_heads": MPT | {"d_model": 48, "n_heads": 6},
+    "opt": (
+        TEXT
+        | {
+            "model_type": "opt",
+            "ffn_dim": 48,
+            "word_embed_proj_dim": 32,
+            "pad_token_id": 0,
+            "tie_word_embeddings": True,
         }
     ),
 }

@@ -1,9 +1,10 @@
 """Writes fixtures/ from transformers' PyTorch modules: python -m tests.interop.make_fixtures
-(needs flamingo_jax[interop-test]).
+[CASE ...], by default all of them (needs flamingo_jax[interop-test]).
 """
 
 import json
 import pathlib
+import sys
 import tempfile
 from typing import Any
 
@@ -84,8 +85,10 @@ def positions() -> dict[str, np.ndarray]:
 
 def main() -> None:
     cases.FIXTURES.mkdir(exist_ok=True)
-    np.savez_compressed(cases.FIXTURES / "positions.npz", **positions())
-    for case in (*cases.LANGUAGE_MODELS, *cases.VISION_ENCODERS):
+    everything = (*cases.LANGUAGE_MODELS, *cases.VISION_ENCODERS)
+    if not sys.argv[1:]:
+        np.savez_compressed(cases.FIXTURES / "positions.npz", **positions())
+    for case in sys.argv[1:] or everything:
         with tempfile.TemporaryDirectory() as folder:
             config, tensors, found = original(case, pathlib.Path(folder))
         content = {
