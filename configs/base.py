@@ -15,10 +15,12 @@ from collections.abc import Collection, Sequence
 from flamingo_jax.configuring import did_you_mean
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import (
+    AttentionConfig,
     ConditioningConfig,
     ContrastiveConfig,
     DatasetConfig,
     Experiment,
+    FeedForwardConfig,
     FlamingoConfig,
     LanguageModelConfig,
     MeshConfig,
@@ -39,9 +41,24 @@ TINY_ROOT = "runs/quickstart"
 """The root of every tiny form where none is given: there the quickstart (or `python -m
 launch.build_data --source=quickstart --output=runs/quickstart/data`) makes its data."""
 
-LM_1B4 = LanguageModelConfig(layers=24, width=2048, heads=16, feed_forward=8192)
-LM_7B = LanguageModelConfig(layers=32, width=4096, heads=32, feed_forward=16384)
-LM_70B = LanguageModelConfig(layers=80, width=8192, heads=64, feed_forward=32768)
+LM_1B4 = LanguageModelConfig(
+    layers=24,
+    width=2048,
+    attention=AttentionConfig(heads=16),
+    feed_forward=FeedForwardConfig(width=8192),
+)
+LM_7B = LanguageModelConfig(
+    layers=32,
+    width=4096,
+    attention=AttentionConfig(heads=32),
+    feed_forward=FeedForwardConfig(width=16384),
+)
+LM_70B = LanguageModelConfig(
+    layers=80,
+    width=8192,
+    attention=AttentionConfig(heads=64),
+    feed_forward=FeedForwardConfig(width=32768),
+)
 
 COLOUR = 0.2
 """Strength of colour augmentation; the paper augments colour, but does not say how much."""
@@ -251,9 +268,9 @@ def flamingo(
             resampler=ResamplerConfig(),
             conditioning=ConditioningConfig(
                 xattn_every=every,
-                heads=language_model.heads,
-                head_width=language_model.head_width,
-                feed_forward=language_model.feed_forward,
+                heads=language_model.attention.heads,
+                head_width=language_model.attention.head_width,
+                feed_forward=language_model.feed_forward.width,
             ),
         ),
         tokenizer=f"{DATA}/tokenizer",
@@ -367,7 +384,12 @@ def _tiny_vision(vision: VisionConfig) -> VisionConfig:
 
 def _tiny_language_model(model: LanguageModelConfig, layers: int) -> LanguageModelConfig:
     return dataclasses.replace(
-        model, vocab_size=384, layers=layers, width=64, heads=4, head_width=16, feed_forward=256
+        model,
+        vocab_size=384,
+        layers=layers,
+        width=64,
+        attention=dataclasses.replace(model.attention, heads=4, head_width=16),
+        feed_forward=dataclasses.replace(model.feed_forward, width=256),
     )
 
 

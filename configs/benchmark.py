@@ -14,11 +14,14 @@ import ml_collections
 from flamingo_jax.configuring import from_config, to_config
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import (
+    AttentionConfig,
     ConditioningConfig,
     DatasetConfig,
     Experiment,
+    FeedForwardConfig,
     FlamingoConfig,
     LanguageModelConfig,
+    PositionsConfig,
     ResamplerConfig,
     TrainingConfig,
     VisionConfig,
@@ -66,11 +69,9 @@ def experiment_of(sizes: str) -> Experiment:
         vocab_size=n["vocab"],
         layers=n["layers"],
         width=width,
-        heads=n["heads"],
-        head_width=width // n["heads"],
-        feed_forward=4 * width,
-        positions="rotary",
-        attention_bias=True,
+        attention=AttentionConfig(heads=n["heads"], head_width=width // n["heads"], bias=True),
+        feed_forward=FeedForwardConfig(width=4 * width),
+        positions=PositionsConfig(kind="rotary"),
         tied_embeddings=False,
     )
     vit = ViTConfig(

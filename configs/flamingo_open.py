@@ -35,13 +35,16 @@ from flamingo_jax.checkpointing.export import open_export
 from flamingo_jax.configuring import from_json, to_config
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import (
+    AttentionConfig,
     ConditioningConfig,
     DatasetConfig,
     Experiment,
+    FeedForwardConfig,
     FlamingoConfig,
     LanguageModelConfig,
     MeshConfig,
     OptimizerConfig,
+    PositionsConfig,
     ResamplerConfig,
     TrainingConfig,
     VisionConfig,
@@ -77,13 +80,9 @@ TINY_LANGUAGE_MODEL = LanguageModelConfig(
     vocab_size=384,
     layers=4,
     width=64,
-    heads=4,
-    head_width=16,
-    kv_heads=2,
-    feed_forward=128,
-    activation="silu",
-    positions="rotary",
-    gated_feed_forward=True,
+    attention=AttentionConfig(heads=4, head_width=16, kv_heads=2),
+    feed_forward=FeedForwardConfig(width=128, activation="silu", gated=True),
+    positions=PositionsConfig(kind="rotary"),
     tied_embeddings=False,
 )
 TINY_VISION = VisionConfig(
@@ -122,8 +121,8 @@ def _experiment(language_model: str, encoder: str, data: dict[str, DatasetConfig
             resampler=ResamplerConfig(),
             conditioning=ConditioningConfig(
                 xattn_every=4,
-                heads=lm.heads,
-                head_width=lm.head_width,
+                heads=lm.attention.heads,
+                head_width=lm.attention.head_width,
                 # The paper's blocks are 4 times as wide inside; a SwiGLU's own width would say
                 # something else.
                 feed_forward=4 * lm.width,

@@ -15,10 +15,12 @@ from configs.base import arguments, held_out
 from flamingo_jax.configuring import to_config
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import (
+    AttentionConfig,
     ConditioningConfig,
     ContrastiveConfig,
     DatasetConfig,
     Experiment,
+    FeedForwardConfig,
     FlamingoConfig,
     LanguageModelConfig,
     OptimizerConfig,
@@ -35,7 +37,11 @@ paper has 32,000.
 VISION = VisionConfig(variant="tiny", image_size=64)
 """On an accelerator: variant F0 and 288 px upwards."""
 LANGUAGE_MODEL = LanguageModelConfig(
-    vocab_size=VOCABULARY, layers=4, width=128, heads=4, head_width=32, feed_forward=512
+    vocab_size=VOCABULARY,
+    layers=4,
+    width=128,
+    attention=AttentionConfig(heads=4, head_width=32),
+    feed_forward=FeedForwardConfig(width=512),
 )
 STEPS = {"contrastive": 300, "language_model": 500, "flamingo": 400}
 

@@ -22,13 +22,16 @@ from configs.base import arguments, held_out
 from flamingo_jax.configuring import to_config
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import (
+    AttentionConfig,
     ConditioningConfig,
     ContrastiveConfig,
     DatasetConfig,
     Experiment,
+    FeedForwardConfig,
     FlamingoConfig,
     LanguageModelConfig,
     OptimizerConfig,
+    PositionsConfig,
     ResamplerConfig,
     TextEncoderConfig,
     TrainingConfig,
@@ -42,12 +45,10 @@ LANGUAGE_MODEL = LanguageModelConfig(
     vocab_size=VOCABULARY,
     layers=4,
     width=128,
-    heads=4,
-    head_width=32,
-    feed_forward=512,
-    activation="squared_relu",
+    attention=AttentionConfig(heads=4, head_width=32),
+    feed_forward=FeedForwardConfig(width=512, activation="squared_relu"),
+    positions=PositionsConfig(bias_init=2.0),
     embedding_scale=3.0,
-    position_bias=2.0,
 )
 """Squared ReLU in place of GELU: its gradient takes half of the time on CPU."""
 

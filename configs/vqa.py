@@ -24,10 +24,12 @@ from configs.base import arguments, held_out
 from flamingo_jax.configuring import to_config
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import (
+    AttentionConfig,
     ConditioningConfig,
     ContrastiveConfig,
     DatasetConfig,
     Experiment,
+    FeedForwardConfig,
     FlamingoConfig,
     LanguageModelConfig,
     OptimizerConfig,
@@ -46,10 +48,8 @@ LANGUAGE_MODEL = LanguageModelConfig(
     vocab_size=VOCABULARY,
     layers=3,
     width=128,
-    heads=4,
-    head_width=32,
-    feed_forward=512,
-    activation="squared_relu",
+    attention=AttentionConfig(heads=4, head_width=32),
+    feed_forward=FeedForwardConfig(width=512, activation="squared_relu"),
     embedding_scale=3.0,
 )
 

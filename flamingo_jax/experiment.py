@@ -10,6 +10,12 @@ against these types again before any work starts.
 import dataclasses
 from typing import Literal
 
+from flamingo_jax.models.language_model_config import AttentionConfig as AttentionConfig
+from flamingo_jax.models.language_model_config import FeedForwardConfig as FeedForwardConfig
+from flamingo_jax.models.language_model_config import LanguageModelConfig as LanguageModelConfig
+from flamingo_jax.models.language_model_config import NormConfig as NormConfig
+from flamingo_jax.models.language_model_config import PositionsConfig as PositionsConfig
+from flamingo_jax.models.language_model_config import RotaryScaling as RotaryScaling
 from flamingo_jax.ranges import (
     AboveZero,
     AxisSize,
@@ -124,68 +130,6 @@ class ContrastiveConfig:
     """Pairs of a batch with the very same caption share the target instead of being each
     other's negatives: for worlds with few captions.
     """
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Rotary frequencies stretched for longer texts than a model was first trained on."""
-
-    kind: Literal["linear", "llama3"] = "llama3"
-    """linear: all frequencies by `factor`; llama3: low ones by `factor`, high ones not at all,
-    and those between in part.
-    """
-    factor: AboveZero = 8.0
-    low_frequency_factor: AboveZero = 1.0
-    """llama3: waves longer than original_length / this are low frequencies."""
-    high_frequency_factor: AboveZero = 4.0
-    """llama3: waves shorter than original_length / this are high ones."""
-    original_length: Positive = 8192
-
-
-@dataclasses.dataclass(frozen=True)
-class LanguageModelConfig:
-    """Decoder language model.
-
-    The defaults are the Chinchilla form; the open families (Llama, Mistral, Qwen) are switches
-    of the same layer.
-    """
-
-    vocab_size: Positive = 32_000
-    layers: Positive = 24
-    width: Positive = 2048
-    heads: Positive = 16
-    head_width: Positive = 128
-    feed_forward: Positive = 8192
-    activation: Literal["gelu", "squared_relu", "relu", "silu"] = "gelu"
-    positions: Literal["transformer_xl", "rotary"] = "transformer_xl"
-    rope_base: AboveZero = 10_000.0
-    rope_scaling: RopeScaling | None = None
-    kv_heads: Count = 0
-    """Heads of keys and values, each shared by heads / kv_heads queries (grouped-query
-    attention); 0 for as many as queries.
-    """
-    attention_bias: bool = False
-    """Biases on queries, keys and values (Qwen2)."""
-    attention_window: Count = 0
-    """A token sees itself and this many less one before it (Mistral 7B of 2023: 4096); 0 for
-    all before it.
-    """
-    query_key_norm: bool = False
-    """RMSNorm over each head's queries and keys, before the rotation (Qwen3)."""
-    gated_feed_forward: bool = False
-    """down(activation(gate(x)) * up(x)), SwiGLU with `activation` silu (Llama)."""
-    tied_embeddings: bool = True
-    embedding_scale: AboveZero = 1.0
-    """Input embeddings are multiplied by this.
-
-    Small ones beside what attention writes let copying in context emerge sooner.
-    """
-    position_bias: NotNegative = 0.0
-    """Deviation of Transformer-XL's position bias v at the start. Away from 0, some heads
-    prefer some distances from the first step on, and copying in context, which needs a head
-    that looks one token back, emerges sooner in a small model.
-    """
-    norm_eps: AboveZero = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)

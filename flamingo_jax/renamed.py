@@ -45,6 +45,22 @@ MOVED: dict[str, dict[str, Moved]] = {
         "no_decay": Moved("weight_decay_exclude"),
         "decay_vectors": Moved("weight_decay_on_vectors"),
     },
+    "LanguageModelConfig": {
+        "heads": Moved("attention.heads"),
+        "kv_heads": Moved("attention.kv_heads"),
+        "head_width": Moved("attention.head_width"),
+        "attention_bias": Moved("attention.bias"),
+        "attention_window": Moved("attention.window"),
+        "query_key_norm": Moved("attention.query_key_norm", lambda on: "head" if on else "none"),
+        "feed_forward": Moved("feed_forward.width", was=int),
+        "activation": Moved("feed_forward.activation"),
+        "gated_feed_forward": Moved("feed_forward.gated"),
+        "positions": Moved("positions.kind", was=str),
+        "position_bias": Moved("positions.bias_init"),
+        "rope_base": Moved("positions.base"),
+        "rope_scaling": Moved("positions.scaling"),
+        "norm_eps": Moved("norm.eps"),
+    },
 }
 """{dataclass: {old field: where it went}}."""
 

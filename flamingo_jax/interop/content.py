@@ -48,7 +48,9 @@ def differing(config: LanguageModelConfig, stored: Mapping[str, Stored]) -> list
     for name, tensor in stored.items():
         if not re.fullmatch(language_models.FREQUENCIES, name):
             continue
-        ours = rotary_frequencies(config.head_width // 2, config.rope_base, config.rope_scaling)
+        ours = rotary_frequencies(
+            config.attention.head_width // 2, config.positions.base, config.positions.scaling
+        )
         theirs = read_whole(tensor).astype(np.float64)
         # Half a unit of bfloat16's last place, in which some are stored, is 0.4 %.
         if theirs.shape != ours.shape or not np.allclose(theirs, ours, rtol=5e-3, atol=0):

@@ -5,7 +5,14 @@ their tensors.
 import re
 
 from flamingo_jax.checkpointing.tensors import Term
-from flamingo_jax.experiment import LanguageModelConfig, RopeScaling
+from flamingo_jax.experiment import (
+    AttentionConfig,
+    FeedForwardConfig,
+    LanguageModelConfig,
+    NormConfig,
+    PositionsConfig,
+    RotaryScaling,
+)
 from flamingo_jax.interop.documents import Document
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -77,20 +84,20 @@ def parse(config: Document) -> LanguageModelConfig:
         vocab_size=config.integer("vocab_size"),
         layers=config.integer("num_hidden_layers"),
         width=width,
-        heads=heads,
-        head_width=head_width,
-        feed_forward=config.integer("intermediate_size"),
-        activation="silu",
-        positions="rotary",
-        rope_base=base,
-        rope_scaling=scaling,
-        kv_heads=0 if shared == heads else shared,
-        attention_bias=family == "qwen2",
-        attention_window=_window(config, family),
-        query_key_norm=family == "qwen3",
-        gated_feed_forward=True,
+        attention=AttentionConfig(
+            heads=heads,
+            head_width=head_width,
+            kv_heads=0 if shared == heads else shared,
+            bias=family == "qwen2",
+            window=_window(config, family),
+            query_key_norm="head" if family == "qwen3" else "none",
+        ),
+        feed_forward=FeedForwardConfig(
+            width=config.integer("intermediate_size"), activation="silu", gated=True
+        ),
+        positions=PositionsConfig(kind="rotary", base=base, scaling=scaling),
+        norm=NormConfig(eps=config.number("rms_norm_eps", 1e-6)),
         tied_embeddings=bool(tied),
-        norm_eps=config.number("rms_norm_eps", 1e-6),
     )
 
 
@@ -101,7 +108,7 @@ def harmless(config: LanguageModelConfig) -> tuple[str, ...]:
     return (FREQUENCIES, *([re.escape(HEAD)] if config.tied_embeddings else []))
 
 
-def _rotary(config: Document) -> tuple[float, RopeScaling | None]:
+def _rotary(config: Document) -> tuple[float, RotaryScaling | None]:
     """The base and the scaling; both stand in rope_parameters since transformers 5."""
     given = config.inside("rope_parameters" if config.given("rope_parameters") else "rope_scaling")
     base = given.number("rope_theta", config.number("rope_theta", 10_000.0))
@@ -110,9 +117,9 @@ def _rotary(config: Document) -> tuple[float, RopeScaling | None]:
     if kind == "default":
         return base, None
     if kind == "linear":
-        return base, RopeScaling("linear", given.number("factor"))
+        return base, RotaryScaling("linear", given.number("factor"))
     if kind == "llama3":
-        return base, RopeScaling(
+        return base, RotaryScaling(
             "llama3",
             given.number("factor"),
             given.number("low_freq_factor"),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flamingo_jax.experiment import LanguageModelConfig, RopeScaling
+from flamingo_jax.experiment import LanguageModelConfig, RotaryScaling
 from flamingo_jax.models.layers import RMSNorm, fan_in_normal, kept, linear, spread
 from flamingo_jax.models.stream import (
     Parts,
@@ -138,7 +138,7 @@ def causal_mask(segments: Array, window: int = 0) -> Array:
     return (same & seen)[:, None]
 
 
-def rotary_frequencies(half: int, base: float, scaling: RopeScaling | None = None) -> np.ndarray:
+def rotary_frequencies(half: int, base: float, scaling: RotaryScaling | None = None) -> np.ndarray:
     """Radians a position for each of d / 2 pairs, float32 [half]."""
     frequencies = base ** (-np.arange(half, dtype=np.float32) / half)
     if scaling is None:
@@ -253,31 +253,31 @@ class SelfAttention(nnx.Module):
     """
 
     def __init__(self, config: LanguageModelConfig, *, out_scale: float, rngs: nnx.Rngs):
-        width, heads, head_width = config.width, config.heads, config.head_width
-        shared = config.kv_heads or heads
+        width, form = config.width, config.attention
+        heads, head_width, shared = form.heads, form.head_width, form.kv_heads or form.heads
         self.query = fan_in_normal(rngs, (width, heads, head_width))
         self.key = fan_in_normal(rngs, (width, shared, head_width))
         self.value = fan_in_normal(rngs, (width, shared, head_width))
         self.out = fan_in_normal(rngs, (heads, head_width, width), heads * head_width, out_scale)
-        bias = lambda count: (
-            nnx.Param(jnp.zeros((count, head_width))) if config.attention_bias else None
-        )
+        bias = lambda count: nnx.Param(jnp.zeros((count, head_width))) if form.bias else None
         self.query_bias, self.key_bias, self.value_bias = (
             bias(heads),
             bias(shared),
             bias(shared),
         )
-        norm = lambda: RMSNorm(head_width, config.norm_eps) if config.query_key_norm else None
+        norm = lambda: (
+            RMSNorm(head_width, config.norm.eps) if form.query_key_norm == "head" else None
+        )
         self.query_norm, self.key_norm = norm(), norm()
-        self.relative = config.positions == "transformer_xl"
+        self.relative = config.positions.kind == "transformer_xl"
         if self.relative:
             self.position = fan_in_normal(rngs, (width, heads, head_width))
             self.content_bias = nnx.Param(jnp.zeros((heads, head_width)))
             self.position_bias = nnx.Param(
-                config.position_bias * jax.random.normal(rngs.params(), (heads, head_width))
+                config.positions.bias_init * jax.random.normal(rngs.params(), (heads, head_width))
             )
-        self.rope_base, self.rope_scaling = config.rope_base, config.rope_scaling
-        self.window = config.attention_window
+        self.rope_base, self.rope_scaling = config.positions.base, config.positions.scaling
+        self.window = form.window
 
     def __call__(
         self,

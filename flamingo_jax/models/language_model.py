@@ -38,14 +38,14 @@ class DecoderLayer(nnx.Module):
         # Each of the 2 * layers residual branches starts small, so that the sum over depth
         # keeps its scale.
         branch = 1 / math.sqrt(2 * config.layers)
-        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention_norm = RMSNorm(config.width, config.norm.eps)
         self.attention = SelfAttention(config, out_scale=branch, rngs=rngs)
-        self.feed_forward_norm = RMSNorm(config.width, config.norm_eps)
+        self.feed_forward_norm = RMSNorm(config.width, config.norm.eps)
         self.feed_forward = FeedForward(
             config.width,
-            config.feed_forward,
-            config.activation,
-            gated=config.gated_feed_forward,
+            config.feed_forward.width,
+            config.feed_forward.activation,
+            gated=config.feed_forward.gated,
             rngs=rngs,
         )
         self.feed_forward.down[...] *= branch
@@ -84,7 +84,7 @@ class LanguageModel(nnx.Module):
         self.remat = remat
         self.embedding = fan_in_normal(rngs, (config.vocab_size, config.width), config.width)
         self.layers = stack(lambda r: DecoderLayer(config, rngs=r), config.layers, rngs)
-        self.final_norm = RMSNorm(config.width, config.norm_eps)
+        self.final_norm = RMSNorm(config.width, config.norm.eps)
         self.head = (
             None
             if config.tied_embeddings
@@ -121,11 +121,12 @@ class LanguageModel(nnx.Module):
         Transformer-XL's keys of distances, [layers, max_length, H, d], are in it from the
         start: they are as dear to compute as the language model itself is for dozens of tokens.
         """
-        c = self.config
+        attention = self.config.attention
+        heads = attention.kv_heads or attention.heads
         empty = jnp.zeros(
-            (c.layers, batch, max_length, c.kv_heads or c.heads, c.head_width), self.dtype
+            (self.config.layers, batch, max_length, heads, attention.head_width), self.dtype
         )
-        if c.positions != "transformer_xl":
+        if self.config.positions.kind != "transformer_xl":
             return Cache(empty, empty)
         position = self.layers.attention.position[...]
         keys = jax.lax.map(lambda w: distance_keys(w, max_length, self.dtype), position)

@@ -388,20 +388,20 @@ def _random_parameters(
 
 
 def _require_equal(
-    theirs: dict[str, Any], ours: dict[str, Any], part: stages.PretrainedPart
+    theirs: dict[str, Any], ours: dict[str, Any], part: stages.PretrainedPart, group: str = ""
 ) -> None:
     for key in sorted(set(theirs) | set(ours)):
         mine, other = ours.get(key), theirs.get(key)
         if isinstance(mine, dict) and isinstance(other, dict):
-            _require_equal(other, mine, part)
+            _require_equal(other, mine, part, f"{group}{key}.")
         elif key not in FREE and other != mine:
             raise UserError(
-                f"{part.folder} was trained with {key} = {other!r}, but this config's"
+                f"{part.folder} was trained with {group}{key} = {other!r}, but this config's"
                 f" {part.name or 'model'} has {mine!r}: make them equal"
             )
 
 
-FREE = ("image_size", "image_fit", "stochastic_depth", "gate_init", "out_scale")
+FREE = ("image_size", "image_fit", "stochastic_depth", "gate_init", "out_scale", "bias_init")
 """What may be another than in an export: an image may have another size and form in training
 and in use, and a start is behind it; everything else is part of the weights' meaning.
 """

@@ -10,10 +10,12 @@ import ml_collections
 from data_pipelines.build.quickstart import VOCABULARY
 from flamingo_jax.configuring import to_config
 from flamingo_jax.experiment import (
+    AttentionConfig,
     ConditioningConfig,
     ContrastiveConfig,
     DatasetConfig,
     Experiment,
+    FeedForwardConfig,
     FlamingoConfig,
     LanguageModelConfig,
     OptimizerConfig,
@@ -25,7 +27,11 @@ from flamingo_jax.experiment import (
 
 VISION = VisionConfig(variant="tiny", image_size=32)
 LANGUAGE_MODEL = LanguageModelConfig(
-    vocab_size=VOCABULARY, layers=2, width=16, heads=2, head_width=8, feed_forward=32
+    vocab_size=VOCABULARY,
+    layers=2,
+    width=16,
+    attention=AttentionConfig(heads=2, head_width=8),
+    feed_forward=FeedForwardConfig(width=32),
 )
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, weight_decay_exclude=())
 TRAINING = TrainingConfig(

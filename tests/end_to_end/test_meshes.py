@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flamingo_jax.experiment import MeshConfig
+from flamingo_jax.experiment import AttentionConfig, FeedForwardConfig, MeshConfig
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.training import loop
@@ -25,7 +25,10 @@ SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if np.pro
 MODEL = dataclasses.replace(
     world.FLAMINGO,
     language_model=dataclasses.replace(
-        world.FLAMINGO.language_model, width=32, heads=8, head_width=4, feed_forward=64
+        world.FLAMINGO.language_model,
+        width=32,
+        attention=AttentionConfig(heads=8, head_width=4),
+        feed_forward=FeedForwardConfig(width=64),
     ),
     conditioning=dataclasses.replace(
         world.FLAMINGO.conditioning, heads=8, head_width=4, feed_forward=64

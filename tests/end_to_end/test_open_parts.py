@@ -18,7 +18,7 @@ import tokenizers
 from flamingo_jax import configuring
 from flamingo_jax.checkpointing.export import Export, open_export
 from flamingo_jax.errors import UserError
-from flamingo_jax.experiment import Experiment, FlamingoConfig
+from flamingo_jax.experiment import Experiment, FlamingoConfig, PositionsConfig
 from flamingo_jax.inference.engine import Engine
 from flamingo_jax.inference.generation import DecodingConfig
 from flamingo_jax.inference.loading import load_flamingo
@@ -305,10 +305,13 @@ def test_what_does_not_belong_together_is_refused(
         return str(caught.value)
 
     narrow = dataclasses.replace(
-        config, language_model=dataclasses.replace(config.language_model, rope_base=3.0)
+        config,
+        language_model=dataclasses.replace(
+            config.language_model, positions=PositionsConfig(kind="rotary", base=3.0)
+        ),
     )
     assert (
-        "was trained with rope_base = 1000000.0, but this config's language_model has 3.0"
+        "was trained with positions.base = 1000000.0, but this config's language_model has 3.0"
         in refused(experiment_of(data, *folders, narrow))
     )
     assert "model_type = 'clip_vision_model'" in refused(

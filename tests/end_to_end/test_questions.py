@@ -173,7 +173,7 @@ def test_what_does_not_belong_together_is_refused(
         "flamingo_from brings the encoder and the language model along": dataclasses.replace(
             tuning, vision_encoder_from="random"
         ),
-        "was trained with latents = 2, but this config's model has 3": dataclasses.replace(
+        "was trained with resampler.latents = 2, but this config": dataclasses.replace(
             tuning, flamingo=other
         ),
         "flamingo_from is 'nowhere', which is no folder": dataclasses.replace(

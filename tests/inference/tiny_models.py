@@ -13,7 +13,9 @@ import sentencepiece
 from flax import nnx
 
 from flamingo_jax.experiment import (
+    AttentionConfig,
     ConditioningConfig,
+    FeedForwardConfig,
     FlamingoConfig,
     LanguageModelConfig,
     ResamplerConfig,
@@ -98,7 +100,11 @@ def tiny_config(vocabulary: int) -> FlamingoConfig:
             variant="tiny", image_size=32, mean=(0.2, 0.2, 0.2), std=(0.25, 0.25, 0.25)
         ),
         language_model=LanguageModelConfig(
-            vocab_size=vocabulary, layers=2, width=32, heads=2, head_width=16, feed_forward=64
+            vocab_size=vocabulary,
+            layers=2,
+            width=32,
+            attention=AttentionConfig(heads=2, head_width=16),
+            feed_forward=FeedForwardConfig(width=64),
         ),
         resampler=ResamplerConfig(
             layers=1, width=32, heads=2, head_width=16, latents=4, frames=4, feed_forward=64

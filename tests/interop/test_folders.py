@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from flamingo_jax.errors import UserError
-from flamingo_jax.experiment import MeshConfig, RopeScaling
+from flamingo_jax.experiment import MeshConfig, RotaryScaling
 from flamingo_jax.interop.folders import Foreign, is_foreign, open_folder, read_config
 from flamingo_jax.interop.load import load_language_model, load_vision_encoder
 from flamingo_jax.interop.published import VISION_ENCODERS, published
@@ -45,10 +45,12 @@ def test_sizes_of_public_models(name: str) -> None:
 
 
 def test_details_of_public_models() -> None:
-    assert published("Llama-3.1-8B").rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+    assert published("Llama-3.1-8B").positions.scaling == RotaryScaling(
+        "llama3", 8.0, 1.0, 4.0, 8192
+    )
     assert (
-        published("Mistral-7B-v0.1").attention_window == 4096
-        and published("Qwen2.5-7B").attention_window == 0
+        published("Mistral-7B-v0.1").attention.window == 4096
+        and published("Qwen2.5-7B").attention.window == 0
     )
     assert [published(name).image_size for name in VISION_ENCODERS] == [224, 224, 384]
     assert (
@@ -216,7 +218,7 @@ def test_harmless_tensors_are_left_unread(tmp_path: pathlib.Path) -> None:
 
     tied = folder_of("llama3", tmp_path / "tied")
     embedding = load_file(tied / "model.safetensors")["model.embed_tokens.weight"]
-    turns = rotary_frequencies(4, 500_000.0, RopeScaling("llama3", 8.0, 1.0, 4.0, 64))
+    turns = rotary_frequencies(4, 500_000.0, RotaryScaling("llama3", 8.0, 1.0, 4.0, 64))
     add(tied, lm_head__weight=embedding, model__layers__0__self_attn__rotary_emb__inv_freq=turns)
     assert open_folder(tied, "language_model").config.tied_embeddings
     add(tied, model__layers__1__self_attn__rotary_emb__inv_freq=rotary_frequencies(4, 500_000.0))
@@ -292,7 +294,7 @@ def test_a_head_of_its_own_is_read_whatever_the_config_ties(
 def test_windows(case: str, change: dict[str, Any], window: int, tmp_path: pathlib.Path) -> None:
     change = {"layer_types": None} | change
     config = read_config(folder_of(case, tmp_path, change), "language_model")
-    assert config.attention_window == window
+    assert config.attention.window == window
 
 
 def test_a_language_model_saved_without_its_head(tmp_path: pathlib.Path) -> None:

@@ -245,10 +245,10 @@ def test_a_foreign_checkpoint_is_refused_and_left_as_it_is(
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     refused(
         train,
-        "config.language_model.feed_forward = 32, but it is 48 here",
+        "config.language_model.feed_forward.width = 32, but it is 48 here",
         small.language_model(data),
         tmp_path,
-        language_model__feed_forward=48,
+        language_model__feed_forward__width=48,
     )
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flamingo_jax.experiment import LanguageModelConfig, RopeScaling
+from flamingo_jax.configuring import from_config, to_config
+from flamingo_jax.experiment import (
+    AttentionConfig,
+    LanguageModelConfig,
+    PositionsConfig,
+    RotaryScaling,
+)
 from flamingo_jax.models import attention
 from tests.models.filling import filled
 from tests.rounding import assert_close
@@ -18,13 +25,22 @@ TERMS = 8 + 2 * 4 + 2 * 7 + 8 + 8
 """Projections, scores of content and of position, the softmax over at most 7 keys and its sum
 of values, the map out of two heads of 4, and norms.
 """
-CONFIG = LanguageModelConfig(width=8, heads=2, head_width=4)
+CONFIG = LanguageModelConfig(
+    width=8,
+    attention=AttentionConfig(heads=2, head_width=4),
+)
 
 
 def make(**changes: object) -> attention.SelfAttention:
-    return attention.SelfAttention(
-        dataclasses.replace(CONFIG, **changes), out_scale=1.0, rngs=nnx.Rngs(0)
-    )  # type: ignore[arg-type]
+    config = dataclasses.replace(CONFIG, positions=PositionsConfig(**changes))  # type: ignore[arg-type]
+    return attention.SelfAttention(config, out_scale=1.0, rngs=nnx.Rngs(0))
+
+
+def changed(config: LanguageModelConfig, fields: dict[str, Any]) -> LanguageModelConfig:
+    """The config with other values of these dotted fields."""
+    new = to_config(config)
+    new.update_from_flattened_dict(fields)
+    return from_config(LanguageModelConfig, new)
 
 
 def reference_transformer_xl(
@@ -96,7 +112,7 @@ def test_transformer_xl_attention_equals_its_equation(module: attention.SelfAtte
 
 @pytest.mark.parametrize("positions", ["transformer_xl", "rotary"])
 def test_decoding_with_a_cache_equals_the_whole_row(positions: str) -> None:
-    module = make(positions=positions)
+    module = make(kind=positions)
     x = jax.random.normal(jax.random.key(0), (2, 6, 8))
     places = jnp.tile(jnp.arange(6), (2, 1))
     whole, _ = module(x, places, jnp.ones((2, 6), jnp.int32), None)
@@ -109,7 +125,7 @@ def test_decoding_with_a_cache_equals_the_whole_row(positions: str) -> None:
 
 
 def test_padding_never_enters_a_cache() -> None:
-    module = make(positions="rotary")
+    module = make(kind="rotary")
     cache = attention.Cache(jnp.zeros((1, 4, 2, 4)), jnp.zeros((1, 4, 2, 4)))
     _, cache = module(jnp.ones((1, 3, 8)), jnp.array([[0, 4, 4]]), None, cache)
     assert np.asarray(cache.key[0, 0]).any() and not np.asarray(cache.key[0, 1:]).any()
@@ -144,15 +160,15 @@ def test_a_fully_masked_query_gets_exactly_zero() -> None:
 
 
 def test_a_position_bias_makes_heads_prefer_distances_from_the_start() -> None:
-    assert not make(position_bias=0.0).position_bias[...].any()
-    scores = make(position_bias=8.0)._position_scores(jnp.zeros((1, 5, 2, 4)))
+    assert not make(bias_init=0.0).position_bias[...].any()
+    scores = make(bias_init=8.0)._position_scores(jnp.zeros((1, 5, 2, 4)))
     # Without any content, a key's score depends on its distance alone.
     assert_close(scores[0, :, 4, 3], scores[0, :, 3, 2], terms=8 + 4)
     assert np.ptp(scores[0, :, 4, :], axis=-1).min() > 1
 
 
 def published_frequency(
-    pair: int, scaling: RopeScaling | None, half: int = 2, base: float = 100.0
+    pair: int, scaling: RotaryScaling | None, half: int = 2, base: float = 100.0
 ) -> float:
     """As Llama 3.1's code has it: by wave length, in three cases."""
     frequency = base ** (-pair / half)
@@ -174,7 +190,7 @@ def published_frequency(
 @pytest.mark.parametrize("length", [5, 30, 100, 400])
 @pytest.mark.parametrize("kind", ["linear", "llama3", None])
 def test_scaled_frequencies_are_the_published_ones(kind: str | None, length: int) -> None:
-    scaling = None if kind is None else RopeScaling(kind=kind, original_length=length)  # type: ignore[arg-type]
+    scaling = None if kind is None else RotaryScaling(kind=kind, original_length=length)  # type: ignore[arg-type]
     found = attention.rotary_frequencies(8, 100.0, scaling)
     # A power, whose exponent is as near as its logarithm, up to 4.
     for pair, frequency in enumerate(found):
@@ -182,9 +198,9 @@ def test_scaled_frequencies_are_the_published_ones(kind: str | None, length: int
 
 
 OPEN = {
-    "llama": {"kv_heads": 2, "rope_scaling": RopeScaling(original_length=30)},
-    "qwen2": {"kv_heads": 1, "attention_bias": True},
-    "qwen3": {"kv_heads": 2, "query_key_norm": True},
+    "llama": {"attention.kv_heads": 2, "positions.scaling": RotaryScaling(original_length=30)},
+    "qwen2": {"attention.kv_heads": 1, "attention.bias": True},
+    "qwen3": {"attention.kv_heads": 2, "attention.query_key_norm": "head"},
 }
 
 
@@ -199,7 +215,7 @@ def reference_open(
         name: value_of(getattr(module, name))
         for name in ("query", "key", "value", "out", "query_bias", "key_bias", "value_bias")
     }
-    half = config.head_width // 2
+    half = config.attention.head_width // 2
 
     def head(name: str, place: int, number: int) -> np.ndarray:
         h = x[place] @ w[name][:, number] + (
@@ -207,15 +223,17 @@ def reference_open(
         )
         if name == "value":
             return h
-        if config.query_key_norm:
+        if config.attention.query_key_norm == "head":
             h = (
                 h
-                / np.sqrt(np.mean(h**2) + config.norm_eps)
+                / np.sqrt(np.mean(h**2) + config.norm.eps)
                 * value_of(getattr(module, f"{name}_norm").scale)
             )
         turned = np.zeros_like(h)
         for pair in range(half):
-            angle = place * published_frequency(pair, config.rope_scaling, half, config.rope_base)
+            angle = place * published_frequency(
+                pair, config.positions.scaling, half, config.positions.base
+            )
             one, other = h[pair], h[pair + half]
             turned[pair] = one * math.cos(angle) - other * math.sin(angle)
             turned[pair + half] = other * math.cos(angle) + one * math.sin(angle)
@@ -223,11 +241,11 @@ def reference_open(
 
     out = np.zeros_like(x)
     for i in range(len(x)):
-        for number in range(config.heads):
-            shared = number // (config.heads // config.kv_heads)
+        for number in range(config.attention.heads):
+            shared = number // (config.attention.heads // config.attention.kv_heads)
             scores = np.array(
                 [head("query", i, number) @ head("key", j, shared) for j in range(i + 1)]
-            ) / math.sqrt(config.head_width)
+            ) / math.sqrt(config.attention.head_width)
             weights = np.exp(scores - scores.max())
             out[i] += (
                 sum(p * head("value", j, shared) for j, p in enumerate(weights / weights.sum()))
@@ -238,14 +256,9 @@ def reference_open(
 
 @pytest.mark.parametrize("family", OPEN)
 def test_the_open_families_attention_equals_its_equation(family: str) -> None:
-    config = dataclasses.replace(
+    config = changed(
         CONFIG,
-        width=8,
-        heads=4,
-        head_width=4,
-        positions="rotary",
-        rope_base=100.0,
-        **OPEN[family],
+        {"attention.heads": 4, "positions.kind": "rotary", "positions.base": 100.0} | OPEN[family],
     )
     module = filled(lambda rngs: attention.SelfAttention(config, out_scale=1.0, rngs=rngs))
     x = np.random.default_rng(0).normal(size=(2, 6, 8))
@@ -253,7 +266,7 @@ def test_the_open_families_attention_equals_its_equation(family: str) -> None:
     whole, _ = module(jnp.asarray(x, jnp.float32), places, jnp.ones((2, 6), jnp.int32), None)
     for row, text in enumerate(x):
         assert_close(whole[row], reference_open(module, config, text), TERMS)
-    empty = jnp.zeros((2, 8, config.kv_heads, 4))
+    empty = jnp.zeros((2, 8, config.attention.kv_heads, 4))
     first, cache = module(
         jnp.asarray(x[:, :4], jnp.float32), places[:, :4], None, attention.Cache(empty, empty)
     )

@@ -11,7 +11,9 @@ import pytest
 from flax import nnx
 
 from flamingo_jax.experiment import (
+    AttentionConfig,
     ConditioningConfig,
+    FeedForwardConfig,
     FlamingoConfig,
     LanguageModelConfig,
     MeshConfig,
@@ -29,7 +31,11 @@ from tests.models.filling import ONE_STAGE, filled
 from tests.rounding import assert_close
 
 LANGUAGE_MODEL = LanguageModelConfig(
-    vocab_size=40, layers=5, width=32, heads=2, head_width=16, feed_forward=64
+    vocab_size=40,
+    layers=5,
+    width=32,
+    attention=AttentionConfig(heads=2, head_width=16),
+    feed_forward=FeedForwardConfig(width=64),
 )
 LAYER = 2 * 32 + 32 + 2 * 16 + 24 + 32 + 2 * 32 + 32 + 64
 """Terms of one layer: a norm, projections, scores, at most 12 keys and their values, the map

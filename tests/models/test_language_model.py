@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flamingo_jax.experiment import LanguageModelConfig
+from flamingo_jax.experiment import (
+    AttentionConfig,
+    FeedForwardConfig,
+    LanguageModelConfig,
+    PositionsConfig,
+)
 from flamingo_jax.models.language_model import LanguageModel
 from tests.models.filling import filled
 from tests.rounding import assert_close
@@ -21,9 +26,8 @@ CONFIG = LanguageModelConfig(
     vocab_size=13,
     layers=2,
     width=8,
-    heads=2,
-    head_width=4,
-    feed_forward=12,
+    attention=AttentionConfig(heads=2, head_width=4),
+    feed_forward=FeedForwardConfig(width=12),
     embedding_scale=0.5,
 )
 LENGTH = 8
@@ -35,7 +39,9 @@ ONES = jnp.ones((2, LENGTH), jnp.int32)
 @pytest.fixture(scope="module", params=["transformer_xl", "rotary"])
 def model(request: pytest.FixtureRequest) -> LanguageModel:
     return filled(
-        lambda rngs: LanguageModel(dataclasses.replace(CONFIG, positions=request.param), rngs=rngs)
+        lambda rngs: LanguageModel(
+            dataclasses.replace(CONFIG, positions=PositionsConfig(kind=request.param)), rngs=rngs
+        )
     )
 
 

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flamingo_jax.experiment import LanguageModelConfig, MeshConfig
+from flamingo_jax.experiment import (
+    AttentionConfig,
+    LanguageModelConfig,
+    MeshConfig,
+    PositionsConfig,
+)
 from flamingo_jax.models import attention
 from flamingo_jax.models.flamingo import Rows, merge_alike
 from flamingo_jax.models.stream import block_length, block_segments, join, shapes_of, split
@@ -85,7 +90,11 @@ def test_when_a_stream_is_cut_into_equal_blocks(
 def test_attention_by_blocks_is_attention_by_rows(
     positions: str, data: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = LanguageModelConfig(width=8, heads=2, head_width=4, positions=positions)
+    config = LanguageModelConfig(
+        width=8,
+        attention=AttentionConfig(heads=2, head_width=4),
+        positions=PositionsConfig(kind=positions),
+    )
     module = attention.SelfAttention(config, out_scale=1.0, rngs=nnx.Rngs(0))
     draw = np.random.default_rng(0)
     shapes = [(4, 8), (8, 4), (4, 4), (8, 2)]

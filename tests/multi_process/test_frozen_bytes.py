@@ -16,7 +16,7 @@ from flax import nnx
 
 from flamingo_jax.checkpointing.export import export_model, open_export
 from flamingo_jax.configuring import to_json
-from flamingo_jax.experiment import LanguageModelConfig
+from flamingo_jax.experiment import AttentionConfig, FeedForwardConfig, LanguageModelConfig
 from flamingo_jax.models.language_model import LanguageModel
 from flamingo_jax.models.vision import vision_encoder
 from flamingo_jax.pytrees import to_flat
@@ -27,7 +27,11 @@ from tests.training import world
 DEVICES = 4
 """Of every run, whatever its processes."""
 CONFIG = LanguageModelConfig(
-    vocab_size=32, layers=8, width=512, heads=8, head_width=64, feed_forward=2048
+    vocab_size=32,
+    layers=8,
+    width=512,
+    attention=AttentionConfig(heads=8, head_width=64),
+    feed_forward=FeedForwardConfig(width=2048),
 )
 
 

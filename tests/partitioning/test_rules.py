@@ -152,7 +152,7 @@ def test_what_trains(shapes_80b: dict[str, Any]) -> None:
     [
         ("contrastive_nfnet_f6", {}),
         ("lm_1b4", {}),
-        ("lm_1b4", {"positions": "rotary", "tied_embeddings": False}),
+        ("lm_1b4", {"positions.kind": "rotary", "tied_embeddings": False}),
         ("flamingo_9b", {}),
     ],
 )
@@ -162,7 +162,7 @@ def test_tables_cover_every_model_on_every_mesh(
 ) -> None:
     config = importlib.import_module(f"configs.{name}").get_config("tiny")
     for key, value in overrides.items():
-        config.language_model[key] = value
+        config.language_model.update_from_flattened_dict({key: value})
     experiment = from_config(Experiment, config)
     shapes = parameter_shapes(experiment)
     devices = make_mesh(MeshConfig(*shape))

@@ -124,8 +124,8 @@ def peer_step(config: FlamingoConfig, datasets: list[DatasetConfig]) -> Callable
             vocab_size=lm.vocab_size,
             hidden_size=lm.width,
             num_hidden_layers=lm.layers,
-            num_attention_heads=lm.heads,
-            intermediate_size=lm.feed_forward,
+            num_attention_heads=lm.attention.heads,
+            intermediate_size=lm.feed_forward.width,
             max_position_embeddings=max(dataset.length for dataset in datasets),
         )
     )

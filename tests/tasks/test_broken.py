@@ -11,8 +11,10 @@ import pytest
 from flax import nnx
 
 from flamingo_jax.experiment import (
+    AttentionConfig,
     ConditioningConfig,
     ContrastiveConfig,
+    FeedForwardConfig,
     FlamingoConfig,
     LanguageModelConfig,
     ResamplerConfig,
@@ -32,7 +34,11 @@ BROKEN = [np.nan, np.inf]
 CONFIG = FlamingoConfig(
     vision=VisionConfig(variant="tiny", image_size=32),
     language_model=LanguageModelConfig(
-        vocab_size=9, layers=2, width=8, heads=2, head_width=4, feed_forward=12
+        vocab_size=9,
+        layers=2,
+        width=8,
+        attention=AttentionConfig(heads=2, head_width=4),
+        feed_forward=FeedForwardConfig(width=12),
     ),
     resampler=ResamplerConfig(
         layers=1, width=8, heads=2, head_width=4, latents=2, frames=2, feed_forward=12

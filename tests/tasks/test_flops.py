@@ -12,10 +12,13 @@ import pytest
 from flax import nnx
 
 from flamingo_jax.experiment import (
+    AttentionConfig,
     ContrastiveConfig,
     DatasetConfig,
     Experiment,
+    FeedForwardConfig,
     LanguageModelConfig,
+    PositionsConfig,
     TextEncoderConfig,
     TrainingConfig,
     VisionConfig,
@@ -105,9 +108,8 @@ def test_a_language_model_is_its_gradients_products(tied: bool) -> None:
         vocab_size=40,
         layers=layers,
         width=width,
-        heads=2,
-        head_width=8,
-        feed_forward=48,
+        attention=AttentionConfig(heads=2, head_width=8),
+        feed_forward=FeedForwardConfig(width=48),
         tied_embeddings=tied,
     )
     experiment = Experiment(task="language_modelling", language_model=config, training=FLOAT32)
@@ -171,10 +173,9 @@ def test_a_flamingo_is_nearly_its_gradients_products(
             vocab_size=world.VOCABULARY,
             layers=2,
             width=256,
-            heads=2,
-            head_width=128,
-            feed_forward=1024,
-            positions="rotary",
+            attention=AttentionConfig(heads=2, head_width=128),
+            feed_forward=FeedForwardConfig(width=1024),
+            positions=PositionsConfig(kind="rotary"),
         ),
         resampler=dataclasses.replace(
             world.FLAMINGO.resampler,

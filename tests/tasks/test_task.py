@@ -7,7 +7,9 @@ import pytest
 from flax import nnx
 
 from flamingo_jax.experiment import (
+    AttentionConfig,
     ConditioningConfig,
+    FeedForwardConfig,
     FlamingoConfig,
     LanguageModelConfig,
     MeshConfig,
@@ -133,7 +135,11 @@ def test_parts_sum_to_the_whole(reduction: str) -> None:
 CONFIG = FlamingoConfig(
     vision=VisionConfig(variant="tiny", image_size=48),
     language_model=LanguageModelConfig(
-        vocab_size=VOCABULARY - 1, layers=1, width=8, heads=2, head_width=4, feed_forward=12
+        vocab_size=VOCABULARY - 1,
+        layers=1,
+        width=8,
+        attention=AttentionConfig(heads=2, head_width=4),
+        feed_forward=FeedForwardConfig(width=12),
     ),
     resampler=ResamplerConfig(
         layers=1, width=8, heads=2, head_width=4, latents=2, frames=1, feed_forward=12

@@ -15,6 +15,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flamingo_jax.experiment import (
+    AttentionConfig,
+    FeedForwardConfig,
     LanguageModelConfig,
     MeshConfig,
     ResamplerConfig,
@@ -136,7 +138,11 @@ VIT = ViTConfig(
     first_norm=True,
 )
 LANGUAGE_MODEL = LanguageModelConfig(
-    vocab_size=9, layers=2, width=8, heads=2, head_width=4, feed_forward=12
+    vocab_size=9,
+    layers=2,
+    width=8,
+    attention=AttentionConfig(heads=2, head_width=4),
+    feed_forward=FeedForwardConfig(width=12),
 )
 RESAMPLER = ResamplerConfig(
     layers=2, width=8, heads=2, head_width=4, latents=2, frames=2, feed_forward=12
@@ -166,7 +172,11 @@ MODULES: dict[
     ),
     "language model": (
         lambda rngs: LanguageModel(
-            dataclasses.replace(LANGUAGE_MODEL, attention_bias=True), rngs=rngs, dtype=HALF
+            dataclasses.replace(
+                LANGUAGE_MODEL, attention=AttentionConfig(heads=2, head_width=4, bias=True)
+            ),
+            rngs=rngs,
+            dtype=HALF,
         ),
         lambda module, x: module(
             x, jnp.broadcast_to(jnp.arange(6), (8, 6)), jnp.ones((8, 6), jnp.int32)

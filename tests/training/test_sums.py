@@ -12,7 +12,12 @@ import optax
 import pytest
 from flax import nnx
 
-from flamingo_jax.experiment import DatasetConfig, LanguageModelConfig
+from flamingo_jax.experiment import (
+    AttentionConfig,
+    DatasetConfig,
+    FeedForwardConfig,
+    LanguageModelConfig,
+)
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.models.language_model import LanguageModel
 from flamingo_jax.tasks.flamingo import FlamingoTask
@@ -25,7 +30,11 @@ from tests.training import world
 
 LENGTH, ROWS = 6, 4
 LANGUAGE_MODEL = LanguageModelConfig(
-    vocab_size=12, layers=1, width=8, heads=2, head_width=4, feed_forward=8
+    vocab_size=12,
+    layers=1,
+    width=8,
+    attention=AttentionConfig(heads=2, head_width=4),
+    feed_forward=FeedForwardConfig(width=8),
 )
 FLAMINGO = dataclasses.replace(
     world.FLAMINGO,

@@ -3,9 +3,11 @@
 import numpy as np
 
 from flamingo_jax.experiment import (
+    AttentionConfig,
     ConditioningConfig,
     DatasetConfig,
     Experiment,
+    FeedForwardConfig,
     FlamingoConfig,
     LanguageModelConfig,
     OptimizerConfig,
@@ -18,7 +20,11 @@ VOCABULARY = 30
 FLAMINGO = FlamingoConfig(
     vision=VisionConfig(variant="tiny", image_size=32),
     language_model=LanguageModelConfig(
-        vocab_size=VOCABULARY, layers=2, width=16, heads=2, head_width=8, feed_forward=32
+        vocab_size=VOCABULARY,
+        layers=2,
+        width=16,
+        attention=AttentionConfig(heads=2, head_width=8),
+        feed_forward=FeedForwardConfig(width=32),
     ),
     resampler=ResamplerConfig(
         layers=1, width=16, heads=2, head_width=8, latents=2, frames=2, feed_forward=32
