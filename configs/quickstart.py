@@ -1,4 +1,4 @@
-"""The quickstart: all stages on the embedded drawn world, in minutes on two CPU cores.
+"""The quickstart: all stages on the embedded synthetic world, in minutes on two CPU cores.
 
 `--config=configs/quickstart.py:contrastive`, `:language_model`, `:flamingo` (the default) or
 `:without_images`, the Flamingo that is trained on the same text with every image taken

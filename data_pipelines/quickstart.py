@@ -1,4 +1,4 @@
-"""The embedded drawn world: coloured shapes on a dark ground, their captions, questions, clips
+"""The embedded synthetic world: coloured shapes on a dark ground, their captions, questions, clips
 and pages. Pure functions of a seed.
 
 A scene says what is in an image, `render` draws it, and everything that is written about it

@@ -109,7 +109,7 @@ OUTPUT = flags.DEFINE_string(
 WORKERS = flags.DEFINE_integer(
     "workers", 0, "Processes that read the sources; 0 for one per core.", lower_bound=0
 )
-SEED = flags.DEFINE_integer("seed", 0, "quickstart: seed of the drawn world.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "quickstart: seed of the synthetic world.", lower_bound=0)
 VALIDATION_SHARE = flags.DEFINE_float(
     "validation_share",
     None,

@@ -1,12 +1,12 @@
-"""Evaluates an exported Flamingo and writes report.json and report.html. All figures are
+"""Evaluates an exported Flamingo and writes report.json and report.html. All metrics are
 fractions between 0 and 1.
 
     python -m launch.evaluate --model=EXPORT --output=FOLDER
     --benchmark=captioning:photos=data/photos:test --shots=0,4,8
 
 A benchmark is KIND:NAME=DATASET[:SPLIT][,support=DATASET[:SPLIT]], with KIND one of
-  captioning      pairs or videos; a caption is right when it is one of the record's, word for
-  word vqa             questions; VQA accuracy, beside what the commonest answer of the training
+  captioning      pairs or videos; a caption scores 1 when it is one of the record's, word for
+  word vqa             questions; VQA accuracy, beside what the most frequent answer of the training
   split would have classification  pairs, videos or questions whose answers are class names,
   ranked by log-likelihood binding         pages whose texts end with new words; which word
   names the last image
@@ -42,19 +42,26 @@ from data_pipelines.records import open_records
 from data_pipelines.transforms.examples import strings
 from flamingo_jax.configuring import from_json
 from flamingo_jax.errors import UserError
-from flamingo_jax.evaluation import drawn_world, prompts
-from flamingo_jax.evaluation.benchmarks import (
+from flamingo_jax.evaluation import prompts, synthetic_world
+from flamingo_jax.evaluation.benchmarks.benchmark import (
     Benchmark,
-    Binding,
-    Classification,
+    BenchmarkResult,
+    EvaluationSettings,
+)
+from flamingo_jax.evaluation.benchmarks.classification import Classification
+from flamingo_jax.evaluation.benchmarks.fast_concept_binding import FastConceptBinding
+from flamingo_jax.evaluation.benchmarks.open_ended import (
     OpenEnded,
-    Result,
-    Settings,
     captioning,
-    commonest_answer,
+    most_frequent_answer,
     question_answering,
 )
-from flamingo_jax.evaluation.examples import Example, first_answer, read_examples, read_pages
+from flamingo_jax.evaluation.examples import (
+    BenchmarkExample,
+    first_answer,
+    read_examples,
+    read_pages,
+)
 from flamingo_jax.evaluation.report import read_metrics, write_report
 from flamingo_jax.evaluation.shots import draw
 from flamingo_jax.experiment import Experiment, FlamingoConfig
@@ -100,14 +107,14 @@ QUESTION_PROMPT = flags.DEFINE_string(
     "question_prompt",
     None,
     "What stands between an image and the answer, with {question} in it, for --benchmark;"
-    f" by default what the model was trained with, or '{prompts.QUESTION.template}'.",
+    f" by default what the model was trained with, or '{prompts.QUESTION.text}'.",
 )
 BEAM = flags.DEFINE_integer(
     "beam_size", 3, "Hypotheses of beam search (paper: 3); 1 is greedy.", lower_bound=1
 )
 CAPTION_PROMPT = flags.DEFINE_string(
     "caption_prompt",
-    prompts.CAPTION.template,
+    prompts.CAPTION.text,
     "What stands between an image and its caption or class, for --benchmark (paper: Output:);"
     " empty for models that have met captions right after their images alone, as in plain"
     " pairs.",
@@ -139,7 +146,7 @@ FPS = flags.DEFINE_float(
     lower_bound=1e-3,
 )
 FEW_SHOT_LIMIT = flags.DEFINE_integer(
-    "few_shot_limit", 64, "suite: records of each few-shot figure at most.", lower_bound=1
+    "few_shot_limit", 64, "suite: records of each few-shot metric at most.", lower_bound=1
 )
 ROWS = flags.DEFINE_integer("rows", 64, "Prompts in a batch at most.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the choice of examples.", lower_bound=0)
@@ -164,9 +171,9 @@ def main() -> int:
         if TEXT_EXAMPLES.value is not None
         else 0
         if _trained_prompts()
-        else Settings.text_examples
+        else EvaluationSettings.text_examples
     )
-    settings = Settings(
+    settings = EvaluationSettings(
         text_examples=text_examples,
         selection=SELECTION.value,
         seed=SEED.value,
@@ -181,41 +188,44 @@ def main() -> int:
 
 
 def run_suite(
-    settings: Settings, seconds: dict[str, float], curves: dict[str, Any], began: float
+    settings: EvaluationSettings, seconds: dict[str, float], curves: dict[str, Any], began: float
 ) -> None:
     """The quickstart's suite for the model and, if there is one, the baseline."""
-    records: drawn_world.ReadRecords = lambda name, split, kind: open_records(
+    records: synthetic_world.ReadRecords = lambda name, split, kind: open_records(
         pathlib.Path(DATA.value) / name, split, kind
     )
     few_shots = _shots([0, 4, 8, 16, 32])
-    suite = drawn_world.read_suite(
+    suite = synthetic_world.read_suite(
         records, _config(), limit=LIMIT.value, few_shot_limit=FEW_SHOT_LIMIT.value
     )
-    drawn_world.check_suite(suite, settings, few_shots)
+    synthetic_world.check_suite(suite, settings, few_shots)
     model, baseline = _load()
-    outcome = drawn_world.run_suite(suite, Engine(model, rows=ROWS.value), settings, few_shots)
-    blind = (
-        drawn_world.run_suite(
+    result = synthetic_world.run_suite(suite, Engine(model, rows=ROWS.value), settings, few_shots)
+    baseline_result = (
+        synthetic_world.run_suite(
             suite, Engine(baseline, with_visuals=False, rows=ROWS.value), settings, few_shots
         )
         if baseline
         else None
     )
-    mine, theirs = drawn_world.figures(outcome), drawn_world.figures(blind) if blind else None
+    mine, theirs = (
+        synthetic_world.metrics_of(result),
+        synthetic_world.metrics_of(baseline_result) if baseline_result else None,
+    )
     report = mine | {
         "without_images": theirs,
-        "counts": drawn_world.counts(outcome),
+        "counts": synthetic_world.prediction_counts(result),
         "seconds": _with_evaluation(seconds, time.monotonic() - began),
         **_about(model, baseline, settings),
     }
     other: Any = theirs or {}
     headline = [
         [
-            figure,
-            *(mine[split][figure] for split in drawn_world.SPLITS),
-            *(other.get(split, {}).get(figure) for split in drawn_world.SPLITS),
+            metric,
+            *(mine[split][metric] for split in synthetic_world.SPLITS),
+            *(other.get(split, {}).get(metric) for split in synthetic_world.SPLITS),
         ]
-        for figure in mine["seen"]
+        for metric in mine["seen"]
     ]
     columns = [
         "seen pairs",
@@ -223,19 +233,19 @@ def run_suite(
         "seen, without images",
         "unseen, without images",
     ]
-    types = sorted({t for split in drawn_world.SPLITS for t in mine["vqa_by_type"][split]})
+    types = sorted({t for split in synthetic_world.SPLITS for t in mine["vqa_by_type"][split]})
     by_type = [
         [
             t,
             *(
                 part.get("vqa_by_type", {}).get(split, {}).get(t)
                 for part in (mine, other)
-                for split in drawn_world.SPLITS
+                for split in synthetic_world.SPLITS
             ),
         ]
         for t in types
     ]
-    shots = [str(n) for n in drawn_world.BINDING_SHOTS]
+    shots = [str(n) for n in synthetic_world.BINDING_SHOTS]
     binding = [
         [name, *(part["binding_accuracy"][n] for n in shots)] for name, part in _named(mine, theirs)
     ]
@@ -251,7 +261,7 @@ def run_suite(
     write_report(
         pathlib.Path(OUTPUT.value),
         report,
-        title="Flamingo on the drawn world",
+        title="Flamingo on the synthetic world",
         tables=[
             Table("New images, zero-shot", ["", *columns], headline),
             Table("A word bound in the prompt, 2-way, by shots", ["", *shots], binding),
@@ -264,10 +274,10 @@ def run_suite(
             ),
         ],
         results=[
-            (f"{split} pairs: {figure}", result)
-            for (split, figure), result in outcome.headline.items()
+            (f"{split} pairs: {metric}", result)
+            for (split, metric), result in result.headline.items()
         ]
-        + [(f"new words, {n} shots", outcome.binding[n]) for n in (4,)],
+        + [(f"new words, {n} shots", result.concept_binding[n]) for n in (4,)],
         training=curves,
         lines={"new words: accuracy by shots": accuracy},
     )
@@ -288,7 +298,7 @@ def _shots(default: list[int]) -> list[int]:
 
 
 def run_benchmarks(
-    settings: Settings, seconds: dict[str, float], curves: dict[str, Any], began: float
+    settings: EvaluationSettings, seconds: dict[str, float], curves: dict[str, Any], began: float
 ) -> None:
     """Every --benchmark at every number of --shots."""
     shots, config = _shots([0]), _config()
@@ -307,26 +317,28 @@ def run_benchmarks(
     engines = {"model": Engine(model, rows=ROWS.value)}
     if baseline:
         engines["without_images"] = Engine(baseline, with_visuals=False, rows=ROWS.value)
-    results: dict[str, list[Result]] = {
+    results: dict[str, list[BenchmarkResult]] = {
         name: [
             b.run(engine, dataclasses.replace(settings, shots=n)) for b in benchmarks for n in shots
         ]
         for name, engine in engines.items()
     }
-    figures = {
+    metrics = {
         name: {
-            b.name: {str(r.shots): r.figures for r in some if r.name == b.name} for b in benchmarks
+            b.name: {str(r.shots): r.metrics for r in some if r.name == b.name} for b in benchmarks
         }
         for name, some in results.items()
     }
     report = {
-        "benchmarks": figures["model"],
-        "without_images": figures.get("without_images"),
-        "commonest_answers": {
-            b.name: b.commonest for b in benchmarks if isinstance(b, OpenEnded) and b.commonest
+        "benchmarks": metrics["model"],
+        "without_images": metrics.get("without_images"),
+        "majority_answers": {
+            b.name: b.majority_answer
+            for b in benchmarks
+            if isinstance(b, OpenEnded) and b.majority_answer
         },
         "counts": {
-            b.name: {str(r.shots): len(r.samples) for r in results["model"] if r.name == b.name}
+            b.name: {str(r.shots): len(r.predictions) for r in results["model"] if r.name == b.name}
             for b in benchmarks
         },
         "seconds": _with_evaluation(seconds, time.monotonic() - began),
@@ -343,13 +355,13 @@ def run_benchmarks(
             f"{r.name}, {who}",
             r.shots,
             r.accuracy,
-            r.figures.get("commonest_answer"),
-            len(r.samples),
+            r.metrics.get("majority_answer"),
+            len(r.predictions),
         ]
         for who, some in results.items()
         for r in some
     ]
-    header = ["benchmark", "shots", "accuracy", "commonest answer", "samples"]
+    header = ["benchmark", "shots", "accuracy", "majority answer", "queries"]
     print_table(header, rows)
     write_report(
         pathlib.Path(OUTPUT.value),
@@ -377,36 +389,40 @@ def make_benchmark(text: str, config: FlamingoConfig, shots: int, text_examples:
             f"--benchmark={text} must be KIND:NAME=DATASET[:SPLIT][,support=DATASET[:SPLIT]]"
             f" with KIND one of {', '.join(KINDS)}"
         )
-    sort, name, place, support_place = match.groups()
+    kind, name, place, support_place = match.groups()
     path, split = _path_and_split(place, "test")
-    if sort == "binding":
+    if kind == "binding":
         pages = open_records(path, split, "pages")
-        return Binding(name, read_pages(_drawn(pages, path, split, LIMIT.value), config))
+        return FastConceptBinding(name, read_pages(_drawn(pages, path, split, LIMIT.value), config))
     queries = _examples(path, split, config, LIMIT.value)
-    support: list[Example] = []
-    if support_place or shots or (text_examples and sort != "classification"):
+    support: list[BenchmarkExample] = []
+    if support_place or shots or (text_examples and kind != "classification"):
         support = _examples(
             *_path_and_split(support_place or path, "train"), config, SUPPORT_LIMIT.value
         )
-    if sort == "captioning":
-        return captioning(name, queries, support, form=prompts.Format(CAPTION_PROMPT.value))
-    asking = _question_form()
-    if sort == "vqa":
+    if kind == "captioning":
+        return captioning(
+            name, queries, support, template=prompts.PromptTemplate(CAPTION_PROMPT.value)
+        )
+    asking = _question_template()
+    if kind == "vqa":
         return question_answering(
             name,
             queries,
             support,
             asking,
-            _commonest(*_path_and_split(support_place or path, "train")),
+            _majority_answer(*_path_and_split(support_place or path, "train")),
         )
     classes = _classes(path, split, support)
-    form = (
-        asking if any(query.question for query in queries) else prompts.Format(CAPTION_PROMPT.value)
+    template = (
+        asking
+        if any(query.question for query in queries)
+        else prompts.PromptTemplate(CAPTION_PROMPT.value)
     )
-    return Classification(name, queries, support, classes, form)
+    return Classification(name, queries, support, classes, template)
 
 
-def _question_form() -> prompts.Format:
+def _question_template() -> prompts.PromptTemplate:
     """How questions are asked: as --question_prompt says, or as the model was trained to be."""
     trained = _trained_prompts()
     if QUESTION_PROMPT.value is None and len(trained) > 1:
@@ -420,14 +436,14 @@ def _question_form() -> prompts.Format:
         if QUESTION_PROMPT.value is not None
         else trained[0]
         if trained
-        else prompts.QUESTION.template
+        else prompts.QUESTION.text
     )
     if "{question}" not in template:
         raise UserError(
             f"--question_prompt={template!r} has no {{question}} in it, so that nothing would"
             " be asked: write it in"
         )
-    return prompts.Format(template)
+    return prompts.PromptTemplate(template)
 
 
 def _trained_prompts() -> list[str]:
@@ -443,17 +459,17 @@ def _trained_prompts() -> list[str]:
     )
 
 
-def _commonest(path: str, split: str) -> str:
-    """The commonest answer of a split, "" where the dataset lacks it."""
+def _majority_answer(path: str, split: str) -> str:
+    """The most frequent answer of a split, "" where the dataset lacks it."""
     import tensorflow_datasets as tfds
 
     if split not in tfds.builder_from_directory(str(dataset_folder(path))).info.splits:
         return ""
     records = open_records(path, split, "questions")
-    return commonest_answer(strings(records[place]["answers"]) for place in range(len(records)))
+    return most_frequent_answer(strings(records[place]["answers"]) for place in range(len(records)))
 
 
-def _examples(path: str, split: str, config: FlamingoConfig, most: int) -> list[Example]:
+def _examples(path: str, split: str, config: FlamingoConfig, most: int) -> list[BenchmarkExample]:
     kind, records = _open(path, split)
     drawn = _drawn(records, path, split, most)
     return read_examples(drawn, kind, config, frames=FRAMES.value, fps=FPS.value)
@@ -474,7 +490,7 @@ def _open(path: str, split: str) -> tuple[str, Sequence[Any]]:
     return kind, open_records(path, split, kind)
 
 
-def _classes(path: str, split: str, support: Sequence[Example]) -> list[str]:
+def _classes(path: str, split: str, support: Sequence[BenchmarkExample]) -> list[str]:
     """Every class that could be the answer, however few records are asked about."""
     if CLASSES.value:
         try:
@@ -529,10 +545,10 @@ def _load() -> tuple[LoadedFlamingo, LoadedFlamingo | None]:
 
 
 def _about(
-    model: LoadedFlamingo, baseline: LoadedFlamingo | None, settings: Settings
+    model: LoadedFlamingo, baseline: LoadedFlamingo | None, settings: EvaluationSettings
 ) -> dict[str, Any]:
     return {
-        "figures_are": "fractions between 0 and 1",
+        "metrics_are": "fractions between 0 and 1",
         "model": {"folder": MODEL.value, "digest": model.digest},
         "baseline": {"folder": BASELINE.value, "digest": baseline.digest} if baseline else None,
         "settings": dataclasses.asdict(settings),

@@ -1,4 +1,4 @@
-"""Builds everything the quickstart trains and is tested on: the drawn world's datasets and its
+"""Builds everything the quickstart trains and is tested on: the synthetic world's datasets and its
 tokenizer.
 """
 

@@ -1,4 +1,4 @@
-"""The embedded drawn world as a source, one per dataset."""
+"""The embedded synthetic world as a source, one per dataset."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class World:
 
     @property
     def about(self) -> str:
-        return f"The drawn world: {DATASETS[self.dataset].about}."
+        return f"The synthetic world: {DATASETS[self.dataset].about}."
 
     @property
     def options(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Evaluation records as examples: one visual with what is asked about it and the right answers."""
+"""Evaluation records as examples: one visual with what is asked about it and its ground truths."""
 
 import dataclasses
 import re
@@ -15,22 +15,22 @@ from flamingo_jax.processing.video import middle_clip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Example:
-    """answers: any caption or class name that is right, or the ground truths of a question; the
+class BenchmarkExample:
+    """answers: any caption or class name that is true, or the ground truths of a question; the
     first stands in prompts.
 
-    question: "" for captions. type: sort of question, for figures by type.
+    question: "" for captions. question_type: for metrics by type of question.
     """
 
     id: str
     visual: Visual
     answers: tuple[str, ...]
     question: str = ""
-    type: str = ""
+    question_type: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Page:
+class InterleavedPage:
     """k + 1 texts around k images."""
 
     id: str
@@ -45,7 +45,7 @@ def read_examples(
     *,
     frames: int | None = None,
     fps: float | None = None,
-) -> list[Example]:
+) -> list[BenchmarkExample]:
     """Records of kind pairs, videos or questions, their images encoded as on disk
     (data_pipelines/features.py has the fields).
 
@@ -72,13 +72,13 @@ def read_examples(
         answers = _answers(record, kind)
         if not answers:
             raise UserError(
-                f"the record {name!r} has no right answer to hold a prediction to: leave it out"
+                f"the record {name!r} has no answer to compare a prediction with: leave it out"
                 " of the evaluation data"
             )
-        question, sort = (
+        question, question_type = (
             (_text(record["question"]), _text(record["type"])) if kind == "questions" else ("", "")
         )
-        examples.append(Example(name, visual, answers, question, sort))
+        examples.append(BenchmarkExample(name, visual, answers, question, question_type))
     return examples
 
 
@@ -110,7 +110,7 @@ def _every(record: Any, fps: float, name: str) -> float:
     return max(1.0, stored / fps)
 
 
-def read_pages(records: Iterable[Any], config: FlamingoConfig) -> list[Page]:
+def read_pages(records: Iterable[Any], config: FlamingoConfig) -> list[InterleavedPage]:
     """Records of kind pages.
 
     Raises UserError that names the record whose image cannot be read.
@@ -119,11 +119,11 @@ def read_pages(records: Iterable[Any], config: FlamingoConfig) -> list[Page]:
     for record in records:
         name = _text(record["id"])
         visuals = tuple(read_visual([image], config, name) for image in record["images"])
-        pages.append(Page(name, tuple(_text(text) for text in record["texts"]), visuals))
+        pages.append(InterleavedPage(name, tuple(_text(text) for text in record["texts"]), visuals))
     return pages
 
 
-def page_examples(pages: Sequence[Page]) -> list[Example]:
+def page_examples(pages: Sequence[InterleavedPage]) -> list[BenchmarkExample]:
     """The chunks of pages that are written in a prompt's format (evaluation/prompts.py) as
     examples, for support sets.
     """
@@ -133,9 +133,11 @@ def page_examples(pages: Sequence[Page]) -> list[Example]:
             caption = re.fullmatch(r"\s*Output: (.+?)\s*", text)
             asked = re.fullmatch(r"\s*Question: (.+?) Answer: (.+?)\s*", text)
             if caption:
-                examples.append(Example(f"{page.id}/{place}", visual, (caption[1],)))
+                examples.append(BenchmarkExample(f"{page.id}/{place}", visual, (caption[1],)))
             elif asked:
-                examples.append(Example(f"{page.id}/{place}", visual, (asked[2],), asked[1]))
+                examples.append(
+                    BenchmarkExample(f"{page.id}/{place}", visual, (asked[2],), asked[1])
+                )
     return examples
 
 
@@ -154,7 +156,8 @@ def read_visual(encoded: Sequence[bytes], config: FlamingoConfig, name: str) -> 
     vision = config.vision
     try:
         frames = [
-            images.load(one, vision.image_size, vision.mean, vision.image_fit) for one in encoded
+            images.load(image, vision.image_size, vision.mean, vision.image_fit)
+            for image in encoded
         ]
     except images.ImageError as error:
         raise UserError(

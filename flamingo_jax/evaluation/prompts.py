@@ -9,32 +9,38 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from flamingo_jax.evaluation.examples import Example, Page
+from flamingo_jax.evaluation.examples import BenchmarkExample, InterleavedPage
 from flamingo_jax.experiment import QUESTION_PROMPT
 from flamingo_jax.inference.prompts import END_OF_CHUNK, PromptPart, escape_image_tags
 from flamingo_jax.processing.sequences import asked
 
 
 @dataclasses.dataclass(frozen=True)
-class Format:
-    """How an example is written: the template up to the answer, which follows after a space."""
+class PromptTemplate:
+    """How an example is written: the text up to the answer, which follows after a space.
 
-    template: str
+    text: with {question} where the example's question goes.
+    """
 
-    def opening(self, example: Example) -> str:
-        return escape_image_tags(asked(self.template, example.question))
+    text: str
 
-    def whole(self, example: Example) -> str:
+    def opening(self, example: BenchmarkExample) -> str:
+        return escape_image_tags(asked(self.text, example.question))
+
+    def whole(self, example: BenchmarkExample) -> str:
         return f"{self.opening(example)} {escape_image_tags(example.answers[0])}"
 
 
-CAPTION = Format("Output:")
-QUESTION = Format(QUESTION_PROMPT)
+CAPTION = PromptTemplate("Output:")
+QUESTION = PromptTemplate(QUESTION_PROMPT)
 KEYWORDS = re.compile(r"\s*(?:Question:|Answer:|Output:|<image>).*", re.DOTALL)
 
 
 def few_shot(
-    query: Example, shots: Sequence[Example], text_only: Sequence[Example], form: Format
+    query: BenchmarkExample,
+    shots: Sequence[BenchmarkExample],
+    text_only: Sequence[BenchmarkExample],
+    template: PromptTemplate,
 ) -> list[PromptPart]:
     """`text_only` examples without their images, then `shots` with theirs, then the query up
     to its answer.
@@ -44,14 +50,14 @@ def few_shot(
     """
     parts: list[PromptPart] = []
     for example in text_only:
-        parts += [form.whole(example), END_OF_CHUNK]
+        parts += [template.whole(example), END_OF_CHUNK]
     for shot in shots:
-        parts += [shot.visual, form.whole(shot)]
-    opening = form.opening(query)
+        parts += [shot.visual, template.whole(shot)]
+    opening = template.opening(query)
     return [*parts, query.visual, *([opening] if opening else [])]
 
 
-def binding(page: Page, shots: int) -> list[PromptPart]:
+def concept_binding(page: InterleavedPage, shots: int) -> list[PromptPart]:
     """The last `shots` images before the page's last one with their texts, then the last one
     with its text up to the last word.
     """

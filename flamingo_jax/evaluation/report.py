@@ -11,11 +11,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from flamingo_jax.evaluation.benchmarks import Result, Sample
+from flamingo_jax.evaluation.benchmarks.benchmark import BenchmarkResult, Prediction
 from flamingo_jax.web_page import Table, page, strip, table
 
-SAMPLES = 12
-"""Samples shown of each result."""
+PREDICTIONS_SHOWN = 12
+"""Shown of each result."""
 IMAGE_SIDE = 112
 
 
@@ -25,14 +25,14 @@ def write_report(
     *,
     title: str,
     tables: Sequence[Table],
-    results: Sequence[tuple[str, Result]],
+    results: Sequence[tuple[str, BenchmarkResult]],
     training: Mapping[str, Sequence[Mapping[str, Any]]],
     lines: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]] | None = None,
 ) -> None:
     """Writes `report.json` (`report` as it is) and `report.html` into `folder`.
 
     Args:
-      results: what to show samples of, each with its heading.
+      results: what to show predictions of, each with its heading.
       training: {stage: lines of its metrics.jsonl}, for the curves of losses and the gates by
         layer.
       lines: further charts, {title: {name of a line: (x, y)}}.
@@ -45,7 +45,7 @@ def write_report(
     parts = [*map(table, tables)]
     if charts:
         parts.append(f'<h2>Curves</h2><div class="charts">{"".join(charts)}</div>')
-    parts += [_samples(heading, result) for heading, result in results]
+    parts += [_predictions(heading, result) for heading, result in results]
     (folder / "report.html").write_text(page(title, parts))
 
 
@@ -134,28 +134,30 @@ def chart(
     return drawn[drawn.index("<svg") :]
 
 
-def image(sample: Sample) -> str:
-    """The visual of a sample as a data URI: an image, or the frames of a clip side by side."""
-    return strip(sample.visual.frames, IMAGE_SIDE)
+def image(prediction: Prediction) -> str:
+    """The visual of a prediction as a data URI: an image, or the frames of a clip side by side."""
+    return strip(prediction.visual.frames, IMAGE_SIDE)
 
 
-def _samples(heading: str, result: Result) -> str:
+def _predictions(heading: str, result: BenchmarkResult) -> str:
     # The first ones, and then some of the wrong ones, which teach more.
-    half = SAMPLES // 2
-    wrong = [sample for sample in result.samples[half:] if sample.right < 0.5][: SAMPLES - half]
-    cards = "".join(map(_card, result.samples[:half] + wrong))
-    summary = f"{100 * result.accuracy:.1f} % of {len(result.samples)}"
+    half = PREDICTIONS_SHOWN // 2
+    wrong = [one for one in result.predictions[half:] if one.score < 0.5][
+        : PREDICTIONS_SHOWN - half
+    ]
+    cards = "".join(map(_card, result.predictions[:half] + wrong))
+    summary = f"{100 * result.accuracy:.1f} % of {len(result.predictions)}"
     return f'<h2>{html.escape(heading)}: {summary}</h2><div class="samples">{cards}</div>'
 
 
-def _card(sample: Sample) -> str:
-    prompt = sample.prompt if len(sample.prompt) <= 160 else "… " + sample.prompt[-160:]
+def _card(prediction: Prediction) -> str:
+    prompt = prediction.prompt if len(prediction.prompt) <= 160 else "… " + prediction.prompt[-160:]
     return (
-        f'<div class="sample{" right" if sample.right >= 0.5 else ""}"><img'
-        f' src="{image(sample)}" alt="">'
+        f'<div class="sample{" right" if prediction.score >= 0.5 else ""}"><img'
+        f' src="{image(prediction)}" alt="">'
         "<div"
-        f' class="prompt">{html.escape(prompt)}</div><div><b>{html.escape(sample.prediction) or "(nothing)"}</b></div>'  # noqa: E501
-        f"<div>should be: {html.escape(' | '.join(sorted(set(sample.answers))))}</div></div>"
+        f' class="prompt">{html.escape(prompt)}</div><div><b>{html.escape(prediction.text) or "(nothing)"}</b></div>'  # noqa: E501
+        f"<div>should be: {html.escape(' | '.join(sorted(set(prediction.answers))))}</div></div>"
     )
 
 

@@ -10,14 +10,14 @@ from typing import Protocol
 
 import numpy as np
 
-from flamingo_jax.evaluation.examples import Example
+from flamingo_jax.evaluation.examples import BenchmarkExample
 from flamingo_jax.inference.prompts import Visual
 
 
-class Shots(Protocol):
+class ShotSelector(Protocol):
     """Chooses the support examples of a query, in the order of the prompt."""
 
-    def __call__(self, query: Example, count: int) -> list[Example]: ...
+    def __call__(self, query: BenchmarkExample, count: int) -> list[BenchmarkExample]: ...
 
 
 class RandomShots:
@@ -25,15 +25,15 @@ class RandomShots:
     depend on the others.
     """
 
-    def __init__(self, support: Sequence[Example], seed: int):
+    def __init__(self, support: Sequence[BenchmarkExample], seed: int):
         self.support, self._seed = support, seed
 
-    def __call__(self, query: Example, count: int) -> list[Example]:
+    def __call__(self, query: BenchmarkExample, count: int) -> list[BenchmarkExample]:
         chosen = keyed_rng(self._seed, query.id).permutation(len(self.support))
         return _others(query, (self.support[place] for place in chosen), count)
 
 
-class SimilarShots:
+class RicesShots:
     """RICES (Yang et al. 2022; paper A.2): the support nearest to the query by frozen encoder
     features, the most similar last.
 
@@ -43,20 +43,22 @@ class SimilarShots:
 
     def __init__(
         self,
-        support: Sequence[Example],
+        support: Sequence[BenchmarkExample],
         support_features: np.ndarray,
         query_features: dict[str, np.ndarray],
     ):
         """support_features: float [S, C]; query_features: {query id: [C]}; rows of length 1."""
         self.support, self._features, self._queries = support, support_features, query_features
 
-    def __call__(self, query: Example, count: int) -> list[Example]:
+    def __call__(self, query: BenchmarkExample, count: int) -> list[BenchmarkExample]:
         likeness = self._features @ self._queries[query.id]
         nearest = np.argsort(-likeness, kind="stable")
         return _others(query, (self.support[place] for place in nearest), count)[::-1]
 
 
-def _others(query: Example, support: Iterable[Example], count: int) -> list[Example]:
+def _others(
+    query: BenchmarkExample, support: Iterable[BenchmarkExample], count: int
+) -> list[BenchmarkExample]:
     """The first `count` that are not the query itself."""
     return list(itertools.islice((one for one in support if one.id != query.id), count))
 
@@ -75,19 +77,19 @@ class HasFeatures(Protocol):
     def features(self, visuals: Sequence[Visual]) -> np.ndarray: ...
 
 
-def make_shots(
+def make_shot_selector(
     selection: str,
-    support: Sequence[Example],
-    queries: Sequence[Example],
+    support: Sequence[BenchmarkExample],
+    queries: Sequence[BenchmarkExample],
     seed: int,
     engine: HasFeatures,
-) -> Shots:
+) -> ShotSelector:
     """`selection` is "random" or "rices"; raises ValueError for another."""
     if selection not in ("random", "rices"):
         raise ValueError(f"selection is {selection!r}, but must be 'random' or 'rices'")
     if selection == "rices" and support:
         features = engine.features([example.visual for example in [*support, *queries]])
-        return SimilarShots(
+        return RicesShots(
             support,
             features[: len(support)],
             {q.id: f for q, f in zip(queries, features[len(support) :], strict=True)},

@@ -1,4 +1,4 @@
-"""The drawn world: what images show, what is said about them, and what is held out."""
+"""The synthetic world: what images show, what is said about them, and what is held out."""
 
 import collections
 import io

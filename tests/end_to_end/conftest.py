@@ -1,4 +1,4 @@
-"""The drawn world, small, for every test of whole runs."""
+"""The synthetic world, small, for every test of whole runs."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""Small stages on a small drawn world, as a config file
+"""Small stages on a small synthetic world, as a config file
 (`--config=tests/end_to_end/small.py:STAGE,DATA`) and as Experiments.
 """
 

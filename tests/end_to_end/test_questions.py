@@ -233,11 +233,11 @@ def test_evaluation_asks_as_training_did(
             patch.setattr(evaluate, name, commands.flag(value))
         assert evaluate.main() == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    figures = report["benchmarks"]["shapes"]["0"]
-    assert {"accuracy", "commonest_answer"} <= set(figures) and report["settings"][
+    metrics = report["benchmarks"]["shapes"]["0"]
+    assert {"accuracy", "majority_answer"} <= set(metrics) and report["settings"][
         "text_examples"
     ] == 0
-    assert report["commonest_answers"]["shapes"] and "commonest answer" in capsys.readouterr().out
+    assert report["majority_answers"]["shapes"] and "majority answer" in capsys.readouterr().out
 
 
 @pytest.mark.scale

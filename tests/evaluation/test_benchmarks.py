@@ -6,17 +6,17 @@ import pytest
 from PIL import Image
 
 from flamingo_jax.errors import UserError
-from flamingo_jax.evaluation.benchmarks import (
-    Binding,
-    Classification,
-    Settings,
+from flamingo_jax.evaluation.benchmarks.benchmark import EvaluationSettings
+from flamingo_jax.evaluation.benchmarks.classification import Classification
+from flamingo_jax.evaluation.benchmarks.fast_concept_binding import FastConceptBinding
+from flamingo_jax.evaluation.benchmarks.open_ended import (
     captioning,
-    commonest_answer,
+    most_frequent_answer,
     question_answering,
 )
-from flamingo_jax.evaluation.drawn_world import direction_right
 from flamingo_jax.evaluation.examples import page_examples, read_examples, read_pages
-from flamingo_jax.evaluation.prompts import QUESTION, Format, clean
+from flamingo_jax.evaluation.prompts import QUESTION, PromptTemplate, clean
+from flamingo_jax.evaluation.synthetic_world import direction_match
 from flamingo_jax.inference.prompts import END_OF_CHUNK, Prompt, Visual, tokenise
 from tests.evaluation.world import ScriptedEngine, example, page, visual
 from tests.inference.tiny_models import make_tokenizer, tiny_config
@@ -34,9 +34,9 @@ def test_captioning_zero_shot_has_text_only_examples_and_scores_exact_matches() 
     engine = ScriptedEngine(
         lambda prompt: {1: " A red circle", 2: " a red circle"}[image_of(prompt)]
     )
-    result = captioning("captions", QUERIES, SUPPORT).run(engine, Settings())
+    result = captioning("captions", QUERIES, SUPPORT).run(engine, EvaluationSettings())
     assert result.accuracy == 0.5
-    assert [sample.prediction for sample in result.samples] == ["A red circle", "a red circle"]
+    assert [one.text for one in result.predictions] == ["A red circle", "a red circle"]
     for prompt in engine.prompts:
         first, mark, second, again, shown, opening = prompt
         assert mark is again is END_OF_CHUNK
@@ -49,7 +49,7 @@ def test_captioning_zero_shot_has_text_only_examples_and_scores_exact_matches() 
 
 def test_few_shot_prompts_show_their_examples_images_and_no_text_only_ones() -> None:
     engine = ScriptedEngine()
-    captioning("captions", QUERIES, SUPPORT).run(engine, Settings(shots=4))
+    captioning("captions", QUERIES, SUPPORT).run(engine, EvaluationSettings(shots=4))
     for prompt, query in zip(engine.prompts, QUERIES, strict=True):
         assert [type(part) for part in prompt] == [Visual, str] * 5
         for shown, text in zip(prompt[:8:2], prompt[1:8:2], strict=True):
@@ -63,31 +63,31 @@ def test_questions_are_scored_by_type() -> None:
         example(2, "star", "what shape is it?", "shape"),
     ]
     engine = ScriptedEngine(lambda prompt: " red<EOC>"[:4])
-    result = question_answering("vqa", queries, []).run(engine, Settings(text_examples=0))
-    assert result.figures == {"accuracy": 0.5, "accuracy/colour": 1.0, "accuracy/shape": 0.0}
+    result = question_answering("vqa", queries, []).run(engine, EvaluationSettings(text_examples=0))
+    assert result.metrics == {"accuracy": 0.5, "accuracy/colour": 1.0, "accuracy/shape": 0.0}
     assert engine.prompts[0][-1] == "Question: what colour is it? Answer:"
 
 
-def test_the_commonest_answer_stands_beside_the_accuracy() -> None:
+def test_the_majority_answer_stands_beside_the_accuracy() -> None:
     assert (
-        commonest_answer([["no"], ["yes", "yes"], ["no", "yes"]]) == "yes"
-        and commonest_answer([["b"], ["a"]]) == "b"
-        and commonest_answer([]) == ""
+        most_frequent_answer([["no"], ["yes", "yes"], ["no", "yes"]]) == "yes"
+        and most_frequent_answer([["b"], ["a"]]) == "b"
+        and most_frequent_answer([]) == ""
     )
     queries = [
         example(n, answer, "is it red?") for n, answer in enumerate(("no", "yes", "no", "no"))
     ]
-    result = question_answering("vqa", queries, [], Format("{question}"), "no").run(
-        ScriptedEngine(lambda prompt: " yes"), Settings(text_examples=0)
+    result = question_answering("vqa", queries, [], PromptTemplate("{question}"), "no").run(
+        ScriptedEngine(lambda prompt: " yes"), EvaluationSettings(text_examples=0)
     )
-    assert result.figures == {"accuracy": 0.25, "commonest_answer": 0.75}
-    assert result.samples[0].prompt == "<image>is it red?"
+    assert result.metrics == {"accuracy": 0.25, "majority_answer": 0.75}
+    assert result.predictions[0].prompt == "<image>is it red?"
 
 
 def test_what_others_wrote_names_no_place_for_an_image() -> None:
     queries = [example(1, "<image>", "what is <image> in HTML?")]
     engine = ScriptedEngine()
-    question_answering("vqa", queries, queries + SUPPORT).run(engine, Settings(shots=1))
+    question_answering("vqa", queries, queries + SUPPORT).run(engine, EvaluationSettings(shots=1))
     text = "".join(part for part in engine.prompts[0] if isinstance(part, str))
     assert r"what is \<image> in HTML?" in text
     made = tokenise(engine.prompts[0], TOKENIZER)
@@ -99,7 +99,7 @@ def test_every_query_has_as_many_shots_as_are_said(selection: str) -> None:
     """A query among its own support leaves one example less."""
     inside = captioning("captions", SUPPORT[:2], SUPPORT)
     for shots in (9, 10):
-        settings = Settings(shots=shots, selection=selection)
+        settings = EvaluationSettings(shots=shots, selection=selection)
         if shots == 10:
             with pytest.raises(
                 UserError, match="needs 10 .* there are 9, besides the query itself"
@@ -109,7 +109,7 @@ def test_every_query_has_as_many_shots_as_are_said(selection: str) -> None:
         engine = ScriptedEngine()
         inside.run(engine, settings)
         assert all(len(prompt) == 2 * shots + 2 for prompt in engine.prompts)
-    captioning("captions", QUERIES, SUPPORT).check(Settings(shots=10))
+    captioning("captions", QUERIES, SUPPORT).check(EvaluationSettings(shots=10))
 
 
 def test_rices_looks_at_nothing_without_shots() -> None:
@@ -117,7 +117,7 @@ def test_rices_looks_at_nothing_without_shots() -> None:
         def features(self, visuals: Sequence[Visual]) -> np.ndarray:
             raise AssertionError("no features are needed")
 
-    captioning("captions", QUERIES, SUPPORT).run(Blind(), Settings(selection="rices"))
+    captioning("captions", QUERIES, SUPPORT).run(Blind(), EvaluationSettings(selection="rices"))
 
 
 def test_classification_takes_the_likeliest_class_and_no_text_only_examples() -> None:
@@ -132,7 +132,7 @@ def test_classification_takes_the_likeliest_class_and_no_text_only_examples() ->
         }[text]
     )
     result = Classification("shapes", queries, SUPPORT, ["circle", "star"], QUESTION).run(
-        engine, Settings()
+        engine, EvaluationSettings()
     )
     assert result.accuracy == 1.0
     assert engine.prompts[0] == [queries[0].visual, "Question: what shape is it? Answer:"]
@@ -146,9 +146,9 @@ def test_binding_shows_the_last_images_and_asks_between_the_pages_words() -> Non
     engine = ScriptedEngine(
         likes=lambda prompt, text: {" dax": -1.0, " wug": -2.0, " fep": -1.0, " toma": -2.0}[text]
     )
-    result = Binding("new words", pages).run(engine, Settings(shots=2))
+    result = FastConceptBinding("new words", pages).run(engine, EvaluationSettings(shots=2))
     assert result.accuracy == 0.5
-    assert [s.prediction for s in result.samples] == ["dax", "fep"]
+    assert [one.text for one in result.predictions] == ["dax", "fep"]
     assert engine.prompts[0] == [
         pages[0].visuals[2],
         "This is a wug",
@@ -164,13 +164,13 @@ def test_binding_shows_the_last_images_and_asks_between_the_pages_words() -> Non
     [
         captioning("captions", [], SUPPORT),
         captioning("captions", QUERIES, SUPPORT[:1]),
-        Binding("words", []),
+        FastConceptBinding("words", []),
     ],
 )
 def test_too_little_data_is_refused(benchmark: object) -> None:
     for ask in (
-        lambda: benchmark.check(Settings()),
-        lambda: benchmark.run(ScriptedEngine(), Settings()),
+        lambda: benchmark.check(EvaluationSettings()),
+        lambda: benchmark.run(ScriptedEngine(), EvaluationSettings()),
     ):  # type: ignore[attr-defined]
         with pytest.raises(UserError, match=r"captions|words"):
             ask()
@@ -190,15 +190,15 @@ def test_predictions_are_cut_at_the_next_examples_keywords(said: str, kept: str)
 
 
 @pytest.mark.parametrize(
-    ("said", "right"),
+    ("said", "score"),
     [
         ("a blue star moving left", 1.0),
         ("a red circle moving right", 0.0),
         ("a red circle", 0.0),
     ],
 )
-def test_the_direction_alone_is_judged(said: str, right: float) -> None:
-    assert direction_right(said, ["a red circle moving left"]) == right
+def test_the_direction_alone_is_scored(said: str, score: float) -> None:
+    assert direction_match(said, ["a red circle moving left"]) == score
 
 
 def png(value: int) -> bytes:
@@ -235,7 +235,7 @@ def test_records_become_examples_at_the_models_size() -> None:
         "questions",
         CONFIG,
     )
-    assert (asked.question, asked.answers, asked.type) == ("why?", ("so",), "one/why")
+    assert (asked.question, asked.answers, asked.question_type) == ("why?", ("so",), "one/why")
 
 
 def test_a_clips_rate_is_what_was_asked_for() -> None:
@@ -283,7 +283,7 @@ def test_pages_give_support_examples() -> None:
     ("record", "said"),
     [
         ({"image": b"nothing", "captions": [b"x"]}, "unreadable image"),
-        ({"image": png(1), "captions": []}, "no right answer"),
+        ({"image": png(1), "captions": []}, "no answer to compare"),
     ],
 )
 def test_a_record_that_cannot_be_used_is_named(record: dict, said: str) -> None:  # type: ignore[type-arg]
@@ -294,7 +294,9 @@ def test_a_record_that_cannot_be_used_is_named(record: dict, said: str) -> None:
 
 def test_captions_may_follow_their_images_at_once() -> None:
     engine = ScriptedEngine()
-    captioning("captions", QUERIES, SUPPORT, form=Format("")).run(engine, Settings(shots=1))
+    captioning("captions", QUERIES, SUPPORT, template=PromptTemplate("")).run(
+        engine, EvaluationSettings(shots=1)
+    )
     for (shown, text, last), query in zip(engine.prompts, QUERIES, strict=True):
         assert isinstance(shown, Visual) and text == f" a thing {shown.frames.flat[0]}"
         assert last is query.visual
@@ -302,7 +304,7 @@ def test_captions_may_follow_their_images_at_once() -> None:
 
 def test_samples_keep_what_was_shown() -> None:
     result = captioning("captions", [example(1)], []).run(
-        ScriptedEngine(), Settings(text_examples=0)
+        ScriptedEngine(), EvaluationSettings(text_examples=0)
     )
-    assert result.samples[0].prompt == "<image>Output:"
-    np.testing.assert_array_equal(result.samples[0].visual.frames, visual(1).frames)
+    assert result.predictions[0].prompt == "<image>Output:"
+    np.testing.assert_array_equal(result.predictions[0].visual.frames, visual(1).frames)

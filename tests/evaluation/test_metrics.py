@@ -1,10 +1,11 @@
 import pytest
 
-from flamingo_jax.evaluation.metrics import exact_match, normalise_vqa, vqa_accuracy
+from flamingo_jax.evaluation.metrics.exact_match import exact_match
+from flamingo_jax.evaluation.metrics.vqa_accuracy import normalise_vqa, vqa_accuracy
 
 
 @pytest.mark.parametrize(
-    ("prediction", "right"),
+    ("prediction", "score"),
     [
         (" A red  circle.", 1.0),
         ("a red circle", 1.0),
@@ -15,9 +16,9 @@ from flamingo_jax.evaluation.metrics import exact_match, normalise_vqa, vqa_accu
     ],
 )
 def test_exact_match_forgives_case_whitespace_and_a_full_stop(
-    prediction: str, right: float
+    prediction: str, score: float
 ) -> None:
-    assert exact_match(prediction, ["a blue star", "a red circle"]) == right
+    assert exact_match(prediction, ["a blue star", "a red circle"]) == score
 
 
 @pytest.mark.parametrize(
@@ -60,8 +61,8 @@ def test_one_answer_is_matched_plainly() -> None:
         ("The two dogs!", "2 dogs"),
         ("dont know", "don't know"),
         ("10,000", "10000"),
-        ("left/right", "left right"),
-        ("left / right", "left right"),
+        ("left/score", "left score"),
+        ("left / score", "left score"),
         ("3.5 m.", "3.5 m"),
         ("An Apple, a pear", "apple pear"),
         ("none", "0"),

@@ -2,7 +2,7 @@ import json
 import pathlib
 from html.parser import HTMLParser
 
-from flamingo_jax.evaluation.benchmarks import Sample, summarise
+from flamingo_jax.evaluation.benchmarks.benchmark import Prediction, summarise
 from flamingo_jax.evaluation.report import (
     last_gates,
     read_metrics,
@@ -56,8 +56,8 @@ class Counter(HTMLParser):
 
 
 def test_the_report_is_one_whole_file(tmp_path: pathlib.Path) -> None:
-    samples = [
-        Sample(
+    predictions = [
+        Prediction(
             str(n),
             "<image>Output:",
             visual(n, 1 + 7 * (n % 2)),
@@ -72,7 +72,7 @@ def test_the_report_is_one_whole_file(tmp_path: pathlib.Path) -> None:
         {"seen": {"x": 0.5}},
         title="A & B",
         tables=[Table("Results", ["", "seen"], [["x", 0.5], ["y", None], ["z", 12]])],
-        results=[("captions", summarise("captions", 0, samples))],
+        results=[("captions", summarise("captions", 0, predictions))],
         training={"flamingo": METRICS, "none": []},
         lines={"binding": {"model": ([1, 2], [0.5, 0.9])}},
     )

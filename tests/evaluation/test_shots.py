@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from flamingo_jax.evaluation.shots import RandomShots, draw, make_shots
+from flamingo_jax.evaluation.shots import RandomShots, draw, make_shot_selector
 from tests.evaluation.world import ScriptedEngine, example
 
 SUPPORT = [example(n) for n in range(40)]
@@ -35,7 +35,7 @@ def test_random_shots_use_the_whole_support() -> None:
 
 
 def test_rices_takes_the_nearest_with_the_most_similar_last() -> None:
-    choose = make_shots("rices", SUPPORT, [SUPPORT[20], example(41)], 0, ScriptedEngine())
+    choose = make_shot_selector("rices", SUPPORT, [SUPPORT[20], example(41)], 0, ScriptedEngine())
     assert ids(choose(example(41), 3)) == ["e37", "e38", "e39"]
     assert set(ids(choose(SUPPORT[20], 2))) == {"e19", "e21"}
 
@@ -57,4 +57,4 @@ def test_what_is_drawn_comes_from_the_whole_set(seed: int) -> None:
 
 def test_another_selection_is_refused() -> None:
     with pytest.raises(ValueError, match="nearest"):
-        make_shots("nearest", SUPPORT, [], 0, ScriptedEngine())
+        make_shot_selector("nearest", SUPPORT, [], 0, ScriptedEngine())

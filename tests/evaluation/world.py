@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from flamingo_jax.evaluation.examples import Example, Page
+from flamingo_jax.evaluation.examples import BenchmarkExample, InterleavedPage
 from flamingo_jax.inference.engine import Completion
 from flamingo_jax.inference.prompts import Prompt, Visual
 
@@ -15,13 +15,13 @@ def visual(value: int, frames: int = 1) -> Visual:
 
 
 def example(
-    number: int, answer: str = "a red circle", question: str = "", sort: str = ""
-) -> Example:
-    return Example(f"e{number}", visual(number % 256), (answer,), question, sort)
+    number: int, answer: str = "a red circle", question: str = "", question_type: str = ""
+) -> BenchmarkExample:
+    return BenchmarkExample(f"e{number}", visual(number % 256), (answer,), question, question_type)
 
 
-def page(number: int, words: Sequence[str]) -> Page:
-    return Page(
+def page(number: int, words: Sequence[str]) -> InterleavedPage:
+    return InterleavedPage(
         f"p{number}",
         ("", *(f"This is a {word}" for word in words)),
         tuple(visual(n) for n in range(len(words))),

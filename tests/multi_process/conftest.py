@@ -1,4 +1,4 @@
-"""The drawn world, small, for runs of several processes."""
+"""The synthetic world, small, for runs of several processes."""
 
 from tests.end_to_end.conftest import data
 

@@ -1,0 +1,53 @@
+"""Classification by ranking the class names (paper 3.1)."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from flamingo_jax.evaluation import prompts
+from flamingo_jax.evaluation.benchmarks.benchmark import (
+    BenchmarkResult,
+    EvaluationSettings,
+    summarise,
+    title_of,
+)
+from flamingo_jax.evaluation.benchmarks.few_shot import (
+    check_examples,
+    few_shot_prompts,
+    prediction_of,
+)
+from flamingo_jax.evaluation.examples import BenchmarkExample
+from flamingo_jax.evaluation.metrics.exact_match import exact_match
+from flamingo_jax.inference.engine import Engine
+from flamingo_jax.progress import Bar
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """Predicts the class whose name has the highest log-likelihood after the prompt; zero-shot
+    prompts have no text-only examples (paper 3.1).
+    """
+
+    name: str
+    queries: Sequence[BenchmarkExample]
+    support: Sequence[BenchmarkExample]
+    classes: Sequence[str]
+    template: prompts.PromptTemplate = prompts.CAPTION
+
+    def check(self, settings: EvaluationSettings) -> None:
+        """Raises UserError where there are too few examples."""
+        check_examples(self, settings, 0)
+
+    def run(self, engine: Engine, settings: EvaluationSettings) -> BenchmarkResult:
+        """Ranks all classes for every query."""
+        self.check(settings)
+        asked = few_shot_prompts(self, engine, settings, 0)
+        candidates = [[f" {name}" for name in self.classes]] * len(asked)
+        with Bar(title_of(self.name, settings.shots), len(asked)) as bar:
+            rankings = engine.log_likelihoods(asked, candidates, progress=bar.advance)
+        predictions = []
+        for query, prompt, ranking in zip(self.queries, asked, rankings, strict=True):
+            text = self.classes[int(np.argmax(ranking))]
+            predictions.append(prediction_of(query, prompt, text, exact_match(text, query.answers)))
+        return summarise(self.name, settings.shots, predictions)

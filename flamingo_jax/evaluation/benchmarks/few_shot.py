@@ -1,0 +1,75 @@
+"""The prompts of benchmarks that have a support set (paper 3.1)."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from flamingo_jax.errors import UserError
+from flamingo_jax.evaluation import prompts
+from flamingo_jax.evaluation.benchmarks.benchmark import EvaluationSettings, Prediction, as_text
+from flamingo_jax.evaluation.examples import BenchmarkExample
+from flamingo_jax.evaluation.shots import keyed_rng, make_shot_selector
+from flamingo_jax.inference.engine import Engine
+from flamingo_jax.inference.prompts import PromptPart
+
+
+class HasSupport(Protocol):
+    """A benchmark whose queries have support examples before them."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def queries(self) -> Sequence[BenchmarkExample]: ...
+    @property
+    def support(self) -> Sequence[BenchmarkExample]: ...
+    @property
+    def template(self) -> prompts.PromptTemplate: ...
+
+
+def check_examples(benchmark: HasSupport, settings: EvaluationSettings, text_examples: int) -> None:
+    """Checks that there are queries, and enough support for their prompts.
+
+    Raises UserError that says how many are missing.
+    """
+    support, name = benchmark.support, benchmark.name
+    if not benchmark.queries:
+        raise UserError(
+            f"{name} has no examples to evaluate on: name another split or a higher --limit"
+        )
+    need = max(settings.shots, 0 if settings.shots else text_examples)
+    # A query is never its own example.
+    ids = {example.id for example in support} if settings.shots else set()
+    left = len(support) - any(query.id in ids for query in benchmark.queries)
+    if left < need:
+        own = ", besides the query itself" if left < len(support) else ""
+        raise UserError(
+            f"{name} needs {need} support examples for its prompts, but there are {left}{own}: "
+            "ask for fewer shots or name a larger set"
+        )
+
+
+def few_shot_prompts(
+    benchmark: HasSupport, engine: Engine, settings: EvaluationSettings, text_examples: int
+) -> list[list[PromptPart]]:
+    """Writes each query's prompt: its shots or, of a zero-shot prompt, `text_examples`
+    text-only examples, and the query up to its answer.
+    """
+    support, queries, template = benchmark.support, benchmark.queries, benchmark.template
+    if settings.shots:
+        select = make_shot_selector(settings.selection, support, queries, settings.seed, engine)
+        return [
+            prompts.few_shot(query, select(query, settings.shots), [], template)
+            for query in queries
+        ]
+    # The same examples stand before every query of a zero-shot prompt.
+    order = keyed_rng(settings.seed, benchmark.name).permutation(len(support))
+    text_only = [support[place] for place in order[:text_examples]]
+    return [prompts.few_shot(query, [], text_only, template) for query in queries]
+
+
+def prediction_of(
+    query: BenchmarkExample, prompt: Sequence[PromptPart], text: str, score: float
+) -> Prediction:
+    """Puts a query, what was asked and what was answered together."""
+    return Prediction(
+        query.id, as_text(prompt), query.visual, text, query.answers, score, query.question_type
+    )

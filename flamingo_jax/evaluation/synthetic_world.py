@@ -1,0 +1,218 @@
+"""The quickstart's suite on the embedded synthetic world: captions, questions, clips and new
+words, with and without images.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flamingo_jax.errors import UserError
+from flamingo_jax.evaluation import prompts
+from flamingo_jax.evaluation.benchmarks.benchmark import (
+    Benchmark,
+    BenchmarkResult,
+    EvaluationSettings,
+)
+from flamingo_jax.evaluation.benchmarks.classification import Classification
+from flamingo_jax.evaluation.benchmarks.fast_concept_binding import FastConceptBinding
+from flamingo_jax.evaluation.benchmarks.open_ended import (
+    OpenEnded,
+    captioning,
+    question_answering,
+)
+from flamingo_jax.evaluation.examples import (
+    BenchmarkExample,
+    page_examples,
+    read_examples,
+    read_pages,
+)
+from flamingo_jax.evaluation.metrics.exact_match import normalise
+from flamingo_jax.experiment import FlamingoConfig
+from flamingo_jax.inference.engine import Engine
+
+SPLITS = {"seen": "test", "unseen": "unseen"}
+"""`unseen` shows only colour-shape pairs that are in no training image."""
+BINDING_SHOTS = (1, 2, 4, 8, 16, 32)
+
+ReadRecords = Callable[[str, str, str], Sequence[Any]]
+"""(dataset, split, kind) -> records."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticWorldSuite:
+    """Everything the suite runs, read before any work starts.
+
+    headline: {(split name, metric name): benchmark}.
+    """
+
+    headline: dict[tuple[str, str], OpenEnded]
+    concept_binding: FastConceptBinding
+    few_shot: dict[str, OpenEnded | Classification]
+
+
+@dataclasses.dataclass(frozen=True)
+class SuiteResult:
+    """One model's results: by (split name, metric name), by shots of fast concept binding, and
+    by (few-shot benchmark, shots).
+    """
+
+    headline: dict[tuple[str, str], BenchmarkResult]
+    concept_binding: dict[int, BenchmarkResult]
+    few_shot: dict[tuple[str, int], BenchmarkResult]
+
+
+def read_suite(
+    records: ReadRecords, config: FlamingoConfig, *, limit: int, few_shot_limit: int
+) -> SyntheticWorldSuite:
+    """Reads evaluation sets from their test splits, support from validation pages, pairs and
+    clips.
+
+    A limit of 0 takes all.
+    """
+    pairs = read_examples(records("ltip", "validation", "pairs"), "pairs", config)
+    clips = read_examples(records("vtp", "validation", "videos"), "videos", config)
+    pages = read_pages(records("m3w", "validation", "pages"), config)
+    asked = [example for example in page_examples(pages) if example.question]
+    one, two = _matching(pairs, r" at the "), _matching(pairs, r" (left of|above) ")
+    headline: dict[tuple[str, str], OpenEnded] = {}
+    for name, split in SPLITS.items():
+
+        def examples(dataset: str, kind: str, split: str = split) -> list[BenchmarkExample]:
+            found = _first(records(dataset, split, kind), limit)
+            return _first(read_examples(found, kind, config), limit)
+
+        headline |= {
+            (name, "caption_one_object"): captioning(
+                f"caption_one, {name}", examples("caption_one", "pairs"), one
+            ),
+            (name, "caption_two_objects"): captioning(
+                f"caption_two, {name}", examples("caption_two", "pairs"), two
+            ),
+            (name, "vqa_accuracy"): question_answering(
+                f"vqa, {name}", examples("vqa", "questions"), asked
+            ),
+            (name, "video_direction_accuracy"): captioning(
+                f"motion, {name}", examples("motion", "videos"), clips, direction_match
+            ),
+        }
+    captions = headline["seen", "caption_one_object"].queries
+    questions = headline["seen", "vqa_accuracy"].queries
+    few_shot: dict[str, OpenEnded | Classification] = {
+        "captioning": captioning("captions", _first(captions, few_shot_limit), one),
+        "vqa": question_answering("questions", _first(questions, few_shot_limit), asked),
+    }
+    shapes = [example for example in questions if example.question_type.endswith("/shape")]
+    if shapes:
+        classes = sorted({example.answers[0] for example in shapes})
+        support = [example for example in asked if example.question.startswith("what shape")]
+        few_shot["classification"] = Classification(
+            "shapes", _first(shapes, few_shot_limit), support, classes, prompts.QUESTION
+        )
+    binding = read_pages(_first(records("binding", "test", "pages"), limit), config)
+    return SyntheticWorldSuite(headline, FastConceptBinding("new words", binding), few_shot)
+
+
+def check_suite(
+    suite: SyntheticWorldSuite, settings: EvaluationSettings, few_shots: Sequence[int]
+) -> None:
+    """Raises UserError where there are too few examples for a prompt of `run_suite`."""
+    for runs in _runs(suite, settings, few_shots):
+        for benchmark, how in runs.values():
+            benchmark.check(how)
+
+
+def run_suite(
+    suite: SyntheticWorldSuite,
+    engine: Engine,
+    settings: EvaluationSettings,
+    few_shots: Sequence[int],
+) -> SuiteResult:
+    """Runs every benchmark: headline metrics are zero-shot, with text-only examples before the
+    query; few-shot metrics have each of `few_shots`.
+    """
+    return SuiteResult(
+        *(
+            {key: benchmark.run(engine, how) for key, (benchmark, how) in runs.items()}
+            for runs in _runs(suite, settings, few_shots)
+        )
+    )
+
+
+def _runs(
+    suite: SyntheticWorldSuite, settings: EvaluationSettings, few_shots: Sequence[int]
+) -> tuple[dict[Any, tuple[Benchmark, EvaluationSettings]], ...]:
+    """What is run and how, by the keys of a SuiteResult's three parts."""
+
+    def with_shots(shots: int) -> EvaluationSettings:
+        return dataclasses.replace(settings, shots=shots)
+
+    return (
+        {key: (benchmark, settings) for key, benchmark in suite.headline.items()},
+        {shots: (suite.concept_binding, with_shots(shots)) for shots in BINDING_SHOTS},
+        {
+            (name, shots): (benchmark, with_shots(shots))
+            for name, benchmark in suite.few_shot.items()
+            for shots in few_shots
+        },
+    )
+
+
+def direction_match(prediction: str, answers: Sequence[str]) -> float:
+    """Scores 1.0 where the word after "moving" is the first answer's."""
+    said, true = (
+        re.search(r"\bmoving (\w+)", normalise(text)) for text in (prediction, answers[0])
+    )
+    if true is None:
+        raise UserError(
+            f"the caption {answers[0]!r} tells of no direction: the data of this benchmark"
+            " should say 'moving left'"
+        )
+    return float(said is not None and said[1] == true[1])
+
+
+def metrics_of(result: SuiteResult) -> dict[str, Any]:
+    """Lays out one model's part of report.json."""
+    return _laid_out(result, lambda one: one.accuracy) | {
+        "vqa_by_type": {
+            split: _by_type(result.headline[split, "vqa_accuracy"]) for split in SPLITS
+        },
+    }
+
+
+def prediction_counts(result: SuiteResult) -> dict[str, Any]:
+    """Counts the predictions behind each metric, laid out as `metrics_of` does."""
+    return _laid_out(result, lambda one: len(one.predictions))
+
+
+def _laid_out(result: SuiteResult, value: Callable[[BenchmarkResult], Any]) -> dict[str, Any]:
+    few_shot: dict[str, dict[str, Any]] = {}
+    for (name, shots), one in result.few_shot.items():
+        few_shot.setdefault(name, {})[str(shots)] = value(one)
+    return {
+        **{
+            split: {
+                metric: value(one) for (s, metric), one in result.headline.items() if s == split
+            }
+            for split in SPLITS
+        },
+        "binding_accuracy": {
+            str(shots): value(one) for shots, one in result.concept_binding.items()
+        },
+        "few_shot": few_shot,
+    }
+
+
+def _by_type(result: BenchmarkResult) -> dict[str, float]:
+    return {
+        key.removeprefix("accuracy/"): value for key, value in result.metrics.items() if "/" in key
+    }
+
+
+def _first(items: Sequence[Any], limit: int) -> Any:
+    """The first `limit` items, without reading the others; all of them for 0."""
+    return [items[place] for place in range(min(limit, len(items)))] if limit else items
+
+
+def _matching(examples: Sequence[BenchmarkExample], pattern: str) -> list[BenchmarkExample]:
+    return [example for example in examples if re.search(pattern, example.answers[0])]
