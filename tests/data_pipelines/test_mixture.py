@@ -20,7 +20,7 @@ from data_pipelines.transforms.augmentation import draw
 from data_pipelines.transforms.examples import Draws
 from data_pipelines.transforms.lengths import load_or_measure, measure
 from flamingo_jax.errors import UserError
-from flamingo_jax.evaluation.examples import Example
+from flamingo_jax.evaluation.examples import BenchmarkExample
 from flamingo_jax.evaluation.prompts import QUESTION, few_shot
 from flamingo_jax.experiment import DatasetConfig
 from flamingo_jax.inference.prompts import Visual, tokenise
@@ -458,7 +458,7 @@ def test_of_a_question_the_answer_and_its_end_alone_are_learned(tokenizer):
                 batch[name][0][mask] for name in ("tokens", "loss_mask", "media_index")
             )
             number = int(tokenizer.decode(tokens.tolist()).split(" n")[1].split()[0])
-            example = Example(
+            example = BenchmarkExample(
                 "",
                 Visual(np.zeros((1, SIZE, SIZE, 3), np.uint8)),
                 ("",),
