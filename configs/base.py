@@ -196,7 +196,7 @@ def mixture(
             "pages",
             f"{DATA}/m3w",
             batch_size=m3w,
-            length=256,
+            max_length=256,
             visuals=5,
             weight=1.0,
             p_next=0.5,
@@ -206,7 +206,7 @@ def mixture(
             "pairs",
             f"{DATA}/align",
             batch_size=align,
-            length=32,
+            max_length=32,
             visuals=1,
             weight=0.2,
             pack=False,
@@ -215,7 +215,7 @@ def mixture(
             "pairs",
             f"{DATA}/ltip",
             batch_size=ltip,
-            length=64,
+            max_length=64,
             visuals=1,
             weight=0.2,
             pack=False,
@@ -224,7 +224,7 @@ def mixture(
             "videos",
             f"{DATA}/vtp",
             batch_size=vtp,
-            length=64,
+            max_length=64,
             visuals=1,
             frames=8,
             weight=0.03,
@@ -296,7 +296,7 @@ def language_modelling(
     """A language model of the Chinchilla family (Hoffmann et al. 2022): rows of 2,048 tokens, a
     cosine to a tenth of the peak.
     """
-    data = {"text": DatasetConfig("text", f"{DATA}/text", batch_size=rows, length=2048)}
+    data = {"text": DatasetConfig("text", f"{DATA}/text", batch_size=rows, max_length=2048)}
     return Experiment(
         name=name,
         task="language_modelling",
@@ -371,7 +371,7 @@ def _tiny_dataset(name: str, dataset: DatasetConfig) -> DatasetConfig:
         dataset,
         path=f"{DATA}/{name}",
         batch_size=TINY_ROWS,
-        length=TINY_LENGTHS[dataset.kind],
+        max_length=TINY_LENGTHS[dataset.kind],
         microbatches=1,
         flip=False,
         colour=0.0,

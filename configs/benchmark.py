@@ -100,12 +100,12 @@ def experiment_of(sizes: str) -> Experiment:
             ),
         ),
         data={
-            "m3w": DatasetConfig("pages", batch_size=rows, visuals=images, length=tokens),
+            "m3w": DatasetConfig("pages", batch_size=rows, visuals=images, max_length=tokens),
             "pairs": DatasetConfig(
                 "pairs",
                 batch_size=pair_rows,
                 visuals=pair_images,
-                length=pair_tokens,
+                max_length=pair_tokens,
                 weight=0.2,
             ),
         },

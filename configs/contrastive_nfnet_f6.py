@@ -36,7 +36,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             "pairs",
             f"{base.DATA}/{name}",
             batch_size=16_384,
-            length=64,
+            max_length=64,
             flip=True,
             colour=base.COLOUR,
         )

@@ -70,10 +70,14 @@ MACHINES = {
 }
 
 KINDS = {
-    "pages": DatasetConfig("pages", batch_size=64, length=256, visuals=5, weight=1.0, p_next=0.5),
+    "pages": DatasetConfig(
+        "pages", batch_size=64, max_length=256, visuals=5, weight=1.0, p_next=0.5
+    ),
     # Rows of several captions: published ones have 10 to 30 tokens.
-    "pairs": DatasetConfig("pairs", batch_size=64, length=128, visuals=4, weight=0.2),
-    "videos": DatasetConfig("videos", batch_size=64, length=64, visuals=1, frames=8, weight=0.03),
+    "pairs": DatasetConfig("pairs", batch_size=64, max_length=128, visuals=4, weight=0.2),
+    "videos": DatasetConfig(
+        "videos", batch_size=64, max_length=64, visuals=1, frames=8, weight=0.03
+    ),
 }
 
 TINY_LANGUAGE_MODEL = LanguageModelConfig(
@@ -152,7 +156,7 @@ def _tiny(language_model: str, encoder: str, datasets: str, root: str) -> Experi
     vision = _config_of(encoder, "vision_encoder") if encoder else TINY_VISION
     data = {
         name: dataclasses.replace(
-            dataset, batch_size=base.TINY_ROWS, length=base.TINY_LENGTHS[dataset.kind]
+            dataset, batch_size=base.TINY_ROWS, max_length=base.TINY_LENGTHS[dataset.kind]
         )
         for name, dataset in _datasets(datasets, root).items()
     }

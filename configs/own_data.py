@@ -110,7 +110,9 @@ def _contrastive(folder: str) -> Experiment:
 
 def _language_model(folder: str) -> Experiment:
     data = {
-        "text": DatasetConfig(kind="text", path=f"{folder}/data/text", batch_size=16, length=128)
+        "text": DatasetConfig(
+            kind="text", path=f"{folder}/data/text", batch_size=16, max_length=128
+        )
     }
     return Experiment(
         name="language model",
@@ -133,7 +135,7 @@ def _flamingo(folder: str) -> Experiment:
             kind="pages",
             path=f"{folder}/data/pages",
             batch_size=4,
-            length=256,
+            max_length=256,
             visuals=5,
             weight=1.0,
             p_next=0.5,
@@ -142,7 +144,7 @@ def _flamingo(folder: str) -> Experiment:
             kind="pairs",
             path=f"{folder}/data/pairs",
             batch_size=8,
-            length=64,
+            max_length=64,
             visuals=4,
             weight=0.4,
         ),
@@ -150,7 +152,7 @@ def _flamingo(folder: str) -> Experiment:
             kind="videos",
             path=f"{folder}/data/videos",
             batch_size=2,
-            length=64,
+            max_length=64,
             visuals=3,
             frames=8,
             weight=0.03,

@@ -122,9 +122,9 @@ def language_model(root: str) -> Experiment:
         task="language_modelling",
         language_model=LANGUAGE_MODEL,
         tokenizer=f"{root}/data/tokenizer",
-        data={"text": _data(root, "text", "text", batch_size=8, length=128)},
+        data={"text": _data(root, "text", "text", batch_size=8, max_length=128)},
         held_out={
-            name: _data(root, "text", name, batch_size=32, length=128, split="validation")
+            name: _data(root, "text", name, batch_size=32, max_length=128, split="validation")
             for name in ("text", "namings", "lookups")
         },
         optimizer=OptimizerConfig(
@@ -155,11 +155,11 @@ def language_model(root: str) -> Experiment:
 def flamingo(root: str, use_visuals: bool = True) -> Experiment:
     """The visual language model on the four datasets."""
     data = {
-        "m3w": _data(root, "pages", "m3w", batch_size=6, length=128, visuals=12, weight=1.0),
-        "align": _data(root, "pairs", "align", batch_size=2, length=48, visuals=6, weight=0.2),
-        "ltip": _data(root, "pairs", "ltip", batch_size=12, length=64, visuals=5, weight=1.0),
+        "m3w": _data(root, "pages", "m3w", batch_size=6, max_length=128, visuals=12, weight=1.0),
+        "align": _data(root, "pairs", "align", batch_size=2, max_length=48, visuals=6, weight=0.2),
+        "ltip": _data(root, "pairs", "ltip", batch_size=12, max_length=64, visuals=5, weight=1.0),
         "vtp": _data(
-            root, "videos", "vtp", batch_size=4, length=32, visuals=2, frames=8, weight=0.03
+            root, "videos", "vtp", batch_size=4, max_length=32, visuals=2, frames=8, weight=0.03
         ),
     }
     return Experiment(

@@ -113,7 +113,7 @@ def _contrastive(folder: str) -> Experiment:
 
 def _language_model(folder: str) -> Experiment:
     """The text of the questions with their answers, without the images."""
-    data = _questions(folder, batch_size=16, length=128)
+    data = _questions(folder, batch_size=16, max_length=128)
     return Experiment(
         name="language model",
         task="language_modelling",
@@ -146,7 +146,7 @@ def _flamingo(folder: str) -> Experiment:
 
     A row that is too short for all of them is followed by others with the same image.
     """
-    data = _questions(folder, batch_size=16, length=64, visuals=1)
+    data = _questions(folder, batch_size=16, max_length=64, visuals=1)
     return Experiment(
         name="flamingo",
         task="flamingo",
@@ -200,7 +200,7 @@ def _video(folder: str) -> Experiment:
     """Clips of eight frames, a run of neighbours among those stored (`launch.build_data
     --fps`).
     """
-    data = _questions(folder, batch_size=16, length=64, visuals=1, frames=8)
+    data = _questions(folder, batch_size=16, max_length=64, visuals=1, frames=8)
     return dataclasses.replace(_flamingo(folder), data=data, held_out=held_out(data))
 
 

@@ -27,7 +27,7 @@ class Items:
         question is whole, or too long for any row.
         """
         if dataset.kind == "questions" and dataset.pack:
-            return cls._sharing(lengths, dataset.length)
+            return cls._sharing(lengths, dataset.max_length)
         records = np.arange(len(lengths.tokens), dtype=np.int32)
         ones = np.ones_like(records)
         if dataset.kind != "text":
@@ -39,13 +39,13 @@ class Items:
             tokens = (
                 lengths.tokens
                 if dataset.kind == "questions"
-                else np.minimum(lengths.tokens, dataset.length)
+                else np.minimum(lengths.tokens, dataset.max_length)
             )
             return cls(records, np.zeros_like(records), tokens, visuals, ones)
         cut = [
             (record, *piece)
             for record, tokens in enumerate(lengths.tokens.tolist())
-            for piece in pieces(tokens, dataset.length)
+            for piece in pieces(tokens, dataset.max_length)
         ]
         record, start, length = np.array(cut, np.int32).reshape(-1, 3).T
         return cls(record, start, length, np.zeros_like(record), np.ones_like(record))

@@ -173,8 +173,8 @@ class Rows:
         self._count = len(self._first)
         if not self._count:
             raise UserError(
-                f"nothing in the dataset {self.name} fits a row of {dataset.length} tokens and"
-                f" {dataset.visuals} visuals; raise its `length` or `visuals`"
+                f"nothing in the dataset {self.name} fits a row of {dataset.max_length} tokens and"
+                f" {dataset.visuals} visuals; raise its `max_length` or `visuals`"
             )
         self._canvas = image_canvas(making.image_size, making.mean)
         self._blanks = Blanks()
@@ -244,15 +244,15 @@ class Rows:
         else:
             lengths = measure(opened, dataset.kind, self._making.tokenizer, dataset.prompt)
         if dataset.kind != "questions":
-            self._cut = lengths.tokens > dataset.length
+            self._cut = lengths.tokens > dataset.max_length
         self._measured, self._lengths = lengths, lengths if len(lengths.captions) else None
         if (
             dataset.kind in ("pairs", "videos")
-            and dataset.length < pair_overhead(self._making.tokenizer) + 1
+            and dataset.max_length < pair_overhead(self._making.tokenizer) + 1
         ):
             raise UserError(
-                f"rows of {dataset.length} tokens have no room for a caption in the dataset"
-                f" {self.name}; raise its `length`"
+                f"rows of {dataset.max_length} tokens have no room for a caption in the dataset"
+                f" {self.name}; raise its `max_length`"
             )
         if contrastive:
             return Items.by_visual(lengths)
@@ -284,11 +284,11 @@ class Rows:
                 choices = self._choose(epoch)
                 length = self._items.length
                 if choices is not None and self._lengths is not None:
-                    length = np.minimum(self._lengths.of(choices), self._making.dataset.length)
+                    length = np.minimum(self._lengths.of(choices), self._making.dataset.max_length)
                 made = plan(
                     length,
                     self._items.visuals,
-                    row_length=self._making.dataset.length,
+                    row_length=self._making.dataset.max_length,
                     row_visuals=self._making.dataset.visuals,
                     seed=self._making.seed,
                     epoch=epoch,
@@ -358,7 +358,7 @@ class Rows:
 
     def _finish(self, rows: Sequence[Sequence[Segment]]) -> Arrays:
         arrays = assemble(
-            rows, length=self._making.dataset.length, pad_token=self._making.tokenizer.pad
+            rows, length=self._making.dataset.max_length, pad_token=self._making.tokenizer.pad
         )
         if self._making.task == "language_modelling":
             del arrays["media_index"]
@@ -413,7 +413,7 @@ class Rows:
             return
         dataset, measured = self._making.dataset, self._measured.of_record(place, chosen)
         if dataset.kind in ("pairs", "videos"):
-            measured = min(measured, dataset.length)
+            measured = min(measured, dataset.max_length)
         # Of a question with several answers the longest was measured.
         if tokens > measured or (tokens < measured and dataset.kind != "questions"):
             raise self._changed(record, f"{tokens} tokens, where {measured} were measured")
@@ -507,7 +507,7 @@ class Rows:
         except DamagedError:
             record.damaged = True
             measured = 1 if self._measured is None else self._measured.of_record(place, chosen)
-            return empty_segment(min(measured, dataset.length), tokenizer.pad)
+            return empty_segment(min(measured, dataset.max_length), tokenizer.pad)
         # A window is shorter than its page.
         tokens = len(record.made[""]) if dataset.kind == "pages" else len(segment.tokens)
         self._require_length(place, record, tokens, chosen)

@@ -211,7 +211,7 @@ class DatasetConfig:
     split: str = "train"
     batch_size: Positive = 8
     """Rows in a global batch (pairs in the contrastive stage)."""
-    length: Several = 256
+    max_length: Several = 256
     """Tokens in a row, L."""
     visuals: Positive = 5
     """Visuals a row has room for, N (paper: the first 5 of a page)."""

@@ -27,6 +27,7 @@ class Moved(NamedTuple):
 
 
 MOVED: dict[str, dict[str, Moved]] = {
+    "DatasetConfig": {"length": Moved("max_length")},
     "FlamingoConfig": {
         "every": Moved("conditioning.xattn_every"),
         "xattn_heads": Moved("conditioning.heads"),

@@ -86,10 +86,10 @@ CONFIG = command.define_config()
 
 
 ROWS = {
-    "pages": DatasetConfig(kind="pages", batch_size=64, length=256, visuals=5),
-    "pairs": DatasetConfig(kind="pairs", batch_size=8, length=256, visuals=16),
-    "videos": DatasetConfig(kind="videos", batch_size=8, length=64, visuals=4, frames=8),
-    "questions": DatasetConfig(kind="questions", batch_size=8, length=256, visuals=16),
+    "pages": DatasetConfig(kind="pages", batch_size=64, max_length=256, visuals=5),
+    "pairs": DatasetConfig(kind="pairs", batch_size=8, max_length=256, visuals=16),
+    "videos": DatasetConfig(kind="videos", batch_size=8, max_length=64, visuals=4, frames=8),
+    "questions": DatasetConfig(kind="questions", batch_size=8, max_length=256, visuals=16),
 }
 """What rows are made of a dataset that no config describes. Pages as in the paper (A.3.1),
 short texts packed as full as they come; of pages more rows to a batch, since most stretches of

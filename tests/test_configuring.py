@@ -97,8 +97,8 @@ def test_ints_stand_for_floats_and_missing_keys_for_defaults() -> None:
             "config.optimizer.weight_decay_exclude[1] is 2, but must be a string",
         ),
         (
-            {"data": {"m3w": {"lenght": 3}}},
-            "config.data.m3w has no key 'lenght', did you mean length or weight?",
+            {"data": {"m3w": {"max_lenght": 3}}},
+            "config.data.m3w has no key 'max_lenght', did you mean max_length or weight?",
         ),
         ({"data": {"m3w": 3}}, "config.data.m3w is 3, but must be a DatasetConfig"),
         ({"flamingo": 3}, "config.flamingo is 3, but must be a FlamingoConfig"),

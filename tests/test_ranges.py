@@ -47,7 +47,7 @@ def nested(key: str, value: Any) -> dict[str, Any]:
     [
         ("seed", 2**64, "is 18446744073709551616, but must be from 0 to 4294967295"),
         ("seed", -1, "is -1, but must be from 0 to 4294967295"),
-        ("data.text.length", 1, "is 1, but must be 2 or more"),
+        ("data.text.max_length", 1, "is 1, but must be 2 or more"),
         ("optimizer.learning_rate", -1, "is -1.0, but must be 0 or more"),
         ("optimizer.learning_rate", NAN, "is nan, but must be finite and 0 or more"),
         ("optimizer.beta2", 1, "is 1.0, but must be 0 or more and below 1"),

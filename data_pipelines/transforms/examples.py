@@ -162,8 +162,8 @@ def flamingo_segment(
             )
         else:
             text = caption_of(record.fields, draws)
-            make = lambda: sequences.pair_sequence(text, tokenizer, length=dataset.length)
-        part = record.once(text, lambda: window(make(), 0, dataset.length, 1, "previous"))
+            make = lambda: sequences.pair_sequence(text, tokenizer, length=dataset.max_length)
+        part = record.once(text, lambda: window(make(), 0, dataset.max_length, 1, "previous"))
         run = clip(record.frame_counts[0], dataset.frames, None if draws is None else draws.below)
         visuals = [[(0, frame) for frame in run]]
     augment = [] if draws is None else [draws.augmentation(dataset) for _ in visuals]
@@ -190,11 +190,11 @@ def _page_window(
     sequence: sequences.Sequence, dataset: DatasetConfig, draws: Draws | None
 ) -> Window:
     if draws is None:
-        return window(sequence, 0, dataset.length, dataset.visuals, "previous")
+        return window(sequence, 0, dataset.max_length, dataset.visuals, "previous")
     look_next = draws.happens(dataset.p_next)
-    start = draws.below(max(len(sequence) - dataset.length, 0) + 1)
+    start = draws.below(max(len(sequence) - dataset.max_length, 0) + 1)
     return window(
-        sequence, start, dataset.length, dataset.visuals, "next" if look_next else "previous"
+        sequence, start, dataset.max_length, dataset.visuals, "next" if look_next else "previous"
     )
 
 

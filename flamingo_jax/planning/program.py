@@ -250,7 +250,7 @@ def _full_work(experiment: Experiment, dataset: DatasetConfig) -> Work:
     rows = dataset.batch_size
     if experiment.task == "contrastive":
         return Work(rows * _text_length(experiment), 0, rows, rows)
-    tokens = rows * dataset.length
+    tokens = rows * dataset.max_length
     if dataset.kind == "text" or experiment.task == "language_modelling":
         return Work(tokens)
     return Work(tokens, tokens, rows * dataset.visuals, rows * dataset.visuals * dataset.frames)
@@ -283,7 +283,7 @@ def _batch_shapes(
 
     rows, length, number, flag, byte = (
         dataset.batch_size,
-        dataset.length,
+        dataset.max_length,
         jnp.int32,
         jnp.bool_,
         jnp.uint8,

@@ -25,7 +25,7 @@ def _full_batch(
     experiment: Experiment, dataset: DatasetConfig, host_shard: HostShard, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
     config = stages.model_config(experiment)
-    length, places = dataset.length, dataset.visuals
+    length, places = dataset.max_length, dataset.visuals
     shape, whole = (
         (len(host_shard.rows(dataset.batch_size)), length),
         np.arange(length, dtype=np.int32),

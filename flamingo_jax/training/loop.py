@@ -280,7 +280,7 @@ def _require_same_run(saved: Experiment, current: Experiment, workdir: pathlib.P
             f"{field}.{key}": value
             for key, value in to_json(stages.model_config(experiment)).items()
         }
-        rows = ("kind", "split", "length", "visuals", "frames", "pack", "prompt")
+        rows = ("kind", "split", "max_length", "visuals", "frames", "pack", "prompt")
         return found | {
             f"data.{name}.{key}": getattr(d, key)
             for name, d in experiment.data.items()

@@ -53,7 +53,7 @@ def main(folder: pathlib.Path) -> dict[str, int]:
         for place in order
     )
 
-    dataset = DatasetConfig("pairs", str(data), batch_size=8, length=64, visuals=4)
+    dataset = DatasetConfig("pairs", str(data), batch_size=8, max_length=64, visuals=4)
     it = make_iterator(
         dataset,
         tokenizer=make_tokenizer(),

@@ -430,7 +430,7 @@ def test_a_record_damaged_on_disk_is_left_out_of_the_loss(
     )
     write_dataset(tmp_path / "out", source)
     folder = tmp_path / "out" / "1.0.0"
-    config = DatasetConfig(kind=kind, path=str(folder), batch_size=1, length=64, visuals=2)
+    config = DatasetConfig(kind=kind, path=str(folder), batch_size=1, max_length=64, visuals=2)
 
     def targets() -> tuple[int, list[str]]:
         it = make_iterator(config, tokenizer=tokenizer, task=task, image_size=8, text_length=24)

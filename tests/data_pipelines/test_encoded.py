@@ -105,8 +105,8 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
 
 
 DATASETS = {
-    "pages": DatasetConfig("pages", batch_size=2, length=48, visuals=3),
-    "videos": DatasetConfig("videos", batch_size=2, length=48, visuals=2, frames=4),
+    "pages": DatasetConfig("pages", batch_size=2, max_length=48, visuals=3),
+    "videos": DatasetConfig("videos", batch_size=2, max_length=48, visuals=2, frames=4),
 }
 
 

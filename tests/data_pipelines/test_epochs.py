@@ -130,7 +130,7 @@ def test_a_config_names_its_datasets(tokenizer, tmp_path, monkeypatch):  # noqa:
         "text",
         str(build(tmp_path, "text", 40, monkeypatch)),
         batch_size=4,
-        length=32,
+        max_length=32,
         visuals=0,
     )
     both = {"first": dataset, "second": dataset}

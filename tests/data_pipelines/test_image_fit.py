@@ -38,7 +38,7 @@ def test_all_that_reads_an_image_makes_the_same_square(fit: images.Fit) -> None:
     np.testing.assert_array_equal(expected[0, 1], colours[fit])
 
     records = [{"id": b"a", "image": wide(), "captions": [b"a red star"]}]
-    dataset = DatasetConfig("pairs", batch_size=1, length=16, visuals=1)
+    dataset = DatasetConfig("pairs", batch_size=1, max_length=16, visuals=1)
     options = dict(
         tokenizer=TOKENIZER,
         task="flamingo",

@@ -135,11 +135,11 @@ SOURCES = {
     "questions": questions(),
 }
 CONFIGS = {
-    "pairs": DatasetConfig(kind="pairs", batch_size=4, length=64, visuals=5),
-    "pages": DatasetConfig(kind="pages", batch_size=4, length=48, visuals=3, p_next=0.5),
-    "videos": DatasetConfig(kind="videos", batch_size=4, length=64, visuals=3, frames=4),
-    "text": DatasetConfig(kind="text", batch_size=4, length=32, visuals=0),
-    "questions": DatasetConfig(kind="questions", batch_size=4, length=96, visuals=3, frames=2),
+    "pairs": DatasetConfig(kind="pairs", batch_size=4, max_length=64, visuals=5),
+    "pages": DatasetConfig(kind="pages", batch_size=4, max_length=48, visuals=3, p_next=0.5),
+    "videos": DatasetConfig(kind="videos", batch_size=4, max_length=64, visuals=3, frames=4),
+    "text": DatasetConfig(kind="text", batch_size=4, max_length=32, visuals=0),
+    "questions": DatasetConfig(kind="questions", batch_size=4, max_length=96, visuals=3, frames=2),
 }
 READERS = Readers(3)
 CASES = [
@@ -328,7 +328,7 @@ def test_flamingo_batches_keep_the_contract(kind, tokenizer):
         )
         assert batch["frame_mask"].shape == (rows * places, config.frames)
         for name in ("tokens", "positions", "segments", "media_index"):
-            assert batch[name].shape == (rows, config.length) and batch[name].dtype == np.int32
+            assert batch[name].shape == (rows, config.max_length) and batch[name].dtype == np.int32
         padding = batch["segments"] == 0
         assert not batch["loss_mask"][padding].any() and (batch["media_index"][padding] == -1).all()
         assert (batch["tokens"][padding] == tokenizer.pad).all()
@@ -414,7 +414,7 @@ def test_rows_are_full_of_the_captions_that_are_shown(kind, tokenizer):
         tokenizer,
         source=source,
         batch_size=1,
-        length=128,
+        max_length=128,
         visuals=32,
         leading_space=0.5,
     )
@@ -432,7 +432,7 @@ def test_rows_are_full_of_the_captions_that_are_shown(kind, tokenizer):
         )
     assert len(shown[0] & shown[1]) < 1_000, "one of ten forms of each"
     it.close()
-    config = dataclasses.replace(CONFIGS[kind], length=128, visuals=32, batch_size=1)
+    config = dataclasses.replace(CONFIGS[kind], max_length=128, visuals=32, batch_size=1)
     padded = held_out(
         config,
         tokenizer=tokenizer,
@@ -502,7 +502,7 @@ def test_questions_about_one_image_share_it_in_a_row(tokenizer):
     would be with an image of its own.
     """
     longest = int(measure(asked(), "questions", tokenizer, QUESTION.template).tokens.max())
-    options = dict(source=asked(), batch_size=1, length=3 * longest, visuals=1, frames=1)
+    options = dict(source=asked(), batch_size=1, max_length=3 * longest, visuals=1, frames=1)
     apart = {}
     for batch in take(iterator("flamingo", "questions", tokenizer, pack=False, **options), 7):
         tokens = batch["tokens"][0][batch["segments"][0] == 1]
@@ -529,7 +529,7 @@ def test_questions_about_one_image_share_it_in_a_row(tokenizer):
     assert sorted(numbers) == [1, 3, 3] and not apart
     # Two fit a row: three of them are parted as evenly as can be.
     short = iterator(
-        "flamingo", "questions", tokenizer, **(options | {"length": 2 * longest, "visuals": 2})
+        "flamingo", "questions", tokenizer, **(options | {"max_length": 2 * longest, "visuals": 2})
     )
     assert (
         short.summary()["too_long"] == 0
@@ -571,7 +571,7 @@ def test_a_bad_image_blanks_all_questions_that_share_it(tokenizer):
         tokenizer,
         source=source,
         batch_size=1,
-        length=200,
+        max_length=200,
         visuals=2,
         frames=1,
     )
@@ -597,7 +597,7 @@ def test_questions_as_text_are_the_same_words_without_a_visual(tokenizer):
         source=questions(4),
         batch_size=1,
         visuals=0,
-        length=256,
+        max_length=256,
     )
     batch = next(it)
     assert batch["segments"].max() == 4 == it.summary()["records"]
@@ -655,7 +655,7 @@ def test_lengths_of_questions_are_kept_by_prompt(tokenizer, tmp_path):
 
 def test_pages_look_either_way_by_p_next(tokenizer):
     for p_next, starts in ((0.0, {-1}), (1.0, {0})):
-        batch = next(iterator("flamingo", "pages", tokenizer, p_next=p_next, length=256))
+        batch = next(iterator("flamingo", "pages", tokenizer, p_next=p_next, max_length=256))
         assert set(batch["media_index"][:, 0].tolist()) == starts or p_next == 0.0
         first = np.array([np.flatnonzero(batch["segments"][row] == 1)[0] for row in range(4)])
         assert set(batch["media_index"][np.arange(4), first].tolist()) == starts
@@ -879,7 +879,7 @@ def test_bad_configs_are_refused(tokenizer, tmp_path):
     with pytest.raises(UserError, match="is empty"):
         iterator("flamingo", "pairs", tokenizer, source=[])
     with pytest.raises(UserError, match="no room for a caption"):
-        iterator("flamingo", "pairs", tokenizer, length=4)
+        iterator("flamingo", "pairs", tokenizer, max_length=4)
     with pytest.raises(UserError, match="visuals"):
         iterator("flamingo", "pairs", tokenizer, visuals=0)
 

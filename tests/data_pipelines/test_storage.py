@@ -58,7 +58,7 @@ TASKS = {
 
 def iterator(folder: pathlib.Path, kind: str, tokenizer: Tokenizer, task: str = "", **options):  # noqa: F811
     dataset = DatasetConfig(
-        kind=kind, path=str(folder), batch_size=4, length=64, visuals=0 if kind == "text" else 2
+        kind=kind, path=str(folder), batch_size=4, max_length=64, visuals=0 if kind == "text" else 2
     )
     options = {"cache_bytes": 0, "text_length": 24, "task": task or TASKS[kind]} | options
     return make_iterator(dataset, tokenizer=tokenizer, image_size=8, **options)
@@ -166,7 +166,7 @@ def test_a_run_over_storage_that_fails_for_moments_has_the_same_batches(
     """
     folder = build(tmp_path, kind, COUNT, monkeypatch, per_shard=7)
     fixed = lambda: held_out(
-        DatasetConfig(kind=kind, path=str(folder), batch_size=4, length=64, visuals=0 if kind == "text" else 2), tokenizer=tokenizer,  # noqa: E501
+        DatasetConfig(kind=kind, path=str(folder), batch_size=4, max_length=64, visuals=0 if kind == "text" else 2), tokenizer=tokenizer,  # noqa: E501
         task=TASKS[kind], batches=2, image_size=8, text_length=24,
     )  # fmt: skip
     whole, seen = take(iterator(folder, kind, tokenizer), 9), list(fixed())

@@ -74,7 +74,7 @@ def language_model(data: pathlib.Path, **changes: object) -> Experiment:
         changes,
         task="language_modelling",
         language_model=LANGUAGE_MODEL,
-        data={"text": DatasetConfig("text", str(data / "text"), batch_size=8, length=32)},
+        data={"text": DatasetConfig("text", str(data / "text"), batch_size=8, max_length=32)},
     )
 
 
@@ -101,19 +101,19 @@ def flamingo(data: pathlib.Path, **changes: object) -> Experiment:
                 "pages",
                 str(data / "m3w"),
                 batch_size=8,
-                length=64,
+                max_length=64,
                 visuals=2,
                 weight=1.0,
                 p_next=0.5,
             ),
             "align": DatasetConfig(
-                "pairs", str(data / "align"), batch_size=8, length=48, visuals=2, weight=0.2
+                "pairs", str(data / "align"), batch_size=8, max_length=48, visuals=2, weight=0.2
             ),
             "ltip": DatasetConfig(
                 "pairs",
                 str(data / "ltip"),
                 batch_size=8,
-                length=48,
+                max_length=48,
                 visuals=2,
                 weight=0.2,
                 colour=0.2,
@@ -122,7 +122,7 @@ def flamingo(data: pathlib.Path, **changes: object) -> Experiment:
                 "videos",
                 str(data / "vtp"),
                 batch_size=8,
-                length=48,
+                max_length=48,
                 visuals=1,
                 frames=4,
                 weight=0.03,
@@ -136,7 +136,7 @@ def flamingo(data: pathlib.Path, **changes: object) -> Experiment:
 def questions(data: pathlib.Path, **changes: object) -> Experiment:
     """The Flamingo on questions alone, several to a row."""
     asked = DatasetConfig(
-        "questions", str(data / "vqa"), split="test", batch_size=8, length=64, visuals=2
+        "questions", str(data / "vqa"), split="test", batch_size=8, max_length=64, visuals=2
     )
     return dataclasses.replace(flamingo(data, **changes), data={"vqa": asked})
 

@@ -85,7 +85,7 @@ def experiment_of(
     )
     return dataclasses.replace(
         experiment,
-        data={"ltip": dataclasses.replace(experiment.data["ltip"], length=96)},
+        data={"ltip": dataclasses.replace(experiment.data["ltip"], max_length=96)},
         language_model_from=str(language_model),
         vision_encoder_from=str(vision_encoder),
         **changes,

@@ -126,7 +126,7 @@ def peer_step(config: FlamingoConfig, datasets: list[DatasetConfig]) -> Callable
             num_hidden_layers=lm.layers,
             num_attention_heads=lm.attention.heads,
             intermediate_size=lm.feed_forward.width,
-            max_position_embeddings=max(dataset.length for dataset in datasets),
+            max_position_embeddings=max(dataset.max_length for dataset in datasets),
         )
     )
     extend_instance(text, FlamingoLMMixin)
@@ -173,8 +173,8 @@ def peer_step(config: FlamingoConfig, datasets: list[DatasetConfig]) -> Callable
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     batches = []
     for data in datasets:
-        tokens = torch.randint(0, end, (data.batch_size, data.length))
-        tokens[:, :: data.length // data.visuals][:, : data.visuals] = image
+        tokens = torch.randint(0, end, (data.batch_size, data.max_length))
+        tokens[:, :: data.max_length // data.visuals][:, : data.visuals] = image
         images = torch.rand(
             data.batch_size, data.visuals, 1, 3, vision.image_size, vision.image_size
         )

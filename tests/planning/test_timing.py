@@ -23,7 +23,7 @@ def test_sizes_make_the_model_they_name() -> None:
     # 4 D^2 + 8 D^2 and biases of queries, keys and values a layer; two norms each and one at
     # the end; embedding and head.
     assert counts["language_model"] == 2 * (12 * 16**2 + 3 * 16 + 2 * 16) + 16 + 2 * 32 * 16
-    assert [(d.batch_size, d.visuals, d.length) for d in experiment.data.values()] == [
+    assert [(d.batch_size, d.visuals, d.max_length) for d in experiment.data.values()] == [
         (8, 3, 12),
         (16, 1, 8),
     ]
@@ -41,7 +41,7 @@ def test_sizes_make_the_model_they_name() -> None:
             SIZES.replace("8x3x12", "0x3x12"),
             "interleaved is '0x3x12', but must look like 8x3x128",
         ),
-        (SIZES.replace("8x3x12", "8x3x1"), "sizes.data.m3w.length is 1, but must be 2 or more"),
+        (SIZES.replace("8x3x12", "8x3x1"), "sizes.data.m3w.max_length is 1, but must be 2 or more"),
     ],
 )
 def test_wrong_sizes_are_one_sentence(sizes: str, sentence: str) -> None:

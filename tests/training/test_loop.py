@@ -193,8 +193,8 @@ def test_a_base_that_changed_is_refused(unbroken: pathlib.Path) -> None:
             r"config\.data = \['align', 'ltip', 'm3w', 'vtp'\], but it is \['m3w'\] here",
         ),
         (
-            {"data": world.DATA | {"vtp": dataclasses.replace(world.DATA["vtp"], length=16)}},
-            r"config\.data\.vtp\.length = 12, but it is 16 here",
+            {"data": world.DATA | {"vtp": dataclasses.replace(world.DATA["vtp"], max_length=16)}},
+            r"config\.data\.vtp\.max_length = 12, but it is 16 here",
         ),
         (
             {

@@ -36,10 +36,12 @@ FLAMINGO = FlamingoConfig(
     ),
 )
 DATA = {
-    "m3w": DatasetConfig(kind="pages", batch_size=8, length=16, visuals=2, weight=1.0),
-    "align": DatasetConfig(kind="pairs", batch_size=8, length=12, visuals=2, weight=0.2),
-    "ltip": DatasetConfig(kind="pairs", batch_size=8, length=12, visuals=2, weight=0.2),
-    "vtp": DatasetConfig(kind="videos", batch_size=8, length=12, visuals=1, frames=2, weight=0.03),
+    "m3w": DatasetConfig(kind="pages", batch_size=8, max_length=16, visuals=2, weight=1.0),
+    "align": DatasetConfig(kind="pairs", batch_size=8, max_length=12, visuals=2, weight=0.2),
+    "ltip": DatasetConfig(kind="pairs", batch_size=8, max_length=12, visuals=2, weight=0.2),
+    "vtp": DatasetConfig(
+        kind="videos", batch_size=8, max_length=12, visuals=1, frames=2, weight=0.03
+    ),
 }
 
 
@@ -67,7 +69,7 @@ def batch(dataset: DatasetConfig, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     rows, length, places, frames = (
         dataset.batch_size,
-        dataset.length,
+        dataset.max_length,
         dataset.visuals,
         dataset.frames,
     )
