@@ -47,6 +47,8 @@ setuptools.setup(
     ],
     extras_require={
         "parquet": ["pyarrow>=16"],
+        "wandb": ["wandb>=0.31"],
+        "trackio": ["trackio>=0.43"],
         "test": [
             "kubernetes-validate>=1.30",
             "mypy>=1.15",

@@ -101,6 +101,8 @@ def describe(kind: Any) -> str:
     if origin in (types.UnionType, typing.Union):
         return " or ".join(describe(a) for a in arguments)
     if origin is tuple:
+        if typing.get_origin(arguments[0]) is typing.Literal:
+            return f"a tuple of {' or '.join(map(repr, typing.get_args(arguments[0])))}"
         return f"a tuple of {describe(arguments[0]).split(' ', 1)[1]}s"
     if origin is dict:
         return f"a dict of {describe(arguments[1]).split(' ', 1)[1]}s by name"

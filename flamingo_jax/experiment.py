@@ -378,10 +378,14 @@ class Experiment:
     """SentencePiece model file or tokenizer.json, or the folder that holds one."""
     data: dict[str, DatasetConfig] = dataclasses.field(default_factory=dict)
     held_out: dict[str, DatasetConfig] = dataclasses.field(default_factory=dict)
-    """Datasets of the periodic evaluation."""
+    """Datasets whose losses are measured every `training.evaluate_every` steps."""
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     training: TrainingConfig = TrainingConfig()
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Where metrics are shown besides `metrics.jsonl` (see `training.trackers`)."""
+    tracker_project: str = "flamingo_jax"
+    """The project that wandb and trackio file the run under."""
     vision_encoder_from: str = ""
     """Folder that the vision encoder comes from: an export of the contrastive stage or of
     launch.convert, or a CLIP or SigLIP as published.

@@ -37,6 +37,7 @@ MOVED: dict[str, dict[str, Moved]] = {
         "gated_out_scale": Moved("conditioning.out_scale"),
         "attend": Moved("conditioning.attend_to_media"),
     },
+    "Checkpoint": {"bases": Moved("pretrained")},
     "OptimizerConfig": {
         "peak_rate": Moved("learning_rate"),
         "end_rate": Moved("end_learning_rate"),
@@ -63,7 +64,7 @@ MOVED: dict[str, dict[str, Moved]] = {
         "norm_eps": Moved("norm.eps"),
     },
 }
-"""{dataclass: {old field: where it went}}."""
+"""{dataclass: {old field: where it went}}; "Checkpoint" is what `Checkpoints.extra` holds."""
 
 REMOVED: dict[str, dict[str, str]] = {}
 """{dataclass: {old field: what to do instead, as the end of a sentence}}."""

@@ -24,7 +24,8 @@ from flamingo_jax.experiment import Experiment, MeshConfig
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.processing.tokenizer import FILE_NAME, tokenizer_file
 from flamingo_jax.tasks import stages
-from flamingo_jax.training.setup import load_frozen, make_setup, require_same_pretrained
+from flamingo_jax.training.pretrained import load_frozen, require_same_pretrained
+from flamingo_jax.training.setup import make_setup
 from launch import command
 
 log = logging.getLogger("launch")
@@ -60,8 +61,8 @@ def main() -> int:
             raise errors.UserError(f"{workdir} has no whole checkpoint{_told(passed)}: train first")
         log.info("taking step %d of %d%s", step, experiment.training.steps, _told(passed))
         state = checkpoints.restore(step, setup.state)
-        frozen, digests = load_frozen(experiment, setup)
-        require_same_pretrained(checkpoints.extra(step)["bases"], digests, workdir)
+        frozen, digests = load_frozen(experiment, setup.frozen)
+        require_same_pretrained(checkpoints.extra(step)["pretrained"], digests, workdir)
     export_model(
         output,
         kind=stages.MODEL_FIELD[experiment.task],

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from flamingo_jax.checkpointing.manifest import unreadable
 from flamingo_jax.errors import UserError
-from flamingo_jax.training.goodput import KINDS, Breakdown, read_goodput, share
+from flamingo_jax.training.goodput import KINDS, GoodputReport, read_goodput, share
 from launch import command
 
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the training run.")
@@ -46,7 +46,7 @@ def main() -> int:
     return 0
 
 
-def _table(breakdown: Breakdown) -> Table:
+def _table(breakdown: GoodputReport) -> Table:
     table = Table(
         "start",
         title="where the time went, in seconds",

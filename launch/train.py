@@ -37,8 +37,9 @@ from flamingo_jax.partitioning.host_shard import HostShard
 from flamingo_jax.partitioning.mesh import check_batches, make_mesh
 from flamingo_jax.processing.tokenizer import Tokenizer, tokenizer_file
 from flamingo_jax.tasks import stages
+from flamingo_jax.training.frozen_encoder import load_frozen_encoder
 from flamingo_jax.training.loop import train
-from flamingo_jax.training.setup import load_encoder, open_frozen_sources
+from flamingo_jax.training.pretrained import open_frozen_sources
 from launch import command
 
 BEGAN = time.monotonic()
@@ -138,9 +139,8 @@ def _run(experiment: Experiment, workdir: pathlib.Path, process_group: ProcessGr
     tokenizer = load_tokenizer(experiment)
     if not PREPARE.value:
         check_tokenizer(experiment, tokenizer, workdir)
-    encoder = (
-        load_encoder(experiment, process_group) if experiment.training.cache_features else None
-    )
+    cached = experiment.training.cache_features
+    encoder = load_frozen_encoder(experiment, process_group) if cached else None
     readers = Readers(experiment.training.readers)
     iterators = make_iterators(experiment, tokenizer, encoder, host_shard, readers)
     held_out = held_out_batches(experiment, tokenizer, encoder, host_shard, readers)

@@ -27,6 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from flamingo_jax import renamed
 from flamingo_jax.checkpointing import manifest
 from flamingo_jax.distributed.coordinator import SAVING
 from flamingo_jax.distributed.process_group import ProcessGroup, SingleProcess
@@ -211,13 +212,13 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in wanted])
 
     def extra(self, step: int) -> dict[str, Any]:
-        """The JSON data that were saved with a step.
+        """Returns the JSON data that were saved with a step, under their names of now.
 
         Raises UserError when there is no such step or it is damaged.
         """
         self.wait()
         self._require_verified(step)
-        return self._contents(step)["extra"]
+        return renamed.modernised("Checkpoint", self._contents(step)["extra"])
 
     def wait(self) -> None:
         """Returns when the save in flight, if any, is whole, on whichever process writes its

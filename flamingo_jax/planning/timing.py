@@ -16,7 +16,8 @@ from flamingo_jax.planning.synthetic import full_batches
 from flamingo_jax.tasks import stages
 from flamingo_jax.tasks.flops import Work, step_cost, work_in
 from flamingo_jax.training.prefetcher import shard_batch
-from flamingo_jax.training.setup import initialise, load_frozen, make_setup
+from flamingo_jax.training.pretrained import load_frozen
+from flamingo_jax.training.setup import initialise, make_setup
 from flamingo_jax.training.state import merge_model
 from flamingo_jax.training.step import compile_update, laid_out, make_update
 
@@ -53,7 +54,7 @@ def time_step(experiment: Experiment, *, steps: int = 10, trace: str = "") -> Ti
     check_batches(experiment, mesh)
     with jax.set_mesh(mesh):
         setup = make_setup(experiment, mesh)
-        frozen, _ = load_frozen(experiment, setup)
+        frozen, _ = load_frozen(experiment, setup.frozen)
         state = initialise(experiment, setup)
         task = stages.make_task(experiment)
         update = make_update(

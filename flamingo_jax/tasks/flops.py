@@ -80,6 +80,11 @@ def _work_in(batch: Mapping[str, Any]) -> Work:
     return Work(tokens, tokens, batch["frame_mask"].any(1).sum(), batch["frame_mask"].sum())
 
 
+def computed_tokens(batches: Iterable[Mapping[str, Any]]) -> int:
+    """Counts the tokens that the batches have room for: all that are computed, padding too."""
+    return sum(batch["tokens"].size for batch in batches)
+
+
 def step_cost(experiment: Experiment) -> Cost:
     """What the experiment's update costs, from the real modules traced abstractly."""
     model: Any = nnx.eval_shape(

@@ -59,7 +59,7 @@ class Goodput:
         self._write({"resume": resume_step, "time": wall})
 
     @contextlib.contextmanager
-    def spending(self, kind: str) -> Iterator[None]:
+    def timed(self, kind: str) -> Iterator[None]:
         """The time within goes to this kind, but what an inner one takes. Outside of all of
         them it goes to steps.
 
@@ -78,13 +78,13 @@ class Goodput:
             self._charge()
             self._kind = before
 
-    def mark(self, step: int, waited: float = 0.0) -> None:
-        """Writes where the time since the last mark went, with its steps as those up to this
+    def record(self, step: int, waited: float = 0.0) -> None:
+        """Writes where the time since the last line went, with its steps as those up to this
         one.
 
         Args:
           waited: seconds that the loop has waited for data in this start so far, outside of
-            `spending`; they are taken from its steps.
+            `timed`; they are taken from its steps.
         """
         if self._file is None:
             return
@@ -99,7 +99,7 @@ class Goodput:
     def close(self) -> None:
         """Writes the rest.
 
-        Steps after the last mark are lost: nothing says that they were saved.
+        Steps after the last line are lost: nothing says that they were saved.
         """
         if self._file is None:
             return
@@ -121,7 +121,7 @@ class Goodput:
         self._file.write(json.dumps(line | {"seconds": spent}) + "\n")
 
 
-class Start(NamedTuple):
+class RunStart(NamedTuple):
     """One start of a run: the steps it began after and ended with, and its seconds by kind, all
     of `KINDS`, "down" being those before it.
     """
@@ -131,10 +131,10 @@ class Start(NamedTuple):
     seconds: dict[str, float]
 
 
-class Breakdown(NamedTuple):
+class GoodputReport(NamedTuple):
     """Where the time of a run went."""
 
-    starts: list[Start]
+    starts: list[RunStart]
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -164,7 +164,7 @@ def share(seconds: dict[str, float]) -> float:
     return seconds[STEPS] / (sum(seconds.values()) or 1.0)
 
 
-def read_goodput(workdir: pathlib.Path) -> Breakdown:
+def read_goodput(workdir: pathlib.Path) -> GoodputReport:
     """Where the time of the run in a folder went, over all of its starts.
 
     Raises: UserError where it has recorded none.
@@ -179,24 +179,24 @@ def read_goodput(workdir: pathlib.Path) -> Breakdown:
             f"{workdir} holds no {FILE_NAME}: name the folder of a run that has trained"
         )
     starts, end = [], groups[0][0]["time"]
-    for place, (first, *marks) in enumerate(groups):
+    for place, (first, *lines) in enumerate(groups):
         # What counts of this start are the steps up to the earliest of those that later ones
         # began after.
         counted = min((group[0]["resume"] for group in groups[place + 1 :]), default=float("inf"))
         seconds = dict.fromkeys(KINDS, 0.0) | first["seconds"]
         step = first["resume"]
-        for mark in marks:
-            for kind, value in mark["seconds"].items():
+        for line in lines:
+            for kind, value in line["seconds"].items():
                 seconds[kind] += value
-            if mark["step"] > counted:
-                lost = mark["seconds"].get(STEPS, 0.0) * min(
-                    (mark["step"] - counted) / max(mark["step"] - step, 1), 1.0
+            if line["step"] > counted:
+                lost = line["seconds"].get(STEPS, 0.0) * min(
+                    (line["step"] - counted) / max(line["step"] - step, 1), 1.0
                 )
                 seconds[STEPS] -= lost
                 seconds["lost"] += lost
-            step = mark["step"]
+            step = line["step"]
         running = sum(seconds.values())
         seconds["down"] = max(first["time"] - end, 0.0)
-        starts.append(Start(first["resume"], step, seconds))
+        starts.append(RunStart(first["resume"], step, seconds))
         end = first["time"] + running
-    return Breakdown(starts)
+    return GoodputReport(starts)

@@ -1,4 +1,4 @@
-"""Losses on held-out datasets."""
+"""Measures losses on held-out datasets."""
 
 import collections
 from collections.abc import Iterable, Mapping
@@ -7,20 +7,25 @@ from typing import Any
 import jax
 import numpy as np
 
-from flamingo_jax.experiment import DatasetConfig
+from flamingo_jax.experiment import DatasetConfig, Experiment
 from flamingo_jax.training.prefetcher import HostBatch, shard_batch
 from flamingo_jax.training.setup import TrainSetup
-from flamingo_jax.training.state import Parameters, TrainState
+from flamingo_jax.training.state import Parameters
 from flamingo_jax.training.step import WITHOUT_IMAGES, make_held_out_loss
 
+NAME = "held_out"
+"""Of this evaluator: its metrics are held_out/<dataset>/<metric>."""
 
-class HeldOut:
-    """Each held-out dataset's loss, with its images and without them, so that one sees
+
+class HeldOutLosses:
+    """Measures each held-out dataset's loss, with its images and without them, so that one sees
     whether the model looks; and the weighted sum of them, as training has it.
 
+    An `Evaluator`, of every `config.training.evaluate_every` steps.
+
     batches: each dataset's, the same at every pass, all of one shape. They may be read anew
-    each time. datasets: those of the config, whose `microbatches` say in how many parts a batch
-    goes through the model; one that is not there goes whole.
+    each time. `config.held_out` says in how many microbatches a batch goes through the model;
+    that of a dataset which is not there goes whole.
     """
 
     def __init__(
@@ -28,49 +33,50 @@ class HeldOut:
         setup: TrainSetup,
         task: Any,
         batches: Mapping[str, Iterable[HostBatch]],
-        datasets: Mapping[str, DatasetConfig],
+        experiment: Experiment,
         mesh: jax.sharding.Mesh,
     ):
+        self.every = experiment.training.evaluate_every
         self._batches, self._mesh = batches, mesh
-        configs = {name: datasets.get(name, DatasetConfig()) for name in batches}
+        configs = {name: experiment.held_out.get(name, DatasetConfig()) for name in batches}
         self._weights = {name: config.weight for name, config in configs.items()}
         self._losses: dict[str, Any] = {
             name: jax.jit(make_held_out_loss(setup.graph, task, config.microbatches))
             for name, config in configs.items()
         }
 
-    def compile(self, state: TrainState, frozen: Parameters) -> dict[str, jax.stages.Compiled]:
-        """Each dataset's program, compiled for its first batch, which is read for it."""
+    def compile(self, trainable: Parameters, frozen: Parameters) -> dict[str, jax.stages.Compiled]:
+        """Compiles each dataset's program for its first batch, which is read for it."""
         made: dict[str, jax.stages.Compiled] = {}
         for name, batches in self._batches.items():
             first = next(iter(batches), None)
             if first is not None:
                 made[name] = (
                     self._losses[name]
-                    .lower(state.trainable, frozen, shard_batch(first, self._mesh))
+                    .lower(trainable, frozen, shard_batch(first, self._mesh))
                     .compile()
                 )
         self._losses |= made
         return made
 
-    def __call__(self, state: TrainState, frozen: Parameters) -> dict[str, float]:
+    def __call__(self, trainable: Parameters, frozen: Parameters) -> dict[str, float]:
         values: dict[str, float] = {}
         for name, batches in self._batches.items():
             sums: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(2))
             for host in batches:
                 losses = jax.device_get(
-                    self._losses[name](state.trainable, frozen, shard_batch(host, self._mesh))
+                    self._losses[name](trainable, frozen, shard_batch(host, self._mesh))
                 )
                 for suffix, loss in losses.items():
                     for metric, pair in (
                         {"loss": (loss.total, loss.weight)} | loss.metrics
                     ).items():
-                        sums[f"held_out/{name}/{metric}{suffix}"] += np.array(pair, np.float64)
+                        sums[f"{name}/{metric}{suffix}"] += np.array(pair, np.float64)
             values |= {metric: float(a / max(b, 1e-9)) for metric, (a, b) in sums.items()}
         for suffix in ("", WITHOUT_IMAGES):
-            found = {name: values.get(f"held_out/{name}/loss{suffix}") for name in self._batches}
+            found = {name: values.get(f"{name}/loss{suffix}") for name in self._batches}
             if found and None not in found.values():
-                values[f"held_out/loss{suffix}"] = sum(
+                values[f"loss{suffix}"] = sum(
                     self._weights[name] * loss for name, loss in found.items() if loss is not None
                 )
         return values

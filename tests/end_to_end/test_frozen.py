@@ -25,7 +25,8 @@ from flamingo_jax.inference.loading import load_flamingo
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.processing.tokenizer import Tokenizer
-from flamingo_jax.training.setup import initialise, load_frozen, make_setup
+from flamingo_jax.training.pretrained import load_frozen
+from flamingo_jax.training.setup import initialise, make_setup
 from flamingo_jax.training.state import merge_model
 from tests.end_to_end import small
 from tests.launch import commands
@@ -117,7 +118,7 @@ def test_an_export_gives_the_logits_of_the_model_trained(
         checkpoints = Checkpoints(flamingo.folder.parent / "checkpoints", keep_last=2)
         state = checkpoints.restore(TRAINING.steps, setup.state)
         checkpoints.close()
-        frozen, _ = load_frozen(experiment, setup)
+        frozen, _ = load_frozen(experiment, setup.frozen)
     parameters = jax.device_get(state.trainable | frozen)
     iterator = make_iterators(experiment, Tokenizer.load(experiment.tokenizer))["m3w"]
     batch = {name: jnp.asarray(value) for name, value in next(iterator).items()}

@@ -20,7 +20,8 @@ from flamingo_jax.configuring import from_json
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import LanguageModelConfig, MeshConfig
 from flamingo_jax.partitioning.mesh import make_mesh
-from flamingo_jax.training.setup import load_frozen, make_setup
+from flamingo_jax.training.pretrained import load_frozen
+from flamingo_jax.training.setup import make_setup
 from tests.training import world
 
 
@@ -47,7 +48,7 @@ def main() -> None:
         setup = make_setup(experiment, mesh)
         for time in ("first", "again"):
             before = bytes_read()
-            frozen, digests = load_frozen(experiment, setup)
+            frozen, digests = load_frozen(experiment, setup.frozen)
             told[time] = bytes_read() - before
     told["digest"] = digests["language_model"]["digest"]
     whole = open_export(export).read()

@@ -49,7 +49,7 @@ def begin(clock: Clock, workdir: pathlib.Path, resume_step: int, seconds: float)
 
 
 def spend(clock: Clock, run: Goodput, kind: str, seconds: float) -> None:
-    with run.spending(kind):
+    with run.timed(kind):
         clock.pass_(seconds)
 
 
@@ -59,25 +59,25 @@ def three_starts(clock: Clock, workdir: pathlib.Path) -> None:
     clock.pass_(1)
     spend(clock, first, "compile", 30)
     clock.pass_(9)
-    first.mark(10, waited=1)
+    first.record(10, waited=1)
     clock.pass_(10)
-    first.mark(20, waited=3)
+    first.record(20, waited=3)
     spend(clock, first, "save", 2)
     clock.pass_(12)
-    first.mark(30, waited=3)
+    first.record(30, waited=3)
     clock.pass_(7)
 
     clock.pass_(100)
     second = begin(clock, workdir, 20, 25)
     clock.pass_(21)
-    second.mark(40, waited=1)
+    second.record(40, waited=1)
     spend(clock, second, "save", 4)
     second.close()
 
     clock.pass_(50)
     third = begin(clock, workdir, 40, 15)
     clock.pass_(20)
-    third.mark(60)
+    third.record(60)
     spend(clock, third, "save", 3)
     spend(clock, third, "evaluate", 6)
     third.close()
@@ -128,14 +128,14 @@ def test_a_start_that_goes_back_over_several(clock: Clock, tmp_path: pathlib.Pat
 def test_a_line_that_a_kill_cut_short(clock: Clock, tmp_path: pathlib.Path) -> None:
     run = begin(clock, tmp_path, 0, 2)
     clock.pass_(5)
-    run.mark(10)
+    run.record(10)
     whole = (tmp_path / FILE_NAME).read_text()
     (tmp_path / FILE_NAME).write_text(whole + '{"step": 20, "seconds": {"st')
     assert read_goodput(tmp_path).seconds == seconds(start=2, steps=5)
     clock.pass_(3)
     again = begin(clock, tmp_path, 10, 4)
     clock.pass_(6)
-    again.mark(20)
+    again.record(20)
     assert (tmp_path / FILE_NAME).read_text().startswith(whole)
     assert read_goodput(tmp_path).seconds == seconds(start=6, steps=11, down=3)
 
@@ -144,7 +144,7 @@ def test_a_clock_that_is_set_back(clock: Clock, tmp_path: pathlib.Path) -> None:
     run = begin(clock, tmp_path, 0, 2)
     clock.set_back(3600)
     clock.pass_(5)
-    run.mark(10)
+    run.record(10)
     clock.pass_(60)
     clock.set_back(3600)
     begin(clock, tmp_path, 10, 4).close()
@@ -153,30 +153,30 @@ def test_a_clock_that_is_set_back(clock: Clock, tmp_path: pathlib.Path) -> None:
 
 def test_inner_phases_and_more_waiting_than_steps(clock: Clock, tmp_path: pathlib.Path) -> None:
     run = begin(clock, tmp_path, 0, 0)
-    with pytest.raises(KeyError), run.spending("evaluate"):
+    with pytest.raises(KeyError), run.timed("evaluate"):
         clock.pass_(1)
         spend(clock, run, "compile", 2)
         clock.pass_(4)
         raise KeyError
     clock.pass_(8)
-    run.mark(1, waited=9)
+    run.record(1, waited=9)
     # Waiting that was told once is not told again, and a smaller sum takes nothing back.
     clock.pass_(16)
-    run.mark(2, waited=9)
-    run.mark(3, waited=0)
+    run.record(2, waited=9)
+    run.record(3, waited=0)
     clock.pass_(32)
     run.close()
     assert read_goodput(tmp_path).seconds == seconds(
         evaluate=5, compile=2, data=8, steps=16, lost=32
     )
-    with pytest.raises(ValueError, match="'saving' is no kind of time"), run.spending("saving"):
+    with pytest.raises(ValueError, match="'saving' is no kind of time"), run.timed("saving"):
         pass
 
 
 def test_other_processes_write_nothing(tmp_path: pathlib.Path) -> None:
     run = Goodput(tmp_path, 0, enabled=False)
-    with run.spending("compile"):
-        run.mark(1)
+    with run.timed("compile"):
+        run.record(1)
     run.close()
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match=FILE_NAME):

@@ -15,7 +15,7 @@ from flamingo_jax.experiment import Experiment, VisionConfig, ViTConfig
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.tasks import stages
-from flamingo_jax.training.held_out import HeldOut
+from flamingo_jax.training.held_out import HeldOutLosses
 from flamingo_jax.training.prefetcher import HostBatch
 from flamingo_jax.training.setup import TrainSetup, make_setup
 from flamingo_jax.training.state import Parameters, TrainState, initial_state, split_model
@@ -84,13 +84,13 @@ def evaluated(
     config, batches = experiment(microbatches), Read()
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        evaluate = HeldOut(setup, stages.make_task(config), {"vtp": batches}, config.held_out, mesh)
+        evaluate = HeldOutLosses(setup, stages.make_task(config), {"vtp": batches}, config, mesh)
         if compiled:
-            programs = evaluate.compile(state, frozen)
+            programs = evaluate.compile(state.trainable, frozen)
             assert list(programs) == ["vtp"] and batches.made == 1
             memory = programs["vtp"].memory_analysis()
             assert memory is None or memory.argument_size_in_bytes > 0
-        return evaluate(state, frozen), batches
+        return evaluate(state.trainable, frozen), batches
 
 
 def test_microbatches_give_the_same_losses(
@@ -103,13 +103,11 @@ def test_microbatches_give_the_same_losses(
     assert batches.made == 2
     parts, batches = evaluated(made, 4, compiled=True)
     assert batches.made == 3
-    assert set(parts) == set(whole) and "held_out/vtp/loss_without_images" in whole
+    assert set(parts) == set(whole) and "vtp/loss_without_images" in whole
     for name, value in whole.items():
         assert parts[name] == pytest.approx(value, rel=1e-5), name
-    assert whole["held_out/vtp/loss"] != pytest.approx(
-        whole["held_out/vtp/loss_without_images"], rel=1e-4
-    )
-    assert whole["held_out/loss"] == pytest.approx(0.3 * whole["held_out/vtp/loss"])
+    assert whole["vtp/loss"] != pytest.approx(whole["vtp/loss_without_images"], rel=1e-4)
+    assert whole["loss"] == pytest.approx(0.3 * whole["vtp/loss"])
 
 
 def test_losses_are_those_of_the_rows_written_out(
@@ -136,4 +134,4 @@ def test_losses_are_those_of_the_rows_written_out(
                 total -= log_p[row, place, batch["tokens"][row, place + 1]]
         sequences += int(batch["segments"].max(axis=1).sum())
     values, _ = evaluated(made, 4)
-    assert values["held_out/vtp/loss"] == pytest.approx(total / sequences, rel=1e-5)
+    assert values["vtp/loss"] == pytest.approx(total / sequences, rel=1e-5)

@@ -114,6 +114,7 @@ def ready(count: int = 0, **work: int) -> dict[str, Any]:
         "skipped_in_a_row": np.int32(count),
         "finite/a": np.True_,
         "work": np.array(Work(**work), np.int32),
+        "computed_tokens": 20,
     }
 
 
