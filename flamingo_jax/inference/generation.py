@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from flamingo_jax.inference.prefill import DecodingModel, Prefilled, PromptArrays, prefill
-from flamingo_jax.models.attention import over_rows
+from flamingo_jax.models.attention import map_cache
 
 Array = jax.Array
 NO_TOKEN = -1
@@ -218,7 +218,7 @@ def _beam_search(
             jnp.take_along_axis(s.tokens, parent[:, :, None], axis=1).at[:, :, s.step].set(token)
         )
         source = (jnp.arange(rows)[:, None] * beams + parent).reshape(-1)
-        cache = over_rows(lambda a: jnp.take(a, source, axis=1), cache)
+        cache = map_cache(lambda a: jnp.take(a, source, axis=1), cache)
         return _BeamState(
             s.step + 1,
             token.reshape(-1),

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from flamingo_jax.models.attention import over_rows
+from flamingo_jax.models.attention import map_cache
 
 Array = jax.Array
 
@@ -64,7 +64,7 @@ class Prefilled(NamedTuple):
 
     def repeat(self, times: int) -> "Prefilled":
         """Every row `times` times in a row: beams or candidates of one prompt."""
-        cache = over_rows(lambda a: jnp.repeat(a, times, axis=1), self.cache)
+        cache = map_cache(lambda a: jnp.repeat(a, times, axis=1), self.cache)
         rows = jax.tree.map(lambda a: jnp.repeat(a, times, axis=0), self._replace(cache=None))
         return rows._replace(cache=cache)
 

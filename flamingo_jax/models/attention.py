@@ -13,8 +13,15 @@ import numpy as np
 from flax import nnx
 
 from flamingo_jax.experiment import LanguageModelConfig, RotaryScaling
-from flamingo_jax.models.layers import RMSNorm, fan_in_normal, kept, linear, spread
-from flamingo_jax.models.stream import (
+from flamingo_jax.models import ops
+from flamingo_jax.models.layers import (
+    RMSNorm,
+    broadcast_param,
+    fan_in_normal,
+    linear,
+    save_for_backward,
+)
+from flamingo_jax.models.packing import (
     Parts,
     as_parts,
     block_length,
@@ -23,11 +30,9 @@ from flamingo_jax.models.stream import (
     shapes_of,
     split,
 )
-from flamingo_jax.partitioning.constraints import heads_first, platform
+from flamingo_jax.partitioning.constraints import heads_first
 
 Array = jax.Array
-
-MASKED = -1e30
 
 
 def attend(
@@ -46,82 +51,22 @@ def attend(
       extra_scores: float32 [B, H, L, S], added to query . key before the scaling by 1 /
         sqrt(d).
 
-    Returns: [B, L, H, d] in the dtype of `value`. On GPUs cuDNN's kernel computes it where it
-      can, without the scores in memory.
+    Returns: [B, L, H, d] in the dtype of `value`. What follows here is the reference; where the
+      backend has a faster kernel for these arrays (`ops.attention_kernel`), that computes it.
     """
-    if extra_scores is None and _fuses(query, key, value):
-        return _fused(query, key, value, mask)
-    if (shared := query.shape[2] // key.shape[2]) > 1:
-        key, value = jnp.repeat(key, shared, axis=2), jnp.repeat(value, shared, axis=2)
-    if platform() == "cpu":
-        return _keys_first(query, key, value, mask, extra_scores)
+    if kernel := ops.attention_kernel(query, key, value, extra_scores):
+        return kernel(query, key, value, mask, extra_scores)
+    key, value = ops.repeat_heads(key, query), ops.repeat_heads(value, query)
     scores = jnp.einsum("blhd,bshd->bhls", query, key, preferred_element_type=jnp.float32)
     if extra_scores is not None:
         scores = heads_first(scores + extra_scores)
     scores = scores * (query.shape[-1] ** -0.5)
     if mask is not None:
-        scores = jnp.where(mask, scores, MASKED)
+        scores = jnp.where(mask, scores, ops.MASKED)
     weights = jax.nn.softmax(scores, axis=-1)
     if mask is not None:
         weights = jnp.where(mask, weights, 0.0)
     return jnp.einsum("bhls,bshd->blhd", weights.astype(value.dtype), value)
-
-
-def _keys_first(
-    query: Array, key: Array, value: Array, mask: Array | None, extra_scores: Array | None
-) -> Array:
-    """`attend` in the order that XLA's CPU backend computes fast, its products' library taking
-    the softmax into them: scores are [B, H, S, L], and what they weigh is divided by their sum
-    rather than they.
-    """
-    heads = lambda a: a.swapaxes(1, 2)
-    batch = ((0, 1), (0, 1))
-    # Held apart from the products, which would have the last two axes change places as well: a
-    # copy several times as slow.
-    query, key, value = jax.lax.optimization_barrier(
-        (heads(query * query.shape[-1] ** -0.5), heads(key), heads(value))
-    )
-    scores = jax.lax.dot_general(
-        key, query, (((3,), (3,)), batch), preferred_element_type=jnp.float32
-    )
-    if extra_scores is not None:
-        scores = scores + (extra_scores * (query.shape[-1] ** -0.5)).swapaxes(2, 3)
-    if mask is not None:
-        scores = scores + jnp.where(mask, 0.0, MASKED).swapaxes(2, 3)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(2, keepdims=True)))
-    share = 1 / weights.sum(2)[..., None]
-    if mask is not None:
-        share = jnp.where(mask.any(-1)[..., None], share, 0.0)
-    h = jax.lax.dot_general(
-        weights.astype(value.dtype),
-        value,
-        (((2,), (2,)), batch),
-        preferred_element_type=jnp.float32,
-    )
-    return heads((h * share).astype(value.dtype))
-
-
-def _fuses(query: Array, key: Array, value: Array) -> bool:
-    """Whether cuDNN takes arrays of these shapes and types, forward and backward, with any
-    mask; an added score it would round to bfloat16.
-    """
-    even = query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0
-    width = query.shape[-1]
-    halves = all(a.dtype in (jnp.bfloat16, jnp.float16) for a in (query, key, value))
-    return platform() == "gpu" and halves and even and width % 8 == 0 and width <= CUDNN_WIDTH
-
-
-CUDNN_WIDTH = 128
-"""The widest heads that cuDNN's kernel takes on every GPU with bfloat16."""
-
-
-def _fused(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
-    h = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
-    if mask is None:
-        return h
-    # [B, H, L, S] -> [B, L, H, 1]: the kernel gives a query that sees nothing the mean of all
-    # values.
-    return jnp.where(mask.any(-1, keepdims=True).swapaxes(1, 2), h, jnp.zeros((), h.dtype))
 
 
 def causal_mask(segments: Array, window: int = 0) -> Array:
@@ -210,7 +155,7 @@ class Cache(NamedTuple):
     distances: Shared | None = None
 
 
-def over_rows(change: Callable[..., Array], cache: Any, *others: Any) -> Any:
+def map_cache(change: Callable[..., Array], cache: Any, *others: Any) -> Any:
     """A cache with every array that has a batch axis changed, alone or with those in its place
     of others; what rows share stays.
     """
@@ -220,8 +165,8 @@ def over_rows(change: Callable[..., Array], cache: Any, *others: Any) -> Any:
     )
 
 
-def _with_bias(x: Array, bias: nnx.Param) -> Array:
-    return x + spread(bias[...], x)
+def add_bias(x: Array, bias: nnx.Param) -> Array:
+    return x + broadcast_param(bias[...], x)
 
 
 class FullAttention(nnx.Module):
@@ -243,8 +188,8 @@ class FullAttention(nnx.Module):
             (self.key, self.key_bias),
             (self.value, self.value_bias),
         )
-        query, key, value = (_with_bias(linear(x, w[...]), b) for w, b in weights)
-        return _with_bias(linear(attend(query, key, value, mask), self.out[...], 2), self.out_bias)
+        query, key, value = (add_bias(linear(x, w[...]), b) for w, b in weights)
+        return add_bias(linear(attend(query, key, value, mask), self.out[...], 2), self.out_bias)
 
 
 class SelfAttention(nnx.Module):
@@ -297,7 +242,9 @@ class SelfAttention(nnx.Module):
             (self.value, self.value_bias),
         )
         query, key, value = (
-            kept(linear(x, w[...])) if b is None else _with_bias(kept(linear(x, w[...])), b)
+            save_for_backward(linear(x, w[...]))
+            if b is None
+            else add_bias(save_for_backward(linear(x, w[...])), b)
             for w, b in maps
         )
         if self.query_norm is not None and self.key_norm is not None:
@@ -363,7 +310,7 @@ class SelfAttention(nnx.Module):
                 else distances.value
             )
             scores = self._cached_position_scores(query, cached_positions, codes)
-        return attend(_with_bias(query, self.content_bias), key, value, mask, scores)
+        return attend(add_bias(query, self.content_bias), key, value, mask, scores)
 
     def distance_keys(self, count: int, dtype: Any) -> Array:
         """W r_n, Transformer-XL's keys of the distances n = 0 .. count - 1: [count, H, d]."""
@@ -376,7 +323,7 @@ class SelfAttention(nnx.Module):
         [B, H, L, L].
         """
         codes = self.distance_keys(query.shape[1] + 1, query.dtype)
-        query = _with_bias(query, self.position_bias)
+        query = add_bias(query, self.position_bias)
         scores = jnp.einsum(
             "blhd,shd->bhls", query, codes[::-1], preferred_element_type=jnp.float32
         )
@@ -386,7 +333,7 @@ class SelfAttention(nnx.Module):
         """The same of queries at `positions` [B, L] to the S slots of a cache: float32 [B, H,
         L, S].
         """
-        query, keys = _with_bias(query, self.position_bias), codes.shape[0]
+        query, keys = add_bias(query, self.position_bias), codes.shape[0]
         scores = jnp.einsum("blhd,shd->bhls", query, codes, preferred_element_type=jnp.float32)
         distance = jnp.clip(positions[:, :, None] - jnp.arange(keys), 0, keys - 1)
         return jnp.take_along_axis(scores, distance[:, None], axis=-1)

@@ -14,24 +14,24 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from flamingo_jax.experiment import FlamingoConfig
-from flamingo_jax.models.attention import Cache, causal_mask, over_rows
+from flamingo_jax.models import ops
+from flamingo_jax.models.attention import Cache, causal_mask, map_cache
 from flamingo_jax.models.gated_xattn import GatedCrossAttentionBlock, Media, media_mask
 from flamingo_jax.models.language_model import LanguageModel
 from flamingo_jax.models.layers import (
-    at_once,
     fan_in_normal,
-    finite,
     linear,
-    rematerialised,
+    remat,
     stack,
+    zero_nonfinite,
 )
+from flamingo_jax.models.packing import Parts, join, shapes_of, split
 from flamingo_jax.models.resamplers import make_resampler
-from flamingo_jax.models.stream import Parts, join, shapes_of, split
 from flamingo_jax.models.vision import VisionEncoder, vision_encoder
 from flamingo_jax.partitioning.constraints import (
+    all_gather,
     constrain,
     everywhere,
-    gathered,
     residual,
     row_shards,
     shards,
@@ -94,7 +94,7 @@ class Flamingo(nnx.Module):
     first; they live in `extra_embedding` for input and output, so that the frozen table stays
     as it is.
 
-    remat: what is computed again for the gradient (see `layers.rematerialised`).
+    remat: what is computed again for the gradient (see `layers.remat`).
     frames_at_once: how many frames each device encodes at a time, 0 for all. encoder_trains:
     the encoder has a gradient, for which frames are encoded again where something is, or where
     they are many.
@@ -159,7 +159,7 @@ class Flamingo(nnx.Module):
         )
         if self.encoder_trains and (steps > 1 or self.remat != "none"):
             # No more than a round's activations are then held at any time.
-            encode = rematerialised(encode, "layers")
+            encode = remat(encode, "layers")
         if steps == 1:
             features = encode(x)
         else:
@@ -195,7 +195,7 @@ class Flamingo(nnx.Module):
         """Grid features [M, T, S, C] -> visual tokens [M, R, D] in the language model's width,
         NaN where the features of a visual are not finite.
         """
-        tokens, broken = finite(self.resampler(features, frame_mask), (1, 2))
+        tokens, broken = zero_nonfinite(self.resampler(features, frame_mask), (1, 2))
         return jnp.where(
             broken[:, None, None], jnp.nan, linear(tokens, self.visual_projection[...])
         )
@@ -207,7 +207,7 @@ class Flamingo(nnx.Module):
     def prepare_media(self, visual_tokens: Array) -> PreparedVisuals:
         """Visual tokens [M, R, D] as every gated block reads them, once per visual."""
         graph, state = nnx.split(self.gated_xattn.layers)
-        tokens, broken = finite(visual_tokens, (1, 2))
+        tokens, broken = zero_nonfinite(visual_tokens, (1, 2))
         return PreparedVisuals(
             jax.lax.map(lambda s: nnx.merge(graph, s).project_visuals(tokens), state), broken
         )
@@ -265,7 +265,7 @@ class Flamingo(nnx.Module):
         rows = merge_alike(rows)
         broken = [jnp.zeros(r.tokens.shape, bool) for r in rows]
         if visual_tokens is not None:
-            visual_tokens, lost = finite(visual_tokens, (-2, -1))
+            visual_tokens, lost = zero_nonfinite(visual_tokens, (-2, -1))
             masks = [self._media_mask(r, visual_tokens.shape[-2]) for r in rows]
             broken = self._reached(
                 rows,
@@ -358,7 +358,7 @@ class Flamingo(nnx.Module):
         vocabulary = self.config.language_model.vocab_size
 
         def losses(x: Array, targets: Array) -> tuple[Array, Array]:
-            x = gathered(x)
+            x = all_gather(x)
             parts = (
                 constrain(self.language_model.logits(x), ROWS, None, MODEL),
                 self._extra_logits(x),
@@ -373,7 +373,7 @@ class Flamingo(nnx.Module):
             return jax.nn.logsumexp(both, axis=0) - picked, picked >= best
 
         x = jnp.where(counts[..., None], x, jnp.zeros((), x.dtype))
-        return rematerialised(losses, "none" if self.remat == "none" else "layers")(x, targets)
+        return remat(losses, "none" if self.remat == "none" else "layers")(x, targets)
 
     def init_cache(self, batch: int, max_length: int) -> Cache:
         """An empty cache; every leaf that is not shared has the batch at axis 1."""
@@ -440,13 +440,13 @@ class Flamingo(nnx.Module):
         )
         # The weights of a layer are taken within, or a copy of all of them would be saved for
         # the gradient.
-        run_layer = rematerialised(
+        run_layer = remat(
             lambda x, cache, index: layer(
                 nnx.merge(layers_graph, take(layers, index)), x, take(cache, index)
             ),
             self.remat,
         )
-        run_block = rematerialised(
+        run_block = remat(
             lambda state, x, given: block(nnx.merge(blocks_graph, state), x, given), self.remat
         )
 
@@ -454,7 +454,7 @@ class Flamingo(nnx.Module):
             x, cache = carry
             x, new = run_layer(x, cache, index)
             put = lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, index, 0)
-            return (x, over_rows(put, cache, new)), None
+            return (x, map_cache(put, cache, new)), None
 
         def group(carry: Any, inputs: Any, count: int) -> tuple[Any, None]:
             x, cache = carry
@@ -464,21 +464,21 @@ class Flamingo(nnx.Module):
                 one_layer(carry, first)
                 if count == 1
                 else jax.lax.scan(
-                    one_layer, carry, first + jnp.arange(count), unroll=at_once(count)
+                    one_layer, carry, first + jnp.arange(count), unroll=ops.scan_unroll(count)
                 )
             )
 
         carry, inputs = (x, cache), (jnp.arange(groups) * every, blocks, block_inputs)
         if not rest:
             return jax.lax.scan(
-                functools.partial(group, count=every), carry, inputs, unroll=at_once(groups)
+                functools.partial(group, count=every), carry, inputs, unroll=ops.scan_unroll(groups)
             )[0]
         whole = jax.tree.map(lambda a: a[:groups], (blocks, block_inputs))
         carry, _ = jax.lax.scan(
             functools.partial(group, count=every),
             carry,
             (inputs[0], *whole),
-            unroll=at_once(groups),
+            unroll=ops.scan_unroll(groups),
         )
         last = jax.tree.map(lambda a: a[groups], (blocks, block_inputs))
         return group(carry, (jnp.int32(groups * every), *last), rest)[0]

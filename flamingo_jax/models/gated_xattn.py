@@ -13,11 +13,11 @@ from flamingo_jax.models.layers import (
     LayerNorm,
     fan_in_normal,
     gated_linear,
-    kept,
     linear,
+    save_for_backward,
 )
-from flamingo_jax.models.stream import Parts, as_parts, join, split
-from flamingo_jax.partitioning.constraints import gathered, residual, summed
+from flamingo_jax.models.packing import Parts, as_parts, join, split
+from flamingo_jax.partitioning.constraints import all_gather, reduce_scatter, residual
 
 Array = jax.Array
 
@@ -91,7 +91,7 @@ class GatedCrossAttentionBlock(nnx.Module):
         x = self.media_norm(visual_tokens)
         # One of the two: both together are the most memory for the least that is computed
         # again.
-        return Media(kept(linear(x, self.key[...])), linear(x, self.value[...]))
+        return Media(save_for_backward(linear(x, self.key[...])), linear(x, self.value[...]))
 
     def attend(
         self, y: Array, media: Media | None, visuals: Array | None, mask: Array | Parts | None
@@ -104,7 +104,7 @@ class GatedCrossAttentionBlock(nnx.Module):
         masks, and media [S, V, R, H, d], all of a group's visuals, dataset after dataset.
         """
         if media is not None:
-            query = kept(linear(gathered(self.attention_norm(y)), self.query[...]))
+            query = save_for_backward(linear(all_gather(self.attention_norm(y)), self.query[...]))
             assert mask is not None
             masks = as_parts(mask)
             if visuals is not None:
@@ -117,15 +117,17 @@ class GatedCrossAttentionBlock(nnx.Module):
                 attend(q, flat(k, q), flat(v, q), m) if m.shape[-1] else jnp.zeros_like(q)
             )
             h = join([looks(*part) for part in zip(queries, keys, values, masks, strict=True)])
-            y = kept(
+            y = save_for_backward(
                 residual(
                     y
-                    + summed(gated_linear(h, self.out[...], jnp.tanh(self.attention_gate[...]), 2))
+                    + reduce_scatter(
+                        gated_linear(h, self.out[...], jnp.tanh(self.attention_gate[...]), 2)
+                    )
                 )
             )
         return residual(
             y
-            + summed(
-                self.feed_forward(gathered(self.dense_norm(y)), jnp.tanh(self.dense_gate[...]))
+            + reduce_scatter(
+                self.feed_forward(all_gather(self.dense_norm(y)), jnp.tanh(self.dense_gate[...]))
             )
         )

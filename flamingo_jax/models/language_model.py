@@ -20,13 +20,13 @@ from flamingo_jax.models.layers import (
     FeedForward,
     RMSNorm,
     fan_in_normal,
-    kept,
     linear,
+    save_for_backward,
     scan_layers,
     stack,
 )
-from flamingo_jax.models.stream import Parts
-from flamingo_jax.partitioning.constraints import gathered, residual, summed
+from flamingo_jax.models.packing import Parts
+from flamingo_jax.partitioning.constraints import all_gather, reduce_scatter, residual
 
 Array = jax.Array
 
@@ -60,10 +60,10 @@ class DecoderLayer(nnx.Module):
         """x [B, L, D]; positions, segments int32 [B, L], or those of every part of a stream; a
         cache means decoding (see SelfAttention).
         """
-        h, cache = self.attention(gathered(self.attention_norm(x)), positions, segments, cache)
-        x = kept(residual(x + summed(h)))
+        h, cache = self.attention(all_gather(self.attention_norm(x)), positions, segments, cache)
+        x = save_for_backward(residual(x + reduce_scatter(h)))
         return (
-            residual(x + summed(self.feed_forward(gathered(self.feed_forward_norm(x))))),
+            residual(x + reduce_scatter(self.feed_forward(all_gather(self.feed_forward_norm(x))))),
             cache,
         )
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from flamingo_jax.partitioning.constraints import platform
+from flamingo_jax.models import ops
 
 Array = jax.Array
 
@@ -35,33 +35,21 @@ def linear(x: Array, w: Array, contract: int = 1) -> Array:
     weight's: over rows, and over the devices that have them, which the compiler does before any
     cast that follows the product.
     """
-    return _product(x, w, contract) if w.dtype == x.dtype else _cast_product(x, w, contract)
-
-
-def _product(x: Array, w: Array, contract: int) -> Array:
-    if platform() != "cpu":
-        # TPUs tile the last two axes: those that are no multiple of 8 (164 keys of an image)
-        # would be copied to become one row axis.
-        return jnp.tensordot(x, w.astype(x.dtype), contract)
-    # As one matrix product: XLA's CPU backend is twice as slow at the gradient of a product
-    # over several row axes.
-    inner = math.prod(w.shape[:contract])
-    product = x.reshape(-1, inner) @ w.astype(x.dtype).reshape(inner, -1)
-    return product.reshape(*x.shape[: x.ndim - contract], *w.shape[contract:])
+    return ops.matmul(x, w, contract) if w.dtype == x.dtype else _cast_product(x, w, contract)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _cast_product(x: Array, w: Array, contract: int) -> Array:
-    return _product(x, w, contract)
+    return ops.matmul(x, w, contract)
 
 
 def _cast_forward(x: Array, w: Array, contract: int) -> tuple[Array, tuple[Array, Array]]:
-    return _product(x, w, contract), (x, w)
+    return ops.matmul(x, w, contract), (x, w)
 
 
 def _cast_backward(contract: int, given: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, w = given
-    (dx,) = jax.linear_transpose(lambda x: _product(x, w, contract), x)(dy)
+    (dx,) = jax.linear_transpose(lambda x: ops.matmul(x, w, contract), x)(dy)
     return dx, _weight_gradient(x, dy, w, contract)
 
 
@@ -71,12 +59,12 @@ _cast_product.defvjp(_cast_forward, _cast_backward)
 def _weight_gradient(x: Array, dy: Array, w: Array, contract: int) -> Array:
     """x^T dy, the gradient of `w` in linear(x, w), in the type of `w`."""
     if w.dtype == x.dtype:
-        return jax.linear_transpose(lambda w: _product(x, w, contract), w)(dy)[0]
+        return jax.linear_transpose(lambda w: ops.matmul(x, w, contract), w)(dy)[0]
     rows = tuple(range(x.ndim - contract))
     return jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=w.dtype)
 
 
-def spread(parameter: Array, x: Array) -> Array:
+def broadcast_param(parameter: Array, x: Array) -> Array:
     """A parameter to be added to `x`, or multiplied with it, in the type of `x`: as large
     before the cast, so that its gradient is summed in the parameter's own type.
     """
@@ -107,7 +95,7 @@ def _gated_backward(
     contract: int, given: tuple[Array, Array, Array], dy: Array
 ) -> tuple[Array, Array, Array]:
     x, w, gate = given
-    (dx,) = jax.linear_transpose(lambda x: _product(x, w, contract), x)(dy)
+    (dx,) = jax.linear_transpose(lambda x: ops.matmul(x, w, contract), x)(dy)
     dw = _weight_gradient(x, dy, w, contract)
     return (
         gate.astype(dx.dtype) * dx,
@@ -118,29 +106,29 @@ def _gated_backward(
 
 gated_linear.defvjp(_gated_forward, _gated_backward)
 
-KEPT = "kept"
-"""Name of what `rematerialised` keeps."""
+SAVED = "saved_for_backward"
+"""Name of what `remat` saves in its mode "products"."""
 
 
-def kept(x: Array) -> Array:
+def save_for_backward(x: Array) -> Array:
     """Marks what is dear to compute again: products with weights and sums over the mesh."""
-    return checkpoint_name(x, KEPT)
+    return checkpoint_name(x, SAVED)
 
 
-def rematerialised(body: Callable[..., Any], mode: str) -> Callable[..., Any]:
+def remat(body: Callable[..., Any], mode: str) -> Callable[..., Any]:
     """`body` with less saved for its gradient: "none" saves all that is needed, "products"
     (nearly) the products with weights alone, so that nothing but norms, activations and
     attention's weights is computed twice, "layers" nothing but the body's arguments.
     """
     if mode == "none":
         return body
-    policy = jax.checkpoint_policies.save_only_these_names(KEPT) if mode == "products" else None
+    policy = jax.checkpoint_policies.save_only_these_names(SAVED) if mode == "products" else None
     # Within a scan nothing is merged across iterations, so that the barriers against it would
     # only cost.
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 
-def finite(x: Array, axes: tuple[int, ...] | int) -> tuple[Array, Array]:
+def zero_nonfinite(x: Array, axes: tuple[int, ...] | int) -> tuple[Array, Array]:
     """`x` with zeros for all that is not finite along `axes` (one number is enough), and bool,
     without those axes, where that is.
 
@@ -164,17 +152,6 @@ def fan_in_normal(
     )
 
 
-def squeezed(x: Array) -> Array:
-    """On CPUs `x` without its axes of length 1 (the last stays): sums over axes that follow one
-    take ten times as long there. Elsewhere `x` as it is.
-
-    Rows are not put together: an axis made of two that lie over the mesh would have to be
-    gathered.
-    """
-    ones = [axis for axis, size in enumerate(x.shape[:-1]) if size == 1]
-    return jnp.squeeze(x, ones) if platform() == "cpu" else x
-
-
 class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis with scale and bias; statistics in float32."""
 
@@ -184,7 +161,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        h = squeezed(x).astype(jnp.float32)
+        h = ops.drop_unit_axes(x).astype(jnp.float32)
         h = h - h.mean(-1, keepdims=True)
         h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.eps)
         return (h * self.scale[...] + self.bias[...]).astype(x.dtype).reshape(x.shape)
@@ -198,7 +175,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        h = squeezed(x).astype(jnp.float32)
+        h = ops.drop_unit_axes(x).astype(jnp.float32)
         h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.eps)
         return (h * self.scale[...]).astype(x.dtype).reshape(x.shape)
 
@@ -230,14 +207,18 @@ class FeedForward(nnx.Module):
         """[..., D] -> [..., D]; a scalar gate, where there is one, multiplies the last product,
         and not its bias.
         """
-        h = kept(linear(x, self.up[...]))
+        h = save_for_backward(linear(x, self.up[...]))
         if self.up_bias is not None:
-            h = h + spread(self.up_bias[...], h)
+            h = h + broadcast_param(self.up_bias[...], h)
         activate = ACTIVATIONS[self.activation]
-        h = activate(h) if self.gate is None else activate(kept(linear(x, self.gate[...]))) * h
+        h = (
+            activate(h)
+            if self.gate is None
+            else activate(save_for_backward(linear(x, self.gate[...]))) * h
+        )
         h = linear(h, self.down[...]) if gate is None else gated_linear(h, self.down[...], gate)
         if self.down_bias is not None:
-            h = h + spread(self.down_bias[...], h)
+            h = h + broadcast_param(self.down_bias[...], h)
         return h
 
 
@@ -258,29 +239,20 @@ def scan_layers(
     body: Callable[[Any, Any, Any], tuple[Any, Any]],
     carry: Any,
     inputs: Any = None,
-    remat: str = "none",
+    remat_mode: str = "none",
 ) -> tuple[Any, Any]:
     """`carry, output = body(layer, carry, input)` over the layers of `stacked` in order,
     compiled once whatever their number.
 
-    remat: what of a layer is computed again for the gradient, see `rematerialised`.
+    remat_mode: what of a layer is computed again for the gradient, see `remat`.
     """
     graph, state = nnx.split(stacked)
-    step = rematerialised(lambda c, xs: body(nnx.merge(graph, xs[0]), c, xs[1]), remat)
+    step = remat(lambda c, xs: body(nnx.merge(graph, xs[0]), c, xs[1]), remat_mode)
     if jax.tree.leaves(state)[0].shape[0] == 1:
         # XLA's CPU backend runs a convolution's gradient ten times slower inside a loop.
         first = lambda tree: jax.tree.map(lambda a: a[0], tree)
         carry, output = body(nnx.merge(graph, first(state)), carry, first(inputs))
         return carry, jax.tree.map(lambda a: a[None], output)
     return jax.lax.scan(
-        step, carry, (state, inputs), unroll=at_once(jax.tree.leaves(state)[0].shape[0])
+        step, carry, (state, inputs), unroll=ops.scan_unroll(jax.tree.leaves(state)[0].shape[0])
     )
-
-
-def at_once(count: int) -> int:
-    """How many of `count` layers an iteration of the loop over them runs: one, or on CPUs all
-    where they are few. There a loop costs a third of small layers' time: what their gradient
-    needs is written to stacks and read from them, one thread at a time. Of the fewest it is
-    little, and compiling them apart takes longer than it saves.
-    """
-    return count if platform() == "cpu" and 4 <= count <= 8 else 1

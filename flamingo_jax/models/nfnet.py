@@ -14,8 +14,8 @@ from jax.typing import DTypeLike
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import VisionConfig
-from flamingo_jax.models.layers import linear, scan_layers, spread, stack
-from flamingo_jax.partitioning.constraints import platform
+from flamingo_jax.models import ops
+from flamingo_jax.models.layers import broadcast_param, linear, scan_layers, stack
 
 Array = jax.Array
 
@@ -116,11 +116,9 @@ def _cast_backward(
         stride * (o - 1) + k - size - before
         for o, k, size, before in zip(dy.shape[1:3], w.shape[:2], x.shape[1:3], low, strict=True)
     ]
-    # cuDNN has no form with a result wider than what it is given.
-    x, dy = (a.astype(w.dtype) for a in (x, dy)) if platform() == "gpu" else (x, dy)
     dw = jax.lax.conv_general_dilated(
-        x,
-        dy,
+        ops.conv_operand(x, w.dtype),
+        ops.conv_operand(dy, w.dtype),
         (1, 1),
         list(zip(low, high, strict=True)),
         rhs_dilation=(stride, stride),
@@ -182,7 +180,7 @@ class WSConv(nnx.Module):
             x = linear(x, w[0, 0])
         else:
             x = convolution(x, w, self.stride, self.groups)
-        return x + spread(self.bias[...], x)
+        return x + broadcast_param(self.bias[...], x)
 
 
 class SqueezeExcite(nnx.Module):
@@ -198,9 +196,9 @@ class SqueezeExcite(nnx.Module):
     def __call__(self, x: Array) -> Array:
         h = x.mean((1, 2))
         h = linear(h, self.down[...])
-        h = jax.nn.relu(h + spread(self.down_bias[...], h))
+        h = jax.nn.relu(h + broadcast_param(self.down_bias[...], h))
         h = linear(h, self.up[...])
-        return jax.nn.sigmoid(h + spread(self.up_bias[...], h))[:, None, None]
+        return jax.nn.sigmoid(h + broadcast_param(self.up_bias[...], h))[:, None, None]
 
 
 class Block(nnx.Module):
@@ -247,7 +245,7 @@ class Block(nnx.Module):
         h = h * self.squeeze_excite(h) * 2
         if keep is not None:
             h = jnp.where(keep[:, None, None, None], h, jnp.zeros((), h.dtype))
-        return h * spread(self.skip_gain[...] * ALPHA, h) + skip
+        return h * broadcast_param(self.skip_gain[...] * ALPHA, h) + skip
 
 
 def _average_pool(x: Array) -> Array:

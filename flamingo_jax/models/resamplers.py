@@ -16,13 +16,13 @@ from flamingo_jax.models.attention import attend
 from flamingo_jax.models.layers import (
     FeedForward,
     LayerNorm,
+    broadcast_param,
     fan_in_normal,
-    finite,
-    kept,
     linear,
+    save_for_backward,
     scan_layers,
-    spread,
     stack,
+    zero_nonfinite,
 )
 
 Array = jax.Array
@@ -58,9 +58,9 @@ class PerceiverLayer(nnx.Module):
         latents = self.latent_norm(x)
         media = jnp.concatenate([self.feature_norm(features), latents], axis=1)
         query, key, value = (
-            kept(linear(latents, self.query[...])),
-            kept(linear(media, self.key[...])),
-            kept(linear(media, self.value[...])),
+            save_for_backward(linear(latents, self.query[...])),
+            save_for_backward(linear(media, self.key[...])),
+            save_for_backward(linear(media, self.value[...])),
         )
         h = attend(query, key, value, mask)
         x = x + linear(h, self.out[...], 2)
@@ -90,9 +90,9 @@ class TransformerLayer(nnx.Module):
         """x [M, S + R, D], mask bool [M, 1, 1, S + R] -> [M, S + R, D]."""
         h = self.attention_norm(x)
         query, key, value = (
-            kept(linear(h, self.query[...])),
-            kept(linear(h, self.key[...])),
-            kept(linear(h, self.value[...])),
+            save_for_backward(linear(h, self.query[...])),
+            save_for_backward(linear(h, self.key[...])),
+            save_for_backward(linear(h, self.value[...])),
         )
         x = x + linear(attend(query, key, value, mask), self.out[...], 2)
         return x + self.feed_forward(self.feed_forward_norm(x))
@@ -186,12 +186,12 @@ class Resampler(nnx.Module):
         # What is masked, or broken, is not multiplied: not with a zero of the softmax, nor with
         # one of a gradient.
         features = jnp.where(frame_mask[:, :, None, None], features, jnp.zeros((), features.dtype))
-        features, broken = finite(features, (1, 2, 3))
+        features, broken = zero_nonfinite(features, (1, 2, 3))
         x = linear(features, self.input_projection[...])
-        x = x + spread(self.time_embeddings(frames)[:, None], x)
+        x = x + broadcast_param(self.time_embeddings(frames)[:, None], x)
         positions = self.position_embeddings(cells)
         if positions is not None:
-            x = x + spread(positions, x)
+            x = x + broadcast_param(positions, x)
         tokens = self.final_norm(self.reduce(x, frame_mask))
         return jnp.where(broken[:, None, None], jnp.nan, tokens)
 
@@ -320,7 +320,7 @@ def make_resampler(
       feature_width: C of the encoder's features.
       grid: rows, and columns, of the encoder's grid at its own image size; only `mlp` has
         parameters for each cell.
-      remat: what is computed again for the gradient (see `layers.rematerialised`).
+      remat: what is computed again for the gradient (see `layers.remat`).
     """
     if config.kind == "mlp":
         return MLPResampler(config, feature_width, grid, rngs=rngs, remat=remat)

@@ -14,10 +14,10 @@ from flamingo_jax.models.attention import FullAttention
 from flamingo_jax.models.layers import (
     FeedForward,
     LayerNorm,
+    broadcast_param,
     fan_in_normal,
     linear,
     scan_layers,
-    spread,
     stack,
 )
 
@@ -81,8 +81,8 @@ class ViT(nnx.Module):
         )
         x = linear(x, self.patch_embedding[...])
         if self.patch_bias is not None:
-            x = x + spread(self.patch_bias[...], x)
-        x = (x + spread(self._positions(rows, columns), x)).reshape(
+            x = x + broadcast_param(self.patch_bias[...], x)
+        x = (x + broadcast_param(self._positions(rows, columns), x)).reshape(
             count, rows * columns, self.width
         )
         if self.class_embedding is not None:

@@ -90,7 +90,7 @@ def residual(x: Array) -> Array:
 
 
 @jax.custom_vjp
-def gathered(x: Array) -> Array:
+def all_gather(x: Array) -> Array:
     """[B, L, D] before products whose weights lie over model: the whole sequence on each
     device. Its gradient is summed over model to where the residual stream lies.
     """
@@ -98,8 +98,8 @@ def gathered(x: Array) -> Array:
 
 
 @jax.custom_vjp
-def summed(x: Array) -> Array:
-    """The inverse of `gathered`: [B, L, D] after products that each device has a part of,
+def reduce_scatter(x: Array) -> Array:
+    """The inverse of `all_gather`: [B, L, D] after products that each device has a part of,
     summed over model to where the residual stream lies.
     Its gradient is gathered: left to itself, the compiler may gather the weights of those
     products instead, on every device.
@@ -107,8 +107,10 @@ def summed(x: Array) -> Array:
     return constrain(x, ROWS, MODEL)
 
 
-gathered.defvjp(lambda x: (gathered(x), None), lambda _, dy: (constrain(dy, ROWS, MODEL),))
-summed.defvjp(lambda x: (summed(x), None), lambda _, dy: (constrain(dy, ROWS, None),))
+all_gather.defvjp(lambda x: (all_gather(x), None), lambda _, dy: (constrain(dy, ROWS, MODEL),))
+reduce_scatter.defvjp(
+    lambda x: (reduce_scatter(x), None), lambda _, dy: (constrain(dy, ROWS, None),)
+)
 
 
 def everywhere(x: Array) -> Array:

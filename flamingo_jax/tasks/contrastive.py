@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from flamingo_jax.experiment import ContrastiveConfig
-from flamingo_jax.models.attention import MASKED
 from flamingo_jax.models.dual_encoder import DualEncoder
-from flamingo_jax.models.stream import join, split
+from flamingo_jax.models.ops import MASKED
+from flamingo_jax.models.packing import join, split
 from flamingo_jax.partitioning.constraints import row_shards
 from flamingo_jax.processing.jitter import FIELDS, jittered
 from flamingo_jax.tasks.task import Batch, Loss, split_rows

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from flamingo_jax.models.flamingo import Flamingo, Rows
-from flamingo_jax.models.stream import join, shapes_of, split
+from flamingo_jax.models.packing import join, shapes_of, split
 from flamingo_jax.partitioning.constraints import constrain, row_shards
 from flamingo_jax.partitioning.mesh import BY_VISUAL, ROWS
 from flamingo_jax.processing.jitter import jittered

@@ -17,7 +17,7 @@ from flamingo_jax.experiment import (
     PositionsConfig,
     RotaryScaling,
 )
-from flamingo_jax.models import attention
+from flamingo_jax.models import attention, ops
 from tests.models.filling import filled
 from tests.rounding import assert_close
 
@@ -283,7 +283,7 @@ def test_every_platforms_form_is_the_same_function(
     """Heads that share keys, an added score, a query that sees nothing; the gradient in finite
     differences.
     """
-    monkeypatch.setattr(attention, "platform", lambda: platform)
+    monkeypatch.setattr(ops, "platform", lambda: platform)
     draw = np.random.default_rng(1)
     arrays = [
         draw.normal(size=(2, length, heads, 8))
@@ -350,7 +350,7 @@ def test_the_fused_form_is_the_same_function(keys: int, monkeypatch: pytest.Monk
         calls.append(implementation)
         return fused(*arrays, implementation="xla", **rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(attention, "platform", lambda: "gpu")
+    monkeypatch.setattr(ops, "platform", lambda: "gpu")
     monkeypatch.setattr(jax.nn, "dot_product_attention", call)
     for found, expected in zip(values_and_gradients(), plain, strict=True):
         np.testing.assert_allclose(found, expected, atol=0.03 * np.abs(expected).max())

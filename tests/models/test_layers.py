@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flamingo_jax.experiment import MeshConfig
-from flamingo_jax.models import layers
+from flamingo_jax.models import ops
 from flamingo_jax.models.layers import (
     ACTIVATIONS,
     FeedForward,
@@ -55,7 +55,7 @@ def test_linear(
     platform: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(layers, "platform", lambda: platform)
+    monkeypatch.setattr(ops, "platform", lambda: platform)
     x, w = RNG.standard_normal(shape), RNG.standard_normal(weight)
     out = linear(jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32), contract)
     assert_close(out, np.einsum(equation, x, w), terms=8)

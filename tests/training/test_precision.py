@@ -26,7 +26,7 @@ from flamingo_jax.experiment import (
 )
 from flamingo_jax.models import nfnet
 from flamingo_jax.models.language_model import LanguageModel
-from flamingo_jax.models.layers import gated_linear, linear, spread
+from flamingo_jax.models.layers import broadcast_param, gated_linear, linear
 from flamingo_jax.models.resamplers import PerceiverResampler
 from flamingo_jax.models.vit import ViT
 from flamingo_jax.partitioning.mesh import make_mesh
@@ -77,7 +77,7 @@ X, DY, WEIGHT, GATE = draw(64, 3, 6), draw(64, 3, 2, 4), draw(6, 2, 4), jnp.floa
 WITH = {
     "a product": lambda p, x: linear(x, p["w"]),
     "a gated product": lambda p, x: gated_linear(x, p["w"], p["gate"]),
-    "a bias": lambda p, x: (y := linear(x, p["w"])) + spread(p["bias"], y),
+    "a bias": lambda p, x: (y := linear(x, p["w"])) + broadcast_param(p["bias"], y),
 }
 
 

@@ -14,7 +14,7 @@ from flamingo_jax.experiment import (
 )
 from flamingo_jax.models import attention
 from flamingo_jax.models.flamingo import Rows, merge_alike
-from flamingo_jax.models.stream import block_length, block_segments, join, shapes_of, split
+from flamingo_jax.models.packing import block_length, block_segments, join, shapes_of, split
 from flamingo_jax.partitioning.constraints import constrain, residual, row_shards
 from flamingo_jax.partitioning.mesh import ROWS, batch_shardings, make_mesh
 from tests.rounding import assert_close
