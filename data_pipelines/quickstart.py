@@ -555,14 +555,14 @@ def naming_text(word: str, known: str = "") -> str:
 
 # Records.
 
-Record = dict[str, Any]
+Fields = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
+class WorldRecord:
     """A record and the scenes its images show."""
 
-    record: Record
+    record: Fields
     scenes: tuple[Scene, ...] = ()
 
 
@@ -571,32 +571,32 @@ def pair(
     things: Sequence[Thing],
     draw: Callable[..., Scene] = draw_scene,
     tell: Callable[[Scene], str] = caption,
-) -> Drawn:
+) -> WorldRecord:
     scene = draw(rng, things)
-    return Drawn({"image": png(render(scene, rng)), "captions": [tell(scene)]}, (scene,))
+    return WorldRecord({"image": png(render(scene, rng)), "captions": [tell(scene)]}, (scene,))
 
 
-def noisy_pair(rng: np.random.Generator, things: Sequence[Thing]) -> Drawn:
+def noisy_pair(rng: np.random.Generator, things: Sequence[Thing]) -> WorldRecord:
     scene = dataclasses.replace(draw_scene(rng, things), nameless=bool(rng.random() < NAMELESS))
     text = noisy_caption(scene, rng)
     while scene.nameless and any(thing.colour in text for thing in scene.things):
         text = noisy_caption(scene, rng)
-    return Drawn({"image": png(render(scene, rng)), "captions": [text]}, (scene,))
+    return WorldRecord({"image": png(render(scene, rng)), "captions": [text]}, (scene,))
 
 
-def clip(rng: np.random.Generator, things: Sequence[Thing], plain: bool = False) -> Drawn:
+def clip(rng: np.random.Generator, things: Sequence[Thing], plain: bool = False) -> WorldRecord:
     """A clip with its caption, which (unless `plain`) has the form it has on pages: one prompt
     for all captions.
     """
     scene = draw_motion(rng, things)
     captions = [caption(scene) if plain else output_text(scene)]
-    return Drawn(
+    return WorldRecord(
         {"frames": [png(p) for p in render_clip(scene, rng)], "fps": 1.0, "captions": captions},
         (scene,),
     )
 
 
-def question(rng: np.random.Generator, things: Sequence[Thing]) -> Drawn:
+def question(rng: np.random.Generator, things: Sequence[Thing]) -> WorldRecord:
     scene = draw_scene(rng, things)
     asked = ask(scene, rng, things)
     fields = {
@@ -605,10 +605,10 @@ def question(rng: np.random.Generator, things: Sequence[Thing]) -> Drawn:
         "answers": [asked.answer],
         "type": asked.type,
     }
-    return Drawn(fields, (scene,))
+    return WorldRecord(fields, (scene,))
 
 
-def page(rng: np.random.Generator, things: Sequence[Thing]) -> Drawn:
+def page(rng: np.random.Generator, things: Sequence[Thing]) -> WorldRecord:
     """Images with captions (15 in 100), questions (65 in 100), or new words bound to what
     they show.
 
@@ -636,7 +636,9 @@ def page(rng: np.random.Generator, things: Sequence[Thing]) -> Drawn:
     return _page(rng, scenes, [tell(scene) for scene in scenes], opening)
 
 
-def binding_page(rng: np.random.Generator, things: Sequence[Thing], supports: int = 32) -> Drawn:
+def binding_page(
+    rng: np.random.Generator, things: Sequence[Thing], supports: int = 32
+) -> WorldRecord:
     """Two words bound to two things: 32 supports and then the query, whose chunk names its
     word.
 
@@ -674,14 +676,14 @@ def _binding(
 
 def _page(
     rng: np.random.Generator, scenes: Sequence[Scene], texts: Sequence[str], opening: str = ""
-) -> Drawn:
-    return Drawn(
+) -> WorldRecord:
+    return WorldRecord(
         {"texts": [opening, *texts], "images": [png(render(scene, rng)) for scene in scenes]},
         tuple(scenes),
     )
 
 
-def document(rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS) -> Drawn:
+def document(rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS) -> WorldRecord:
     """Text that mirrors the pages, with a description of the scene in the place of its image,
     and rhymes.
 
@@ -693,7 +695,7 @@ def document(rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS) -> 
     """
     sort, tagged = rng.random(), rng.random() < 0.5
     if sort < 0.25:
-        return Drawn({"text": _rhyme(rng)})
+        return WorldRecord({"text": _rhyme(rng)})
     if sort < 0.50:
         return namings(rng, things, tagged)
     if sort < 0.67:
@@ -704,7 +706,7 @@ def document(rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS) -> 
         told = [output_text(scene)] if sort < 0.75 else _some_questions(rng, scene, things)
         description = caption(scene) if rng.random() < 0.5 else shape_first(scene)
         lines.append(f"{description}. {' '.join(told)}")
-    return Drawn(
+    return WorldRecord(
         {"text": "".join(f"<image>{line}" for line in lines) if tagged else "\n".join(lines)}
     )
 
@@ -722,20 +724,20 @@ def _some_questions(rng: np.random.Generator, scene: Scene, things: Sequence[Thi
 
 def namings(
     rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS, tagged: bool = True
-) -> Drawn:
+) -> WorldRecord:
     """4 to 16 new words after known words, which stand for images: what binding takes, in
     text alone.
     """
     _, known, new = _binding(rng, things, int(rng.integers(4, 17)))
     lines = [naming_text(word, name) for name, word in zip(known, new, strict=True)]
-    return Drawn(
+    return WorldRecord(
         {"text": "".join(f"<image>{line}" for line in lines) if tagged else ".".join(lines)}
     )
 
 
 def lookups(
     rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS, tagged: bool = True
-) -> Drawn:
+) -> WorldRecord:
     """Three to six things told one after the other, then ten questions about the colour or
     shape of one of them, many cut to their last word.
 
@@ -756,7 +758,7 @@ def lookups(
         f"{one.question.split()[-1]} {one.answer}" if rng.random() < 0.6 else question_text(one)
         for one in asked
     ]
-    return Drawn({"text": " ".join([("<image>" if tagged else "") + listed, *texts])})
+    return WorldRecord({"text": " ".join([("<image>" if tagged else "") + listed, *texts])})
 
 
 def _rhyme(rng: np.random.Generator) -> str:
@@ -781,7 +783,7 @@ class WorldDataset:
     """
 
     kind: str
-    draw: Callable[[np.random.Generator, Sequence[Thing]], Drawn]
+    draw: Callable[[np.random.Generator, Sequence[Thing]], WorldRecord]
     sizes: dict[str, int]
     about: str
 
@@ -845,7 +847,7 @@ DATASETS: dict[str, WorldDataset] = {
 }
 
 
-def drawn(dataset: str, split: str, index: int, seed: int = 0) -> Drawn:
+def make_record(dataset: str, split: str, index: int, seed: int = 0) -> WorldRecord:
     """Record `index` of a split with its scenes: a pure function of its arguments."""
     spec = DATASETS[dataset]
     rng = np.random.default_rng([seed, zlib.crc32(f"{dataset}/{split}".encode()), index])

@@ -85,7 +85,9 @@ def open_records(path: str | pathlib.Path, split: str, kind: str | None = None) 
     own = fields.get_serialized_info()
     decoders = left_encoded(name for name in IMAGE_FEATURES.values() if name in fields)
     if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
-        return Readable(builder.as_data_source(split=split, decoders=decoders), kind, name)
+        return FaultTolerantSplit(
+            builder.as_data_source(split=split, decoders=decoders), kind, name
+        )
     raw = Shards(
         [
             Shard(str(part.filename), part.skip, part.take)
@@ -94,11 +96,11 @@ def open_records(path: str | pathlib.Path, split: str, kind: str | None = None) 
         name,
     )
     if own == features(kind).get_serialized_info():
-        return Readable(
-            Parsed(raw, {name: bool(info.shape) for name, info in own.items()}), kind, name
+        return FaultTolerantSplit(
+            ParsedSplit(raw, {name: bool(info.shape) for name, info in own.items()}), kind, name
         )
-    return Readable(
-        Decoded(raw, lambda stored: fields.deserialize_example_np(stored, decoders=decoders)),
+    return FaultTolerantSplit(
+        DecodedSplit(raw, lambda stored: fields.deserialize_example_np(stored, decoders=decoders)),
         kind,
         name,
     )
@@ -119,7 +121,7 @@ def left_encoded(names: Iterable[str]) -> dict[str, Any]:
     return {name: Encoded() for name in names}
 
 
-class Parsed(Sequence[Any]):
+class ParsedSplit(Sequence[Any]):
     """A split of serialised tf.train.Examples, as TFDS decodes them but for images, which
     stay encoded, and for sequences, which are lists.
 
@@ -130,7 +132,7 @@ class Parsed(Sequence[Any]):
     def __init__(self, raw: Sequence[bytes], plural: Mapping[str, bool]):
         from tensorflow_datasets.proto import tf_example_pb2
 
-        self._raw, self._plural, self._parse = raw, plural, tf_example_pb2.Example.FromString
+        self._raw, self._plural, self._parse = raw, plural, tf_example_pb2.SplitRecord.FromString
 
     def __len__(self) -> int:
         return len(self._raw)
@@ -150,7 +152,7 @@ class Parsed(Sequence[Any]):
         return record
 
 
-class Decoded(Sequence[Any]):
+class DecodedSplit(Sequence[Any]):
     """A split of serialised tf.train.Examples of any features, as TFDS decodes them."""
 
     def __init__(self, raw: Sequence[bytes], decode: Callable[[bytes], Any]):
@@ -163,7 +165,7 @@ class Decoded(Sequence[Any]):
         return self._decode(self._raw[place])
 
 
-class Readable(Sequence[Any]):
+class FaultTolerantSplit(Sequence[Any]):
     """A split whose damaged records, which the files' checksums tell, are blank ones; each is
     named once. `name` is the split's in the log.
 
@@ -203,7 +205,7 @@ class DamagedError(images.ImageError):
         super().__init__("it is damaged on disk")
 
 
-class Known(NamedTuple):
+class CachedText(NamedTuple):
     """What stays of a record in memory when its images do not: a row that shows none of them
     is made of this alone.
 
@@ -216,7 +218,7 @@ class Known(NamedTuple):
     damaged: bool
 
 
-class Records:
+class RecordCache:
     """Records by position. What is read stays in memory until `cache_bytes` are used; the rest
     is read again when it is asked for, but for what was
     made of its texts, which has a budget of its own: tokens are small, and making them may take
@@ -243,7 +245,7 @@ class Records:
         self._size, self._fit = image_size, image_fit
         self._left, self._left_for_texts = cache_bytes, TEXT_BYTES
         self._kept: dict[int, Record] = {}
-        self._known: dict[int, Known] = {}
+        self._known: dict[int, CachedText] = {}
 
     def __len__(self) -> int:
         return len(self._source)
@@ -292,7 +294,7 @@ class Record:
         fit: images.Fit = "pad",
         *,
         with_images: bool = True,
-        known: Known | None = None,
+        known: CachedText | None = None,
     ):
         self._source, self._place, self._feature, self._keep = source, place, feature, with_images
         self._size, self._fit = size, fit
@@ -304,7 +306,9 @@ class Record:
         self._loading = threading.Lock()
         if known is None:
             counts = self._load()
-            known = Known(strings([self.fields["id"]])[0], counts, {}, UNREADABLE in self.fields)
+            known = CachedText(
+                strings([self.fields["id"]])[0], counts, {}, UNREADABLE in self.fields
+            )
         self.known = known
         self.id, self.frame_counts, self.made, self.damaged = known
 

@@ -10,23 +10,22 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from data_pipelines.encoded import EncodedImages, Encoder, load_or_encode
+from data_pipelines.feature_cache import CachedFeatures, Encoder, load_or_encode
 from data_pipelines.features import dataset_folder
-from data_pipelines.items import Items
 from data_pipelines.readers import PendingBatch, Readers, Work
 from data_pipelines.records import (
     IMAGE_FEATURES,
     DamagedError,
     Failures,
     Record,
-    Records,
+    RecordCache,
     open_records,
 )
-from data_pipelines.transforms.blanks import Blanks
-from data_pipelines.transforms.boards import Board, feature_canvas, image_canvas, show
+from data_pipelines.row_items import RowItems
+from data_pipelines.transforms.buffers import BufferPool
 from data_pipelines.transforms.examples import (
     Arrays,
-    Draws,
+    RecordRandom,
     Segment,
     answer_of,
     assemble,
@@ -37,8 +36,14 @@ from data_pipelines.transforms.examples import (
     strings,
     text_segment,
 )
-from data_pipelines.transforms.lengths import Choices, load_or_measure, measure
-from data_pipelines.transforms.packing import Plan, plan
+from data_pipelines.transforms.lengths import CaptionChoices, load_or_measure, measure
+from data_pipelines.transforms.packing import PackingPlan, plan_rows
+from data_pipelines.transforms.visual_buffer import (
+    VisualBuffer,
+    feature_format,
+    image_format,
+    schedule_reads,
+)
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import DatasetConfig
 from flamingo_jax.partitioning.host_shard import WHOLE_BATCH, HostShard
@@ -56,7 +61,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Making:
+class RowSpec:
     """What rows are made from and for. training: False makes no draws, so that every visit of a
     record is the same. encoder: rows hold its features in place of images.
     """
@@ -84,7 +89,7 @@ class PlannedRow(NamedTuple):
 
     items: np.ndarray
     epoch: int
-    choices: Choices | None
+    choices: CaptionChoices | None
 
 
 class Visit(NamedTuple):
@@ -95,7 +100,7 @@ class Visit(NamedTuple):
     segment: Segment
 
 
-class Standing(NamedTuple):
+class VisualLayout(NamedTuple):
     """Where the visuals of a share's rows stand, which is the same in every batch.
 
     visuals: int32 [B, N], row * N + place in the global batch. decoded: M, those that are
@@ -110,7 +115,7 @@ class Standing(NamedTuple):
 
     @classmethod
     @functools.cache
-    def of(cls, host_shard: HostShard, size: int, visuals: int) -> "Standing":
+    def of(cls, host_shard: HostShard, size: int, visuals: int) -> "VisualLayout":
         """Of batches of `size` rows with `visuals` each."""
         own, listed = host_shard.row_visuals(size, visuals), host_shard.visuals(size, visuals)
         places = {visual: place for place, visual in enumerate(listed.tolist())}
@@ -119,13 +124,13 @@ class Standing(NamedTuple):
         )
 
 
-class Rows:
+class RowReader:
     """Every row of every epoch by its place in the endless stream of rows.
 
     Safe to use from several threads.
     """
 
-    def __init__(self, making: Making, source: Sequence[Any] | None, cache_bytes: int):
+    def __init__(self, making: RowSpec, source: Sequence[Any] | None, cache_bytes: int):
         """source: records in place of those at the dataset's path; cache_bytes: records stay in
         memory until these are used.
         """
@@ -154,7 +159,7 @@ class Rows:
                 f"the split {dataset.split!r} of the dataset {self.name} is empty; name another"
                 " split"
             )
-        self._records = Records(
+        self._records = RecordCache(
             opened,
             dataset.kind,
             making.image_size,
@@ -166,7 +171,7 @@ class Rows:
         self._cut = np.zeros(len(opened), bool)
         self._items = self._make_items(opened, source is None)
         self._lock = threading.Lock()
-        self._plans: dict[int, tuple[Plan, Choices | None]] = {}
+        self._plans: dict[int, tuple[PackingPlan, CaptionChoices | None]] = {}
         self._count = self._whole_batches()
         self._dropped = 0
         self._first, _ = self._plan(0)
@@ -176,12 +181,12 @@ class Rows:
                 f"nothing in the dataset {self.name} fits a row of {dataset.max_length} tokens and"
                 f" {dataset.visuals} visuals; raise its `max_length` or `visuals`"
             )
-        self._canvas = image_canvas(making.image_size, making.mean)
-        self._blanks = Blanks()
-        self._encoded: EncodedImages | None = None
+        self._canvas = image_format(making.image_size, making.mean)
+        self._blanks = BufferPool()
+        self._encoded: CachedFeatures | None = None
         if making.encoder is not None and self._looks:
             self._encoded = self._encode(opened, making.encoder)
-            self._canvas = feature_canvas(self._encoded.shape, self._encoded.dtype)
+            self._canvas = feature_format(self._encoded.shape, self._encoded.dtype)
 
     def __len__(self) -> int:
         """Rows in an epoch, the same in every epoch."""
@@ -198,7 +203,7 @@ class Rows:
         items, size = len(self._items.record), self._making.dataset.batch_size
         return items - items % size if items >= size else None
 
-    def _encode(self, opened: Sequence[Any], encoder: Encoder) -> EncodedImages:
+    def _encode(self, opened: Sequence[Any], encoder: Encoder) -> CachedFeatures:
         dataset = self._making.dataset
         if dataset.flip or dataset.colour:
             raise UserError(
@@ -219,13 +224,13 @@ class Rows:
             count=count,
         )
 
-    def _make_items(self, opened: Sequence[Any], stored: bool) -> Items:
+    def _make_items(self, opened: Sequence[Any], stored: bool) -> RowItems:
         dataset = self._making.dataset
         contrastive = self._making.task == "contrastive"
         if contrastive and dataset.kind == "pairs":
             count = np.arange(len(opened), dtype=np.int32)
             self._measured = self._lengths = None
-            return Items(
+            return RowItems(
                 count,
                 np.zeros_like(count),
                 np.ones_like(count),
@@ -255,14 +260,14 @@ class Rows:
                 f" {self.name}; raise its `max_length`"
             )
         if contrastive:
-            return Items.by_visual(lengths)
+            return RowItems.by_visual(lengths)
         if self._looks:
-            return Items.of(lengths, dataset)
+            return RowItems.of(lengths, dataset)
         # As texts, questions share nothing.
-        items = Items.of(dataclasses.replace(lengths, same=np.zeros_like(lengths.same)), dataset)
+        items = RowItems.of(dataclasses.replace(lengths, same=np.zeros_like(lengths.same)), dataset)
         return dataclasses.replace(items, visuals=np.zeros_like(items.visuals))
 
-    def _choose(self, epoch: int) -> Choices | None:
+    def _choose(self, epoch: int) -> CaptionChoices | None:
         """Captions are chosen before rows are planned: a row planned for the longest of several
         would be a third empty.
         """
@@ -272,10 +277,10 @@ class Rows:
         return (
             self._lengths.choose(making.dataset.leading_space, making.seed, epoch, making.name)
             if making.training
-            else self._lengths.first_choices()
+            else self._lengths.first_captions()
         )
 
-    def _plan(self, epoch: int) -> tuple[Plan, Choices | None]:
+    def _plan(self, epoch: int) -> tuple[PackingPlan, CaptionChoices | None]:
         with self._lock:
             if epoch not in self._plans:
                 # Threads read ahead over the end of an epoch, so two plans are alive at a time.
@@ -285,7 +290,7 @@ class Rows:
                 length = self._items.length
                 if choices is not None and self._lengths is not None:
                     length = np.minimum(self._lengths.of(choices), self._making.dataset.max_length)
-                made = plan(
+                made = plan_rows(
                     length,
                     self._items.visuals,
                     row_length=self._making.dataset.max_length,
@@ -331,7 +336,7 @@ class Rows:
             return self._pairs(batch, rows)
         if self._looks:
             return self._visuals(
-                batch, rows, Standing.of(host_shard, size, self._making.dataset.visuals)
+                batch, rows, VisualLayout.of(host_shard, size, self._making.dataset.visuals)
             )
         made: list[list[Segment]] = [[] for _ in rows]
         for row, segments in zip(rows, made, strict=True):
@@ -348,10 +353,10 @@ class Rows:
 
     def _draws(
         self, epoch: int, record_id: str, caption: tuple[int, bool] | None = None
-    ) -> Draws | None:
+    ) -> RecordRandom | None:
         making = self._making
         return (
-            Draws(making.seed, epoch, record_id, caption, dataset=making.name)
+            RecordRandom(making.seed, epoch, record_id, caption, dataset=making.name)
             if making.training
             else None
         )
@@ -424,8 +429,8 @@ class Rows:
             " changed since; remove the files lengths_* that lie beside them and start again"
         )
 
-    def _board(self, visuals: int, frames: int) -> Board:
-        return Board.make(
+    def _board(self, visuals: int, frames: int) -> VisualBuffer:
+        return VisualBuffer.make(
             self._canvas,
             self._blanks,
             visuals,
@@ -434,7 +439,7 @@ class Rows:
         )
 
     def _visuals(
-        self, batch: PendingBatch, rows: Sequence[PlannedRow], standing: Standing
+        self, batch: PendingBatch, rows: Sequence[PlannedRow], standing: VisualLayout
     ) -> Callable[[], Arrays]:
         """Rows with the visuals that are decoded here.
 
@@ -516,16 +521,17 @@ class Rows:
     def _show(
         self,
         visits: Sequence[Visit],
-        board: Board,
+        board: VisualBuffer,
         places: Sequence[int | None],
         add: Callable[[Work], None],
     ) -> int:
-        """Adds the work of putting a row's visuals on the board in their `places` (see `show`).
-        How many of its records are read here: what other processes read they count, or a share
-        of all rows would be too small for the failures that are met here.
+        """Adds the work of reading a row's visuals to their `places` (see `schedule_reads`).
+
+        Returns how many of its records are read here: what other processes read they count, or
+        a share of all rows would be too small for the failures that are met here.
         """
         failed = lambda number, error: self._failures.add(visits[number].record.id, error)
-        here = show(
+        here = schedule_reads(
             [visit.segment for visit in visits],
             [self._reader(visit) for visit in visits],
             failed,
@@ -570,7 +576,7 @@ class Rows:
             batch.add(functools.partial(read, number))
         return finish
 
-    def _contrastive(self, row: PlannedRow, board: Board, number: int) -> np.ndarray:
+    def _contrastive(self, row: PlannedRow, board: VisualBuffer, number: int) -> np.ndarray:
         """Tokens of a pair, whose image becomes the board's visual of this number. One whose
         image cannot be read is an empty image without one token, which the loss leaves out.
 
@@ -600,11 +606,11 @@ class Rows:
             ids = np.append(ids[: length - 1], ids[-1])
         return ids
 
-    def _caption(self, record: Record, draws: Draws | None) -> np.ndarray:
+    def _caption(self, record: Record, draws: RecordRandom | None) -> np.ndarray:
         caption = caption_of(record.fields, draws)
         return record.once(caption, lambda: text_tokens(caption, self._making.tokenizer))
 
-    def _told(self, first: int, count: int, draws: Draws | None) -> np.ndarray:
+    def _told(self, first: int, count: int, draws: RecordRandom | None) -> np.ndarray:
         """<BOS>, whole questions with their answers, in any order, <EOS>: int32 [n], n at most
         the text's length where one of them fits it.
         """

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from data_pipelines.mixture import BatchIterator
+from data_pipelines.batches import BatchIterator
 from data_pipelines.readers import Readers
 from flamingo_jax.processing import images
 
@@ -24,7 +24,7 @@ taken.
 """
 
 
-class Reading(NamedTuple):
+class ReadingSpeed(NamedTuple):
     """Images a second of the bare loop and of the rows. fill: part of the rows' tokens that
     is no padding. images: met in one pass.
     """
@@ -40,7 +40,7 @@ class Reading(NamedTuple):
         return self.rows / self.bare
 
 
-def time_reading(iterator: BatchIterator, image_size: int, batches: int) -> Reading:
+def time_reading(iterator: BatchIterator, image_size: int, batches: int) -> ReadingSpeed:
     """Makes the first `batches` batches of an iterator that reads nothing ahead and keeps no
     image, and decodes their images alone.
 
@@ -62,7 +62,7 @@ def time_reading(iterator: BatchIterator, image_size: int, batches: int) -> Read
             seconds["bare"].append(_seconds(bare(data, image_size) for data in encoded))
             seconds["rows"].append(_seconds(rows()))
     rate = {name: len(encoded) / statistics.median(taken) for name, taken in seconds.items()}
-    return Reading(
+    return ReadingSpeed(
         rate["bare"], rate["rows"], statistics.fmean(full) if full else 0.0, len(encoded)
     )
 

@@ -38,12 +38,12 @@ from rich.table import Table
 
 from configs.base import COLOUR
 from configs.benchmark import experiment_of
+from data_pipelines.batches import make_iterator
 from data_pipelines.features import dataset_folder, kind_of
-from data_pipelines.inputs import make_iterators
-from data_pipelines.mixture import make_iterator
+from data_pipelines.iterators import make_iterators
 from data_pipelines.readers import Readers
 from data_pipelines.records import IMAGE_FEATURES
-from data_pipelines.timing import Reading, time_readers, time_reading, waiting_share
+from data_pipelines.timing import ReadingSpeed, time_readers, time_reading, waiting_share
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import DatasetConfig, Experiment
 from flamingo_jax.planning.timing import Timing, time_step
@@ -222,7 +222,7 @@ def _dataset(path: str) -> DatasetConfig:
 
 
 def _reading_table(
-    readings: dict[str, Reading], paces: dict[str, dict[int, float]], share: float
+    readings: dict[str, ReadingSpeed], paces: dict[str, dict[int, float]], share: float
 ) -> Table:
     table = Table(
         "dataset",

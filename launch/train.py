@@ -24,7 +24,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from data_pipelines.inputs import held_out_batches, make_iterators
+from data_pipelines.iterators import held_out_batches, make_iterators
 from data_pipelines.readers import Readers
 from flamingo_jax import errors
 from flamingo_jax.distributed.coordinator import END, Timeouts

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from data_pipelines.build.world import World
+from data_pipelines.build.world import WorldSource
 from data_pipelines.build.writer import write_dataset
 from flamingo_jax.dataset_identity import (
     Identity,
@@ -24,10 +24,10 @@ from flamingo_jax.experiment import DatasetConfig, Experiment
 def built(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A dataset as launch.build_data lays it out: NAME/1.0.0/NAME-SPLIT.array_record-..."""
     folder = tmp_path_factory.mktemp("built")
-    write_dataset(folder / "text", World("text", 0, 40))
-    write_dataset(folder / "other" / "text", World("text", 1, 40))
-    write_dataset(folder / "more" / "text", World("text", 0, 41))
-    write_dataset(folder / "again" / "text", World("text", 0, 40))
+    write_dataset(folder / "text", WorldSource("text", 0, 40))
+    write_dataset(folder / "other" / "text", WorldSource("text", 1, 40))
+    write_dataset(folder / "more" / "text", WorldSource("text", 0, 41))
+    write_dataset(folder / "again" / "text", WorldSource("text", 0, 40))
     return folder
 
 

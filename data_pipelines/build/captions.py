@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from data_pipelines.build.files import LINKED, NoFile, Spelled, find
+from data_pipelines.build.files import LINKED, NameResolver, NoFile, find
 from data_pipelines.build.text_files import (
     EMPTY,
     NOT_A_TEXT,
@@ -110,7 +110,7 @@ class Captions(NamedTuple):
     bad: list[str]
 
 
-def read_captions(file: pathlib.Path, key: str, spelled: Spelled) -> Captions:
+def read_captions(file: pathlib.Path, key: str, spelled: NameResolver) -> Captions:
     """Captions by file name as `spelled` has it.
 
     A line has the name under `key` and `captions` (a list) or `caption`; lines about the same

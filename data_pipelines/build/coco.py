@@ -9,13 +9,13 @@ from typing import Any
 from data_pipelines.build.captions import NO_CAPTION, Texts, file_name, why_no_text
 from data_pipelines.build.files import existing_folder
 from data_pipelines.build.images import ANY_IMAGE, ImageRules, Unfit
-from data_pipelines.build.shards import Found, files_in, folders_of, read_named
+from data_pipelines.build.input_files import InputFile, files_in, folders_of, read_named
 from data_pipelines.build.source import (
     DEFAULT_SHARES,
-    Dropped,
-    Example,
-    Outcome,
+    Converted,
+    DroppedRecord,
     Shares,
+    SplitRecord,
     record_id,
 )
 from data_pipelines.build.text_files import NOT_A_TEXT, NOT_UTF8, as_utf8, decode, parsed
@@ -27,7 +27,7 @@ BAD_ANNOTATION = "annotation without a caption for one of the images"
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class CocoImage:
     """An image by the folders it may lie in, its name and captions, or what is of no use.
 
     no_captions: for each caption that is of no use the reason; `bad` is that of the entry.
@@ -67,7 +67,7 @@ class Coco:
     def options(self) -> dict[str, Any]:
         return {"source": type(self).__name__, **dataclasses.asdict(self)}
 
-    def entries(self) -> Sequence[Entry]:
+    def entries(self) -> Sequence[CocoImage]:
         for folder in self.images:
             existing_folder(folder, "--images")
         return [
@@ -76,20 +76,20 @@ class Coco:
             for entry in self._entries(file)
         ]
 
-    def convert(self, entry: Entry) -> list[Outcome]:
+    def convert(self, entry: CocoImage) -> list[Converted]:
         if entry.bad:
-            return [Dropped(entry.bad)]
+            return [DroppedRecord(entry.bad)]
         lost = entry.no_captions
         if not entry.captions:
-            return [Dropped(NO_CAPTION, texts_dropped=lost)]
+            return [DroppedRecord(NO_CAPTION, texts_dropped=lost)]
         try:
             image = self.rules.store(read_named(entry.folders, entry.name))
         except Unfit as error:
-            return [Dropped(str(error), texts_dropped=lost)]
+            return [DroppedRecord(str(error), texts_dropped=lost)]
         fields = {"id": entry.id, "image": image, "captions": list(entry.captions)}
-        return [Example(self.shares.split(entry.id), fields, texts_dropped=lost)]
+        return [SplitRecord(self.shares.split(entry.id), fields, texts_dropped=lost)]
 
-    def _entries(self, file: Found) -> list[Entry]:
+    def _entries(self, file: InputFile) -> list[CocoImage]:
         try:
             content = parsed(decode(file.path.read_bytes()))
             images, annotations = content["images"], content["annotations"]
@@ -130,9 +130,9 @@ class Coco:
         for number, name in names.items():
             # Two images of one name, which the ids of the file tell apart.
             name_id = record_id(self.inputs, file.root, f"{name}#{number}" if name in met else name)
-            made.append(Entry(name_id, name, folders, *captions[number]))
+            made.append(CocoImage(name_id, name, folders, *captions[number]))
             met.add(name)
-        return made + [Entry(file.name, bad=reason) for reason in bad]
+        return made + [CocoImage(file.name, bad=reason) for reason in bad]
 
 
 def _id(value: Any) -> str:

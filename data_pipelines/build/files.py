@@ -48,7 +48,7 @@ class NoFile(Unfit):
     """There is no such file that may be read; the message is the reason."""
 
 
-class Refused(NamedTuple):
+class RefusedPath(NamedTuple):
     """A file or folder that a walk met and that is not read. name: below the folder walked."""
 
     name: str
@@ -61,7 +61,7 @@ class Listing:
     """Names of the files below a folder, parted by "/", in the order of their parts."""
 
     names: tuple[str, ...]
-    refused: tuple[Refused, ...] = ()
+    refused: tuple[RefusedPath, ...] = ()
 
     def ending(self, suffixes: Iterable[str]) -> "Listing":
         """The files that end in one of these, in any case, and whatever else was refused."""
@@ -116,7 +116,7 @@ def walk(
     root = str(folder)
     own, places = _inside((root,)), _inside((root, *given))
     names: list[str] = []
-    refused: list[Refused] = []
+    refused: list[RefusedPath] = []
     folders, links, seen = [""], list[str](), set[str]()
     while folders or links:
         here = folders.pop() if folders else links.pop(0)
@@ -127,7 +127,7 @@ def walk(
         try:
             entries = read_with_retries(functools.partial(_entries, real), real, LASTING)
         except OSError:
-            refused.append(Refused(here or ".", UNLISTED, is_folder=True))
+            refused.append(RefusedPath(here or ".", UNLISTED, is_folder=True))
             continue
         for entry in entries:
             if entry.name.startswith(".") or entry.name in FILLERS:
@@ -139,17 +139,17 @@ def walk(
                 elif entry.is_file():
                     names.append(name)
                 else:
-                    refused.append(Refused(name, NOT_A_FILE))
+                    refused.append(RefusedPath(name, NOT_A_FILE))
                 continue
             target = os.path.realpath(entry.path)
             if not os.path.isdir(target):
                 reason = _why_not(entry.path, places)
-                refused += [Refused(name, reason)] if reason else []
+                refused += [RefusedPath(name, reason)] if reason else []
                 names += [] if reason else [name]
             elif own(target):
                 links.append(name)
             elif not places(target):
-                refused.append(Refused(name, LINKED_FOLDER, is_folder=True))
+                refused.append(RefusedPath(name, LINKED_FOLDER, is_folder=True))
     names.sort(key=lambda name: name.split("/"))
     found = Listing(tuple(names), tuple(sorted(refused)))
     return found.ending(suffixes) if suffixes else found
@@ -198,7 +198,7 @@ def read(path: str | pathlib.Path, most: int = MAX_BYTES, too_large: str = TOO_L
     return data
 
 
-class Spelled:
+class NameResolver:
     """The one name of each file of a listing, so that all that is said of a file comes
     together.
     """

@@ -14,11 +14,11 @@ from typing import Any
 from lxml import etree
 
 from data_pipelines.build.files import FileEntry, NoFile, file_entries, read
-from data_pipelines.build.html_places import NO_ADDRESS, read_place
-from data_pipelines.build.html_walk import Image, Page, TooDeep, walk
+from data_pipelines.build.html_addresses import NO_ADDRESS, read_address
+from data_pipelines.build.html_walk import HtmlPage, PageImage, TooDeep, walk
 from data_pipelines.build.images import ImageRules, Unfit
-from data_pipelines.build.interleaved import PAGES_RULES, Shown, make_page
-from data_pipelines.build.source import DEFAULT_SHARES, Dropped, Outcome, Shares, record_id
+from data_pipelines.build.interleaved import PAGES_RULES, ImageRef, make_page
+from data_pipelines.build.source import DEFAULT_SHARES, Converted, DroppedRecord, Shares, record_id
 
 SUFFIXES = {".html", ".htm", ".xhtml", ".xht"}
 MAX_PAGE = 32 << 20
@@ -55,39 +55,41 @@ class HtmlPages:
     def entries(self) -> Sequence[FileEntry]:
         return file_entries(self.folders, SUFFIXES, "HTML page")
 
-    def convert(self, entry: FileEntry) -> list[Outcome]:
+    def convert(self, entry: FileEntry) -> list[Converted]:
         if entry.bad:
-            return [Dropped(entry.bad)]
+            return [DroppedRecord(entry.bad)]
         root, name = pathlib.Path(entry.folder), entry.name
         try:
             page = _walked(root / name)
         except NoFile as error:
-            return [Dropped(str(error))]
+            return [DroppedRecord(str(error))]
         page_id = record_id(self.folders, root, name)
         items = self._items(root, root / name, page)
         return [make_page(page_id, self.shares.split(page_id), items, self.rules)]
 
-    def _items(self, root: pathlib.Path, file: pathlib.Path, page: Page) -> Iterator[str | Shown]:
+    def _items(
+        self, root: pathlib.Path, file: pathlib.Path, page: HtmlPage
+    ) -> Iterator[str | ImageRef]:
         for item in page.items:
             if isinstance(item, str):
                 yield item
                 continue
             after = f"\n{item.alternative}\n" if self.alt_text and item.alternative else ""
             reads = self._reads(root, file, page.base, item)
-            yield Shown(reads[0], after, tuple(reads[1:]))
+            yield ImageRef(reads[0], after, tuple(reads[1:]))
 
     def _reads(
-        self, root: pathlib.Path, file: pathlib.Path, base: str, image: Image
+        self, root: pathlib.Path, file: pathlib.Path, base: str, image: PageImage
     ) -> list[Callable[[], bytes]]:
         if image.unread or not image.places:
             return [functools.partial(_refuse, image.unread or NO_ADDRESS)]
         return [
-            functools.partial(read_place, root, file, place, base, self.folders)
+            functools.partial(read_address, root, file, place, base, self.folders)
             for place in image.places
         ]
 
 
-def _walked(file: pathlib.Path) -> Page:
+def _walked(file: pathlib.Path) -> HtmlPage:
     """Raises NoFile."""
     data = read(file, MAX_PAGE, TOO_LARGE)
     try:

@@ -73,7 +73,7 @@ class TooDeep(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Image:
+class PageImage:
     """An image of a page. places: its addresses as they stand there, the likeliest first;
     unread: why it is not looked at, "" where it is.
     """
@@ -84,14 +84,14 @@ class Image:
 
 
 @dataclasses.dataclass(frozen=True)
-class Page:
+class HtmlPage:
     """items: in document order; line ends mark where blocks begin and end. base: of addresses."""
 
-    items: list[str | Image]
+    items: list[str | PageImage]
     base: str = ""
 
 
-def walk(page: bytes) -> Page:
+def walk(page: bytes) -> HtmlPage:
     """Raises ValueError (LookupError for the encoding) where there is nothing to be read."""
     text = decode(page)
     if not text.strip():
@@ -102,14 +102,14 @@ def walk(page: bytes) -> Page:
     for start in range(0, len(data), FED):  # What `reader` raises ends the parsing between two.
         parser.feed(data[start : start + FED])
     parser.close()
-    return Page(reader.items, reader.base)
+    return HtmlPage(reader.items, reader.base)
 
 
 class _Reader:
     """Takes the parser's events. Elements that are not read are those within `_unread`."""
 
     def __init__(self, ends: int):
-        self.items: list[str | Image] = []
+        self.items: list[str | PageImage] = []
         self.base = ""
         self._most = WORK // max(1, ends)
         self._depth = 0
@@ -187,7 +187,7 @@ class _Reader:
         addresses = [*_late(attributes), *sources, *_set(attributes.get("srcset")), own]
         places = tuple(dict.fromkeys(filter(None, addresses)))[:PLACES]
         reason = self._unread[1] if self._unread else ""
-        image = Image(places, " ".join((attributes.get("alt") or "").split()), reason)
+        image = PageImage(places, " ".join((attributes.get("alt") or "").split()), reason)
         if self._sources is not None:
             self._sources = []
         self._near.add(self.items, image, spare=self._noscript is not None)
@@ -202,7 +202,7 @@ class _Near:
         self._alone: set[int] = set()
         self._last: tuple[int, bool] | None = None
 
-    def add(self, items: list[str | Image], image: Image, *, spare: bool) -> None:
+    def add(self, items: list[str | PageImage], image: PageImage, *, spare: bool) -> None:
         """Appends an image to the page's items, or joins it to its twin there."""
         twin = self._twin(image, spare)
         place = len(items) if twin is None else twin
@@ -212,13 +212,13 @@ class _Near:
             self._last = place, spare
         else:
             other = items[twin]
-            assert isinstance(other, Image)
+            assert isinstance(other, PageImage)
             items[twin] = _one(other, image) if spare else _one(image, other)
             self._alone.remove(twin)
         for address in image.places:
             self._by_address[spare].setdefault(address, place)
 
-    def _twin(self, image: Image, spare: bool) -> int | None:
+    def _twin(self, image: PageImage, spare: bool) -> int | None:
         known = (self._by_address[not spare].get(address) for address in image.places)
         for place in known:
             if place in self._alone:
@@ -228,10 +228,10 @@ class _Near:
         return None
 
 
-def _one(first: Image, second: Image) -> Image:
+def _one(first: PageImage, second: PageImage) -> PageImage:
     places = tuple(dict.fromkeys((*first.places, *second.places)))
     alternative = first.alternative or second.alternative
-    return Image(places, alternative, first.unread and second.unread)
+    return PageImage(places, alternative, first.unread and second.unread)
 
 
 def _unread(tag: str, attributes: dict[str, str]) -> str:

@@ -8,7 +8,7 @@ import dataclasses
 import pathlib
 from typing import Any, ClassVar
 
-from data_pipelines.build.captioned import CaptionedFolder, Unusable
+from data_pipelines.build.captioned_folder import CaptionedFolder, Unusable
 from data_pipelines.build.files import read
 from data_pipelines.build.images import ANY_IMAGE, ImageRules, Unfit
 

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable
 
 from data_pipelines.build.images import ImageRules, Unfit
-from data_pipelines.build.source import Dropped, Example, Outcome
+from data_pipelines.build.source import Converted, DroppedRecord, SplitRecord
 
 PAGES_RULES = ImageRules(min_side=64, max_aspect=3.0)
 MAX_IMAGES = 1_000
@@ -22,7 +22,7 @@ class Verbatim(str):
 
 
 @dataclasses.dataclass(frozen=True)
-class Shown:
+class ImageRef:
     """An image of a document. read: its file, raises Unfit; after: text that follows it where
     it is fit; others: where else it may lie, tried in order until a fit image is found.
     """
@@ -42,7 +42,9 @@ class Shown:
         raise reasons[0]
 
 
-def make_page(name: str, split: str, items: Iterable[str | Shown], rules: ImageRules) -> Outcome:
+def make_page(
+    name: str, split: str, items: Iterable[str | ImageRef], rules: ImageRules
+) -> Converted:
     """Texts and images as a record; images that are unfit are left out and counted, and
     pages that keep none are dropped.
     """
@@ -64,10 +66,12 @@ def make_page(name: str, split: str, items: Iterable[str | Shown], rules: ImageR
             unfit.append(str(error))
     texts = [joined(parts) for parts in pieces]
     if not images:
-        return Dropped("page without an image that is fit", tuple(unfit))
+        return DroppedRecord("page without an image that is fit", tuple(unfit))
     if not any(texts):
-        return Dropped("page without text", (*unfit, *["on a page without text"] * len(images)))
-    return Example(split, {"id": name, "texts": texts, "images": images}, tuple(unfit))
+        return DroppedRecord(
+            "page without text", (*unfit, *["on a page without text"] * len(images))
+        )
+    return SplitRecord(split, {"id": name, "texts": texts, "images": images}, tuple(unfit))
 
 
 def joined(pieces: Iterable[str]) -> str:

@@ -21,23 +21,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_pipelines.build.byte_ranges import ByteRange, why
 from data_pipelines.build.captions import is_missing, why_no_text
 from data_pipelines.build.files import existing_folder
 from data_pipelines.build.images import ImageRules, Unfit
-from data_pipelines.build.interleaved import PAGES_RULES, Shown, make_page
-from data_pipelines.build.pieces import Piece, why
-from data_pipelines.build.shards import (
-    Found,
+from data_pipelines.build.input_files import (
+    InputFile,
     address_key,
     by_address,
     files_in,
     folders_of,
     reader,
 )
+from data_pipelines.build.interleaved import PAGES_RULES, ImageRef, make_page
 from data_pipelines.build.source import (
     DEFAULT_SHARES,
-    Dropped,
-    Outcome,
+    Converted,
+    DroppedRecord,
     Shares,
     Stream,
     record_id,
@@ -47,7 +47,7 @@ from data_pipelines.build.tars import SUFFIXES
 from data_pipelines.build.text_files import (
     NOT_UTF8,
     TOO_LONG,
-    TooLong,
+    TooLongLine,
     decode,
     parsed,
     text_lines,
@@ -63,16 +63,16 @@ UNMATCHED = "matched to no sentence"
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class Mmc4Document:
     """A document: a line of a file, or a file of a shard; `bad` says why there is none.
 
     downloaded: for each image its file, where it is known by its address.
     """
 
     id: str
-    text: str | Piece = ""
+    text: str | ByteRange = ""
     bad: str = ""
-    downloaded: tuple[Piece | None, ...] = ()
+    downloaded: tuple[ByteRange | None, ...] = ()
 
     def __str__(self) -> str:
         return self.id
@@ -85,7 +85,7 @@ class Match(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Mmc4:
-    """inputs: the JSON lines. images: folders of images, by name or as `shards.by_address`
+    """inputs: the JSON lines. images: folders of images, by name or as `input_files.by_address`
     says, by default those of the lines.
 
     min_similarity: images less similar to their sentence are left out. A cosine from -1 to 1;
@@ -110,7 +110,7 @@ class Mmc4:
     def options(self) -> dict[str, Any]:
         return {"source": type(self).__name__, **dataclasses.asdict(self)}
 
-    def entries(self) -> Stream[Entry]:
+    def entries(self) -> Stream[Mmc4Document]:
         if not -1 <= self.min_similarity <= 1:
             raise UserError(
                 f"--min_similarity={self.min_similarity:g} is no cosine: similarities of MMC4"
@@ -122,7 +122,7 @@ class Mmc4:
         beside = () if all(map(_is_shard, files)) else folders_of(self.inputs)
         downloaded = by_address(self.images or beside)
 
-        def documents() -> Iterator[Entry]:
+        def documents() -> Iterator[Mmc4Document]:
             for file in files:
                 for entry in self._shard(file) if _is_shard(file) else self._lines(file):
                     known = _downloaded(entry, downloaded) if downloaded else ()
@@ -130,31 +130,31 @@ class Mmc4:
 
         return Stream(sum(map(_about_how_many, files)), documents)
 
-    def convert(self, entry: Entry) -> list[Outcome]:
+    def convert(self, entry: Mmc4Document) -> list[Converted]:
         if entry.bad:
-            return [Dropped(entry.bad)]
+            return [DroppedRecord(entry.bad)]
         try:
             text = _text(entry)
         except OSError as error:
-            return [Dropped(why(error))]
+            return [DroppedRecord(why(error))]
         if not text.strip():
             return []
         record = parsed(text)
         try:
             told, images = record["text_list"], record["image_info"]
         except (KeyError, TypeError):
-            return [Dropped(BAD_LINE)]
+            return [DroppedRecord(BAD_LINE)]
         if not isinstance(told, list) or not isinstance(images, list):
-            return [Dropped(BAD_LINE)]
+            return [DroppedRecord(BAD_LINE)]
         reasons = [None if text == "" else why_no_text(text) for text in told]
         texts_lost = tuple(reason for reason in reasons if reason)
         if texts_lost and len(texts_lost) == len(told):
-            return [Dropped(NOT_UTF8 if NOT_UTF8 in texts_lost else BAD_LINE)]
+            return [DroppedRecord(NOT_UTF8 if NOT_UTF8 in texts_lost else BAD_LINE)]
         # An empty sentence in place of a lost one: images name their sentences by place.
         sentences = ["" if reason else text for text, reason in zip(told, reasons, strict=True)]
         folders = self.images or folders_of(self.inputs)
         matches = match(images, len(sentences), record.get("similarity_matrix"))
-        before: list[list[Shown]] = [[] for _ in sentences]
+        before: list[list[ImageRef]] = [[] for _ in sentences]
         lost = []
         for place, (image, matched) in enumerate(zip(images, matches, strict=True)):
             if matched is None:
@@ -163,37 +163,37 @@ class Mmc4:
                 lost.append(f"similarity under {self.min_similarity:g}")
             else:
                 piece = entry.downloaded[place] if place < len(entry.downloaded) else None
-                before[matched.sentence].append(Shown(_reader(image, folders, piece)))
-        items: list[str | Shown] = []
+                before[matched.sentence].append(ImageRef(_reader(image, folders, piece)))
+        items: list[str | ImageRef] = []
         for shown, sentence in zip(before, sentences, strict=True):
             items += [*shown, f"{sentence} "]
         outcome = make_page(entry.id, self.shares.split(entry.id), items, self.rules)
         parts_lost = (*lost, *outcome.parts_dropped)
         return [dataclasses.replace(outcome, parts_dropped=parts_lost, texts_dropped=texts_lost)]
 
-    def _lines(self, file: Found) -> Iterator[Entry]:
+    def _lines(self, file: InputFile) -> Iterator[Mmc4Document]:
         name = record_id(self.inputs, file.root, file.name)
         try:
             for number, line in enumerate(text_lines(file.path)):
-                if isinstance(line, TooLong):
-                    yield Entry(f"{name}#{number}", bad=TOO_LONG)
+                if isinstance(line, TooLongLine):
+                    yield Mmc4Document(f"{name}#{number}", bad=TOO_LONG)
                 else:
-                    yield Entry(f"{name}#{number}", line)
+                    yield Mmc4Document(f"{name}#{number}", line)
         except OSError as error:
             raise unreadable(file.path, error) from error
 
-    def _shard(self, file: Found) -> Iterator[Entry]:
+    def _shard(self, file: InputFile) -> Iterator[Mmc4Document]:
         name = record_id(self.inputs, file.root, file.name)
         for sample in samples(file.path):
             if isinstance(sample, str):
-                yield Entry(name, bad=sample)
+                yield Mmc4Document(name, bad=sample)
             elif sample.about is None:
-                yield Entry(f"{name}/{sample.key}", bad=NO_DOCUMENT)
+                yield Mmc4Document(f"{name}/{sample.key}", bad=NO_DOCUMENT)
             else:
-                yield Entry(f"{name}/{sample.key}", sample.about)
+                yield Mmc4Document(f"{name}/{sample.key}", sample.about)
 
 
-def _files(inputs: Sequence[str]) -> list[Found]:
+def _files(inputs: Sequence[str]) -> list[InputFile]:
     """Inputs that are files, .jsonl files of folders or, where there are none, tar shards."""
     try:
         return files_in(inputs, (".jsonl",), "file of MMC4")
@@ -201,19 +201,19 @@ def _files(inputs: Sequence[str]) -> list[Found]:
         return files_in(inputs, (".jsonl", *SUFFIXES), "file of MMC4")
 
 
-def _is_shard(file: Found) -> bool:
+def _is_shard(file: InputFile) -> bool:
     return file.name.lower().endswith(SUFFIXES)
 
 
-def _text(entry: Entry) -> str:
+def _text(entry: Mmc4Document) -> str:
     """Raises OSError."""
     return entry.text if isinstance(entry.text, str) else decode(entry.text.read())
 
 
 def _reader(
-    image: dict[str, Any], folders: Sequence[str], piece: Piece | None
+    image: dict[str, Any], folders: Sequence[str], piece: ByteRange | None
 ) -> Callable[[], bytes]:
-    """What reads an image: the document's own copy, or the file that `shards.reader` finds."""
+    """What reads an image: the document's own copy, or the file that `input_files.reader` finds."""
     within = image.get("image_base64")
     if not isinstance(within, str) or not within:
         return reader(folders, image.get("image_name"), piece)
@@ -269,7 +269,7 @@ def _similarities(matrix: Any, shape: tuple[int, int]) -> np.ndarray | None:
     return values if values.shape == shape and np.isfinite(values).all() else None
 
 
-def _downloaded(entry: Entry, known: dict[bytes, Piece]) -> tuple[Piece | None, ...]:
+def _downloaded(entry: Mmc4Document, known: dict[bytes, ByteRange]) -> tuple[ByteRange | None, ...]:
     try:
         record = parsed(_text(entry))
     except OSError:  # It is counted when the entry is converted.
@@ -286,7 +286,7 @@ def _downloaded(entry: Entry, known: dict[bytes, Piece]) -> tuple[Piece | None, 
     )
 
 
-def _about_how_many(file: Found) -> int:
+def _about_how_many(file: InputFile) -> int:
     """Documents, for the progress bar."""
     if _is_shard(file):
         return 1 + file.path.stat().st_size // SHARD_DOCUMENT

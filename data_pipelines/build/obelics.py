@@ -2,7 +2,7 @@
 
 A row has the lists `images` and `texts` of equal length; at each place one of them has an entry
 and the other has none. The published files hold addresses on the web in `images`; their
-images are looked for among what was downloaded (see `shards.by_address`: the output of
+images are looked for among what was downloaded (see `input_files.by_address`: the output of
 img2dataset, or files named by the SHA-256 of their address). Files that hold the images
 themselves, as bytes or as {"bytes": ...}, the form that Hugging Face's datasets have, need
 nothing else. An image that is not there is left out and counted. Where its authors found that
@@ -16,20 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipelines.build.files import existing_folder
 from data_pipelines.build.images import ImageRules
-from data_pipelines.build.interleaved import PAGES_RULES, Shown, make_page
-from data_pipelines.build.shards import (
-    Found,
-    Piece,
+from data_pipelines.build.input_files import (
+    ByteRange,
+    InputFile,
     address_key,
     by_address,
     files_in,
     folders_of,
     reader,
 )
+from data_pipelines.build.interleaved import PAGES_RULES, ImageRef, make_page
 from data_pipelines.build.source import (
     DEFAULT_SHARES,
-    Dropped,
-    Outcome,
+    Converted,
+    DroppedRecord,
     Shares,
     Stream,
     record_id,
@@ -48,11 +48,11 @@ BAD_ROWS = "row of a damaged part of a parquet file"
 BAD_ROW = "row without lists of images and texts"
 PARAGRAPH = "\n"
 END_OF_DOCUMENT = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"
-Item = str | bytes | Piece | None
+Item = str | bytes | ByteRange | None
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class ObelicsRow:
     """A row as texts, images (bytes, or where they lie) and, as None, those that are not
     there; or why it is of no use.
     """
@@ -88,7 +88,7 @@ class Obelics:
     def options(self) -> dict[str, Any]:
         return {"source": type(self).__name__, **dataclasses.asdict(self)}
 
-    def entries(self) -> Stream[Entry]:
+    def entries(self) -> Stream[ObelicsRow]:
         _parquet()
         for folder in self.images:
             existing_folder(folder, "--images")
@@ -96,30 +96,32 @@ class Obelics:
         counts = [_rows(file) for file in files]
         downloaded = by_address(self.images or folders_of(self.inputs))
 
-        def rows() -> Iterator[Entry]:
+        def rows() -> Iterator[ObelicsRow]:
             for file, count in zip(files, counts, strict=True):
                 yield from self._read(file, count, downloaded)
 
         return Stream(sum(max(1, count) for count in counts), rows)
 
-    def convert(self, entry: Entry) -> list[Outcome]:
+    def convert(self, entry: ObelicsRow) -> list[Converted]:
         if entry.bad:
-            return [Dropped(entry.bad)]
+            return [DroppedRecord(entry.bad)]
         split = self.shares.split(entry.id)
         outcomes = []
         for number, items in enumerate(_documents(entry.items)):
             name = f"{entry.id}/{number}" if number else entry.id
-            shown = [i + PARAGRAPH if isinstance(i, str) else Shown(_reader(i)) for i in items]
+            shown = [i + PARAGRAPH if isinstance(i, str) else ImageRef(_reader(i)) for i in items]
             outcomes.append(make_page(name, split, shown, self.rules))
         return outcomes
 
-    def _read(self, file: Found, count: int, downloaded: dict[bytes, Piece]) -> Iterator[Entry]:
+    def _read(
+        self, file: InputFile, count: int, downloaded: dict[bytes, ByteRange]
+    ) -> Iterator[ObelicsRow]:
         name = record_id(self.inputs, file.root, file.name)
         done = 0
         try:
             parquet = _parquet().ParquetFile(file.path, page_checksum_verification=True)
             if not set(COLUMNS) <= set(parquet.schema_arrow.names):
-                yield Entry(name, bad=f"parquet file without columns {' and '.join(COLUMNS)}")
+                yield ObelicsRow(name, bad=f"parquet file without columns {' and '.join(COLUMNS)}")
                 return
             for group in range(parquet.num_row_groups):
                 size = parquet.metadata.row_group(group).num_rows
@@ -134,27 +136,27 @@ class Obelics:
                 except _errors():
                     pass
                 for _ in range(size - (done - first)):
-                    yield Entry(name, bad=BAD_ROWS)
+                    yield ObelicsRow(name, bad=BAD_ROWS)
                 done = first + size
         except _errors():
-            yield Entry(name, bad=BAD_FILE)
+            yield ObelicsRow(name, bad=BAD_FILE)
 
 
 def _entry(
-    name: str, batch: "pyarrow.RecordBatch", row: int, downloaded: dict[bytes, Piece]
-) -> Entry:
+    name: str, batch: "pyarrow.RecordBatch", row: int, downloaded: dict[bytes, ByteRange]
+) -> ObelicsRow:
     try:
         images, texts = (batch.column(column)[row].as_py() for column in COLUMNS)
     except UnicodeDecodeError:
-        return Entry(name, bad=NOT_UTF8)
+        return ObelicsRow(name, bad=NOT_UTF8)
     if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
-        return Entry(name, bad=BAD_ROW)
+        return ObelicsRow(name, bad=BAD_ROW)
     items: list[Item] = []
     for image, text in zip(images, texts, strict=True):
         if isinstance(text, str):
             items.append(text)
         elif text is not None:
-            return Entry(name, bad=BAD_ROW)
+            return ObelicsRow(name, bad=BAD_ROW)
         if image is not None:
             within = image.get("bytes") or image.get("path") if isinstance(image, dict) else image
             items.append(
@@ -164,7 +166,7 @@ def _entry(
                 if isinstance(within, bytes)
                 else None
             )
-    return Entry(name, tuple(items))
+    return ObelicsRow(name, tuple(items))
 
 
 def _documents(items: Iterable[Item]) -> list[list[Item]]:
@@ -181,7 +183,7 @@ def _documents(items: Iterable[Item]) -> list[list[Item]]:
     return found or documents[:1]
 
 
-def _rows(file: Found) -> int:
+def _rows(file: InputFile) -> int:
     """0 for a file that cannot be read."""
     try:
         return _parquet().ParquetFile(file.path).metadata.num_rows
@@ -207,5 +209,5 @@ def _parquet() -> Any:
     return pyarrow.parquet
 
 
-def _reader(item: bytes | Piece | None) -> Any:
+def _reader(item: bytes | ByteRange | None) -> Any:
     return (lambda: item) if isinstance(item, bytes) else reader((), None, item)

@@ -18,10 +18,10 @@ from typing import Any
 from data_pipelines.build.files import FileEntry, NoFile, file_entries, read
 from data_pipelines.build.source import (
     DEFAULT_SHARES,
-    Dropped,
-    Example,
-    Outcome,
+    Converted,
+    DroppedRecord,
     Shares,
+    SplitRecord,
     record_id,
 )
 from data_pipelines.build.text_files import decode
@@ -70,32 +70,32 @@ class PlainText:
         whole = len(found) * least >= MANY
         return [(whole, entry) for entry in found]
 
-    def convert(self, entry: tuple[bool, FileEntry]) -> list[Outcome]:
+    def convert(self, entry: tuple[bool, FileEntry]) -> list[Converted]:
         whole, file = entry
         if file.bad:
-            return [Dropped(file.bad)]
+            return [DroppedRecord(file.bad)]
         folder, name = pathlib.Path(file.folder), file.name
         try:
             text = decode(read(folder / name, MAX_BYTES, TOO_LARGE))
             text.encode()
         except NoFile as error:
-            return [Dropped(str(error))]
+            return [DroppedRecord(str(error))]
         except UnicodeError:
-            return [Dropped("not UTF-8")]
+            return [DroppedRecord("not UTF-8")]
         if "\0" in text:
-            return [Dropped(NULLS)]
+            return [DroppedRecord(NULLS)]
         file_id = record_id(self.folders, folder, name)
         made = list(documents(text, self.document_characters))
         splits = None if whole else stretches(len(made), self.shares, file_id)
         if splits is None:
             splits = [self.shares.split(file_id)] * len(made)
-        outcomes: list[Outcome] = []
+        outcomes: list[Converted] = []
         for number, (document, split) in enumerate(zip(made, splits, strict=True)):
             if split is None:
-                outcomes.append(Dropped(BORDER))
+                outcomes.append(DroppedRecord(BORDER))
             else:
-                outcomes.append(Example(split, {"id": f"{file_id}#{number}", "text": document}))
-        return outcomes or [Dropped("empty")]
+                outcomes.append(SplitRecord(split, {"id": f"{file_id}#{number}", "text": document}))
+        return outcomes or [DroppedRecord("empty")]
 
     def _held_out(self) -> tuple[float, float]:
         return self.shares.validation, self.shares.test

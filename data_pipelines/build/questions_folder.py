@@ -14,17 +14,17 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from data_pipelines.build.captioned import Unusable
+from data_pipelines.build.captioned_folder import Unusable
 from data_pipelines.build.captions import Texts, caption_file, file_name, is_missing, read_texts
-from data_pipelines.build.files import NoFile, Spelled, existing_folder, find, walk
+from data_pipelines.build.files import NameResolver, NoFile, existing_folder, find, walk
 from data_pipelines.build.image_folder import ImageFolder
 from data_pipelines.build.images import ANY_IMAGE, ImageRules
 from data_pipelines.build.source import (
     DEFAULT_SHARES,
-    Dropped,
-    Example,
-    Outcome,
+    Converted,
+    DroppedRecord,
     Shares,
+    SplitRecord,
     record_id,
 )
 from data_pipelines.build.text_files import (
@@ -43,7 +43,7 @@ NO_ANSWER = "no answer"
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
+class QuestionLine:
     """no_answers: for each answer that is of no use the reason."""
 
     text: str
@@ -53,7 +53,7 @@ class Question:
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class QuestionedVisual:
     """One image or video with all questions about it, or a line that is of no use: `bad` says
     why.
     """
@@ -61,17 +61,17 @@ class Entry:
     folder: str
     name: str = ""
     is_video: bool = False
-    questions: tuple[Question, ...] = ()
+    questions: tuple[QuestionLine, ...] = ()
     bad: str = ""
 
     def __str__(self) -> str:
         return self.name
 
-    def all_dropped(self, reason: str) -> list[Outcome]:
+    def all_dropped(self, reason: str) -> list[Converted]:
         """Each question, or the image that nobody asks about, dropped for this reason."""
         if not self.questions:
-            return [Dropped(reason)]
-        return [Dropped(reason, texts_dropped=asked.no_answers) for asked in self.questions]
+            return [DroppedRecord(reason)]
+        return [DroppedRecord(reason, texts_dropped=asked.no_answers) for asked in self.questions]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,35 +100,35 @@ class QuestionsFolder:
     def options(self) -> dict[str, Any]:
         return {"source": type(self).__name__, **dataclasses.asdict(self)}
 
-    def entries(self) -> Sequence[Entry]:
+    def entries(self) -> Sequence[QuestionedVisual]:
         return [entry for folder in self.folders for entry in self._entries(folder)]
 
-    def convert(self, entry: Entry) -> list[Outcome]:
+    def convert(self, entry: QuestionedVisual) -> list[Converted]:
         if entry.bad:
-            return [Dropped(entry.bad)]
+            return [DroppedRecord(entry.bad)]
         folder = pathlib.Path(entry.folder)
         try:
             file = find((folder,), entry.name, self.folders)
         except NoFile as error:
             return entry.all_dropped(str(error))
         if not entry.questions:
-            return [Dropped(NO_QUESTION)]
+            return [DroppedRecord(NO_QUESTION)]
         try:
             frames, lost = self._frames(file, entry.is_video)
         except Unusable as error:
             return entry.all_dropped(str(error))
         name = record_id(self.folders, folder, entry.name)
         split = self.shares.split(name)
-        outcomes: list[Outcome] = []
+        outcomes: list[Converted] = []
         for number, asked in enumerate(entry.questions):
             parts = () if outcomes else lost  # What a video lost is counted once.
             if not asked.text or not asked.answers:
                 reason = NO_ANSWER if asked.text else NO_QUESTION
-                outcomes.append(Dropped(reason, parts, asked.no_answers))
+                outcomes.append(DroppedRecord(reason, parts, asked.no_answers))
                 continue
             fields = {"id": f"{name}#{number}", "frames": frames, "question": asked.text}
             fields |= {"answers": list(asked.answers), "type": asked.type}
-            outcomes.append(Example(split, fields, parts, asked.no_answers))
+            outcomes.append(SplitRecord(split, fields, parts, asked.no_answers))
         return outcomes
 
     def _frames(self, file: pathlib.Path, is_video: bool) -> tuple[list[bytes], tuple[str, ...]]:
@@ -142,14 +142,14 @@ class QuestionsFolder:
         fields, lost = ImageFolder((), rules=self.rules).read(file)
         return [fields["image"]], lost
 
-    def _entries(self, folder: str) -> list[Entry]:
+    def _entries(self, folder: str) -> list[QuestionedVisual]:
         root = existing_folder(folder)
         line = '{"image": "path/below/the/folder", "question": "What is it?", "answer": "a cat"}'
-        found: dict[tuple[str, bool], list[Question]] = {}
+        found: dict[tuple[str, bool], list[QuestionLine]] = {}
         bad = []
         told = caption_file(root, self.file, FILES, line)
         listing = walk(root, given=self.folders)
-        spelled = Spelled(root, listing.names)
+        spelled = NameResolver(root, listing.names)
         for record in json_lines(told):
             try:
                 is_video = is_missing(record.get("image"))
@@ -162,23 +162,23 @@ class QuestionsFolder:
         asked = {name for name, _ in found}
         there = listing.ending(ImageFolder.suffixes | VideoFolder.suffixes)
         entries = [
-            Entry(folder, name, is_video, tuple(questions))
+            QuestionedVisual(folder, name, is_video, tuple(questions))
             for (name, is_video), questions in found.items()
         ]
-        entries += [Entry(folder, name) for name in there.names if name not in asked]
+        entries += [QuestionedVisual(folder, name) for name in there.names if name not in asked]
         entries += [
-            Entry(folder, met.name, bad=met.reason)
+            QuestionedVisual(folder, met.name, bad=met.reason)
             for met in there.refused
             if met.name not in asked
         ]
-        return entries + [Entry(folder, bad=reason) for reason in bad]
+        return entries + [QuestionedVisual(folder, bad=reason) for reason in bad]
 
 
-def _question(record: dict[str, Any]) -> Question:
+def _question(record: dict[str, Any]) -> QuestionLine:
     """Raises KeyError, TypeError, AttributeError or NotUtf8."""
     text = "" if is_missing(record["question"]) else as_utf8(record["question"])
     sort = record.get("type")
-    return Question(text, *_answers(record), "" if is_missing(sort) else as_utf8(str(sort)))
+    return QuestionLine(text, *_answers(record), "" if is_missing(sort) else as_utf8(str(sort)))
 
 
 def _answers(record: dict[str, Any]) -> Texts:

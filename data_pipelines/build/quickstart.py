@@ -9,7 +9,7 @@ from typing import Any
 
 from data_pipelines import quickstart
 from data_pipelines.build.sentencepiece_trainer import texts_in, train_tokenizer
-from data_pipelines.build.world import World
+from data_pipelines.build.world import WorldSource
 from data_pipelines.build.writer import write_dataset
 from flamingo_jax.processing.tokenizer import FILE_NAME
 
@@ -34,7 +34,7 @@ def build_quickstart(
     """
     output = pathlib.Path(output)
     made = {
-        name: write_dataset(output / name, World(name, seed, limit), executor)
+        name: write_dataset(output / name, WorldSource(name, seed, limit), executor)
         for name in quickstart.DATASETS
     }
     if not (output / "tokenizer" / FILE_NAME).exists():

@@ -13,7 +13,7 @@ from typing import Any
 
 import sentencepiece
 
-from data_pipelines.build.shards import files_in
+from data_pipelines.build.input_files import files_in
 from data_pipelines.build.text_files import NOT_UTF8, line_parts, unreadable
 from data_pipelines.features import INFO_FILE, STATISTICS_FILE, TRAIN, VERSION
 from data_pipelines.records import open_records

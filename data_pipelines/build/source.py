@@ -19,7 +19,7 @@ E = TypeVar("E")
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
+class SplitRecord:
     """A record for a split.
 
     For each image that was left out of it `parts_dropped` has the reason, for each text
@@ -33,7 +33,7 @@ class Example:
 
 
 @dataclasses.dataclass(frozen=True)
-class Dropped:
+class DroppedRecord:
     """A source record that is not used. `parts_dropped` and `texts_dropped` as in Example."""
 
     reason: str
@@ -41,7 +41,7 @@ class Dropped:
     texts_dropped: tuple[str, ...] = ()
 
 
-Outcome = Example | Dropped
+Converted = SplitRecord | DroppedRecord
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Source(Protocol):
         without a name.
         """
 
-    def convert(self, entry: Any) -> list[Outcome]:
+    def convert(self, entry: Any) -> list[Converted]:
         """Every source record of an entry, used or dropped; a pure function."""
 
 

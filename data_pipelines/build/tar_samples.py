@@ -18,8 +18,8 @@ import dataclasses
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 
-from data_pipelines.build.pieces import Piece
-from data_pipelines.build.tars import Member, members
+from data_pipelines.build.byte_ranges import ByteRange
+from data_pipelines.build.tars import TarMember, members
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 TEXTS = ("txt", "json")
@@ -40,12 +40,12 @@ WORDS = IMAGE_WORDS | MAP_WORDS | CAPTION_WORDS | OTHER_WORDS
 
 REPEATED = "sample of a key that repeats, apart from its other members"
 
-Files = dict[str, Piece]
+Files = dict[str, ByteRange]
 """Members of a sample by what follows its key, in small letters: `jpg`, `seg.png`."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
+class TarSample:
     """group: the key, without the number that tells samples of one key apart."""
 
     key: str
@@ -53,15 +53,15 @@ class Sample:
     group: str = ""
 
     @property
-    def image(self) -> Piece | None:
+    def image(self) -> ByteRange | None:
         return _chosen(self.members, IMAGE_ENDINGS, IMAGE_WORDS, MAP_WORDS)
 
     @property
-    def text(self) -> Piece | None:
+    def text(self) -> ByteRange | None:
         return _chosen(self.members, ("txt",), CAPTION_WORDS, MAP_WORDS | OTHER_WORDS)
 
     @property
-    def about(self) -> Piece | None:
+    def about(self) -> ByteRange | None:
         """Its .json file."""
         return _chosen(self.members, ("json",), CAPTION_WORDS | {"meta", "metadata"}, MAP_WORDS)
 
@@ -72,9 +72,9 @@ class Sample:
         return max(0, sum(rank < 3 for rank in ranks) - 1)
 
 
-def samples(shard: str | pathlib.Path) -> Iterator[Sample | str]:
+def samples(shard: str | pathlib.Path) -> Iterator[TarSample | str]:
     """The samples of a shard, and a reason for each member that is of no use."""
-    met: list[Member] = []
+    met: list[TarMember] = []
     for member in members(shard):
         if isinstance(member, str):
             yield member
@@ -83,27 +83,27 @@ def samples(shard: str | pathlib.Path) -> Iterator[Sample | str]:
     yield from _numbered(_together(met))
 
 
-def _numbered(found: Iterable[Sample | str]) -> Iterator[Sample | str]:
+def _numbered(found: Iterable[TarSample | str]) -> Iterator[TarSample | str]:
     """A second sample of the same key gets a key of its own."""
     count: dict[str, int] = {}
     for sample in found:
-        if isinstance(sample, Sample):
+        if isinstance(sample, TarSample):
             number = count[sample.key] = count.get(sample.key, 0) + 1
             key = sample.key if number == 1 else f"{sample.key}#{number}"
             sample = dataclasses.replace(sample, key=key, group=sample.key)
         yield sample
 
 
-def _together(met: Iterable[Member]) -> Iterator[Sample | str]:
+def _together(met: Iterable[TarMember]) -> Iterator[TarSample | str]:
     """Samples of neighbours, then those whose members stand apart."""
-    whole: dict[str, list[Sample]] = {}
+    whole: dict[str, list[TarSample]] = {}
     parts: dict[str, list[dict[str, Files]]] = {}
     for first, run in _runs(met):
         left: dict[str, Files] = {}
         for more, files in _groups(run).items():
             if _is_whole(files):
                 key = _joined(first, more)
-                whole.setdefault(key, []).append(Sample(key, files))
+                whole.setdefault(key, []).append(TarSample(key, files))
             else:
                 left[more] = files
         if left:
@@ -115,8 +115,8 @@ def _together(met: Iterable[Member]) -> Iterator[Sample | str]:
 
 
 def _apart(
-    first: str, runs: list[dict[str, Files]], whole: Mapping[str, list[Sample]]
-) -> Iterator[Sample | str]:
+    first: str, runs: list[dict[str, Files]], whole: Mapping[str, list[TarSample]]
+) -> Iterator[TarSample | str]:
     """Samples out of the parts that stand apart under one key by WebDataset's rule.
 
     Those that complete a sample of neighbours are added to it, in `whole`.
@@ -137,15 +137,15 @@ def _apart(
             ):
                 same[0].members.update(files)
             else:
-                yield Sample(_joined(first, more), files)
+                yield TarSample(_joined(first, more), files)
         return
     ambiguous = _is_whole(dict(pool))
     for run in runs:
         for more, files in run.items():
-            yield REPEATED if ambiguous else Sample(_joined(first, more), files)
+            yield REPEATED if ambiguous else TarSample(_joined(first, more), files)
 
 
-def _runs(met: Iterable[Member]) -> Iterator[tuple[str, Files]]:
+def _runs(met: Iterable[TarMember]) -> Iterator[tuple[str, Files]]:
     """Neighbours of the same key by WebDataset's rule, with what follows it, until one repeats."""
     key, run = "", Files()
     for name, piece in met:
@@ -219,7 +219,7 @@ def _joined(first: str, more: str) -> str:
 
 def _chosen(
     files: Files, endings: Iterable[str], liked: Iterable[str], refused: Iterable[str]
-) -> Piece | None:
+) -> ByteRange | None:
     """The file with one of these endings that has nothing before it, a liked word, or at least
     none that is refused; the first of the best."""
     ranked = [(_rank(name, endings, liked, refused), piece) for name, piece in files.items()]

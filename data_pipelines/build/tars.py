@@ -6,8 +6,15 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
+from data_pipelines.build.byte_ranges import (
+    ERRORS,
+    MAX_UNPACKED,
+    STEP,
+    ByteRange,
+    Compression,
+    compression_of,
+)
 from data_pipelines.build.files import FILLERS, UNREADABLE
-from data_pipelines.build.pieces import ERRORS, MAX_UNPACKED, STEP, Packing, Piece, packing_of
 from flamingo_jax.storage import LASTING, read_with_retries, storage_failure
 
 SUFFIXES = (
@@ -36,18 +43,18 @@ SPARSE = "member that is stored with holes"
 TOO_LONG = f"rest of a shard that unpacks to more than {MAX_UNPACKED >> 30} GiB"
 
 
-class Member(NamedTuple):
+class TarMember(NamedTuple):
     """A file in a shard by its name, without `./` at its start."""
 
     name: str
-    piece: Piece
+    piece: ByteRange
 
 
-def packed_with(shard: str | pathlib.Path) -> Packing | None:
+def compressed_with(shard: str | pathlib.Path) -> Compression | None:
     """How a shard is compressed; None where it begins as a tar file does, whatever the name of
     its first member may look like. Raises OSError.
     """
-    packing = packing_of(shard)
+    packing = compression_of(shard)
     if packing is None:
         return None
     with open(shard, "rb") as file:
@@ -59,13 +66,13 @@ def packed_with(shard: str | pathlib.Path) -> Packing | None:
     return None
 
 
-def unread(packing: Packing) -> str:
+def unread(packing: Compression) -> str:
     """Why a shard of this compression is not read."""
     needs = ", which needs Python 3.14 or backports.zstd" if packing.name == "zstd" else ""
     return f"shard compressed with {packing.name}{needs or ', which is not read'}"
 
 
-def members(shard: str | pathlib.Path) -> list[Member | str]:
+def members(shard: str | pathlib.Path) -> list[TarMember | str]:
     """Every file of a shard, and a reason for whatever else is met.
 
     Compressed shards are unpacked as they are read. A damaged header is passed over, to the
@@ -78,18 +85,18 @@ def members(shard: str | pathlib.Path) -> list[Member | str]:
         return [UNREADABLE]
 
 
-def _opened(shard: str | pathlib.Path) -> Iterator[Member | str]:
-    packing = packed_with(shard)
+def _opened(shard: str | pathlib.Path) -> Iterator[TarMember | str]:
+    packing = compressed_with(shard)
     if packing is not None and packing.open is None:
         yield unread(packing)
         return
     with packing.open(str(shard)) if packing and packing.open else open(shard, "rb") as file:
-        yield from _members(str(shard), _Looked(file, packing is not None))
+        yield from _members(str(shard), _WatchedFile(file, packing is not None))
 
 
-def _members(shard: str, file: "_Looked") -> Iterator[Member | str]:
+def _members(shard: str, file: "_WatchedFile") -> Iterator[TarMember | str]:
     end, data_end, seen = 0, 0, False
-    last: Member | None = None  # Held back until it is known to be whole.
+    last: TarMember | None = None  # Held back until it is known to be whole.
     try:
         looked: Any = file
         with tarfile.open(
@@ -113,7 +120,9 @@ def _members(shard: str, file: "_Looked") -> Iterator[Member | str]:
                     if _leads_out(member.name):
                         yield UNSAFE
                     elif not _is_hidden(name := member.name.removeprefix("./")):
-                        last = Member(name, Piece(shard, member.offset_data, data, file.packed))
+                        last = TarMember(
+                            name, ByteRange(shard, member.offset_data, data, file.packed)
+                        )
                 elif not member.isdir():
                     yield SPARSE if member.issparse() else NO_FILE
         if last:
@@ -159,7 +168,7 @@ class _TooLong(Exception):
     pass
 
 
-class _Looked:
+class _WatchedFile:
     """A file as tarfile reads it, only forward, that remembers whether what was read is filled.
 
     tarfile passes over blocks that are no header without a word.

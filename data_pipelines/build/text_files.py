@@ -35,11 +35,11 @@ class NotUtf8(ValueError):
     """A text that is no UTF-8; the message is the reason."""
 
 
-class TooLong:
+class TooLongLine:
     """Stands for a line of more than MAX_LINE characters."""
 
 
-TOO_LONG_LINE = TooLong()
+TOO_LONG_LINE = TooLongLine()
 
 
 def _mark(error: UnicodeError) -> tuple[str, int]:
@@ -69,7 +69,7 @@ def decode(data: bytes) -> str:
     return data.decode(encoding, errors).replace("\r\n", "\n")
 
 
-def text_lines(file: pathlib.Path, limit: int = MAX_LINE) -> Iterator[str | TooLong]:
+def text_lines(file: pathlib.Path, limit: int = MAX_LINE) -> Iterator[str | TooLongLine]:
     """The lines of a file without their ends, read one by one. Raises OSError.
 
     Of a line longer than `limit` characters nothing is kept.
@@ -113,7 +113,7 @@ def json_lines(file: pathlib.Path) -> Iterator[Any]:
     """
     try:
         for line in text_lines(file):
-            if isinstance(line, TooLong):
+            if isinstance(line, TooLongLine):
                 yield line
             elif line.strip():
                 yield parsed(line)

@@ -24,10 +24,10 @@ from data_pipelines.build.files import FILLERS
 from data_pipelines.build.images import ANY_IMAGE, ImageRules, Unfit
 from data_pipelines.build.source import (
     DEFAULT_SHARES,
-    Dropped,
-    Example,
-    Outcome,
+    Converted,
+    DroppedRecord,
     Shares,
+    SplitRecord,
     Stream,
 )
 from data_pipelines.build.text_files import EMPTY, as_utf8
@@ -73,7 +73,7 @@ SPLITS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class TfdsRecordRef:
     """A record by its place. target: the split it goes to, None where its hash decides."""
 
     folder: str
@@ -118,7 +118,7 @@ class Tfds:
     def shares(self) -> Shares | None:
         return self.shares_if_one if len(self._splits) == 1 else None
 
-    def entries(self) -> Stream[Entry]:
+    def entries(self) -> Stream[TfdsRecordRef]:
         builder = _builder(self.name)
         splits = self._splits
         whole = Shares.whole(splits[0])
@@ -143,17 +143,19 @@ class Tfds:
             folder, next(iter(splits)), self._image
         )  # One sentence for a form that cannot be read, before work starts.
 
-        def places() -> Iterator[Entry]:
+        def places() -> Iterator[TfdsRecordRef]:
             for split, size in sizes.items():
-                yield from (Entry(folder, split, place, target[split]) for place in range(size))
+                yield from (
+                    TfdsRecordRef(folder, split, place, target[split]) for place in range(size)
+                )
 
         return Stream(sum(sizes.values()), places)
 
-    def convert(self, entry: Entry) -> list[Outcome]:
+    def convert(self, entry: TfdsRecordRef) -> list[Converted]:
         try:
             record = _records(entry.folder, entry.split, self._image)[entry.place]
         except Exception:  # noqa: BLE001 - readers of damaged records raise whatever they stumble on.
-            return [Dropped("unreadable record")]
+            return [DroppedRecord("unreadable record")]
         kind, features = self._mapped
         image = features["image" if kind == "pairs" else "frames"]
         try:
@@ -169,11 +171,11 @@ class Tfds:
             }
             name = "".join(self._texts(record, features["id"]).kept[:1]) if "id" in features else ""
         except Unfit as error:
-            return [Dropped(str(error))]
+            return [DroppedRecord(str(error))]
         except (KeyError, TypeError, ValueError):
-            return [Dropped("record of another form")]
+            return [DroppedRecord("record of another form")]
         if not shown:
-            return [Dropped("no image")]
+            return [DroppedRecord("no image")]
         record_id = f"{entry.split}/{entry.place}" + (f"/{name}" if name else "")
         # All questions about an image land in one split.
         dealt = (
@@ -186,17 +188,17 @@ class Tfds:
         field = "answers" if kind == "questions" else "captions"
         lost = told[field].lost
         if kind == "questions" and not texts["question"]:
-            return [Dropped(_why_none(told["question"], "no question"), texts_dropped=lost)]
+            return [DroppedRecord(_why_none(told["question"], "no question"), texts_dropped=lost)]
         if not texts[field]:
             why = _why_none(told[field], "no answer" if kind == "questions" else NO_CAPTION)
-            return [Dropped(why, texts_dropped=lost)]
+            return [DroppedRecord(why, texts_dropped=lost)]
         fields: dict[str, Any] = {"id": record_id, field: texts[field]}
         if kind == "questions":
             sort = "".join(texts.get("type", [])[:1])
             fields |= {"frames": shown, "question": texts["question"][0], "type": sort}
         else:
             fields |= {"image": shown[0]} if kind == "pairs" else {"frames": shown, "fps": self.fps}
-        return [Example(split, fields, texts_dropped=lost)]
+        return [SplitRecord(split, fields, texts_dropped=lost)]
 
     @functools.cached_property
     def _splits(self) -> list[str]:

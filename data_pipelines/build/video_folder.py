@@ -10,9 +10,9 @@ import math
 import pathlib
 from typing import Any, ClassVar
 
-from data_pipelines.build.captioned import CaptionedFolder, Unusable
+from data_pipelines.build.captioned_folder import CaptionedFolder, Unusable
 from data_pipelines.build.images import encode, shrink
-from flamingo_jax.processing.video import VideoError, read_film
+from flamingo_jax.processing.video import VideoError, read_video
 
 FRAME_QUALITY = 90
 
@@ -100,13 +100,13 @@ class VideoFolder(CaptionedFolder):
 def stored_frames(
     file: pathlib.Path, *, fps: float, max_seconds: float, short_side: int
 ) -> tuple[list[bytes], tuple[str, ...]]:
-    """A video's frames as JPEG files, and the reasons of `read_film` for what is lost of it.
+    """A video's frames as JPEG files, and the reasons of `read_video` for what is lost of it.
 
     The arguments are VideoFolder's. Raises Unusable.
     """
     try:
         most = max(1, math.ceil(max_seconds * fps))
-        film = read_film(
+        film = read_video(
             file, fps=fps, max_frames=most, resize=lambda frame: shrink(frame, short_side)
         )
     except VideoError as error:

@@ -8,19 +8,19 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from data_pipelines.build.byte_ranges import ByteRange, why
 from data_pipelines.build.captions import NO_CAPTION, Texts, read_texts
 from data_pipelines.build.images import ANY_IMAGE, ImageRules, Unfit
-from data_pipelines.build.pieces import Piece, why
-from data_pipelines.build.shards import files_in
+from data_pipelines.build.input_files import files_in
 from data_pipelines.build.source import (
     DEFAULT_SHARES,
-    Dropped,
-    Example,
-    Outcome,
+    Converted,
+    DroppedRecord,
     Shares,
+    SplitRecord,
     record_id,
 )
-from data_pipelines.build.tar_samples import Sample, samples
+from data_pipelines.build.tar_samples import TarSample, samples
 from data_pipelines.build.tars import SUFFIXES
 from data_pipelines.build.text_files import NotUtf8, as_utf8, decode, parsed
 from flamingo_jax.progress import Bar
@@ -32,7 +32,7 @@ BAD_JSON = "caption file that is not JSON with a caption"
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class PairSample:
     """A sample by where its files lie, or what is of no use in a shard: `bad` says why.
 
     group: what samples of one key have in common, so that they land in one split.
@@ -40,9 +40,9 @@ class Entry:
 
     id: str
     group: str = ""
-    image: Piece | None = None
-    text: Piece | None = None
-    about: Piece | None = None
+    image: ByteRange | None = None
+    text: ByteRange | None = None
+    about: ByteRange | None = None
     other_images: int = 0
     bad: str = ""
 
@@ -68,16 +68,16 @@ class WebDataset:
     def options(self) -> dict[str, Any]:
         return {"source": type(self).__name__, **dataclasses.asdict(self)}
 
-    def entries(self) -> Sequence[Entry]:
+    def entries(self) -> Sequence[PairSample]:
         shards = files_in(self.inputs, SUFFIXES, "tar shard")
         entries = []
         with Bar("headers of shards", len(shards)) as bar:
             for shard in shards:
                 for sample in samples(shard.path):
                     name = shard.name.removesuffix(".tar")
-                    if isinstance(sample, Sample):
+                    if isinstance(sample, TarSample):
                         entries.append(
-                            Entry(
+                            PairSample(
                                 record_id(self.inputs, shard.root, f"{name}/{sample.key}"),
                                 record_id(self.inputs, shard.root, f"{name}/{sample.group}"),
                                 sample.image,
@@ -87,43 +87,43 @@ class WebDataset:
                             )
                         )
                     else:
-                        entries.append(Entry(name, bad=sample))
+                        entries.append(PairSample(name, bad=sample))
                 bar.advance(1, f"{len(entries):,} samples")
         return entries
 
-    def convert(self, entry: Entry) -> list[Outcome]:
+    def convert(self, entry: PairSample) -> list[Converted]:
         others = (OTHER_IMAGE,) * entry.other_images
         if entry.bad or not entry.image:
-            return [Dropped(entry.bad or NO_IMAGE, others)]
+            return [DroppedRecord(entry.bad or NO_IMAGE, others)]
         files = _Read(piece for piece in (entry.image, entry.text, entry.about) if piece)
         try:
             captions, lost = _captions(entry, files)
             if not captions:
-                return [Dropped(NO_CAPTION, others, lost)]
+                return [DroppedRecord(NO_CAPTION, others, lost)]
             image = self.rules.store(files[entry.image])
         except (Unfit, NotUtf8) as error:
-            return [Dropped(str(error), others)]
+            return [DroppedRecord(str(error), others)]
         except OSError as error:
-            return [Dropped(why(error), others)]
+            return [DroppedRecord(why(error), others)]
         except (KeyError, TypeError, ValueError):
-            return [Dropped(BAD_JSON, others)]
+            return [DroppedRecord(BAD_JSON, others)]
         fields = {"id": entry.id, "image": image, "captions": list(captions)}
-        return [Example(self.shares.split(entry.group), fields, others, lost)]
+        return [SplitRecord(self.shares.split(entry.group), fields, others, lost)]
 
 
 class _Read:
     """The bytes of a sample's files, read in the order in which they lie: compressed shards are
     unpacked on the way."""
 
-    def __init__(self, pieces: Iterable[Piece]):
-        self._data: dict[Piece, bytes | OSError] = {}
+    def __init__(self, pieces: Iterable[ByteRange]):
+        self._data: dict[ByteRange, bytes | OSError] = {}
         for piece in sorted(pieces):
             try:
                 self._data[piece] = piece.read()
             except OSError as error:
                 self._data[piece] = error
 
-    def __getitem__(self, piece: Piece) -> bytes:
+    def __getitem__(self, piece: ByteRange) -> bytes:
         """Raises OSError."""
         data = self._data[piece]
         if isinstance(data, OSError):
@@ -131,7 +131,7 @@ class _Read:
         return data
 
 
-def _captions(entry: Entry, files: _Read) -> Texts:
+def _captions(entry: PairSample, files: _Read) -> Texts:
     """Raises NotUtf8, OSError, and KeyError or TypeError where a .json has no captions."""
     if entry.text and (text := as_utf8(decode(files[entry.text]))):
         return Texts((text,))

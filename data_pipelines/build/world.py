@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from data_pipelines.build.source import Example, Outcome
-from data_pipelines.quickstart import DATASETS, drawn
+from data_pipelines.build.source import Converted, SplitRecord
+from data_pipelines.quickstart import DATASETS, make_record
 
 
 @dataclasses.dataclass(frozen=True)
-class World:
+class WorldSource:
     """`dataset` is a key of `quickstart.DATASETS`; `limit` bounds every split, for tests."""
 
     dataset: str
@@ -40,6 +40,6 @@ class World:
             for index in range(size if self.limit is None else min(size, self.limit))
         ]
 
-    def convert(self, entry: tuple[str, int]) -> list[Outcome]:
+    def convert(self, entry: tuple[str, int]) -> list[Converted]:
         split, index = entry
-        return [Example(split, drawn(self.dataset, split, index, self.seed).record)]
+        return [SplitRecord(split, make_record(self.dataset, split, index, self.seed).record)]

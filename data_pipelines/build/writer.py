@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from typing import Any
 
-from data_pipelines.build.samples import Drawn, samples_page
-from data_pipelines.build.source import Dropped, Example, Outcome, Source
+from data_pipelines.build.samples_page import RecordSampler, samples_page
+from data_pipelines.build.source import Converted, DroppedRecord, Source, SplitRecord
 from data_pipelines.build.workers import DIED, ordered_map
 from data_pipelines.features import INFO_FILE, STATISTICS_FILE, TRAIN, VERSION, features
 from flamingo_jax.errors import UserError
@@ -27,7 +27,7 @@ from flamingo_jax.progress import Bar
 SAMPLES_FILE = "samples.html"
 TEXT_FIELDS = ("captions", "answers", "texts")
 """Fields of which a record may lose some texts and keep others; statistics count these."""
-NAMES = 5
+NAMED = 5
 """Entries named of each reason to drop."""
 RECORDS_PER_SHARD = 5_000
 RECORDS_PER_FLUSH = 200
@@ -108,10 +108,10 @@ def _build(output: pathlib.Path, source: Source, executor: Executor | None) -> d
 class _Named:
     """A source's `convert` with the name of each entry beside its outcomes."""
 
-    def __init__(self, convert: Callable[[Any], list[Outcome]]):
+    def __init__(self, convert: Callable[[Any], list[Converted]]):
         self._convert = convert
 
-    def __call__(self, entry: Any) -> tuple[str, list[Outcome]]:
+    def __call__(self, entry: Any) -> tuple[str, list[Converted]]:
         try:
             return _name(entry), self._convert(entry)
         except UserError:
@@ -119,7 +119,7 @@ class _Named:
         except Exception as error:
             # One record in millions that a library stumbles on must not cost the others.
             _log_once(type(error).__name__, _name(entry))
-            return _name(entry), [Dropped(f"{FAILED} ({type(error).__name__})")]
+            return _name(entry), [DroppedRecord(f"{FAILED} ({type(error).__name__})")]
 
 
 def _name(entry: Any) -> str:
@@ -136,15 +136,15 @@ def _log_once(kind: str, name: str) -> None:
 _LOGGED: set[str] = set()
 
 
-def _died(entry: Any) -> tuple[str, list[Outcome]]:
+def _died(entry: Any) -> tuple[str, list[Converted]]:
     """The outcome of an entry that kills the process that works on it."""
     logging.warning("%s %s: it is left out", _name(entry), DIED)
-    return _name(entry), [Dropped(DIED)]
+    return _name(entry), [DroppedRecord(DIED)]
 
 
 def _watched(
-    converted: Iterable[tuple[str, list[Outcome]]], bar: Bar
-) -> Iterator[tuple[str, Outcome]]:
+    converted: Iterable[tuple[str, list[Converted]]], bar: Bar
+) -> Iterator[tuple[str, Converted]]:
     for name, outcomes in converted:
         for outcome in outcomes:
             yield name, outcome
@@ -170,8 +170,8 @@ def _finished(final: pathlib.Path, source: Source) -> dict[str, Any]:
 
 
 def _write(
-    folder: pathlib.Path, name: str, source: Source, outcomes: Iterable[tuple[str, Outcome]]
-) -> tuple[dict[str, Any], Drawn]:
+    folder: pathlib.Path, name: str, source: Source, outcomes: Iterable[tuple[str, Converted]]
+) -> tuple[dict[str, Any], RecordSampler]:
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
@@ -188,7 +188,7 @@ def _write(
     counts: collections.Counter[str] = collections.Counter()
     dropped: collections.Counter[str] = collections.Counter()
     names: dict[str, list[str]] = {}
-    drawn = Drawn()
+    drawn = RecordSampler()
     parts: collections.Counter[str] = collections.Counter()
     texts_dropped: collections.Counter[str] = collections.Counter()
     images = texts = 0
@@ -203,10 +203,10 @@ def _write(
     for entry, outcome in outcomes:
         parts.update(outcome.parts_dropped)
         texts_dropped.update(outcome.texts_dropped)
-        if isinstance(outcome, Dropped):
+        if isinstance(outcome, DroppedRecord):
             dropped[outcome.reason] += 1
             known = names.setdefault(outcome.reason, [])
-            if entry and entry not in known and len(known) < NAMES:
+            if entry and entry not in known and len(known) < NAMED:
                 known.append(entry.encode(errors="backslashreplace").decode())
             continue
         drawn.offer(outcome)
@@ -240,7 +240,7 @@ def _write(
     return statistics, drawn
 
 
-def _images(example: Example) -> list[bytes]:
+def _images(example: SplitRecord) -> list[bytes]:
     fields = example.fields
     return [
         *([fields["image"]] if "image" in fields else []),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.transforms import augmentation
-from data_pipelines.transforms.keys import key
+from data_pipelines.transforms.randomness import key
 from data_pipelines.transforms.windows import Window, window
 from flamingo_jax.experiment import DatasetConfig
 from flamingo_jax.processing import sequences
@@ -20,7 +20,7 @@ from flamingo_jax.processing.video import clip
 Arrays = dict[str, np.ndarray]
 
 
-class Draws:
+class RecordRandom:
     """What is random about one visit of a record: the same wherever, whenever and on however
     many processes it is visited.
 
@@ -111,7 +111,7 @@ def strings(values: Iterable[Any]) -> list[str]:
     return [value.decode() if isinstance(value, bytes) else str(value) for value in values]
 
 
-def caption_of(record: Any, draws: Draws | None) -> str:
+def caption_of(record: Any, draws: RecordRandom | None) -> str:
     """One of a record's captions, with the space before it, as `draws` say or at random, or the
     first without `draws`; "" where it has none.
     """
@@ -124,7 +124,7 @@ def caption_of(record: Any, draws: Draws | None) -> str:
     return captions[0 if draws is None else draws.below(len(captions))]
 
 
-def answer_of(record: Any, draws: Draws | None) -> str:
+def answer_of(record: Any, draws: RecordRandom | None) -> str:
     """One of a question's answers at random, or the first without `draws`; "" where it has
     none.
     """
@@ -140,7 +140,7 @@ def opening_of(record: Any, dataset: DatasetConfig) -> str:
 
 
 def flamingo_segment(
-    record: Any, dataset: DatasetConfig, tokenizer: Tokenizer, draws: Draws | None
+    record: Any, dataset: DatasetConfig, tokenizer: Tokenizer, draws: RecordRandom | None
 ) -> Segment:
     """A page, a pair, a clip or a question of a `records.Record`; `draws` None gives the one
     fixed choice that evaluation makes.
@@ -187,7 +187,7 @@ def empty_segment(length: int, pad_token: int) -> Segment:
 
 
 def _page_window(
-    sequence: sequences.Sequence, dataset: DatasetConfig, draws: Draws | None
+    sequence: sequences.TokenSequence, dataset: DatasetConfig, draws: RecordRandom | None
 ) -> Window:
     if draws is None:
         return window(sequence, 0, dataset.max_length, dataset.visuals, "previous")

@@ -17,7 +17,7 @@ import numpy as np
 from data_pipelines.features import is_current
 from data_pipelines.records import UNREADABLE
 from data_pipelines.transforms.examples import strings
-from data_pipelines.transforms.keys import generator
+from data_pipelines.transforms.randomness import generator
 from flamingo_jax.processing.sequences import (
     asked,
     page_sequence,
@@ -71,7 +71,7 @@ class Lengths:
             and self.captions.shape == (self.first[-1], 2)
         )
 
-    def of(self, choices: "Choices") -> np.ndarray:
+    def of(self, choices: "CaptionChoices") -> np.ndarray:
         """int32 [records]: tokens of the sequences with these captions."""
         if not len(self.captions):
             return self.tokens
@@ -81,21 +81,25 @@ class Lengths:
         ]
         return np.where(np.diff(self.first) > 0, chosen, self.tokens)
 
-    def choose(self, leading_space: float, seed: int, epoch: int, dataset: str = "") -> "Choices":
+    def choose(
+        self, leading_space: float, seed: int, epoch: int, dataset: str = ""
+    ) -> "CaptionChoices":
         """A caption of every record for an epoch of the dataset of this name, with a leading
         space at this probability; each by the record's place in the dataset.
         """
         rng = generator("captions", seed, dataset, epoch)
         records = len(self.tokens)
         caption = (rng.random(records) * np.diff(self.first)).astype(np.int32)
-        return Choices(caption, rng.random(records) < leading_space)
+        return CaptionChoices(caption, rng.random(records) < leading_space)
 
-    def first_choices(self) -> "Choices":
+    def first_captions(self) -> "CaptionChoices":
         """The first caption of every record, without a space."""
-        return Choices(np.zeros(len(self.tokens), np.int32), np.zeros(len(self.tokens), bool))
+        return CaptionChoices(
+            np.zeros(len(self.tokens), np.int32), np.zeros(len(self.tokens), bool)
+        )
 
 
-class Choices(NamedTuple):
+class CaptionChoices(NamedTuple):
     """caption int32, space bool [records]: which caption a record shows, and whether a space
     goes before it.
     """

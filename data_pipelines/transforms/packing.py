@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from data_pipelines.transforms.keys import generator
+from data_pipelines.transforms.randomness import generator
 
 OPEN_ROWS = 64
 """Rows that an example may still go into.
@@ -16,7 +16,7 @@ Bounds the work for each example; more fill rows hardly better.
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class PackingPlan:
     """Row r holds the items `items[offsets[r]:offsets[r + 1]]`.
 
     too_long: items that fit no row, in no epoch. dropped: items left out of this epoch because
@@ -38,7 +38,7 @@ class Plan:
         return self.items[self.offsets[place] : self.offsets[place + 1]]
 
 
-def plan(
+def plan_rows(
     lengths: np.ndarray,
     visuals: np.ndarray,
     *,
@@ -49,7 +49,7 @@ def plan(
     dataset: str = "",
     rows: int | None = None,
     pack: bool = True,
-) -> Plan:
+) -> PackingPlan:
     """Rows of at most `row_length` tokens and `row_visuals` visuals, each item in at most one.
 
     Items come in an order shuffled by (seed, dataset, epoch) and go into the first of a bounded
@@ -81,7 +81,7 @@ def plan(
     items = np.array([item for row in filled for item in row], np.int32)
     offsets = np.cumsum([0, *map(len, filled)])
     fill = float(lengths[items].sum()) / max(len(filled) * row_length, 1)
-    return Plan(items, offsets, int((~fits).sum()), dropped, fill)
+    return PackingPlan(items, offsets, int((~fits).sum()), dropped, fill)
 
 
 def _first_fit(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flamingo_jax.processing.sequences import Look, Sequence, media_index
+from flamingo_jax.processing.sequences import Look, TokenSequence, media_index
 
 
 class Window(NamedTuple):
@@ -21,7 +21,7 @@ class Window(NamedTuple):
     visuals: range
 
 
-def window(sequence: Sequence, start: int, length: int, visuals: int, look: Look) -> Window:
+def window(sequence: TokenSequence, start: int, length: int, visuals: int, look: Look) -> Window:
     """Tokens start..start + length of a page with the first `visuals` images whose tags begin
     among them.
 
@@ -46,7 +46,7 @@ def window(sequence: Sequence, start: int, length: int, visuals: int, look: Look
     return Window(tokens, loss_mask, within, taken)
 
 
-def pieces(tokens: int, length: int) -> list[tuple[int, int]]:
+def text_pieces(tokens: int, length: int) -> list[tuple[int, int]]:
     """(start, length) of the pieces of a text of so many tokens, none longer than `length`.
 
     Neighbours share one token: the last of a piece is the first, unpredicted one of the next,

@@ -260,7 +260,7 @@ def batch_shapes(
     experiment: Experiment, mesh: Mesh, held_out: bool = False
 ) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     """Every dataset's global batch as shapes with their shardings (the arrays of
-    `data_pipelines.mixture`); held-out ones are never augmented.
+    `data_pipelines.batches`); held-out ones are never augmented.
     """
     datasets = (
         {name: dataclasses.replace(d, colour=0.0) for name, d in experiment.held_out.items()}

@@ -12,7 +12,7 @@ def full_batches(
     experiment: Experiment, host_shard: HostShard = WHOLE_BATCH
 ) -> dict[str, dict[str, np.ndarray]]:
     """A process's share of a Flamingo's or language model's batches (the arrays of
-    `data_pipelines.mixture`) of random tokens and pixels.
+    `data_pipelines.batches`) of random tokens and pixels.
     """
     rng = np.random.default_rng(0)
     return {

@@ -8,7 +8,7 @@ directly after <BOS>, and at the end of the document.
 """
 
 import dataclasses
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -19,7 +19,7 @@ Look = Literal["previous", "next"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Sequence:
+class TokenSequence:
     """Tokens of one document.
 
     tokens: int32 [n].
@@ -37,7 +37,9 @@ class Sequence:
         return len(self.tokens)
 
 
-def page_sequence(texts: Items[str], tokenizer: Tokenizer, *, close: bool = True) -> Sequence:
+def page_sequence(
+    texts: Sequence[str], tokenizer: Tokenizer, *, close: bool = True
+) -> TokenSequence:
     """k + 1 texts around k visuals.
 
     `close=False` leaves off the last <EOC><EOS>: a prompt to be continued.
@@ -47,7 +49,9 @@ def page_sequence(texts: Items[str], tokenizer: Tokenizer, *, close: bool = True
     )
 
 
-def pair_sequence(caption: str, tokenizer: Tokenizer, *, length: int | None = None) -> Sequence:
+def pair_sequence(
+    caption: str, tokenizer: Tokenizer, *, length: int | None = None
+) -> TokenSequence:
     """A visual and its caption; a caption too long for `length` tokens in all loses its end,
     never its <EOC><EOS>.
     """
@@ -65,7 +69,7 @@ def asked(prompt: str, question: str) -> str:
     return prompt.replace("{question}", question)
 
 
-def question_sequence(opening: str, answer: str, tokenizer: Tokenizer) -> Sequence:
+def question_sequence(opening: str, answer: str, tokenizer: Tokenizer) -> TokenSequence:
     """A visual, what is `asked` of it and the answer.
 
     The two are tokenised apart, since at inference the answer is yet to come.
@@ -74,7 +78,7 @@ def question_sequence(opening: str, answer: str, tokenizer: Tokenizer) -> Sequen
     learned = [*tokenizer.encode(f" {answer}"), tokenizer.eoc]
     tokens = [tokenizer.bos, *before, *learned, tokenizer.eos]
     is_text = [False] * (1 + len(before)) + [True] * len(learned) + [False]
-    return Sequence(
+    return TokenSequence(
         np.array(tokens, np.int32),
         np.array([0] + [1] * (len(tokens) - 1), np.int32),
         np.array(is_text, bool),
@@ -119,7 +123,7 @@ def media_index(chunk: np.ndarray, number_of_visuals: int, look: Look) -> np.nda
     return index.astype(np.int32, copy=False)
 
 
-def _sequence(texts: list[list[int]], tokenizer: Tokenizer, *, close: bool) -> Sequence:
+def _sequence(texts: list[list[int]], tokenizer: Tokenizer, *, close: bool) -> TokenSequence:
     tag = tokenizer.image_tag_ids
     tokens = [tokenizer.bos, *texts[0]]
     is_text = [False] + [True] * len(texts[0])
@@ -136,4 +140,6 @@ def _sequence(texts: list[list[int]], tokenizer: Tokenizer, *, close: bool) -> S
         tokens += [tokenizer.eoc, tokenizer.eos]
         is_text += [True, True]
         chunk += [len(texts) - 1] * 2
-    return Sequence(np.array(tokens, np.int32), np.array(chunk, np.int32), np.array(is_text, bool))
+    return TokenSequence(
+        np.array(tokens, np.int32), np.array(chunk, np.int32), np.array(is_text, bool)
+    )

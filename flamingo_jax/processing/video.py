@@ -16,7 +16,7 @@ from av.sidedata.sidedata import Type
 from av.video.reformatter import Interpolation
 
 from flamingo_jax.processing.images import MAX_PIXELS
-from flamingo_jax.processing.video_clock import Clock
+from flamingo_jax.processing.video_clock import FrameClock
 from flamingo_jax.processing.video_file import (
     BROKEN,
     DAMAGED,
@@ -42,7 +42,7 @@ TOO_MANY_PIXELS = "too many pixels"
 
 
 @dataclasses.dataclass(frozen=True)
-class Film:
+class SampledVideo:
     """What was read of a video. frames: uint8 [H, W, 3], upright RGB. lost: for each frame or
     part of the file that could not be read, the reason."""
 
@@ -50,14 +50,14 @@ class Film:
     lost: tuple[str, ...] = ()
 
 
-def read_film(
+def read_video(
     path: str | pathlib.Path,
     *,
     fps: float,
     resize: Callable[[np.ndarray], np.ndarray] = lambda frame: frame,
     max_frames: int = MAX_FRAMES,
     max_pixels: int = MAX_PIXELS,
-) -> Film:
+) -> SampledVideo:
     """The frames on screen at 0, 1/fps, 2/fps, ... seconds, at most `max_frames`, and what
     was
     lost on the way: damage is passed over, so that the frame before it stays on screen.
@@ -83,8 +83,8 @@ def _film(
     resize: Callable[[np.ndarray], np.ndarray],
     max_frames: int,
     max_pixels: int,
-) -> Film:
-    """What `read_film` reads. Raises OSError where the storage fails for a moment."""
+) -> SampledVideo:
+    """What `read_video` reads. Raises OSError where the storage fails for a moment."""
     frames: list[np.ndarray] = []
     lost: list[str] = []
     try:
@@ -107,7 +107,7 @@ def _film(
         lost.append(BROKEN)
     if not frames:
         raise VideoError(f"{path} is not a readable video: it has no frames")
-    return Film(frames, tuple(lost))
+    return SampledVideo(frames, tuple(lost))
 
 
 def read_frames(
@@ -118,8 +118,8 @@ def read_frames(
     max_frames: int = MAX_FRAMES,
     max_pixels: int = MAX_PIXELS,
 ) -> list[np.ndarray]:
-    """The frames of `read_film`."""
-    film = read_film(path, fps=fps, resize=resize, max_frames=max_frames, max_pixels=max_pixels)
+    """The frames of `read_video`."""
+    film = read_video(path, fps=fps, resize=resize, max_frames=max_frames, max_pixels=max_pixels)
     return film.frames
 
 
@@ -156,7 +156,7 @@ def _shown(
 ) -> Iterator[tuple[av.VideoFrame, float]]:
     """Every frame with the second, counted from the first frame, at which it leaves the screen."""
     rates = float(stream.guessed_rate or 0), float(stream.average_rate or 0)
-    clock = Clock(*rates, trusted=container.format.name in TRUSTED)
+    clock = FrameClock(*rates, trusted=container.format.name in TRUSTED)
     last: av.VideoFrame | None = None
     for frame in decoded_frames(container, stream, lost):
         time = clock(frame.time, _seconds(last) if last is not None else None)

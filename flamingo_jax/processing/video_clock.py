@@ -20,7 +20,7 @@ STEADY = 0.05
 """Share of gaps up to which a film's rate is called steady."""
 
 
-class Clock:
+class FrameClock:
     """Called with every frame in turn, it says when each is shown, counted from the first.
 
     The second never falls, and rises by the usual step where a stamp lacks, is the one before

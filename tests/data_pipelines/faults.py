@@ -19,7 +19,7 @@ from PIL import Image
 
 from data_pipelines import shard_files
 from data_pipelines.build import writer
-from data_pipelines.build.source import Example
+from data_pipelines.build.source import SplitRecord
 from data_pipelines.open_files import OpenFiles
 from data_pipelines.records import UNREADABLE, open_records
 from flamingo_jax import storage
@@ -105,7 +105,7 @@ def noise(seed: int, side: int = 8) -> bytes:
     return data.getvalue()
 
 
-def records(kind: str, count: int) -> list[Example]:
+def records(kind: str, count: int) -> list[SplitRecord]:
     """Records of a kind with texts of very different lengths."""
     rng = np.random.default_rng(0)
     words = lambda: " ".join(rng.choice(WORDS, rng.integers(1, 12)))
@@ -128,7 +128,7 @@ def records(kind: str, count: int) -> list[Example]:
             "type": "",
         },
     }
-    return [Example("train", {"id": f"{kind}{i}", **fields[kind](i)}) for i in range(count)]
+    return [SplitRecord("train", {"id": f"{kind}{i}", **fields[kind](i)}) for i in range(count)]
 
 
 def build(

@@ -11,17 +11,17 @@ import sys
 
 import numpy as np
 
-from data_pipelines import encoded, shard_files
+from data_pipelines import feature_cache, shard_files
+from data_pipelines.batches import make_iterator
 from data_pipelines.build import writer
-from data_pipelines.build.source import Example
-from data_pipelines.mixture import make_iterator
+from data_pipelines.build.source import SplitRecord
 from data_pipelines.records import UNREADABLE, open_records
 from flamingo_jax.experiment import DatasetConfig
 from flamingo_jax.storage import open_files_allowed, raise_open_files
 from tests.data_pipelines.faults import noise
-from tests.data_pipelines.test_encoded import Quarters, quarters
+from tests.data_pipelines.test_batches import MEAN, SIZE, make_tokenizer
+from tests.data_pipelines.test_feature_cache import Quarters, quarters
 from tests.data_pipelines.test_features import Given
-from tests.data_pipelines.test_mixture import MEAN, SIZE, make_tokenizer
 
 RECORDS, SHARDS, IMAGES = 150_000, 1_200, 200
 
@@ -31,7 +31,7 @@ def main(folder: pathlib.Path) -> dict[str, int]:
     writer.RECORDS_PER_SHARD = RECORDS // SHARDS
     images = [noise(number) for number in range(IMAGES)]
     examples = tuple(
-        Example("train", {"id": str(i), "image": images[i % IMAGES], "captions": ["red star"]})
+        SplitRecord("train", {"id": str(i), "image": images[i % IMAGES], "captions": ["red star"]})
         for i in range(RECORDS)
     )
     writer.write_dataset(folder / "pairs", Given("pairs", examples))
@@ -44,7 +44,7 @@ def main(folder: pathlib.Path) -> dict[str, int]:
         if UNREADABLE not in record:
             ids[place] = int(record["id"])
 
-    found = encoded.load_or_encode(
+    found = feature_cache.load_or_encode(
         records, "image", Quarters(), data, "train", image_size=SIZE, mean=MEAN
     )
     expected = [encoder_of(image) for image in images]
@@ -70,7 +70,7 @@ def main(folder: pathlib.Path) -> dict[str, int]:
     return {
         "shards": len(list(data.glob("*.array_record*"))), "records": len(set(ids.tolist()) - {-1}), "features": RECORDS - wrong,  # noqa: E501
         "parts": len(list(data.glob("features_*/?????.npy"))), "failed": failed, "allowed": open_files_allowed(),  # noqa: E501
-        "open": len(os.listdir("/proc/self/fd")), "readers": len(shard_files.READERS), "files": len(encoded.FILES),  # noqa: E501
+        "open": len(os.listdir("/proc/self/fd")), "readers": len(shard_files.READERS), "files": len(feature_cache.FILES),  # noqa: E501
     }  # fmt: skip
 
 

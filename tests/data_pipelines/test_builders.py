@@ -24,7 +24,7 @@ from data_pipelines.build.video_folder import VideoFolder
 from data_pipelines.build.writer import ordered_map, write_dataset
 from flamingo_jax.errors import UserError
 from flamingo_jax.processing.tokenizer import Tokenizer
-from flamingo_jax.processing.video import read_film
+from flamingo_jax.processing.video import read_video
 from tests.data_pipelines.raw import (
     ALL_TRAIN,
     colourful,
@@ -284,7 +284,7 @@ def test_video_frames_shrink_as_they_are_read(tmp_path, monkeypatch):
     shapes = []
 
     def reading(*args, **options):
-        read = read_film(*args, **options)
+        read = read_video(*args, **options)
         shapes.extend(frame.shape for frame in read.frames)
         return read
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from data_pipelines.build.source import Dropped, Example, Outcome, Shares, record_id
+from data_pipelines.build.source import Converted, DroppedRecord, Shares, SplitRecord, record_id
 from data_pipelines.build.workers import DIED, WorkerPool
 from data_pipelines.build.writer import write_dataset
 from flamingo_jax import folder_lock
@@ -41,14 +41,14 @@ class Texts:
     def entries(self) -> tuple[str, ...]:
         return self._entries
 
-    def convert(self, entry: str) -> list[Outcome]:
+    def convert(self, entry: str) -> list[Converted]:
         if entry.startswith("signal"):
             os.kill(os.getpid(), int(entry.rpartition(" ")[2]))
         if entry.startswith("raise"):
             raise {"MemoryError": MemoryError, "IndexError": IndexError}[entry.rpartition(" ")[2]]
         if entry == "wrong":
             raise UserError("a mistake of the user")
-        return [Example("train", {"id": entry, "text": entry}), Dropped("each time")]
+        return [SplitRecord("train", {"id": entry, "text": entry}), DroppedRecord("each time")]
 
 
 class Waiting(Texts):
@@ -58,7 +58,7 @@ class Waiting(Texts):
         super().__init__(*entries)
         self.begun, self.go_on = threading.Event(), threading.Event()
 
-    def convert(self, entry: str) -> list[Outcome]:
+    def convert(self, entry: str) -> list[Converted]:
         self.begun.set()
         assert self.go_on.wait(30)
         return super().convert(entry)

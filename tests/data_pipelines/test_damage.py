@@ -14,6 +14,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from data_pipelines.batches import make_iterator
 from data_pipelines.build.coco import Coco
 from data_pipelines.build.html_pages import HtmlPages
 from data_pipelines.build.image_folder import ImageFolder
@@ -26,12 +27,11 @@ from data_pipelines.build.tfds import Tfds
 from data_pipelines.build.video_folder import VideoFolder
 from data_pipelines.build.webdataset import WebDataset
 from data_pipelines.build.writer import write_dataset
-from data_pipelines.mixture import make_iterator
 from data_pipelines.records import UNREADABLE, open_records
 from flamingo_jax.experiment import DatasetConfig
 from flamingo_jax.processing.tokenizer import Tokenizer
 from tests.data_pipelines.raw import ALL_TRAIN, colourful, film, huge_png, lines, read
-from tests.data_pipelines.test_mixture import tokenizer  # noqa: F401 - a fixture
+from tests.data_pipelines.test_batches import tokenizer  # noqa: F401 - a fixture
 
 WHOLE_BATCH = 12
 NOT_UTF8 = b"caf\xe9 noir"

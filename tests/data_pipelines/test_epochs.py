@@ -7,14 +7,14 @@ import itertools
 import numpy as np
 import pytest
 
-from data_pipelines.inputs import make_iterators
-from data_pipelines.transforms.examples import Draws
-from data_pipelines.transforms.keys import generator
+from data_pipelines.iterators import make_iterators
+from data_pipelines.transforms.examples import RecordRandom
 from data_pipelines.transforms.lengths import measure
-from data_pipelines.transforms.packing import plan
+from data_pipelines.transforms.packing import plan_rows
+from data_pipelines.transforms.randomness import generator
 from flamingo_jax.experiment import DatasetConfig, Experiment, LanguageModelConfig
 from tests.data_pipelines.faults import build
-from tests.data_pipelines.test_mixture import (
+from tests.data_pipelines.test_batches import (
     asked,
     in_lists,
     iterator,
@@ -83,7 +83,7 @@ def test_no_pair_stands_twice_after_the_batch_size_was_changed(tokenizer):  # no
 
 def test_datasets_of_one_size_share_no_order_no_captions_and_no_draws(tokenizer):  # noqa: F811
     def orders(dataset):
-        made = plan(
+        made = plan_rows(
             np.ones(90, int),
             np.ones(90, int),
             row_length=1,
@@ -99,7 +99,7 @@ def test_datasets_of_one_size_share_no_order_no_captions_and_no_draws(tokenizer)
         "order": orders,
         "captions": lambda dataset: lengths.choose(0.5, 3, 1, dataset).caption.tolist(),
         "spaces": lambda dataset: lengths.choose(0.5, 3, 1, dataset).space.tolist(),
-        "draws": lambda dataset: Draws(3, 1, "a record", dataset=dataset).order(20),
+        "draws": lambda dataset: RecordRandom(3, 1, "a record", dataset=dataset).order(20),
         "numbers": (
             lambda dataset: generator("order", 3, dataset, 1).integers(9, size=30).tolist()
         ),
@@ -107,7 +107,9 @@ def test_datasets_of_one_size_share_no_order_no_captions_and_no_draws(tokenizer)
     for what, draw in drawn.items():
         assert draw("coco") == draw("coco") != draw("ltip"), what
     # No name can be made to look like another name, seed or epoch.
-    assert Draws(3, 1, "x/y", dataset="a").order(20) != Draws(3, 1, "y", dataset="a'/'x").order(20)
+    assert RecordRandom(3, 1, "x/y", dataset="a").order(20) != RecordRandom(
+        3, 1, "y", dataset="a'/'x"
+    ).order(20)
     agree = np.mean(np.equal(drawn["captions"]("coco"), drawn["captions"]("ltip")))
     assert abs(agree - 0.5) < 4 * np.sqrt(0.25 / 90)
 

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from data_pipelines import features
-from data_pipelines.build.source import Dropped, Example, Outcome, Shares
+from data_pipelines.build.source import Converted, DroppedRecord, Shares, SplitRecord
 from data_pipelines.build.writer import write_dataset
 from flamingo_jax.errors import UserError
 
@@ -51,7 +51,7 @@ class Given:
     """A source of what it is given."""
 
     kind: str
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[Converted, ...]
     about: str = "a test"
     shares: Shares | None = None
 
@@ -59,10 +59,10 @@ class Given:
     def options(self) -> dict[str, Any]:
         return {"records": len(self.outcomes)}
 
-    def entries(self) -> tuple[Outcome, ...]:
+    def entries(self) -> tuple[Converted, ...]:
         return self.outcomes
 
-    def convert(self, entry: Outcome) -> list[Outcome]:
+    def convert(self, entry: Converted) -> list[Converted]:
         return [entry]
 
 
@@ -78,7 +78,7 @@ def plain(value: Any) -> Any:
 def test_records_come_back(kind, tmp_path):
     record = RECORDS[kind]
     write_dataset(
-        tmp_path / "set", Given(kind, (Example("train", record), Example("test", record)))
+        tmp_path / "set", Given(kind, (SplitRecord("train", record), SplitRecord("test", record)))
     )
     builder = tfds.builder_from_directory(str(tmp_path / "set" / "1.0.0"))
     assert {name: split.num_examples for name, split in builder.info.splits.items()} == {
@@ -100,14 +100,14 @@ def test_records_come_back(kind, tmp_path):
 
 
 def test_splits_by_name_are_found_by_tfds(tmp_path):
-    write_dataset(tmp_path / "by_name", Given("text", (Example("train", RECORDS["text"]),)))
+    write_dataset(tmp_path / "by_name", Given("text", (SplitRecord("train", RECORDS["text"]),)))
     assert len(tfds.data_source("by_name", data_dir=tmp_path, split="train")) == 1
 
 
 def test_many_records_make_several_shards_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr("data_pipelines.build.writer.RECORDS_PER_SHARD", 4)
     monkeypatch.setattr("data_pipelines.build.writer.RECORDS_PER_FLUSH", 3)
-    outcomes = tuple(Example("train", {"id": str(i), "text": "x"}) for i in range(10))
+    outcomes = tuple(SplitRecord("train", {"id": str(i), "text": "x"}) for i in range(10))
     write_dataset(tmp_path / "many", Given("text", outcomes))
     builder = tfds.builder_from_directory(str(tmp_path / "many" / "1.0.0"))
     assert builder.info.splits["train"].shard_lengths == [4, 4, 2]
@@ -129,17 +129,17 @@ def test_large_records_do_not_wait_for_many(tmp_path, monkeypatch):
         2 * sum(map(len, RECORDS["pages"]["images"])),
     )
     statistics, _ = write_dataset(
-        tmp_path / "large", Given("pages", (Example("train", RECORDS["pages"]),) * 5)
+        tmp_path / "large", Given("pages", (SplitRecord("train", RECORDS["pages"]),) * 5)
     )
     assert written == [2, 2, 1] and statistics["images"]["used"] == 10
 
 
 def test_statistics_account_for_every_record(tmp_path):
     outcomes = (
-        Example("train", RECORDS["pages"], ("small",)),
-        Dropped("torn"),
-        Dropped("torn", ("small", "far")),
-        Dropped("empty"),
+        SplitRecord("train", RECORDS["pages"], ("small",)),
+        DroppedRecord("torn"),
+        DroppedRecord("torn", ("small", "far")),
+        DroppedRecord("empty"),
     )
     statistics, built = write_dataset(tmp_path / "counted", Given("pages", outcomes))
     assert built
@@ -161,7 +161,7 @@ def test_statistics_account_for_every_record(tmp_path):
 
 
 def test_a_finished_dataset_is_left_alone(tmp_path):
-    source = Given("text", (Example("train", RECORDS["text"]),))
+    source = Given("text", (SplitRecord("train", RECORDS["text"]),))
     first, _ = write_dataset(tmp_path / "again", source)
     stamp = (tmp_path / "again" / "1.0.0" / "dataset_info.json").stat().st_mtime_ns
     assert write_dataset(tmp_path / "again", source) == (first, False)
@@ -175,7 +175,7 @@ def test_an_interrupted_build_is_made_again(tmp_path):
         def convert(self, entry):
             raise KeyboardInterrupt
 
-    source = Given("text", (Example("train", RECORDS["text"]),))
+    source = Given("text", (SplitRecord("train", RECORDS["text"]),))
     with pytest.raises(KeyboardInterrupt):
         write_dataset(tmp_path / "torn", Interrupted(source.kind, source.outcomes))
     with pytest.raises(UserError, match="no dataset"):
@@ -192,9 +192,9 @@ def test_an_interrupted_build_is_made_again(tmp_path):
 
 def test_bad_outputs_are_refused(tmp_path):
     with pytest.raises(UserError, match="cannot name a dataset"):
-        write_dataset(tmp_path / "My-Set", Given("text", (Example("train", RECORDS["text"]),)))
+        write_dataset(tmp_path / "My-Set", Given("text", (SplitRecord("train", RECORDS["text"]),)))
     with pytest.raises(UserError, match=r"no record is left.*1 torn"):
-        write_dataset(tmp_path / "empty", Given("text", (Dropped("torn"),)))
+        write_dataset(tmp_path / "empty", Given("text", (DroppedRecord("torn"),)))
     with pytest.raises(ValueError, match="no kind"):
         features.features("sounds")
 
@@ -206,17 +206,23 @@ def test_splits_that_get_no_record_are_named(tmp_path, caplog):
     ):
         write_dataset(
             tmp_path / "small",
-            Given("text", (Dropped("torn"), *[Example("validation", record)] * 2), shares=shares),
+            Given(
+                "text",
+                (DroppedRecord("torn"), *[SplitRecord("validation", record)] * 2),
+                shares=shares,
+            ),
         )
     assert not (tmp_path / "small").exists()
     write_dataset(
         tmp_path / "small",
-        Given("text", (Example("train", record), Example("validation", record)), shares=shares),
+        Given(
+            "text", (SplitRecord("train", record), SplitRecord("validation", record)), shares=shares
+        ),
     )
     warnings = lambda: [message for message in caplog.messages if "share" in message]
     (message,) = warnings()
     assert "share of test" in message and "--test_share" in message
-    write_dataset(tmp_path / "own", Given("text", (Example("test", record),)))
+    write_dataset(tmp_path / "own", Given("text", (SplitRecord("test", record),)))
     assert len(warnings()) == 1, "a source with splits of its own need not have any"
 
 

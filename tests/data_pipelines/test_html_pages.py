@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from data_pipelines.build import files, html_pages, interleaved
+from data_pipelines.build.html_addresses import read_address
 from data_pipelines.build.html_pages import HtmlPages
-from data_pipelines.build.html_places import read_place
 from data_pipelines.build.images import ImageRules, Unfit
 from data_pipelines.build.writer import write_dataset
 from tests.data_pipelines.raw import (
@@ -113,14 +113,14 @@ def test_an_image_is_found_by_its_address(
     base: str, address: str, name: str, tmp_path: pathlib.Path
 ) -> None:
     data = save(tmp_path / name, colourful(), format="PNG")
-    assert read_place(tmp_path, tmp_path / "sub" / "page.html", address, base) == data
+    assert read_address(tmp_path, tmp_path / "sub" / "page.html", address, base) == data
 
 
 def test_an_image_is_found_by_the_address_of_its_file(tmp_path: pathlib.Path) -> None:
     data = save(tmp_path / "a b.png", colourful())
     for start in ("file://", "file://localhost", "file:"):
         address = start + urllib.parse.quote(str(tmp_path / "a b.png"))
-        assert read_place(tmp_path, tmp_path / "page.html", address) == data
+        assert read_address(tmp_path, tmp_path / "page.html", address) == data
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_why_an_image_is_not_read(address: str, reason: str, tmp_path: pathlib.P
     (tmp_path / "site").mkdir()
     save(tmp_path / "secret.png", colourful())
     with pytest.raises(Unfit, match=f"^{reason}$"):
-        read_place(tmp_path / "site", tmp_path / "site" / "page.html", address)
+        read_address(tmp_path / "site", tmp_path / "site" / "page.html", address)
 
 
 def test_images_within_the_page_are_read(tmp_path: pathlib.Path) -> None:
@@ -158,7 +158,7 @@ def test_images_within_the_page_are_read(tmp_path: pathlib.Path) -> None:
         f"data:image/png,{urllib.parse.quote(data)}",
         f"data:image/png;base64,{urllib.parse.quote(coded, safe='')}",
     ):
-        assert read_place(tmp_path, tmp_path / "page.html", address) == data
+        assert read_address(tmp_path, tmp_path / "page.html", address) == data
 
 
 def test_places_are_tried_until_one_is_an_image(tmp_path: pathlib.Path) -> None:

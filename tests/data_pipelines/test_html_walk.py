@@ -6,9 +6,9 @@ import time
 import bs4
 import pytest
 
-from data_pipelines.build.html_walk import SKIPPED, Image, TooDeep, walk
+from data_pipelines.build.html_walk import SKIPPED, PageImage, TooDeep, walk
 from data_pipelines.build.interleaved import PAGES_RULES, joined, make_page
-from data_pipelines.build.source import Dropped
+from data_pipelines.build.source import DroppedRecord
 
 
 def page_text(page: str) -> str:
@@ -16,7 +16,7 @@ def page_text(page: str) -> str:
 
 
 def places(page: str) -> list[tuple[str, ...]]:
-    return [item.places for item in walk(page.encode()).items if isinstance(item, Image)]
+    return [item.places for item in walk(page.encode()).items if isinstance(item, PageImage)]
 
 
 def test_broken_pages_are_read_as_far_as_they_go() -> None:
@@ -185,7 +185,7 @@ def test_images_that_are_not_shown_say_why() -> None:
     page = (
         "<nav><img src=a></nav><p hidden><img src=b></p><img src=c style='display:none'><img src=d>"
     )
-    images = [item for item in walk(page.encode()).items if isinstance(item, Image)]
+    images = [item for item in walk(page.encode()).items if isinstance(item, PageImage)]
     assert [image.unread for image in images] == [
         "outside the text",
         "hidden",
@@ -232,7 +232,7 @@ def test_the_time_is_linear_in_the_page_s_bytes(name: str) -> None:
 def test_a_record_is_made_in_linear_time_too() -> None:
     began = time.process_time()
     pieces = ["some text that is long enough to be copied often "] * 200_000
-    assert isinstance(make_page("a", "train", pieces, PAGES_RULES), Dropped)
+    assert isinstance(make_page("a", "train", pieces, PAGES_RULES), DroppedRecord)
     assert time.process_time() - began < 10  # Each piece added to those before it: 15 minutes.
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import inputs
-from data_pipelines.mixture import held_out, make_iterator
-from data_pipelines.records import Records
+from data_pipelines import iterators
+from data_pipelines.batches import make_held_out, make_iterator
+from data_pipelines.records import RecordCache
 from flamingo_jax.evaluation.examples import read_visual
 from flamingo_jax.experiment import DatasetConfig, Experiment, FlamingoConfig, VisionConfig
 from flamingo_jax.processing import images
@@ -50,16 +50,16 @@ def test_all_that_reads_an_image_makes_the_same_square(fit: images.Fit) -> None:
     iterator = make_iterator(dataset, **options)  # type: ignore[arg-type]
     np.testing.assert_array_equal(next(iterator)["images"][0, 0], expected)
     iterator.close()
-    (fixed,) = held_out(dataset, batches=1, **options)  # type: ignore[arg-type]
+    (fixed,) = make_held_out(dataset, batches=1, **options)  # type: ignore[arg-type]
     np.testing.assert_array_equal(fixed["images"][0, 0], expected)
-    read = Records(records, "pairs", SIZE, fit, cache_bytes=0)[0].read(0, 0)
+    read = RecordCache(records, "pairs", SIZE, fit, cache_bytes=0)[0].read(0, 0)
     np.testing.assert_array_equal(images.pad(read, SIZE, MEAN), expected)
 
     vision = VisionConfig(variant="tiny", image_size=SIZE, mean=MEAN, image_fit=fit)
     visual = read_visual([wide()], FlamingoConfig(vision=vision), "a")
     np.testing.assert_array_equal(visual.frames[0], expected)
     experiment = Experiment(flamingo=FlamingoConfig(vision=vision))
-    given = inputs._options(
-        experiment, TOKENIZER, None, dataclasses.replace(inputs.WHOLE_BATCH), None
+    given = iterators._options(
+        experiment, TOKENIZER, None, dataclasses.replace(iterators.WHOLE_BATCH), None
     )
     assert given["image_fit"] == fit

@@ -20,7 +20,7 @@ from data_pipelines.transforms.examples import Arrays
 from flamingo_jax.errors import UserError
 from flamingo_jax.processing import images
 from flamingo_jax.processing.tokenizer import Tokenizer
-from tests.data_pipelines.test_mixture import (
+from tests.data_pipelines.test_batches import (
     iterator,
     take,
     tokenizer,  # noqa: F401

@@ -15,8 +15,8 @@ from data_pipelines.features import features
 from data_pipelines.records import (
     IMAGE_FEATURES,
     Failures,
-    Parsed,
-    Records,
+    ParsedSplit,
+    RecordCache,
     left_encoded,
     open_records,
 )
@@ -66,7 +66,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("kind", MAKE)
 def test_records_of_every_kind(kind, folder):
     path = build(kind, folder, 3)
-    records = Records(open_records(path, "train", kind), kind, 6, cache_bytes=0)
+    records = RecordCache(open_records(path, "train", kind), kind, 6, cache_bytes=0)
     assert sorted(record.id for record in map(records.__getitem__, range(3))) == ["0", "1", "2"]
     for place in range(3):
         record = records[place]
@@ -98,12 +98,12 @@ def test_records_are_what_tfds_decodes(kind, folder):
 
 @pytest.mark.parametrize("hurt", ["id", "captions", "image"])
 def test_an_example_that_lacks_a_field_or_has_several_is_an_error(hurt):
-    example = tf_example_pb2.Example()
+    example = tf_example_pb2.SplitRecord()
     for name in ("id", "captions", "image"):
         example.features.feature[name].bytes_list.value.extend(
             [b"a", b"b"] if name == "captions" else [b"a"]
         )
-    parsed = lambda: Parsed(
+    parsed = lambda: ParsedSplit(
         [example.SerializeToString()], {"id": False, "captions": True, "image": False}
     )[0]
     assert parsed() == {"id": b"a", "captions": [b"a", b"b"], "image": b"a"}
@@ -125,7 +125,7 @@ def test_what_is_known_of_a_record_is_not_read_again():
             return super().__getitem__(place)
 
     source = Counted([{"id": "a", "texts": ["", "x"], "images": [png(7).getvalue()]}])
-    records = Records(source, "pages", 6, cache_bytes=0)
+    records = RecordCache(source, "pages", 6, cache_bytes=0)
     assert records[0].once("", lambda: "made") == "made"
     again = records[0]
     assert (
@@ -150,7 +150,7 @@ def test_threads_that_want_its_images_read_a_record_once():
 
     images = [png(level).getvalue() for level in range(4)]
     source = Slow([{"id": "a", "texts": [""] * 5, "images": images}])
-    records = Records(source, "pages", 6, cache_bytes=0)
+    records = RecordCache(source, "pages", 6, cache_bytes=0)
     assert records[0].id == "a" and source.read == 1
     again = records[0]
     with ThreadPoolExecutor(4) as pool:
@@ -176,8 +176,8 @@ def test_what_is_no_dataset_is_refused(folder, tmp_path):
 
 def test_memory_is_bounded():
     source = [{"id": str(i), "image": png(i).getvalue(), "captions": [""]} for i in range(5)]
-    one = Records(source, "pairs", 6, cache_bytes=0)[0].cost
-    records = Records(source, "pairs", 6, cache_bytes=2 * one)
+    one = RecordCache(source, "pairs", 6, cache_bytes=0)[0].cost
+    records = RecordCache(source, "pairs", 6, cache_bytes=2 * one)
     first = [records[i] for i in range(5)]
     assert [records[i] is first[i] for i in range(5)] == [True, True, False, False, False]
 
@@ -186,15 +186,15 @@ def test_memory_is_counted_by_the_larger_form_of_an_image():
     source = [{"id": "a", "frames": [bytes(5_000), bytes(10)], "captions": []}]
     decoded = 3 * 6 * 6
     costs = {
-        wanted: Records(source, "videos", 6, cache_bytes=0, with_images=wanted)[0].cost
+        wanted: RecordCache(source, "videos", 6, cache_bytes=0, with_images=wanted)[0].cost
         for wanted in (True, False)
     }
     assert costs[True] - costs[False] == 5_000 + decoded + 2 * 200
-    assert Records(source, "videos", 6, cache_bytes=0, with_images=False)[0].frame_counts == [2]
+    assert RecordCache(source, "videos", 6, cache_bytes=0, with_images=False)[0].frame_counts == [2]
 
 
 def test_missing_images_are_failures():
-    record = Records(
+    record = RecordCache(
         [{"id": "a", "texts": ["", "x", "y"], "images": [png(1).getvalue()]}],
         "pages",
         6,

@@ -16,7 +16,7 @@ from data_pipelines.build.html_pages import HtmlPages
 from data_pipelines.build.image_folder import ImageFolder
 from data_pipelines.build.images import ANY_IMAGE
 from data_pipelines.build.plain_text import PlainText
-from data_pipelines.build.source import Dropped, Example, Source
+from data_pipelines.build.source import DroppedRecord, Source, SplitRecord
 from data_pipelines.build.video_folder import VideoFolder
 from data_pipelines.build.webdataset import WebDataset
 from flamingo_jax import storage
@@ -105,7 +105,7 @@ def test_a_source_that_fails_for_a_moment_is_read_again(
 ) -> None:
     source = make(tmp_path)
     whole = [source.convert(entry) for entry in source.entries()]
-    assert [type(one) for (one,) in whole] == [Example]
+    assert [type(one) for (one,) in whole] == [SplitRecord]
     for number in (errno.EIO, errno.ESTALE, errno.EMFILE):
         with monkeypatch.context() as patch:
             waited = break_storage(patch, SOURCES[make], number, 2)
@@ -134,7 +134,7 @@ def test_what_nobody_may_read_is_counted_at_once(
     source = make(tmp_path)
     waited = break_storage(monkeypatch, SOURCES[make], errno.EACCES, 1_000)
     ((dropped,),) = [source.convert(entry) for entry in source.entries()]
-    assert isinstance(dropped, Dropped) and dropped.reason == "unreadable" and not waited
+    assert isinstance(dropped, DroppedRecord) and dropped.reason == "unreadable" and not waited
 
 
 def test_a_folder_that_cannot_be_listed_for_a_moment_is_whole(

@@ -19,9 +19,9 @@ from array_record.python import array_record_module
 from PIL import Image
 
 from data_pipelines import shard_files
-from data_pipelines.mixture import held_out, make_iterator
+from data_pipelines.batches import make_held_out, make_iterator
 from data_pipelines.open_files import OpenFiles
-from data_pipelines.records import UNREADABLE, Records, open_records
+from data_pipelines.records import UNREADABLE, RecordCache, open_records
 from data_pipelines.transforms.lengths import load_or_measure, measure
 from flamingo_jax import storage
 from flamingo_jax.errors import EXIT_SAVE_FAILED, StorageError, UserError
@@ -38,7 +38,7 @@ from tests.data_pipelines.faults import (
     now_and_then,
     told,
 )
-from tests.data_pipelines.test_mixture import (
+from tests.data_pipelines.test_batches import (
     READERS,
     same,
     take,
@@ -165,7 +165,7 @@ def test_a_run_over_storage_that_fails_for_moments_has_the_same_batches(
     too.
     """
     folder = build(tmp_path, kind, COUNT, monkeypatch, per_shard=7)
-    fixed = lambda: held_out(
+    fixed = lambda: make_held_out(
         DatasetConfig(kind=kind, path=str(folder), batch_size=4, max_length=64, visuals=0 if kind == "text" else 2), tokenizer=tokenizer,  # noqa: E501
         task=TASKS[kind], batches=2, image_size=8, text_length=24,
     )  # fmt: skip
@@ -523,7 +523,7 @@ def test_readers_are_closed_when_they_are_let_go(tmp_path, monkeypatch):
     folder = build(tmp_path, "text", 20, monkeypatch, per_shard=2)
     monkeypatch.setattr(shard_files, "READERS", OpenFiles(shard_files._open))
     before = len(os.listdir("/proc/self/fd"))
-    records = Records(open_records(folder, "train", "text"), "text", 8, cache_bytes=0)
+    records = RecordCache(open_records(folder, "train", "text"), "text", 8, cache_bytes=0)
     assert len({records[place].id for place in range(20)}) == 20
     assert len(os.listdir("/proc/self/fd")) - before == len(shard_files.READERS) == 10
     for path in sorted(folder.glob("*.array_record*")):

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.build import pieces, tars
-from data_pipelines.build.shards import by_address
+from data_pipelines.build import byte_ranges, tars
+from data_pipelines.build.input_files import by_address
 from data_pipelines.build.source import Shares
-from data_pipelines.build.tar_samples import REPEATED, Sample, samples
+from data_pipelines.build.tar_samples import REPEATED, TarSample, samples
 from data_pipelines.build.webdataset import NO_CAPTION, NO_IMAGE, OTHER_IMAGE, WebDataset
 from data_pipelines.build.writer import write_dataset
 from flamingo_jax.errors import UserError
@@ -220,7 +220,7 @@ def test_neighbours_without_dots_in_their_names_are_those_of_webdataset(
         key: {webdataset_key(name)[1] for name in group}
         for key, group in itertools.groupby(names, key=lambda name: webdataset_key(name)[0])
     }
-    met = [sample for sample in samples(tmp_path / "a.tar") if isinstance(sample, Sample)]
+    met = [sample for sample in samples(tmp_path / "a.tar") if isinstance(sample, TarSample)]
     assert {sample.key: set(sample.members) for sample in met} == expected
 
 
@@ -249,7 +249,7 @@ def test_every_sample_is_used_or_counted_whatever_its_name_and_place(
     whole = {
         sample.key: sample
         for sample in met
-        if isinstance(sample, Sample) and sample.image and sample.text
+        if isinstance(sample, TarSample) and sample.image and sample.text
     }
     assert whole.keys() == {stem for stem in stems if has[stem] == (1, 1)}
     for stem, sample in whole.items():
@@ -302,7 +302,7 @@ def test_compressed_shards_are_read(
     (tmp_path / "plain.tar").write_bytes(packed(named(names)))
     (tmp_path / name).write_bytes(compress(packed(named(names))))
     opened = []
-    monkeypatch.setattr(pieces, "_STREAMS", streams := pieces._Streams())
+    monkeypatch.setattr(byte_ranges, "_STREAMS", streams := byte_ranges._Streams())
     before = streams._before
     monkeypatch.setattr(
         streams, "_before", lambda *place: opened.append(len(streams._open)) or before(*place)
@@ -314,7 +314,7 @@ def test_compressed_shards_are_read(
     assert (records, dropped) == (expected, none) and len(records) == 20
     # Read on from where it is, not from the start for every image.
     assert streams._opened == (3 if apart else 1)
-    assert max(opened) <= pieces.STREAMS
+    assert max(opened) <= byte_ranges.STREAMS
 
 
 def test_what_cannot_be_unpacked_is_said(
@@ -322,12 +322,12 @@ def test_what_cannot_be_unpacked_is_said(
 ) -> None:
     whole = packed(named(NAMES))
     monkeypatch.setattr(
-        pieces,
-        "PACKINGS",
+        byte_ranges,
+        "COMPRESSIONS",
         (
-            *pieces.PACKINGS[:3],
-            pieces.Packing("zstd", b"\x28\xb5\x2f\xfd"),
-            *pieces.PACKINGS[4:],
+            *byte_ranges.COMPRESSIONS[:3],
+            byte_ranges.Compression("zstd", b"\x28\xb5\x2f\xfd"),
+            *byte_ranges.COMPRESSIONS[4:],
         ),
     )
 
@@ -372,7 +372,7 @@ def test_damage_costs_no_more_than_it_hits(
     for cut in range(700, ends[-1], 1_279):
         path.write_bytes(pack(whole[:cut]))
         met = list(samples(path))
-        told = [name for sample in met if isinstance(sample, Sample) for name in sample.members]
+        told = [name for sample in met if isinstance(sample, TarSample) for name in sample.members]
         assert len(told) == sum(end <= cut for end in ends)
         lost = [reason for reason in met if isinstance(reason, str)]
         between = any(end <= cut <= start for end, start in zip(ends, starts[1:]))
@@ -385,7 +385,7 @@ def test_damage_costs_no_more_than_it_hits(
     path.write_bytes(pack(bytes(hurt)))
     met = list(samples(path))
     assert [one for one in met if isinstance(one, str)] == [tars.DAMAGED]
-    assert sum(len(one.members) for one in met if isinstance(one, Sample)) == 7
+    assert sum(len(one.members) for one in met if isinstance(one, TarSample)) == 7
 
 
 def test_a_plain_shard_whose_first_name_looks_compressed(tmp_path: pathlib.Path) -> None:
@@ -400,15 +400,21 @@ def test_pieces_of_compressed_files_in_any_order_and_after_a_change(
     path = tmp_path / "a.gz"
     path.write_bytes(gzip.compress(data))
     for offset in (0, 40_000, 7, 41_000, 12_345, 0, 49_990):
-        assert pieces.Piece(str(path), offset, 10, packed=True).read() == data[offset : offset + 10]
+        assert (
+            byte_ranges.ByteRange(str(path), offset, 10, packed=True).read()
+            == data[offset : offset + 10]
+        )
     for offset, size in ((49_995, 10), (60_000, 1)):
         with pytest.raises(OSError, match="does not hold"):
-            pieces.Piece(str(path), offset, size, packed=True).read()
+            byte_ranges.ByteRange(str(path), offset, size, packed=True).read()
     path.write_bytes(gzip.compress(data[::-1]))
-    assert pieces.Piece(str(path), 45_000, 10, packed=True).read() == data[::-1][45_000:45_010]
+    assert (
+        byte_ranges.ByteRange(str(path), 45_000, 10, packed=True).read()
+        == data[::-1][45_000:45_010]
+    )
     path.write_bytes(gzip.compress(data)[:-20_000])
     with pytest.raises(OSError, match="cannot be unpacked"):
-        pieces.Piece(str(path), 49_000, 10, packed=True).read()
+        byte_ranges.ByteRange(str(path), 49_000, 10, packed=True).read()
 
 
 def test_images_are_not_looked_up_in_compressed_shards(tmp_path: pathlib.Path) -> None:

@@ -20,7 +20,7 @@ from data_pipelines.build.mmc4 import Mmc4
 from data_pipelines.build.obelics import END_OF_DOCUMENT, Obelics
 from data_pipelines.build.questions_folder import QuestionsFolder
 from data_pipelines.build.source import Source
-from data_pipelines.build.text_files import TooLong, decode, json_lines, text_lines
+from data_pipelines.build.text_files import TooLongLine, decode, json_lines, text_lines
 from data_pipelines.build.tfds import Tfds
 from data_pipelines.build.webdataset import WebDataset
 from tests.data_pipelines.raw import ALL_TRAIN, accounted, colourful, lines, read, save, strings
@@ -73,7 +73,7 @@ def test_bytes_of_no_encoding_are_of_no_text(tmp_path: pathlib.Path, start: byte
     """Half of a pair in UTF-16, and a byte that is left over."""
     (tmp_path / "a").write_bytes(start + b"\xd8\xd8\xff")
     for text in (decode((tmp_path / "a").read_bytes()), *text_lines(tmp_path / "a")):
-        assert not isinstance(text, TooLong)
+        assert not isinstance(text, TooLongLine)
         with pytest.raises(UnicodeEncodeError):
             text.encode()
 

@@ -8,7 +8,7 @@ import pytest
 from data_pipelines import timing
 from flamingo_jax.processing import images
 from flamingo_jax.processing.tokenizer import Tokenizer
-from tests.data_pipelines.test_mixture import (
+from tests.data_pipelines.test_batches import (
     SIZE,
     iterator,
     numbered_image,

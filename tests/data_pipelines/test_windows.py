@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_pipelines.transforms.windows import pieces, window
+from data_pipelines.transforms.windows import text_pieces, window
 from flamingo_jax.processing.sequences import page_sequence
 
 EOC = 1000
@@ -68,6 +68,6 @@ def test_text_of_an_image_before_the_window_sees_none():
 
 @pytest.mark.parametrize("tokens", [1, 2, 5, 6, 7, 9, 10, 41])
 def test_every_token_of_a_text_but_the_first_is_a_target_once(tokens):
-    targets = [start + i for start, length in pieces(tokens, 5) for i in range(1, length)]
+    targets = [start + i for start, length in text_pieces(tokens, 5) for i in range(1, length)]
     assert targets == list(range(1, tokens))
-    assert all(2 <= length <= 5 for _, length in pieces(tokens, 5)) or tokens == 1
+    assert all(2 <= length <= 5 for _, length in text_pieces(tokens, 5)) or tokens == 1

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from data_pipelines.build.world import World
+from data_pipelines.build.world import WorldSource
 from data_pipelines.build.writer import write_dataset
 from flamingo_jax.distributed import fingerprint
 from flamingo_jax.distributed.fingerprint import first_difference, run_fingerprint
@@ -18,8 +18,8 @@ from flamingo_jax.experiment import DatasetConfig, Experiment
 def built(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A host's folder: a dataset as launch.build_data lays it out, and a tokenizer."""
     folder = tmp_path_factory.mktemp("host")
-    write_dataset(folder / "data/text", World("text", 0, 8))
-    write_dataset(folder / "more/text", World("text", 0, 9))
+    write_dataset(folder / "data/text", WorldSource("text", 0, 8))
+    write_dataset(folder / "more/text", WorldSource("text", 0, 9))
     (folder / "data/tokenizer").mkdir()
     (folder / "data/tokenizer/tokenizer.model").write_bytes(b"pieces")
     return folder

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from data_pipelines.inputs import make_iterators
+from data_pipelines.iterators import make_iterators
 from flamingo_jax import configuring
 from flamingo_jax.checkpointing.checkpoints import Checkpoints
 from flamingo_jax.checkpointing.export import Export, open_export

@@ -13,7 +13,7 @@ import pytest
 from sentencepiece import sentencepiece_model_pb2
 
 from data_pipelines.build.quickstart import build_quickstart
-from data_pipelines.build.world import World
+from data_pipelines.build.world import WorldSource
 from data_pipelines.build.writer import write_dataset
 from flamingo_jax import configuring
 from flamingo_jax.checkpointing.checkpoints import Checkpoints
@@ -270,7 +270,7 @@ def test_a_dataset_that_was_rebuilt_between_two_starts_is_refused(
     here = {"data__text__path": str(text)}
     assert train(small.language_model(data), tmp_path / "run", training__steps=1, **here) == 0
     shutil.rmtree(text)
-    write_dataset(text, World("text", 0, 9))
+    write_dataset(text, WorldSource("text", 0, 9))
     before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
     sentence = f"the train split of {text} (config.data.text) has other content (9 records in"
     refused(

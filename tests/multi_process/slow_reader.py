@@ -9,7 +9,7 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from data_pipelines.mixture import BatchIterator  # noqa: E402
+from data_pipelines.batches import BatchIterator  # noqa: E402
 
 quick = BatchIterator.__next__
 

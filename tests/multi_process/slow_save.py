@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from data_pipelines import inputs  # noqa: E402
+from data_pipelines import iterators  # noqa: E402
 from flamingo_jax.checkpointing import manifest  # noqa: E402
 
 
@@ -25,5 +25,5 @@ def slowed(quick: Callable[..., Any], variable: str) -> Callable[..., Any]:
 
 
 manifest.write_manifest = slowed(manifest.write_manifest, "SECONDS_A_SAVE")
-inputs.make_iterators = slowed(inputs.make_iterators, "SECONDS_TO_PLAN")
+iterators.make_iterators = slowed(iterators.make_iterators, "SECONDS_TO_PLAN")
 runpy.run_module("launch.train", run_name="__main__", alter_sys=True)

@@ -5,8 +5,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from flamingo_jax.processing.video import read_film, read_frames
-from flamingo_jax.processing.video_clock import Clock
+from flamingo_jax.processing.video import read_frames, read_video
+from flamingo_jax.processing.video_clock import FrameClock
 from tests.processing.films import levels, write
 
 SHOWN = [20 * (i // 10) + 20 for i in range(60)]
@@ -23,7 +23,7 @@ def test_films_without_time_stamps(tmp_path: pathlib.Path, form: str, codec: str
         rate += {10: 15, 24: 0}[rate]  # MPEG-2 knows some rates alone.
     shown = [20 * (i // rate) + 20 for i in range(3 * rate)]
     write(tmp_path / "a.bin", shown, rate=rate, codec=codec, form=form)
-    film = read_film(tmp_path / "a.bin", fps=1)
+    film = read_video(tmp_path / "a.bin", fps=1)
     np.testing.assert_allclose(levels(film.frames), [20, 40, 60], atol=6)
     assert film.lost == ()
 
@@ -37,7 +37,7 @@ def test_a_clock_that_jumps_forwards(tmp_path: pathlib.Path, ending: str, codec:
     jump = lambda number: number + (10_000 if number >= 20 else 0)
     path = tmp_path / f"a.{ending}"
     write(path, SHOWN, rate=10, codec=codec, form=form, stamp=jump, options={"bf": "0"})
-    film = read_film(path, fps=1, max_frames=64)
+    film = read_video(path, fps=1, max_frames=64)
     np.testing.assert_allclose(levels(film.frames), SECONDS, atol=6)
     assert film.lost == ()
 
@@ -93,32 +93,34 @@ def test_moving_frames_without_a_clock_stay_as_long_as_they_say(tmp_path: pathli
     )
 
 
-def seconds(clock: Clock, stamps: list[float | None], lasted: float | None = None) -> list[float]:
+def seconds(
+    clock: FrameClock, stamps: list[float | None], lasted: float | None = None
+) -> list[float]:
     return [round(clock(stamp, lasted), 6) for stamp in stamps]
 
 
 def test_the_clock():
-    assert seconds(Clock(10), [5, 5.1, 5.3, 5.4]) == [0, 0.1, 0.3, 0.4]
-    assert seconds(Clock(10), [None] * 4) == [0, 0.1, 0.2, 0.3]
-    assert seconds(Clock(0), [None] * 3) == [0, 0.04, 0.08]
-    assert seconds(Clock(10), [None] * 3, lasted=0.5) == [0, 0.5, 1]
-    assert seconds(Clock(10), [0.0] * 4) == [0, 0.1, 0.2, 0.3]
-    assert seconds(Clock(10), [0, 0.1, 1e6, 1e6 + 0.1, 3, 3.1]) == [0, 0.1, 0.2, 0.3, 0.4, 0.5]
-    assert seconds(Clock(10), [0, None, 0.2, 0.3]) == [0, 0.1, 0.2, 0.3]
-    assert seconds(Clock(10), [None, 7, 7.1]) == [0, 0.1, 0.2]
-    assert seconds(Clock(10), [0, 0.2, 0.1, 0.4, 0.3, 0.5]) == [0, 0.2, 0.2, 0.4, 0.4, 0.5]
-    assert seconds(Clock(10), [0, 9.9, 20], lasted=1e9) == [0, 9.9, 19.8]
-    assert seconds(Clock(10, trusted=True), [0, 100, 5_000]) == [0, 100, 5_000]
-    assert seconds(Clock(1, 1 / 20), [0, 20, 40, 41]) == [0, 20, 40, 41]
+    assert seconds(FrameClock(10), [5, 5.1, 5.3, 5.4]) == [0, 0.1, 0.3, 0.4]
+    assert seconds(FrameClock(10), [None] * 4) == [0, 0.1, 0.2, 0.3]
+    assert seconds(FrameClock(0), [None] * 3) == [0, 0.04, 0.08]
+    assert seconds(FrameClock(10), [None] * 3, lasted=0.5) == [0, 0.5, 1]
+    assert seconds(FrameClock(10), [0.0] * 4) == [0, 0.1, 0.2, 0.3]
+    assert seconds(FrameClock(10), [0, 0.1, 1e6, 1e6 + 0.1, 3, 3.1]) == [0, 0.1, 0.2, 0.3, 0.4, 0.5]
+    assert seconds(FrameClock(10), [0, None, 0.2, 0.3]) == [0, 0.1, 0.2, 0.3]
+    assert seconds(FrameClock(10), [None, 7, 7.1]) == [0, 0.1, 0.2]
+    assert seconds(FrameClock(10), [0, 0.2, 0.1, 0.4, 0.3, 0.5]) == [0, 0.2, 0.2, 0.4, 0.4, 0.5]
+    assert seconds(FrameClock(10), [0, 9.9, 20], lasted=1e9) == [0, 9.9, 19.8]
+    assert seconds(FrameClock(10, trusted=True), [0, 100, 5_000]) == [0, 100, 5_000]
+    assert seconds(FrameClock(1, 1 / 20), [0, 20, 40, 41]) == [0, 20, 40, 41]
 
 
 def test_a_clock_that_goes_to_and_fro_still_goes_on():
-    times = seconds(Clock(10), [0.1 * (number % 2) for number in range(200)])
+    times = seconds(FrameClock(10), [0.1 * (number % 2) for number in range(200)])
     assert times == sorted(times) and times[-1] > 0.5
 
 
 def test_gaps_are_those_of_a_steady_rate():
-    steady, varying = Clock(10), Clock(10)
+    steady, varying = FrameClock(10), FrameClock(10)
     seconds(steady, [number / 10 for number in range(80) if number not in (40, 41)])
     seconds(varying, list(np.cumsum([0.1, 0.3, 0.1, 0.2] * 20)))
     assert steady.gaps == 1 and varying.gaps == 0

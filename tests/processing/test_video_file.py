@@ -11,7 +11,7 @@ import av.stream
 import numpy as np
 import pytest
 
-from flamingo_jax.processing.video import GAP, VideoError, read_film
+from flamingo_jax.processing.video import GAP, VideoError, read_video
 from flamingo_jax.processing.video_file import (
     BROKEN,
     DAMAGED,
@@ -37,7 +37,7 @@ from tests.processing.films import (
 def test_the_film_is_read_not_the_still_before_it(tmp_path: pathlib.Path, ending: str, cover: bool):
     path = tmp_path / f"a.{ending}"
     write_two(path, np.full((320, 320, 3), 250, np.uint8), [20] * 10 + [100] * 10, cover=cover)
-    frames = read_film(path, fps=1).frames
+    frames = read_video(path, fps=1).frames
     np.testing.assert_allclose(levels(frames), [20, 100], atol=6)
     assert frames[0].shape == (64, 96, 3)
 
@@ -52,7 +52,7 @@ def test_a_cover_alone_is_no_film(tmp_path: pathlib.Path):
                 packet.stream = stream
                 made.mux(packet)
     with pytest.raises(VideoError, match="no moving images") as caught:
-        read_film(tmp_path / "b.mp4", fps=1)
+        read_video(tmp_path / "b.mp4", fps=1)
     assert caught.value.reason == NO_MOVING_IMAGES
 
 
@@ -69,15 +69,15 @@ def test_a_film_goes_on_after_what_is_damaged(tmp_path: pathlib.Path, ending: st
     path = tmp_path / f"a.{ending}"
     write(path, noise(60), rate=10, codec=codec)
     whole = path.read_bytes()
-    assert read_film(path, fps=1).lost == ()
+    assert read_video(path, fps=1).lost == ()
     middle = len(whole) // 2
     path.write_bytes(whole[:middle] + bytes(2_000) + whole[middle + 2_000 :])
-    hurt = read_film(path, fps=1)
+    hurt = read_video(path, fps=1)
     # Which of both it is, is up to FFmpeg: whether it passes over packets without a word.
     assert len(hurt.frames) == 6 and hurt.lost and set(hurt.lost) <= {DAMAGED, GAP}
     path.write_bytes(whole[:middle])
     if ending != "mp4":  # Whose table of contents is at its end.
-        cut = read_film(path, fps=1)
+        cut = read_video(path, fps=1)
         assert 0 < len(cut.frames) < 6 and {DAMAGED, BROKEN} & set(cut.lost)
 
 
@@ -91,7 +91,7 @@ def test_frames_that_lack_leave_a_gap_that_is_told(tmp_path: pathlib.Path):
         codec="mpeg4",
         stamp=lambda number: number + 12 * (number > 30),
     )
-    film = read_film(path, fps=1)
+    film = read_video(path, fps=1)
     assert len(film.frames) == 8 and film.lost == (GAP,)
 
 
@@ -99,7 +99,7 @@ def test_frames_that_lack_leave_a_gap_that_is_told(tmp_path: pathlib.Path):
 def test_a_film_that_begins_late_is_whole(tmp_path: pathlib.Path, ending: str):
     """Some headers count its length from the first frame, some from the start of the clock."""
     write(tmp_path / f"a.{ending}", [20] * 30, rate=10, codec="mpeg4", stamp=lambda i: i + 100)
-    film = read_film(tmp_path / f"a.{ending}", fps=1)
+    film = read_video(tmp_path / f"a.{ending}", fps=1)
     assert len(film.frames) == 3 and film.lost == ()
 
 
@@ -118,7 +118,7 @@ def test_frames_are_turned_and_mirrored_as_the_file_says(tmp_path: pathlib.Path,
     a, b, c, d = matrix
     whole = [a * FIXED, b * FIXED, 0, c * FIXED, d * FIXED, 0, 0, 0, 1 << 30]
     write(tmp_path / "a.mp4", [quarters()], rate=1, matrix=whole)
-    (frame,) = read_film(tmp_path / "a.mp4", fps=1).frames
+    (frame,) = read_video(tmp_path / "a.mp4", fps=1).frames
     height, width = frame.shape[:2]
     assert (height, width) == (SIZE if a else SIZE[::-1])
     for (x, y), colour in zip(((-1, -1), (1, -1), (-1, 1), (1, 1)), CORNERS, strict=True):
@@ -133,7 +133,7 @@ def test_frames_are_turned_and_mirrored_as_the_file_says(tmp_path: pathlib.Path,
 @pytest.mark.parametrize("ending", ["mp4", "mkv"])
 def test_pixels_become_square(tmp_path: pathlib.Path, ending: str, aspect: str, shape):
     write(tmp_path / f"a.{ending}", [quarters()], rate=1, aspect=Fraction(aspect))
-    (frame,) = read_film(tmp_path / f"a.{ending}", fps=1).frames
+    (frame,) = read_video(tmp_path / f"a.{ending}", fps=1).frames
     assert frame.shape[:2] == shape
     middle = (shape[0] // 2, shape[1] // 2)
     places = [(y, x) for y in (8, middle[0] + 8) for x in (8, middle[1] + 8)]
@@ -144,10 +144,10 @@ def test_square_pixels_of_a_turned_film(tmp_path: pathlib.Path):
     """The aspect is that of the pixels before they are turned."""
     turned = [0, FIXED, 0, -FIXED, 0, 0, 0, 0, 1 << 30]
     write(tmp_path / "a.mp4", [quarters()], rate=1, aspect=Fraction(2), matrix=turned)
-    assert read_film(tmp_path / "a.mp4", fps=1).frames[0].shape == (192, 64, 3)
+    assert read_video(tmp_path / "a.mp4", fps=1).frames[0].shape == (192, 64, 3)
     with pytest.raises(VideoError, match="more than"):
-        read_film(tmp_path / "a.mp4", fps=1, max_pixels=96 * 64 - 1)
-    (small,) = read_film(tmp_path / "a.mp4", fps=1, max_pixels=96 * 64).frames
+        read_video(tmp_path / "a.mp4", fps=1, max_pixels=96 * 64 - 1)
+    (small,) = read_video(tmp_path / "a.mp4", fps=1, max_pixels=96 * 64).frames
     assert small.shape == (96, 32, 3)
 
 
@@ -176,18 +176,18 @@ def playlists(film: pathlib.Path) -> dict[str, str]:
 def test_no_file_but_its_own_is_read_for_a_video(tmp_path: pathlib.Path, monkeypatch):
     film = tmp_path / "film.mp4"
     write(film, [20] * 4, rate=2)
-    assert len(read_film(film, fps=1).frames) == 2
+    assert len(read_video(film, fps=1).frames) == 2
     (tmp_path / "lists").mkdir()
     (tmp_path / "lists" / film.name).write_bytes(film.read_bytes())
     monkeypatch.chdir(tmp_path / "lists")
     for name, text in playlists(film).items():
         (tmp_path / "lists" / name).write_text(text)
         with pytest.raises(VideoError, match=name) as caught:
-            read_film(tmp_path / "lists" / name, fps=1)
+            read_video(tmp_path / "lists" / name, fps=1)
         assert caught.value.reason in (FOREIGN, UNREADABLE)
     for name in ("a.m3u8", "a.ffconcat", "a.sdp"):
         with pytest.raises(VideoError) as caught:
-            read_film(name, fps=1)
+            read_video(name, fps=1)
         assert caught.value.reason == FOREIGN
     for name in (
         "concat:film.mp4|film.mp4",
@@ -195,7 +195,7 @@ def test_no_file_but_its_own_is_read_for_a_video(tmp_path: pathlib.Path, monkeyp
         "subfile,,start,0,end,0,,:film.mp4",
     ):
         with pytest.raises(VideoError):
-            read_film(name, fps=1)
+            read_video(name, fps=1)
 
 
 BOXES = (b"moov", b"trak", b"mdia", b"minf", b"dinf", b"dref")
@@ -233,5 +233,5 @@ def test_a_mov_that_names_another_file_is_not_followed(tmp_path: pathlib.Path):
     with av.open(str(path), container_options=options) as container:  # A reader that does follow.
         assert next(container.decode(video=0)).to_ndarray(format="rgb24").mean() > 150
     with pytest.raises(VideoError) as caught:
-        read_film(path, fps=1)
+        read_video(path, fps=1)
     assert caught.value.reason == UNREADABLE

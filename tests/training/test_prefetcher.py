@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from data_pipelines.mixture import BatchIterator
+from data_pipelines.batches import BatchIterator
 from data_pipelines.readers import PendingBatch, Readers
 from flamingo_jax.experiment import MeshConfig
 from flamingo_jax.partitioning.host_shard import WHOLE_BATCH

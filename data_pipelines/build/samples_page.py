@@ -8,7 +8,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_pipelines.build.source import Example
+from data_pipelines.build.source import SplitRecord
 from data_pipelines.features import TRAIN
 from flamingo_jax.processing import images
 from flamingo_jax.web_page import FRAMES, Table, page, strip, table
@@ -22,16 +22,16 @@ CHARACTERS = 600
 """Shown of a text."""
 
 
-class Drawn:
+class RecordSampler:
     """A few examples of the training split, or of all where there is none, drawn by a hash of
     their ids: the same in every build.
     """
 
     def __init__(self) -> None:
-        self._heap: list[tuple[bool, int, int, Example]] = []
+        self._heap: list[tuple[bool, int, int, SplitRecord]] = []
         self._met = 0
 
-    def offer(self, example: Example) -> None:
+    def offer(self, example: SplitRecord) -> None:
         place = int.from_bytes(
             hashlib.blake2b(f"drawn {example.fields['id']}".encode(), digest_size=8).digest()
         )
@@ -42,14 +42,14 @@ class Drawn:
         else:
             heapq.heappushpop(self._heap, item)
 
-    def examples(self) -> list[Example]:
+    def examples(self) -> list[SplitRecord]:
         drawn = [item[3] for item in sorted(self._heap, key=lambda item: item[:3], reverse=True)]
         trained = [example for example in drawn if example.split == TRAIN]
         return trained or drawn
 
 
 def samples_page(
-    name: str, about: str, statistics: Mapping[str, Any], examples: Sequence[Example]
+    name: str, about: str, statistics: Mapping[str, Any], examples: Sequence[SplitRecord]
 ) -> str:
     """The document: counts of splits, drop reasons with names of some that were dropped, and
     the examples.
@@ -57,7 +57,7 @@ def samples_page(
     dropped, named = statistics["dropped"], statistics.get("dropped_names", {})
     tables = [
         Table(
-            "Records",
+            "RecordCache",
             ["", "records"],
             [
                 ["read", statistics["records_read"]],
@@ -94,7 +94,7 @@ def samples_page(
     )
 
 
-def _card(example: Example) -> str:
+def _card(example: SplitRecord) -> str:
     fields = example.fields
     parts = [f'<div class="prompt">{_text(fields["id"])}</div>']
     if "texts" in fields:

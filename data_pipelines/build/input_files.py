@@ -8,18 +8,18 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from data_pipelines.build import files
+from data_pipelines.build.byte_ranges import ByteRange, why
 from data_pipelines.build.images import Unfit
-from data_pipelines.build.pieces import Piece, why
-from data_pipelines.build.tar_samples import IMAGE_ENDINGS, Sample, samples
-from data_pipelines.build.tars import SUFFIXES, packed_with
+from data_pipelines.build.tar_samples import IMAGE_ENDINGS, TarSample, samples
+from data_pipelines.build.tars import SUFFIXES, compressed_with
 from data_pipelines.build.text_files import decode, parsed
 from flamingo_jax.errors import UserError
 from flamingo_jax.progress import Bar
 
-DIGITS = re.compile(r"(?:^|[/\\\\])[0-9a-f]{64}\.[^./\\\\]+$")
+ADDRESS_DIGEST = re.compile(r"(?:^|[/\\\\])[0-9a-f]{64}\.[^./\\\\]+$")
 
 
-class Found(NamedTuple):
+class InputFile(NamedTuple):
     """A file of one of the inputs: `name` is its path below the folder `root`."""
 
     root: pathlib.Path
@@ -30,7 +30,7 @@ class Found(NamedTuple):
         return self.root / self.name
 
 
-def files_in(inputs: Sequence[str], suffixes: Sequence[str], what: str) -> list[Found]:
+def files_in(inputs: Sequence[str], suffixes: Sequence[str], what: str) -> list[InputFile]:
     """The inputs that are files, and files of these suffixes below those that are folders.
 
     Raises UserError where there is none.
@@ -46,9 +46,9 @@ def files_in(inputs: Sequence[str], suffixes: Sequence[str], what: str) -> list[
                     f"{path / met.name} is not read ({met.reason}): mend it, remove it, "
                     "or name what a link leads to with --input"
                 )
-            found += [Found(path, name) for name in listing.names]
+            found += [InputFile(path, name) for name in listing.names]
         elif path.is_file():
-            found.append(Found(path.parent, path.name))
+            found.append(InputFile(path.parent, path.name))
         else:
             raise UserError(f"there is no file or folder {path}: mend --input")
     if not found:
@@ -75,7 +75,7 @@ def folders_of(inputs: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def by_address(folders: Sequence[str]) -> dict[bytes, Piece]:
+def by_address(folders: Sequence[str]) -> dict[bytes, ByteRange]:
     """Downloaded images by their address on the web (`address_key`), below folders of
 
     - what img2dataset made (`output_format` webdataset or files), whose .json files have the
@@ -85,7 +85,7 @@ def by_address(folders: Sequence[str]) -> dict[bytes, Piece]:
 
     Raises UserError for a compressed shard, in which nothing can be looked up.
     """
-    found: dict[bytes, Piece] = {}
+    found: dict[bytes, ByteRange] = {}
     below = [
         str(pathlib.Path(folder, name))
         for folder in folders
@@ -94,7 +94,7 @@ def by_address(folders: Sequence[str]) -> dict[bytes, Piece]:
     paths = [
         pathlib.Path(file)
         for file in sorted(below)
-        if file.lower().endswith((*SUFFIXES, ".json")) or DIGITS.search(file)
+        if file.lower().endswith((*SUFFIXES, ".json")) or ADDRESS_DIGEST.search(file)
     ]
     known = frozenset(below)
     with Bar("images by address", len(paths)) as bar:
@@ -106,15 +106,15 @@ def by_address(folders: Sequence[str]) -> dict[bytes, Piece]:
             elif ending == "json":
                 beside = (path.with_suffix(f".{ending}") for ending in IMAGE_ENDINGS)
                 if image_file := next((file for file in beside if str(file) in known), None):
-                    _enter(found, Piece(str(path)), Piece(str(image_file)))
+                    _enter(found, ByteRange(str(path)), ByteRange(str(image_file)))
             elif ending in IMAGE_ENDINGS:
-                found.setdefault(bytes.fromhex(path.stem), Piece(str(path)))
+                found.setdefault(bytes.fromhex(path.stem), ByteRange(str(path)))
     return found
 
 
-def _enter_shard(found: dict[bytes, Piece], path: pathlib.Path) -> None:
+def _enter_shard(found: dict[bytes, ByteRange], path: pathlib.Path) -> None:
     try:
-        packing = packed_with(path)
+        packing = compressed_with(path)
     except OSError:
         return
     if packing:
@@ -123,7 +123,7 @@ def _enter_shard(found: dict[bytes, Piece], path: pathlib.Path) -> None:
             " one: unpack it to a plain .tar file"
         )
     for sample in samples(path):
-        if isinstance(sample, Sample) and sample.image and sample.about:
+        if isinstance(sample, TarSample) and sample.image and sample.about:
             _enter(found, sample.about, sample.image)
 
 
@@ -131,7 +131,9 @@ def address_key(address: str) -> bytes:
     return hashlib.sha256(address.encode(errors="surrogateescape")).digest()
 
 
-def reader(folders: Sequence[str], name: object, downloaded: Piece | None) -> Callable[[], bytes]:
+def reader(
+    folders: Sequence[str], name: object, downloaded: ByteRange | None
+) -> Callable[[], bytes]:
     """What reads an image: the file known by its address, else the one of that name below the
     folders. It raises Unfit.
     """
@@ -149,7 +151,7 @@ def reader(folders: Sequence[str], name: object, downloaded: Piece | None) -> Ca
     return read
 
 
-def _enter(found: dict[bytes, Piece], about: Piece, image: Piece) -> None:
+def _enter(found: dict[bytes, ByteRange], about: ByteRange, image: ByteRange) -> None:
     try:
         record = parsed(decode(about.read()))
     except OSError:

@@ -122,7 +122,7 @@ FILES: OpenFiles[_File] = OpenFiles(_File)
 """The open parts of all datasets of this process."""
 
 
-class EncodedImages:
+class CachedFeatures:
     """The features of a split's images, read from disk. Safe to use from several threads.
 
     They are not mapped into memory: each part would hold a descriptor, and storage that fails
@@ -180,7 +180,7 @@ def load_or_encode(
     image_fit: Fit = "pad",
     index: int = 0,
     count: int = 1,
-) -> EncodedImages:
+) -> CachedFeatures:
     """From the dataset's folder; parts that are missing there, torn, or older than the dataset,
     are made first.
 
@@ -249,7 +249,7 @@ def load_or_encode(
             f"{store} lacks {parts - len(whole)} of {parts} parts: put the dataset where all"
             " hosts see it, or turn training.cache_features off"
         )
-    return EncodedImages(whole, encoder.shape, encoder.dtype)
+    return CachedFeatures(whole, encoder.shape, encoder.dtype)
 
 
 def _load(

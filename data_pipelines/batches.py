@@ -9,9 +9,9 @@ import collections
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from data_pipelines.encoded import Encoder
+from data_pipelines.feature_cache import Encoder
 from data_pipelines.readers import PendingBatch, Readers
-from data_pipelines.rows import Making, Rows, Task
+from data_pipelines.rows import RowReader, RowSpec, Task
 from data_pipelines.transforms.examples import Arrays
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import DatasetConfig
@@ -32,7 +32,9 @@ class BatchIterator:
     `summary` says what the plan could not use.
     """
 
-    def __init__(self, rows: Rows, batch_size: int, host_shard: HostShard, readers: Readers | None):
+    def __init__(
+        self, rows: RowReader, batch_size: int, host_shard: HostShard, readers: Readers | None
+    ):
         self._rows, self._size, self._host_shard, self._readers = (
             rows,
             batch_size,
@@ -99,7 +101,7 @@ class FixedBatches(Sequence[Arrays]):
 
     def __init__(
         self,
-        rows: Rows,
+        rows: RowReader,
         batch_size: int,
         count: int,
         host_shard: HostShard,
@@ -195,7 +197,7 @@ def make_iterator(
         that cannot be decoded.
     """
     _check_split(dataset, host_shard)
-    making = Making(
+    making = RowSpec(
         dataset,
         task,
         tokenizer,
@@ -209,7 +211,7 @@ def make_iterator(
         name,
         image_fit,
     )
-    rows = Rows(making, source, cache_bytes)
+    rows = RowReader(making, source, cache_bytes)
     if task == "contrastive" and len(rows) < dataset.batch_size:
         raise UserError(
             f"the dataset {rows.name} has {len(rows)} pairs, fewer than its batch_size of"
@@ -219,7 +221,7 @@ def make_iterator(
     return BatchIterator(rows, dataset.batch_size, host_shard, readers)
 
 
-def held_out(
+def make_held_out(
     dataset: DatasetConfig,
     *,
     tokenizer: Tokenizer,
@@ -245,7 +247,7 @@ def held_out(
     batch.
     """
     _check_split(dataset, host_shard)
-    making = Making(
+    making = RowSpec(
         dataset,
         task,
         tokenizer,
@@ -259,7 +261,7 @@ def held_out(
         name,
         image_fit,
     )
-    rows = Rows(making, source, CACHE_BYTES)
+    rows = RowReader(making, source, CACHE_BYTES)
     size = dataset.batch_size
     whole = len(rows) // size
     if task == "contrastive" and not whole:

@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from data_pipelines.build.captions import NO_CAPTION, caption_file, read_captions
-from data_pipelines.build.files import NoFile, Spelled, existing_folder, find, walk
+from data_pipelines.build.files import NameResolver, NoFile, existing_folder, find, walk
 from data_pipelines.build.source import (
     DEFAULT_SHARES,
-    Dropped,
-    Example,
-    Outcome,
+    Converted,
+    DroppedRecord,
     Shares,
+    SplitRecord,
     record_id,
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class CaptionedFile:
     """One file of one of the folders with its captions, or what is of no use: `bad` says why.
 
     no_captions: for each caption that is of no use the reason.
@@ -58,26 +58,26 @@ class CaptionedFolder:
     def options(self) -> dict[str, Any]:
         return {"source": type(self).__name__, **dataclasses.asdict(self)}
 
-    def entries(self) -> Sequence[Entry]:
+    def entries(self) -> Sequence[CaptionedFile]:
         return [entry for folder in self.folders for entry in self._entries(folder)]
 
-    def convert(self, entry: Entry) -> list[Outcome]:
+    def convert(self, entry: CaptionedFile) -> list[Converted]:
         if entry.bad:
-            return [Dropped(entry.bad)]
+            return [DroppedRecord(entry.bad)]
         folder, texts_lost = pathlib.Path(entry.folder), entry.no_captions
         try:
             file = find((folder,), entry.name, self.folders)
         except NoFile as error:
-            return [Dropped(str(error), texts_dropped=texts_lost)]
+            return [DroppedRecord(str(error), texts_dropped=texts_lost)]
         if not entry.captions:
-            return [Dropped(NO_CAPTION, texts_dropped=texts_lost)]
+            return [DroppedRecord(NO_CAPTION, texts_dropped=texts_lost)]
         try:
             fields, lost = self.read(file)
         except Unusable as error:
-            return [Dropped(str(error), texts_dropped=texts_lost)]
+            return [DroppedRecord(str(error), texts_dropped=texts_lost)]
         name = record_id(self.folders, folder, entry.name)
         fields = {"id": name, "captions": list(entry.captions), **fields}
-        return [Example(self.shares.split(name), fields, lost, texts_lost)]
+        return [SplitRecord(self.shares.split(name), fields, lost, texts_lost)]
 
     def read(self, file: pathlib.Path) -> tuple[dict[str, Any], tuple[str, ...]]:
         """The fields that hold the file's images, and for each of its images that is left
@@ -85,18 +85,18 @@ class CaptionedFolder:
         """
         raise NotImplementedError
 
-    def _entries(self, folder: str) -> list[Entry]:
+    def _entries(self, folder: str) -> list[CaptionedFile]:
         root = existing_folder(folder)
         line = f'{{"{self.key}": "path/below/the/folder", "captions": ["a cat"]}}'
         told = caption_file(root, self.captions, self.caption_files, line)
         listing = walk(root, given=self.folders)
-        captions, bad = read_captions(told, self.key, Spelled(root, listing.names))
+        captions, bad = read_captions(told, self.key, NameResolver(root, listing.names))
         there = listing.ending(self.suffixes)
-        entries = [Entry(folder, name, *texts) for name, texts in captions.items()]
-        entries += [Entry(folder, name) for name in there.names if name not in captions]
+        entries = [CaptionedFile(folder, name, *texts) for name, texts in captions.items()]
+        entries += [CaptionedFile(folder, name) for name in there.names if name not in captions]
         entries += [
-            Entry(folder, met.name, bad=met.reason)
+            CaptionedFile(folder, met.name, bad=met.reason)
             for met in there.refused
             if met.name not in captions
         ]
-        return entries + [Entry(folder, bad=reason) for reason in bad]
+        return entries + [CaptionedFile(folder, bad=reason) for reason in bad]

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from data_pipelines.encoded import Encoder
-from data_pipelines.mixture import BatchIterator, FixedBatches, held_out, make_iterator
+from data_pipelines.batches import BatchIterator, FixedBatches, make_held_out, make_iterator
+from data_pipelines.feature_cache import Encoder
 from data_pipelines.readers import Readers
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.partitioning.host_shard import WHOLE_BATCH, HostShard
@@ -44,7 +44,7 @@ def held_out_batches(
     options = _options(experiment, tokenizer, encoder, host_shard, readers)
     batches = experiment.training.evaluate_batches
     return {
-        name: held_out(dataset, name=name, batches=batches, **options)
+        name: make_held_out(dataset, name=name, batches=batches, **options)
         for name, dataset in experiment.held_out.items()
     }
 

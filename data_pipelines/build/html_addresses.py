@@ -22,7 +22,7 @@ SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 """A single letter is a drive of Windows."""
 
 
-def read_place(
+def read_address(
     root: pathlib.Path,
     page: pathlib.Path,
     address: str,

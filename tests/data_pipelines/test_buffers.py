@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from data_pipelines.transforms.blanks import ALIGNMENT, Blanks
+from data_pipelines.transforms.buffers import ALIGNMENT, BufferPool
 
 SHAPE = (3, 2, 4, 5)
 
@@ -21,7 +21,7 @@ SHAPE = (3, 2, 4, 5)
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, ml_dtypes.bfloat16])
 def test_memory_is_zero_again_and_used_again(dtype: type) -> None:
     """Wherever the batch itself wrote nothing that is kept, whatever stood there before."""
-    blanks, places, random_ = Blanks(), set(), np.random.default_rng(0)
+    blanks, places, random_ = BufferPool(), set(), np.random.default_rng(0)
     for _ in range(10):
         blank = blanks.take(SHAPE, np.dtype(dtype), leading=2)
         array = blank.array
@@ -54,7 +54,7 @@ VIEWS = {
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_memory_that_anyone_holds_is_left_alone(view: Callable[[np.ndarray], Any]) -> None:
-    blanks = Blanks()
+    blanks = BufferPool()
     every = np.ones(SHAPE[:1], bool)
     blank = blanks.take(SHAPE, np.dtype(np.uint8), leading=1)
     blank.array[:] = 7
@@ -68,7 +68,7 @@ def test_memory_that_anyone_holds_is_left_alone(view: Callable[[np.ndarray], Any
 
 
 def test_threads_never_share_memory() -> None:
-    blanks, wrong = Blanks(), []
+    blanks, wrong = BufferPool(), []
 
     def work(number: int) -> None:
         chance = random.Random(number)

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipelines.transforms.augmentation import Augmentation
-from data_pipelines.transforms.blanks import Blank, Blanks
+from data_pipelines.transforms.buffers import Buffer, BufferPool
 from data_pipelines.transforms.examples import Arrays, Segment
 from flamingo_jax.processing.images import ImageError, pad
 from flamingo_jax.processing.jitter import FIELDS
 
 
-class Canvas(NamedTuple):
+class FrameFormat(NamedTuple):
     """What a visual's frames become: `name` of the array, a blank frame, and how what was read
     is put on it.
     """
@@ -27,24 +27,24 @@ class Canvas(NamedTuple):
     """(what was read, frame to write to)"""
 
 
-def image_canvas(size: int, mean: Sequence[float]) -> Canvas:
+def image_format(size: int, mean: Sequence[float]) -> FrameFormat:
     """Frames as images uint8 [size, size, 3]; blanks are zero."""
-    return Canvas(
+    return FrameFormat(
         "images",
         np.zeros((size, size, 3), np.uint8),
         lambda pixels, frame: pad(pixels, size, mean, out=frame),
     )
 
 
-def feature_canvas(shape: tuple[int, int], dtype: np.dtype) -> Canvas:
+def feature_format(shape: tuple[int, int], dtype: np.dtype) -> FrameFormat:
     """Frames as an encoder's features [S, C]; blanks are zero."""
-    return Canvas(
+    return FrameFormat(
         "features", np.zeros(shape, dtype), lambda features, frame: np.copyto(frame, features)
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class Board:
+class VisualBuffer:
     """A batch's M visuals of T frames. Each place is written by one thread, and different ones
     by any at once.
 
@@ -53,16 +53,16 @@ class Board:
     (`flamingo_jax.processing.jitter`), where colours are jittered.
     """
 
-    canvas: Canvas
-    blank: Blank
+    canvas: FrameFormat
+    blank: Buffer
     written: np.ndarray
     lost: np.ndarray
     jitter: np.ndarray | None
 
     @classmethod
     def make(
-        cls, canvas: Canvas, blanks: Blanks, visuals: int, frames: int, jitters: bool
-    ) -> "Board":
+        cls, canvas: FrameFormat, blanks: BufferPool, visuals: int, frames: int, jitters: bool
+    ) -> "VisualBuffer":
         blank = blanks.take((visuals, frames, *canvas.blank.shape), canvas.blank.dtype, leading=2)
         jitter = np.zeros((visuals, frames, len(FIELDS)), np.float32) if jitters else None
         return cls(
@@ -80,7 +80,7 @@ class Board:
         self.written[place, frame] = True
         self.canvas.put(pixels, self.blank.array[place, frame])
 
-    def finish(self, blanks: Blanks) -> Arrays:
+    def finish(self, blanks: BufferPool) -> Arrays:
         """The visuals, zero where there is none or one of its frames was lost; frame_mask bool
         [M, T], True where there is a frame; jitter.
         """
@@ -95,11 +95,11 @@ class Board:
         return arrays
 
 
-def show(
+def schedule_reads(
     segments: Sequence[Segment],
     readers: Sequence[Callable[[int, int], np.ndarray]],
     failed: Callable[[int, ImageError], None],
-    board: Board,
+    board: VisualBuffer,
     places: Sequence[int | None],
     add: Callable[[Callable[[], None]], None],
 ) -> list[bool]:

@@ -32,7 +32,7 @@ def unpainted(monkeypatch):
 
 def all_drawn(dataset: str, split: str, at_most: int = 20_000):
     return (
-        world.drawn(dataset, split, i)
+        world.make_record(dataset, split, i)
         for i in range(min(world.DATASETS[dataset].sizes[split], at_most))
     )
 
@@ -85,8 +85,8 @@ def test_images_keep_held_out_pairs_for_the_unseen_splits(unpainted):
         for split in dataset.sizes:
             shown = {
                 thing
-                for drawn in all_drawn(name, split)
-                for scene in drawn.scenes
+                for made in all_drawn(name, split)
+                for scene in made.scenes
                 for thing in scene.things
             }
             if split == "unseen":
@@ -98,33 +98,33 @@ def test_images_keep_held_out_pairs_for_the_unseen_splits(unpainted):
 
 
 def test_text_names_all_pairs(unpainted):
-    text = "\n".join(drawn.record["text"] for drawn in all_drawn("text", "train", 500))
+    text = "\n".join(made.record["text"] for made in all_drawn("text", "train", 500))
     assert all(str(thing) in text for thing in world.ALL_THINGS)
 
 
 def test_records_fit_their_features_and_their_scenes():
     for name, dataset in world.DATASETS.items():
         for split in dataset.sizes:
-            drawn = world.drawn(name, split, 3)
-            assert set(drawn.record) == set(features(dataset.kind))
-            record = drawn.record
+            made = world.make_record(name, split, 3)
+            assert set(made.record) == set(features(dataset.kind))
+            record = made.record
             images = (
                 record.get("images") or record.get("frames") or [record["image"]]
-                if drawn.scenes
+                if made.scenes
                 else []
             )
             for data in images:
                 image = Image.open(io.BytesIO(data))
                 assert (image.format, image.mode, image.size) == ("PNG", "RGB", (48, 48))
             if dataset.kind == "pages":
-                assert len(record["texts"]) == len(record["images"]) + 1 == len(drawn.scenes) + 1
+                assert len(record["texts"]) == len(record["images"]) + 1 == len(made.scenes) + 1
             if dataset.kind == "videos":
                 assert len(record["frames"]) == 8
 
 
 def test_records_are_a_function_of_seed_split_and_index():
     def key(*arguments, seed=0):
-        return world.drawn(*arguments, seed=seed).record["image"]
+        return world.make_record(*arguments, seed=seed).record["image"]
 
     assert key("ltip", "train", 5) == key("ltip", "train", 5)
     others = [
@@ -144,11 +144,11 @@ def test_things_in_colours_without_a_name_are_told_without_their_colour():
             min(np.linalg.norm(colour - named) for named in world.COLOURS.values()) > 75
             and 140 < colour.max() <= 255
         )
-    found = [world.drawn("align", "train", index) for index in range(200)]
-    nameless = [drawn for drawn in found if drawn.scenes[0].nameless]
+    found = [world.make_record("align", "train", index) for index in range(200)]
+    nameless = [made for made in found if made.scenes[0].nameless]
     assert 70 < len(nameless) < 130
-    assert not any(re.search(COLOUR, drawn.record["captions"][0]) for drawn in nameless)
-    assert not any(scene.nameless for scene in world.drawn("ltip", "train", 0).scenes)
+    assert not any(re.search(COLOUR, made.record["captions"][0]) for made in nameless)
+    assert not any(scene.nameless for scene in world.make_record("ltip", "train", 0).scenes)
 
 
 def test_a_scene_has_one_clean_caption(unpainted):
@@ -255,12 +255,12 @@ def test_answers_are_right_and_balanced(unpainted):
 
 def test_pages_are_of_three_sorts_and_tell_of_their_images(unpainted):
     sorts: collections.Counter[str] = collections.Counter()
-    for drawn in all_drawn("m3w", "train", 600):
-        texts = drawn.record["texts"]
-        assert 4 <= len(drawn.scenes) <= 12
+    for made in all_drawn("m3w", "train", 600):
+        texts = made.record["texts"]
+        assert 4 <= len(made.scenes) <= 12
         bound: dict[str, world.Thing] = {}
         kinds = set()
-        for scene, text in zip(drawn.scenes, texts[1:], strict=True):
+        for scene, text in zip(made.scenes, texts[1:], strict=True):
             if match := re.fullmatch(r"Output: (.*)", text):
                 assert same(scene_of(match[1]), scene)
                 kinds.add("captions")
@@ -305,8 +305,8 @@ def colours_first(description: str) -> str:
 
 def test_what_text_tells_of_a_scene_follows_from_its_description():
     forms, told = collections.Counter(), collections.Counter()
-    for drawn in all_drawn("text", "train", 1500):
-        text = drawn.record["text"]
+    for made in all_drawn("text", "train", 1500):
+        text = made.record["text"]
         if re.search(rf"(?:{COLOUR}|{SHAPE})\? ", text.replace("Question:", "")) and ", " in text:
             continue  # Lookups.
         if ". Output:" not in text and ". Question:" not in text:
@@ -355,13 +355,12 @@ def test_lookups_ask_about_things_in_their_list():
 
 def test_binding_pages_are_balanced_for_every_number_of_shots(unpainted):
     queries = collections.Counter()
-    for drawn in all_drawn("binding", "test"):
-        words = [text.strip() for text in drawn.record["texts"][1:]]
+    for made in all_drawn("binding", "test"):
+        words = [text.strip() for text in made.record["texts"][1:]]
         assert len(words) == 33 and len(set(words)) == 2
-        meaning = dict(zip(words, (scene.things[0] for scene in drawn.scenes), strict=True))
+        meaning = dict(zip(words, (scene.things[0] for scene in made.scenes), strict=True))
         assert all(
-            meaning[word] == scene.things[0]
-            for word, scene in zip(words, drawn.scenes, strict=True)
+            meaning[word] == scene.things[0] for word, scene in zip(words, made.scenes, strict=True)
         )
         one, other = meaning.values()
         assert one.colour != other.colour and one.shape != other.shape
@@ -471,8 +470,8 @@ def test_the_build_is_whole_and_words_are_single_pieces(tmp_path, unpainted):
     tokenizer = Tokenizer.load(tmp_path / "data" / "tokenizer")
     assert tokenizer.vocab_size == 384 and len(tokenizer.image_tag_ids) == 1
     for name in TRAINED_ON:
-        for drawn in all_drawn(name, "validation", 60):
-            record = drawn.record
+        for made in all_drawn(name, "validation", 60):
+            record = made.record
             for text in (
                 record.get("texts", []) + record.get("captions", []) + [record.get("text", "")]
             ):

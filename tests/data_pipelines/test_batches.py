@@ -14,10 +14,10 @@ import pytest
 import sentencepiece
 from PIL import Image
 
-from data_pipelines.mixture import held_out, make_iterator
+from data_pipelines.batches import make_held_out, make_iterator
 from data_pipelines.readers import Readers
 from data_pipelines.transforms.augmentation import draw
-from data_pipelines.transforms.examples import Draws
+from data_pipelines.transforms.examples import RecordRandom
 from data_pipelines.transforms.lengths import load_or_measure, measure
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation.examples import BenchmarkExample
@@ -433,7 +433,7 @@ def test_rows_are_full_of_the_captions_that_are_shown(kind, tokenizer):
     assert len(shown[0] & shown[1]) < 1_000, "one of ten forms of each"
     it.close()
     config = dataclasses.replace(CONFIGS[kind], max_length=128, visuals=32, batch_size=1)
-    padded = held_out(
+    padded = make_held_out(
         config,
         tokenizer=tokenizer,
         task="flamingo",
@@ -841,7 +841,7 @@ def test_cut_contrastive_captions_are_counted_once_each(tokenizer):
 @pytest.mark.parametrize("task, kind", CASES)
 def test_held_out_batches_are_fixed(task, kind, tokenizer):
     config = dataclasses.replace(CONFIGS[kind], batch_size=2)
-    make = lambda host_shard: held_out(  # noqa: E731
+    make = lambda host_shard: make_held_out(  # noqa: E731
         config,
         tokenizer=tokenizer,
         task=task,
@@ -862,11 +862,11 @@ def test_held_out_batches_are_fixed(task, kind, tokenizer):
 def test_a_small_held_out_set_is_padded(tokenizer):
     config = dataclasses.replace(CONFIGS["pairs"], batch_size=8)
     make = dict(tokenizer=tokenizer, batches=5, image_size=SIZE, mean=MEAN, source=pairs(3))
-    (batch,) = held_out(config, task="flamingo", **make)
+    (batch,) = make_held_out(config, task="flamingo", **make)
     assert batch["tokens"].shape[0] == 8 and (batch["segments"].max(axis=1) == 0).sum() >= 5
     assert (batch["visuals"] >= 0).sum() == 3
     with pytest.raises(UserError, match="batch_size"):
-        held_out(config, task="contrastive", **make)
+        make_held_out(config, task="contrastive", **make)
 
 
 def test_bad_configs_are_refused(tokenizer, tmp_path):
@@ -907,7 +907,7 @@ def test_lengths_are_kept_beside_the_dataset(tokenizer, tmp_path):
 
 
 def test_draws_are_even_and_of_one_visit():
-    of = lambda visit, seed=0, epoch=0: Draws(seed, epoch, f"record {visit}")
+    of = lambda visit, seed=0, epoch=0: RecordRandom(seed, epoch, f"record {visit}")
     counts = np.bincount([of(visit).below(5) for visit in range(4_000)], minlength=5)
     assert abs(counts - 800).max() < 4 * np.sqrt(800)
     values = np.array([[draws.uniform(), draws.uniform(-3, 1)] for draws in map(of, range(4_000))])
@@ -995,8 +995,8 @@ def test_held_out_images_are_not_augmented(tokenizer):
         source=SOURCES["pairs"],
     )
     for one, other in zip(
-        held_out(CONFIGS["pairs"], **options),
-        held_out(config, readers=READERS, **options),
+        make_held_out(CONFIGS["pairs"], **options),
+        make_held_out(config, readers=READERS, **options),
         strict=True,
     ):
         same(one, other)

@@ -27,7 +27,7 @@ class _Memory(NamedTuple):
     written: np.ndarray
 
 
-class Blank(NamedTuple):
+class Buffer(NamedTuple):
     """An array to write to. written: bool by its leading axes, True where an earlier batch's
     values still stand.
     """
@@ -36,7 +36,7 @@ class Blank(NamedTuple):
     written: np.ndarray
 
 
-class Blanks:
+class BufferPool:
     """Arrays for batches. Most of a batch's places may be blank, and to zero them all for each
     batch takes as long as to decode part of the others: memory that nobody holds any more is
     given out again, and only what was written and is not written over is zeroed. Safe to use
@@ -48,7 +48,7 @@ class Blanks:
         # memory back in the middle of `take`.
         self._spare: dict[_Key, collections.deque[_Memory]] = {}
 
-    def take(self, shape: tuple[int, ...], dtype: np.dtype, leading: int) -> Blank:
+    def take(self, shape: tuple[int, ...], dtype: np.dtype, leading: int) -> Buffer:
         """To be given to `finish` when it is filled; otherwise its memory is not used again.
         leading: axes by which it is written.
         """
@@ -58,13 +58,13 @@ class Blanks:
             size = math.prod(shape) * dtype.itemsize
             whole = np.zeros(size + ALIGNMENT, np.uint8)
             first = -whole.ctypes.data % ALIGNMENT
-            return Blank(
+            return Buffer(
                 self._array(whole.data[first : first + size], shape, dtype),
                 np.zeros(shape[:leading], bool),
             )
-        return Blank(self._array(memory.owner, shape, dtype), memory.written)
+        return Buffer(self._array(memory.owner, shape, dtype), memory.written)
 
-    def finish(self, blank: Blank, written: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    def finish(self, blank: Buffer, written: np.ndarray, kept: np.ndarray) -> np.ndarray:
         """The array, zero but where it was written and what was written is `kept`, both bool by
         its leading axes. The memory comes back when the array and all views of it are gone.
         """

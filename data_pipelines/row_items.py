@@ -5,12 +5,12 @@ import dataclasses
 import numpy as np
 
 from data_pipelines.transforms.lengths import Lengths
-from data_pipelines.transforms.windows import pieces
+from data_pipelines.transforms.windows import text_pieces
 from flamingo_jax.experiment import DatasetConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Items:
+class RowItems:
     """What rows are planned from: a record, a piece of one, or `count` questions about one
     visual from `record` on. All int32 [items].
     """
@@ -22,7 +22,7 @@ class Items:
     count: np.ndarray
 
     @classmethod
-    def of(cls, lengths: Lengths, dataset: DatasetConfig) -> "Items":
+    def of(cls, lengths: Lengths, dataset: DatasetConfig) -> "RowItems":
         """A page is one window, a pair or clip is cut to a row, a text gives all its pieces; a
         question is whole, or too long for any row.
         """
@@ -45,20 +45,20 @@ class Items:
         cut = [
             (record, *piece)
             for record, tokens in enumerate(lengths.tokens.tolist())
-            for piece in pieces(tokens, dataset.max_length)
+            for piece in text_pieces(tokens, dataset.max_length)
         ]
         record, start, length = np.array(cut, np.int32).reshape(-1, 3).T
         return cls(record, start, length, np.zeros_like(record), np.ones_like(record))
 
     @classmethod
-    def by_visual(cls, lengths: Lengths) -> "Items":
+    def by_visual(cls, lengths: Lengths) -> "RowItems":
         """All questions about a visual that follow one another."""
         first = np.flatnonzero(~lengths.same).astype(np.int32)
         count = np.diff(np.append(first, len(lengths.same))).astype(np.int32)
         return cls(first, np.zeros_like(first), np.ones_like(first), np.zeros_like(first), count)
 
     @classmethod
-    def _sharing(cls, lengths: Lengths, row_length: int) -> "Items":
+    def _sharing(cls, lengths: Lengths, row_length: int) -> "RowItems":
         """Questions about the same visual that follow one another, in as few and as equal parts
         as fit a row: each part shows it once.
         """

@@ -28,7 +28,7 @@ ERRORS = (EOFError, zlib.error, lzma.LZMAError, ValueError)
 """What reading a damaged compressed file raises beside OSError."""
 
 
-class Packing(NamedTuple):
+class Compression(NamedTuple):
     """A form of compression. start: the first bytes of a file. open: None where it is not read."""
 
     name: str
@@ -47,28 +47,28 @@ def _zstd() -> Callable[[str], Any] | None:
     return None
 
 
-PACKINGS = (
-    Packing("gzip", b"\x1f\x8b", gzip.GzipFile),
-    Packing("bzip2", b"BZh", bz2.BZ2File),
-    Packing("xz", b"\xfd7zXZ\0", lzma.LZMAFile),
-    Packing("zstd", b"\x28\xb5\x2f\xfd", _zstd()),
-    Packing("lz4", b"\x04\x22\x4d\x18"),
-    Packing("compress", b"\x1f\x9d"),
+COMPRESSIONS = (
+    Compression("gzip", b"\x1f\x8b", gzip.GzipFile),
+    Compression("bzip2", b"BZh", bz2.BZ2File),
+    Compression("xz", b"\xfd7zXZ\0", lzma.LZMAFile),
+    Compression("zstd", b"\x28\xb5\x2f\xfd", _zstd()),
+    Compression("lz4", b"\x04\x22\x4d\x18"),
+    Compression("compress", b"\x1f\x9d"),
 )
 
 
-def packing_of(path: str | pathlib.Path) -> Packing | None:
+def compression_of(path: str | pathlib.Path) -> Compression | None:
     """How a file is compressed, by its first bytes; None where it is not. Raises OSError."""
     with open(path, "rb") as file:
-        start = file.read(max(len(packing.start) for packing in PACKINGS))
-    return next((packing for packing in PACKINGS if start.startswith(packing.start)), None)
+        start = file.read(max(len(packing.start) for packing in COMPRESSIONS))
+    return next((packing for packing in COMPRESSIONS if start.startswith(packing.start)), None)
 
 
 class TooLarge(OSError):
     """More bytes than an image, a caption or a page may have."""
 
 
-class Piece(NamedTuple):
+class ByteRange(NamedTuple):
     """`size` bytes of a file from `offset` on; size None for all of it.
 
     packed: the file is compressed, and the place is that in what it unpacks to.
@@ -152,7 +152,7 @@ class _Streams:
             number = max(fit)[1]
             self._open.move_to_end(number)
             return number, self._open[number].file
-        packing = packing_of(path)
+        packing = compression_of(path)
         if packing is None or packing.open is None:
             raise OSError(f"{path} cannot be unpacked")
         if len(self._open) == STREAMS:

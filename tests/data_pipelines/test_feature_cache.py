@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import encoded, open_files
-from data_pipelines.build.source import Example
+from data_pipelines import feature_cache, open_files
+from data_pipelines.batches import make_held_out, make_iterator
+from data_pipelines.build.source import SplitRecord
 from data_pipelines.build.writer import write_dataset
 from data_pipelines.features import INFO_FILE
-from data_pipelines.mixture import held_out, make_iterator
 from data_pipelines.open_files import OpenFiles
 from data_pipelines.records import open_records
 from flamingo_jax.errors import StorageError, UserError
@@ -28,8 +28,8 @@ from flamingo_jax.experiment import DatasetConfig
 from flamingo_jax.processing.images import ImageError
 from flamingo_jax.processing.tokenizer import Tokenizer
 from tests.data_pipelines.faults import Faults, build, ever, hurt, now_and_then
+from tests.data_pipelines.test_batches import tokenizer  # noqa: F401 - a fixture
 from tests.data_pipelines.test_features import Given
-from tests.data_pipelines.test_mixture import tokenizer  # noqa: F401 - a fixture
 
 SIZE = 8
 MEAN = (0.5, 0.5, 0.5)
@@ -78,7 +78,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
     for i in range(7):
         images = [noise(10 * i + j) for j in range(1 + i % 3)]
         pages.append(
-            Example(
+            SplitRecord(
                 "train",
                 {
                     "id": f"page{i}",
@@ -89,7 +89,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
         )
         frames = [noise(100 + 10 * i + j) for j in range(2 + i)]
         clips.append(
-            Example(
+            SplitRecord(
                 "train",
                 {
                     "id": f"clip{i}",
@@ -112,8 +112,8 @@ DATASETS = {
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoded, "RECORDS", 3)
-    monkeypatch.setattr(encoded, "BATCH", 4)
+    monkeypatch.setattr(feature_cache, "RECORDS", 3)
+    monkeypatch.setattr(feature_cache, "BATCH", 4)
 
 
 @pytest.mark.parametrize("kind", ["pages", "videos"])
@@ -136,10 +136,10 @@ def test_rows_hold_the_features_of_the_images_they_would_hold(
             np.testing.assert_array_equal(found[name], value)
     plain.close()
     cached.close()
-    fixed = held_out(dataset, batches=1, encoder=Quarters(), **options)[0]
+    fixed = make_held_out(dataset, batches=1, encoder=Quarters(), **options)[0]
     np.testing.assert_allclose(
         fixed["features"],
-        quarters(held_out(dataset, batches=1, **options)[0]["images"]),
+        quarters(make_held_out(dataset, batches=1, **options)[0]["images"]),
         rtol=1e-6,
     )
 
@@ -150,9 +150,9 @@ def opened(
     feature: str = "images",
     kind: str = "pages",
     **options: int,
-) -> encoded.EncodedImages:
+) -> feature_cache.CachedFeatures:
     folder = next(path.iterdir())
-    return encoded.load_or_encode(
+    return feature_cache.load_or_encode(
         open_records(folder, "train", kind),
         feature,
         encoder,
@@ -188,7 +188,7 @@ def test_parts_are_made_once_and_anew_when_the_dataset_is(
 def test_an_image_that_questions_share_is_encoded_once(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoded, "RECORDS", 6)
+    monkeypatch.setattr(feature_cache, "RECORDS", 6)
     frames = [
         [noise(1)],
         [noise(1)],
@@ -199,7 +199,7 @@ def test_an_image_that_questions_share_is_encoded_once(
         [noise(1)],
     ]
     asked = [
-        Example(
+        SplitRecord(
             "train",
             {
                 "id": f"q{i}",
@@ -237,7 +237,7 @@ def test_bfloat16_features_come_back_as_such(sets: dict[str, pathlib.Path]) -> N
 
 def test_an_image_that_cannot_be_read_is_an_error_of_its_own(tmp_path: pathlib.Path) -> None:
     images = [noise(1), noise(2)[:60], noise(3)]
-    example = Example("train", {"id": "p", "texts": ["", "a", "b", "c"], "images": images})
+    example = SplitRecord("train", {"id": "p", "texts": ["", "a", "b", "c"], "images": images})
     write_dataset(tmp_path / "torn", Given("pages", (example,)))
     found = opened(tmp_path / "torn", Quarters())
     assert np.isfinite(found.read(0, 0)).all() and np.isfinite(found.read(0, 2)).all()
@@ -262,17 +262,17 @@ def test_one_sentence_where_features_cannot_be_kept(
             mean=MEAN,
             encoder=Quarters(),
         )
-    monkeypatch.setattr(encoded.multihost_utils, "sync_global_devices", lambda name: None)
+    monkeypatch.setattr(feature_cache.multihost_utils, "sync_global_devices", lambda name: None)
     with pytest.raises(UserError, match="lacks 1 of 3 parts.*all hosts"):
         opened(sets["pages"], Quarters("shared"), index=0, count=2)
     monkeypatch.setattr(
-        encoded.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})()
+        feature_cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})()
     )
     with pytest.raises(UserError, match="MiB are needed.*make room"):
         opened(sets["pages"], Quarters("full"))
 
 
-def features_of(path: pathlib.Path, found: encoded.EncodedImages) -> list[np.ndarray | None]:
+def features_of(path: pathlib.Path, found: feature_cache.CachedFeatures) -> list[np.ndarray | None]:
     """Of every image of a set of pages, None for what cannot be read."""
     records = open_records(next(path.iterdir()), "train", "pages")
     made: list[np.ndarray | None] = []
@@ -309,8 +309,8 @@ def test_storage_that_fails_for_moments_changes_no_features(
 
         return call
 
-    monkeypatch.setattr(encoded.np, "load", failing("load", np.load))
-    monkeypatch.setattr(encoded.os, "preadv", failing("preadv", os.preadv))
+    monkeypatch.setattr(feature_cache.np, "load", failing("load", np.load))
+    monkeypatch.setattr(feature_cache.os, "preadv", failing("preadv", os.preadv))
     assert agree(whole, features_of(sets["pages"], opened(sets["pages"], Quarters("moments"))))
     assert agree(whole, features_of(sets["pages"], opened(sets["pages"], Quarters("moments")))), (
         "and again, of what is kept"
@@ -323,7 +323,7 @@ def test_storage_that_fails_for_moments_changes_no_features(
     assert not list(next(sets["pages"].iterdir()).glob("features_long_train/?????.npy"))
     found = opened(sets["pages"], Quarters("moments"))
     monkeypatch.setattr(
-        encoded.os, "preadv", lambda *args: (_ for _ in ()).throw(OSError(errno.EIO, "x"))
+        feature_cache.os, "preadv", lambda *args: (_ for _ in ()).throw(OSError(errno.EIO, "x"))
     )
     with pytest.raises(StorageError, match=r"00001.npy could not be read 3 times"):
         found.read(4, 1)
@@ -336,9 +336,9 @@ def test_a_part_that_could_not_be_written_leaves_nothing(
         path.write_bytes(values.tobytes()[:10])
         raise OSError(errno.ENOSPC, "no room")
 
-    monkeypatch.setattr(encoded.np, "save", half)
+    monkeypatch.setattr(feature_cache.np, "save", half)
     with pytest.raises(OSError, match="no room"):
-        encoded._write(tmp_path / "a.npy", np.zeros(9))
+        feature_cache._write(tmp_path / "a.npy", np.zeros(9))
     assert not list(tmp_path.iterdir())
 
 
@@ -384,12 +384,12 @@ def test_more_parts_than_open_files(
     """No part holds a descriptor or a mapping of its own, and what is open is let go where
     others want it.
     """
-    monkeypatch.setattr(encoded, "RECORDS", 1)
+    monkeypatch.setattr(feature_cache, "RECORDS", 1)
     found = opened(sets["pages"], Quarters("many"))
     whole = features_of(sets["pages"], found)
-    monkeypatch.setattr(encoded, "FILES", OpenFiles(encoded._File))
+    monkeypatch.setattr(feature_cache, "FILES", OpenFiles(feature_cache._File))
     held = len(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(open_files, "open_files_allowed", lambda: 12)
     assert agree(whole, features_of(sets["pages"], opened(sets["pages"], Quarters("many"))))
-    assert len(encoded.FILES) == 3 and len(os.listdir("/proc/self/fd")) <= held + 6
+    assert len(feature_cache.FILES) == 3 and len(os.listdir("/proc/self/fd")) <= held + 6
     assert "features_many" not in pathlib.Path("/proc/self/maps").read_text()
