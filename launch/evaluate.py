@@ -200,10 +200,10 @@ def run_suite(
     )
     synthetic_world.check_suite(suite, settings, few_shots)
     model, baseline = _load()
-    result = synthetic_world.run_suite(suite, Engine(model, rows=ROWS.value), settings, few_shots)
+    result = synthetic_world.run_suite(suite, Engine(model, batch_size=ROWS.value), settings, few_shots)
     baseline_result = (
         synthetic_world.run_suite(
-            suite, Engine(baseline, with_visuals=False, rows=ROWS.value), settings, few_shots
+            suite, Engine(baseline, with_visuals=False, batch_size=ROWS.value), settings, few_shots
         )
         if baseline
         else None
@@ -314,9 +314,9 @@ def run_benchmarks(
         for n in shots:
             benchmark.check(dataclasses.replace(settings, shots=n))
     model, baseline = _load()
-    engines = {"model": Engine(model, rows=ROWS.value)}
+    engines = {"model": Engine(model, batch_size=ROWS.value)}
     if baseline:
-        engines["without_images"] = Engine(baseline, with_visuals=False, rows=ROWS.value)
+        engines["without_images"] = Engine(baseline, with_visuals=False, batch_size=ROWS.value)
     results: dict[str, list[BenchmarkResult]] = {
         name: [
             b.run(engine, dataclasses.replace(settings, shots=n)) for b in benchmarks for n in shots

@@ -21,14 +21,14 @@ from absl import flags
 
 from data_pipelines.build.text_files import decode
 from flamingo_jax.errors import UserError
-from flamingo_jax.evaluation.examples import read_visual
 from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.inference.engine import Engine
 from flamingo_jax.inference.generation import DecodingConfig
 from flamingo_jax.inference.loading import flamingo_config, load_flamingo
-from flamingo_jax.inference.prompts import PromptPart, Visual, fill_image_tags
+from flamingo_jax.inference.prompts import PromptPart, fill_image_tags
 from flamingo_jax.processing import images
 from flamingo_jax.processing.video import VideoError, middle_clip, read_frames
+from flamingo_jax.processing.visuals import Visual, read_visual
 from launch import command
 
 MODEL = flags.DEFINE_string("model", "", "Exported folder of a Flamingo.")
@@ -145,7 +145,7 @@ def prompt_of(parts: list[Any], config: FlamingoConfig, folder: pathlib.Path) ->
 
 def _read_image(path: pathlib.Path, config: FlamingoConfig) -> Visual:
     try:
-        return read_visual([path.read_bytes()], config, str(path))
+        return read_visual([path.read_bytes()], config.vision, str(path))
     except OSError as error:
         raise UserError(
             f"{path}: unreadable image ({error.strerror}): check its path in the prompt file"

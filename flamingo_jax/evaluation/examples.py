@@ -9,9 +9,8 @@ import numpy as np
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import FlamingoConfig
-from flamingo_jax.inference.prompts import Visual
-from flamingo_jax.processing import images
 from flamingo_jax.processing.video import middle_clip
+from flamingo_jax.processing.visuals import Visual, read_visual
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,7 +67,7 @@ def read_examples(
             else _every(record, fps, name)
         )
         kept = middle_clip(len(encoded), frames or config.resampler.frames, every=every)
-        visual = read_visual([encoded[place] for place in kept], config, name)
+        visual = read_visual([encoded[place] for place in kept], config.vision, name)
         answers = _answers(record, kind)
         if not answers:
             raise UserError(
@@ -118,7 +117,7 @@ def read_pages(records: Iterable[Any], config: FlamingoConfig) -> list[Interleav
     pages = []
     for record in records:
         name = _text(record["id"])
-        visuals = tuple(read_visual([image], config, name) for image in record["images"])
+        visuals = tuple(read_visual([image], config.vision, name) for image in record["images"])
         pages.append(InterleavedPage(name, tuple(_text(text) for text in record["texts"]), visuals))
     return pages
 
@@ -146,26 +145,6 @@ def _plain(caption: str) -> str:
     twice.
     """
     return re.sub(r"^\s*Output: ", "", caption)
-
-
-def read_visual(encoded: Sequence[bytes], config: FlamingoConfig, name: str) -> Visual:
-    """Encoded images as one visual at the model's size.
-
-    Raises UserError with `name` where one cannot be read.
-    """
-    vision = config.vision
-    try:
-        frames = [
-            images.load(image, vision.image_size, vision.mean, vision.image_fit)
-            for image in encoded
-        ]
-    except images.ImageError as error:
-        raise UserError(
-            f"{name}: unreadable image ({error}): replace it by a whole PNG or JPEG file"
-        ) from error
-    if not frames:
-        raise UserError(f"{name} has no image: leave it out")
-    return Visual(np.stack(frames))
 
 
 def _text(value: Any) -> str:

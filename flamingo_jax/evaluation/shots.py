@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from flamingo_jax.evaluation.examples import BenchmarkExample
-from flamingo_jax.inference.prompts import Visual
+from flamingo_jax.processing.visuals import Visual
 
 
 class ShotSelector(Protocol):

@@ -2,7 +2,6 @@
 encoded once.
 """
 
-import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,13 +13,20 @@ import numpy as np
 from flax import nnx
 
 from flamingo_jax.errors import UserError
-from flamingo_jax.inference.generation import DecodingConfig, Generated, TokenConstraints, generate
+from flamingo_jax.inference.array_cache import ArrayCache
+from flamingo_jax.inference.generation import (
+    NO_TOKEN,
+    DecodingConfig,
+    Generated,
+    TokenConstraints,
+    generate,
+)
 from flamingo_jax.inference.loading import LoadedFlamingo
 from flamingo_jax.inference.prefill import PromptArrays
 from flamingo_jax.inference.prompts import (
     Prompt,
     PromptBatch,
-    Visual,
+    TokenisedPrompt,
     bucket_length,
     collate,
     next_power,
@@ -28,6 +34,7 @@ from flamingo_jax.inference.prompts import (
 )
 from flamingo_jax.inference.scoring import candidate_scores
 from flamingo_jax.processing.tokenizer import Tokenizer
+from flamingo_jax.processing.visuals import Visual
 
 Array = jax.Array
 ProgressCallback = Callable[[int], None]
@@ -45,13 +52,16 @@ CACHED_BYTES = 512 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What a model wrote after a prompt. score: its log-probability; finished: it ended by
-    itself.
+    """What a model wrote after a prompt.
+
+    score: the log-probability of `text` and, where it is finished, of the <EOC> that ends it.
+    finished: it ended by itself, before `max_tokens`. tokens: the text's ids, without <EOC>.
     """
 
     text: str
     score: float
     finished: bool
+    tokens: tuple[int, ...] = ()
 
 
 @functools.partial(jax.jit, static_argnames="graph")
@@ -100,31 +110,22 @@ def _score(
     )
 
 
-class ArrayCache:
-    """Arrays by digest, those of longest ago let go where all together hold more than
-    `most_bytes`.
-    """
-
-    def __init__(self, most_bytes: int):
-        self._most_bytes, self._bytes = most_bytes, 0
-        self._arrays: collections.OrderedDict[bytes, np.ndarray] = collections.OrderedDict()
-
-    def get(
-        self, digests: Sequence[bytes], make: Callable[[list[bytes]], dict[bytes, np.ndarray]]
-    ) -> dict[bytes, np.ndarray]:
-        """The arrays of these digests; `make` is asked for all that are missing, if there are
-        any.
-        """
-        missing = [digest for digest in digests if digest not in self._arrays]
-        made = make(missing) if missing else {}
-        found = {digest: made.get(digest, self._arrays.get(digest)) for digest in digests}
-        self._arrays.update(made)
-        self._bytes += sum(array.nbytes for array in made.values())
-        for digest in digests:
-            self._arrays.move_to_end(digest)
-        while self._bytes > self._most_bytes:
-            self._bytes -= self._arrays.popitem(last=False)[1].nbytes
-        return found  # type: ignore[return-value]
+@functools.partial(jax.jit, static_argnames="graph")
+def _logits(graph: Any, state: nnx.State, prompts: PromptArrays, media: Any) -> Array:
+    """float32 [B, L, V + extra], 0 at padding."""
+    model = nnx.merge(graph, state)
+    rows, length = prompts.tokens.shape
+    places = jnp.arange(length)
+    real = places < prompts.lengths[:, None]
+    logits, _ = model.decode(
+        prompts.tokens,
+        jnp.where(real, places, length),
+        prompts.media_index,
+        media,
+        prompts.visuals,
+        model.init_cache(rows, length),
+    )
+    return jnp.where(real[..., None], logits, 0.0)
 
 
 class Engine:
@@ -133,15 +134,15 @@ class Engine:
 
     with_visuals: False takes every image away, as in the training of a model without
       images; the image tags stay.
-    rows: prompts in a batch at most.
+    batch_size: prompts in a batch at most.
     """
 
-    def __init__(self, loaded: LoadedFlamingo, *, with_visuals: bool = True, rows: int = 64):
+    def __init__(self, loaded: LoadedFlamingo, *, with_visuals: bool = True, batch_size: int = 64):
         self.tokenizer, self.config = loaded.tokenizer, loaded.config
         self.with_visuals = with_visuals
         self._graph, self._state = nnx.split(loaded.model)
         self._dtype = loaded.model.dtype
-        self._rows = rows
+        self._batch_size = batch_size
         self._constraints = token_constraints(loaded.tokenizer, loaded.config.extra_tokens)
         self._cached_tokens, self._cached_features = (
             ArrayCache(CACHED_BYTES),
@@ -161,7 +162,7 @@ class Engine:
         `seed` matters to sampling only.
         """
         found: dict[int, Completion] = {}
-        for places, batch in self._batches(prompts):
+        for places, batch in self._batches(prompts, decoding.max_tokens):
             # Keyed by the prompt's place in the list, so that what is drawn for it does not
             # depend on its batch.
             numbers = np.resize(np.array(places, np.uint32), len(batch.lengths))
@@ -173,8 +174,13 @@ class Engine:
                 )
             )
             for row, place in enumerate(places):
-                text = self.tokenizer.decode(made.tokens[row].tolist())
-                found[place] = Completion(text, float(made.score[row]), bool(made.finished[row]))
+                ids = [number for number in made.tokens[row].tolist() if number != NO_TOKEN]
+                found[place] = Completion(
+                    self.tokenizer.decode(ids),
+                    float(made.score[row]),
+                    bool(made.finished[row]),
+                    tuple(ids),
+                )
             if progress is not None:
                 progress(len(places))
         return [found[place] for place in range(len(prompts))]
@@ -212,39 +218,53 @@ class Engine:
             if not tokens:
                 raise UserError(f"the candidate {text!r} has no tokens: leave it out")
         longest = -(-max(map(len, ids.values())) // 4) * 4
-        most = max(map(len, candidates))
         found: dict[int, np.ndarray] = {}
-        for places, batch in self._batches(prompts):
-            rows = len(batch.lengths)
-            columns = self.config.language_model.vocab_size + self.config.extra_tokens
-            group_size = max(
-                1,
-                min(
-                    most,
-                    LOGITS_IN_BATCH // (rows * longest * columns),
-                    4 * TOKENS_IN_BATCH // batch.tokens.size,
-                ),
-            )
-            count = -(-most // group_size) * group_size
-            ends, lengths = (
-                np.zeros((rows, count, longest), np.int32),
-                np.zeros((rows, count), np.int32),
-            )
-            for row, place in enumerate(places):
-                for column, text in enumerate(candidates[place]):
-                    ends[row, column, : len(ids[text])], lengths[row, column] = (
-                        ids[text],
-                        len(ids[text]),
-                    )
-            prepared, media = self._place(batch)
-            scores = jax.device_get(
-                _score(self._graph, self._state, prepared, media, ends, lengths, group_size)
-            )
+        for places, batch in self._batches(prompts, longest):
+            continuations = [[ids[text] for text in candidates[place]] for place in places]
+            scores = self._score_batch(batch, continuations, longest, max(map(len, candidates)))
             for row, place in enumerate(places):
                 found[place] = scores[row, : len(candidates[place])].astype(np.float64)
             if progress is not None:
                 progress(len(places))
         return [found[place] for place in range(len(prompts))]
+
+    def _score_batch(
+        self, batch: PromptBatch, continuations: list[list[list[int]]], longest: int, most: int
+    ) -> np.ndarray:
+        """Scores the ids of every prompt's candidates, `most` of `longest` ids: float32 [B, C]."""
+        rows = len(batch.lengths)
+        columns = self.config.language_model.vocab_size + self.config.extra_tokens
+        in_memory = LOGITS_IN_BATCH // (rows * longest * columns)
+        group_size = max(1, min(most, in_memory, 4 * TOKENS_IN_BATCH // batch.tokens.size))
+        count = -(-most // group_size) * group_size
+        tokens = np.zeros((rows, count, longest), np.int32)
+        lengths = np.zeros((rows, count), np.int32)
+        for row, texts in enumerate(continuations):
+            for column, ids in enumerate(texts):
+                tokens[row, column, : len(ids)], lengths[row, column] = ids, len(ids)
+        prompts, media = self._place(batch)
+        return jax.device_get(
+            _score(self._graph, self._state, prompts, media, tokens, lengths, group_size)
+        )
+
+    def logits(self, prompts: Sequence[Prompt]) -> Array:
+        """Computes what the model expects behind every token of the prompts.
+
+        Returns: float32 [B, L, V + extra], L being the tokens of the longest prompt and [b, t]
+          the logits of what follows its t-th; 0 behind a shorter prompt's end.
+        """
+        tokenised = [tokenise(prompt, self.tokenizer) for prompt in prompts]
+        self._check(tokenised, 0)
+        longest = max(len(prompt.tokens) for prompt in tokenised)
+        batch = collate(
+            tokenised,
+            rows=next_power(2, len(prompts)),
+            length=bucket_length(longest),
+            places=next_power(4, max(len(prompt.visuals) for prompt in tokenised)),
+            pad_token=self.tokenizer.pad,
+        )
+        arrays, media = self._place(batch)
+        return _logits(self._graph, self._state, arrays, media)[: len(prompts), :longest]
 
     def features(self, visuals: Sequence[Visual]) -> np.ndarray:
         """Frozen vision encoder features for RICES: float32 [M, C] of length 1; those of
@@ -271,21 +291,37 @@ class Engine:
             if (height, width) != (size, size):
                 raise UserError(
                     f"a visual is {width} x {height} pixels, but the model takes {size} x"
-                    f" {size}: resize it, or read it with"
-                    " flamingo_jax.evaluation.examples.read_visual"
+                    f" {size}: give it as flamingo_jax.Image or Video, which resize it"
                 )
 
-    def _batches(self, prompts: Sequence[Prompt]) -> Iterator[tuple[list[int], PromptBatch]]:
+    def _check(self, prompts: Sequence[TokenisedPrompt], further: int) -> None:
+        """UserError where a prompt, or `further` tokens behind it, is more than the model takes."""
+        self._check_size(visual for prompt in prompts for visual in prompt.visuals)
+        for prompt in prompts:
+            if len(prompt.tokens) + further > TOKENS_IN_BATCH:
+                raise UserError(
+                    f"a prompt has {len(prompt.tokens)} tokens, and {further} are to follow, but"
+                    f" {TOKENS_IN_BATCH} are the most in all: shorten it, or give fewer shots"
+                )
+            if len(prompt.visuals) > VISUALS_IN_BATCH:
+                raise UserError(
+                    f"a prompt has {len(prompt.visuals)} images and videos, but"
+                    f" {VISUALS_IN_BATCH} are the most: give fewer shots"
+                )
+
+    def _batches(
+        self, prompts: Sequence[Prompt], further: int
+    ) -> Iterator[tuple[list[int], PromptBatch]]:
         """Places of prompts and their batch; prompts of like length share a batch."""
         if not prompts:
             return
         tokenised = [tokenise(prompt, self.tokenizer) for prompt in prompts]
-        self._check_size(visual for prompt in tokenised for visual in prompt.visuals)
+        self._check(tokenised, further)
         longest = bucket_length(max(len(p.tokens) for p in tokenised))
         # 1, 4, 16, 64, ...: a shape more costs the compilation of a program, a place more
         # hardly anything.
         places = next_power(4, max(len(p.visuals) for p in tokenised))
-        rows = min(self._rows, TOKENS_IN_BATCH // longest, VISUALS_IN_BATCH // max(places, 1))
+        rows = min(self._batch_size, TOKENS_IN_BATCH // longest, VISUALS_IN_BATCH // max(places, 1))
         rows = min(max(next_power(2, rows + 1) // 2, 1), next_power(2, len(prompts)))
         order = sorted(range(len(prompts)), key=lambda place: len(tokenised[place].tokens))
         chosen = [order[start : start + rows] for start in range(0, len(order), rows)]

@@ -6,11 +6,13 @@ The loop ends as soon as every row has; a row ends at the first stop token (pape
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from flamingo_jax.errors import UserError
 from flamingo_jax.inference.prefill import DecodingModel, Prefilled, PromptArrays, prefill
 from flamingo_jax.models.attention import map_cache
 
@@ -23,7 +25,9 @@ NO_TOKEN = -1
 class DecodingConfig:
     """How to continue a prompt.
 
-    The paper's open-ended tasks use a beam_size of 3 (facts 6.4); it names no length penalty.
+    The paper's open-ended tasks use a beam of 3 (facts 6.4); it names no length penalty.
+
+    Raises: UserError for a value out of range, or a beam that is asked to sample as well.
     """
 
     max_tokens: int = 32
@@ -40,11 +44,31 @@ class DecodingConfig:
     length_penalty (Wu et al. 2016); 0 for none.
     """
 
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "beam_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be 1 or more")
+        if not 0.0 <= self.temperature < math.inf or not math.isfinite(self.length_penalty):
+            raise UserError(
+                f"temperature is {self.temperature} and length_penalty {self.length_penalty}:"
+                " they must be finite, and temperature 0 or more"
+            )
+        if not 0.0 < self.top_p <= 1.0:
+            raise UserError(
+                f"top_p is {self.top_p}: it must be above 0, which would allow no token, and at"
+                " most 1; temperature 0 takes the likeliest token"
+            )
+        if self.beam_size > 1 and self.temperature > 0:
+            raise UserError(
+                f"a beam of {self.beam_size} does not sample: leave temperature at 0, or set"
+                " beam_size to 1"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenConstraints:
-    """stop: ids that end a row. suppressed: ids that are not generated, such as <BOS>, padding and
-    the image tag.
+    """Ids that end a row, and ids that are not generated, such as <BOS>, padding and the image
+    tag.
     """
 
     stop: tuple[int, ...]
@@ -52,7 +76,9 @@ class TokenConstraints:
 
 
 class Generated(NamedTuple):
-    """tokens int32 [B, T] without the stop token, filled with -1; score float32 [B],
+    """What follows each of B prompts.
+
+    tokens int32 [B, T] without the stop token, filled with -1; score float32 [B],
     log-probability including the stop token; finished bool [B]: a stop token came within T
     tokens.
     """
@@ -179,60 +205,21 @@ def _beam_search(
     the end gives its likeliest open one.
     """
     rows, beams, length = prefilled.last.shape[0], decoding.beam_size, decoding.max_tokens
-    stop = jnp.array(constraints.stop)
     prefilled = prefilled.repeat(beams)
-
-    def normaliser(tokens: Array | int) -> Array:
-        return ((5.0 + tokens) / 6.0) ** decoding.length_penalty
 
     def body(s: _BeamState) -> _BeamState:
         log_probabilities, cache = _next_log_probabilities(
             model, prefilled, media, s.token, s.step, s.cache
         )
-        allowed = _suppress(log_probabilities, constraints.suppressed).reshape(rows, beams, -1)
-        size = allowed.shape[-1]
-        # A hypothesis has as many closing continuations as there are stop tokens: so many are
-        # taken that `beams` open ones remain.
-        wide = min(beams * (1 + len(constraints.stop)), beams * size)
-        score, flat = jax.lax.top_k((s.score[:, :, None] + allowed).reshape(rows, -1), wide)
-        parent, token = flat // size, (flat % size).astype(jnp.int32)
-        stops = jnp.isin(token, stop)
-
-        closing = jnp.where(
-            stops & (jnp.arange(wide) < beams), score / normaliser(s.step + 1), -jnp.inf
-        )
-        which = jnp.argmax(closing, axis=1, keepdims=True)
-        rank = jnp.take_along_axis(closing, which, axis=1)[:, 0]
-        better = rank > s.best_rank
-        closed = jnp.take_along_axis(
-            s.tokens, jnp.take_along_axis(parent, which, axis=1)[:, :, None], axis=1
-        )[:, 0]
-        best = jnp.where(better[:, None], closed, s.best)
-        best_score = jnp.where(
-            better, jnp.take_along_axis(score, which, axis=1)[:, 0], s.best_score
-        )
-
-        score, kept = jax.lax.top_k(jnp.where(stops, -jnp.inf, score), beams)
-        parent, token = (jnp.take_along_axis(a, kept, axis=1) for a in (parent, token))
-        tokens = (
-            jnp.take_along_axis(s.tokens, parent[:, :, None], axis=1).at[:, :, s.step].set(token)
-        )
-        source = (jnp.arange(rows)[:, None] * beams + parent).reshape(-1)
-        cache = map_cache(lambda a: jnp.take(a, source, axis=1), cache)
-        return _BeamState(
-            s.step + 1,
-            token.reshape(-1),
-            cache,
-            tokens,
-            score,
-            best,
-            best_score,
-            jnp.where(better, rank, s.best_rank),
-        )
+        allowed = _suppress(log_probabilities, constraints.suppressed)
+        continuations = _continuations(s, allowed.reshape(rows, beams, -1), constraints.stop)
+        s = _keep_best_closed(s, continuations, beams, decoding.length_penalty)
+        return _keep_open(s, continuations, beams, cache)
 
     def goes_on(s: _BeamState) -> Array:
         # Log-probabilities only fall, and a positive length penalty favours the longest.
-        reach = s.score[:, 0] / normaliser(length if decoding.length_penalty > 0 else s.step + 1)
+        tokens = length if decoding.length_penalty > 0 else s.step + 1
+        reach = s.score[:, 0] / _length_norm(tokens, decoding.length_penalty)
         return (s.step < length) & jnp.any(reach > s.best_rank)
 
     nothing = jnp.full((rows, length), NO_TOKEN, jnp.int32)
@@ -256,6 +243,71 @@ def _beam_search(
         jnp.where(finished, last.best_score, last.score[:, 0]),
         finished,
     )
+
+
+class _Continuations(NamedTuple):
+    """The likeliest hypotheses that are a token longer, [B, C], the best first."""
+
+    score: Array
+    parent: Array
+    """The beam that each continues."""
+    token: Array
+    stops: Array
+    """Whether its token closes it."""
+
+
+def _continuations(s: _BeamState, allowed: Array, stop: tuple[int, ...]) -> _Continuations:
+    """allowed: log-probabilities float32 [B, beams, V] of each hypothesis's next token.
+
+    A hypothesis has as many closing continuations as there are stop tokens: so many are taken
+    that as many open ones as there are beams remain.
+    """
+    rows, beams, size = allowed.shape
+    count = min(beams * (1 + len(stop)), beams * size)
+    score, flat = jax.lax.top_k((s.score[:, :, None] + allowed).reshape(rows, -1), count)
+    token = (flat % size).astype(jnp.int32)
+    return _Continuations(score, flat // size, token, jnp.isin(token, jnp.array(stop)))
+
+
+def _keep_best_closed(
+    s: _BeamState, found: _Continuations, beams: int, length_penalty: float
+) -> _BeamState:
+    """Takes the best continuation that closes, where it ranks above the best one so far."""
+    among_beams = jnp.arange(found.score.shape[1]) < beams
+    rank = jnp.where(
+        found.stops & among_beams, found.score / _length_norm(s.step + 1, length_penalty), -jnp.inf
+    )
+    which = jnp.argmax(rank, axis=1, keepdims=True)
+    rank = jnp.take_along_axis(rank, which, axis=1)[:, 0]
+    score = jnp.take_along_axis(found.score, which, axis=1)[:, 0]
+    parent = jnp.take_along_axis(found.parent, which, axis=1)
+    tokens = jnp.take_along_axis(s.tokens, parent[:, :, None], axis=1)[:, 0]
+    better = rank > s.best_rank
+    return s._replace(
+        best=jnp.where(better[:, None], tokens, s.best),
+        best_score=jnp.where(better, score, s.best_score),
+        best_rank=jnp.where(better, rank, s.best_rank),
+    )
+
+
+def _keep_open(s: _BeamState, found: _Continuations, beams: int, cache: Any) -> _BeamState:
+    """Goes on with the likeliest continuations that do not close, and their parents' cache."""
+    score, kept = jax.lax.top_k(jnp.where(found.stops, -jnp.inf, found.score), beams)
+    parent, token = (jnp.take_along_axis(a, kept, axis=1) for a in (found.parent, found.token))
+    tokens = jnp.take_along_axis(s.tokens, parent[:, :, None], axis=1)
+    row = (jnp.arange(parent.shape[0])[:, None] * beams + parent).reshape(-1)
+    return s._replace(
+        step=s.step + 1,
+        token=token.reshape(-1),
+        cache=map_cache(lambda a: jnp.take(a, row, axis=1), cache),
+        tokens=tokens.at[:, :, s.step].set(token),
+        score=score,
+    )
+
+
+def _length_norm(tokens: Array | int, length_penalty: float) -> Array | float:
+    """What the log-probability of a hypothesis of so many tokens is divided by (Wu et al. 2016)."""
+    return ((5.0 + tokens) / 6.0) ** length_penalty
 
 
 def _next_log_probabilities(

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from flamingo_jax.checkpointing.export import Export, open_export
 from flamingo_jax.configuring import from_json
@@ -30,12 +32,15 @@ class LoadedFlamingo:
     digest: str = ""
 
 
-def load_flamingo(folder: str | pathlib.Path, dtype: Any = None) -> LoadedFlamingo:
+def load_flamingo(
+    folder: str | pathlib.Path, dtype: DTypeLike | None = None, *, mesh: Mesh | None = None
+) -> LoadedFlamingo:
     """The model of an exported folder, which is all it needs. Weights keep their stored types
     and are cast at use.
 
     Args:
       dtype: compute type; by default float32 on CPU and bfloat16 on accelerators.
+      mesh: whose devices all hold the whole model; by default the first local device.
 
     Raises:
       UserError: no export, one of another kind, or parameters that are missing, foreign or of
@@ -53,16 +58,12 @@ def load_flamingo(folder: str | pathlib.Path, dtype: Any = None) -> LoadedFlamin
     export.verify()
     _check(str(folder), to_flat(shapes), export.shapes)
     dtypes = export.dtypes
-    state = nnx.State(
-        from_flat(
-            export.read_sharded(
-                {
-                    name: jax.ShapeDtypeStruct(shape, dtypes[name])
-                    for name, shape in export.shapes.items()
-                }
-            )
-        )
-    )
+    sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    targets = {
+        name: jax.ShapeDtypeStruct(shape, dtypes[name], sharding=sharding)
+        for name, shape in export.shapes.items()
+    }
+    state = nnx.State(from_flat(export.read_sharded(targets)))
     return LoadedFlamingo(nnx.merge(graph, state), tokenizer, config, export.digest)
 
 

@@ -7,53 +7,19 @@ The layout is that of training pages (processing/sequences.py):
 
 import dataclasses
 import enum
-import functools
-import hashlib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.processing.sequences import media_index
 from flamingo_jax.processing.tokenizer import Tokenizer
+from flamingo_jax.processing.visuals import Visual
 
 LENGTH_STEP = 32
 """Prompts are padded to a few multiples of this, so that few shapes are compiled."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Visual:
-    """An image or a clip as the model takes it: `frames` uint8 [T, H, W, 3] in 0..255, T = 1
-    for an image.
-
-    Raises: UserError for any other array. Whether H and W are the model's is checked where it
-      is used.
-    """
-
-    frames: np.ndarray
-
-    def __post_init__(self) -> None:
-        frames = self.frames
-        if not isinstance(frames, np.ndarray) or frames.dtype != np.uint8:
-            kind = frames.dtype if isinstance(frames, np.ndarray) else type(frames).__name__
-            raise UserError(
-                f"the frames of a visual are {kind}, but must be a numpy array of uint8 in"
-                " 0..255: give floats in 0..1 as np.round(255 * frames).astype(np.uint8)"
-            )
-        if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
-            raise UserError(
-                f"the frames of a visual have the shape {list(frames.shape)}, but must be [T,"
-                " H, W, 3]: give one image as image[None], a grey one as three equal channels"
-            )
-
-    @functools.cached_property
-    def digest(self) -> bytes:
-        """Names the pixels: equal images are encoded once, wherever they came from."""
-        return hashlib.blake2b(
-            str(self.frames.shape).encode() + np.ascontiguousarray(self.frames).tobytes(),
-            digest_size=16,
-        ).digest()
 
 
 class SpecialToken(enum.Enum):
@@ -90,8 +56,8 @@ def fill_image_tags(prompt: Prompt, tag: str = Tokenizer.image_tag) -> list[Prom
     (`escape_image_tags`) is mere text. Raises UserError when tags and visuals differ in number.
     """
     visuals = [part for part in prompt if isinstance(part, Visual)]
-    unescaped = re.compile(r"(?<!\\)" + re.escape(tag))
-    tags = sum(len(unescaped.findall(part)) for part in prompt if isinstance(part, str))
+    unescaped = _unescaped(tag)
+    tags = count_image_tags(prompt, tag)
     if not tags:
         return list(prompt)
     if tags != len(visuals):
@@ -112,6 +78,15 @@ def fill_image_tags(prompt: Prompt, tag: str = Tokenizer.image_tag) -> list[Prom
             for text in others:
                 parts += [next(left), text]
     return [part for part in parts if part != ""]
+
+
+def count_image_tags(prompt: Sequence[Any], tag: str = Tokenizer.image_tag) -> int:
+    """How many visuals the texts of a prompt ask for; what is no text asks for none."""
+    return sum(len(_unescaped(tag).findall(part)) for part in prompt if isinstance(part, str))
+
+
+def _unescaped(tag: str) -> re.Pattern[str]:
+    return re.compile(r"(?<!\\)" + re.escape(tag))
 
 
 def escape_image_tags(text: str, tag: str = Tokenizer.image_tag) -> str:

@@ -1,8 +1,13 @@
-"""Published models as modules to call, their weights read straight into sharded arrays."""
+"""Language models and vision encoders as modules to call, from published folders and exports,
+their weights read straight into sharded arrays.
+"""
 
 import dataclasses
+import functools
+import json
 import pathlib
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,65 +15,118 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from flamingo_jax.checkpointing.export import open_export
+from flamingo_jax.configuring import from_json
+from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import LanguageModelConfig, VisionConfig
-from flamingo_jax.interop.folders import Foreign, open_folder
+from flamingo_jax.interop.documents import CONFIG
+from flamingo_jax.interop.folders import Part, open_folder
 from flamingo_jax.models.language_model import LanguageModel
-from flamingo_jax.models.vision import vision_encoder
-from flamingo_jax.models.vit import ViT
+from flamingo_jax.models.vision import VisionEncoder, vision_encoder
 from flamingo_jax.partitioning import rules
-from flamingo_jax.processing.images import load
 from flamingo_jax.processing.tokenizer import Tokenizer
+from flamingo_jax.processing.visuals import Image, ImageSource
 from flamingo_jax.pytrees import from_flat
 
 
-@dataclasses.dataclass(frozen=True)
-class LoadedLanguageModel:
-    """`model(tokens, positions, segments)` gives logits, see `LanguageModel`."""
+class LoadedLanguageModel(NamedTuple):
+    """`model(tokens, positions, segments)` gives logits, see `LanguageModel`; `model.config` is
+    its form. tokenizer: None where the folder holds none.
+    """
 
     model: LanguageModel
     tokenizer: Tokenizer | None
-    """None where the folder holds none."""
-    config: LanguageModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedVisionEncoder:
-    """`model(preprocess([data, ...]))` gives grid features [M, h, w, C], see `ViT`."""
+    """An encoder of images: `encoder([image, ...])`, or `encoder.model` on pixels that
+    `preprocess` made.
+    """
 
-    model: ViT
+    model: VisionEncoder
     config: VisionConfig
 
-    def preprocess(self, images: list[bytes]) -> np.ndarray:
-        """Encoded images -> float32 [M, S, S, 3] as the encoder takes them: squares by the
-        config's image_fit, normalised.
+    def __call__(self, images: Sequence[Image | ImageSource]) -> jax.Array:
+        """Encodes images -> grid features float32 [M, h, w, C], see `ViT` and `NFNet`.
 
-        Raises: ImageError for what is no image.
+        Raises: UserError for what is no image.
+        """
+        graph, state = nnx.split(self.model)
+        return _encode(graph, state, self.preprocess(images))
+
+    def preprocess(self, images: Sequence[Image | ImageSource]) -> np.ndarray:
+        """Brings images into the encoder's form: float32 [M, S, S, 3], squares by the config's
+        image_fit, normalised.
+
+        Raises: UserError for what is no image.
         """
         mean, std = (
             np.asarray(values, np.float32) for values in (self.config.mean, self.config.std)
         )
-        pixels = [
-            load(data, self.config.image_size, self.config.mean, self.config.image_fit)
-            for data in images
-        ]
+        sources = [image if isinstance(image, Image) else Image(image) for image in images]
+        pixels = [source.visual(self.config, 1).frames[0] for source in sources]
         return (np.stack(pixels).astype(np.float32) / 255 - mean) / std
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _encode(graph: Any, state: nnx.State, pixels: jax.Array) -> jax.Array:
+    return nnx.merge(graph, state)(pixels).astype(jnp.float32)
+
+
+class PartPath(NamedTuple):
+    """Where a part stands in an export, "" for at the top: the key of its config, and the prefix
+    of its parameters' names.
+    """
+
+    config: str = ""
+    prefix: str = ""
+
+
+PARTS_OF_EXPORTS: dict[Part, dict[str, PartPath]] = {
+    "language_model": {
+        "language_model": PartPath(),
+        "flamingo": PartPath("language_model", "language_model/"),
+    },
+    "vision_encoder": {
+        "vision_encoder": PartPath(),
+        "contrastive": PartPath("vision", "vision/"),
+        "flamingo": PartPath("vision", "vision_encoder/"),
+    },
+}
+"""Part -> the kinds of export that hold it -> where."""
+
+
+class _Source(NamedTuple):
+    """A folder's part: stored types and shapes by flat stacked name, and what reads them."""
+
+    config: Any
+    tokenizer_file: pathlib.Path | None
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, np.dtype]
+    read: Callable[[dict[str, jax.ShapeDtypeStruct]], dict[str, jax.Array]]
 
 
 def load_language_model(
     folder: str | pathlib.Path, *, mesh: Mesh | None = None, dtype: Any = None, weights: Any = None
 ) -> LoadedLanguageModel:
-    """A Llama, Mistral, Qwen2 or Qwen3 as transformers save them.
+    """Loads a published language model's folder, or the language model of an export.
 
     Args:
+      folder: as transformers save it (`interop.language_models` has the families), or what
+        `launch.export` wrote of a language model or a Flamingo.
       mesh: axes data, fsdp and model (`partitioning.mesh.make_mesh`), over which the parameters
         lie as in training; None: on the first local device.
       dtype: compute type; by default float32 on CPU and bfloat16 on accelerators.
       weights: type that the parameters are held in; by default the stored ones.
 
+    Returns: (model, tokenizer). `model(tokens, positions, segments)`, each int32 [B, L] with
+      segment 0 for padding, gives logits float32 [B, L, V].
+
     Raises: UserError where the folder's config cannot be honoured or its tensors are not those
       of the config.
     """
-    found = open_folder(folder, "language_model")
+    found = _open(folder, "language_model")
     tokenizer = (
         Tokenizer.load(found.tokenizer_file, found.config.vocab_size)
         if found.tokenizer_file is not None
@@ -86,18 +144,24 @@ def load_language_model(
             mesh,
         )
     )
-    return LoadedLanguageModel(_merge(graph, found, shardings, weights), tokenizer, found.config)
+    return LoadedLanguageModel(_merge(graph, found, shardings, weights), tokenizer)
 
 
 def load_vision_encoder(
     folder: str | pathlib.Path, *, mesh: Mesh | None = None, weights: Any = None
 ) -> LoadedVisionEncoder:
-    """The vision tower of a CLIP or SigLIP as transformers save them, alone or within the whole
-    model; it computes in the type of its images.
+    """Loads a published vision encoder's folder, or the vision encoder of an export.
 
-    Args, Raises: as of `load_language_model`; on a mesh it is whole on every device.
+    Args:
+      folder: a CLIP or SigLIP as transformers save them, the vision tower alone or within the
+        whole model; or what `launch.export` wrote of a contrastive model or a Flamingo.
+      mesh, weights: as of `load_language_model`; on a mesh it is whole on every device.
+
+    Returns: an encoder that takes images; its `model` computes in the type of its pixels.
+
+    Raises: UserError as `load_language_model`.
     """
-    found = open_folder(folder, "vision_encoder")
+    found = _open(folder, "vision_encoder")
     graph = _graph(lambda: vision_encoder(found.config, rngs=nnx.Rngs(0)))
     shardings = (
         {} if mesh is None else dict.fromkeys(found.shapes, NamedSharding(mesh, PartitionSpec()))
@@ -113,10 +177,48 @@ def _graph(build: Any) -> Any:
     return nnx.split(nnx.eval_shape(build))[0]
 
 
-def _merge(graph: Any, found: Foreign, shardings: dict[str, NamedSharding], weights: Any) -> Any:
-    dtypes = found.dtypes()
+def _open(folder: str | pathlib.Path, part: Part) -> _Source:
+    """A part of an export, or else a published one."""
+    try:
+        ours = "format" in json.loads((pathlib.Path(folder) / CONFIG).read_bytes())
+    except (OSError, ValueError, TypeError):
+        ours = False  # `open_folder` says what is wrong with it.
+    if not ours:
+        found = open_folder(folder, part)
+        return _Source(found.config, found.tokenizer_file, found.shapes, found.dtypes(), found.read)
+    export = open_export(folder)
+    path = PARTS_OF_EXPORTS[part].get(export.kind)
+    if path is None:
+        raise UserError(
+            f"{folder} holds a {export.kind} export, which has no {part.replace('_', ' ')}: name"
+            f" one of kind {' or '.join(PARTS_OF_EXPORTS[part])}"
+        )
+    config = export.config[path.config] if path.config else export.config
+    kind = LanguageModelConfig if part == "language_model" else VisionConfig
+
+    def inside(values: Mapping[str, Any]) -> dict[str, Any]:
+        names = (name for name in values if name.startswith(path.prefix))
+        return {name.removeprefix(path.prefix): values[name] for name in names}
+
+    def read(targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        export.verify()
+        within = {path.prefix + name: target for name, target in targets.items()}
+        return inside(export.read_sharded(within))
+
+    return _Source(
+        from_json(kind, config, f"the config of {folder}"),
+        export.tokenizer_file,
+        inside(export.shapes),
+        inside(export.dtypes),
+        read,
+    )
+
+
+def _merge(graph: Any, found: _Source, shardings: dict[str, NamedSharding], weights: Any) -> Any:
     targets = {
-        name: jax.ShapeDtypeStruct(shape, weights or dtypes[name], sharding=shardings.get(name))
+        name: jax.ShapeDtypeStruct(
+            shape, weights or found.dtypes[name], sharding=shardings.get(name)
+        )
         for name, shape in found.shapes.items()
     }
     return nnx.merge(graph, nnx.State(from_flat(found.read(targets))))

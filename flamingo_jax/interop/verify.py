@@ -113,7 +113,7 @@ def _original(kind: Any, folder: str | pathlib.Path) -> Any:
 def _texts(loaded: LoadedLanguageModel) -> list[np.ndarray]:
     if loaded.tokenizer is None:
         draw = np.random.default_rng(0)
-        return [draw.integers(0, loaded.config.vocab_size, length) for length in LENGTHS]
+        return [draw.integers(0, loaded.model.config.vocab_size, length) for length in LENGTHS]
     ids = np.array([loaded.tokenizer.bos, *loaded.tokenizer.encode(TEXT)])
     return [ids[:length] for length in LENGTHS]
 

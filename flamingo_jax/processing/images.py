@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from flamingo_jax.processing.metadata import without_metadata
 from flamingo_jax.storage import storage_failure
@@ -65,22 +65,53 @@ def decode(
             raise  # Too many files are open, or a reader of PIL's could not be loaded.
         bare = None if strict else without_metadata(data)
         if bare is None:
-            raise ImageError(f"not a readable image: {error}") from error
+            raise _unreadable(error) from error
     return decode(bare, size, how=how, max_pixels=max_pixels, strict=True)
+
+
+def check(data: bytes, *, max_pixels: int = MAX_PIXELS) -> None:
+    """Reads an encoded image's header alone. Raises ImageError as `decode` does for it."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            check_size(image.width, image.height, max_pixels)
+    except ImageError:
+        raise
+    except Exception as error:  # noqa: BLE001 - as in `decode`, which reads it again without its metadata
+        if storage_failure(error) is not None:
+            raise
+        if without_metadata(data) is None:
+            raise _unreadable(error) from error
+
+
+def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
+    """Raises ImageError where an image has more than `max_pixels`, or none."""
+    if width * height > max_pixels:
+        raise ImageError(f"{width} x {height} pixels are more than {max_pixels}")
+    if not width * height:
+        raise ImageError(f"{width} x {height} pixels are none")
+
+
+def _unreadable(error: Exception) -> ImageError:
+    """PIL names the buffer's address where it does not know a format."""
+    unknown = isinstance(error, UnidentifiedImageError)
+    return ImageError(f"not a readable image: {'its format is not known' if unknown else error}")
 
 
 def _decode(data: bytes, size: int, how: Fit, max_pixels: int) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
-        if image.width * image.height > max_pixels:
-            raise ImageError(f"{image.width} x {image.height} pixels are more than {max_pixels}")
+        check_size(image.width, image.height, max_pixels)
         # JPEGs are decoded at a half, a quarter or an eighth where that still leaves twice the
         # size wanted.
         image.draft("RGB", (2 * size, 2 * size))
         image.load()  # TIFF's reader turns images itself, and forgets their orientation then.
-        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
-        # PIL's own exif_transpose also writes the other entries anew, which fails on damaged
-        # ones.
-        return fit(_rgb(image if turn is None else image.transpose(turn)), size, how)
+        return fit(_upright(image), size, how)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """A loaded image in RGB, turned as it was held."""
+    turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    # PIL's own exif_transpose also writes the other entries anew, which fails on damaged ones.
+    return _rgb(image if turn is None else image.transpose(turn))
 
 
 def fit(image: Image.Image | np.ndarray, size: int, how: Fit = "pad") -> np.ndarray:
@@ -162,6 +193,20 @@ def load(
 ) -> np.ndarray:
     """An encoded image as the model takes it: uint8 [size, size, 3]. Raises ImageError."""
     return pad(decode(data, size, how=how, max_pixels=max_pixels), size, mean)
+
+
+def prepare(image: Image.Image, size: int, mean: Sequence[float], how: Fit = "pad") -> np.ndarray:
+    """An image that PIL holds as the model takes it: uint8 [size, size, 3].
+
+    Raises: ImageError where its pixels cannot be decoded.
+    """
+    try:
+        image.load()
+        return pad(fit(_upright(image), size, how), size, mean)
+    except Exception as error:  # noqa: BLE001 - as in `decode`
+        if storage_failure(error) is not None:
+            raise
+        raise _unreadable(error) from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:

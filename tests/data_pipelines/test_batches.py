@@ -23,11 +23,12 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation.examples import BenchmarkExample
 from flamingo_jax.evaluation.prompts import QUESTION, few_shot
 from flamingo_jax.experiment import DatasetConfig
-from flamingo_jax.inference.prompts import Visual, tokenise
+from flamingo_jax.inference.prompts import tokenise
 from flamingo_jax.partitioning.host_shard import WHOLE_BATCH, HostShard
 from flamingo_jax.partitioning.mesh import BY_VISUAL
 from flamingo_jax.processing import images
 from flamingo_jax.processing.tokenizer import SentencePieceTokenizer, Tokenizer
+from flamingo_jax.processing.visuals import Visual
 from flamingo_jax.tasks.flamingo import without_failed
 from tests.partitioning.processes import processes
 

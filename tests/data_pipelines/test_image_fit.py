@@ -12,9 +12,9 @@ from PIL import Image
 from data_pipelines import iterators
 from data_pipelines.batches import make_held_out, make_iterator
 from data_pipelines.records import RecordCache
-from flamingo_jax.evaluation.examples import read_visual
 from flamingo_jax.experiment import DatasetConfig, Experiment, FlamingoConfig, VisionConfig
 from flamingo_jax.processing import images
+from flamingo_jax.processing.visuals import read_visual
 from tests.inference.tiny_models import make_tokenizer
 
 SIZE, MEAN = 16, (0.0, 0.0, 1.0)
@@ -56,7 +56,7 @@ def test_all_that_reads_an_image_makes_the_same_square(fit: images.Fit) -> None:
     np.testing.assert_array_equal(images.pad(read, SIZE, MEAN), expected)
 
     vision = VisionConfig(variant="tiny", image_size=SIZE, mean=MEAN, image_fit=fit)
-    visual = read_visual([wide()], FlamingoConfig(vision=vision), "a")
+    visual = read_visual([wide()], vision, "a")
     np.testing.assert_array_equal(visual.frames[0], expected)
     experiment = Experiment(flamingo=FlamingoConfig(vision=vision))
     given = iterators._options(

@@ -17,7 +17,8 @@ from flamingo_jax.evaluation.benchmarks.open_ended import (
 from flamingo_jax.evaluation.examples import page_examples, read_examples, read_pages
 from flamingo_jax.evaluation.prompts import QUESTION, PromptTemplate, clean
 from flamingo_jax.evaluation.synthetic_world import direction_match
-from flamingo_jax.inference.prompts import END_OF_CHUNK, Prompt, Visual, tokenise
+from flamingo_jax.inference.prompts import END_OF_CHUNK, Prompt, tokenise
+from flamingo_jax.processing.visuals import Visual
 from tests.evaluation.world import ScriptedEngine, example, page, visual
 from tests.inference.tiny_models import make_tokenizer, tiny_config
 

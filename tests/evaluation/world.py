@@ -7,7 +7,8 @@ import numpy as np
 
 from flamingo_jax.evaluation.examples import BenchmarkExample, InterleavedPage
 from flamingo_jax.inference.engine import Completion
-from flamingo_jax.inference.prompts import Prompt, Visual
+from flamingo_jax.inference.prompts import Prompt
+from flamingo_jax.processing.visuals import Visual
 
 
 def visual(value: int, frames: int = 1) -> Visual:

@@ -7,10 +7,12 @@ import pytest
 from flax import nnx
 
 from flamingo_jax.errors import UserError
-from flamingo_jax.inference.engine import ArrayCache, Engine
+from flamingo_jax.inference.array_cache import ArrayCache
+from flamingo_jax.inference.engine import Engine
 from flamingo_jax.inference.generation import DecodingConfig
 from flamingo_jax.inference.loading import LoadedFlamingo
-from flamingo_jax.inference.prompts import Prompt, Visual, tokenise
+from flamingo_jax.inference.prompts import Prompt, tokenise
+from flamingo_jax.processing.visuals import Visual
 from tests.inference.tiny_models import make_loaded
 
 RNG = np.random.default_rng(0)

@@ -4,7 +4,6 @@ import pytest
 from flamingo_jax.errors import UserError
 from flamingo_jax.inference.prompts import (
     END_OF_CHUNK,
-    Visual,
     bucket_length,
     collate,
     escape_image_tags,
@@ -15,6 +14,7 @@ from flamingo_jax.inference.prompts import (
 from flamingo_jax.processing.sequences import media_index as page_media_index
 from flamingo_jax.processing.sequences import page_sequence
 from flamingo_jax.processing.tokenizer import JSONTokenizer
+from flamingo_jax.processing.visuals import Visual
 from tests.inference.tiny_models import make_tokenizer
 from tests.processing.test_tokenizer import JSONS
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from flamingo_jax.inference.engine import Engine
 from flamingo_jax.inference.generation import DecodingConfig
-from flamingo_jax.inference.prompts import Prompt, Visual
+from flamingo_jax.inference.prompts import Prompt
+from flamingo_jax.processing.visuals import Visual
 
 PAPER_DECODING = DecodingConfig(max_tokens=24, beam_size=3)
 

@@ -1,0 +1,33 @@
+"""Arrays on the host that are asked for again, within a bound of bytes."""
+
+import collections
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+
+class ArrayCache:
+    """Arrays by digest, those of longest ago let go where all together hold more than
+    `most_bytes`.
+    """
+
+    def __init__(self, most_bytes: int):
+        self._most_bytes, self._bytes = most_bytes, 0
+        self._arrays: collections.OrderedDict[bytes, np.ndarray] = collections.OrderedDict()
+
+    def get(
+        self, digests: Sequence[bytes], make: Callable[[list[bytes]], dict[bytes, np.ndarray]]
+    ) -> dict[bytes, np.ndarray]:
+        """The arrays of these digests; `make` is asked for all that are missing, if there are
+        any.
+        """
+        missing = [digest for digest in digests if digest not in self._arrays]
+        made = make(missing) if missing else {}
+        found = {digest: made.get(digest, self._arrays.get(digest)) for digest in digests}
+        self._arrays.update(made)
+        self._bytes += sum(array.nbytes for array in made.values())
+        for digest in digests:
+            self._arrays.move_to_end(digest)
+        while self._bytes > self._most_bytes:
+            self._bytes -= self._arrays.popitem(last=False)[1].nbytes
+        return found  # type: ignore[return-value]

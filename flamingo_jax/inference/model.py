@@ -1,0 +1,362 @@
+"""A trained Flamingo to use from Python: prompts in, texts, scores, features or logits out.
+
+A prompt is a list of parts in any order: texts, `Image`s and `Video`s. A list of such lists is a
+batch, which is answered by a list. A text may spell out where its images go, as `<image>`: the
+images then follow in order, in the list or as `images=`.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, overload
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from flamingo_jax.errors import UserError
+from flamingo_jax.experiment import FlamingoConfig
+from flamingo_jax.inference.engine import Completion, Engine
+from flamingo_jax.inference.generation import DecodingConfig
+from flamingo_jax.inference.loading import LoadedFlamingo, load_flamingo
+from flamingo_jax.inference.prompts import (
+    Prompt,
+    PromptPart,
+    SpecialToken,
+    TokenisedPrompt,
+    count_image_tags,
+    tokenise,
+)
+from flamingo_jax.models.flamingo import Flamingo
+from flamingo_jax.processing.tokenizer import Tokenizer
+from flamingo_jax.processing.visuals import Image, ImageSource, Visual, VisualSource
+
+PAPER_BEAM_SIZE = 3
+"""Of the paper's open-ended tasks (facts 6.4)."""
+
+Part = str | VisualSource | Visual | SpecialToken
+"""What a prompt is made of."""
+OnePrompt = Part | Sequence[Part]
+Batch = Sequence[list[Any] | tuple[Any, ...]]
+"""Prompts, each a list of parts."""
+AnyImage = VisualSource | Visual | ImageSource
+Images = Sequence[AnyImage] | Sequence[Sequence[AnyImage]]
+"""What fills the image tags of a prompt, in order; of a batch, in one list or one for each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CandidateScores:
+    """How likely a model finds each of some continuations of a prompt.
+
+    log_likelihoods: the sum of the log-probabilities of each candidate's tokens and, unless
+      `close` was False, of the <EOC> behind it; not divided by its length (paper: close-ended
+      tasks).
+    """
+
+    candidates: tuple[str, ...]
+    log_likelihoods: tuple[float, ...]
+
+    @property
+    def best(self) -> str:
+        """Returns the likeliest candidate, the first of equals."""
+        return self.candidates[int(np.argmax(self.log_likelihoods))]
+
+    @property
+    def probabilities(self) -> tuple[float, ...]:
+        """Returns each candidate's probability, given that one of them follows."""
+        most = max(self.log_likelihoods)
+        shares = [math.exp(value - most) for value in self.log_likelihoods]
+        return tuple(share / sum(shares) for share in shares)
+
+
+class Model:
+    """A Flamingo with its tokenizer, which takes prompts of texts, images and videos.
+
+    Images and videos are prepared as the model was trained to see them. Those that come again
+    are encoded once, as long as 512 MiB hold them.
+
+    Attributes:
+      flamingo: the NNX module, to differentiate, shard or train further.
+      tokenizer, config: those that it was trained with. digest: names the exported weights.
+    """
+
+    def __init__(self, loaded: LoadedFlamingo):
+        self.flamingo: Flamingo = loaded.model
+        self.tokenizer: Tokenizer = loaded.tokenizer
+        self.config: FlamingoConfig = loaded.config
+        self.digest = loaded.digest
+        self._engine = Engine(loaded)
+
+    @overload
+    def generate(
+        self,
+        prompt: Batch,
+        *,
+        images: Images | None = ...,
+        max_tokens: int = ...,
+        beam_size: int | None = ...,
+        temperature: float = ...,
+        top_p: float = ...,
+        length_penalty: float = ...,
+        seed: int = ...,
+    ) -> list[Completion]: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: OnePrompt,
+        *,
+        images: Images | None = ...,
+        max_tokens: int = ...,
+        beam_size: int | None = ...,
+        temperature: float = ...,
+        top_p: float = ...,
+        length_penalty: float = ...,
+        seed: int = ...,
+    ) -> Completion: ...
+
+    def generate(
+        self,
+        prompt: OnePrompt | Batch,
+        *,
+        images: Images | None = None,
+        max_tokens: int = 32,
+        beam_size: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        length_penalty: float = 0.0,
+        seed: int = 0,
+    ) -> Completion | list[Completion]:
+        """Continues a prompt, or each prompt of a batch, up to its first <EOC>.
+
+        Args:
+          prompt: a list of texts, images and videos, or a list of such lists (a batch).
+          images: what fills the `<image>` tags of the prompts' texts, in order: images, videos
+            or what `Image` takes.
+          max_tokens: the most that are written.
+          beam_size: hypotheses of beam search; by default 3 (paper: open-ended tasks), and 1
+            where a temperature is given. 1 takes the likeliest token (greedy), or samples.
+          temperature, top_p: of nucleus sampling (Holtzman et al. 2020); 0 does not sample.
+          length_penalty: of a beam (Wu et al. 2016); 0 for none, as in the paper.
+          seed: of sampling; a prompt's draws depend on its place in the batch alone.
+
+        Returns: a `Completion`, or one for each prompt.
+
+        Raises: UserError for a part that is none, images and tags that differ in number, a
+          prompt of too many tokens or images, or an option out of range.
+        """
+        beams = (1 if temperature > 0 else PAPER_BEAM_SIZE) if beam_size is None else beam_size
+        decoding = DecodingConfig(max_tokens, beams, temperature, top_p, length_penalty)
+        prompts, several = self._prompts(prompt, images)
+        completions = self._engine.generate(prompts, decoding, seed=seed)
+        return completions if several else completions[0]
+
+    @overload
+    def score(
+        self,
+        prompt: Batch,
+        candidates: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        images: Images | None = ...,
+        close: bool = ...,
+    ) -> list[CandidateScores]: ...
+
+    @overload
+    def score(
+        self,
+        prompt: OnePrompt,
+        candidates: Sequence[str],
+        *,
+        images: Images | None = ...,
+        close: bool = ...,
+    ) -> CandidateScores: ...
+
+    def score(
+        self,
+        prompt: OnePrompt | Batch,
+        candidates: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        images: Images | None = None,
+        close: bool = True,
+    ) -> CandidateScores | list[CandidateScores]:
+        """Computes the log-likelihood of each candidate behind a prompt (paper: close-ended
+        tasks).
+
+        Args:
+          prompt: a list of texts, images and videos, or a list of such lists (a batch).
+          candidates: texts, their leading space included; for a batch, one such list for all
+            prompts or one for each.
+          images: what fills the `<image>` tags of the prompts' texts, in order: images, videos
+            or what `Image` takes.
+          close: each candidate counts with the <EOC> that ends it, so that one which begins
+            another is not favoured.
+
+        Returns: `CandidateScores`, or one for each prompt.
+
+        Raises: UserError as `generate`, and for a candidate without tokens.
+        """
+        prompts, several = self._prompts(prompt, images)
+        texts: list[list[Any]] = [list(candidates)] * len(prompts)
+        if candidates and all(isinstance(some, (list, tuple)) for some in candidates):
+            texts = [list(some) for some in candidates]
+        for text in (text for some in texts for text in some):
+            if not isinstance(text, str):
+                raise UserError(
+                    f"a candidate is a {type(text).__name__}, but must be a text: give a list of"
+                    " texts, or for a batch one such list for each prompt"
+                )
+        if not all(texts):
+            raise UserError("there are no candidates to score: give one or more texts")
+        found = self._engine.log_likelihoods(prompts, texts, close=close)
+        scores = [
+            CandidateScores(tuple(some), tuple(values.tolist()))
+            for some, values in zip(texts, found, strict=True)
+        ]
+        return scores if several else scores[0]
+
+    def features(self, images: AnyImage | Sequence[AnyImage]) -> np.ndarray:
+        """Encodes images and videos by the frozen vision encoder alone.
+
+        Args:
+          images: one, or a sequence of them: `Image`, `Video`, or what `Image` takes.
+
+        Returns: float32 [M, C] of length 1, the mean over the encoder's grid and the frames:
+          similar images have a large product, as for RICES (paper 3.1).
+
+        Raises: UserError for what is no image.
+        """
+        if isinstance(images, (str, bytes, os.PathLike)) or not isinstance(images, Sequence):
+            images = [images]
+        return self._engine.features([self._visual(image) for image in images])
+
+    def __call__(self, prompt: OnePrompt | Batch, images: Images | None = None) -> jax.Array:
+        """Computes the logits of what may follow every token of a batch of prompts.
+
+        Args:
+          prompt: a list of prompts, each a list of texts, images and videos; one alone is a
+            batch of one.
+          images: what fills the `<image>` tags of the prompts' texts, in order over the batch.
+
+        Returns: float32 [B, L, V + extra]: [b, t] are the logits of what follows the t-th token
+          of prompt b as `tokenise` gives them, L the number of tokens of the longest, V the
+          language model's vocabulary, and <EOC> the first of the extra ones; 0 behind a shorter
+          prompt's end.
+
+        Raises: UserError as `generate`.
+        """
+        return self._engine.logits(self._prompts(prompt, images)[0])
+
+    def tokenise(
+        self, prompt: OnePrompt | Batch, images: Images | None = None
+    ) -> list[TokenisedPrompt]:
+        """Turns prompts into the tokens that the model reads: from <BOS> on, an <EOC> before
+        every image that follows a text, and `<image>` where an image stands (paper 3.1).
+
+        Returns: for each prompt of the batch `tokens` int32 [n], `media_index` int32 [n], each
+          token's visual or -1, and `visuals`.
+
+        Raises: UserError as `generate`.
+        """
+        return [tokenise(one, self.tokenizer) for one in self._prompts(prompt, images)[0]]
+
+    def _visual(self, image: Any) -> Visual:
+        if isinstance(image, Visual):
+            return image
+        source = image if isinstance(image, VisualSource) else Image(image)
+        return source.visual(self.config.vision, self.config.resampler.frames)
+
+    def _prompts(self, prompt: Any, images: Images | None) -> tuple[list[Prompt], bool]:
+        """The prompts with their images prepared, and whether they are a batch."""
+        batch, several = as_batch(prompt)
+        if images is not None:
+            batch = _with_images(batch, images)
+        return [[self._part(part) for part in parts] for parts in batch], several
+
+    def _part(self, part: Any) -> PromptPart:
+        if isinstance(part, str):
+            try:
+                part.encode()
+            except UnicodeError as error:
+                raise UserError(f"the text {part!r} is no Unicode ({error}): mend it") from error
+        if isinstance(part, (str, SpecialToken)):
+            return part
+        if isinstance(part, (VisualSource, Visual)):
+            return self._visual(part)
+        raise UserError(
+            f"a part of a prompt is a {type(part).__name__}, but must be a text, fj.Image or"
+            " fj.Video: put images, arrays and bytes into one of these"
+        )
+
+
+def load(
+    folder: str | pathlib.Path, *, mesh: Mesh | None = None, dtype: DTypeLike | None = None
+) -> Model:
+    """Loads an exported Flamingo, which `launch.export` wrote.
+
+    Args:
+      folder: the export; nothing else is read.
+      mesh: where the parameters lie; None, or a mesh of one device.
+      dtype: what is computed in; by default float32 on CPU and bfloat16 on accelerators.
+        Parameters keep the types that they are stored in.
+
+    Raises: UserError where the folder is no whole export of a Flamingo, or the mesh has several
+      devices.
+    """
+    if mesh is not None and mesh.size > 1:
+        raise UserError(
+            f"a mesh of {mesh.size} devices was given, but a model is used on one device so far:"
+            " leave mesh out"
+        )
+    return Model(load_flamingo(folder, dtype, mesh=mesh))
+
+
+def as_batch(prompt: Any) -> tuple[list[list[Any]], bool]:
+    """Returns a prompt, or a list of prompts, as a list of lists of parts, and whether it was a
+    list of prompts.
+
+    Raises: UserError for an empty prompt, and for parts beside whole prompts.
+    """
+    if isinstance(prompt, (str, VisualSource, Visual, SpecialToken)):
+        return [[prompt]], False
+    if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)) or not prompt:
+        what = "empty" if isinstance(prompt, Sequence) else f"a {type(prompt).__name__}"
+        raise UserError(f'a prompt is {what}: give a list such as [fj.Image("a.png"), "Output:"]')
+    lists = [isinstance(one, (list, tuple)) for one in prompt]
+    if not any(lists):
+        return [list(prompt)], False
+    if not all(lists):
+        raise UserError(
+            "a list of prompts holds a part beside whole prompts: give one prompt as a list of"
+            " parts, or several as a list of such lists"
+        )
+    if not all(prompt):
+        raise UserError("a prompt of the batch is empty: leave it out")
+    return [list(one) for one in prompt], True
+
+
+def _with_images(batch: list[list[Any]], images: Images) -> list[list[Any]]:
+    """The prompts, each with the images that its tags ask for behind its texts."""
+    if any(isinstance(part, (VisualSource, Visual)) for parts in batch for part in parts):
+        raise UserError(
+            "prompts hold images, and images= gives more: give them in the prompts alone, or all"
+            " as images= with an <image> for each in the texts"
+        )
+    given: list[Any] = list(images)
+    if given and all(isinstance(some, (list, tuple)) for some in given):
+        given = [image for some in given for image in some]
+    counts = [count_image_tags(parts) for parts in batch]
+    if sum(counts) != len(given):
+        raise UserError(
+            f"images= has {len(given)} images, but the prompts have {sum(counts)} <image> tags:"
+            " give one for each tag"
+        )
+    left = iter(
+        [image if isinstance(image, (VisualSource, Visual)) else Image(image) for image in given]
+    )
+    return [
+        [*parts, *(next(left) for _ in range(count))]
+        for parts, count in zip(batch, counts, strict=True)
+    ]
