@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flamingo_jax.errors import UserError
     from flamingo_jax.experiment import (
+        ConditioningConfig,
         FlamingoConfig,
         LanguageModelConfig,
         MeshConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "END_OF_CHUNK",
     "CandidateScores",
     "Completion",
+    "ConditioningConfig",
     "Flamingo",
     "FlamingoConfig",
     "Image",
@@ -62,6 +64,7 @@ __all__ = [
 _HOMES = {
     "errors": ["UserError"],
     "experiment": [
+        "ConditioningConfig",
         "FlamingoConfig",
         "LanguageModelConfig",
         "MeshConfig",

@@ -16,19 +16,11 @@ import json
 import pathlib
 from typing import Any
 
-import numpy as np
 from absl import flags
 
+import flamingo_jax as fj
 from data_pipelines.build.text_files import decode
-from flamingo_jax.errors import UserError
-from flamingo_jax.experiment import FlamingoConfig
-from flamingo_jax.inference.engine import Engine
-from flamingo_jax.inference.generation import DecodingConfig
-from flamingo_jax.inference.loading import flamingo_config, load_flamingo
-from flamingo_jax.inference.prompts import PromptPart, fill_image_tags
-from flamingo_jax.processing import images
-from flamingo_jax.processing.video import VideoError, middle_clip, read_frames
-from flamingo_jax.processing.visuals import Visual, read_visual
+from flamingo_jax.inference.prompts import fill_image_tags
 from launch import command
 
 MODEL = flags.DEFINE_string("model", "", "Exported folder of a Flamingo.")
@@ -72,23 +64,23 @@ EXAMPLE = '[{"image": "a.png"}, {"text": "Output:"}]'
 def main() -> int:
     for name, value in (("model", MODEL.value), ("prompt", PROMPT.value)):
         if not value:
-            raise UserError(f"--{name} is not set: see `python -m launch.generate --help`")
+            raise fj.UserError(f"--{name} is not set: see `python -m launch.generate --help`")
     if TOP_P.value == 0.0:
-        raise UserError(
+        raise fj.UserError(
             "--top_p is 0, which allows no token: use a number above 0, or --temperature=0 for"
             " the likeliest token"
         )
-    written = read_prompts(pathlib.Path(PROMPT.value))
-    config = flamingo_config(MODEL.value)
-    prompts = [prompt_of(parts, config, pathlib.Path(PROMPT.value).parent) for parts in written]
-    loaded = load_flamingo(MODEL.value)
-    decoding = DecodingConfig(
+    folder = pathlib.Path(PROMPT.value).parent
+    prompts = [prompt_of(parts, folder) for parts in read_prompts(pathlib.Path(PROMPT.value))]
+    completions = fj.load(MODEL.value).generate(
+        prompts,
         max_tokens=MAX_TOKENS.value,
         beam_size=1 if TEMPERATURE.value > 0 else BEAM.value,
         temperature=TEMPERATURE.value,
         top_p=TOP_P.value,
+        seed=SEED.value,
     )
-    for completion in Engine(loaded).generate(prompts, decoding, seed=SEED.value):
+    for completion in completions:
         print(completion.text, flush=True)
     return 0
 
@@ -99,73 +91,48 @@ def read_prompts(path: pathlib.Path) -> list[list[Any]]:
         text = decode(path.read_bytes())
         text.encode()
     except (OSError, UnicodeError) as error:
-        raise UserError(f"--prompt={path} cannot be read as text: {error}") from error
+        raise fj.UserError(f"--prompt={path} cannot be read as text: {error}") from error
     try:
         try:
             prompts = [json.loads(text)]
         except json.JSONDecodeError:
             prompts = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError) as error:
-        raise UserError(
+        raise fj.UserError(
             f"{path} is neither JSON nor JSONL ({error}): write a list of parts such as {EXAMPLE}"
         ) from error
     if not prompts:
-        raise UserError(f"{path} holds no prompt: write a list of parts such as {EXAMPLE}")
+        raise fj.UserError(f"{path} holds no prompt: write a list of parts such as {EXAMPLE}")
     for prompt in prompts:
         if not isinstance(prompt, list) or not prompt:
-            raise UserError(
+            raise fj.UserError(
                 f"{path}: a prompt is {json.dumps(prompt)[:80]}, but must be a list of parts"
             )
     return prompts
 
 
-def prompt_of(parts: list[Any], config: FlamingoConfig, folder: pathlib.Path) -> list[PromptPart]:
-    """Written parts with their files read.
+def prompt_of(parts: list[Any], folder: pathlib.Path) -> list[Any]:
+    """Written parts as those of a prompt, their files checked.
 
     Raises UserError for a part that is none, or a file that cannot be read.
     """
-    prompt: list[PromptPart] = []
+    prompt: list[Any] = []
     for part in parts:
         kind, value = (
             next(iter(part.items())) if isinstance(part, dict) and len(part) == 1 else (None, None)
         )
         if kind not in ("text", "image", "video") or not isinstance(value, str):
-            raise UserError(
+            raise fj.UserError(
                 f'a part of a prompt is {json.dumps(part)[:80]}, but must be {{"text": ...}},'
                 ' {"image": path} or {"video": path}'
             )
         if kind == "text":
             prompt.append(value)
         elif kind == "image":
-            prompt.append(_read_image(folder / value, config))
+            prompt.append(fj.Image(folder / value))
         else:
-            prompt.append(_read_video(folder / value, config))
+            prompt.append(fj.Video(folder / value, fps=FPS.value, frames=FRAMES.value))
     return fill_image_tags(prompt)
-
-
-def _read_image(path: pathlib.Path, config: FlamingoConfig) -> Visual:
-    try:
-        return read_visual([path.read_bytes()], config.vision, str(path))
-    except OSError as error:
-        raise UserError(
-            f"{path}: unreadable image ({error.strerror}): check its path in the prompt file"
-        ) from error
-
-
-def _read_video(path: pathlib.Path, config: FlamingoConfig) -> Visual:
-    vision = config.vision
-    try:
-        frames = read_frames(
-            path,
-            fps=FPS.value,
-            resize=lambda frame: images.fit(frame, vision.image_size, vision.image_fit),
-        )
-    except VideoError as error:
-        raise UserError(f"{error}: check its path in the prompt file") from error
-    kept = middle_clip(len(frames), FRAMES.value or config.resampler.frames)
-    return Visual(
-        np.stack([images.pad(frames[place], vision.image_size, vision.mean) for place in kept])
-    )
 
 
 if __name__ == "__main__":

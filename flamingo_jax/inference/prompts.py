@@ -16,7 +16,7 @@ import numpy as np
 from flamingo_jax.errors import UserError
 from flamingo_jax.processing.sequences import media_index
 from flamingo_jax.processing.tokenizer import Tokenizer
-from flamingo_jax.processing.visuals import Visual
+from flamingo_jax.processing.visuals import Visual, VisualSource
 
 LENGTH_STEP = 32
 """Prompts are padded to a few multiples of this, so that few shapes are compiled."""
@@ -48,14 +48,16 @@ class TokenisedPrompt:
     visuals: list[Visual]
 
 
-def fill_image_tags(prompt: Prompt, tag: str = Tokenizer.image_tag) -> list[PromptPart]:
+def fill_image_tags(
+    prompt: Sequence[PromptPart | VisualSource], tag: str = Tokenizer.image_tag
+) -> list[Any]:
     """Text may spell out where the visuals go: literal image tags are then filled with the
     prompt's visuals in order.
 
     Without any tag the visuals stand where the list has them. A tag behind a backslash
     (`escape_image_tags`) is mere text. Raises UserError when tags and visuals differ in number.
     """
-    visuals = [part for part in prompt if isinstance(part, Visual)]
+    visuals = [part for part in prompt if isinstance(part, (Visual, VisualSource))]
     unescaped = _unescaped(tag)
     tags = count_image_tags(prompt, tag)
     if not tags:
@@ -68,7 +70,7 @@ def fill_image_tags(prompt: Prompt, tag: str = Tokenizer.image_tag) -> list[Prom
             " mentions it"
         )
     left = iter(visuals)
-    parts: list[PromptPart] = []
+    parts: list[Any] = []
     for part in prompt:
         if isinstance(part, SpecialToken):
             parts.append(part)
