@@ -17,10 +17,8 @@ if TYPE_CHECKING:
     from flamingo_jax.experiment import (
         ConditioningConfig,
         FlamingoConfig,
-        LanguageModelConfig,
         MeshConfig,
         ResamplerConfig,
-        RopeScaling,
         VisionConfig,
         ViTConfig,
     )
@@ -30,6 +28,14 @@ if TYPE_CHECKING:
     from flamingo_jax.interop.load import load_language_model, load_vision_encoder
     from flamingo_jax.models.flamingo import Flamingo
     from flamingo_jax.models.language_model import LanguageModel
+    from flamingo_jax.models.language_model_config import (
+        AttentionConfig,
+        FeedForwardConfig,
+        LanguageModelConfig,
+        NormConfig,
+        PositionsConfig,
+        RotaryScaling,
+    )
     from flamingo_jax.partitioning.mesh import make_mesh
     from flamingo_jax.processing.tokenizer import Tokenizer
     from flamingo_jax.processing.visuals import Image, Video
@@ -38,9 +44,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "END_OF_CHUNK",
+    "AttentionConfig",
     "CandidateScores",
     "Completion",
     "ConditioningConfig",
+    "FeedForwardConfig",
     "Flamingo",
     "FlamingoConfig",
     "Image",
@@ -48,8 +56,10 @@ __all__ = [
     "LanguageModelConfig",
     "MeshConfig",
     "Model",
+    "NormConfig",
+    "PositionsConfig",
     "ResamplerConfig",
-    "RopeScaling",
+    "RotaryScaling",
     "Tokenizer",
     "UserError",
     "ViTConfig",
@@ -66,10 +76,8 @@ _HOMES = {
     "experiment": [
         "ConditioningConfig",
         "FlamingoConfig",
-        "LanguageModelConfig",
         "MeshConfig",
         "ResamplerConfig",
-        "RopeScaling",
         "VisionConfig",
         "ViTConfig",
     ],
@@ -79,6 +87,14 @@ _HOMES = {
     "interop.load": ["load_language_model", "load_vision_encoder"],
     "models.flamingo": ["Flamingo"],
     "models.language_model": ["LanguageModel"],
+    "models.language_model_config": [
+        "AttentionConfig",
+        "FeedForwardConfig",
+        "LanguageModelConfig",
+        "NormConfig",
+        "PositionsConfig",
+        "RotaryScaling",
+    ],
     "partitioning.mesh": ["make_mesh"],
     "processing.tokenizer": ["Tokenizer"],
     "processing.visuals": ["Image", "Video"],

@@ -28,6 +28,7 @@ from flamingo_jax.inference.prompts import Prompt
 from flamingo_jax.processing import images
 from flamingo_jax.processing.visuals import Visual
 from flamingo_jax.pytrees import to_flat
+from flamingo_jax.tasks.flamingo import FlamingoTask
 from tests.inference.tiny_models import make_loaded
 from tests.interop import cases
 from tests.processes import one_device
@@ -201,6 +202,32 @@ def test_logits_are_those_that_score_a_candidate(model: fj.Model) -> None:
     assert not np.asarray(logits[0, len(tokens[0].tokens) :]).any()
 
 
+def test_the_loss_of_a_batch_is_what_score_says(model: fj.Model) -> None:
+    prompts = [[fj.Image(PIXELS), "Output:"], ["this is a", fj.Video(FRAMES), "Output:"]]
+    answers = [" a red circle", " a star"]
+    batch = model.batch(prompts, answers)
+    assert batch["images"].shape == (2, 4, 32, 32, 3)
+    loss = FlamingoTask().loss(model.flamingo, jax.tree.map(jax.numpy.asarray, batch), None)
+    wanted = [
+        model.score(prompt, [answer]).log_likelihoods[0]
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    assert float(loss.total) == pytest.approx(-sum(wanted), abs=1e-3)
+    assert "images" not in model.batch(["Output:"], [" a star"])
+    with pytest.raises(fj.UserError, match="2 prompts and 1 answers"):
+        model.batch(prompts, answers[:1])
+
+
+def test_a_saved_model_is_loaded_as_it_was(model: fj.Model, tmp_path: pathlib.Path) -> None:
+    model.save(tmp_path / "export")
+    again = fj.load(tmp_path / "export")
+    assert again.config == model.config
+    for name, value in to_flat(nnx.split(again.flamingo)[1]).items():
+        np.testing.assert_array_equal(value, to_flat(nnx.split(model.flamingo)[1])[name])
+    with pytest.raises(fj.UserError, match="is there already"):
+        model.save(tmp_path / "export")
+
+
 def test_parts_of_exports_are_loaded_alone(place: pathlib.Path, model: fj.Model) -> None:
     folder = place / "runs/quickstart/flamingo/export"
     lm, tokenizer = fj.load_language_model(folder)
@@ -278,7 +305,7 @@ MISTAKES: dict[str, tuple[str, Callable[[fj.Model, pathlib.Path], Any]]] = {
     "no file": ("b.png is not there: name a file", lambda model, place: fj.Image(place / "b.png")),
     "a folder": ("is a folder: name a file", lambda model, place: fj.Video(place)),
     "text as video": (
-        "text.png.*give a whole video file",
+        "text.png is not a readable video .*give a whole video file",
         lambda model, place: fj.Video(place / "text.png"),
     ),
     "bytes as video": (

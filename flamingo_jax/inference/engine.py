@@ -297,11 +297,14 @@ class Engine:
     def _check(self, prompts: Sequence[TokenisedPrompt], further: int) -> None:
         """UserError where a prompt, or `further` tokens behind it, is more than the model takes."""
         self._check_size(visual for prompt in prompts for visual in prompt.visuals)
+        positions = self.config.language_model.positions
+        learned = positions.max_length if positions.kind == "learned" else TOKENS_IN_BATCH
+        most = min(learned, TOKENS_IN_BATCH)
         for prompt in prompts:
-            if len(prompt.tokens) + further > TOKENS_IN_BATCH:
+            if len(prompt.tokens) + further > most:
                 raise UserError(
                     f"a prompt has {len(prompt.tokens)} tokens, and {further} are to follow, but"
-                    f" {TOKENS_IN_BATCH} are the most in all: shorten it, or give fewer shots"
+                    f" {most} are the most in all: shorten it, or give fewer shots"
                 )
             if len(prompt.visuals) > VISUALS_IN_BATCH:
                 raise UserError(

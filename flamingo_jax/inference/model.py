@@ -9,14 +9,18 @@ import dataclasses
 import math
 import os
 import pathlib
+import tempfile
 from collections.abc import Sequence
 from typing import Any, overload
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from flamingo_jax.checkpointing.export import export_model
+from flamingo_jax.configuring import to_json
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.inference.engine import Completion, Engine
@@ -27,12 +31,14 @@ from flamingo_jax.inference.prompts import (
     PromptPart,
     SpecialToken,
     TokenisedPrompt,
+    answered_batch,
     count_image_tags,
     tokenise,
 )
 from flamingo_jax.models.flamingo import Flamingo
-from flamingo_jax.processing.tokenizer import Tokenizer
+from flamingo_jax.processing.tokenizer import Tokenizer, tokenizer_file
 from flamingo_jax.processing.visuals import Image, ImageSource, Visual, VisualSource
+from flamingo_jax.pytrees import to_flat
 
 PAPER_BEAM_SIZE = 3
 """Of the paper's open-ended tasks (facts 6.4)."""
@@ -261,6 +267,56 @@ class Model:
         Raises: UserError as `generate`.
         """
         return [tokenise(one, self.tokenizer) for one in self._prompts(prompt, images)[0]]
+
+    def batch(
+        self, prompt: OnePrompt | Batch, answers: Sequence[str], images: Images | None = None
+    ) -> dict[str, np.ndarray]:
+        """Makes a batch to train on: prompts, and the text that is to follow each.
+
+        The answers and the <EOC> behind them alone are learned, so that the loss of a row is
+        minus the log-likelihood that `score` gives its answer.
+
+        Args:
+          prompt, images: as of `__call__`.
+          answers: a text for each prompt, its leading space included.
+
+        Returns: what `tasks.flamingo.FlamingoTask` takes: tokens, positions, segments,
+          media_index int32 [B, L], loss_mask bool [B, L] and, where there are images, visuals
+          int32 [B, N], images uint8 [B * N, T, S, S, 3] and frame_mask bool [B * N, T].
+
+        Raises: UserError as `generate`, and where prompts and answers differ in number.
+        """
+        prompts = self.tokenise(prompt, images)
+        if len(prompts) != len(answers):
+            raise UserError(
+                f"there are {len(prompts)} prompts and {len(answers)} answers: give one for each"
+            )
+        return answered_batch(
+            prompts,
+            [[*self.tokenizer.encode(answer), self.tokenizer.eoc] for answer in answers],
+            frames=self.config.resampler.frames,
+            image_size=self.config.vision.image_size,
+            pad_token=self.tokenizer.pad,
+        )
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Writes the model as an export that `load` reads: safetensors, config and tokenizer.
+
+        Args:
+          folder: must not be there yet; it appears whole or not at all.
+
+        Raises: UserError where it is there, or cannot be written.
+        """
+        parameters = to_flat(nnx.split(self.flamingo)[1])
+        with tempfile.TemporaryDirectory() as temporary:
+            self.tokenizer.save(temporary)
+            export_model(
+                folder,
+                kind="flamingo",
+                config=to_json(self.config),
+                parameters=parameters,
+                tokenizer_file=tokenizer_file(temporary),
+            )
 
     def _visual(self, image: Any) -> Visual:
         if isinstance(image, Visual):

@@ -188,6 +188,54 @@ def collate(
     return PromptBatch(tokens, index, lengths, visuals, distinct)
 
 
+def answered_batch(
+    prompts: Sequence[TokenisedPrompt],
+    answers: Sequence[Sequence[int]],
+    *,
+    frames: int,
+    image_size: int,
+    pad_token: int,
+) -> dict[str, np.ndarray]:
+    """Collates prompts with the ids that are to follow them as a batch that tasks take
+    (`tasks.flamingo.FlamingoTask`), of which the answers alone are learned.
+
+    frames: of every visual at least; those that are not real are masked.
+    """
+    rows, places = len(prompts), max(len(prompt.visuals) for prompt in prompts)
+    lengths = [
+        len(prompt.tokens) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    length = bucket_length(max(lengths))
+    shown = [len(visual.frames) for prompt in prompts for visual in prompt.visuals]
+    frames = 1 if max(shown, default=1) == 1 else max(frames, *shown)
+    tokens = np.full((rows, length), pad_token, np.int32)
+    index = np.full((rows, length), -1, np.int32)
+    segments, loss_mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
+    visuals = np.full((rows, places), -1, np.int32)
+    images = np.zeros((rows * places, frames, image_size, image_size, 3), np.uint8)
+    frame_mask = np.zeros((rows * places, frames), bool)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        first, end = len(prompt.tokens), lengths[row]
+        tokens[row, :first], tokens[row, first:end] = prompt.tokens, answer
+        index[row, :first], index[row, first:end] = prompt.media_index, prompt.media_index[-1]
+        segments[row, :end], loss_mask[row, first:end] = 1, True
+        for number, visual in enumerate(prompt.visuals):
+            place = visuals[row, number] = row * places + number
+            images[place, : len(visual.frames)] = visual.frames
+            frame_mask[place, : len(visual.frames)] = True
+    positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    text = {
+        "tokens": tokens,
+        "positions": positions,
+        "segments": segments,
+        "media_index": index,
+        "loss_mask": loss_mask,
+    }
+    if not places:
+        return text
+    return text | {"visuals": visuals, "images": images, "frame_mask": frame_mask}
+
+
 def bucket_length(count: int) -> int:
     """The least of 32, 64, 96, 128, 192, 256, 384, ... that is at least `count`: few lengths,
     little padding.

@@ -195,6 +195,7 @@ class Video(VisualSource):
         if isinstance(self._source, list):
             kept = middle_clip(len(self._source), most)
             return np.concatenate([self._source[n].visual(vision, 1).frames for n in kept])
+        # Resized as they are read, so that a long video of large frames needs little memory.
         size, how = vision.image_size, vision.image_fit
         found = self._with_file(
             lambda path: read_frames(
@@ -206,21 +207,26 @@ class Video(VisualSource):
 
     def _with_file(self, use: Callable[[pathlib.Path], Any]) -> Any:
         """Calls `use` with the video's file, which bytes are written to for as long."""
+        import av
+
         from flamingo_jax.processing.video_file import VideoError
 
+        given = self._source
         try:
-            if isinstance(self._source, pathlib.Path):
-                return use(self._source)
-            assert isinstance(self._source, bytes)
+            if isinstance(given, pathlib.Path):
+                return use(given)
+            assert isinstance(given, bytes)
             with tempfile.NamedTemporaryFile(suffix=".video") as file:
-                file.write(self._source)
+                file.write(given)
                 file.flush()
                 return use(pathlib.Path(file.name))
-        except (VideoError, OSError) as error:
-            why = str(error) if isinstance(self._source, pathlib.Path) else "the bytes of a video"
-            if not isinstance(self._source, pathlib.Path):
-                why = f"{why} cannot be read ({getattr(error, 'reason', error)})"
-            raise UserError(f"{why}: give a whole video file, such as an MP4") from error
+        except (VideoError, av.FFmpegError, OSError) as error:
+            why = error.reason if isinstance(error, VideoError) else error.strerror
+            if isinstance(given, bytes):
+                said = f"the bytes of a video cannot be read ({why})"
+            else:
+                said = f"{given} is not a readable video ({why})"
+            raise UserError(f"{said}: give a whole video file, such as an MP4") from error
 
 
 def read_visual(encoded: Sequence[bytes], vision: VisionConfig, name: str) -> Visual:
