@@ -29,7 +29,7 @@ from flamingo_jax.processing import images
 from flamingo_jax.processing.visuals import Visual
 from flamingo_jax.pytrees import to_flat
 from flamingo_jax.tasks.flamingo import FlamingoTask
-from tests.inference.tiny_models import make_loaded
+from tests.inference.tiny_models import make_loaded, tiny_config
 from tests.interop import cases
 from tests.processes import one_device
 
@@ -297,6 +297,10 @@ def test_a_video_is_the_same_from_a_file_its_bytes_and_its_frames(tmp_path: path
     assert len(fj.Video(tmp_path / "clip.gif").visual(vision, 3).frames) == 3
 
 
+def _of_vocabulary(size: int) -> fj.Flamingo:
+    return nnx.eval_shape(lambda: fj.Flamingo(tiny_config(size), rngs=nnx.Rngs(0)))
+
+
 MISTAKES: dict[str, tuple[str, Callable[[fj.Model, pathlib.Path], Any]]] = {
     "text named png": (
         "text.png: unreadable image .*its format is not known",
@@ -385,6 +389,10 @@ MISTAKES: dict[str, tuple[str, Callable[[fj.Model, pathlib.Path], Any]]] = {
     "a beam that samples": (
         "a beam of 3 does not sample",
         lambda model, place: model.generate(["Output:"], beam_size=3, temperature=1.0),
+    ),
+    "another tokenizer": (
+        "the tokenizer has 90 ids and the language model 20",
+        lambda model, place: fj.Model(_of_vocabulary(20), LOADED.tokenizer),
     ),
     "a mesh": (
         "a mesh of 2 devices was given",

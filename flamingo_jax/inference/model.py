@@ -84,17 +84,25 @@ class Model:
     Images and videos are prepared as the model was trained to see them. Those that come again
     are encoded once, as long as 512 MiB hold them.
 
-    Attributes:
-      flamingo: the NNX module, to differentiate, shard or train further.
-      tokenizer, config: those that it was trained with. digest: names the exported weights.
+    Args:
+      flamingo: the NNX module, whose parameters are read here: after they are trained, make a
+        Model of it anew. tokenizer: of its language model.
+      digest: names the weights, where they are an export's.
+
+    Raises: UserError where the tokenizer is of another vocabulary.
     """
 
-    def __init__(self, loaded: LoadedFlamingo):
-        self.flamingo: Flamingo = loaded.model
-        self.tokenizer: Tokenizer = loaded.tokenizer
-        self.config: FlamingoConfig = loaded.config
-        self.digest = loaded.digest
-        self._engine = Engine(loaded)
+    def __init__(self, flamingo: Flamingo, tokenizer: Tokenizer, *, digest: str = ""):
+        self.flamingo, self.tokenizer, self.digest = flamingo, tokenizer, digest
+        self.config: FlamingoConfig = flamingo.config
+        vocabulary = self.config.language_model.vocab_size
+        if tokenizer.vocab_size != vocabulary:
+            raise UserError(
+                f"the tokenizer has {tokenizer.vocab_size} ids and the language model"
+                f" {vocabulary}: give the one that it was trained with, loaded with that"
+                " vocab_size"
+            )
+        self._engine = Engine(LoadedFlamingo(flamingo, tokenizer, self.config, digest))
 
     @overload
     def generate(
@@ -366,7 +374,8 @@ def load(
             f"a mesh of {mesh.size} devices was given, but a model is used on one device so far:"
             " leave mesh out"
         )
-    return Model(load_flamingo(folder, dtype, mesh=mesh))
+    loaded = load_flamingo(folder, dtype, mesh=mesh)
+    return Model(loaded.model, loaded.tokenizer, digest=loaded.digest)
 
 
 def as_batch(prompt: Any) -> tuple[list[list[Any]], bool]:
