@@ -200,7 +200,9 @@ def run_suite(
     )
     synthetic_world.check_suite(suite, settings, few_shots)
     model, baseline = _load()
-    result = synthetic_world.run_suite(suite, Engine(model, batch_size=ROWS.value), settings, few_shots)
+    result = synthetic_world.run_suite(
+        suite, Engine(model, batch_size=ROWS.value), settings, few_shots
+    )
     baseline_result = (
         synthetic_world.run_suite(
             suite, Engine(baseline, with_visuals=False, batch_size=ROWS.value), settings, few_shots
