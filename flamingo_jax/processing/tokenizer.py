@@ -111,6 +111,7 @@ class Tokenizer(abc.ABC):
 
     @property
     def eoc(self) -> int:
+        """The id of <EOC>, which closes a chunk of text (paper 3.1)."""
         return self.vocab_size
 
     @functools.cached_property
@@ -120,6 +121,7 @@ class Tokenizer(abc.ABC):
 
     @functools.cached_property
     def image_tag_ids(self) -> tuple[int, ...]:
+        """The ids of `<image>`, which stands where a visual does (paper 3.1)."""
         return tuple(self.encode(self.image_tag))
 
     @abc.abstractmethod
