@@ -6,11 +6,17 @@ them whenever it becomes one again, and what does not fit is a UserError with th
 expected and the nearest name.
 """
 
+import ast
 import dataclasses
 import difflib
+import functools
+import inspect
+import itertools
+import re
+import textwrap
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import ml_collections
@@ -81,6 +87,61 @@ def key_type(cls: type, key: str, config: Mapping[str, Any], name: str = "config
             raise UserError(old or _unknown_key(name, part, known))
         kind, value, name = fields[part], value[part], f"{name}.{part}"
     return kind
+
+
+def described_keys(
+    cls: type, config: Mapping[str, Any] | None = None
+) -> Iterator[tuple[str, Any, str]]:
+    """Yields each key of a config in its declared order: (dotted key, value, sentence).
+
+    config: as nested dicts; without one the keys of the schema come with their defaults, those
+      of a dict of datasets once, under NAME.
+    """
+    sentences = _field_sentences(cls)
+    for field in dataclasses.fields(cls):
+        kind = _without_none(typing.get_type_hints(cls)[field.name])
+        default = _default(field)
+        value = default if config is None else config[field.name]
+        inner = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else None
+        if dataclasses.is_dataclass(kind) and (config is None or value is not None):
+            parts: dict[str, Any] = {field.name: (kind, None if config is None else value)}
+        elif dataclasses.is_dataclass(inner):
+            parts = (
+                {f"{field.name}.NAME": (inner, None)}
+                if config is None
+                else {f"{field.name}.{name}": (inner, each) for name, each in value.items()}
+            )
+        else:
+            yield field.name, value, sentences.get(field.name, "")
+            continue
+        for name, (part, given) in parts.items():
+            for key, each, sentence in described_keys(part, given):
+                yield f"{name}.{key}", each, sentence
+
+
+def _default(field: dataclasses.Field) -> Any:  # type: ignore[type-arg]
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    made = field.default_factory
+    return None if made is dataclasses.MISSING else made()
+
+
+@functools.cache
+def _field_sentences(cls: type) -> dict[str, str]:
+    """Reads the first sentence of what is written below each field of a dataclass."""
+    (declared,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(declared, ast.ClassDef)
+    sentences = {}
+    for field, after in itertools.pairwise(declared.body):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+        ):
+            text = " ".join(str(after.value.value).split())
+            sentences[field.target.id] = re.split(r"(?<=\.)\s+(?=[A-Z])", text)[0]
+    return sentences
 
 
 def did_you_mean(wrong: str, known: Iterable[str], prefix: str = "") -> str:

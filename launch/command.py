@@ -1,5 +1,8 @@
-"""What all commands share: flags, `--config` with overrides, one sentence for a user's mistake,
-and a readable --help.
+"""What all commands share: flags, `--config` with overrides, and one sentence for a user's
+mistake. `command_help` prints --help.
+
+Nothing here, nor at the top of any command, imports jax: --help and a user's mistake are told
+at once.
 """
 
 import importlib.util
@@ -11,11 +14,10 @@ import pathlib
 import re
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 import ml_collections
@@ -24,10 +26,10 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from flamingo_jax import configuring
-from flamingo_jax.distributed.process_group import is_supervised
+from flamingo_jax.distributed.supervised import is_supervised
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
-from flamingo_jax.partitioning.mesh import configure_cpu_devices
+from flamingo_jax.partitioning.cpu_devices import configure_cpu_devices
 from flamingo_jax.ranges import MAX_SEED
 from flamingo_jax.storage import raise_open_files
 
@@ -89,7 +91,10 @@ def run(main: Callable[..., int | None], verbs: Sequence[str] = ()) -> NoReturn:
     configure_cpu_devices(is_supervised())
     try:
         if {"--help", "-help", "-h", "--helpshort", "--helpfull"} & set(sys.argv[1:]):
-            print(_help(sys.argv))
+            # Here, since it reads the flags that this module has.
+            from launch.command_help import help_of
+
+            print(help_of(sys.argv))
             sys.exit(0)
         words = [_pop_verb(sys.argv, verbs)] if verbs else []
         _parse(sys.argv)
@@ -242,7 +247,7 @@ def _checked_config(
     """The --config of a command line before its overrides, whose keys are checked here:
     config_flags answers with tracebacks.
     """
-    location = _config_location(argv)
+    location = config_location(argv)
     if location is None or CONFIG not in flags.FLAGS:
         if overrides:
             why = (
@@ -270,7 +275,7 @@ def config_value(config: ml_collections.ConfigDict, key: str) -> Any:
     return config
 
 
-def _config_location(argv: Sequence[str]) -> str | None:
+def config_location(argv: Sequence[str]) -> str | None:
     found = None
     for place, argument in enumerate(argv):
         if argument in (f"--{CONFIG}", f"-{CONFIG}") and place + 1 < len(argv):
@@ -285,60 +290,3 @@ def _wrong_type(key: str, text: str, config: Mapping[str, Any]) -> UserError:
         f"{CONFIG}.{key} is {text!r}, but must be"
         f" {configuring.describe(configuring.key_type(Experiment, key, config))}"
     )
-
-
-def _help(argv: Sequence[str]) -> str:
-    """The command's docstring, its flags, and with --config every key of that config and its
-    value.
-    """
-    main = sys.modules["__main__"]
-    lines = [(main.__doc__ or "").strip(), "", "Flags:"]
-    own = {flag.name: flag for flag in flags.FLAGS.get_key_flags_for_module(argv[0])}
-    if CONFIG in flags.FLAGS:
-        own = {CONFIG: flags.FLAGS[CONFIG]} | own
-    for flag in own.values():
-        # absl puts an enum's choices before the help and says behind it that a flag repeats,
-        # both in its own way.
-        text = re.sub(r"^<[^>]*>: ", "", flag.help).split(";\n", maxsplit=1)[0]
-        choices = (
-            f" One of {', '.join(flag.parser.enum_values)}."
-            if isinstance(flag.parser, flags.EnumParser)
-            else ""
-        )
-        several = " May be given several times." if isinstance(flag, flags.MultiFlag) else ""
-        value = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
-        default = "" if value in (None, "") else f" (default: {value})"
-        lines += [
-            f"  --{flag.name}",
-            textwrap.fill(
-                f"{text}{choices}{several}{default}",
-                110,
-                initial_indent="      ",
-                subsequent_indent="      ",
-            ),
-        ]
-    if CONFIG in own:
-        location = _config_location(argv)
-        if location is None:
-            lines += [
-                "",
-                (
-                    "With --config=FILE, --help lists every --config.key and its value;"
-                    " flamingo_jax/experiment.py explains them."
-                ),
-            ]
-        else:
-            lines += ["", f"Keys of {location} (flamingo_jax/experiment.py explains them):"]
-            lines += [
-                f"  --config.{key}={value}"
-                for key, value in _leaves(load_config(location).to_dict(), "")
-            ]
-    return "\n".join(lines)
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

@@ -28,8 +28,9 @@ from data_pipelines.iterators import held_out_batches, make_iterators
 from data_pipelines.readers import Readers
 from flamingo_jax import errors
 from flamingo_jax.distributed.coordinator import END, Timeouts
-from flamingo_jax.distributed.process_group import ProcessGroup, SupervisorClient, is_supervised
+from flamingo_jax.distributed.process_group import ProcessGroup, SupervisorClient
 from flamingo_jax.distributed.process_info import detect_process
+from flamingo_jax.distributed.supervised import is_supervised
 from flamingo_jax.distributed.supervisor import supervise
 from flamingo_jax.experiment import Experiment, TrainingConfig
 from flamingo_jax.folder_lock import lock_folder

@@ -23,7 +23,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 from absl import flags  # noqa: E402
 
-from flamingo_jax.partitioning.mesh import configure_cpu_devices  # noqa: E402
+from flamingo_jax.partitioning.cpu_devices import configure_cpu_devices  # noqa: E402
 
 configure_cpu_devices()
 # grain's workers read absl's flags, which pytest never parses.

@@ -25,15 +25,12 @@ from flamingo_jax.distributed.coordinator import Timeouts
 from flamingo_jax.distributed.fingerprint import run_fingerprint
 from flamingo_jax.distributed.json_socket import JsonSocket
 from flamingo_jax.distributed.process_info import ProcessInfo
+from flamingo_jax.distributed.supervised import SUPERVISOR_FD
 from flamingo_jax.errors import EXIT_SAVE_FAILED, UserError
 from flamingo_jax.experiment import Experiment
 
 log = logging.getLogger(__name__)
 
-SUPERVISOR_FD = "FLAMINGO_JAX_SUPERVISOR_FD"
-"""The environment variable that holds the file descriptor of a supervised process's socket to
-its supervisor.
-"""
 SECONDS_BETWEEN_HEARTBEATS = 0.2
 SHUTDOWN_SECONDS = 60
 """For which a process that ends waits for the others to end."""
@@ -114,10 +111,6 @@ class SingleProcess:
 
     def stop_requested(self) -> bool:
         return self._asked
-
-
-def is_supervised() -> bool:
-    return SUPERVISOR_FD in os.environ
 
 
 class SupervisorClient:

@@ -29,8 +29,8 @@ from flamingo_jax.distributed.coordinator import (
     Timeouts,
 )
 from flamingo_jax.distributed.json_socket import JsonSocket, Message
-from flamingo_jax.distributed.process_group import SUPERVISOR_FD
 from flamingo_jax.distributed.process_info import ProcessInfo
+from flamingo_jax.distributed.supervised import SUPERVISOR_FD
 from flamingo_jax.errors import (
     EXIT_ABSENT,
     EXIT_HUNG,

@@ -5,7 +5,6 @@
 import math
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
@@ -19,31 +18,6 @@ ROWS = (DATA, FSDP)
 """The axes that share a batch's rows."""
 BY_VISUAL = ("images", "features", "frame_mask", "jitter")
 """Arrays of a batch whose first axis is a list of its rows' visuals."""
-
-
-_CPU_THREADS = "64"
-_CPU_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler"
-
-
-def configure_cpu_devices(several_processes: bool = False) -> None:
-    """Keeps steps from waiting for themselves where CPUs stand in for several devices, of one
-    process or of several; to be called before one is used.
-
-    XLA:CPU starts a program's loops and collectives as soon as their inputs are there, in
-    another order on each device, and a thread that waits in one for the other devices can hold
-    up what they wait for. So threads are given for all that may wait, by default one a device,
-    and instructions are ordered to save memory rather than to run at once, so that few wait
-    together.
-    """
-    config: Any = jax.config
-    flags = os.environ.get("XLA_FLAGS", "")
-    several_devices = (
-        "--xla_force_host_platform_device_count" in flags or config.jax_num_cpu_devices > 1
-    )
-    if several_devices or (several_processes and config.jax_platforms == "cpu"):
-        os.environ.setdefault("NPROC", _CPU_THREADS)
-        if _CPU_ORDER not in flags:
-            os.environ["XLA_FLAGS"] = f"{flags} {_CPU_ORDER}=false".strip()
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -8,9 +8,10 @@ import pytest
 from tests.processes import one_device
 
 SAY = """
-import os, sys, jax
-from flamingo_jax.partitioning.mesh import configure_cpu_devices
+import {imported}
+from flamingo_jax.partitioning.cpu_devices import configure_cpu_devices
 configure_cpu_devices(len(sys.argv) > 1)
+import jax
 print(os.environ.get("NPROC"), os.environ.get("XLA_FLAGS"), jax.device_count())
 """
 ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler"
@@ -34,11 +35,13 @@ ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler"
         ),
     ],
 )
+@pytest.mark.parametrize("imported", ["os, sys, jax", "os, sys"])
 def test_only_several_devices_or_processes_are_settled(
-    setting: dict[str, str], processes: list[str], said: str
+    setting: dict[str, str], processes: list[str], said: str, imported: str
 ) -> None:
+    """Before jax is imported as after it."""
     done = subprocess.run(
-        [sys.executable, "-c", SAY, *processes],
+        [sys.executable, "-c", SAY.format(imported=imported), *processes],
         env=one_device() | setting,
         capture_output=True,
         text=True,
