@@ -2,6 +2,7 @@
 batches for every held-out one.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -47,6 +48,18 @@ def held_out_batches(
         name: make_held_out(dataset, name=name, batches=batches, **options)
         for name, dataset in experiment.held_out.items()
     }
+
+
+def summary_line(summary: Mapping[str, Any]) -> str:
+    """Writes a dataset's summary (`data_pipelines.rows.Rows.summary`) as one line."""
+    filled = "" if summary["fill"] is None else f" filled to {summary['fill']:.0%}"
+    words = {
+        "cut": "longer than a row",
+        "too_long": "too long for any row",
+        "dropped": "left out of an epoch",
+    }
+    rest = [f"{summary[key]:,} {what}" for key, what in words.items() if summary[key]]
+    return ", ".join([f"{summary['records']:,} records in {summary['rows']:,} rows{filled}", *rest])
 
 
 def _options(

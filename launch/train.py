@@ -18,30 +18,18 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
-import jax
 from absl import flags
 
-from data_pipelines.iterators import held_out_batches, make_iterators
-from data_pipelines.readers import Readers
 from flamingo_jax import errors
-from flamingo_jax.distributed.coordinator import END, Timeouts
-from flamingo_jax.distributed.process_group import ProcessGroup, SupervisorClient
-from flamingo_jax.distributed.process_info import detect_process
-from flamingo_jax.distributed.supervised import is_supervised
-from flamingo_jax.distributed.supervisor import supervise
-from flamingo_jax.experiment import Experiment, TrainingConfig
+from flamingo_jax.distributed.coordinator import Timeouts
+from flamingo_jax.experiment import Experiment
 from flamingo_jax.folder_lock import lock_folder
-from flamingo_jax.partitioning.host_shard import HostShard
-from flamingo_jax.partitioning.mesh import check_batches, make_mesh
-from flamingo_jax.processing.tokenizer import Tokenizer, tokenizer_file
-from flamingo_jax.tasks import stages
-from flamingo_jax.training.frozen_encoder import load_frozen_encoder
-from flamingo_jax.training.loop import train
-from flamingo_jax.training.pretrained import open_frozen_sources
 from launch import command
+
+if TYPE_CHECKING:
+    from flamingo_jax.distributed.process_group import ProcessGroup
 
 BEGAN = time.monotonic()
 log = logging.getLogger("launch")
@@ -89,7 +77,10 @@ def main() -> int:
         raise errors.UserError(
             f"--workdir={workdir} is a file: name a folder for checkpoints and metrics"
         )
-    check_intervals(experiment.training)
+    # From here on jax is needed.
+    from flamingo_jax.distributed.process_info import detect_process
+    from flamingo_jax.distributed.supervised import is_supervised
+
     process_info = detect_process(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     timeouts = (
         Timeouts()
@@ -97,15 +88,22 @@ def main() -> int:
         else Timeouts(START_TIMEOUT.value, LOST_AFTER.value, STEP_TIMEOUT.value)
     )
     if process_info is not None and not is_supervised():
+        from flamingo_jax.distributed.supervisor import supervise
+
         return supervise(process_info, timeouts, [sys.executable, *sys.orig_argv[1:]], workdir)
     # Until the loop saves on it: there is nothing to save yet, but whoever restarts a run by
     # its exit code must see the same one.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(errors.EXIT_PREEMPTED))
+    import jax
+
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
     if process_info is None:
         return run(experiment, workdir)
+    from flamingo_jax.distributed.coordinator import END
+    from flamingo_jax.distributed.process_group import SupervisorClient
+
     with SupervisorClient(process_info, timeouts) as client:
         client.join(experiment, workdir)
         code = run(experiment, workdir, client)
@@ -116,7 +114,7 @@ def main() -> int:
 
 
 def run(
-    experiment: Experiment, workdir: pathlib.Path, process_group: ProcessGroup | None = None
+    experiment: Experiment, workdir: pathlib.Path, process_group: "ProcessGroup | None" = None
 ) -> int:
     """This process's part of the run, once all are there; returns its exit code."""
     # Of several processes the supervisor of the first holds it; what is prepared lies
@@ -133,7 +131,18 @@ def run(
         ) from error
 
 
-def _run(experiment: Experiment, workdir: pathlib.Path, process_group: ProcessGroup | None) -> int:
+def _run(
+    experiment: Experiment, workdir: pathlib.Path, process_group: "ProcessGroup | None"
+) -> int:
+    import jax
+    from data_pipelines.inputs import held_out_batches, make_iterators, summary_line
+
+    from data_pipelines.readers import Readers
+    from flamingo_jax.partitioning.host_shard import HostShard
+    from flamingo_jax.partitioning.mesh import check_batches, make_mesh
+    from flamingo_jax.training.loop import train
+    from flamingo_jax.training.preflight import check_tokenizer, load_tokenizer
+
     mesh = make_mesh(experiment.mesh)
     check_batches(experiment, mesh)
     host_shard = HostShard.of(mesh)
@@ -146,7 +155,7 @@ def _run(experiment: Experiment, workdir: pathlib.Path, process_group: ProcessGr
     iterators = make_iterators(experiment, tokenizer, encoder, host_shard, readers)
     held_out = held_out_batches(experiment, tokenizer, encoder, host_shard, readers)
     for name, iterator in iterators.items():
-        log.info("%s: %s", name, told(iterator.summary()))
+        log.info("%s: %s", name, summary_line(iterator.summary()))
     if PREPARE.value:
         for iterator in iterators.values():
             iterator.close()
@@ -170,68 +179,6 @@ def _run(experiment: Experiment, workdir: pathlib.Path, process_group: ProcessGr
         )
         return errors.EXIT_PREEMPTED
     return 0
-
-
-def told(summary: Mapping[str, Any]) -> str:
-    """A dataset's summary (`data_pipelines.rows.Rows.summary`) as one line."""
-    filled = "" if summary["fill"] is None else f" filled to {summary['fill']:.0%}"
-    words = {
-        "cut": "longer than a row",
-        "too_long": "too long for any row",
-        "dropped": "left out of an epoch",
-    }
-    rest = [f"{summary[key]:,} {what}" for key, what in words.items() if summary[key]]
-    return ", ".join([f"{summary['records']:,} records in {summary['rows']:,} rows{filled}", *rest])
-
-
-def check_intervals(training: TrainingConfig) -> None:
-    """A UserError for a number of steps that must be at least 1."""
-    for key in ("steps", "log_every", "evaluate_every", "evaluate_batches", "save_every"):
-        if (value := getattr(training, key)) < 1:
-            raise errors.UserError(f"config.training.{key} is {value}, but must be 1 or more")
-
-
-def check_tokenizer(experiment: Experiment, tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
-    """A UserError where the frozen language model, or the run in `workdir`, was trained on
-    another tokenizer, however many pieces it has.
-    """
-    sources = open_frozen_sources(experiment)
-    frozen = sources["language_model"].tokenizer_file if "language_model" in sources else None
-    earlier = tokenizer_file(workdir) if any((workdir / "checkpoints").glob("*")) else None
-    for file in (frozen, earlier):
-        if (
-            file is not None
-            and file.is_file()
-            and Tokenizer.load(file).fingerprint != tokenizer.fingerprint
-        ):
-            raise errors.UserError(
-                f"the tokenizer {experiment.tokenizer} is not {file}, which was trained with:"
-                " name that one in config.tokenizer"
-            )
-
-
-def load_tokenizer(experiment: Experiment) -> Tokenizer:
-    """The config's tokenizer; a UserError where the model's vocabulary is not its own, padded
-    to some multiple or not.
-    """
-    tokenizer = Tokenizer.load(experiment.tokenizer)
-    config = stages.model_config(experiment)
-    part = {"contrastive": "text", "flamingo": "language_model"}.get(experiment.task)
-    size = (getattr(config, part) if part else config).vocab_size
-    if not tokenizer.fits(size):
-        key = ".".join(
-            [
-                "config",
-                stages.MODEL_FIELD[experiment.task],
-                *([part] if part else []),
-                "vocab_size",
-            ]
-        )
-        raise errors.UserError(
-            f"{key} is {size}, but the tokenizer {experiment.tokenizer} has {tokenizer.pieces}"
-            " pieces: make them equal"
-        )
-    return Tokenizer.load(experiment.tokenizer, size)
 
 
 if __name__ == "__main__":

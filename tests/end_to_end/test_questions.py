@@ -19,8 +19,9 @@ from flamingo_jax.checkpointing.export import Export
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment, MeshConfig, VisionConfig, ViTConfig
 from flamingo_jax.models.vit import resize_positions
+from flamingo_jax.partitioning import mesh
 from flamingo_jax.partitioning.mesh import make_mesh
-from flamingo_jax.training import loop
+from flamingo_jax.training import loop, trained_run
 from flamingo_jax.training.setup import initialise, make_setup
 from tests.end_to_end import small, test_kills
 from tests.end_to_end.test_frozen import run
@@ -59,7 +60,7 @@ def train(experiment: Experiment, folder: pathlib.Path) -> None:
 def one_device() -> Iterator[None]:
     """Compiles in half of the time of eight."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (loop, commands.load("train"), commands.load("export")):
+        for module in (loop, mesh, trained_run):
             patch.setattr(
                 module, "make_mesh", lambda config: make_mesh(MeshConfig(), jax.devices()[:1])
             )

@@ -256,9 +256,7 @@ def test_a_foreign_checkpoint_is_refused_and_left_as_it_is(
 def test_a_signal_is_exit_code_75(
     train: Train, data: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        commands.load("train"), "train", lambda *_: loop.TrainResult(3, preempted=True)
-    )
+    monkeypatch.setattr(loop, "train", lambda *_: loop.TrainResult(3, preempted=True))
     assert train(small.language_model(data), tmp_path) == EXIT_PREEMPTED
 
 

@@ -1,0 +1,126 @@
+"""How fast the datasets of a run are read, one by one and together."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import tensorflow_datasets as tfds
+
+from data_pipelines.features import dataset_folder, kind_of
+from data_pipelines.inputs import make_iterators
+from data_pipelines.mixture import make_iterator
+from data_pipelines.readers import Readers
+from data_pipelines.records import IMAGE_FEATURES
+from data_pipelines.timing import Reading, time_readers, time_reading, waiting_share
+from flamingo_jax.errors import UserError
+from flamingo_jax.experiment import DatasetConfig, Experiment
+from flamingo_jax.processing.tokenizer import Tokenizer
+
+ROWS = {
+    "pages": DatasetConfig(kind="pages", batch_size=64, max_length=256, visuals=5),
+    "pairs": DatasetConfig(kind="pairs", batch_size=8, max_length=256, visuals=16),
+    "videos": DatasetConfig(kind="videos", batch_size=8, max_length=64, visuals=4, frames=8),
+    "questions": DatasetConfig(kind="questions", batch_size=8, max_length=256, visuals=16),
+}
+"""What rows are made of a dataset that no config describes. Pages as in the paper (A.3.1),
+short texts packed as full as they come; of pages more rows to a batch, since most stretches of
+256 tokens have no image in them.
+"""
+
+
+class ReadingBenchmark(NamedTuple):
+    """What was measured.
+
+    readings: each dataset's rows beside a bare loop. rates: {dataset: {readers: images a second
+      by the clock}}. waiting: the part of the time that a step waits for all datasets together.
+    """
+
+    readings: dict[str, Reading]
+    rates: dict[str, dict[int, float]]
+    waiting: float
+
+
+def benchmark_datasets(
+    paths: Sequence[str],
+    tokenizer: pathlib.Path,
+    image_size: int,
+    *,
+    colour: float,
+    readers: int,
+    step_seconds: float,
+    batches: int,
+) -> ReadingBenchmark:
+    """Measures datasets that no config describes: rows as of `ROWS`, flipped, colours jittered
+    with strength `colour`.
+
+    Raises: UserError where a dataset is missing or has no images.
+    """
+    options: dict[str, Any] = {
+        "tokenizer": Tokenizer.load(tokenizer),
+        "task": "flamingo",
+        "image_size": image_size,
+        "mean": (0.5, 0.5, 0.5),
+    }
+    datasets = {pathlib.Path(path).name: _dataset(path, colour) for path in paths}
+    pool = Readers(readers)
+    iterators = {
+        name: make_iterator(dataset, readers=pool, **options) for name, dataset in datasets.items()
+    }
+    return _benchmark(datasets, iterators, options, pool, step_seconds, batches)
+
+
+def benchmark_experiment(
+    experiment: Experiment, *, readers: int | None, step_seconds: float, batches: int
+) -> ReadingBenchmark:
+    """Measures the datasets of a config that have images, as its training reads them.
+
+    readers: threads, in place of the config's.
+    """
+    vision = (experiment.contrastive or experiment.flamingo).vision  # type: ignore[union-attr]
+    tokenizer = Tokenizer.load(pathlib.Path(experiment.tokenizer))
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "task": experiment.task,
+        "image_size": vision.image_size,
+        "mean": vision.mean,
+    }
+    datasets = {
+        name: dataset for name, dataset in experiment.data.items() if dataset.kind in IMAGE_FEATURES
+    }
+    pool = Readers(experiment.training.readers if readers is None else readers)
+    iterators = make_iterators(experiment, tokenizer, readers=pool)
+    return _benchmark(datasets, iterators, options, pool, step_seconds, batches)
+
+
+def _benchmark(
+    datasets: dict[str, DatasetConfig],
+    iterators: dict[str, Any],
+    options: dict[str, Any],
+    pool: Readers,
+    step_seconds: float,
+    batches: int,
+) -> ReadingBenchmark:
+    readings, rates = {}, {}
+    for name, dataset in datasets.items():
+        make = functools.partial(make_iterator, dataset, cache_bytes=0, **options)
+        readings[name] = time_reading(make(), options["image_size"], batches)
+
+        def with_readers(readers: Readers, make: Any = make) -> Any:
+            return make(readers=readers)
+
+        rates[name] = time_readers(with_readers, sorted({1, pool.count}), batches)
+    waiting = waiting_share(iterators, step_seconds, batches)
+    for iterator in iterators.values():
+        iterator.close()
+    return ReadingBenchmark(readings, rates, waiting)
+
+
+def _dataset(path: str, colour: float) -> DatasetConfig:
+    kind = kind_of(tfds.builder_from_directory(str(dataset_folder(path))).info.features)
+    if kind not in ROWS:
+        raise UserError(
+            f"the dataset {path} holds {kind}, which has no images to read: take it out"
+        )
+    return dataclasses.replace(ROWS[kind], path=path, flip=True, colour=colour)

@@ -1,0 +1,81 @@
+"""A published model's folder turned into an export, or compared with its original."""
+
+import logging
+import math
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from flamingo_jax.checkpointing.export import export_model
+from flamingo_jax.configuring import to_json
+from flamingo_jax.errors import UserError
+from flamingo_jax.interop.folders import Foreign, Part, open_folder
+from flamingo_jax.interop.verify import (
+    Comparison,
+    verify_language_model,
+    verify_vision_encoder,
+)
+from flamingo_jax.processing.tokenizer import Tokenizer
+from flamingo_jax.progress import Bar
+
+log = logging.getLogger(__name__)
+
+SHARD_BYTES = 500_000_000
+"""Of each file of the export. While one is written the host holds it twice."""
+DIFFERENT = 1e-3
+"""A relative error above this is no rounding."""
+
+
+def convert(folder: pathlib.Path, part: Part, output: pathlib.Path) -> None:
+    """Writes a published model's folder as an export, every value as it is stored, tensor by
+    tensor.
+
+    Raises: UserError for a folder that is none, a tensor that is missing, surplus or misshapen, a
+      language model without its tokenizer, or an `output` that is there already.
+    """
+    found = open_folder(folder, part)
+    if part == "language_model":
+        if found.tokenizer_file is None:
+            raise UserError(
+                f"{folder} holds no tokenizer.json or tokenizer.model, which its export needs:"
+                " copy it there"
+            )
+        Tokenizer.load(found.tokenizer_file, found.config.vocab_size)
+    export_model(
+        output,
+        kind=part,
+        config=to_json(found.config),
+        parameters=_with_progress(found),
+        tokenizer_file=found.tokenizer_file,
+        extra_files={"original_config.json": folder / "config.json"},
+        shard_bytes=SHARD_BYTES,
+    )
+    log.info("wrote the %s of %s to %s", part.replace("_", " "), folder, output)
+
+
+def compare(folder: pathlib.Path, part: Part) -> Comparison:
+    """Runs a published model here and in its original implementation, both in float32."""
+    verify = verify_language_model if part == "language_model" else verify_vision_encoder
+    return verify(folder)
+
+
+def require_equal(comparison: Comparison, folder: pathlib.Path) -> None:
+    """Raises UserError where a comparison shows more than rounding."""
+    if not comparison.relative_error <= DIFFERENT:
+        raise UserError(
+            f"{folder} does not give here what its original gives: do not use it, and"
+            " report its config.json"
+        )
+
+
+def _with_progress(found: Foreign) -> Iterator[tuple[str, np.ndarray]]:
+    with Bar(
+        f"converting {found.folder.name}",
+        sum(math.prod(shape) for shape in found.shapes.values()) // 10**6,
+    ) as bar:
+        done = 0
+        for name, array in found.layers():
+            yield name, array
+            before, done = done, done + array.size
+            bar.advance(done // 10**6 - before // 10**6, "million parameters")

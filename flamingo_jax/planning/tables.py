@@ -1,0 +1,125 @@
+"""Plans as tables for a person."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from flamingo_jax.experiment import Experiment
+
+GIB = 2**30
+NUMBERS = {"B": 1e9, "M": 1e6, "k": 1e3}
+BYTES = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "bytes": 1}
+
+
+def held_out_table(held_out: dict[str, Any]) -> Table:
+    """Lays out what `plan.plan_held_out` found."""
+    table = Table("held-out dataset", title="evaluation")
+    table.add_column("peak of the chip's memory", justify="right")
+    for name, peak in held_out["peak_bytes"].items():
+        verdict = "fits" if peak <= held_out["chip_bytes"] else "[bold]does not fit[/bold]"
+        table.add_row(
+            name, f"{peak / GIB:.2f} of {held_out['chip_bytes'] / GIB:.2f} GiB: {verdict}"
+        )
+    return table
+
+
+def counts_table(experiment: Experiment, counts: dict[str, int]) -> Table:
+    """Lays out the parameters of each part (`counts.count_parameters`)."""
+    table = Table("part", title=experiment.name or experiment.task)
+    table.add_column("parameters", justify="right")
+    table.add_column("", justify="right")
+    for part, count in counts.items():
+        if part == "trainable":
+            table.add_section()
+        table.add_row(part.replace("_", " "), f"{count:,}", _short(count))
+    return table
+
+
+def checkpoint_table(sizes: dict[str, int]) -> Table:
+    """Lays out the bytes of a checkpoint (`counts.checkpoint_bytes`)."""
+    table = Table("", title="a checkpoint")
+    table.add_column("", justify="right")
+    rest = ("step, key and counters", "rest")
+    for name, key in (
+        ("trained parameters, float32", "trainables"),
+        ("their moments, float32", "moments"),
+        rest,
+        ("the whole checkpoint", "total"),
+    ):
+        if key == "total":
+            table.add_section()
+        table.add_row(name, _short(sizes[key], BYTES))
+    table.add_section()
+    table.add_row("frozen parameters, not in it", _short(sizes["frozen"], BYTES))
+    return table
+
+
+def step_tables(step: dict[str, Any]) -> list[Table]:
+    """Lays out what `plan.plan_step` found: the step, its largest tensors, what it sends."""
+    mesh = " x ".join(f"{axis}={size}" for axis, size in step["mesh"].items())
+    table = Table("", title=f"one step on {step['chips']} chips, {step['topology']}, mesh {mesh}")
+    table.add_column("", justify="right")
+    if step["change"]:
+        table.add_row("fits with", step["change"])
+    for part, count in step["bytes"].items():
+        table.add_row(f"{part}, a device", f"{count / GIB:.2f} GiB")
+    verdict = "fits" if step["fits"] else "[bold]does not fit[/bold]"
+    table.add_row(
+        "peak of the chip's memory",
+        f"{step['peak_bytes'] / GIB:.2f} of {step['chip_bytes'] / GIB:.2f} GiB: {verdict}",
+    )
+    table.add_section()
+    formula = step["flops"]["formula"]
+    table.add_row("FLOPs by the formula, full rows", f"{formula:.4g}")
+    for name, key in (("of the traced step", "jaxpr"), ("of the compiled program", "program")):
+        table.add_row(
+            f"FLOPs {name}",
+            f"{step['flops'][key]:.4g} ({step['flops'][key] / max(formula, 1):.2f} x)",
+        )
+    table.add_section()
+    table.add_row("least time, at the chips' peak", f"{step['floor_seconds']:.3f} s")
+    table.add_row(
+        "computing, by the compiler's cycles",
+        f"{step['seconds']['computing']:.3f} s ({step['cycles_over_floor']:.2f} x)",
+    )
+    table.add_row("sending, at the links' rate", f"{step['seconds']['sending']:.3f} s")
+    table.add_row(
+        "a step with no overlap", f"{step['seconds']['step']:.3f} s, {step['mfu']:.0%} MFU"
+    )
+    table.add_row("the run", f"{step['days']:.1f} days, {step['chip_hours']:,.0f} chip-hours")
+    table.add_row(
+        "compiled in",
+        f"{step['compile_seconds']:.0f} s with {step['compiler_bytes'] / GIB:.1f} GiB",
+    )
+    return [table, _largest_table(step), _sent_table(step)]
+
+
+def _sent_table(step: dict[str, Any]) -> Table:
+    table = Table("collective", "axes", title="sent between devices in a step")
+    for column in ("times", "GiB", "largest, MiB"):
+        table.add_column(column, justify="right")
+    for c in step["collectives"]:
+        table.add_row(
+            c["kind"],
+            c["axes"],
+            str(c["times"]),
+            f"{c['bytes'] / GIB:.2f}",
+            f"{c['largest'] / 2**20:.1f}",
+        )
+    return table
+
+
+def _largest_table(step: dict[str, Any]) -> Table:
+    table = Table("tensor", "sharding", title="the largest that each device holds between steps")
+    table.add_column("GiB", justify="right")
+    for tensor in step["largest"]:
+        table.add_row(tensor["name"], tensor["sharding"], f"{tensor['bytes'] / GIB:.2f}")
+    return table
+
+
+def _short(count: int, units: Mapping[str, float] = NUMBERS) -> str:
+    for unit, size in units.items():
+        if count >= size:
+            return f"{count / size:.4g} {unit}"
+    return str(count)

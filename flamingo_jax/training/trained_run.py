@@ -1,0 +1,112 @@
+"""A run's newest whole checkpoint, read without a change to its workdir, and exported."""
+
+import json
+import logging
+import pathlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from flamingo_jax import configuring, errors
+from flamingo_jax.checkpointing import manifest
+from flamingo_jax.checkpointing.checkpoints import Checkpoints
+from flamingo_jax.checkpointing.export import export_model
+from flamingo_jax.experiment import Experiment, MeshConfig
+from flamingo_jax.partitioning.mesh import make_mesh
+from flamingo_jax.processing.tokenizer import FILE_NAME, tokenizer_file
+from flamingo_jax.tasks import stages
+from flamingo_jax.training.setup import load_frozen, make_setup, require_same_pretrained
+from flamingo_jax.training.state import Parameters
+
+log = logging.getLogger(__name__)
+
+
+class TrainedRun(NamedTuple):
+    """A run as far as it was trained.
+
+    newer: {step: why its checkpoint is not the one that was taken}.
+    """
+
+    workdir: pathlib.Path
+    experiment: Experiment
+    mesh: Mesh
+    step: int
+    newer: Mapping[int, str]
+    trainable: Parameters
+    frozen: Parameters
+
+    @property
+    def tokenizer_file(self) -> pathlib.Path:
+        """The tokenizer that it was trained with."""
+        return tokenizer_file(self.workdir) or self.workdir / FILE_NAME
+
+
+def read_experiment(workdir: pathlib.Path) -> Experiment:
+    """Reads the config of the run in a workdir.
+
+    Raises: UserError where there is none; StorageError where it cannot be read just now.
+    """
+    try:
+        text = manifest.retry_read((workdir / "config.json").read_text)
+    except (FileNotFoundError, NotADirectoryError):
+        raise errors.UserError(
+            f"--workdir={workdir} holds no config.json: name the folder of a training run"
+        ) from None
+    except OSError as error:
+        raise manifest.unreadable(workdir, error) from error
+    return configuring.from_json(Experiment, json.loads(text))
+
+
+def load_trained_run(workdir: pathlib.Path) -> TrainedRun:
+    """Reads the newest whole checkpoint in a workdir, and the frozen parts from the folders that
+    they came from.
+
+    Raises: UserError where there is no whole checkpoint, or frozen parts are not those of the
+      run.
+    """
+    experiment = read_experiment(workdir)
+    # Its own mesh, not the run's: a checkpoint is read by any number of devices.
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
+    with jax.set_mesh(mesh):
+        setup = make_setup(experiment, mesh)
+        checkpoints = Checkpoints(
+            workdir / "checkpoints",
+            keep_last=experiment.training.keep_last,
+            keep_every=experiment.training.keep_every,
+        )
+        step, newer = checkpoints.newest()
+        if step is None:
+            raise errors.UserError(
+                f"{workdir} has no whole checkpoint{_listed(newer)}: train first"
+            )
+        log.info("taking step %d of %d%s", step, experiment.training.steps, _listed(newer))
+        state = checkpoints.restore(step, setup.state)
+        frozen, origins = load_frozen(experiment, setup)
+        require_same_pretrained(checkpoints.extra(step)["bases"], origins, workdir)
+    return TrainedRun(workdir, experiment, mesh, step, newer, state.trainable, frozen)
+
+
+def export_run(workdir: pathlib.Path, output: pathlib.Path) -> None:
+    """Writes the parameters of the run in a workdir as one folder that stands alone.
+
+    Raises: as `load_trained_run`; UserError where `output` is there already.
+    """
+    run = load_trained_run(workdir)
+    export_model(
+        output,
+        kind=stages.MODEL_FIELD[run.experiment.task],
+        config=configuring.to_json(stages.model_config(run.experiment)),
+        parameters=run.trainable | run.frozen,
+        tokenizer_file=run.tokenizer_file,
+        extra_files={
+            "metrics.jsonl": workdir / "metrics.jsonl",
+            "experiment.json": workdir / "config.json",
+        },
+    )
+    log.info("exported step %d of %s to %s%s", run.step, workdir, output, _listed(run.newer))
+
+
+def _listed(newer: Mapping[int, str]) -> str:
+    return "".join(f"; not step {step}: {why}" for step, why in sorted(newer.items()))
