@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 
+from data_pipelines.batches import make_iterator
 from data_pipelines.features import dataset_folder, kind_of
-from data_pipelines.inputs import make_iterators
-from data_pipelines.mixture import make_iterator
+from data_pipelines.iterators import make_iterators
 from data_pipelines.readers import Readers
 from data_pipelines.records import IMAGE_FEATURES
-from data_pipelines.timing import Reading, time_readers, time_reading, waiting_share
+from data_pipelines.timing import ReadingSpeed, time_readers, time_reading, waiting_share
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import DatasetConfig, Experiment
 from flamingo_jax.processing.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ class ReadingBenchmark(NamedTuple):
       by the clock}}. waiting: the part of the time that a step waits for all datasets together.
     """
 
-    readings: dict[str, Reading]
+    readings: dict[str, ReadingSpeed]
     rates: dict[str, dict[int, float]]
     waiting: float
 

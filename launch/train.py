@@ -135,11 +135,12 @@ def _run(
     experiment: Experiment, workdir: pathlib.Path, process_group: "ProcessGroup | None"
 ) -> int:
     import jax
-    from data_pipelines.inputs import held_out_batches, make_iterators, summary_line
 
+    from data_pipelines.iterators import held_out_batches, make_iterators, summary_line
     from data_pipelines.readers import Readers
     from flamingo_jax.partitioning.host_shard import HostShard
     from flamingo_jax.partitioning.mesh import check_batches, make_mesh
+    from flamingo_jax.training.frozen_encoder import load_frozen_encoder
     from flamingo_jax.training.loop import train
     from flamingo_jax.training.preflight import check_tokenizer, load_tokenizer
 

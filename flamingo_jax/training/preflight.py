@@ -6,7 +6,7 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.processing.tokenizer import Tokenizer, tokenizer_file
 from flamingo_jax.tasks import stages
-from flamingo_jax.training.setup import open_frozen_sources
+from flamingo_jax.training.pretrained import open_frozen_sources
 
 
 def check_tokenizer(experiment: Experiment, tokenizer: Tokenizer, workdir: pathlib.Path) -> None:

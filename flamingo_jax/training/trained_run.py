@@ -17,7 +17,8 @@ from flamingo_jax.experiment import Experiment, MeshConfig
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.processing.tokenizer import FILE_NAME, tokenizer_file
 from flamingo_jax.tasks import stages
-from flamingo_jax.training.setup import load_frozen, make_setup, require_same_pretrained
+from flamingo_jax.training.pretrained import load_frozen, require_same_pretrained
+from flamingo_jax.training.setup import make_setup
 from flamingo_jax.training.state import Parameters
 
 log = logging.getLogger(__name__)
@@ -83,8 +84,8 @@ def load_trained_run(workdir: pathlib.Path) -> TrainedRun:
             )
         log.info("taking step %d of %d%s", step, experiment.training.steps, _listed(newer))
         state = checkpoints.restore(step, setup.state)
-        frozen, origins = load_frozen(experiment, setup)
-        require_same_pretrained(checkpoints.extra(step)["bases"], origins, workdir)
+        frozen, digests = load_frozen(experiment, setup.frozen)
+        require_same_pretrained(checkpoints.extra(step)["pretrained"], digests, workdir)
     return TrainedRun(workdir, experiment, mesh, step, newer, state.trainable, frozen)
 
 
