@@ -28,7 +28,7 @@ time a step of `--step_seconds` would wait.
 import dataclasses
 import json
 import pathlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from rich.table import Table
@@ -139,7 +139,7 @@ def data() -> int:
 
     from data_pipelines.benchmark import benchmark_datasets, benchmark_experiment
 
-    how = {"step_seconds": STEP_SECONDS.value, "batches": BATCHES.value}
+    how: dict[str, Any] = {"step_seconds": STEP_SECONDS.value, "batches": BATCHES.value}
     measured = (
         benchmark_datasets(
             DATASETS.value,
