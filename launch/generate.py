@@ -20,7 +20,6 @@ from absl import flags
 
 import flamingo_jax as fj
 from data_pipelines.build.text_files import decode
-from flamingo_jax.inference.prompts import fill_image_tags
 from launch import command
 
 MODEL = flags.DEFINE_string("model", "", "Exported folder of a Flamingo.")
@@ -116,6 +115,9 @@ def prompt_of(parts: list[Any], folder: pathlib.Path) -> list[Any]:
 
     Raises UserError for a part that is none, or a file that cannot be read.
     """
+    # Not above: the tokenizers' libraries take longer to import than --help may.
+    from flamingo_jax.inference.prompts import fill_image_tags
+
     prompt: list[Any] = []
     for part in parts:
         kind, value = (

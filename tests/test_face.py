@@ -62,6 +62,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     qwen = cases.write_folder(root / "models/Qwen3-0.6B", *cases.fixture("qwen3"))
     LOADED.tokenizer.save(qwen)
     (root / "a.png").write_bytes(png(PIXELS))
+    (root / "b.png").write_bytes(png(FRAMES[0]))
     (root / "text.png").write_text("no image")
     return root
 
@@ -74,10 +75,8 @@ def model(place: pathlib.Path) -> fj.Model:
 def test_readmes_lines_run_as_they_are_written(
     place: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (lines,) = re.findall(r"```python\n(import flamingo_jax as fj\n.*?)```", _readme(), re.DOTALL)
     monkeypatch.chdir(place)
-    names: dict[str, Any] = {}
-    exec(lines, names)  # noqa: S102 - the documentation's own code
+    names = _run_lines("README.md")
     tokens = 1 + 1 + len(LOADED.tokenizer.encode(" A cat."))  # <BOS> and <image> before them.
     assert names["logits"].shape == (1, tokens, LOADED.tokenizer.vocab_size + 1)
     assert isinstance(names["flamingo"], fj.Flamingo)
@@ -86,8 +85,23 @@ def test_readmes_lines_run_as_they_are_written(
     assert " a red heart" in capsys.readouterr().out
 
 
-def _readme() -> str:
-    return (ROOT / "README.md").read_text()
+def test_the_rooms_lines_run_as_they_are_written(
+    place: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    names = _run_lines("flamingo_jax/inference/README.md")
+    assert len(names["answers"]) == 2
+    assert names["ranking"].best in (" a red heart", " a blue star")
+    assert names["similar"].shape[0] == 2
+
+
+def _run_lines(document: str) -> dict[str, Any]:
+    """The names that a document's lines of Python leave behind."""
+    text = (ROOT / document).read_text()
+    (lines,) = re.findall(r"```python\n(import flamingo_jax as fj\n.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(lines, names)  # noqa: S102 - the documentation's own code
+    return names
 
 
 def test_the_import_costs_nothing_until_a_name_is_used() -> None:
