@@ -379,7 +379,10 @@ def _tiny_dataset(name: str, dataset: DatasetConfig) -> DatasetConfig:
 
 
 def _tiny_vision(vision: VisionConfig) -> VisionConfig:
-    return dataclasses.replace(vision, variant="tiny", image_size=48)
+    vit = vision.vit and dataclasses.replace(
+        vision.vit, patch_size=8, layers=2, width=64, heads=4, feed_forward=128
+    )
+    return dataclasses.replace(vision, variant="tiny", image_size=48, vit=vit)
 
 
 def _tiny_language_model(model: LanguageModelConfig, layers: int) -> LanguageModelConfig:

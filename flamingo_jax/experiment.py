@@ -158,11 +158,25 @@ class ResamplerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ConditioningConfig:
-    """How the frozen language model comes to see: gated cross-attention blocks (paper 2.2)."""
+    """How the frozen language model comes to see: see `models.conditioning`."""
 
+    kind: Literal["gated_xattn_dense", "vanilla_xattn", "grafting"] = "gated_xattn_dense"
+    """gated_xattn_dense: blocks of cross-attention and a feed-forward before layers of the
+    language model (paper 2.2). The ablation's others (3.3): vanilla_xattn, cross-attention alone
+    between a layer's self-attention and its feed-forward; grafting, such blocks and decoder
+    layers in turn, trained from scratch behind the last layer.
+    """
+    gating: Literal["tanh", "none"] = "tanh"
+    """tanh: what is added is multiplied by the tanh of a learned scalar."""
     xattn_every: Positive = 1
-    """A block stands before language model layers 0, xattn_every, 2 xattn_every, ... (paper
-    B.1.1).
+    """Blocks belong to language model layers xattn_first, xattn_first + xattn_every, ... (paper
+    B.1.1). Not for grafting.
+    """
+    xattn_first: Count = 0
+    """The first layer with a block: 0 in the paper, xattn_every - 1 in OpenFlamingo."""
+    grafted_layers: Positive = 12
+    """grafting: how many pairs of a block and a decoder layer; the paper does not say, these
+    make its 3.3 B.
     """
     heads: Positive = 16
     head_width: Positive = 128

@@ -53,9 +53,13 @@ def main() -> int:
     from rich.console import Console
 
     from flamingo_jax.planning import tables
-    from flamingo_jax.planning.counts import checkpoint_bytes, count_parameters
+    from flamingo_jax.planning.counts import checkpoint_bytes, count_parameters, count_parts
 
-    plan: dict[str, Any] = {"parameters": count_parameters(experiment)} if COUNTS.value else {}
+    plan: dict[str, Any] = {}
+    if COUNTS.value:
+        parts = count_parts(experiment)
+        trained = {part: count.trained for part, count in parts.items()}
+        plan |= {"parameters": count_parameters(experiment), "trained": trained}
     plan["checkpoint"] = checkpoint_bytes(experiment)
     if TOPOLOGY.value:
         from flamingo_jax.planning.plan import plan_held_out, plan_step
@@ -66,7 +70,7 @@ def main() -> int:
     if JSON.value:
         print(json.dumps(plan))
         return 0
-    shown = [tables.counts_table(experiment, plan["parameters"])] if COUNTS.value else []
+    shown = [tables.counts_table(experiment, parts)] if COUNTS.value else []
     shown += tables.step_tables(plan["step"]) if TOPOLOGY.value else []
     shown += [tables.held_out_table(plan["held_out"])] if "held_out" in plan else []
     for table in [*shown, tables.checkpoint_table(plan["checkpoint"])]:

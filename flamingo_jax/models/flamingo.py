@@ -14,15 +14,20 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from flamingo_jax.experiment import FlamingoConfig
-from flamingo_jax.models import ops
-from flamingo_jax.models.attention import Cache, causal_mask, map_cache
-from flamingo_jax.models.gated_xattn import GatedCrossAttentionBlock, Media, media_mask
-from flamingo_jax.models.language_model import LanguageModel
+from flamingo_jax.models.attention import Cache, causal_mask
+from flamingo_jax.models.conditioning import (
+    ConditionedLayers,
+    CrossAttentionBlock,
+    CrossAttentionBlocks,
+    GraftedLayers,
+    Media,
+    media_mask,
+)
+from flamingo_jax.models.language_model import LanguageModel, empty_cache
 from flamingo_jax.models.layers import (
     fan_in_normal,
     linear,
     remat,
-    stack,
     zero_nonfinite,
 )
 from flamingo_jax.models.packing import Parts, join, shapes_of, split
@@ -76,17 +81,6 @@ class PreparedVisuals(NamedTuple):
     broken: Array
 
 
-class GatedBlocks(nnx.Module):
-    """The stack of gated blocks, one before language model layers 0, every, 2 every, ..."""
-
-    def __init__(self, config: FlamingoConfig, *, rngs: nnx.Rngs):
-        width = config.language_model.width
-        count = math.ceil(config.language_model.layers / config.conditioning.xattn_every)
-        self.layers = stack(
-            lambda r: GatedCrossAttentionBlock(config.conditioning, width, rngs=r), count, rngs
-        )
-
-
 class Flamingo(nnx.Module):
     """p(text | visuals): see the paper's equation (1).
 
@@ -125,9 +119,13 @@ class Flamingo(nnx.Module):
             remat=remat,
         )
         self.visual_projection = fan_in_normal(rngs, (config.resampler.width, width))
-        self.gated_xattn = GatedBlocks(config, rngs=rngs)
+        lm, conditioning = config.language_model, config.conditioning
+        self.gated_xattn = CrossAttentionBlocks(conditioning, lm, rngs=rngs)
         self.language_model = LanguageModel(config.language_model, rngs=rngs, dtype=dtype)
         self.extra_embedding = fan_in_normal(rngs, (config.extra_tokens, width), width)
+        self.grafted = (
+            GraftedLayers(conditioning, lm, rngs=rngs) if conditioning.kind == "grafting" else None
+        )
 
     def encode_images(self, images: Array) -> Array:
         """uint8 [M, T, H, W, 3] -> grid features [M, T, S, C]."""
@@ -275,16 +273,15 @@ class Flamingo(nnx.Module):
             )
         positions, segments = [r.positions for r in rows], [r.segments for r in rows]
 
-        def block(gated: GatedCrossAttentionBlock, x: Array, _: Any) -> Array:
-            media = None if visual_tokens is None else gated.project_visuals(visual_tokens)
-            return gated.attend(x, media, gathered_visuals, masks)
+        def read_visuals(block: CrossAttentionBlock, x: Array, _: Any) -> Array:
+            media = None if visual_tokens is None else block.project_visuals(visual_tokens)
+            return block.attend(x, media, gathered_visuals, masks)
 
-        def layer(decoder: Any, x: Array, cache: None) -> tuple[Array, None]:
-            return decoder(x, positions, segments, cache)
+        def read_text(layer: Any, x: Array, cache: None, between: Any) -> tuple[Array, None]:
+            return layer(x, positions, segments, cache, between)
 
-        x = self._groups(
-            residual(self._embed(join([r.tokens for r in rows]))), None, block, layer, None
-        )[0]
+        x = residual(self._embed(join([r.tokens for r in rows])))
+        x = self._run_layers(x, None, read_text, read_visuals, None)[0]
         if several and len(rows) == 1:
             x, broken = (
                 x.reshape(row_shards(), -1, x.shape[-1]),
@@ -377,7 +374,12 @@ class Flamingo(nnx.Module):
 
     def init_cache(self, batch: int, max_length: int) -> Cache:
         """An empty cache; every leaf that is not shared has the batch at axis 1."""
-        return self.language_model.init_cache(batch, max_length)
+        cache = self.language_model.init_cache(batch, max_length)
+        if self.grafted is None:
+            return cache
+        lm = self.config.language_model
+        grafted = empty_cache(self.grafted.layers, lm, batch, max_length, self.dtype)
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), cache, grafted)
 
     def decode(
         self,
@@ -410,78 +412,32 @@ class Flamingo(nnx.Module):
             looks = (mask[:, 0, :, ::tokens_per_visual] & media.broken[visuals][:, None]).any(-1)
             x = jnp.where(looks[..., None], jnp.nan, x)
 
-        def block(gated: GatedCrossAttentionBlock, x: Array, block_media: Media | None) -> Array:
-            return gated.attend(x, block_media, visuals, mask)
+        def read_visuals(block: CrossAttentionBlock, x: Array, own: Media | None) -> Array:
+            return block.attend(x, own, visuals, mask)
 
-        def layer(decoder: Any, x: Array, layer_cache: Cache) -> tuple[Array, Cache]:
-            return decoder(x, positions, None, layer_cache)
+        def read_text(
+            layer: Any, x: Array, layer_cache: Cache, between: Any
+        ) -> tuple[Array, Cache]:
+            return layer(x, positions, None, layer_cache, between)
 
-        x, cache = self._groups(x, cache, block, layer, None if media is None else media.media)
+        own = None if media is None else media.media
+        x, cache = self._run_layers(x, cache, read_text, read_visuals, own)
         return self._logits(x), cache
 
-    def _groups(
-        self, x: Array, cache: Any, block: Any, layer: Any, block_inputs: Any
+    def _run_layers(
+        self, x: Array, cache: Any, read_text: Any, read_visuals: Any, media: Any
     ) -> tuple[Array, Any]:
-        """Scans over groups of one gated block and `every` language model layers, then the
-        rest: a block and the layers that are left.
-
-        The language model stays one flat stack that each step indexes, since the depth need not
-        be a multiple of `every` (the 80B model's 80 layers are 11 groups of 7 and one of 3) and
-        slicing a frozen stack would copy it. The rest has code of its own: a condition in the
-        loop would keep the largest arrays of both its branches, and its weights, in memory.
-        """
-        blocks_graph, blocks = nnx.split(self.gated_xattn.layers)
-        layers_graph, layers = nnx.split(self.language_model.layers)
-        every = self.config.conditioning.xattn_every
-        groups, rest = divmod(self.config.language_model.layers, every)
-
-        take = lambda tree, index: jax.tree.map(
-            lambda a: jax.lax.dynamic_index_in_dim(a, index, 0, keepdims=False), tree
-        )
-        # The weights of a layer are taken within, or a copy of all of them would be saved for
-        # the gradient.
-        run_layer = remat(
-            lambda x, cache, index: layer(
-                nnx.merge(layers_graph, take(layers, index)), x, take(cache, index)
-            ),
+        """The language model's layers and what stands among them: see `ConditionedLayers`."""
+        run = ConditionedLayers(
+            self.config.conditioning,
+            self.language_model.layers,
+            self.gated_xattn.layers,
+            None if self.grafted is None else self.grafted.layers,
+            read_text,
+            read_visuals,
             self.remat,
         )
-        run_block = remat(
-            lambda state, x, given: block(nnx.merge(blocks_graph, state), x, given), self.remat
-        )
-
-        def one_layer(carry: Any, index: Array) -> tuple[Any, None]:
-            x, cache = carry
-            x, new = run_layer(x, cache, index)
-            put = lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, index, 0)
-            return (x, map_cache(put, cache, new)), None
-
-        def group(carry: Any, inputs: Any, count: int) -> tuple[Any, None]:
-            x, cache = carry
-            first, block_state, block_input = inputs
-            carry = run_block(block_state, x, block_input), cache
-            return (
-                one_layer(carry, first)
-                if count == 1
-                else jax.lax.scan(
-                    one_layer, carry, first + jnp.arange(count), unroll=ops.scan_unroll(count)
-                )
-            )
-
-        carry, inputs = (x, cache), (jnp.arange(groups) * every, blocks, block_inputs)
-        if not rest:
-            return jax.lax.scan(
-                functools.partial(group, count=every), carry, inputs, unroll=ops.scan_unroll(groups)
-            )[0]
-        whole = jax.tree.map(lambda a: a[:groups], (blocks, block_inputs))
-        carry, _ = jax.lax.scan(
-            functools.partial(group, count=every),
-            carry,
-            (inputs[0], *whole),
-            unroll=ops.scan_unroll(groups),
-        )
-        last = jax.tree.map(lambda a: a[groups], (blocks, block_inputs))
-        return group(carry, (jnp.int32(groups * every), *last), rest)[0]
+        return run(x, cache, media)
 
     def _embed(self, tokens: Array) -> Array:
         vocabulary = self.config.language_model.vocab_size

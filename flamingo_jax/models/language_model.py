@@ -8,6 +8,8 @@ paper's table.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,16 +58,39 @@ class DecoderLayer(nnx.Module):
         positions: Array | Parts,
         segments: Array | Parts | None,
         cache: Cache | None,
+        between: Callable[[Array], Array] | None = None,
     ) -> tuple[Array, Cache | None]:
         """x [B, L, D]; positions, segments int32 [B, L], or those of every part of a stream; a
-        cache means decoding (see SelfAttention).
+        cache means decoding (see SelfAttention). between: what is done to x between the two.
         """
         h, cache = self.attention(all_gather(self.attention_norm(x)), positions, segments, cache)
         x = save_for_backward(residual(x + reduce_scatter(h)))
+        if between is not None:
+            x = between(x)
         return (
             residual(x + reduce_scatter(self.feed_forward(all_gather(self.feed_forward_norm(x))))),
             cache,
         )
+
+
+def empty_cache(
+    layers: Any, config: LanguageModelConfig, batch: int, max_length: int, dtype: DTypeLike
+) -> Cache:
+    """Makes an empty cache for a stack of decoder layers; leaves [layers, B, max_length, H, d],
+    H being the heads of keys and values.
+
+    Transformer-XL's keys of distances, [layers, max_length, H, d], are in it from the start:
+    they are as dear to compute as the language model itself is for dozens of tokens.
+    """
+    attention = config.attention
+    count = layers.attention_norm.scale.shape[0]
+    heads = attention.kv_heads or attention.heads
+    empty = jnp.zeros((count, batch, max_length, heads, attention.head_width), dtype)
+    if config.positions.kind != "transformer_xl":
+        return Cache(empty, empty)
+    position = layers.attention.position[...]
+    keys = jax.lax.map(lambda w: distance_keys(w, max_length, dtype), position)
+    return Cache(empty, empty, Shared(keys))
 
 
 class LanguageModel(nnx.Module):
@@ -115,22 +140,8 @@ class LanguageModel(nnx.Module):
         )[0]
 
     def init_cache(self, batch: int, max_length: int) -> Cache:
-        """An empty cache for all layers; leaves [layers, B, max_length, H, d], H being the
-        heads of keys and values.
-
-        Transformer-XL's keys of distances, [layers, max_length, H, d], are in it from the
-        start: they are as dear to compute as the language model itself is for dozens of tokens.
-        """
-        attention = self.config.attention
-        heads = attention.kv_heads or attention.heads
-        empty = jnp.zeros(
-            (self.config.layers, batch, max_length, heads, attention.head_width), self.dtype
-        )
-        if self.config.positions.kind != "transformer_xl":
-            return Cache(empty, empty)
-        position = self.layers.attention.position[...]
-        keys = jax.lax.map(lambda w: distance_keys(w, max_length, self.dtype), position)
-        return Cache(empty, empty, Shared(keys))
+        """An empty cache for all layers: see `empty_cache`."""
+        return empty_cache(self.layers, self.config, batch, max_length, self.dtype)
 
     def decode(self, tokens: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
         """Some tokens more of each row: int32 [B, L] at their positions (padding: max_length)

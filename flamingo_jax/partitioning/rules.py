@@ -47,6 +47,7 @@ FREEZING: dict[str, tuple[Rule[bool], ...]] = {
         Rule("resampler/.*", True),
         Rule("visual_projection", True),
         Rule("gated_xattn/layers/.*", True),
+        Rule("grafted/layers/.*", True, optional=True),
         Rule("extra_embedding", True),
     ),
 }
@@ -97,7 +98,8 @@ SHARDING: dict[str, tuple[Rule[Axes], ...]] = {
         Rule("resampler/.*", REPLICATED),
         Rule("visual_projection", REPLICATED),
         Rule("gated_xattn/layers/([a-z]+_norm/(scale|bias)|[a-z]+_gate)", REPLICATED),
-        *_language_model("language_model/"),
+        *_language_model("(language_model|grafted)/"),
+        Rule("grafted/layers/gate", REPLICATED, optional=True),
         Rule("extra_embedding", REPLICATED),
     ),
 }

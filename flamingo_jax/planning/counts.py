@@ -3,6 +3,8 @@ are, without allocating any.
 """
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ FLOW = (
     "visual_projection",
     "gated_xattn",
     "language_model",
+    "grafted",
     "extra_embedding",
 )
 """The parts of a Flamingo in the order in which an image meets them."""
@@ -36,22 +39,45 @@ def parameter_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
     return to_flat(nnx.state(model))
 
 
-def count_parameters(experiment: Experiment) -> dict[str, int]:
-    """Parameters of each part, of what the task trains, and of the whole.
+class PartCount(NamedTuple):
+    """Parameters of a part of the model, and how many of them are trained."""
+
+    parameters: int
+    trained: int
+
+
+def count_parts(experiment: Experiment) -> dict[str, PartCount]:
+    """Counts the parameters of each part of the task's model.
 
     Parts are the model's own, for Flamingo those of `FLOW` (the paper's table 5 has the larger
-    ones); a language model is one part. Then "trainable" and "total".
+    ones); a language model is one part.
     """
-    shapes = parameter_shapes(experiment)
-    sizes = {name: math.prod(shape.shape) for name, shape in shapes.items()}
-    parts: dict[str, int] = dict.fromkeys(FLOW, 0) if experiment.task == "flamingo" else {}
-    for name, size in sizes.items():
-        part = "language_model" if experiment.task == "language_modelling" else name.split("/")[0]
-        parts[part] = parts.get(part, 0) + size
+    sizes = {name: math.prod(s.shape) for name, s in parameter_shapes(experiment).items()}
     trained = trainable_names(experiment.task, sizes, stages.unfrozen(experiment))
-    return parts | {
-        "trainable": sum(sizes[name] for name in trained),
-        "total": sum(sizes.values()),
+    order = FLOW if experiment.task == "flamingo" else ()
+    parts: dict[str, PartCount] = {}
+    for name in sorted(sizes, key=lambda name: _place(name, order)):
+        part = "language_model" if experiment.task == "language_modelling" else name.split("/")[0]
+        size, before = sizes[name], parts.get(part, PartCount(0, 0))
+        parts[part] = PartCount(
+            before.parameters + size, before.trained + (size if name in trained else 0)
+        )
+    return parts
+
+
+def _place(name: str, order: Sequence[str]) -> int:
+    part = name.split("/")[0]
+    return order.index(part) if part in order else len(order)
+
+
+def count_parameters(experiment: Experiment) -> dict[str, int]:
+    """Counts the parameters of each part, of what the task trains ("trainable"), and of the
+    whole ("total").
+    """
+    parts = count_parts(experiment)
+    return {part: count.parameters for part, count in parts.items()} | {
+        "trainable": sum(count.trained for count in parts.values()),
+        "total": sum(count.parameters for count in parts.values()),
     }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from flamingo_jax.experiment import Experiment
+from flamingo_jax.planning.counts import PartCount
 
 GIB = 2**30
 NUMBERS = {"B": 1e9, "M": 1e6, "k": 1e3}
@@ -24,15 +25,22 @@ def held_out_table(held_out: dict[str, Any]) -> Table:
     return table
 
 
-def counts_table(experiment: Experiment, counts: dict[str, int]) -> Table:
-    """Lays out the parameters of each part (`counts.count_parameters`)."""
+def counts_table(experiment: Experiment, parts: Mapping[str, PartCount]) -> Table:
+    """Lays out the parameters of a model's parts, trained and frozen."""
     table = Table("part", title=experiment.name or experiment.task)
-    table.add_column("parameters", justify="right")
-    table.add_column("", justify="right")
-    for part, count in counts.items():
-        if part == "trainable":
+    for column in ("parameters", "", "trained", "frozen"):
+        table.add_column(column, justify="right")
+    whole = PartCount(*(sum(counts) for counts in zip(*parts.values(), strict=True)))
+    for part, count in [*parts.items(), ("total", whole)]:
+        if part == "total":
             table.add_section()
-        table.add_row(part.replace("_", " "), f"{count:,}", _short(count))
+        shares = (count.trained, count.parameters - count.trained)
+        table.add_row(
+            part.replace("_", " "),
+            f"{count.parameters:,}",
+            _short(count.parameters),
+            *(_short(share) if share else "" for share in shares),
+        )
     return table
 
 

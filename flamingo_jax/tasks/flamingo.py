@@ -195,8 +195,13 @@ class FlamingoTask:
 
     def watch(self, trainable: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """tanh of the gates, by block (paper figure 6)."""
-        gates = {"attention": "attention_gate", "dense": "dense_gate"}
+        gates = {
+            "attention": "gated_xattn/layers/attention_gate",
+            "dense": "gated_xattn/layers/dense_gate",
+            "grafted": "grafted/layers/gate",
+        }
         return {
-            f"gates/{name}": jnp.tanh(trainable[f"gated_xattn/layers/{gate}"])
+            f"gates/{name}": jnp.tanh(trainable[gate])
             for name, gate in gates.items()
+            if gate in trainable
         }

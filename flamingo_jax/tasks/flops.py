@@ -117,7 +117,7 @@ def step_cost(experiment: Experiment) -> Cost:
     unfrozen = stages.unfrozen(experiment)
     token = (6 if "language_model" in unfrozen else 4) * language_model(
         "language_model/"
-    ) + 6 * weights("gated_xattn/layers/feed_forward/(up|down)|extra_embedding")
+    ) + 6 * weights(f"gated_xattn/layers/feed_forward/(up|down)|grafted/({_LAYER})|extra_embedding")
     if not experiment.training.use_visuals:
         return Cost(token)
     encoder, cells = encoder_cost(model.vision_encoder, config.vision.image_size)

@@ -22,8 +22,8 @@ from flamingo_jax.experiment import (
     ViTConfig,
 )
 from flamingo_jax.models import nfnet
+from flamingo_jax.models.conditioning import media_mask
 from flamingo_jax.models.flamingo import Flamingo
-from flamingo_jax.models.gated_xattn import media_mask
 from flamingo_jax.partitioning.mesh import batch_shardings, make_mesh
 from flamingo_jax.processing.normalise import normalise
 from flamingo_jax.pytrees import to_flat
@@ -266,9 +266,7 @@ def test_the_size_of_the_program_does_not_grow_with_depth() -> None:
 
 
 def test_gates_start_at_0_unless_told_otherwise() -> None:
-    make = lambda **options: (
-        Flamingo(dataclasses.replace(CONFIG, **options), rngs=nnx.Rngs(0)).gated_xattn.layers
-    )
+    make = lambda **options: Flamingo(conditioned(**options), rngs=nnx.Rngs(0)).gated_xattn.layers
     paper, opened = make(), make(gate_init=1.0, out_scale=0.3)
     for gate in ("attention_gate", "dense_gate"):
         assert not getattr(paper, gate)[...].any() and (getattr(opened, gate)[...] == 1).all()

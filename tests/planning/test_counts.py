@@ -16,7 +16,7 @@ from flamingo_jax.configuring import from_config
 from flamingo_jax.experiment import Experiment, MeshConfig, VisionConfig
 from flamingo_jax.models.nfnet import NFNet
 from flamingo_jax.partitioning.mesh import make_mesh
-from flamingo_jax.planning.counts import checkpoint_bytes, count_parameters
+from flamingo_jax.planning.counts import checkpoint_bytes, count_parameters, count_parts
 from flamingo_jax.training.setup import make_setup
 from tests.training import world
 
@@ -55,6 +55,59 @@ def test_flamingos(name: str) -> None:
     assert (
         counts["total"] == counts["trainable"] + counts["vision_encoder"] + counts["language_model"]
     )
+
+
+ABLATIONS = {
+    "baseline": 3.2,
+    "no_gating": 3.2,
+    "vanilla_xattn": 2.4,
+    "grafting": 3.3,
+    "single_middle": 2.0,
+    "every_4th": 2.3,
+    "every_2nd": 2.6,
+    "mlp": 3.2,
+    "transformer": 3.2,
+    "small_resampler": 3.1,
+    "large_resampler": 3.4,
+    "clip_l14": 3.1,
+    "nfnet_f0": 2.9,
+}
+"""Billions of parameters in the tables 3 and 10 of rows with a model of their own; all other
+rows are the baseline's 3.2, or CLIP's 3.1.
+"""
+NEITHER_OF_BOTH = {"single_middle": 2.056, "nfnet_f0": 2.848}
+"""What the baseline's own parts make of two rows, further off than 2 % or than rounding."""
+
+
+@pytest.mark.parametrize("form", ABLATIONS)
+def test_ablations(form: str) -> None:
+    """Within 2 % and within what the tables' rounding hides, but for two rows."""
+    config = importlib.import_module("configs.ablations").get_config(f"form={form}")
+    counts, published = count_parameters(from_config(Experiment, config)), ABLATIONS[form]
+    total = counts["total"] / 1e9
+    if form in NEITHER_OF_BOTH:
+        assert total == pytest.approx(NEITHER_OF_BOTH[form], abs=1e-3)
+        assert abs(total - published) < 0.02 * published + 0.05
+    else:
+        assert abs(total - published) < min(0.02 * published, 0.05)
+
+
+def test_rows_without_a_model_of_their_own_have_the_baselines_or_clips() -> None:
+    ablations = importlib.import_module("configs.ablations")
+    models = {
+        form: from_config(Experiment, ablations.get_config(f"form={form}")).flamingo
+        for form in ablations.ROWS
+    }
+    for form in ablations.ROWS.keys() - ABLATIONS.keys() - {"all_previous"}:
+        assert models[form] in (models["baseline"], models["clip_l14"]), form
+    assert len({repr(models[form]) for form in ABLATIONS}) == len(ABLATIONS)
+
+
+def test_what_is_unfrozen_counts_as_trained() -> None:
+    config = importlib.import_module("configs.ablations").get_config("form=lm_scratch,size=tiny")
+    parts = count_parts(from_config(Experiment, config))
+    assert parts["language_model"].trained == parts["language_model"].parameters > 0
+    assert parts["vision_encoder"].trained == 0
 
 
 def test_a_stage_that_trains_everything() -> None:
@@ -122,8 +175,10 @@ def test_the_command_says_so() -> None:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
     experiment = load("flamingo_80b")
+    trained = {part: count.trained for part, count in count_parts(experiment).items()}
     assert json.loads(printed("--json")) == {
         "parameters": count_parameters(experiment),
+        "trained": trained,
         "checkpoint": checkpoint_bytes(experiment),
     }
     rows = [

@@ -152,17 +152,17 @@ def test_a_flamingo_written_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("unfrozen", "resampler", "more"),
+    ("unfrozen", "kind", "resampler", "more"),
     [
-        ("", "perceiver", 0.03),
-        ("vision_encoder", "perceiver", 0.05),
-        ("language_model", "perceiver", 0.03),
-        ("", "transformer", 0.03),
-        ("", "mlp", 0.03),
+        ("", "gated_xattn_dense", "perceiver", 0.03),
+        ("vision_encoder", "gated_xattn_dense", "perceiver", 0.05),
+        ("language_model", "gated_xattn_dense", "perceiver", 0.03),
+        ("", "vanilla_xattn", "transformer", 0.03),
+        ("", "grafting", "mlp", 0.03),
     ],
 )
 def test_a_flamingo_is_nearly_its_gradients_products(
-    unfrozen: str, resampler: Any, more: float
+    unfrozen: str, kind: Any, resampler: Any, more: float
 ) -> None:
     """Wide layers, so that attention's products of activations, which are not counted, are few.
     A strided convolution's gradient is traced over the zeros between its places too.
@@ -185,7 +185,11 @@ def test_a_flamingo_is_nearly_its_gradients_products(
             feed_forward=1024,
         ),
         conditioning=dataclasses.replace(
-            world.FLAMINGO.conditioning, head_width=128, feed_forward=1024
+            world.FLAMINGO.conditioning,
+            kind=kind,
+            head_width=128,
+            feed_forward=1024,
+            grafted_layers=2,
         ),
     )
     changes: dict[str, Any] = {f"unfreeze_{unfrozen}": True} if unfrozen else {}

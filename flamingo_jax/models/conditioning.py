@@ -1,0 +1,355 @@
+"""Conditioning: how the frozen language model comes to see (paper 2.2, figure 4; ablated in 3.3).
+
+Cross-attention blocks read the visual tokens, and the config's `kind` says where they stand:
+before layers of the language model (`gated_xattn_dense`, the paper's choice), within its layers
+(`vanilla_xattn`), or behind all of them, between layers of their own (`grafting`). What a block
+knows of a visual is computed once per visual (`project_visuals`); `attend` is what it does to
+the text. Training, evaluation and decoding run the same blocks by `ConditionedLayers`.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flamingo_jax.errors import UserError
+from flamingo_jax.experiment import ConditioningConfig, LanguageModelConfig
+from flamingo_jax.models import ops
+from flamingo_jax.models.attention import Cache, attend, map_cache
+from flamingo_jax.models.language_model import DecoderLayer
+from flamingo_jax.models.layers import (
+    FeedForward,
+    LayerNorm,
+    fan_in_normal,
+    gated_linear,
+    linear,
+    remat,
+    save_for_backward,
+    stack,
+)
+from flamingo_jax.models.packing import Parts, as_parts, join, split
+from flamingo_jax.partitioning.constraints import all_gather, reduce_scatter, residual
+
+Array = jax.Array
+Between = Callable[[Array], Array]
+"""What is done to the text between a decoder layer's attention and its feed-forward."""
+
+
+class Media(NamedTuple):
+    """A gated block's keys and values of M visuals with R tokens each: [M, R, H, d]."""
+
+    key: Array
+    value: Array
+
+
+def media_mask(
+    media_index: Array,
+    segments: Array | None,
+    visuals: Array,
+    tokens_per_visual: int,
+    attend_to: str,
+) -> Array:
+    """Which visual tokens each text token sees: bool [B, 1, L, N * R].
+
+    Args:
+      media_index: int32 [B, L], phi: the place within the row's visuals, -1 for none.
+      segments: int32 [B, L], or None where a row is one segment.
+      visuals: int32 [B, N], -1 for an empty place.
+      attend_to: "last" (paper): the visual phi alone; "all_previous": also those before it in
+        the same segment.
+    """
+    places = jnp.arange(visuals.shape[1])
+    mask = media_index[:, :, None] == places
+    if attend_to == "all_previous":
+        before = media_index[:, :, None] >= places
+        if segments is not None:
+            # A visual belongs to the segment of the tokens that look at it.
+            owner = jnp.max(jnp.where(mask, segments[:, :, None], 0), axis=1)
+            before = before & (owner[:, None, :] == segments[:, :, None])
+        # Several segments may look at one visual, which then belongs to the last of them.
+        mask = mask | before
+    mask = mask & (visuals >= 0)[:, None, :]
+    return jnp.repeat(mask, tokens_per_visual, axis=-1)[:, None]
+
+
+class CrossAttentionBlock(nnx.Module):
+    """y += tanh(a) * CrossAttn(LN(y), LN(X)); y += tanh(b) * FFW(LN(y)), with both gates 0 at
+    the start (unless `config.gate_init`).
+
+    `vanilla_xattn` has the first line alone; without gating both gates are 1 and no parameters.
+
+    One LayerNorm serves keys and values (paper v1, 3.1.2); no part that follows the attention
+    has a bias, so that a token with no visual gets exactly zero from it.
+    """
+
+    def __init__(self, config: ConditioningConfig, width: int, *, rngs: nnx.Rngs):
+        shape = (width, config.heads, config.head_width)
+        self.attention_norm = LayerNorm(width)
+        self.media_norm = LayerNorm(width)
+        self.query = fan_in_normal(rngs, shape)
+        self.key = fan_in_normal(rngs, shape)
+        self.value = fan_in_normal(rngs, shape)
+        self.out = fan_in_normal(
+            rngs, (*shape[1:], width), config.heads * config.head_width, config.out_scale
+        )
+        self.attention_gate = make_gate(config)
+        dense = config.kind != "vanilla_xattn"
+        self.dense_norm = LayerNorm(width) if dense else None
+        self.feed_forward = (
+            FeedForward(width, config.feed_forward, "squared_relu", rngs=rngs) if dense else None
+        )
+        if self.feed_forward is not None:
+            self.feed_forward.down[...] *= config.out_scale
+        self.dense_gate = make_gate(config) if dense else None
+
+    def project_visuals(self, visual_tokens: Array) -> Media:
+        """[M, R, D] -> keys and values, once per visual however many rows look at it."""
+        x = self.media_norm(visual_tokens)
+        # One of the two: both together are the most memory for the least that is computed
+        # again.
+        return Media(save_for_backward(linear(x, self.key[...])), linear(x, self.value[...]))
+
+    def attend(
+        self, y: Array, media: Media | None, visuals: Array | None, mask: Array | Parts | None
+    ) -> Array:
+        """y [B, L, D], mask from `media_mask` -> [B, L, D].
+
+        visuals int32 [B, N] are each row's visuals as places in `media`; None: row b owns the
+        b-th N of them, and nothing is gathered.
+        media None: there is nothing to see. For a stream [S, T, D] of several datasets: their
+        masks, and media [S, V, R, H, d], all of a group's visuals, dataset after dataset.
+        """
+        if media is not None:
+            query = save_for_backward(linear(all_gather(self.attention_norm(y)), self.query[...]))
+            assert mask is not None
+            masks = as_parts(mask)
+            if visuals is not None:
+                media = Media(*(m[visuals] for m in media))
+            own = [(m.shape[0], m.shape[-1] // media.key.shape[-3]) for m in masks]
+            keys, values = (split(m, own) for m in media)
+            queries = split(query, [(m.shape[0], m.shape[2]) for m in masks])
+            flat = lambda m, q: m.reshape(q.shape[0], -1, *m.shape[-2:])
+            looks = lambda q, k, v, m: (
+                attend(q, flat(k, q), flat(v, q), m) if m.shape[-1] else jnp.zeros_like(q)
+            )
+            h = join([looks(*part) for part in zip(queries, keys, values, masks, strict=True)])
+            y = save_for_backward(residual(y + reduce_scatter(self._gated_out(h))))
+        if self.feed_forward is None or self.dense_norm is None:
+            return y
+        h = all_gather(self.dense_norm(y))
+        return residual(y + reduce_scatter(self.feed_forward(h, _opened(self.dense_gate))))
+
+    def _gated_out(self, h: Array) -> Array:
+        """[..., H, d] -> [..., D], times the gate."""
+        gate = _opened(self.attention_gate)
+        weight = self.out[...]
+        return linear(h, weight, 2) if gate is None else gated_linear(h, weight, gate, 2)
+
+
+def make_gate(config: ConditioningConfig) -> nnx.Param | None:
+    """Makes a scalar gate; None without gating."""
+    return nnx.Param(jnp.full((), config.gate_init)) if config.gating == "tanh" else None
+
+
+def _opened(gate: nnx.Param | None) -> Array | None:
+    """What a gate lets through, in -1 .. 1; None for all."""
+    return None if gate is None else jnp.tanh(gate[...])
+
+
+class CrossAttentionBlocks(nnx.Module):
+    """The stack of a model's cross-attention blocks."""
+
+    def __init__(self, config: ConditioningConfig, lm: LanguageModelConfig, *, rngs: nnx.Rngs):
+        self.layers = stack(
+            lambda r: CrossAttentionBlock(config, lm.width, rngs=r), count_blocks(config, lm), rngs
+        )
+
+
+def count_blocks(config: ConditioningConfig, lm: LanguageModelConfig) -> int:
+    """Counts the cross-attention blocks of a model.
+
+    Raises: UserError where the config has no place for them, or says what its kind has not.
+    """
+    if config.gating == "none" and config.gate_init:
+        raise UserError(
+            f"conditioning.gate_init is {config.gate_init}, but gating 'none' has no gates: make"
+            " it 0, or gating 'tanh'"
+        )
+    if config.kind == "grafting":
+        return config.grafted_layers
+    if config.xattn_first >= lm.layers:
+        raise UserError(
+            f"conditioning.xattn_first is {config.xattn_first}, but the language model has layers"
+            f" 0 to {lm.layers - 1}: choose one of them"
+        )
+    if config.kind == "vanilla_xattn" and lm.residual != "sequential":
+        raise UserError(
+            "conditioning.kind 'vanilla_xattn' stands between a layer's attention and its"
+            f" feed-forward, but this language model's run side by side (residual {lm.residual!r}):"
+            " choose another kind"
+        )
+    return math.ceil((lm.layers - config.xattn_first) / config.xattn_every)
+
+
+class GraftedLayer(DecoderLayer):
+    """A decoder layer that is trained from scratch behind a frozen language model.
+
+    With tanh gating x += tanh(gate) * (layer(x) - x), so that the language model's own outputs
+    are what training begins with, as with the other kinds (the paper does not say how its
+    grafted layers start).
+    """
+
+    def __init__(self, config: ConditioningConfig, lm: LanguageModelConfig, *, rngs: nnx.Rngs):
+        super().__init__(lm, rngs=rngs)
+        self.gate = make_gate(config)
+
+    def __call__(
+        self,
+        x: Array,
+        positions: Any,
+        segments: Any,
+        cache: Cache | None,
+        between: Between | None = None,
+    ) -> tuple[Array, Cache | None]:
+        y, cache = super().__call__(x, positions, segments, cache, between)
+        if self.gate is None:
+            return y, cache
+        return x + jnp.tanh(self.gate[...]).astype(x.dtype) * (y - x), cache
+
+
+class GraftedLayers(nnx.Module):
+    """The stack of trained decoder layers of `grafting`."""
+
+    def __init__(self, config: ConditioningConfig, lm: LanguageModelConfig, *, rngs: nnx.Rngs):
+        self.layers = stack(lambda r: GraftedLayer(config, lm, rngs=r), config.grafted_layers, rngs)
+
+
+class ConditionedLayers:
+    """The language model's layers and the cross-attention blocks, in the order of their kind.
+
+    The language model stays one flat stack that each step indexes, since the depth need not be
+    a multiple of `xattn_every` (the 80B model's 80 layers are 11 groups of 7 and one of 3) and
+    slicing a frozen stack would copy it.
+
+    Args:
+      layers: the language model's stack. blocks: the cross-attention blocks'. grafted: of the
+        kind `grafting`, its decoder layers, as many as blocks.
+      read_text: (decoder layer, x, its cache, between) -> x, its cache.
+      read_visuals: (block, x, the block's media) -> x.
+      remat_mode: what is computed again for the gradient (see `layers.remat`).
+    """
+
+    def __init__(
+        self,
+        config: ConditioningConfig,
+        layers: nnx.Module,
+        blocks: nnx.Module,
+        grafted: nnx.Module | None,
+        read_text: Callable[..., tuple[Array, Any]],
+        read_visuals: Callable[[Any, Array, Any], Array],
+        remat_mode: str,
+    ):
+        self.config = config
+        self.read_text, self.read_visuals = read_text, read_visuals
+        self.layers_graph, self.layers = nnx.split(layers)
+        self.blocks_graph, self.blocks = nnx.split(blocks)
+        self.grafted_graph: Any = None
+        self.grafted: Any = None
+        if grafted is not None:
+            self.grafted_graph, self.grafted = nnx.split(grafted)
+        self.depth = jax.tree.leaves(self.layers)[0].shape[0]
+        self._run_layer = remat(self._layer, remat_mode)
+        self._run_block = remat(self._block, remat_mode)
+        self._run_grafted = remat(self._grafted, remat_mode)
+
+    def __call__(self, x: Array, cache: Any, media: Any) -> tuple[Array, Any]:
+        """x [B, L, D]; cache: leaves [layers, ...], those of grafted layers last, or None; media:
+        what blocks read, leaves [blocks, ...], or None -> x and cache of the same shapes.
+        """
+        carry = (x, cache)
+        if self.config.kind == "grafting":
+            carry = self._plain(carry, 0, self.depth)
+            places = jnp.arange(self.config.grafted_layers)
+            graft = (places, self.grafted, self.blocks, media)
+            return jax.lax.scan(self._grafted_step, carry, graft)[0]
+        first, every = self.config.xattn_first, self.config.xattn_every
+        carry = self._plain(carry, 0, first)
+        groups, rest = divmod(self.depth - first, every)
+        starts, given = first + jnp.arange(groups) * every, (self.blocks, media)
+        if groups:
+            whole = jax.tree.map(lambda a: a[:groups], given) if rest else given
+            group = functools.partial(self._group, count=every)
+            unroll = ops.scan_unroll(groups)
+            carry, _ = jax.lax.scan(group, carry, (starts, *whole), unroll=unroll)
+        if not rest:
+            return carry
+        # The rest has code of its own: a condition in the loop would keep the largest arrays of
+        # both its branches, and its weights, in memory.
+        last = jax.tree.map(lambda a: a[groups], given)
+        return self._group(carry, (jnp.int32(first + groups * every), *last), rest)[0]
+
+    def _group(self, carry: Any, inputs: Any, count: int) -> tuple[Any, None]:
+        """A block and `count` layers: the block before the first of them, or within it."""
+        first, *conditioned = inputs
+        if self.config.kind == "vanilla_xattn":
+            carry, _ = self._step(carry, first, *conditioned)
+            return self._plain(carry, first + 1, count - 1), None
+        x, cache = carry
+        carry = self._run_block(x, *conditioned), cache
+        return self._plain(carry, first, count), None
+
+    def _plain(self, carry: Any, first: Any, count: int) -> Any:
+        """`count` layers from `first` on, without a block."""
+        if count <= 1:
+            return self._step(carry, jnp.int32(first))[0] if count else carry
+        places = first + jnp.arange(count)
+        return jax.lax.scan(self._step, carry, places, unroll=ops.scan_unroll(count))[0]
+
+    def _step(self, carry: Any, place: Array, *conditioned: Any) -> tuple[Any, None]:
+        """One layer, with a block in it where there is one, and its place in the cache."""
+        x, cache = carry
+        x, new = self._run_layer(x, cache, place, *conditioned)
+        return (x, _put(cache, new, place)), None
+
+    def _grafted_step(self, carry: Any, inputs: Any) -> tuple[Any, None]:
+        place, layer, block, media = inputs
+        x, cache = carry
+        x, new = self._run_grafted(x, cache, self.depth + place, layer, block, media)
+        return (x, _put(cache, new, self.depth + place)), None
+
+    def _layer(self, x: Array, cache: Any, place: Array, *conditioned: Any) -> tuple[Array, Any]:
+        # The weights of a layer are taken within what is computed again, or a copy of all of
+        # them would be saved for the gradient.
+        layer = nnx.merge(self.layers_graph, _take(self.layers, place))
+        between = functools.partial(self._within, conditioned) if conditioned else None
+        return self.read_text(layer, x, _take(cache, place), between)
+
+    def _within(self, conditioned: Any, x: Array) -> Array:
+        return self._block(x, *conditioned)
+
+    def _block(self, x: Array, block: Any, media: Any) -> Array:
+        return self.read_visuals(nnx.merge(self.blocks_graph, block), x, media)
+
+    def _grafted(
+        self, x: Array, cache: Any, place: Array, layer: Any, block: Any, media: Any
+    ) -> tuple[Array, Any]:
+        x = self._block(x, block, media)
+        return self.read_text(nnx.merge(self.grafted_graph, layer), x, _take(cache, place), None)
+
+
+def _take(tree: Any, place: Array) -> Any:
+    """One layer of a stack's arrays."""
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, place, 0, keepdims=False), tree)
+
+
+def _put(cache: Any, new: Any, place: Array) -> Any:
+    """A stack's cache with one layer's in its place."""
+
+    def put(whole: Array, part: Array) -> Array:
+        return jax.lax.dynamic_update_index_in_dim(whole, part, place, 0)
+
+    return map_cache(put, cache, new)

@@ -1,0 +1,225 @@
+"""Every kind of conditioning: against its layers run one by one, without effect at the start,
+decoded as it is trained.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from flamingo_jax.errors import UserError
+from flamingo_jax.experiment import (
+    AttentionConfig,
+    ConditioningConfig,
+    FeedForwardConfig,
+    FlamingoConfig,
+    LanguageModelConfig,
+    ResamplerConfig,
+    VisionConfig,
+)
+from flamingo_jax.models.conditioning import CrossAttentionBlock, Media, media_mask
+from flamingo_jax.models.flamingo import Flamingo
+from flamingo_jax.pytrees import from_flat, to_flat
+from tests.rounding import assert_close
+
+LANGUAGE_MODEL = LanguageModelConfig(
+    vocab_size=20,
+    layers=3,
+    width=16,
+    attention=AttentionConfig(heads=2, head_width=8),
+    feed_forward=FeedForwardConfig(width=32),
+)
+SMALL = ConditioningConfig(heads=2, head_width=8, feed_forward=32, grafted_layers=2)
+KINDS: dict[str, dict[str, Any]] = {
+    "gated_xattn_dense": {},
+    "gated_xattn_dense, from the second layer on": {"xattn_first": 1, "xattn_every": 2},
+    "gated_xattn_dense, a single one": {"xattn_first": 1, "xattn_every": 3},
+    "gated_xattn_dense, no gates": {"gating": "none"},
+    "vanilla_xattn": {"kind": "vanilla_xattn", "xattn_every": 2},
+    "vanilla_xattn, no gates": {"kind": "vanilla_xattn", "gating": "none"},
+    "grafting": {"kind": "grafting"},
+    "grafting, no gates": {"kind": "grafting", "gating": "none"},
+}
+TERMS = (3 + 3) * (2 * 16 + 16 + 2 * 8 + 12 + 16 + 2 * 16 + 16 + 32) + 16 + 16
+"""Of the layers and blocks, at most three each, and the head: norms, projections, scores, keys
+and values, maps out and feed-forwards.
+"""
+RNG = np.random.default_rng(0)
+ROWS, LENGTH, PLACES = 2, 6, 2
+TOKENS = jnp.asarray(RNG.integers(0, 20, (ROWS, LENGTH)), jnp.int32)
+POSITIONS = jnp.tile(jnp.arange(LENGTH), (ROWS, 1))
+SEGMENTS = jnp.ones((ROWS, LENGTH), jnp.int32)
+MEDIA_INDEX = jnp.asarray([[-1, -1, 0, 0, 1, 1], [-1, 0, 0, 0, 0, 0]], jnp.int32)
+VISUALS = jnp.asarray([[0, 1], [2, -1]], jnp.int32)
+VISUAL_TOKENS = jax.random.normal(jax.random.key(1), (ROWS * PLACES, 3, 16))
+
+
+def make(name: str, gates: float | None = 0.7) -> Flamingo:
+    config = FlamingoConfig(
+        vision=VisionConfig(variant="tiny", image_size=48),
+        language_model=LANGUAGE_MODEL,
+        conditioning=dataclasses.replace(SMALL, **KINDS[name]),
+        resampler=ResamplerConfig(
+            layers=1, width=8, heads=1, head_width=8, latents=3, frames=2, feed_forward=8
+        ),
+    )
+    model = Flamingo(config, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(model)
+    flat = to_flat(state)
+    opened = {name: jnp.full_like(a, gates) for name, a in flat.items() if name.endswith("gate")}
+    return model if gates is None else nnx.merge(graph, nnx.State(from_flat(flat | opened)))
+
+
+def whole_rows(model: Flamingo) -> jax.Array:
+    graph, state = nnx.split(model)
+    return jax.jit(
+        lambda state: nnx.merge(graph, state)(
+            TOKENS, POSITIONS, SEGMENTS, MEDIA_INDEX, VISUAL_TOKENS, VISUALS
+        )
+    )(state)
+
+
+def taken(stack: Any, place: int) -> Any:
+    graph, state = nnx.split(stack)
+    return nnx.merge(graph, jax.tree.map(lambda a: a[place], state))
+
+
+def one_by_one(model: Flamingo) -> jax.Array:
+    """The logits by the modules' own parts, each layer and block called in its turn."""
+    c = model.config.conditioning
+    mask = media_mask(MEDIA_INDEX, SEGMENTS, VISUALS, 3, c.attend_to_media)
+    blocks = [taken(model.gated_xattn.layers, place) for place in range(blocks_of(model))]
+    places = list(range(c.xattn_first, LANGUAGE_MODEL.layers, c.xattn_every))
+
+    def see(block: CrossAttentionBlock, x: jax.Array) -> jax.Array:
+        return block.attend(x, block.project_visuals(VISUAL_TOKENS), VISUALS, mask)
+
+    def halves(layer: Any, x: jax.Array, block: Any = None) -> jax.Array:
+        h, _ = layer.attention(layer.attention_norm(x), POSITIONS, SEGMENTS, None)
+        x = x + h if block is None else see(block, x + h)
+        return x + layer.feed_forward(layer.feed_forward_norm(x))
+
+    x = model.language_model.embed(TOKENS)
+    for place in range(LANGUAGE_MODEL.layers):
+        layer = taken(model.language_model.layers, place)
+        block = blocks[places.index(place)] if place in places and c.kind != "grafting" else None
+        if block is not None and c.kind == "gated_xattn_dense":
+            x, block = see(block, x), None
+        x = halves(layer, x, block)
+    if c.kind == "grafting":
+        for place, block in enumerate(blocks):
+            layer = taken(model.grafted.layers, place)
+            x = see(block, x)
+            gate = 1.0 if layer.gate is None else jnp.tanh(layer.gate[...])
+            x = x + gate * (halves(layer, x) - x)
+    return model.language_model.logits(x)
+
+
+def blocks_of(model: Flamingo) -> int:
+    return model.gated_xattn.layers.query.shape[0]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_layers_and_blocks_come_in_their_order(name: str) -> None:
+    model = make(name)
+    expected = one_by_one(model)
+    assert_close(whole_rows(model)[..., :20], expected, TERMS, size=np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if "no gates" not in name])
+def test_with_gates_at_zero_the_logits_are_the_language_models_to_the_last_bit(
+    name: str,
+) -> None:
+    model = make(name, gates=None)
+    graph, state = nnx.split(model.language_model)
+    alone = jax.jit(lambda s: nnx.merge(graph, s)(TOKENS, POSITIONS, SEGMENTS))(state)
+    np.testing.assert_array_equal(whole_rows(model)[..., :20], alone)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_decoding_in_pieces_equals_the_whole_row(name: str) -> None:
+    model = make(name)
+    media, cache = model.prepare_media(VISUAL_TOKENS), model.init_cache(ROWS, 8)
+    graph, state = nnx.split(model)
+    step = jax.jit(lambda s, t, p, m, c: nnx.merge(graph, s).decode(t, p, m, media, VISUALS, c))
+    found = []
+    for piece in (slice(0, 3), slice(3, 4), slice(4, 5), slice(5, 6)):
+        given = (TOKENS[:, piece], POSITIONS[:, piece], MEDIA_INDEX[:, piece])
+        logits, cache = step(state, *given, cache)
+        found.append(logits)
+    expected = whole_rows(model)
+    assert_close(jnp.concatenate(found, 1), expected, TERMS, size=np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", ["gated_xattn_dense", "vanilla_xattn"])
+@pytest.mark.parametrize("gating", ["tanh", "none"])
+def test_a_token_without_a_visual_gets_exactly_zero(kind: Any, gating: Any) -> None:
+    config = dataclasses.replace(SMALL, kind=kind, gating=gating, gate_init=0.9)
+    block = CrossAttentionBlock(config, 16, rngs=nnx.Rngs(0))
+    y = jax.random.normal(jax.random.key(2), (ROWS, LENGTH, 16))
+    mask = media_mask(jnp.full_like(MEDIA_INDEX, -1), SEGMENTS, VISUALS, 3, "last")
+    media = block.project_visuals(VISUAL_TOKENS)
+    np.testing.assert_array_equal(
+        block.attend(y, media, VISUALS, mask), block.attend(y, None, None, None)
+    )
+    huge = Media(media.key * 1e6, media.value * 1e6)
+    some = media_mask(MEDIA_INDEX, SEGMENTS, VISUALS, 3, "last")
+    without = np.asarray(MEDIA_INDEX) < 0
+    np.testing.assert_array_equal(
+        np.asarray(block.attend(y, huge, VISUALS, some))[without],
+        np.asarray(block.attend(y, media, VISUALS, some))[without],
+    )
+
+
+def test_blocks_have_what_their_kind_needs() -> None:
+    """By the sizes of one block, of D = 16 and 2 heads of 8: 4 D^2 and 2 x 32 D, and gates."""
+    parameters = lambda name: {
+        key: value.shape for key, value in to_flat(nnx.state(make(name))).items()
+    }
+    vanilla, bare, full = (
+        parameters(name) for name in ("vanilla_xattn", "vanilla_xattn, no gates", "grafting")
+    )
+    gates = {name for name in full if name.endswith("gate")}
+    assert gates == {
+        "gated_xattn/layers/attention_gate",
+        "gated_xattn/layers/dense_gate",
+        "grafted/layers/gate",
+    }
+    assert not any("feed_forward" in name and "gated_xattn" in name for name in vanilla)
+    assert vanilla.keys() - bare.keys() == {"gated_xattn/layers/attention_gate"}
+    assert vanilla["gated_xattn/layers/query"][0] == 2 and bare["gated_xattn/layers/query"][0] == 3
+    layer = {name.removeprefix("language_model/"): shape for name, shape in full.items()}
+    for name, shape in full.items():
+        if name.startswith("grafted/layers/") and name not in gates:
+            assert shape == (2, *layer[name.removeprefix("grafted/")][1:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"xattn_first": 3}, "xattn_first is 3, but the language model has layers 0 to 2"),
+        (
+            {"gating": "none", "gate_init": 1.0},
+            "gate_init is 1.0, but gating 'none' has no gates",
+        ),
+    ],
+)
+def test_a_config_that_has_no_place_for_blocks(changes: dict[str, Any], sentence: str) -> None:
+    config = FlamingoConfig(
+        language_model=LANGUAGE_MODEL, conditioning=dataclasses.replace(SMALL, **changes)
+    )
+    with pytest.raises(UserError, match=sentence):
+        nnx.eval_shape(lambda: Flamingo(config, rngs=nnx.Rngs(0)))
+
+
+def test_between_the_halves_needs_halves_in_sequence() -> None:
+    parallel = dataclasses.replace(LANGUAGE_MODEL, residual="parallel")
+    config = FlamingoConfig(
+        language_model=parallel, conditioning=dataclasses.replace(SMALL, kind="vanilla_xattn")
+    )
+    with pytest.raises(UserError, match="run side by side"):
+        nnx.eval_shape(lambda: Flamingo(config, rngs=nnx.Rngs(0)))
