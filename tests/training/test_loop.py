@@ -43,12 +43,33 @@ class Stopping(world.Stream):
         return batch
 
 
+class Probe:
+    """An evaluator of every fourth step, which looks at what is saved by then."""
+
+    every = 4
+
+    def __init__(self, workdir: pathlib.Path):
+        self._workdir = workdir
+
+    def compile(self, trainable: Any, frozen: Any) -> dict[str, jax.stages.Compiled]:
+        return {}
+
+    def __call__(self, trainable: Any, frozen: Any) -> dict[str, float]:
+        saved = [int(p.name) for p in (self._workdir / "checkpoints").iterdir() if p.name.isdigit()]
+        norm = sum(float(np.square(np.asarray(a, np.float64)).sum()) for a in trainable.values())
+        return {"newest": max(saved, default=0), "norm": norm**0.5, "frozen": len(frozen)}
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("unbroken")
     experiment = world.experiment(held_out={"vtp": world.DATA["vtp"]})
     outcome = loop.train(
-        experiment, world.streams(), {"vtp": [world.batch(world.DATA["vtp"], 9)]}, workdir
+        experiment,
+        world.streams(),
+        {"vtp": [world.batch(world.DATA["vtp"], 9)]},
+        workdir,
+        evaluators={"probe": Probe(workdir)},
     )
     assert outcome == loop.TrainResult(6, preempted=False)
     return workdir
@@ -67,6 +88,27 @@ def test_every_step_is_recorded_with_its_gates(unbroken: pathlib.Path) -> None:
     assert weight != 1 and held_out["held_out/loss"] == pytest.approx(
         weight * held_out["held_out/vtp/loss"]
     )
+
+
+def test_an_evaluator_has_its_own_period(unbroken: pathlib.Path) -> None:
+    """It sees the state of its step, which is saved after it has been evaluated, and that of the
+    end.
+    """
+    lines = read_lines(unbroken / "metrics.jsonl")
+    found = {line["step"]: line for line in lines if "probe/norm" in line}
+    assert list(found) == [4, 6] and found[4]["probe/newest"] < 4
+    norms = {line["step"]: line["parameter_norm"] for line in lines if "loss" in line}
+    for step, line in found.items():
+        assert line["probe/norm"] == pytest.approx(norms[step], rel=1e-5)
+    assert "held_out/loss" in found[6] and "held_out/loss" not in found[4]
+    with pytest.raises(UserError, match="an evaluator is named 'held_out'"):
+        loop.train(
+            world.experiment(),
+            world.streams(),
+            {},
+            unbroken,
+            evaluators={"held_out": Probe(unbroken)},
+        )
 
 
 def test_speed_is_recorded_in_model_flops(unbroken: pathlib.Path) -> None:
