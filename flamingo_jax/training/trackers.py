@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 TENSORBOARD_FLUSH_SECONDS = 30.0
 """Between what TensorBoard is shown: its file is brought to the disk each time."""
+WANDB_SECONDS = 30
+"""For which a start and an end wait for its server."""
 ID_FILE = "tracker_id.json"
 """Names the run to trackers that keep runs elsewhere, so that a later start goes on in the same
 one."""
@@ -120,9 +122,18 @@ class WeightsAndBiases:
             config=run.config,
             dir=run.workdir,
             resume="allow",
-            # The terminal is the progress bar's, and neither code nor patches leave the machine.
             settings=wandb.Settings(
-                console="off", disable_git=True, disable_code=True, save_code=False, silent=True
+                # The terminal is the progress bar's, and neither code nor patches leave the
+                # machine.
+                console="off",
+                disable_git=True,
+                disable_code=True,
+                save_code=False,
+                silent=True,
+                # A server that does not answer holds up neither the start nor the end: other
+                # processes wait there.
+                init_timeout=WANDB_SECONDS,
+                finish_timeout=WANDB_SECONDS,
             ),
         )
         self._run.define_metric("step", hidden=True)

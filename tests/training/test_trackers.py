@@ -92,11 +92,12 @@ def wandb_history(file: pathlib.Path) -> tuple[list[dict[str, float]], Any]:
 def test_wandb_goes_on_in_the_same_run(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("wandb", exc_type=ImportError)
+    wandb = pytest.importorskip("wandb", exc_type=ImportError)
     monkeypatch.setenv("WANDB_MODE", "offline")
     told = []
     for place, (resume, *steps) in enumerate([(0, 1, 2), (1, 2, 3)]):
         assert not write("wandb", tmp_path, resume, *steps).failures
+        wandb.teardown()  # As when the process ends: its file is whole then.
         (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
         told.append(wandb_history(file))
         # Files are named by the second in which a start began.
