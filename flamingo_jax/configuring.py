@@ -61,6 +61,17 @@ def from_json(cls: type[T], document: Mapping[str, Any], name: str = "config") -
     return _build(cls, document, name, stored=True)
 
 
+def flatten(document: Mapping[str, Any], name: str = "config") -> dict[str, Any]:
+    """Returns {dotted key: value} of a config's JSON-able form; an empty mapping is a value."""
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{name}.{key}")
+        else:
+            flat[f"{name}.{key}"] = value
+    return flat
+
+
 def key_type(cls: type, key: str, config: Mapping[str, Any], name: str = "config") -> Any:
     """The declared type of the dotted `key`, such as "data.m3w.weight"; a UserError where the
     schema or `config` has no such key.

@@ -10,7 +10,7 @@ import platform
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flamingo_jax.configuring import to_json
+from flamingo_jax.configuring import flatten, to_json
 from flamingo_jax.dataset_identity import NOTHING, identify
 from flamingo_jax.experiment import Experiment
 
@@ -39,10 +39,7 @@ def run_fingerprint(experiment: Experiment, workdir: pathlib.Path) -> dict[str, 
         name: importlib.metadata.version(name) for name in PACKAGES
     }
     return {
-        "config": (
-            {f"config.{key}": value for key, value in _leaves(to_json(experiment), "")}
-            | {"--workdir": str(workdir)}
-        ),
+        "config": flatten(to_json(experiment), "config") | {"--workdir": str(workdir)},
         "version": versions,
         "code": {
             str(path.relative_to(ROOT)): _digest(path.read_bytes())
@@ -91,16 +88,6 @@ _SENTENCES = {
         " all hosts"
     ),
 }
-
-
-def _leaves(tree: Any, prefix: str) -> list[tuple[str, Any]]:
-    if isinstance(tree, dict) and tree:
-        return [
-            leaf
-            for key, value in tree.items()
-            for leaf in _leaves(value, f"{prefix}.{key}" if prefix else key)
-        ]
-    return [(prefix, tree)]
 
 
 def _readable(describe: Callable[..., str], *place: str) -> str:

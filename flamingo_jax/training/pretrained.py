@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flamingo_jax.checkpointing.export import Export, open_export
-from flamingo_jax.configuring import from_json, to_json
+from flamingo_jax.configuring import flatten, from_json, to_json
 from flamingo_jax.distributed.process_group import ProcessGroup, SingleProcess
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
@@ -260,16 +260,16 @@ def _random_parameters(
 
 
 def _require_equal(
-    theirs: dict[str, Any], ours: dict[str, Any], part: stages.PretrainedPart, group: str = ""
+    theirs: Mapping[str, Any], ours: Mapping[str, Any], part: stages.PretrainedPart
 ) -> None:
-    for key in sorted(set(theirs) | set(ours)):
-        mine, other = ours.get(key), theirs.get(key)
-        if isinstance(mine, dict) and isinstance(other, dict):
-            _require_equal(other, mine, part, f"{group}{key}.")
-        elif key not in FREE and other != mine:
+    prefix = part.name or "model"
+    before, now = flatten(theirs, prefix), flatten(ours, prefix)
+    for key in sorted({*before, *now}):
+        if key.split(".")[-1] not in FREE and before.get(key) != now.get(key):
+            name = key.removeprefix(f"{prefix}.")
             raise UserError(
-                f"{part.folder} was trained with {group}{key} = {other!r}, but this config's"
-                f" {part.name or 'model'} has {mine!r}: make them equal"
+                f"{part.folder} was trained with {name} = {before.get(key)!r}, but this config's"
+                f" {prefix} has {now.get(key)!r}: make them equal"
             )
 
 

@@ -10,7 +10,7 @@ import jax
 import optax
 
 from flamingo_jax.checkpointing.checkpoints import Checkpoints
-from flamingo_jax.configuring import from_json, to_json
+from flamingo_jax.configuring import flatten, from_json, to_json
 from flamingo_jax.dataset_identity import identities, require_same_datasets
 from flamingo_jax.distributed.process_group import ProcessGroup
 from flamingo_jax.errors import UserError
@@ -189,7 +189,7 @@ def require_same_run(saved: Experiment, current: Experiment, workdir: pathlib.Pa
 def _meaning(experiment: Experiment) -> dict[str, Any]:
     """Returns {config key: value} of what a checkpoint depends on."""
     field = stages.MODEL_FIELD[experiment.task]
-    model = to_json(stages.model_config(experiment))
+    model = flatten(to_json(stages.model_config(experiment)), field)
     return {
         "task": experiment.task,
         "seed": experiment.seed,
@@ -199,7 +199,7 @@ def _meaning(experiment: Experiment) -> dict[str, Any]:
             for part in stages.PARTS
         },
         "data": sorted(experiment.data),
-        **{f"{field}.{key}": value for key, value in model.items()},
+        **model,
         **{
             f"data.{name}.{key}": getattr(dataset, key)
             for name, dataset in experiment.data.items()
