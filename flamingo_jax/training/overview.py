@@ -5,10 +5,13 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import jax
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from flamingo_jax.training.setup import TrainSetup
+
+LOG_WIDTH = 140
 
 
 class PartSummary(NamedTuple):
@@ -74,47 +77,33 @@ def _axes(like: jax.ShapeDtypeStruct) -> str:
 
 def table(summaries: list[PartSummary]) -> Table:
     """Lays summaries out for people, with totals."""
-    made = Table(title="parameters", title_justify="left")
-    for heading in ("part", "", "arrays", "parameters", "type", "MiB a device"):
-        made.add_column(heading, justify="right" if heading in NUMBERS else "left")
-    for heading in ("largest", "shape", "over the mesh"):
-        made.add_column(heading, overflow="fold")
-    for row in _rows(summaries):
-        made.add_row(*row)
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("part", "", "arrays", "parameters", "MiB a device", "type"):
+        numbers = heading in ("arrays", "parameters", "MiB a device")
+        made.add_column(heading, justify="right" if numbers else "left", no_wrap=True)
+    made.add_column("largest array, and the mesh axes it lies over", overflow="fold")
+    for s in summaries:
+        name = s.largest.removeprefix(f"{s.part}/")
+        shape = " x ".join(map(str, s.shape)) or "scalar"
+        made.add_row(*_sums(s.part, [s]), s.dtype, f"{name}: {shape}; {s.sharding}")
     made.add_section()
     for trained in (True, False):
-        chosen = [summary for summary in summaries if summary.trained is trained]
-        made.add_row(
-            "all",
-            _TRAINED[trained],
-            f"{sum(s.arrays for s in chosen):,}",
-            f"{sum(s.parameters for s in chosen):,}",
-            "",
-            f"{sum(s.bytes_per_device for s in chosen) / 2**20:,.1f}",
-        )
+        made.add_row(*_sums("all", [s for s in summaries if s.trained is trained]))
     return made
 
 
-NUMBERS = ("arrays", "parameters", "MiB a device")
-_TRAINED = {True: "trained", False: "frozen"}
-
-
-def _rows(summaries: list[PartSummary]) -> Iterator[tuple[str, ...]]:
-    for s in summaries:
-        yield (
-            s.part,
-            _TRAINED[s.trained],
-            f"{s.arrays:,}",
-            f"{s.parameters:,}",
-            s.dtype,
-            f"{s.bytes_per_device / 2**20:,.1f}",
-            s.largest,
-            " x ".join(map(str, s.shape)) or "scalar",
-            s.sharding,
-        )
+def _sums(title: str, summaries: list[PartSummary]) -> Iterator[str]:
+    yield title
+    yield "trained" if any(s.trained for s in summaries) else "frozen"
+    yield f"{sum(s.arrays for s in summaries):,}"
+    yield f"{sum(s.parameters for s in summaries):,}"
+    yield f"{sum(s.bytes_per_device for s in summaries) / 2**20:,.1f}"
 
 
 def show(setup: TrainSetup) -> None:
     """Prints the table beside the progress bar, from the first process."""
     if jax.process_index() == 0:
-        Console(stderr=True).print(table(summarise(setup)))
+        console = Console(stderr=True)
+        # A file is as wide as its lines.
+        wide = console if console.is_terminal else Console(stderr=True, width=LOG_WIDTH)
+        wide.print(table(summarise(setup)))
