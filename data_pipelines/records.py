@@ -132,7 +132,7 @@ class ParsedSplit(Sequence[Any]):
     def __init__(self, raw: Sequence[bytes], plural: Mapping[str, bool]):
         from tensorflow_datasets.proto import tf_example_pb2
 
-        self._raw, self._plural, self._parse = raw, plural, tf_example_pb2.SplitRecord.FromString
+        self._raw, self._plural, self._parse = raw, plural, tf_example_pb2.Example.FromString
 
     def __len__(self) -> int:
         return len(self._raw)

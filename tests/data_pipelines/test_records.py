@@ -98,7 +98,7 @@ def test_records_are_what_tfds_decodes(kind, folder):
 
 @pytest.mark.parametrize("hurt", ["id", "captions", "image"])
 def test_an_example_that_lacks_a_field_or_has_several_is_an_error(hurt):
-    example = tf_example_pb2.SplitRecord()
+    example = tf_example_pb2.Example()
     for name in ("id", "captions", "image"):
         example.features.feature[name].bytes_list.value.extend(
             [b"a", b"b"] if name == "captions" else [b"a"]
