@@ -1,4 +1,4 @@
-"""What is measured beside the training losses, by name and with a period of its own."""
+"""Measures what the training losses do not say, by name and with periods of its own."""
 
 from collections.abc import Mapping
 from typing import Protocol

@@ -22,7 +22,7 @@ from flamingo_jax.training.state import Parameters
 
 
 class FrozenEncoder(NamedTuple):
-    """The vision encoder as a function of images.
+    """Encodes images with the frozen vision encoder.
 
     digest: names weights, image size and type. shape, dtype: those of an image's features,
       [S, C]. encode: uint8 [n, H, W, 3] -> [n, S, C].

@@ -1,5 +1,5 @@
-"""Goodput: the share of a run's wall time that went into steps that counted, over all of its
-starts, and where the rest went.
+"""Measures goodput: the share of a run's wall time that went into steps that counted, over all
+of its starts, and where the rest went.
 
 Each start writes to `<workdir>/goodput.jsonl` where it began and how many seconds each kind of
 work took since the line before. Within a start only the monotonic clock is asked, between
@@ -60,7 +60,7 @@ class Goodput:
 
     @contextlib.contextmanager
     def timed(self, kind: str) -> Iterator[None]:
-        """The time within goes to this kind, but what an inner one takes. Outside of all of
+        """Counts the time within as of this kind, but what an inner one takes. Outside of all of
         them it goes to steps.
 
         Raises: ValueError for a kind that is none of `KINDS`.
@@ -122,8 +122,8 @@ class Goodput:
 
 
 class RunStart(NamedTuple):
-    """One start of a run: the steps it began after and ended with, and its seconds by kind, all
-    of `KINDS`, "down" being those before it.
+    """Holds one start of a run: the steps it began after and ended with, and its seconds by
+    kind, all of `KINDS`, "down" being those before it.
     """
 
     resume: int
@@ -132,13 +132,13 @@ class RunStart(NamedTuple):
 
 
 class GoodputReport(NamedTuple):
-    """Where the time of a run went."""
+    """Says where the time of a run went."""
 
     starts: list[RunStart]
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Of all starts, by kind."""
+        """Sums the seconds of all starts up, by kind."""
         return {kind: sum(start.seconds[kind] for start in self.starts) for kind in KINDS}
 
     @property
@@ -160,12 +160,12 @@ class GoodputReport(NamedTuple):
 
 
 def share(seconds: dict[str, float]) -> float:
-    """The part of the seconds that steps which counted took; 0 where there are none."""
+    """Computes the part of the seconds that steps which counted took; 0 where there are none."""
     return seconds[STEPS] / (sum(seconds.values()) or 1.0)
 
 
 def read_goodput(workdir: pathlib.Path) -> GoodputReport:
-    """Where the time of the run in a folder went, over all of its starts.
+    """Reads where the time of the run in a folder went, over all of its starts.
 
     Raises: UserError where it has recorded none.
     """

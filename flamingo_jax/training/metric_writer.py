@@ -37,7 +37,7 @@ class MetricWriter:
 
 
 def reopen(path: pathlib.Path, kept: list[dict[str, Any]]) -> TextIO:
-    """The file with these lines alone, replaced in one move, to append to; each line that is
+    """Opens a file with these lines alone, replaced in one move, to append to; each line that is
     written goes to the system at once.
     """
     temporary = path.with_suffix(".tmp")
@@ -47,9 +47,11 @@ def reopen(path: pathlib.Path, kept: list[dict[str, Any]]) -> TextIO:
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of such a file, none where there is none; a last line that a kill cut short is
-    left out. Raises OSError for one that cannot be read just now: taken for none, what it holds
-    would be lost.
+    """Reads the lines of such a file, none where there is none; a last line that a kill cut short
+    is left out.
+
+    Raises: OSError for one that cannot be read just now: taken for none, what it holds would be
+      lost.
     """
     try:
         text = retry_read(path.read_text)

@@ -99,9 +99,9 @@ class MetricsBuffer:
         return speed
 
     def _read(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
-        """A step's metrics on the host.
+        """Brings a step's metrics to the host.
 
-        Raises NotFiniteError where too many steps in a row were not finite.
+        Raises: NotFiniteError where too many steps in a row were not finite.
         """
         values = {name: np.asarray(value) for name, value in jax.device_get(metrics).items()}
         if int(values["skipped_in_a_row"]) > self._max:

@@ -1,4 +1,4 @@
-"""Everything that a run tells while it goes on, in one place.
+"""Tells everything that a run has to tell while it goes on, in one place.
 
 To a person the progress bar; to files metrics, for trackers too, and goodput; to the other
 processes of the run how far this one is.
@@ -133,7 +133,7 @@ class Monitor:
 
 
 def _note(values: Mapping[str, Any]) -> str:
-    """What the progress bar says of a step."""
+    """Writes what the progress bar says of a step."""
     speed = (
         f"{values['mfu']:.1%} MFU"
         if "mfu" in values

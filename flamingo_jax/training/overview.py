@@ -1,4 +1,4 @@
-"""The parameters of a run at a glance: what is trained, how large it is and how it lies."""
+"""Shows the parameters of a run at a glance: what is trained, how large it is, how it lies."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ LOG_WIDTH = 140
 
 
 class PartSummary(NamedTuple):
-    """A part's trained, or its frozen, parameters.
+    """Sums up a part's trained, or its frozen, parameters.
 
     part: the head of their names, such as "resampler". bytes_per_device: of the part alone,
       without gradient and moments. largest: name of its largest array, whose shape and sharding

@@ -1,4 +1,4 @@
-"""Batches on their way to the devices: a thread reads ahead, and every batch brings the data
+"""Brings batches to the devices: a thread reads ahead, and every batch comes with the data
 position that follows it.
 """
 
@@ -27,8 +27,8 @@ HostBatch = dict[str, np.ndarray]
 
 
 class DataIterator(Protocol):
-    """What the loop asks of a dataset: endless batches of this process's `HostShard`, and a
-    JSON-able position.
+    """Gives a dataset's endless batches, this process's `HostShard` of them, and a JSON-able
+    position.
     """
 
     def __next__(self) -> HostBatch: ...
@@ -37,7 +37,7 @@ class DataIterator(Protocol):
 
 
 class StepInput(NamedTuple):
-    """What a step reads: a batch of each dataset, as global arrays."""
+    """Holds what a step reads: a batch of each dataset, as global arrays."""
 
     batches: dict[str, dict[str, jax.Array]]
     positions: dict[str, Any]

@@ -26,7 +26,7 @@ from flamingo_jax.training.state import Parameters, split_model
 
 
 class WeightSource(Protocol):
-    """A folder that a part's weights come from, opened but not read: a published model
+    """Reads a part's weights from the folder they come from, which is open: a published model
     (`interop.folders`), or a part of an export.
     """
 
@@ -36,7 +36,7 @@ class WeightSource(Protocol):
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the part's parameters, by their flat stacked names within it."""
+        """{Flat stacked name within the part: shape} of its parameters."""
 
     def digest(self, process_group: ProcessGroup | None = None) -> str:
         """Names the weights; may read all of them, once for all processes, which all ask."""
@@ -51,7 +51,7 @@ class WeightSource(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ExportedPart:
-    """A part of an export as a `WeightSource`. prefix: of its parameters' names there."""
+    """Reads a part of an export, a `WeightSource`. prefix: of its parameters' names there."""
 
     export: Export
     prefix: str
@@ -218,8 +218,8 @@ def _prefix(part: str) -> str:
 def _as_stored(
     name: str, target: jax.ShapeDtypeStruct, shape: tuple[int, ...], folder: str
 ) -> jax.ShapeDtypeStruct:
-    """The target in its stored shape, which may be another for a ViT's positions: those of
-    another image size are interpolated.
+    """Returns the target in its stored shape, which may be another for a ViT's positions: those
+    of another image size are interpolated.
     """
     if shape == target.shape:
         return target

@@ -1,4 +1,4 @@
-"""A run in its folder: its state and data positions, how they start or go on, and their saving."""
+"""Holds a run in its folder: state and data positions, how they start, go on and are saved."""
 
 import logging
 import pathlib
@@ -46,7 +46,7 @@ class RunClock:
 
 
 class Run:
-    """What training changes, from the newest whole checkpoint of `workdir` if there is one.
+    """Holds what training changes, from the newest whole checkpoint of `workdir` if there is one.
 
     `state` and `positions` always belong together: the data that the state has seen.
 

@@ -21,7 +21,7 @@ from flamingo_jax.training.state import TrainState, initial_state, split_model
 
 
 class TrainSetup(NamedTuple):
-    """What is known about a run before its first step: shapes, shardings and functions."""
+    """Holds what is known of a run before its first step: shapes, shardings and functions."""
 
     graph: Any
     trainable: dict[str, jax.ShapeDtypeStruct]

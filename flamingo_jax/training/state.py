@@ -1,4 +1,4 @@
-"""What training changes: one pytree of arrays, and how it is made, split and merged."""
+"""Makes, splits and merges what training changes: one pytree of arrays."""
 
 from typing import Any, NamedTuple
 
@@ -14,8 +14,8 @@ Parameters = dict[str, Array]
 
 
 class TrainState(NamedTuple):
-    """The unit that a checkpoint holds besides data positions and clock; frozen parameters are
-    not in it.
+    """Holds what a checkpoint does besides data positions and clock; frozen parameters are not in
+    it.
     """
 
     step: Array
@@ -32,13 +32,13 @@ class TrainState(NamedTuple):
 
 
 def split_model(model: nnx.Module) -> tuple[Any, Parameters]:
-    """A module as its static graph and its parameters by flat name ("a/b/c")."""
+    """Splits a module into its static graph and its parameters by flat name ("a/b/c")."""
     graph, state = nnx.split(model)
     return graph, to_flat(state)
 
 
 def merge_model(graph: Any, *parameters: Parameters) -> Any:
-    """The module again, from its graph and one or more dicts that together hold all its
+    """Makes the module again, from its graph and one or more dicts that together hold all its
     parameters.
     """
     merged: Parameters = {}
@@ -50,6 +50,7 @@ def merge_model(graph: Any, *parameters: Parameters) -> Any:
 def initial_state(
     trainable: Parameters, optimizer: optax.GradientTransformation, seed: int
 ) -> TrainState:
+    """Makes the state of a run's start; `seed` gives the keys of all its steps."""
     zero = jnp.int32(0)
     return TrainState(
         zero,

@@ -33,7 +33,7 @@ one."""
 
 @dataclasses.dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told of a run when it starts."""
+    """Holds what a tracker is told of a run when it starts."""
 
     workdir: pathlib.Path
     project: str
@@ -46,8 +46,8 @@ class TrackedRun:
 
     @functools.cached_property
     def id(self) -> str:
-        """The same at every start of a run, another for any other; made and kept in its folder
-        when it is first asked for.
+        """Names the run, the same at every start; made, and kept in its folder, when it is first
+        asked for.
         """
         file = self.workdir / ID_FILE
         try:
@@ -181,7 +181,7 @@ TRACKERS: dict[str, tuple[Callable[[TrackedRun], Tracker], str]] = {
 
 
 class Trackers:
-    """All trackers of a run; none of them can end it."""
+    """Calls all trackers of a run; none of them can end it."""
 
     def __init__(self, names: Sequence[str], run: TrackedRun):
         self._trackers: dict[str, Tracker] = {}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -156,11 +157,10 @@ def test_a_rate_that_falls_in_steps() -> None:
 
 
 def test_decay_by_name() -> None:
-    names = lambda **changes: {
-        name
-        for name, decays in decay_mask(dataclasses.replace(CONFIG, **changes), arrays(0)).items()
-        if decays
-    }
+    def names(**changes: Any) -> set[str]:
+        mask = decay_mask(dataclasses.replace(CONFIG, **changes), arrays(0))
+        return {name for name, decays in mask.items() if decays}
+
     assert names() == DECAYED
     assert names(weight_decay_on_vectors=True) == set(SHAPES) - {"resampler/latents"}
     assert names(weight_decay_exclude=()) == DECAYED | {"resampler/latents"}
@@ -250,21 +250,19 @@ def test_adaptive_clip_of_every_unit(name: str) -> None:
             g, w = gradient[layer][..., unit], parameter[layer][..., unit]
             allowed, norm = 0.01 * max(np.linalg.norm(w), 1e-3), np.linalg.norm(g)
             expected[layer][..., unit] = g * min(1.0, allowed / norm)
-    ours = lambda a: jnp.asarray(
-        a.reshape(layers, *shape) if "layers" in name else a.reshape(shape), jnp.float32
-    )
+
+    def ours(a: np.ndarray) -> jax.Array:
+        stacked = a.reshape(layers, *shape) if "layers" in name else a.reshape(shape)
+        return jnp.asarray(stacked, jnp.float32)
+
     found = np.asarray(adaptive_clip(name, ours(gradient), ours(parameter), 0.01))
     np.testing.assert_allclose(found, ours(expected), rtol=1e-5, atol=1e-9)
     assert (found != ours(gradient)).any()
     theirs = optax.adaptive_grad_clip(0.01)
     for layer, clipped in enumerate(found.reshape(layers, *unfused)):
-        one = lambda a: jnp.asarray(a[layer], jnp.float32)  # noqa: B023
-        np.testing.assert_allclose(
-            clipped,
-            theirs.update(one(gradient), theirs.init(0), one(parameter))[0],
-            rtol=1e-5,
-            atol=1e-9,
-        )
+        g, w = (jnp.asarray(a[layer], jnp.float32) for a in (gradient, parameter))
+        expected_here, _ = theirs.update(g, theirs.init(0), w)
+        np.testing.assert_allclose(clipped, expected_here, rtol=1e-5, atol=1e-9)
 
 
 def test_every_parameter_of_a_vision_transformer_has_its_units() -> None:

@@ -117,8 +117,8 @@ def test_a_convolutions_filters_have_the_gradient_of_whole_precision(
     y, slope = jax.vjp(lambda w: nfnet.convolution(x, w, stride, groups), w)
     dy = draw(*y.shape).astype(HALF)
     assert y.dtype == HALF
-    exact = lambda w: nfnet.convolution(x.astype(jnp.float32), w, stride, groups)
-    (expected,) = jax.vjp(exact, w)[1](dy.astype(jnp.float32))
+    _, exact = jax.vjp(lambda w: nfnet.convolution(x.astype(jnp.float32), w, stride, groups), w)
+    (expected,) = exact(dy.astype(jnp.float32))
     (found,) = slope(dy)
     assert found.dtype == jnp.float32
     terms = dy.size // 6
@@ -207,5 +207,5 @@ def test_a_whole_steps_gradients_cross_the_mesh_in_float32(mixing: Any) -> None:
     """
     training = TrainingConfig(steps=6, compute_dtype="bfloat16", mixing=mixing)
     program = compile_program(world.experiment(training=training), make_mesh(MeshConfig(2, 2, 2)))
-    beyond_model = lambda group: len(group) != 2 or group[1] != group[0] + 1
-    assert not half_sums(program.hlo, beyond_model)
+    # Neighbours in pairs are those along `model`.
+    assert not half_sums(program.hlo, lambda group: len(group) != 2 or group[1] != group[0] + 1)
