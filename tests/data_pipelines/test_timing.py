@@ -26,9 +26,7 @@ def test_reading_counts_what_the_rows_hold(kind: str, tokenizer: Tokenizer) -> N
     batches = take(iterator("flamingo", kind, tokenizer), 3)
     assert reading.images == sum(int(batch["frame_mask"].sum()) for batch in batches)
     assert reading.fill == pytest.approx(np.mean([batch["segments"] > 0 for batch in batches]))
-    assert (
-        reading.rows > 0 and reading.bare > 0 and reading.host_shard == reading.rows / reading.bare
-    )
+    assert reading.rows > 0 and reading.bare > 0 and reading.share == reading.rows / reading.bare
     assert images.decode is decode
 
 

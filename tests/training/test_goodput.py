@@ -107,7 +107,7 @@ def test_three_starts_with_a_kill(clock: Clock, tmp_path: pathlib.Path) -> None:
     )
     # No second of the chain is left out or counted twice.
     assert sum(made.seconds.values()) == pytest.approx(clock.monotonic() - 1000)
-    assert made.host_shard == pytest.approx(57 / 335, abs=1e-4)
+    assert made.share == pytest.approx(57 / 335, abs=1e-4)
     assert (
         made.sentence()
         == "goodput 17.0 %: down 46.9, start 17.9, compile 9.0, lost 3.6, save 2.7, evaluate"
