@@ -15,6 +15,7 @@ from flamingo_jax.partitioning import rules
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.partitioning.rules import Rule
 from flamingo_jax.planning.counts import parameter_shapes
+from flamingo_jax.tasks import stages
 
 
 def load(name: str, arg: str = "") -> Experiment:
@@ -175,6 +176,21 @@ def test_tables_cover_every_model_on_every_mesh(
         assert all(
             whole % part == 0 for whole, part in zip(shapes[parameter].shape, parts, strict=True)
         )
+
+
+@pytest.mark.parametrize("form", ["no_gating", "vanilla_xattn", "grafting", "mlp", "lm_scratch"])
+def test_tables_cover_what_the_ablations_add(form: str) -> None:
+    experiment = load("ablations", f"form={form},size=tiny")
+    shapes, unfrozen = parameter_shapes(experiment), stages.unfrozen(experiment)
+    found = rules.shardings("flamingo", shapes, mesh(1, 4, 2), unfrozen)
+    trained = rules.trainable_names("flamingo", shapes, unfrozen)
+    for name in shapes:
+        spec = found[name].spec
+        if name.endswith(("attention/query", "feed_forward/up", "gated_xattn/layers/query")):
+            assert "model" in spec, name
+            assert ("fsdp" in spec) == (name in trained), name
+    assert all(name in trained for name in shapes if name.startswith("grafted/"))
+    assert any(name.startswith("grafted/") for name in shapes) == (form == "grafting")
 
 
 @pytest.mark.parametrize("name", ["lm_7b", "lm_70b", "contrastive_nfnet_f6"])
