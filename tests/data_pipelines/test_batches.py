@@ -502,7 +502,7 @@ def test_questions_about_one_image_share_it_in_a_row(tokenizer):
     """Three of them fit a row, and the seventh is alone with its image; each is packed as it
     would be with an image of its own.
     """
-    longest = int(measure(asked(), "questions", tokenizer, QUESTION.template).tokens.max())
+    longest = int(measure(asked(), "questions", tokenizer, QUESTION.text).tokens.max())
     options = dict(source=asked(), batch_size=1, max_length=3 * longest, visuals=1, frames=1)
     apart = {}
     for batch in take(iterator("flamingo", "questions", tokenizer, pack=False, **options), 7):

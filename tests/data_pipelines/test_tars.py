@@ -438,7 +438,7 @@ def test_what_a_header_claims_is_not_read_at_once(tmp_path: pathlib.Path, form: 
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < 8 << 20
-    assert [member.name for member in met if isinstance(member, tars.Member)] == [
+    assert [member.name for member in met if isinstance(member, tars.TarMember)] == [
         "0.jpg",
         "0.txt",
     ]
