@@ -69,10 +69,10 @@ def train(
     mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh), contextlib.ExitStack() as ending:
         run = Run(experiment, mesh, iterators, workdir, process_group)
-        measured = dict(evaluators or {})
+        evaluators = dict(evaluators or {})
         if held_out:
             losses = HeldOutLosses(run.setup, run.task, held_out, experiment, mesh)
-            measured = {HELD_OUT: losses} | measured
+            evaluators = {HELD_OUT: losses} | evaluators
         on_start()
         overview.show(run.setup)
 
@@ -83,17 +83,17 @@ def train(
         monitor = ending.enter_context(Monitor(experiment, run, prefetcher, process_group, began))
         ending.callback(prefetcher.close)
         while run.step < training.steps and not process_group.should_stop(run.step):
-            trained = run.step > run.start
-            if trained and (turn := due(measured, run.step)):
-                _measure(run, turn, monitor)
-            if trained and run.step % training.save_every == 0:
+            is_new = run.step > run.start
+            if is_new and (due_now := due(evaluators, run.step)):
+                _evaluate(run, due_now, monitor)
+            if is_new and run.step % training.save_every == 0:
                 _save(run, monitor)
             step_input = next(prefetcher, None)
             if step_input is None:
                 break
             if not run.is_compiled:
                 with monitor.phase("compile"):
-                    _compile(run, measured, step_input)
+                    _compile(run, evaluators, step_input)
                     process_group.barrier("the first step")
             metrics = run.train_step(step_input)
             if monitor.logs(run.step):
@@ -102,10 +102,10 @@ def train(
         monitor.finish_steps()
         if run.step > run.start:
             _save(run, monitor)
-        if measured and run.step >= training.steps:
+        if evaluators and run.step >= training.steps:
             # Also where nothing was left to train: the start before may have been killed in the
             # middle of it.
-            _require_learned(training.required_loss, _measure(run, measured, monitor))
+            _require_learned(training.required_loss, _evaluate(run, evaluators, monitor))
     if jax.process_index() == 0:
         log.info("%s", read_goodput(workdir).sentence())
     return TrainResult(run.step, preempted=run.step < training.steps)
@@ -137,7 +137,7 @@ def _compile(run: Run, evaluators: Mapping[str, Evaluator], example: StepInput) 
             log.info("compiled the evaluation %s of %s%s", name, what, memory_of(program))
 
 
-def _measure(run: Run, evaluators: Mapping[str, Evaluator], monitor: Monitor) -> dict[str, float]:
+def _evaluate(run: Run, evaluators: Mapping[str, Evaluator], monitor: Monitor) -> dict[str, float]:
     with monitor.phase("evaluate"):
         values = evaluate(evaluators, run.state.trainable, run.frozen)
     monitor.record(run.step, values)
