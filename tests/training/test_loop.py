@@ -117,13 +117,16 @@ def test_speed_is_recorded_in_model_flops(unbroken: pathlib.Path) -> None:
     lines = [line for line in read_lines(unbroken / "metrics.jsonl") if "loss" in line]
     stream = world.streams()
     for line in lines:
-        work = work_in([next(s) for s in stream.values()])
+        batches = [next(s) for s in stream.values()]
+        work = work_in(batches)
         assert line["flops_per_second"] / line["tokens_per_second"] == pytest.approx(
             cost.of(work) / work.tokens
         )
         assert line["images_per_second"] / line["tokens_per_second"] == pytest.approx(
             work.frames / work.tokens
         )
+        room = sum(batch["segments"].size for batch in batches)
+        assert line["used_token_share"] == pytest.approx(work.tokens / room) and work.tokens < room
         assert "mfu" not in line
 
 
