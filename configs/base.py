@@ -174,6 +174,10 @@ def rooted(experiment: Experiment, root: str) -> Experiment:
         tokenizer=below(experiment.tokenizer),
         data=datasets(experiment.data),
         held_out=datasets(experiment.held_out),
+        evaluators={
+            name: dataclasses.replace(evaluator, path=below(evaluator.path))
+            for name, evaluator in experiment.evaluators.items()
+        },
         vision_encoder_from=below(experiment.vision_encoder_from),
         language_model_from=below(experiment.language_model_from),
         flamingo_from=below(experiment.flamingo_from),

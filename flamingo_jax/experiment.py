@@ -10,6 +10,7 @@ against these types again before any work starts.
 import dataclasses
 from typing import Literal
 
+from flamingo_jax.evaluation.evaluator_config import EvaluatorConfig
 from flamingo_jax.models.language_model_config import AttentionConfig as AttentionConfig
 from flamingo_jax.models.language_model_config import FeedForwardConfig as FeedForwardConfig
 from flamingo_jax.models.language_model_config import LanguageModelConfig as LanguageModelConfig
@@ -30,6 +31,8 @@ from flamingo_jax.ranges import (
     Shrinking,
 )
 
+CAPTION_PROMPT = "Output:"
+"""What stands between a visual and its caption in evaluation (paper B.1.5)."""
 QUESTION_PROMPT = "Question: {question} Answer:"
 """What is asked of a visual, in training and in evaluation alike (paper B.1.5); the answer
 follows after a space.
@@ -392,7 +395,11 @@ class Experiment:
     """SentencePiece model file or tokenizer.json, or the folder that holds one."""
     data: dict[str, DatasetConfig] = dataclasses.field(default_factory=dict)
     held_out: dict[str, DatasetConfig] = dataclasses.field(default_factory=dict)
-    """Datasets whose losses are measured every `training.evaluate_every` steps."""
+    """Datasets whose losses are measured, with their images and without them, every
+    config.training.evaluate_every steps.
+    """
+    evaluators: dict[str, EvaluatorConfig] = dataclasses.field(default_factory=dict)
+    """What else is measured, by name: metrics.jsonl has <name>/<metric>."""
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     training: TrainingConfig = TrainingConfig()

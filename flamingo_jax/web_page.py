@@ -15,15 +15,20 @@ from PIL import Image
 FRAMES = 4
 """Frames shown of a clip."""
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; background: #fff }
-h1, h2, h3 { line-height: 1.2; margin: 1.6em 0 .5em }
-table { border-collapse: collapse; margin: .5rem 0 1.5rem } th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem;
+  padding: 0 1rem; color: #223; background: #fff }
+h1, h2, h3 { line-height: 1.2; margin: 1.6em 0 .5em } h1 { margin-top: .6em }
+table { border-collapse: collapse; margin: .5rem 0 1.5rem; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right }
 th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #888 }
 .samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem }
-.sample { border: 1px solid #ddd; border-left: 5px solid #c33; border-radius: 4px; padding: .6rem; font-size: 13px; overflow-wrap: anywhere }
-.sample.right { border-left-color: #2a8 } .sample img { image-rendering: pixelated; max-width: 100%; display: block; margin-bottom: .4rem }
-.prompt { color: #777 } .charts { display: flex; flex-wrap: wrap; gap: 1rem } .charts svg { width: 34rem; max-width: 100%; height: auto }
-"""  # noqa: E501
+.sample { border: 1px solid #ddd; border-left: 5px solid #c33; border-radius: 4px;
+  padding: .6rem; font-size: 13px; overflow-wrap: anywhere }
+.sample.right { border-left-color: #2a8 } .prompt { color: #777 }
+.sample img { image-rendering: pixelated; max-width: 100%; display: block; margin-bottom: .4rem }
+.charts { display: flex; flex-wrap: wrap; gap: 1rem }
+.charts svg { width: 34rem; max-width: 100%; height: auto }
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,35 +40,38 @@ class Table:
     rows: Sequence[Sequence[Any]]
 
 
-def page(title: str, parts: Iterable[str]) -> str:
-    """A whole document of a heading and elements."""
+def page(title: str, parts: Iterable[str], *, style: str = "") -> str:
+    """Makes a whole document of a heading and elements; `style` adds to the page's own."""
     body = "\n".join([f"<h1>{html.escape(title)}</h1>", *parts])
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta'
-        f' charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style></head>\n'
-        f"<body>\n{body}\n</body></html>\n"
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}{style}</style>"
     )
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 
 
 def table(table: Table) -> str:
-    """A heading and the rows below it."""
+    """Makes a heading and the rows below it."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in table.header)
     rows = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell(value))}</td>" for value in row) + "</tr>"
         for row in table.rows
     )
-    return f"<h2>{html.escape(table.title)}</h2><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"  # noqa: E501
+    return (
+        f"<h2>{html.escape(table.title)}</h2>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    )
 
 
 def cell(value: Any) -> str:
-    """A table's value as a person reads it."""
+    """Writes a table's value as a person reads it."""
     if value is None:
         return "–"
     return f"{100 * value:.1f} %" if isinstance(value, float) and 0 <= value <= 1 else str(value)
 
 
 def strip(frames: Sequence[np.ndarray] | np.ndarray, height: int, form: str = "PNG") -> str:
-    """A data URI of an image, or of at most FRAMES of a clip's frames side by side: uint8 [H,
+    """Makes a data URI of an image, or of at most FRAMES of a clip's frames side by side: uint8 [H,
     W, 3] each, of one shape.
     """
     if len(frames) > FRAMES:

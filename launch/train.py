@@ -136,8 +136,10 @@ def _run(
 ) -> int:
     import jax
 
+    from data_pipelines.evaluation_data import PreparedDatasets
     from data_pipelines.iterators import held_out_batches, make_iterators, summary_line
     from data_pipelines.readers import Readers
+    from flamingo_jax.evaluation.evaluators.factory import make_evaluators
     from flamingo_jax.partitioning.host_shard import HostShard
     from flamingo_jax.partitioning.mesh import check_batches, make_mesh
     from flamingo_jax.training.frozen_encoder import load_frozen_encoder
@@ -155,6 +157,7 @@ def _run(
     readers = Readers(experiment.training.readers)
     iterators = make_iterators(experiment, tokenizer, encoder, host_shard, readers)
     held_out = held_out_batches(experiment, tokenizer, encoder, host_shard, readers)
+    evaluators = make_evaluators(experiment, tokenizer, PreparedDatasets(), mesh)
     for name, iterator in iterators.items():
         log.info("%s: %s", name, summary_line(iterator.summary()))
     if PREPARE.value:
@@ -172,11 +175,12 @@ def _run(
         command.write_config(experiment, workdir / "config.json")
         tokenizer.save(workdir)
 
-    outcome = train(experiment, iterators, held_out, workdir, on_start, process_group, BEGAN)
-    if outcome.preempted:
+    result = train(
+        experiment, iterators, held_out, workdir, on_start, process_group, BEGAN, evaluators
+    )
+    if result.preempted:
         log.warning(
-            "stopped by a signal at step %d and saved: run the same command to go on",
-            outcome.step,
+            "stopped by a signal at step %d and saved: run the same command to go on", result.step
         )
         return errors.EXIT_PREEMPTED
     return 0

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from flamingo_jax.evaluation.examples import BenchmarkExample, InterleavedPage
-from flamingo_jax.experiment import QUESTION_PROMPT
+from flamingo_jax.experiment import CAPTION_PROMPT, QUESTION_PROMPT
 from flamingo_jax.inference.prompts import END_OF_CHUNK, PromptPart, escape_image_tags
 from flamingo_jax.processing.sequences import asked
 
@@ -31,7 +31,7 @@ class PromptTemplate:
         return f"{self.opening(example)} {escape_image_tags(example.answers[0])}"
 
 
-CAPTION = PromptTemplate("Output:")
+CAPTION = PromptTemplate(CAPTION_PROMPT)
 QUESTION = PromptTemplate(QUESTION_PROMPT)
 KEYWORDS = re.compile(r"\s*(?:Question:|Answer:|Output:|<image>).*", re.DOTALL)
 

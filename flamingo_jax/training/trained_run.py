@@ -12,13 +12,13 @@ from jax.sharding import Mesh
 from flamingo_jax import configuring, errors
 from flamingo_jax.checkpointing import manifest
 from flamingo_jax.checkpointing.checkpoints import Checkpoints
-from flamingo_jax.checkpointing.export import export_model
+from flamingo_jax.checkpointing.export import export_model, open_export
 from flamingo_jax.experiment import Experiment, MeshConfig
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.processing.tokenizer import FILE_NAME, tokenizer_file
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.pretrained import load_frozen, require_same_pretrained
-from flamingo_jax.training.setup import make_setup
+from flamingo_jax.training.setup import TrainSetup, make_setup
 from flamingo_jax.training.state import Parameters
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ class TrainedRun(NamedTuple):
     workdir: pathlib.Path
     experiment: Experiment
     mesh: Mesh
+    setup: TrainSetup
     step: int
     newer: Mapping[int, str]
     trainable: Parameters
@@ -86,7 +87,37 @@ def load_trained_run(workdir: pathlib.Path) -> TrainedRun:
         state = checkpoints.restore(step, setup.state)
         frozen, digests = load_frozen(experiment, setup.frozen)
         require_same_pretrained(checkpoints.extra(step)["pretrained"], digests, workdir)
-    return TrainedRun(workdir, experiment, mesh, step, newer, state.trainable, frozen)
+    return TrainedRun(workdir, experiment, mesh, setup, step, newer, state.trainable, frozen)
+
+
+def load_exported_run(folder: pathlib.Path) -> TrainedRun:
+    """Reads the run that an export came from: its config, and the exported parameters.
+
+    Raises: UserError where the folder is no export of a run.
+    """
+    export = open_export(folder)
+    if not (folder / "experiment.json").is_file():
+        raise errors.UserError(
+            f"{folder} does not say which run it came from (experiment.json): name an export of"
+            " launch.export"
+        )
+    document = json.loads((folder / "experiment.json").read_text())
+    experiment = configuring.from_json(Experiment, document)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
+    with jax.set_mesh(mesh):
+        setup = make_setup(experiment, mesh)
+        export.verify()
+        read = export.read_sharded(setup.trainable | setup.frozen)
+    return TrainedRun(
+        folder,
+        experiment,
+        mesh,
+        setup,
+        experiment.training.steps,
+        {},
+        {name: read[name] for name in setup.trainable},
+        {name: read[name] for name in setup.frozen},
+    )
 
 
 def export_run(workdir: pathlib.Path, output: pathlib.Path) -> None:

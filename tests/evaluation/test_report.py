@@ -3,12 +3,8 @@ import pathlib
 from html.parser import HTMLParser
 
 from flamingo_jax.evaluation.benchmarks.benchmark import Prediction, summarise
-from flamingo_jax.evaluation.report import (
-    last_gates,
-    read_metrics,
-    training_charts,
-    write_report,
-)
+from flamingo_jax.evaluation.charts import last_gates, training_charts
+from flamingo_jax.evaluation.report import Highlight, read_metrics, write_report
 from flamingo_jax.web_page import Table
 from tests.evaluation.world import visual
 
@@ -74,6 +70,7 @@ def test_the_report_is_one_whole_file(tmp_path: pathlib.Path) -> None:
         tables=[Table("Results", ["", "seen"], [["x", 0.5], ["y", None], ["z", 12]])],
         results=[("captions", summarise("captions", 0, predictions))],
         training={"flamingo": METRICS, "none": []},
+        highlights=[Highlight("captions & more", 0.75, "by chance", 0.5), Highlight("all", 1.0)],
         lines={"binding": {"model": ([1, 2], [0.5, 0.9])}},
     )
     assert json.loads((tmp_path / "report.json").read_text()) == {"seen": {"x": 0.5}}
@@ -86,6 +83,7 @@ def test_the_report_is_one_whole_file(tmp_path: pathlib.Path) -> None:
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert "a &lt;b&gt;red&lt;/b&gt; star" in text
     assert "50.0 %" in text
+    assert "captions &amp; more<b>75 %</b>" in text and "<em>50 %</em> by chance" in text
     assert "33.3 % of 30" in text
 
 

@@ -2,13 +2,17 @@
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import pytest
 
 from data_pipelines.build.quickstart import build_quickstart
+from data_pipelines.evaluation_data import PreparedDatasets
 from data_pipelines.records import open_records
 from flamingo_jax.checkpointing.export import export_model
 from flamingo_jax.errors import UserError
+from flamingo_jax.evaluation.benchmark_reader import BenchmarkReader
+from flamingo_jax.evaluation.description import BenchmarkDescription
 from tests.inference.tiny_models import make_loaded
 from tests.launch import commands
 
@@ -70,6 +74,8 @@ def test_what_cannot_be_run(
         "SHOTS": shots.split(","),
         "BASELINE": baseline.format(folder / "data"),
         "SUITE": None,
+        "EVALUATOR": [],
+        "BATCH_SIZE": 64,
         "TEXT_EXAMPLES": 2,
         "QUESTION_PROMPT": None,
         "SELECTION": "random",
@@ -93,42 +99,33 @@ def test_what_cannot_be_run(
 
 
 def test_a_limit_leaves_every_class_to_choose_from(
-    folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     """Three records' own classes are right by construction."""
-    evaluate = commands.load("evaluate")
-    values = {
-        "CLASSES": "",
-        "LIMIT": 3,
-        "SUPPORT_LIMIT": 2,
-        "SEED": 0,
-        "FRAMES": None,
-        "FPS": None,
-    }
-    values |= {
-        "CAPTION_PROMPT": "Output:",
-        "MODEL": f"{folder}/export",
-        "QUESTION_PROMPT": None,
-    }
-    for name, value in values.items():
-        monkeypatch.setattr(evaluate, name, commands.flag(value))
+    reader = BenchmarkReader(
+        PreparedDatasets(), make_loaded().config, limit=3, support_limit=2, caption_prompt="Output:"
+    )
     text = f"classification:colours={folder}/data/vqa:test"
-    config = make_loaded().config
-    made = evaluate.make_benchmark(text, config, shots=0, text_examples=0)
+
+    def classes(classes_file: pathlib.Path) -> list[str]:
+        reading = dataclasses.replace(reader, classes_file=str(classes_file))
+        return reading.read(BenchmarkDescription.parse(text), 0, 0).classes  # type: ignore[attr-defined]
+
+    made: Any = reader.read(BenchmarkDescription.parse(text), shots=0, text_examples=0)
     records = open_records(folder / "data" / "vqa", "test", "questions")
     answers = {records[place]["answers"][0].decode() for place in range(len(records))}
     assert len(made.queries) == 3 and set(made.classes) == answers and len(answers) > 3
-    few = evaluate.make_benchmark(text + f",support={folder}/data/vqa:unseen", config, 1, 0)
+    description = BenchmarkDescription.parse(text + f",support={folder}/data/vqa:unseen")
+    few: Any = reader.read(description, 1, 0)
     assert len(few.support) == 2
 
-    classes = tmp_path / "classes.txt"
-    monkeypatch.setattr(evaluate, "CLASSES", commands.flag(str(classes)))
-    classes.write_text("red\n\nblue \n")
-    assert evaluate.make_benchmark(text, config, 0, 0).classes == ["red", "blue"]
+    file = tmp_path / "classes.txt"
+    file.write_text("red\n\nblue \n")
+    assert classes(file) == ["red", "blue"]
     for content, said in (("red\nred\n", "has 'red' more than once"), ("\n", "holds no class")):
-        classes.write_text(content)
+        file.write_text(content)
         with pytest.raises(UserError, match=said):
-            evaluate.make_benchmark(text, config, 0, 0)
-    classes.unlink()
+            classes(file)
+    file.unlink()
     with pytest.raises(UserError, match="cannot be read as text"):
-        evaluate.make_benchmark(text, config, 0, 0)
+        classes(file)

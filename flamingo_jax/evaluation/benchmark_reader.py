@@ -1,0 +1,158 @@
+"""From descriptions of benchmarks to benchmarks with their examples read."""
+
+import dataclasses
+import pathlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from flamingo_jax.errors import UserError
+from flamingo_jax.evaluation import prompts
+from flamingo_jax.evaluation.benchmarks.benchmark import Benchmark
+from flamingo_jax.evaluation.benchmarks.classification import Classification
+from flamingo_jax.evaluation.benchmarks.fast_concept_binding import FastConceptBinding
+from flamingo_jax.evaluation.benchmarks.open_ended import (
+    captioning,
+    most_frequent_answer,
+    question_answering,
+)
+from flamingo_jax.evaluation.datasets import DatasetReader
+from flamingo_jax.evaluation.description import BenchmarkDescription
+from flamingo_jax.evaluation.examples import (
+    BenchmarkExample,
+    first_answer,
+    read_examples,
+    read_pages,
+)
+from flamingo_jax.evaluation.shots import draw
+from flamingo_jax.experiment import FlamingoConfig
+from flamingo_jax.progress import Bar
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkReader:
+    """Reads benchmarks for a model.
+
+    config: the model's, for the size of images and the number of frames.
+    limit, support_limit: records at most, drawn by `seed`; 0 for all.
+    frames, fps: of clips; by default as the model was trained.
+    question_prompt: how questions are asked; by default as the model was trained to be, whose
+      different prompts are `trained_prompts`, or else as in the paper.
+    classes_file: class names, one a line; "" for those of the data.
+    """
+
+    datasets: DatasetReader
+    config: FlamingoConfig
+    limit: int = 0
+    support_limit: int = 2048
+    seed: int = 0
+    frames: int | None = None
+    fps: float | None = None
+    caption_prompt: str = prompts.CAPTION.text
+    question_prompt: str | None = None
+    trained_prompts: Sequence[str] = ()
+    classes_file: str = ""
+
+    def read(self, description: BenchmarkDescription, shots: int, text_examples: int) -> Benchmark:
+        """Reads a benchmark's queries, and support examples where its prompts want some.
+
+        Raises: UserError for a dataset of the wrong kind, or a file that cannot be read.
+        """
+        kind, name, path, split, support_path, support_split, names_support = description
+        if kind == "binding":
+            records = self.datasets.records(path, split, "pages")
+            pages = read_pages(self._drawn(records, path, split, self.limit), self.config)
+            return FastConceptBinding(name, pages)
+        queries = self._examples(path, split, self.limit)
+        support: list[BenchmarkExample] = []
+        if names_support or shots or (text_examples and kind != "classification"):
+            support = self._examples(support_path, support_split, self.support_limit)
+        captions = prompts.PromptTemplate(self.caption_prompt)
+        if kind == "captioning":
+            return captioning(name, queries, support, template=captions)
+        questions = self._question_template()
+        if kind == "vqa":
+            majority = self._majority_answer(support_path, support_split)
+            return question_answering(name, queries, support, questions, majority)
+        classes = self._classes(path, split, support)
+        template = questions if any(query.question for query in queries) else captions
+        return Classification(name, queries, support, classes, template)
+
+    def _question_template(self) -> prompts.PromptTemplate:
+        given, trained = self.question_prompt, self.trained_prompts
+        if given is None and len(trained) > 1:
+            listed = ", ".join(map(repr, trained))
+            raise UserError(
+                f"the model was trained with several prompts ({listed}): choose one with"
+                " --question_prompt"
+            )
+        if given is None:
+            given = trained[0] if trained else prompts.QUESTION.text
+        if "{question}" not in given:
+            raise UserError(
+                f"--question_prompt={given!r} has no {{question}} in it, so that nothing would"
+                " be asked: write it in"
+            )
+        return prompts.PromptTemplate(given)
+
+    def _majority_answer(self, path: str, split: str) -> str:
+        """Finds the most frequent answer of a split, "" where the dataset lacks it."""
+        if split not in self.datasets.splits(path):
+            return ""
+        records = self.datasets.records(path, split, "questions")
+        return most_frequent_answer(
+            [_text(answer) for answer in records[place]["answers"]] for place in range(len(records))
+        )
+
+    def _examples(self, path: str, split: str, limit: int) -> list[BenchmarkExample]:
+        kind, records = self._open(path, split)
+        drawn = self._drawn(records, path, split, limit)
+        return read_examples(drawn, kind, self.config, frames=self.frames, fps=self.fps)
+
+    def _open(self, path: str, split: str) -> tuple[str, Sequence[Any]]:
+        kind = self.datasets.kind(path)
+        if kind not in ("pairs", "videos", "questions"):
+            raise UserError(
+                f"the dataset {path} holds {kind}, but pairs, videos or questions are needed"
+            )
+        return kind, self.datasets.records(path, split, kind)
+
+    def _drawn(self, records: Sequence[Any], path: str, split: str, limit: int) -> list[Any]:
+        places = draw(self.seed, f"{path}:{split}", len(records), limit)
+        return [records[place] for place in places]
+
+    def _classes(self, path: str, split: str, support: Sequence[BenchmarkExample]) -> list[str]:
+        """Lists every class that could be the answer, however few records are asked about."""
+        if self.classes_file:
+            return read_classes(self.classes_file)
+        kind, records = self._open(path, split)
+        answers = {example.answers[0] for example in support}
+        with Bar(f"classes of {path}", len(records)) as bar:
+            for place in range(len(records)):
+                answers.add(first_answer(records[place], kind))
+                bar.advance()
+        return sorted(answers - {""})
+
+
+def read_classes(file: str) -> list[str]:
+    """Reads class names, one a line; raises UserError where there is none, or one is there
+    twice.
+    """
+    try:
+        lines = pathlib.Path(file).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--classes={file} cannot be read as text ({error}): name a file of class names"
+        ) from error
+    classes = [line.strip() for line in lines if line.strip()]
+    if twice := [name for name, count in Counter(classes).items() if count > 1]:
+        raise UserError(
+            f"--classes={file} has {twice[0]!r} more than once: give each class a name of its own"
+        )
+    if not classes:
+        raise UserError(f"--classes={file} holds no class: write one a line")
+    return classes
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

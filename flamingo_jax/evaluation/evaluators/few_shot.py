@@ -1,0 +1,109 @@
+"""Few-shot scores of a Flamingo on a small set, as training goes."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from flamingo_jax.errors import UserError
+from flamingo_jax.evaluation.benchmarks.benchmark import Benchmark, EvaluationSettings
+from flamingo_jax.evaluation.benchmarks.classification import Classification
+from flamingo_jax.evaluation.benchmarks.open_ended import captioning, question_answering
+from flamingo_jax.evaluation.datasets import DatasetReader
+from flamingo_jax.evaluation.evaluator_config import EvaluatorConfig
+from flamingo_jax.evaluation.evaluators.embedding import Parameters
+from flamingo_jax.evaluation.examples import BenchmarkExample, read_examples
+from flamingo_jax.evaluation.shots import draw
+from flamingo_jax.experiment import Experiment
+from flamingo_jax.inference.engine import Engine
+from flamingo_jax.inference.generation import DecodingConfig
+from flamingo_jax.inference.loading import LoadedFlamingo
+from flamingo_jax.processing.tokenizer import Tokenizer
+from flamingo_jax.pytrees import from_flat
+from flamingo_jax.tasks import stages
+
+
+class FewShot:
+    """Asks a benchmark's queries after each number of shots (paper 3.1)."""
+
+    def __init__(
+        self,
+        config: EvaluatorConfig,
+        every: int,
+        experiment: Experiment,
+        tokenizer: Tokenizer,
+        datasets: DatasetReader,
+        mesh: Mesh,
+    ):
+        """Raises UserError for too few examples, or a run of several processes."""
+        if jax.process_count() > 1:
+            raise UserError(
+                "few-shot evaluation while a run of several processes trains is not there: take"
+                " the evaluator out, and run launch.evaluate on a checkpoint"
+            )
+        self.every = every
+        self._experiment, self._tokenizer, self._mesh = experiment, tokenizer, mesh
+        self._batch_size = config.batch_size
+        self._benchmark = _read(config, experiment, datasets)
+        settings = EvaluationSettings(
+            decoding=DecodingConfig(max_tokens=config.max_tokens, beam_size=config.beam_size),
+            seed=experiment.seed,
+        )
+        self._settings = [dataclasses.replace(settings, shots=shots) for shots in config.shots]
+        for setting in self._settings:
+            self._benchmark.check(setting)
+        model = nnx.eval_shape(
+            lambda: stages.build_model(experiment, nnx.Rngs(params=jax.random.key(0)))
+        )
+        self._graph, _ = nnx.split(model)
+
+    def compile(
+        self, trainable: Parameters, frozen: Parameters
+    ) -> Mapping[str, jax.stages.Compiled]:
+        """Compiles nothing before it is asked: prompts of each length have programs of their
+        own.
+        """
+        return {}
+
+    def __call__(self, trainable: Parameters, frozen: Parameters) -> dict[str, float]:
+        """Measures {"accuracy@<shots>": 0 to 1}."""
+        flamingo = self._experiment.flamingo
+        assert flamingo is not None
+        model = nnx.merge(self._graph, nnx.State(from_flat({**trainable, **frozen})))
+        engine = Engine(
+            LoadedFlamingo(model, self._tokenizer, flamingo),
+            with_visuals=self._experiment.training.use_visuals,
+            batch_size=self._batch_size,
+        )
+        return {
+            f"accuracy@{settings.shots}": self._benchmark.run(engine, settings).accuracy
+            for settings in self._settings
+        }
+
+
+def _read(config: EvaluatorConfig, experiment: Experiment, datasets: DatasetReader) -> Benchmark:
+    kind = datasets.kind(config.path)
+    if kind not in ("pairs", "videos", "questions"):
+        raise UserError(
+            f"the dataset {config.path} holds {kind}, but few-shot evaluation wants pairs, videos"
+            " or questions"
+        )
+    flamingo = experiment.flamingo
+    assert flamingo is not None
+
+    def examples(split: str, limit: int) -> list[BenchmarkExample]:
+        records = datasets.records(config.path, split, kind)
+        places = draw(experiment.seed, f"{config.path}:{split}", len(records), limit)
+        return read_examples([records[place] for place in places], kind, flamingo)
+
+    queries = examples(config.split, config.limit)
+    support = examples(config.support_split, config.support_limit)
+    name = config.path
+    if config.benchmark == "captioning":
+        return captioning(name, queries, support)
+    if config.benchmark == "vqa":
+        return question_answering(name, queries, support)
+    answers = {example.answers[0] for example in (*queries, *support)}
+    return Classification(name, queries, support, config.classes or sorted(answers))

@@ -1,0 +1,202 @@
+"""Benchmarks on a model, and on a baseline that was trained without images, into a report."""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flamingo_jax.configuring import from_json
+from flamingo_jax.errors import UserError
+from flamingo_jax.evaluation.benchmarks.benchmark import (
+    Benchmark,
+    BenchmarkResult,
+    EvaluationSettings,
+)
+from flamingo_jax.evaluation.benchmarks.open_ended import OpenEnded
+from flamingo_jax.evaluation.report import read_metrics, write_report
+from flamingo_jax.experiment import Experiment, FlamingoConfig
+from flamingo_jax.inference.engine import Engine
+from flamingo_jax.inference.loading import flamingo_config, load_flamingo
+from flamingo_jax.web_page import Table
+
+MODEL, BASELINE = "model", "without_images"
+"""How reports name the two."""
+TOTAL = "total"
+"""The wall seconds of all stages together, among those of each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationRun:
+    """What is evaluated, how, and where its report goes.
+
+    model, baseline: exported folders; baseline "" for none. It is asked the same with every
+      image taken away.
+    batch_size: prompts at most.
+    seconds: {stage: wall seconds} for the report. curves: {stage: lines of its metrics.jsonl}.
+    """
+
+    model: str
+    output: pathlib.Path
+    settings: EvaluationSettings
+    baseline: str = ""
+    batch_size: int = 64
+    seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    curves: Mapping[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    began: float = dataclasses.field(default_factory=time.monotonic)
+
+    def config(self) -> FlamingoConfig:
+        """Reads the model's config, and opens the baseline, so that a wrong folder is said
+        before any work.
+        """
+        if self.baseline:
+            flamingo_config(self.baseline)
+        return flamingo_config(self.model)
+
+    def load(self) -> tuple[dict[str, Engine], dict[str, Any]]:
+        """Loads both: their engines by name, and what a report says about them."""
+        loaded = {MODEL: load_flamingo(self.model)}
+        if self.baseline:
+            loaded[BASELINE] = load_flamingo(self.baseline)
+        engines = {
+            name: Engine(one, with_visuals=name == MODEL, batch_size=self.batch_size)
+            for name, one in loaded.items()
+        }
+        about = {
+            "metrics_are": "fractions between 0 and 1",
+            "model": {"folder": self.model, "digest": loaded[MODEL].digest},
+            "baseline": (
+                {"folder": self.baseline, "digest": loaded[BASELINE].digest}
+                if self.baseline
+                else None
+            ),
+            "settings": dataclasses.asdict(self.settings),
+        }
+        return engines, about
+
+    def all_seconds(self) -> dict[str, float]:
+        """Adds the evaluation's own wall seconds to those by stage, and to their total if they
+        have one.
+        """
+        own = time.monotonic() - self.began
+        total = {TOTAL: self.seconds[TOTAL] + own} if TOTAL in self.seconds else {}
+        stages = {name: value for name, value in self.seconds.items() if name != TOTAL}
+        return stages | {"evaluation": own} | total
+
+    def all_curves(self) -> dict[str, list[dict[str, Any]]]:
+        """Adds the metrics of the model's own training and of the baseline's."""
+        own = {"flamingo": self.model} | (
+            {"without images": self.baseline} if self.baseline else {}
+        )
+        return dict(self.curves) | {
+            name: read_metrics(pathlib.Path(folder) / "metrics.jsonl")
+            for name, folder in own.items()
+        }
+
+
+def evaluate_benchmarks(
+    run: EvaluationRun,
+    benchmarks: Sequence[Benchmark],
+    shots: Sequence[int],
+    details: Mapping[str, Any],
+) -> Table:
+    """Runs every benchmark at every number of shots, writes report.json and report.html, and
+    returns the report's table.
+
+    details: what report.json says besides about how examples were drawn.
+    Raises: UserError where two benchmarks share a name, or one has too few examples, before any
+      weights are read.
+    """
+    _check(benchmarks, run.settings, shots)
+    engines, about = run.load()
+    results = {
+        name: [
+            benchmark.run(engine, dataclasses.replace(run.settings, shots=n))
+            for benchmark in benchmarks
+            for n in shots
+        ]
+        for name, engine in engines.items()
+    }
+
+    def by_benchmark(name: str, value: Any) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {benchmark.name: {} for benchmark in benchmarks}
+        for result in results[name]:
+            found[result.name][str(result.shots)] = value(result)
+        return found
+
+    report = {
+        "benchmarks": by_benchmark(MODEL, lambda result: result.metrics),
+        BASELINE: (
+            by_benchmark(BASELINE, lambda result: result.metrics) if BASELINE in results else None
+        ),
+        "majority_answers": {
+            benchmark.name: benchmark.majority_answer
+            for benchmark in benchmarks
+            if isinstance(benchmark, OpenEnded) and benchmark.majority_answer
+        },
+        "counts": by_benchmark(MODEL, lambda result: len(result.predictions)),
+        "seconds": run.all_seconds(),
+        "drawn": dict(details),
+        **about,
+    }
+    table = _table(results)
+    write_report(
+        run.output,
+        report,
+        title=f"Evaluation of {run.model}",
+        tables=[table],
+        results=[(result.title, result) for result in results[MODEL]],
+        training=run.all_curves(),
+    )
+    return table
+
+
+def _table(results: Mapping[str, Sequence[BenchmarkResult]]) -> Table:
+    rows = [
+        [
+            f"{result.name}, {name.replace('_', ' ')}",
+            result.shots,
+            result.accuracy,
+            result.metrics.get("majority_answer"),
+            len(result.predictions),
+        ]
+        for name, some in results.items()
+        for result in some
+    ]
+    header = ["benchmark", "shots", "accuracy", "majority answer", "queries"]
+    return Table("Accuracy", header, rows)
+
+
+def _check(
+    benchmarks: Sequence[Benchmark], settings: EvaluationSettings, shots: Sequence[int]
+) -> None:
+    for place, benchmark in enumerate(benchmarks):
+        if benchmark.name in (other.name for other in benchmarks[:place]):
+            raise UserError(
+                f"two benchmarks are named {benchmark.name!r}, under which the report has one:"
+                " give each --benchmark its own NAME"
+            )
+        for n in shots:
+            benchmark.check(dataclasses.replace(settings, shots=n))
+
+
+def trained_prompts(model: str) -> list[str]:
+    """Lists the different prompts of the questions that a model was trained on, as far as its
+    export tells.
+    """
+    file = pathlib.Path(model) / "experiment.json"
+    if not file.is_file():
+        return []
+    experiment = from_json(Experiment, read_json(file))
+    return sorted(
+        {dataset.prompt for dataset in experiment.data.values() if dataset.kind == "questions"}
+    )
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """Reads a JSON document; raises UserError where it is none."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as JSON ({error}): write it again") from error

@@ -1,0 +1,144 @@
+"""The report of the quickstart's suite: a model beside one that was trained without images."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flamingo_jax.evaluation import synthetic_world
+from flamingo_jax.evaluation.charts import Series
+from flamingo_jax.evaluation.datasets import DatasetReader
+from flamingo_jax.evaluation.report import Highlight, write_report
+from flamingo_jax.evaluation.runner import BASELINE, MODEL, EvaluationRun
+from flamingo_jax.evaluation.synthetic_world import BINDING_SHOTS, SPLITS
+from flamingo_jax.web_page import Table
+
+COLUMNS = ("seen pairs", "unseen pairs", "seen, without images", "unseen, without images")
+BINDING_SHOWN = 4
+"""Shots of fast concept binding whose predictions are shown."""
+
+
+def evaluate_synthetic_world(
+    run: EvaluationRun,
+    datasets: DatasetReader,
+    *,
+    few_shots: Sequence[int],
+    limit: int,
+    few_shot_limit: int,
+) -> None:
+    """Runs the suite and writes report.json and report.html.
+
+    datasets: the suite's, by their names.
+    Raises: UserError where there are too few examples, before any weights are read.
+    """
+    suite = synthetic_world.read_suite(
+        datasets.records, run.config(), limit=limit, few_shot_limit=few_shot_limit
+    )
+    synthetic_world.check_suite(suite, run.settings, few_shots)
+    engines, about = run.load()
+    results = {
+        name: synthetic_world.run_suite(suite, engine, run.settings, few_shots)
+        for name, engine in engines.items()
+    }
+    metrics = {name: synthetic_world.metrics_of(result) for name, result in results.items()}
+    seconds = run.all_seconds()
+    report = metrics[MODEL] | {
+        BASELINE: metrics.get(BASELINE),
+        "counts": synthetic_world.prediction_counts(results[MODEL]),
+        "seconds": seconds,
+        **about,
+    }
+    shown = [(f"{split} pairs: {m}", one) for (split, m), one in results[MODEL].headline.items()]
+    write_report(
+        run.output,
+        report,
+        title="Flamingo on the synthetic world",
+        tables=[*_tables(metrics, few_shots), _seconds_table(seconds)],
+        results=[
+            *shown,
+            (f"new words, {BINDING_SHOWN} shots", results[MODEL].concept_binding[BINDING_SHOWN]),
+        ],
+        training=run.all_curves(),
+        highlights=_highlights(metrics),
+        lines={"A new word bound in the prompt: accuracy": _binding_lines(metrics)},
+    )
+
+
+HEADLINES = {
+    "caption_one_object": "captions of one object",
+    "caption_two_objects": "captions of two objects",
+    "vqa_accuracy": "questions",
+    "video_direction_accuracy": "directions of motion",
+}
+"""The suite's headline metrics as a reader is told of them."""
+
+
+def _highlights(metrics: Mapping[str, Any]) -> list[Highlight]:
+    mine, other = metrics[MODEL], metrics.get(BASELINE)
+    shown = [
+        Highlight(
+            f"{name}, unseen pairs",
+            mine["unseen"][metric],
+            "without images",
+            other["unseen"][metric] if other else None,
+        )
+        for metric, name in HEADLINES.items()
+    ]
+    shots = str(BINDING_SHOWN)
+    binding = mine["binding_accuracy"][shots]
+    return [*shown, Highlight(f"new words after {shots} examples", binding, "by chance", 0.5)]
+
+
+def _tables(metrics: Mapping[str, Any], few_shots: Sequence[int]) -> list[Table]:
+    mine, other = metrics[MODEL], metrics.get(BASELINE, {})
+
+    def row(name: str, *keys: str) -> list[Any]:
+        """The model's value for each split, then the baseline's."""
+        cells: list[Any] = [name]
+        for found in (mine, other):
+            for split in SPLITS:
+                value: Any = found
+                for key in (split if key == "SPLIT" else key for key in keys):
+                    value = value.get(key, {})
+                cells.append(None if value == {} else value)
+        return cells
+
+    types = sorted({t for split in SPLITS for t in mine["vqa_by_type"][split]})
+    named = [(name.replace("_", " "), part) for name, part in metrics.items()]
+    shots = [str(n) for n in BINDING_SHOTS]
+    return [
+        Table(
+            "New images, zero-shot",
+            ["", *COLUMNS],
+            [row(metric, "SPLIT", metric) for metric in mine["seen"]],
+        ),
+        Table(
+            "A word bound in the prompt, 2-way, by shots",
+            ["", *shots],
+            [[name, *(part["binding_accuracy"][n] for n in shots)] for name, part in named],
+        ),
+        Table(
+            "Few-shot, by shots",
+            ["", *map(str, few_shots)],
+            [
+                [f"{task}, {name}", *part["few_shot"][task].values()]
+                for name, part in named
+                for task in part["few_shot"]
+            ],
+        ),
+        Table(
+            "Questions by type",
+            ["", *COLUMNS],
+            [row(name, "vqa_by_type", "SPLIT", name) for name in types],
+        ),
+    ]
+
+
+def _seconds_table(seconds: Mapping[str, float]) -> Table:
+    rows = [[name, f"{value:.0f}"] for name, value in seconds.items()]
+    return Table("Wall time", ["stage", "seconds"], rows)
+
+
+def _binding_lines(metrics: Mapping[str, Any]) -> dict[str, Series]:
+    return {
+        name.replace("_", " "): (list(BINDING_SHOTS), list(part["binding_accuracy"].values()))
+        for name, part in metrics.items()
+    }
