@@ -189,7 +189,7 @@ def run_benchmarks() -> int:
     from flamingo_jax.evaluation.runner import evaluate_benchmarks, trained_prompts
 
     run = _run()
-    drawn = {
+    drawn: dict[str, Any] = {
         "limit": LIMIT.value,
         "support_limit": SUPPORT_LIMIT.value,
         "frames": FRAMES.value,

@@ -19,7 +19,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5
 INK, FAINT = "#334", "#dde1e8"
 SMOOTHED_OVER = 40
 """A line of more points than this is drawn faint, with its running median over it."""
-STYLE = {
+STYLE: Any = {
     "font.size": 9.5,
     "font.family": "sans-serif",
     "svg.fonttype": "none",

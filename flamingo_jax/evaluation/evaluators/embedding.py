@@ -20,6 +20,8 @@ from flamingo_jax.tasks import stages
 Array = jax.Array
 Parameters = Mapping[str, Array]
 """By flat name: of an `Evaluator`'s two dicts, what is trained and what is frozen, together."""
+Batch = tuple[int, dict[str, np.ndarray]]
+"""How many of its rows are real, and its arrays."""
 
 
 class Embedder:
@@ -56,10 +58,10 @@ class Embedder:
         """Compiles both encoders for parameters of these shardings."""
         compiled = {
             "images": self._images.lower(  # type: ignore[attr-defined]
-                parameters, self._place(next(self._image_batches([])))
+                parameters, self._place(next(self._image_batches([]))[1])
             ).compile(),
             "texts": self._texts.lower(  # type: ignore[attr-defined]
-                parameters, self._place(next(self._text_batches([])))
+                parameters, self._place(next(self._text_batches([]))[1])
             ).compile(),
         }
         self._images, self._texts = compiled["images"], compiled["texts"]
@@ -77,23 +79,22 @@ class Embedder:
         self,
         encode: Callable[..., Array],
         parameters: Parameters,
-        batches: Iterator[dict[str, np.ndarray]],
+        batches: Iterator[Batch],
     ) -> np.ndarray:
         found = []
-        for batch in batches:
-            count = int(batch.pop("count"))
+        for count, batch in batches:
             if count:
                 found.append(jax.device_get(encode(parameters, self._place(batch)))[:count])
         return np.concatenate(found)
 
-    def _image_batches(self, images: Iterable[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    def _image_batches(self, images: Iterable[np.ndarray]) -> Iterator[Batch]:
         for count, part in _parts(images, self._batch_size):
             batch = np.zeros((self._batch_size, self._image_size, self._image_size, 3), np.uint8)
             for row, image in enumerate(part):
                 batch[row] = image
-            yield {"images": batch, "count": np.int32(count)}
+            yield count, {"images": batch}
 
-    def _text_batches(self, texts: Iterable[str]) -> Iterator[dict[str, np.ndarray]]:
+    def _text_batches(self, texts: Iterable[str]) -> Iterator[Batch]:
         for count, part in _parts(texts, self._batch_size):
             tokens = np.full((self._batch_size, self._length), self._tokenizer.pad, np.int32)
             mask = np.zeros(tokens.shape, bool)
@@ -103,17 +104,16 @@ class Embedder:
                     # As in training: the end is cut off, but not its <EOS>.
                     ids = np.append(ids[: self._length - 1], ids[-1])
                 tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
-            yield {"tokens": tokens, "mask": mask, "count": np.int32(count)}
+            yield count, {"tokens": tokens, "mask": mask}
 
     def _place(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
         """Puts a batch, which every process has whole, on the devices."""
-        arrays = {name: array for name, array in batch.items() if name != "count"}
-        shardings = batch_shardings(arrays, self._mesh)
+        shardings = batch_shardings(batch, self._mesh)
         return {
             name: jax.make_array_from_callback(
                 array.shape, shardings[name], functools.partial(np.ndarray.__getitem__, array)
             )
-            for name, array in arrays.items()
+            for name, array in batch.items()
         }
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from flax import nnx
@@ -71,7 +72,7 @@ class FewShot:
         """Measures {"accuracy@<shots>": 0 to 1}."""
         flamingo = self._experiment.flamingo
         assert flamingo is not None
-        model = nnx.merge(self._graph, nnx.State(from_flat({**trainable, **frozen})))
+        model: Any = nnx.merge(self._graph, nnx.State(from_flat({**trainable, **frozen})))
         engine = Engine(
             LoadedFlamingo(model, self._tokenizer, flamingo),
             with_visuals=self._experiment.training.use_visuals,
