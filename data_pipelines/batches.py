@@ -11,7 +11,8 @@ from typing import Any
 
 from data_pipelines.feature_cache import Encoder
 from data_pipelines.readers import PendingBatch, Readers
-from data_pipelines.rows import RowReader, RowSpec, Task
+from data_pipelines.row_plans import RowSpec, TaskName
+from data_pipelines.rows import RowReader
 from data_pipelines.transforms.examples import Arrays
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import DatasetConfig
@@ -147,7 +148,7 @@ def make_iterator(
     dataset: DatasetConfig,
     *,
     tokenizer: Tokenizer,
-    task: Task,
+    task: TaskName,
     image_size: int = 0,
     mean: Sequence[float] = (0.0, 0.0, 0.0),
     image_fit: Fit = "pad",
@@ -197,7 +198,7 @@ def make_iterator(
         that cannot be decoded.
     """
     _check_split(dataset, host_shard)
-    making = RowSpec(
+    spec = RowSpec(
         dataset,
         task,
         tokenizer,
@@ -211,7 +212,7 @@ def make_iterator(
         name,
         image_fit,
     )
-    rows = RowReader(making, source, cache_bytes)
+    rows = RowReader(spec, source, cache_bytes)
     if task == "contrastive" and len(rows) < dataset.batch_size:
         raise UserError(
             f"the dataset {rows.name} has {len(rows)} pairs, fewer than its batch_size of"
@@ -225,7 +226,7 @@ def make_held_out(
     dataset: DatasetConfig,
     *,
     tokenizer: Tokenizer,
-    task: Task,
+    task: TaskName,
     batches: int,
     image_size: int = 0,
     mean: Sequence[float] = (0.0, 0.0, 0.0),
@@ -247,7 +248,7 @@ def make_held_out(
     batch.
     """
     _check_split(dataset, host_shard)
-    making = RowSpec(
+    spec = RowSpec(
         dataset,
         task,
         tokenizer,
@@ -261,7 +262,7 @@ def make_held_out(
         name,
         image_fit,
     )
-    rows = RowReader(making, source, CACHE_BYTES)
+    rows = RowReader(spec, source, CACHE_BYTES)
     size = dataset.batch_size
     whole = len(rows) // size
     if task == "contrastive" and not whole:

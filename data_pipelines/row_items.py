@@ -51,6 +51,13 @@ class RowItems:
         return cls(record, start, length, np.zeros_like(record), np.ones_like(record))
 
     @classmethod
+    def one_each(cls, records: int) -> "RowItems":
+        """Every record on its own, whatever room it takes."""
+        ones = np.ones(records, np.int32)
+        zeros = np.zeros_like(ones)
+        return cls(np.arange(records, dtype=np.int32), zeros, ones, zeros, ones)
+
+    @classmethod
     def by_visual(cls, lengths: Lengths) -> "RowItems":
         """All questions about a visual that follow one another."""
         first = np.flatnonzero(~lengths.same).astype(np.int32)

@@ -45,9 +45,9 @@ from data_pipelines.build.mmc4 import Mmc4
 from data_pipelines.build.obelics import Obelics
 from data_pipelines.build.plain_text import PlainText
 from data_pipelines.build.questions_folder import QuestionsFolder
-from data_pipelines.build.quickstart import build_quickstart
 from data_pipelines.build.sentencepiece_trainer import IMAGE_TAG, texts_in, train_tokenizer
 from data_pipelines.build.source import DEFAULT_SHARES, Shares, Source
+from data_pipelines.build.synthetic_world import build_quickstart
 from data_pipelines.build.video_folder import VideoFolder
 from data_pipelines.build.webdataset import WebDataset
 from data_pipelines.build.workers import WorkerPool

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from data_pipelines.build.world import WorldSource
+from data_pipelines.build.synthetic_world import WorldSource
 from data_pipelines.build.writer import write_dataset
 from flamingo_jax.dataset_identity import (
     Identity,

@@ -21,7 +21,7 @@ from data_pipelines.transforms.examples import strings
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import QUESTION_PROMPT
 from flamingo_jax.folder_lock import lock_folder
-from flamingo_jax.processing.sequences import asked
+from flamingo_jax.processing.sequences import fill_prompt
 from flamingo_jax.processing.tokenizer import FILE_NAME
 
 IMAGE_TAG = "<image>"
@@ -206,7 +206,7 @@ def _dataset_texts(folder: pathlib.Path) -> Iterator[str]:
     texts = [name for name in TEXT_FIELDS if name in fields]
     for record in open_records(folder, TRAIN):
         if "question" in fields:
-            opening = asked(QUESTION_PROMPT, *strings([record["question"]]))
+            opening = fill_prompt(QUESTION_PROMPT, *strings([record["question"]]))
             yield from (f"{opening} {answer}" for answer in strings(record["answers"]))
         for name in texts:
             yield from strings(

@@ -3,14 +3,13 @@ keyed by (seed, dataset, epoch, record id).
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from data_pipelines.transforms import augmentation
-from data_pipelines.transforms.randomness import key
+from data_pipelines.transforms.randomness import RecordRandom
 from data_pipelines.transforms.windows import Window, window
 from flamingo_jax.experiment import DatasetConfig
 from flamingo_jax.processing import sequences
@@ -18,57 +17,6 @@ from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.processing.video import clip
 
 Arrays = dict[str, np.ndarray]
-
-
-class RecordRandom:
-    """What is random about one visit of a record: the same wherever, whenever and on however
-    many processes it is visited.
-
-    Each draw is a hash of its own: a generator of many numbers takes longer to set up than a
-    row to make, and most rows want one or two.
-    """
-
-    def __init__(
-        self,
-        seed: int,
-        epoch: int,
-        record_id: str,
-        caption: tuple[int, bool] | None = None,
-        *,
-        dataset: str = "",
-    ):
-        """caption: which one, and whether a space goes before it, where that was chosen when
-        rows were planned. dataset: its name.
-        """
-        self._key = f"{key(seed, dataset, epoch)}/{record_id}"
-        self._drawn = 0
-        self.caption = caption
-
-    def _word(self) -> int:
-        """64 random bits."""
-        self._drawn += 1
-        return int.from_bytes(
-            hashlib.blake2b(f"{self._drawn}/{self._key}".encode(), digest_size=8).digest()
-        )
-
-    def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
-        """From low up to, but not including, high."""
-        return low + (high - low) * (self._word() >> 11) * 2.0**-53
-
-    def happens(self, probability: float) -> bool:
-        return probability > 0 and (probability >= 1 or self.uniform() < probability)
-
-    def below(self, count: int) -> int:
-        """One of 0..count - 1."""
-        return 0 if count == 1 else self._word() * count >> 64
-
-    def order(self, count: int) -> list[int]:
-        """0..count - 1 in any order."""
-        return sorted(range(count), key=lambda _: self._word())
-
-    def augmentation(self, dataset: DatasetConfig) -> augmentation.Augmentation | None:
-        """A visual's, as the dataset wants it."""
-        return augmentation.draw(self.uniform, flip=dataset.flip, colour=dataset.colour)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,38 +59,38 @@ def strings(values: Iterable[Any]) -> list[str]:
     return [value.decode() if isinstance(value, bytes) else str(value) for value in values]
 
 
-def caption_of(record: Any, draws: RecordRandom | None) -> str:
-    """One of a record's captions, with the space before it, as `draws` say or at random, or the
-    first without `draws`; "" where it has none.
+def caption_of(record: Any, rng: RecordRandom | None) -> str:
+    """One of a record's captions, with the space before it, as `rng` say or at random, or the
+    first without `rng`; "" where it has none.
     """
     captions = strings(record["captions"])
     if not captions:
         return ""
-    if draws is not None and draws.caption is not None:
-        place, space = draws.caption
+    if rng is not None and rng.caption is not None:
+        place, space = rng.caption
         return " " * space + captions[place]
-    return captions[0 if draws is None else draws.below(len(captions))]
+    return captions[0 if rng is None else rng.below(len(captions))]
 
 
-def answer_of(record: Any, draws: RecordRandom | None) -> str:
-    """One of a question's answers at random, or the first without `draws`; "" where it has
+def answer_of(record: Any, rng: RecordRandom | None) -> str:
+    """One of a question's answers at random, or the first without `rng`; "" where it has
     none.
     """
     answers = strings(record["answers"])
     if not answers:
         return ""
-    return answers[0 if draws is None else draws.below(len(answers))]
+    return answers[0 if rng is None else rng.below(len(answers))]
 
 
-def opening_of(record: Any, dataset: DatasetConfig) -> str:
+def question_prompt(record: Any, dataset: DatasetConfig) -> str:
     """What is asked of a question's visual, in the dataset's words."""
-    return sequences.asked(dataset.prompt, strings([record["question"]])[0])
+    return sequences.fill_prompt(dataset.prompt, strings([record["question"]])[0])
 
 
 def flamingo_segment(
-    record: Any, dataset: DatasetConfig, tokenizer: Tokenizer, draws: RecordRandom | None
+    record: Any, dataset: DatasetConfig, tokenizer: Tokenizer, rng: RecordRandom | None
 ) -> Segment:
-    """A page, a pair, a clip or a question of a `records.Record`; `draws` None gives the one
+    """A page, a pair, a clip or a question of a `records.Record`; `rng` None gives the one
     fixed choice that evaluation makes.
 
     Its fields are asked for only where something is made of them that is not kept: a page whose
@@ -152,21 +100,21 @@ def flamingo_segment(
         sequence = record.once(
             "", lambda: sequences.page_sequence(strings(record.fields["texts"]), tokenizer)
         )
-        part = _page_window(sequence, dataset, draws)
+        part = _page_window(sequence, dataset, rng)
         visuals = [[(place, 0)] for place in part.visuals]
     else:
         if dataset.kind == "questions":
-            text = answer_of(record.fields, draws)
+            text = answer_of(record.fields, rng)
             make = lambda: sequences.question_sequence(
-                opening_of(record.fields, dataset), text, tokenizer
+                question_prompt(record.fields, dataset), text, tokenizer
             )
         else:
-            text = caption_of(record.fields, draws)
+            text = caption_of(record.fields, rng)
             make = lambda: sequences.pair_sequence(text, tokenizer, length=dataset.max_length)
         part = record.once(text, lambda: window(make(), 0, dataset.max_length, 1, "previous"))
-        run = clip(record.frame_counts[0], dataset.frames, None if draws is None else draws.below)
+        run = clip(record.frame_counts[0], dataset.frames, None if rng is None else rng.below)
         visuals = [[(0, frame) for frame in run]]
-    augment = [] if draws is None else [draws.augmentation(dataset) for _ in visuals]
+    augment = [] if rng is None else [rng.augmentation(dataset) for _ in visuals]
     return Segment(part.tokens, part.loss_mask, part.media_index, visuals, augment)
 
 
@@ -187,12 +135,12 @@ def empty_segment(length: int, pad_token: int) -> Segment:
 
 
 def _page_window(
-    sequence: sequences.TokenSequence, dataset: DatasetConfig, draws: RecordRandom | None
+    sequence: sequences.TokenSequence, dataset: DatasetConfig, rng: RecordRandom | None
 ) -> Window:
-    if draws is None:
+    if rng is None:
         return window(sequence, 0, dataset.max_length, dataset.visuals, "previous")
-    look_next = draws.happens(dataset.p_next)
-    start = draws.below(max(len(sequence) - dataset.max_length, 0) + 1)
+    look_next = rng.happens(dataset.p_next)
+    start = rng.below(max(len(sequence) - dataset.max_length, 0) + 1)
     return window(
         sequence, start, dataset.max_length, dataset.visuals, "next" if look_next else "previous"
     )

@@ -19,7 +19,7 @@ from data_pipelines.records import UNREADABLE
 from data_pipelines.transforms.examples import strings
 from data_pipelines.transforms.randomness import generator
 from flamingo_jax.processing.sequences import (
-    asked,
+    fill_prompt,
     page_sequence,
     pair_overhead,
     question_sequence,
@@ -204,7 +204,7 @@ def _of(record: Any, kind: str, tokenizer: Tokenizer, prompt: str) -> tuple[int,
         texts = strings(record["texts"])
         return len(page_sequence(texts, tokenizer)), len(texts) - 1
     if kind == "questions":
-        opening = asked(prompt, *strings([record["question"]]))
+        opening = fill_prompt(prompt, *strings([record["question"]]))
         return (
             max(
                 len(question_sequence(opening, answer, tokenizer))

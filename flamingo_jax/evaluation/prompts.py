@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from flamingo_jax.evaluation.examples import BenchmarkExample, InterleavedPage
 from flamingo_jax.experiment import CAPTION_PROMPT, QUESTION_PROMPT
 from flamingo_jax.inference.prompts import END_OF_CHUNK, PromptPart, escape_image_tags
-from flamingo_jax.processing.sequences import asked
+from flamingo_jax.processing.sequences import fill_prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class PromptTemplate:
     text: str
 
     def opening(self, example: BenchmarkExample) -> str:
-        return escape_image_tags(asked(self.text, example.question))
+        return escape_image_tags(fill_prompt(self.text, example.question))
 
     def whole(self, example: BenchmarkExample) -> str:
         return f"{self.opening(example)} {escape_image_tags(example.answers[0])}"

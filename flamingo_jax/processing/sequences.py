@@ -61,7 +61,7 @@ def pair_sequence(
     return _sequence([[], tokens], tokenizer, close=True)
 
 
-def asked(prompt: str, question: str) -> str:
+def fill_prompt(prompt: str, question: str) -> str:
     """What stands between a visual and the answer: `prompt` with the question at {question}.
 
     The answer follows after a space.
@@ -70,7 +70,7 @@ def asked(prompt: str, question: str) -> str:
 
 
 def question_sequence(opening: str, answer: str, tokenizer: Tokenizer) -> TokenSequence:
-    """A visual, what is `asked` of it and the answer.
+    """A visual, what `fill_prompt` makes of its question and the answer.
 
     The two are tokenised apart, since at inference the answer is yet to come.
     """

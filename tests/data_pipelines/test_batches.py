@@ -17,8 +17,8 @@ from PIL import Image
 from data_pipelines.batches import make_held_out, make_iterator
 from data_pipelines.readers import Readers
 from data_pipelines.transforms.augmentation import draw
-from data_pipelines.transforms.examples import RecordRandom
 from data_pipelines.transforms.lengths import load_or_measure, measure
+from data_pipelines.transforms.randomness import RecordRandom
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation.examples import BenchmarkExample
 from flamingo_jax.evaluation.prompts import QUESTION, few_shot

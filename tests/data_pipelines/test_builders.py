@@ -288,7 +288,7 @@ def test_video_frames_shrink_as_they_are_read(tmp_path, monkeypatch):
         shapes.extend(frame.shape for frame in read.frames)
         return read
 
-    monkeypatch.setattr("data_pipelines.build.video_folder.read_film", reading)
+    monkeypatch.setattr("data_pipelines.build.video_folder.read_video", reading)
     write_dataset(
         tmp_path / "out", VideoFolder((str(tmp_path / "clips"),), ALL_TRAIN, short_side=32)
     )

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from data_pipelines.iterators import make_iterators
-from data_pipelines.transforms.examples import RecordRandom
 from data_pipelines.transforms.lengths import measure
 from data_pipelines.transforms.packing import plan_rows
-from data_pipelines.transforms.randomness import generator
+from data_pipelines.transforms.randomness import RecordRandom, generator
 from flamingo_jax.experiment import DatasetConfig, Experiment, LanguageModelConfig
 from tests.data_pipelines.faults import build
 from tests.data_pipelines.test_batches import (

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import quickstart as world
-from data_pipelines.build.quickstart import TRAINED_ON, build_quickstart
+from data_pipelines.build.synthetic_world import TRAINED_ON, build_quickstart
 from data_pipelines.features import features
+from data_pipelines.synthetic_world import datasets, language, records, rendering, scenes
 from flamingo_jax.errors import UserError
 from flamingo_jax.processing.tokenizer import Tokenizer
 
-COLOUR = "|".join(world.COLOURS)
-SHAPE = "|".join(world.SHAPES)
-PLACES = {name: (i // 3, i % 3) for i, name in enumerate(world.PLACES)}
+COLOUR = "|".join(scenes.COLOURS)
+SHAPE = "|".join(scenes.SHAPES)
+PLACES = {name: (i // 3, i % 3) for i, name in enumerate(scenes.PLACES)}
 
 
 @pytest.fixture
@@ -25,63 +25,63 @@ def unpainted(monkeypatch):
     """Records without images: scenes and text are drawn before anything is painted, so they
     are the same.
     """
-    monkeypatch.setattr(world, "render", lambda scene, rng: None)
-    monkeypatch.setattr(world, "render_clip", lambda scene, rng: [None] * world.FRAMES)
-    monkeypatch.setattr(world, "png", lambda pixels: b"")
+    monkeypatch.setattr(records, "render", lambda scene, rng: None)
+    monkeypatch.setattr(records, "render_clip", lambda scene, rng: [None] * rendering.FRAMES)
+    monkeypatch.setattr(records, "png", lambda pixels: b"")
 
 
 def all_drawn(dataset: str, split: str, at_most: int = 20_000):
     return (
-        world.make_record(dataset, split, i)
-        for i in range(min(world.DATASETS[dataset].sizes[split], at_most))
+        datasets.make_record(dataset, split, i)
+        for i in range(min(datasets.DATASETS[dataset].sizes[split], at_most))
     )
 
 
-def scene_of(caption: str) -> world.Scene:
+def scene_of(caption: str) -> scenes.Scene:
     """Reads a clean caption back, by patterns of its own."""
     if match := re.fullmatch(rf"an? ({COLOUR}) ({SHAPE}) at the ([a-z ]+)", caption):
         row, column = PLACES[match[3]]
-        return world.Scene((world.Thing(match[1], match[2]),), (3 * row + column,))
+        return scenes.Scene((scenes.Thing(match[1], match[2]),), (3 * row + column,))
     if match := re.fullmatch(
-        rf"an? ({COLOUR}) ({SHAPE}) moving ({'|'.join(world.DIRECTIONS)})", caption
+        rf"an? ({COLOUR}) ({SHAPE}) moving ({'|'.join(scenes.DIRECTIONS)})", caption
     ):
-        return world.Scene((world.Thing(match[1], match[2]),), (4,), match[3])
+        return scenes.Scene((scenes.Thing(match[1], match[2]),), (4,), match[3])
     if match := re.fullmatch(
         rf"an? ({COLOUR}) ({SHAPE}) (left of|above) an? ({COLOUR}) ({SHAPE})", caption
     ):
-        return world.Scene(
-            (world.Thing(match[1], match[2]), world.Thing(match[4], match[5])),
+        return scenes.Scene(
+            (scenes.Thing(match[1], match[2]), scenes.Thing(match[4], match[5])),
             (0, 2 if match[3] == "left of" else 6),
         )
     match = re.fullmatch(rf"(two|three|four) ({COLOUR}) ({SHAPE})e?s", caption)
     assert match, caption
     count = {"two": 2, "three": 3, "four": 4}[match[1]]
-    return world.Scene((world.Thing(match[2], match[3]),) * count, (0,) * count)
+    return scenes.Scene((scenes.Thing(match[2], match[3]),) * count, (0,) * count)
 
 
-def same(one: world.Scene, other: world.Scene) -> bool:
+def same(one: scenes.Scene, other: scenes.Scene) -> bool:
     """Equal in all that a caption tells."""
-    if (one.sort, one.things, one.moving) != (other.sort, other.things, other.moving):
+    if (one.kind, one.things, one.moving) != (other.kind, other.things, other.moving):
         return False
     return (
         one.cells == other.cells
-        if one.sort == "one"
-        else one.sort != "two" or one.relation == other.relation
+        if one.kind == "one"
+        else one.kind != "two" or one.relation == other.relation
     )
 
 
 def test_held_out_pairs_are_one_per_colour_and_one_per_shape():
-    assert len(set(world.HELD_OUT)) == 8
-    assert {thing.colour for thing in world.HELD_OUT} == set(world.COLOURS)
-    assert {thing.shape for thing in world.HELD_OUT} == set(world.SHAPES)
-    assert set(world.SEEN) | set(world.HELD_OUT) == {
-        world.Thing(c, s) for c in world.COLOURS for s in world.SHAPES
+    assert len(set(scenes.HELD_OUT)) == 8
+    assert {thing.colour for thing in scenes.HELD_OUT} == set(scenes.COLOURS)
+    assert {thing.shape for thing in scenes.HELD_OUT} == set(scenes.SHAPES)
+    assert set(scenes.SEEN) | set(scenes.HELD_OUT) == {
+        scenes.Thing(c, s) for c in scenes.COLOURS for s in scenes.SHAPES
     }
 
 
 def test_images_keep_held_out_pairs_for_the_unseen_splits(unpainted):
     """Of every record of every dataset: no sampling."""
-    for name, dataset in world.DATASETS.items():
+    for name, dataset in datasets.DATASETS.items():
         for split in dataset.sizes:
             shown = {
                 thing
@@ -90,22 +90,22 @@ def test_images_keep_held_out_pairs_for_the_unseen_splits(unpainted):
                 for thing in scene.things
             }
             if split == "unseen":
-                assert shown <= set(world.HELD_OUT), name
+                assert shown <= set(scenes.HELD_OUT), name
             else:
-                assert not shown & set(world.HELD_OUT), (name, split)
+                assert not shown & set(scenes.HELD_OUT), (name, split)
             if name in ("align", "ltip", "m3w", "vtp") and split == "train":
-                assert shown == set(world.SEEN)
+                assert shown == set(scenes.SEEN)
 
 
 def test_text_names_all_pairs(unpainted):
     text = "\n".join(made.record["text"] for made in all_drawn("text", "train", 500))
-    assert all(str(thing) in text for thing in world.ALL_THINGS)
+    assert all(str(thing) in text for thing in scenes.ALL_THINGS)
 
 
 def test_records_fit_their_features_and_their_scenes():
-    for name, dataset in world.DATASETS.items():
+    for name, dataset in datasets.DATASETS.items():
         for split in dataset.sizes:
-            made = world.make_record(name, split, 3)
+            made = datasets.make_record(name, split, 3)
             assert set(made.record) == set(features(dataset.kind))
             record = made.record
             images = (
@@ -124,7 +124,7 @@ def test_records_fit_their_features_and_their_scenes():
 
 def test_records_are_a_function_of_seed_split_and_index():
     def key(*arguments, seed=0):
-        return world.make_record(*arguments, seed=seed).record["image"]
+        return datasets.make_record(*arguments, seed=seed).record["image"]
 
     assert key("ltip", "train", 5) == key("ltip", "train", 5)
     others = [
@@ -139,31 +139,31 @@ def test_records_are_a_function_of_seed_split_and_index():
 def test_things_in_colours_without_a_name_are_told_without_their_colour():
     rng = np.random.default_rng(2)
     for _ in range(200):
-        colour = world._nameless(rng)
+        colour = rendering._nameless(rng)
         assert (
-            min(np.linalg.norm(colour - named) for named in world.COLOURS.values()) > 75
+            min(np.linalg.norm(colour - named) for named in scenes.COLOURS.values()) > 75
             and 140 < colour.max() <= 255
         )
-    found = [world.make_record("align", "train", index) for index in range(200)]
+    found = [datasets.make_record("align", "train", index) for index in range(200)]
     nameless = [made for made in found if made.scenes[0].nameless]
     assert 70 < len(nameless) < 130
     assert not any(re.search(COLOUR, made.record["captions"][0]) for made in nameless)
-    assert not any(scene.nameless for scene in world.make_record("ltip", "train", 0).scenes)
+    assert not any(scene.nameless for scene in datasets.make_record("ltip", "train", 0).scenes)
 
 
 def test_a_scene_has_one_clean_caption(unpainted):
     rng = np.random.default_rng(0)
     for _ in range(2_000):
-        scene = world.draw_scene(rng, world.ALL_THINGS)
-        assert same(scene_of(world.caption(scene)), scene)
-    clip = world.draw_motion(rng, world.ALL_THINGS)
-    assert same(scene_of(world.caption(clip)), clip)
+        scene = scenes.draw_scene(rng, scenes.ALL_THINGS)
+        assert same(scene_of(language.caption(scene)), scene)
+    clip = scenes.draw_motion(rng, scenes.ALL_THINGS)
+    assert same(scene_of(language.caption(clip)), clip)
     assert (
-        world.caption(world.Scene((world.Thing("orange", "cross"),), (2,)))
+        language.caption(scenes.Scene((scenes.Thing("orange", "cross"),), (2,)))
         == "an orange cross at the top right"
     )
     assert (
-        world.caption(world.Scene((world.Thing("red", "cross"),) * 3, (0, 2, 4)))
+        language.caption(scenes.Scene((scenes.Thing("red", "cross"),) * 3, (0, 2, 4)))
         == "three red crosses"
     )
 
@@ -171,10 +171,10 @@ def test_a_scene_has_one_clean_caption(unpainted):
 def test_noisy_captions_are_never_wrong(unpainted):
     rng = np.random.default_rng(1)
     for _ in range(2_000):
-        scene = world.draw_scene(rng, world.SEEN)
-        said = world.noisy_caption(scene, rng)
+        scene = scenes.draw_scene(rng, scenes.SEEN)
+        said = language.noisy_caption(scene, rng)
         pairs = re.findall(rf"\b({COLOUR}) ({SHAPE})", said)
-        assert {world.Thing(*pair) for pair in pairs} <= set(scene.things), said
+        assert {scenes.Thing(*pair) for pair in pairs} <= set(scene.things), said
         assert set(re.findall(rf"\b({COLOUR})\b", said)) <= {
             thing.colour for thing in scene.things
         }, said
@@ -185,14 +185,14 @@ def test_noisy_captions_are_never_wrong(unpainted):
             assert any(word in first for word in (scene.things[0].shape, scene.things[0].colour))
             assert any(word in second for word in (scene.things[1].shape, scene.things[1].colour))
         if place := re.findall(
-            "|".join(sorted(world.PLACES, key=len, reverse=True)), said.replace("left of", "")
+            "|".join(sorted(scenes.PLACES, key=len, reverse=True)), said.replace("left of", "")
         ):
-            assert place == [world.PLACES[scene.cells[0]]]
+            assert place == [scenes.PLACES[scene.cells[0]]]
         if number := re.findall("two|three|four", said):
-            assert world.NUMBERS[len(scene.things)] == number[0]
+            assert language.NUMBERS[len(scene.things)] == number[0]
 
 
-def answer(scene: world.Scene, question: str) -> str:
+def answer(scene: scenes.Scene, question: str) -> str:
     """Looks at the scene's things and cells alone."""
     by_shape = {
         thing.shape: (thing, cell) for thing, cell in zip(scene.things, scene.cells, strict=True)
@@ -208,13 +208,13 @@ def answer(scene: world.Scene, question: str) -> str:
             if 3 * row + column == by_shape[match[1]][1]
         )
     if match := re.fullmatch(rf"is there an? ({COLOUR}) ({SHAPE})\?", question):
-        return "yes" if world.Thing(match[1], match[2]) in scene.things else "no"
+        return "yes" if scenes.Thing(match[1], match[2]) in scene.things else "no"
     if match := re.fullmatch(rf"how many ({SHAPE})e?s are there\?", question):
         return ["two", "three", "four"][sum(thing.shape == match[1] for thing in scene.things) - 2]
     if match := re.fullmatch(rf"what is (left of|right of|above|below) the ({SHAPE})\?", question):
         other = next(shape for shape in by_shape if shape != match[2])
         assert stands(by_shape[other][1], match[1], by_shape[match[2]][1])
-        return world.a(by_shape[other][0])
+        return language.with_article(by_shape[other][0])
     if match := re.fullmatch(
         rf"is the ({SHAPE}) (left of|right of|above|below) the ({SHAPE})\?", question
     ):
@@ -233,11 +233,11 @@ def test_answers_are_right_and_balanced(unpainted):
     rng = np.random.default_rng(2)
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for _ in range(4_000):
-        scene = world.draw_scene(rng, world.SEEN)
-        for asked in world.questions(scene, rng, world.SEEN):
+        scene = scenes.draw_scene(rng, scenes.SEEN)
+        for asked in language.questions(scene, rng, scenes.SEEN):
             assert asked.answer == answer(scene, asked.question), (scene, asked)
             counts[asked.type][asked.answer] += 1
-            assert not any(str(thing) in asked.question for thing in world.HELD_OUT)
+            assert not any(str(thing) in asked.question for thing in scenes.HELD_OUT)
     assert set(counts) == {
         "one/colour",
         "one/shape",
@@ -258,7 +258,7 @@ def test_pages_are_of_three_sorts_and_tell_of_their_images(unpainted):
     for made in all_drawn("m3w", "train", 600):
         texts = made.record["texts"]
         assert 4 <= len(made.scenes) <= 12
-        bound: dict[str, world.Thing] = {}
+        bound: dict[str, scenes.Thing] = {}
         kinds = set()
         for scene, text in zip(made.scenes, texts[1:], strict=True):
             if match := re.fullmatch(r"Output: (.*)", text):
@@ -271,7 +271,7 @@ def test_pages_are_of_three_sorts_and_tell_of_their_images(unpainted):
                 match = re.fullmatch(r"(?: (.*))? ([a-z]+)", text)
                 assert (
                     match
-                    and match[2] in world.WORDS
+                    and match[2] in language.WORDS
                     and match[1] in (None, scene.things[0].colour, scene.things[0].shape)
                 )
                 assert bound.setdefault(match[2], scene.things[0]) == scene.things[0]
@@ -333,10 +333,10 @@ def test_lookups_ask_about_things_in_their_list():
     rng = np.random.default_rng(5)
     forms: collections.Counter[str] = collections.Counter()
     for _ in range(300):
-        text = world.lookups(rng).record["text"].removeprefix("<image>")
+        text = records.lookups(rng).record["text"].removeprefix("<image>")
         listed, rest = text.split(". ", 1)
         things = [
-            world.Thing(*colours_first(one).removeprefix("an ").removeprefix("a ").split())
+            scenes.Thing(*colours_first(one).removeprefix("an ").removeprefix("a ").split())
             for one in listed.split(", ")
         ]
         assert 3 <= len(things) <= 6 and len({t.colour for t in things}) == len(
@@ -384,16 +384,16 @@ def centroid(mask: np.ndarray) -> np.ndarray:
 
 def test_things_are_drawn_in_their_colour_at_their_place():
     rng = np.random.default_rng(3)
-    palette = np.array(list(world.COLOURS.values()))
-    for thing, cell in itertools.product(world.ALL_THINGS, (0, 4, 5)):
-        pixels = world.render(world.Scene((thing,), (cell,)), rng).astype(float)
+    palette = np.array(list(scenes.COLOURS.values()))
+    for thing, cell in itertools.product(scenes.ALL_THINGS, (0, 4, 5)):
+        pixels = rendering.render(scenes.Scene((thing,), (cell,)), rng).astype(float)
         mask = mask_of(pixels)
         if thing.shape != "moon":  # Its weight lies off the middle.
             row, column = centroid(mask)
             assert round((row - 11) / 13) == cell // 3 and round((column - 11) / 13) == cell % 3
         # The median leaves out the softened edge.
         seen = np.median(pixels[mask], axis=0)
-        assert list(world.COLOURS)[np.abs(palette - seen).sum(-1).argmin()] == thing.colour
+        assert list(scenes.COLOURS)[np.abs(palette - seen).sum(-1).argmin()] == thing.colour
 
 
 def test_shapes_are_told_apart_by_a_plain_template():
@@ -402,10 +402,10 @@ def test_shapes_are_told_apart_by_a_plain_template():
     """
 
     def view(shape: str, rng: np.random.Generator) -> np.ndarray:
-        colour = list(world.COLOURS)[rng.integers(8)]
+        colour = list(scenes.COLOURS)[rng.integers(8)]
         mask = mask_of(
-            world.render(
-                world.Scene((world.Thing(colour, shape),), (int(rng.integers(9)),)), rng
+            rendering.render(
+                scenes.Scene((scenes.Thing(colour, shape),), (int(rng.integers(9)),)), rng
             ).astype(float)
         )
         rows, columns = np.argwhere(mask).min(0), np.argwhere(mask).max(0) + 1
@@ -416,11 +416,11 @@ def test_shapes_are_told_apart_by_a_plain_template():
 
     rng = np.random.default_rng(4)
     templates = np.stack(
-        [np.mean([view(shape, rng) for _ in range(10)], axis=0) for shape in world.SHAPES]
+        [np.mean([view(shape, rng) for _ in range(10)], axis=0) for shape in scenes.SHAPES]
     )
     right = [
-        world.SHAPES[np.square(templates - view(shape, rng)).sum((1, 2)).argmin()] == shape
-        for shape in world.SHAPES
+        scenes.SHAPES[np.square(templates - view(shape, rng)).sum((1, 2)).argmin()] == shape
+        for shape in scenes.SHAPES
         for _ in range(25)
     ]
     assert np.mean(right) > 0.98
@@ -428,9 +428,9 @@ def test_shapes_are_told_apart_by_a_plain_template():
 
 def test_things_of_one_image_do_not_touch():
     rng = np.random.default_rng(5)
-    for draw, _ in itertools.product((world.draw_two, world.draw_counts), range(60)):
-        scene = draw(rng, world.ALL_THINGS)
-        mask = mask_of(world.render(scene, rng).astype(float))
+    for draw, _ in itertools.product((scenes.draw_two, scenes.draw_counts), range(60)):
+        scene = draw(rng, scenes.ALL_THINGS)
+        mask = mask_of(rendering.render(scene, rng).astype(float))
         assert pieces(mask) == len(scene.things), scene
 
 
@@ -452,12 +452,12 @@ def pieces(mask: np.ndarray) -> int:
     return count
 
 
-@pytest.mark.parametrize("direction", world.DIRECTIONS)
+@pytest.mark.parametrize("direction", scenes.DIRECTIONS)
 def test_clips_move_as_they_say(direction):
     rng = np.random.default_rng(6)
     rows, columns = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}[direction]
-    for thing in world.HELD_OUT:
-        frames = world.render_clip(world.Scene((thing,), (4,), direction), rng)
+    for thing in scenes.HELD_OUT:
+        frames = rendering.render_clip(scenes.Scene((thing,), (4,), direction), rng)
         path = np.array([centroid(mask_of(frame.astype(float))) for frame in frames])
         along, across = (path @ [rows, columns]), (path @ [columns, rows])
         assert (np.diff(along) > 1).all() and np.ptp(across) < 3
@@ -465,7 +465,7 @@ def test_clips_move_as_they_say(direction):
 
 def test_the_build_is_whole_and_words_are_single_pieces(tmp_path, unpainted):
     made = build_quickstart(tmp_path / "data", limit=250)
-    assert set(made) == set(world.DATASETS)
+    assert set(made) == set(datasets.DATASETS)
     assert made["vqa"][0]["splits"] == {"test": 250, "unseen": 250}
     tokenizer = Tokenizer.load(tmp_path / "data" / "tokenizer")
     assert tokenizer.vocab_size == 384 and len(tokenizer.image_tag_ids) == 1

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from data_pipelines.build.world import WorldSource
+from data_pipelines.build.synthetic_world import WorldSource
 from data_pipelines.build.writer import write_dataset
 from flamingo_jax.distributed import fingerprint
 from flamingo_jax.distributed.fingerprint import first_difference, run_fingerprint

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from data_pipelines.build.quickstart import build_quickstart
+from data_pipelines.build.synthetic_world import build_quickstart
 
 
 @pytest.fixture(scope="session")

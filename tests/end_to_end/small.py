@@ -7,7 +7,7 @@ import pathlib
 
 import ml_collections
 
-from data_pipelines.build.quickstart import VOCABULARY
+from data_pipelines.build.synthetic_world import VOCABULARY
 from flamingo_jax.configuring import to_config
 from flamingo_jax.experiment import (
     AttentionConfig,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from data_pipelines.build.quickstart import build_quickstart
+from data_pipelines.build.synthetic_world import build_quickstart
 from data_pipelines.evaluation_data import PreparedDatasets
 from data_pipelines.records import open_records
 from flamingo_jax.checkpointing.export import export_model

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import yaml
 
-from data_pipelines.build.quickstart import build_quickstart
+from data_pipelines.build.synthetic_world import build_quickstart
 from flamingo_jax import configuring, errors
 from flamingo_jax.experiment import Experiment
 from launch import command

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from sentencepiece import sentencepiece_model_pb2
 
-from data_pipelines.build.quickstart import build_quickstart
-from data_pipelines.build.world import WorldSource
+from data_pipelines.build.synthetic_world import WorldSource, build_quickstart
 from data_pipelines.build.writer import write_dataset
 from flamingo_jax import configuring
 from flamingo_jax.checkpointing.checkpoints import Checkpoints

@@ -1,0 +1,103 @@
+"""Makes the rows of the contrastive stage: an image and a text each (paper B.1.3)."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from data_pipelines.readers import PendingBatch
+from data_pipelines.records import DamagedError, Record
+from data_pipelines.row_context import RowContext
+from data_pipelines.row_plans import PlannedRow
+from data_pipelines.transforms.buffers import BufferPool
+from data_pipelines.transforms.examples import Arrays, answer_of, caption_of, question_prompt
+from data_pipelines.transforms.randomness import RecordRandom
+from data_pipelines.transforms.visual_buffer import FrameFormat, VisualBuffer
+from flamingo_jax.processing.images import ImageError
+from flamingo_jax.processing.sequences import question_tokens, text_tokens
+
+
+class ContrastiveRows:
+    """Pairs of an image and a text."""
+
+    def __init__(self, context: RowContext, frame_format: FrameFormat, pool: BufferPool):
+        self._context, self._frame_format, self._pool = context, frame_format, pool
+
+    def begin(self, batch: PendingBatch, rows: Sequence[PlannedRow]) -> Callable[[], Arrays]:
+        """Adds the making of each pair to the batch's work; returns what finishes the batch."""
+        spec = self._context.spec
+        jitters = spec.training and spec.dataset.colour > 0
+        buffer = VisualBuffer.make(self._frame_format, self._pool, len(rows), 1, jitters)
+        tokens = np.full((len(rows), spec.text_length), spec.tokenizer.pad, np.int32)
+        mask = np.zeros(tokens.shape, bool)
+
+        def read(number: int) -> None:
+            ids = self._pair(rows[number], buffer, number)
+            tokens[number, : len(ids)], mask[number, : len(ids)] = ids, True
+
+        def finish() -> Arrays:
+            self._context.failures.saw(self._context.plans.records_in(rows))
+            visuals = buffer.finish(self._pool)
+            del visuals["frame_mask"]
+            arrays = {name: array[:, 0] for name, array in visuals.items()}
+            return arrays | {"tokens": tokens, "mask": mask}
+
+        for number in range(len(rows)):
+            batch.add(functools.partial(read, number))
+        return finish
+
+    def _pair(self, row: PlannedRow, buffer: VisualBuffer, number: int) -> np.ndarray:
+        """Tokens of a pair, whose image becomes the buffer's visual of this number. One whose
+        image cannot be read is an empty image without one token, which the loss leaves out.
+
+        An item of questions holds all about one visual: the pair is one of its frames and as
+        many of them, answered, as the text has room for.
+        """
+        context, dataset = self._context, self._context.spec.dataset
+        (item,) = row.items
+        places = context.plans.records(item)
+        record, length = context.records[places.start], context.spec.text_length
+        rng = context.random(row.epoch, record.id)
+        asking = dataset.kind == "questions"
+        ids = np.zeros(0, np.int32)
+        augmentation = None if rng is None else rng.augmentation(dataset)
+        try:
+            context.require_whole(places.start, record)
+            ids = self._questions(places, rng) if asking else self._caption(record, rng)
+            frames = record.frame_counts[0]
+            frame = rng.below(frames) if asking and rng is not None and frames else 0
+            buffer.put(number, 0, record.read(0, frame), augmentation)
+        except ImageError as error:
+            context.failures.add(record.id, error)
+            ids = ids[:0]
+        if len(ids) > length:
+            context.plans.cut[places.start] = True
+            ids = np.append(ids[: length - 1], ids[-1])
+        return ids
+
+    def _caption(self, record: Record, rng: RecordRandom | None) -> np.ndarray:
+        caption = caption_of(record.fields, rng)
+        return record.once(caption, lambda: text_tokens(caption, self._context.spec.tokenizer))
+
+    def _questions(self, places: range, rng: RecordRandom | None) -> np.ndarray:
+        """<BOS>, whole questions with their answers, in any order, <EOS>: int32 [n], n at most
+        the text's length where one of them fits it.
+        """
+        context, spec = self._context, self._context.spec
+        ids: list[int] = []
+        for number in range(len(places)) if rng is None else rng.order(len(places)):
+            record = context.records[places[number]]
+            if record.damaged:
+                context.failures.add(record.id, DamagedError())
+                continue
+            answer = answer_of(record.fields, rng)
+            more = record.once(answer, functools.partial(self._question, record, answer))
+            if not ids or len(ids) + len(more) + 2 <= spec.text_length:
+                ids += more
+        return np.array([spec.tokenizer.bos, *ids, spec.tokenizer.eos], np.int32)
+
+    def _question(self, record: Record, answer: str) -> list[int]:
+        """A question with its answer, without <BOS> and <EOS>."""
+        prompt = question_prompt(record.fields, self._context.spec.dataset)
+        tokens: list[int] = question_tokens(prompt, answer, self._context.spec.tokenizer).tolist()
+        return tokens[1:-1]

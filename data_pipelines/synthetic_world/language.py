@@ -1,0 +1,248 @@
+"""Says what a scene of the synthetic world shows: captions, questions, and new words for things.
+
+Everything that is written about an image follows from its scene by one grammar, in which a scene
+has exactly one clean caption.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from data_pipelines.synthetic_world.scenes import PLACES, Scene, Thing, pick
+
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+WORDS = (
+    "dax",
+    "wug",
+    "blick",
+    "toma",
+    "fep",
+    "zup",
+    "gazzer",
+    "kiki",
+    "bouba",
+    "modi",
+    "pabu",
+    "dofa",
+    "tiku",
+    "lorp",
+    "mib",
+    "nalo",
+    "rin",
+    "sib",
+    "tulver",
+    "vash",
+    "wiss",
+    "yad",
+    "zorg",
+    "blap",
+    "crell",
+    "drin",
+    "floop",
+    "glim",
+    "hask",
+    "jop",
+    "kern",
+    "larn",
+    "murk",
+    "noop",
+    "plim",
+    "quee",
+    "runk",
+    "skov",
+    "trell",
+    "vint",
+)
+"""New words that pages bind to things; each page binds them anew."""
+OPPOSITE = {"left of": "right of", "above": "below"}
+FILLERS_BEFORE = ("photo of", "picture of", "drawing of", "nice", "my", "image :")
+FILLERS_AFTER = ("photo", "picture", "for sale", "!")
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """`type` is the scene's kind and what is asked for, as in one/colour."""
+
+    question: str
+    answer: str
+    type: str
+
+
+def with_article(thing: Thing) -> str:
+    """The thing with its article."""
+    return f"{'an' if str(thing)[0] in 'aeiou' else 'a'} {thing}"
+
+
+def plural(shape: str) -> str:
+    return shape + ("es" if shape.endswith("s") else "s")
+
+
+def caption(scene: Scene) -> str:
+    """The one clean caption of a scene."""
+    return _described(scene, with_article, lambda thing: f"{thing.colour} {plural(thing.shape)}")
+
+
+def shape_first(scene: Scene) -> str:
+    """A scene told with shapes before colours, for text alone: a language model looks up what
+    follows a word long before what precedes it, and must learn to look up by shape ("what
+    colour is the star?") as well as by colour.
+    """
+    return _described(
+        scene,
+        lambda thing: f"{thing.shape} {thing.colour}",
+        lambda thing: f"{plural(thing.shape)} {thing.colour}",
+    )
+
+
+def _described(scene: Scene, one: Callable[[Thing], str], several: Callable[[Thing], str]) -> str:
+    """A scene, with what to call one thing and several equal ones."""
+    first = scene.things[0]
+    if scene.kind == "motion":
+        return f"{one(first)} moving {scene.moving}"
+    if scene.kind == "one":
+        return f"{one(first)} at the {PLACES[scene.cells[0]]}"
+    if scene.kind == "two":
+        return f"{one(first)} {scene.relation} {one(scene.things[1])}"
+    return f"{NUMBERS[len(scene.things)]} {several(first)}"
+
+
+def noisy_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """A short caption as people write them on the web: parts left out or in another order,
+    words that say nothing; never wrong.
+    """
+    first, last = scene.things[0], scene.things[-1]
+    colour, shape = first.colour, first.shape
+    forms: tuple[str, ...]
+    if scene.kind == "one":
+        place = PLACES[scene.cells[0]]
+        forms = (
+            str(first),
+            shape,
+            colour,
+            f"{shape} {place}",
+            f"{colour} {place}",
+            f"{shape} , {colour}",
+            f"{place} : {shape}",
+            caption(scene),
+        )
+    elif scene.kind == "two":
+        both = first, last
+        one, other = both if rng.random() < 0.5 else both[::-1]
+        forms = (
+            f"{one.shape} and {other.shape}",
+            f"{one} and {other}",
+            f"{one.colour} and {other.colour}",
+            f"{one.shape} , {other}",
+            f"{first.shape} {scene.relation} {last.shape}",
+            f"{first} {scene.relation} {last}",
+            caption(scene),
+        )
+    else:
+        number, many = NUMBERS[len(scene.things)], plural(shape)
+        forms = (
+            f"{number} {many}",
+            f"{colour} {many}",
+            many,
+            f"{number} {colour} {many}",
+            f"{many} , {number}",
+        )
+    text = pick(rng, forms)
+    if rng.random() < 0.5:
+        text = f"{pick(rng, FILLERS_BEFORE)} {text}"
+    if rng.random() < 0.2:
+        text = f"{text} {pick(rng, FILLERS_AFTER)}"
+    return text
+
+
+def questions(scene: Scene, rng: np.random.Generator, things: Sequence[Thing]) -> list[Question]:
+    """One question of every type that fits the scene.
+
+    A question about something that is not there names one of `things`.
+    """
+    first, last = scene.things[0], scene.things[-1]
+    kind = scene.kind
+    if kind == "motion":
+        return [
+            Question(f"which way does the {first.shape} move?", scene.moving, "motion/direction")
+        ]
+    if kind == "counts":
+        return [
+            Question(
+                f"how many {plural(first.shape)} are there?",
+                NUMBERS[len(scene.things)],
+                "counts/number",
+            )
+        ]
+    about = pick(rng, scene.things)
+    asked = [colour_question(about, kind), shape_question(about, kind)]
+    if kind == "one":
+        absent = pick(rng, _absent_things(rng, first, things))
+        named, answer = (first, "yes") if rng.random() < 0.5 else (absent, "no")
+        asked.append(Question(f"where is the {first.shape}?", PLACES[scene.cells[0]], "one/place"))
+        asked.append(Question(f"is there {with_article(named)}?", answer, "one/presence"))
+        return asked
+    relation, opposite = scene.relation, OPPOSITE[scene.relation]
+    if rng.random() < 0.5:
+        asked.append(
+            Question(f"what is {relation} the {last.shape}?", with_article(first), "two/relation")
+        )
+    else:
+        asked.append(
+            Question(f"what is {opposite} the {first.shape}?", with_article(last), "two/relation")
+        )
+    (one, other), said = (
+        pick(rng, ((first, last), (last, first))),
+        pick(rng, (relation, opposite)),
+    )
+    true = (one is first) == (said == relation)
+    asked.append(
+        Question(
+            f"is the {one.shape} {said} the {other.shape}?",
+            "yes" if true else "no",
+            "two/order",
+        )
+    )
+    return asked
+
+
+def colour_question(about: Thing, kind: str) -> Question:
+    return Question(f"what colour is the {about.shape}?", about.colour, f"{kind}/colour")
+
+
+def shape_question(about: Thing, kind: str) -> Question:
+    return Question(f"what shape is {about.colour}?", about.shape, f"{kind}/shape")
+
+
+def random_question(scene: Scene, rng: np.random.Generator, things: Sequence[Thing]) -> Question:
+    """One question about the scene, every type alike."""
+    return pick(rng, questions(scene, rng, things))
+
+
+def _absent_things(rng: np.random.Generator, thing: Thing, things: Sequence[Thing]) -> list[Thing]:
+    """Things that are not `thing`: of its colour, of its shape, or of neither."""
+    others = [t for t in things if t != thing]
+    alike = pick(rng, ((True, False), (False, True), (False, False)))
+    return [
+        t for t in others if (t.colour == thing.colour, t.shape == thing.shape) == alike
+    ] or others
+
+
+def output_text(scene: Scene) -> str:
+    """A chunk of a captioning page."""
+    return f"Output: {caption(scene)}"
+
+
+def question_text(question: Question) -> str:
+    """A chunk of a page of questions."""
+    return f"Question: {question.question} Answer: {question.answer}"
+
+
+def naming_text(word: str, known: str = "") -> str:
+    """A chunk of a page that binds new words; with a known word, that is said first.
+
+    The new word follows at once on what it names, an image or one known word: what a language
+    model learns of binding in text then needs nothing but an image that reads like a word.
+    With two known words it would learn to look two words back, where a page has no image.
+    """
+    return f" {known} {word}" if known else f" {word}"
