@@ -85,7 +85,7 @@ def main() -> int:
 
 
 def read_prompts(path: pathlib.Path) -> list[list[Any]]:
-    """The prompts of a file, each a list of parts as they are written there."""
+    """Reads the prompts of a file, each a list of parts as they are written there."""
     try:
         text = decode(path.read_bytes())
         text.encode()
@@ -111,7 +111,7 @@ def read_prompts(path: pathlib.Path) -> list[list[Any]]:
 
 
 def prompt_of(parts: list[Any], folder: pathlib.Path) -> list[Any]:
-    """Written parts as those of a prompt, their files checked.
+    """Turns written parts into those of a prompt, their files checked.
 
     Raises UserError for a part that is none, or a file that cannot be read.
     """

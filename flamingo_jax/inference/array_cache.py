@@ -7,7 +7,7 @@ import numpy as np
 
 
 class ArrayCache:
-    """Arrays by digest, those of longest ago let go where all together hold more than
+    """Holds arrays by digest, and lets those of longest ago go where all together have more than
     `most_bytes`.
     """
 
@@ -18,8 +18,8 @@ class ArrayCache:
     def get(
         self, digests: Sequence[bytes], make: Callable[[list[bytes]], dict[bytes, np.ndarray]]
     ) -> dict[bytes, np.ndarray]:
-        """The arrays of these digests; `make` is asked for all that are missing, if there are
-        any.
+        """Returns the arrays of these digests; `make` is asked for all that are missing, if there
+        are any.
         """
         missing = [digest for digest in digests if digest not in self._arrays]
         made = make(missing) if missing else {}

@@ -38,13 +38,15 @@ from flamingo_jax.processing.visuals import Visual
 
 Array = jax.Array
 ProgressCallback = Callable[[int], None]
-"""Told how many prompts more are done."""
+"""Called with the number of prompts that are done since the last call."""
 
 TOKENS_IN_BATCH = 16_384
 VISUALS_IN_BATCH = 512
-"""Bounds on a batch's padded tokens and places for visuals, for memory."""
+"""Bounds on a batch's padded tokens and slots for visuals, for memory."""
 LOGITS_IN_BATCH = 1 << 26
+"""Of candidates that are scored side by side."""
 FRAMES_IN_BATCH = 64
+"""That the vision encoder takes at once."""
 CACHED_BYTES = 512 << 20
 """Visual tokens, and as many bytes of features, kept on the host for visuals that come again.
 """
@@ -71,7 +73,7 @@ def _encode(graph: Any, state: nnx.State, images: Array, frame_mask: Array) -> A
 
 @functools.partial(jax.jit, static_argnames="graph")
 def _features(graph: Any, state: nnx.State, images: Array, frame_mask: Array) -> Array:
-    """Frozen encoder features, averaged over cells and frames: float32 [M, C]."""
+    """Averages the frozen encoder's features over cells and frames: float32 [M, C]."""
     features = nnx.merge(graph, state).encode_images(images).astype(jnp.float32).mean(axis=2)
     real = frame_mask[..., None]
     return jnp.where(real, features, 0.0).sum(axis=1) / jnp.maximum(real.sum(axis=1), 1)
@@ -112,7 +114,7 @@ def _score(
 
 @functools.partial(jax.jit, static_argnames="graph")
 def _logits(graph: Any, state: nnx.State, prompts: PromptArrays, media: Any) -> Array:
-    """float32 [B, L, V + extra], 0 at padding."""
+    """Reads whole prompts: float32 [B, L, V + extra], 0 at padding."""
     model = nnx.merge(graph, state)
     rows, length = prompts.tokens.shape
     places = jnp.arange(length)
@@ -157,33 +159,33 @@ class Engine:
         seed: int = 0,
         progress: ProgressCallback | None = None,
     ) -> list[Completion]:
-        """The continuation of every prompt, without its <EOC>.
+        """Continues every prompt, up to its first <EOC>.
 
-        `seed` matters to sampling only.
+        seed: of sampling; `progress` is told how many prompts more are done.
         """
         found: dict[int, Completion] = {}
-        for places, batch in self._batches(prompts, decoding.max_tokens):
-            # Keyed by the prompt's place in the list, so that what is drawn for it does not
+        for indices, batch in self._batches(prompts, decoding.max_tokens):
+            # Keyed by the prompt's index in the list, so that what is drawn for it does not
             # depend on its batch.
-            numbers = np.resize(np.array(places, np.uint32), len(batch.lengths))
+            numbers = np.resize(np.array(indices, np.uint32), len(batch.lengths))
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
-            prepared, media = self._place(batch)
+            prepared, media = self._to_device(batch)
             made = jax.device_get(
                 _generate(
                     self._graph, self._state, prepared, media, keys, decoding, self._constraints
                 )
             )
-            for row, place in enumerate(places):
+            for row, prompt in enumerate(indices):
                 ids = [number for number in made.tokens[row].tolist() if number != NO_TOKEN]
-                found[place] = Completion(
+                found[prompt] = Completion(
                     self.tokenizer.decode(ids),
                     float(made.score[row]),
                     bool(made.finished[row]),
                     tuple(ids),
                 )
             if progress is not None:
-                progress(len(places))
-        return [found[place] for place in range(len(prompts))]
+                progress(len(indices))
+        return [found[prompt] for prompt in range(len(prompts))]
 
     def log_likelihoods(
         self,
@@ -193,11 +195,12 @@ class Engine:
         close: bool = True,
         progress: ProgressCallback | None = None,
     ) -> list[np.ndarray]:
-        """Log-probability of each prompt's candidates, float64 [number of its candidates].
+        """Computes the log-probability of each candidate behind its prompt.
 
         A candidate's text counts whole, its leading space too; `close` adds the <EOC> that ends
-        it, so that one which begins another is not favoured. A prompt without candidates has an
-        empty array.
+        it, so that one which begins another is not favoured.
+
+        Returns: for each prompt float64 [number of its candidates].
 
         Raises: UserError where prompts and lists of candidates differ in number, or a candidate
           has no tokens.
@@ -219,14 +222,14 @@ class Engine:
                 raise UserError(f"the candidate {text!r} has no tokens: leave it out")
         longest = -(-max(map(len, ids.values())) // 4) * 4
         found: dict[int, np.ndarray] = {}
-        for places, batch in self._batches(prompts, longest):
-            continuations = [[ids[text] for text in candidates[place]] for place in places]
+        for indices, batch in self._batches(prompts, longest):
+            continuations = [[ids[text] for text in candidates[prompt]] for prompt in indices]
             scores = self._score_batch(batch, continuations, longest, max(map(len, candidates)))
-            for row, place in enumerate(places):
-                found[place] = scores[row, : len(candidates[place])].astype(np.float64)
+            for row, prompt in enumerate(indices):
+                found[prompt] = scores[row, : len(candidates[prompt])].astype(np.float64)
             if progress is not None:
-                progress(len(places))
-        return [found[place] for place in range(len(prompts))]
+                progress(len(indices))
+        return [found[prompt] for prompt in range(len(prompts))]
 
     def _score_batch(
         self, batch: PromptBatch, continuations: list[list[list[int]]], longest: int, most: int
@@ -242,7 +245,7 @@ class Engine:
         for row, texts in enumerate(continuations):
             for column, ids in enumerate(texts):
                 tokens[row, column, : len(ids)], lengths[row, column] = ids, len(ids)
-        prompts, media = self._place(batch)
+        prompts, media = self._to_device(batch)
         return jax.device_get(
             _score(self._graph, self._state, prompts, media, tokens, lengths, group_size)
         )
@@ -260,15 +263,15 @@ class Engine:
             tokenised,
             rows=next_power(2, len(prompts)),
             length=bucket_length(longest),
-            places=next_power(4, max(len(prompt.visuals) for prompt in tokenised)),
+            slots=next_power(4, max(len(prompt.visuals) for prompt in tokenised)),
             pad_token=self.tokenizer.pad,
         )
-        arrays, media = self._place(batch)
+        arrays, media = self._to_device(batch)
         return _logits(self._graph, self._state, arrays, media)[: len(prompts), :longest]
 
     def features(self, visuals: Sequence[Visual]) -> np.ndarray:
-        """Frozen vision encoder features for RICES: float32 [M, C] of length 1; those of
-        visuals that came before are kept.
+        """Encodes visuals by the frozen vision encoder, for RICES: float32 [M, C] of length 1.
+        Those of visuals that came before are kept.
         """
         if not visuals:
             return np.zeros((0, 0), np.float32)
@@ -277,14 +280,14 @@ class Engine:
         rows = self._cached_features.get(
             list(different),
             lambda missing: dict(
-                self._encoded([different[digest] for digest in missing], _features)
+                self._encode_visuals([different[digest] for digest in missing], _features)
             ),
         )
         features = np.stack([rows[visual.digest] for visual in visuals])
         return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
     def _check_size(self, visuals: Iterable[Visual]) -> None:
-        """UserError where a visual is not of the size that the model takes."""
+        """Raises UserError where a visual is not of the size that the model takes."""
         size = self.config.vision.image_size
         for visual in visuals:
             height, width = visual.frames.shape[1:3]
@@ -295,7 +298,7 @@ class Engine:
                 )
 
     def _check(self, prompts: Sequence[TokenisedPrompt], further: int) -> None:
-        """UserError where a prompt, or `further` tokens behind it, is more than the model takes."""
+        """Raises UserError where a prompt with `further` tokens is more than the model takes."""
         self._check_size(visual for prompt in prompts for visual in prompt.visuals)
         positions = self.config.language_model.positions
         learned = positions.max_length if positions.kind == "learned" else TOKENS_IN_BATCH
@@ -315,37 +318,38 @@ class Engine:
     def _batches(
         self, prompts: Sequence[Prompt], further: int
     ) -> Iterator[tuple[list[int], PromptBatch]]:
-        """Places of prompts and their batch; prompts of like length share a batch."""
+        """Sorts prompts of like length into batches: (their indices in the list, batch)."""
         if not prompts:
             return
         tokenised = [tokenise(prompt, self.tokenizer) for prompt in prompts]
         self._check(tokenised, further)
         longest = bucket_length(max(len(p.tokens) for p in tokenised))
-        # 1, 4, 16, 64, ...: a shape more costs the compilation of a program, a place more
+        # 1, 4, 16, 64, ...: a shape more costs the compilation of a program, a slot more
         # hardly anything.
-        places = next_power(4, max(len(p.visuals) for p in tokenised))
-        rows = min(self._batch_size, TOKENS_IN_BATCH // longest, VISUALS_IN_BATCH // max(places, 1))
+        slots = next_power(4, max(len(p.visuals) for p in tokenised))
+        rows = min(self._batch_size, TOKENS_IN_BATCH // longest, VISUALS_IN_BATCH // max(slots, 1))
         rows = min(max(next_power(2, rows + 1) // 2, 1), next_power(2, len(prompts)))
-        order = sorted(range(len(prompts)), key=lambda place: len(tokenised[place].tokens))
+        order = sorted(range(len(prompts)), key=lambda prompt: len(tokenised[prompt].tokens))
         chosen = [order[start : start + rows] for start in range(0, len(order), rows)]
         for part in chosen:
-            members = [tokenised[place] for place in part]
+            members = [tokenised[prompt] for prompt in part]
             length = bucket_length(max(len(prompt.tokens) for prompt in members))
             yield (
                 part,
                 collate(
-                    members, rows=rows, length=length, places=places, pad_token=self.tokenizer.pad
+                    members, rows=rows, length=length, slots=slots, pad_token=self.tokenizer.pad
                 ),
             )
 
-    def _place(self, batch: PromptBatch) -> tuple[PromptArrays, Any]:
+    def _to_device(self, batch: PromptBatch) -> tuple[PromptArrays, Any]:
+        """Puts a batch on the device, with the keys and values of its visuals."""
         tokens, index, lengths = jax.device_put((batch.tokens, batch.media_index, batch.lengths))
         if not batch.distinct:
             return PromptArrays(tokens, index, lengths, None), None
         if self.with_visuals:
-            return PromptArrays(tokens, index, lengths, jnp.asarray(batch.visuals)), self._media(
-                batch.distinct, batch.visuals.size
-            )
+            return PromptArrays(
+                tokens, index, lengths, jnp.asarray(batch.visuals)
+            ), self._prepare_media(batch.distinct, batch.visuals.size)
         # Nothing is looked at, which adds exactly zero; the shapes stay, so that both kinds of
         # engine share compiled programs.
         blank = np.zeros(
@@ -367,23 +371,28 @@ class Engine:
             media,
         )
 
-    def _media(self, distinct: list[Visual], size: int) -> Any:
+    def _prepare_media(self, distinct: list[Visual], size: int) -> Any:
+        """Projects visuals for every gated block, `size` of them with blanks."""
         by_digest = {visual.digest: visual for visual in distinct}
         found = self._cached_tokens.get(
             list(by_digest),
-            lambda missing: dict(self._encoded([by_digest[digest] for digest in missing], _encode)),
+            lambda missing: dict(
+                self._encode_visuals([by_digest[digest] for digest in missing], _encode)
+            ),
         )
         tokens = [found[visual.digest] for visual in distinct]
         blank = [np.zeros_like(tokens[0])] * (size - len(tokens))
         return _prepare(self._graph, self._state, np.stack(tokens + blank))
 
-    def _encoded(self, visuals: list[Visual], encode: Any) -> Iterator[tuple[bytes, np.ndarray]]:
-        """(digest, encoding) of every visual, by number of frames, so that images do not pay
-        for clips.
+    def _encode_visuals(
+        self, visuals: list[Visual], encode: Any
+    ) -> Iterator[tuple[bytes, np.ndarray]]:
+        """Encodes visuals: (digest, array) of each. Those of as many frames go together, so that
+        images do not pay for clips.
         """
         groups: dict[int, list[Visual]] = {}
         for visual in visuals:
-            groups.setdefault(self._frames(len(visual.frames)), []).append(visual)
+            groups.setdefault(self._padded_frames(len(visual.frames)), []).append(visual)
         for frames, group in sorted(groups.items()):
             most = max(1, FRAMES_IN_BATCH // frames)
             for start in range(0, len(group), most):
@@ -405,16 +414,18 @@ class Engine:
                     )
                 yield from zip((visual.digest for visual in part), encoded, strict=False)
 
-    def _frames(self, frames: int) -> int:
-        """Clips up to the trained length are masked to it; for longer ones time is stretched,
-        which padding would change.
+    def _padded_frames(self, frames: int) -> int:
+        """Returns how many frames a visual is padded to: clips up to the trained length to that;
+        for longer ones time is stretched, which padding would change.
         """
         trained = self.config.resampler.frames
         return frames if frames == 1 or frames > trained else trained
 
 
 def token_constraints(tokenizer: Tokenizer, extra_tokens: int = 1) -> TokenConstraints:
-    """<EOC> or <EOS> ends a text; what is never learned as a target is never written."""
+    """Lists the ids that end a text, <EOC> and <EOS>, and those never written: what is never
+    learned as a target.
+    """
     stop = (tokenizer.eoc, tokenizer.eos)
     suppressed = {
         tokenizer.bos,

@@ -96,8 +96,9 @@ def generate(
     decoding: DecodingConfig,
     constraints: TokenConstraints,
 ) -> Generated:
-    """At most `decoding.max_tokens` tokens after each prompt; `keys` [B], one PRNG key a row,
-    matter to sampling only.
+    """Writes at most `decoding.max_tokens` tokens after each prompt.
+
+    keys: PRNG keys [B], one for each row, which matter to sampling only.
     """
     prefilled = prefill(model, prompts, media, prompts.tokens.shape[1] + decoding.max_tokens)
     if decoding.beam_size > 1:
@@ -159,7 +160,7 @@ def _sample(
 
 
 def _pick_token(log_probabilities: Array, keys: Array, decoding: DecodingConfig) -> Array:
-    """[B, V] -> int32 [B]."""
+    """Takes the likeliest tokens or draws them: [B, V] -> int32 [B]."""
     if decoding.temperature == 0.0:
         return jnp.argmax(log_probabilities, axis=-1).astype(jnp.int32)
     logits = log_probabilities / decoding.temperature
@@ -169,8 +170,8 @@ def _pick_token(log_probabilities: Array, keys: Array, decoding: DecodingConfig)
 
 
 def nucleus(logits: Array, top_p: float) -> Array:
-    """Logits [B, V] with -inf outside the smallest set of likeliest tokens whose probabilities
-    reach `top_p`.
+    """Puts -inf outside the smallest set of likeliest tokens whose probabilities reach `top_p`:
+    logits [B, V].
     """
     descending = jnp.sort(logits, axis=-1, descending=True)
     probabilities = jax.nn.softmax(descending, axis=-1)
@@ -257,7 +258,8 @@ class _Continuations(NamedTuple):
 
 
 def _continuations(s: _BeamState, allowed: Array, stop: tuple[int, ...]) -> _Continuations:
-    """allowed: log-probabilities float32 [B, beams, V] of each hypothesis's next token.
+    """Finds the likeliest ways to go on. allowed: log-probabilities float32 [B, beams, V] of each
+    hypothesis's next token.
 
     A hypothesis has as many closing continuations as there are stop tokens: so many are taken
     that as many open ones as there are beams remain.
@@ -306,15 +308,15 @@ def _keep_open(s: _BeamState, found: _Continuations, beams: int, cache: Any) -> 
 
 
 def _length_norm(tokens: Array | int, length_penalty: float) -> Array | float:
-    """What the log-probability of a hypothesis of so many tokens is divided by (Wu et al. 2016)."""
+    """Returns what a hypothesis's log-probability is divided by to rank (Wu et al. 2016)."""
     return ((5.0 + tokens) / 6.0) ** length_penalty
 
 
 def _next_log_probabilities(
     model: DecodingModel, prefilled: Prefilled, media: Any, token: Array, step: Array, cache: Any
 ) -> tuple[Array, Any]:
-    """Log-probabilities float32 [B, V] of what follows `token` [B], the step-th after the
-    prompt's last.
+    """Reads `token` [B], the step-th after the prompt's last: log-probabilities float32 [B, V] of
+    what follows it, and the cache with it.
     """
     logits, cache = model.decode(
         token[:, None],

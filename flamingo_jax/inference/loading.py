@@ -35,8 +35,8 @@ class LoadedFlamingo:
 def load_flamingo(
     folder: str | pathlib.Path, dtype: DTypeLike | None = None, *, mesh: Mesh | None = None
 ) -> LoadedFlamingo:
-    """The model of an exported folder, which is all it needs. Weights keep their stored types
-    and are cast at use.
+    """Loads the model of an exported folder, which is all it needs. Weights keep their stored
+    types and are cast at use.
 
     Args:
       dtype: compute type; by default float32 on CPU and bfloat16 on accelerators.
@@ -68,7 +68,7 @@ def load_flamingo(
 
 
 def flamingo_config(folder: str | pathlib.Path) -> FlamingoConfig:
-    """The config alone of an exported Flamingo. Raises UserError for what is none."""
+    """Reads the config alone of an exported Flamingo. Raises UserError for what is none."""
     return from_json(FlamingoConfig, _open(folder).config)
 
 

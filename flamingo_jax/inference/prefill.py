@@ -13,14 +13,12 @@ Array = jax.Array
 
 
 class DecodingModel(Protocol):
-    """A model that reads some tokens more of every row: `Flamingo`, or anything with its two
-    methods.
-    """
+    """What generation asks of a model: to read some tokens more of every row. `Flamingo` is one."""
 
     config: Any
 
     def init_cache(self, batch: int, max_length: int) -> Any:
-        """An empty cache; every leaf that is not `attention.Shared` has the batch at axis 1."""
+        """Makes an empty cache; the batch is at axis 1 of what is not `attention.Shared`."""
 
     def decode(
         self,
@@ -31,7 +29,7 @@ class DecodingModel(Protocol):
         visuals: Array | None,
         cache: Any,
     ) -> tuple[Array, Any]:
-        """int32 [B, L] tokens at `positions` -> logits float32 [B, L, V] and the cache with
+        """Reads int32 [B, L] tokens at `positions` -> logits float32 [B, L, V] and the cache with
         them.
         """
 
@@ -63,7 +61,7 @@ class Prefilled(NamedTuple):
     visuals: Array | None
 
     def repeat(self, times: int) -> "Prefilled":
-        """Every row `times` times in a row: beams or candidates of one prompt."""
+        """Repeats every row `times` times in a row: beams or candidates of one prompt."""
         cache = map_cache(lambda a: jnp.repeat(a, times, axis=1), self.cache)
         rows = jax.tree.map(lambda a: jnp.repeat(a, times, axis=0), self._replace(cache=None))
         return rows._replace(cache=cache)
@@ -76,14 +74,17 @@ def prefill(model: DecodingModel, prompts: PromptArrays, media: Any, size: int) 
     vocabulary times a prompt would be large.
     """
     rows, length = prompts.tokens.shape
-    places = jnp.arange(length)
-    positions = jnp.where(places < prompts.lengths[:, None] - 1, places, size)
+    slots = jnp.arange(length)
+    positions = jnp.where(slots < prompts.lengths[:, None] - 1, slots, size)
     cache = model.init_cache(rows, size)
     _, cache = model.decode(
         prompts.tokens, positions, prompts.media_index, media, prompts.visuals, cache
     )
-    take = lambda a: jnp.take_along_axis(a, prompts.lengths[:, None] - 1, axis=1)[:, 0]
-    index, visuals = take(prompts.media_index), prompts.visuals
+
+    def last(a: Array) -> Array:
+        return jnp.take_along_axis(a, prompts.lengths[:, None] - 1, axis=1)[:, 0]
+
+    index, visuals = last(prompts.media_index), prompts.visuals
     if visuals is not None and model.config.conditioning.attend_to_media == "last":
         # What follows looks at one visual alone: the others need not be gathered at every step.
         visuals = jnp.where(
@@ -92,4 +93,4 @@ def prefill(model: DecodingModel, prompts: PromptArrays, media: Any, size: int) 
             -1,
         )
         index = jnp.minimum(index, 0)
-    return Prefilled(cache, take(prompts.tokens), prompts.lengths - 1, index, visuals)
+    return Prefilled(cache, last(prompts.tokens), prompts.lengths - 1, index, visuals)

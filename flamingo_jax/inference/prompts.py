@@ -23,7 +23,7 @@ LENGTH_STEP = 32
 
 
 class SpecialToken(enum.Enum):
-    """Marks that a prompt may hold besides text and visuals."""
+    """Tokens that a prompt may hold besides text and visuals."""
 
     END_OF_CHUNK = "<EOC>"
 
@@ -39,8 +39,10 @@ Prompt = Sequence[PromptPart]
 
 @dataclasses.dataclass(frozen=True)
 class TokenisedPrompt:
-    """tokens int32 [n] from <BOS>; media_index int32 [n], each token's place in `visuals` or
-    -1.
+    """A prompt as the model reads it.
+
+    tokens: int32 [n] from <BOS> on. media_index: int32 [n], which of `visuals` each token looks
+      at, or -1.
     """
 
     tokens: np.ndarray
@@ -51,8 +53,7 @@ class TokenisedPrompt:
 def fill_image_tags(
     prompt: Sequence[PromptPart | VisualSource], tag: str = Tokenizer.image_tag
 ) -> list[Any]:
-    """Text may spell out where the visuals go: literal image tags are then filled with the
-    prompt's visuals in order.
+    """Puts a prompt's visuals, in order, where its texts spell out image tags.
 
     Without any tag the visuals stand where the list has them. A tag behind a backslash
     (`escape_image_tags`) is mere text. Raises UserError when tags and visuals differ in number.
@@ -83,7 +84,7 @@ def fill_image_tags(
 
 
 def count_image_tags(prompt: Sequence[Any], tag: str = Tokenizer.image_tag) -> int:
-    """How many visuals the texts of a prompt ask for; what is no text asks for none."""
+    """Counts the visuals that the texts of a prompt ask for."""
     return sum(len(_unescaped(tag).findall(part)) for part in prompt if isinstance(part, str))
 
 
@@ -92,15 +93,15 @@ def _unescaped(tag: str) -> re.Pattern[str]:
 
 
 def escape_image_tags(text: str, tag: str = Tokenizer.image_tag) -> str:
-    """Text whose image tags are words in it: for what somebody else wrote, as a data set's
+    """Makes the image tags of a text mere words: for what somebody else wrote, as a dataset's
     questions.
     """
     return text.replace(tag, f"\\{tag}")
 
 
 def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of a text, escaped image tags character by character: their own piece, where there is
-    one, would announce a visual.
+    """Encodes a text, escaped image tags character by character: their own piece, where there
+    is one, would announce a visual.
     """
     tag = tokenizer.image_tag
     first, *others = (tokenizer.encode(part) for part in text.split(f"\\{tag}"))
@@ -109,8 +110,8 @@ def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def tokenise(prompt: Prompt, tokenizer: Tokenizer) -> TokenisedPrompt:
-    """Tokens of an open page: an <EOC> closes what stands before a visual, except directly
-    after <BOS> or another <EOC>.
+    """Encodes a prompt as an open page: an <EOC> closes what stands before a visual, except
+    directly after <BOS> or another <EOC>.
     """
     tokens, chunk = [tokenizer.bos], [0]
     visuals: list[Visual] = []
@@ -146,9 +147,9 @@ def _joined(prompt: Prompt) -> list[PromptPart]:
 
 @dataclasses.dataclass(frozen=True)
 class PromptBatch:
-    """B prompts padded on the right to L tokens, with N places for visuals.
+    """B prompts padded on the right to L tokens, with N slots for visuals.
 
-    tokens, media_index: int32 [B, L]. lengths: int32 [B]. visuals: int32 [B, N], places in
+    tokens, media_index: int32 [B, L]. lengths: int32 [B]. visuals: int32 [B, N], indices in
       `distinct` or -1.
     distinct: the different visuals of the batch.
     """
@@ -161,15 +162,17 @@ class PromptBatch:
 
 
 def collate(
-    prompts: Sequence[TokenisedPrompt], *, rows: int, length: int, places: int, pad_token: int
+    prompts: Sequence[TokenisedPrompt], *, rows: int, length: int, slots: int, pad_token: int
 ) -> PromptBatch:
-    """Rows beyond the prompts repeat the first one, so that they end when it does and nothing
-    new is encoded for them.
+    """Pads prompts to a batch of `rows` rows of `length` tokens and `slots` visuals.
+
+    Rows beyond the prompts repeat the first one, so that they end when it does and nothing new
+    is encoded for them.
     """
     tokens = np.full((rows, length), pad_token, np.int32)
     index = np.full((rows, length), -1, np.int32)
     lengths = np.zeros(rows, np.int32)
-    visuals = np.full((rows, places), -1, np.int32)
+    visuals = np.full((rows, slots), -1, np.int32)
     number: dict[bytes, int] = {}
     distinct: list[Visual] = []
     for row in range(rows):
@@ -180,11 +183,11 @@ def collate(
             prompt.media_index,
             size,
         )
-        for place, visual in enumerate(prompt.visuals):
+        for slot, visual in enumerate(prompt.visuals):
             if visual.digest not in number:
                 number[visual.digest] = len(distinct)
                 distinct.append(visual)
-            visuals[row, place] = number[visual.digest]
+            visuals[row, slot] = number[visual.digest]
     return PromptBatch(tokens, index, lengths, visuals, distinct)
 
 
@@ -201,7 +204,7 @@ def answered_batch(
 
     frames: of every visual at least; those that are not real are masked.
     """
-    rows, places = len(prompts), max(len(prompt.visuals) for prompt in prompts)
+    rows, slots = len(prompts), max(len(prompt.visuals) for prompt in prompts)
     lengths = [
         len(prompt.tokens) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)
     ]
@@ -211,19 +214,19 @@ def answered_batch(
     tokens = np.full((rows, length), pad_token, np.int32)
     index = np.full((rows, length), -1, np.int32)
     segments, loss_mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
-    visuals = np.full((rows, places), -1, np.int32)
-    images = np.zeros((rows * places, frames, image_size, image_size, 3), np.uint8)
-    frame_mask = np.zeros((rows * places, frames), bool)
+    visuals = np.full((rows, slots), -1, np.int32)
+    images = np.zeros((rows * slots, frames, image_size, image_size, 3), np.uint8)
+    frame_mask = np.zeros((rows * slots, frames), bool)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         first, end = len(prompt.tokens), lengths[row]
         tokens[row, :first], tokens[row, first:end] = prompt.tokens, answer
         index[row, :first], index[row, first:end] = prompt.media_index, prompt.media_index[-1]
         segments[row, :end], loss_mask[row, first:end] = 1, True
         for number, visual in enumerate(prompt.visuals):
-            place = visuals[row, number] = row * places + number
+            place = visuals[row, number] = row * slots + number
             images[place, : len(visual.frames)] = visual.frames
             frame_mask[place, : len(visual.frames)] = True
-    positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    positions = np.where(segments, np.arange(length, dtype=np.int32), 0)
     text = {
         "tokens": tokens,
         "positions": positions,
@@ -231,21 +234,21 @@ def answered_batch(
         "media_index": index,
         "loss_mask": loss_mask,
     }
-    if not places:
+    if not slots:
         return text
     return text | {"visuals": visuals, "images": images, "frame_mask": frame_mask}
 
 
 def bucket_length(count: int) -> int:
-    """The least of 32, 64, 96, 128, 192, 256, 384, ... that is at least `count`: few lengths,
-    little padding.
+    """Returns the least of 32, 64, 96, 128, 192, 256, 384, ... that is at least `count`: few
+    lengths, little padding.
     """
     length = LENGTH_STEP * next_power(2, -(-count // LENGTH_STEP))
     return length * 3 // 4 if length >= 4 * LENGTH_STEP and length * 3 // 4 >= count else length
 
 
 def next_power(base: int, count: int) -> int:
-    """The least power of `base` that is at least `count`, 0 for 0."""
+    """Returns the least power of `base` that is at least `count`, 0 for 0."""
     power = min(count, 1)
     while power < count:
         power *= base

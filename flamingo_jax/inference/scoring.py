@@ -22,7 +22,7 @@ def candidate_scores(
     *,
     group_size: int,
 ) -> Array:
-    """Sum of the log-probabilities of each candidate's tokens after its prompt.
+    """Sums the log-probabilities of each candidate's tokens after its prompt.
 
     Args:
       candidates: int32 [B, C, T], right-padded. lengths: int32 [B, C]; 0 where a row has no

@@ -129,7 +129,7 @@ def test_a_batch_holds_each_different_image_once() -> None:
         tokenise([FIRST, "a", SECOND, "a"], TOKENIZER),
         tokenise([again, "a star"], TOKENIZER),
     ]
-    batch = collate(prompts, rows=4, length=32, places=3, pad_token=TOKENIZER.pad)
+    batch = collate(prompts, rows=4, length=32, slots=3, pad_token=TOKENIZER.pad)
     assert batch.distinct == [FIRST, SECOND]
     assert batch.visuals.tolist() == [[0, 1, -1], [0, -1, -1], [0, 1, -1], [0, 1, -1]]
     assert batch.lengths.tolist() == [len(prompts[row].tokens) for row in (0, 1, 0, 0)]
