@@ -10,7 +10,7 @@ and exports/, models/ or what the stages before have exported.
 import dataclasses
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from flamingo_jax.configuring import did_you_mean
 from flamingo_jax.errors import UserError
@@ -124,6 +124,24 @@ def form_of(
     given = arguments(arg, config, ("form", "root"))
     form = given["form"]
     return rooted(on_machine(experiment, form, config, machines), root_of(given["root"], form))
+
+
+def stage_of(
+    arg: str, config: str, stages: Mapping[str, Callable[[str], Experiment]], root: str
+) -> Experiment:
+    """Makes the stage that a config's argument `stage,root` asks for, by default the Flamingo.
+
+    stages: {name: the experiment of data and exports below a root}. root: where none is given.
+
+    Raises: UserError for another stage, or an argument that is not of the grammar.
+    """
+    given = arguments(arg, config, ("stage", "root"))
+    stage = given["stage"] or "flamingo"
+    if stage not in stages:
+        raise UserError(
+            f"configs/{config}.py has no stage {stage!r}: choose one of {', '.join(stages)}"
+        )
+    return stages[stage](given["root"] or root)
 
 
 def root_of(root: str, form: str) -> str:

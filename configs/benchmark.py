@@ -11,6 +11,7 @@ import re
 
 import ml_collections
 
+from configs.base import arguments
 from flamingo_jax.configuring import from_config, to_config
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import (
@@ -55,10 +56,11 @@ def experiment_of(sizes: str) -> Experiment:
 
     UserError: an unknown or missing name, or a value of another form.
     """
-    given = dict(part.partition("=")[::2] for part in sizes.split(","))
-    if wrong := sorted(set(given) ^ {*NUMBERS, *BATCHES}):
-        what = "is unknown" if wrong[0] in given else "is missing"
-        raise UserError(f"sizes: {wrong[0]!r} {what}; it takes {', '.join((*NUMBERS, *BATCHES))}")
+    given = arguments(sizes, "benchmark", (*NUMBERS, *BATCHES))
+    if missing := [name for name, value in given.items() if not value]:
+        raise UserError(
+            f"sizes: {missing[0]!r} is missing; it takes {', '.join((*NUMBERS, *BATCHES))}"
+        )
     for name, value in given.items():
         form, example = ("x".join([NUMBER] * 3), "8x3x128") if name in BATCHES else (NUMBER, "4")
         if not re.fullmatch(form, value):

@@ -26,12 +26,11 @@ layer, as in Flamingo-9B; a smaller `every` costs memory and time and helps (pap
 import dataclasses
 import os
 import pathlib
-from typing import Any
+from typing import Any, Literal
 
 import ml_collections
 
 from configs import base
-from flamingo_jax.checkpointing.export import open_export
 from flamingo_jax.configuring import from_json, to_config
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import (
@@ -50,8 +49,6 @@ from flamingo_jax.experiment import (
     VisionConfig,
     ViTConfig,
 )
-from flamingo_jax.interop.folders import Part, is_foreign, read_config
-from flamingo_jax.interop.published import published
 from flamingo_jax.processing.tokenizer import tokenizer_file
 
 KEYS = ("form", "language_model", "encoder", "datasets", "root")
@@ -200,10 +197,15 @@ def _tiny(language_model: str, encoder: str, datasets: str, root: str) -> Experi
     )
 
 
-def _config_of(folder: str, part: Part) -> Any:
+def _config_of(folder: str, part: Literal["language_model", "vision_encoder"]) -> Any:
     """The config of a published model's folder, of an export, or of a public model that a
     missing folder is called like.
     """
+    # Here, since they take long to import: the paper's configs and --help want none of them.
+    from flamingo_jax.checkpointing.export import open_export
+    from flamingo_jax.interop.folders import is_foreign, read_config
+    from flamingo_jax.interop.published import published
+
     kind: type = LanguageModelConfig if part == "language_model" else VisionConfig
     if pathlib.Path(folder).is_dir():
         if is_foreign(folder):

@@ -11,9 +11,8 @@ raise first on an accelerator is said at each number.
 
 import ml_collections
 
-from configs.base import arguments, held_out
+from configs.base import held_out, stage_of
 from flamingo_jax.configuring import to_config
-from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import (
     AttentionConfig,
     ConditioningConfig,
@@ -48,18 +47,7 @@ STEPS = {"contrastive": 300, "language_model": 500, "flamingo": 400}
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config of one stage, by default the Flamingo: `stage,root`."""
-    given = arguments(arg, "own_data", ("stage", "root"))
-    stage = given["stage"] or "flamingo"
-    stages = {
-        "contrastive": _contrastive,
-        "language_model": _language_model,
-        "flamingo": _flamingo,
-    }
-    if stage not in stages:
-        raise UserError(
-            f"configs/own_data.py has no stage {stage!r}: choose one of {', '.join(stages)}"
-        )
-    return to_config(stages[stage](given["root"] or "runs/mine"))
+    return to_config(stage_of(arg, "own_data", STAGES, "runs/mine"))
 
 
 def _training(stage: str) -> TrainingConfig:
@@ -190,3 +178,10 @@ def _flamingo(folder: str) -> Experiment:
         vision_encoder_from=f"{folder}/contrastive/export",
         language_model_from=f"{folder}/language_model/export",
     )
+
+
+STAGES = {
+    "contrastive": _contrastive,
+    "language_model": _language_model,
+    "flamingo": _flamingo,
+}

@@ -18,9 +18,10 @@ import dataclasses
 
 import ml_collections
 
-from configs.base import arguments, held_out
+from configs.base import held_out, stage_of
 from flamingo_jax.configuring import to_config
 from flamingo_jax.errors import UserError
+from flamingo_jax.evaluation.evaluator_config import EvaluatorConfig
 from flamingo_jax.experiment import (
     AttentionConfig,
     ConditioningConfig,
@@ -55,21 +56,9 @@ LANGUAGE_MODEL = LanguageModelConfig(
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config of one stage, by default the Flamingo: `stage,root`."""
-    given = arguments(arg, "quickstart", ("stage", "root"))
-    stage = given["stage"] or "flamingo"
-    stages = {
-        "contrastive": contrastive,
-        "language_model": language_model,
-        "flamingo": flamingo,
-        "without_images": without_images,
-    }
-    if stage == "without_pictures":
+    if "without_pictures" in arg.partition(",")[0]:
         raise UserError("the stage without_pictures is now called without_images: write that")
-    if stage not in stages:
-        raise UserError(
-            f"configs/quickstart.py has no stage {stage!r}: choose one of {', '.join(stages)}"
-        )
-    return to_config(stages[stage](given["root"] or ROOT))
+    return to_config(stage_of(arg, "quickstart", STAGES, ROOT))
 
 
 def _data(root: str, kind: str, name: str, **options: object) -> DatasetConfig:
@@ -94,6 +83,7 @@ def contrastive(root: str) -> Experiment:
         ),
         tokenizer=f"{root}/data/tokenizer",
         data=data,
+        evaluators={"retrieval": EvaluatorConfig("retrieval", f"{root}/data/ltip", limit=256)},
         optimizer=OptimizerConfig(
             learning_rate=2e-3,
             warmup_steps=50,
@@ -218,3 +208,11 @@ def without_images(root: str) -> Experiment:
     experiment = flamingo(root, use_visuals=False)
     training = dataclasses.replace(experiment.training, steps=100)
     return dataclasses.replace(experiment, name="without images", held_out={}, training=training)
+
+
+STAGES = {
+    "contrastive": contrastive,
+    "language_model": language_model,
+    "flamingo": flamingo,
+    "without_images": without_images,
+}

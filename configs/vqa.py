@@ -20,9 +20,8 @@ import dataclasses
 
 import ml_collections
 
-from configs.base import arguments, held_out
+from configs.base import held_out, stage_of
 from flamingo_jax.configuring import to_config
-from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import (
     AttentionConfig,
     ConditioningConfig,
@@ -56,18 +55,7 @@ LANGUAGE_MODEL = LanguageModelConfig(
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config of one stage, by default the Flamingo: `stage,root`."""
-    given = arguments(arg, "vqa", ("stage", "root"))
-    stage = given["stage"] or "flamingo"
-    stages = {
-        "contrastive": _contrastive,
-        "language_model": _language_model,
-        "flamingo": _flamingo,
-        "video": _video,
-        "finetune": _finetune,
-    }
-    if stage not in stages:
-        raise UserError(f"configs/vqa.py has no stage {stage!r}: choose one of {', '.join(stages)}")
-    return to_config(stages[stage](given["root"] or "runs/vqa"))
+    return to_config(stage_of(arg, "vqa", STAGES, "runs/vqa"))
 
 
 def _questions(folder: str, **options: object) -> dict[str, DatasetConfig]:
@@ -231,3 +219,12 @@ def _finetune(folder: str) -> Experiment:
         language_model_from="",
         flamingo_from=f"{folder}/flamingo/export",
     )
+
+
+STAGES = {
+    "contrastive": _contrastive,
+    "language_model": _language_model,
+    "flamingo": _flamingo,
+    "video": _video,
+    "finetune": _finetune,
+}

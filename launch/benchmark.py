@@ -2,7 +2,7 @@ r"""Measures how fast training is on the devices that are here, and how fast dat
 
     python -m launch.benchmark train --config=configs/flamingo_3b.py:h200_1 [--steps=10] [--json] \
         [--trace=FOLDER]
-    python -m launch.benchmark train --sizes=layers=4,width=256,heads=4,vocab=8192,every=1,\
+    python -m launch.benchmark train --sizes=layers=4,width=256,heads=4,vocab=8192,xattn_every=1,\
     vit_layers=4,vit_width=256,vit_heads=4,image=96,patch=16,interleaved=8x3x128,pairs=16x1x32
     python -m launch.benchmark data --config=configs/own_data.py:flamingo,runs/mine \
         [--step_seconds=0.2]

@@ -32,7 +32,7 @@ def test_sizes_make_the_model_they_name() -> None:
 @pytest.mark.parametrize(
     ("sizes", "sentence"),
     [
-        (SIZES.replace("heads=2,vocab", "haeds=2,vocab"), "'haeds' is unknown"),
+        (SIZES.replace("heads=2,vocab", "haeds=2,vocab"), "but no 'haeds', did you mean heads"),
         (SIZES.replace("layers=2,", ""), "'layers' is missing"),
         (SIZES.replace("8x3x12", "8x3"), "interleaved is '8x3', but must look like 8x3x128"),
         (SIZES.replace("vocab=32", "vocab=many"), "vocab is 'many', but must look like 4"),
