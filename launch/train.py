@@ -145,7 +145,9 @@ def _run(
     from flamingo_jax.training.frozen_encoder import load_frozen_encoder
     from flamingo_jax.training.loop import train
     from flamingo_jax.training.preflight import check_tokenizer, load_tokenizer
+    from flamingo_jax.training.trackers import check_trackers
 
+    check_trackers(experiment.trackers)
     mesh = make_mesh(experiment.mesh)
     check_batches(experiment, mesh)
     host_shard = HostShard.of(mesh)
