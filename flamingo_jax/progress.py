@@ -15,6 +15,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+TOTAL_SECONDS = "total"
+"""The key of the wall seconds of all commands of a run together, among those of each: less than
+their sum where some ran side by side.
+"""
 SECONDS_BETWEEN_LINES = 10.0
 LINE = re.compile(r"(.+?) (\d+)/(\d+) (.*?) ?(?:(?:\d+|nan) s left|in \d+ s)")
 """What a Bar writes where there is no terminal: title, done, total and note."""

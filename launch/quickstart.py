@@ -1,9 +1,9 @@
-"""The whole path on the embedded world: data, the three stages, export, evaluation, report.
+"""Goes the whole path on the embedded synthetic world: data, stages, exports, evaluation, report.
 
     python -m launch.quickstart --workdir=runs/quickstart [--seed=0]
 
-Each part is one of the ordinary commands, run as its own process; a part that is finished is
-not done again, so that an interrupted quickstart goes on where it stopped.
+Each command is an ordinary one, run as its own process; one that is finished is not
+run again, so that an interrupted quickstart goes on where it stopped.
 """
 
 import functools
@@ -19,7 +19,7 @@ from absl import flags
 
 from flamingo_jax.errors import UserError
 from launch import command
-from launch.parts import Parts, Show, halves
+from launch.resumable_commands import ResumableCommands, ShowLine, halves
 
 WORKDIR = flags.DEFINE_string(
     "workdir", "runs/quickstart", "Folder for everything the quickstart makes."
@@ -39,37 +39,17 @@ def main() -> int:
     root = pathlib.Path(WORKDIR.value)
     _require_seed(root, SEED.value)
     root.mkdir(parents=True, exist_ok=True)
-    parts = Parts(root / "seconds.json")
-    signal.signal(signal.SIGTERM, lambda *_: parts.stop())
-
-    def stage(name: str, show: Show | None = None) -> None:
-        """Trains and exports a stage."""
-        config = [
-            f"--config=configs/quickstart.py:{name},{root}",
-            f"--config.seed={SEED.value}",
-            f"--workdir={root}/{name}",
-        ]
-        parts.run(name, "-m", "launch.train", *config, again=LONGER.get(name, ()), show=show)
-        if not parts.is_done(f"export {name}"):
-            # What a start left that was killed between the export and the note of it.
-            shutil.rmtree(root / name / "export", ignore_errors=True)
-        parts.run(
-            f"export {name}",
-            "-m",
-            "launch.export",
-            f"--workdir={root}/{name}",
-            f"--output={root}/{name}/export",
-            show=show,
-        )
-
-    parts.run("data", "-m", "launch.build_data", "--source=quickstart", f"--output={root}/data")
+    commands = ResumableCommands(root / "seconds.json")
+    signal.signal(signal.SIGTERM, lambda *_: commands.stop())
+    commands.run("data", "-m", "launch.build_data", "--source=quickstart", f"--output={root}/data")
     cores = halves()
-    if len(cores) == 2 and not any(map(parts.is_done, BASES)) and _on_cpu():
+    if len(cores) == 2 and not any(map(commands.is_done, BASES)) and _on_cpu():
         # Steps this small do not keep two cores busy.
-        parts.side_by_side([functools.partial(stage, name) for name in BASES], cores)
+        lanes = [functools.partial(train_and_export, commands, root, name) for name in BASES]
+        commands.side_by_side(lanes, cores)
     for name in STAGES:
-        stage(name)
-    parts.run(
+        train_and_export(commands, root, name)
+    commands.run(
         "evaluation",
         "-m",
         "launch.evaluate",
@@ -81,14 +61,41 @@ def main() -> int:
         f"--baseline={root}/without_images/export",
         f"--seconds={root}/seconds.json",
         f"--output={root}",
-        *(f"--curves={name}={root}/{name}/metrics.jsonl" for name in STAGES if name != "flamingo"),
+        *(f"--curves={name}={root}/{name}/metrics.jsonl" for name in BASES),
     )
     print(
-        f"\n{parts.total / 60:.1f} minutes in all; open {root}/report.html, figures in"
+        f"\n{commands.total / 60:.1f} minutes in all; open {root}/report.html, metrics in"
         f" {root}/report.json",
         flush=True,
     )
     return 0
+
+
+def train_and_export(
+    commands: ResumableCommands, root: pathlib.Path, name: str, show: ShowLine | None = None
+) -> None:
+    """Trains a stage and exports it to ROOT/NAME/export, each unless that was done before."""
+    commands.run(
+        name,
+        "-m",
+        "launch.train",
+        f"--config=configs/quickstart.py:{name},{root}",
+        f"--config.seed={SEED.value}",
+        f"--workdir={root}/{name}",
+        again=LONGER.get(name, ()),
+        show=show,
+    )
+    if not commands.is_done(f"export {name}"):
+        # What a start left that was killed between the export and the note of it.
+        shutil.rmtree(root / name / "export", ignore_errors=True)
+    commands.run(
+        f"export {name}",
+        "-m",
+        "launch.export",
+        f"--workdir={root}/{name}",
+        f"--output={root}/{name}/export",
+        show=show,
+    )
 
 
 def _require_seed(root: pathlib.Path, seed: int) -> None:

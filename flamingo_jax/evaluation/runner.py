@@ -19,12 +19,11 @@ from flamingo_jax.evaluation.report import read_metrics, write_report
 from flamingo_jax.experiment import Experiment, FlamingoConfig
 from flamingo_jax.inference.engine import Engine
 from flamingo_jax.inference.loading import flamingo_config, load_flamingo
+from flamingo_jax.progress import TOTAL_SECONDS
 from flamingo_jax.web_page import Table
 
 MODEL, BASELINE = "model", "without_images"
 """How reports name the two."""
-TOTAL = "total"
-"""The wall seconds of all stages together, among those of each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +79,12 @@ class EvaluationRun:
         have one.
         """
         own = time.monotonic() - self.began
-        total = {TOTAL: self.seconds[TOTAL] + own} if TOTAL in self.seconds else {}
-        stages = {name: value for name, value in self.seconds.items() if name != TOTAL}
+        total = (
+            {TOTAL_SECONDS: self.seconds[TOTAL_SECONDS] + own}
+            if TOTAL_SECONDS in self.seconds
+            else {}
+        )
+        stages = {name: value for name, value in self.seconds.items() if name != TOTAL_SECONDS}
         return stages | {"evaluation": own} | total
 
     def all_curves(self) -> dict[str, list[dict[str, Any]]]:

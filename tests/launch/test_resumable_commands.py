@@ -1,5 +1,5 @@
-"""Parts: each once, side by side on cores of their own, and what becomes of the others when one
-fails.
+"""Commands of a run: each once, side by side on cores of their own, and what becomes of the
+others when one fails.
 """
 
 import functools
@@ -11,7 +11,7 @@ import pytest
 
 from flamingo_jax.errors import EXIT_NOT_LEARNED, UserError
 from flamingo_jax.progress import LINE
-from launch.parts import TOTAL, Parts, Show, halves
+from launch.resumable_commands import TOTAL_SECONDS, ResumableCommands, ShowLine, halves
 from tests.launch import commands
 
 APPEND = "import sys; open(sys.argv[1], 'a').write(sys.argv[2] + ' ')"
@@ -19,18 +19,18 @@ APPEND = "import sys; open(sys.argv[1], 'a').write(sys.argv[2] + ' ')"
 
 def test_a_part_runs_once_and_its_seconds_are_kept(tmp_path: pathlib.Path) -> None:
     for _ in range(2):
-        parts = Parts(tmp_path / "seconds.json")
-        parts.run("one", "-c", APPEND, f"{tmp_path}/out", "1")
-        parts.run("two", "-c", APPEND, f"{tmp_path}/out", "2")
+        commands = ResumableCommands(tmp_path / "seconds.json")
+        commands.run("one", "-c", APPEND, f"{tmp_path}/out", "1")
+        commands.run("two", "-c", APPEND, f"{tmp_path}/out", "2")
     assert (tmp_path / "out").read_text() == "1 2 "
     seconds = json.loads((tmp_path / "seconds.json").read_text())
-    assert list(seconds) == ["one", TOTAL, "two"]
-    assert seconds["one"] + seconds["two"] <= seconds[TOTAL] <= parts.total
+    assert list(seconds) == ["one", TOTAL_SECONDS, "two"]
+    assert seconds["one"] + seconds["two"] <= seconds[TOTAL_SECONDS] <= commands.total
 
 
 def test_a_stage_that_has_not_learned_goes_on_once(tmp_path: pathlib.Path) -> None:
     command = f"{APPEND}; sys.exit({EXIT_NOT_LEARNED} if len(sys.argv) < 4 else 0)"
-    Parts(tmp_path / "seconds.json").run(
+    ResumableCommands(tmp_path / "seconds.json").run(
         "stage", "-c", command, f"{tmp_path}/out", "1", again=["longer"]
     )
     assert (tmp_path / "out").read_text() == "1 1 "
@@ -40,8 +40,8 @@ def test_a_part_that_fails_is_named_and_run_again_by_the_next_start(
     tmp_path: pathlib.Path,
 ) -> None:
     with pytest.raises(UserError, match=r"stopped in 'bad' \(exit code 7\); start it again"):
-        Parts(tmp_path / "seconds.json").run("bad", "-c", "import sys; sys.exit(7)")
-    assert not Parts(tmp_path / "seconds.json").is_done("bad")
+        ResumableCommands(tmp_path / "seconds.json").run("bad", "-c", "import sys; sys.exit(7)")
+    assert not ResumableCommands(tmp_path / "seconds.json").is_done("bad")
 
 
 needs_two_cores = pytest.mark.skipif(
@@ -53,17 +53,17 @@ needs_two_cores = pytest.mark.skipif(
 def test_lanes_have_cores_of_their_own(
     tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    parts, mine = Parts(tmp_path / "seconds.json"), os.sched_getaffinity(0)
+    commands, mine = ResumableCommands(tmp_path / "seconds.json"), os.sched_getaffinity(0)
 
-    def lane(name: str, show: Show) -> None:
-        parts.run(
+    def lane(name: str, show: ShowLine) -> None:
+        commands.run(
             name,
             "-c",
             f"import os; print('{name}', sorted(os.sched_getaffinity(0)))",
             show=show,
         )
 
-    parts.side_by_side([functools.partial(lane, name) for name in ("a", "b")], halves())
+    commands.side_by_side([functools.partial(lane, name) for name in ("a", "b")], halves())
     said = capfd.readouterr().err
     for name, cores in zip(("a", "b"), halves(), strict=True):
         assert f"{name} {sorted(cores)}" in said
@@ -72,28 +72,28 @@ def test_lanes_have_cores_of_their_own(
 
 @needs_two_cores
 def test_when_a_lane_fails_the_other_is_asked_to_end(tmp_path: pathlib.Path) -> None:
-    parts = Parts(tmp_path / "seconds.json")
+    commands = ResumableCommands(tmp_path / "seconds.json")
     waits = f"import pathlib, time; pathlib.Path('{tmp_path}/on').touch(); time.sleep(600)"
     fails = (
         f"import pathlib, sys, time\nwhile not pathlib.Path('{tmp_path}/on').exists():"
         " time.sleep(0.01)\nsys.exit(7)"
     )
     with pytest.raises(UserError, match="'fails'"):
-        parts.side_by_side(
+        commands.side_by_side(
             [
-                lambda show: parts.run("waits", "-c", waits, show=show),
-                lambda show: parts.run("fails", "-c", fails, show=show),
+                lambda show: commands.run("waits", "-c", waits, show=show),
+                lambda show: commands.run("fails", "-c", fails, show=show),
             ],
             halves(),
         )
-    assert not parts.is_done("waits")
+    assert not commands.is_done("waits")
 
 
 def test_nothing_starts_once_the_run_was_stopped(tmp_path: pathlib.Path) -> None:
-    parts = Parts(tmp_path / "seconds.json")
-    parts.stop()
+    commands = ResumableCommands(tmp_path / "seconds.json")
+    commands.stop()
     with pytest.raises(UserError, match="was stopped; start it again"):
-        parts.run("late", "-c", APPEND, f"{tmp_path}/out", "1")
+        commands.run("late", "-c", APPEND, f"{tmp_path}/out", "1")
     assert not (tmp_path / "out").exists()
 
 

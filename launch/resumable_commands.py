@@ -13,25 +13,21 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from flamingo_jax import errors
-from flamingo_jax.progress import Relay
+from flamingo_jax.progress import TOTAL_SECONDS, Relay
 
-TOTAL = "total"
-"""The key of the wall time of all parts together, which is less than their sum where some ran
-side by side.
-"""
-Show = Callable[[str], None]
+ShowLine = Callable[[str], None]
 
 
-class Parts:
-    """Runs parts that `file` does not tell of yet.
+class ResumableCommands:
+    """Runs commands that `file` does not tell of yet.
 
-    It holds {part: wall seconds} of those that are finished, and TOTAL over all starts.
+    It holds {name: wall seconds} of those that are finished, and TOTAL_SECONDS over all starts.
     """
 
     def __init__(self, file: pathlib.Path):
         self._file = file
         self._seconds: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
-        self._began = time.monotonic() - self._seconds.get(TOTAL, 0.0)
+        self._began = time.monotonic() - self._seconds.get(TOTAL_SECONDS, 0.0)
         # Reentrant: a signal's handler may call `stop` while its own thread holds it.
         self._lock = threading.RLock()
         self._stopped = False
@@ -46,7 +42,7 @@ class Parts:
         return name in self._seconds
 
     def run(
-        self, name: str, *arguments: str, again: Sequence[str] = (), show: Show | None = None
+        self, name: str, *arguments: str, again: Sequence[str] = (), show: ShowLine | None = None
     ) -> None:
         """Runs Python with `arguments` unless that was done before.
 
@@ -73,18 +69,18 @@ class Parts:
                 " there"
             )
         with self._lock:
-            self._seconds |= {name: time.monotonic() - began, TOTAL: self.total}
+            self._seconds |= {name: time.monotonic() - began, TOTAL_SECONDS: self.total}
             self._file.write_text(json.dumps(self._seconds, indent=2))
 
     def side_by_side(
-        self, lanes: Sequence[Callable[[Show], None]], cores: Sequence[set[int]]
+        self, lanes: Sequence[Callable[[ShowLine], None]], cores: Sequence[set[int]]
     ) -> None:
         """Runs each lane, which calls `run` with the `show` that it gets, on its own cores.
 
         When one fails, the others are asked to save and end.
         """
 
-        def lane_on(lane: Callable[[Show], None], mine: set[int], show: Show) -> None:
+        def lane_on(lane: Callable[[ShowLine], None], mine: set[int], show: ShowLine) -> None:
             # Of this thread alone, and of the processes that it starts.
             os.sched_setaffinity(0, mine)
             lane(show)
@@ -103,7 +99,7 @@ class Parts:
         if first is not None:
             raise first
 
-    def _call(self, arguments: Sequence[str], show: Show | None) -> int:
+    def _call(self, arguments: Sequence[str], show: ShowLine | None) -> int:
         stream = None if show is None else subprocess.PIPE
         with self._lock:
             if self._stopped:
