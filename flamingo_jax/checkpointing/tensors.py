@@ -72,6 +72,8 @@ class Term(NamedTuple):
       axis, the first of them the slowest. "" for the same.
     sizes: of axes that the parameter's shape does not tell, as those in brackets on the right.
     first, taken: its rows, so many from `first` on; by default all.
+    pick: axes of the tensor, of the names in brackets, of which only this place is taken, as
+      where queries, keys and values lie together: not the first of all.
     """
 
     name: str
@@ -79,18 +81,20 @@ class Term(NamedTuple):
     sizes: Mapping[str, int] = {}
     first: int = 0
     taken: int | None = None
+    pick: Mapping[str, int] = {}
 
 
 class Layout(NamedTuple):
     """What a term's form means for one shape of a parameter.
 
     stored: the shape of the tensor's rows that are taken. split: the same with the brackets
-    opened. order: the axes of `split` in the parameter's order. merged: some of these are one
-    axis of the parameter.
+    opened. picked: the index of `split` that leaves the axes which the parameter has. order:
+    these in the parameter's order. merged: some of these are one axis of the parameter.
     """
 
     stored: tuple[int, ...]
     split: tuple[int, ...]
+    picked: tuple[slice | int, ...]
     order: tuple[int, ...]
     merged: bool
 
@@ -107,6 +111,10 @@ class Layout(NamedTuple):
             and self.order == tuple((turn + place) % count for place in range(count))
             else None
         )
+
+    def pick(self, array: np.ndarray) -> np.ndarray:
+        """Of an array like `split`, what the parameter has."""
+        return array[self.picked] if self.picked else array
 
 
 def read_headers(files: Iterable[pathlib.Path]) -> dict[str, Stored]:
@@ -149,7 +157,7 @@ def read_headers(files: Iterable[pathlib.Path]) -> dict[str, Stored]:
 def layout(term: Term, shape: tuple[int, ...]) -> Layout:
     """How a stored tensor becomes a parameter, or one layer of it, of this shape."""
     if not term.form:
-        return Layout(shape, shape, tuple(range(len(shape))), False)
+        return Layout(shape, shape, (), tuple(range(len(shape))), False)
     left, right = (list(_axes(side)) for side in term.form.split("->"))
     sizes = dict(term.sizes)
     for axes, size in zip(right, shape, strict=True):
@@ -158,11 +166,13 @@ def layout(term: Term, shape: tuple[int, ...]) -> Layout:
                 axis, size // math.prod(sizes[other] for other in axes if other in sizes)
             )
     names = [axis for axes in left for axis in axes]
-    order = tuple(names.index(axis) for axes in right for axis in axes)
+    kept = [axis for axis in names if axis not in term.pick]
+    order = tuple(kept.index(axis) for axes in right for axis in axes)
     stored = tuple(math.prod(sizes[axis] for axis in axes) for axes in left)
     return Layout(
         stored,
         tuple(sizes[axis] for axis in names),
+        tuple(term.pick.get(axis, slice(None)) for axis in names) if term.pick else (),
         order,
         any(len(axes) > 1 for axes in right),
     )
@@ -443,7 +453,7 @@ def _pieces(
         if all(part.start <= place < part.stop for part, place in zip(s.layers, layer, strict=True))
     ]
     form = layout(terms[0], shape)
-    simple = len(terms) == 1 and not form.merged and terms[0].taken is None and form.split
+    simple = len(terms) == 1 and not form.merged and form.split
     if not shards:
         return
     if not simple:
@@ -473,14 +483,14 @@ def _distribute(
 ) -> None:
     """Rows begin..end of a tensor, as they were read, to every shard that holds some of them."""
     begin, end = rows
-    piece = read.view(dtype).reshape(end - begin, *form.split[1:])
+    piece = form.pick(read.view(dtype).reshape(end - begin, *form.split[1:]))
     axis = form.order.index(0)
     for shard in shards:
         part = shard.slices[axis]
         low, high = max(begin, part.start), min(end, part.stop)
         if low >= high:
             continue
-        cut = [shard.slices[form.order.index(place)] for place in range(len(form.split))]
+        cut = [shard.slices[form.order.index(place)] for place in range(len(form.order))]
         cut[0] = slice(low - begin, high - begin)
         places = [slice(0, other.stop - other.start) for other in shard.slices]
         places[axis] = slice(low - part.start, high - part.start)
@@ -511,7 +521,9 @@ def _sum(
             if found.shape:
                 rows = rows[term.first : None if term.taken is None else term.first + term.taken]
             form = layout(term, shape)
-            values.append(rows.reshape(form.split).transpose(form.order).reshape(shape))
+            values.append(
+                rows.reshape(form.split)[form.picked].transpose(form.order).reshape(shape)
+            )
         value = (
             values[0] if len(values) == 1 else np.asarray(sum(v.astype(np.float32) for v in values))
         )

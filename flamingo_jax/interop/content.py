@@ -11,21 +11,24 @@ import numpy as np
 
 from flamingo_jax.checkpointing.tensors import Stored, read_whole, same_bytes
 from flamingo_jax.experiment import LanguageModelConfig
-from flamingo_jax.interop import language_models
+from flamingo_jax.interop.families.family import Family
+from flamingo_jax.interop.families.llama import FREQUENCIES
 from flamingo_jax.models.attention import rotary_frequencies
 
 log = logging.getLogger(__name__)
 
 
-def with_own_head(config: LanguageModelConfig, stored: Mapping[str, Stored]) -> LanguageModelConfig:
+def with_own_head(
+    config: LanguageModelConfig, family: Family, stored: Mapping[str, Stored]
+) -> LanguageModelConfig:
     """The config, untied where the files hold a head that is not the embedding.
 
     Transformers do the same since version 5: a config that ties what the files hold apart is
     wrong.
     """
     embedding, head = (
-        stored.get(name, stored.get(name.removeprefix(language_models.PREFIX)))
-        for name in (language_models.EMBEDDING, language_models.HEAD)
+        stored.get(name, stored.get(name.removeprefix(family.prefix)))
+        for name in (family.embedding, family.head)
     )
     if not config.tied_embeddings or embedding is None or head is None:
         return config
@@ -35,7 +38,7 @@ def with_own_head(config: LanguageModelConfig, stored: Mapping[str, Stored]) -> 
         "%s ties its head to the embedding in config.json, but %s is another tensor, which is"
         " read as the head: set tie_word_embeddings to false there",
         head.file.parent,
-        language_models.HEAD,
+        family.head,
     )
     return dataclasses.replace(config, tied_embeddings=False)
 
@@ -46,11 +49,11 @@ def differing(config: LanguageModelConfig, stored: Mapping[str, Stored]) -> list
     """
     found = []
     for name, tensor in stored.items():
-        if not re.fullmatch(language_models.FREQUENCIES, name):
+        if not re.fullmatch(FREQUENCIES, name):
             continue
-        ours = rotary_frequencies(
-            config.attention.head_width // 2, config.positions.base, config.positions.scaling
-        )
+        given = config.positions
+        pairs = int(config.attention.head_width * given.fraction) // 2
+        ours = rotary_frequencies(pairs, given.base, given.scaling)
         theirs = read_whole(tensor).astype(np.float64)
         # Half a unit of bfloat16's last place, in which some are stored, is 0.4 %.
         if theirs.shape != ours.shape or not np.allclose(theirs, ours, rtol=5e-3, atol=0):

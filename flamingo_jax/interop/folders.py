@@ -8,7 +8,7 @@ import json
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,8 +28,10 @@ from flamingo_jax.checkpointing.verification import entries
 from flamingo_jax.distributed.process_group import ProcessGroup
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import LanguageModelConfig
-from flamingo_jax.interop import content, language_models, vision_encoders
+from flamingo_jax.interop import content, families
 from flamingo_jax.interop.documents import CONFIG, Document
+from flamingo_jax.interop.families.family import Family
+from flamingo_jax.interop.families.family import ModelPart as Part
 from flamingo_jax.models.language_model import LanguageModel
 from flamingo_jax.models.vision import vision_encoder
 from flamingo_jax.processing.tokenizer import tokenizer_file
@@ -40,8 +42,6 @@ SINGLE = "model.safetensors"
 PREPROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"
 """Since transformers 5 the preprocessor's options stand in it, under image_processor."""
-
-Part = Literal["language_model", "vision_encoder"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,32 +129,24 @@ def open_folder(folder: str | pathlib.Path, part: Part) -> Foreign:
         raise UserError(
             f"{folder} is no folder: name one with a model's config.json and safetensors"
         )
-    config = _parse(folder, part)
+    family, config = _parse(folder, part)
     stored = read_headers(_files(folder))
+    unread: tuple[str, ...] = (*family.unread, *family.also_unread(config))
     if isinstance(config, LanguageModelConfig):
-        config = content.with_own_head(config, stored)
+        config = content.with_own_head(config, family, stored)
+        unread += (re.escape(family.head),) if config.tied_embeddings else ()
         model: Any = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
-        table, harmless, prefix = (
-            language_models.TABLE,
-            language_models.harmless(config),
-            language_models.PREFIX,
-        )
     else:
         model = nnx.eval_shape(lambda: vision_encoder(config, rngs=nnx.Rngs(0)))
-        table, harmless, prefix = (
-            vision_encoders.table(config),
-            vision_encoders.harmless(config),
-            vision_encoders.PREFIX,
-        )
     shapes = {name: value.shape for name, value in to_flat(nnx.state(model)).items()}
-    sources, wanted = _expand(table, shapes)
-    if not any(name.startswith(prefix) for name in stored):
+    sources, wanted = _expand(family.table(config), shapes)
+    if not any(name.startswith(family.prefix) for name in stored):
         stored = {
-            name if name == "lm_head.weight" else prefix + name: tensor
+            name if name == family.head else family.prefix + name: tensor
             for name, tensor in stored.items()
         }
     said = content.differing(config, stored) if part == "language_model" else []
-    _check(folder, wanted, stored, harmless, said)
+    _check(folder, wanted, stored, unread, said)
     return Foreign(folder, part, config, tokenizer_file(folder), shapes, sources, stored)
 
 
@@ -164,25 +156,23 @@ def read_config(folder: str | pathlib.Path, part: Part) -> Any:
     Raises UserError for what cannot be honoured.
     """
     folder = pathlib.Path(folder)
-    config = _parse(folder, part)
+    family, config = _parse(folder, part)
     if isinstance(config, LanguageModelConfig) and config.tied_embeddings:
-        tensors = any(folder.glob("*.safetensors"))
-        return content.with_own_head(config, read_headers(_files(folder)) if tensors else {})
+        stored = read_headers(_files(folder)) if any(folder.glob("*.safetensors")) else {}
+        return content.with_own_head(config, family, stored)
     return config
 
 
-def _parse(folder: pathlib.Path, part: Part) -> Any:
+def _parse(folder: pathlib.Path, part: Part) -> tuple[Family, Any]:
     """What config.json and the preprocessor's options say."""
     config = Document.read(folder / CONFIG)
-    if part == "language_model":
-        return language_models.parse(config)
-    if (folder / PREPROCESSOR).is_file():
-        return vision_encoders.parse(config, Document.read(folder / PREPROCESSOR))
-    if (folder / PROCESSOR).is_file():
-        return vision_encoders.parse(
-            config, Document.read(folder / PROCESSOR).inside("image_processor")
-        )
-    return vision_encoders.parse(config, Document(folder / PREPROCESSOR, {}))
+    preprocessor = Document(folder / PREPROCESSOR, {})
+    if part == "vision_encoder" and (folder / PREPROCESSOR).is_file():
+        preprocessor = Document.read(folder / PREPROCESSOR)
+    elif part == "vision_encoder" and (folder / PROCESSOR).is_file():
+        preprocessor = Document.read(folder / PROCESSOR).inside("image_processor")
+    family = families.family_of(config, part)
+    return family, family.parse(config, preprocessor)
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -251,13 +241,13 @@ def _check(
     folder: pathlib.Path,
     wanted: Mapping[str, tuple[int, ...]],
     stored: Mapping[str, Stored],
-    harmless: Sequence[str],
+    unread: Sequence[str],
     said: Sequence[str],
 ) -> None:
     """A UserError that lists everything in which the files differ from what the config makes
     them; said: by their content.
     """
-    ignored = re.compile("|".join(f"(?:{pattern})" for pattern in harmless))
+    ignored = re.compile("|".join(f"(?:{pattern})" for pattern in unread))
     missing = [name for name in wanted if name not in stored]
     surplus = [name for name in stored if name not in wanted and not ignored.fullmatch(name)]
     problems = [*said, *(f"{name} is missing{_nearest(name, surplus)}" for name in missing)]

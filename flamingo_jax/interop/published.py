@@ -5,7 +5,7 @@ their weights are copied.
 import pathlib
 from typing import Any
 
-from flamingo_jax.interop import language_models, vision_encoders
+from flamingo_jax.interop import families
 from flamingo_jax.interop.documents import Document
 
 _LLAMA3 = {
@@ -154,10 +154,9 @@ def published(name: str) -> Any:
     not listed above.
     """
     place = pathlib.Path(f"{name}/config.json")
+    nothing = Document(place, {})
     if name in LANGUAGE_MODELS:
-        return language_models.parse(Document(place, LANGUAGE_MODELS[name]))
-    return (
-        vision_encoders.parse(Document(place, VISION_ENCODERS[name]), Document(place, {}))
-        if name in VISION_ENCODERS
-        else None
-    )
+        return families.parse(Document(place, LANGUAGE_MODELS[name]), nothing, "language_model")
+    if name in VISION_ENCODERS:
+        return families.parse(Document(place, VISION_ENCODERS[name]), nothing, "vision_encoder")
+    return None

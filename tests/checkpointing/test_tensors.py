@@ -39,8 +39,19 @@ FORMS: dict[str, Any] = {
         (12, 10),
         lambda a: a.transpose(2, 3, 1, 0).reshape(12, 10),
     ),
+    "one of three in each head": (
+        "(h part d) w -> w h d",
+        (72, 10),
+        (10, 8, 3),
+        lambda a: a.reshape(8, 3, 3, 10)[:, 1].transpose(2, 0, 1),
+    ),
     "a scalar": ("", (), (), lambda a: a),
 }
+OPTIONS: dict[str, dict[str, Any]] = {
+    "patches": {"sizes": {"c": 3, "p": 2, "q": 2}},
+    "one of three in each head": {"sizes": {"part": 3}, "pick": {"part": 1}},
+}
+"""What a form says besides."""
 
 
 @pytest.fixture
@@ -71,7 +82,7 @@ def test_forms_on_a_mesh(
     monkeypatch.setattr(tensors, "TILE", (4, 3))
     layers = {f"t{n}": RNG.normal(size=shape).astype(np.float32) for n in range(2)}
     found = stored(tmp_path, layers)
-    term = Term("t0", text, {"c": 3, "p": 2, "q": 2} if form == "patches" else {})
+    term = Term("t0", text, **OPTIONS.get(form, {}))
     assert layout(term, target).stored == shape
     sources = {f"layers/{n}/w": (term._replace(name=f"t{n}"),) for n in range(2)}
     whole = np.stack([expected(a) for a in layers.values()])
@@ -94,12 +105,7 @@ def test_forms_on_a_mesh(
 def test_layer_by_layer(form: str, tmp_path: pathlib.Path) -> None:
     text, shape, target, expected = FORMS[form]
     layers = {f"t{n}": RNG.normal(size=shape).astype(np.float32) for n in range(2)}
-    sources = {
-        f"layers/{n}/w": (
-            Term(f"t{n}", text, {"c": 3, "p": 2, "q": 2} if form == "patches" else {}),
-        )
-        for n in range(2)
-    }
+    sources = {f"layers/{n}/w": (Term(f"t{n}", text, **OPTIONS.get(form, {})),) for n in range(2)}
     made = list(read_layers(stored(tmp_path, layers), sources, {"layers/w": (2, *target)}))
     assert [name for name, _ in made] == ["layers/0/w", "layers/1/w"]
     for (_, found), array in zip(made, layers.values(), strict=True):
@@ -138,6 +144,7 @@ def test_rows_and_sums(tmp_path: pathlib.Path) -> None:
     sources = {
         "token": (Term("token"), Term("table", "n w -> (n w)", {"n": 1}, taken=1)),
         "grid": (Term("table", "(r s) w -> r s w", first=1),),
+        "middle": (Term("table", "(h d) w -> w h d", first=2, taken=6),),
     }
     made = read_sharded(
         found,
@@ -145,9 +152,11 @@ def test_rows_and_sums(tmp_path: pathlib.Path) -> None:
         {
             "token": jax.ShapeDtypeStruct((4,), jnp.float32),
             "grid": jax.ShapeDtypeStruct((3, 3, 4), jnp.float32),
+            "middle": jax.ShapeDtypeStruct((4, 2, 3), jnp.float32),
         },
     )
     np.testing.assert_array_equal(made["token"], token + table[0])
+    np.testing.assert_array_equal(made["middle"], table[2:8].T.reshape(4, 2, 3))
     np.testing.assert_array_equal(made["grid"], table[1:].reshape(3, 3, 4))
 
 

@@ -85,12 +85,12 @@ def refused(folder: pathlib.Path, part: Any = "language_model") -> str:
             {"model_type": "mixtral"},
             (
                 "has model_type = 'mixtral', but only one of 'llama', 'mistral', 'qwen2',"
-                " 'qwen3' can be read"
+                " 'qwen3', 'gpt_neox', 'mpt', 'opt' can be read"
             ),
         ),
         ("llama", {"model_type": None}, "has no model_type"),
         ("llama", {"hidden_act": "relu6"}, "hidden_act = 'relu6'"),
-        ("llama", {"attention_bias": True}, "attention_bias = True, but only False"),
+        ("mistral", {"attention_bias": True}, "attention_bias = True, but only False"),
         ("llama", {"mlp_bias": True}, "mlp_bias"),
         ("llama", {"quantization_config": {"bits": 4}}, "but only models without it"),
         (

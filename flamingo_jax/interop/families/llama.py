@@ -1,8 +1,11 @@
-"""Llama, Mistral, Qwen2 and Qwen3 as transformers publish them: their configs and the table of
-their tensors.
+"""Llama 1 to 3 and whatever is saved as one (Touvron et al. 2023): RMSNorm, rotary positions,
+SwiGLU.
+
+Mistral, Qwen2 and Qwen3 are the same tensors and nearly the same config: see `llama_like`.
 """
 
-import re
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from flamingo_jax.checkpointing.tensors import Term
 from flamingo_jax.experiment import (
@@ -14,16 +17,13 @@ from flamingo_jax.experiment import (
     RotaryScaling,
 )
 from flamingo_jax.interop.documents import Document
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Values of `model_type`."""
-
-KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
+from flamingo_jax.interop.families.family import Family, Table
 
 LAYER = "model.layers.{}."
-TABLE: dict[str, tuple[Term, ...]] = {
-    "embedding": (Term("model.embed_tokens.weight"),),
-    "head": (Term("lm_head.weight", "v w -> w v"),),
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TABLE: Table = {
+    "embedding": (Term(EMBEDDING),),
+    "head": (Term(HEAD, "v w -> w v"),),
     "final_norm/scale": (Term("model.norm.weight"),),
     "layers/attention_norm/scale": (Term(LAYER + "input_layernorm.weight"),),
     "layers/attention/query": (Term(LAYER + "self_attn.q_proj.weight", "(h d) w -> w h d"),),
@@ -33,6 +33,7 @@ TABLE: dict[str, tuple[Term, ...]] = {
     "layers/attention/query_bias": (Term(LAYER + "self_attn.q_proj.bias", "(h d) -> h d"),),
     "layers/attention/key_bias": (Term(LAYER + "self_attn.k_proj.bias", "(h d) -> h d"),),
     "layers/attention/value_bias": (Term(LAYER + "self_attn.v_proj.bias", "(h d) -> h d"),),
+    "layers/attention/out_bias": (Term(LAYER + "self_attn.o_proj.bias"),),
     "layers/attention/query_norm/scale": (Term(LAYER + "self_attn.q_norm.weight"),),
     "layers/attention/key_norm/scale": (Term(LAYER + "self_attn.k_norm.weight"),),
     "layers/feed_forward_norm/scale": (Term(LAYER + "post_attention_layernorm.weight"),),
@@ -40,79 +41,76 @@ TABLE: dict[str, tuple[Term, ...]] = {
     "layers/feed_forward/up": (Term(LAYER + "mlp.up_proj.weight", "f w -> w f"),),
     "layers/feed_forward/down": (Term(LAYER + "mlp.down_proj.weight", "w f -> f w"),),
 }
-"""Our stacked names -> the tensors; {} stands for the layer's number.
-
-A model has those that its config asks for.
-"""
-
-PREFIX = "model."
-"""Is missing from all names where the model was saved without its head."""
 FREQUENCIES = r".*rotary_emb\.inv_freq"
-"""Of the rotary positions: says nothing that the config does not, as long as it is the
-config's.
+"""Of rotary positions: says nothing that the config does not, as long as it is the config's
+(see `content.differing`).
 """
-EMBEDDING, HEAD = TABLE["embedding"][0].name, TABLE["head"][0].name
 
 
-def parse(config: Document) -> LanguageModelConfig:
-    """A config.json as our config; a UserError for what the model here cannot do."""
-    family = config.choice("model_type", {name: name for name in FAMILIES}, None)
+def llama_like(
+    config: Document,
+    *,
+    kv_heads: int | None = None,
+    bias: bool = False,
+    out_bias: bool = False,
+    query_key_norm: bool = False,
+    window: int = 0,
+) -> LanguageModelConfig:
+    """A config.json in Llama's words as our config.
+
+    kv_heads: the default where num_key_value_heads is not there at all; None: the number of
+    heads, which null means in every family.
+    """
     config.require("hidden_act", "silu", "swish")
     config.require("mlp_bias", False)
     config.require("quantization_config")
-    if family != "qwen2":
-        # In transformers it speaks of the output map as well, which has none here.
-        config.require("attention_bias", False)
     config.require("partial_rotary_factor", 1, 1.0)
+    config.inside("rope_parameters").require("partial_rotary_factor", 1, 1.0)
     width, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    if config.given("head_dim") is None and width % heads:
-        config.refuse("hidden_size", f"a multiple of num_attention_heads ({heads})")
-    # null is for as many as queries; where it is not there at all, transformers have a number
-    # of their own.
+    if config.given("head_dim") is None:
+        require_divides(config, "num_attention_heads", heads, "hidden_size", width)
     shared = config.integer(
         "num_key_value_heads",
-        heads if config.has("num_key_value_heads") else KV_HEADS.get(family, heads),
+        heads if config.has("num_key_value_heads") or kv_heads is None else kv_heads,
     )
     if heads % shared:
         config.refuse("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
     head_width = config.integer("head_dim", width // heads)
     if head_width % 2:
         config.refuse("head_dim", "an even number")
-    base, scaling = _rotary(config)
-    tied = config.given("tie_word_embeddings")
+    base, scaling = rotary(config)
     return LanguageModelConfig(
         vocab_size=config.integer("vocab_size"),
         layers=config.integer("num_hidden_layers"),
         width=width,
+        norm=NormConfig("rms", config.number("rms_norm_eps", 1e-6)),
+        positions=PositionsConfig("rotary", base=base, scaling=scaling),
         attention=AttentionConfig(
             heads=heads,
-            head_width=head_width,
             kv_heads=0 if shared == heads else shared,
-            bias=family == "qwen2",
-            window=_window(config, family),
-            query_key_norm="head" if family == "qwen3" else "none",
+            head_width=head_width,
+            bias=bias,
+            out_bias=out_bias,
+            query_key_norm="head" if query_key_norm else "none",
+            window=window,
         ),
         feed_forward=FeedForwardConfig(
-            width=config.integer("intermediate_size"), activation="silu", gated=True
+            config.integer("intermediate_size"), activation="silu", gated=True
         ),
-        positions=PositionsConfig(kind="rotary", base=base, scaling=scaling),
-        norm=NormConfig(eps=config.number("rms_norm_eps", 1e-6)),
-        tied_embeddings=bool(tied),
+        tied_embeddings=bool(config.given("tie_word_embeddings")),
     )
 
 
-def harmless(config: LanguageModelConfig) -> tuple[str, ...]:
-    """Regular expressions for the surplus tensors of such a model that are left unread, if
-    `content` finds in them what the config says too.
-    """
-    return (FREQUENCIES, *([re.escape(HEAD)] if config.tied_embeddings else []))
+def require_divides(config: Document, divisor: str, count: int, key: str, value: int) -> None:
+    """Raises UserError where the count at one key does not divide the value at the other."""
+    if value % count:
+        config.refuse(key, f"a multiple of {divisor} ({count})")
 
 
-def _rotary(config: Document) -> tuple[float, RotaryScaling | None]:
+def rotary(config: Document, default: float = 10_000.0) -> tuple[float, RotaryScaling | None]:
     """The base and the scaling; both stand in rope_parameters since transformers 5."""
     given = config.inside("rope_parameters" if config.given("rope_parameters") else "rope_scaling")
-    base = given.number("rope_theta", config.number("rope_theta", 10_000.0))
-    given.require("partial_rotary_factor", 1, 1.0)
+    base = given.number("rope_theta", config.number("rope_theta", default))
     kind = given.given("rope_type") or given.given("type") or "default"
     if kind == "default":
         return base, None
@@ -126,30 +124,23 @@ def _rotary(config: Document) -> tuple[float, RotaryScaling | None]:
             given.number("high_freq_factor"),
             given.integer("original_max_position_embeddings"),
         )
-    given.refuse(
-        "rope_type" if given.given("rope_type") else "type", "'default', 'linear' or 'llama3'"
-    )
+    refuse_kind(given)
 
 
-def _window(config: Document, family: str) -> int:
+def refuse_kind(given: Document) -> NoReturn:
+    """Raises UserError for a way to stretch rotary frequencies that is not known here."""
+    key = "rope_type" if given.given("rope_type") else "type"
+    given.refuse(key, "'default', 'linear' or 'llama3'")
+
+
+def sliding_window(config: Document, default: int | None = None, *, first: int) -> int:
     """How far back a token sees, 0 for to the beginning; the same in all layers.
 
-    A window as long as the texts that a model was trained on is one all the same: longer texts
-    can be read.
+    default: where sliding_window is not given. first: the first layer with a window, where
+    layer_types do not say it. A window as long as
+    the texts that a model was trained on is one all the same: longer texts can be read.
     """
-    size = (
-        config.given("sliding_window")
-        if config.has("sliding_window") or family != "mistral"
-        else 4096
-    )
-    if (
-        size is None
-        or family == "llama"
-        or (family != "mistral" and not config.given("use_sliding_window"))
-    ):
-        return 0
     layers, kinds = config.integer("num_hidden_layers"), config.given("layer_types")
-    first = 0 if family == "mistral" else config.integer("max_window_layers", 28, least=0)
     sliding = (
         [kind == "sliding_attention" for kind in kinds]
         if isinstance(kinds, list)
@@ -162,4 +153,27 @@ def _window(config: Document, family: str) -> int:
             "layer_types" if kinds else "max_window_layers",
             "a sliding window in all layers or in none",
         )
-    return config.integer("sliding_window", size)
+    return config.integer("sliding_window", default)
+
+
+def llama_family(model_type: str, parse: Callable[[Document, Document], Any]) -> Family:
+    """A family of Llama's tensors."""
+    return Family(
+        model_type,
+        "language_model",
+        parse,
+        lambda config: TABLE,
+        prefix="model.",
+        unread=(FREQUENCIES,),
+        embedding=EMBEDDING,
+        head=HEAD,
+    )
+
+
+def parse(config: Document, _: Document) -> LanguageModelConfig:
+    """Llama's config.json."""
+    bias = bool(config.given("attention_bias"))
+    return llama_like(config, bias=bias, out_bias=bias)
+
+
+FAMILY = llama_family("llama", parse)

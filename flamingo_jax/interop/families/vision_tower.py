@@ -1,60 +1,43 @@
-"""The vision towers of CLIP and SigLIP as transformers publish them: their configs,
-preprocessing and the tables of their tensors.
+"""What the vision towers of CLIP and SigLIP share as transformers publish them: their tensors,
+their configs and preprocessing.
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 from flamingo_jax.checkpointing.tensors import Term
 from flamingo_jax.experiment import VisionConfig, ViTConfig
 from flamingo_jax.interop.documents import Document
+from flamingo_jax.interop.families.family import Family, Table, attention, norm
 from flamingo_jax.processing.images import Fit
 
-FAMILIES = {
-    "clip": "clip",
-    "clip_vision_model": "clip",
-    "siglip": "siglip",
-    "siglip_vision_model": "siglip",
-}
-"""`model_type` -> family: the whole model, of which the tower is read, or the tower alone."""
 ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "gelu": "exact_gelu",
     "gelu_pytorch_tanh": "gelu",
     "gelu_new": "gelu",
 }
-DEFAULTS: dict[str, dict[str, int]] = {"clip": {"patch_size": 32}, "siglip": {"patch_size": 16}}
-"""What a config.json leaves out where it is as in transformers' own classes."""
-FITS: dict[str, Fit] = {"clip": "crop", "siglip": "stretch"}
-PIXELS = {
-    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-"""Mean and deviation of a family's pixels where no preprocessor_config.json says them."""
+
+
+class Defaults(NamedTuple):
+    """What a config.json leaves out where it is as in transformers' own classes; mean and std
+    of pixels and the fit where no preprocessor_config.json says them.
+    """
+
+    patch_size: int
+    activation: str
+    norm_eps: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    fit: Fit
+
 
 LAYER = "vision_model.encoder.layers.{}."
 
 
-def _both(ours: str, theirs: str) -> dict[str, tuple[Term, ...]]:
-    return {
-        f"{ours}/scale": (Term(f"{theirs}.weight"),),
-        f"{ours}/bias": (Term(f"{theirs}.bias"),),
-    }
-
-
-def _attention(ours: str, theirs: str) -> dict[str, tuple[Term, ...]]:
-    return {
-        f"layers/attention/{ours}": (
-            Term(f"{LAYER}self_attn.{theirs}.weight", "(h d) w -> w h d"),
-        ),
-        f"layers/attention/{ours}_bias": (Term(f"{LAYER}self_attn.{theirs}.bias", "(h d) -> h d"),),
-    }
-
-
-def table(config: VisionConfig) -> dict[str, tuple[Term, ...]]:
-    """Our stacked names -> the tensors whose sum they are; {} stands for the layer's number.
-
-    An encoder has those that its config asks for.
-    """
+def table(config: VisionConfig) -> Table:
+    """Where the parameters of an encoder come from."""
     assert config.vit is not None
     patch, positions = (
         config.vit.patch_size,
@@ -78,15 +61,15 @@ def table(config: VisionConfig) -> dict[str, tuple[Term, ...]]:
             Term("vision_model.embeddings.class_embedding"),
             Term(positions, "n w -> (n w)", {"n": 1}, taken=1),
         ),
-        **_both("first_norm", "vision_model.pre_layrnorm"),
-        **_both("last_norm", "vision_model.post_layernorm"),
-        **_both("layers/attention_norm", LAYER + "layer_norm1"),
-        **_attention("query", "q_proj"),
-        **_attention("key", "k_proj"),
-        **_attention("value", "v_proj"),
+        **norm("first_norm", "vision_model.pre_layrnorm"),
+        **norm("last_norm", "vision_model.post_layernorm"),
+        **norm("layers/attention_norm", LAYER + "layer_norm1"),
+        **attention("query", LAYER + "self_attn.q_proj"),
+        **attention("key", LAYER + "self_attn.k_proj"),
+        **attention("value", LAYER + "self_attn.v_proj"),
         "layers/attention/out": (Term(LAYER + "self_attn.out_proj.weight", "w (h d) -> h d w"),),
         "layers/attention/out_bias": (Term(LAYER + "self_attn.out_proj.bias"),),
-        **_both("layers/feed_forward_norm", LAYER + "layer_norm2"),
+        **norm("layers/feed_forward_norm", LAYER + "layer_norm2"),
         "layers/feed_forward/up": (Term(LAYER + "mlp.fc1.weight", "f w -> w f"),),
         "layers/feed_forward/up_bias": (Term(LAYER + "mlp.fc1.bias"),),
         "layers/feed_forward/down": (Term(LAYER + "mlp.fc2.weight", "w f -> f w"),),
@@ -94,9 +77,7 @@ def table(config: VisionConfig) -> dict[str, tuple[Term, ...]]:
     }
 
 
-PREFIX = "vision_model."
-"""Is missing from all names where the tower was saved alone by transformers 5."""
-HARMLESS = (
+UNREAD = (
     r"text_model\..*",
     r"(text|visual)_projection\..*",
     r"logit_(scale|bias)",
@@ -105,49 +86,68 @@ HARMLESS = (
     # them.
     r"vision_model\.head\..*",
 )
-HARMLESS_WITHOUT_LAST_NORM = (r"vision_model\.post_layernorm\..*",)
+UNREAD_WITHOUT_LAST_NORM = (r"vision_model\.post_layernorm\..*",)
 
 
-def parse(config: Document, preprocessor: Document) -> VisionConfig:
-    """A config.json and a preprocessor_config.json (empty where there is none) as our config; a
-    UserError for what the encoder here cannot do.
+def parse_tower(
+    config: Document,
+    preprocessor: Document,
+    defaults: Defaults,
+    *,
+    class_token: bool,
+    patch_bias: bool,
+    first_norm: bool,
+    last_norm: bool,
+) -> VisionConfig:
+    """A config.json, of the whole model or of the tower alone, and a preprocessor_config.json
+    (empty where there is none) as our config; the switches are ViTConfig's.
+
+    Raises: UserError for what the encoder here cannot do.
     """
-    family = config.choice("model_type", FAMILIES, None)
     config.require("quantization_config")
     tower = config.inside("vision_config") if config.given("vision_config") is not None else config
     tower.require("num_channels", 3)
-    clip = family == "clip"
     vit = ViTConfig(
-        patch_size=tower.integer("patch_size", DEFAULTS[family]["patch_size"]),
+        patch_size=tower.integer("patch_size", defaults.patch_size),
         layers=tower.integer("num_hidden_layers", 12),
         width=tower.integer("hidden_size", 768),
         heads=tower.integer("num_attention_heads", 12),
         feed_forward=tower.integer("intermediate_size", 3072),
-        activation=tower.choice(
-            "hidden_act", ACTIVATIONS, "quick_gelu" if clip else "gelu_pytorch_tanh"
-        ),
-        class_token=clip,
-        patch_bias=not clip,
-        first_norm=clip,
-        last_norm=not clip,
-        norm_eps=tower.number("layer_norm_eps", 1e-5 if clip else 1e-6),
+        activation=tower.choice("hidden_act", ACTIVATIONS, defaults.activation),
+        class_token=class_token,
+        patch_bias=patch_bias,
+        first_norm=first_norm,
+        last_norm=last_norm,
+        norm_eps=tower.number("layer_norm_eps", defaults.norm_eps),
     )
     if vit.width % vit.heads:
         tower.refuse("hidden_size", f"a multiple of num_attention_heads ({vit.heads})")
-    mean, std = _pixels(preprocessor, family)
-    size = tower.integer("image_size", 224)
+    mean, std = _pixels(preprocessor, defaults)
     return VisionConfig(
-        image_size=size, mean=mean, std=std, image_fit=_fit(preprocessor, family), vit=vit
+        image_size=tower.integer("image_size", 224),
+        mean=mean,
+        std=std,
+        image_fit=_fit(preprocessor, defaults.fit),
+        vit=vit,
     )
 
 
-def harmless(config: VisionConfig) -> tuple[str, ...]:
-    """Regular expressions for the surplus tensors of such a model that are left unread."""
-    assert config.vit is not None
-    return HARMLESS + (() if config.vit.last_norm else HARMLESS_WITHOUT_LAST_NORM)
+def tower_family(model_type: str, parse: Callable[[Document, Document], VisionConfig]) -> Family:
+    """A family of these tensors: the whole model, of which the tower is read, or the tower
+    alone, whose names transformers 5 save without the prefix.
+    """
+    return Family(
+        model_type,
+        "vision_encoder",
+        parse,
+        table,
+        prefix="vision_model.",
+        unread=UNREAD,
+        also_unread=lambda config: () if config.vit.last_norm else UNREAD_WITHOUT_LAST_NORM,
+    )
 
 
-def _fit(given: Document, family: str) -> Fit:
+def _fit(given: Document, default: Fit) -> Fit:
     """How the folder's preprocessor makes an image a square: where it says nothing, as its
     family does.
     """
@@ -157,10 +157,11 @@ def _fit(given: Document, family: str) -> Fit:
     if crops or isinstance(size, int) or (isinstance(size, dict) and "shortest_edge" in size):
         # Without do_center_crop the rest would stay outside the square all the same.
         return "crop"
-    return FITS[family]
+    return default
 
 
-def _pixels(given: Document, family: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _pixels(given: Document, defaults: Defaults) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of the pixels that the folder's preprocessor makes."""
     if given.given("do_normalize") is False:
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     factor = given.number("rescale_factor", 1 / 255)
@@ -169,7 +170,7 @@ def _pixels(given: Document, family: str) -> tuple[tuple[float, ...], tuple[floa
             "do_rescale" if given.given("do_rescale") is False else "rescale_factor", "1/255"
         )
     found = []
-    for key, default in zip(("image_mean", "image_std"), PIXELS[family], strict=True):
+    for key, default in (("image_mean", defaults.mean), ("image_std", defaults.std)):
         value = given.given(key)
         value = list(default) if value is None else value
         if (
