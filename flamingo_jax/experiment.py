@@ -14,6 +14,7 @@ from flamingo_jax.evaluation.evaluator_config import EvaluatorConfig
 from flamingo_jax.models.language_model_config import AttentionConfig as AttentionConfig
 from flamingo_jax.models.language_model_config import FeedForwardConfig as FeedForwardConfig
 from flamingo_jax.models.language_model_config import LanguageModelConfig as LanguageModelConfig
+from flamingo_jax.models.language_model_config import LoRAConfig as LoRAConfig
 from flamingo_jax.models.language_model_config import NormConfig as NormConfig
 from flamingo_jax.models.language_model_config import PositionsConfig as PositionsConfig
 from flamingo_jax.models.language_model_config import RotaryScaling as RotaryScaling
@@ -357,6 +358,11 @@ class TrainingConfig:
     """The language model is trained too (the paper's ablation of freezing); "random" is then a
     start like any other.
     """
+    lora: LoRAConfig | None = None
+    """The frozen language model is trained by low-rank updates of its matrices, which
+    launch.export adds to them. In the language modelling stage these alone train, and
+    language_model_from names what they update.
+    """
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     use_visuals: bool = True
     """False trains the same model on the same text with every image taken away: the baseline
@@ -413,7 +419,7 @@ class Experiment:
     """
     language_model_from: str = ""
     """Folder that the frozen language model comes from: an export of its stage or of
-    launch.convert, or a Llama, Mistral or Qwen as published.
+    launch.convert, or a model of a family in `interop/families` as published.
     """
     flamingo_from: str = ""
     """Exported folder (Flamingo stage) to go on from, as fine-tuning does: frozen parts and the

@@ -6,10 +6,10 @@ original implementation.
         --output=exports/siglip [--verify]
 
 Folders are as Hugging Face's transformers save them: config.json, safetensors (one file, or
-several and their index) and, of a language model, tokenizer.json or tokenizer.model. Llama,
-Mistral, Qwen2 and Qwen3 language models are read, and the vision towers of CLIP and SigLIP. The
-export keeps every value as it is stored; tensors pass through the host one at a time. Training
-also takes the folder itself, without an export.
+several and their index) and, of a language model, tokenizer.json or tokenizer.model. Language
+models of the families in flamingo_jax/interop/families are read, and the vision towers of CLIP
+and SigLIP. The export keeps every value as it is stored; tensors pass through the host one at a
+time. Training also takes the folder itself, without an export.
 
 --verify runs both implementations in float32 and prints the largest relative error and the KL
 divergence; it needs transformers and torch (pip install 'flamingo_jax[interop-test]') and

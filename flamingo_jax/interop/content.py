@@ -13,7 +13,7 @@ from flamingo_jax.checkpointing.tensors import Stored, read_whole, same_bytes
 from flamingo_jax.experiment import LanguageModelConfig
 from flamingo_jax.interop.families.family import Family
 from flamingo_jax.interop.families.llama import FREQUENCIES
-from flamingo_jax.models.attention import rotary_frequencies
+from flamingo_jax.models.positions import rotary_frequencies
 
 log = logging.getLogger(__name__)
 

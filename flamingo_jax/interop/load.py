@@ -113,7 +113,7 @@ def load_language_model(
     """Loads a published language model's folder, or the language model of an export.
 
     Args:
-      folder: as transformers save it (`interop.language_models` has the families), or what
+      folder: as transformers save it (`interop.families` has those that are read), or what
         `launch.export` wrote of a language model or a Flamingo.
       mesh: axes data, fsdp and model (`partitioning.mesh.make_mesh`), over which the parameters
         lie as in training; None: on the first local device.

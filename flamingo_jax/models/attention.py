@@ -9,16 +9,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from flamingo_jax.experiment import LanguageModelConfig, RotaryScaling
+from flamingo_jax.errors import UserError
+from flamingo_jax.experiment import LanguageModelConfig
 from flamingo_jax.models import ops
 from flamingo_jax.models.layers import (
+    LayerNorm,
     RMSNorm,
-    broadcast_param,
+    Weight,
+    add_bias,
     fan_in_normal,
     linear,
+    make_norm,
     save_for_backward,
 )
 from flamingo_jax.models.packing import (
@@ -30,6 +33,7 @@ from flamingo_jax.models.packing import (
     shapes_of,
     split,
 )
+from flamingo_jax.models.positions import make_positions
 from flamingo_jax.partitioning.constraints import heads_first
 
 Array = jax.Array
@@ -83,59 +87,6 @@ def causal_mask(segments: Array, window: int = 0) -> Array:
     return (same & seen)[:, None]
 
 
-def rotary_frequencies(half: int, base: float, scaling: RotaryScaling | None = None) -> np.ndarray:
-    """Radians a position for each of d / 2 pairs, float32 [half]."""
-    frequencies = base ** (-np.arange(half, dtype=np.float32) / half)
-    if scaling is None:
-        return frequencies
-    if scaling.kind == "linear":
-        return frequencies / np.float32(scaling.factor)
-    turns = scaling.original_length * frequencies / (2 * np.pi)
-    kept = np.clip(
-        (turns - scaling.low_frequency_factor)
-        / (scaling.high_frequency_factor - scaling.low_frequency_factor),
-        0,
-        1,
-    )
-    return (frequencies * (kept + (1 - kept) / scaling.factor)).astype(np.float32)
-
-
-def rotate(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
-    """Rotary embedding (Su et al. 2021) of x [B, L, H, d] at `positions` [B, L], the two halves
-    of d forming the pairs.
-    """
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    return jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    ).astype(x.dtype)
-
-
-def sinusoids(count: int, width: int) -> Array:
-    """Sinusoidal code of the distances 0..count-1, float32 [count, width] (Dai et al. 2019,
-    section 3.3).
-    """
-    frequencies = 10_000.0 ** (-np.arange(width // 2, dtype=np.float32) / (width // 2))
-    angles = np.arange(count, dtype=np.float32)[:, None] * frequencies
-    return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=-1))
-
-
-def distance_keys(position: Array, count: int, dtype: Any) -> Array:
-    """Transformer-XL's keys of the distances 0 .. count - 1 by its map [D, H, d]: [count, H,
-    d].
-    """
-    return linear(sinusoids(count, position.shape[0]).astype(dtype), position)
-
-
-def shift_distances(scores: Array) -> Array:
-    """[..., L, L + 1] scores by descending distance (column t is distance L - t) -> [..., L,
-    L], column j being distance i - j; j > i holds rubbish.
-    """
-    *lead, length, _ = scores.shape
-    return scores.reshape(*lead, length + 1, length)[..., 1:, :]
-
-
 class Shared(NamedTuple):
     """Part of a cache that is every row's: without a batch axis, and changed by no token."""
 
@@ -165,10 +116,6 @@ def map_cache(change: Callable[..., Array], cache: Any, *others: Any) -> Any:
     )
 
 
-def add_bias(x: Array, bias: nnx.Param) -> Array:
-    return x + broadcast_param(bias[...], x)
-
-
 class FullAttention(nnx.Module):
     """Every position looks at every other; biases everywhere, as BERT and ViT have them."""
 
@@ -188,40 +135,36 @@ class FullAttention(nnx.Module):
             (self.key, self.key_bias),
             (self.value, self.value_bias),
         )
-        query, key, value = (add_bias(linear(x, w[...]), b) for w, b in weights)
-        return add_bias(linear(attend(query, key, value, mask), self.out[...], 2), self.out_bias)
+        query, key, value = (add_bias(linear(x, w), b) for w, b in weights)
+        return add_bias(linear(attend(query, key, value, mask), self.out, 2), self.out_bias)
 
 
 class SelfAttention(nnx.Module):
-    """Causal self-attention with Transformer-XL relative positions (Dai et al. 2019) or rotary
-    ones.
+    """Causal self-attention of a language model: grouped queries, biases, norms of queries and
+    keys, a window and positions by its config.
     """
 
     def __init__(self, config: LanguageModelConfig, *, out_scale: float, rngs: nnx.Rngs):
         width, form = config.width, config.attention
         heads, head_width, shared = form.heads, form.head_width, form.kv_heads or form.heads
+        if heads % shared:
+            raise UserError(
+                f"language_model.attention has {heads} heads and {shared} kv_heads, each of which"
+                " serves as many queries: make kv_heads a divisor of heads"
+            )
         self.query = fan_in_normal(rngs, (width, heads, head_width))
         self.key = fan_in_normal(rngs, (width, shared, head_width))
         self.value = fan_in_normal(rngs, (width, shared, head_width))
         self.out = fan_in_normal(rngs, (heads, head_width, width), heads * head_width, out_scale)
-        bias = lambda count: nnx.Param(jnp.zeros((count, head_width))) if form.bias else None
-        self.query_bias, self.key_bias, self.value_bias = (
-            bias(heads),
-            bias(shared),
-            bias(shared),
-        )
-        norm = lambda: (
-            RMSNorm(head_width, config.norm.eps) if form.query_key_norm == "head" else None
-        )
-        self.query_norm, self.key_norm = norm(), norm()
-        self.relative = config.positions.kind == "transformer_xl"
-        if self.relative:
-            self.position = fan_in_normal(rngs, (width, heads, head_width))
-            self.content_bias = nnx.Param(jnp.zeros((heads, head_width)))
-            self.position_bias = nnx.Param(
-                config.positions.bias_init * jax.random.normal(rngs.params(), (heads, head_width))
-            )
-        self.rope_base, self.rope_scaling = config.positions.base, config.positions.scaling
+        self.query_bias = _bias(form.bias, heads, head_width)
+        self.key_bias = _bias(form.bias, shared, head_width)
+        self.value_bias = _bias(form.bias, shared, head_width)
+        self.out_bias = _bias(form.out_bias, width)
+        self.query_norm = _norm_of_heads(config, heads)
+        self.key_norm = _norm_of_heads(config, shared)
+        self.positions = make_positions(config)
+        for name, parameter in self.positions.parameters(rngs).items():
+            setattr(self, name, parameter)
         self.window = form.window
 
     def __call__(
@@ -236,41 +179,18 @@ class SelfAttention(nnx.Module):
 
         With a cache the row is one segment, and tokens at positions past its end are dropped.
         """
-        maps = (
-            (self.query, self.query_bias),
-            (self.key, self.key_bias),
-            (self.value, self.value_bias),
-        )
-        query, key, value = (
-            save_for_backward(linear(x, w[...]))
-            if b is None
-            else add_bias(save_for_backward(linear(x, w[...])), b)
-            for w, b in maps
-        )
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        if not self.relative:
-            frequencies = rotary_frequencies(
-                query.shape[-1] // 2, self.rope_base, self.rope_scaling
-            )
-            places = join(as_parts(positions))
-            query, key = rotate(query, places, frequencies), rotate(key, places, frequencies)
+        places = join(as_parts(positions))
+        query = _to_heads(x, self.query, self.query_bias, self.query_norm)
+        key = _to_heads(x, self.key, self.key_bias, self.key_norm)
+        value = _to_heads(x, self.value, self.value_bias, None)
+        query, key = self.positions.turn(query, places), self.positions.turn(key, places)
         if cache is None:
             assert segments is not None
-            return (
-                linear(self._mix_rows(query, key, value, as_parts(segments)), self.out[...], 2),
-                None,
-            )
-        places = join(as_parts(positions))
-        row = jnp.arange(x.shape[0])[:, None]
-        key = cache.key.at[row, places].set(key.astype(cache.key.dtype), mode="drop")
-        value = cache.value.at[row, places].set(value.astype(cache.value.dtype), mode="drop")
-        slots = jnp.arange(key.shape[1])
-        seen = slots <= places[:, :, None]
-        if 0 < self.window < key.shape[1]:
-            seen &= slots > places[:, :, None] - self.window
-        h = self._mix(query, key, value, seen[:, None], places, cache.distances)
-        return linear(h, self.out[...], 2), cache._replace(key=key, value=value)
+            h = self._mix_rows(query, key, value, as_parts(segments))
+        else:
+            h, cache = self._mix_cached(query, key, value, places, cache)
+        h = linear(h, self.out, 2)
+        return (h if self.out_bias is None else add_bias(h, self.out_bias)), cache
 
     def _mix_rows(self, query: Array, key: Array, value: Array, segments: Parts) -> Array:
         """Each row within itself: [B, L, H, d], or [S, T, H, d] for the rows of several
@@ -286,54 +206,55 @@ class SelfAttention(nnx.Module):
         )
         return join([self._mix(q, k, v, causal_mask(part, self.window)) for q, k, v, part in rows])
 
-    def _mix(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        mask: Array,
-        cached_positions: Array | None = None,
-        distances: Shared | None = None,
-    ) -> Array:
-        """[B, L, H, d], [B, S, K, d] twice -> [B, L, H, d].
+    def _mix(self, query: Array, key: Array, value: Array, mask: Array) -> Array:
+        """Queries [B, L, H, d] of rows, their keys and values [B, L, K, d] -> [B, L, H, d]."""
+        query, scores = self.positions.score(self, query)
+        return attend(query, key, value, mask, scores)
 
-        Where keys are a cache's: also the positions of the queries, and its distances.
+    def _mix_cached(
+        self, query: Array, key: Array, value: Array, positions: Array, cache: Cache
+    ) -> tuple[Array, Cache]:
+        """Queries [B, L, H, d] at `positions` [B, L], to all of the cache with their own keys
+        and values in it.
         """
-        if not self.relative:
-            return attend(query, key, value, mask)
-        if cached_positions is None:
-            scores = self._position_scores(query)
-        else:
-            codes = (
-                self.distance_keys(key.shape[1], query.dtype)
-                if distances is None
-                else distances.value
-            )
-            scores = self._cached_position_scores(query, cached_positions, codes)
-        return attend(add_bias(query, self.content_bias), key, value, mask, scores)
+        row = jnp.arange(query.shape[0])[:, None]
+        key = cache.key.at[row, positions].set(key.astype(cache.key.dtype), mode="drop")
+        value = cache.value.at[row, positions].set(value.astype(cache.value.dtype), mode="drop")
+        slots = jnp.arange(key.shape[1])
+        seen = slots <= positions[:, :, None]
+        if 0 < self.window < key.shape[1]:
+            seen &= slots > positions[:, :, None] - self.window
+        distances = None if cache.distances is None else cache.distances.value
+        query, scores = self.positions.score_cached(self, query, positions, key.shape[1], distances)
+        h = attend(query, key, value, seen[:, None], scores)
+        return h, cache._replace(key=key, value=value)
 
-    def distance_keys(self, count: int, dtype: Any) -> Array:
-        """W r_n, Transformer-XL's keys of the distances n = 0 .. count - 1: [count, H, d]."""
-        return distance_keys(self.position[...], count, dtype)
 
-    def _position_scores(self, query: Array) -> Array:
-        """(q_i + v) .
+def _bias(wanted: bool, *shape: int) -> nnx.Param | None:
+    """A bias of this shape, where the config wants one."""
+    return nnx.Param(jnp.zeros(shape)) if wanted else None
 
-        W r_(i-j), the position part of Transformer-XL's score, query i standing at i: float32
-        [B, H, L, L].
-        """
-        codes = self.distance_keys(query.shape[1] + 1, query.dtype)
-        query = add_bias(query, self.position_bias)
-        scores = jnp.einsum(
-            "blhd,shd->bhls", query, codes[::-1], preferred_element_type=jnp.float32
-        )
-        return shift_distances(heads_first(scores))
 
-    def _cached_position_scores(self, query: Array, positions: Array, codes: Array) -> Array:
-        """The same of queries at `positions` [B, L] to the S slots of a cache: float32 [B, H,
-        L, S].
-        """
-        query, keys = add_bias(query, self.position_bias), codes.shape[0]
-        scores = jnp.einsum("blhd,shd->bhls", query, codes, preferred_element_type=jnp.float32)
-        distance = jnp.clip(positions[:, :, None] - jnp.arange(keys), 0, keys - 1)
-        return jnp.take_along_axis(scores, distance[:, None], axis=-1)
+def _to_heads(
+    x: Array,
+    weight: nnx.Param | Weight,
+    bias: nnx.Param | None,
+    norm: RMSNorm | LayerNorm | None,
+) -> Array:
+    """Queries, keys or values: [B, L, D] -> [B, L, H, d]."""
+    h = save_for_backward(linear(x, weight))
+    h = h if bias is None else add_bias(h, bias)
+    if norm is None:
+        return h
+    # Of a width that is all heads': over these together.
+    whole = norm.scale.shape[-1] != h.shape[-1]
+    return norm(h.reshape(*h.shape[:2], -1)).reshape(h.shape) if whole else norm(h)
+
+
+def _norm_of_heads(config: LanguageModelConfig, heads: int) -> RMSNorm | LayerNorm | None:
+    """The norm of queries or keys that the config asks for."""
+    form = config.attention
+    if form.query_key_norm == "none":
+        return None
+    count = heads if form.query_key_norm == "width" else 1
+    return make_norm(config.norm, count * form.head_width)

@@ -20,7 +20,7 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import ConditioningConfig, LanguageModelConfig
 from flamingo_jax.models import ops
 from flamingo_jax.models.attention import Cache, attend, map_cache
-from flamingo_jax.models.language_model import DecoderLayer
+from flamingo_jax.models.decoder import DecoderLayer
 from flamingo_jax.models.layers import (
     FeedForward,
     LayerNorm,

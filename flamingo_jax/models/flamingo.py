@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from flamingo_jax.experiment import FlamingoConfig
+from flamingo_jax.experiment import FlamingoConfig, LoRAConfig
 from flamingo_jax.models.attention import Cache, causal_mask
 from flamingo_jax.models.conditioning import (
     ConditionedLayers,
@@ -91,7 +91,7 @@ class Flamingo(nnx.Module):
     remat: what is computed again for the gradient (see `layers.remat`).
     frames_at_once: how many frames each device encodes at a time, 0 for all. encoder_trains:
     the encoder has a gradient, for which frames are encoded again where something is, or where
-    they are many.
+    they are many. lora: trained updates of the frozen language model.
     """
 
     def __init__(
@@ -103,6 +103,7 @@ class Flamingo(nnx.Module):
         remat: str = "none",
         frames_at_once: int = 0,
         encoder_trains: bool = False,
+        lora: LoRAConfig | None = None,
     ):
         self.config = config
         self.dtype = dtype
@@ -121,7 +122,7 @@ class Flamingo(nnx.Module):
         self.visual_projection = fan_in_normal(rngs, (config.resampler.width, width))
         lm, conditioning = config.language_model, config.conditioning
         self.gated_xattn = CrossAttentionBlocks(conditioning, lm, rngs=rngs)
-        self.language_model = LanguageModel(config.language_model, rngs=rngs, dtype=dtype)
+        self.language_model = LanguageModel(lm, rngs=rngs, dtype=dtype, lora=lora)
         self.extra_embedding = fan_in_normal(rngs, (config.extra_tokens, width), width)
         self.grafted = (
             GraftedLayers(conditioning, lm, rngs=rngs) if conditioning.kind == "grafting" else None
@@ -280,7 +281,7 @@ class Flamingo(nnx.Module):
         def read_text(layer: Any, x: Array, cache: None, between: Any) -> tuple[Array, None]:
             return layer(x, positions, segments, cache, between)
 
-        x = residual(self._embed(join([r.tokens for r in rows])))
+        x = residual(self._embed(join([r.tokens for r in rows]), join(positions)))
         x = self._run_layers(x, None, read_text, read_visuals, None)[0]
         if several and len(rows) == 1:
             x, broken = (
@@ -398,7 +399,7 @@ class Flamingo(nnx.Module):
         every visual taken away. A token that looks at a broken visual is NaN, and so is what
         comes after it in its row.
         """
-        x, mask = self._embed(tokens), None
+        x, mask = self._embed(tokens, positions), None
         if media is not None:
             assert visuals is not None
             tokens_per_visual = media.media.key.shape[2]
@@ -439,15 +440,16 @@ class Flamingo(nnx.Module):
         )
         return run(x, cache, media)
 
-    def _embed(self, tokens: Array) -> Array:
+    def _embed(self, tokens: Array, positions: Array) -> Array:
         vocabulary = self.config.language_model.vocab_size
         frozen = self.language_model.embed(jnp.minimum(tokens, vocabulary - 1))
         extra = self.extra_embedding[...][jnp.maximum(tokens - vocabulary, 0)].astype(self.dtype)
-        return jnp.where(
+        x = jnp.where(
             (tokens >= vocabulary)[..., None],
             extra * self.config.language_model.embedding_scale,
             frozen,
         )
+        return self.language_model.add_positions(x, positions)
 
     def _logits(self, x: Array) -> Array:
         # Concatenated after the frozen product: one product with more columns changes the other

@@ -1,5 +1,5 @@
-"""Decoder language model: RMSNorm before each part, relative or rotary positions, tied or
-separate embeddings.
+"""Decoder language model: embeddings, a stack of decoder layers, a last norm and a head, tied to
+the embedding or separate.
 
 Its default is the Chinchilla form: Gopher and Chinchilla (Rae et al. 2021, Hoffmann et al.
 2022) use RMSNorm, Transformer-XL positions and GELU. Its parameters are 13 D^2 a layer (12 of
@@ -7,8 +7,6 @@ attention and feed-forward, 1 of the relative positions) and one embedding: the 
 paper's table.
 """
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,60 +15,19 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from flamingo_jax.experiment import LanguageModelConfig
-from flamingo_jax.models.attention import Cache, SelfAttention, Shared, distance_keys
+from flamingo_jax.models.attention import Cache, Shared
+from flamingo_jax.models.decoder import DecoderLayer
+from flamingo_jax.models.language_model_config import LoRAConfig
 from flamingo_jax.models.layers import (
-    FeedForward,
-    RMSNorm,
     fan_in_normal,
     linear,
-    save_for_backward,
+    make_norm,
     scan_layers,
     stack,
 )
-from flamingo_jax.models.packing import Parts
-from flamingo_jax.partitioning.constraints import all_gather, reduce_scatter, residual
+from flamingo_jax.models.weights import add_lora
 
 Array = jax.Array
-
-
-class DecoderLayer(nnx.Module):
-    """x += SelfAttention(Norm(x)); x += FeedForward(Norm(x))."""
-
-    def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs):
-        # Each of the 2 * layers residual branches starts small, so that the sum over depth
-        # keeps its scale.
-        branch = 1 / math.sqrt(2 * config.layers)
-        self.attention_norm = RMSNorm(config.width, config.norm.eps)
-        self.attention = SelfAttention(config, out_scale=branch, rngs=rngs)
-        self.feed_forward_norm = RMSNorm(config.width, config.norm.eps)
-        self.feed_forward = FeedForward(
-            config.width,
-            config.feed_forward.width,
-            config.feed_forward.activation,
-            gated=config.feed_forward.gated,
-            rngs=rngs,
-        )
-        self.feed_forward.down[...] *= branch
-
-    def __call__(
-        self,
-        x: Array,
-        positions: Array | Parts,
-        segments: Array | Parts | None,
-        cache: Cache | None,
-        between: Callable[[Array], Array] | None = None,
-    ) -> tuple[Array, Cache | None]:
-        """x [B, L, D]; positions, segments int32 [B, L], or those of every part of a stream; a
-        cache means decoding (see SelfAttention). between: what is done to x between the two.
-        """
-        h, cache = self.attention(all_gather(self.attention_norm(x)), positions, segments, cache)
-        x = save_for_backward(residual(x + reduce_scatter(h)))
-        if between is not None:
-            x = between(x)
-        return (
-            residual(x + reduce_scatter(self.feed_forward(all_gather(self.feed_forward_norm(x))))),
-            cache,
-        )
 
 
 def empty_cache(
@@ -86,11 +43,8 @@ def empty_cache(
     count = layers.attention_norm.scale.shape[0]
     heads = attention.kv_heads or attention.heads
     empty = jnp.zeros((count, batch, max_length, heads, attention.head_width), dtype)
-    if config.positions.kind != "transformer_xl":
-        return Cache(empty, empty)
-    position = layers.attention.position[...]
-    keys = jax.lax.map(lambda w: distance_keys(w, max_length, dtype), position)
-    return Cache(empty, empty, Shared(keys))
+    distances = layers.attention.positions.cached_distances(layers.attention, max_length, dtype)
+    return Cache(empty, empty, None if distances is None else Shared(distances))
 
 
 class LanguageModel(nnx.Module):
@@ -103,22 +57,40 @@ class LanguageModel(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
         remat: str = "none",
+        lora: LoRAConfig | None = None,
     ):
         self.config = config
         self.dtype = dtype
         self.remat = remat
         self.embedding = fan_in_normal(rngs, (config.vocab_size, config.width), config.width)
         self.layers = stack(lambda r: DecoderLayer(config, rngs=r), config.layers, rngs)
-        self.final_norm = RMSNorm(config.width, config.norm.eps)
+        self.final_norm = make_norm(config.norm, config.width)
         self.head = (
             None
             if config.tied_embeddings
             else fan_in_normal(rngs, (config.width, config.vocab_size))
         )
+        learned = config.positions.kind == "learned"
+        self.position_embedding = (
+            fan_in_normal(rngs, (config.positions.max_length, config.width), config.width)
+            if learned
+            else None
+        )
+        if lora is not None:
+            add_lora(self.layers, lora, rngs)
 
     def embed(self, tokens: Array) -> Array:
-        """int32 [B, L] -> [B, L, D]."""
+        """int32 [B, L] -> [B, L, D], without learned positions: see `add_positions`."""
         return self.embedding[...][tokens].astype(self.dtype) * self.config.embedding_scale
+
+    def add_positions(self, x: Array, positions: Array) -> Array:
+        """Embeddings [B, L, D] of tokens at `positions` with their learned vectors, where the
+        model has such. Past the last of these they are NaN, rather than some other's.
+        """
+        if self.position_embedding is None:
+            return x
+        vectors = self.position_embedding[...].at[positions].get(mode="fill", fill_value=jnp.nan)
+        return x + vectors.astype(self.dtype)
 
     def logits(self, x: Array) -> Array:
         """Last hidden states [B, L, D] -> float32 [B, L, V]."""
@@ -127,7 +99,8 @@ class LanguageModel(nnx.Module):
 
     def __call__(self, tokens: Array, positions: Array, segments: Array) -> Array:
         """Packed rows int32 [B, L] (segment 0 is padding) -> logits float32 [B, L, V]."""
-        return self.logits(self.run_layers(self.embed(tokens), positions, segments))
+        x = self.add_positions(self.embed(tokens), positions)
+        return self.logits(self.run_layers(x, positions, segments))
 
     def run_layers(self, x: Array, positions: Array, segments: Array) -> Array:
         """Embeddings [B, L, D] -> last hidden states [B, L, D]."""
@@ -153,5 +126,6 @@ class LanguageModel(nnx.Module):
             assert new is not None
             return x, new._replace(distances=None)
 
-        x, new = scan_layers(self.layers, body, self.embed(tokens), cache)
+        x = self.add_positions(self.embed(tokens), positions)
+        x, new = scan_layers(self.layers, body, x, cache)
         return self.logits(x), new._replace(distances=cache.distances)

@@ -6,7 +6,7 @@ Modules compute in the dtype of their activations and cast weights at use.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from flamingo_jax.models import ops
+from flamingo_jax.models.language_model_config import NormConfig
 
 Array = jax.Array
 
@@ -27,14 +28,35 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def linear(x: Array, w: Array, contract: int = 1) -> Array:
-    """Contracts the last `contract` axes of `x` with the first of `w`: the only place where a
-    weight meets an activation.
+@runtime_checkable
+class Weight(Protocol):
+    """A weight that is more than one array, as `models.weights` has them."""
 
-    A weight of another type is cast to the activation's, and its gradient is summed in the
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole weight: inputs, then outputs."""
+        ...
+
+    def product(self, x: Array, contract: int) -> Array:
+        """`linear(x, self, contract)`."""
+        ...
+
+    def dense(self) -> Array:
+        """The whole weight as one array."""
+        ...
+
+
+def linear(x: Array, weight: Array | nnx.Variable | Weight, contract: int = 1) -> Array:
+    """Contracts the last `contract` axes of `x` with the first of a weight: the only place where
+    a weight meets an activation.
+
+    An array of another type is cast to the activation's, and its gradient is summed in the
     weight's: over rows, and over the devices that have them, which the compiler does before any
     cast that follows the product.
     """
+    if isinstance(weight, Weight):
+        return weight.product(x, contract)
+    w = weight[...]
     return ops.matmul(x, w, contract) if w.dtype == x.dtype else _cast_product(x, w, contract)
 
 
@@ -73,6 +95,11 @@ def broadcast_param(parameter: Array, x: Array) -> Array:
     return jnp.broadcast_to(parameter, jnp.broadcast_shapes(parameter.shape, x.shape)).astype(
         x.dtype
     )
+
+
+def add_bias(x: Array, bias: nnx.Param) -> Array:
+    """`x` plus a bias over its last axes, in the type of `x`."""
+    return x + broadcast_param(bias[...], x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -153,18 +180,22 @@ def fan_in_normal(
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation over the last axis with scale and bias; statistics in float32."""
+    """Layer normalisation over the last axis with a scale and, by default, a bias; statistics in
+    float32.
+    """
 
-    def __init__(self, width: int, eps: float = 1e-5):
+    def __init__(self, width: int, eps: float = 1e-5, *, bias: bool = True):
         self.scale = nnx.Param(jnp.ones((width,)))
-        self.bias = nnx.Param(jnp.zeros((width,)))
+        self.bias = nnx.Param(jnp.zeros((width,))) if bias else None
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
         h = ops.drop_unit_axes(x).astype(jnp.float32)
         h = h - h.mean(-1, keepdims=True)
         h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.eps)
-        return (h * self.scale[...] + self.bias[...]).astype(x.dtype).reshape(x.shape)
+        h = h * self.scale[...]
+        h = h if self.bias is None else h + self.bias[...]
+        return h.astype(x.dtype).reshape(x.shape)
 
 
 class RMSNorm(nnx.Module):
@@ -178,6 +209,13 @@ class RMSNorm(nnx.Module):
         h = ops.drop_unit_axes(x).astype(jnp.float32)
         h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.eps)
         return (h * self.scale[...]).astype(x.dtype).reshape(x.shape)
+
+
+def make_norm(config: NormConfig, width: int) -> RMSNorm | LayerNorm:
+    """The norm of a language model's kind over a last axis of this width."""
+    if config.kind == "rms":
+        return RMSNorm(width, config.eps)
+    return LayerNorm(width, config.eps, bias=config.bias)
 
 
 class FeedForward(nnx.Module):
@@ -207,16 +245,16 @@ class FeedForward(nnx.Module):
         """[..., D] -> [..., D]; a scalar gate, where there is one, multiplies the last product,
         and not its bias.
         """
-        h = save_for_backward(linear(x, self.up[...]))
+        h = save_for_backward(linear(x, self.up))
         if self.up_bias is not None:
             h = h + broadcast_param(self.up_bias[...], h)
         activate = ACTIVATIONS[self.activation]
         h = (
             activate(h)
             if self.gate is None
-            else activate(save_for_backward(linear(x, self.gate[...]))) * h
+            else activate(save_for_backward(linear(x, self.gate))) * h
         )
-        h = linear(h, self.down[...]) if gate is None else gated_linear(h, self.down[...], gate)
+        h = linear(h, self.down) if gate is None else gated_linear(h, self.down[...], gate)
         if self.down_bias is not None:
             h = h + broadcast_param(self.down_bias[...], h)
         return h

@@ -17,11 +17,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flamingo_jax.errors import UserError
 from flamingo_jax.partitioning.mesh import DATA, FSDP, MODEL
 from flamingo_jax.pytrees import STACK
+from flamingo_jax.weight_parts import Axes, is_update, weight_name, weight_part
 
 R = TypeVar("R")
-Axes = tuple[str | None, ...]
-"""The mesh axis of each of an array's axes; those past the end are on none."""
-
 LARGE = 2**24
 """An array with more elements than this that an axis of the mesh should shard, but cannot, is
 an error: it would fill every device.
@@ -65,6 +63,7 @@ def _language_model(prefix: str) -> tuple[Rule[Axes], ...]:
     """
     return (
         Rule(f"{prefix}embedding", (MODEL, None)),
+        Rule(f"{prefix}position_embedding", REPLICATED, optional=True),
         Rule(f"{prefix}head", (None, MODEL), optional=True),
         Rule(f"{prefix}layers/attention/(query|key|value|position)", (None, MODEL, None)),
         Rule(
@@ -72,11 +71,13 @@ def _language_model(prefix: str) -> tuple[Rule[Axes], ...]:
             (MODEL, None),
             optional=True,
         ),
-        Rule(f"{prefix}layers/attention/(query|key)_norm/scale", REPLICATED, optional=True),
+        Rule(f"{prefix}layers/attention/(query|key)_norm/(scale|bias)", REPLICATED, optional=True),
         Rule(f"{prefix}layers/attention/out", (MODEL, None, None)),
         Rule(f"{prefix}layers/feed_forward/(gate|up)", (None, MODEL)),
         Rule(f"{prefix}layers/feed_forward/down", (MODEL, None)),
-        Rule(f"{prefix}(layers/[a-z_]+_norm|final_norm)/scale", REPLICATED),
+        Rule(f"{prefix}layers/feed_forward/up_bias", (MODEL,), optional=True),
+        Rule(f"{prefix}layers/(attention/out|feed_forward/down)_bias", REPLICATED, optional=True),
+        Rule(f"{prefix}(layers/[a-z_]+_norm|final_norm)/(scale|bias)", REPLICATED),
     )
 
 
@@ -138,12 +139,22 @@ def trainable_names(
 ) -> frozenset[str]:
     """The names of the parameters that the task trains. unfrozen: parts (what names begin with)
     that train although the table freezes them.
+
+    Of a model with low-rank updates these alone train.
     """
-    return frozenset(
-        name
-        for name, trains in match(FREEZING[task], names).items()
-        if trains or name.split("/")[0] in unfrozen
-    )
+    names = list(names)
+    rules = match(FREEZING[task], dict.fromkeys(map(weight_name, names)))
+    parts = {name: weight_part(name) for name in names}
+    updated = {name.split(STACK)[0] for name in names if is_update(name)}
+
+    def trains(name: str) -> bool:
+        if part := parts[name]:
+            return part.trains
+        if name.startswith(tuple(updated)):
+            return False
+        return rules[name] or name.split("/")[0] in unfrozen
+
+    return frozenset(filter(trains, names))
 
 
 def shardings(
@@ -160,9 +171,14 @@ def shardings(
       unfrozen: as for `trainable_names`.
     """
     trained = trainable_names(task, shapes, unfrozen)
-    axes = match(SHARDING[task], shapes)
+    rules = match(SHARDING[task], dict.fromkeys(map(weight_name, shapes)))
+
+    def axes(name: str, shape: tuple[int, ...]) -> Axes:
+        whole, part = rules[weight_name(name)], weight_part(name)
+        return part.axes(whole, len(shape) - stack_axes(name)) if part else whole
+
     return {
-        name: NamedSharding(mesh, _spec(name, s.shape, axes[name], mesh, name in trained))
+        name: NamedSharding(mesh, _spec(name, s.shape, axes(name, s.shape), mesh, name in trained))
         for name, s in shapes.items()
     }
 

@@ -16,6 +16,7 @@ from flamingo_jax.partitioning.rules import trainable_names
 from flamingo_jax.pytrees import to_flat
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.setup import state_shapes
+from flamingo_jax.weight_parts import meets
 
 FLOW = (
     "vision_encoder",
@@ -52,7 +53,9 @@ def count_parts(experiment: Experiment) -> dict[str, PartCount]:
     Parts are the model's own, for Flamingo those of `FLOW` (the paper's table 5 has the larger
     ones); a language model is one part.
     """
-    sizes = {name: math.prod(s.shape) for name, s in parameter_shapes(experiment).items()}
+    shapes = parameter_shapes(experiment)
+    # The scales of integers are no parameters of the model.
+    sizes = {name: math.prod(s.shape) for name, s in shapes.items() if meets(name)}
     trained = trainable_names(experiment.task, sizes, stages.unfrozen(experiment))
     order = FLOW if experiment.task == "flamingo" else ()
     parts: dict[str, PartCount] = {}

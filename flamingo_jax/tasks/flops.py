@@ -22,6 +22,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.pytrees import to_flat
 from flamingo_jax.tasks import stages
+from flamingo_jax.weight_parts import is_update, meets, weight_name
 
 PEAKS = (
     ("TPU v4", 275e12),
@@ -92,18 +93,30 @@ def step_cost(experiment: Experiment) -> Cost:
     )
     sizes = {name: math.prod(shape.shape) for name, shape in to_flat(nnx.state(model)).items()}
 
-    def weights(pattern: str, prefix: str = "") -> int:
-        return sum(
-            size for name, size in sizes.items() if re.fullmatch(f"{prefix}({pattern})", name)
-        )
+    updated = any(map(is_update, sizes))
 
-    def language_model(prefix: str = "") -> int:
-        return weights(_LAYER, prefix) + weights(
-            "embedding" if f"{prefix}head" not in sizes else "head", prefix
+    def named(pattern: str, prefix: str = "") -> dict[str, int]:
+        return {
+            name: size
+            for name, size in sizes.items()
+            if re.fullmatch(f"{prefix}({pattern})", weight_name(name)) and meets(name)
+        }
+
+    def weights(pattern: str, prefix: str = "") -> int:
+        return sum(named(pattern, prefix).values())
+
+    def language_model(prefix: str, each: int) -> int:
+        """FLOPs a token at `each` for a weight; of one that is trained by updates it is frozen,
+        behind trained ones.
+        """
+        head = "embedding" if f"{prefix}head" not in sizes else "head"
+        return sum(
+            size * (6 if is_update(name) else 4 if updated else each)
+            for name, size in named(f"{_LAYER}|{head}", prefix).items()
         )
 
     if experiment.task == "language_modelling":
-        return Cost(6 * language_model())
+        return Cost(language_model("", 6))
     config = stages.model_config(experiment)
     if experiment.task == "contrastive":
         encoder, _ = encoder_cost(model.vision, config.vision.image_size)
@@ -115,9 +128,10 @@ def step_cost(experiment: Experiment) -> Cost:
         )
 
     unfrozen = stages.unfrozen(experiment)
-    token = (6 if "language_model" in unfrozen else 4) * language_model(
-        "language_model/"
-    ) + 6 * weights(f"gated_xattn/layers/feed_forward/(up|down)|grafted/({_LAYER})|extra_embedding")
+    token = language_model("language_model/", 6 if "language_model" in unfrozen else 4)
+    token += 6 * weights(
+        f"gated_xattn/layers/feed_forward/(up|down)|grafted/({_LAYER})|extra_embedding"
+    )
     if not experiment.training.use_visuals:
         return Cost(token)
     encoder, cells = encoder_cost(model.vision_encoder, config.vision.image_size)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flamingo_jax.errors import UserError
-from flamingo_jax.experiment import Experiment
+from flamingo_jax.experiment import Experiment, LoRAConfig
 from flamingo_jax.models.dual_encoder import DualEncoder
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.models.language_model import LanguageModel
@@ -80,8 +80,11 @@ def build_model(experiment: Experiment, rngs: nnx.Rngs) -> nnx.Module:
     dtype = jnp.dtype(experiment.training.compute_dtype)
     if experiment.task == "contrastive":
         return DualEncoder(config, rngs=rngs, dtype=dtype)
+    _require_positions(experiment)
     if experiment.task == "language_modelling":
-        return LanguageModel(config, rngs=rngs, dtype=dtype, remat=experiment.training.remat)
+        return LanguageModel(
+            config, rngs=rngs, dtype=dtype, remat=experiment.training.remat, lora=lora(experiment)
+        )
     return Flamingo(
         config,
         rngs=rngs,
@@ -89,7 +92,25 @@ def build_model(experiment: Experiment, rngs: nnx.Rngs) -> nnx.Module:
         remat=experiment.training.remat,
         frames_at_once=experiment.training.frames_at_once,
         encoder_trains="vision_encoder" in unfrozen(experiment),
+        lora=lora(experiment),
     )
+
+
+def _require_positions(experiment: Experiment) -> None:
+    """Raises UserError for a dataset with longer rows than the language model has learned
+    positions for.
+    """
+    config = model_config(experiment)
+    positions = getattr(config, "language_model", config).positions
+    if positions.kind != "learned":
+        return
+    for group in ("data", "held_out"):
+        for name, dataset in getattr(experiment, group).items():
+            if dataset.max_length > positions.max_length:
+                raise UserError(
+                    f"config.{group}.{name}.max_length is {dataset.max_length}, but the language"
+                    f" model has learned {positions.max_length} positions: make it no more"
+                )
 
 
 def make_task(experiment: Experiment) -> Task:
@@ -116,10 +137,32 @@ def unfrozen(experiment: Experiment) -> tuple[str, ...]:
     return parts
 
 
+def lora(experiment: Experiment) -> LoRAConfig | None:
+    """The low-rank updates that a frozen language model trains by, or None.
+
+    Raises: UserError where there is no frozen language model.
+    """
+    config = experiment.training.lora
+    if config is not None and experiment.task == "contrastive":
+        raise UserError(
+            "config.training.lora updates a language model, but task 'contrastive' has none: set"
+            " it to None"
+        )
+    if config is not None and experiment.training.unfreeze_language_model:
+        raise UserError(
+            "config.training.lora trains updates of a frozen language model, but"
+            " config.training.unfreeze_language_model trains all of it: turn one of them off"
+        )
+    return config
+
+
 def frozen_parts(experiment: Experiment, parts: Collection[str] = PARTS) -> list[PretrainedPart]:
     """Those `parts` of the task's model that are frozen and the folders they come from; a
-    UserError where one is not named or not there.
+    UserError where one is not named or not there. With `training.lora` a language model by
+    itself is frozen too.
     """
+    if experiment.task == "language_modelling" and lora(experiment):
+        return [_from_folder(experiment, "language_model", model_config(experiment))]
     if experiment.task != "flamingo":
         return []
     return [
@@ -151,6 +194,11 @@ def _pretrained_part(experiment: Experiment, part: str) -> PretrainedPart:
     part_config = getattr(config, fields[part])
     if experiment.flamingo_from:
         return _of_flamingo(experiment, part, part_config, ExportPath(part, fields[part]))
+    return _from_folder(experiment, part, part_config)
+
+
+def _from_folder(experiment: Experiment, part: str, config: Any) -> PretrainedPart:
+    """A part that has a folder of its own; of a stage that is nothing else, the whole model."""
     field = f"{part}_from"
     folder = getattr(experiment, field)
     stage = next(iter(EXPORT_PATHS[part]))
@@ -164,7 +212,8 @@ def _pretrained_part(experiment: Experiment, part: str) -> PretrainedPart:
             f"config.{field} is {folder!r}, which is no folder: run the {stage} stage and"
             " launch.export first, or name the folder of a published model"
         )
-    return PretrainedPart(part, folder, part_config, field, EXPORT_PATHS[part])
+    name = part if experiment.task == "flamingo" else ""
+    return PretrainedPart(name, folder, config, field, EXPORT_PATHS[part])
 
 
 def _of_flamingo(

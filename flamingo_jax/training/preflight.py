@@ -14,7 +14,9 @@ def check_tokenizer(experiment: Experiment, tokenizer: Tokenizer, workdir: pathl
     another tokenizer, however many pieces it has.
     """
     sources = open_frozen_sources(experiment)
-    frozen = sources["language_model"].tokenizer_file if "language_model" in sources else None
+    # A language model that is all of the model has no name in it.
+    texts = [source for name, source in sources.items() if name in ("language_model", "")]
+    frozen = texts[0].tokenizer_file if texts else None
     earlier = tokenizer_file(workdir) if any((workdir / "checkpoints").glob("*")) else None
     for file in (frozen, earlier):
         if (

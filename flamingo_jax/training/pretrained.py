@@ -23,6 +23,7 @@ from flamingo_jax.interop.folders import Part, is_foreign, open_folder
 from flamingo_jax.models.vit import resize_positions
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.state import Parameters, split_model
+from flamingo_jax.weight_parts import is_update, stored_name
 
 
 class WeightSource(Protocol):
@@ -133,7 +134,7 @@ def require_same_pretrained(
         before = saved.get(name, {})
         if before.get("digest") != source["digest"]:
             raise UserError(
-                f"the checkpoint in {workdir} was trained on the {name} of"
+                f"the checkpoint in {workdir} was trained on the {name or 'model'} of"
                 f" {before.get('folder')} ({before.get('digest')}), but {source['folder']} now"
                 f" holds another ({source['digest']}): restore that export or train in a new"
                 " workdir"
@@ -158,7 +159,8 @@ def open_source(part: stages.PretrainedPart) -> WeightSource:
     Raises: UserError where it is missing, of another kind, or its config is not the one here.
     """
     if part.field != "flamingo_from" and is_foreign(part.folder):
-        kind: Part = "language_model" if part.name == "language_model" else "vision_encoder"
+        of_text = part.field == "language_model_from"
+        kind: Part = "language_model" if of_text else "vision_encoder"
         published = open_folder(part.folder, kind)
         _require_equal(to_json(published.config), to_json(part.config), part)
         return published
@@ -183,11 +185,16 @@ def read_part(
     parameters: Mapping[str, jax.ShapeDtypeStruct],
     process_group: ProcessGroup | None = None,
 ) -> Parameters:
-    """Reads those of a model's parameters that are the part's, to where they shall lie."""
+    """Reads those of a model's parameters that are the part's, to where they shall lie. Low-rank
+    updates are in no folder: they start anew.
+    """
     prefix = _prefix(part.name)
-    targets = {
-        name.removeprefix(prefix): target for name, target in _within(part, parameters).items()
+    names = {
+        stored_name(name.removeprefix(prefix)): name
+        for name in _within(part, parameters)
+        if not is_update(name)
     }
+    targets = {name: parameters[names[name]] for name in names}
     shapes = source.shapes
     missing = sorted(set(targets) - set(shapes))
     if missing:
@@ -200,7 +207,7 @@ def read_part(
         for name, target in targets.items()
     }
     return {
-        prefix + name: _fitted(value, targets[name])
+        names[name]: _fitted(value, targets[name])
         for name, value in source.read(stored, process_group or SingleProcess()).items()
     }
 

@@ -1,5 +1,6 @@
 """A run's newest whole checkpoint, read without a change to its workdir, and exported."""
 
+import dataclasses
 import json
 import logging
 import pathlib
@@ -19,7 +20,7 @@ from flamingo_jax.processing.tokenizer import FILE_NAME, tokenizer_file
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.pretrained import load_frozen, require_same_pretrained
 from flamingo_jax.training.setup import TrainSetup, make_setup
-from flamingo_jax.training.state import Parameters
+from flamingo_jax.training.state import Parameters, dense_parameters
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +104,9 @@ def load_exported_run(folder: pathlib.Path) -> TrainedRun:
         )
     document = json.loads((folder / "experiment.json").read_text())
     experiment = configuring.from_json(Experiment, document)
+    # An export has low-rank updates in what they update.
+    training = dataclasses.replace(experiment.training, lora=None)
+    experiment = dataclasses.replace(experiment, training=training)
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
     with jax.set_mesh(mesh):
         setup = make_setup(experiment, mesh)
@@ -130,7 +134,7 @@ def export_run(workdir: pathlib.Path, output: pathlib.Path) -> None:
         output,
         kind=stages.MODEL_FIELD[run.experiment.task],
         config=configuring.to_json(stages.model_config(run.experiment)),
-        parameters=run.trainable | run.frozen,
+        parameters=dense_parameters(run.setup.graph, run.trainable | run.frozen),
         tokenizer_file=run.tokenizer_file,
         extra_files={
             "metrics.jsonl": workdir / "metrics.jsonl",

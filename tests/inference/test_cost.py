@@ -16,9 +16,10 @@ from flamingo_jax.configuring import from_config
 from flamingo_jax.experiment import Experiment, FlamingoConfig
 from flamingo_jax.inference.generation import DecodingConfig, TokenConstraints, generate
 from flamingo_jax.inference.prefill import PromptArrays, prefill
-from flamingo_jax.models.attention import SelfAttention, Shared, map_cache
+from flamingo_jax.models.attention import Shared, map_cache
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.models.language_model import LanguageModel
+from flamingo_jax.models.positions import TransformerXL
 from flamingo_jax.pytrees import to_flat
 from flamingo_jax.tasks.flops import product_flops
 from tests.inference.tiny_models import tiny_config
@@ -77,7 +78,7 @@ def test_distances_are_projected_once_for_all_rows_and_tokens(
     """Beams share them, and the loop over tokens has no product with their map."""
     graph, state = abstract(tiny_config(20))
     asked: list[tuple[int, ...]] = []
-    monkeypatch.setattr(SelfAttention, "distance_keys", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(TransformerXL, "keys", lambda *_: pytest.fail("computed again"))
 
     def run(state: Any, keys: jax.Array, beam_size: int) -> Any:
         model = nnx.merge(graph, state)

@@ -20,8 +20,8 @@ from flamingo_jax.experiment import MeshConfig, RotaryScaling
 from flamingo_jax.interop.folders import Foreign, is_foreign, open_folder, read_config
 from flamingo_jax.interop.load import load_language_model, load_vision_encoder
 from flamingo_jax.interop.published import VISION_ENCODERS, published
-from flamingo_jax.models.attention import rotary_frequencies
 from flamingo_jax.models.language_model import LanguageModel
+from flamingo_jax.models.positions import rotary_frequencies
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.pytrees import to_flat
 from tests.interop import cases
@@ -35,6 +35,11 @@ PARAMETERS = {
     "Qwen2.5-7B": 7_615_616_512,
     "Qwen3-0.6B": 596_049_920,
     "Qwen3-8B": 8_190_735_360,
+    "mpt-7b": 6_649_286_656,
+    # Without the two rows of positions that no token has.
+    "opt-1.3b": 1_315_758_080 - 2 * 2048,
+    "pythia-410m": 405_334_016,
+    "RedPajama-INCITE-Base-3B-v1": 2_775_864_320,
 }
 
 
@@ -121,6 +126,13 @@ def refused(folder: pathlib.Path, part: Any = "language_model") -> str:
             "a sliding window in all layers or in none",
         ),
         ("qwen2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("gpt_neox", {"hidden_act": "silu"}, "hidden_act = 'silu'"),
+        ("mpt", {"no_bias": False}, "no_bias = False, but only True"),
+        ("mpt", {"expansion_ratio": 8}, "expansion_ratio = 8, but only 4"),
+        ("mpt", {"attn_config": {"alibi": False}}, "has alibi = False"),
+        ("mpt", {"attn_config": {"clip_qkv": 8}}, "clip_qkv = 8, but only models without it"),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before = False"),
+        ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim = 16, but only 32"),
         ("clip", {"hidden_act": "tanh"}, "hidden_act = 'tanh'"),
         ("clip", {"num_channels": 1}, "num_channels = 1"),
         ("clip", {"model_type": "dinov2"}, "model_type = 'dinov2'"),

@@ -1,6 +1,7 @@
 """Attention against float64 numpy, written as sums over positions."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -18,7 +19,9 @@ from flamingo_jax.experiment import (
     RotaryScaling,
 )
 from flamingo_jax.models import attention, ops
+from flamingo_jax.models.positions import alibi_slopes, sinusoids
 from tests.models.filling import filled
+from tests.models.test_positions import published_frequency
 from tests.rounding import assert_close
 
 TERMS = 8 + 2 * 4 + 2 * 7 + 8 + 8
@@ -39,7 +42,10 @@ def make(**changes: object) -> attention.SelfAttention:
 def changed(config: LanguageModelConfig, fields: dict[str, Any]) -> LanguageModelConfig:
     """The config with other values of these dotted fields."""
     new = to_config(config)
-    new.update_from_flattened_dict(fields)
+    for name, value in fields.items():
+        *groups, field = name.split(".")
+        given = dataclasses.asdict(value) if isinstance(value, RotaryScaling) else value
+        functools.reduce(getattr, groups, new)[field] = given
     return from_config(LanguageModelConfig, new)
 
 
@@ -60,7 +66,7 @@ def reference_transformer_xl(
         )
     }
     rows, length, width = x.shape
-    codes = np.asarray(attention.sinusoids(length, width), np.float64)
+    codes = np.asarray(sinusoids(length, width), np.float64)
     heads, head_width = w["query"].shape[1:]
     out = np.zeros(x.shape)
     for b in range(rows):
@@ -110,7 +116,7 @@ def test_transformer_xl_attention_equals_its_equation(module: attention.SelfAtte
     assert_close(ours, reference_transformer_xl(module, x, segments), TERMS)
 
 
-@pytest.mark.parametrize("positions", ["transformer_xl", "rotary"])
+@pytest.mark.parametrize("positions", ["transformer_xl", "rotary", "alibi", "learned"])
 def test_decoding_with_a_cache_equals_the_whole_row(positions: str) -> None:
     module = make(kind=positions)
     x = jax.random.normal(jax.random.key(0), (2, 6, 8))
@@ -131,26 +137,6 @@ def test_padding_never_enters_a_cache() -> None:
     assert np.asarray(cache.key[0, 0]).any() and not np.asarray(cache.key[0, 1:]).any()
 
 
-def test_rotation_keeps_scores_a_function_of_distance() -> None:
-    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
-
-    def score(i: int, j: int) -> float:
-        turned = (
-            attention.rotate(x, jnp.array([[place]]), attention.rotary_frequencies(4, 1e4))
-            for x, place in ((q, i), (k, j))
-        )
-        return float(jnp.sum(next(turned) * next(turned)))
-
-    # Eight products; angles up to 12 are as near as their last place.
-    assert_close(
-        score(5, 3),
-        score(12, 10),
-        terms=8 + 2 * 12,
-        size=float(jnp.abs(q).max() * jnp.abs(k).max()),
-    )
-    assert abs(score(5, 3) - score(5, 1)) > 1e-3
-
-
 def test_a_fully_masked_query_gets_exactly_zero() -> None:
     x = jax.random.normal(jax.random.key(0), (1, 3, 2, 4))
     mask = jnp.array([[True, False, True], [False, False, False], [False, True, False]])[None, None]
@@ -159,48 +145,24 @@ def test_a_fully_masked_query_gets_exactly_zero() -> None:
     assert_close(out[0, 2], x[0, 1], terms=4 + 3)
 
 
-def test_a_position_bias_makes_heads_prefer_distances_from_the_start() -> None:
-    assert not make(bias_init=0.0).position_bias[...].any()
-    scores = make(bias_init=8.0)._position_scores(jnp.zeros((1, 5, 2, 4)))
-    # Without any content, a key's score depends on its distance alone.
-    assert_close(scores[0, :, 4, 3], scores[0, :, 3, 2], terms=8 + 4)
-    assert np.ptp(scores[0, :, 4, :], axis=-1).min() > 1
-
-
-def published_frequency(
-    pair: int, scaling: RotaryScaling | None, half: int = 2, base: float = 100.0
-) -> float:
-    """As Llama 3.1's code has it: by wave length, in three cases."""
-    frequency = base ** (-pair / half)
-    if scaling is None:
-        return frequency
-    if scaling.kind == "linear":
-        return frequency / scaling.factor
-    wave, length = 2 * math.pi / frequency, scaling.original_length
-    if wave < length / scaling.high_frequency_factor:
-        return frequency
-    if wave > length / scaling.low_frequency_factor:
-        return frequency / scaling.factor
-    smooth = (length / wave - scaling.low_frequency_factor) / (
-        scaling.high_frequency_factor - scaling.low_frequency_factor
-    )
-    return (1 - smooth) * frequency / scaling.factor + smooth * frequency
-
-
-@pytest.mark.parametrize("length", [5, 30, 100, 400])
-@pytest.mark.parametrize("kind", ["linear", "llama3", None])
-def test_scaled_frequencies_are_the_published_ones(kind: str | None, length: int) -> None:
-    scaling = None if kind is None else RotaryScaling(kind=kind, original_length=length)  # type: ignore[arg-type]
-    found = attention.rotary_frequencies(8, 100.0, scaling)
-    # A power, whose exponent is as near as its logarithm, up to 4.
-    for pair, frequency in enumerate(found):
-        assert_close(frequency, published_frequency(pair, scaling, half=8), terms=4 * 4 + 8)
-
-
 OPEN = {
     "llama": {"attention.kv_heads": 2, "positions.scaling": RotaryScaling(original_length=30)},
     "qwen2": {"attention.kv_heads": 1, "attention.bias": True},
     "qwen3": {"attention.kv_heads": 2, "attention.query_key_norm": "head"},
+    "gpt_neox": {
+        "attention.kv_heads": 4,
+        "attention.bias": True,
+        "attention.out_bias": True,
+        "positions.fraction": 0.5,
+        "norm.kind": "layer",
+    },
+    "mpt": {
+        "attention.kv_heads": 4,
+        "attention.query_key_norm": "width",
+        "positions.kind": "alibi",
+        "norm.kind": "layer",
+        "norm.bias": False,
+    },
 }
 
 
@@ -213,45 +175,62 @@ def reference_open(
     value_of = lambda a: None if a is None else np.asarray(a[...], np.float64)
     w = {
         name: value_of(getattr(module, name))
-        for name in ("query", "key", "value", "out", "query_bias", "key_bias", "value_bias")
+        for name in (
+            "query",
+            "key",
+            "value",
+            "out",
+            "query_bias",
+            "key_bias",
+            "value_bias",
+            "out_bias",
+        )
     }
-    half = config.attention.head_width // 2
+    form, positions = config.attention, config.positions
+    half = int(form.head_width * positions.fraction) // 2
+
+    def normed(h: np.ndarray, norm: Any) -> np.ndarray:
+        if config.norm.kind == "layer":
+            h = h - h.mean()
+        return h / np.sqrt(np.mean(h**2) + config.norm.eps) * value_of(norm.scale)
 
     def head(name: str, place: int, number: int) -> np.ndarray:
-        h = x[place] @ w[name][:, number] + (
-            0 if w[f"{name}_bias"] is None else w[f"{name}_bias"][number]
-        )
-        if name == "value":
+        bias = w[f"{name}_bias"]
+        h = np.einsum("w,whd->hd", x[place], w[name]) + (0 if bias is None else bias)
+        norm = None if name == "value" else getattr(module, f"{name}_norm")
+        if form.query_key_norm == "width" and norm is not None:
+            h = normed(h.reshape(-1), norm).reshape(h.shape)
+        h = h[number]
+        if form.query_key_norm == "head" and norm is not None:
+            h = normed(h, norm)
+        if name == "value" or positions.kind != "rotary":
             return h
-        if config.attention.query_key_norm == "head":
-            h = (
-                h
-                / np.sqrt(np.mean(h**2) + config.norm.eps)
-                * value_of(getattr(module, f"{name}_norm").scale)
-            )
-        turned = np.zeros_like(h)
+        turned = h.copy()
         for pair in range(half):
-            angle = place * published_frequency(
-                pair, config.positions.scaling, half, config.positions.base
-            )
+            angle = place * published_frequency(pair, positions.scaling, half, positions.base)
             one, other = h[pair], h[pair + half]
             turned[pair] = one * math.cos(angle) - other * math.sin(angle)
             turned[pair + half] = other * math.cos(angle) + one * math.sin(angle)
         return turned
 
+    slopes = alibi_slopes(form.heads) if positions.kind == "alibi" else (0.0,) * form.heads
     out = np.zeros_like(x)
     for i in range(len(x)):
-        for number in range(config.attention.heads):
-            shared = number // (config.attention.heads // config.attention.kv_heads)
+        for number in range(form.heads):
+            shared = number // (form.heads // form.kv_heads)
             scores = np.array(
-                [head("query", i, number) @ head("key", j, shared) for j in range(i + 1)]
-            ) / math.sqrt(config.attention.head_width)
+                [
+                    head("query", i, number) @ head("key", j, shared) / math.sqrt(form.head_width)
+                    - slopes[number] * (i - j)
+                    for j in range(i + 1)
+                ]
+            )
             weights = np.exp(scores - scores.max())
             out[i] += (
                 sum(p * head("value", j, shared) for j, p in enumerate(weights / weights.sum()))
                 @ w["out"][number]
             )
-    return out
+    return out + (0 if w["out_bias"] is None else w["out_bias"])
 
 
 @pytest.mark.parametrize("family", OPEN)

@@ -36,7 +36,7 @@ POSITIONS = jnp.tile(jnp.arange(LENGTH), (2, 1))
 ONES = jnp.ones((2, LENGTH), jnp.int32)
 
 
-@pytest.fixture(scope="module", params=["transformer_xl", "rotary"])
+@pytest.fixture(scope="module", params=["transformer_xl", "rotary", "alibi", "learned"])
 def model(request: pytest.FixtureRequest) -> LanguageModel:
     return filled(
         lambda rngs: LanguageModel(

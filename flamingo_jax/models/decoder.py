@@ -1,0 +1,91 @@
+"""A decoder layer from an attention half and a feed-forward half.
+
+Which norm, positions, biases, heads and residual sum it has, its config says; published families
+are settings of one layer.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+from flamingo_jax.experiment import LanguageModelConfig
+from flamingo_jax.models.attention import Cache, SelfAttention
+from flamingo_jax.models.layers import FeedForward, make_norm, save_for_backward
+from flamingo_jax.models.packing import Parts
+from flamingo_jax.partitioning.constraints import all_gather, reduce_scatter, residual
+
+Array = jax.Array
+
+
+class DecoderLayer(nnx.Module):
+    """sequential: x += Attention(Norm(x)); x += FeedForward(Norm(x)).
+
+    parallel: x += Attention(Norm(x)) + FeedForward(Norm(x)), both of the layer's input.
+    """
+
+    def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs):
+        # Each of the 2 * layers residual branches starts small, so that the sum over depth
+        # keeps its scale.
+        branch_scale = 1 / math.sqrt(2 * config.layers)
+        one_norm = config.residual == "parallel_one_norm"
+        self.residual = config.residual
+        self.attention_norm = make_norm(config.norm, config.width)
+        self.attention = SelfAttention(config, out_scale=branch_scale, rngs=rngs)
+        self.feed_forward_norm = None if one_norm else make_norm(config.norm, config.width)
+        self.feed_forward = FeedForward(
+            config.width,
+            config.feed_forward.width,
+            config.feed_forward.activation,
+            gated=config.feed_forward.gated,
+            bias=config.feed_forward.bias,
+            rngs=rngs,
+        )
+        self.feed_forward.down[...] *= branch_scale
+
+    def __call__(
+        self,
+        x: Array,
+        positions: Array | Parts,
+        segments: Array | Parts | None,
+        cache: Cache | None,
+        between: Callable[[Array], Array] | None = None,
+    ) -> tuple[Array, Cache | None]:
+        """One layer: x [B, L, D] -> [B, L, D], and the cache with these tokens.
+
+        Args:
+          positions, segments: int32 [B, L], or those of every part of a stream.
+          cache: of decoding (see SelfAttention).
+          between: changes the residual stream [B, L, D] between the halves of a sequential
+            layer, as cross-attention may stand there.
+        """
+        attention, cache = self.attention_branch(x, positions, segments, cache)
+        if self.residual != "sequential":
+            assert between is None, "nothing stands between halves that read the same input"
+            return self.add(x, attention + self.feed_forward_branch(x)), cache
+        x = save_for_backward(self.add(x, attention))
+        if between is not None:
+            x = between(x)
+        return self.add(x, self.feed_forward_branch(x)), cache
+
+    def attention_branch(
+        self,
+        x: Array,
+        positions: Array | Parts,
+        segments: Array | Parts | None,
+        cache: Cache | None,
+    ) -> tuple[Array, Cache | None]:
+        """What the attention half adds to `x`; arguments as of the layer."""
+        h = all_gather(self.attention_norm(x))
+        branch, cache = self.attention(h, positions, segments, cache)
+        return reduce_scatter(branch), cache
+
+    def feed_forward_branch(self, x: Array) -> Array:
+        """What the feed-forward half adds to its input, [B, L, D]."""
+        norm = self.feed_forward_norm or self.attention_norm
+        return reduce_scatter(self.feed_forward(all_gather(norm(x))))
+
+    def add(self, x: Array, branch: Array) -> Array:
+        """The residual stream with a branch's sum, where it lies on the mesh."""
+        return residual(x + branch)

@@ -1,0 +1,154 @@
+"""Weights that are more than one array: they stand where an nnx.Param does, and
+`layers.linear` multiplies activations with either.
+
+To add a kind: a module with the methods of `layers.Weight`, and a row for each of its arrays in
+`flamingo_jax.weight_parts`. Sharding, freezing, checkpoints and FLOPs follow from these.
+"""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flamingo_jax.errors import UserError
+from flamingo_jax.models.language_model_config import LoRAConfig
+from flamingo_jax.models.layers import Weight, fan_in_normal, linear
+
+Array = jax.Array
+
+INPUT_AXES = {
+    "attention/query": 1,
+    "attention/key": 1,
+    "attention/value": 1,
+    "attention/out": 2,
+    "feed_forward/gate": 1,
+    "feed_forward/up": 1,
+    "feed_forward/down": 1,
+}
+"""The matrices of a decoder layer, and how many of their first axes meet the activations."""
+
+
+class LoRAWeight(nnx.Module):
+    """base + alpha / rank * lora_down @ lora_up (Hu et al. 2021): a frozen matrix and a trained
+    update of low rank, which is zero at the start.
+
+    Args:
+      base: [inputs..., outputs...], or a stack of them with leading layer axes.
+      inputs: how many axes are inputs.
+      stacked: how many leading axes are layers.
+    """
+
+    def __init__(
+        self,
+        base: nnx.Param | Weight,
+        inputs: int,
+        config: LoRAConfig,
+        *,
+        stacked: int = 0,
+        rngs: nnx.Rngs,
+    ):
+        lead, ins = base.shape[:stacked], base.shape[stacked : stacked + inputs]
+        outs = base.shape[stacked + inputs :]
+        self.base = base
+        self.lora_down = fan_in_normal(rngs, (*lead, *ins, config.rank), math.prod(ins))
+        self.lora_up = nnx.Param(jnp.zeros((*lead, config.rank, *outs)))
+        self.inputs = inputs
+        self.scale = config.alpha / config.rank
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    def product(self, x: Array, contract: int) -> Array:
+        """[..., inputs] -> [..., outputs] in the type of `x`."""
+        low = linear(x, self.lora_down, contract)
+        return linear(x, self.base, contract) + self.scale * linear(low, self.lora_up)
+
+    def dense(self) -> Array:
+        """The whole matrix in the type of its base, summed in float32."""
+        base = dense(self.base)
+        down = self.lora_down[...].astype(jnp.float32)
+        up = self.lora_up[...].astype(jnp.float32)
+        lead, rank = down.shape[: down.ndim - self.inputs - 1], down.shape[-1]
+        down, up = down.reshape(*lead, -1, rank), up.reshape(*lead, rank, -1)
+        update = jnp.matmul(down, up, precision="highest").reshape(base.shape)
+        return (base.astype(jnp.float32) + self.scale * update).astype(base.dtype)
+
+
+class Int8Weight(nnx.Module):
+    """A frozen matrix as whole numbers from -127 to 127 with a scale for each output channel,
+    the largest of whose values is 127 scales.
+
+    It has no gradient; that of the activations goes through it. Numbers up to 127 are exact in
+    bfloat16, so that the product's own rounding is all that its type adds.
+
+    Args:
+      weight: [inputs..., outputs...], or a stack of them with leading layer axes.
+      inputs: how many axes are inputs.
+      stacked: how many leading axes are layers.
+    """
+
+    def __init__(self, weight: Array, inputs: int, *, stacked: int = 0):
+        axes = tuple(range(stacked, stacked + inputs))
+        w = weight.astype(jnp.float32)
+        largest = jnp.abs(w).max(axes, keepdims=True)
+        scale = jnp.where(largest > 0, largest, 1.0) / 127
+        self.int8 = nnx.Param(jnp.round(w / scale).astype(jnp.int8))
+        self.int8_scale = nnx.Param(jnp.squeeze(scale, axes))
+        self.outputs = weight.ndim - stacked - inputs
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.int8.shape
+
+    def product(self, x: Array, contract: int) -> Array:
+        """[..., inputs] -> [..., outputs] in the type of `x`; the scales multiply what the
+        integers give.
+        """
+        whole = linear(x, jax.lax.stop_gradient(self.int8[...].astype(x.dtype)), contract)
+        return (whole * jax.lax.stop_gradient(self.int8_scale[...])).astype(x.dtype)
+
+    def dense(self) -> Array:
+        """The matrix that the integers stand for, float32."""
+        scale = self.int8_scale[...]
+        lead = scale.ndim - self.outputs
+        inputs = self.int8.ndim - scale.ndim
+        scale = scale.reshape(*scale.shape[:lead], *(1,) * inputs, *scale.shape[lead:])
+        return self.int8[...].astype(jnp.float32) * scale
+
+
+def dense(weight: nnx.Param | Weight) -> Array:
+    """A weight as one array."""
+    return weight[...] if isinstance(weight, nnx.Variable) else weight.dense()
+
+
+def add_lora(layers: nnx.Module, config: LoRAConfig, rngs: nnx.Rngs) -> None:
+    """Gives the matrices of a stack of decoder layers that `config.targets` name a trained
+    update of low rank.
+
+    Raises: UserError for a target that names none.
+    """
+    for pattern in config.targets:
+        if not any(re.fullmatch(pattern, name) for name in INPUT_AXES):
+            raise UserError(
+                f"config.training.lora.targets has {pattern!r}, which names no matrix of a"
+                f" decoder layer: they are {', '.join(INPUT_AXES)}"
+            )
+    for name, inputs in INPUT_AXES.items():
+        half, attribute = name.split("/")
+        module = getattr(layers, half)
+        base = getattr(module, attribute)
+        if base is not None and any(re.fullmatch(p, name) for p in config.targets):
+            setattr(module, attribute, LoRAWeight(base, inputs, config, stacked=1, rngs=rngs))
+
+
+def make_dense(model: nnx.Module) -> None:
+    """Puts one array in the place of every weight of several, as exports hold them: low-rank
+    updates are added, integers become what they stand for.
+    """
+    for _, module in list(nnx.iter_modules(model)):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, LoRAWeight | Int8Weight):
+                setattr(module, name, nnx.Param(value.dense()))
