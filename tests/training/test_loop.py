@@ -226,7 +226,7 @@ def test_the_number_of_devices_does_not_change_the_losses(
         assert losses(tmp_path)[step] == pytest.approx(loss, rel=1e-5)
 
 
-def test_a_base_that_changed_is_refused(unbroken: pathlib.Path) -> None:
+def test_a_frozen_part_that_changed_is_refused(unbroken: pathlib.Path) -> None:
     with pytest.raises(UserError, match="now holds another"):
         loop.train(world.experiment(seed=1), world.streams(), {}, unbroken)
 

@@ -49,34 +49,34 @@ class Stuck:
         self.given = state
 
 
-def test_a_feed_is_closed_though_its_reader_is_stuck(
+def test_a_prefetcher_is_closed_though_its_reader_is_stuck(
     monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     monkeypatch.setattr(prefetcher, "CLOSE_SECONDS", 0.3)
     stuck = Stuck()
-    fed = prefetcher.Prefetcher({"text": stuck}, make_mesh(MeshConfig(data=-1)))
-    assert next(fed).positions == {"text": 1}
+    made = prefetcher.Prefetcher({"text": stuck}, make_mesh(MeshConfig(data=-1)))
+    assert next(made).positions == {"text": 1}
     stuck.asked.wait(10)
     began = time.monotonic()
     with caplog.at_level(logging.WARNING):
-        fed.close()
+        made.close()
     assert time.monotonic() - began < 5
-    assert "did not stop" in caplog.text and fed._thread.is_alive()
+    assert "did not stop" in caplog.text and made._thread.is_alive()
     stuck.answer.set()
-    fed._thread.join(10)
-    assert not fed._thread.is_alive(), "it ends by itself once the storage answers"
+    made._thread.join(10)
+    assert not made._thread.is_alive(), "it ends by itself once the storage answers"
 
 
 def test_a_signal_ends_a_wait_for_storage() -> None:
     stuck, asked = Stuck(), threading.Event()
-    fed = prefetcher.Prefetcher({"text": stuck}, make_mesh(MeshConfig(data=-1)), until=asked.is_set)
+    made = prefetcher.Prefetcher({"text": stuck}, make_mesh(MeshConfig(data=-1)), until=asked.is_set)
     stuck.asked.wait(30)
     asked.set()
-    assert next(fed).positions == {"text": 1}, "what is there is given"
+    assert next(made).positions == {"text": 1}, "what is there is given"
     began = time.monotonic()
-    assert next(fed, None) is None and time.monotonic() - began < 5
+    assert next(made, None) is None and time.monotonic() - began < 5
     stuck.answer.set()
-    fed.close()
+    made.close()
 
 
 def test_an_iterator_of_batches_is_closed_though_its_threads_are_stuck() -> None:
