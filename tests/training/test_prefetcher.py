@@ -69,7 +69,9 @@ def test_a_prefetcher_is_closed_though_its_reader_is_stuck(
 
 def test_a_signal_ends_a_wait_for_storage() -> None:
     stuck, asked = Stuck(), threading.Event()
-    made = prefetcher.Prefetcher({"text": stuck}, make_mesh(MeshConfig(data=-1)), until=asked.is_set)
+    made = prefetcher.Prefetcher(
+        {"text": stuck}, make_mesh(MeshConfig(data=-1)), until=asked.is_set
+    )
     stuck.asked.wait(30)
     asked.set()
     assert next(made).positions == {"text": 1}, "what is there is given"
