@@ -48,10 +48,15 @@ class ViTConfig:
     """
 
     patch_size: Positive = 14
+    """Side of a patch in pixels."""
     layers: Positive = 24
+    """Transformer layers."""
     width: Positive = 1024
+    """Of the residual stream."""
     heads: Positive = 16
+    """Of attention."""
     feed_forward: Positive = 4096
+    """Hidden units of a layer's feed-forward half."""
     activation: Literal["quick_gelu", "exact_gelu", "gelu"] = "quick_gelu"
     """quick_gelu: OpenAI's CLIP; exact_gelu: most others; gelu, the tanh form: SigLIP."""
     class_token: bool = True
@@ -69,6 +74,7 @@ class ViTConfig:
     are behind it.
     """
     norm_eps: AboveZero = 1e-5
+    """Added to the variance within norms."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +93,7 @@ class VisionConfig:
     """Channel means of pixels scaled to 0..1; also the colour that pads an image to a square.
     """
     std: tuple[AboveZero, ...] = (0.229, 0.224, 0.225)
+    """Channel deviations of pixels scaled to 0..1, by which they are divided."""
     image_fit: Literal["pad", "crop", "stretch"] = "pad"
     """How an image becomes a square. pad: its aspect kept, the rest filled with the mean colour
     (paper 3.2), so that nothing is lost. crop: its shorter side fills the square, what sticks
@@ -111,10 +118,15 @@ class TextEncoderConfig:
     """
 
     vocab_size: Positive = 32_000
+    """Pieces of the tokenizer."""
     layers: Positive = 24
+    """Transformer layers."""
     width: Positive = 1024
+    """Of the residual stream."""
     heads: Positive = 16
+    """Of attention."""
     max_length: Several = 64
+    """Tokens of a text at most; longer ones are cut."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,12 +136,14 @@ class ContrastiveConfig:
     vision: VisionConfig = VisionConfig(image_size=288)
     text: TextEncoderConfig = TextEncoderConfig()
     joint_width: Positive = 1376
+    """Of the space that images and texts share (paper: 1376)."""
     initial_temperature: AboveZero = 1.0
     """Similarities are divided by this at the start; its inverse is learned.
 
     ALIGN starts at 1.0.
     """
     label_smoothing: BelowOne = 0.1
+    """Share of a pair's target that all pairs of the batch have alike (ALIGN: 0.1)."""
     merge_duplicates: bool = False
     """Pairs of a batch with the very same caption share the target instead of being each
     other's negatives: for worlds with few captions.
@@ -145,14 +159,19 @@ class ResamplerConfig:
     features and latents in one sequence; mlp, cell by cell, then a map from cells to tokens.
     """
     layers: Positive = 6
+    """Its layers."""
     width: Positive = 1536
+    """Of latents and visual tokens within the resampler."""
     heads: Positive = 16
+    """Of attention."""
     head_width: Positive = 128
     """128 (paper v1) with a map from 3072 gives the published 194 M; 96 (v2) gives 174.8 M."""
     latents: Positive = 64
+    """Visual tokens that leave it, however many frames come in (paper: 64)."""
     frames: Positive = 8
     """Number of learned time embeddings; other lengths are interpolated linearly."""
     feed_forward: Positive = 6144
+    """Hidden units of a layer's feed-forward half."""
     position_grid: Count = 0
     """Rows and columns of a grid with learned embeddings, interpolated to other sizes; 0 for
     none. The paper found no gain: a deep CNN's features carry position. A shallow one's do not,
@@ -183,8 +202,11 @@ class ConditioningConfig:
     make its 3.3 B.
     """
     heads: Positive = 16
+    """Of cross-attention."""
     head_width: Positive = 128
+    """Width of a head's queries, keys and values."""
     feed_forward: Positive = 8192
+    """Hidden units of a gated block's feed-forward half."""
     gate_init: Finite = 0.0
     """The gates' parameters at the start. 0 (paper): training begins with the language model's
     own outputs, and while a gate is near 0 the noise of its gradient turns its sign again and
@@ -227,6 +249,7 @@ class DatasetConfig:
     `tfds.builder_from_directory`.
     """
     split: str = "train"
+    """The split of the dataset that is read."""
     batch_size: Positive = 8
     """Rows in a global batch (pairs in the contrastive stage)."""
     max_length: Several = 256
@@ -273,6 +296,7 @@ class OptimizerConfig:
     learning_rate: NotNegative = 1e-4
     """The highest one, after warm-up."""
     warmup_steps: Count = 5_000
+    """Updates over which the rate rises linearly from 0 (paper: 5,000)."""
     schedule: Literal["constant", "linear", "cosine", "stepwise"] = "constant"
     """After warm-up.
 
@@ -284,10 +308,15 @@ class OptimizerConfig:
     boundaries: tuple[Positive, ...] = ()
     """stepwise: the steps after which the learning rate is multiplied by `boundary_factor`."""
     boundary_factor: Shrinking = 0.1
+    """stepwise: what the rate is multiplied by at each boundary."""
     beta1: BelowOne = 0.9
+    """Decay of the gradient's running mean."""
     beta2: BelowOne = 0.999
+    """Decay of the squared gradient's running mean."""
     eps: AboveZero = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: NotNegative = 0.1
+    """Decoupled, times the learning rate (paper: 0.1)."""
     weight_decay_exclude: tuple[str, ...] = ("resampler/.*",)
     """Regular expressions over parameter names that get no weight decay (paper: the resampler).
     """
@@ -315,19 +344,27 @@ class MeshConfig:
     """Devices along each axis; -1 on one axis means all that are left."""
 
     data: AxisSize = -1
+    """Replicas, each with rows of its own."""
     fsdp: AxisSize = 1
+    """Devices that share trained parameters and moments, and rows."""
     model: AxisSize = 1
+    """Devices that split heads, hidden units and the vocabulary (Megatron)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
     steps: Positive = 500_000
+    """Steps of the whole run."""
     log_every: Positive = 20
+    """Steps from one line of metrics to the next."""
     evaluate_every: Positive = 1_000
+    """Steps from one measurement of held-out losses to the next."""
     evaluate_batches: Positive = 8
+    """Batches of each held-out dataset that are measured."""
     save_every: Positive = 1_000
     """Steps between checkpoints; SIGTERM and the last step save besides."""
     keep_last: Positive = 3
+    """The newest checkpoints that stay."""
     keep_every: Count = 0
     """Checkpoints at multiples of this stay for ever; 0 for none."""
     max_not_finite: Count = 10
@@ -364,6 +401,9 @@ class TrainingConfig:
     language_model_from names what they update.
     """
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """What activations and frozen weights are computed in; trained parameters, losses and sums
+    of gradients stay float32.
+    """
     use_visuals: bool = True
     """False trains the same model on the same text with every image taken away: the baseline
     that shows what looking is worth.
@@ -391,8 +431,13 @@ class Experiment:
     """One training run."""
 
     name: str = ""
+    """The run's name, for people."""
     task: Literal["contrastive", "language_modelling", "flamingo"] = "flamingo"
+    """What is trained: the vision encoder beside a text encoder, the language model, or a
+    Flamingo between the two.
+    """
     seed: Seed = 0
+    """Of initial parameters, of the order of data and of every draw."""
     contrastive: ContrastiveConfig | None = None
     language_model: LanguageModelConfig | None = None
     flamingo: FlamingoConfig | None = None

@@ -19,6 +19,7 @@ class NormConfig:
     MPT, OPT).
     """
     eps: AboveZero = 1e-6
+    """Added to the mean square or the variance."""
     bias: bool = True
     """layer: a bias beside the scale (MPT has none)."""
 
@@ -32,11 +33,13 @@ class RotaryScaling:
     and those between in part.
     """
     factor: AboveZero = 8.0
+    """How many times longer the waves become."""
     low_frequency_factor: AboveZero = 1.0
     """llama3: waves longer than original_length / this are low frequencies."""
     high_frequency_factor: AboveZero = 4.0
     """llama3: waves shorter than original_length / this are high ones."""
     original_length: Positive = 8192
+    """Tokens that the model was first trained on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +74,13 @@ class AttentionConfig:
     """The attention half of a layer."""
 
     heads: Positive = 16
+    """Of queries."""
     kv_heads: Count = 0
     """Heads of keys and values, each shared by heads / kv_heads queries (grouped-query
     attention); 0 for as many as queries.
     """
     head_width: Positive = 128
+    """Width of a head's queries, keys and values."""
     bias: bool = False
     """Biases on queries, keys and values (Qwen2, GPT-NeoX, OPT)."""
     out_bias: bool = False
@@ -95,6 +100,7 @@ class FeedForwardConfig:
     """The feed-forward half of a layer."""
 
     width: Positive = 8192
+    """Hidden units."""
     activation: Literal["gelu", "exact_gelu", "squared_relu", "relu", "silu"] = "gelu"
     """gelu: the tanh form. exact_gelu: by the error function (GPT-NeoX, MPT)."""
     gated: bool = False
@@ -111,8 +117,11 @@ class LanguageModelConfig:
     """
 
     vocab_size: Positive = 32_000
+    """Pieces of the tokenizer."""
     layers: Positive = 24
+    """Decoder layers."""
     width: Positive = 2048
+    """Of the residual stream."""
     norm: NormConfig = NormConfig()
     positions: PositionsConfig = PositionsConfig()
     attention: AttentionConfig = AttentionConfig()
@@ -122,6 +131,7 @@ class LanguageModelConfig:
     input, each by a norm of its own (GPT-NeoX); parallel_one_norm: by the same norm (GPT-J).
     """
     tied_embeddings: bool = True
+    """The head is the input embeddings, transposed."""
     embedding_scale: AboveZero = 1.0
     """Input embeddings are multiplied by this.
 

@@ -89,3 +89,7 @@ def test_the_schemas_keys_are_those_of_a_config() -> None:
         schema.items()
     )
     assert "data.NAME.kind" in schema and "flamingo.conditioning.xattn_every" in schema
+
+
+def test_every_key_has_a_sentence() -> None:
+    assert [key for key, _, sentence in described_keys(Experiment) if not sentence] == []
