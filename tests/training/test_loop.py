@@ -14,7 +14,7 @@ import pytest
 
 from flamingo_jax.checkpointing.checkpoints import Checkpoints
 from flamingo_jax.errors import NotFiniteError, NotLearnedError, UserError
-from flamingo_jax.experiment import Experiment
+from flamingo_jax.experiment import Experiment, LoRAConfig
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.tasks.flops import Cost, Work, step_cost, work_in
 from flamingo_jax.training import loop, metrics_buffer
@@ -252,6 +252,10 @@ def test_a_frozen_part_that_changed_is_refused(unbroken: pathlib.Path) -> None:
                 )
             },
             r"config\.flamingo\.conditioning\.attend_to_media = 'last'",
+        ),
+        (
+            {"training": dataclasses.replace(world.experiment().training, lora=LoRAConfig())},
+            r"config\.training\.lora\.rank = None, but it is 8 here",
         ),
         (
             {"training": dataclasses.replace(world.experiment().training, use_visuals=False)},
