@@ -24,15 +24,7 @@ from flamingo_jax.models.layers import (
     make_norm,
     save_for_backward,
 )
-from flamingo_jax.models.packing import (
-    Parts,
-    as_parts,
-    block_length,
-    block_segments,
-    join,
-    shapes_of,
-    split,
-)
+from flamingo_jax.models.packing import Packing
 from flamingo_jax.models.positions import make_positions
 from flamingo_jax.partitioning.constraints import heads_first
 
@@ -170,48 +162,33 @@ class SelfAttention(nnx.Module):
     def __call__(
         self,
         x: Array,
-        positions: Array | Parts,
-        segments: Array | Parts | None,
+        positions: Array,
+        packing: Packing | None,
         cache: Cache | None,
     ) -> tuple[Array, Cache | None]:
-        """x [B, L, D] -> [B, L, D], or a stream [S, T, D] whose positions and segments are one
-        array for each of its parts.
+        """A stream x [S, T, D] with positions int32 [S, T] -> [S, T, D].
 
-        With a cache the row is one segment, and tokens at positions past its end are dropped.
+        With a cache, which takes no packing, each row [B, L, D] is one segment, and tokens at
+        positions past the cache's end are dropped.
         """
-        places = join(as_parts(positions))
         query = _to_heads(x, self.query, self.query_bias, self.query_norm)
         key = _to_heads(x, self.key, self.key_bias, self.key_norm)
         value = _to_heads(x, self.value, self.value_bias, None)
-        query, key = self.positions.turn(query, places), self.positions.turn(key, places)
+        query, key = self.positions.turn(query, positions), self.positions.turn(key, positions)
         if cache is None:
-            assert segments is not None
-            h = self._mix_rows(query, key, value, as_parts(segments))
+            assert packing is not None
+            h = packing.over_rows(self._attend_within_rows, query, key, value)
         else:
-            h, cache = self._mix_cached(query, key, value, places, cache)
+            h, cache = self._attend_cached(query, key, value, positions, cache)
         h = linear(h, self.out, 2)
         return (h if self.out_bias is None else add_bias(h, self.out_bias)), cache
 
-    def _mix_rows(self, query: Array, key: Array, value: Array, segments: Parts) -> Array:
-        """Each row within itself: [B, L, H, d], or [S, T, H, d] for the rows of several
-        datasets.
-        """
-        if length := block_length(shapes_of(segments)):
-            # In one product, and nothing is taken apart and put together again.
-            blocks = lambda a: a.reshape(-1, length, *a.shape[2:])
-            mask = causal_mask(blocks(block_segments(segments)), self.window)
-            return self._mix(blocks(query), blocks(key), blocks(value), mask).reshape(query.shape)
-        rows = zip(
-            *(split(a, shapes_of(segments)) for a in (query, key, value)), segments, strict=True
-        )
-        return join([self._mix(q, k, v, causal_mask(part, self.window)) for q, k, v, part in rows])
-
-    def _mix(self, query: Array, key: Array, value: Array, mask: Array) -> Array:
+    def _attend_within_rows(self, query: Array, key: Array, value: Array, segments: Array) -> Array:
         """Queries [B, L, H, d] of rows, their keys and values [B, L, K, d] -> [B, L, H, d]."""
         query, scores = self.positions.score(self, query)
-        return attend(query, key, value, mask, scores)
+        return attend(query, key, value, causal_mask(segments, self.window), scores)
 
-    def _mix_cached(
+    def _attend_cached(
         self, query: Array, key: Array, value: Array, positions: Array, cache: Cache
     ) -> tuple[Array, Cache]:
         """Queries [B, L, H, d] at `positions` [B, L], to all of the cache with their own keys

@@ -31,7 +31,7 @@ from flamingo_jax.models.layers import (
     save_for_backward,
     stack,
 )
-from flamingo_jax.models.packing import Parts, as_parts, join, split
+from flamingo_jax.models.packing import MediaView, Packing
 from flamingo_jax.partitioning.constraints import all_gather, reduce_scatter, residual
 
 Array = jax.Array
@@ -113,30 +113,14 @@ class CrossAttentionBlock(nnx.Module):
         # again.
         return Media(save_for_backward(linear(x, self.key[...])), linear(x, self.value[...]))
 
-    def attend(
-        self, y: Array, media: Media | None, visuals: Array | None, mask: Array | Parts | None
-    ) -> Array:
-        """y [B, L, D], mask from `media_mask` -> [B, L, D].
-
-        visuals int32 [B, N] are each row's visuals as places in `media`; None: row b owns the
-        b-th N of them, and nothing is gathered.
-        media None: there is nothing to see. For a stream [S, T, D] of several datasets: their
-        masks, and media [S, V, R, H, d], all of a group's visuals, dataset after dataset.
+    def attend(self, y: Array, media: Media | None, view: MediaView | None) -> Array:
+        """The text's stream y [S, T, D] -> [S, T, D], each token having looked at those of
+        `media` that `view` shows it; with neither there is nothing to see.
         """
         if media is not None:
+            assert view is not None
             query = save_for_backward(linear(all_gather(self.attention_norm(y)), self.query[...]))
-            assert mask is not None
-            masks = as_parts(mask)
-            if visuals is not None:
-                media = Media(*(m[visuals] for m in media))
-            own = [(m.shape[0], m.shape[-1] // media.key.shape[-3]) for m in masks]
-            keys, values = (split(m, own) for m in media)
-            queries = split(query, [(m.shape[0], m.shape[2]) for m in masks])
-            flat = lambda m, q: m.reshape(q.shape[0], -1, *m.shape[-2:])
-            looks = lambda q, k, v, m: (
-                attend(q, flat(k, q), flat(v, q), m) if m.shape[-1] else jnp.zeros_like(q)
-            )
-            h = join([looks(*part) for part in zip(queries, keys, values, masks, strict=True)])
+            h = view.over_rows(attend, query, media.key, media.value)
             y = save_for_backward(residual(y + reduce_scatter(self._gated_out(h))))
         if self.feed_forward is None or self.dense_norm is None:
             return y
@@ -210,12 +194,12 @@ class GraftedLayer(DecoderLayer):
     def __call__(
         self,
         x: Array,
-        positions: Any,
-        segments: Any,
+        positions: Array,
+        packing: Packing | None,
         cache: Cache | None,
         between: Between | None = None,
     ) -> tuple[Array, Cache | None]:
-        y, cache = super().__call__(x, positions, segments, cache, between)
+        y, cache = super().__call__(x, positions, packing, cache, between)
         if self.gate is None:
             return y, cache
         return x + jnp.tanh(self.gate[...]).astype(x.dtype) * (y - x), cache

@@ -13,7 +13,7 @@ from flax import nnx
 from flamingo_jax.experiment import LanguageModelConfig
 from flamingo_jax.models.attention import Cache, SelfAttention
 from flamingo_jax.models.layers import FeedForward, make_norm, save_for_backward
-from flamingo_jax.models.packing import Parts
+from flamingo_jax.models.packing import Packing
 from flamingo_jax.partitioning.constraints import all_gather, reduce_scatter, residual
 
 Array = jax.Array
@@ -47,20 +47,20 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         x: Array,
-        positions: Array | Parts,
-        segments: Array | Parts | None,
+        positions: Array,
+        packing: Packing | None,
         cache: Cache | None,
         between: Callable[[Array], Array] | None = None,
     ) -> tuple[Array, Cache | None]:
-        """One layer: x [B, L, D] -> [B, L, D], and the cache with these tokens.
+        """One layer: a stream x [S, T, D] -> [S, T, D], and the cache with these tokens.
 
         Args:
-          positions, segments: int32 [B, L], or those of every part of a stream.
-          cache: of decoding (see SelfAttention).
-          between: changes the residual stream [B, L, D] between the halves of a sequential
+          positions: int32 [S, T]. packing: how the stream's tokens lie in rows.
+          cache: of decoding, in place of the packing (see SelfAttention).
+          between: changes the residual stream [S, T, D] between the halves of a sequential
             layer, as cross-attention may stand there.
         """
-        attention, cache = self.attention_branch(x, positions, segments, cache)
+        attention, cache = self.attention_branch(x, positions, packing, cache)
         if self.residual != "sequential":
             assert between is None, "nothing stands between halves that read the same input"
             return self.add(x, attention + self.feed_forward_branch(x)), cache
@@ -72,17 +72,17 @@ class DecoderLayer(nnx.Module):
     def attention_branch(
         self,
         x: Array,
-        positions: Array | Parts,
-        segments: Array | Parts | None,
+        positions: Array,
+        packing: Packing | None,
         cache: Cache | None,
     ) -> tuple[Array, Cache | None]:
         """What the attention half adds to `x`; arguments as of the layer."""
         h = all_gather(self.attention_norm(x))
-        branch, cache = self.attention(h, positions, segments, cache)
+        branch, cache = self.attention(h, positions, packing, cache)
         return reduce_scatter(branch), cache
 
     def feed_forward_branch(self, x: Array) -> Array:
-        """What the feed-forward half adds to its input, [B, L, D]."""
+        """What the feed-forward half adds to its input, [S, T, D]."""
         norm = self.feed_forward_norm or self.attention_norm
         return reduce_scatter(self.feed_forward(all_gather(norm(x))))
 

@@ -3,7 +3,6 @@ them (paper figure 3).
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -30,7 +29,16 @@ from flamingo_jax.models.layers import (
     remat,
     zero_nonfinite,
 )
-from flamingo_jax.models.packing import Parts, join, shapes_of, split
+from flamingo_jax.models.packing import (
+    MediaView,
+    PackedText,
+    Packing,
+    Parts,
+    join,
+    merge_alike,
+    shapes_of,
+    split,
+)
 from flamingo_jax.models.resamplers import make_resampler
 from flamingo_jax.models.vision import VisionEncoder, vision_encoder
 from flamingo_jax.partitioning.constraints import (
@@ -47,30 +55,6 @@ from flamingo_jax.processing.normalise import normalise
 Array = jax.Array
 
 
-class Rows(NamedTuple):
-    """Packed rows of one dataset. tokens, positions, segments, media_index: int32 [B, L];
-    visuals: int32 [B, N], -1 for none, or None for text.
-    """
-
-    tokens: Array
-    positions: Array
-    segments: Array
-    media_index: Array
-    visuals: Array | None
-
-
-def merge_alike(rows: Sequence[Rows]) -> list[Rows]:
-    """Neighbours in the stream whose rows have as many tokens and visuals become one: the same
-    stream in fewer, larger parts.
-    """
-    shape = lambda r: (r.tokens.shape[1], None if r.visuals is None else r.visuals.shape[1])
-    together = lambda *arrays: join(arrays).reshape(-1, *arrays[0].shape[1:])
-    return [
-        jax.tree.map(together, *group)
-        for group in (list(found) for _, found in itertools.groupby(rows, shape))
-    ]
-
-
 class PreparedVisuals(NamedTuple):
     """What decoding needs of M visuals. media: every gated block's keys and values, leaves
     [blocks, M, R, H, d]; broken: bool [M], those that are not finite, whose keys and values are
@@ -79,6 +63,34 @@ class PreparedVisuals(NamedTuple):
 
     media: Media
     broken: Array
+
+
+class HiddenStates(NamedTuple):
+    """A stream's last hidden states x [S, T, D].
+
+    broken: bool [S, T], the tokens that look at a visual with tokens that are not finite, and
+      what comes after them in their segment. Their states are as if the visual's tokens were
+      zeros, so that no NaN is in any product: their losses are to be called NaN.
+    """
+
+    x: Array
+    broken: Array
+
+
+def _reached(
+    texts: Sequence[PackedText], view: MediaView, lost: Array, tokens_per_visual: int
+) -> list[Array]:
+    """Which tokens bool [B_p, L_p] look at a lost visual, or come after one that does in its
+    segment. lost: bool, of every visual, as the view finds them.
+    """
+    lost = lost if view.visuals is None else lost[view.visuals]
+    owned = [(m.shape[0], m.shape[-1] // tokens_per_visual) for m in view.masks]
+    found = []
+    for text, mask, own in zip(texts, view.masks, split(lost[..., None], owned), strict=True):
+        visuals = own.reshape(mask.shape[0], 1, -1)
+        looks = (mask[:, 0, :, ::tokens_per_visual] & visuals).any(-1)
+        found.append((causal_mask(text.segments)[:, 0] & looks[:, None]).any(-1))
+    return found
 
 
 class Flamingo(nnx.Module):
@@ -223,7 +235,7 @@ class Flamingo(nnx.Module):
         rows_own_visuals: bool = False,
     ) -> Array:
         """Packed rows -> logits float32 [B, L, V + extra]; NaN for what a visual that is not
-        finite reaches, see `read`.
+        finite reaches, see `HiddenStates`.
 
         Args:
           tokens, positions, segments, media_index: int32 [B, L].
@@ -234,93 +246,75 @@ class Flamingo(nnx.Module):
             batches have it), so that none need be gathered: the gradient of a gather is a
             scatter, slow on every backend.
         """
-        rows = Rows(tokens, positions, segments, media_index, visuals)
-        x, broken = self.read(
-            [rows], visual_tokens, gathered_visuals=None if rows_own_visuals else visuals
+        hidden = self.hidden_states(
+            [PackedText(tokens, positions, segments, media_index, visuals)],
+            visual_tokens,
+            rows_own_visuals=rows_own_visuals,
         )
-        return jnp.where(broken[..., None], jnp.nan, self._logits(x))
+        return jnp.where(hidden.broken[..., None], jnp.nan, self._logits(hidden.x))
 
-    def read(
+    def hidden_states(
         self,
-        rows: Sequence[Rows],
+        texts: Sequence[PackedText],
         visual_tokens: Array | None,
         *,
-        gathered_visuals: Array | None = None,
-    ) -> tuple[Array, Array]:
-        """Rows of one dataset -> last hidden states [B, L, D]; of several, as one stream -> [S,
-        T, D], however many are alike.
-
-        Also bool [B, L] or [S, T]: the tokens that look at a visual with tokens that are not
-        finite, and what comes after them in their segment. Their states are as if the visual's
-        tokens were zeros, so that no NaN is in any product: their losses are to be called NaN.
+        rows_own_visuals: bool = True,
+    ) -> HiddenStates:
+        """The forward: packed rows of one dataset or several -> last hidden states of the
+        stream that they are.
 
         Args:
-          visual_tokens: [M, R, D]; of a stream [S, V, R, D], all of a group's visuals, dataset
-            after dataset; or None.
-          gathered_visuals: int32 [B, N], places in M; None: each row owns its N visuals, in
-            order.
+          visual_tokens: [M, R, D], or of several datasets [S, V, R, D], all of a group's
+            visuals, dataset after dataset; None: the text is read with every visual taken away.
+          rows_own_visuals: see `__call__`; several datasets' do.
         """
-        several, masks = len(rows) > 1, None
-        rows = merge_alike(rows)
-        broken = [jnp.zeros(r.tokens.shape, bool) for r in rows]
+        several = len(texts) > 1
+        texts, view = merge_alike(texts), None
+        broken = [jnp.zeros(text.tokens.shape, bool) for text in texts]
         if visual_tokens is not None:
             visual_tokens, lost = zero_nonfinite(visual_tokens, (-2, -1))
-            masks = [self._media_mask(r, visual_tokens.shape[-2]) for r in rows]
-            broken = self._reached(
-                rows,
-                masks,
-                lost if gathered_visuals is None else lost[gathered_visuals],
-                visual_tokens.shape[-2],
-            )
-        positions, segments = [r.positions for r in rows], [r.segments for r in rows]
+            view = self._media_view(texts, visual_tokens.shape[-2], rows_own_visuals)
+            broken = _reached(texts, view, lost, visual_tokens.shape[-2])
+        positions = join([text.positions for text in texts])
+        packing = Packing(tuple(text.segments for text in texts))
 
-        def read_visuals(block: CrossAttentionBlock, x: Array, _: Any) -> Array:
+        def read_visuals(block: CrossAttentionBlock, x: Array, _: None) -> Array:
             media = None if visual_tokens is None else block.project_visuals(visual_tokens)
-            return block.attend(x, media, gathered_visuals, masks)
+            return block.attend(x, media, view)
 
         def read_text(layer: Any, x: Array, cache: None, between: Any) -> tuple[Array, None]:
-            return layer(x, positions, segments, cache, between)
+            return layer(x, positions, packing, cache, between)
 
-        x = residual(self._embed(join([r.tokens for r in rows]), join(positions)))
-        x = self._run_layers(x, None, read_text, read_visuals, None)[0]
-        if several and len(rows) == 1:
-            x, broken = (
-                x.reshape(row_shards(), -1, x.shape[-1]),
-                [broken[0].reshape(row_shards(), -1)],
+        x = residual(self._embed(join([text.tokens for text in texts]), positions))
+        x, _ = self._run_layers(x, None, read_text, read_visuals, None)
+        lost_tokens = join(broken)
+        if several and len(texts) == 1:
+            x, lost_tokens = (a.reshape(row_shards(), -1, *a.shape[2:]) for a in (x, lost_tokens))
+        return HiddenStates(x, lost_tokens)
+
+    def _media_view(
+        self, texts: Sequence[PackedText], tokens_per_visual: int, rows_own_visuals: bool
+    ) -> MediaView:
+        """What each token sees by its `media_index`; nothing in a text without visuals."""
+        masks = []
+        for text in texts:
+            if text.visuals is None or text.media_index is None:
+                masks.append(jnp.zeros((text.tokens.shape[0], 1, text.tokens.shape[1], 0), bool))
+                continue
+            masks.append(
+                media_mask(
+                    text.media_index,
+                    text.segments,
+                    text.visuals,
+                    tokens_per_visual,
+                    self.config.conditioning.attend_to_media,
+                )
             )
-        return x, join(broken)
-
-    def _reached(
-        self, rows: Sequence[Rows], masks: Parts, lost: Array, tokens_per_visual: int
-    ) -> list[Array]:
-        """Which tokens bool [B_p, L_p] look at a lost visual, or come after one that does in
-        its segment. lost: bool [B, N] or [S, V], as rows own them.
-        """
-        own = split(
-            lost[..., None], [(m.shape[0], m.shape[-1] // tokens_per_visual) for m in masks]
-        )
-        found = []
-        for r, mask, visuals in zip(rows, masks, own, strict=True):
-            looks = (
-                mask[:, 0, :, ::tokens_per_visual] & visuals.reshape(mask.shape[0], 1, -1)
-            ).any(-1)
-            found.append((causal_mask(r.segments)[:, 0] & looks[:, None]).any(-1))
-        return found
-
-    def _media_mask(self, rows: Rows, tokens_per_visual: int) -> Array:
-        if rows.visuals is None:
-            return jnp.zeros((rows.tokens.shape[0], 1, rows.tokens.shape[1], 0), bool)
-        return media_mask(
-            rows.media_index,
-            rows.segments,
-            rows.visuals,
-            tokens_per_visual,
-            self.config.conditioning.attend_to_media,
-        )
+        return MediaView(tuple(masks), None if rows_own_visuals else texts[0].visuals)
 
     def resample_stream(self, features: Parts, frame_masks: Parts) -> Array:
         """Grid features [M, T, S, C] and frame masks [M, T] of several datasets -> visual
-        tokens [G, V, R, D], for `read`.
+        tokens [G, V, R, D], for `hidden_states`.
 
         Visuals with as many frames go through the resampler together, whichever their dataset.
         """
@@ -399,7 +393,7 @@ class Flamingo(nnx.Module):
         every visual taken away. A token that looks at a broken visual is NaN, and so is what
         comes after it in its row.
         """
-        x, mask = self._embed(tokens, positions), None
+        x, view = self._embed(tokens, positions), None
         if media is not None:
             assert visuals is not None
             tokens_per_visual = media.media.key.shape[2]
@@ -412,9 +406,10 @@ class Flamingo(nnx.Module):
             )
             looks = (mask[:, 0, :, ::tokens_per_visual] & media.broken[visuals][:, None]).any(-1)
             x = jnp.where(looks[..., None], jnp.nan, x)
+            view = MediaView((mask,), visuals)
 
         def read_visuals(block: CrossAttentionBlock, x: Array, own: Media | None) -> Array:
-            return block.attend(x, own, visuals, mask)
+            return block.attend(x, own, view)
 
         def read_text(
             layer: Any, x: Array, layer_cache: Cache, between: Any

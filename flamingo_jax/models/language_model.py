@@ -25,6 +25,7 @@ from flamingo_jax.models.layers import (
     scan_layers,
     stack,
 )
+from flamingo_jax.models.packing import Packing
 from flamingo_jax.models.weights import add_lora
 
 Array = jax.Array
@@ -100,13 +101,13 @@ class LanguageModel(nnx.Module):
     def __call__(self, tokens: Array, positions: Array, segments: Array) -> Array:
         """Packed rows int32 [B, L] (segment 0 is padding) -> logits float32 [B, L, V]."""
         x = self.add_positions(self.embed(tokens), positions)
-        return self.logits(self.run_layers(x, positions, segments))
+        return self.logits(self.run_layers(x, positions, Packing((segments,))))
 
-    def run_layers(self, x: Array, positions: Array, segments: Array) -> Array:
-        """Embeddings [B, L, D] -> last hidden states [B, L, D]."""
+    def run_layers(self, x: Array, positions: Array, packing: Packing) -> Array:
+        """Embeddings [S, T, D], positions int32 [S, T] -> last hidden states [S, T, D]."""
         return scan_layers(
             self.layers,
-            lambda layer, x, _: (layer(x, positions, segments, None)[0], None),
+            lambda layer, x, _: (layer(x, positions, packing, None)[0], None),
             x,
             None,
             self.remat,

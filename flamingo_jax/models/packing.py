@@ -1,12 +1,18 @@
-"""Rows of several datasets as one stream of tokens, so that a weight meets all of them in one
-product.
+"""Packing: rows of several datasets as one stream of tokens, so that a weight meets all of them
+in one product.
 
 A stream [S, T, ...] has one row for each of the S groups of devices that share the datasets'
 rows: all of the group's tokens, dataset after dataset. Nothing crosses devices when it is
-joined or split. Rows of one dataset alone stay [B, L, ...].
+joined or split. Rows of one dataset alone are a stream as they are, [B, L, ...].
+
+Models see streams, and one of two small objects where tokens look at each other: `Packing` for
+self-attention, within rows, and `MediaView` for cross-attention, from rows to their visuals.
+Both offer `over_rows`; nothing else knows which tokens lie in one row.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +23,87 @@ from flamingo_jax.partitioning.constraints import row_shards
 Array = jax.Array
 Parts = Sequence[Array]
 """One array for each dataset."""
+Attend = Callable[[Array, Array, Array, Array], Array]
+"""Query, key, value and what says which of them may meet -> what queries found."""
+
+
+class PackedText(NamedTuple):
+    """Packed rows of one dataset. tokens, positions, segments (0 is padding), media_index (phi,
+    -1 for none): int32 [B, L]; visuals: int32 [B, N], -1 for none. The last two are None for
+    text alone.
+    """
+
+    tokens: Array
+    positions: Array
+    segments: Array
+    media_index: Array | None = None
+    visuals: Array | None = None
+
+
+class Packing(NamedTuple):
+    """How a stream's tokens lie in rows. segments: int32 [B_p, L_p] of every part, 0 for
+    padding.
+    """
+
+    segments: tuple[Array, ...]
+
+    def over_rows(self, attend: Attend, query: Array, key: Array, value: Array) -> Array:
+        """`attend(query, key, value, segments)` within each row of a stream [S, T, H, d]: it
+        sees [B, L, H, d] and int32 [B, L], rows of one length at a time.
+        """
+        shapes = shapes_of(self.segments)
+        if length := block_length(shapes):
+            # In one product, and nothing is taken apart and put together again.
+            arrays = (query, key, value, block_segments(self.segments))
+            blocks = (a.reshape(-1, length, *a.shape[2:]) for a in arrays)
+            return attend(*blocks).reshape(query.shape)
+        parts = (split(a, shapes) for a in (query, key, value))
+        return join([attend(*row) for row in zip(*parts, self.segments, strict=True)])
+
+
+class MediaView(NamedTuple):
+    """What of its visuals each token of a stream sees.
+
+    masks: bool [B_p, 1, L_p, N_p * R] of every part, each row owning N_p visuals of R tokens,
+      none in a part of text alone. visuals: int32 [B, N], where the rows of a stream of one part
+      find theirs among M; None where row b's lie at b * N + n, so that none need be gathered
+      (the gradient of a gather is a scatter, slow on every backend).
+    """
+
+    masks: tuple[Array, ...]
+    visuals: Array | None = None
+
+    def over_rows(self, attend: Attend, query: Array, key: Array, value: Array) -> Array:
+        """`attend(query, key, value, mask)` from each row of a stream [S, T, H, d] to its
+        visuals, [S, V, R, H, d] or [M, R, H, d]; zeros where a row has none.
+        """
+        if self.visuals is not None:
+            key, value = key[self.visuals], value[self.visuals]
+        owned = [(m.shape[0], m.shape[-1] // key.shape[-3]) for m in self.masks]
+        queries = split(query, [(m.shape[0], m.shape[2]) for m in self.masks])
+
+        def rows(q: Array, k: Array, v: Array, mask: Array) -> Array:
+            if not mask.shape[-1]:
+                return jnp.zeros_like(q)
+            k, v = (a.reshape(q.shape[0], -1, *a.shape[-2:]) for a in (k, v))
+            return attend(q, k, v, mask)
+
+        parts = zip(queries, split(key, owned), split(value, owned), self.masks, strict=True)
+        return join([rows(*part) for part in parts])
+
+
+def merge_alike(texts: Sequence[PackedText]) -> list[PackedText]:
+    """Neighbours in the stream whose rows have as many tokens and visuals become one: the same
+    stream in fewer, larger parts.
+    """
+
+    def shape(text: PackedText) -> list[int | None]:
+        return [None if a is None else a.shape[1] for a in text]
+
+    def merge(*arrays: Array) -> Array:
+        return join(arrays).reshape(-1, *arrays[0].shape[1:])
+
+    return [jax.tree.map(merge, *alike) for _, alike in itertools.groupby(texts, shape)]
 
 
 def join(parts: Parts, groups: int | None = None) -> Array:
@@ -81,11 +168,6 @@ def block_segments(segments: Parts) -> Array:
         found.append(jnp.where(part > 0, before + part, 0))
         first = last
     return join(found)
-
-
-def as_parts(rows: Array | Parts) -> Parts:
-    """One dataset's array as the parts of a stream."""
-    return rows if isinstance(rows, tuple | list) else (rows,)
 
 
 def shapes_of(parts: Parts) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ import optax
 from jax.typing import DTypeLike
 
 from flamingo_jax.experiment import Experiment
+from flamingo_jax.models.packing import Packing
 from flamingo_jax.partitioning.host_shard import HostShard
 from flamingo_jax.partitioning.mesh import check_batches, make_mesh
 from flamingo_jax.planning.synthetic import full_batches
@@ -122,9 +123,8 @@ def _parts(
             lm = model(state.trainable).language_model
             total = jnp.float32(0)
             for batch in batches.values():
-                x = lm.run_layers(
-                    lm.embed(batch["tokens"]) + shift, batch["positions"], batch["segments"]
-                )
+                x = lm.embed(batch["tokens"]) + shift
+                x = lm.run_layers(x, batch["positions"], Packing((batch["segments"],)))
                 total += jax.nn.logsumexp(lm.logits(x), axis=-1).sum()
             return total
 

@@ -5,8 +5,8 @@ dataset's batch.
 import jax
 import jax.numpy as jnp
 
-from flamingo_jax.models.flamingo import Flamingo, Rows
-from flamingo_jax.models.packing import join, shapes_of, split
+from flamingo_jax.models.flamingo import Flamingo
+from flamingo_jax.models.packing import PackedText, join, shapes_of, split
 from flamingo_jax.partitioning.constraints import constrain, row_shards
 from flamingo_jax.partitioning.mesh import BY_VISUAL, ROWS
 from flamingo_jax.processing.jitter import jittered
@@ -145,7 +145,7 @@ class FlamingoTask:
                 features, [batch["frame_mask"] for batch in seen.values()]
             )
         rows = [
-            Rows(
+            PackedText(
                 batch["tokens"],
                 batch["positions"],
                 batch["segments"],
@@ -159,7 +159,7 @@ class FlamingoTask:
         one_more = ((0, 0), (0, 1))
         targets = [jnp.pad(batch["tokens"][:, 1:], one_more) for batch in batches.values()]
         masks = [target_mask(batch) for batch in batches.values()]
-        x, broken = model.read(rows, visual_tokens)
+        x, broken = model.hidden_states(rows, visual_tokens)
         counts = join([jnp.pad(mask, one_more) for mask in masks])
         losses, correct = model.target_losses(x, join(targets), counts)
         losses = jnp.where(broken, jnp.nan, losses)

@@ -19,6 +19,7 @@ from flamingo_jax.experiment import (
     RotaryScaling,
 )
 from flamingo_jax.models import attention, ops
+from flamingo_jax.models.packing import Packing
 from flamingo_jax.models.positions import alibi_slopes, sinusoids
 from tests.models.filling import filled
 from tests.models.test_positions import published_frequency
@@ -111,7 +112,10 @@ def test_transformer_xl_attention_equals_its_equation(module: attention.SelfAtte
     x = np.random.default_rng(0).normal(size=(2, 7, 8))
     segments = np.array([[1, 1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1, 1]])
     ours, _ = module(
-        jnp.asarray(x, jnp.float32), jnp.zeros((2, 7), jnp.int32), jnp.asarray(segments), None
+        jnp.asarray(x, jnp.float32),
+        jnp.zeros((2, 7), jnp.int32),
+        Packing((jnp.asarray(segments),)),
+        None,
     )
     assert_close(ours, reference_transformer_xl(module, x, segments), TERMS)
 
@@ -121,7 +125,7 @@ def test_decoding_with_a_cache_equals_the_whole_row(positions: str) -> None:
     module = make(kind=positions)
     x = jax.random.normal(jax.random.key(0), (2, 6, 8))
     places = jnp.tile(jnp.arange(6), (2, 1))
-    whole, _ = module(x, places, jnp.ones((2, 6), jnp.int32), None)
+    whole, _ = module(x, places, Packing((jnp.ones((2, 6), jnp.int32),)), None)
     cache = attention.Cache(jnp.zeros((2, 9, 2, 4)), jnp.zeros((2, 9, 2, 4)))
     parts = []
     for start, stop in ((0, 3), (3, 4), (4, 6)):
@@ -242,7 +246,9 @@ def test_the_open_families_attention_equals_its_equation(family: str) -> None:
     module = filled(lambda rngs: attention.SelfAttention(config, out_scale=1.0, rngs=rngs))
     x = np.random.default_rng(0).normal(size=(2, 6, 8))
     places = jnp.tile(jnp.arange(6), (2, 1))
-    whole, _ = module(jnp.asarray(x, jnp.float32), places, jnp.ones((2, 6), jnp.int32), None)
+    whole, _ = module(
+        jnp.asarray(x, jnp.float32), places, Packing((jnp.ones((2, 6), jnp.int32),)), None
+    )
     for row, text in enumerate(x):
         assert_close(whole[row], reference_open(module, config, text), TERMS)
     empty = jnp.zeros((2, 8, config.attention.kv_heads, 4))

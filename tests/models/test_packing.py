@@ -12,9 +12,17 @@ from flamingo_jax.experiment import (
     MeshConfig,
     PositionsConfig,
 )
-from flamingo_jax.models import attention
-from flamingo_jax.models.flamingo import Rows, merge_alike
-from flamingo_jax.models.packing import block_length, block_segments, join, shapes_of, split
+from flamingo_jax.models import attention, packing
+from flamingo_jax.models.packing import (
+    PackedText,
+    Packing,
+    block_length,
+    block_segments,
+    join,
+    merge_alike,
+    shapes_of,
+    split,
+)
 from flamingo_jax.partitioning.constraints import constrain, residual, row_shards
 from flamingo_jax.partitioning.mesh import ROWS, batch_shardings, make_mesh
 from tests.rounding import assert_close
@@ -108,11 +116,12 @@ def test_attention_by_blocks_is_attention_by_rows(
 
         def run(x: jax.Array, segments: list[jax.Array]) -> jax.Array:
             monkeypatch.setattr(
-                attention,
+                packing,
                 "block_length",
                 lambda shapes: taken.append(by_blocks and block_length(shapes)) or taken[-1],
             )
-            return module(x, [jnp.asarray(p) for p in places], segments, None)[0]
+            positions = join([jnp.asarray(p) for p in places])
+            return module(x, positions, Packing(tuple(segments)), None)[0]
 
         for by_blocks in (True, False):
             value, gradient = jax.jit(
@@ -158,7 +167,7 @@ def test_neighbours_of_one_shape_become_one_part_of_the_same_stream() -> None:
     with jax.set_mesh(make_mesh(MeshConfig(2, 1, 1), jax.devices()[:2])):
         draw = np.random.default_rng(0)
         rows = [
-            Rows(
+            PackedText(
                 *(jnp.asarray(draw.integers(0, 9, (count, length))) for _ in range(4)),
                 jnp.asarray(draw.integers(0, 9, (count, visuals))),
             )

@@ -17,6 +17,7 @@ from flamingo_jax.models.decoder import DecoderLayer
 from flamingo_jax.models.language_model import LanguageModel
 from flamingo_jax.models.language_model_config import LoRAConfig
 from flamingo_jax.models.layers import linear
+from flamingo_jax.models.packing import Packing
 from flamingo_jax.models.weights import INPUT_AXES, Int8Weight, LoRAWeight, dense, make_dense
 from flamingo_jax.partitioning import rules
 from flamingo_jax.partitioning.mesh import make_mesh
@@ -168,7 +169,7 @@ def test_integers_and_their_scales_lie_as_their_weight_does() -> None:
 def test_a_layer_of_integers_is_nearly_the_layer() -> None:
     layer = filled(lambda rngs: DecoderLayer(CONFIG, rngs=rngs))
     x, places = drawn(2, 5, 8), jnp.tile(jnp.arange(5), (2, 1))
-    run = jax.jit(lambda layer: layer(x, places, jnp.ones((2, 5), jnp.int32), None)[0])
+    run = jax.jit(lambda layer: layer(x, places, Packing((jnp.ones((2, 5), jnp.int32),)), None)[0])
     before = run(layer)
     for name, inputs in INPUT_AXES.items():
         half, attribute = name.split("/")
