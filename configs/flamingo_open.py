@@ -203,12 +203,12 @@ def _config_of(folder: str, part: Literal["language_model", "vision_encoder"]) -
     """
     # Here, since they take long to import: the paper's configs and --help want none of them.
     from flamingo_jax.checkpointing.export import open_export
-    from flamingo_jax.interop.folders import is_foreign, read_config
+    from flamingo_jax.interop.folders import is_published_folder, read_config
     from flamingo_jax.interop.published import published
 
     kind: type = LanguageModelConfig if part == "language_model" else VisionConfig
     if pathlib.Path(folder).is_dir():
-        if is_foreign(folder):
+        if is_published_folder(folder):
             return read_config(folder, part)
         export = open_export(folder)
         return from_json(

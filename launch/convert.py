@@ -39,10 +39,10 @@ def main() -> int:
     if not OUTPUT.value and not VERIFY.value:
         raise UserError("nothing to do: add --output=FOLDER, --verify or both")
     from flamingo_jax.interop.convert import compare, convert, require_equal
-    from flamingo_jax.interop.folders import Part, open_folder
+    from flamingo_jax.interop.folders import ModelPart, open_folder
     from flamingo_jax.interop.verify import require_original
 
-    part: Part = "language_model" if LANGUAGE_MODEL.value else "vision_encoder"
+    part: ModelPart = "language_model" if LANGUAGE_MODEL.value else "vision_encoder"
     folder = pathlib.Path(LANGUAGE_MODEL.value or VISION_ENCODER.value)
     if VERIFY.value:
         require_original()

@@ -10,7 +10,7 @@ import numpy as np
 from flamingo_jax.checkpointing.export import export_model
 from flamingo_jax.configuring import to_json
 from flamingo_jax.errors import UserError
-from flamingo_jax.interop.folders import Foreign, Part, open_folder
+from flamingo_jax.interop.folders import ModelPart, PublishedFolder, open_folder
 from flamingo_jax.interop.verify import (
     Comparison,
     verify_language_model,
@@ -27,7 +27,7 @@ DIFFERENT = 1e-3
 """A relative error above this is no rounding."""
 
 
-def convert(folder: pathlib.Path, part: Part, output: pathlib.Path) -> None:
+def convert(folder: pathlib.Path, part: ModelPart, output: pathlib.Path) -> None:
     """Writes a published model's folder as an export, every value as it is stored, tensor by
     tensor.
 
@@ -54,7 +54,7 @@ def convert(folder: pathlib.Path, part: Part, output: pathlib.Path) -> None:
     log.info("wrote the %s of %s to %s", part.replace("_", " "), folder, output)
 
 
-def compare(folder: pathlib.Path, part: Part) -> Comparison:
+def compare(folder: pathlib.Path, part: ModelPart) -> Comparison:
     """Runs a published model here and in its original implementation, both in float32."""
     verify = verify_language_model if part == "language_model" else verify_vision_encoder
     return verify(folder)
@@ -69,7 +69,7 @@ def require_equal(comparison: Comparison, folder: pathlib.Path) -> None:
         )
 
 
-def _with_progress(found: Foreign) -> Iterator[tuple[str, np.ndarray]]:
+def _with_progress(found: PublishedFolder) -> Iterator[tuple[str, np.ndarray]]:
     with Bar(
         f"converting {found.folder.name}",
         sum(math.prod(shape) for shape in found.shapes.values()) // 10**6,

@@ -30,8 +30,7 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import LanguageModelConfig
 from flamingo_jax.interop import content, families
 from flamingo_jax.interop.documents import CONFIG, Document
-from flamingo_jax.interop.families.family import Family
-from flamingo_jax.interop.families.family import ModelPart as Part
+from flamingo_jax.interop.families.family import Family, ModelPart
 from flamingo_jax.models.language_model import LanguageModel
 from flamingo_jax.models.vision import vision_encoder
 from flamingo_jax.processing.tokenizer import tokenizer_file
@@ -45,14 +44,14 @@ PROCESSOR = "processor_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Foreign:
+class PublishedFolder:
     """An opened folder, every tensor of which is known to be there in the right shape.
 
     Arrays stay on disk until they are read.
     """
 
     folder: pathlib.Path
-    part: Part
+    part: ModelPart
     config: Any
     """LanguageModelConfig or VisionConfig."""
     tokenizer_file: pathlib.Path | None
@@ -107,7 +106,7 @@ class Foreign:
         return read_layers(self._stored, self._sources, self.shapes)
 
 
-def is_foreign(folder: str | pathlib.Path) -> bool:
+def is_published_folder(folder: str | pathlib.Path) -> bool:
     """Whether a folder's config.json is one of transformers: whatever it is, it is no export of
     this project.
     """
@@ -118,7 +117,7 @@ def is_foreign(folder: str | pathlib.Path) -> bool:
     return isinstance(config, dict) and "model_type" in config and "format" not in config
 
 
-def open_folder(folder: str | pathlib.Path, part: Part) -> Foreign:
+def open_folder(folder: str | pathlib.Path, part: ModelPart) -> PublishedFolder:
     """Opens a model's folder. Reads headers only; nothing is allocated.
 
     Raises: UserError for a config that cannot be honoured, and one for all tensors that are
@@ -147,10 +146,10 @@ def open_folder(folder: str | pathlib.Path, part: Part) -> Foreign:
         }
     said = content.differing(config, stored) if part == "language_model" else []
     _check(folder, wanted, stored, unread, said)
-    return Foreign(folder, part, config, tokenizer_file(folder), shapes, sources, stored)
+    return PublishedFolder(folder, part, config, tokenizer_file(folder), shapes, sources, stored)
 
 
-def read_config(folder: str | pathlib.Path, part: Part) -> Any:
+def read_config(folder: str | pathlib.Path, part: ModelPart) -> Any:
     """The config alone, LanguageModelConfig or VisionConfig, whether tensors are there or not.
 
     Raises UserError for what cannot be honoured.
@@ -163,7 +162,7 @@ def read_config(folder: str | pathlib.Path, part: Part) -> Any:
     return config
 
 
-def _parse(folder: pathlib.Path, part: Part) -> tuple[Family, Any]:
+def _parse(folder: pathlib.Path, part: ModelPart) -> tuple[Family, Any]:
     """What config.json and the preprocessor's options say."""
     config = Document.read(folder / CONFIG)
     preprocessor = Document(folder / PREPROCESSOR, {})

@@ -20,7 +20,7 @@ from flamingo_jax.configuring import from_json
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import LanguageModelConfig, VisionConfig
 from flamingo_jax.interop.documents import CONFIG
-from flamingo_jax.interop.folders import Part, open_folder
+from flamingo_jax.interop.folders import ModelPart, open_folder
 from flamingo_jax.models.language_model import LanguageModel
 from flamingo_jax.models.vision import VisionEncoder, vision_encoder
 from flamingo_jax.partitioning import rules
@@ -83,7 +83,7 @@ class PartPath(NamedTuple):
     prefix: str = ""
 
 
-PARTS_OF_EXPORTS: dict[Part, dict[str, PartPath]] = {
+PARTS_OF_EXPORTS: dict[ModelPart, dict[str, PartPath]] = {
     "language_model": {
         "language_model": PartPath(),
         "flamingo": PartPath("language_model", "language_model/"),
@@ -177,7 +177,7 @@ def _graph(build: Any) -> Any:
     return nnx.split(nnx.eval_shape(build))[0]
 
 
-def _open(folder: str | pathlib.Path, part: Part) -> _Source:
+def _open(folder: str | pathlib.Path, part: ModelPart) -> _Source:
     """A part of an export, or else a published one."""
     try:
         ours = "format" in json.loads((pathlib.Path(folder) / CONFIG).read_bytes())

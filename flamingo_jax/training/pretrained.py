@@ -19,7 +19,7 @@ from flamingo_jax.configuring import flatten, from_json, to_json
 from flamingo_jax.distributed.process_group import ProcessGroup, SingleProcess
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
-from flamingo_jax.interop.folders import Part, is_foreign, open_folder
+from flamingo_jax.interop.folders import ModelPart, is_published_folder, open_folder
 from flamingo_jax.models.vit import resize_positions
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.state import Parameters, split_model
@@ -158,9 +158,9 @@ def open_source(part: stages.PretrainedPart) -> WeightSource:
 
     Raises: UserError where it is missing, of another kind, or its config is not the one here.
     """
-    if part.field != "flamingo_from" and is_foreign(part.folder):
+    if part.field != "flamingo_from" and is_published_folder(part.folder):
         of_text = part.field == "language_model_from"
-        kind: Part = "language_model" if of_text else "vision_encoder"
+        kind: ModelPart = "language_model" if of_text else "vision_encoder"
         published = open_folder(part.folder, kind)
         _require_equal(to_json(published.config), to_json(part.config), part)
         return published

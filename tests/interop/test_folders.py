@@ -17,7 +17,12 @@ from safetensors.numpy import load_file, save_file
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import MeshConfig, RotaryScaling
-from flamingo_jax.interop.folders import Foreign, is_foreign, open_folder, read_config
+from flamingo_jax.interop.folders import (
+    PublishedFolder,
+    is_published_folder,
+    open_folder,
+    read_config,
+)
 from flamingo_jax.interop.load import load_language_model, load_vision_encoder
 from flamingo_jax.interop.published import VISION_ENCODERS, published
 from flamingo_jax.models.language_model import LanguageModel
@@ -256,7 +261,7 @@ def test_harmless_tensors_are_left_unread(tmp_path: pathlib.Path) -> None:
         vision_model__embeddings__position_ids=np.zeros(1, np.int64),
     )
     add(folder_of("clip", tmp_path / "tower"))
-    assert isinstance(open_folder(whole, "vision_encoder"), Foreign)
+    assert isinstance(open_folder(whole, "vision_encoder"), PublishedFolder)
 
 
 @pytest.mark.parametrize("names", ["", "model."], ids=["whole", "saved bare"])
@@ -326,7 +331,7 @@ def test_folders_that_are_not_whole(tmp_path: pathlib.Path) -> None:
     assert "is no folder" in refused(tmp_path / "nowhere")
     assert "there is no" in refused(tmp_path)
     folder = folder_of("llama", tmp_path, files=3)
-    assert is_foreign(folder)
+    assert is_published_folder(folder)
     index = folder / "model.safetensors.index.json"
     kept = index.read_text()
     index.write_text(kept.replace("model-00002-of-00003", "../model-00002-of-00003"))

@@ -8,7 +8,7 @@ from flamingo_jax.checkpointing.tensors import Term
 from flamingo_jax.interop.documents import Document
 
 ModelPart = Literal["language_model", "vision_encoder"]
-Table = dict[str, tuple[Term, ...]]
+TensorTable = dict[str, tuple[Term, ...]]
 """Our stacked names -> the tensors whose sum they are; {} stands for the layer's number."""
 
 
@@ -27,7 +27,7 @@ class Family:
     """(config.json, preprocessor_config.json, empty where there is none) -> LanguageModelConfig
     or VisionConfig. Raises UserError for what the model here cannot do.
     """
-    table: Callable[[Any], Table]
+    table: Callable[[Any], TensorTable]
     """Where the parameters of a model of this config come from; more names than it has do no
     harm.
     """
@@ -42,7 +42,7 @@ class Family:
     """Of a language model: the tensors of the tokens in and out, which may be the same."""
 
 
-def norm(ours: str, theirs: str) -> Table:
+def norm(ours: str, theirs: str) -> TensorTable:
     """The rows of a LayerNorm with scale and bias."""
     return {
         f"{ours}/scale": (Term(f"{theirs}.weight"),),
@@ -50,7 +50,7 @@ def norm(ours: str, theirs: str) -> Table:
     }
 
 
-def attention(ours: str, theirs: str) -> Table:
+def attention(ours: str, theirs: str) -> TensorTable:
     """The rows of a layer's map to heads (query, key or value) and its bias."""
     return {
         f"layers/attention/{ours}": (Term(f"{theirs}.weight", "(h d) w -> w h d"),),

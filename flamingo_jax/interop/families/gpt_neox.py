@@ -13,7 +13,7 @@ from flamingo_jax.experiment import (
     PositionsConfig,
 )
 from flamingo_jax.interop.documents import Document
-from flamingo_jax.interop.families.family import Family, Table, norm
+from flamingo_jax.interop.families.family import Family, TensorTable, norm
 from flamingo_jax.interop.families.llama import FREQUENCIES, require_divides, rotary
 
 LAYER = "gpt_neox.layers.{}."
@@ -37,7 +37,7 @@ def _of_heads(place: int, bias: bool = False) -> tuple[Term, ...]:
     return (Term(name, "(h part d) w -> w h d", sizes, pick=pick),)
 
 
-TABLE: Table = {
+TABLE: TensorTable = {
     "embedding": (Term(EMBEDDING),),
     "head": (Term(HEAD, "v w -> w v"),),
     **norm("final_norm", "gpt_neox.final_layer_norm"),

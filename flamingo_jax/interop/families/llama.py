@@ -17,11 +17,11 @@ from flamingo_jax.experiment import (
     RotaryScaling,
 )
 from flamingo_jax.interop.documents import Document
-from flamingo_jax.interop.families.family import Family, Table
+from flamingo_jax.interop.families.family import Family, TensorTable
 
 LAYER = "model.layers.{}."
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-TABLE: Table = {
+TABLE: TensorTable = {
     "embedding": (Term(EMBEDDING),),
     "head": (Term(HEAD, "v w -> w v"),),
     "final_norm/scale": (Term("model.norm.weight"),),

@@ -12,7 +12,7 @@ from flamingo_jax.experiment import (
     PositionsConfig,
 )
 from flamingo_jax.interop.documents import Document
-from flamingo_jax.interop.families.family import Family, Table
+from flamingo_jax.interop.families.family import Family, TensorTable
 from flamingo_jax.interop.families.llama import require_divides
 
 LAYER = "transformer.blocks.{}."
@@ -21,7 +21,7 @@ EXPANSION = 4
 """Of the feed-forward, whatever the config says: transformers' class has no other."""
 
 
-def table(config: LanguageModelConfig) -> Table:
+def table(config: LanguageModelConfig) -> TensorTable:
     """Where the parameters come from: queries, keys and values lie below one another."""
     width = config.width
 

@@ -12,7 +12,7 @@ from flamingo_jax.experiment import (
     PositionsConfig,
 )
 from flamingo_jax.interop.documents import Document
-from flamingo_jax.interop.families.family import Family, Table, attention, norm
+from flamingo_jax.interop.families.family import Family, TensorTable, attention, norm
 from flamingo_jax.interop.families.llama import require_divides
 
 LAYER = "model.decoder.layers.{}."
@@ -20,7 +20,7 @@ EMBEDDING, HEAD = "model.decoder.embed_tokens.weight", "lm_head.weight"
 ACTIVATIONS = {"relu": "relu", "gelu": "exact_gelu", "gelu_new": "gelu"}
 OFFSET = 2
 """Rows of the table of positions that stand before that of the first token."""
-TABLE: Table = {
+TABLE: TensorTable = {
     "embedding": (Term(EMBEDDING),),
     "position_embedding": (Term("model.decoder.embed_positions.weight", first=OFFSET),),
     "head": (Term(HEAD, "v w -> w v"),),

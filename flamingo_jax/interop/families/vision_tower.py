@@ -9,7 +9,7 @@ from typing import NamedTuple
 from flamingo_jax.checkpointing.tensors import Term
 from flamingo_jax.experiment import VisionConfig, ViTConfig
 from flamingo_jax.interop.documents import Document
-from flamingo_jax.interop.families.family import Family, Table, attention, norm
+from flamingo_jax.interop.families.family import Family, TensorTable, attention, norm
 from flamingo_jax.processing.images import Fit
 
 ACTIVATIONS = {
@@ -36,7 +36,7 @@ class Defaults(NamedTuple):
 LAYER = "vision_model.encoder.layers.{}."
 
 
-def table(config: VisionConfig) -> Table:
+def table(config: VisionConfig) -> TensorTable:
     """Where the parameters of an encoder come from."""
     assert config.vit is not None
     patch, positions = (
