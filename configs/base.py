@@ -39,7 +39,7 @@ TINY = "tiny"
 """The form of every config that fits a laptop."""
 TINY_ROOT = "runs/quickstart"
 """The root of every tiny form where none is given: there the quickstart (or `python -m
-launch.build_data --source=quickstart --output=runs/quickstart/data`) makes its data."""
+launch.build_data quickstart --output=runs/quickstart/data`) makes its data."""
 
 LM_1B4 = LanguageModelConfig(
     layers=24,

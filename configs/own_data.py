@@ -30,7 +30,7 @@ from flamingo_jax.experiment import (
 )
 
 VOCABULARY = 2048
-"""The size of the tokenizer (`launch.build_data --source=sentencepiece --vocab_size=2048`); the
+"""The size of the tokenizer (`launch.build_data sentencepiece --vocab_size=2048`); the
 paper has 32,000.
 """
 VISION = VisionConfig(variant="tiny", image_size=64)

@@ -1,9 +1,9 @@
 """Answers to questions about one's own images or clips, trained in minutes on two CPU cores:
 copy this file and change it.
 
-    python -m launch.build_data --source=questions_folder --input=my_questions
+    python -m launch.build_data questions_folder --input=my_questions
     --output=runs/vqa/data/questions --test_share=0.2 python -m launch.build_data
-    --source=sentencepiece --input=runs/vqa/data/questions --output=runs/vqa/data/tokenizer
+    sentencepiece --input=runs/vqa/data/questions --output=runs/vqa/data/tokenizer
     --vocab_size=480 python -m launch.train --config=configs/vqa.py:contrastive,runs/vqa
     --workdir=runs/vqa/contrastive
 
@@ -39,7 +39,7 @@ from flamingo_jax.experiment import (
 )
 
 VOCABULARY = 480
-"""The size of the tokenizer (`launch.build_data --source=sentencepiece --vocab_size=480`): few
+"""The size of the tokenizer (`launch.build_data sentencepiece --vocab_size=480`): few
 words are asked with.
 """
 VISION = VisionConfig(variant="tiny", image_size=64)

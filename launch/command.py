@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import ml_collections
 from absl import flags
@@ -79,9 +79,23 @@ def write_config(value: Experiment, path: pathlib.Path) -> None:
     os.replace(file.name, path)
 
 
-def run(main: Callable[..., int | None], verbs: Sequence[str] = ()) -> NoReturn:
-    """Parses the command line, runs `main` and exits with what it returns. With `verbs`, the
-    first word must be one of them and is what `main` gets.
+class Help(NamedTuple):
+    """What --help shows in place of a command's docstring, and the flags that it lists."""
+
+    about: str
+    flags: Collection[str]
+
+
+def run(
+    main: Callable[..., int | None],
+    verbs: Sequence[str] = (),
+    prepare: Callable[[list[str]], Help] | None = None,
+) -> NoReturn:
+    """Parses the command line, runs `main` and exits with what it returns.
+
+    verbs: the first word must be one of them and is what `main` gets. prepare: is given the
+    command line before it is parsed, may change it and define flags that depend on it, and says
+    what --help shows.
 
     A UserError, and whatever is wrong with the command line, is `error: <sentence>` on stderr
     and its exit code (2), without a traceback.
@@ -90,11 +104,12 @@ def run(main: Callable[..., int | None], verbs: Sequence[str] = ()) -> NoReturn:
     raise_open_files()
     configure_cpu_devices(is_supervised())
     try:
+        shown = prepare(sys.argv) if prepare else None
         if {"--help", "-help", "-h", "--helpshort", "--helpfull"} & set(sys.argv[1:]):
             # Here, since it reads the flags that this module has.
             from launch.command_help import help_of
 
-            print(help_of(sys.argv))
+            print(help_of(sys.argv, shown.flags, shown.about) if shown else help_of(sys.argv))
             sys.exit(0)
         words = [_pop_verb(sys.argv, verbs)] if verbs else []
         _parse(sys.argv)
@@ -163,7 +178,7 @@ def refuse_unread(
 ) -> None:
     """A UserError for a flag that would be ignored.
 
-    reads: for each way to use a command, such as "--source=coco", the flags that not all ways
+    reads: for each way to use a command, such as "data --config", the flags that not all ways
       read.
     given: those of the command line (see `given_flags`); all of them must be read by `chosen`.
     """

@@ -17,14 +17,19 @@ WIDTH = 110
 """Characters of a line."""
 
 
-def help_of(argv: Sequence[str], only: Collection[str] | None = None) -> str:
+def help_of(
+    argv: Sequence[str], only: Collection[str] | None = None, about: str | None = None
+) -> str:
     """Writes the help of the command that runs.
 
     argv: its command line; with a --config, the keys of that config are listed with their
       values.
     only: the names of the flags to list; by default all of the command's own.
+    about: stands in place of the command's docstring.
     """
-    lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "Flags:"]
+    if about is None:
+        about = (sys.modules["__main__"].__doc__ or "").strip()
+    lines = [about, "", "Flags:"]
     own = {flag.name: flag for flag in flags.FLAGS.get_key_flags_for_module(argv[0])}
     if CONFIG in flags.FLAGS:
         own = {CONFIG: flags.FLAGS[CONFIG]} | own

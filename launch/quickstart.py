@@ -41,7 +41,7 @@ def main() -> int:
     root.mkdir(parents=True, exist_ok=True)
     commands = ResumableCommands(root / "seconds.json")
     signal.signal(signal.SIGTERM, lambda *_: commands.stop())
-    commands.run("data", "-m", "launch.build_data", "--source=quickstart", f"--output={root}/data")
+    commands.run("data", "-m", "launch.build_data", "quickstart", f"--output={root}/data")
     cores = halves()
     if len(cores) == 2 and not any(map(commands.is_done, BASES)) and _on_cpu():
         # Steps this small do not keep two cores busy.

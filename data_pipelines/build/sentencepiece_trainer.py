@@ -4,11 +4,12 @@ it: text is kept exactly.
 
 import collections
 import io
+import itertools
 import json
 import logging
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import sentencepiece
@@ -22,7 +23,7 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import QUESTION_PROMPT
 from flamingo_jax.folder_lock import lock_folder
 from flamingo_jax.processing.sequences import fill_prompt
-from flamingo_jax.processing.tokenizer import FILE_NAME
+from flamingo_jax.processing.tokenizer import FILE_NAME, Tokenizer
 
 IMAGE_TAG = "<image>"
 THREADS = 4
@@ -90,6 +91,43 @@ def train_tokenizer(
         incomplete.write_bytes(model.getvalue())
         incomplete.rename(file)
     return file
+
+
+def build_tokenizer(
+    paths: Sequence[str | pathlib.Path],
+    output: pathlib.Path,
+    *,
+    vocab_size: int,
+    progress: Callable[[str], None] = lambda text: None,
+    **options: Any,
+) -> bool:
+    """Trains `output/tokenizer.model` on all text of the paths (see `texts_in`).
+
+    options: as `train_tokenizer` has them. progress: called with what is being done.
+
+    Returns whether it was trained: one of the same size that is there is left as it is. Raises
+    UserError where one of another size is there, and as `train_tokenizer` does.
+    """
+    file = output / FILE_NAME
+    if file.exists():
+        if (pieces := Tokenizer.load(file).pieces) != vocab_size:
+            raise UserError(
+                f"{file} is there already, with {pieces} pieces in place of "
+                f"--vocab_size={vocab_size}: remove it, or choose another --output"
+            )
+        return False
+
+    def counted() -> Iterator[str]:
+        count = 0
+        texts = itertools.chain.from_iterable(texts_in(path) for path in paths)
+        for count, text in enumerate(texts, start=1):
+            if count % 1_000 == 0:
+                progress(f"read {count:,} texts")
+            yield text
+        progress(f"choosing {vocab_size:,} pieces from {count:,} texts")
+
+    train_tokenizer(counted(), output, vocab_size=vocab_size, **options)
+    return True
 
 
 class Sentences:

@@ -1,4 +1,4 @@
-"""Reads a folder of images with captions, as `launch.build_data --source=image_folder` does."""
+"""Reads a folder of images with captions, as `launch.build_data image_folder` does."""
 
 import json
 import pathlib

@@ -6,15 +6,19 @@ import contextlib
 import io
 import json
 import pathlib
-import types
-from collections.abc import Callable
+import re
+import subprocess
+import sys
 
 import pytest
 import tensorflow_datasets as tfds
 from absl import flags
+from rich.console import Console
 
 from data_pipelines.build.sentencepiece_trainer import texts_in, train_tokenizer
 from data_pipelines.build.source import Shares
+from data_pipelines.build.sources import OPTIONS, SOURCES, Built, Values, build, make_source
+from data_pipelines.build.statistics_table import statistics_table
 from data_pipelines.build.tfds import Tfds
 from flamingo_jax.errors import UserError
 from launch import command
@@ -22,66 +26,91 @@ from tests.data_pipelines.raw import colourful, lines, save
 from tests.data_pipelines.test_public_sources import prepare
 from tests.launch import commands
 
-Build = Callable[..., types.ModuleType]
+build_data = commands.load("build_data")
 
 
-@pytest.fixture
-def build(monkeypatch: pytest.MonkeyPatch) -> Build:
-    """(source, flag=value, ...) -> the module, whose flags are set so."""
-    module = commands.load("build_data")
-    monkeypatch.setattr(module, "workers", contextlib.nullcontext)
-    given_now: set[str] = set()
-    monkeypatch.setattr(module.command, "given_flags", lambda: given_now)
-
-    def run(**given: object) -> types.ModuleType:
-        for name, value in given.items():
-            monkeypatch.setattr(module, NAMES.get(name, name.upper()), commands.flag(value))
-        given_now.clear()
-        given_now.update(given)
-        return module
-
-    return run
+def run(name: str, output: pathlib.Path, **given: object) -> Built:
+    """Builds in the tests' own process."""
+    return build(name, output, given, contextlib.nullcontext)
 
 
-NAMES = {"field": "FIELDS", "piece": "PIECES"}
-
-
-def refused(build: Build, sentence: str, **given: object) -> None:
+def refused(sentence: str, name: str, **given: object) -> None:
     with pytest.raises(UserError, match=sentence):
-        build(output="out", **given).main()
+        run(name, pathlib.Path("out"), **given)
 
 
-def test_a_flag_that_the_source_does_not_read_is_refused(build: Build) -> None:
-    refused(
-        build,
-        "--fps is not read by --source=coco but by --source=video_folder, --source=questions",
-        source="coco",
-        fps=2.0,
-    )
-    refused(
-        build,
-        "--captions is not read by --source=webdataset",
-        source="webdataset",
-        captions="x.jsonl",
-        input=["x"],
-    )
-    refused(
-        build,
-        "--validation_share is not read by --source=sentencepiece",
-        source="sentencepiece",
-        validation_share=0.5,
-    )
-    refused(build, "--input is not read by --source=quickstart", source="quickstart", input=["x"])
+def test_an_option_that_the_source_does_not_read_is_refused() -> None:
+    refused("--fps is not read by coco but by video_folder, questions_folder", "coco", fps=2.0)
+    refused("--captions is not read by webdataset", "webdataset", captions="x.jsonl", input=["x"])
+    refused("--input is not read by quickstart", "quickstart", input=["x"])
+    refused("--input is not set: name what coco shall read", "coco")
+    with pytest.raises(UserError, match="--validation_share is not read by sentencepiece"):
+        build_data.build_tokenizer(pathlib.Path("out"), {"validation_share": 0.5})
 
 
-def test_every_flag_is_read_by_some_source_and_every_source_has_its_flags(build: Build) -> None:
-    module = build()
-    read = {name for names in module.READS.values() for name in names}
-    named = {
-        flag for flag in dir(module) if isinstance(getattr(module, flag), types.SimpleNamespace)
+def test_every_option_is_read_by_some_source() -> None:
+    assert {name for entry in SOURCES.values() for name in entry.options} == OPTIONS.keys()
+
+
+@pytest.mark.parametrize("name", [name for name, entry in SOURCES.items() if entry.make])
+def test_stated_defaults_are_those_of_the_sources(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is made with every default given is what is made with none."""
+    monkeypatch.setattr(Tfds, "shares", None)
+    monkeypatch.setattr(Tfds, "kind", "videos")
+    stated = {
+        option: OPTIONS[option].default
+        for option in SOURCES[name].options
+        if OPTIONS[option].default is not None and option not in (*SPLITTING, "workers")
     }
-    backwards = {constant: name for name, constant in NAMES.items()}
-    assert {backwards.get(name, name.lower()) for name in named} - {"source", "output"} == read
+    assert make_source(name, {"input": ["x"]}) == make_source(name, {"input": ["x"]} | stated)
+
+
+SPLITTING = ("validation_share", "test_share", "split")
+
+
+def command_line(*arguments: str) -> tuple[int, str]:
+    """A command's exit code and what it says."""
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.build_data", *arguments],
+        cwd=pathlib.Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_help_of_a_source_shows_its_flags_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    code, printed = command_line("coco", "--help")
+    shown = set(re.findall(r"^  --(\w+)$", printed, re.MULTILINE))
+    assert code == 0 and shown == {"output", *SOURCES["coco"].options}
+    assert f"build_data coco {SOURCES['coco'].example}" in printed
+
+
+def prepared(*arguments: str) -> list[str]:
+    """A command line without its source, whose flags are defined and forgotten."""
+    argv = ["build_data", *arguments]
+    try:
+        build_data.prepare(argv)
+    finally:
+        for name in OPTIONS.keys() & set(flags.FLAGS):
+            delattr(flags.FLAGS, name)
+    return argv
+
+
+def test_the_source_is_the_first_word_or_a_flag() -> None:
+    assert prepared("coco", "--workers=1") == ["build_data", "--workers=1", "--source=coco"]
+    assert prepared("--workers=1", "--source=coco")[1:] == ["--workers=1", "--source=coco"]
+    for arguments, sentence in (
+        (("--fps=2",), "no source is named: begin with one of quickstart, image_folder"),
+        (("coca",), "there is no source 'coca', did you mean coco"),
+        (("coco", "--source=mmc4"), "both coco and --source=mmc4 are named"),
+        (("coco", "--fps=2"), "--fps is not read by coco but by video_folder"),
+        (("coco", "--noalt_text"), "--alt_text is not read by coco but by html_pages"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            prepared(*arguments)
 
 
 def test_what_the_command_line_sets_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,11 +157,11 @@ def test_a_flag_of_another_verb_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         ({"split": "test"}, Shares(0.0, 1.0)),
     ],
 )
-def test_shares(build: Build, given: dict[str, object], shares: Shares) -> None:
-    assert build(**given).shares(set(given)) == shares
+def test_shares(given: dict[str, object], shares: Shares) -> None:
+    assert Values(given).shares() == shares
 
 
-def test_shares_that_contradict_each_other(build: Build) -> None:
+def test_shares_that_contradict_each_other() -> None:
     for given, sentence in (
         ({"validation_share": 0.6, "test_share": 0.6}, "are more than all records"),
         (
@@ -141,13 +170,11 @@ def test_shares_that_contradict_each_other(build: Build) -> None:
         ),
     ):
         with pytest.raises(UserError, match=sentence):
-            build(**given).shares(set(given))
+            Values(given).shares()
 
 
 @pytest.mark.parametrize("given", [{"split": "test"}, {"test_share": 1.0}])
-def test_an_official_test_split_is_one(
-    build: Build, tmp_path: pathlib.Path, given: dict[str, object]
-) -> None:
+def test_an_official_test_split_is_one(tmp_path: pathlib.Path, given: dict[str, object]) -> None:
     root = tmp_path / "val2014"
     for number in range(12):
         save(root / f"{number}.png", colourful(8, 8, seed=number))
@@ -155,63 +182,50 @@ def test_an_official_test_split_is_one(
     told = [{"image_id": number, "caption": str(number)} for number in range(12)]
     (tmp_path / "captions.json").write_text(json.dumps({"images": images, "annotations": told}))
     inputs = {"input": [str(tmp_path / "captions.json")], "images": [str(root)]}
-    assert build(source="coco", output=str(tmp_path / "coco"), **inputs, **given).main() == 0
+    run("coco", tmp_path / "coco", **inputs, **given)
     statistics = json.loads((tmp_path / "coco" / "1.0.0" / "statistics.json").read_text())
     assert statistics["splits"] == {"test": 12}
 
 
 def test_a_tokenizer_of_another_size_is_not_taken_for_the_one_that_is_asked_for(
-    build: Build, tmp_path: pathlib.Path
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.txt").write_text("the cat sat on the mat\n")
     train_tokenizer(texts_in(tmp_path), tmp_path / "out", vocab_size=280)
-    given = {
-        "source": "sentencepiece",
-        "input": [str(tmp_path)],
-        "output": str(tmp_path / "out"),
-    }
-    assert build(**given, vocab_size=280).main() == 0
+    given: dict[str, object] = {"input": [str(tmp_path)]}
+    assert build_data.build_tokenizer(tmp_path / "out", given | {"vocab_size": 280}) == 0
+    assert "is there already" in capsys.readouterr().out
     with pytest.raises(UserError, match="with 280 pieces in place of --vocab_size=300"):
-        build(**given, vocab_size=300).main()
+        build_data.build_tokenizer(tmp_path / "out", given | {"vocab_size": 300})
 
 
-def test_lost_captions_are_in_the_table(
-    build: Build, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_lost_captions_are_in_the_table(tmp_path: pathlib.Path) -> None:
     save(tmp_path / "raw" / "a.png", colourful())
     lines(tmp_path / "raw" / "captions.jsonl", {"image": "a.png", "captions": ["x", None]})
-    given = {
-        "input": [str(tmp_path / "raw")],
-        "output": str(tmp_path / "out"),
-        "validation_share": 0.0,
-    }
-    assert build(source="image_folder", **given).main() == 0
-    assert "1 empty text" in capsys.readouterr().out
+    made = run(
+        "image_folder", tmp_path / "out", input=[str(tmp_path / "raw")], validation_share=0.0
+    )
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(statistics_table(made))
+    assert "1 empty text" in console.export_text()
 
 
-def test_flags_that_the_input_leaves_without_use_are_refused(
-    build: Build, tmp_path: pathlib.Path
-) -> None:
+def test_options_that_the_input_leaves_without_use_are_refused(tmp_path: pathlib.Path) -> None:
     image, text = tfds.features.Image(shape=(None, None, 3)), tfds.features.Text()
     png = save(tmp_path / "a.png", colourful())
     told = [{"image": io.BytesIO(png), "caption": "x"}]
     features = {"image": image, "caption": text}
-    several = Tfds(prepare(tmp_path / "several", features, {"train": told, "test": told}))
-    one = Tfds(prepare(tmp_path / "one", features, {"test": told}))
-    module = build()
-    for source, given, sentence in (
-        (
-            several,
-            "validation_share",
-            "has splits of its own, which --validation_share does not change",
-        ),
-        (several, "split", "has splits of its own, which --split does not change"),
-        (one, "fps", "--fps is for videos, and --input makes pairs"),
+    several = prepare(tmp_path / "several", features, {"train": told, "test": told})
+    one = prepare(tmp_path / "one", features, {"test": told})
+    for folder, given, sentence in (
+        (several, {"validation_share": 0.5}, "which --validation_share does not change"),
+        (several, {"split": "train"}, "has splits of its own, which --split does not change"),
+        (one, {"fps": 2.0}, "--fps is for videos, and --input makes pairs"),
     ):
         with pytest.raises(UserError, match=sentence):
-            module.check_used(source, {given, "kind"})
-    module.check_used(one, {"split", "validation_share"})
-    module.check_used(several, {"kind"})
+            make_source("tfds", {"input": [folder], "kind": "pairs"} | given)
+    make_source("tfds", {"input": [one], "validation_share": 0.5})
+    make_source("tfds", {"input": [several], "kind": "pairs"})
 
 
 def test_an_official_split_that_is_dealt_out_is_told(

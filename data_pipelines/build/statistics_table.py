@@ -1,0 +1,31 @@
+"""A table of what became of every record of the sources that were built."""
+
+from typing import Any
+
+from rich.table import Table
+
+
+def statistics_table(made: dict[str, tuple[dict[str, Any], bool]]) -> Table:
+    """Lays out the statistics of each dataset, and says which were there already."""
+    heads = ["dataset", "records read", "used", "in splits", "dropped"]
+    heads += ["images used", "images dropped"]
+    with_texts = any("texts" in statistics for statistics, _ in made.values())
+    table = Table(*heads, *(["texts dropped"] if with_texts else []))
+    for name, (statistics, new) in made.items():
+        images = statistics.get("images", {"used": "", "dropped": {}})
+        cells = (
+            name if new else f"{name} (was there)",
+            statistics["records_read"],
+            statistics["used"],
+            _counts(statistics["splits"]),
+            _counts(statistics["dropped"]),
+            images["used"],
+            _counts(images["dropped"]),
+        )
+        texts = [_counts(statistics.get("texts", {"dropped": {}})["dropped"])] if with_texts else []
+        table.add_row(*map(str, cells), *texts)
+    return table
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return "\n".join(f"{count} {what}" for what, count in counts.items())
