@@ -1,11 +1,12 @@
-"""Answers to questions about one's own images or clips, trained in minutes on two CPU cores:
+r"""Answers to questions about one's own images or clips, trained in minutes on two CPU cores:
 copy this file and change it.
 
-    python -m launch.build_data questions_folder --input=my_questions
-    --output=runs/vqa/data/questions --test_share=0.2 python -m launch.build_data
-    sentencepiece --input=runs/vqa/data/questions --output=runs/vqa/data/tokenizer
-    --vocab_size=480 python -m launch.train --config=configs/vqa.py:contrastive,runs/vqa
-    --workdir=runs/vqa/contrastive
+    python -m launch.build_data questions_folder --input=my_questions \
+        --output=runs/vqa/data/questions --test_share=0.2
+    python -m launch.build_data sentencepiece --input=runs/vqa/data/questions \
+        --output=runs/vqa/data/tokenizer --vocab_size=480
+    python -m launch.train --config=configs/vqa.py:contrastive,runs/vqa \
+        --workdir=runs/vqa/contrastive
 
 and then `:language_model` and `:flamingo` (for clips `:video`), each exported to
 `<folder>/<stage>/export` before the next (README). The encoder learns first, from all of an

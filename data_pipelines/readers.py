@@ -20,8 +20,8 @@ EXIT_SECONDS = 5.0
 """The most that the end of the program waits for readers. One that comes out of a library's
 code only afterwards ends the program with a signal; one that storage holds for ever never does.
 """
-Work = Callable[[], None]
-Queue = queue.PriorityQueue[tuple[float, int, Work | None]]
+Job = Callable[[], None]
+Queue = queue.PriorityQueue[tuple[float, int, Job | None]]
 
 
 class Readers:
@@ -51,7 +51,7 @@ class Readers:
         """
         self.close.atexit = False
 
-    def add(self, order: float, work: Work) -> None:
+    def add(self, order: float, work: Job) -> None:
         """To be done before all of a higher order, and after all of the same that was added
         before.
         """
@@ -111,15 +111,15 @@ class PendingBatch:
         self._begin, self._readers, self._order = begin, readers, order
         self._lock = threading.Lock()
         self._left, self._ready = 0, threading.Event()
-        self._here: collections.deque[Work] = collections.deque()
+        self._here: collections.deque[Job] = collections.deque()
         self._finish: Callable[[], Arrays] | None = None
         self._made: Arrays | None = None
         self._error: BaseException | None = None
         self._cancelled = False
         self.add(self._start)
 
-    def add(self, work: Work, soon: bool = False) -> None:
-        """Work without which the batch is not whole. soon: readers do it before the rest of the
+    def add(self, work: Job, soon: bool = False) -> None:
+        """Job without which the batch is not whole. soon: readers do it before the rest of the
         batch's. After a piece that failed none is begun."""
         with self._lock:
             self._left += 1
@@ -146,7 +146,7 @@ class PendingBatch:
     def _start(self) -> None:
         self._finish = self._begin(self)
 
-    def _run(self, work: Work) -> None:
+    def _run(self, work: Job) -> None:
         self._try(work)
         with self._lock:
             self._left -= 1

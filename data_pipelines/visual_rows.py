@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipelines.feature_cache import CachedFeatures
-from data_pipelines.readers import PendingBatch, Work
+from data_pipelines.readers import Job, PendingBatch
 from data_pipelines.records import DamagedError, Record
 from data_pipelines.row_context import RowContext
 from data_pipelines.row_plans import PlannedRow
@@ -150,7 +150,7 @@ class VisualRows:
         records: Sequence[RowRecord],
         buffer: VisualBuffer,
         places: Sequence[int | None],
-        add: Callable[[Work], None],
+        add: Callable[[Job], None],
     ) -> int:
         """Adds the work of reading a row's visuals to their `places` (see `schedule_reads`).
 

@@ -161,3 +161,12 @@ def test_public_things_have_docstrings() -> None:
         for what in bare(file, _tree(file).body)
     ]
     assert not found
+
+
+def test_no_two_public_classes_have_one_name() -> None:
+    places: dict[str, list[str]] = {}
+    for file in _files(*PRODUCT):
+        for node in _tree(file).body:
+            if isinstance(node, ast.ClassDef) and node.name[0] != "_":
+                places.setdefault(node.name, []).append(str(file.relative_to(ROOT)))
+    assert not {name: found for name, found in places.items() if len(found) > 1}
