@@ -181,8 +181,8 @@ def load_or_encode(
     index: int = 0,
     count: int = 1,
 ) -> CachedFeatures:
-    """From the dataset's folder; parts that are missing there, torn, or older than the dataset,
-    are made first.
+    """Loads a split's features from the dataset's folder; parts that are missing there, torn, or
+    older than the dataset, are made first.
 
     Args:
       feature: the feature of a record that holds its images.
@@ -196,78 +196,84 @@ def load_or_encode(
         after all.
       StorageError: the storage failed for long.
     """
-    store = folder / f"features_{encoder.digest}_{split}"
-    parts = -(-len(records) // RECORDS)
-    found: dict[int, _Part] = {}
+    store = _FeatureStore(records, encoder, folder, split)
+    images = _Images(records, feature, image_size, mean, image_fit)
+    store.make_missing(images, index, count)
+    if count > 1:
+        multihost_utils.sync_global_devices(str(store.path))
+    return CachedFeatures(store.load_all(), encoder.shape, encoder.dtype)
 
-    def load(number: int) -> _Part | None:
-        """The part, None where it is to be made."""
-        if number not in found:
-            stop = min((number + 1) * RECORDS, len(records))
-            part = _load(store, number, stop - number * RECORDS, encoder, folder)
-            if part is not None:
-                found[number] = part
-        return found.get(number)
 
-    def lasting(number: int) -> bool:
-        """Whether the part is there, and what was damaged when it was made still is."""
-        part = load(number)
+class _FeatureStore:
+    """The folder beside a dataset that keeps the features of one split by one encoder."""
+
+    def __init__(self, records: Sequence[Any], encoder: Encoder, folder: pathlib.Path, split: str):
+        self._records, self._encoder, self._folder = records, encoder, folder
+        self.path = folder / f"features_{encoder.digest}_{split}"
+        self._title = f"features of {folder.parent.name} {split}"
+        self._parts = -(-len(records) // RECORDS)
+        self._loaded: dict[int, _Part] = {}
+
+    def make_missing(self, images: "_Images", index: int, count: int) -> None:
+        """Makes the parts index, index + count, ... that are not there."""
+        mine = [n for n in range(index, self._parts, count) if not self._lasts(n)]
+        for number in mine:
+            self._loaded.pop(number, None)
+        try:
+            if mine:
+                self.path.mkdir(exist_ok=True)
+                _make(images, self._encoder, self.path, mine, self._title)
+        except OSError as error:
+            if error.errno not in NOT_WRITABLE:
+                raise StorageError(
+                    f"the storage failed when features were written to {self.path} ({error}):"
+                    " mend it and start again"
+                ) from error
+            raise UserError(
+                f"the features of images could not be written to {self.path} ({error}); make room"
+                " there or turn training.cache_features off"
+            ) from error
+
+    def load_all(self) -> list[_Part]:
+        """Loads every part. Raises UserError where some are not there."""
+        loaded = [self._load(number) for number in range(self._parts)]
+        whole = [part for part in loaded if part is not None]
+        if len(whole) < self._parts:
+            raise UserError(
+                f"{self.path} lacks {self._parts - len(whole)} of {self._parts} parts: put the"
+                " dataset where all hosts see it, or turn training.cache_features off"
+            )
+        return whole
+
+    def _lasts(self, number: int) -> bool:
+        """Whether a part is there, and what was damaged when it was made still is."""
+        part = self._load(number)
         return part is not None and all(
-            UNREADABLE in records[number * RECORDS + int(place)]
+            UNREADABLE in self._records[number * RECORDS + int(place)]
             for place in np.flatnonzero(part.counts < 0)
         )
 
-    mine = [number for number in range(index, parts, count) if not lasting(number)]
-    for number in mine:
-        found.pop(number, None)
-    try:
-        if mine:
-            store.mkdir(exist_ok=True)
-            _make(
-                _Images(records, feature, image_size, mean, image_fit),
-                encoder,
-                store,
-                mine,
-                f"features of {folder.parent.name} {split}",
+    def _load(self, number: int) -> _Part | None:
+        """A part, where it is whole and no older than the dataset; None where it is to be made."""
+        if number not in self._loaded:
+            part = self._read(number)
+            if part is not None:
+                self._loaded[number] = part
+        return self._loaded.get(number)
+
+    def _read(self, number: int) -> _Part | None:
+        store = self.path
+        records = min((number + 1) * RECORDS, len(self._records)) - number * RECORDS
+        files = _part(store, number), _places(store, number), _counts(store, number)
+        if not all(is_current(path, self._folder) for path in files):
+            return None
+        try:
+            return read_with_retries(
+                lambda: _Part.load(store, number, records, self._encoder), _part(store, number)
             )
-    except OSError as error:
-        if error.errno not in NOT_WRITABLE:
-            raise StorageError(
-                f"the storage failed when features were written to {store} ({error}): mend it"
-                " and start again"
-            ) from error
-        raise UserError(
-            f"the features of images could not be written to {store} ({error}); make room"
-            " there or turn training.cache_features off"
-        ) from error
-    if count > 1:
-        multihost_utils.sync_global_devices(str(store))
-    loaded = [load(number) for number in range(parts)]
-    whole = [part for part in loaded if part is not None]
-    if len(whole) < parts:
-        raise UserError(
-            f"{store} lacks {parts - len(whole)} of {parts} parts: put the dataset where all"
-            " hosts see it, or turn training.cache_features off"
-        )
-    return CachedFeatures(whole, encoder.shape, encoder.dtype)
-
-
-def _load(
-    store: pathlib.Path, number: int, records: int, encoder: Encoder, folder: pathlib.Path
-) -> _Part | None:
-    """The part, where it is whole and no older than the dataset."""
-    if not all(
-        is_current(path, folder)
-        for path in (_part(store, number), _places(store, number), _counts(store, number))
-    ):
-        return None
-    try:
-        return read_with_retries(
-            lambda: _Part.load(store, number, records, encoder), _part(store, number)
-        )
-    except (ValueError, EOFError) as error:
-        logging.warning("features are made again: %s", error)
-        return None
+        except (ValueError, EOFError) as error:
+            logging.warning("features are made again: %s", error)
+            return None
 
 
 def _make(

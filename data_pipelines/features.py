@@ -35,7 +35,8 @@ def features(kind: str) -> Any:
 
     Raises ValueError for a kind that is not in KINDS.
     """
-    import tensorflow_datasets as tfds  # Half a second, which commands without data need not wait for.  # noqa: E501
+    # Half a second, which commands without data need not wait for.
+    import tensorflow_datasets as tfds
 
     text, sequence = tfds.features.Text, tfds.features.Sequence
 

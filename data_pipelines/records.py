@@ -56,7 +56,8 @@ def open_records(path: str | pathlib.Path, split: str, kind: str | None = None) 
       StorageError: here, or when a record is asked for: the storage failed each time it was
         asked.
     """
-    import tensorflow_datasets as tfds  # Half a second, which commands without data need not wait for.  # noqa: E501
+    # Half a second, which commands without data need not wait for.
+    import tensorflow_datasets as tfds
 
     folder = dataset_folder(path)
     builder = read_with_retries(lambda: tfds.builder_from_directory(str(folder)), folder)

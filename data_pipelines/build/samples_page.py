@@ -109,9 +109,8 @@ def _card(example: SplitRecord) -> str:
         return _framed(parts)
     parts.append(_images([fields["image"]] if "image" in fields else fields.get("frames", ())))
     if "question" in fields:
-        parts.append(
-            f"<div>{_text(fields['question'])}</div><div><b>{_text(' | '.join(dict.fromkeys(fields['answers'])))}</b></div>"  # noqa: E501
-        )
+        answers = " | ".join(dict.fromkeys(fields["answers"]))
+        parts.append(f"<div>{_text(fields['question'])}</div><div><b>{_text(answers)}</b></div>")
     parts += [f"<div>{_text(caption)}</div>" for caption in fields.get("captions", ())]
     if "text" in fields:
         parts.append(f"<div>{_text(fields['text'])}</div>")

@@ -103,15 +103,9 @@ def flamingo_segment(
         part = _page_window(sequence, dataset, rng)
         visuals = [[(place, 0)] for place in part.visuals]
     else:
-        if dataset.kind == "questions":
-            text = answer_of(record.fields, rng)
-            make = lambda: sequences.question_sequence(
-                question_prompt(record.fields, dataset), text, tokenizer
-            )
-        else:
-            text = caption_of(record.fields, rng)
-            make = lambda: sequences.pair_sequence(text, tokenizer, length=dataset.max_length)
-        part = record.once(text, lambda: window(make(), 0, dataset.max_length, 1, "previous"))
+        choose = answer_of if dataset.kind == "questions" else caption_of
+        text = choose(record.fields, rng)
+        part = record.once(text, lambda: _visual_window(record, dataset, tokenizer, text))
         run = clip(record.frame_counts[0], dataset.frames, None if rng is None else rng.below)
         visuals = [[(0, frame) for frame in run]]
     augment = [] if rng is None else [rng.augmentation(dataset) for _ in visuals]
@@ -132,6 +126,17 @@ def empty_segment(length: int, pad_token: int) -> Segment:
     """
     nothing = np.zeros(length, np.int32)
     return Segment(np.full_like(nothing, pad_token), nothing.astype(bool), nothing - 1)
+
+
+def _visual_window(record: Any, dataset: DatasetConfig, tokenizer: Tokenizer, text: str) -> Window:
+    """The one visual of a record with its caption or, after its question, its answer."""
+    length = dataset.max_length
+    if dataset.kind == "questions":
+        prompt = question_prompt(record.fields, dataset)
+        sequence = sequences.question_sequence(prompt, text, tokenizer)
+    else:
+        sequence = sequences.pair_sequence(text, tokenizer, length=length)
+    return window(sequence, 0, length, 1, "previous")
 
 
 def _page_window(

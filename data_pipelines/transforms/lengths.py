@@ -162,8 +162,10 @@ def load_or_measure(
     since, all are measured again. Raises StorageError where the storage fails each time it is
     asked (see `storage.read_with_retries`); nothing is kept then.
     """
-    asked_so = f"_{hashlib.sha256(prompt.encode()).hexdigest()[:16]}" if kind == "questions" else ""
-    path = folder / f"lengths_{tokenizer.fingerprint}{asked_so}_{split}.npz"
+    prompt_digest = (
+        f"_{hashlib.sha256(prompt.encode()).hexdigest()[:16]}" if kind == "questions" else ""
+    )
+    path = folder / f"lengths_{tokenizer.fingerprint}{prompt_digest}_{split}.npz"
     if is_current(path, folder):
         lengths = _load(path, len(records))
         if lengths is not None and all(
@@ -218,5 +220,8 @@ def _of(record: Any, kind: str, tokenizer: Tokenizer, prompt: str) -> tuple[int,
 def _captions(record: Any, tokenizer: Tokenizer) -> list[tuple[int, int]]:
     """Tokens of the sequence with each caption, without and with a leading space."""
     overhead = pair_overhead(tokenizer)
-    count = lambda text: overhead + len(tokenizer.encode(text))
-    return [(count(caption), count(" " + caption)) for caption in strings(record["captions"])]
+    tokens = [
+        [len(tokenizer.encode(text)) for text in (caption, " " + caption)]
+        for caption in strings(record["captions"])
+    ]
+    return [(overhead + bare, overhead + spaced) for bare, spaced in tokens]

@@ -108,7 +108,10 @@ def noise(seed: int, side: int = 8) -> bytes:
 def records(kind: str, count: int) -> list[SplitRecord]:
     """Records of a kind with texts of very different lengths."""
     rng = np.random.default_rng(0)
-    words = lambda: " ".join(rng.choice(WORDS, rng.integers(1, 12)))
+
+    def words():
+        return " ".join(rng.choice(WORDS, rng.integers(1, 12)))
+
     fields: dict[str, Callable[[int], dict[str, Any]]] = {
         "text": lambda i: {"text": words() + " " + words()},
         "pairs": lambda i: {"image": noise(i), "captions": [words() for _ in range(1 + i % 3)]},

@@ -842,7 +842,7 @@ def test_cut_contrastive_captions_are_counted_once_each(tokenizer):
 @pytest.mark.parametrize("task, kind", CASES)
 def test_held_out_batches_are_fixed(task, kind, tokenizer):
     config = dataclasses.replace(CONFIGS[kind], batch_size=2)
-    make = lambda host_shard: make_held_out(  # noqa: E731
+    make = lambda host_shard: make_held_out(
         config,
         tokenizer=tokenizer,
         task=task,
@@ -908,7 +908,9 @@ def test_lengths_are_kept_beside_the_dataset(tokenizer, tmp_path):
 
 
 def test_draws_are_even_and_of_one_visit():
-    of = lambda visit, seed=0, epoch=0: RecordRandom(seed, epoch, f"record {visit}")
+    def of(visit, seed=0, epoch=0):
+        return RecordRandom(seed, epoch, f"record {visit}")
+
     counts = np.bincount([of(visit).below(5) for visit in range(4_000)], minlength=5)
     assert abs(counts - 800).max() < 4 * np.sqrt(800)
     values = np.array([[draws.uniform(), draws.uniform(-3, 1)] for draws in map(of, range(4_000))])
@@ -938,9 +940,10 @@ def test_augmentation_flips_pixels_and_leaves_colours_to_the_device(
     """One draw for all frames of a visual; images are the plain ones or their mirror images,
     and jitter has their sizes.
     """
-    noise = lambda data, size, **_: np.random.default_rng(zlib.crc32(data)).integers(
-        0, 256, (size, 6, 3), np.uint8
-    )  # noqa: E731
+
+    def noise(data, size, **_):
+        return np.random.default_rng(zlib.crc32(data)).integers(0, 256, (size, 6, 3), np.uint8)
+
     monkeypatch.setattr(images, "decode", noise)
     plain = take(iterator(task, kind, tokenizer), 6)
     turned = take(iterator(task, kind, tokenizer, flip=True, colour=0.3, readers=READERS), 6)

@@ -219,7 +219,10 @@ def test_splits_that_get_no_record_are_named(tmp_path, caplog):
             "text", (SplitRecord("train", record), SplitRecord("validation", record)), shares=shares
         ),
     )
-    warnings = lambda: [message for message in caplog.messages if "share" in message]
+
+    def warnings():
+        return [message for message in caplog.messages if "share" in message]
+
     (message,) = warnings()
     assert "share of test" in message and "--test_share" in message
     write_dataset(tmp_path / "own", Given("text", (SplitRecord("test", record),)))

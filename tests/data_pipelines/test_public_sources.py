@@ -226,7 +226,10 @@ def test_matching_is_one_to_one_for_the_largest_sum() -> None:
 
 def downloads(folder: pathlib.Path) -> None:
     """Four images by address, each in another way."""
-    about = lambda number: json.dumps({"url": f"http://x/{number}", "status": "success"}).encode()
+
+    def about(number):
+        return json.dumps({"url": f"http://x/{number}", "status": "success"}).encode()
+
     shard(
         folder / "00000.tar",
         {
@@ -334,11 +337,14 @@ def test_tfds_features_are_found_by_their_usual_names_or_as_told(
         "captions": tfds.features.Sequence({"id": np.int64, "text": text}),
         "label": tfds.features.ClassLabel(names=["cat", "dog"]),
     }
-    told = lambda number: {
-        "image": io.BytesIO(shaded_image(number)),
-        "captions": [{"id": 1, "text": "a"}, {"id": 2, "text": f"b{number}"}],
-        "label": number % 2,
-    }
+
+    def told(number):
+        return {
+            "image": io.BytesIO(shaded_image(number)),
+            "captions": [{"id": 1, "text": "a"}, {"id": 2, "text": f"b{number}"}],
+            "label": number % 2,
+        }
+
     name = prepare(
         tmp_path / "in",
         features,

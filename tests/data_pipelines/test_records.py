@@ -103,9 +103,12 @@ def test_an_example_that_lacks_a_field_or_has_several_is_an_error(hurt):
         example.features.feature[name].bytes_list.value.extend(
             [b"a", b"b"] if name == "captions" else [b"a"]
         )
-    parsed = lambda: ParsedSplit(
-        [example.SerializeToString()], {"id": False, "captions": True, "image": False}
-    )[0]
+
+    def parsed():
+        return ParsedSplit(
+            [example.SerializeToString()], {"id": False, "captions": True, "image": False}
+        )[0]
+
     assert parsed() == {"id": b"a", "captions": [b"a", b"b"], "image": b"a"}
     if hurt != "captions":
         example.features.feature[hurt].bytes_list.value.append(b"c")

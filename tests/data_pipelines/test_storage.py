@@ -165,10 +165,13 @@ def test_a_run_over_storage_that_fails_for_moments_has_the_same_batches(
     too.
     """
     folder = build(tmp_path, kind, COUNT, monkeypatch, per_shard=7)
-    fixed = lambda: make_held_out(
-        DatasetConfig(kind=kind, path=str(folder), batch_size=4, max_length=64, visuals=0 if kind == "text" else 2), tokenizer=tokenizer,  # noqa: E501
-        task=TASKS[kind], batches=2, image_size=8, text_length=24,
-    )  # fmt: skip
+
+    def fixed():
+        return make_held_out(
+            DatasetConfig(kind=kind, path=str(folder), batch_size=4, max_length=64, visuals=0 if kind == "text" else 2), tokenizer=tokenizer,  # noqa: E501
+            task=TASKS[kind], batches=2, image_size=8, text_length=24,
+        )  # fmt: skip
+
     whole, seen = take(iterator(folder, kind, tokenizer), 9), list(fixed())
     kept = {path.name: path.read_bytes() for path in folder.glob("lengths_*")}
     for path in folder.glob("lengths_*"):

@@ -34,7 +34,10 @@ def test_films_without_time_stamps(tmp_path: pathlib.Path, form: str, codec: str
 )
 def test_a_clock_that_jumps_forwards(tmp_path: pathlib.Path, ending: str, codec: str):
     form = {"ts": "mpegts", "mkv": "matroska"}.get(ending)
-    jump = lambda number: number + (10_000 if number >= 20 else 0)
+
+    def jump(number):
+        return number + (10_000 if number >= 20 else 0)
+
     path = tmp_path / f"a.{ending}"
     write(path, SHOWN, rate=10, codec=codec, form=form, stamp=jump, options={"bf": "0"})
     film = read_video(path, fps=1, max_frames=64)
