@@ -19,9 +19,9 @@ from data_pipelines.records import UNREADABLE, open_records
 from flamingo_jax.experiment import DatasetConfig
 from flamingo_jax.storage import open_files_allowed, raise_open_files
 from tests.data_pipelines.faults import noise
-from tests.data_pipelines.test_batches import MEAN, SIZE, make_tokenizer
 from tests.data_pipelines.test_feature_cache import Quarters, quarters
 from tests.data_pipelines.test_features import Given
+from tests.data_pipelines.toy_data import MEAN, SIZE, make_tokenizer
 
 RECORDS, SHARDS, IMAGES = 150_000, 1_200, 200
 

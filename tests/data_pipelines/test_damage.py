@@ -31,7 +31,6 @@ from data_pipelines.records import UNREADABLE, open_records
 from flamingo_jax.experiment import DatasetConfig
 from flamingo_jax.processing.tokenizer import Tokenizer
 from tests.data_pipelines.raw import ALL_TRAIN, colourful, film, huge_png, lines, read
-from tests.data_pipelines.test_batches import tokenizer  # noqa: F401 - a fixture
 
 WHOLE_BATCH = 12
 NOT_UTF8 = b"caf\xe9 noir"
@@ -411,8 +410,8 @@ def test_a_record_damaged_on_disk_is_left_out_of_the_loss(
     task: str,
     tokenizer: Tokenizer,
     tmp_path: pathlib.Path,
-    caplog,  # noqa: F811
-) -> None:  # noqa: F811
+    caplog,
+) -> None:
     """Before its length is measured and after."""
     rng = np.random.default_rng(0)
     root = tmp_path / "raw"

@@ -13,18 +13,17 @@ from data_pipelines.transforms.packing import plan_rows
 from data_pipelines.transforms.randomness import RecordRandom, generator
 from flamingo_jax.experiment import DatasetConfig, Experiment, LanguageModelConfig
 from tests.data_pipelines.faults import build
-from tests.data_pipelines.test_batches import (
-    asked,
+from tests.data_pipelines.toy_data import (
     in_lists,
     iterator,
     pairs,
     same,
+    shared_questions,
     take,
-    tokenizer,  # noqa: F401 - a fixture
 )
 from tests.partitioning.processes import processes
 
-GIVEN = {"pairs": pairs(43), "questions": asked(43, about=3)}
+GIVEN = {"pairs": pairs(43), "questions": shared_questions(43, about=3)}
 """43 pairs and 15 images that are asked about; neither is a multiple of the batches below."""
 
 
@@ -36,7 +35,7 @@ def reds(batch):
 @pytest.mark.parametrize(
     "kind, items, size", [("pairs", 43, 4), ("pairs", 43, 25), ("questions", 15, 4)]
 )
-def test_no_contrastive_batch_holds_a_pair_twice(kind, items, size, tokenizer):  # noqa: F811
+def test_no_contrastive_batch_holds_a_pair_twice(kind, items, size, tokenizer):
     """A pair twice is its own negative.
 
     What an epoch leaves out is counted, and stands in another.
@@ -54,7 +53,7 @@ def test_no_contrastive_batch_holds_a_pair_twice(kind, items, size, tokenizer): 
 
 
 @pytest.mark.parametrize("kind", GIVEN)
-def test_the_end_of_an_epoch_is_the_same_resumed_and_shared_out(kind, tokenizer):  # noqa: F811
+def test_the_end_of_an_epoch_is_the_same_resumed_and_shared_out(kind, tokenizer):
     options = dict(source=GIVEN[kind], batch_size=8)
     one = take(iterator("contrastive", kind, tokenizer, **options), 12)
     resumed = iterator("contrastive", kind, tokenizer, **options)
@@ -71,7 +70,7 @@ def test_the_end_of_an_epoch_is_the_same_resumed_and_shared_out(kind, tokenizer)
         same(in_lists(batch, group), group.assembled([part[step] for part in parts]))
 
 
-def test_no_pair_stands_twice_after_the_batch_size_was_changed(tokenizer):  # noqa: F811
+def test_no_pair_stands_twice_after_the_batch_size_was_changed(tokenizer):
     it = iterator("contrastive", "pairs", tokenizer, source=GIVEN["pairs"], batch_size=12)
     for first in (4, 20, 28, 32, 100):
         it.set_state({"global_next_index": first})
@@ -80,7 +79,7 @@ def test_no_pair_stands_twice_after_the_batch_size_was_changed(tokenizer):  # no
     it.close()
 
 
-def test_datasets_of_one_size_share_no_order_no_captions_and_no_draws(tokenizer):  # noqa: F811
+def test_datasets_of_one_size_share_no_order_no_captions_and_no_draws(tokenizer):
     def orders(dataset):
         made = plan_rows(
             np.ones(90, int),
@@ -117,7 +116,7 @@ def test_datasets_of_one_size_share_no_order_no_captions_and_no_draws(tokenizer)
     "task, kind",
     [("contrastive", "pairs"), ("flamingo", "pages"), ("language_modelling", "text")],
 )
-def test_the_same_records_under_two_names_come_in_two_orders(task, kind, tokenizer):  # noqa: F811
+def test_the_same_records_under_two_names_come_in_two_orders(task, kind, tokenizer):
     def tokens(name):
         return [batch["tokens"] for batch in take(iterator(task, kind, tokenizer, name=name), 3)]
 
@@ -125,7 +124,7 @@ def test_the_same_records_under_two_names_come_in_two_orders(task, kind, tokeniz
     assert all(map(np.array_equal, first, again)) and not any(map(np.array_equal, first, other))
 
 
-def test_a_config_names_its_datasets(tokenizer, tmp_path, monkeypatch):  # noqa: F811
+def test_a_config_names_its_datasets(tokenizer, tmp_path, monkeypatch):
     """The same records, read twice by one experiment: two orders."""
     dataset = DatasetConfig(
         "text",

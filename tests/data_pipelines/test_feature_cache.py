@@ -28,7 +28,6 @@ from flamingo_jax.experiment import DatasetConfig
 from flamingo_jax.processing.images import ImageError
 from flamingo_jax.processing.tokenizer import Tokenizer
 from tests.data_pipelines.faults import Faults, build, ever, hurt, now_and_then
-from tests.data_pipelines.test_batches import tokenizer  # noqa: F401 - a fixture
 from tests.data_pipelines.test_features import Given
 
 SIZE = 8
@@ -120,8 +119,8 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_hold_the_features_of_the_images_they_would_hold(
     kind: str,
     sets: dict[str, pathlib.Path],
-    tokenizer: Tokenizer,  # noqa: F811
-) -> None:  # noqa: F811
+    tokenizer: Tokenizer,
+) -> None:
     dataset = dataclasses.replace(DATASETS[kind], path=str(sets[kind]))
     options = {"tokenizer": tokenizer, "task": "flamingo", "image_size": SIZE, "mean": MEAN}
     plain = make_iterator(dataset, **options)
@@ -249,8 +248,8 @@ def test_an_image_that_cannot_be_read_is_an_error_of_its_own(tmp_path: pathlib.P
 
 def test_one_sentence_where_features_cannot_be_kept(
     sets: dict[str, pathlib.Path],
-    tokenizer: Tokenizer,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     augmented = dataclasses.replace(DATASETS["pages"], path=str(sets["pages"]), colour=0.1)
     with pytest.raises(UserError, match="augmented.*flip and colour to 0"):

@@ -20,11 +20,10 @@ from data_pipelines.transforms.examples import Arrays
 from flamingo_jax.errors import UserError
 from flamingo_jax.processing import images
 from flamingo_jax.processing.tokenizer import Tokenizer
-from tests.data_pipelines.test_batches import (
+from tests.data_pipelines.toy_data import (
     iterator,
     take,
-    tokenizer,  # noqa: F401
-)  # noqa: F401 - a fixture
+)
 
 
 def nothing() -> Arrays:
@@ -118,8 +117,8 @@ def test_a_batch_holds_each_image_once(
     task: str,
     kind: str,
     count: int,
-    tokenizer: Tokenizer,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of what was decoded nothing is alive but in the batches, and the image that each reader
     is at.
@@ -153,8 +152,8 @@ def test_a_batch_holds_each_image_once(
 
 def test_what_is_read_ahead_is_bounded(
     tokenizer: Tokenizer,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
-) -> None:  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     decode, met = images.decode, []
     monkeypatch.setattr(
         images,

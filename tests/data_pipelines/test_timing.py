@@ -8,17 +8,16 @@ import pytest
 from data_pipelines import timing
 from flamingo_jax.processing import images
 from flamingo_jax.processing.tokenizer import Tokenizer
-from tests.data_pipelines.test_batches import (
+from tests.data_pipelines.toy_data import (
     SIZE,
     iterator,
     numbered_image,
     take,
-    tokenizer,  # noqa: F401
-)  # noqa: F401 - a fixture
+)
 
 
 @pytest.mark.parametrize("kind", ["pairs", "pages", "videos"])
-def test_reading_counts_what_the_rows_hold(kind: str, tokenizer: Tokenizer) -> None:  # noqa: F811
+def test_reading_counts_what_the_rows_hold(kind: str, tokenizer: Tokenizer) -> None:
     decode = images.decode
     it = iterator("flamingo", kind, tokenizer, cache_bytes=0)
     reading = timing.time_reading(it, SIZE, 3)
@@ -30,7 +29,7 @@ def test_reading_counts_what_the_rows_hold(kind: str, tokenizer: Tokenizer) -> N
     assert images.decode is decode
 
 
-def test_readers_are_timed_over_the_same_images(tokenizer: Tokenizer) -> None:  # noqa: F811
+def test_readers_are_timed_over_the_same_images(tokenizer: Tokenizer) -> None:
     rates = timing.time_readers(
         lambda readers: iterator("contrastive", "pairs", tokenizer, readers=readers, cache_bytes=0),
         [1, 3],
