@@ -16,12 +16,8 @@ from tests.data_pipelines.faults import (
     build,
     hurt,
 )
-from tests.data_pipelines.test_batches import (
-    same,
-    take,
-    tokenizer,  # noqa: F401
-)  # noqa: F401 - a fixture
 from tests.data_pipelines.test_storage import COUNT, iterator
+from tests.data_pipelines.toy_data import same, take
 
 
 def test_side_files_are_read_again_too(tokenizer, tmp_path, monkeypatch):  # noqa: F811
