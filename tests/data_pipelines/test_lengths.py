@@ -20,7 +20,7 @@ from tests.data_pipelines.test_storage import COUNT, iterator
 from tests.data_pipelines.toy_data import same, take
 
 
-def test_side_files_are_read_again_too(tokenizer, tmp_path, monkeypatch):  # noqa: F811
+def test_side_files_are_read_again_too(tokenizer, tmp_path, monkeypatch):
     """The description of a dataset, and what lengths were measured, by their own readers."""
     folder = build(tmp_path, "text", COUNT, monkeypatch)
     monkeypatch.setattr(storage, "WAITS", (0.001, 0.002))
@@ -72,8 +72,8 @@ def test_lengths_that_were_kept_under_an_error_are_measured_again(
     kind,
     tokenizer,
     tmp_path,
-    monkeypatch,  # noqa: F811
-):  # noqa: F811
+    monkeypatch,
+):
     folder = build(tmp_path, kind, COUNT, monkeypatch)
     task = "language_modelling" if kind in ("text", "questions") else "flamingo"
     whole = take(iterator(folder, kind, tokenizer, task), 12)
@@ -91,8 +91,8 @@ def test_lengths_that_no_longer_agree_are_named_in_a_sentence(
     kind,
     tokenizer,
     tmp_path,
-    monkeypatch,  # noqa: F811
-):  # noqa: F811
+    monkeypatch,
+):
     folder = build(tmp_path, kind, COUNT, monkeypatch)
     task = "language_modelling" if kind in ("text", "questions") else "flamingo"
     it = iterator(folder, kind, tokenizer, task)
@@ -113,7 +113,7 @@ def test_lengths_that_no_longer_agree_are_named_in_a_sentence(
     assert caught.value.exit_code == 2, "no launcher starts it again"
 
 
-def test_a_caption_that_was_measured_and_is_gone_is_a_sentence(tokenizer, tmp_path, monkeypatch):  # noqa: F811
+def test_a_caption_that_was_measured_and_is_gone_is_a_sentence(tokenizer, tmp_path, monkeypatch):
     folder = build(tmp_path, "pairs", COUNT, monkeypatch)
     iterator(folder, "pairs", tokenizer).close()
     (path,) = folder.glob("lengths_*")
@@ -143,8 +143,8 @@ def test_lengths_whose_file_is_damaged_are_measured_again(
     hurt_file,
     tokenizer,
     tmp_path,
-    monkeypatch,  # noqa: F811
-):  # noqa: F811
+    monkeypatch,
+):
     folder = build(tmp_path, "text", COUNT, monkeypatch)
     records = open_records(folder, "train", "text")
     made = load_or_measure(records, "text", tokenizer, folder, "train")
@@ -158,7 +158,7 @@ def test_lengths_whose_file_is_damaged_are_measured_again(
         np.testing.assert_array_equal(stored["tokens"], made.tokens)
 
 
-def test_a_record_that_was_mended_is_whole_again(tokenizer, tmp_path, monkeypatch):  # noqa: F811
+def test_a_record_that_was_mended_is_whole_again(tokenizer, tmp_path, monkeypatch):
     """The damage that was measured is kept for as long as it lasts."""
     folder = build(tmp_path, "pairs", COUNT, monkeypatch)
     whole = take(iterator(folder, "pairs", tokenizer), 12)
@@ -189,8 +189,8 @@ def test_damage_that_comes_after_lengths_were_measured_is_masked(
     kind,
     tokenizer,
     tmp_path,
-    monkeypatch,  # noqa: F811
-):  # noqa: F811
+    monkeypatch,
+):
     """Before the start, and in the midst of a run; all else stays as it was, and a caption that
     the blank in its place lacks is not asked for.
     """
@@ -223,7 +223,7 @@ def test_damage_that_comes_after_lengths_were_measured_is_masked(
         it.close()
 
 
-def test_a_damaged_question_is_not_told(tokenizer, tmp_path, monkeypatch):  # noqa: F811
+def test_a_damaged_question_is_not_told(tokenizer, tmp_path, monkeypatch):
     """In the contrastive stage several are told about one image; the blank that stands in for
     one is none of them.
     """
