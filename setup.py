@@ -42,10 +42,14 @@ setuptools.setup(
         "sentencepiece>=0.2",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.10",
+        "tensorstore>=0.1.70",
         "tokenizers>=0.20",
         "webencodings>=0.6",
     ],
     extras_require={
+        # Workdirs, checkpoints and exports in gs:// and s3://.
+        "bucket": ["gcsfs>=2025.2", "s3fs>=2025.2", "universal_pathlib>=0.3"],
+        "bucket-test": ["boto3>=1.35", "moto[server]>=5"],
         "parquet": ["pyarrow>=16"],
         "wandb": ["wandb>=0.31"],
         "trackio": ["trackio>=0.43"],

@@ -20,6 +20,7 @@ import numpy as np
 
 from flamingo_jax.dataset_identity import INFO_FILE, VERSION, find_dataset
 from flamingo_jax.errors import UserError
+from flamingo_jax.paths import require_mounted
 from flamingo_jax.storage import modified
 
 __all__ = ["INFO_FILE", "VERSION"]
@@ -83,6 +84,7 @@ def dataset_folder(path: str | pathlib.Path) -> pathlib.Path:
 
     Raises UserError where neither is a finished dataset.
     """
+    require_mounted(str(path), "a dataset's path")
     folder = find_dataset(path)
     if folder is None:
         raise UserError(

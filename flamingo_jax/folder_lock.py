@@ -7,7 +7,8 @@ Of several files the one with the highest n counts. A lease whose process is gon
 machine, or that was not renewed for `LEASE_SECONDS`, from another one, is followed by that of
 whoever makes the next n: a file system, NFS too, lets one process alone make a new file, where
 locks of files (flock) are not known to all of its hosts. Ages are told by the storage's own
-clock. So nothing is to be cleaned up after a process or a host that died.
+clock. So nothing is to be cleaned up after a process or a host that died. In a bucket the same
+holds: stores make an object that is not there yet for one writer alone.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from flamingo_jax import paths
 from flamingo_jax.errors import EXIT_LOST, StorageError, UserError
 
 log = logging.getLogger(__name__)
@@ -137,11 +139,11 @@ class FolderLock:
             os.getpid(),
             _machine(),
             _began(os.getpid()),
-            os.path.realpath(folder),
+            str(folder) if paths.is_bucket(folder) else os.path.realpath(folder),
             uuid.uuid4().hex,
         )
         try:
-            self._made = not folder.exists()
+            self._made = not paths.is_bucket(folder) and not folder.exists()
             self._path = self._take()
         except OSError as error:
             raise _failed(folder, error) from error
@@ -164,7 +166,7 @@ class FolderLock:
     def _take(self) -> pathlib.Path:
         first: LeaseFile | None = None
         while True:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            paths.make_folder(self._folder)
             try:
                 seen, found = _numbers(self._folder), _newest(self._folder)
                 if found is not None and not self._is_free(found, first):
@@ -188,6 +190,8 @@ class FolderLock:
                     path.unlink()
                     continue
             except FileNotFoundError:
+                if paths.is_bucket(self._folder):
+                    raise
                 # The holder before has removed the folder, which it left empty.
                 time.sleep(0.001)
                 continue
@@ -221,6 +225,11 @@ class FolderLock:
     def _now(self) -> float:
         """The storage's time."""
         path = self._folder / f"{PREFIX}clock-{self._lease.token}"
+        if paths.is_bucket(path):
+            path.write_bytes(b"?")
+            now = paths.version(path).changed
+            path.unlink()
+            return now
         with open(path, "wb") as file:
             file.write(b"?")
             file.flush()
@@ -237,7 +246,7 @@ class FolderLock:
                     # Somebody tidied up.
                     _make(self._path, self._lease)
                 elif found.lease == self._lease:
-                    os.utime(self._path)
+                    _renew(self._path, self._lease)
                 elif not self._stop.is_set():
                     return self._lost(self._folder)
 
@@ -249,7 +258,9 @@ def _who(lease: Lease | None) -> str:
 
 
 def _failed(folder: pathlib.Path, error: OSError) -> UserError:
-    if error.errno in _REFUSED:
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"there is no bucket for {folder}: make it, or name another")
+    if error.errno in _REFUSED or isinstance(error, PermissionError):
         return UserError(f"{folder} cannot be written to ({error.strerror}): name another folder")
     why = f"{folder} cannot be written to just now ({error.strerror})"
     return StorageError(f"{why}: mend the storage and start again")
@@ -278,8 +289,12 @@ def _number(name: str) -> int:
 
 
 def _numbers(folder: pathlib.Path) -> list[int]:
-    with os.scandir(folder) as entries:
-        return sorted(number for entry in entries if (number := _number(entry.name)))
+    if paths.is_bucket(folder):
+        names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    else:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries]
+    return sorted(number for name in names if (number := _number(name)))
 
 
 def _newest(folder: pathlib.Path) -> LeaseFile | None:
@@ -292,9 +307,12 @@ def _newest(folder: pathlib.Path) -> LeaseFile | None:
 def _read(path: pathlib.Path) -> LeaseFile | None:
     """None where it is not there, or there no more."""
     try:
-        # NFS looks again at a file that is opened.
-        with open(path, "rb") as file:
-            text, changed = file.read(MOST_BYTES), os.fstat(file.fileno()).st_mtime
+        if paths.is_bucket(path):
+            text, changed = path.read_bytes()[:MOST_BYTES], paths.version(path).changed
+        else:
+            # NFS looks again at a file that is opened.
+            with open(path, "rb") as file:
+                text, changed = file.read(MOST_BYTES), os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
         return None
     lease = None
@@ -309,19 +327,19 @@ def _read(path: pathlib.Path) -> LeaseFile | None:
 
 def _make(path: pathlib.Path, lease: Lease) -> bool:
     """Whether this process made it: one alone can."""
-    try:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-    except FileExistsError:
-        return False
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(json.dumps(lease._asdict()).encode())
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
-    return True
+    return paths.create(path, _text(lease))
+
+
+def _renew(path: pathlib.Path, lease: Lease) -> None:
+    """Gives a sign of life. Raises OSError."""
+    if paths.is_bucket(path):
+        path.write_bytes(_text(lease))
+    else:
+        os.utime(path)
+
+
+def _text(lease: Lease) -> bytes:
+    return json.dumps(lease._asdict()).encode()
 
 
 # -- processes --

@@ -30,6 +30,7 @@ from flamingo_jax.distributed.supervised import is_supervised
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.partitioning.cpu_devices import configure_cpu_devices
+from flamingo_jax.paths import is_bucket
 from flamingo_jax.ranges import MAX_SEED
 from flamingo_jax.storage import raise_open_files
 
@@ -71,11 +72,14 @@ def write_config(value: Experiment, path: pathlib.Path) -> None:
     """The experiment as JSON for `configuring.from_json`, moved into place so that a reader
     never sees half of it.
     """
+    text = json.dumps(configuring.to_json(value), indent=2) + "\n"
+    if is_bucket(path):
+        path.write_text(text)
+        return
     with tempfile.NamedTemporaryFile(
         "w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False
     ) as file:
-        json.dump(configuring.to_json(value), file, indent=2)
-        file.write("\n")
+        file.write(text)
     os.replace(file.name, path)
 
 

@@ -16,11 +16,10 @@ divergence; it needs transformers and torch (pip install 'flamingo_jax[interop-t
 memory for the model twice.
 """
 
-import pathlib
-
 from absl import flags
 
 from flamingo_jax.errors import UserError
+from flamingo_jax.paths import as_path
 from launch import command
 
 LANGUAGE_MODEL = flags.DEFINE_string("language_model", "", "Folder of a published language model.")
@@ -43,12 +42,12 @@ def main() -> int:
     from flamingo_jax.interop.verify import require_original
 
     part: ModelPart = "language_model" if LANGUAGE_MODEL.value else "vision_encoder"
-    folder = pathlib.Path(LANGUAGE_MODEL.value or VISION_ENCODER.value)
+    folder = as_path(LANGUAGE_MODEL.value or VISION_ENCODER.value)
     if VERIFY.value:
         require_original()
         open_folder(folder, part)
     if OUTPUT.value:
-        convert(folder, part, pathlib.Path(OUTPUT.value))
+        convert(folder, part, as_path(OUTPUT.value))
     if VERIFY.value:
         compared = compare(folder, part)
         print(

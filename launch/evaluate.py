@@ -42,6 +42,7 @@ from absl import flags
 from flamingo_jax import experiment
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation.description import BenchmarkDescription, parse_shots
+from flamingo_jax.paths import as_path
 from launch import command
 
 MODEL = flags.DEFINE_string("model", "", "Exported folder of a model.")
@@ -226,16 +227,16 @@ def run_evaluators() -> int:
 def _run() -> Any:
     """What the flags say about the model, how it is asked, and the report."""
     from flamingo_jax.evaluation.benchmarks.benchmark import EvaluationSettings
-    from flamingo_jax.evaluation.report import read_metrics
     from flamingo_jax.evaluation.runner import EvaluationRun, read_json, trained_prompts
     from flamingo_jax.inference.generation import DecodingConfig
+    from flamingo_jax.json_lines import read_lines
 
     curves = {}
     for text in CURVES.value:
         name, _, path = text.partition("=")
-        if not pathlib.Path(path).is_file():
+        if not as_path(path).is_file():
             raise UserError(f"--curves={text} must be NAME=FILE with a metrics.jsonl that is there")
-        curves[name] = read_metrics(pathlib.Path(path))
+        curves[name] = read_lines(as_path(path))
     text_examples = TEXT_EXAMPLES.value
     if text_examples is None:
         text_examples = 0 if trained_prompts(MODEL.value) else EvaluationSettings.text_examples

@@ -1,7 +1,6 @@
 """What a run's evaluators measure, after it: for `launch.evaluate --evaluator`."""
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from flamingo_jax.evaluation.evaluator_config import parse_evaluator
 from flamingo_jax.evaluation.evaluators.factory import make_evaluator
 from flamingo_jax.partitioning.host_shard import HostShard
 from flamingo_jax.partitioning.mesh import check_batches
+from flamingo_jax.paths import as_path
 from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.tasks import stages
 from flamingo_jax.training import evaluator, held_out
@@ -29,7 +29,7 @@ def measure(asked: Sequence[str], *, model: str = "", workdir: str = "") -> dict
     Returns: {<name>/<metric>: value}, as the run's metrics.jsonl has them.
     Raises: UserError for a name that the config does not have, or what cannot be measured.
     """
-    folder = pathlib.Path(model or workdir)
+    folder = as_path(model or workdir)
     run = load_exported_run(folder) if model else load_trained_run(folder)
     with jax.set_mesh(run.mesh):
         tokenizer = _tokenizer(run)

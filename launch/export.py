@@ -8,11 +8,10 @@ named; nothing in the workdir is changed. Frozen parts are read from the exports
 so that the folder stands alone.
 """
 
-import pathlib
-
 from absl import flags
 
 from flamingo_jax.errors import UserError
+from flamingo_jax.paths import as_path
 from launch import command
 
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the training run.")
@@ -25,7 +24,7 @@ def main() -> int:
             raise UserError(f"--{name} is not set: name a folder")
     from flamingo_jax.training.trained_run import export_run
 
-    export_run(pathlib.Path(WORKDIR.value), pathlib.Path(OUTPUT.value))
+    export_run(as_path(WORKDIR.value), as_path(OUTPUT.value))
     return 0
 
 

@@ -8,7 +8,6 @@ the time before a start in which nothing ran.
 """
 
 import json
-import pathlib
 
 from absl import flags
 from rich import box
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from flamingo_jax.checkpointing.manifest import unreadable
 from flamingo_jax.errors import UserError
+from flamingo_jax.paths import as_path
 from flamingo_jax.training.goodput import KINDS, GoodputReport, read_goodput, share
 from launch import command
 
@@ -29,7 +29,7 @@ WIDEST = 400
 def main() -> int:
     if not WORKDIR.value:
         raise UserError("--workdir is not set: name the folder of a training run")
-    workdir = pathlib.Path(WORKDIR.value)
+    workdir = as_path(WORKDIR.value)
     try:
         breakdown = read_goodput(workdir)
     except OSError as error:

@@ -26,6 +26,7 @@ from flamingo_jax import errors
 from flamingo_jax.distributed.coordinator import Timeouts
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.folder_lock import lock_folder
+from flamingo_jax.paths import as_path, compilation_cache, make_folder
 from launch import command
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def main() -> int:
     experiment = command.experiment(CONFIG)
     if not WORKDIR.value:
         raise errors.UserError("--workdir is not set: name a folder for checkpoints and metrics")
-    workdir = pathlib.Path(WORKDIR.value)
+    workdir = as_path(WORKDIR.value)
     if workdir.exists() and not workdir.is_dir():
         raise errors.UserError(
             f"--workdir={workdir} is a file: name a folder for checkpoints and metrics"
@@ -98,7 +99,7 @@ def main() -> int:
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(compilation_cache(workdir)))
     if process_info is None:
         return run(experiment, workdir)
     from flamingo_jax.distributed.coordinator import END
@@ -173,7 +174,7 @@ def _run(
             return
         # Not before: a config that is refused must not replace the one of the run that is
         # there.
-        workdir.mkdir(parents=True, exist_ok=True)
+        make_folder(workdir)
         command.write_config(experiment, workdir / "config.json")
         tokenizer.save(workdir)
 

@@ -6,7 +6,9 @@ importer of orbax.
     <folder>/<step>/manifest.json   size and digest of every file; written last
 
 A step counts as saved when its manifest is there. What a killed process leaves has none, is
-never read, and is removed by the next save.
+never read, and is removed by the next save. In a bucket (`paths`) the arrays are Zarr's
+(`bucket_arrays`), and a damaged step, which cannot be renamed there, keeps its manifest as
+`manifest.json.damaged`.
 """
 
 import contextlib
@@ -15,7 +17,6 @@ import logging
 import os
 import pathlib
 import re
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -27,8 +28,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from flamingo_jax import renamed
+from flamingo_jax import paths, renamed
 from flamingo_jax.checkpointing import manifest
+from flamingo_jax.checkpointing.bucket_arrays import BucketArrays
+from flamingo_jax.checkpointing.contents import (
+    dtype_and_shape,
+    named_arrays,
+    require_same_arrays,
+    require_saveable,
+)
 from flamingo_jax.distributed.coordinator import SAVING
 from flamingo_jax.distributed.process_group import ProcessGroup, SingleProcess
 from flamingo_jax.errors import StorageError, UserError
@@ -37,6 +45,8 @@ log = logging.getLogger(__name__)
 
 CONTENTS = "contents.json"
 STATE = "state"
+DAMAGED = manifest.NAME + ".damaged"
+"""The manifest of a damaged step in a bucket."""
 _ASIDE = re.compile(r"([0-9]{1,18})\.damaged(\.[0-9]+)?")
 
 
@@ -80,10 +90,11 @@ class Checkpoints:
                 " least 1 and keep_every at least 0"
             )
         # orbax wants an absolute path.
-        self._folder = pathlib.Path(folder).absolute()
+        self._folder = paths.as_path(folder).absolute()
+        self._in_bucket = paths.is_bucket(self._folder)
         self._keep_last, self._keep_every = keep_last, keep_every
-        self._orbax = ocp.StandardCheckpointer()
-        self._primary, self._crew = jax.process_index() == 0, process_group or SingleProcess()
+        self._arrays = BucketArrays() if self._in_bucket else ocp.StandardCheckpointer()
+        self._primary, self._group = jax.process_index() == 0, process_group or SingleProcess()
         self._ending: threading.Thread | None = None
         self._failure: tuple[int, BaseException] | None = None
         self._saved: set[int] = set()
@@ -101,12 +112,12 @@ class Checkpoints:
         Raises: SaveError when this or the save before failed, UserError for a step that is
           there already, TypeError for what cannot be saved.
         """
-        arrays = _named(state)
+        arrays = named_arrays(state)
         for name, value in arrays.items():
-            _require_saveable(name, value)
+            require_saveable(name, value)
         contents = {
             "step": step,
-            "arrays": {name: _kind(value) for name, value in arrays.items()},
+            "arrays": {name: dtype_and_shape(value) for name, value in arrays.items()},
             "extra": extra,
         }
         text = json.dumps(contents).encode()
@@ -122,11 +133,14 @@ class Checkpoints:
             if self._primary:
                 if not self._cleaned:
                     self._remove_leftovers()
-                self._path(step).mkdir(parents=True)
+                if self._in_bucket:
+                    self._remove_damaged(step)
+                else:
+                    self._path(step).mkdir(parents=True)
                 manifest.write_atomically(self._path(step) / CONTENTS, text)
             self._cleaned = True
             # orbax refuses arrays without elements; the template brings them back.
-            self._orbax.save(
+            self._arrays.save(
                 self._path(step) / STATE,
                 {name: value for name, value in arrays.items() if value.size},
             )
@@ -152,7 +166,7 @@ class Checkpoints:
                 step = self._find_newest(set_aside=True).step
         if jax.process_count() > 1:
             # Reading takes as long as it takes, and a broadcast may not wait for that.
-            self._crew.barrier("the search for the newest checkpoint")
+            self._group.barrier("the search for the newest checkpoint")
             found = int(
                 multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step))
             )
@@ -167,10 +181,9 @@ class Checkpoints:
         """
         with self._reading():
             found = self._find_newest(set_aside=False)
-            for name in os.listdir(self._folder) if manifest.is_there(self._folder) else ():
-                if (aside := _ASIDE.fullmatch(name)) and int(aside[1]) > (found.step or 0):
-                    why = f"it was damaged and is {self._folder / name} now"
-                    found.passed.setdefault(int(aside[1]), why)
+            for step, where in self._damaged():
+                if step > (found.step or 0):
+                    found.passed.setdefault(step, f"it was damaged and is {where} now")
         if found.step is not None:
             self._verified.add(found.step)
         return found
@@ -187,9 +200,9 @@ class Checkpoints:
         """
         self.wait()
         self._require_verified(step)
-        wanted = _named(template)
+        wanted = named_arrays(template)
         saved = self._contents(step)["arrays"]
-        _require_same(saved, wanted, self._path(step))
+        require_same_arrays(saved, wanted, self._path(step))
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         targets = {
             name: jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=like.sharding or here)
@@ -197,7 +210,7 @@ class Checkpoints:
             if like.size
         }
         try:
-            arrays = self._orbax.restore(self._path(step) / STATE, targets)
+            arrays = self._arrays.restore(self._path(step) / STATE, targets)
         except (OSError, ValueError) as error:
             # Its files were as they had been written; tensorstore's errors name the one that it
             # cannot read.
@@ -233,20 +246,23 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._orbax.close()
+            self._arrays.close()
 
     # -- ending a save, beside the training loop --
 
     def _end(self, step: int) -> None:
         began = time.monotonic()
         try:
-            self._orbax.wait_until_finished()
+            self._arrays.wait_until_finished()
+            if self._in_bucket and jax.process_count() > 1:
+                # orbax waits for all by itself.
+                self._group.barrier(f"{SAVING} the arrays of step {step}")
             if self._primary:
                 with self._working(f"{SAVING} step {step}") as progress:
                     manifest.write_manifest(self._path(step), progress)
                 log.info("saved step %d in %.1f s", step, time.monotonic() - began)
             # Whoever left before would take the one that still writes along.
-            self._crew.barrier(f"{SAVING} step {step}")
+            self._group.barrier(f"{SAVING} step {step}")
         except Exception as error:  # noqa: BLE001 - whatever orbax raises, the save has failed
             self._failure = (step, error)
             return
@@ -290,11 +306,14 @@ class Checkpoints:
         """
         steps = [step for step in sorted(self._folders()) if not self._has_manifest(step)]
         found = [self._path(step) for step in steps]
-        for path in found:
+        for path in list(found):
             try:
                 inside = {part.name for part in path.iterdir()}
             except FileNotFoundError:
                 # A run that is still training has just let go of it.
+                continue
+            if DAMAGED in inside:
+                found.remove(path)
                 continue
             if inside and CONTENTS not in inside and inside != {manifest.unfinished(CONTENTS)}:
                 raise UserError(f"{path} is no checkpoint of this project: train in a new workdir")
@@ -306,10 +325,11 @@ class Checkpoints:
         one of ours.
         """
         (path / manifest.NAME).unlink(missing_ok=True)
-        for part in path.iterdir():
-            if part.is_dir():
-                shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(path)
+        for name in paths.subfolders(path):
+            with contextlib.suppress(OSError):
+                paths.remove_folder(path / name)
+        with contextlib.suppress(*((FileNotFoundError,) if paths.is_bucket(path) else ())):
+            paths.remove_folder(path)
 
     # -- finding and checking --
 
@@ -321,11 +341,11 @@ class Checkpoints:
         that took that for none would begin anew.
         """
         try:
-            with manifest.retry_read(lambda: os.scandir(self._folder)) as entries:
-                names = [one.name for one in entries if one.name.isdecimal() and one.is_dir()]
+            names = manifest.retry_read(lambda: paths.subfolders(self._folder))
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted((int(name) for name in names if name == str(int(name))), reverse=True)
+        steps = [int(name) for name in names if name.isdecimal() and name == str(int(name))]
+        return sorted(steps, reverse=True)
 
     def _has_manifest(self, step: int) -> bool:
         return manifest.is_there(self._path(step) / manifest.NAME)
@@ -364,11 +384,11 @@ class Checkpoints:
     @contextlib.contextmanager
     def _working(self, what: str) -> Iterator[manifest.Progress]:
         """Within, who calls what it yields shows the others that it gets on."""
-        self._crew.report_progress(what)
+        self._group.report_progress(what)
         try:
-            yield lambda: self._crew.report_progress(what)
+            yield lambda: self._group.report_progress(what)
         finally:
-            self._crew.report_progress("")
+            self._group.report_progress("")
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
@@ -377,7 +397,30 @@ class Checkpoints:
         except OSError as error:
             raise manifest.unreadable(self._folder, error) from error
 
+    def _damaged(self) -> list[tuple[int, pathlib.Path]]:
+        """Returns (step, where it is now) of all that were set aside."""
+        if self._in_bucket:
+            steps = [step for step in self._folders() if self._is_damaged(step)]
+            return [(step, self._path(step) / DAMAGED) for step in steps]
+        names = os.listdir(self._folder) if manifest.is_there(self._folder) else []
+        found = [(_ASIDE.fullmatch(name), self._folder / name) for name in names]
+        return [(int(aside[1]), path) for aside, path in found if aside]
+
+    def _is_damaged(self, step: int) -> bool:
+        return manifest.is_there(self._path(step) / DAMAGED)
+
+    def _remove_damaged(self, step: int) -> None:
+        """Makes place in a bucket for a step that is saved again."""
+        if self._is_damaged(step):
+            log.warning("removing %s, which was damaged: it is saved again", self._path(step))
+            self._remove(self._path(step))
+
     def _set_aside(self, step: int) -> pathlib.Path:
+        if self._in_bucket:
+            text = (self._path(step) / manifest.NAME).read_bytes()
+            (self._path(step) / DAMAGED).write_bytes(text)
+            (self._path(step) / manifest.NAME).unlink()
+            return self._path(step) / DAMAGED
         number, target = 1, self._folder / f"{step}.damaged"
         while target.exists():
             number, target = number + 1, self._folder / f"{step}.damaged.{number + 1}"
@@ -400,7 +443,7 @@ class Checkpoints:
                 else f"{self._folder} has no checkpoint of step {step}"
             )
         if jax.process_count() > 1:
-            self._crew.barrier(f"the verification of step {step}")
+            self._group.barrier(f"the verification of step {step}")
         if jax.process_count() > 1 and int(
             multihost_utils.broadcast_one_to_all(np.int32(bool(problem)))
         ):
@@ -415,50 +458,3 @@ class Checkpoints:
     def _contents(self, step: int) -> dict[str, Any]:
         with self._reading():
             return json.loads(manifest.retry_read((self._path(step) / CONTENTS).read_bytes))
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """The leaves of a pytree by their path, "trainable/gated_xattn/layers/query"."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    if len(named) != len(leaves):
-        raise ValueError("two leaves of the state have the same name: rename one")
-    return named
-
-
-def _require_saveable(name: str, value: Any) -> None:
-    if not isinstance(value, jax.Array):
-        raise TypeError(
-            f"the state's {name} is {type(value).__name__}, but a checkpoint holds jax.Arrays;"
-            " other data belong in `extra`"
-        )
-    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
-        raise TypeError(
-            f"the state's {name} is a typed PRNG key: save jax.random.key_data(key) instead"
-        )
-
-
-def _kind(value: Any) -> list[Any]:
-    return [jnp.dtype(value.dtype).name, *value.shape]
-
-
-def _require_same(
-    saved: dict[str, list[Any]], wanted: dict[str, Any], folder: pathlib.Path
-) -> None:
-    differing = [
-        f"{name} is {_describe(saved.get(name))} in the checkpoint and"
-        f" {_describe(_kind(wanted[name]) if name in wanted else None)} here"
-        for name in [*wanted, *(name for name in saved if name not in wanted)]
-        if name not in saved or name not in wanted or saved[name] != _kind(wanted[name])
-    ]
-    if differing:
-        more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
-        raise UserError(
-            f"{folder} was made by another model or optimizer:"
-            f" {'; '.join(differing[:3])}{more}: use the config it was made with or a new"
-            " workdir"
-        )
-
-
-def _describe(kind: list[Any] | None) -> str:
-    return "absent" if kind is None else f"{kind[0]} {kind[1:]}"

@@ -11,6 +11,7 @@ import functools
 import json
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -19,11 +20,20 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
+from flamingo_jax import paths
 from flamingo_jax.checkpointing import manifest
-from flamingo_jax.checkpointing.tensors import DTYPES, Stored, Term, read_headers, read_sharded
+from flamingo_jax.checkpointing.stored_tensors import (
+    DTYPES,
+    StoredTensor,
+    Term,
+    read_headers,
+    read_whole,
+)
+from flamingo_jax.checkpointing.tensors import read_sharded
 from flamingo_jax.checkpointing.verification import verify
 from flamingo_jax.distributed.process_group import ProcessGroup
 from flamingo_jax.errors import UserError
+from flamingo_jax.json_lines import read_bytes
 from flamingo_jax.processing.tokenizer import FILE_NAME, JSON_NAME, SPECIALS_NAME, Tokenizer
 from flamingo_jax.processing.tokenizer import tokenizer_file as find_tokenizer
 from flamingo_jax.pytrees import restack, stacked_name, unstack_names
@@ -33,6 +43,8 @@ VERSION = 1
 KINDS = ("contrastive", "language_model", "vision_encoder", "flamingo")
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+BEGUN = ".export-begun"
+"""In a bucket, the first file of an export: what lies there without a manifest may be removed."""
 
 
 def export_model(
@@ -61,16 +73,16 @@ def export_model(
     Raises: UserError when the folder is there, a file is missing or the storage cannot be
       written.
     """
-    folder = pathlib.Path(folder).absolute()
+    folder = paths.as_path(folder).absolute()
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, not one of {', '.join(KINDS)}")
-    if folder.exists():
+    if _is_taken(folder):
         raise UserError(f"{folder} is there already: name another folder or remove it")
-    copies = {name: pathlib.Path(path) for name, path in (extra_files or {}).items()}
+    copies = {name: paths.as_path(path) for name, path in (extra_files or {}).items()}
     taken = {CONFIG, INDEX, FILE_NAME, JSON_NAME, SPECIALS_NAME, manifest.NAME} & set(copies)
     if taken:
         raise ValueError(f"extra_files may not be named {taken}: the export itself writes that")
-    tokenizer = None if tokenizer_file is None else pathlib.Path(tokenizer_file)
+    tokenizer = None if tokenizer_file is None else paths.as_path(tokenizer_file)
     for path in (*copies.values(), *([tokenizer] if tokenizer else [])):
         if not path.is_file():
             raise UserError(f"{path} is missing, but the export should hold a copy of it")
@@ -81,28 +93,53 @@ def export_model(
             if tokenizer.suffix == ".json"
             else {FILE_NAME: tokenizer.read_bytes()}
         )
-    content = (
-        json.dumps({"format": FORMAT, "version": VERSION, "kind": kind, "config": config}, indent=2)
-        + "\n"
-    )
+    document = {"format": FORMAT, "version": VERSION, "kind": kind, "config": config}
+    written[CONFIG] = (json.dumps(document, indent=2) + "\n").encode()
 
-    temporary = folder.with_name(manifest.unfinished(folder.name))
-    shutil.rmtree(temporary, ignore_errors=True)
+    in_bucket = paths.is_bucket(folder)
+    target = folder if in_bucket else folder.with_name(manifest.unfinished(folder.name))
     try:
-        temporary.mkdir(parents=True)
-        _write_shards(temporary, parameters, shard_bytes)
-        (temporary / CONFIG).write_text(content)
+        _begin(target)
+        _write_shards(target, parameters, shard_bytes)
         for name, data in written.items():
-            (temporary / name).write_bytes(data)
+            (target / name).write_bytes(data)
         for name, path in copies.items():
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, temporary / name)
-        manifest.write_manifest(temporary)
-        temporary.rename(folder)
-        manifest.sync_folder(folder.parent)
+            paths.make_folder((target / name).parent)
+            _copy(path, target / name)
+        manifest.write_manifest(target)
+        if not in_bucket:
+            target.rename(folder)
+            manifest.sync_folder(folder.parent)
     except (OSError, safetensors.SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not in_bucket:
+            shutil.rmtree(target, ignore_errors=True)
         raise UserError(f"{folder} could not be written: {error}") from error
+
+
+def _is_taken(folder: pathlib.Path) -> bool:
+    """Tells whether the folder is there; in a bucket, what a killed export left is not it."""
+    if not paths.is_bucket(folder):
+        return folder.exists()
+    files = {file.name for file in paths.files_below(folder)}
+    return bool(files) and (manifest.NAME in files or BEGUN not in files)
+
+
+def _copy(path: pathlib.Path, target: pathlib.Path) -> None:
+    if not paths.is_bucket(path) and not paths.is_bucket(target):
+        shutil.copyfile(path, target)
+    else:
+        target.write_bytes(read_bytes(path))
+
+
+def _begin(folder: pathlib.Path) -> None:
+    """Empties the folder that is written to: it holds nothing but what a killed export left."""
+    if not paths.is_bucket(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return
+    if manifest.is_there(folder / BEGUN):
+        paths.remove_folder(folder)
+    (folder / BEGUN).write_text("its export has begun; it is whole once manifest.json is there\n")
 
 
 def _write_shards(
@@ -110,16 +147,28 @@ def _write_shards(
     parameters: Mapping[str, Any] | Iterable[tuple[str, np.ndarray]],
     shard_bytes: int,
 ) -> None:
+    """Writes the files of tensors and the index that names them. In a bucket each goes by way of
+    a temporary file of this machine.
+    """
     places: list[list[str]] = []
     total = 0
     layers = _layers(parameters) if isinstance(parameters, Mapping) else parameters
-    for number, shard in enumerate(_shards(layers, shard_bytes)):
-        save_file(shard, folder / f"{number}.safetensors", metadata={"format": "np"})
-        places.append(list(shard))
-        total += sum(value.nbytes for value in shard.values())
-    # How many there are is known only now.
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(places):
+    with tempfile.TemporaryDirectory() as local:
+        for number, shard in enumerate(_shards(layers, shard_bytes)):
+            places.append(list(shard))
+            total += sum(value.nbytes for value in shard.values())
+            if paths.is_bucket(folder):
+                name = f"model-{number + 1:05d}.safetensors"
+                file = pathlib.Path(local, name)
+                save_file(shard, file, metadata={"format": "np"})
+                paths.upload(file, folder / name)
+                file.unlink()
+                weight_map |= dict.fromkeys(shard, name)
+            else:
+                save_file(shard, folder / f"{number}.safetensors", metadata={"format": "np"})
+    # How many there are is known only now, and nothing is renamed in a bucket.
+    for number, names in enumerate([] if paths.is_bucket(folder) else places):
         final = f"model-{number + 1:05d}-of-{len(places):05d}.safetensors"
         (folder / f"{number}.safetensors").rename(folder / final)
         weight_map |= dict.fromkeys(names, final)
@@ -169,7 +218,7 @@ class Export:
     _manifest: manifest.Manifest = dataclasses.field(repr=False)
 
     @functools.cached_property
-    def _stored(self) -> dict[str, Stored]:
+    def _stored(self) -> dict[str, StoredTensor]:
         found = read_headers([self.folder / name for name in sorted(set(self._files.values()))])
         lacking = sorted(set(self._files) - set(found))
         if lacking:
@@ -231,6 +280,8 @@ class Export:
         Raises: UserError when a file is not what it should be, StorageError when one cannot be
         read just now.
         """
+        if paths.is_bucket(self.folder):
+            return self._read_tensors(prefix)
         stacks: dict[str, list[str]] = {}
         for leaf in self._files:
             stack = stacked_name(leaf)[0]
@@ -259,6 +310,20 @@ class Export:
             raise manifest.unreadable(self.folder, error) from error
         return values
 
+    def _read_tensors(self, prefix: str) -> dict[str, np.ndarray]:
+        """As `read`, by the places of tensors in their files."""
+        try:
+            leaves = {
+                leaf: manifest.retry_read(lambda leaf=leaf: read_whole(self._stored[leaf]))  # type: ignore[misc]
+                for leaf in self._files
+                if stacked_name(leaf)[0].startswith(prefix)
+            }
+        except EOFError as error:
+            raise UserError(f"{error}: copy or export {self.folder} again") from error
+        except OSError as error:
+            raise manifest.unreadable(self.folder, error) from error
+        return restack(leaves)
+
     def verify(self, process_group: ProcessGroup | None = None) -> None:
         """Reads every byte, once for all processes of a run, which all have to ask.
 
@@ -281,7 +346,7 @@ def open_export(folder: pathlib.Path | str) -> Export:
     Raises: UserError when the folder is missing, is no export, or lacks a file or a part of
     one; StorageError when it cannot be read just now.
     """
-    folder = pathlib.Path(folder)
+    folder = paths.as_path(folder)
     try:
         return _opened(folder)
     except OSError as error:

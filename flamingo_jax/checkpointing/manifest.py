@@ -11,10 +11,10 @@ import hashlib
 import json
 import os
 import pathlib
-import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
+from flamingo_jax import paths
 from flamingo_jax.errors import StorageError
 from flamingo_jax.storage import retry
 
@@ -79,12 +79,14 @@ def unreadable(where: pathlib.Path, error: Exception) -> StorageError:
 def require_readable(file: pathlib.Path) -> None:
     """Raises the OSError of a file that cannot be opened just now: safetensors takes each for a
     missing one."""
-    retry_read(lambda: open(file, "rb").close())
+    retry_read(lambda: file.open("rb").close())
 
 
 def is_there(path: pathlib.Path) -> bool:
     """Whether there is such a file or folder; an OSError where that cannot be known, which
     `Path.exists` takes for a no in some versions of Python."""
+    if paths.is_bucket(path):
+        return retry_read(path.exists)
     try:
         retry_read(lambda: os.stat(path))
     except (FileNotFoundError, NotADirectoryError):
@@ -96,7 +98,7 @@ def write_manifest(folder: pathlib.Path, progress: Progress = lambda: None) -> M
     """Digests every file below `folder` and writes the manifest atomically, after all of it has
     reached the disk.
     """
-    files = (path for path in _files(folder) if path != folder / NAME)
+    files = (path for path in paths.files_below(folder) if path != folder / NAME)
     names = sorted(path.relative_to(folder).as_posix() for path in files)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         made = pool.map(lambda name: _entry(folder / name, progress, sync=True), names)
@@ -129,12 +131,11 @@ def check_sizes(folder: pathlib.Path, manifest: Manifest) -> None:
     """
     for name, entry in manifest.files.items():
         try:
-            found = retry_read((folder / name).stat)
+            size = retry_read(lambda: paths.version(folder / name)).bytes  # noqa: B023
         except (FileNotFoundError, NotADirectoryError):
             raise DamageError(folder, name, "is missing") from None
-        size = found.st_size
-        if not stat.S_ISREG(found.st_mode):
-            raise DamageError(folder, name, "is no file")
+        except IsADirectoryError:
+            raise DamageError(folder, name, "is no file") from None
         if size != entry.bytes:
             raise DamageError(folder, name, f"has {size:,} bytes instead of {entry.bytes:,}")
 
@@ -168,6 +169,9 @@ def digest_of(entries: dict[str, Entry]) -> str:
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
     """After this the file is there whole and on disk; before, at any moment, it is not there."""
+    if paths.is_bucket(path):
+        path.write_bytes(content)
+        return
     temporary = path.with_name(unfinished(path.name))
     with open(temporary, "wb") as file:
         file.write(content)
@@ -184,6 +188,8 @@ def unfinished(name: str) -> str:
 
 def sync_folder(folder: pathlib.Path) -> None:
     """Makes renames in a folder outlast a power cut, where the file system can."""
+    if paths.is_bucket(folder):
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -191,27 +197,14 @@ def sync_folder(folder: pathlib.Path) -> None:
         os.close(descriptor)
 
 
-def _files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Every file below.
-
-    Raises OSError for a folder that cannot be listed: `rglob` passes over it.
-    """
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    for place, _, names in os.walk(folder, onerror=fail):
-        yield from (pathlib.Path(place, name) for name in names)
-
-
 def _entry(path: pathlib.Path, progress: Progress = lambda: None, *, sync: bool = False) -> Entry:
     digest, size = hashlib.sha256(), 0
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         while part := file.read(_PART):
             digest.update(part)
             size += len(part)
             progress()
-        if sync:
+        if sync and not paths.is_bucket(path):
             os.fsync(file.fileno())
     return Entry(size, digest.hexdigest())
 

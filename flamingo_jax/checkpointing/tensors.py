@@ -8,22 +8,29 @@ filled in place.
 
 import concurrent.futures
 import functools
-import json
 import math
 import os
 import pathlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import safetensors
 from jax.sharding import NamedSharding, PartitionSpec
 
+from flamingo_jax import paths
 from flamingo_jax.checkpointing import manifest
+from flamingo_jax.checkpointing.stored_tensors import (
+    DTYPES,
+    PIECE,
+    StoredTensor,
+    TensorLayout,
+    Term,
+    layout,
+)
 from flamingo_jax.distributed.process_group import ProcessGroup, SingleProcess
 from flamingo_jax.errors import UserError
 from flamingo_jax.progress import Bar
@@ -31,15 +38,6 @@ from flamingo_jax.pytrees import stacked_name
 
 Slices = tuple[slice, ...]
 
-DTYPES: dict[str, Any] = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-}
-"""The types that parameters come in, by their names in a safetensors header."""
-PIECE = 16 * 2**20
-"""Bytes that are read at a time, by each thread."""
 THREADS = max(2, min(8, os.cpu_count() or 1))
 TILE = (512, 256)
 """Rows and columns that are transposed at a time: they fit a core's cache, and so many rows are
@@ -51,142 +49,8 @@ ALIGNMENT = 64
 """Of numpy's memory in bytes, so that it can be a jax.Array on CPU without a copy."""
 
 
-class Stored(NamedTuple):
-    """A tensor in a file. dtype: as the header names it. start: the place of its first byte."""
-
-    file: pathlib.Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
-
-
-class Term(NamedTuple):
-    """A stored tensor and how it becomes one layer of a parameter, which is the sum of its
-    terms.
-
-    form: the tensor's axes and the parameter's, "(h d) w -> w h d"; those in brackets are one
-      axis, the first of them the slowest. "" for the same.
-    sizes: of axes that the parameter's shape does not tell, as those in brackets on the right.
-    first, taken: its rows, so many from `first` on; by default all.
-    pick: axes of the tensor, of the names in brackets, of which only this place is taken, as
-      where queries, keys and values lie together: not the first of all.
-    """
-
-    name: str
-    form: str = ""
-    sizes: Mapping[str, int] = {}
-    first: int = 0
-    taken: int | None = None
-    pick: Mapping[str, int] = {}
-
-
-class Layout(NamedTuple):
-    """What a term's form means for one shape of a parameter.
-
-    stored: the shape of the tensor's rows that are taken. split: the same with the brackets
-    opened. picked: the index of `split` that leaves the axes which the parameter has. order:
-    these in the parameter's order. merged: some of these are one axis of the parameter.
-    """
-
-    stored: tuple[int, ...]
-    split: tuple[int, ...]
-    picked: tuple[slice | int, ...]
-    order: tuple[int, ...]
-    merged: bool
-
-    @property
-    def turn(self) -> int | None:
-        """How many of the first axes stand behind the others in the parameter, which is then a
-        transposed matrix (0: the same); else None.
-        """
-        count = len(self.order)
-        turn = self.order[0] if count else 0
-        return (
-            turn
-            if not self.merged
-            and self.order == tuple((turn + place) % count for place in range(count))
-            else None
-        )
-
-    def pick(self, array: np.ndarray) -> np.ndarray:
-        """Of an array like `split`, what the parameter has."""
-        return array[self.picked] if self.picked else array
-
-
-def read_headers(files: Iterable[pathlib.Path]) -> dict[str, Stored]:
-    """Every tensor of some safetensors files, by name; no tensor is read.
-
-    Raises: UserError for a file that is missing, cut short or foreign, StorageError for one
-    that cannot be read just now.
-    """
-    found: dict[str, Stored] = {}
-    for file in files:
-        try:
-            manifest.require_readable(file)
-            # The library checks the header against the file, but does not tell where a tensor
-            # lies; its own reading maps whole files into memory, which then count as the
-            # process's.
-            with safetensors.safe_open(file, framework="numpy"):
-                pass
-            with open(file, "rb") as stream:
-                size = int.from_bytes(stream.read(8), "little")
-                header = json.loads(stream.read(size))
-        except (FileNotFoundError, ValueError, safetensors.SafetensorError) as error:
-            raise UserError(
-                f"{file} is no whole safetensors file ({error}): copy it again"
-            ) from error
-        except OSError as error:
-            raise manifest.unreadable(file, error) from error
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            if name in found:
-                raise UserError(
-                    f"{name} is both in {found[name].file} and in {file}: remove the one that"
-                    " does not belong there"
-                )
-            found[name] = Stored(
-                file, entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0]
-            )
-    return found
-
-
-def layout(term: Term, shape: tuple[int, ...]) -> Layout:
-    """How a stored tensor becomes a parameter, or one layer of it, of this shape."""
-    if not term.form:
-        return Layout(shape, shape, (), tuple(range(len(shape))), False)
-    left, right = (list(_axes(side)) for side in term.form.split("->"))
-    sizes = dict(term.sizes)
-    for axes, size in zip(right, shape, strict=True):
-        for axis in axes:
-            sizes.setdefault(
-                axis, size // math.prod(sizes[other] for other in axes if other in sizes)
-            )
-    names = [axis for axes in left for axis in axes]
-    kept = [axis for axis in names if axis not in term.pick]
-    order = tuple(kept.index(axis) for axes in right for axis in axes)
-    stored = tuple(math.prod(sizes[axis] for axis in axes) for axes in left)
-    return Layout(
-        stored,
-        tuple(sizes[axis] for axis in names),
-        tuple(term.pick.get(axis, slice(None)) for axis in names) if term.pick else (),
-        order,
-        any(len(axes) > 1 for axes in right),
-    )
-
-
-def _axes(side: str) -> Iterator[list[str]]:
-    """ "(h d) w" -> ["h", "d"], ["w"]."""
-    while side := side.strip():
-        part, _, side = side[1:].partition(")") if side[0] == "(" else side.partition(" ")
-        yield part.split()
-
-
 def read_sharded(
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, StoredTensor],
     sources: Mapping[str, Sequence[Term]],
     targets: Mapping[str, jax.ShapeDtypeStruct],
     title: str = "reading",
@@ -276,7 +140,7 @@ def _spread(
 
 
 def read_layers(
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, StoredTensor],
     sources: Mapping[str, Sequence[Term]],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Iterator[tuple[str, np.ndarray]]:
@@ -294,31 +158,6 @@ def read_layers(
         )
         _run(list(_pieces(stored, terms, (), shape, [shard])), "")
         yield leaf, shard.buffer
-
-
-def read_whole(tensor: Stored) -> np.ndarray:
-    """One tensor in its stored type, for small ones. Raises OSError."""
-    read = _read(tensor.file, tensor.start, np.empty(tensor.bytes, np.uint8))
-    return read.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
-
-
-def same_bytes(first: Stored, second: Stored) -> bool:
-    """Whether two tensors are equal to the bit; reads a piece of each at a time.
-
-    Raises OSError.
-    """
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    memory = np.empty((2, min(PIECE, first.bytes)), np.uint8)
-    for start in range(0, first.bytes, PIECE):
-        size = min(PIECE, first.bytes - start)
-        one, other = (
-            _read(tensor.file, tensor.start + start, part[:size])
-            for tensor, part in zip((first, second), memory, strict=True)
-        )
-        if not np.array_equal(one, other):
-            return False
-    return True
 
 
 class HostBuffer:
@@ -347,7 +186,7 @@ class HostBuffer:
         turn: int | None,
     ) -> None:
         """Lays `rows`, whose axes in `order` are the parameter's, into these places of a layer.
-        turn: see `Layout`.
+        turn: see `TensorLayout`.
         """
         index: Any = (*layer, *places, ...)
         target = self.buffer[index]
@@ -440,7 +279,7 @@ class _Piece(NamedTuple):
 
 
 def _pieces(
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, StoredTensor],
     terms: Sequence[Term],
     layer: tuple[int, ...],
     shape: tuple[int, ...],
@@ -476,7 +315,7 @@ def _pieces(
 def _distribute(
     shards: Sequence[_Shard],
     layer: tuple[int, ...],
-    form: Layout,
+    form: TensorLayout,
     rows: tuple[int, int],
     dtype: np.dtype,
     read: np.ndarray,
@@ -499,7 +338,7 @@ def _distribute(
 
 
 def _sum(
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, StoredTensor],
     terms: Sequence[Term],
     layer: tuple[int, ...],
     shape: tuple[int, ...],
@@ -515,7 +354,7 @@ def _sum(
             raw = (
                 read
                 if term is terms[0]
-                else _read(found.file, found.start, np.empty(found.bytes, np.uint8))
+                else paths.read_into(found.file, found.start, np.empty(found.bytes, np.uint8))
             )
             rows = raw.view(DTYPES[found.dtype]).reshape(found.shape)
             if found.shape:
@@ -547,7 +386,7 @@ def _run(pieces: list[_Piece], title: str) -> None:
         if getattr(mine, "memory", None) is None or mine.memory.size < piece.bytes:
             mine.memory = np.empty(max(piece.bytes, min(PIECE, largest)), np.uint8)
         memory = mine.memory[: piece.bytes]
-        piece.put(manifest.retry_read(lambda: _read(piece.file, piece.start, memory)))
+        piece.put(manifest.retry_read(lambda: paths.read_into(piece.file, piece.start, memory)))
         return piece.bytes
 
     total, largest = (
@@ -573,19 +412,6 @@ def _run(pieces: list[_Piece], title: str) -> None:
             raise manifest.unreadable(pieces[0].file.parent, error) from error
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _read(file: pathlib.Path, start: int, memory: np.ndarray) -> np.ndarray:
-    """Fills `memory` (uint8) from a place of a file."""
-    with open(file, "rb", buffering=0) as stream:
-        stream.seek(start)
-        view, done = memory.data, 0
-        while done < len(view):
-            count = stream.readinto(view[done:])
-            if not count:
-                raise EOFError(f"{file} ends too early")
-            done += count
-    return memory
 
 
 def _transpose(target: np.ndarray, matrix: np.ndarray) -> None:

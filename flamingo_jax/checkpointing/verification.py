@@ -21,13 +21,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from flamingo_jax import paths
 from flamingo_jax.checkpointing import manifest
 from flamingo_jax.checkpointing.manifest import Entry
 from flamingo_jax.distributed.process_group import ProcessGroup, SingleProcess
 from flamingo_jax.errors import UserError
 
 THREADS = min(4, os.cpu_count() or 1)
-SETTLED_NS = 2_000_000_000
+SETTLED_SECONDS = 2.0
 """A file that changed more recently than this may change again without another time to show it.
 """
 SHA = hashlib.sha256().digest_size
@@ -40,8 +41,8 @@ class FileStamp(NamedTuple):
 
     path: str
     bytes: int
-    changed_ns: int
-    inode: int
+    changed: float
+    id: int
 
 
 _known: dict[FileStamp, Entry] = {}
@@ -94,8 +95,8 @@ def entries(
     found = _hash(folder, mine, process_group)
     if exchange.count > 1:
         found = _share_digests(folder, names, stamps, found, process_group, exchange)
-    settled = time.time_ns() - SETTLED_NS
-    _known.update({m: found[n] for n, m in stamps.items() if m.changed_ns < settled})
+    settled = time.time() - SETTLED_SECONDS
+    _known.update({m: found[n] for n, m in stamps.items() if m.changed < settled})
     return found
 
 
@@ -125,8 +126,8 @@ def partition_by_size(sizes: Sequence[int], count: int) -> list[list[int]]:
 
 
 def _stamp(file: pathlib.Path) -> FileStamp:
-    found = manifest.retry_read(file.stat)
-    return FileStamp(str(file.absolute()), found.st_size, found.st_mtime_ns, found.st_ino)
+    found = manifest.retry_read(lambda: paths.version(file))
+    return FileStamp(str(file.absolute()), found.bytes, found.changed, found.id)
 
 
 def _sha(value: object) -> np.ndarray:

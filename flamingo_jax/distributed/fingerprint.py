@@ -10,6 +10,7 @@ import platform
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from flamingo_jax import paths
 from flamingo_jax.configuring import flatten, to_json
 from flamingo_jax.dataset_identity import NOTHING, identify
 from flamingo_jax.experiment import Experiment
@@ -105,16 +106,16 @@ def _split(path: str, split: str) -> str:
 
 def _folder(folder: str) -> str:
     """Describes the files of an export, a published model or a tokenizer in a few words."""
-    path = pathlib.Path(folder)
+    path = paths.as_path(folder)
     if path.is_file():
-        return f"{path.stat().st_size} bytes, {_digest(path.read_bytes())}"
+        return f"{paths.version(path).bytes} bytes, {_digest(path.read_bytes())}"
     files = [file for file in sorted(path.glob("*")) if file.suffix in (*SMALL, ".safetensors")]
     if not files:
         return NOTHING
     described = [
         (
             file.name,
-            file.stat().st_size,
+            paths.version(file).bytes,
             _digest(file.read_bytes()) if file.suffix in SMALL else "",
         )
         for file in files

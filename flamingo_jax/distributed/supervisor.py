@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from flamingo_jax import paths
 from flamingo_jax.distributed.coordinator import (
     SAVING,
     SAY_EVERY,
@@ -442,7 +443,7 @@ def _check_storage(workdir: pathlib.Path, stage: str, process_info: ProcessInfo)
     mine = [workdir / f".preflight-{index}" for index in range(process_info.count)]
     try:
         if stage == "write":
-            workdir.mkdir(parents=True, exist_ok=True)
+            paths.make_folder(workdir)
             mine[process_info.index].write_text(process_info.address)
         elif stage == "read":
             deadline = time.monotonic() + SEEN_SECONDS

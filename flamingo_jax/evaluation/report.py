@@ -89,19 +89,6 @@ def write_report(
     (folder / "report.html").write_text(page(title, parts, style=STYLE))
 
 
-def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Reads the lines of a metrics file, none where there is no file; a last line that was cut
-    short is left out.
-    """
-    measured = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            measured.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return measured
-
-
 def image(prediction: Prediction) -> str:
     """Makes a data URI of a prediction's visual: an image, or the frames of a clip side by
     side.

@@ -15,10 +15,12 @@ from flamingo_jax.evaluation.benchmarks.benchmark import (
     EvaluationSettings,
 )
 from flamingo_jax.evaluation.benchmarks.open_ended import OpenEnded
-from flamingo_jax.evaluation.report import read_metrics, write_report
+from flamingo_jax.evaluation.report import write_report
 from flamingo_jax.experiment import Experiment, FlamingoConfig
 from flamingo_jax.inference.engine import Engine
 from flamingo_jax.inference.loading import flamingo_config, load_flamingo
+from flamingo_jax.json_lines import read_lines
+from flamingo_jax.paths import as_path
 from flamingo_jax.progress import TOTAL_SECONDS
 from flamingo_jax.web_page import Table
 
@@ -93,8 +95,7 @@ class EvaluationRun:
             {"without images": self.baseline} if self.baseline else {}
         )
         return dict(self.curves) | {
-            name: read_metrics(pathlib.Path(folder) / "metrics.jsonl")
-            for name, folder in own.items()
+            name: read_lines(as_path(folder) / "metrics.jsonl") for name, folder in own.items()
         }
 
 
@@ -188,7 +189,7 @@ def trained_prompts(model: str) -> list[str]:
     """Lists the different prompts of the questions that a model was trained on, as far as its
     export tells.
     """
-    file = pathlib.Path(model) / "experiment.json"
+    file = as_path(model) / "experiment.json"
     if not file.is_file():
         return []
     experiment = from_json(Experiment, read_json(file))

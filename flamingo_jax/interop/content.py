@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from flamingo_jax.checkpointing.tensors import Stored, read_whole, same_bytes
+from flamingo_jax.checkpointing.stored_tensors import StoredTensor, read_whole, same_bytes
 from flamingo_jax.experiment import LanguageModelConfig
 from flamingo_jax.interop.families.family import Family
 from flamingo_jax.interop.families.llama import FREQUENCIES
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def with_own_head(
-    config: LanguageModelConfig, family: Family, stored: Mapping[str, Stored]
+    config: LanguageModelConfig, family: Family, stored: Mapping[str, StoredTensor]
 ) -> LanguageModelConfig:
     """The config, untied where the files hold a head that is not the embedding.
 
@@ -43,7 +43,7 @@ def with_own_head(
     return dataclasses.replace(config, tied_embeddings=False)
 
 
-def differing(config: LanguageModelConfig, stored: Mapping[str, Stored]) -> list[str]:
+def differing(config: LanguageModelConfig, stored: Mapping[str, StoredTensor]) -> list[str]:
     """What surplus tensors say against the config, one clause each: rotary frequencies of
     another base or scaling, which the model was trained with.
     """

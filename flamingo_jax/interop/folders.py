@@ -14,16 +14,16 @@ import jax
 import numpy as np
 from flax import nnx
 
+from flamingo_jax import paths
 from flamingo_jax.checkpointing import manifest
-from flamingo_jax.checkpointing.tensors import (
+from flamingo_jax.checkpointing.stored_tensors import (
     DTYPES,
-    Stored,
+    StoredTensor,
     Term,
     layout,
     read_headers,
-    read_layers,
-    read_sharded,
 )
+from flamingo_jax.checkpointing.tensors import read_layers, read_sharded
 from flamingo_jax.checkpointing.verification import entries
 from flamingo_jax.distributed.process_group import ProcessGroup
 from flamingo_jax.errors import UserError
@@ -58,7 +58,7 @@ class PublishedFolder:
     shapes: dict[str, tuple[int, ...]]
     """{Flat stacked name: shape} of all parameters."""
     _sources: dict[str, tuple[Term, ...]] = dataclasses.field(repr=False)
-    _stored: dict[str, Stored] = dataclasses.field(repr=False)
+    _stored: dict[str, StoredTensor] = dataclasses.field(repr=False)
 
     def digest(self, process_group: ProcessGroup | None = None) -> str:
         """SHA-256 over those of the config and of all files of tensors, which are read for it,
@@ -111,7 +111,7 @@ def is_published_folder(folder: str | pathlib.Path) -> bool:
     this project.
     """
     try:
-        config = json.loads((pathlib.Path(folder) / CONFIG).read_bytes())
+        config = json.loads((paths.as_path(folder) / CONFIG).read_bytes())
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and "model_type" in config and "format" not in config
@@ -123,7 +123,7 @@ def open_folder(folder: str | pathlib.Path, part: ModelPart) -> PublishedFolder:
     Raises: UserError for a config that cannot be honoured, and one for all tensors that are
       missing, surplus, misshapen or of another type.
     """
-    folder = pathlib.Path(folder)
+    folder = paths.as_path(folder)
     if not folder.is_dir():
         raise UserError(
             f"{folder} is no folder: name one with a model's config.json and safetensors"
@@ -154,7 +154,7 @@ def read_config(folder: str | pathlib.Path, part: ModelPart) -> Any:
 
     Raises UserError for what cannot be honoured.
     """
-    folder = pathlib.Path(folder)
+    folder = paths.as_path(folder)
     family, config = _parse(folder, part)
     if isinstance(config, LanguageModelConfig) and config.tied_embeddings:
         stored = read_headers(_files(folder)) if any(folder.glob("*.safetensors")) else {}
@@ -239,7 +239,7 @@ def _expand(
 def _check(
     folder: pathlib.Path,
     wanted: Mapping[str, tuple[int, ...]],
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, StoredTensor],
     unread: Sequence[str],
     said: Sequence[str],
 ) -> None:

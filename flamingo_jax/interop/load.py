@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from flamingo_jax import paths
 from flamingo_jax.checkpointing.export import open_export
 from flamingo_jax.configuring import from_json
 from flamingo_jax.errors import UserError
@@ -180,7 +181,7 @@ def _graph(build: Any) -> Any:
 def _open(folder: str | pathlib.Path, part: ModelPart) -> _Source:
     """A part of an export, or else a published one."""
     try:
-        ours = "format" in json.loads((pathlib.Path(folder) / CONFIG).read_bytes())
+        ours = "format" in json.loads((paths.as_path(folder) / CONFIG).read_bytes())
     except (OSError, ValueError, TypeError):
         ours = False  # `open_folder` says what is wrong with it.
     if not ours:

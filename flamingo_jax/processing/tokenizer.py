@@ -15,6 +15,7 @@ import tokenizers
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
+from flamingo_jax import paths
 from flamingo_jax.errors import UserError
 
 FILE_NAME = "tokenizer.model"
@@ -85,7 +86,7 @@ class Tokenizer(abc.ABC):
         """Writes the files that `load` reads, in place of other tokenizers'."""
         files = self.files()
         for name in (FILE_NAME, JSON_NAME, SPECIALS_NAME):
-            file = pathlib.Path(folder) / name
+            file = paths.as_path(folder) / name
             if name in files:
                 file.write_bytes(files[name])
             else:
@@ -243,7 +244,7 @@ def tokenizer_file(path: str | pathlib.Path) -> pathlib.Path | None:
     """The tokenizer's file at a path, which may be the folder that holds it; None where there
     is none.
     """
-    file = pathlib.Path(path)
+    file = paths.as_path(path)
     places = [file / JSON_NAME, file / FILE_NAME] if file.is_dir() else [file]
     return next((place for place in places if place.is_file()), None)
 

@@ -2,13 +2,13 @@
 stages before it.
 """
 
-import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 
+from flamingo_jax import paths
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment, LoRAConfig
 from flamingo_jax.models.dual_encoder import DualEncoder
@@ -207,7 +207,7 @@ def _from_folder(experiment: Experiment, part: str, config: Any) -> PretrainedPa
             f"config.{field} is empty: name the folder exported by the {stage} stage, that of a"
             " published model, or 'random' for untrained weights"
         )
-    if folder != "random" and not pathlib.Path(folder).is_dir():
+    if folder != "random" and not paths.as_path(folder).is_dir():
         raise UserError(
             f"config.{field} is {folder!r}, which is no folder: run the {stage} stage and"
             " launch.export first, or name the folder of a published model"
@@ -226,7 +226,7 @@ def _of_flamingo(
             "config.flamingo_from brings the encoder and the language model along: set"
             " config.vision_encoder_from and language_model_from to ''"
         )
-    if folder != "random" and not pathlib.Path(folder).is_dir():
+    if folder != "random" and not paths.as_path(folder).is_dir():
         raise UserError(
             f"config.flamingo_from is {folder!r}, which is no folder: run the flamingo stage"
             " and launch.export first"

@@ -13,10 +13,10 @@ import json
 import pathlib
 import time
 from collections.abc import Iterator
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 from flamingo_jax.errors import UserError
-from flamingo_jax.training.metric_writer import read_lines, reopen
+from flamingo_jax.json_lines import LineWriter, read_lines, reopen
 
 FILE_NAME = "goodput.jsonl"
 STEPS = "steps"
@@ -45,7 +45,7 @@ class Goodput:
         enabled: bool = True,
         began: float | None = None,
     ):
-        self._file: TextIO | None = None
+        self._file: LineWriter | None = None
         if not enabled:
             return
         self._since = time.monotonic() if began is None else began

@@ -2,16 +2,16 @@
 
 import json
 import pathlib
-from typing import Any, TextIO
+from typing import Any
 
-from flamingo_jax.checkpointing.manifest import retry_read
+from flamingo_jax.json_lines import LineWriter, read_lines, reopen
 
 
 class MetricWriter:
     """Writes `<workdir>/metrics.jsonl`, one object a line. A disabled one writes nothing."""
 
     def __init__(self, workdir: pathlib.Path, *, resume_step: int, enabled: bool = True):
-        self._file: TextIO | None = None
+        self._file: LineWriter | None = None
         if not enabled:
             return
         path = workdir / "metrics.jsonl"
@@ -31,36 +31,11 @@ class MetricWriter:
         self._file.write(line + "\n")
         return True
 
+    def flush(self) -> None:
+        """Brings what was written to the storage."""
+        if self._file is not None:
+            self._file.flush()
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-
-
-def reopen(path: pathlib.Path, kept: list[dict[str, Any]]) -> TextIO:
-    """Opens a file with these lines alone, replaced in one move, to append to; each line that is
-    written goes to the system at once.
-    """
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    temporary.replace(path)
-    return path.open("a", buffering=1)
-
-
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Reads the lines of such a file, none where there is none; a last line that a kill cut short
-    is left out.
-
-    Raises: OSError for one that cannot be read just now: taken for none, what it holds would be
-      lost.
-    """
-    try:
-        text = retry_read(path.read_text)
-    except FileNotFoundError:
-        return []
-    lines = []
-    for line in text.splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines

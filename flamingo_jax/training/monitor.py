@@ -77,6 +77,8 @@ class Monitor:
         after it, and would never write it.
         """
         self._write(self._buffer.drain())
+        if kind == "save":
+            self._writer.flush()
         waited, began = self._prefetcher.seconds_waiting, time.monotonic()
         self._process_group.heartbeat(self._step, kind, waited)
         with self._goodput.timed(kind), self._buffer.paused():

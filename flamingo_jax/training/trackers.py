@@ -12,10 +12,12 @@ import json
 import logging
 import pathlib
 import secrets
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from flamingo_jax import paths
 from flamingo_jax.configuring import to_json
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
@@ -24,6 +26,8 @@ log = logging.getLogger(__name__)
 
 TENSORBOARD_FLUSH_SECONDS = 30.0
 """Between what TensorBoard is shown: its file is brought to the disk each time."""
+TENSORBOARD_FILE_BYTES = 4 << 20
+"""In a bucket a file that is larger is not written on."""
 WANDB_SECONDS = 30
 """For which a start and an end wait for its server."""
 ID_FILE = "tracker_id.json"
@@ -79,12 +83,16 @@ class TensorBoard:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
 
-        folder = run.workdir / "tensorboard"
-        folder.mkdir(parents=True, exist_ok=True)
-        self._writer = EventsWriter(str(folder / "events"))
+        self._folder = run.workdir / "tensorboard"
+        self._local = self._folder
+        if paths.is_bucket(self._folder):
+            # Its own writer for buckets keeps a whole run in memory and sends all of it each time.
+            self._local = pathlib.Path(tempfile.mkdtemp())
+        paths.make_folder(self._local)
+        self._writer = EventsWriter(str(self._local / "events"))
         # What an earlier start wrote from that step on is not shown.
         self._add(run.resume_step + 1, session_log=SessionLog(status=SessionLog.START))
-        self._flushed = time.monotonic()
+        self._flushed, self._files = time.monotonic(), 0
 
     def _add(self, step: int, **content: Any) -> None:
         from tensorboardX.proto.event_pb2 import Event
@@ -98,10 +106,30 @@ class TensorBoard:
             self._add(step, summary=scalar(name, value))
         if time.monotonic() - self._flushed > TENSORBOARD_FLUSH_SECONDS:
             self._writer.flush()
+            self._upload()
             self._flushed = time.monotonic()
+
+    def _upload(self) -> None:
+        """Brings the event file to a bucket: one of a start, which grows by some KiB a minute;
+        once it is large, another one goes on.
+        """
+        if self._local == self._folder:
+            return
+        (file,) = self._local.iterdir()
+        paths.upload(file, self._folder / file.name)
+        if file.stat().st_size > TENSORBOARD_FILE_BYTES:
+            from tensorboardX.event_file_writer import EventsWriter
+
+            self._writer.close()
+            file.unlink()
+            self._files += 1
+            self._writer = EventsWriter(str(self._local / f"events.{self._files}"))
 
     def close(self) -> None:
         self._writer.close()
+        self._upload()
+        if self._local != self._folder:
+            paths.remove_folder(self._local)
 
 
 class WeightsAndBiases:
@@ -120,7 +148,8 @@ class WeightsAndBiases:
             id=run.id,
             name=run.name,
             config=run.config,
-            dir=run.workdir,
+            # In a bucket it has no files of its own.
+            dir=None if paths.is_bucket(run.workdir) else run.workdir,
             resume="allow",
             settings=wandb.Settings(
                 # The terminal is the progress bar's, and neither code nor patches leave the

@@ -4,7 +4,8 @@
 #   export NAME=flamingo ZONE=us-central2-b TYPE=v4-32     # v4-32 is v4:2x2x4: v4 and v5p are named by cores, two a chip
 #   launch/tpu_vm/tpu.sh create                            # SLICES=2 for two slices, SPOT=1 for capacity that may be taken back
 #   NFS=10.0.0.2:/share launch/tpu_vm/tpu.sh setup         # this commit on every host, and a Filestore share as /shared
-#   launch/tpu_vm/tpu.sh start --config=configs/flamingo_3b.py:form=v4_2x2x4,root=/shared --workdir=/shared/runs/3b
+#   BUCKET=my-bucket launch/tpu_vm/tpu.sh setup            # or a bucket as /shared, by gcsfuse: datasets and exports are read there
+#   launch/tpu_vm/tpu.sh start --config=configs/flamingo_3b.py:form=v4_2x2x4,root=/shared --workdir=/shared/runs/3b    # or gs://my-bucket/runs/3b
 #   launch/tpu_vm/tpu.sh watch                             # the log of the first host; Ctrl-C leaves the run alone
 #   launch/tpu_vm/tpu.sh stop                              # saves and ends; `start` goes on
 #   launch/tpu_vm/tpu.sh delete
@@ -49,6 +50,12 @@ setup() {
     on_all "set -e
         sudo apt-get update -q && sudo apt-get install -yq nfs-common python3.11 python3.11-venv
         if [ -n '${NFS:-}' ]; then sudo mkdir -p /shared && { mountpoint -q /shared || sudo mount -t nfs '${NFS:-}' /shared; }; fi
+        if [ -n '${BUCKET:-}' ]; then
+            echo \"deb https://packages.cloud.google.com/apt gcsfuse-\$(lsb_release -cs) main\" | sudo tee /etc/apt/sources.list.d/gcsfuse.list
+            curl -s https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /etc/apt/trusted.gpg.d/gcsfuse.asc > gcsfuse.key
+            sudo apt-get update -q && sudo apt-get install -yq gcsfuse
+            sudo mkdir -p /shared && { mountpoint -q /shared || sudo gcsfuse -o allow_other --implicit-dirs '${BUCKET:-}' /shared; }
+        fi
         mkdir -p flamingo_jax
         if ! flock --nonblock flamingo_jax/again.lock true; then
             echo 'error: a run is going on here: stop it before another commit takes its place' >&2; exit 2
@@ -60,7 +67,7 @@ setup() {
         LC_ALL=C comm -23 flamingo_jax.files flamingo_jax.files.new | (cd flamingo_jax && xargs -r -d '\n' rm -f --)
         mv flamingo_jax.files.new flamingo_jax.files
         cd flamingo_jax
-        python3.11 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'"
+        python3.11 -m venv .venv && .venv/bin/pip install -q -e '.[tpu,bucket]'"
 }
 
 start() {

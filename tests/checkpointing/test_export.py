@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from flamingo_jax.checkpointing import manifest, tensors
+from flamingo_jax.checkpointing import manifest, stored_tensors
 from flamingo_jax.checkpointing.export import export_model, open_export
 from flamingo_jax.errors import EXIT_SAVE_FAILED, StorageError, UserError
 
@@ -158,7 +158,11 @@ def test_what_cannot_be_read_just_now_is_no_damage(
     if file != "manifest.json":
         attempts.append(export.verify)
     if victim.suffix == ".safetensors":
-        attempts += [export.read, lambda: export.shapes, lambda: tensors.read_headers([victim])]
+        attempts += [
+            export.read,
+            lambda: export.shapes,
+            lambda: stored_tensors.read_headers([victim]),
+        ]
     for attempt in attempts:
         with pytest.raises(
             StorageError, match="cannot be read just now .Too many levels"

@@ -10,14 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from flamingo_jax.checkpointing import tensors
-from flamingo_jax.checkpointing.tensors import (
-    Term,
-    layout,
-    read_headers,
-    read_layers,
-    read_sharded,
-)
+from flamingo_jax.checkpointing import stored_tensors, tensors
+from flamingo_jax.checkpointing.stored_tensors import Term, layout, read_headers
+from flamingo_jax.checkpointing.tensors import read_layers, read_sharded
 from flamingo_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -59,7 +54,9 @@ def mesh() -> jax.sharding.Mesh:
     return jax.make_mesh((2, 4), ("fsdp", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
-def stored(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> dict[str, tensors.Stored]:
+def stored(
+    folder: pathlib.Path, arrays: dict[str, np.ndarray]
+) -> dict[str, stored_tensors.StoredTensor]:
     save_file(arrays, folder / "a.safetensors")
     return read_headers([folder / "a.safetensors"])
 
@@ -130,7 +127,7 @@ def test_types_are_cast(tmp_path: pathlib.Path) -> None:
                 made = read_sharded(
                     found, {"w": (Term(name, form),)}, {"w": jax.ShapeDtypeStruct(shape, dtype)}
                 )["w"]
-                source = values.astype(tensors.DTYPES[found[name].dtype]).astype(dtype)
+                source = values.astype(stored_tensors.DTYPES[found[name].dtype]).astype(dtype)
                 assert made.dtype == dtype
                 np.testing.assert_array_equal(made, source.T if form else source)
 

@@ -23,7 +23,7 @@ from flamingo_jax.folder_lock import PREFIX, FolderLock, FolderLockedError, lock
 
 HOLD = """
 import pathlib, sys, time
-from flamingo_jax.folder_lock import holding
+from flamingo_jax.folder_lock import lock_folder
 with lock_folder(pathlib.Path(sys.argv[1]), "a build"):
     print("held", flush=True)
     time.sleep(60)

@@ -13,10 +13,10 @@ import pytest
 from flax import nnx
 
 from flamingo_jax.experiment import AttentionConfig, FeedForwardConfig, MeshConfig
+from flamingo_jax.json_lines import read_lines
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.training import loop
-from flamingo_jax.training.metric_writer import read_lines
 from tests.training import world
 
 STEPS = 100

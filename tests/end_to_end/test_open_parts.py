@@ -23,8 +23,8 @@ from flamingo_jax.inference.engine import Engine
 from flamingo_jax.inference.generation import DecodingConfig
 from flamingo_jax.inference.loading import load_flamingo
 from flamingo_jax.interop.folders import open_folder, read_config
+from flamingo_jax.json_lines import read_lines
 from flamingo_jax.processing.tokenizer import JSONTokenizer, Tokenizer
-from flamingo_jax.training.metric_writer import read_lines
 from flamingo_jax.training.pretrained import open_frozen_sources
 from tests.end_to_end import small, test_kills
 from tests.end_to_end.test_frozen import run

@@ -4,7 +4,8 @@ from html.parser import HTMLParser
 
 from flamingo_jax.evaluation.benchmarks.benchmark import Prediction, summarise
 from flamingo_jax.evaluation.charts import last_gates, training_charts
-from flamingo_jax.evaluation.report import Highlight, read_metrics, write_report
+from flamingo_jax.evaluation.report import Highlight, write_report
+from flamingo_jax.json_lines import read_lines
 from flamingo_jax.web_page import Table
 from tests.evaluation.world import visual
 
@@ -96,6 +97,6 @@ def test_charts_show_what_was_measured() -> None:
 
 def test_a_metrics_file_cut_short_is_read_as_far_as_it_is_whole(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    assert read_metrics(file) == []
+    assert read_lines(file) == []
     file.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    assert read_metrics(file) == [{"step": 1, "loss": 2.0}]
+    assert read_lines(file) == [{"step": 1, "loss": 2.0}]

@@ -329,7 +329,7 @@ def test_tpu_machines_get_this_commit(stubs: pathlib.Path) -> None:
         assert "sudo mount -t nfs 10.0.0.2:/share /shared" in lines(node / "made")
         assert lines(node / "flamingo_jax/made") == [
             "python3.11 -m venv .venv",
-            "pip install -q -e .[tpu]",
+            "pip install -q -e .[tpu,bucket]",
         ]
         assert (node / "flamingo_jax/a/old.py").read_text() == "a/old.py"
         # Somebody's own, and a run's.
@@ -546,6 +546,33 @@ def test_jobsets_read_and_write_what_is_mounted(name: str, monkeypatch: pytest.M
     environment = {variable["name"]: variable.get("value") for variable in container["env"]}
     folders += [dataset.path for dataset in datasets] + [environment["JAX_COMPILATION_CACHE_DIR"]]
     assert all(any(folder.startswith(f"{m}/") for m in mounts) for folder in folders)
+
+
+def test_a_bucket_takes_the_place_of_the_claim() -> None:
+    volume, claim = yaml.safe_load_all((ROOT / "launch/gke/bucket.yaml").read_text())
+    for name in ("tpu", "gpu"):
+        _, job, _ = jobset(name)
+        volumes = job["template"]["spec"]["template"]["spec"]["volumes"]
+        (mounted,) = (one for one in volumes if one["name"] == "shared")
+        assert mounted["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    assert volume["spec"]["csi"]["driver"] == "gcsfuse.csi.storage.gke.io"
+    assert claim["spec"]["volumeName"] == volume["metadata"]["name"]
+    assert volume["spec"]["claimRef"] == claim["metadata"]
+    assert volume["spec"]["storageClassName"] == claim["spec"]["storageClassName"]
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    for made in (volume, claim):
+        kubernetes_validate.validate(made, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_tpu_machines_mount_a_bucket(stubs: pathlib.Path) -> None:
+    node = stubs / "n"
+    for name in ("sudo", "python3.11", "curl", "lsb_release"):
+        executable(stubs / "bin" / name, f'#!/bin/bash\necho {name} "$@" >> made\n')
+    executable(node / "flamingo_jax/.venv/bin/pip", '#!/bin/bash\necho pip "$@" >> made\n')
+    commit(stubs, "setup.py")
+    tpu(stubs, "setup", BUCKET="my-bucket")
+    mounted = "sudo gcsfuse -o allow_other --implicit-dirs my-bucket /shared"
+    assert mounted in lines(node / "made")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from flamingo_jax.checkpointing import manifest
-from flamingo_jax.training.metric_writer import read_lines
+from flamingo_jax.json_lines import read_lines
 from tests.processes import one_device
 
 ROOT = pathlib.Path(__file__).parents[2]

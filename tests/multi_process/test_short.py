@@ -10,7 +10,7 @@ import pytest
 
 from flamingo_jax.distributed.supervisor import GRACE_SECONDS
 from flamingo_jax.errors import EXIT_BAD_INPUT, EXIT_LOST, EXIT_PREEMPTED
-from flamingo_jax.training.metric_writer import read_lines
+from flamingo_jax.json_lines import read_lines
 from tests.multi_process.run_processes import RunProcesses, last_step, losses, run, saved, slow_run
 
 QUICK = ("--config.training.save_every=2",)

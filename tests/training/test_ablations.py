@@ -12,9 +12,9 @@ from configs import ablations
 from flamingo_jax.configuring import from_config
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
+from flamingo_jax.json_lines import read_lines
 from flamingo_jax.planning.synthetic import full_batches
 from flamingo_jax.training import loop
-from flamingo_jax.training.metric_writer import read_lines
 from tests.training import world
 
 

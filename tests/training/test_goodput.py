@@ -7,9 +7,10 @@ import pytest
 
 from flamingo_jax.checkpointing import manifest
 from flamingo_jax.errors import UserError
+from flamingo_jax.json_lines import read_lines
 from flamingo_jax.training import goodput
 from flamingo_jax.training.goodput import FILE_NAME, KINDS, Goodput, read_goodput
-from flamingo_jax.training.metric_writer import MetricWriter, read_lines
+from flamingo_jax.training.metric_writer import MetricWriter
 from tests.launch import commands
 
 

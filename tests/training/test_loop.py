@@ -15,10 +15,10 @@ import pytest
 from flamingo_jax.checkpointing.checkpoints import Checkpoints
 from flamingo_jax.errors import NotFiniteError, NotLearnedError, UserError
 from flamingo_jax.experiment import Experiment, LoRAConfig
+from flamingo_jax.json_lines import read_lines
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.tasks.flops import Cost, Work, step_cost, work_in
 from flamingo_jax.training import loop, metrics_buffer
-from flamingo_jax.training.metric_writer import read_lines
 from flamingo_jax.training.setup import make_setup
 from tests.training import world
 

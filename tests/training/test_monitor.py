@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from flamingo_jax.experiment import MeshConfig
+from flamingo_jax.json_lines import read_lines
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.tasks.flops import Work
 from flamingo_jax.training.goodput import read_goodput
-from flamingo_jax.training.metric_writer import read_lines
 from flamingo_jax.training.monitor import Monitor
 from flamingo_jax.training.run import RunClock
 from tests.training import world

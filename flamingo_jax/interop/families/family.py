@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
-from flamingo_jax.checkpointing.tensors import Term
+from flamingo_jax.checkpointing.stored_tensors import Term
 from flamingo_jax.interop.documents import Document
 
 ModelPart = Literal["language_model", "vision_encoder"]

@@ -4,7 +4,7 @@ positions of a part of each head, biases, both halves of a layer at once or one 
 OpenFlamingo-4B stands on RedPajama-INCITE-3B.
 """
 
-from flamingo_jax.checkpointing.tensors import Term
+from flamingo_jax.checkpointing.stored_tensors import Term
 from flamingo_jax.experiment import (
     AttentionConfig,
     FeedForwardConfig,

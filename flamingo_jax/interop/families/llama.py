@@ -7,7 +7,7 @@ Mistral, Qwen2 and Qwen3 are the same tensors and nearly the same config: see `l
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from flamingo_jax.checkpointing.tensors import Term
+from flamingo_jax.checkpointing.stored_tensors import Term
 from flamingo_jax.experiment import (
     AttentionConfig,
     FeedForwardConfig,

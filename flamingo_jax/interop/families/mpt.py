@@ -3,7 +3,7 @@
 OpenFlamingo-3B and -9B stand on MPT-1B and MPT-7B.
 """
 
-from flamingo_jax.checkpointing.tensors import Term
+from flamingo_jax.checkpointing.stored_tensors import Term
 from flamingo_jax.experiment import (
     AttentionConfig,
     FeedForwardConfig,

@@ -3,7 +3,7 @@
 Read where each half of a layer has its norm before it, as all sizes but 350M do.
 """
 
-from flamingo_jax.checkpointing.tensors import Term
+from flamingo_jax.checkpointing.stored_tensors import Term
 from flamingo_jax.experiment import (
     AttentionConfig,
     FeedForwardConfig,

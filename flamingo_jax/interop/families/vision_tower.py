@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from flamingo_jax.checkpointing.tensors import Term
+from flamingo_jax.checkpointing.stored_tensors import Term
 from flamingo_jax.experiment import VisionConfig, ViTConfig
 from flamingo_jax.interop.documents import Document
 from flamingo_jax.interop.families.family import Family, TensorTable, attention, norm

@@ -1,0 +1,253 @@
+"""Folders on a disk or in a bucket by one interface, that of `pathlib.Path`.
+
+A text that begins with `gs://` or `s3://` is a place in a bucket of Google Cloud Storage or S3 and
+becomes a `upath.UPath` (fsspec behind it, extra `.[bucket]`); any other text is a `pathlib.Path`,
+so that nothing changes for disks. Credentials and endpoints are found as the stores' own tools
+find them (`GOOGLE_APPLICATION_CREDENTIALS`, `AWS_PROFILE`, `AWS_ENDPOINT_URL`, a machine's role).
+
+A bucket is no file system: a file appears whole when it is written, none is appended to, and a
+folder is the common beginning of some names, which cannot be renamed in one move. What lies in
+several files therefore counts from the moment when its manifest is there. The functions here are
+those that disks and buckets need different code for.
+"""
+
+import errno
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from flamingo_jax.errors import StorageError, UserError
+
+if TYPE_CHECKING:  # Commands that only print help do not wait for it.
+    import numpy as np
+
+STORES = {"gs": "gcsfs", "s3": "s3fs"}
+"""{scheme of a bucket: the package that reads it}."""
+_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
+
+
+class FileVersion(NamedTuple):
+    """What a file is known by without reading it; where none of it changes, its content does
+    not. changed: by the storage's own clock, in seconds. id: an inode, or from an entity tag.
+    """
+
+    bytes: int
+    changed: float
+    id: int
+
+
+def as_path(place: str | pathlib.Path) -> pathlib.Path:
+    """Returns the path of a file or folder on a disk or in a bucket.
+
+    Raises: UserError for a scheme that is not known, a bucket without a name, or one whose
+      package is not installed.
+    """
+    if not isinstance(place, str):
+        return place
+    scheme = _SCHEME.match(place)
+    if scheme is None:
+        return pathlib.Path(place)
+    kind = scheme[1]
+    if kind not in STORES:
+        raise UserError(
+            f"{place} begins with {kind}://, which is not known: name a folder, gs://... or s3://..."
+        )
+    if not place[scheme.end() :].strip("/"):
+        raise UserError(f"{place} names no bucket: write {kind}://BUCKET/FOLDER")
+    for package in ("upath", STORES[kind]):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"{place} is in a bucket, which needs {STORES[kind]}: pip install"
+                " 'flamingo_jax[bucket]'"
+            )
+    from upath import UPath
+
+    # Listings that are remembered would hide what other processes write.
+    found: Any = UPath(place.rstrip("/"), use_listings_cache=False)
+    _require_reachable(f"{kind}://{found.path.partition('/')[0]}", found)
+    return found
+
+
+_reached: set[str] = set()
+
+
+def _require_reachable(bucket: str, path: Any) -> None:
+    """Asks a bucket once. Raises a UserError where the store does not let this machine in: its
+    libraries raise a dozen different errors for that.
+    """
+    if bucket in _reached:
+        return
+    try:
+        path.exists()
+    except OSError as error:
+        if isinstance(error, PermissionError):
+            raise UserError(
+                f"{bucket} does not let this machine in ({error}): see its rights"
+            ) from None
+        raise StorageError(f"{bucket} cannot be reached ({error}): start again later") from error
+    except Exception as error:  # noqa: BLE001 - of credentials, endpoints and regions
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"{bucket} cannot be reached ({said}): log in as the store's own tools want it, and"
+            " look at the name"
+        ) from error
+    _reached.add(bucket)
+
+
+def is_bucket(path: Any) -> bool:
+    """Tells whether a path, or the text of one, is in a bucket."""
+    return not isinstance(path, pathlib.PurePath) and _SCHEME.match(str(path)) is not None
+
+
+def require_mounted(path: str, what: str) -> None:
+    """Raises a UserError for a place in a bucket where only a file system will do."""
+    if is_bucket(path):
+        tool = "gcsfuse" if path.startswith("gs://") else "mountpoint-s3"
+        raise UserError(
+            f"{what} is {path}, but datasets are read as files: mount the bucket ({tool}, as"
+            " launch/README.md shows) and name the folder of the mount"
+        )
+
+
+def compilation_cache(workdir: pathlib.Path) -> pathlib.Path:
+    """Returns where compiled programs are kept for a run's next start: in its workdir, or on this
+    machine where that is in a bucket, which is too slow for many small files.
+    """
+    if is_bucket(workdir):
+        return pathlib.Path.home() / ".cache" / "flamingo_jax" / "compiled"
+    return workdir.absolute() / "compiled"
+
+
+def create(path: pathlib.Path, content: bytes) -> bool:
+    """Makes a file that is not there yet; returns whether this process made it: one alone can.
+
+    On a disk the content is brought to it before this returns.
+    """
+    if is_bucket(path):
+        bucket: Any = path
+        try:
+            bucket.fs.pipe_file(bucket.path, content, mode="create")
+        except FileExistsError:
+            return False
+        except OSError as error:
+            # S3 says 412, which s3fs hands on as it is; a race that nobody won is 409.
+            if any(sign in str(error) for sign in ("PreconditionFailed", "412", "Conflict")):
+                return False
+            raise
+        return True
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        return False
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    return True
+
+
+def version(path: pathlib.Path) -> FileVersion:
+    """Returns size, time of change and identity of a file. Raises OSError."""
+    if not is_bucket(path):
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "is no file", str(path))
+        return FileVersion(found.st_size, found.st_mtime_ns / 1e9, found.st_ino)
+    bucket: Any = path
+    bucket.fs.invalidate_cache(bucket.path)
+    info = bucket.fs.info(bucket.path)
+    if info["type"] != "file":
+        raise IsADirectoryError(errno.EISDIR, "is a folder", str(path))
+    changed = bucket.fs.modified(bucket.path)
+    tag = str(info.get("ETag") or info.get("etag") or info.get("md5Hash") or "")
+    return FileVersion(
+        int(info["size"]), changed.timestamp(), int.from_bytes(tag.encode()[:15], "big")
+    )
+
+
+def make_folder(folder: pathlib.Path) -> None:
+    """Makes a folder where it is not there; a bucket needs none, and is not made itself."""
+    if not is_bucket(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def files_below(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields every file below a folder. Raises OSError for one that cannot be listed: `rglob`
+    passes over it.
+    """
+    if is_bucket(folder):
+        bucket: Any = folder
+        bucket.fs.invalidate_cache(bucket.path)
+        # A name that ends with "/" is a console's mark of an empty folder.
+        for found in sorted(bucket.fs.find(bucket.path)):
+            if not found.endswith("/"):
+                yield folder / found[len(bucket.path) :].strip("/")
+        return
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for place, _, names in os.walk(folder, onerror=fail):
+        yield from (pathlib.Path(place, name) for name in names)
+
+
+def subfolders(folder: pathlib.Path) -> list[str]:
+    """Returns the names of the folders within a folder. Raises OSError."""
+    if is_bucket(folder):
+        bucket: Any = folder
+        bucket.fs.invalidate_cache(bucket.path)
+        found = bucket.fs.ls(bucket.path, detail=True)
+        return [
+            one["name"].rstrip("/").rsplit("/", 1)[1] for one in found if one["type"] == "directory"
+        ]
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries if entry.is_dir()]
+
+
+def remove_folder(folder: pathlib.Path) -> None:
+    """Removes a folder with all that is in it. Raises OSError."""
+    if is_bucket(folder):
+        bucket: Any = folder
+        bucket.fs.rm(bucket.path, recursive=True)
+    else:
+        shutil.rmtree(folder)
+
+
+def upload(file: pathlib.Path, path: pathlib.Path) -> None:
+    """Copies a file from a disk to a bucket; it appears there whole. Raises OSError."""
+    bucket: Any = path
+    bucket.fs.put_file(str(file), bucket.path)
+
+
+def read_into(file: pathlib.Path, start: int, memory: "np.ndarray") -> "np.ndarray":
+    """Fills `memory` (uint8) from a place of a file.
+
+    Raises: EOFError where the file ends too early, OSError where it cannot be read.
+    """
+    if is_bucket(file):
+        bucket: Any = file
+        if not len(memory):
+            return memory
+        read = bucket.fs.cat_file(bucket.path, start=start, end=start + len(memory))
+        if len(read) < len(memory):
+            raise EOFError(f"{file} ends too early")
+        memory.data[:] = read
+        return memory
+    with open(file, "rb", buffering=0) as stream:
+        stream.seek(start)
+        view, done = memory.data, 0
+        while done < len(view):
+            count = stream.readinto(view[done:])
+            if not count:
+                raise EOFError(f"{file} ends too early")
+            done += count
+    return memory
