@@ -99,12 +99,14 @@ def training_charts(stage: str, measured: Sequence[Mapping[str, Any]]) -> list[s
     names = sorted({name for line in measured for name in line})
     charts = []
     losses = _series(measured, [n for n in names if n == "loss" or n.startswith("loss/")])
+    if len(losses) == 2 and "loss" in losses:
+        # Of one dataset, which is all there is.
+        losses = {"loss": losses["loss"]}
     if losses:
         labels = {name: name.removeprefix("loss/") for name in losses}
-        labels["loss"] = "all" if len(losses) > 1 else "loss"
-        charts.append(
-            chart(f"{stage}: training loss", _renamed(losses, labels), x="step", y="loss")
-        )
+        labels["loss"] = "all datasets"
+        title = f"{stage}: training loss"
+        charts.append(chart(title, _renamed(losses, labels), x="step", y="loss"))
     held_out = _series(
         measured, [n for n in names if n.startswith("held_out/") and "loss_per_token" in n]
     ) or _series(measured, [n for n in names if n.startswith("held_out/") and "loss" in n])
@@ -180,7 +182,7 @@ def _held_out_label(name: str) -> str:
     """Names a held-out metric for people: its dataset, and whether images were taken away."""
     what, _, metric = name.removeprefix("held_out/").rpartition("/")
     blind = metric.endswith("_without_images") or metric.endswith("_without_pictures")
-    return f"{what or 'all'}{', without images' if blind else ''}"
+    return f"{what or 'all datasets'}{', without images' if blind else ''}"
 
 
 def _is_number(value: Any) -> bool:

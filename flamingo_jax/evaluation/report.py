@@ -28,6 +28,7 @@ STYLE = """
 details { border-top: 1px solid #dde1e8; padding: .5rem 0 } summary { cursor: pointer }
 summary h3 { display: inline; margin: 0; font-size: 1.02rem } summary span { color: #667 }
 details .samples { margin: .8rem 0 } .sample img { border-radius: 3px }
+.tables { display: flex; flex-wrap: wrap; gap: 0 3.5rem } .tables h2 { font-size: 1.05rem }
 .charts svg { background: #fff } section { margin-bottom: 2.2rem }
 """
 
@@ -81,11 +82,12 @@ def write_report(
             for number, (heading, result) in enumerate(results)
         )
         parts.append(f"<section><h2>What it answers</h2>{shown}</section>")
-    parts.append(f"<section>{''.join(map(table, tables))}</section>")
     if charts:
         parts.append(
             f'<section><h2>Curves</h2><div class="charts">{"".join(charts)}</div></section>'
         )
+    shown = "".join(f"<div>{table(one)}</div>" for one in tables)
+    parts.append(f'<section><h2>In numbers</h2><div class="tables">{shown}</div></section>')
     (folder / "report.html").write_text(page(title, parts, style=STYLE))
 
 

@@ -16,6 +16,15 @@ BINDING_SHOWN = 4
 """Shots of fast concept binding whose predictions are shown."""
 
 
+HEADLINES = {
+    "caption_one_object": "Captions of one object",
+    "caption_two_objects": "Captions of two objects",
+    "vqa_accuracy": "Questions",
+    "video_direction_accuracy": "Directions of motion",
+}
+"""The suite's headline metrics as a reader is told of them."""
+
+
 def evaluate_synthetic_world(
     run: EvaluationRun,
     datasets: DatasetReader,
@@ -46,7 +55,10 @@ def evaluate_synthetic_world(
         "seconds": seconds,
         **about,
     }
-    shown = [(f"{split} pairs: {m}", one) for (split, m), one in results[MODEL].headline.items()]
+    shown = [
+        (f"{HEADLINES[metric]}, {split} pairs", one)
+        for (split, metric), one in results[MODEL].headline.items()
+    ]
     write_report(
         run.output,
         report,
@@ -54,21 +66,12 @@ def evaluate_synthetic_world(
         tables=[*_tables(metrics, few_shots), _seconds_table(seconds)],
         results=[
             *shown,
-            (f"new words, {BINDING_SHOWN} shots", results[MODEL].concept_binding[BINDING_SHOWN]),
+            (f"New words, {BINDING_SHOWN} shots", results[MODEL].concept_binding[BINDING_SHOWN]),
         ],
         training=run.all_curves(),
         highlights=_highlights(metrics),
         lines={"A new word bound in the prompt: accuracy": _binding_lines(metrics)},
     )
-
-
-HEADLINES = {
-    "caption_one_object": "captions of one object",
-    "caption_two_objects": "captions of two objects",
-    "vqa_accuracy": "questions",
-    "video_direction_accuracy": "directions of motion",
-}
-"""The suite's headline metrics as a reader is told of them."""
 
 
 def _highlights(metrics: Mapping[str, Any]) -> list[Highlight]:
@@ -84,7 +87,7 @@ def _highlights(metrics: Mapping[str, Any]) -> list[Highlight]:
     ]
     shots = str(BINDING_SHOWN)
     binding = mine["binding_accuracy"][shots]
-    return [*shown, Highlight(f"new words after {shots} examples", binding, "by chance", 0.5)]
+    return [*shown, Highlight(f"New words after {shots} examples", binding, "by chance", 0.5)]
 
 
 def _tables(metrics: Mapping[str, Any], few_shots: Sequence[int]) -> list[Table]:

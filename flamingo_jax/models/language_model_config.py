@@ -146,6 +146,7 @@ class LoRAConfig:
     """
 
     rank: Positive = 8
+    """Of an update: width of what lies between its two factors."""
     alpha: AboveZero = 16.0
     """An update is multiplied by alpha / rank, so that the rate need not follow the rank."""
     targets: tuple[str, ...] = ("attention/(query|value)",)
