@@ -286,7 +286,7 @@ class Watched(SingleProcess):
         super().__init__()
         self.told: list[str] = []
 
-    def work(self, what: str) -> None:
+    def report_progress(self, what: str) -> None:
         self.told.append(what)
 
     def barrier(self, where: str) -> None:

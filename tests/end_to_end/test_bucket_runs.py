@@ -79,5 +79,6 @@ def test_killed_resumed_exported_and_evaluated_in_a_bucket(
                 f"--output={output}",
             )
         )
-        figures.append((output / "results.json").read_text() if output.exists() else "")
+        figures.append(json.loads((output / "report.json").read_text())["benchmarks"])
+    assert figures[0] == figures[1]
     assert object_store.faults.failed > 20
