@@ -113,9 +113,9 @@ class _File:
     def __init__(self, path: str):
         self.number = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
         if hasattr(self, "number"):
-            os.close(self.number)
+            close(self.number)
 
 
 FILES: OpenFiles[_File] = OpenFiles(_File)
