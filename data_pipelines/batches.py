@@ -28,7 +28,7 @@ AHEAD = 2
 
 
 class BatchIterator:
-    """Endless batches of a process's share, as dicts of numpy arrays.
+    """Gives endless batches of a process's share, as dicts of numpy arrays.
 
     `summary` says what the plan could not use.
     """
@@ -96,8 +96,8 @@ class BatchIterator:
 
 
 class FixedBatches(Sequence[Arrays]):
-    """The same batches at every pass, read anew each time, so that no more of them are in
-    memory than are made ahead.
+    """Gives the same batches at every pass, read anew each time, so that no more of them are
+    in memory than are made ahead.
     """
 
     def __init__(
@@ -162,8 +162,8 @@ def make_iterator(
     encoder: Encoder | None = None,
     name: str = "",
 ) -> BatchIterator:
-    """A process's share of the dataset's global batches, without end, in a new order and with
-    new draws each epoch.
+    """Makes a process's share of the dataset's global batches, without end, in a new order and
+    with new draws each epoch.
 
     Args:
       image_size, mean, image_fit: side of the square images, the colour (0..1 a channel) that
@@ -239,10 +239,10 @@ def make_held_out(
     name: str = "",
     readers: Readers | None = None,
 ) -> FixedBatches:
-    """At most `batches` batches that are the same at every call: one order, and no draws (the
-    first caption without a leading space, the first window and clip, "previous" visuals, no
-    augmentation). Rows that are missing in the last batch are padding; the contrastive stage,
-    where each row is every other's negative, has whole batches alone.
+    """Makes at most `batches` batches that are the same at every call: one order, and no draws
+    (the first caption without a leading space, the first window and clip, "previous" visuals,
+    no augmentation). Rows that are missing in the last batch are padding; the contrastive
+    stage, where each row is every other's negative, has whole batches alone.
 
     Args and Raises as `make_iterator`; also UserError where there is not even one contrastive
     batch.

@@ -32,7 +32,7 @@ STATISTICS_FILE = "statistics.json"
 
 
 def features(kind: str) -> Any:
-    """The `tfds.features.FeaturesDict` of a kind.
+    """Returns the `tfds.features.FeaturesDict` of a kind.
 
     Raises ValueError for a kind that is not in KINDS.
     """
@@ -66,7 +66,7 @@ def features(kind: str) -> Any:
 
 
 def kind_of(fields: Any) -> str:
-    """The kind of a dataset, from the names of its features."""
+    """Tells the kind of a dataset, from the names of its features."""
     for name, kind in (
         ("texts", "pages"),
         ("image", "pairs"),
@@ -79,7 +79,7 @@ def kind_of(fields: Any) -> str:
 
 
 def dataset_folder(path: str | pathlib.Path) -> pathlib.Path:
-    """The folder that `tfds.builder_from_directory` opens: `path` itself, or its version
+    """Finds the folder that `tfds.builder_from_directory` opens: `path` itself, or its version
     `path/1.0.0`.
 
     Raises UserError where neither is a finished dataset.
@@ -94,6 +94,8 @@ def dataset_folder(path: str | pathlib.Path) -> pathlib.Path:
 
 
 def is_current(path: pathlib.Path, folder: pathlib.Path) -> bool:
-    """Whether a file made from the dataset in `folder` is there and no older than the dataset."""
+    """Tells whether a file made from the dataset in `folder` is there and no older than the
+    dataset.
+    """
     made = modified(path)
     return made is not None and made >= (modified(folder / INFO_FILE) or made)

@@ -22,8 +22,8 @@ def make_iterators(
     host_shard: HostShard = WHOLE_BATCH,
     readers: Readers | None = None,
 ) -> dict[str, BatchIterator]:
-    """A share of every training dataset, its images encoded where an encoder is given; raises
-    UserError for what cannot be read.
+    """Makes a share of every training dataset, its images encoded where an encoder is given;
+    raises UserError for what cannot be read.
 
     readers: the process's; None makes each batch when it is asked for.
     """
@@ -41,7 +41,9 @@ def held_out_batches(
     host_shard: HostShard = WHOLE_BATCH,
     readers: Readers | None = None,
 ) -> dict[str, FixedBatches]:
-    """A share of the first batches of every held-out dataset, read as they are asked for."""
+    """Makes a share of the first batches of every held-out dataset, read as they are asked
+    for.
+    """
     options = _options(experiment, tokenizer, encoder, host_shard, readers)
     batches = experiment.training.evaluate_batches
     return {
@@ -51,7 +53,7 @@ def held_out_batches(
 
 
 def summary_line(summary: Mapping[str, Any]) -> str:
-    """Writes a dataset's summary (`data_pipelines.rows.Rows.summary`) as one line."""
+    """Writes a dataset's summary (`data_pipelines.rows.RowReader.summary`) as one line."""
     filled = "" if summary["fill"] is None else f" filled to {summary['fill']:.0%}"
     words = {
         "cut": "longer than a row",

@@ -59,7 +59,7 @@ class Readers:
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """Counts the cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 

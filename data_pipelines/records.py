@@ -47,8 +47,8 @@ read.
 
 
 def open_records(path: str | pathlib.Path, split: str, kind: str | None = None) -> Sequence[Any]:
-    """A split of a prepared TFDS dataset, its images left encoded; kind None takes whatever
-    it holds.
+    """Opens a split of a prepared TFDS dataset, its images left encoded; kind None takes
+    whatever it holds.
 
     Raises:
       UserError: the folder is missing or no dataset, the split is unknown or empty, or features
@@ -108,8 +108,8 @@ def open_records(path: str | pathlib.Path, split: str, kind: str | None = None) 
 
 
 def left_encoded(names: Iterable[str]) -> dict[str, Any]:
-    """TFDS decoders that leave these features as the bytes they are stored in, sequences of
-    images too.
+    """Returns TFDS decoders that leave these features as the bytes they are stored in,
+    sequences of images too.
     """
     import tensorflow_datasets as tfds
 

@@ -70,8 +70,8 @@ def time_reading(iterator: BatchIterator, image_size: int, batches: int) -> Read
 def time_readers(
     make: Callable[[Readers], BatchIterator], counts: Sequence[int], batches: int
 ) -> dict[int, float]:
-    """Images a second by the clock, by how many readers make them: the first `batches`
-    batches of each `make(readers)`, which keeps no image.
+    """Measures images a second by the clock, by how many readers make them: the first
+    `batches` batches of each `make(readers)`, which keeps no image.
 
     The first pass is not counted: it fills what is kept of texts. Then all numbers take turns.
     """
@@ -94,8 +94,8 @@ def time_readers(
 
 
 def bare(data: bytes, size: int) -> np.ndarray:
-    """What anyone would write: decoded, as small as the JPEG allows, and resized so that the
-    longer side is `size`.
+    """Reads an image as anyone would: decoded, as small as the JPEG allows, and resized so
+    that the longer side is `size`.
     """
     with Image.open(io.BytesIO(data)) as image:
         image.draft("RGB", (2 * size, 2 * size))
@@ -105,7 +105,7 @@ def bare(data: bytes, size: int) -> np.ndarray:
 
 
 def waiting_share(iterators: Mapping[str, BatchIterator], step_seconds: float, steps: int) -> float:
-    """Part of the time that a loop waits which takes a batch of each iterator and
+    """Measures the part of the time that a loop waits which takes a batch of each iterator and
     `step_seconds` for a step; the first batches are not counted.
     """
     for it in iterators.values():

@@ -58,7 +58,9 @@ COMPRESSIONS = (
 
 
 def compression_of(path: str | pathlib.Path) -> Compression | None:
-    """How a file is compressed, by its first bytes; None where it is not. Raises OSError."""
+    """Tells how a file is compressed, by its first bytes; None where it is not. Raises
+    OSError.
+    """
     with open(path, "rb") as file:
         start = file.read(max(len(packing.start) for packing in COMPRESSIONS))
     return next((packing for packing in COMPRESSIONS if start.startswith(packing.start)), None)
@@ -69,7 +71,7 @@ class TooLarge(OSError):
 
 
 class ByteRange(NamedTuple):
-    """`size` bytes of a file from `offset` on; size None for all of it.
+    """Names `size` bytes of a file from `offset` on; size None for all of it.
 
     packed: the file is compressed, and the place is that in what it unpacks to.
     """
@@ -166,5 +168,5 @@ _STREAMS = _Streams()
 
 
 def why(error: OSError) -> str:
-    """The reason for a piece that could not be read."""
+    """Returns the reason for a range that could not be read."""
     return TOO_LARGE if isinstance(error, TooLarge) else UNREADABLE

@@ -25,7 +25,7 @@ NO_CAPTION = "no caption"
 def caption_file(
     folder: pathlib.Path, name: str | None, usual: Sequence[str], line: str
 ) -> pathlib.Path:
-    """The caption file of that name, or the first usual one.
+    """Finds the caption file of that name, or the first usual one.
 
     Raises UserError where there is none, with a line for example.
     """
@@ -57,7 +57,7 @@ class Texts(NamedTuple):
 
 
 def read_texts(record: Any, several: str, one: str) -> Texts:
-    """The texts in the list under `several`, or the one under `one` (or a list there).
+    """Reads the texts in the list under `several`, or the one under `one` (or a list there).
 
     A text may also stand as {one: text}, as VQA has its answers. What is empty, null or of no
     use beside others is left out alone. Raises KeyError where there is no such field, and
@@ -82,8 +82,9 @@ def read_texts(record: Any, several: str, one: str) -> Texts:
 
 
 def why_no_text(value: Any) -> str | None:
-    """EMPTY (also for null, and the NaN that tables have in its place), NOT_A_TEXT or NOT_UTF8;
-    None for a text."""
+    """Returns EMPTY (also for null, and the NaN that tables have in its place), NOT_A_TEXT or
+    NOT_UTF8; None for a text.
+    """
     if is_missing(value):
         return EMPTY
     if not isinstance(value, str):
@@ -95,12 +96,12 @@ def why_no_text(value: Any) -> str | None:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a field holds nothing: null or NaN."""
+    """Tells whether a field holds nothing: null or NaN."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 class Captions(NamedTuple):
-    """What a caption file says.
+    """Holds what a caption file says.
 
     by_name: the texts about each file, in the order of the lines. bad: for each line that is of
     no use the reason.
@@ -111,7 +112,7 @@ class Captions(NamedTuple):
 
 
 def read_captions(file: pathlib.Path, key: str, spelled: NameResolver) -> Captions:
-    """Captions by file name as `spelled` has it.
+    """Reads captions by file name as `spelled` has it.
 
     A line has the name under `key` and `captions` (a list) or `caption`; lines about the same
     file are joined.
@@ -131,7 +132,7 @@ def read_captions(file: pathlib.Path, key: str, spelled: NameResolver) -> Captio
 
 
 def file_name(value: Any) -> str:
-    """The name that a field holds. Raises TypeError where it is none."""
+    """Returns the name that a field holds. Raises TypeError where it is none."""
     if not isinstance(value, str) or not value:
         raise TypeError("no name of a file")
     return value

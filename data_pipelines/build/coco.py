@@ -46,8 +46,8 @@ class CocoImage:
 
 @dataclasses.dataclass(frozen=True)
 class Coco:
-    """inputs: the JSON files. images: folders that hold the images, by default those of the
-    files; the first with such a name is taken.
+    """Captions in COCO's form. inputs: the JSON files. images: folders that hold the images,
+    by default those of the files; the first with such a name is taken.
     """
 
     inputs: tuple[str, ...]

@@ -73,7 +73,9 @@ class Listing:
 
 
 def existing_folder(folder: str | pathlib.Path, flag: str = "--input") -> pathlib.Path:
-    """Raises UserError where the folder is not there, which `flag` names."""
+    """Returns the folder's path. Raises UserError where the folder is not there, which `flag`
+    names.
+    """
     path = pathlib.Path(folder)
     if not path.is_dir():
         raise UserError(f"there is no folder {path}: mend {flag}")
@@ -93,7 +95,9 @@ class FileEntry:
 
 
 def file_entries(folders: Sequence[str], suffixes: Iterable[str], what: str) -> list[FileEntry]:
-    """Every file of these suffixes below the folders. Raises UserError where there is none."""
+    """Lists every file of these suffixes below the folders. Raises UserError where there is
+    none.
+    """
     found = []
     for folder in folders:
         listing = walk(existing_folder(folder), suffixes, folders)
@@ -107,7 +111,7 @@ def file_entries(folders: Sequence[str], suffixes: Iterable[str], what: str) -> 
 def walk(
     folder: str | pathlib.Path, suffixes: Iterable[str] = (), given: Sequence[str] = ()
 ) -> Listing:
-    """All files below a folder that may be read, with the suffixes where there are some.
+    """Lists all files below a folder that may be read, with the suffixes where there are some.
 
     Hidden files and folders (`.name`) are no data. Each folder is listed once, under its own
     name if it has one below `folder`, however many links lead to it. given: the other folders
@@ -163,7 +167,7 @@ def _entries(folder: str) -> list["os.DirEntry[str]"]:
 def find(
     folders: Sequence[str | pathlib.Path], name: str, given: Sequence[str] = ()
 ) -> pathlib.Path:
-    """The file of that name below the first of the folders that has one.
+    """Finds the file of that name below the first of the folders that has one.
 
     given: other folders that links may lead to. Raises NoFile.
     """
@@ -179,8 +183,8 @@ def find(
 
 
 def read(path: str | pathlib.Path, most: int = MAX_BYTES, too_large: str = TOO_LARGE) -> bytes:
-    """A file that was found, of at most so many bytes; too_large is the reason where it has
-    more.
+    """Reads a file that was found, of at most so many bytes; too_large is the reason where it
+    has more.
 
     Raises NoFile; StorageError where the storage fails for long.
     """
@@ -199,7 +203,7 @@ def read(path: str | pathlib.Path, most: int = MAX_BYTES, too_large: str = TOO_L
 
 
 class NameResolver:
-    """The one name of each file of a listing, so that all that is said of a file comes
+    """Finds the one name of each file of a listing, so that all that is said of a file comes
     together.
     """
 
@@ -229,14 +233,15 @@ class NameResolver:
 
 
 def spellings(name: str) -> Iterator[str]:
-    """The name as it is written, and with "/" for the backslashes of Windows."""
+    """Yields the name as it is written, and with "/" for the backslashes of Windows."""
     yield name
     if "\\" in name:
         yield name.replace("\\", "/")
 
 
 def relative(name: str, root: str | pathlib.Path) -> str:
-    """A name with folders, absolute or not, as the path below `root`, without `.` and `a/..`.
+    """Returns a name with folders, absolute or not, as the path below `root`, without `.` and
+    `a/..`.
 
     It begins with `..` where it leads out of `root`. The name's own last part may be a link:
     that is not followed.
@@ -255,7 +260,7 @@ def relative(name: str, root: str | pathlib.Path) -> str:
 
 
 def composed(name: str) -> str:
-    """Unicode's NFC."""
+    """Returns the name in Unicode's NFC."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 

@@ -29,7 +29,7 @@ def read_address(
     base: str = "",
     given: Sequence[str] = (),
 ) -> bytes:
-    """The image that an address on `page` means, a file below `root`.
+    """Reads the image that an address on `page` means, a file below `root`.
 
     base: of the page's addresses. given: other folders that links may lead to. Raises Unfit.
     """

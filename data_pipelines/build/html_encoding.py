@@ -40,7 +40,7 @@ XML = re.compile(rb"<\?xml[^>]*?\sencoding\s*=\s*(?:\"([^\"]*)\"|'([^']*)')")
 
 
 def decode(page: bytes) -> str:
-    """What is no text in the page's encoding becomes U+FFFD.
+    """Decodes a page; what is no text in the page's encoding becomes U+FFFD.
 
     Raises LookupError for an encoding that browsers do not decode.
     """
@@ -66,7 +66,9 @@ def decode(page: bytes) -> str:
 
 
 def declared(beginning: bytes) -> webencodings.Encoding | None:
-    """The encoding that a page claims: the standard's prescan of a byte stream, 13.2.3.2."""
+    """Finds the encoding that a page claims: the standard's prescan of a byte stream,
+    13.2.3.2.
+    """
     xml = XML.match(beginning)
     if xml and (encoding := _lookup(xml[1] or xml[2] or b"")):
         return encoding

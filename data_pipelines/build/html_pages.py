@@ -31,8 +31,8 @@ NOT_DECODED = "page in an encoding that is not decoded"
 
 @dataclasses.dataclass(frozen=True)
 class HtmlPages:
-    """Pages that keep no image are dropped. alt_text: an image's alternative text follows it
-    on a line of its own.
+    """Folders of HTML pages. Pages that keep no image are dropped. alt_text: an image's
+    alternative text follows it on a line of its own.
     """
 
     folders: tuple[str, ...]

@@ -85,14 +85,18 @@ class PageImage:
 
 @dataclasses.dataclass(frozen=True)
 class HtmlPage:
-    """items: in document order; line ends mark where blocks begin and end. base: of addresses."""
+    """What a reader of a page sees. items: in document order; line ends mark where blocks
+    begin and end. base: of addresses.
+    """
 
     items: list[str | PageImage]
     base: str = ""
 
 
 def walk(page: bytes) -> HtmlPage:
-    """Raises ValueError (LookupError for the encoding) where there is nothing to be read."""
+    """Reads a page in document order. Raises ValueError (LookupError for the encoding) where
+    there is nothing to be read.
+    """
     text = decode(page)
     if not text.strip():
         raise ValueError("empty page")

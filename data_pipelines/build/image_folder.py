@@ -15,6 +15,8 @@ from data_pipelines.build.images import ANY_IMAGE, ImageRules, Unfit
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolder(CaptionedFolder):
+    """A folder of images with a caption file."""
+
     key: ClassVar[str] = "image"
     caption_files: ClassVar[tuple[str, ...]] = ("captions.jsonl",)
     suffixes: ClassVar[frozenset[str]] = frozenset(

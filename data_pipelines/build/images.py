@@ -25,8 +25,8 @@ class Unfit(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ImageRules:
-    """min_side and short_side in pixels; short_side 0 stores images in their own size.
-    max_aspect is the longer side over the shorter.
+    """Says which images are fit to train on. min_side and short_side in pixels; short_side 0
+    stores images in their own size. max_aspect is the longer side over the shorter.
     """
 
     min_side: int = 1
@@ -90,7 +90,9 @@ ANY_IMAGE = ImageRules()
 
 
 def shrink(pixels: np.ndarray, short_side: int) -> np.ndarray:
-    """uint8 [H, W, 3] whose shorter side is at most `short_side`; 0 leaves it alone."""
+    """Shrinks an image to uint8 [H, W, 3] whose shorter side is at most `short_side`; 0 leaves
+    it alone.
+    """
     shorter, longer = sorted(pixels.shape[:2])
     return (
         images.fit(pixels, max(1, round(longer * short_side / shorter)))
@@ -100,7 +102,7 @@ def shrink(pixels: np.ndarray, short_side: int) -> np.ndarray:
 
 
 def encode(pixels: np.ndarray, form: str, quality: int = JPEG_QUALITY) -> bytes:
-    """uint8 [H, W, 3] as a JPEG or PNG file."""
+    """Encodes uint8 [H, W, 3] as a JPEG or PNG file."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, form, quality=quality)
     return file.getvalue()

@@ -31,7 +31,8 @@ class InputFile(NamedTuple):
 
 
 def files_in(inputs: Sequence[str], suffixes: Sequence[str], what: str) -> list[InputFile]:
-    """The inputs that are files, and files of these suffixes below those that are folders.
+    """Lists the inputs that are files, and files of these suffixes below those that are
+    folders.
 
     Raises UserError where there is none.
     """
@@ -60,13 +61,13 @@ def files_in(inputs: Sequence[str], suffixes: Sequence[str], what: str) -> list[
 
 
 def read_named(folders: Sequence[str], name: str) -> bytes:
-    """The file of that name in the first of the folders that has it. Raises Unfit."""
+    """Reads the file of that name in the first of the folders that has it. Raises Unfit."""
     return files.read(files.find(folders, name))
 
 
 def folders_of(inputs: Sequence[str]) -> tuple[str, ...]:
-    """The inputs that are folders, and the folders of those that are files: where images lie
-    unless another place is named.
+    """Returns the inputs that are folders, and the folders of those that are files: where
+    images lie unless another place is named.
     """
     return tuple(
         dict.fromkeys(
@@ -76,7 +77,7 @@ def folders_of(inputs: Sequence[str]) -> tuple[str, ...]:
 
 
 def by_address(folders: Sequence[str]) -> dict[bytes, ByteRange]:
-    """Downloaded images by their address on the web (`address_key`), below folders of
+    """Finds downloaded images by their address on the web (`address_key`), below folders of
 
     - what img2dataset made (`output_format` webdataset or files), whose .json files have the
       `url`;
@@ -128,14 +129,15 @@ def _enter_shard(found: dict[bytes, ByteRange], path: pathlib.Path) -> None:
 
 
 def address_key(address: str) -> bytes:
+    """Digests an address on the web: what images are found by."""
     return hashlib.sha256(address.encode(errors="surrogateescape")).digest()
 
 
 def reader(
     folders: Sequence[str], name: object, downloaded: ByteRange | None
 ) -> Callable[[], bytes]:
-    """What reads an image: the file known by its address, else the one of that name below the
-    folders. It raises Unfit.
+    """Returns what reads an image: the file known by its address, else the one of that name
+    below the folders. It raises Unfit.
     """
 
     def read() -> bytes:

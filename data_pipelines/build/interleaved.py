@@ -45,8 +45,8 @@ class ImageRef:
 def make_page(
     name: str, split: str, items: Iterable[str | ImageRef], rules: ImageRules
 ) -> Converted:
-    """Texts and images as a record; images that are unfit are left out and counted, and
-    pages that keep none are dropped.
+    """Puts texts and images together as a record; images that are unfit are left out and
+    counted, and pages that keep none are dropped.
     """
     pieces: list[list[str]] = [[]]
     images, unfit = list[bytes](), list[str]()
@@ -75,7 +75,9 @@ def make_page(
 
 
 def joined(pieces: Iterable[str]) -> str:
-    """Pieces of a text as one: tidy, but for those that are Verbatim, which stand on their own."""
+    """Joins the pieces of a text: tidy, but for those that are Verbatim, which stand on their
+    own.
+    """
     parts = []
     for verbatim, run in itertools.groupby(pieces, lambda piece: isinstance(piece, Verbatim)):
         text = "".join(run)
@@ -88,6 +90,6 @@ def joined(pieces: Iterable[str]) -> str:
 
 
 def tidy(text: str) -> str:
-    """Blanks joined, empty lines and the blanks around lines gone."""
+    """Tidies a text: blanks joined, empty lines and the blanks around lines gone."""
     lines = (" ".join(line.split()) for line in text.split("\n"))
     return "\n".join(line for line in lines if line)

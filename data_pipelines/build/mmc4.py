@@ -79,14 +79,16 @@ class Mmc4Document:
 
 
 class Match(NamedTuple):
+    """The sentence that an image belongs to, and their similarity."""
+
     sentence: int
     similarity: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Mmc4:
-    """inputs: the JSON lines. images: folders of images, by name or as `input_files.by_address`
-    says, by default those of the lines.
+    """Documents of MMC4. inputs: the JSON lines. images: folders of images, by name or as
+    `input_files.by_address` says, by default those of the lines.
 
     min_similarity: images less similar to their sentence are left out. A cosine from -1 to 1;
     MMC4's own files hold none below 0.15, OpenFlamingo trained with 0.24.
@@ -229,8 +231,8 @@ def _reader(
 
 
 def match(images: list[Any], sentences: int, matrix: Any) -> list[Match | None]:
-    """For each image of `image_info` its sentence, None where there is none; a similarity
-    that is not given is infinite.
+    """Finds for each image of `image_info` its sentence, None where there is none; a
+    similarity that is not given is infinite.
     """
     similar = _similarities(matrix, (len(images), sentences))
     found = [_given(image, place, sentences, similar) for place, image in enumerate(images)]

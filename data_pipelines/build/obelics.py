@@ -67,8 +67,8 @@ class ObelicsRow:
 
 @dataclasses.dataclass(frozen=True)
 class Obelics:
-    """inputs: the parquet files. images: folders of downloaded images, by default those of
-    the files.
+    """Documents of OBELICS. inputs: the parquet files. images: folders of downloaded images,
+    by default those of the files.
     """
 
     inputs: tuple[str, ...]

@@ -40,6 +40,8 @@ TOO_LARGE = f"larger than {MAX_BYTES >> 30} GiB"
 
 @dataclasses.dataclass(frozen=True)
 class PlainText:
+    """Folders of .txt files."""
+
     folders: tuple[str, ...]
     shares: Shares = DEFAULT_SHARES
     document_characters: int = 4_000
@@ -102,8 +104,8 @@ class PlainText:
 
 
 def stretches(count: int, shares: Shares, key: str) -> list[str | None] | None:
-    """The split of each of a file's documents: those of a split follow one another, and None
-    stands for a document at a border, which is for none.
+    """Chooses the split of each of a file's documents: those of a split follow one another,
+    and None stands for a document at a border, which is for none.
 
     None altogether where they are too few for each split to have its share.
     """
@@ -123,7 +125,7 @@ def stretches(count: int, shares: Shares, key: str) -> list[str | None] | None:
 
 
 def documents(text: str, limit: int) -> Iterator[str]:
-    """Paragraphs joined to documents of at most `limit` characters.
+    """Yields paragraphs joined to documents of at most `limit` characters.
 
     A longer paragraph is cut at the ends of lines or words, at worst within a word.
     """

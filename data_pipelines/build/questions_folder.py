@@ -44,7 +44,7 @@ NO_ANSWER = "no answer"
 
 @dataclasses.dataclass(frozen=True)
 class QuestionLine:
-    """no_answers: for each answer that is of no use the reason."""
+    """A line of the JSONL. no_answers: for each answer that is of no use the reason."""
 
     text: str
     answers: tuple[str, ...]
@@ -76,8 +76,8 @@ class QuestionedVisual:
 
 @dataclasses.dataclass(frozen=True)
 class QuestionsFolder:
-    """file: the JSONL, where it has another name. fps, max_seconds, short_side of videos: as in
-    VideoFolder.
+    """Images or videos that are asked about. file: the JSONL, where it has another name. fps,
+    max_seconds, short_side of videos: as in VideoFolder.
     """
 
     folders: tuple[str, ...]

@@ -23,8 +23,8 @@ CHARACTERS = 600
 
 
 class RecordSampler:
-    """A few examples of the training split, or of all where there is none, drawn by a hash of
-    their ids: the same in every build.
+    """Draws a few examples of the training split, or of all where there is none, drawn by a
+    hash of their ids: the same in every build.
     """
 
     def __init__(self) -> None:
@@ -51,8 +51,8 @@ class RecordSampler:
 def samples_page(
     name: str, about: str, statistics: Mapping[str, Any], examples: Sequence[SplitRecord]
 ) -> str:
-    """The document: counts of splits, drop reasons with names of some that were dropped, and
-    the examples.
+    """Writes the document: counts of splits, drop reasons with names of some that were
+    dropped, and the examples.
     """
     dropped, named = statistics["dropped"], statistics.get("dropped_names", {})
     tables = [

@@ -131,7 +131,8 @@ def build_tokenizer(
 
 
 class Sentences:
-    """The lines of texts as SentencePiece takes them, with a count of what became of each.
+    """Yields the lines of texts as SentencePiece takes them, with a count of what became of
+    each.
 
     It skips without a word what is longer than MAX_SENTENCE bytes, so that longer lines are cut
     at spaces, at worst within a word; and what holds a null character or its own sign for the
@@ -169,7 +170,9 @@ class Sentences:
 
 
 def cut(text: str, size: int) -> Iterator[str]:
-    """The text in parts of at most `size` bytes, each but the first with the space before it."""
+    """Yields the text in parts of at most `size` bytes, each but the first with the space
+    before it.
+    """
     data = text.encode()
     start = 0
     while len(data) - start > size:
@@ -212,8 +215,8 @@ def _sentence(error: Exception, sentences: Sentences, vocab_size: int) -> UserEr
 
 
 def texts_in(path: str | pathlib.Path) -> Iterator[str]:
-    """All text of a .txt file, of the .txt files below a folder, or of the training split of a
-    dataset, questions within the prompt.
+    """Yields all text of a .txt file, of the .txt files below a folder, or of the training
+    split of a dataset, questions within the prompt.
 
     Files come line by line. Raises UserError where `path` is none of these, or cannot be read.
     """

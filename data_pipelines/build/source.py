@@ -34,7 +34,7 @@ class SplitRecord:
 
 @dataclasses.dataclass(frozen=True)
 class DroppedRecord:
-    """A source record that is not used. `parts_dropped` and `texts_dropped` as in Example."""
+    """A source record that is not used. `parts_dropped` and `texts_dropped` as in SplitRecord."""
 
     reason: str
     parts_dropped: tuple[str, ...] = ()
@@ -130,7 +130,8 @@ DEFAULT_SHARES = Shares()
 
 
 def record_id(folders: Sequence[str], folder: pathlib.Path, name: str) -> str:
-    """The name of a file in its folder, which is named too where there are several inputs.
+    """Returns the name of a file in its folder, which is named too where there are several
+    inputs.
 
     Of folders with the same name, as many of those above them are named as tell them apart.
     Bytes of a name that are no UTF-8 are written as escapes. Raises UserError where an input is

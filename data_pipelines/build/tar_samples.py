@@ -46,7 +46,9 @@ Files = dict[str, ByteRange]
 
 @dataclasses.dataclass(frozen=True)
 class TarSample:
-    """group: the key, without the number that tells samples of one key apart."""
+    """Members of a shard that belong together. group: the key, without the number that tells
+    samples of one key apart.
+    """
 
     key: str
     members: Files
@@ -73,7 +75,7 @@ class TarSample:
 
 
 def samples(shard: str | pathlib.Path) -> Iterator[TarSample | str]:
-    """The samples of a shard, and a reason for each member that is of no use."""
+    """Yields the samples of a shard, and a reason for each member that is of no use."""
     met: list[TarMember] = []
     for member in members(shard):
         if isinstance(member, str):

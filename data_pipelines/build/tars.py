@@ -51,8 +51,8 @@ class TarMember(NamedTuple):
 
 
 def compressed_with(shard: str | pathlib.Path) -> Compression | None:
-    """How a shard is compressed; None where it begins as a tar file does, whatever the name of
-    its first member may look like. Raises OSError.
+    """Tells how a shard is compressed; None where it begins as a tar file does, whatever the
+    name of its first member may look like. Raises OSError.
     """
     packing = compression_of(shard)
     if packing is None:
@@ -67,13 +67,13 @@ def compressed_with(shard: str | pathlib.Path) -> Compression | None:
 
 
 def unread(packing: Compression) -> str:
-    """Why a shard of this compression is not read."""
+    """Tells why a shard of this compression is not read."""
     needs = ", which needs Python 3.14 or backports.zstd" if packing.name == "zstd" else ""
     return f"shard compressed with {packing.name}{needs or ', which is not read'}"
 
 
 def members(shard: str | pathlib.Path) -> list[TarMember | str]:
-    """Every file of a shard, and a reason for whatever else is met.
+    """Lists every file of a shard, and a reason for whatever else is met.
 
     Compressed shards are unpacked as they are read. A damaged header is passed over, to the
     next that is whole. Hidden files, which archives made by macOS are full of, are no data.

@@ -53,7 +53,7 @@ codecs.register_error(_MARKED, _mark)
 
 
 def encoding_of(start: bytes) -> tuple[str, str]:
-    """The encoding that a file's first bytes tell, and how its errors are handled.
+    """Returns the encoding that a file's first bytes tell, and how its errors are handled.
 
     In UTF-8 they keep their bytes (surrogateescape), of which file names may be made.
     """
@@ -64,13 +64,15 @@ def encoding_of(start: bytes) -> tuple[str, str]:
 
 
 def decode(data: bytes) -> str:
-    """The text of a file, byte order mark and carriage returns before line feeds taken away."""
+    """Decodes the text of a file, byte order mark and carriage returns before line feeds taken
+    away.
+    """
     encoding, errors = encoding_of(data[:4])
     return data.decode(encoding, errors).replace("\r\n", "\n")
 
 
 def text_lines(file: pathlib.Path, limit: int = MAX_LINE) -> Iterator[str | TooLongLine]:
-    """The lines of a file without their ends, read one by one. Raises OSError.
+    """Yields the lines of a file without their ends, read one by one. Raises OSError.
 
     Of a line longer than `limit` characters nothing is kept.
     """
@@ -85,7 +87,8 @@ def text_lines(file: pathlib.Path, limit: int = MAX_LINE) -> Iterator[str | TooL
 
 
 def line_parts(file: pathlib.Path, limit: int = MAX_LINE) -> Iterator[str]:
-    """The lines of a file without their ends, longer ones in parts of `limit` characters.
+    """Yields the lines of a file without their ends, longer ones in parts of `limit`
+    characters.
 
     Raises OSError.
     """
@@ -106,7 +109,7 @@ def _skip_line(opened: IO[str], line: str) -> None:
 
 
 def json_lines(file: pathlib.Path) -> Iterator[Any]:
-    """What each line holds that is not blank.
+    """Yields what each line holds that is not blank.
 
     None for one that is no JSON, TOO_LONG_LINE for one that is too long. Bytes that are no
     UTF-8 fail in `as_utf8`, or name a file. Raises UserError where the file cannot be read.
@@ -122,12 +125,12 @@ def json_lines(file: pathlib.Path) -> Iterator[Any]:
 
 
 def unreadable(file: pathlib.Path, error: OSError) -> UserError:
-    """For a file without which nothing can be built."""
+    """Returns the error for a file without which nothing can be built."""
     return UserError(f"{file} cannot be read ({error.strerror}): mend it or take it out")
 
 
 def parsed(text: str) -> Any:
-    """The value that a JSON text holds, None where it is none."""
+    """Returns the value that a JSON text holds, None where it is none."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):  # The second is for a thousand brackets.
@@ -135,7 +138,7 @@ def parsed(text: str) -> Any:
 
 
 def as_utf8(text: str) -> str:
-    """The text, blanks around it gone.
+    """Returns the text, blanks around it gone.
 
     Raises NotUtf8 for one that no dataset can hold: JSON can name half of a character too.
     """

@@ -87,8 +87,8 @@ class TfdsRecordRef:
 
 @dataclasses.dataclass(frozen=True)
 class Tfds:
-    """name: of a dataset that TFDS knows, prepared under `TFDS_DATA_DIR`, or a folder with a
-    prepared one.
+    """Records of a TFDS dataset. name: of a dataset that TFDS knows, prepared under
+    `TFDS_DATA_DIR`, or a folder with a prepared one.
 
     fields: {field of the kind: feature}. as_kind: pairs, videos or questions, by default the
       first that its features make.

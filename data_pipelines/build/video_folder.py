@@ -19,7 +19,8 @@ FRAME_QUALITY = 90
 
 @dataclasses.dataclass(frozen=True)
 class VideoFolder(CaptionedFolder):
-    """fps: frames a second. max_seconds: only the beginning of longer videos is used.
+    """A folder of videos with a caption file. fps: frames a second. max_seconds: only the
+    beginning of longer videos is used.
     short_side: larger frames are shrunk to it.
     """
 
@@ -100,7 +101,8 @@ class VideoFolder(CaptionedFolder):
 def stored_frames(
     file: pathlib.Path, *, fps: float, max_seconds: float, short_side: int
 ) -> tuple[list[bytes], tuple[str, ...]]:
-    """A video's frames as JPEG files, and the reasons of `read_video` for what is lost of it.
+    """Reads a video's frames as JPEG files, and the reasons of `read_video` for what is lost
+    of it.
 
     The arguments are VideoFolder's. Raises Unusable.
     """

@@ -52,6 +52,8 @@ class PairSample:
 
 @dataclasses.dataclass(frozen=True)
 class WebDataset:
+    """Image-text pairs of tar shards."""
+
     inputs: tuple[str, ...]
     shares: Shares = DEFAULT_SHARES
     rules: ImageRules = ANY_IMAGE

@@ -21,7 +21,7 @@ DIED = "killed the process that read it (out of memory, or a fault in a library)
 
 
 class WorkerPool(Executor):
-    """Processes that begin afresh (a fork would copy the threads of whoever calls).
+    """Runs processes that begin afresh (a fork would copy the threads of whoever calls).
 
     Where one of them dies, as when the system is out of memory, `restart` makes all of them
     anew.
@@ -67,7 +67,7 @@ def ordered_map(
     executor: Executor | None,
     died: Callable[[A], B] | None = None,
 ) -> Iterator[B]:
-    """`map` on an executor: results in order, and only so many of them in memory.
+    """Does `map` on an executor: results in order, and only so many of them in memory.
 
     died: the result of an item that kills the process that works on it, with a WorkerPool;
     which item that was is found by giving each of those under way to a process that has nothing

@@ -106,7 +106,7 @@ DATASETS: dict[str, WorldDataset] = {
 
 
 def make_record(dataset: str, split: str, index: int, seed: int = 0) -> WorldRecord:
-    """Record `index` of a split with its scenes: a pure function of its arguments."""
+    """Makes record `index` of a split with its scenes: a pure function of its arguments."""
     spec = DATASETS[dataset]
     rng = np.random.default_rng([seed, zlib.crc32(f"{dataset}/{split}".encode()), index])
     made = spec.draw(rng, HELD_OUT if split == HELD_OUT_SPLIT else SEEN)

@@ -62,7 +62,9 @@ FILLERS_AFTER = ("photo", "picture", "for sale", "!")
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """`type` is the scene's kind and what is asked for, as in one/colour."""
+    """A question with its answer. `type` is the scene's kind and what is asked for, as in
+    one/colour.
+    """
 
     question: str
     answer: str
@@ -70,22 +72,23 @@ class Question:
 
 
 def with_article(thing: Thing) -> str:
-    """The thing with its article."""
+    """Writes the thing with its article."""
     return f"{'an' if str(thing)[0] in 'aeiou' else 'a'} {thing}"
 
 
 def plural(shape: str) -> str:
+    """Writes the plural of a shape."""
     return shape + ("es" if shape.endswith("s") else "s")
 
 
 def caption(scene: Scene) -> str:
-    """The one clean caption of a scene."""
+    """Writes the one clean caption of a scene."""
     return _described(scene, with_article, lambda thing: f"{thing.colour} {plural(thing.shape)}")
 
 
 def shape_first(scene: Scene) -> str:
-    """A scene told with shapes before colours, for text alone: a language model looks up what
-    follows a word long before what precedes it, and must learn to look up by shape ("what
+    """Writes a caption with shapes before colours, for text alone: a language model looks up
+    what follows a word long before what precedes it, and must learn to look up by shape ("what
     colour is the star?") as well as by colour.
     """
     return _described(
@@ -108,8 +111,8 @@ def _described(scene: Scene, one: Callable[[Thing], str], several: Callable[[Thi
 
 
 def noisy_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A short caption as people write them on the web: parts left out or in another order,
-    words that say nothing; never wrong.
+    """Writes a short caption as people write them on the web: parts left out or in another
+    order, words that say nothing; never wrong.
     """
     first, last = scene.things[0], scene.things[-1]
     colour, shape = first.colour, first.shape
@@ -156,7 +159,7 @@ def noisy_caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def questions(scene: Scene, rng: np.random.Generator, things: Sequence[Thing]) -> list[Question]:
-    """One question of every type that fits the scene.
+    """Asks one question of every type that fits the scene.
 
     A question about something that is not there names one of `things`.
     """
@@ -207,15 +210,17 @@ def questions(scene: Scene, rng: np.random.Generator, things: Sequence[Thing]) -
 
 
 def colour_question(about: Thing, kind: str) -> Question:
+    """Asks for the colour of a thing by its shape."""
     return Question(f"what colour is the {about.shape}?", about.colour, f"{kind}/colour")
 
 
 def shape_question(about: Thing, kind: str) -> Question:
+    """Asks for the shape of a thing by its colour."""
     return Question(f"what shape is {about.colour}?", about.shape, f"{kind}/shape")
 
 
 def random_question(scene: Scene, rng: np.random.Generator, things: Sequence[Thing]) -> Question:
-    """One question about the scene, every type alike."""
+    """Asks one question about the scene, every type alike."""
     return pick(rng, questions(scene, rng, things))
 
 
@@ -229,17 +234,17 @@ def _absent_things(rng: np.random.Generator, thing: Thing, things: Sequence[Thin
 
 
 def output_text(scene: Scene) -> str:
-    """A chunk of a captioning page."""
+    """Writes a chunk of a captioning page."""
     return f"Output: {caption(scene)}"
 
 
 def question_text(question: Question) -> str:
-    """A chunk of a page of questions."""
+    """Writes a chunk of a page of questions."""
     return f"Question: {question.question} Answer: {question.answer}"
 
 
 def naming_text(word: str, known: str = "") -> str:
-    """A chunk of a page that binds new words; with a known word, that is said first.
+    """Writes a chunk of a page that binds new words; with a known word, that is said first.
 
     The new word follows at once on what it names, an image or one known word: what a language
     model learns of binding in text then needs nothing but an image that reads like a word.

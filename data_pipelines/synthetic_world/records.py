@@ -57,11 +57,13 @@ def pair(
     draw: Callable[..., Scene] = draw_scene,
     describe: Callable[[Scene], str] = caption,
 ) -> WorldRecord:
+    """Makes an image with its caption."""
     scene = draw(rng, things)
     return WorldRecord({"image": png(render(scene, rng)), "captions": [describe(scene)]}, (scene,))
 
 
 def noisy_pair(rng: np.random.Generator, things: Sequence[Thing]) -> WorldRecord:
+    """Makes an image with a short caption as people write them on the web."""
     scene = dataclasses.replace(draw_scene(rng, things), nameless=bool(rng.random() < NAMELESS))
     text = noisy_caption(scene, rng)
     while scene.nameless and any(thing.colour in text for thing in scene.things):
@@ -70,8 +72,8 @@ def noisy_pair(rng: np.random.Generator, things: Sequence[Thing]) -> WorldRecord
 
 
 def clip(rng: np.random.Generator, things: Sequence[Thing], plain: bool = False) -> WorldRecord:
-    """A clip with its caption, which (unless `plain`) has the form it has on pages: one prompt
-    for all captions.
+    """Makes a clip with its caption, which (unless `plain`) has the form it has on pages: one
+    prompt for all captions.
     """
     scene = draw_motion(rng, things)
     captions = [caption(scene) if plain else output_text(scene)]
@@ -82,6 +84,7 @@ def clip(rng: np.random.Generator, things: Sequence[Thing], plain: bool = False)
 
 
 def question(rng: np.random.Generator, things: Sequence[Thing]) -> WorldRecord:
+    """Makes an image with a question about it."""
     scene = draw_scene(rng, things)
     asked = random_question(scene, rng, things)
     fields = {
@@ -94,8 +97,8 @@ def question(rng: np.random.Generator, things: Sequence[Thing]) -> WorldRecord:
 
 
 def page(rng: np.random.Generator, things: Sequence[Thing]) -> WorldRecord:
-    """Images with captions (15 in 100), questions (65 in 100), or new words bound to what
-    they show.
+    """Makes a page: images with captions (15 in 100), questions (65 in 100), or new words
+    bound to what they show.
 
     Two thirds of the pages of captions or questions begin with an example that has no image.
     It tells of any thing, half of the time of one
@@ -128,8 +131,8 @@ def page(rng: np.random.Generator, things: Sequence[Thing]) -> WorldRecord:
 def binding_page(
     rng: np.random.Generator, things: Sequence[Thing], supports: int = 32
 ) -> WorldRecord:
-    """Two words bound to two things: 32 supports and then the query, whose chunk names its
-    word.
+    """Makes a page of two words bound to two things: 32 supports and then the query, whose
+    chunk names its word.
 
     Supports come in twos, one of each word in random order, so that the last s before the query
     are balanced (s = 1 has one word).
@@ -173,8 +176,8 @@ def _page(
 
 
 def document(rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS) -> WorldRecord:
-    """Text that mirrors the pages, with a description of the scene in the place of its image,
-    and rhymes.
+    """Makes text that mirrors the pages, with a description of the scene in the place of its
+    image, and rhymes.
 
     Half of the documents are lines, in the others the image tag stands before each description
     as on a page, so that the language model has met the tag before it is frozen. Rhymes are a
@@ -218,8 +221,8 @@ def _some_questions(rng: np.random.Generator, scene: Scene, things: Sequence[Thi
 def namings(
     rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS, tagged: bool = True
 ) -> WorldRecord:
-    """4 to 16 new words after known words, which stand for images: what binding takes, in
-    text alone.
+    """Makes a text of 4 to 16 new words after known words, which stand for images: what
+    binding takes, in text alone.
     """
     _, known, new = _bind_words(rng, things, int(rng.integers(4, 17)))
     lines = [naming_text(word, name) for name, word in zip(known, new, strict=True)]
@@ -231,8 +234,8 @@ def namings(
 def lookups(
     rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS, tagged: bool = True
 ) -> WorldRecord:
-    """Three to six things told one after the other, then ten questions about the colour or
-    shape of one of them, many cut to their last word.
+    """Makes a text: three to six things told one after the other, then ten questions about the
+    colour or shape of one of them, many cut to their last word.
 
     Of two things the answer can be guessed half of the time, and a language model may rest
     there; of many it must be looked up. What is to

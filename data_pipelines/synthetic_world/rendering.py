@@ -20,8 +20,8 @@ PATCH = 28
 
 
 def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [48, 48, 3]: the scene's things with random shade, size and place (within 2 pixels)
-    on a dark, slightly noisy ground.
+    """Draws a scene as uint8 [48, 48, 3]: its things with random shade, size and place (within
+    2 pixels) on a dark, slightly noisy ground.
     """
     small = scene.kind == "counts"
     canvas = _ground(rng)
@@ -37,7 +37,7 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def render_clip(scene: Scene, rng: np.random.Generator) -> list[np.ndarray]:
-    """8 frames uint8 [48, 48, 3] in which the thing crosses the image in its direction."""
+    """Draws 8 frames uint8 [48, 48, 3] in which the thing crosses the image in its direction."""
     thing, step = scene.things[0], np.asarray(DIRECTIONS[scene.moving], float)
     radius, shade = rng.uniform(7.0, 9.0), _shade(np.asarray(COLOURS[thing.colour]), rng)
     ground = _ground(rng)
@@ -59,7 +59,7 @@ def render_clip(scene: Scene, rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """The image as a PNG file."""
+    """Encodes the image as a PNG file."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", compress_level=1)
     return file.getvalue()

@@ -40,6 +40,8 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
+    """A shape of a colour."""
+
     colour: str
     shape: str
 
@@ -91,29 +93,33 @@ TAUGHT_SHARES = {"one": 0.20, "two": 0.65, "counts": 0.15}
 
 
 def draw_one(rng: np.random.Generator, things: Sequence[Thing]) -> Scene:
+    """Draws a scene of one thing at random."""
     return Scene((pick(rng, things),), (int(rng.integers(9)),))
 
 
 def draw_two(rng: np.random.Generator, things: Sequence[Thing]) -> Scene:
-    """Two things of different colour and shape at the two ends of a row or a column."""
+    """Draws two things of different colour and shape at the two ends of a row or a column."""
     pair = pick_differing(rng, things, 2)
     line = int(rng.integers(3))
     return Scene(pair, (3 * line, 3 * line + 2) if rng.random() < 0.5 else (line, line + 6))
 
 
 def draw_counts(rng: np.random.Generator, things: Sequence[Thing]) -> Scene:
+    """Draws a scene of two to four equal things."""
     count = int(rng.integers(2, 5))
     cells = rng.choice(CORNERS_AND_CENTRE, count, replace=False)
     return Scene((pick(rng, things),) * count, tuple(sorted(int(cell) for cell in cells)))
 
 
 def draw_motion(rng: np.random.Generator, things: Sequence[Thing]) -> Scene:
+    """Draws a thing that moves."""
     return Scene((pick(rng, things),), (4,), pick(rng, tuple(DIRECTIONS)))
 
 
 def draw_scene(
     rng: np.random.Generator, things: Sequence[Thing], shares: Mapping[str, float] = KIND_SHARES
 ) -> Scene:
+    """Draws a scene of a kind, with these shares of each."""
     kind = rng.choice(list(shares), p=list(shares.values()))
     return {"one": draw_one, "two": draw_two, "counts": draw_counts}[str(kind)](rng, things)
 
@@ -121,7 +127,7 @@ def draw_scene(
 def pick_differing(
     rng: np.random.Generator, things: Sequence[Thing], count: int
 ) -> tuple[Thing, ...]:
-    """Things of which no two share a colour or a shape."""
+    """Picks things of which no two share a colour or a shape."""
     chosen: list[Thing] = []
     while len(chosen) < count:
         left = [
@@ -135,4 +141,5 @@ def pick_differing(
 
 
 def pick(rng: np.random.Generator, choices: Sequence[T]) -> T:
+    """Picks one of the choices."""
     return choices[int(rng.integers(len(choices)))]

@@ -24,7 +24,7 @@ class Augmentation(NamedTuple):
 def draw(
     uniform: Callable[[float, float], float], *, flip: bool, colour: float
 ) -> Augmentation | None:
-    """A random augmentation; None, and nothing drawn, where both are off.
+    """Draws a random augmentation; None, and nothing drawn, where both are off.
 
     uniform: draws a number from low up to high.
     colour: strength; brightness, contrast and saturation are scaled by 1 - colour to 1 +

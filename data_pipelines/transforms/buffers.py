@@ -37,10 +37,10 @@ class Buffer(NamedTuple):
 
 
 class BufferPool:
-    """Arrays for batches. Most of a batch's places may be blank, and to zero them all for each
-    batch takes as long as to decode part of the others: memory that nobody holds any more is
-    given out again, and only what was written and is not written over is zeroed. Safe to use
-    from several threads.
+    """Lends arrays to batches. Most of a batch's places may be blank, and to zero them all for
+    each batch takes as long as to decode part of the others: memory that nobody holds any more
+    is given out again, and only what was written and is not written over is zeroed. Safe to
+    use from several threads.
     """
 
     def __init__(self) -> None:

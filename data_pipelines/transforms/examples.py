@@ -55,13 +55,13 @@ class Segment:
 
 
 def strings(values: Iterable[Any]) -> list[str]:
-    """Texts of a record, which TFDS gives as bytes."""
+    """Decodes texts of a record, which TFDS gives as bytes."""
     return [value.decode() if isinstance(value, bytes) else str(value) for value in values]
 
 
 def caption_of(record: Any, rng: RecordRandom | None) -> str:
-    """One of a record's captions, with the space before it, as `rng` say or at random, or the
-    first without `rng`; "" where it has none.
+    """Chooses one of a record's captions, with the space before it, as `rng` says or at
+    random, or the first without `rng`; "" where it has none.
     """
     captions = strings(record["captions"])
     if not captions:
@@ -73,8 +73,8 @@ def caption_of(record: Any, rng: RecordRandom | None) -> str:
 
 
 def answer_of(record: Any, rng: RecordRandom | None) -> str:
-    """One of a question's answers at random, or the first without `rng`; "" where it has
-    none.
+    """Chooses one of a question's answers at random, or the first without `rng`; "" where it
+    has none.
     """
     answers = strings(record["answers"])
     if not answers:
@@ -83,15 +83,15 @@ def answer_of(record: Any, rng: RecordRandom | None) -> str:
 
 
 def question_prompt(record: Any, dataset: DatasetConfig) -> str:
-    """What is asked of a question's visual, in the dataset's words."""
+    """Writes what is asked of a question's visual, in the dataset's words."""
     return sequences.fill_prompt(dataset.prompt, strings([record["question"]])[0])
 
 
 def flamingo_segment(
     record: Any, dataset: DatasetConfig, tokenizer: Tokenizer, rng: RecordRandom | None
 ) -> Segment:
-    """A page, a pair, a clip or a question of a `records.Record`; `rng` None gives the one
-    fixed choice that evaluation makes.
+    """Makes the segment of a page, a pair, a clip or a question of a `records.Record`; `rng`
+    None gives the one fixed choice that evaluation makes.
 
     Its fields are asked for only where something is made of them that is not kept: a page whose
     window shows no image need not be read again.
@@ -113,7 +113,7 @@ def flamingo_segment(
 
 
 def text_segment(document: np.ndarray, start: int, length: int) -> Segment:
-    """A piece of a text document's tokens, see `windows.pieces`."""
+    """Makes the segment of a piece of a text document's tokens, see `windows.text_pieces`."""
     tokens = document[start : start + length]
     loss_mask = np.ones(len(tokens), bool)
     loss_mask[0] = False
@@ -121,8 +121,8 @@ def text_segment(document: np.ndarray, start: int, length: int) -> Segment:
 
 
 def empty_segment(length: int, pad_token: int) -> Segment:
-    """So many tokens with nothing to learn and nothing to see: what stands in for a damaged
-    record.
+    """Makes so many tokens with nothing to learn and nothing to see: what stands in for a
+    damaged record.
     """
     nothing = np.zeros(length, np.int32)
     return Segment(np.full_like(nothing, pad_token), nothing.astype(bool), nothing - 1)
@@ -152,8 +152,8 @@ def _page_window(
 
 
 def assemble(rows: Sequence[Sequence[Segment]], *, length: int, pad_token: int) -> Arrays:
-    """Each row's segments side by side: tokens, positions, segments, media_index int32 [B, L],
-    loss_mask bool [B, L].
+    """Puts each row's segments side by side: tokens, positions, segments, media_index int32
+    [B, L], loss_mask bool [B, L].
 
     Segments count from 1, 0 is padding; positions start again in each; media_index counts the
     row's visuals.

@@ -34,9 +34,9 @@ LONG = 5_000
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """tokens, visuals: int32 [records]. Tokens are those of the whole sequence, specials
-    included; of a record with several captions, those of the longest, with or without a leading
-    space; of a question with several answers, those of the longest.
+    """How long every record is. tokens, visuals: int32 [records]. Tokens are those of the
+    whole sequence, specials included; of a record with several captions, those of the longest,
+    with or without a leading space; of a question with several answers, those of the longest.
 
     captions: int32 [captions, 2], the same of every caption in the order of the records,
     without and with a leading space. first: int64 [records + 1], where those of each record
@@ -100,8 +100,8 @@ class Lengths:
 
 
 class CaptionChoices(NamedTuple):
-    """caption int32, space bool [records]: which caption a record shows, and whether a space
-    goes before it.
+    """The caption of every record in an epoch. caption int32, space bool [records]: which
+    caption a record shows, and whether a space goes before it.
     """
 
     caption: np.ndarray
@@ -116,7 +116,7 @@ def measure(
     *,
     title: str = "lengths",
 ) -> Lengths:
-    """Reads every record once. prompt: of questions."""
+    """Measures records by reading each once. prompt: of questions."""
     tokens = np.zeros(len(records), np.int32)
     visuals = np.zeros(len(records), np.int32)
     captions: list[tuple[int, int]] = []
@@ -154,9 +154,9 @@ def load_or_measure(
     split: str,
     prompt: str = "",
 ) -> Lengths:
-    """From `lengths_<fingerprint>_<split>.npz` in the dataset's folder, written there first
-    where it is missing or older than the dataset; for questions the name tells their prompt
-    too. A folder that cannot be written to is measured each time.
+    """Loads lengths from `lengths_<fingerprint>_<split>.npz` in the dataset's folder, written
+    there first where it is missing or older than the dataset; for questions the name tells
+    their prompt too. A folder that cannot be written to is measured each time.
 
     Where the file is damaged, or a record that was damaged when it was measured has been mended
     since, all are measured again. Raises StorageError where the storage fails each time it is

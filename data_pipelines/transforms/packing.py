@@ -50,7 +50,8 @@ def plan_rows(
     rows: int | None = None,
     pack: bool = True,
 ) -> PackingPlan:
-    """Rows of at most `row_length` tokens and `row_visuals` visuals, each item in at most one.
+    """Plans rows of at most `row_length` tokens and `row_visuals` visuals, each item in at
+    most one.
 
     Items come in an order shuffled by (seed, dataset, epoch) and go into the first of a bounded
     number of open rows that has room.

@@ -11,7 +11,7 @@ from flamingo_jax.experiment import DatasetConfig
 
 
 def key(seed: int, dataset: str, epoch: int) -> str:
-    """One text for each (seed, dataset, epoch), whatever signs the name has.
+    """Returns one text for each (seed, dataset, epoch), whatever signs the name has.
 
     The name is that of the config's `data`, not the path: a dataset that is moved keeps its
     draws.
@@ -20,8 +20,8 @@ def key(seed: int, dataset: str, epoch: int) -> str:
 
 
 def generator(what: str, seed: int, dataset: str, epoch: int) -> np.random.Generator:
-    """Random numbers for one kind of draw (`what`, such as "order") over all of a dataset's
-    epoch.
+    """Makes random numbers for one kind of draw (`what`, such as "order") over all of a
+    dataset's epoch.
 
     Datasets of equal size, and different draws over one dataset, have nothing in common.
     """

@@ -28,7 +28,7 @@ class FrameFormat(NamedTuple):
 
 
 def image_format(size: int, mean: Sequence[float]) -> FrameFormat:
-    """Frames as images uint8 [size, size, 3]; blanks are zero."""
+    """Describes frames as images uint8 [size, size, 3]; blanks are zero."""
     return FrameFormat(
         "images",
         np.zeros((size, size, 3), np.uint8),
@@ -37,7 +37,7 @@ def image_format(size: int, mean: Sequence[float]) -> FrameFormat:
 
 
 def feature_format(shape: tuple[int, int], dtype: np.dtype) -> FrameFormat:
-    """Frames as an encoder's features [S, C]; blanks are zero."""
+    """Describes frames as an encoder's features [S, C]; blanks are zero."""
     return FrameFormat(
         "features", np.zeros(shape, dtype), lambda features, frame: np.copyto(frame, features)
     )
@@ -99,11 +99,11 @@ def schedule_reads(
     segments: Sequence[Segment],
     readers: Sequence[Callable[[int, int], np.ndarray]],
     failed: Callable[[int, ImageError], None],
-    board: VisualBuffer,
+    buffer: VisualBuffer,
     places: Sequence[int | None],
     add: Callable[[Callable[[], None]], None],
 ) -> list[bool]:
-    """Adds the reading of each frame of a row's visuals, which puts it on the board, as work of
+    """Adds the reading of each frame of a row's visuals, which puts it in the buffer, as work of
     its own; the visuals stand in `places` [N], one after the other, where None stands for those
     that another process reads.
 
@@ -122,15 +122,15 @@ def schedule_reads(
         stored: tuple[int, int],
         augmentation: Augmentation | None,
     ) -> None:
-        if board.lost[place]:
+        if buffer.lost[place]:
             return
         try:
             pixels = readers[number](*stored)
         except ImageError as error:
-            board.lost[place] = True
+            buffer.lost[place] = True
             failed(number, error)
         else:
-            board.put(place, frame, pixels, augmentation)
+            buffer.put(place, frame, pixels, augmentation)
 
     here: list[bool] = []
     start = 0

@@ -10,9 +10,9 @@ from flamingo_jax.processing.sequences import Look, TokenSequence, media_index
 
 
 class Window(NamedTuple):
-    """tokens int32 [n], loss_mask bool [n] (True where a token is a target), media_index int32
-    [n] (place within `visuals`, -1 for none), visuals: which of the page's visuals are in it,
-    at most N.
+    """A stretch of a page. tokens int32 [n], loss_mask bool [n] (True where a token is a
+    target), media_index int32 [n] (place within `visuals`, -1 for none), visuals: which of the
+    page's visuals are in it, at most N.
     """
 
     tokens: np.ndarray
@@ -22,8 +22,8 @@ class Window(NamedTuple):
 
 
 def window(sequence: TokenSequence, start: int, length: int, visuals: int, look: Look) -> Window:
-    """Tokens start..start + length of a page with the first `visuals` images whose tags begin
-    among them.
+    """Cuts tokens start..start + length of a page with the first `visuals` images whose tags
+    begin among them.
 
     Tokens that would look at an image before the window, behind it, or past the first `visuals`
     in it look at none. The first token is no
@@ -47,7 +47,8 @@ def window(sequence: TokenSequence, start: int, length: int, visuals: int, look:
 
 
 def text_pieces(tokens: int, length: int) -> list[tuple[int, int]]:
-    """(start, length) of the pieces of a text of so many tokens, none longer than `length`.
+    """Returns (start, length) of the pieces of a text of so many tokens, none longer than
+    `length`.
 
     Neighbours share one token: the last of a piece is the first, unpredicted one of the next,
     so every token but <BOS> is a target once.

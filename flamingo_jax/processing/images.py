@@ -50,7 +50,7 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     strict: bool = False,
 ) -> np.ndarray:
-    """An encoded image, upright and brought to `size` as `fit` does: uint8 [h, w, 3].
+    """Decodes an image, upright and brought to `size` as `fit` does: uint8 [h, w, 3].
 
     Transparent parts turn white. Metadata that is damaged or too large is passed over, unless
     `strict`. Raises ImageError where the bytes are no image, are cut short, or hold more than
@@ -115,7 +115,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def fit(image: Image.Image | np.ndarray, size: int, how: Fit = "pad") -> np.ndarray:
-    """An RGB image resized: uint8 [h, w, 3].
+    """Resizes an RGB image: uint8 [h, w, 3].
 
     pad: with its aspect, so that its longer side is `size`; `pad` makes the square. crop: with
     its aspect, so that its shorter side is `size`, the middle of the other. stretch: both
@@ -191,12 +191,12 @@ def load(
     *,
     max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
-    """An encoded image as the model takes it: uint8 [size, size, 3]. Raises ImageError."""
+    """Loads an encoded image as the model takes it: uint8 [size, size, 3]. Raises ImageError."""
     return pad(decode(data, size, how=how, max_pixels=max_pixels), size, mean)
 
 
 def prepare(image: Image.Image, size: int, mean: Sequence[float], how: Fit = "pad") -> np.ndarray:
-    """An image that PIL holds as the model takes it: uint8 [size, size, 3].
+    """Prepares an image that PIL holds as the model takes it: uint8 [size, size, 3].
 
     Raises: ImageError where its pixels cannot be decoded.
     """

@@ -33,8 +33,8 @@ JFIF_BYTES = 16
 
 
 def without_metadata(data: bytes) -> bytes | None:
-    """A PNG, JPEG, WebP or TIFF of the same pixels, with no metadata but what says which way is
-    up.
+    """Returns a PNG, JPEG, WebP or TIFF of the same pixels, with no metadata but what says
+    which way is up.
 
     What holds the pixels is copied as it is, with its checksums. None for other formats, and
     where the image has none of the parts that it should.

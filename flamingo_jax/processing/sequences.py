@@ -40,7 +40,7 @@ class TokenSequence:
 def page_sequence(
     texts: Sequence[str], tokenizer: Tokenizer, *, close: bool = True
 ) -> TokenSequence:
-    """k + 1 texts around k visuals.
+    """Tokenises k + 1 texts around k visuals.
 
     `close=False` leaves off the last <EOC><EOS>: a prompt to be continued.
     """
@@ -52,8 +52,8 @@ def page_sequence(
 def pair_sequence(
     caption: str, tokenizer: Tokenizer, *, length: int | None = None
 ) -> TokenSequence:
-    """A visual and its caption; a caption too long for `length` tokens in all loses its end,
-    never its <EOC><EOS>.
+    """Tokenises a visual and its caption; a caption too long for `length` tokens in all loses
+    its end, never its <EOC><EOS>.
     """
     tokens = tokenizer.encode(caption)
     if length is not None:
@@ -62,7 +62,8 @@ def pair_sequence(
 
 
 def fill_prompt(prompt: str, question: str) -> str:
-    """What stands between a visual and the answer: `prompt` with the question at {question}.
+    """Writes what stands between a visual and the answer: `prompt` with the question at
+    {question}.
 
     The answer follows after a space.
     """
@@ -70,7 +71,7 @@ def fill_prompt(prompt: str, question: str) -> str:
 
 
 def question_sequence(opening: str, answer: str, tokenizer: Tokenizer) -> TokenSequence:
-    """A visual, what `fill_prompt` makes of its question and the answer.
+    """Tokenises a visual, what `fill_prompt` makes of its question and the answer.
 
     The two are tokenised apart, since at inference the answer is yet to come.
     """
@@ -86,7 +87,8 @@ def question_sequence(opening: str, answer: str, tokenizer: Tokenizer) -> TokenS
 
 
 def question_tokens(opening: str, answer: str, tokenizer: Tokenizer) -> np.ndarray:
-    """`<BOS>prompt answer<EOS>`, the same in the language modelling stage, where there is no
+    """Tokenises `<BOS>prompt answer<EOS>`, the same in the language modelling stage, where
+    there is no
     visual: int32 [n].
     """
     return np.array(
@@ -101,20 +103,22 @@ def question_tokens(opening: str, answer: str, tokenizer: Tokenizer) -> np.ndarr
 
 
 def pair_overhead(tokenizer: Tokenizer) -> int:
-    """Tokens of a pair that are not its caption: <BOS>, the image tag, <EOC> and <EOS>."""
+    """Counts the tokens of a pair that are not its caption: <BOS>, the image tag, <EOC> and
+    <EOS>.
+    """
     return 3 + len(tokenizer.image_tag_ids)
 
 
 def text_tokens(text: str, tokenizer: Tokenizer) -> np.ndarray:
-    """`<BOS>text<EOS>` of a document with no visuals, for the language modelling and the
-    contrastive stage: int32 [n].
+    """Tokenises `<BOS>text<EOS>` of a document with no visuals, for the language modelling and
+    the contrastive stage: int32 [n].
     """
     return np.array([tokenizer.bos, *tokenizer.encode(text), tokenizer.eos], np.int32)
 
 
 def media_index(chunk: np.ndarray, number_of_visuals: int, look: Look) -> np.ndarray:
-    """phi: which visual each token looks at, as its place from 0, or -1 for none; int32, shaped
-    like `chunk`.
+    """Computes phi: which visual each token looks at, as its place from 0, or -1 for none;
+    int32, shaped like `chunk`.
 
     "previous" is the last visual before the token; "next" the first after it (paper's p_next),
     none past the last visual.

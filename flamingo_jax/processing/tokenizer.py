@@ -241,8 +241,8 @@ class JSONTokenizer(Tokenizer):
 
 
 def tokenizer_file(path: str | pathlib.Path) -> pathlib.Path | None:
-    """The tokenizer's file at a path, which may be the folder that holds it; None where there
-    is none.
+    """Finds the tokenizer's file at a path, which may be the folder that holds it; None where
+    there is none.
     """
     file = paths.as_path(path)
     places = [file / JSON_NAME, file / FILE_NAME] if file.is_dir() else [file]
@@ -250,8 +250,8 @@ def tokenizer_file(path: str | pathlib.Path) -> pathlib.Path | None:
 
 
 def special_tokens(folder: pathlib.Path) -> dict[str, str]:
-    """The texts of bos_token, eos_token and pad_token of the model whose tokenizer.json lies in
-    a folder, as far as it has them.
+    """Reads the texts of bos_token, eos_token and pad_token of the model whose tokenizer.json
+    lies in a folder, as far as it has them.
 
     They stand in tokenizer_config.json or special_tokens_map.json, where null, false and "" are
     none. A model without a beginning of text has in its config.json the id of what stood

@@ -58,9 +58,9 @@ def read_video(
     max_frames: int = MAX_FRAMES,
     max_pixels: int = MAX_PIXELS,
 ) -> SampledVideo:
-    """The frames on screen at 0, 1/fps, 2/fps, ... seconds, at most `max_frames`, and what
-    was
-    lost on the way: damage is passed over, so that the frame before it stays on screen.
+    """Reads the frames on screen at 0, 1/fps, 2/fps, ... seconds, at most `max_frames`, and
+    what was lost on the way: damage is passed over, so that the frame before it stays on
+    screen.
 
     Any form of `video_file.FORMATS`, moving GIFs among them. Pixels that are not square are
     made so, and frames are turned and mirrored as the file says. Where time stamps lack or
@@ -118,14 +118,14 @@ def read_frames(
     max_frames: int = MAX_FRAMES,
     max_pixels: int = MAX_PIXELS,
 ) -> list[np.ndarray]:
-    """The frames of `read_video`."""
+    """Reads the frames of `read_video`."""
     film = read_video(path, fps=fps, resize=resize, max_frames=max_frames, max_pixels=max_pixels)
     return film.frames
 
 
 def clip(count: int, frames: int, below: Callable[[int], int] | None = None) -> range:
-    """Which of `count` stored frames a clip of `frames` takes: a run of neighbours, the first
-    ones where `below`, which draws one of 0..n - 1, is None.
+    """Chooses which of `count` stored frames a clip of `frames` takes: a run of neighbours,
+    the first ones where `below`, which draws one of 0..n - 1, is None.
     """
     if below is None or count <= frames:
         return range(min(count, frames))
@@ -134,8 +134,8 @@ def clip(count: int, frames: int, below: Callable[[int], int] | None = None) -> 
 
 
 def middle_clip(count: int, frames: int, *, every: float = 1.0) -> list[int]:
-    """Which of `count` stored frames a prompt shows: at most `frames`, at one rate, from the
-    middle.
+    """Chooses which of `count` stored frames a prompt shows: at most `frames`, at one rate,
+    from the middle.
 
     A model has met neighbours at the rate of its training data: frames spread over a long video
     would show it motion of another speed. The paper's 30 frames at 3 fps (facts 6) are asked

@@ -21,7 +21,7 @@ STEADY = 0.05
 
 
 class FrameClock:
-    """Called with every frame in turn, it says when each is shown, counted from the first.
+    """Says, called with every frame in turn, when each is shown, counted from the first.
 
     The second never falls, and rises by the usual step where a stamp lacks, is the one before
     again, or has jumped.

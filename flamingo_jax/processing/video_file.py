@@ -67,7 +67,7 @@ class VideoError(ValueError):
 def opened(
     path: str | pathlib.Path,
 ) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """A file and its film: the stream that moves, not a cover or a still beside it.
+    """Opens a file and its film: the stream that moves, not a cover or a still beside it.
 
     Nothing but the file itself is read, whatever it says. Raises VideoError, OSError.
     """
@@ -138,7 +138,7 @@ def _film(container: av.container.InputContainer, streams: list[av.VideoStream])
 def decoded_frames(
     container: av.container.InputContainer, stream: av.VideoStream, lost: list[str]
 ) -> Iterator[av.VideoFrame]:
-    """The stream's frames in the order in which they are shown.
+    """Yields the stream's frames in the order in which they are shown.
 
     What is damaged is passed over: `lost` gets DAMAGED for each frame, and BROKEN where the
     file ends before its time.
@@ -185,7 +185,7 @@ def _packets(
 
 
 def claimed(container: av.container.InputContainer, stream: av.VideoStream) -> float:
-    """Seconds that a film has by the file's header; 0 where that does not say."""
+    """Reads the seconds that a film has by the file's header; 0 where that does not say."""
     if container.format.name.split(",")[0] not in HEADED:
         return 0.0
     if stream.duration and stream.time_base:
