@@ -13,10 +13,12 @@ from flamingo_jax.processing.visuals import Visual, read_visual
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BenchmarkExample:
-    """answers: any caption or class name that is true, or the ground truths of a question; the
-    first stands in prompts.
+    """A visual with what is asked about it and its ground truths.
 
-    question: "" for captions. question_type: for metrics by type of question.
+    answers: any caption or class name that is true, or the ground truths of a question; the
+      first stands in prompts.
+    question: "" for captions.
+    question_type: for metrics by type of question.
     """
 
     id: str
@@ -28,7 +30,7 @@ class BenchmarkExample:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class InterleavedPage:
-    """k + 1 texts around k images."""
+    """A page of k + 1 texts around k images."""
 
     id: str
     texts: tuple[str, ...]
@@ -43,7 +45,7 @@ def read_examples(
     frames: int | None = None,
     fps: float | None = None,
 ) -> list[BenchmarkExample]:
-    """Records of kind pairs, videos or questions, their images encoded as on disk
+    """Reads records of kind pairs, videos or questions, their images encoded as on disk
     (data_pipelines/features.py has the fields).
 
     Args:
@@ -86,8 +88,8 @@ def _answers(record: Any, kind: str) -> tuple[str, ...]:
 
 
 def first_answer(record: Any, kind: str) -> str:
-    """What stands in prompts as a record's answer, without a look at its visual; "" where there
-    is none.
+    """Reads what stands in prompts as a record's answer, without a look at its visual; "" where
+    there is none.
     """
     return next(iter(_answers(record, kind)), "")
 
@@ -108,7 +110,7 @@ def _every(record: Any, fps: float, name: str) -> float:
 
 
 def read_pages(records: Iterable[Any], config: FlamingoConfig) -> list[InterleavedPage]:
-    """Records of kind pages.
+    """Reads records of kind pages.
 
     Raises UserError that names the record whose image cannot be read.
     """
@@ -121,8 +123,8 @@ def read_pages(records: Iterable[Any], config: FlamingoConfig) -> list[Interleav
 
 
 def page_examples(pages: Sequence[InterleavedPage]) -> list[BenchmarkExample]:
-    """The chunks of pages that are written in a prompt's format (evaluation/prompts.py) as
-    examples, for support sets.
+    """Makes examples of the chunks of pages that are written as prompts are
+    (evaluation/prompts.py), for support sets.
     """
     examples = []
     for page in pages:

@@ -1,4 +1,4 @@
-"""Few-shot prompts in the paper's formats (paper B.1.5, facts 6.3): `<image>Output: ...`,
+"""Few-shot prompts in the paper's formats (paper B.1.5): `<image>Output: ...`,
 `<image>Question: ... Answer: ...`.
 
 Whitespace is that of training text: a prompt ends with its last word or colon, and what is
@@ -25,9 +25,11 @@ class PromptTemplate:
     text: str
 
     def opening(self, example: BenchmarkExample) -> str:
+        """Writes what stands before the answer."""
         return escape_image_tags(fill_prompt(self.text, example.question))
 
     def whole(self, example: BenchmarkExample) -> str:
+        """Writes an example with its first answer, as a shot."""
         return f"{self.opening(example)} {escape_image_tags(example.answers[0])}"
 
 
@@ -42,8 +44,8 @@ def few_shot(
     text_only: Sequence[BenchmarkExample],
     template: PromptTemplate,
 ) -> list[PromptPart]:
-    """`text_only` examples without their images, then `shots` with theirs, then the query up
-    to its answer.
+    """Writes `text_only` examples without their images, then `shots` with theirs, then the
+    query up to its answer.
 
     Zero-shot prompts of open-ended tasks have two text-only examples and no shots (paper 3.3:
     one is harmful, more help little).
@@ -58,8 +60,8 @@ def few_shot(
 
 
 def concept_binding(page: InterleavedPage, shots: int) -> list[PromptPart]:
-    """The last `shots` images before the page's last one with their texts, then the last one
-    with its text up to the last word.
+    """Writes the last `shots` images before the page's last one with their texts, then the last
+    one with its text up to the last word.
     """
     parts: list[PromptPart] = []
     for place in range(len(page.visuals) - 1 - shots, len(page.visuals)):
@@ -69,13 +71,13 @@ def concept_binding(page: InterleavedPage, shots: int) -> list[PromptPart]:
 
 
 def split_last_word(text: str) -> tuple[str, str]:
-    """ "This is a dax" -> ("This is a", "dax")."""
+    """Splits off the last word: "This is a dax" -> ("This is a", "dax")."""
     opening, _, word = text.rstrip().rpartition(" ")
     return opening, word
 
 
 def clean(text: str) -> str:
-    """A prediction cut where the next example's keywords begin, since <EOC> is sometimes missed
-    (paper v1), and stripped.
+    """Cuts a prediction where the next example's keywords begin, since <EOC> is sometimes
+    missed (paper v1), and strips it.
     """
     return KEYWORDS.sub("", text, count=1).strip()

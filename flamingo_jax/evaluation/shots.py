@@ -1,4 +1,4 @@
-"""Which support examples stand before a query: at random, or by likeness (RICES).
+"""Which support examples stand before a query: at random, or by similarity (RICES).
 
 Deterministic in seed and query.
 """
@@ -21,8 +21,8 @@ class ShotSelector(Protocol):
 
 
 class RandomShots:
-    """Different examples at random, keyed by (seed, query id): what one query gets does not
-    depend on the others.
+    """Chooses different examples at random, keyed by (seed, query id): what one query gets does
+    not depend on the others.
     """
 
     def __init__(self, support: Sequence[BenchmarkExample], seed: int):
@@ -34,8 +34,8 @@ class RandomShots:
 
 
 class RicesShots:
-    """RICES (Yang et al. 2022; paper A.2): the support nearest to the query by frozen encoder
-    features, the most similar last.
+    """Chooses the support nearest to the query by frozen encoder features, the most similar
+    last (RICES; Yang et al. 2022, paper A.2).
 
     The paper names neither pooling nor metric: features averaged over cells and frames, cosine
     similarity. Ties fall to the earlier.
@@ -51,21 +51,21 @@ class RicesShots:
         self.support, self._features, self._queries = support, support_features, query_features
 
     def __call__(self, query: BenchmarkExample, count: int) -> list[BenchmarkExample]:
-        likeness = self._features @ self._queries[query.id]
-        nearest = np.argsort(-likeness, kind="stable")
+        similarity = self._features @ self._queries[query.id]
+        nearest = np.argsort(-similarity, kind="stable")
         return _others(query, (self.support[place] for place in nearest), count)[::-1]
 
 
 def _others(
     query: BenchmarkExample, support: Iterable[BenchmarkExample], count: int
 ) -> list[BenchmarkExample]:
-    """The first `count` that are not the query itself."""
+    """Takes the first `count` that are not the query itself."""
     return list(itertools.islice((one for one in support if one.id != query.id), count))
 
 
 def draw(seed: int, name: str, size: int, count: int) -> list[int]:
-    """`count` of the places 0..size - 1 at random, in order; all of them where there are no
-    more, or for a count of 0. The first of a data set would be a sample of nothing: many are
+    """Draws `count` of the places 0..size - 1 at random, in order; all of them where there are
+    no more, or for a count of 0. The first of a data set would be a sample of nothing: many are
     sorted.
     """
     if not count or count >= size:
@@ -74,7 +74,10 @@ def draw(seed: int, name: str, size: int, count: int) -> list[int]:
 
 
 class HasFeatures(Protocol):
-    def features(self, visuals: Sequence[Visual]) -> np.ndarray: ...
+    """An engine, as far as RICES asks it."""
+
+    def features(self, visuals: Sequence[Visual]) -> np.ndarray:
+        """Encodes visuals: float32 [M, C], of length 1."""
 
 
 def make_shot_selector(
@@ -84,7 +87,7 @@ def make_shot_selector(
     seed: int,
     engine: HasFeatures,
 ) -> ShotSelector:
-    """`selection` is "random" or "rices"; raises ValueError for another."""
+    """Makes the selector of a name, "random" or "rices"; raises ValueError for another."""
     if selection not in ("random", "rices"):
         raise ValueError(f"selection is {selection!r}, but must be 'random' or 'rices'")
     if selection == "rices" and support:
@@ -98,6 +101,6 @@ def make_shot_selector(
 
 
 def keyed_rng(seed: int, name: str) -> np.random.Generator:
-    """The same wherever and in whatever order names are visited."""
+    """Makes a generator that is the same wherever and in whatever order names are visited."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest)))
