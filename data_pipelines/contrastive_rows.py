@@ -77,7 +77,7 @@ class ContrastiveRows:
 
     def _caption(self, record: Record, rng: RecordRandom | None) -> np.ndarray:
         caption = caption_of(record.fields, rng)
-        return record.once(caption, lambda: text_tokens(caption, self._context.spec.tokenizer))
+        return record.cached(caption, lambda: text_tokens(caption, self._context.spec.tokenizer))
 
     def _questions(self, places: range, rng: RecordRandom | None) -> np.ndarray:
         """<BOS>, whole questions with their answers, in any order, <EOS>: int32 [n], n at most
@@ -91,7 +91,7 @@ class ContrastiveRows:
                 context.failures.add(record.id, DamagedError())
                 continue
             answer = answer_of(record.fields, rng)
-            more = record.once(answer, functools.partial(self._question, record, answer))
+            more = record.cached(answer, functools.partial(self._question, record, answer))
             if not ids or len(ids) + len(more) + 2 <= spec.text_length:
                 ids += more
         return np.array([spec.tokenizer.bos, *ids, spec.tokenizer.eos], np.int32)

@@ -210,7 +210,7 @@ class CachedText(NamedTuple):
     """What stays of a record in memory when its images do not: a row that shows none of them
     is made of this alone.
 
-    made: see `Record.once`. damaged: its bytes on disk are.
+    made: see `Record.cached`. damaged: its bytes on disk are.
     """
 
     id: str
@@ -244,18 +244,18 @@ class RecordCache:
             with_images,
         )
         self._size, self._fit = image_size, image_fit
-        self._left, self._left_for_texts = cache_bytes, TEXT_BYTES
-        self._kept: dict[int, Record] = {}
-        self._known: dict[int, CachedText] = {}
+        self._bytes_left, self._text_bytes_left = cache_bytes, TEXT_BYTES
+        self._records: dict[int, Record] = {}
+        self._cached_texts: dict[int, CachedText] = {}
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, place: int) -> "Record":
-        record = self._kept.get(place)
+        record = self._records.get(place)
         if record is not None:
             return record
-        known = self._known.get(place)
+        cached_text = self._cached_texts.get(place)
         record = Record(
             self._source,
             place,
@@ -263,22 +263,22 @@ class RecordCache:
             self._size,
             self._fit,
             with_images=self._with_images,
-            known=known,
+            cached_text=cached_text,
         )
-        if known is None:
+        if cached_text is None:
             # Two threads may both pass here and overrun the budget by a record.
-            if record.cost <= self._left:
-                self._left -= record.cost
-                record.kept = True
-                self._kept[place] = record
-            elif record.text_cost <= self._left_for_texts:
-                self._left_for_texts -= record.text_cost
-                self._known[place] = record.known
+            if record.cost <= self._bytes_left:
+                self._bytes_left -= record.cost
+                record.stays = True
+                self._records[place] = record
+            elif record.text_cost <= self._text_bytes_left:
+                self._text_bytes_left -= record.text_cost
+                self._cached_texts[place] = record.cached_text
         return record
 
 
 class Record:
-    """One record of `source`: what is `known` of it, its `fields` without images, and its
+    """One record of `source`: its `cached_text`, its `fields` without images, and its
     images by (visual, frame).
 
     frame_counts: stored frames of each visual. with_images: False keeps no more of them than that.
@@ -295,23 +295,23 @@ class Record:
         fit: images.Fit = "pad",
         *,
         with_images: bool = True,
-        known: CachedText | None = None,
+        cached_text: CachedText | None = None,
     ):
         self._source, self._place, self._feature, self._keep = source, place, feature, with_images
         self._size, self._fit = size, fit
-        self.kept = False
+        self.stays = False
         """It stays in memory, its images as they were decoded."""
         self._fields: dict[str, Any] | None = None
         self._images: list[list[bytes | np.ndarray]] = []
-        self._was_whole = known is not None and not known.damaged
+        self._was_whole = cached_text is not None and not cached_text.damaged
         self._loading = threading.Lock()
-        if known is None:
+        if cached_text is None:
             counts = self._load()
-            known = CachedText(
+            cached_text = CachedText(
                 strings([self.fields["id"]])[0], counts, {}, UNREADABLE in self.fields
             )
-        self.known = known
-        self.id, self.frame_counts, self.made, self.damaged = known
+        self.cached_text = cached_text
+        self.id, self.frame_counts, self.made, self.damaged = cached_text
 
     def _load(self) -> list[int]:
         """Reads it; the stored frames of each visual. Raises DamagedError for one that was
@@ -369,14 +369,14 @@ class Record:
         """The most bytes it takes, each image encoded or decoded, and every token made; to be
         asked for before images are read.
         """
-        kept = [
+        sizes = [
             max(len(image), 3 * self._size * self._size) + 200
             for frames in self.images
             for image in frames
         ]
-        return 1_000 + sum(kept) + self.text_cost
+        return 1_000 + sum(sizes) + self.text_cost
 
-    def once(self, text: str, make: Callable[[], Any]) -> Any:
+    def cached(self, text: str, make: Callable[[], Any]) -> Any:
         """What `make` makes of one of the texts, or for "" of all together, kept: each visit
         and each piece of a book asks for it again.
         """
@@ -399,7 +399,7 @@ class Record:
         if isinstance(image, bytes):
             image = images.decode(image, self._size, how=self._fit)
             # What is not kept is in its batch from here on, and need not be there twice.
-            if self.kept:
+            if self.stays:
                 stored[visual][frame] = image
         return image
 

@@ -47,14 +47,14 @@ class TextRows:
             context.require_whole(place, record)
             if dataset.kind == "questions":
                 answer = answer_of(record.fields, context.random(epoch, record.id))
-                document = record.once(
+                document = record.cached(
                     answer,
                     lambda: question_tokens(
                         question_prompt(record.fields, dataset), answer, tokenizer
                     ),
                 )
             else:
-                document = record.once(
+                document = record.cached(
                     "", lambda: text_tokens(strings([record.fields["text"]])[0], tokenizer)
                 )
         except DamagedError as error:

@@ -88,15 +88,15 @@ class CaptionedFolder:
     def _entries(self, folder: str) -> list[CaptionedFile]:
         root = existing_folder(folder)
         line = f'{{"{self.key}": "path/below/the/folder", "captions": ["a cat"]}}'
-        told = caption_file(root, self.captions, self.caption_files, line)
+        caption_lines = caption_file(root, self.captions, self.caption_files, line)
         listing = walk(root, given=self.folders)
-        captions, bad = read_captions(told, self.key, NameResolver(root, listing.names))
-        there = listing.ending(self.suffixes)
+        captions, bad = read_captions(caption_lines, self.key, NameResolver(root, listing.names))
+        listed = listing.ending(self.suffixes)
         entries = [CaptionedFile(folder, name, *texts) for name, texts in captions.items()]
-        entries += [CaptionedFile(folder, name) for name in there.names if name not in captions]
+        entries += [CaptionedFile(folder, name) for name in listed.names if name not in captions]
         entries += [
-            CaptionedFile(folder, met.name, bad=met.reason)
-            for met in there.refused
-            if met.name not in captions
+            CaptionedFile(folder, refused.name, bad=refused.reason)
+            for refused in listed.refused
+            if refused.name not in captions
         ]
         return entries + [CaptionedFile(folder, bad=reason) for reason in bad]

@@ -111,8 +111,8 @@ class Captions(NamedTuple):
     bad: list[str]
 
 
-def read_captions(file: pathlib.Path, key: str, spelled: NameResolver) -> Captions:
-    """Reads captions by file name as `spelled` has it.
+def read_captions(file: pathlib.Path, key: str, resolve_name: NameResolver) -> Captions:
+    """Reads captions by file name as `resolve_name` has it.
 
     A line has the name under `key` and `captions` (a list) or `caption`; lines about the same
     file are joined.
@@ -122,7 +122,7 @@ def read_captions(file: pathlib.Path, key: str, spelled: NameResolver) -> Captio
     for record in json_lines(file):
         try:
             texts = read_texts(record, "captions", "caption")
-            name = spelled(file_name(record[key]))
+            name = resolve_name(file_name(record[key]))
             found[name] = found.get(name, Texts()).and_(texts)
         except NotUtf8 as error:
             bad.append(str(error))

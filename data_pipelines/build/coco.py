@@ -120,18 +120,20 @@ class Coco:
                 elif reason == NOT_UTF8:
                     bad.append(NOT_UTF8)
                 else:
-                    told = Texts(lost=(reason,)) if reason else Texts((as_utf8(caption),))
-                    captions[number] = captions[number].and_(told)
+                    texts = Texts(lost=(reason,)) if reason else Texts((as_utf8(caption),))
+                    captions[number] = captions[number].and_(texts)
             except (KeyError, TypeError):
                 bad.append(BAD_ANNOTATION)
         folders = self.images or folders_of((str(file.path),))
-        met: set[str] = set()
+        seen: set[str] = set()
         made = []
         for number, name in names.items():
             # Two images of one name, which the ids of the file tell apart.
-            name_id = record_id(self.inputs, file.root, f"{name}#{number}" if name in met else name)
+            name_id = record_id(
+                self.inputs, file.root, f"{name}#{number}" if name in seen else name
+            )
             made.append(CocoImage(name_id, name, folders, *captions[number]))
-            met.add(name)
+            seen.add(name)
         return made + [CocoImage(file.name, bad=reason) for reason in bad]
 
 

@@ -68,7 +68,11 @@ class Listing:
         ends = tuple(suffixes)
         return Listing(
             tuple(name for name in self.names if name.lower().endswith(ends)),
-            tuple(met for met in self.refused if met.is_folder or met.name.lower().endswith(ends)),
+            tuple(
+                refused
+                for refused in self.refused
+                if refused.is_folder or refused.name.lower().endswith(ends)
+            ),
         )
 
 
@@ -102,7 +106,7 @@ def file_entries(folders: Sequence[str], suffixes: Iterable[str], what: str) -> 
     for folder in folders:
         listing = walk(existing_folder(folder), suffixes, folders)
         found += [FileEntry(folder, name) for name in listing.names]
-        found += [FileEntry(folder, met.name, met.reason) for met in listing.refused]
+        found += [FileEntry(folder, refused.name, refused.reason) for refused in listing.refused]
     if not found:
         raise UserError(f"there is no {what} below {', '.join(folders)}: mend --input")
     return found
@@ -174,8 +178,8 @@ def find(
     places = _inside((*folders, *given))
     reasons = []
     for folder in folders:
-        for spelled in spellings(name):
-            path, reason = _look(str(folder), spelled, places)
+        for spelling in spellings(name):
+            path, reason = _look(str(folder), spelling, places)
             if reason is None:
                 return pathlib.Path(path)
             reasons.append(reason)

@@ -42,9 +42,9 @@ def files_in(inputs: Sequence[str], suffixes: Sequence[str], what: str) -> list[
         if path.is_dir():
             listing = files.walk(path, suffixes, inputs)
             if listing.refused:
-                met = listing.refused[0]
+                refused = listing.refused[0]
                 raise UserError(
-                    f"{path / met.name} is not read ({met.reason}): mend it, remove it, "
+                    f"{path / refused.name} is not read ({refused.reason}): mend it, remove it, "
                     "or name what a link leads to with --input"
                 )
             found += [InputFile(path, name) for name in listing.names]

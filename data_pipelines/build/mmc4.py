@@ -143,17 +143,17 @@ class Mmc4:
             return []
         record = parsed(text)
         try:
-            told, images = record["text_list"], record["image_info"]
+            texts, images = record["text_list"], record["image_info"]
         except (KeyError, TypeError):
             return [DroppedRecord(BAD_LINE)]
-        if not isinstance(told, list) or not isinstance(images, list):
+        if not isinstance(texts, list) or not isinstance(images, list):
             return [DroppedRecord(BAD_LINE)]
-        reasons = [None if text == "" else why_no_text(text) for text in told]
+        reasons = [None if text == "" else why_no_text(text) for text in texts]
         texts_lost = tuple(reason for reason in reasons if reason)
-        if texts_lost and len(texts_lost) == len(told):
+        if texts_lost and len(texts_lost) == len(texts):
             return [DroppedRecord(NOT_UTF8 if NOT_UTF8 in texts_lost else BAD_LINE)]
         # An empty sentence in place of a lost one: images name their sentences by place.
-        sentences = ["" if reason else text for text, reason in zip(told, reasons, strict=True)]
+        sentences = ["" if reason else text for text, reason in zip(texts, reasons, strict=True)]
         folders = self.images or folders_of(self.inputs)
         matches = match(images, len(sentences), record.get("similarity_matrix"))
         before: list[list[ImageRef]] = [[] for _ in sentences]
@@ -164,8 +164,8 @@ class Mmc4:
             elif not matched.similarity >= self.min_similarity:
                 lost.append(f"similarity under {self.min_similarity:g}")
             else:
-                piece = entry.downloaded[place] if place < len(entry.downloaded) else None
-                before[matched.sentence].append(ImageRef(_reader(image, folders, piece)))
+                byte_range = entry.downloaded[place] if place < len(entry.downloaded) else None
+                before[matched.sentence].append(ImageRef(_reader(image, folders, byte_range)))
         items: list[str | ImageRef] = []
         for shown, sentence in zip(before, sentences, strict=True):
             items += [*shown, f"{sentence} "]
@@ -213,12 +213,12 @@ def _text(entry: Mmc4Document) -> str:
 
 
 def _reader(
-    image: dict[str, Any], folders: Sequence[str], piece: ByteRange | None
+    image: dict[str, Any], folders: Sequence[str], byte_range: ByteRange | None
 ) -> Callable[[], bytes]:
     """What reads an image: the document's own copy, or the file that `input_files.reader` finds."""
     within = image.get("image_base64")
     if not isinstance(within, str) or not within:
-        return reader(folders, image.get("image_name"), piece)
+        return reader(folders, image.get("image_name"), byte_range)
 
     def read() -> bytes:
         written = re.fullmatch(r"b'(.*)'", within, re.DOTALL)

@@ -71,7 +71,9 @@ class QuestionedVisual:
         """Each question, or the image that nobody asks about, dropped for this reason."""
         if not self.questions:
             return [DroppedRecord(reason)]
-        return [DroppedRecord(reason, texts_dropped=asked.no_answers) for asked in self.questions]
+        return [
+            DroppedRecord(reason, texts_dropped=question.no_answers) for question in self.questions
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,15 +122,15 @@ class QuestionsFolder:
         name = record_id(self.folders, folder, entry.name)
         split = self.shares.split(name)
         outcomes: list[Converted] = []
-        for number, asked in enumerate(entry.questions):
+        for number, question in enumerate(entry.questions):
             parts = () if outcomes else lost  # What a video lost is counted once.
-            if not asked.text or not asked.answers:
-                reason = NO_ANSWER if asked.text else NO_QUESTION
-                outcomes.append(DroppedRecord(reason, parts, asked.no_answers))
+            if not question.text or not question.answers:
+                reason = NO_ANSWER if question.text else NO_QUESTION
+                outcomes.append(DroppedRecord(reason, parts, question.no_answers))
                 continue
-            fields = {"id": f"{name}#{number}", "frames": frames, "question": asked.text}
-            fields |= {"answers": list(asked.answers), "type": asked.type}
-            outcomes.append(SplitRecord(split, fields, parts, asked.no_answers))
+            fields = {"id": f"{name}#{number}", "frames": frames, "question": question.text}
+            fields |= {"answers": list(question.answers), "type": question.type}
+            outcomes.append(SplitRecord(split, fields, parts, question.no_answers))
         return outcomes
 
     def _frames(self, file: pathlib.Path, is_video: bool) -> tuple[list[bytes], tuple[str, ...]]:
@@ -147,29 +149,29 @@ class QuestionsFolder:
         line = '{"image": "path/below/the/folder", "question": "What is it?", "answer": "a cat"}'
         found: dict[tuple[str, bool], list[QuestionLine]] = {}
         bad = []
-        told = caption_file(root, self.file, FILES, line)
+        question_lines = caption_file(root, self.file, FILES, line)
         listing = walk(root, given=self.folders)
-        spelled = NameResolver(root, listing.names)
-        for record in json_lines(told):
+        resolve_name = NameResolver(root, listing.names)
+        for record in json_lines(question_lines):
             try:
                 is_video = is_missing(record.get("image"))
-                name = spelled(file_name(record["video" if is_video else "image"]))
+                name = resolve_name(file_name(record["video" if is_video else "image"]))
                 found.setdefault((name, is_video), []).append(_question(record))
             except NotUtf8 as error:
                 bad.append(str(error))
             except (ValueError, KeyError, TypeError, AttributeError):
                 bad.append(TOO_LONG if record is TOO_LONG_LINE else BAD_LINE)
-        asked = {name for name, _ in found}
-        there = listing.ending(ImageFolder.suffixes | VideoFolder.suffixes)
+        question = {name for name, _ in found}
+        listed = listing.ending(ImageFolder.suffixes | VideoFolder.suffixes)
         entries = [
             QuestionedVisual(folder, name, is_video, tuple(questions))
             for (name, is_video), questions in found.items()
         ]
-        entries += [QuestionedVisual(folder, name) for name in there.names if name not in asked]
+        entries += [QuestionedVisual(folder, name) for name in listed.names if name not in question]
         entries += [
-            QuestionedVisual(folder, met.name, bad=met.reason)
-            for met in there.refused
-            if met.name not in asked
+            QuestionedVisual(folder, refused.name, bad=refused.reason)
+            for refused in listed.refused
+            if refused.name not in question
         ]
         return entries + [QuestionedVisual(folder, bad=reason) for reason in bad]
 
@@ -177,8 +179,10 @@ class QuestionsFolder:
 def _question(record: dict[str, Any]) -> QuestionLine:
     """Raises KeyError, TypeError, AttributeError or NotUtf8."""
     text = "" if is_missing(record["question"]) else as_utf8(record["question"])
-    sort = record.get("type")
-    return QuestionLine(text, *_answers(record), "" if is_missing(sort) else as_utf8(str(sort)))
+    question_type = record.get("type")
+    return QuestionLine(
+        text, *_answers(record), "" if is_missing(question_type) else as_utf8(str(question_type))
+    )
 
 
 def _answers(record: dict[str, Any]) -> Texts:

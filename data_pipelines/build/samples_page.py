@@ -43,9 +43,9 @@ class RecordSampler:
             heapq.heappushpop(self._heap, item)
 
     def examples(self) -> list[SplitRecord]:
-        drawn = [item[3] for item in sorted(self._heap, key=lambda item: item[:3], reverse=True)]
-        trained = [example for example in drawn if example.split == TRAIN]
-        return trained or drawn
+        sampled = [item[3] for item in sorted(self._heap, key=lambda item: item[:3], reverse=True)]
+        trained = [example for example in sampled if example.split == TRAIN]
+        return trained or sampled
 
 
 def samples_page(

@@ -76,13 +76,13 @@ class TarSample:
 
 def samples(shard: str | pathlib.Path) -> Iterator[TarSample | str]:
     """Yields the samples of a shard, and a reason for each member that is of no use."""
-    met: list[TarMember] = []
+    tar_members: list[TarMember] = []
     for member in members(shard):
         if isinstance(member, str):
             yield member
         else:
-            met.append(member)
-    yield from _numbered(_together(met))
+            tar_members.append(member)
+    yield from _numbered(_together(tar_members))
 
 
 def _numbered(found: Iterable[TarSample | str]) -> Iterator[TarSample | str]:
@@ -96,11 +96,11 @@ def _numbered(found: Iterable[TarSample | str]) -> Iterator[TarSample | str]:
         yield sample
 
 
-def _together(met: Iterable[TarMember]) -> Iterator[TarSample | str]:
+def _together(tar_members: Iterable[TarMember]) -> Iterator[TarSample | str]:
     """Samples of neighbours, then those whose members stand apart."""
     whole: dict[str, list[TarSample]] = {}
     parts: dict[str, list[dict[str, Files]]] = {}
-    for first, run in _runs(met):
+    for first, run in _runs(tar_members):
         left: dict[str, Files] = {}
         for more, files in _groups(run).items():
             if _is_whole(files):
@@ -124,10 +124,10 @@ def _apart(
     Those that complete a sample of neighbours are added to it, in `whole`.
     """
     pool = [
-        (f"{more}.{ending}".lstrip("."), piece)
+        (f"{more}.{ending}".lstrip("."), byte_range)
         for run in runs
         for more, files in run.items()
-        for ending, piece in files.items()
+        for ending, byte_range in files.items()
     ]
     if len({name for name, _ in pool}) == len(pool):
         for more, files in _groups(dict(pool)).items():
@@ -147,10 +147,10 @@ def _apart(
             yield REPEATED if ambiguous else TarSample(_joined(first, more), files)
 
 
-def _runs(met: Iterable[TarMember]) -> Iterator[tuple[str, Files]]:
+def _runs(tar_members: Iterable[TarMember]) -> Iterator[tuple[str, Files]]:
     """Neighbours of the same key by WebDataset's rule, with what follows it, until one repeats."""
     key, run = "", Files()
-    for name, piece in met:
+    for name, byte_range in tar_members:
         folder, slash, file = name.rpartition("/")
         stem, _, rest = file.partition(".")
         here, rest = f"{folder}{slash}{stem}", rest.lower()
@@ -158,7 +158,7 @@ def _runs(met: Iterable[TarMember]) -> Iterator[tuple[str, Files]]:
             if run:
                 yield key, run
             key, run = here, {}
-        run[rest] = piece
+        run[rest] = byte_range
     if run:
         yield key, run
 
@@ -166,9 +166,9 @@ def _runs(met: Iterable[TarMember]) -> Iterator[tuple[str, Files]]:
 def _groups(run: Files) -> dict[str, Files]:
     """Members of one key parted into samples, by what their names have after the key."""
     groups: dict[str, Files] = {}
-    for rest, piece in run.items():
+    for rest, byte_range in run.items():
         more, _, ending = rest.rpartition(".")
-        groups.setdefault(more, {})[ending] = piece
+        groups.setdefault(more, {})[ending] = byte_range
     for more in sorted(groups, key=_depth):
         parent, _, word = more.rpartition(".")
         if more and word in WORDS and (parent in groups or not _is_whole(groups[more])):
@@ -203,8 +203,8 @@ def _above(more: str) -> Iterator[str]:
 def _move(groups: dict[str, Files], more: str, above: str) -> None:
     between = more[len(above) :].lstrip(".")
     to = groups.setdefault(above, {})
-    for ending, piece in groups.pop(more).items():
-        to[f"{between}.{ending}"] = piece
+    for ending, byte_range in groups.pop(more).items():
+        to[f"{between}.{ending}"] = byte_range
 
 
 def _is_whole(files: Files) -> bool:
@@ -224,9 +224,11 @@ def _chosen(
 ) -> ByteRange | None:
     """The file with one of these endings that has nothing before it, a liked word, or at least
     none that is refused; the first of the best."""
-    ranked = [(_rank(name, endings, liked, refused), piece) for name, piece in files.items()]
-    rank, piece = min(ranked, key=lambda one: one[0])
-    return piece if rank < 3 else None
+    ranked = [
+        (_rank(name, endings, liked, refused), byte_range) for name, byte_range in files.items()
+    ]
+    rank, byte_range = min(ranked, key=lambda one: one[0])
+    return byte_range if rank < 3 else None
 
 
 def _rank(name: str, endings: Iterable[str], liked: Iterable[str], refused: Iterable[str]) -> int:

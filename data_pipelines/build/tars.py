@@ -47,7 +47,7 @@ class TarMember(NamedTuple):
     """A file in a shard by its name, without `./` at its start."""
 
     name: str
-    piece: ByteRange
+    byte_range: ByteRange
 
 
 def compressed_with(shard: str | pathlib.Path) -> Compression | None:
@@ -103,8 +103,8 @@ def _members(shard: str, file: "_WatchedFile") -> Iterator[TarMember | str]:
             fileobj=looked, mode="r:", ignore_zeros=True, errors="surrogateescape"
         ) as tar:
             while (member := tar.next()) is not None:
-                kept: Any = tar  # Its stubs do not know its list.
-                kept.members.clear()  # For those who look members up by name.
+                untyped: Any = tar  # Its stubs do not know its list.
+                untyped.members.clear()  # For those who look members up by name.
                 if member.offset < end:
                     raise tarfile.ReadError("a header within a file")
                 if last:

@@ -164,7 +164,7 @@ class Tfds:
                 self.rules.store(data)
                 for data in ([stored] if isinstance(stored, bytes) else list(stored))
             ]
-            told = {
+            found_texts = {
                 field: self._texts(record, feature)
                 for field, feature in features.items()
                 if field not in ("image", "frames", "id")
@@ -184,18 +184,20 @@ class Tfds:
             else hashlib.blake2b(shown[0], digest_size=16).hexdigest()
         )
         split = entry.target or self.shares_if_one.split(dealt)
-        texts = {field: list(found.kept) for field, found in told.items()}
+        texts = {field: list(found.kept) for field, found in found_texts.items()}
         field = "answers" if kind == "questions" else "captions"
-        lost = told[field].lost
+        lost = found_texts[field].lost
         if kind == "questions" and not texts["question"]:
-            return [DroppedRecord(_why_none(told["question"], "no question"), texts_dropped=lost)]
+            return [
+                DroppedRecord(_why_none(found_texts["question"], "no question"), texts_dropped=lost)
+            ]
         if not texts[field]:
-            why = _why_none(told[field], "no answer" if kind == "questions" else NO_CAPTION)
+            why = _why_none(found_texts[field], "no answer" if kind == "questions" else NO_CAPTION)
             return [DroppedRecord(why, texts_dropped=lost)]
         fields: dict[str, Any] = {"id": record_id, field: texts[field]}
         if kind == "questions":
-            sort = "".join(texts.get("type", [])[:1])
-            fields |= {"frames": shown, "question": texts["question"][0], "type": sort}
+            question_type = "".join(texts.get("type", [])[:1])
+            fields |= {"frames": shown, "question": texts["question"][0], "type": question_type}
         else:
             fields |= {"image": shown[0]} if kind == "pairs" else {"frames": shown, "fps": self.fps}
         return [SplitRecord(split, fields, texts_dropped=lost)]

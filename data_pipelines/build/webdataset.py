@@ -97,7 +97,9 @@ class WebDataset:
         others = (OTHER_IMAGE,) * entry.other_images
         if entry.bad or not entry.image:
             return [DroppedRecord(entry.bad or NO_IMAGE, others)]
-        files = _Read(piece for piece in (entry.image, entry.text, entry.about) if piece)
+        files = _Read(
+            byte_range for byte_range in (entry.image, entry.text, entry.about) if byte_range
+        )
         try:
             captions, lost = _captions(entry, files)
             if not captions:
@@ -117,17 +119,17 @@ class _Read:
     """The bytes of a sample's files, read in the order in which they lie: compressed shards are
     unpacked on the way."""
 
-    def __init__(self, pieces: Iterable[ByteRange]):
+    def __init__(self, byte_ranges: Iterable[ByteRange]):
         self._data: dict[ByteRange, bytes | OSError] = {}
-        for piece in sorted(pieces):
+        for byte_range in sorted(byte_ranges):
             try:
-                self._data[piece] = piece.read()
+                self._data[byte_range] = byte_range.read()
             except OSError as error:
-                self._data[piece] = error
+                self._data[byte_range] = error
 
-    def __getitem__(self, piece: ByteRange) -> bytes:
+    def __getitem__(self, byte_range: ByteRange) -> bytes:
         """Raises OSError."""
-        data = self._data[piece]
+        data = self._data[byte_range]
         if isinstance(data, OSError):
             raise data
         return data

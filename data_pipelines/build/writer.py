@@ -72,7 +72,7 @@ def _build(output: pathlib.Path, source: Source, executor: Executor | None) -> d
     building.mkdir()
     with Bar(name, len(entries)) as bar:
         outcomes = _watched(ordered_map(_Named(source.convert), entries, executor, _died), bar)
-        statistics, drawn = _write(building, name, source, outcomes)
+        statistics, sampler = _write(building, name, source, outcomes)
     statistics["options"] = source.options
     lacking = source.shares.lacking(statistics["splits"]) if source.shares else []
     if not statistics["splits"] or TRAIN in lacking:
@@ -97,7 +97,7 @@ def _build(output: pathlib.Path, source: Source, executor: Executor | None) -> d
         )
     (building / STATISTICS_FILE).write_text(json.dumps(statistics, indent=2))
     (building / SAMPLES_FILE).write_text(
-        samples_page(name, source.about, statistics, drawn.examples()), "utf-8"
+        samples_page(name, source.about, statistics, sampler.examples()), "utf-8"
     )
     if final.exists():
         shutil.rmtree(final)
@@ -188,7 +188,7 @@ def _write(
     counts: collections.Counter[str] = collections.Counter()
     dropped: collections.Counter[str] = collections.Counter()
     names: dict[str, list[str]] = {}
-    drawn = RecordSampler()
+    sampler = RecordSampler()
     parts: collections.Counter[str] = collections.Counter()
     texts_dropped: collections.Counter[str] = collections.Counter()
     images = texts = 0
@@ -209,7 +209,7 @@ def _write(
             if entry and entry not in known and len(known) < NAMED:
                 known.append(entry.encode(errors="backslashreplace").decode())
             continue
-        drawn.offer(outcome)
+        sampler.offer(outcome)
         counts[outcome.split] += 1
         shown = _images(outcome)
         images += len(shown)
@@ -237,7 +237,7 @@ def _write(
         statistics["images"] = {"used": images, "dropped": dict(sorted(parts.items()))}
     if texts_dropped:
         statistics["texts"] = {"used": texts, "dropped": dict(sorted(texts_dropped.items()))}
-    return statistics, drawn
+    return statistics, sampler
 
 
 def _images(example: SplitRecord) -> list[bytes]:

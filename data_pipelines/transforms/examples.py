@@ -97,7 +97,7 @@ def flamingo_segment(
     window shows no image need not be read again.
     """
     if dataset.kind == "pages":
-        sequence = record.once(
+        sequence = record.cached(
             "", lambda: sequences.page_sequence(strings(record.fields["texts"]), tokenizer)
         )
         part = _page_window(sequence, dataset, rng)
@@ -105,7 +105,7 @@ def flamingo_segment(
     else:
         choose = answer_of if dataset.kind == "questions" else caption_of
         text = choose(record.fields, rng)
-        part = record.once(text, lambda: _visual_window(record, dataset, tokenizer, text))
+        part = record.cached(text, lambda: _visual_window(record, dataset, tokenizer, text))
         run = clip(record.frame_counts[0], dataset.frames, None if rng is None else rng.below)
         visuals = [[(0, frame) for frame in run]]
     augment = [] if rng is None else [rng.augmentation(dataset) for _ in visuals]

@@ -129,13 +129,13 @@ def test_what_is_known_of_a_record_is_not_read_again():
 
     source = Counted([{"id": "a", "texts": ["", "x"], "images": [png(7).getvalue()]}])
     records = RecordCache(source, "pages", 6, cache_bytes=0)
-    assert records[0].once("", lambda: "made") == "made"
+    assert records[0].cached("", lambda: "made") == "made"
     again = records[0]
     assert (
         again.id,
         again.frame_counts,
         again.damaged,
-        again.once("", lambda: "made anew"),
+        again.cached("", lambda: "made anew"),
     ) == ("a", [1], False, "made")
     assert source.read == 1
     assert (again.read(0, 0) == 7).all() and again.fields["texts"] == ["", "x"]
