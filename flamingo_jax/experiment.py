@@ -395,7 +395,7 @@ class TrainingConfig:
     """The language model is trained too (the paper's ablation of freezing); "random" is then a
     start like any other.
     """
-    lora: LoRAConfig | None = None
+    lora: LoRAConfig = LoRAConfig()
     """The frozen language model is trained by low-rank updates of its matrices, which
     launch.export adds to them. In the language modelling stage these alone train, and
     language_model_from names what they update.

@@ -145,8 +145,10 @@ class LoRAConfig:
     2021).
     """
 
-    rank: Positive = 8
-    """Of an update: width of what lies between its two factors."""
+    rank: Count = 0
+    """Of every update, the width of what lies between its two factors, 8 or so; 0 for none: the
+    language model stays as it is.
+    """
     alpha: AboveZero = 16.0
     """An update is multiplied by alpha / rank, so that the rate need not follow the rank."""
     targets: tuple[str, ...] = ("attention/(query|value)",)

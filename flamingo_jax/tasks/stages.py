@@ -143,12 +143,14 @@ def lora(experiment: Experiment) -> LoRAConfig | None:
     Raises: UserError where there is no frozen language model.
     """
     config = experiment.training.lora
-    if config is not None and experiment.task == "contrastive":
+    if not config.rank:
+        return None
+    if experiment.task == "contrastive":
         raise UserError(
             "config.training.lora updates a language model, but task 'contrastive' has none: set"
-            " it to None"
+            " its rank to 0"
         )
-    if config is not None and experiment.training.unfreeze_language_model:
+    if experiment.training.unfreeze_language_model:
         raise UserError(
             "config.training.lora trains updates of a frozen language model, but"
             " config.training.unfreeze_language_model trains all of it: turn one of them off"

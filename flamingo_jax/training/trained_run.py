@@ -14,7 +14,7 @@ from flamingo_jax import configuring, errors
 from flamingo_jax.checkpointing import manifest
 from flamingo_jax.checkpointing.checkpoints import Checkpoints
 from flamingo_jax.checkpointing.export import export_model, open_export
-from flamingo_jax.experiment import Experiment, MeshConfig
+from flamingo_jax.experiment import Experiment, LoRAConfig, MeshConfig
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.processing.tokenizer import FILE_NAME, tokenizer_file
 from flamingo_jax.tasks import stages
@@ -105,7 +105,7 @@ def load_exported_run(folder: pathlib.Path) -> TrainedRun:
     document = json.loads((folder / "experiment.json").read_text())
     experiment = configuring.from_json(Experiment, document)
     # An export has low-rank updates in what they update.
-    training = dataclasses.replace(experiment.training, lora=None)
+    training = dataclasses.replace(experiment.training, lora=LoRAConfig())
     experiment = dataclasses.replace(experiment, training=training)
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
     with jax.set_mesh(mesh):

@@ -14,6 +14,7 @@ from flamingo_jax.experiment import (
     NormConfig,
 )
 from flamingo_jax.models.decoder import DecoderLayer
+from flamingo_jax.models.packing import Packing
 from tests.models.filling import filled
 from tests.rounding import assert_close
 
@@ -24,7 +25,8 @@ CONFIG = LanguageModelConfig(
     feed_forward=FeedForwardConfig(width=12),
 )
 X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 8)), jnp.float32)
-PLACES, ONES = jnp.tile(jnp.arange(5), (2, 1)), jnp.ones((2, 5), jnp.int32)
+PLACES = jnp.tile(jnp.arange(5), (2, 1))
+WHOLE = Packing((jnp.ones((2, 5), jnp.int32),))
 TERMS = 8 + 8 + 8 + 5 + 8 + 8 + 12
 
 
@@ -34,14 +36,14 @@ def layer_of(**changes: object) -> DecoderLayer:
 
 
 def run(layer: DecoderLayer, **options: object) -> jax.Array:
-    return layer(X, PLACES, ONES, None, **options)[0]  # type: ignore[arg-type]
+    return layer(X, PLACES, WHOLE, None, **options)[0]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("residual", ["sequential", "parallel", "parallel_one_norm"])
 @pytest.mark.parametrize("norm", [NormConfig(), NormConfig("layer", 1e-5, bias=False)])
 def test_halves_are_added_as_the_config_says(residual: str, norm: NormConfig) -> None:
     layer = layer_of(residual=residual, norm=norm)
-    attended = X + layer.attention(layer.attention_norm(X), PLACES, ONES, None)[0]
+    attended = X + layer.attention(layer.attention_norm(X), PLACES, WHOLE, None)[0]
     feed_norm = layer.feed_forward_norm
     assert (feed_norm is None) is (residual == "parallel_one_norm")
     read = attended if residual == "sequential" else X
@@ -51,7 +53,7 @@ def test_halves_are_added_as_the_config_says(residual: str, norm: NormConfig) ->
 
 def test_something_may_stand_between_the_halves() -> None:
     layer = layer_of()
-    branch, _ = layer.attention_branch(X, PLACES, ONES, None)
+    branch, _ = layer.attention_branch(X, PLACES, WHOLE, None)
     middle = 2 * layer.add(X, branch)
     expected = layer.add(middle, layer.feed_forward_branch(middle))
     assert_close(run(layer, between=lambda x: 2 * x), expected, TERMS)

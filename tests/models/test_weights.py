@@ -118,8 +118,8 @@ def test_a_language_model_with_updates_is_the_one_that_is_exported() -> None:
 
 
 def test_a_target_that_names_nothing_is_told() -> None:
-    with pytest.raises(UserError, match="'attention/q' , which names|'attention/q', which names"):
-        LanguageModel(CONFIG, rngs=nnx.Rngs(0), lora=LoRAConfig(targets=("attention/q",)))
+    with pytest.raises(UserError, match="'attention/q', which names no matrix"):
+        LanguageModel(CONFIG, rngs=nnx.Rngs(0), lora=LoRAConfig(rank=2, targets=("attention/q",)))
 
 
 def shapes_of(model: nnx.Module) -> dict[str, jax.Array]:
