@@ -31,7 +31,7 @@ _THREADS = 16
 
 
 class Identity(NamedTuple):
-    """What names the content of a split. digest: over its features, records a shard, and
+    """Names the content of a split. digest: over its features, records a shard, and
     shards.
     """
 
@@ -128,7 +128,7 @@ def _told(dataset: DatasetConfig) -> dict[str, Any] | None:
 
 
 def _shards(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
-    """The files of a split, by their names: `NAME-SPLIT.array_record-00000-of-00001`."""
+    """Lists the files of a split, by their names: `NAME-SPLIT.array_record-00000-of-00001`."""
     records = [
         pathlib.Path(entry.path)
         for entry in os.scandir(folder)

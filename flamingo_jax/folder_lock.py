@@ -48,11 +48,11 @@ _NAME = re.compile(re.escape(PREFIX) + "([1-9][0-9]{0,8})")
 
 
 class FolderLockedError(UserError):
-    """Another process holds the folder."""
+    """Tells that another process holds the folder."""
 
 
 class Lease(NamedTuple):
-    """Who holds a folder, and for what work.
+    """Tells who holds a folder, and for what work.
 
     machine: names this start of an operating system and its set of process numbers; a pid means
     something there alone. began: when the process began, which tells it from a later one of the
@@ -70,7 +70,7 @@ class Lease(NamedTuple):
 
 
 class LeaseState(enum.Enum):
-    """Whether a lease that is found keeps others out."""
+    """Says what a lease that is found means to who wants the folder."""
 
     HELD = "held"
     FREE = "free"
@@ -95,7 +95,7 @@ def lease_state(runs: bool | None, silent: float, beaten: bool) -> LeaseState:
 
 
 class LeaseFile(NamedTuple):
-    """A file of a lease as it was read: its number, the lease (None where its maker has not
+    """Holds a file of a lease as it was read: its number, the lease (None where its maker has not
     written it yet) and its time of change in seconds.
     """
 
@@ -201,7 +201,9 @@ class FolderLock:
             return path
 
     def _is_free(self, found: LeaseFile, first: LeaseFile | None) -> bool:
-        """Raises HeldError. first: what was found at first."""
+        """Tells whether a lease is free. Raises FolderLockedError. first: what was found at
+        first.
+        """
         runs = self._runs(found.lease)
         beaten = (
             first is not None and first.number == found.number and first.changed != found.changed
@@ -213,7 +215,7 @@ class FolderLock:
         return state is LeaseState.FREE
 
     def _runs(self, lease: Lease | None) -> bool | None:
-        """Whether a lease's process runs, where it would be on this machine."""
+        """Tells whether a lease's process runs, where it would be on this machine."""
         if (
             lease is None
             or lease.machine != self._lease.machine
@@ -223,7 +225,7 @@ class FolderLock:
         return _is_running(lease.pid, lease.began)
 
     def _now(self) -> float:
-        """The storage's time."""
+        """Returns the storage's time."""
         path = self._folder / f"{PREFIX}clock-{self._lease.token}"
         if paths.is_bucket(path):
             path.write_bytes(b"?")
@@ -305,7 +307,7 @@ def _newest(folder: pathlib.Path) -> LeaseFile | None:
 
 
 def _read(path: pathlib.Path) -> LeaseFile | None:
-    """None where it is not there, or there no more."""
+    """Reads a file of a lease; None where it is not there, or there no more."""
     try:
         if paths.is_bucket(path):
             text, changed = path.read_bytes()[:MOST_BYTES], paths.version(path).changed
@@ -326,7 +328,7 @@ def _read(path: pathlib.Path) -> LeaseFile | None:
 
 
 def _make(path: pathlib.Path, lease: Lease) -> bool:
-    """Whether this process made it: one alone can."""
+    """Makes a lease; tells whether this process made it: one alone can."""
     return paths.create(path, _text(lease))
 
 
@@ -354,7 +356,7 @@ def _machine() -> str:
 
 
 def _state(pid: int) -> tuple[str, str] | None:
-    """A process's state and the time of its start, where the system tells them."""
+    """Returns a process's state and the time of its start, where the system tells them."""
     try:
         text = pathlib.Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -370,7 +372,9 @@ def _began(pid: int) -> str:
 
 
 def _is_running(pid: int, began: str) -> bool | None:
-    """None where a process has this number and nothing tells whether it is that one."""
+    """Tells whether a process runs; None where one has this number and nothing says whether it is
+    that one.
+    """
     if pid <= 0:
         return False
     try:

@@ -42,8 +42,8 @@ error; reading PATH; at byte 0`.
 
 
 def storage_failure(error: BaseException) -> OSError | None:
-    """The failure of the storage behind an error of reading; None where what was read is wrong,
-    or the caller's doing.
+    """Finds the failure of the storage behind an error of reading; None where what was read is
+    wrong, or the caller's doing.
 
     An OSError with a number (EIO, ESTALE, EMFILE, ...), a timeout and a lost connection say
     nothing about the bytes on disk, which may be read well the next time. Damage is what is
@@ -65,8 +65,8 @@ def storage_failure(error: BaseException) -> OSError | None:
 def retry(
     read: Callable[[], T], waits: Iterable[float], passes: Callable[[Exception, float], bool]
 ) -> T:
-    """What `read` gives; after an error that may pass it is called again, behind each of these
-    seconds.
+    """Returns what `read` does; after an error that may pass it is called again, behind each
+    of these seconds.
 
     passes: of an error and the seconds before the next attempt, whether to wait for it. Raises
     what may not pass at once, and whatever the last attempt raises.
@@ -84,7 +84,7 @@ def retry(
 def read_with_retries(
     read: Callable[[], T], what: object, at_once: Collection[int | None] = ()
 ) -> T:
-    """What `read` gives; where the storage fails it is called again, after ever longer waits
+    """Returns what `read` does; where the storage fails it is called again, after ever longer waits
     (`WAITS`).
 
     Args:
@@ -96,28 +96,18 @@ def read_with_retries(
       Exception: whatever else `read` raises, at once.
     """
 
-    def failure_of(error: Exception) -> OSError | None:
-        failure = storage_failure(error)
-        return None if failure is None or failure.errno in at_once else failure
-
-    def reason(failure: OSError) -> str:
-        return failure.strerror or str(failure) or type(failure).__name__
-
     def passes(error: Exception, wait: float) -> bool:
-        failure = failure_of(error)
+        failure = _failure_of(error, at_once)
         if failure is not None:
             logging.warning(
-                "%s could not be read (%s): it is read again in %g s",
-                what,
-                reason(failure),
-                wait,
+                "%s could not be read (%s): it is read again in %g s", what, _reason(failure), wait
             )
         return failure is not None
 
     try:
         return retry(read, WAITS, passes)
     except Exception as error:
-        failure = failure_of(error)
+        failure = _failure_of(error, at_once)
         if failure is None:
             raise
         mend = (
@@ -127,13 +117,23 @@ def read_with_retries(
         )
         raise StorageError(
             f"{what} could not be read {len(WAITS) + 1} times over {sum(WAITS):.3g} s"
-            f" ({reason(failure)}): {mend} and start again; nothing is taken for damaged, and"
+            f" ({_reason(failure)}): {mend} and start again; nothing is taken for damaged, and"
             " what was saved is whole"
         ) from error
 
 
+def _failure_of(error: Exception, at_once: Collection[int | None]) -> OSError | None:
+    """Finds the storage's failure behind an error, where it is one that is waited for."""
+    failure = storage_failure(error)
+    return None if failure is None or failure.errno in at_once else failure
+
+
+def _reason(failure: OSError) -> str:
+    return failure.strerror or str(failure) or type(failure).__name__
+
+
 def modified(path: pathlib.Path) -> float | None:
-    """When a file or folder was last written, in seconds; None where there is none.
+    """Tells when a file or folder was last written, in seconds; None where there is none.
 
     That it cannot be told just now is no None, as it is of `Path.exists` in some versions of
     Python, but read again (see `read_with_retries`).
@@ -165,7 +165,7 @@ def raise_open_files() -> None:
 
 
 def open_files_allowed() -> int:
-    """How many files this process may have open."""
+    """Tells how many files this process may have open."""
     if resource is None:
         return 512
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -185,12 +185,12 @@ def test_a_damaged_checkpoint_is_passed_over_and_saved_again(
     checkpoints.close()
     flip(folder / "2" / "state" / "trainable" / "b" / "c" / "0")
     looked = Checkpoints(folder, keep_last=3).newest()
-    assert looked.step == 1 and "c/0 has other content" in looked.passed[2]
+    assert looked.step == 1 and "c/0 has other content" in looked.skipped[2]
     again = Checkpoints(folder, keep_last=3)
     with caplog.at_level(logging.WARNING):
         assert again.latest() == 1
     assert "manifest.json.damaged is damaged" in caplog.text
-    assert "it was damaged" in Checkpoints(folder, keep_last=3).newest().passed[2]
+    assert "it was damaged" in Checkpoints(folder, keep_last=3).newest().skipped[2]
     again.save(2, STATE, {"new": True})
     again.close()
     assert Checkpoints(folder, keep_last=3).latest() == 2

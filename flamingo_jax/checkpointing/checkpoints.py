@@ -51,23 +51,24 @@ _ASIDE = re.compile(r"([0-9]{1,18})\.damaged(\.[0-9]+)?")
 
 
 class SaveError(StorageError):
-    """A checkpoint could not be written; the ones before it are whole."""
+    """Tells that a checkpoint could not be written; the ones before it are whole."""
 
 
-class Newest(NamedTuple):
-    """What was found in a folder of checkpoints.
+class FoundCheckpoint(NamedTuple):
+    """Tells what was found in a folder of checkpoints.
 
     step: the newest whole one, None where there is none. passed: {a newer step: why it was not
     taken}.
     """
 
     step: int | None
-    passed: dict[int, str]
+    skipped: dict[int, str]
 
 
 class Checkpoints:
-    """The checkpoints in one folder. Every process of a run makes the same calls in the same
-    order, each from its main thread.
+    """Saves and restores the checkpoints in one folder.
+
+    Every process of a run makes the same calls in the same order, each from its main thread.
 
     Args:
       folder: on storage that all processes share; made by the first save.
@@ -151,7 +152,7 @@ class Checkpoints:
         self._ending.start()
 
     def latest(self) -> int | None:
-        """The newest step whose every file is as its manifest says, or None.
+        """Returns the newest step whose every file is as its manifest says, or None.
 
         A damaged one is renamed `<step>.damaged` and named in a warning, and the one before is
         tried. Reads every byte of what it returns.
@@ -175,22 +176,22 @@ class Checkpoints:
             self._verified.add(step)
         return step
 
-    def newest(self) -> Newest:
-        """As `latest`, for who only reads the folder: nothing in it is changed, and what was
-        passed over is returned as well. Of one process.
+    def newest(self) -> FoundCheckpoint:
+        """Finds what `latest` does, for who only reads the folder: nothing in it is changed, and
+        what was passed over is returned as well. Of one process.
         """
         with self._reading():
             found = self._find_newest(set_aside=False)
             for step, where in self._damaged():
                 if step > (found.step or 0):
-                    found.passed.setdefault(step, f"it was damaged and is {where} now")
+                    found.skipped.setdefault(step, f"it was damaged and is {where} now")
         if found.step is not None:
             self._verified.add(found.step)
         return found
 
     def restore(self, step: int, template: Any) -> Any:
-        """A saved state in the structure, shapes, dtypes and shardings of `template`, whatever
-        mesh and number of processes saved it.
+        """Reads a saved state in the structure, shapes, dtypes and shardings of `template`,
+        whatever mesh and number of processes saved it.
 
         Args:
           template: the pytree with a jax.ShapeDtypeStruct for every array; one without a
@@ -300,7 +301,7 @@ class Checkpoints:
             self._remove(path)
 
     def _unfinished(self) -> list[pathlib.Path]:
-        """Folders of steps without a manifest.
+        """Lists the folders of steps without a manifest.
 
         Raises UserError for one that no save of ours began: it is somebody's work.
         """
@@ -321,8 +322,8 @@ class Checkpoints:
 
     @staticmethod
     def _remove(path: pathlib.Path) -> None:
-        """In an order in which what a kill leaves is no checkpoint any more, but still known as
-        one of ours.
+        """Removes a checkpoint in an order in which what a kill leaves is no checkpoint any
+        more, but still known as one of ours.
         """
         (path / manifest.NAME).unlink(missing_ok=True)
         for name in paths.subfolders(path):
@@ -337,7 +338,7 @@ class Checkpoints:
         return self._folder / str(step)
 
     def _folders(self) -> list[int]:
-        """Steps with a folder, newest first. Raises OSError where it cannot be known: a run
+        """Lists steps with a folder, newest first. Raises OSError where it cannot be known: a run
         that took that for none would begin anew.
         """
         try:
@@ -351,28 +352,33 @@ class Checkpoints:
         return manifest.is_there(self._path(step) / manifest.NAME)
 
     def _steps(self) -> list[int]:
-        """Steps with a manifest, newest first."""
+        """Lists steps with a manifest, newest first."""
         return [step for step in self._folders() if self._has_manifest(step)]
 
-    def _find_newest(self, *, set_aside: bool) -> Newest:
-        """Raises OSError for what cannot be read just now: only what differs is damage."""
-        passed = {int(path.name): "its save was not finished" for path in self._unfinished()}
-        for step in passed:
-            log.warning("passing over %s: %s", self._path(step), passed[step])
+    def _find_newest(self, *, set_aside: bool) -> FoundCheckpoint:
+        """Finds the newest whole checkpoint.
+
+        Raises OSError for what cannot be read just now: only what differs is damage.
+        """
+        skipped = {int(path.name): "its save was not finished" for path in self._unfinished()}
+        for step in skipped:
+            log.warning("passing over %s: %s", self._path(step), skipped[step])
         for step in self._steps():
             damage = self._damage(step)
             if damage is None:
-                return Newest(step, {other: why for other, why in passed.items() if other > step})
+                return FoundCheckpoint(
+                    step, {other: why for other, why in skipped.items() if other > step}
+                )
             if not self._has_manifest(step):
                 # A run that is still training has just let go of it.
                 continue
-            passed[step] = f"it is damaged: {damage}"
+            skipped[step] = f"it is damaged: {damage}"
             where = self._set_aside(step) if set_aside else self._path(step)
             log.warning("checkpoint %s is damaged: %s; trying the one before", where, damage)
-        return Newest(None, passed)
+        return FoundCheckpoint(None, skipped)
 
     def _damage(self, step: int) -> str | None:
-        """What differs from the manifest. Raises OSError for what cannot be read just now."""
+        """Says what differs from the manifest. Raises OSError for what cannot be read just now."""
         with self._working(f"verifying step {step}") as progress:
             try:
                 listing = manifest.read_manifest(self._path(step))
@@ -383,7 +389,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _working(self, what: str) -> Iterator[manifest.Progress]:
-        """Within, who calls what it yields shows the others that it gets on."""
+        """Yields what shows the other processes, each time it is called, that this one gets on."""
         self._group.report_progress(what)
         try:
             yield lambda: self._group.report_progress(what)
@@ -449,7 +455,8 @@ class Checkpoints:
         ):
             problem = (
                 problem
-                or f"the checkpoint of step {step} in {self._folder} is missing or damaged: see the message of process 0"  # noqa: E501
+                or f"the checkpoint of step {step} in {self._folder} is missing or damaged: see the"
+                " message of process 0"
             )
         if problem:
             raise UserError(problem)

@@ -19,6 +19,7 @@ def named_arrays(tree: Any) -> dict[str, Any]:
 
 
 def require_saveable(name: str, value: Any) -> None:
+    """Raises TypeError for what is no array, or an array that cannot be stored as it is."""
     if not isinstance(value, jax.Array):
         raise TypeError(
             f"the state's {name} is {type(value).__name__}, but a checkpoint holds jax.Arrays;"
@@ -31,12 +32,17 @@ def require_saveable(name: str, value: Any) -> None:
 
 
 def dtype_and_shape(value: Any) -> list[Any]:
+    """Describes an array as JSON: its dtype's name and the sizes of its axes."""
     return [jnp.dtype(value.dtype).name, *value.shape]
 
 
 def require_same_arrays(
     saved: dict[str, list[Any]], wanted: dict[str, Any], folder: pathlib.Path
 ) -> None:
+    """Raises a UserError that names the first arrays in which a checkpoint and a state differ.
+
+    saved: as `dtype_and_shape` gives them, by name. wanted: anything with dtype and shape.
+    """
     differing = [
         f"{name} is {_describe(saved.get(name))} in the checkpoint and"
         f" {_describe(dtype_and_shape(wanted[name]) if name in wanted else None)} here"

@@ -177,7 +177,7 @@ def _write_shards(
 
 
 def _layers(parameters: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Arrays by per-layer name; one stack is on the host at once."""
+    """Yields arrays by per-layer name; one stack is on the host at once."""
     for name in sorted(parameters):
         value = parameters[name]
         if isinstance(value, jax.Array) and not value.is_fully_addressable:
@@ -188,7 +188,7 @@ def _layers(parameters: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
 def _shards(
     layers: Iterable[tuple[str, np.ndarray]], shard_bytes: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """A file's worth at a time."""
+    """Yields a file's worth of arrays at a time."""
     shard: dict[str, np.ndarray] = {}
     size = 0
     for leaf, array in layers:
@@ -230,7 +230,7 @@ class Export:
 
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """{Flat stacked name: shape}."""
+        """Returns {flat stacked name: shape}."""
         counts: dict[str, list[int]] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for leaf in self._files:
@@ -242,7 +242,7 @@ class Export:
 
     @property
     def dtypes(self) -> dict[str, np.dtype]:
-        """{Flat stacked name: the type it was written in}."""
+        """Returns {flat stacked name: the type it was written in}."""
         return {
             stacked_name(leaf)[0]: np.dtype(DTYPES[self._stored[leaf].dtype])
             for leaf in self._files
@@ -251,8 +251,8 @@ class Export:
     def read_sharded(
         self, targets: Mapping[str, jax.ShapeDtypeStruct], process_group: ProcessGroup | None = None
     ) -> dict[str, jax.Array]:
-        """The parameters of these flat stacked names with the types and shardings of `targets`;
-        how several processes share the reading, see `tensors.read_sharded`.
+        """Reads the parameters of these flat stacked names with the types and shardings of
+        `targets`; how several processes share the reading, see `tensors.read_sharded`.
 
         Raises: UserError when a file is not what it should be.
         """
@@ -274,7 +274,7 @@ class Export:
         )
 
     def read(self, prefix: str = "") -> dict[str, np.ndarray]:
-        """Parameters whose flat stacked name starts with `prefix`, joined over layers, in the
+        """Reads parameters whose flat stacked name starts with `prefix`, joined over layers, in the
         dtype they were written in.
 
         Raises: UserError when a file is not what it should be, StorageError when one cannot be
@@ -311,7 +311,7 @@ class Export:
         return values
 
     def _read_tensors(self, prefix: str) -> dict[str, np.ndarray]:
-        """As `read`, by the places of tensors in their files."""
+        """Does what `read` does, by the places of tensors in their files."""
         try:
             leaves = {
                 leaf: manifest.retry_read(lambda leaf=leaf: read_whole(self._stored[leaf]))  # type: ignore[misc]

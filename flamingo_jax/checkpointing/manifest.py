@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class DamageError(Exception):
-    """A folder differs from its manifest; `file` is the first that does, relative to the
+    """Tells that a folder differs from its manifest; `file` is the first that does, relative to the
     folder.
 
     That a file cannot be read just now is no damage but an OSError.
@@ -42,33 +42,38 @@ class DamageError(Exception):
         self.file = file
 
 
-class Entry(NamedTuple):
-    """What is known of one file."""
+class FileDigest(NamedTuple):
+    """Holds size and digest of one file."""
 
     bytes: int
     sha256: str
 
 
 class Manifest(NamedTuple):
-    """Entries by path relative to the folder, and the SHA-256 of them all, which names the
-    folder's content.
+    """Holds the digests of files by their path relative to the folder, and the SHA-256 of them
+    all, which names the folder's content.
     """
 
     digest: str
-    files: dict[str, Entry]
+    files: dict[str, FileDigest]
 
 
 def retry_read(read: Callable[[], T]) -> T:
-    """What `read` returns, tried again a few times where it raises an OSError; that of the last
-    time is raised. A file that is not there is not waited for."""
-    missing = (FileNotFoundError, NotADirectoryError)
-    passes = lambda error, wait: isinstance(error, OSError) and not isinstance(error, missing)
-    return retry(read, READ_AGAIN_AFTER, passes)
+    """Returns what `read` does, which is called again a few times where it raises an OSError; that
+    of the last time is raised. A file that is not there is not waited for.
+    """
+    return retry(read, READ_AGAIN_AFTER, _may_pass)
+
+
+def _may_pass(error: Exception, wait: float) -> bool:
+    missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+    return isinstance(error, OSError) and not missing
 
 
 def unreadable(where: pathlib.Path, error: Exception) -> StorageError:
-    """What ends a command that could not read `where`, which may be whole: launchers start it
-    again."""
+    """Makes the error that ends a command which could not read `where`, which may be whole:
+    launchers start it again.
+    """
     name = getattr(error, "filename", None) or where
     said = next(iter(str(error).splitlines()), type(error).__name__)
     reason = (getattr(error, "strerror", None) or said)[:300]
@@ -83,8 +88,9 @@ def require_readable(file: pathlib.Path) -> None:
 
 
 def is_there(path: pathlib.Path) -> bool:
-    """Whether there is such a file or folder; an OSError where that cannot be known, which
-    `Path.exists` takes for a no in some versions of Python."""
+    """Tells whether there is such a file or folder; raises an OSError where that cannot be known,
+    which `Path.exists` takes for a no in some versions of Python.
+    """
     if paths.is_bucket(path):
         return retry_read(path.exists)
     try:
@@ -109,14 +115,16 @@ def write_manifest(folder: pathlib.Path, progress: Progress = lambda: None) -> M
 
 
 def read_manifest(folder: pathlib.Path) -> Manifest:
-    """Raises: FileNotFoundError when there is none, DamageError when it is not as it was
-    written, OSError when it cannot be read just now.
+    """Reads the manifest of a folder.
+
+    Raises: FileNotFoundError when there is none, DamageError when it is not as it was written,
+      OSError when it cannot be read just now.
     """
     text = retry_read((folder / NAME).read_bytes)
     try:
         raw = json.loads(text)
         manifest = Manifest(
-            raw["digest"], {name: Entry(**entry) for name, entry in raw["files"].items()}
+            raw["digest"], {name: FileDigest(**entry) for name, entry in raw["files"].items()}
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamageError(folder, NAME, "is not a manifest any more") from error
@@ -126,8 +134,10 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
 
 
 def check_sizes(folder: pathlib.Path, manifest: Manifest) -> None:
-    """Raises DamageError for the first file that is missing or has another size, OSError for
-    one of which that cannot be known just now; reads no file.
+    """Compares the sizes of files with the manifest; reads no file.
+
+    Raises: DamageError for the first file that is missing or has another size, OSError for one
+      of which that cannot be known just now.
     """
     for name, entry in manifest.files.items():
         try:
@@ -143,32 +153,35 @@ def check_sizes(folder: pathlib.Path, manifest: Manifest) -> None:
 def check_digests(
     folder: pathlib.Path, manifest: Manifest, progress: Progress = lambda: None
 ) -> None:
-    """Raises DamageError for the first file whose size or content is not the manifest's,
-    OSError for one that cannot be read just now; reads every byte.
+    """Compares every byte of the files with the manifest.
+
+    Raises: DamageError for the first file whose size or content differs, OSError for one that
+      cannot be read just now.
     """
     check_sizes(folder, manifest)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        read = lambda name: retry_read(lambda: _entry(folder / name, progress))
-        found = pool.map(read, manifest.files)
-        for name, entry in zip(manifest.files, found, strict=True):
-            if entry != manifest.files[name]:
+        found = pool.map(lambda name: file_digest(folder / name, progress), manifest.files)
+        for name, digest in zip(manifest.files, found, strict=True):
+            if digest != manifest.files[name]:
                 raise DamageError(folder, name, "has other content than its manifest says")
 
 
-def entry(file: pathlib.Path, progress: Progress = lambda: None) -> Entry:
+def file_digest(file: pathlib.Path, progress: Progress = lambda: None) -> FileDigest:
     """Reads a file for its size and SHA-256. Raises OSError."""
     return retry_read(lambda: _entry(file, progress))
 
 
-def digest_of(entries: dict[str, Entry]) -> str:
-    """SHA-256 over the digests of files by their names, as a manifest's own: names their
-    content.
+def digest_of(entries: dict[str, FileDigest]) -> str:
+    """Computes the SHA-256 over the digests of files by their names, as a manifest's own:
+    names their content.
     """
     return _digest(entries)
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
-    """After this the file is there whole and on disk; before, at any moment, it is not there."""
+    """Writes a file that is there whole and on disk after this; before, at any moment, it is not
+    there.
+    """
     if paths.is_bucket(path):
         path.write_bytes(content)
         return
@@ -182,7 +195,7 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
 
 
 def unfinished(name: str) -> str:
-    """The name that a file or folder has until it is whole."""
+    """Returns the name that a file or folder has until it is whole."""
     return name + ".writing"
 
 
@@ -197,7 +210,9 @@ def sync_folder(folder: pathlib.Path) -> None:
         os.close(descriptor)
 
 
-def _entry(path: pathlib.Path, progress: Progress = lambda: None, *, sync: bool = False) -> Entry:
+def _entry(
+    path: pathlib.Path, progress: Progress = lambda: None, *, sync: bool = False
+) -> FileDigest:
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while part := file.read(_PART):
@@ -206,10 +221,10 @@ def _entry(path: pathlib.Path, progress: Progress = lambda: None, *, sync: bool 
             progress()
         if sync and not paths.is_bucket(path):
             os.fsync(file.fileno())
-    return Entry(size, digest.hexdigest())
+    return FileDigest(size, digest.hexdigest())
 
 
-def _digest(entries: dict[str, Entry]) -> str:
+def _digest(entries: dict[str, FileDigest]) -> str:
     listing = "".join(
         f"{entry.sha256}  {entry.bytes}  {name}\n" for name, entry in sorted(entries.items())
     )

@@ -31,7 +31,9 @@ MOST_HEADER_BYTES = 100_000_000
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file. dtype: as the header names it. start: the place of its first byte."""
+    """Tells where a tensor lies. dtype: as the file's header names it. start: the place of its
+    first byte.
+    """
 
     file: pathlib.Path
     dtype: str
@@ -44,7 +46,7 @@ class StoredTensor(NamedTuple):
 
 
 class Term(NamedTuple):
-    """A stored tensor and how it becomes one layer of a parameter, which is the sum of its
+    """Names a stored tensor and how it becomes one layer of a parameter, which is the sum of its
     terms.
 
     form: the tensor's axes and the parameter's, "(h d) w -> w h d"; those in brackets are one
@@ -64,7 +66,7 @@ class Term(NamedTuple):
 
 
 class TensorLayout(NamedTuple):
-    """What a term's form means for one shape of a parameter.
+    """Tells what a term's form means for one shape of a parameter.
 
     stored: the shape of the tensor's rows that are taken. split: the same with the brackets
     opened. picked: the index of `split` that leaves the axes which the parameter has. order:
@@ -79,8 +81,8 @@ class TensorLayout(NamedTuple):
 
     @property
     def turn(self) -> int | None:
-        """How many of the first axes stand behind the others in the parameter, which is then a
-        transposed matrix (0: the same); else None.
+        """Tells how many of the first axes stand behind the others in the parameter, which is
+        then a transposed matrix (0: the same); else None.
         """
         count = len(self.order)
         turn = self.order[0] if count else 0
@@ -92,12 +94,12 @@ class TensorLayout(NamedTuple):
         )
 
     def pick(self, array: np.ndarray) -> np.ndarray:
-        """Of an array like `split`, what the parameter has."""
+        """Takes of an array like `split` what the parameter has."""
         return array[self.picked] if self.picked else array
 
 
 def read_headers(files: Iterable[pathlib.Path]) -> dict[str, StoredTensor]:
-    """Every tensor of some safetensors files, by name; no tensor is read.
+    """Finds every tensor of some safetensors files, by name; no tensor is read.
 
     Raises: UserError for a file that is missing, cut short or foreign, StorageError for one
     that cannot be read just now.
@@ -146,15 +148,10 @@ def _read_bucket_header(file: pathlib.Path) -> tuple[int, dict[str, Any]]:
     and checks that each tensor lies within the file. Raises ValueError for one that does not.
     """
     total = manifest.retry_read(lambda: paths.version(file)).bytes
-
-    def read(start: int, count: int) -> bytes:
-        memory = np.empty(count, np.uint8)
-        return manifest.retry_read(lambda: paths.read_into(file, start, memory)).tobytes()
-
-    size = int.from_bytes(read(0, 8), "little")
+    size = int.from_bytes(_read_bytes(file, 0, 8), "little")
     if size > min(total - 8, MOST_HEADER_BYTES):
         raise ValueError("its header is cut short")
-    header = json.loads(read(8, size))
+    header = json.loads(_read_bytes(file, 8, size))
     for name, tensor in header.items():
         if name == "__metadata__":
             continue
@@ -165,8 +162,13 @@ def _read_bucket_header(file: pathlib.Path) -> tuple[int, dict[str, Any]]:
     return size, header
 
 
+def _read_bytes(file: pathlib.Path, start: int, count: int) -> bytes:
+    memory = np.empty(count, np.uint8)
+    return manifest.retry_read(lambda: paths.read_into(file, start, memory)).tobytes()
+
+
 def layout(term: Term, shape: tuple[int, ...]) -> TensorLayout:
-    """How a stored tensor becomes a parameter, or one layer of it, of this shape."""
+    """Works out how a stored tensor becomes a parameter of this shape, or one layer of it."""
     if not term.form:
         return TensorLayout(shape, shape, (), tuple(range(len(shape))), False)
     left, right = (list(_axes(side)) for side in term.form.split("->"))
@@ -190,20 +192,20 @@ def layout(term: Term, shape: tuple[int, ...]) -> TensorLayout:
 
 
 def _axes(side: str) -> Iterator[list[str]]:
-    """ "(h d) w" -> ["h", "d"], ["w"]."""
+    """Parses "(h d) w" to ["h", "d"], ["w"]."""
     while side := side.strip():
         part, _, side = side[1:].partition(")") if side[0] == "(" else side.partition(" ")
         yield part.split()
 
 
 def read_whole(tensor: StoredTensor) -> np.ndarray:
-    """One tensor in its stored type, for small ones. Raises OSError."""
+    """Reads one tensor in its stored type, for small ones. Raises OSError."""
     read = paths.read_into(tensor.file, tensor.start, np.empty(tensor.bytes, np.uint8))
     return read.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
 def same_bytes(first: StoredTensor, second: StoredTensor) -> bool:
-    """Whether two tensors are equal to the bit; reads a piece of each at a time.
+    """Tells whether two tensors are equal to the bit; reads a piece of each at a time.
 
     Raises OSError.
     """

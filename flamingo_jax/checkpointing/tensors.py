@@ -9,6 +9,7 @@ filled in place.
 import concurrent.futures
 import functools
 import math
+import operator
 import os
 import pathlib
 import threading
@@ -56,7 +57,7 @@ def read_sharded(
     title: str = "reading",
     process_group: ProcessGroup | None = None,
 ) -> dict[str, jax.Array]:
-    """The targets' arrays, with the types and shardings that they name.
+    """Reads the targets' arrays, with the types and shardings that they name.
 
     What devices of several processes hold alike, these read together: each layer, or each part
     of its rows, by as few of them as may be, and the devices gather it.
@@ -113,9 +114,9 @@ def _spread(
     terms: Sequence[Term],
     lead: int,
 ) -> jax.sharding.Sharding:
-    """Where a parameter is read to: as it shall lie, and where several processes would hold the
-    same, its layers or the rows of its tensors shared out between them besides. So devices have
-    only to gather it. Columns are not shared out: a read takes whole rows.
+    """Decides where a parameter is read to: as it shall lie, and where several processes would
+    hold the same, its layers or the rows of its tensors shared out between them besides. So
+    devices have only to gather it. Columns are not shared out: a read takes whole rows.
 
     lead: the parameter's leading layer axes.
     """
@@ -144,7 +145,7 @@ def read_layers(
     sources: Mapping[str, Sequence[Term]],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(Per-layer name, array in its stored type) in the order of `sources`, one at a time on
+    """Yields (per-layer name, array in its stored type) in the order of `sources`, one at a time on
     the host. shapes: {stacked name: shape}.
     """
     for leaf, terms in sources.items():
@@ -161,8 +162,8 @@ def read_layers(
 
 
 class HostBuffer:
-    """What CPU devices hold of an array: memory that is filled in place and then becomes theirs
-    without a copy.
+    """Holds what CPU devices have of an array: memory that is filled in place and then becomes
+    theirs without a copy.
 
     layers: the slices of the leading layer axes. slices: those of the others.
     """
@@ -203,7 +204,7 @@ class HostBuffer:
 
 
 class DeviceBuffer:
-    """What accelerators hold of an array: buffers that pieces are laid into, transposed and
+    """Holds what accelerators have of an array: buffers that pieces are laid into, transposed and
     cast on the device. Arguments as in HostShard.
     """
 
@@ -254,7 +255,7 @@ def _lay(
 def _shards(
     target: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding, lead: int
 ) -> list[_Shard]:
-    """One shard for each part of the array that devices of this process hold."""
+    """Makes a buffer for each part of the array that devices of this process hold."""
     holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(target.shape).items():
         bounds = tuple(
@@ -270,7 +271,7 @@ def _shards(
 
 
 class _Piece(NamedTuple):
-    """A read of `bytes` from `start` on in a file, and what is done with it."""
+    """Describes a read of `bytes` from `start` on in a file, and what is done with it."""
 
     file: pathlib.Path
     start: int
@@ -285,7 +286,7 @@ def _pieces(
     shape: tuple[int, ...],
     shards: Sequence[_Shard],
 ) -> Iterator[_Piece]:
-    """The reads that bring one layer of a parameter to the shards that hold some of it."""
+    """Yields the reads that bring one layer of a parameter to the shards that hold some of it."""
     shards = [
         s
         for s in shards
@@ -320,7 +321,7 @@ def _distribute(
     dtype: np.dtype,
     read: np.ndarray,
 ) -> None:
-    """Rows begin..end of a tensor, as they were read, to every shard that holds some of them."""
+    """Lays rows begin..end of a tensor, as they were read, into every buffer that holds some."""
     begin, end = rows
     piece = form.pick(read.view(dtype).reshape(end - begin, *form.split[1:]))
     axis = form.order.index(0)
@@ -344,7 +345,9 @@ def _sum(
     shape: tuple[int, ...],
     shards: Sequence[_Shard],
 ) -> _Piece:
-    """A small parameter in one: its terms are read whole, brought to its shape and added."""
+    """Describes the read of a small parameter in one: its terms are read whole, brought to its
+    shape and added.
+    """
     tensor = stored[terms[0].name]
 
     def put(read: np.ndarray) -> None:
@@ -400,7 +403,7 @@ def _run(pieces: list[_Piece], title: str) -> None:
     ):
         pending = [
             pool.submit(one, piece)
-            for piece in sorted(pieces, key=lambda piece: (piece.file, piece.start))
+            for piece in sorted(pieces, key=operator.attrgetter("file", "start"))
         ]
         try:
             for future in concurrent.futures.as_completed(pending):
@@ -415,7 +418,7 @@ def _run(pieces: list[_Piece], title: str) -> None:
 
 
 def _transpose(target: np.ndarray, matrix: np.ndarray) -> None:
-    """target[...] = matrix.T, in tiles: numpy's own loop misses the cache at every element."""
+    """Does target[...] = matrix.T, in tiles: numpy's own loop misses the cache at every element."""
     rows, columns = TILE
     # Rows of a power of two in length fall into few of the cache's sets; these do not.
     tile = np.empty((rows, columns + 32), target.dtype)
@@ -428,7 +431,7 @@ def _transpose(target: np.ndarray, matrix: np.ndarray) -> None:
 
 
 def _cast(target: np.ndarray, source: np.ndarray) -> None:
-    """target[...] = source in its type.
+    """Does target[...] = source, in the target's type.
 
     As integers where the bits stay what they are: numpy knows no fast way with bfloat16.
     """

@@ -8,6 +8,7 @@ own hash these, and the results are compared.
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import heapq
 import json
@@ -23,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from flamingo_jax import paths
 from flamingo_jax.checkpointing import manifest
-from flamingo_jax.checkpointing.manifest import Entry
+from flamingo_jax.checkpointing.manifest import FileDigest
 from flamingo_jax.distributed.process_group import ProcessGroup, SingleProcess
 from flamingo_jax.errors import UserError
 
@@ -35,7 +36,7 @@ SHA = hashlib.sha256().digest_size
 
 
 class FileStamp(NamedTuple):
-    """What a file is known by without reading it; where none of it changes, its content does
+    """Holds what a file is known by without reading it; where none of it changes, its content does
     not.
     """
 
@@ -45,14 +46,17 @@ class FileStamp(NamedTuple):
     id: int
 
 
-_known: dict[FileStamp, Entry] = {}
+_known: dict[FileStamp, FileDigest] = {}
 """What was hashed in this process, or by others for it: a start asks several times for a part.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class ProcessExchange:
-    """The processes of a run. gather: an array of each, of one shape, to all: [count, ...]."""
+    """Lets the processes of a run tell each other what they found.
+
+    gather: brings an array of each, of one shape, to all: [count, ...].
+    """
 
     index: int
     count: int
@@ -66,12 +70,12 @@ class ProcessExchange:
         )
 
 
-def entries(
+def file_digests(
     folder: pathlib.Path,
     names: Sequence[str],
     process_group: ProcessGroup | None = None,
     exchange: ProcessExchange | None = None,
-) -> dict[str, Entry]:
+) -> dict[str, FileDigest]:
     """Returns size and digest of files of a folder; every process of the run asks for the same.
 
     Raises: UserError where processes find different files or contents, OSError where one that
@@ -108,14 +112,16 @@ def verify(
     Raises: DamageError for the first file whose size or content differs, as `entries` besides.
     """
     manifest.check_sizes(folder, listing)
-    found = entries(folder, list(listing.files), process_group)
+    found = file_digests(folder, list(listing.files), process_group)
     for name, entry in listing.files.items():
         if found[name] != entry:
             raise manifest.DamageError(folder, name, "has other content than its manifest says")
 
 
 def partition_by_size(sizes: Sequence[int], count: int) -> list[list[int]]:
-    """Deals files out, by their places, so that all of `count` get about as many bytes."""
+    """Deals files out, by their places in `sizes`, so that all of `count` get about as many
+    bytes.
+    """
     loads = [(0, member) for member in range(count)]
     dealt: list[list[int]] = [[] for _ in range(count)]
     for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
@@ -136,15 +142,14 @@ def _sha(value: object) -> np.ndarray:
 
 def _hash(
     folder: pathlib.Path, names: Sequence[str], process_group: ProcessGroup
-) -> dict[str, Entry]:
+) -> dict[str, FileDigest]:
     what = f"verifying {folder.name}"
     process_group.report_progress(what)
     try:
         with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-            read = lambda name: manifest.entry(
-                folder / name, lambda: process_group.report_progress(what)
-            )
-            return dict(zip(names, pool.map(read, names), strict=True))
+            progress = functools.partial(process_group.report_progress, what)
+            found = pool.map(lambda name: manifest.file_digest(folder / name, progress), names)
+            return dict(zip(names, found, strict=True))
     finally:
         process_group.report_progress("")
 
@@ -153,10 +158,10 @@ def _share_digests(
     folder: pathlib.Path,
     names: Sequence[str],
     stamps: dict[str, FileStamp],
-    found: dict[str, Entry],
+    found: dict[str, FileDigest],
     process_group: ProcessGroup,
     exchange: ProcessExchange,
-) -> dict[str, Entry]:
+) -> dict[str, FileDigest]:
     """Tells the others what was hashed here, and completes it with what they did."""
     own = np.zeros((len(names), SHA), np.uint8)
     for place, name in enumerate(names):
@@ -164,12 +169,12 @@ def _share_digests(
             own[place] = np.frombuffer(bytes.fromhex(found[name].sha256), np.uint8)
     process_group.barrier(f"the digests of {folder}")
     gathered = exchange.gather(own)
-    complete: dict[str, Entry] = {}
+    complete: dict[str, FileDigest] = {}
     for place, name in enumerate(names):
         hashed = gathered[:, place]
         hashed = hashed[hashed.any(1)]
         _require_equal(hashed, folder / name, "another content")
-        complete[name] = Entry(stamps[name].bytes, hashed[0].tobytes().hex())
+        complete[name] = FileDigest(stamps[name].bytes, hashed[0].tobytes().hex())
     return complete
 
 

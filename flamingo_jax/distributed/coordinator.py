@@ -44,8 +44,8 @@ END = "the end of the run"
 
 
 class Timeouts(NamedTuple):
-    """Seconds: until all have arrived; without a word of a process; without the end of a step,
-    or progress of what a process reads or writes between steps.
+    """Limits in seconds: until all have arrived; without a word of a process; without the end
+    of a step, or progress of what a process reads or writes between steps.
     """
 
     start: float = 600.0
@@ -55,7 +55,7 @@ class Timeouts(NamedTuple):
 
 @dataclasses.dataclass
 class Peer:
-    """One process, as far as it is known."""
+    """Holds what is known of one process."""
 
     index: int
     host: str
@@ -86,7 +86,7 @@ class Peer:
 
 @dataclasses.dataclass(frozen=True)
 class ExitDecision:
-    """Why the run ends for all, and with which exit code. index: of the process that is the
+    """Tells why the run ends for all, and with which exit code. index: of the process that is the
     reason, -1 for none.
     """
 
@@ -102,7 +102,9 @@ writes a file, looks for everyone's, and removes its own; nobody goes on before 
 
 
 class Coordinator:
-    """All processes of a run. `verdict` is why it ends for all, once it is known."""
+    """Decides what the processes of a run are told. `decision` is why it ends for all, once that is
+    known.
+    """
 
     def __init__(self, count: int, timeouts: Timeouts, now: float):
         self._count, self._timeouts, self._began = count, timeouts, now
@@ -125,7 +127,7 @@ class Coordinator:
     def on_hello(
         self, index: int, count: int, host: str, pid: int, behind: float, now: float
     ) -> None:
-        """A process has called. behind: seconds that its clock is behind this one's.
+        """Takes in that a process has called. behind: seconds that its clock is behind this one's.
 
         One that calls a run that has all its processes is not of it.
         """
@@ -154,7 +156,7 @@ class Coordinator:
             )
 
     def on_fingerprint(self, index: int, fingerprint: dict[str, Any], now: float) -> None:
-        """What all processes must agree on (see `facts`)."""
+        """Takes in what all processes must agree on (see `fingerprint`)."""
         peer = self._peers[index]
         peer.fingerprint, peer.heard, peer.since = fingerprint, now, now
 
@@ -172,7 +174,7 @@ class Coordinator:
         phase: str = "",
         waited: float = 0.0,
     ) -> None:
-        """A sign of life, with the training's progress where there is some."""
+        """Takes in a sign of life, with the training's progress where there is some."""
         peer = self._peers[index]
         peer.heard = now
         if step is None:
@@ -184,18 +186,19 @@ class Coordinator:
         peer.step, peer.phase, peer.waited = step, phase, waited
 
     def on_progress(self, index: int, what: str, now: float) -> None:
-        """A process got on with what it reads or writes; "" once that is done."""
+        """Takes in that a process got on with what it reads or writes; "" once that is done."""
         peer = self._peers[index]
         peer.work, peer.heard, peer.since = what, now, now
 
     def on_barrier(self, index: int, where: str, now: float) -> None:
-        """A process, or a thread of it, waits for all others to come to the same place of its
-        program."""
+        """Takes in that a process, or a thread of it, waits for all others to come to the same
+        place of its program.
+        """
         self._peers[index].heard = now
         self._waiting.setdefault(where, set()).add(index)
 
     def on_exit(self, index: int, code: int, why: str, now: float) -> None:
-        """A process has ended, or is about to, and says how."""
+        """Takes in that a process has ended, or is about to, and how."""
         peer = self._peers[index]
         if peer.left:
             return
@@ -228,7 +231,7 @@ class Coordinator:
             self._end(code, f"{peer} stopped: {why}", index)
 
     def on_disconnect(self, index: int, now: float) -> None:
-        """A connection broke without a word before."""
+        """Takes in that a connection broke without a word before."""
         peer = self._peers[index]
         if not peer.left:
             peer.left = True
@@ -237,7 +240,7 @@ class Coordinator:
     # -- what follows --
 
     def decide(self, now: float) -> Iterator[tuple[Sequence[int], Message]]:
-        """(to whom, what) for all that is to be said at this time."""
+        """Yields (to whom, what) for all that is to be said at this time."""
         present = [index for index, peer in self._peers.items() if not peer.left]
         if self.decision is None:
             self._time_out(now)
@@ -350,12 +353,12 @@ class Coordinator:
             )
 
     def _stuck(self, peer: Peer, now: float) -> bool:
-        """Whether it has not got on for too long with what has a limit."""
+        """Tells whether it has not got on for too long with what has a limit."""
         limited = peer.phase != STARTING or bool(peer.work)
         return limited and now - peer.since > self._timeouts.step
 
     def _held_up(self, now: float) -> Iterator[str]:
-        """A sentence for each process that holds the others up: by its data, or by coming to
+        """Yields a sentence for each process that holds the others up: by its data, or by coming to
         its steps later than they do.
         """
         window, self._looked = now - self._looked, now
@@ -399,7 +402,7 @@ class Coordinator:
                     )
 
     def _suspect(self, now: float, likely: int, decision: ExitDecision) -> None:
-        """Of several failures the likeliest to be the reason of the others, and the first of
+        """Keeps of several failures the likeliest to be the reason of the others, and the first of
         these.
         """
         if self._suspected is None or likely > self._suspected[1]:

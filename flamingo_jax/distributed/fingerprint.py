@@ -23,7 +23,7 @@ SMALL = (".json", ".model")
 
 
 def run_fingerprint(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
-    """Gathers {kind: {name: value}}, small and JSON-able.
+    """Gathers what processes must agree on as {kind: {name: value}}, small and JSON-able.
 
     Datasets are known by their identities, other folders by the sizes of their files and the
     content of the small ones.
@@ -58,7 +58,7 @@ def run_fingerprint(experiment: Experiment, workdir: pathlib.Path) -> dict[str, 
 
 
 def first_difference(fingerprint: Mapping[str, Mapping[str, Any]]) -> str:
-    """A sentence on the first thing that two processes disagree on, or "". facts: those of
+    """Says what the first thing is that two processes disagree on, or "". fingerprint: that of
     every process, by its name.
     """
     (first, expected), *others = fingerprint.items()

@@ -10,7 +10,9 @@ Message = dict[str, Any]
 
 
 class JsonSocket:
-    """One end of a connection. `open` is False once the other end is gone."""
+    """Sends and receives messages over one end of a connection. `open` is False once the other
+    end is gone.
+    """
 
     def __init__(self, connection: socket.socket):
         connection.setblocking(False)
@@ -26,8 +28,8 @@ class JsonSocket:
         self._unsent += json.dumps(message).encode() + b"\n"
         self._flush()
 
-    def take(self) -> list[Message]:
-        """What has arrived whole. What is no message of ours closes the connection."""
+    def receive(self) -> list[Message]:
+        """Returns what has arrived whole. What is no message of ours closes the connection."""
         self._flush()
         while self.open:
             try:

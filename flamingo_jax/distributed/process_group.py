@@ -65,13 +65,13 @@ class ProcessGroup(Protocol):
         """
 
     def should_stop(self, step: int) -> bool:
-        """Whether all save and end at this step, since a signal asked one of them to.
+        """Tells whether all save and end at this step, since a signal asked one of them to.
 
         Every process asks at every step.
         """
 
     def stop_requested(self) -> bool:
-        """Whether a signal asked this process to end, which needs no other one for that."""
+        """Tells whether a signal asked this process to end, which needs no other one for that."""
 
 
 class SingleProcess:
@@ -114,7 +114,7 @@ class SingleProcess:
 
 
 class SupervisorClient:
-    """A supervised process's connection to its supervisor, from its start to its end.
+    """Connects a supervised process to its supervisor, from its start to its end.
 
     `with SupervisorClient(process_info, timeouts) as client: client.join(...)`.
     """
@@ -226,7 +226,7 @@ class SupervisorClient:
         while self._socket.open:
             time.sleep(0.05)
             with self._lock:
-                messages = self._socket.take()
+                messages = self._socket.receive()
             for message in messages:
                 if "start" in message:
                     self._going.set()

@@ -34,7 +34,7 @@ ACCELERATORS = ("accel[0-9]*", "vfio/[0-9]*")
 
 @dataclasses.dataclass(frozen=True)
 class ProcessInfo:
-    """Process `index` of `count`.
+    """Tells that this is process `index` of `count`.
 
     address: host:port of process 0, where JAX's own service listens; this run's supervisors
       meet at the port after it.

@@ -60,7 +60,7 @@ so long.
 def supervise(
     process_info: ProcessInfo, timeouts: Timeouts, command: Sequence[str], workdir: pathlib.Path
 ) -> int:
-    """Runs `command` as this place's process; returns the exit code, the reason on stderr where
+    """Runs `command` as this process of the run; returns the exit code, the reason on stderr where
     there is one.
     """
     return _Supervisor(process_info, timeouts, workdir).run(command)
@@ -112,7 +112,7 @@ class _Supervisor:
         while True:
             now = time.monotonic()
             ended = child.poll()
-            for message in child_socket.take():
+            for message in child_socket.receive():
                 self._from_child(message, now)
             if ended is not None and self._announced is None:
                 # Until it listens to these they end it outright.
@@ -121,7 +121,7 @@ class _Supervisor:
             if self._server is not None:
                 self._server.serve(now)
             self._connect(now)
-            for message in self._upstream.take() if self._upstream is not None else []:
+            for message in self._upstream.receive() if self._upstream is not None else []:
                 self._heard = now
                 self._from_coordinator(message, child_socket)
             while not self._storage_checked.empty():
@@ -151,7 +151,7 @@ class _Supervisor:
     # -- how it ends --
 
     def _code(self, ended: int | None, now: float) -> int | None:
-        """The exit code once it is known, and None until then."""
+        """Returns the exit code once it is known, and None until then."""
         announced = self._announced
         if announced is not None and announced[0] in (0, EXIT_PREEMPTED):
             # Well ended; a child that does not come to its end is ended.
@@ -189,8 +189,8 @@ class _Supervisor:
         return None
 
     def _patience(self, decision: ExitDecision) -> float:
-        """Seconds for the child to end by itself: what ends all processes at the same step may
-        find it in the middle of its last save.
+        """Returns the seconds that the child has to end by itself: what ends all processes at
+        the same step may find it in the middle of its last save.
         """
         if not self._started or decision.code in (EXIT_LOST, EXIT_HUNG):
             return 0.0
@@ -204,7 +204,7 @@ class _Supervisor:
         return decision.index == self._process_info.index
 
     def _finish(self, code: int) -> int:
-        """Process 0 waits until all have heard how the run ends."""
+        """Waits, as process 0, until all have heard how the run ends."""
         deadline = time.monotonic() + (
             self._timeouts.lost if code in (0, EXIT_PREEMPTED) else GRACE_SECONDS
         )
@@ -231,7 +231,7 @@ class _Supervisor:
             self._saved = now if message["progress"].startswith(SAVING) else -self._timeouts.lost
         self._report(message)
 
-    # -- process 0's desk --
+    # -- process 0's supervisor --
 
     def _report(self, message: Message) -> None:
         if self._upstream is not None and self._said_hello:
@@ -240,8 +240,8 @@ class _Supervisor:
             self._waiting.append(message)
 
     def _connect(self, now: float) -> None:
-        """Connects to the desk, tries again until it is there, and shows it that this process
-        lives.
+        """Connects to process 0's supervisor, tries again until it is there, and shows it that
+        this process lives.
         """
         if self._upstream is None and self._decision is None:
             with contextlib.suppress(OSError):
@@ -333,7 +333,7 @@ class _Supervisor:
 
 
 class _CoordinatorServer:
-    """Where all supervisors call: process 0's part of it."""
+    """Answers the supervisors of all processes, beside that of process 0."""
 
     def __init__(self, process_info: ProcessInfo, timeouts: Timeouts):
         self._coordinator, self._address = (
@@ -372,7 +372,7 @@ class _CoordinatorServer:
             self._sockets[JsonSocket(connection)] = None
         for json_socket in list(self._sockets):
             try:
-                for message in json_socket.take():
+                for message in json_socket.receive():
                     self._receive(json_socket, message, now)
             except (KeyError, TypeError, ValueError):
                 # Whoever this is, it is no process of the run.
@@ -439,7 +439,7 @@ class _CoordinatorServer:
 
 
 def _check_storage(workdir: pathlib.Path, stage: str, process_info: ProcessInfo) -> str:
-    """One stage of the look at the storage; what is wrong with it, or ""."""
+    """Does one stage of the look at the storage; returns what is wrong with it, or ""."""
     mine = [workdir / f".preflight-{index}" for index in range(process_info.count)]
     try:
         if stage == "write":
@@ -470,7 +470,7 @@ def _signal(child: "subprocess.Popen[bytes]", number: int) -> None:
 
 
 def _describe_exit(code: int) -> str:
-    """A child's end in words."""
+    """Says in words how a child ended."""
     if code >= 0:
         return f"it ended with exit code {code}; its log says why"
     name = signal.Signals(-code).name

@@ -24,7 +24,7 @@ from flamingo_jax.checkpointing.stored_tensors import (
     read_headers,
 )
 from flamingo_jax.checkpointing.tensors import read_layers, read_sharded
-from flamingo_jax.checkpointing.verification import entries
+from flamingo_jax.checkpointing.verification import file_digests
 from flamingo_jax.distributed.process_group import ProcessGroup
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import LanguageModelConfig
@@ -67,7 +67,7 @@ class PublishedFolder:
         files = {self.folder / CONFIG, *(tensor.file for tensor in self._stored.values())}
         names = sorted(file.relative_to(self.folder).as_posix() for file in files)
         try:
-            return manifest.digest_of(entries(self.folder, names, process_group))
+            return manifest.digest_of(file_digests(self.folder, names, process_group))
         except OSError as error:
             raise manifest.unreadable(self.folder, error) from error
 

@@ -19,7 +19,7 @@ Axis = str | tuple[str, ...] | None
 
 
 def shards(axes: Axis) -> int:
-    """Over how many devices these axes of the mesh spread an array; 1 without a mesh."""
+    """Counts over how many devices these axes of the mesh spread an array; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return (
         1
@@ -31,7 +31,7 @@ def shards(axes: Axis) -> int:
 
 
 def platform() -> str:
-    """ "cpu", "gpu" or "tpu": of the mesh's devices, or the default ones without a mesh."""
+    """Returns "cpu", "gpu" or "tpu": of the mesh's devices, or the default ones without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return (
         jax.default_backend()
@@ -41,14 +41,14 @@ def platform() -> str:
 
 
 def row_shards() -> int:
-    """How many devices, or groups of devices along `model`, share a batch's rows; 1 without a
-    mesh.
+    """Counts how many devices, or groups of devices along `model`, share a batch's rows; 1
+    without a mesh.
     """
     return shards(ROWS)
 
 
 def constrain(x: Array, *axes: Axis) -> Array:
-    """`x` with its leading axes over these axes of the mesh, those that do not divide left
+    """Lays `x` with its leading axes over these axes of the mesh, those that do not divide left
     whole, as are the axes that are not named.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -62,8 +62,8 @@ def constrain(x: Array, *axes: Axis) -> Array:
 
 
 def _in_memory(x: Array, order: tuple[int, ...]) -> Array:
-    """On TPUs, `x` with its axes in this order in memory, the last the fastest. The compiler's
-    own choice is another at times, with copies around it.
+    """Lays, on TPUs, `x` with its axes in this order in memory, the last the fastest. The
+    compiler's own choice is another at times, with copies around it.
 
     Not where `model` shards: what lies over several axes the compiler would first gather whole
     on every device.
@@ -76,14 +76,14 @@ def _in_memory(x: Array, order: tuple[int, ...]) -> Array:
 
 
 def heads_first(scores: Array) -> Array:
-    """Attention's scores [B, H, L, S], as the products with the heads' weights leave queries
+    """Lays attention's scores [B, H, L, S] as the products with the heads' weights leave queries
     and keys: no copy brings rows before heads.
     """
     return _in_memory(scores, (1, 0, 2, 3))
 
 
 def residual(x: Array) -> Array:
-    """The residual stream [B, L, D] between blocks: rows over data and fsdp, the sequence over
+    """Lays the residual stream [B, L, D] between blocks: rows over data and fsdp, the sequence over
     model.
     """
     return _in_memory(constrain(x, ROWS, MODEL), (0, 1, 2))
@@ -91,7 +91,7 @@ def residual(x: Array) -> Array:
 
 @jax.custom_vjp
 def all_gather(x: Array) -> Array:
-    """[B, L, D] before products whose weights lie over model: the whole sequence on each
+    """Gathers [B, L, D] before products whose weights lie over model: the whole sequence on each
     device. Its gradient is summed over model to where the residual stream lies.
     """
     return constrain(x, ROWS, None)
@@ -99,7 +99,7 @@ def all_gather(x: Array) -> Array:
 
 @jax.custom_vjp
 def reduce_scatter(x: Array) -> Array:
-    """The inverse of `all_gather`: [B, L, D] after products that each device has a part of,
+    """Does the inverse of `all_gather`: [B, L, D] after products that each device has a part of,
     summed over model to where the residual stream lies.
     Its gradient is gathered: left to itself, the compiler may gather the weights of those
     products instead, on every device.
@@ -114,5 +114,5 @@ reduce_scatter.defvjp(
 
 
 def everywhere(x: Array) -> Array:
-    """The first axis over all devices: for the vision encoder, which runs data-parallel."""
+    """Lays the first axis over all devices: for the vision encoder, which runs data-parallel."""
     return constrain(x, AXES)

@@ -20,7 +20,7 @@ from flamingo_jax.partitioning.mesh import BY_VISUAL
 
 
 class AxisParts(NamedTuple):
-    """Which of the `total` equal parts of an array's first axis a process holds, in ascending
+    """Tells which of the `total` equal parts of an array's first axis a process holds, in ascending
     order.
     """
 
@@ -28,7 +28,8 @@ class AxisParts(NamedTuple):
     total: int
 
     def shape(self, local: np.ndarray) -> tuple[int, ...]:
-        """The global array's, of which `local` has the parts held, one after the other.
+        """Returns the shape of the global array, of which `local` has the parts held, one
+        after the other.
 
         Raises ValueError where it cannot have.
         """
@@ -40,7 +41,7 @@ class AxisParts(NamedTuple):
         return len(local) // len(self.held) * self.total, *local.shape[1:]
 
     def cut(self, local: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
-        """What a device has of the global array, its slices being `index`.
+        """Returns what a device has of the global array, its slices being `index`.
 
         Raises ValueError for a part that is not held.
         """
@@ -49,13 +50,15 @@ class AxisParts(NamedTuple):
         return local[place * size : (place + 1) * size]
 
     def numbers(self, size: int) -> np.ndarray:
-        """The places of the parts held, each of `size`, in the global array: int [held * size]."""
+        """Returns the places of the parts held, each of `size`, in the global array: int [held
+        * size].
+        """
         return (np.array(self.held)[:, None] * size + np.arange(size)).reshape(-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class HostShard:
-    """A process's share of every global batch; by default all of it.
+    """Tells which part of every global batch a process reads; by default all of it.
 
     row_shards, model: into how many parts the mesh divides rows, and then the visuals of each.
     devices: (row shard, place along `model`) of each of the process's devices, ascending.
@@ -68,7 +71,7 @@ class HostShard:
     @classmethod
     @functools.cache
     def of(cls, mesh: Mesh, process: int | None = None) -> "HostShard":
-        """That of a process, by default this one."""
+        """Returns that of a process, by default this one."""
         process = jax.process_index() if process is None else process
         _, fsdp, model = mesh.devices.shape
         held = (
@@ -80,32 +83,32 @@ class HostShard:
 
     @property
     def by_row(self) -> AxisParts:
-        """Of arrays with one entry a row."""
+        """Returns the parts of arrays with one entry a row."""
         return AxisParts(tuple(sorted({shard for shard, _ in self.devices})), self.row_shards)
 
     @property
     def by_visual(self) -> AxisParts:
-        """Of arrays with one entry a visual."""
+        """Returns the parts of arrays with one entry a visual."""
         return AxisParts(
             tuple(shard * self.model + place for shard, place in self.devices),
             self.row_shards * self.model,
         )
 
     def rows(self, count: int) -> np.ndarray:
-        """The rows that the process reads, as places in the global batch of `count`, a multiple
-        of `row_shards`: int [B], ascending.
+        """Returns the rows that the process reads, as places in the global batch of `count`, a
+        multiple of `row_shards`: int [B], ascending.
         """
         return self.by_row.numbers(count // self.row_shards)
 
     def row_visuals(self, rows: int, places: int) -> np.ndarray:
-        """All visuals of the rows that the process reads, whoever decodes them, as row * places
-        + place: int32 [B, N].
+        """Returns all visuals of the rows that the process reads, whoever decodes them, as row
+        * places + place: int32 [B, N].
         """
         return (self.rows(rows)[:, None] * places + np.arange(places)).astype(np.int32)
 
     def visuals(self, rows: int, places: int) -> np.ndarray:
-        """The visuals that the process decodes in a global batch of `rows` with `places` each,
-        as row * places + place: int [M], -1 for blanks.
+        """Returns the visuals that the process decodes in a global batch of `rows` with
+        `places` each, as row * places + place: int [M], -1 for blanks.
         """
         real, listed = (
             rows // self.row_shards * places,
@@ -115,13 +118,13 @@ class HostShard:
         return np.where(within < real, shard * real + within, -1)
 
     def listed(self, rows: int, places: int) -> int:
-        """The length of the global list of visuals, with its blanks."""
+        """Returns the length of the global list of visuals, with its blanks."""
         return (
             self.row_shards * self.model * math.ceil(rows // self.row_shards * places / self.model)
         )
 
     def parts(self, batch: dict[str, Any]) -> dict[str, AxisParts]:
-        """Those of each of a batch's arrays, by the rule of `mesh.batch_shardings`."""
+        """Returns the parts of each of a batch's arrays, by the rule of `mesh.batch_shardings`."""
         return {
             name: self.by_visual if "visuals" in batch and name in BY_VISUAL else self.by_row
             for name in batch

@@ -21,7 +21,7 @@ BY_VISUAL = ("images", "features", "frame_mask", "jitter")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of all `devices` (by default every device of the run) with Auto axes data, fsdp
+    """Makes a mesh of all `devices` (by default every device of the run) with Auto axes data, fsdp
     and model.
 
     Where the devices are several slices (TPU pods joined by the data centre's network), the
@@ -89,8 +89,8 @@ def _slices(devices: Sequence[jax.Device]) -> int:
 
 
 def batch_shardings(names: Iterable[str], mesh: Mesh) -> dict[str, NamedSharding]:
-    """Where a batch's arrays lie, by their names: rows over data and fsdp, repeated over model;
-    the list of visuals over all three.
+    """Returns where a batch's arrays lie, by their names: rows over data and fsdp, repeated
+    over model; the list of visuals over all three.
 
     Only batches with `visuals` have such a list: the images of contrastive pairs lie with
     their rows. `share` has the hosts' side of this.
@@ -103,8 +103,8 @@ def batch_shardings(names: Iterable[str], mesh: Mesh) -> dict[str, NamedSharding
 
 
 def check_batches(experiment: Experiment, mesh: Mesh) -> None:
-    """A UserError for the first dataset whose batch does not divide into the mesh's row shards
-    times its microbatches.
+    """Raises a UserError for the first dataset whose batch does not divide into the mesh's row
+    shards times its microbatches.
     """
     shards = mesh.shape[DATA] * mesh.shape[FSDP]
     for place, datasets in (("data", experiment.data), ("held_out", experiment.held_out)):

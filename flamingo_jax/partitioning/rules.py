@@ -108,7 +108,7 @@ SHARDING: dict[str, tuple[Rule[Axes], ...]] = {
 
 
 def match(rules: Sequence[Rule[R]], names: Iterable[str]) -> dict[str, R]:
-    """Each name's rule.
+    """Returns each name's rule.
 
     Raises: ValueError for a name that no rule matches, or a rule that is not optional and
     decides nothing.
@@ -137,8 +137,8 @@ def match(rules: Sequence[Rule[R]], names: Iterable[str]) -> dict[str, R]:
 def trainable_names(
     task: str, names: Iterable[str], unfrozen: Collection[str] = ()
 ) -> frozenset[str]:
-    """The names of the parameters that the task trains. unfrozen: parts (what names begin with)
-    that train although the table freezes them.
+    """Returns the names of the parameters that the task trains. unfrozen: parts (what names
+    begin with) that train although the table freezes them.
 
     Of a model with low-rank updates these alone train.
     """
@@ -160,7 +160,7 @@ def trainable_names(
 def shardings(
     task: str, shapes: Mapping[str, Any], mesh: Mesh, unfrozen: Collection[str] = ()
 ) -> dict[str, NamedSharding]:
-    """Each parameter's sharding.
+    """Returns each parameter's sharding.
 
     `model` lies where the task's table says. `fsdp` shards the largest other axis, that it
     divides, of every trained matrix. An axis that does not divide is left whole, which is a
@@ -184,9 +184,9 @@ def shardings(
 
 
 def moment_shardings(parameters: Mapping[str, Any]) -> dict[str, NamedSharding]:
-    """Where the moments and the summed gradient of trained parameters lie: as they do, and over
-    `data` besides, on the largest axis that is free and divides (ZeRO-1, Rajbhandari et al.
-    2020; paper B.1.2).
+    """Returns where the moments and the summed gradient of trained parameters lie: as they do,
+    and over `data` besides, on the largest axis that is free and divides (ZeRO-1, Rajbhandari
+    et al. 2020; paper B.1.2).
 
     Args:
       parameters: {name: anything with a shape and a NamedSharding}.
@@ -211,7 +211,7 @@ def _over_data(name: str, shape: tuple[int, ...], sharding: NamedSharding) -> Pa
 
 
 def stack_axes(name: str) -> int:
-    """The number of leading layer axes that an array of this name has."""
+    """Returns the number of leading layer axes that an array of this name has."""
     return name.split("/").count(STACK)
 
 

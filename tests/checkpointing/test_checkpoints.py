@@ -224,7 +224,7 @@ def test_an_error_of_the_storage_is_read_again_and_then_told(
     saved(tmp_path, [1, 2]).close()
     quick, fails = manifest._entry, itertools.count()
 
-    def entry(path: pathlib.Path, *rest: Any, **words: Any) -> manifest.Entry:
+    def entry(path: pathlib.Path, *rest: Any, **words: Any) -> manifest.FileDigest:
         if path.name == "contents.json" and next(fails) < most:
             raise OSError(code, os.strerror(code), str(path))
         return quick(path, *rest, **words)
@@ -270,9 +270,11 @@ def test_who_only_reads_changes_nothing_and_is_told_what_is_newer(
     before = sorted(path.name for path in tmp_path.iterdir())
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     with caplog.at_level(logging.WARNING):
-        step, passed = checkpoints.newest()
-    assert step == 2 and set(passed) == {3, 4, 5}
-    assert "has 2 bytes" in passed[3] and "not finished" in passed[4] and "5.damaged" in passed[5]
+        step, skipped = checkpoints.newest()
+    assert step == 2 and set(skipped) == {3, 4, 5}
+    assert (
+        "has 2 bytes" in skipped[3] and "not finished" in skipped[4] and "5.damaged" in skipped[5]
+    )
     assert f"checkpoint {tmp_path / '3'} is damaged" in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     require_equal(checkpoints.restore(2, template(make_state(2))), make_state(2))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flamingo_jax.checkpointing import manifest, verification
-from flamingo_jax.checkpointing.verification import ProcessExchange, entries, partition_by_size
+from flamingo_jax.checkpointing.verification import ProcessExchange, file_digests, partition_by_size
 from flamingo_jax.errors import UserError
 
 SIZES = [70_000, 10, 30_000, 20_000, 20_000, 0]
@@ -30,13 +30,13 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[pathlib.Path]:
     """The files that were read, in the order in which they were; nothing is known before."""
     found: list[pathlib.Path] = []
-    real = manifest.entry
+    real = manifest.file_digest
 
-    def entry(file: pathlib.Path, progress: manifest.Progress) -> manifest.Entry:
+    def entry(file: pathlib.Path, progress: manifest.Progress) -> manifest.FileDigest:
         found.append(file)
         return real(file, progress)
 
-    monkeypatch.setattr(manifest, "entry", entry)
+    monkeypatch.setattr(manifest, "file_digest", entry)
     monkeypatch.setattr(verification, "_known", {})
     return found
 
@@ -55,7 +55,7 @@ def ask(*folders: pathlib.Path) -> list[object]:
 
         names = sorted(file.name for file in folders[index].iterdir())
         try:
-            return entries(
+            return file_digests(
                 folders[index], names, exchange=ProcessExchange(index, len(folders), gather)
             )
         except UserError as error:

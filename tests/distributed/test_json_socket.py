@@ -16,8 +16,8 @@ def test_messages_arrive_whole_and_in_order_however_large() -> None:
     one.send(large)
     found = []
     while len(found) < 2:
-        found += other.take()
-        one.take()
+        found += other.receive()
+        one.receive()
     assert found == [{"number": 1}, large] and one.open and other.open
 
 
@@ -25,7 +25,7 @@ def test_what_was_sent_before_the_end_is_still_heard() -> None:
     one, other = pair()
     one.send({"last": True})
     one.close()
-    assert other.take() == [{"last": True}] and not other.open
+    assert other.receive() == [{"last": True}] and not other.open
     other.send({"nobody": "hears"})
     assert not other.open
 
@@ -35,7 +35,7 @@ def test_what_is_no_message_closes_the_line() -> None:
         raw, ours = socket.socketpair()
         line = JsonSocket(ours)
         raw.sendall(noise)
-        assert line.take() == [] and not line.open
+        assert line.receive() == [] and not line.open
     raw, ours = socket.socketpair()
     line = JsonSocket(ours)
     raw.setblocking(False)
@@ -44,5 +44,5 @@ def test_what_is_no_message_closes_the_line() -> None:
         try:
             sent += raw.send(b"x" * (1 << 20))
         except BlockingIOError:
-            line.take()
+            line.receive()
     assert not line.open and sent < 2 * MOST_BYTES

@@ -48,7 +48,7 @@ def test_storage_that_does_not_answer_leaves_it_heard(
             for seconds in (0.5, 0.5):
                 until = time.monotonic() + seconds
                 while time.monotonic() < until:
-                    heard.extend((answer.is_set(), message) for message in line.take())
+                    heard.extend((answer.is_set(), message) for message in line.receive())
                     time.sleep(0.01)
                 answer.set()
             line.close()
