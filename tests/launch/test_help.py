@@ -63,6 +63,20 @@ def test_help_is_there_at_once(command: str) -> None:
         (("launch.export", "--workdir=runs/a"), "--output is not set"),
         (("launch.convert",), "name the folder of one model"),
         (("launch.benchmark", "data"), "data to read: name a config"),
+        (("launch.evaluate",), "name one of --benchmark, --suite or --evaluator"),
+        (
+            ("launch.evaluate", "--evaluator=held_out", "--shots=4"),
+            "--shots is not read by --evaluator but by --benchmark, --suite",
+        ),
+        (
+            ("launch.evaluate", "--suite=quickstart", "--fps=3"),
+            "--fps is not read by --suite but by --benchmark",
+        ),
+        (
+            ("launch.evaluate", "--benchmark=reading:a=b", "--model=m", "--output=o"),
+            "with KIND one of captioning",
+        ),
+        (("launch.evaluate", "--evaluator=held_out"), "name what is measured: --workdir=FOLDER"),
     ],
 )
 def test_a_mistake_is_told_without_jax(arguments: tuple[str, ...], sentence: str) -> None:

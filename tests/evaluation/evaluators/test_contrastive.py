@@ -100,7 +100,10 @@ def test_retrieval_is_that_of_one_by_one(
     texts = [(n, text) for n, some in enumerate(own) for text in some]
     if merged:
         texts = [(-1, text) for text in dict.fromkeys(text for _, text in texts)]
-    is_match = lambda n, owner, text: text in own[n] if merged else n == owner
+
+    def is_match(n: int, owner: int, text: str) -> bool:
+        return text in own[n] if merged else n == owner
+
     scores = np.array([[of_image(n) @ of_text(text) for _, text in texts] for n in range(11)])
     mine = np.array([[is_match(n, *text) for text in texts] for n in range(11)])
     for name, similar, matches in (
