@@ -1,9 +1,9 @@
-"""A Flamingo from weights and data that anyone can get: a Llama, Mistral or Qwen language
+r"""A Flamingo from weights and data that anyone can get: a Llama, Mistral or Qwen language
 model, a CLIP or SigLIP encoder, one's own datasets.
 
-    python -m launch.train
-    --config=configs/flamingo_open.py:h200_8,models/Qwen3-8B,models/siglip-so400m-patch14-384
-    --workdir=runs/open
+    python -m launch.train \
+        --config=configs/flamingo_open.py:h200_8,models/Qwen3-8B,models/siglip-so400m-patch14-384 \
+        --workdir=runs/open
 
 The argument is `form,language_model,encoder,datasets,root`, each with its name and "=" in front
 or in this order, and each of which may be left away:

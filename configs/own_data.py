@@ -1,7 +1,7 @@
-"""A small Flamingo on one's own images, pages, clips and text: copy this file and change it.
+r"""A small Flamingo on one's own images, pages, clips and text: copy this file and change it.
 
-    python -m launch.train --config=configs/own_data.py:contrastive,runs/mine
-    --workdir=runs/mine/contrastive
+    python -m launch.train --config=configs/own_data.py:contrastive,runs/mine \
+        --workdir=runs/mine/contrastive
 
 and then `:language_model` and `:flamingo`, each exported to `<folder>/<stage>/export` before
 the next (README). The folder has `data/` with what `launch.build_data` made: `pairs`, `pages`,

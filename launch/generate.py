@@ -1,7 +1,7 @@
-"""Continues prompts of texts, images and videos with an exported Flamingo.
+r"""Continues prompts of texts, images and videos with an exported Flamingo.
 
-    python -m launch.generate --model=runs/quickstart/flamingo/export --prompt=prompt.json
-    [--beam_size=3 | --temperature=0.7 --top_p=0.9]
+    python -m launch.generate --model=runs/quickstart/flamingo/export --prompt=prompt.json \
+        [--beam_size=3 | --temperature=0.7 --top_p=0.9]
 
 The prompt file holds a JSON list of parts in any order, {"text": "Output:"}, {"image":
 "photo.jpg"} or {"video": "clip.mp4"}, or one such list a line (JSONL) for several prompts.

@@ -1,7 +1,7 @@
-"""Trains one stage, or goes on with it where it stopped.
+r"""Trains one stage, or goes on with it where it stopped.
 
-    python -m launch.train --config=configs/quickstart.py:flamingo
-    --workdir=runs/quickstart/flamingo [--config.training.steps=2000 ...]
+    python -m launch.train --config=configs/quickstart.py:flamingo \
+        --workdir=runs/quickstart/flamingo [--config.training.steps=2000 ...]
 
 With --prepare everything before the first step is done and nothing is trained: the config is
 checked, rows are planned, and the features of a frozen encoder are made where the config keeps

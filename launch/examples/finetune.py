@@ -1,7 +1,7 @@
-"""Fine-tunes a Flamingo on one's own images and captions, in a loop to read and change.
+r"""Fine-tunes a Flamingo on one's own images and captions, in a loop to read and change.
 
-    python -m launch.examples.finetune my_photos --model=runs/quickstart/flamingo/export
-    --output=runs/mine/finetuned
+    python -m launch.examples.finetune my_photos --model=runs/quickstart/flamingo/export \
+        --output=runs/mine/finetuned
 
 The folder has a `captions.jsonl` (see captions.py); a tenth of it is kept out of training.
 What the paper trains is trained: resampler, gated cross-attention and <EOC>; encoder and
