@@ -26,9 +26,9 @@ WORKDIR = flags.DEFINE_string(
 )
 SEED = flags.DEFINE_integer("seed", 0, "Seed of all stages.", lower_bound=0)
 
-BASES = ("contrastive", "language_model")
+PRETRAINING_STAGES = ("contrastive", "language_model")
 """Stages that need nothing of each other."""
-STAGES = (*BASES, "flamingo", "without_images")
+STAGES = (*PRETRAINING_STAGES, "flamingo", "without_images")
 LONGER = {"language_model": ("--config.training.steps=4500",)}
 """How a stage goes on that ended above its required loss: when a language model learns to bind
 new words differs from seed to seed.
@@ -43,9 +43,11 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: commands.stop())
     commands.run("data", "-m", "launch.build_data", "quickstart", f"--output={root}/data")
     cores = halves()
-    if len(cores) == 2 and not any(map(commands.is_done, BASES)) and _on_cpu():
+    if len(cores) == 2 and not any(map(commands.is_done, PRETRAINING_STAGES)) and _on_cpu():
         # Steps this small do not keep two cores busy.
-        lanes = [functools.partial(train_and_export, commands, root, name) for name in BASES]
+        lanes = [
+            functools.partial(train_and_export, commands, root, name) for name in PRETRAINING_STAGES
+        ]
         commands.side_by_side(lanes, cores)
     for name in STAGES:
         train_and_export(commands, root, name)
@@ -61,7 +63,7 @@ def main() -> int:
         f"--baseline={root}/without_images/export",
         f"--seconds={root}/seconds.json",
         f"--output={root}",
-        *(f"--curves={name}={root}/{name}/metrics.jsonl" for name in BASES),
+        *(f"--curves={name}={root}/{name}/metrics.jsonl" for name in PRETRAINING_STAGES),
     )
     print(
         f"\n{commands.total / 60:.1f} minutes in all; open {root}/report.html, metrics in"
