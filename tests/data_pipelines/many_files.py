@@ -68,10 +68,16 @@ def main(folder: pathlib.Path) -> dict[str, int]:
     failed = len(it.summary()["failed"])
     it.close()
     return {
-        "shards": len(list(data.glob("*.array_record*"))), "records": len(set(ids.tolist()) - {-1}), "features": RECORDS - wrong,  # noqa: E501
-        "parts": len(list(data.glob("features_*/?????.npy"))), "failed": failed, "allowed": open_files_allowed(),  # noqa: E501
-        "open": len(os.listdir("/proc/self/fd")), "readers": len(shard_files.READERS), "files": len(feature_cache.FILES),  # noqa: E501
-    }  # fmt: skip
+        "shards": len(list(data.glob("*.array_record*"))),
+        "records": len(set(ids.tolist()) - {-1}),
+        "features": RECORDS - wrong,
+        "parts": len(list(data.glob("features_*/?????.npy"))),
+        "failed": failed,
+        "allowed": open_files_allowed(),
+        "open": len(os.listdir("/proc/self/fd")),
+        "readers": len(shard_files.READERS),
+        "files": len(feature_cache.FILES),
+    }
 
 
 def encoder_of(image: bytes) -> np.ndarray:

@@ -102,13 +102,26 @@ def test_the_storage_is_told_from_damage_in_the_words_of_array_record(tmp_path, 
     assert storage.storage_failure(damaged) is None
 
 
-@pytest.mark.parametrize("error, is_storage", [
-    (OSError(errno.EIO, "x"), True), (OSError(errno.ESTALE, "x"), True), (OSError(errno.EMFILE, "x"), True), (TimeoutError("slow"), True),  # noqa: E501
-    (PermissionError(errno.EACCES, "x"), True), (ConnectionResetError("gone"), True), (told(errno.ETIMEDOUT, "a; b"), True),  # noqa: E501
-    (OSError("image file is truncated"), False), (gzip.BadGzipFile("x"), False), (zipfile.BadZipFile("x"), False), (EOFError("x"), False),  # noqa: E501
-    (ValueError("it has no id"), False), (RuntimeError("Corrupted Riegeli/records file: chunk data hash mismatch"), False),  # noqa: E501
-    (RuntimeError("index 1000 out of bound 200"), False), (StorageError("told already"), False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, is_storage",
+    [
+        (OSError(errno.EIO, "x"), True),
+        (OSError(errno.ESTALE, "x"), True),
+        (OSError(errno.EMFILE, "x"), True),
+        (TimeoutError("slow"), True),
+        (PermissionError(errno.EACCES, "x"), True),
+        (ConnectionResetError("gone"), True),
+        (told(errno.ETIMEDOUT, "a; b"), True),
+        (OSError("image file is truncated"), False),
+        (gzip.BadGzipFile("x"), False),
+        (zipfile.BadZipFile("x"), False),
+        (EOFError("x"), False),
+        (ValueError("it has no id"), False),
+        (RuntimeError("Corrupted Riegeli/records file: chunk data hash mismatch"), False),
+        (RuntimeError("index 1000 out of bound 200"), False),
+        (StorageError("told already"), False),
+    ],
+)
 def test_every_error_is_of_the_storage_or_of_the_bytes(error, is_storage):
     assert (storage.storage_failure(error) is not None) is is_storage
     wrapped = ValueError("could not parse it")
@@ -168,9 +181,19 @@ def test_a_run_over_storage_that_fails_for_moments_has_the_same_batches(
 
     def fixed():
         return make_held_out(
-            DatasetConfig(kind=kind, path=str(folder), batch_size=4, max_length=64, visuals=0 if kind == "text" else 2), tokenizer=tokenizer,  # noqa: E501
-            task=TASKS[kind], batches=2, image_size=8, text_length=24,
-        )  # fmt: skip
+            DatasetConfig(
+                kind=kind,
+                path=str(folder),
+                batch_size=4,
+                max_length=64,
+                visuals=0 if kind == "text" else 2,
+            ),
+            tokenizer=tokenizer,
+            task=TASKS[kind],
+            batches=2,
+            image_size=8,
+            text_length=24,
+        )
 
     whole, seen = take(iterator(folder, kind, tokenizer), 9), list(fixed())
     kept = {path.name: path.read_bytes() for path in folder.glob("lengths_*")}

@@ -5,7 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -42,24 +42,59 @@ if __name__ == "__main__":
 Call = Callable[..., tuple[int, str, str]]
 
 
+SERVER = """
+import json, os, runpy, sys, traceback
+import flamingo_jax.experiment, launch.command, launch.command_help
+for line in sys.stdin:
+    arguments, out, err = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT), 1)
+        os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
+        sys.argv, code = arguments, 1
+        try:
+            runpy.run_path(arguments[0], run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+"""Runs programs, each in a process of its own that has all imports already."""
+
+
 @pytest.fixture(scope="module")
-def call(tmp_path_factory: pytest.TempPathFactory) -> Call:
+def call(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Call]:
     """Runs PROGRAM: (*arguments) -> (exit code, stdout, stderr)."""
-    program = tmp_path_factory.mktemp("command") / "program.py"
+    folder = tmp_path_factory.mktemp("command")
+    program = folder / "program.py"
     program.write_text(PROGRAM)
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdin is not None and server.stdout is not None
+    said = [folder / "stdout", folder / "stderr"]
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [sys.executable, program, *arguments],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        return done.returncode, done.stdout, done.stderr
+        for file in said:
+            file.unlink(missing_ok=True)
+        line = json.dumps([[str(program), *arguments], *map(str, said)])
+        print(line, file=server.stdin, flush=True)
+        code = int(server.stdout.readline())
+        return code, said[0].read_text(), said[1].read_text()
 
-    return run
+    yield run
+    server.stdin.close()
+    server.wait()
 
 
 def test_overrides_reach_the_experiment_and_main_gives_the_exit_code(call: Call) -> None:
