@@ -222,6 +222,11 @@ class ConditioningConfig:
     """Which visuals a text token sees: the last one before it (paper) or all before it
     (ablation).
     """
+    text_window: Count = 0
+    """In the cross-attention a token sees, beside its visual, so many text tokens of its segment,
+    itself the last of them; 0 for none (paper). Local text beside the image is what CASA (arXiv
+    2512.19535) adds to cross-attention; its windows begin anew at every image.
+    """
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,6 +79,25 @@ def causal_mask(segments: Array, window: int = 0) -> Array:
     return (same & seen)[:, None]
 
 
+def cached_mask(positions: Array, slots: int, window: int = 0) -> Array:
+    """Makes `causal_mask` of tokens at positions [B, L] over a cache of one segment, slot s
+    holding the token at position s: bool [B, 1, L, slots].
+    """
+    places = jnp.arange(slots)
+    seen = places <= positions[:, :, None]
+    if 0 < window < slots:
+        seen &= places > positions[:, :, None] - window
+    return seen[:, None]
+
+
+def write_slots(cached: Array, new: Array, positions: Array) -> Array:
+    """Puts new [B, L, ...] into the slots `positions` [B, L] of cached [B, S, ...]; what is past
+    its end is dropped.
+    """
+    row = jnp.arange(new.shape[0])[:, None]
+    return cached.at[row, positions].set(new.astype(cached.dtype), mode="drop")
+
+
 class Shared(NamedTuple):
     """Part of a cache that is every row's: without a batch axis, and changed by no token."""
 
@@ -194,16 +213,12 @@ class SelfAttention(nnx.Module):
         """Queries [B, L, H, d] at `positions` [B, L], to all of the cache with their own keys
         and values in it.
         """
-        row = jnp.arange(query.shape[0])[:, None]
-        key = cache.key.at[row, positions].set(key.astype(cache.key.dtype), mode="drop")
-        value = cache.value.at[row, positions].set(value.astype(cache.value.dtype), mode="drop")
-        slots = jnp.arange(key.shape[1])
-        seen = slots <= positions[:, :, None]
-        if 0 < self.window < key.shape[1]:
-            seen &= slots > positions[:, :, None] - self.window
+        key = write_slots(cache.key, key, positions)
+        value = write_slots(cache.value, value, positions)
+        seen = cached_mask(positions, key.shape[1], self.window)
         distances = None if cache.distances is None else cache.distances.value
         query, scores = self.positions.score_cached(self, query, positions, key.shape[1], distances)
-        h = attend(query, key, value, seen[:, None], scores)
+        h = attend(query, key, value, seen, scores)
         return h, cache._replace(key=key, value=value)
 
 

@@ -88,6 +88,7 @@ class CrossAttentionBlock(nnx.Module):
 
     def __init__(self, config: ConditioningConfig, width: int, *, rngs: nnx.Rngs):
         shape = (width, config.heads, config.head_width)
+        self.text_window = config.text_window
         self.attention_norm = LayerNorm(width)
         self.media_norm = LayerNorm(width)
         self.query = fan_in_normal(rngs, shape)
@@ -113,14 +114,24 @@ class CrossAttentionBlock(nnx.Module):
         # again.
         return Media(save_for_backward(linear(x, self.key[...])), linear(x, self.value[...]))
 
-    def attend(self, y: Array, media: Media | None, view: MediaView | None) -> Array:
+    def project_text(self, y: Array) -> Media | None:
+        """[S, T, D] -> keys and values of the text, [S, T, H, d]; None without `text_window`."""
+        if not self.text_window:
+            return None
+        x = all_gather(self.attention_norm(y))
+        return Media(save_for_backward(linear(x, self.key[...])), linear(x, self.value[...]))
+
+    def attend(
+        self, y: Array, media: Media | None, view: MediaView | None, text: Media | None = None
+    ) -> Array:
         """The text's stream y [S, T, D] -> [S, T, D], each token having looked at those of
-        `media` that `view` shows it; with neither there is nothing to see.
+        `media`, and of `text` (see `project_text`), that `view` shows it; with neither there is
+        nothing to see.
         """
         if media is not None:
             assert view is not None
             query = save_for_backward(linear(all_gather(self.attention_norm(y)), self.query[...]))
-            h = view.over_rows(attend, query, media.key, media.value)
+            h = view.over_rows(attend, query, media.key, media.value, text)
             y = save_for_backward(residual(y + reduce_scatter(self._gated_out(h))))
         if self.feed_forward is None or self.dense_norm is None:
             return y
@@ -212,6 +223,16 @@ class GraftedLayers(nnx.Module):
         self.layers = stack(lambda r: GraftedLayer(config, lm, rngs=r), config.grafted_layers, rngs)
 
 
+class DecodingCache(NamedTuple):
+    """What decoding keeps of the tokens so far. text: of the decoder layers, grafted ones last.
+    windows: with `text_window`, the keys and values of the text that each block's tokens see
+    beside a visual, [blocks, B, S, H, d], slot s holding the token at position s.
+    """
+
+    text: Cache
+    windows: Media | None = None
+
+
 class ConditionedLayers:
     """The language model's layers and the cross-attention blocks, in the order of their kind.
 
@@ -223,7 +244,7 @@ class ConditionedLayers:
       layers: the language model's stack. blocks: the cross-attention blocks'. grafted: of the
         kind `grafting`, its decoder layers, as many as blocks.
       read_text: (decoder layer, x, its cache, between) -> x, its cache.
-      read_visuals: (block, x, the block's media) -> x.
+      read_visuals: (block, x, its media, its window) -> x, its window.
       remat_mode: what is computed again for the gradient (see `layers.remat`).
     """
 
@@ -234,7 +255,7 @@ class ConditionedLayers:
         blocks: nnx.Module,
         grafted: nnx.Module | None,
         read_text: Callable[..., tuple[Array, Any]],
-        read_visuals: Callable[[Any, Array, Any], Array],
+        read_visuals: Callable[..., tuple[Array, Any]],
         remat_mode: str,
     ):
         self.config = config
@@ -246,25 +267,34 @@ class ConditionedLayers:
         if grafted is not None:
             self.grafted_graph, self.grafted = nnx.split(grafted)
         self.depth = jax.tree.leaves(self.layers)[0].shape[0]
+        self.count = jax.tree.leaves(self.blocks)[0].shape[0]
         self._run_layer = remat(self._layer, remat_mode)
         self._run_block = remat(self._block, remat_mode)
         self._run_grafted = remat(self._grafted, remat_mode)
 
-    def __call__(self, x: Array, cache: Any, media: Any) -> tuple[Array, Any]:
-        """x [B, L, D]; cache: leaves [layers, ...], those of grafted layers last, or None; media:
-        what blocks read, leaves [blocks, ...], or None -> x and cache of the same shapes.
+    def __call__(
+        self, x: Array, cache: DecodingCache | None, media: Any
+    ) -> tuple[Array, DecodingCache | None]:
+        """x [B, L, D]; media: what blocks read, leaves [blocks, ...], or None -> x and the cache
+        with its tokens.
         """
-        carry = (x, cache)
+        carry = (x, *(cache or (None, None)))
+        given = (jnp.arange(self.count), self.blocks, media)
         if self.config.kind == "grafting":
             carry = self._plain(carry, 0, self.depth)
-            places = jnp.arange(self.config.grafted_layers)
-            graft = (places, self.grafted, self.blocks, media)
-            return jax.lax.scan(self._grafted_step, carry, graft)[0]
+            carry, _ = jax.lax.scan(self._graft_step, carry, (self.grafted, *given))
+        else:
+            carry = self._interleaved(carry, given)
+        x, *kept = carry
+        return x, None if cache is None else DecodingCache(*kept)
+
+    def _interleaved(self, carry: Any, given: Any) -> Any:
+        """Groups of a block and `xattn_every` layers, behind those that have none."""
         first, every = self.config.xattn_first, self.config.xattn_every
         carry = self._plain(carry, 0, first)
         groups, rest = divmod(self.depth - first, every)
-        starts, given = first + jnp.arange(groups) * every, (self.blocks, media)
         if groups:
+            starts = first + jnp.arange(groups) * every
             whole = jax.tree.map(lambda a: a[:groups], given) if rest else given
             group = functools.partial(self._group, count=every)
             unroll = ops.scan_unroll(groups)
@@ -282,9 +312,9 @@ class ConditionedLayers:
         if self.config.kind == "vanilla_xattn":
             carry, _ = self._step(carry, first, *conditioned)
             return self._plain(carry, first + 1, count - 1), None
-        x, cache = carry
-        carry = self._run_block(x, *conditioned), cache
-        return self._plain(carry, first, count), None
+        x, text, windows = carry
+        x, windows = self._run_block(x, windows, *conditioned)
+        return self._plain((x, text, windows), first, count), None
 
     def _plain(self, carry: Any, first: Any, count: int) -> Any:
         """`count` layers from `first` on, without a block."""
@@ -294,35 +324,44 @@ class ConditionedLayers:
         return jax.lax.scan(self._step, carry, places, unroll=ops.scan_unroll(count))[0]
 
     def _step(self, carry: Any, place: Array, *conditioned: Any) -> tuple[Any, None]:
-        """One layer, with a block in it where there is one, and its place in the cache."""
-        x, cache = carry
-        x, new = self._run_layer(x, cache, place, *conditioned)
-        return (x, _put(cache, new, place)), None
+        """One layer of the language model, with a block in it where there is one."""
+        x, text, windows = carry
+        x, new, windows = self._run_layer(x, _take(text, place), windows, place, *conditioned)
+        return (x, _put(text, new, place), windows), None
 
-    def _grafted_step(self, carry: Any, inputs: Any) -> tuple[Any, None]:
-        place, layer, block, media = inputs
-        x, cache = carry
-        x, new = self._run_grafted(x, cache, self.depth + place, layer, block, media)
-        return (x, _put(cache, new, self.depth + place)), None
+    def _graft_step(self, carry: Any, inputs: Any) -> tuple[Any, None]:
+        """One block and one grafted layer, whose cache stands behind the language model's."""
+        layer, place, *conditioned = inputs
+        x, text, windows = carry
+        behind = self.depth + place
+        x, windows = self._run_block(x, windows, place, *conditioned)
+        x, new = self._run_grafted(x, _take(text, behind), layer)
+        return (x, _put(text, new, behind), windows), None
 
-    def _layer(self, x: Array, cache: Any, place: Array, *conditioned: Any) -> tuple[Array, Any]:
+    def _layer(
+        self, x: Array, cache: Any, windows: Any, place: Array, *conditioned: Any
+    ) -> tuple[Array, Any, Any]:
         # The weights of a layer are taken within what is computed again, or a copy of all of
         # them would be saved for the gradient.
         layer = nnx.merge(self.layers_graph, _take(self.layers, place))
-        between = functools.partial(self._within, conditioned) if conditioned else None
-        return self.read_text(layer, x, _take(cache, place), between)
 
-    def _within(self, conditioned: Any, x: Array) -> Array:
-        return self._block(x, *conditioned)
+        def between(x: Array) -> Array:
+            nonlocal windows
+            x, windows = self._block(x, windows, *conditioned)
+            return x
 
-    def _block(self, x: Array, block: Any, media: Any) -> Array:
-        return self.read_visuals(nnx.merge(self.blocks_graph, block), x, media)
+        x, cache = self.read_text(layer, x, cache, between if conditioned else None)
+        return x, cache, windows
 
-    def _grafted(
-        self, x: Array, cache: Any, place: Array, layer: Any, block: Any, media: Any
+    def _block(
+        self, x: Array, windows: Any, place: Array, block: Any, media: Any
     ) -> tuple[Array, Any]:
-        x = self._block(x, block, media)
-        return self.read_text(nnx.merge(self.grafted_graph, layer), x, _take(cache, place), None)
+        block = nnx.merge(self.blocks_graph, block)
+        x, new = self.read_visuals(block, x, media, _take(windows, place))
+        return x, _put(windows, new, place)
+
+    def _grafted(self, x: Array, cache: Any, layer: Any) -> tuple[Array, Any]:
+        return self.read_text(nnx.merge(self.grafted_graph, layer), x, cache, None)
 
 
 def _take(tree: Any, place: Array) -> Any:

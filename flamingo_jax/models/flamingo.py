@@ -13,13 +13,15 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from flamingo_jax.experiment import FlamingoConfig, LoRAConfig
-from flamingo_jax.models.attention import Cache, causal_mask
+from flamingo_jax.models.attention import Cache, cached_mask, causal_mask, write_slots
 from flamingo_jax.models.conditioning import (
     ConditionedLayers,
     CrossAttentionBlock,
     CrossAttentionBlocks,
+    DecodingCache,
     GraftedLayers,
     Media,
+    count_blocks,
     media_mask,
 )
 from flamingo_jax.models.language_model import LanguageModel, empty_cache
@@ -91,6 +93,13 @@ def _reached(
         looks = (mask[:, 0, :, ::tokens_per_visual] & visuals).any(-1)
         found.append((causal_mask(text.segments)[:, 0] & looks[:, None]).any(-1))
     return found
+
+
+def _where_something_is_seen(text_masks: Parts, masks: Parts) -> tuple[Array, ...]:
+    """The text's masks [B, 1, L, S] without tokens that see no visual: these get exactly zero."""
+    return tuple(
+        text & mask.any(-1, keepdims=True) for text, mask in zip(text_masks, masks, strict=True)
+    )
 
 
 class Flamingo(nnx.Module):
@@ -278,9 +287,13 @@ class Flamingo(nnx.Module):
         positions = join([text.positions for text in texts])
         packing = Packing(tuple(text.segments for text in texts))
 
-        def read_visuals(block: CrossAttentionBlock, x: Array, _: None) -> Array:
-            media = None if visual_tokens is None else block.project_visuals(visual_tokens)
-            return block.attend(x, media, view)
+        def read_visuals(
+            block: CrossAttentionBlock, x: Array, _: None, window: None
+        ) -> tuple[Array, None]:
+            if visual_tokens is None:
+                return block.attend(x, None, None), None
+            media, text = block.project_visuals(visual_tokens), block.project_text(x)
+            return block.attend(x, media, view, text), None
 
         def read_text(layer: Any, x: Array, cache: None, between: Any) -> tuple[Array, None]:
             return layer(x, positions, packing, cache, between)
@@ -310,7 +323,11 @@ class Flamingo(nnx.Module):
                     self.config.conditioning.attend_to_media,
                 )
             )
-        return MediaView(tuple(masks), None if rows_own_visuals else texts[0].visuals)
+        view = MediaView(tuple(masks), None if rows_own_visuals else texts[0].visuals)
+        if window := self.config.conditioning.text_window:
+            windows = [causal_mask(text.segments, window) for text in texts]
+            view = view._replace(text_masks=_where_something_is_seen(windows, masks))
+        return view
 
     def resample_stream(self, features: Parts, frame_masks: Parts) -> Array:
         """Grid features [M, T, S, C] and frame masks [M, T] of several datasets -> visual
@@ -367,14 +384,20 @@ class Flamingo(nnx.Module):
         x = jnp.where(counts[..., None], x, jnp.zeros((), x.dtype))
         return remat(losses, "none" if self.remat == "none" else "layers")(x, targets)
 
-    def init_cache(self, batch: int, max_length: int) -> Cache:
+    def init_cache(self, batch: int, max_length: int) -> DecodingCache:
         """An empty cache; every leaf that is not shared has the batch at axis 1."""
         cache = self.language_model.init_cache(batch, max_length)
-        if self.grafted is None:
-            return cache
-        lm = self.config.language_model
-        grafted = empty_cache(self.grafted.layers, lm, batch, max_length, self.dtype)
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts), cache, grafted)
+        if self.grafted is not None:
+            lm = self.config.language_model
+            grafted = empty_cache(self.grafted.layers, lm, batch, max_length, self.dtype)
+            cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), cache, grafted)
+        conditioning = self.config.conditioning
+        if not conditioning.text_window:
+            return DecodingCache(cache)
+        blocks = count_blocks(conditioning, self.config.language_model)
+        shape = (blocks, batch, max_length, conditioning.heads, conditioning.head_width)
+        empty = jnp.zeros(shape, self.dtype)
+        return DecodingCache(cache, Media(empty, empty))
 
     def decode(
         self,
@@ -383,8 +406,8 @@ class Flamingo(nnx.Module):
         media_index: Array,
         media: PreparedVisuals | None,
         visuals: Array | None,
-        cache: Cache,
-    ) -> tuple[Array, Cache]:
+        cache: DecodingCache,
+    ) -> tuple[Array, DecodingCache]:
         """Some tokens more of each row -> logits float32 [B, L, V + extra] and the cache with
         them.
 
@@ -407,9 +430,18 @@ class Flamingo(nnx.Module):
             looks = (mask[:, 0, :, ::tokens_per_visual] & media.broken[visuals][:, None]).any(-1)
             x = jnp.where(looks[..., None], jnp.nan, x)
             view = MediaView((mask,), visuals)
+            if cache.windows is not None:
+                window = self.config.conditioning.text_window
+                seen = cached_mask(positions, cache.windows.key.shape[2], window)
+                view = view._replace(text_masks=_where_something_is_seen([seen], [mask]))
 
-        def read_visuals(block: CrossAttentionBlock, x: Array, own: Media | None) -> Array:
-            return block.attend(x, own, view)
+        def read_visuals(
+            block: CrossAttentionBlock, x: Array, own: Media | None, window: Media | None
+        ) -> tuple[Array, Media | None]:
+            if window is not None:
+                new = zip(window, block.project_text(x) or (), strict=True)
+                window = Media(*(write_slots(cached, text, positions) for cached, text in new))
+            return block.attend(x, own, view, window), window
 
         def read_text(
             layer: Any, x: Array, layer_cache: Cache, between: Any
@@ -421,7 +453,12 @@ class Flamingo(nnx.Module):
         return self._logits(x), cache
 
     def _run_layers(
-        self, x: Array, cache: Any, read_text: Any, read_visuals: Any, media: Any
+        self,
+        x: Array,
+        cache: DecodingCache | None,
+        read_text: Any,
+        read_visuals: Any,
+        media: Media | None,
     ) -> tuple[Array, Any]:
         """The language model's layers and what stands among them: see `ConditionedLayers`."""
         run = ConditionedLayers(

@@ -67,29 +67,47 @@ class MediaView(NamedTuple):
     masks: bool [B_p, 1, L_p, N_p * R] of every part, each row owning N_p visuals of R tokens,
       none in a part of text alone. visuals: int32 [B, N], where the rows of a stream of one part
       find theirs among M; None where row b's lie at b * N + n, so that none need be gathered
-      (the gradient of a gather is a scatter, slow on every backend).
+      (the gradient of a gather is a scatter, slow on every backend). text_masks: bool [B_p, 1,
+      L_p, S_p], which of its row's text tokens each sees beside its visuals; empty for none.
     """
 
     masks: tuple[Array, ...]
     visuals: Array | None = None
+    text_masks: tuple[Array, ...] = ()
 
-    def over_rows(self, attend: Attend, query: Array, key: Array, value: Array) -> Array:
+    def over_rows(
+        self,
+        attend: Attend,
+        query: Array,
+        key: Array,
+        value: Array,
+        text: tuple[Array, Array] | None = None,
+    ) -> Array:
         """`attend(query, key, value, mask)` from each row of a stream [S, T, H, d] to its
         visuals, [S, V, R, H, d] or [M, R, H, d]; zeros where a row has none.
+
+        text: keys and values of the rows' text [S, T, H, d], or a cache's [B, S, H, d], which
+          `text_masks` are of.
         """
         if self.visuals is not None:
             key, value = key[self.visuals], value[self.visuals]
         owned = [(m.shape[0], m.shape[-1] // key.shape[-3]) for m in self.masks]
         queries = split(query, [(m.shape[0], m.shape[2]) for m in self.masks])
 
-        def rows(q: Array, k: Array, v: Array, mask: Array) -> Array:
+        def rows(q: Array, k: Array, v: Array, mask: Array, *text: Array) -> Array:
             if not mask.shape[-1]:
                 return jnp.zeros_like(q)
             k, v = (a.reshape(q.shape[0], -1, *a.shape[-2:]) for a in (k, v))
+            if text:
+                both = zip((k, v, mask), text, (1, 1, -1), strict=True)
+                k, v, mask = (jnp.concatenate([a, b], axis) for a, b, axis in both)
             return attend(q, k, v, mask)
 
-        parts = zip(queries, split(key, owned), split(value, owned), self.masks, strict=True)
-        return join([rows(*part) for part in parts])
+        parts: list[Parts] = [queries, split(key, owned), split(value, owned), self.masks]
+        if text is not None:
+            shapes = [(m.shape[0], m.shape[-1]) for m in self.text_masks]
+            parts += [split(a, shapes) for a in text] + [self.text_masks]
+        return join([rows(*part) for part in zip(*parts, strict=True)])
 
 
 def merge_alike(texts: Sequence[PackedText]) -> list[PackedText]:

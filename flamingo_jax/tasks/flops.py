@@ -136,6 +136,7 @@ def step_cost(experiment: Experiment) -> Cost:
         return Cost(token)
     encoder, cells = encoder_cost(model.vision_encoder, config.vision.image_size)
     encoder_trains = "vision_encoder" in unfrozen
+    text = config.conditioning.text_window
     encoder *= 0 if experiment.training.cache_features else 3 if encoder_trains else 1
     visual_token = weights("visual_projection|gated_xattn/layers/(key|value)")
     layers, kind = weights(_LAYER, "resampler/"), config.resampler.kind
@@ -147,7 +148,7 @@ def step_cost(experiment: Experiment) -> Cost:
     cell = (6 if encoder_trains else 4) * weights("resampler/input_projection") + 6 * of_cell
     return Cost(
         token,
-        6 * weights("gated_xattn/layers/(query|out)"),
+        6 * weights(f"gated_xattn/layers/({'query|key|value|out' if text else 'query|out'})"),
         6 * (config.resampler.latents * (latent + visual_token) + channels),
         encoder + cells * cell,
     )

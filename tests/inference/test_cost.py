@@ -85,8 +85,8 @@ def test_distances_are_projected_once_for_all_rows_and_tokens(
         tokens = jnp.ones((2, 5), jnp.int32)
         prompts = PromptArrays(tokens, tokens - 2, jnp.array([5, 3]), None)
         started = prefill(model, prompts, None, 12).repeat(3)
-        asked.append(started.cache.distances.value.shape)
-        asked.append(started.cache.key.shape)
+        asked.append(started.cache.text.distances.value.shape)
+        asked.append(started.cache.text.key.shape)
         return generate(
             model,
             prompts,

@@ -23,8 +23,10 @@ from flamingo_jax.experiment import (
     VisionConfig,
     ViTConfig,
 )
+from flamingo_jax.models.attention import causal_mask
 from flamingo_jax.models.conditioning import CrossAttentionBlock, Media, media_mask
 from flamingo_jax.models.flamingo import Flamingo
+from flamingo_jax.models.packing import MediaView, Packing
 from flamingo_jax.pytrees import from_flat, to_flat
 from tests.rounding import assert_close
 
@@ -41,10 +43,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "gated_xattn_dense, from the second layer on": {"xattn_first": 1, "xattn_every": 2},
     "gated_xattn_dense, a single one": {"xattn_first": 1, "xattn_every": 3},
     "gated_xattn_dense, no gates": {"gating": "none"},
+    "gated_xattn_dense, text beside": {"text_window": 2, "xattn_every": 2},
     "vanilla_xattn": {"kind": "vanilla_xattn", "xattn_every": 2},
+    "vanilla_xattn, text beside": {"kind": "vanilla_xattn", "text_window": 3},
     "vanilla_xattn, no gates": {"kind": "vanilla_xattn", "gating": "none"},
     "grafting": {"kind": "grafting"},
-    "grafting, no gates": {"kind": "grafting", "gating": "none"},
+    "grafting, no gates": {"kind": "grafting", "gating": "none", "text_window": 2},
 }
 TERMS = (3 + 3) * (2 * 16 + 16 + 2 * 8 + 12 + 16 + 2 * 16 + 16 + 32) + 16 + 16
 """Of the layers and blocks, at most three each, and the head: norms, projections, scores, keys
@@ -93,6 +97,13 @@ def whole_rows(name: str, gates: float | None = 0.7) -> jax.Array:
     )(state)
 
 
+def seen(media_index: jax.Array, window: int = 0) -> MediaView:
+    """What tokens of the rows see: their visual, and the window's text where there is one."""
+    mask = media_mask(media_index, SEGMENTS, VISUALS, 3, "last")
+    text = (causal_mask(SEGMENTS, window) & mask.any(-1, keepdims=True),) if window else ()
+    return MediaView((mask,), VISUALS, text)
+
+
 def taken(stack: Any, place: int) -> Any:
     graph, state = nnx.split(stack)
     return nnx.merge(graph, jax.tree.map(lambda a: a[place], state))
@@ -101,15 +112,15 @@ def taken(stack: Any, place: int) -> Any:
 def one_by_one(model: Flamingo) -> jax.Array:
     """The logits by the modules' own parts, each layer and block called in its turn."""
     c = model.config.conditioning
-    mask = media_mask(MEDIA_INDEX, SEGMENTS, VISUALS, 3, c.attend_to_media)
+    view = seen(MEDIA_INDEX, c.text_window)
     blocks = [taken(model.gated_xattn.layers, place) for place in range(blocks_of(model))]
     places = list(range(c.xattn_first, LANGUAGE_MODEL.layers, c.xattn_every))
 
     def see(block: CrossAttentionBlock, x: jax.Array) -> jax.Array:
-        return block.attend(x, block.project_visuals(VISUAL_TOKENS), VISUALS, mask)
+        return block.attend(x, block.project_visuals(VISUAL_TOKENS), view, block.project_text(x))
 
     def halves(layer: Any, x: jax.Array, block: Any = None) -> jax.Array:
-        h, _ = layer.attention(layer.attention_norm(x), POSITIONS, SEGMENTS, None)
+        h, _ = layer.attention(layer.attention_norm(x), POSITIONS, Packing((SEGMENTS,)), None)
         x = x + h if block is None else see(block, x + h)
         return x + layer.feed_forward(layer.feed_forward_norm(x))
 
@@ -166,23 +177,50 @@ def test_decoding_in_pieces_equals_the_whole_row(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gated_xattn_dense", "vanilla_xattn"])
-@pytest.mark.parametrize("gating", ["tanh", "none"])
-def test_a_token_without_a_visual_gets_exactly_zero(kind: Any, gating: Any) -> None:
-    config = dataclasses.replace(SMALL, kind=kind, gating=gating, gate_init=0.9)
+@pytest.mark.parametrize(("gating", "window"), [("tanh", 0), ("none", 0), ("none", 3)])
+def test_a_token_without_a_visual_gets_exactly_zero(kind: Any, gating: Any, window: int) -> None:
+    config = dataclasses.replace(SMALL, kind=kind, gating=gating, gate_init=0.9, text_window=window)
     block = CrossAttentionBlock(config, 16, rngs=nnx.Rngs(0))
     y = jax.random.normal(jax.random.key(2), (ROWS, LENGTH, 16))
-    mask = media_mask(jnp.full_like(MEDIA_INDEX, -1), SEGMENTS, VISUALS, 3, "last")
-    media = block.project_visuals(VISUAL_TOKENS)
+    media, text = block.project_visuals(VISUAL_TOKENS), block.project_text(y)
+    nothing, some = seen(jnp.full_like(MEDIA_INDEX, -1), window), seen(MEDIA_INDEX, window)
     np.testing.assert_array_equal(
-        block.attend(y, media, VISUALS, mask), block.attend(y, None, None, None)
+        block.attend(y, media, nothing, text), block.attend(y, None, None)
     )
     huge = Media(media.key * 1e6, media.value * 1e6)
-    some = media_mask(MEDIA_INDEX, SEGMENTS, VISUALS, 3, "last")
     without = np.asarray(MEDIA_INDEX) < 0
     np.testing.assert_array_equal(
-        np.asarray(block.attend(y, huge, VISUALS, some))[without],
-        np.asarray(block.attend(y, media, VISUALS, some))[without],
+        np.asarray(block.attend(y, huge, some, text))[without],
+        np.asarray(block.attend(y, media, some, text))[without],
     )
+
+
+def test_text_beside_the_visual_shares_its_softmax() -> None:
+    """Against a token's keys picked one by one: three of its visual and two of text."""
+    config = dataclasses.replace(
+        SMALL, kind="vanilla_xattn", gating="none", text_window=2, heads=1, head_width=8
+    )
+    block = CrossAttentionBlock(config, 16, rngs=nnx.Rngs(0))
+    y = jax.random.normal(jax.random.key(2), (ROWS, LENGTH, 16))
+    view, media = seen(MEDIA_INDEX, 2), block.project_visuals(VISUAL_TOKENS)
+    found = np.asarray(block.attend(y, media, view, block.project_text(y)) - y)
+    text = np.asarray(block.attention_norm(y))
+    visual = np.asarray(block.media_norm(VISUAL_TOKENS))
+    query, key, value = (np.asarray(w[...])[:, 0] for w in (block.query, block.key, block.value))
+    for row, token in np.ndindex(ROWS, LENGTH):
+        place = int(MEDIA_INDEX[row, token])
+        if place < 0:
+            assert not found[row, token].any()
+            continue
+        looked_at = np.concatenate(
+            [visual[int(VISUALS[row, place])], text[row, max(token - 1, 0) : token + 1]]
+        )
+        scores = (text[row, token] @ query) @ (looked_at @ key).T * 8**-0.5
+        weights = np.exp(scores - scores.max())
+        h = (weights / weights.sum()) @ (looked_at @ value)
+        expected = h @ np.asarray(block.out[...])[0]
+        # Norms of 16, keys and values of 16, 5 weights, the map out of 8, and the sum with y.
+        assert_close(found[row, token], expected, 16 + 2 * 16 + 5 + 8 + 8, size=4.0)
 
 
 def test_blocks_have_what_their_kind_needs() -> None:
