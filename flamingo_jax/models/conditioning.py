@@ -24,6 +24,7 @@ from flamingo_jax.models.decoder import DecoderLayer
 from flamingo_jax.models.layers import (
     FeedForward,
     LayerNorm,
+    broadcast_param,
     fan_in_normal,
     gated_linear,
     linear,
@@ -40,7 +41,9 @@ Between = Callable[[Array], Array]
 
 
 class Media(NamedTuple):
-    """A gated block's keys and values of M visuals with R tokens each: [M, R, H, d]."""
+    """A block's keys and values: of M visuals with R tokens each [M, R, H, d]; of text as its
+    stream lies.
+    """
 
     key: Array
     value: Array
@@ -213,7 +216,7 @@ class GraftedLayer(DecoderLayer):
         y, cache = super().__call__(x, positions, packing, cache, between)
         if self.gate is None:
             return y, cache
-        return x + jnp.tanh(self.gate[...]).astype(x.dtype) * (y - x), cache
+        return x + broadcast_param(jnp.tanh(self.gate[...]), x) * (y - x), cache
 
 
 class GraftedLayers(nnx.Module):
