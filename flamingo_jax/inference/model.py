@@ -43,14 +43,14 @@ from flamingo_jax.pytrees import to_flat
 PAPER_BEAM_SIZE = 3
 """Of the paper's open-ended tasks (facts 6.4)."""
 
-Part = str | VisualSource | Visual | SpecialToken
-"""What a prompt is made of."""
-OnePrompt = Part | Sequence[Part]
+OnePrompt = str | VisualSource | Visual | SpecialToken | Sequence[Any]
+"""A part, or a list of parts: texts, images, videos, END_OF_CHUNK."""
 Batch = Sequence[list[Any] | tuple[Any, ...]]
 """Prompts, each a list of parts."""
-AnyImage = VisualSource | Visual | ImageSource
-Images = Sequence[AnyImage] | Sequence[Sequence[AnyImage]]
-"""What fills the image tags of a prompt, in order; of a batch, in one list or one for each."""
+Images = Sequence[Any]
+"""What fills the image tags of a prompt, in order: images, videos or what `Image` takes; of a
+batch, in one list or one for each prompt.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +231,7 @@ class Model:
         ]
         return scores if several else scores[0]
 
-    def features(self, images: AnyImage | Sequence[AnyImage]) -> np.ndarray:
+    def features(self, images: VisualSource | Visual | ImageSource | Sequence[Any]) -> np.ndarray:
         """Encodes images and videos by the frozen vision encoder alone.
 
         Args:
