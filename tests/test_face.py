@@ -24,17 +24,18 @@ import flamingo_jax as fj
 from flamingo_jax.checkpointing.export import export_model
 from flamingo_jax.inference.engine import Engine
 from flamingo_jax.inference.generation import DecodingConfig
+from flamingo_jax.inference.loading import LoadedFlamingo
 from flamingo_jax.inference.prompts import Prompt
 from flamingo_jax.processing import images
 from flamingo_jax.processing.visuals import Visual
 from flamingo_jax.pytrees import to_flat
 from flamingo_jax.tasks.flamingo import FlamingoTask
-from tests.inference.tiny_models import make_loaded, tiny_config
+from tests.inference.tiny_models import make_export, make_tokenizer, tiny_config
 from tests.interop import cases
 from tests.processes import one_device
 
 ROOT = pathlib.Path(__file__).parents[1]
-LOADED = make_loaded()
+TOKENIZER = make_tokenizer()
 PAPER_DECODING = DecodingConfig(32, beam_size=3)
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)
@@ -51,16 +52,9 @@ def png(pixels: np.ndarray) -> bytes:
 def place(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A folder with all that README's lines name."""
     root = tmp_path_factory.mktemp("place")
-    LOADED.tokenizer.save(root)
-    export_model(
-        root / "runs/quickstart/flamingo/export",
-        kind="flamingo",
-        config=dataclasses.asdict(LOADED.config),
-        parameters={k: np.asarray(v) for k, v in to_flat(nnx.split(LOADED.model)[1]).items()},
-        tokenizer_file=root / "tokenizer.model",
-    )
+    make_export(root / "runs/quickstart/flamingo/export")
     qwen = cases.write_folder(root / "models/Qwen3-0.6B", *cases.fixture("qwen3"))
-    LOADED.tokenizer.save(qwen)
+    TOKENIZER.save(qwen)
     (root / "a.png").write_bytes(png(PIXELS))
     (root / "b.png").write_bytes(png(FRAMES[0]))
     (root / "text.png").write_text("no image")
@@ -77,8 +71,8 @@ def test_readmes_lines_run_as_they_are_written(
 ) -> None:
     monkeypatch.chdir(place)
     names = _run_lines("README.md")
-    tokens = 1 + 1 + len(LOADED.tokenizer.encode(" A cat."))  # <BOS> and <image> before them.
-    assert names["logits"].shape == (1, tokens, LOADED.tokenizer.vocab_size + 1)
+    tokens = 1 + 1 + len(TOKENIZER.encode(" A cat."))  # <BOS> and <image> before them.
+    assert names["logits"].shape == (1, tokens, TOKENIZER.vocab_size + 1)
     assert isinstance(names["flamingo"], fj.Flamingo)
     assert isinstance(names["lm"], fj.LanguageModel)
     assert names["tokenizer"].decode(names["tokenizer"].encode(" a star")) == " a star"
@@ -169,14 +163,22 @@ def test_every_public_name_is_documented() -> None:
             assert function.__doc__, f"{name}.{attribute} has no docstring"
 
 
+def _engine(model: fj.Model) -> Engine:
+    return Engine(LoadedFlamingo(model.flamingo, model.tokenizer, model.config))
+
+
+def _pixels(model: fj.Model) -> np.ndarray:
+    return images.load(png(PIXELS), 32, model.config.vision.mean)[None]
+
+
 def test_answers_are_the_engines(model: fj.Model) -> None:
-    visual = Visual(images.load(png(PIXELS), 32, model.config.vision.mean)[None])
+    visual = Visual(_pixels(model))
     plain: list[Prompt] = [[visual, "Output:"], ["Output: a star", visual, "Output:"]]
     prompts = [
         [fj.Image(PIXELS), "Output:"],
         ["Output: a star", fj.Image(png(PIXELS)), "Output:"],
     ]
-    engine = Engine(LOADED)
+    engine = _engine(model)
     # One prompt and the defaults, as in README's lines, which have compiled this already.
     assert model.generate(prompts[0]) == engine.generate(plain[:1], PAPER_DECODING)[0]
     greedy = engine.generate(plain, DecodingConfig(6))
@@ -189,9 +191,9 @@ def test_answers_are_the_engines(model: fj.Model) -> None:
 
 
 def test_scores_are_the_engines(model: fj.Model) -> None:
-    visual = Visual(images.load(png(PIXELS), 32, model.config.vision.mean)[None])
+    visual = Visual(_pixels(model))
     candidates = [" a red heart", " a blue star"]
-    (found,) = Engine(LOADED).log_likelihoods([[visual, "Output:"]], [candidates])
+    (found,) = _engine(model).log_likelihoods([[visual, "Output:"]], [candidates])
     score = model.score([fj.Image(PIXELS), "Output:"], candidates)
     assert score.candidates == tuple(candidates)
     assert score.log_likelihoods == tuple(found)
@@ -257,7 +259,7 @@ def test_parts_of_exports_are_loaded_alone(place: pathlib.Path, model: fj.Model)
     assert tokenizer is not None
     ids = np.array([tokenizer.encode(" a red circle")])
     positions = np.arange(ids.shape[1])[None]
-    wanted = LOADED.model.language_model(ids, positions, np.ones_like(ids))
+    wanted = model.flamingo.language_model(ids, positions, np.ones_like(ids))
     np.testing.assert_array_equal(lm(ids, positions, np.ones_like(ids)), wanted)
 
     encoder = fj.load_vision_encoder(folder)
@@ -329,7 +331,7 @@ MISTAKES: dict[str, tuple[str, Callable[[fj.Model, pathlib.Path], Any]]] = {
         "text.png: unreadable image .*its format is not known",
         lambda model, place: fj.Image(place / "text.png"),
     ),
-    "no file": ("b.png is not there: name a file", lambda model, place: fj.Image(place / "b.png")),
+    "no file": ("c.png is not there: name a file", lambda model, place: fj.Image(place / "c.png")),
     "a folder": ("is a folder: name a file", lambda model, place: fj.Video(place)),
     "text as video": (
         "text.png is not a readable video .*give a whole video file",
@@ -415,7 +417,7 @@ MISTAKES: dict[str, tuple[str, Callable[[fj.Model, pathlib.Path], Any]]] = {
     ),
     "another tokenizer": (
         r"the tokenizer has \d+ ids and the language model 20: give the one",
-        lambda model, place: fj.Model(_of_vocabulary(20), LOADED.tokenizer),
+        lambda model, place: fj.Model(_of_vocabulary(20), TOKENIZER),
     ),
     "a mesh": (
         "a mesh of 2 devices was given",

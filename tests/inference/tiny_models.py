@@ -4,6 +4,7 @@ and a tiny Flamingo.
 
 import dataclasses
 import io
+import pathlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import sentencepiece
 from flax import nnx
 
+from flamingo_jax.checkpointing.export import export_model
 from flamingo_jax.experiment import (
     AttentionConfig,
     ConditioningConfig,
@@ -20,6 +22,7 @@ from flamingo_jax.experiment import (
     LanguageModelConfig,
     ResamplerConfig,
     VisionConfig,
+    ViTConfig,
 )
 from flamingo_jax.inference.loading import LoadedFlamingo
 from flamingo_jax.models.flamingo import Flamingo
@@ -135,3 +138,23 @@ def make_loaded(**changes: Any) -> LoadedFlamingo:
         name: jnp.asarray(draw(name, like.shape)) for name, like in to_flat(shapes).items()
     }
     return LoadedFlamingo(nnx.merge(graph, nnx.State(from_flat(parameters))), tokenizer, config)
+
+
+def make_export(folder: pathlib.Path) -> LoadedFlamingo:
+    """A Flamingo of one layer everywhere, quick to compile, exported to `folder`."""
+    vit = ViTConfig(patch_size=16, layers=1, width=32, heads=2, feed_forward=64)
+    vision = VisionConfig(vit=vit, image_size=32)
+    language_model = tiny_config(make_tokenizer().vocab_size).language_model
+    loaded = make_loaded(
+        vision=vision, language_model=dataclasses.replace(language_model, layers=1)
+    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    loaded.tokenizer.save(folder.parent)
+    export_model(
+        folder,
+        kind="flamingo",
+        config=dataclasses.asdict(loaded.config),
+        parameters={k: np.asarray(v) for k, v in to_flat(nnx.split(loaded.model)[1]).items()},
+        tokenizer_file=folder.parent / "tokenizer.model",
+    )
+    return loaded

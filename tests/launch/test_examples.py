@@ -1,6 +1,5 @@
 """The examples and the notebook, run on small folders."""
 
-import dataclasses
 import json
 import pathlib
 import re
@@ -13,10 +12,9 @@ from flax import nnx
 from PIL import Image
 
 import flamingo_jax as fj
-from flamingo_jax.checkpointing.export import export_model
 from flamingo_jax.pytrees import to_flat
 from launch.examples import caption, evaluate, finetune
-from tests.inference.tiny_models import make_loaded
+from tests.inference.tiny_models import make_export
 
 EXAMPLES = pathlib.Path(caption.__file__).parent
 CAPTIONS = ("a red circle", "a blue square", "a green star")
@@ -24,17 +22,9 @@ CAPTIONS = ("a red circle", "a blue square", "a green star")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("model")
-    loaded = make_loaded()
-    loaded.tokenizer.save(folder)
-    export_model(
-        folder / "runs/quickstart/flamingo/export",
-        kind="flamingo",
-        config=dataclasses.asdict(loaded.config),
-        parameters={k: np.asarray(v) for k, v in to_flat(nnx.split(loaded.model)[1]).items()},
-        tokenizer_file=folder / "tokenizer.model",
-    )
-    return folder / "runs/quickstart/flamingo/export"
+    folder = tmp_path_factory.mktemp("model") / "runs/quickstart/flamingo/export"
+    make_export(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
