@@ -358,6 +358,8 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
+    """How long and how a stage trains, and what it writes meanwhile."""
+
     steps: Positive = 500_000
     """Steps of the whole run."""
     log_every: Positive = 20

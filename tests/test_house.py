@@ -147,7 +147,6 @@ def test_lines_are_short() -> None:
     assert wide <= 0.05 * len(lengths)
 
 
-@pytest.mark.xfail(reason="rooms are being rebuilt")
 def test_public_things_have_docstrings() -> None:
     def bare(file: pathlib.Path, body: list[ast.stmt]) -> Iterator[str]:
         for node in body:

@@ -64,6 +64,7 @@ def variant_of(config: VisionConfig) -> Variant:
 
 
 def activation(x: Array) -> Array:
+    """Applies GELU, scaled so that the variance of a normal input stays 1."""
     return jax.nn.gelu(x) * GELU_GAIN
 
 

@@ -27,6 +27,8 @@ an error: it would fill every device.
 
 
 class Rule(NamedTuple, Generic[R]):
+    """What holds for the parameters whose names match a pattern."""
+
     pattern: str
     """Regular expression for the whole name."""
     value: R

@@ -33,6 +33,8 @@ _CALLED = re.compile(
 
 
 class Instruction(NamedTuple):
+    """One line of a compiled program."""
+
     name: str
     shape: str
     opcode: str
@@ -232,7 +234,10 @@ def _taps(left: Sequence[int], right: Sequence[int], result: Sequence[int], attr
         if (found := re.search(r"window=\{([^}]*)\}", attributes))
         else {}
     )
-    numbers = lambda name: [int(n) for n in window[name].split("x")] if name in window else None
+
+    def numbers(name: str) -> list[int] | None:
+        return [int(n) for n in window[name].split("x")] if name in window else None
+
     taps = result[labels[3].index("b")] * result[labels[3].index("f")] * right[labels[2].index("i")]
     for axis in filter(str.isdigit, labels[1]):
         place = int(axis)

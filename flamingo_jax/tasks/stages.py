@@ -114,6 +114,7 @@ def _require_positions(experiment: Experiment) -> None:
 
 
 def make_task(experiment: Experiment) -> Task:
+    """Makes the task of a stage from its config."""
     training = experiment.training
     if experiment.task == "contrastive":
         return ContrastiveTask(model_config(experiment))

@@ -94,9 +94,12 @@ def install(faults: Faults) -> None:
     tfds.builder_from_directory = faults.wrap(
         "info", tfds.builder_from_directory, lambda *args, **options: True
     )
-    ours = lambda path, mode="r", *args, **options: (
-        bool(re.search(r"checkpoints/.*manifest\.json$", str(path))) and not set(mode) & set("wax+")
-    )
+
+    def ours(path, mode="r", *args, **options):
+        return bool(re.search(r"checkpoints/.*manifest\.json$", str(path))) and not set(mode) & set(
+            "wax+"
+        )
+
     io.open = builtins.open = faults.wrap("manifest", open, ours)  # type: ignore[assignment]
     storage.WAITS = (0.01, 0.01, 0.02, 0.05)
     manifest.READ_AGAIN_AFTER = (0.01, 0.02, 0.05)

@@ -279,6 +279,9 @@ def test_a_dataset_that_was_rebuilt_between_two_starts_is_refused(
     shutil.copytree(data / "text", text)
     # A checkpoint of an earlier version, which knows no identities, is taken.
     known = Checkpoints.extra
-    forgets = lambda self, step: {k: v for k, v in known(self, step).items() if k != "datasets"}
+
+    def forgets(self, step):
+        return {k: v for k, v in known(self, step).items() if k != "datasets"}
+
     monkeypatch.setattr(Checkpoints, "extra", forgets)
     assert train(small.language_model(data), tmp_path / "run", training__steps=2, **here) == 0

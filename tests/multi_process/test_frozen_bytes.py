@@ -56,7 +56,10 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
     write(folder, "language_model", CONFIG, lambda: LanguageModel(CONFIG, rngs=nnx.Rngs(0)))
     vision = world.FLAMINGO.vision
-    make = lambda: vision_encoder(vision, rngs=nnx.Rngs(0))
+
+    def make():
+        return vision_encoder(vision, rngs=nnx.Rngs(0))
+
     write(folder.with_name("encoder"), "vision_encoder", vision, make)
     for file in folder.iterdir():
         os.utime(file, (1e9, 1e9))

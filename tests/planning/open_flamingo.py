@@ -60,7 +60,10 @@ def main(_: list[str]) -> None:
                 f"{found['matrix_rate'] / 1e9:.0f}",
                 f"{mine['flops'] / found['step'] / found['matrix_rate']:.1%}",
             )
-    median = lambda runs: statistics.median(run["step"] for run in runs)
+
+    def median(runs):
+        return statistics.median(run["step"] for run in runs)
+
     table.caption = f"the median of ours takes {median(ours) / median(peers):.2f} of the peer's"
     Console().print(table)
 
