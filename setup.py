@@ -48,7 +48,7 @@ setuptools.setup(
     ],
     extras_require={
         # Workdirs, checkpoints and exports in gs:// and s3://.
-        "bucket": ["gcsfs>=2025.2", "s3fs>=2025.2", "universal_pathlib>=0.3"],
+        "bucket": ["gcsfs>=2025.2", "s3fs>=2025.2"],
         "bucket-test": ["boto3>=1.35", "moto[server]>=5"],
         "parquet": ["pyarrow>=16"],
         "wandb": ["wandb>=0.31"],

@@ -1,8 +1,8 @@
 """Folders on a disk or in a bucket by one interface, that of `pathlib.Path`.
 
 A text that begins with `gs://` or `s3://` is a place in a bucket of Google Cloud Storage or S3 and
-becomes a `upath.UPath` (fsspec behind it, extra `.[bucket]`); any other text is a `pathlib.Path`,
-so that nothing changes for disks. Credentials and endpoints are found as the stores' own tools
+becomes a `BucketPath` (extra `.[bucket]`); any other text is a `pathlib.Path`, so that nothing
+changes for disks. Credentials and endpoints are found as the stores' own tools
 find them (`GOOGLE_APPLICATION_CREDENTIALS`, `AWS_PROFILE`, `AWS_ENDPOINT_URL`, a machine's role).
 
 A bucket is no file system: a file appears whole when it is written, none is appended to, and a
@@ -21,7 +21,8 @@ import stat
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flamingo_jax.errors import StorageError, UserError
+from flamingo_jax.bucket_path import BucketPath, require_reachable
+from flamingo_jax.errors import UserError
 
 if TYPE_CHECKING:  # Commands that only print help do not wait for it.
     import numpy as np
@@ -32,7 +33,7 @@ _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
 
 
 class FileVersion(NamedTuple):
-    """What a file is known by without reading it; where none of it changes, its content does
+    """Holds what a file is known by without reading it; where none of it changes, its content does
     not. changed: by the storage's own clock, in seconds. id: an inode, or from an entity tag.
     """
 
@@ -59,49 +60,21 @@ def as_path(place: str | pathlib.Path) -> pathlib.Path:
         )
     if not place[scheme.end() :].strip("/"):
         raise UserError(f"{place} names no bucket: write {kind}://BUCKET/FOLDER")
-    for package in ("upath", STORES[kind]):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"{place} is in a bucket, which needs {STORES[kind]}: pip install"
-                " 'flamingo_jax[bucket]'"
-            )
-    from upath import UPath
-
-    # Listings that are remembered would hide what other processes write.
-    found: Any = UPath(place.rstrip("/"), use_listings_cache=False)
-    _require_reachable(f"{kind}://{found.path.partition('/')[0]}", found)
-    return found
-
-
-_reached: set[str] = set()
-
-
-def _require_reachable(bucket: str, path: Any) -> None:
-    """Asks a bucket once. Raises a UserError where the store does not let this machine in: its
-    libraries raise a dozen different errors for that.
-    """
-    if bucket in _reached:
-        return
-    try:
-        path.exists()
-    except OSError as error:
-        if isinstance(error, PermissionError):
-            raise UserError(
-                f"{bucket} does not let this machine in ({error}): see its rights"
-            ) from None
-        raise StorageError(f"{bucket} cannot be reached ({error}): start again later") from error
-    except Exception as error:  # noqa: BLE001 - of credentials, endpoints and regions
-        said = next(iter(str(error).splitlines()), type(error).__name__)
+    if importlib.util.find_spec(STORES[kind]) is None:
         raise UserError(
-            f"{bucket} cannot be reached ({said}): log in as the store's own tools want it, and"
-            " look at the name"
-        ) from error
-    _reached.add(bucket)
+            f"{place} is in a bucket, which needs {STORES[kind]}: pip install"
+            " 'flamingo_jax[bucket]'"
+        )
+    found: Any = BucketPath(kind, place[scheme.end() :].strip("/"))
+    require_reachable(found)
+    return found
 
 
 def is_bucket(path: Any) -> bool:
     """Tells whether a path, or the text of one, is in a bucket."""
-    return not isinstance(path, pathlib.PurePath) and _SCHEME.match(str(path)) is not None
+    if isinstance(path, str):
+        return path.startswith(tuple(f"{kind}://" for kind in STORES))
+    return isinstance(path, BucketPath)
 
 
 def require_mounted(path: str, what: str) -> None:
@@ -130,16 +103,7 @@ def create(path: pathlib.Path, content: bytes) -> bool:
     """
     if is_bucket(path):
         bucket: Any = path
-        try:
-            bucket.fs.pipe_file(bucket.path, content, mode="create")
-        except FileExistsError:
-            return False
-        except OSError as error:
-            # S3 says 412, which s3fs hands on as it is; a race that nobody won is 409.
-            if any(sign in str(error) for sign in ("PreconditionFailed", "412", "Conflict")):
-                return False
-            raise
-        return True
+        return bucket.create(content)
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
@@ -162,16 +126,9 @@ def version(path: pathlib.Path) -> FileVersion:
         if not stat.S_ISREG(found.st_mode):
             raise IsADirectoryError(errno.EISDIR, "is no file", str(path))
         return FileVersion(found.st_size, found.st_mtime_ns / 1e9, found.st_ino)
-    bucket: Any = path
-    bucket.fs.invalidate_cache(bucket.path)
-    info = bucket.fs.info(bucket.path)
-    if info["type"] != "file":
-        raise IsADirectoryError(errno.EISDIR, "is a folder", str(path))
-    changed = bucket.fs.modified(bucket.path)
-    tag = str(info.get("ETag") or info.get("etag") or info.get("md5Hash") or "")
-    return FileVersion(
-        int(info["size"]), changed.timestamp(), int.from_bytes(tag.encode()[:15], "big")
-    )
+    made: Any = path
+    found = made.version()
+    return FileVersion(found.bytes, found.changed, int.from_bytes(found.tag.encode()[:15], "big"))
 
 
 def make_folder(folder: pathlib.Path) -> None:
@@ -186,11 +143,7 @@ def files_below(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """
     if is_bucket(folder):
         bucket: Any = folder
-        bucket.fs.invalidate_cache(bucket.path)
-        # A name that ends with "/" is a console's mark of an empty folder.
-        for found in sorted(bucket.fs.find(bucket.path)):
-            if not found.endswith("/"):
-                yield folder / found[len(bucket.path) :].strip("/")
+        yield from bucket.files_below()
         return
 
     def fail(error: OSError) -> None:
@@ -204,11 +157,7 @@ def subfolders(folder: pathlib.Path) -> list[str]:
     """Returns the names of the folders within a folder. Raises OSError."""
     if is_bucket(folder):
         bucket: Any = folder
-        bucket.fs.invalidate_cache(bucket.path)
-        found = bucket.fs.ls(bucket.path, detail=True)
-        return [
-            one["name"].rstrip("/").rsplit("/", 1)[1] for one in found if one["type"] == "directory"
-        ]
+        return bucket.folders()
     with os.scandir(folder) as entries:
         return [entry.name for entry in entries if entry.is_dir()]
 
@@ -217,7 +166,7 @@ def remove_folder(folder: pathlib.Path) -> None:
     """Removes a folder with all that is in it. Raises OSError."""
     if is_bucket(folder):
         bucket: Any = folder
-        bucket.fs.rm(bucket.path, recursive=True)
+        bucket.rmtree()
     else:
         shutil.rmtree(folder)
 
@@ -225,7 +174,7 @@ def remove_folder(folder: pathlib.Path) -> None:
 def upload(file: pathlib.Path, path: pathlib.Path) -> None:
     """Copies a file from a disk to a bucket; it appears there whole. Raises OSError."""
     bucket: Any = path
-    bucket.fs.put_file(str(file), bucket.path)
+    bucket.upload(file)
 
 
 def read_into(file: pathlib.Path, start: int, memory: "np.ndarray") -> "np.ndarray":
@@ -235,9 +184,7 @@ def read_into(file: pathlib.Path, start: int, memory: "np.ndarray") -> "np.ndarr
     """
     if is_bucket(file):
         bucket: Any = file
-        if not len(memory):
-            return memory
-        read = bucket.fs.cat_file(bucket.path, start=start, end=start + len(memory))
+        read = bucket.read_range(start, len(memory))
         if len(read) < len(memory):
             raise EOFError(f"{file} ends too early")
         memory.data[:] = read

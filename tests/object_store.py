@@ -57,7 +57,7 @@ def serve() -> Iterator[tuple[dict[str, str], Faults]]:
     """Within, S3 answers; tests that ask for it are skipped where `.[bucket,bucket-test]` is not
     installed.
     """
-    for package in ("upath", "s3fs", "boto3"):
+    for package in ("s3fs", "boto3"):
         pytest.importorskip(package)
     server_module = pytest.importorskip("moto.server")
     from werkzeug.serving import make_server

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from flamingo_jax import folder_lock, json_lines, paths
+from flamingo_jax import bucket_path, folder_lock, json_lines, paths
 from flamingo_jax.checkpointing import bucket_arrays, manifest
 from flamingo_jax.checkpointing.checkpoints import Checkpoints
 from flamingo_jax.checkpointing.export import BEGUN, export_model, open_export
@@ -280,3 +280,32 @@ def test_a_damaged_export_is_named(folder: pathlib.Path) -> None:
 def test_a_bucket_that_is_not_there_is_said(object_store: ObjectStore) -> None:  # noqa: F811
     with pytest.raises(UserError, match="there is no bucket for s3://absent-models/run"):
         FolderLock(paths.as_path("s3://absent-models/run"), "a run")
+
+
+def test_what_the_stores_libraries_raise_is_an_error_of_the_storage(
+    object_store: ObjectStore,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a store that does not answer they raise what is no OSError."""
+    import botocore.exceptions
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise botocore.exceptions.EndpointConnectionError(endpoint_url="http://gone")
+
+    place = paths.as_path(object_store.address)
+    store = bucket_path.file_system("s3")
+    for method in ("cat_file", "pipe_file", "info", "find", "ls", "exists"):
+        monkeypatch.setattr(store, method, fail)
+    for attempt in (
+        place.read_bytes,
+        lambda: place.write_bytes(b"1"),
+        place.exists,
+        lambda: paths.version(place),
+        lambda: list(paths.files_below(place)),
+        lambda: paths.subfolders(place),
+    ):
+        with pytest.raises(OSError, match="Could not connect to the endpoint"):
+            attempt()
+    monkeypatch.setattr(bucket_path, "_reached", set())
+    with pytest.raises(UserError, match="cannot be reached .Could not connect"):
+        paths.as_path(object_store.address)

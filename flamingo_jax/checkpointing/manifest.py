@@ -11,8 +11,8 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 from flamingo_jax import paths
 from flamingo_jax.errors import StorageError
@@ -22,6 +22,8 @@ NAME = "manifest.json"
 _THREADS = min(4, os.cpu_count() or 1)
 _PART = 4 << 20
 """Bytes that are read between two words of progress."""
+_BUCKET_PART = 32 << 20
+"""The same of a bucket, where each part is a request."""
 READ_AGAIN_AFTER = (0.2, 1.0, 5.0)
 """Seconds before a read that failed is tried once more: network storage has moments in which it
 fails."""
@@ -84,7 +86,7 @@ def unreadable(where: pathlib.Path, error: Exception) -> StorageError:
 def require_readable(file: pathlib.Path) -> None:
     """Raises the OSError of a file that cannot be opened just now: safetensors takes each for a
     missing one."""
-    retry_read(lambda: file.open("rb").close())
+    retry_read(lambda: open(file, "rb").close())
 
 
 def is_there(path: pathlib.Path) -> bool:
@@ -214,14 +216,26 @@ def _entry(
     path: pathlib.Path, progress: Progress = lambda: None, *, sync: bool = False
 ) -> FileDigest:
     digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while part := file.read(_PART):
-            digest.update(part)
-            size += len(part)
-            progress()
-        if sync and not paths.is_bucket(path):
-            os.fsync(file.fileno())
+    for part in _parts(path, sync):
+        digest.update(part)
+        size += len(part)
+        progress()
     return FileDigest(size, digest.hexdigest())
+
+
+def _parts(path: pathlib.Path, sync: bool) -> Iterator[bytes]:
+    """Yields the content of a file part by part; with `sync` it is on disk at the end."""
+    if paths.is_bucket(path):
+        bucket: Any = path
+        total = paths.version(path).bytes
+        for start in range(0, total, _BUCKET_PART):
+            yield bucket.read_range(start, min(_BUCKET_PART, total - start))
+        return
+    with open(path, "rb") as file:
+        while part := file.read(_PART):
+            yield part
+        if sync:
+            os.fsync(file.fileno())
 
 
 def _digest(entries: dict[str, FileDigest]) -> str:

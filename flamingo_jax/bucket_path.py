@@ -1,0 +1,260 @@
+"""A place in a bucket of Google Cloud Storage or S3, with the methods of `pathlib.Path` that the
+project uses, over fsspec.
+
+Whatever its stores' libraries raise for a request that failed is an OSError here, as of a disk:
+several dozen classes of them are none.
+"""
+
+import contextlib
+import errno
+import fnmatch
+import functools
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from flamingo_jax.errors import StorageError, UserError
+
+_LIBRARIES = (
+    "botocore",
+    "aiobotocore",
+    "boto3",
+    "aiohttp",
+    "gcsfs",
+    "google",
+    "fsspec",
+    "requests",
+)
+"""Packages whose exceptions are the store's."""
+_TAKEN = ("PreconditionFailed", "412", "ConditionalRequestConflict")
+"""What stores say where a file that should be new is there already: 412, of a race 409."""
+
+
+class ObjectVersion(NamedTuple):
+    """Size, time of change by the store's clock in seconds, and entity tag of an object."""
+
+    bytes: int
+    changed: float
+    tag: str
+
+
+class BucketPath:
+    """The place `<scheme>://<bucket>/<key>`.
+
+    A folder is there as long as an object's name begins with it. Nothing is remembered from one
+    call to the next: other processes write as well.
+    """
+
+    def __init__(self, scheme: str, place: str | pathlib.PurePosixPath):
+        self.scheme = scheme
+        self._place = pathlib.PurePosixPath(place)
+        """The bucket and the key in it."""
+
+    # -- names --
+
+    @property
+    def bucket(self) -> str:
+        return self._place.parts[0]
+
+    @property
+    def key(self) -> str:
+        """The name within the bucket, "" for the bucket itself."""
+        return "/".join(self._place.parts[1:])
+
+    @property
+    def name(self) -> str:
+        return self._place.name
+
+    @property
+    def stem(self) -> str:
+        return self._place.stem
+
+    @property
+    def suffix(self) -> str:
+        return self._place.suffix
+
+    @property
+    def parent(self) -> "BucketPath":
+        return BucketPath(self.scheme, self._place.parent)
+
+    def __truediv__(self, other: str) -> "BucketPath":
+        return BucketPath(self.scheme, self._place / other)
+
+    def with_name(self, name: str) -> "BucketPath":
+        return BucketPath(self.scheme, self._place.with_name(name))
+
+    def relative_to(self, other: "BucketPath") -> pathlib.PurePosixPath:
+        return self._place.relative_to(other._place)
+
+    def absolute(self) -> "BucketPath":
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self._place}"
+
+    def __repr__(self) -> str:
+        return f"BucketPath({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BucketPath) and str(self) == str(other)
+
+    def __lt__(self, other: "BucketPath") -> bool:
+        return str(self) < str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    # -- the store; every method raises OSError --
+
+    def exists(self) -> bool:
+        with self._store() as store:
+            return store.exists(str(self._place))
+
+    def is_file(self) -> bool:
+        with self._store() as store:
+            return store.isfile(str(self._place))
+
+    def is_dir(self) -> bool:
+        with self._store() as store:
+            return store.isdir(str(self._place))
+
+    def iterdir(self) -> Iterator["BucketPath"]:
+        """Yields files and folders that lie in this one. Raises FileNotFoundError for none."""
+        for entry in self._listed():
+            yield self / entry["name"].rstrip("/").rpartition("/")[2]
+
+    def folders(self) -> list[str]:
+        """Returns the names of the folders in this one. Raises FileNotFoundError for none."""
+        found = [entry["name"] for entry in self._listed() if entry["type"] == "directory"]
+        return [name.rstrip("/").rpartition("/")[2] for name in found]
+
+    def glob(self, pattern: str) -> Iterator["BucketPath"]:
+        """Yields what lies in this folder, and no deeper, by a pattern of its name."""
+        with contextlib.suppress(FileNotFoundError):
+            for path in self.iterdir():
+                if fnmatch.fnmatchcase(path.name, pattern):
+                    yield path
+
+    def files_below(self) -> Iterator["BucketPath"]:
+        """Yields every file below this folder, however deep."""
+        with self._store() as store:
+            found = sorted(store.find(str(self._place)))
+        for name in found:
+            # What ends with "/" is a console's mark of an empty folder.
+            if not name.endswith("/"):
+                yield BucketPath(self.scheme, name)
+
+    def version(self) -> ObjectVersion:
+        with self._store() as store:
+            found = store.info(str(self._place))
+            if found["type"] != "file":
+                raise IsADirectoryError(errno.EISDIR, "is a folder", str(self))
+            changed = store.modified(str(self._place)).timestamp()
+        tag = found.get("ETag") or found.get("etag") or found.get("md5Hash") or ""
+        return ObjectVersion(int(found["size"]), changed, str(tag))
+
+    def read_bytes(self) -> bytes:
+        with self._store() as store:
+            return store.cat_file(str(self._place))
+
+    def read_text(self) -> str:
+        return self.read_bytes().decode()
+
+    def read_range(self, start: int, count: int) -> bytes:
+        """Reads `count` bytes from `start` on, fewer where the file ends before."""
+        with self._store() as store:
+            return (
+                store.cat_file(str(self._place), start=start, end=start + count) if count else b""
+            )
+
+    def write_bytes(self, content: bytes) -> None:
+        """Writes a file, which appears whole, in place of one that is there."""
+        with self._store() as store:
+            store.pipe_file(str(self._place), content)
+
+    def write_text(self, text: str) -> None:
+        self.write_bytes(text.encode())
+
+    def create(self, content: bytes) -> bool:
+        """Makes a file that is not there yet; returns whether it did: one writer alone can."""
+        try:
+            with self._store() as store:
+                store.pipe_file(str(self._place), content, mode="create")
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if any(sign in str(error) for sign in _TAKEN):
+                return False
+            raise
+        return True
+
+    def upload(self, file: pathlib.Path) -> None:
+        """Copies a file of a disk here, a part at a time; it appears whole."""
+        with self._store() as store:
+            store.put_file(str(file), str(self._place))
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        try:
+            with self._store() as store:
+                store.rm_file(str(self._place))
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    def rmtree(self) -> None:
+        """Removes all that lies below. Raises FileNotFoundError for nothing."""
+        with self._store() as store:
+            store.rm(str(self._place), recursive=True)
+
+    def _listed(self) -> list[dict[str, Any]]:
+        with self._store() as store:
+            found = store.ls(str(self._place), detail=True)
+        # A folder's own mark is listed with what lies in it.
+        return [entry for entry in found if entry["name"].strip("/") != str(self._place)]
+
+    @contextlib.contextmanager
+    def _store(self) -> Iterator[Any]:
+        """Yields the store's file system; what its libraries raise within is an OSError."""
+        try:
+            yield file_system(self.scheme)
+        except OSError:
+            raise
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] not in _LIBRARIES:
+                raise
+            said = next(iter(str(error).splitlines()), type(error).__name__)
+            raise OSError(errno.EIO, said, str(self)) from error
+
+
+@functools.cache
+def file_system(scheme: str) -> Any:
+    """Returns fsspec's file system of a scheme, "gs" or "s3"."""
+    import fsspec
+
+    return fsspec.filesystem(scheme, use_listings_cache=False)
+
+
+_reached: set[tuple[str, str]] = set()
+
+
+def require_reachable(path: BucketPath) -> None:
+    """Asks a bucket, the first time that a place in it is named, whether it lets this machine in.
+
+    Raises: UserError where it does not, StorageError where its store does not answer just now.
+    """
+    if (path.scheme, path.bucket) in _reached:
+        return
+    name = f"{path.scheme}://{path.bucket}"
+    try:
+        file_system(path.scheme).exists(f"{path.bucket}/{path.key}")
+    except PermissionError as error:
+        raise UserError(f"{name} lets this machine not in ({error}): see to its rights") from None
+    except OSError as error:
+        raise StorageError(f"{name} cannot be reached just now ({error}): start again") from error
+    except Exception as error:  # noqa: BLE001 - of credentials, endpoints and regions
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"{name} cannot be reached ({said}): log in as the store's own tools want it, and look"
+            " at the bucket's name"
+        ) from error
+    _reached.add((path.scheme, path.bucket))
