@@ -198,7 +198,7 @@ def _meaning(experiment: Experiment) -> dict[str, Any]:
             f"training.unfreeze_{part}": part in stages.unfrozen(experiment)
             for part in stages.PARTS
         },
-        **flatten({"lora": to_json(experiment.training)["lora"]}, "training"),
+        **flatten(to_json(experiment.training.lora), "training.lora"),
         "data": sorted(experiment.data),
         **model,
         **{

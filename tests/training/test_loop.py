@@ -254,8 +254,8 @@ def test_a_frozen_part_that_changed_is_refused(unbroken: pathlib.Path) -> None:
             r"config\.flamingo\.conditioning\.attend_to_media = 'last'",
         ),
         (
-            {"training": dataclasses.replace(world.experiment().training, lora=LoRAConfig())},
-            r"config\.training\.lora\.rank = None, but it is 8 here",
+            {"training": dataclasses.replace(world.experiment().training, lora=LoRAConfig(rank=4))},
+            r"config\.training\.lora\.rank = 0, but it is 4 here",
         ),
         (
             {"training": dataclasses.replace(world.experiment().training, use_visuals=False)},
