@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.benchmark import experiment_of
-from flamingo_jax.experiment import DatasetConfig, FlamingoConfig
+from flamingo_jax.experiment import DatasetConfig, FlamingoConfig, VisionConfig
+from flamingo_jax.models.language_model_config import LanguageModelConfig
 from flamingo_jax.planning.timing import median_seconds
 
 SIZES = flags.DEFINE_string("sizes", None, "As launch.benchmark takes them.", required=True)
@@ -102,70 +103,21 @@ def peer_step(config: FlamingoConfig, datasets: list[DatasetConfig]) -> Callable
     visuals stand at equal distances.
     """
     import torch
-    from transformers import (
-        CLIPVisionConfig,
-        CLIPVisionModel,
-        GPTNeoXConfig,
-        GPTNeoXForCausalLM,
-    )
 
-    # The package's own __init__ imports open_clip, and with it torchvision.
-    found = importlib.util.find_spec("open_flamingo")
-    assert found is not None and found.submodule_search_locations is not None
-    package = types.ModuleType("open_flamingo")
-    package.__path__ = list(found.submodule_search_locations)
-    source = types.ModuleType("open_flamingo.src")
-    source.__path__ = [f"{folder}/src" for folder in package.__path__]
-    sys.modules |= {"open_flamingo": package, "open_flamingo.src": source}
+    find_open_flamingo()
     from open_flamingo.src.flamingo import Flamingo
-    from open_flamingo.src.flamingo_lm import FlamingoLMMixin
-    from open_flamingo.src.utils import extend_instance
 
-    lm, vision, vit = config.language_model, config.vision, config.vision.vit
-    text = GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            vocab_size=lm.vocab_size,
-            hidden_size=lm.width,
-            num_hidden_layers=lm.layers,
-            num_attention_heads=lm.attention.heads,
-            intermediate_size=lm.feed_forward.width,
-            max_position_embeddings=max(dataset.max_length for dataset in datasets),
-        )
-    )
-    extend_instance(text, FlamingoLMMixin)
-    text.set_decoder_layers_attr_name("gpt_neox.layers")
-
-    class Vision(torch.nn.Module):
-        """A CLIP's vision part as open_clip's `visual` answers: pooled features, then those of
-        the patches.
-        """
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.vit = CLIPVisionModel(
-                CLIPVisionConfig(
-                    hidden_size=vit.width,
-                    intermediate_size=vit.feed_forward,
-                    num_hidden_layers=vit.layers,
-                    num_attention_heads=vit.heads,
-                    image_size=vision.image_size,
-                    patch_size=vit.patch_size,
-                )
-            )
-
-        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            features = self.vit(images)
-            return features.pooler_output, features.last_hidden_state[:, 1:]
-
-    clip = torch.nn.Module()
-    clip.visual = Vision()
+    lm = config.language_model
     image, end = lm.vocab_size - 1, lm.vocab_size - 2
+    text = peer_language_model(lm, max(dataset.max_length for dataset in datasets))
+    clip = torch.nn.Module()
+    clip.visual = peer_vision(config.vision)
     model = Flamingo(
         clip,
         text,
         end,
         image,
-        vis_dim=vit.width,
+        vis_dim=config.vision.vit.width,
         cross_attn_every_n_layers=config.conditioning.xattn_every,
     ).train()
     model.requires_grad_(False)
@@ -174,21 +126,9 @@ def peer_step(config: FlamingoConfig, datasets: list[DatasetConfig]) -> Callable
         part.requires_grad_(True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    batches = []
-    for data in datasets:
-        tokens = torch.randint(0, end, (data.batch_size, data.max_length))
-        tokens[:, :: data.max_length // data.visuals][:, : data.visuals] = image
-        images = torch.rand(
-            data.batch_size, data.visuals, 1, 3, vision.image_size, vision.image_size
-        )
-        inputs = {
-            "vision_x": images,
-            "lang_x": tokens,
-            "attention_mask": torch.ones_like(tokens),
-        }
-        batches.append(
-            (inputs | {"labels": torch.where(tokens == image, -100, tokens)}, data.weight)
-        )
+    batches = [
+        (random_batch(data, config.vision.image_size, image, end), data.weight) for data in datasets
+    ]
     added = torch.zeros(lm.vocab_size, 1)
     added[[image, end]] = 1
 
@@ -201,6 +141,82 @@ def peer_step(config: FlamingoConfig, datasets: list[DatasetConfig]) -> Callable
         optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def find_open_flamingo() -> None:
+    """Makes the package's modules importable without its own __init__, which imports open_clip
+    and with it torchvision.
+    """
+    found = importlib.util.find_spec("open_flamingo")
+    assert found is not None and found.submodule_search_locations is not None
+    package = types.ModuleType("open_flamingo")
+    package.__path__ = list(found.submodule_search_locations)
+    source = types.ModuleType("open_flamingo.src")
+    source.__path__ = [f"{folder}/src" for folder in package.__path__]
+    sys.modules |= {"open_flamingo": package, "open_flamingo.src": source}
+
+
+def peer_language_model(lm: LanguageModelConfig, max_length: int) -> Any:
+    """A GPT-NeoX with the places that open_flamingo puts its layers in."""
+    from open_flamingo.src.flamingo_lm import FlamingoLMMixin
+    from open_flamingo.src.utils import extend_instance
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    text = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=lm.vocab_size,
+            hidden_size=lm.width,
+            num_hidden_layers=lm.layers,
+            num_attention_heads=lm.attention.heads,
+            intermediate_size=lm.feed_forward.width,
+            max_position_embeddings=max_length,
+        )
+    )
+    extend_instance(text, FlamingoLMMixin)
+    text.set_decoder_layers_attr_name("gpt_neox.layers")
+    return text
+
+
+def peer_vision(vision: VisionConfig) -> Any:
+    """A CLIP's vision part as open_clip's `visual` answers: pooled features, then those of the
+    patches.
+    """
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    class Vision(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit = CLIPVisionModel(
+                CLIPVisionConfig(
+                    hidden_size=vision.vit.width,
+                    intermediate_size=vision.vit.feed_forward,
+                    num_hidden_layers=vision.vit.layers,
+                    num_attention_heads=vision.vit.heads,
+                    image_size=vision.image_size,
+                    patch_size=vision.vit.patch_size,
+                )
+            )
+
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            features = self.vit(images)
+            return features.pooler_output, features.last_hidden_state[:, 1:]
+
+    return Vision()
+
+
+def random_batch(data: DatasetConfig, size: int, image: int, end: int) -> dict[str, Any]:
+    """Full rows of random tokens and pixels; image, end: the tokens of <image> and <EOC>."""
+    import torch
+
+    tokens = torch.randint(0, end, (data.batch_size, data.max_length))
+    tokens[:, :: data.max_length // data.visuals][:, : data.visuals] = image
+    return {
+        "vision_x": torch.rand(data.batch_size, data.visuals, 1, 3, size, size),
+        "lang_x": tokens,
+        "attention_mask": torch.ones_like(tokens),
+        "labels": torch.where(tokens == image, -100, tokens),
+    }
 
 
 if __name__ == "__main__":
