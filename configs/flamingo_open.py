@@ -20,7 +20,7 @@ or in this order, and each of which may be left away:
 
 Frozen parts are neither converted nor trained: what is trained is the resampler, the gated
 blocks and <EOC>, in float32, on the language model in bfloat16. Blocks stand before every 4th
-layer, as in Flamingo-9B; a smaller `every` costs memory and time and helps (paper, table 3).
+layer, as in Flamingo-9B; a smaller `xattn_every` costs memory and time and helps (paper, table 3).
 """
 
 import dataclasses
