@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from flamingo_jax.errors import UserError
+from flamingo_jax.evaluation import prompts
 from flamingo_jax.evaluation.benchmarks.benchmark import Benchmark, EvaluationSettings
 from flamingo_jax.evaluation.benchmarks.classification import Classification
 from flamingo_jax.evaluation.benchmarks.open_ended import captioning, question_answering
@@ -48,7 +49,10 @@ class FewShot:
         self._experiment, self._tokenizer, self._mesh = experiment, tokenizer, mesh
         self._batch_size = config.batch_size
         self._benchmark = _read(config, experiment, datasets)
+        # Whoever was trained on questions is asked as then, with nothing before the first.
+        text_examples = 0 if _trained_prompts(experiment) else EvaluationSettings.text_examples
         settings = EvaluationSettings(
+            text_examples=text_examples,
             decoding=DecodingConfig(max_tokens=config.max_tokens, beam_size=config.beam_size),
             seed=experiment.seed,
         )
@@ -104,7 +108,15 @@ def _read(config: EvaluatorConfig, experiment: Experiment, datasets: DatasetRead
     name = config.path
     if config.benchmark == "captioning":
         return captioning(name, queries, support)
+    trained = _trained_prompts(experiment)
+    questions = prompts.PromptTemplate(trained[0]) if len(trained) == 1 else prompts.QUESTION
     if config.benchmark == "vqa":
-        return question_answering(name, queries, support)
+        return question_answering(name, queries, support, questions)
     answers = {example.answers[0] for example in (*queries, *support)}
-    return Classification(name, queries, support, config.classes or sorted(answers))
+    template = questions if any(query.question for query in queries) else prompts.CAPTION
+    return Classification(name, queries, support, config.classes or sorted(answers), template)
+
+
+def _trained_prompts(experiment: Experiment) -> list[str]:
+    """Lists the different prompts of the questions that the model is trained on."""
+    return sorted({data.prompt for data in experiment.data.values() if data.kind == "questions"})
