@@ -2,6 +2,7 @@
 order it lands.
 """
 
+import io
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from data_pipelines.build.html_pages import HtmlPages
 from data_pipelines.build.image_folder import ImageFolder
@@ -17,6 +19,7 @@ from data_pipelines.build.plain_text import PlainText, documents
 from data_pipelines.build.questions_folder import QuestionsFolder
 from data_pipelines.build.sentencepiece_trainer import texts_in, train_tokenizer
 from data_pipelines.build.source import Shares
+from data_pipelines.build.statistics_table import statistics_table
 from data_pipelines.build.video_folder import VideoFolder
 from data_pipelines.build.writer import ordered_map, write_dataset
 from flamingo_jax.errors import UserError
@@ -31,7 +34,6 @@ from tests.data_pipelines.raw import (
     save,
     strings,
 )
-from tests.launch import commands
 
 
 def test_image_folder(tmp_path):
@@ -386,7 +388,7 @@ def test_missing_folders_are_named(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_command(tmp_path, capsys):
+def test_command(tmp_path):
     save(tmp_path / "site" / "a.png", colourful())
     (tmp_path / "site" / "page.html").write_text('<p>one<img src="a.png">two<img src="gone.png">')
 
@@ -409,8 +411,9 @@ def test_command(tmp_path, capsys):
     )
     assert set(read(tmp_path / "data" / "site")) == {"page.html"}
     statistics = json.loads((tmp_path / "data" / "site" / "1.0.0" / "statistics.json").read_text())
-    commands.load("build_data").report({"site": (statistics, False)})
-    assert "site (was there)" in capsys.readouterr().out
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(statistics_table({"site": (statistics, False)}))
+    assert "site (was there)" in console.export_text()
     wrong = build(flags[0], "--input=nowhere", f"--output={tmp_path}/data/other")
     assert (
         wrong.returncode == 2
