@@ -195,7 +195,7 @@ def fill_films(raw: pathlib.Path, key: Key) -> list[str]:
     (raw / "twice.ts").write_bytes(2 * (raw / "twice.ts").read_bytes())
     film(raw / "one.avi", codec="mjpeg")
     hurt(raw / "one.avi", 12)
-    key.parts["damaged image of a video"] += 1
+    key.parts["damaged frame of a video"] += 1
     film(raw / "torn.mkv")
     torn = (raw / "torn.mkv").read_bytes()
     (raw / "torn.mkv").write_bytes(torn[: len(torn) // 2])
