@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from flamingo_jax.errors import StorageError, UserError
 
-_LIBRARIES = (
+STORE_LIBRARIES = (
     "botocore",
     "aiobotocore",
     "boto3",
@@ -136,13 +136,21 @@ class BucketPath:
                     yield path
 
     def files_below(self) -> Iterator["BucketPath"]:
-        """Yields every file below this folder, however deep."""
+        """Yields every file below this folder, however deep, in order."""
+        for name in sorted(self.sizes_below()):
+            yield self / name
+
+    def sizes_below(self) -> dict[str, int]:
+        """Returns {path relative to this folder: bytes} of every file below it, from listings."""
         with self._store() as store:
-            found = sorted(store.find(str(self._place)))
-        for name in found:
-            # What ends with "/" is a console's mark of an empty folder.
-            if not name.endswith("/"):
-                yield BucketPath(self.scheme, name)
+            found = store.find(str(self._place), detail=True)
+        # What ends with "/" is a console's mark of an empty folder; a file has none below it.
+        prefix = f"{self._place}/"
+        return {
+            name[len(prefix) :]: int(info["size"])
+            for name, info in found.items()
+            if name.startswith(prefix) and not name.endswith("/")
+        }
 
     def version(self) -> ObjectVersion:
         with self._store() as store:
@@ -220,7 +228,7 @@ class BucketPath:
         except OSError:
             raise
         except Exception as error:
-            if type(error).__module__.partition(".")[0] not in _LIBRARIES:
+            if type(error).__module__.partition(".")[0] not in STORE_LIBRARIES:
                 raise
             said = next(iter(str(error).splitlines()), type(error).__name__)
             raise OSError(errno.EIO, said, str(self)) from error

@@ -153,6 +153,16 @@ def files_below(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         yield from (pathlib.Path(place, name) for name in names)
 
 
+def sizes_below(folder: pathlib.Path) -> dict[str, int]:
+    """Returns {path relative to the folder: bytes} of every file below it. Raises OSError."""
+    if is_bucket(folder):
+        bucket: Any = folder
+        return bucket.sizes_below()
+    return {
+        file.relative_to(folder).as_posix(): file.stat().st_size for file in files_below(folder)
+    }
+
+
 def subfolders(folder: pathlib.Path) -> list[str]:
     """Returns the names of the folders within a folder. Raises OSError."""
     if is_bucket(folder):

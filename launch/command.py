@@ -26,6 +26,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from flamingo_jax import configuring
+from flamingo_jax.bucket_path import STORE_LIBRARIES
 from flamingo_jax.distributed.supervised import is_supervised
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
@@ -208,7 +209,15 @@ def _set_up_logging() -> None:
         logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
     )
     # At the level of information these report every save and every compilation.
-    for noisy in ("jax", "orbax", "absl", "tensorstore", "grain", "tensorflow_datasets"):
+    for noisy in (
+        "jax",
+        "orbax",
+        "absl",
+        "tensorstore",
+        "grain",
+        "tensorflow_datasets",
+        *STORE_LIBRARIES,
+    ):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

@@ -22,6 +22,8 @@ NAME = "manifest.json"
 _THREADS = min(4, os.cpu_count() or 1)
 _PART = 4 << 20
 """Bytes that are read between two words of progress."""
+_BUCKET_THREADS = 32
+"""They wait for the store rather than for this machine."""
 _BUCKET_PART = 32 << 20
 """The same of a bucket, where each part is a request."""
 READ_AGAIN_AFTER = (0.2, 1.0, 5.0)
@@ -106,11 +108,13 @@ def write_manifest(folder: pathlib.Path, progress: Progress = lambda: None) -> M
     """Digests every file below `folder` and writes the manifest atomically, after all of it has
     reached the disk.
     """
-    files = (path for path in paths.files_below(folder) if path != folder / NAME)
-    names = sorted(path.relative_to(folder).as_posix() for path in files)
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        made = pool.map(lambda name: _entry(folder / name, progress, sync=True), names)
-        entries = dict(zip(names, made, strict=True))
+    sizes = {name: size for name, size in paths.sizes_below(folder).items() if name != NAME}
+    with concurrent.futures.ThreadPoolExecutor(_threads(folder)) as pool:
+        made = pool.map(
+            lambda name: _entry(folder / name, progress, sync=True, total=sizes[name]),
+            sorted(sizes),
+        )
+        entries = dict(zip(sorted(sizes), made, strict=True))
     manifest = Manifest(_digest(entries), entries)
     write_atomically(folder / NAME, _canonical(manifest))
     return manifest
@@ -141,15 +145,23 @@ def check_sizes(folder: pathlib.Path, manifest: Manifest) -> None:
     Raises: DamageError for the first file that is missing or has another size, OSError for one
       of which that cannot be known just now.
     """
+    listed = retry_read(lambda: paths.sizes_below(folder)) if paths.is_bucket(folder) else None
     for name, entry in manifest.files.items():
-        try:
-            size = retry_read(lambda: paths.version(folder / name)).bytes  # noqa: B023
-        except (FileNotFoundError, NotADirectoryError):
-            raise DamageError(folder, name, "is missing") from None
-        except IsADirectoryError:
-            raise DamageError(folder, name, "is no file") from None
+        size = _size(folder, name) if listed is None else listed.get(name)
+        if size is None:
+            raise DamageError(folder, name, "is missing")
         if size != entry.bytes:
             raise DamageError(folder, name, f"has {size:,} bytes instead of {entry.bytes:,}")
+
+
+def _size(folder: pathlib.Path, name: str) -> int | None:
+    """Looks at one file; None where it is not there. Raises DamageError for what is no file."""
+    try:
+        return retry_read(lambda: paths.version(folder / name)).bytes
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except IsADirectoryError:
+        raise DamageError(folder, name, "is no file") from None
 
 
 def check_digests(
@@ -161,8 +173,13 @@ def check_digests(
       cannot be read just now.
     """
     check_sizes(folder, manifest)
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda name: file_digest(folder / name, progress), manifest.files)
+    with concurrent.futures.ThreadPoolExecutor(_threads(folder)) as pool:
+        found = pool.map(
+            lambda name: retry_read(
+                lambda: _entry(folder / name, progress, total=manifest.files[name].bytes)
+            ),
+            manifest.files,
+        )
         for name, digest in zip(manifest.files, found, strict=True):
             if digest != manifest.files[name]:
                 raise DamageError(folder, name, "has other content than its manifest says")
@@ -212,22 +229,33 @@ def sync_folder(folder: pathlib.Path) -> None:
         os.close(descriptor)
 
 
+def _threads(folder: pathlib.Path) -> int:
+    return _BUCKET_THREADS if paths.is_bucket(folder) else _THREADS
+
+
 def _entry(
-    path: pathlib.Path, progress: Progress = lambda: None, *, sync: bool = False
+    path: pathlib.Path,
+    progress: Progress = lambda: None,
+    *,
+    sync: bool = False,
+    total: int | None = None,
 ) -> FileDigest:
     digest, size = hashlib.sha256(), 0
-    for part in _parts(path, sync):
+    for part in _parts(path, sync, total):
         digest.update(part)
         size += len(part)
         progress()
     return FileDigest(size, digest.hexdigest())
 
 
-def _parts(path: pathlib.Path, sync: bool) -> Iterator[bytes]:
-    """Yields the content of a file part by part; with `sync` it is on disk at the end."""
+def _parts(path: pathlib.Path, sync: bool, total: int | None) -> Iterator[bytes]:
+    """Yields the content of a file part by part; with `sync` it is on disk at the end.
+
+    total: its size, where that is known: a bucket is asked for it else.
+    """
     if paths.is_bucket(path):
         bucket: Any = path
-        total = paths.version(path).bytes
+        total = paths.version(path).bytes if total is None else total
         for start in range(0, total, _BUCKET_PART):
             yield bucket.read_range(start, min(_BUCKET_PART, total - start))
         return
