@@ -3,8 +3,8 @@
     python -m launch.train --config=configs/ablations.py:form=vanilla_xattn --workdir=runs/vanilla
     python -m launch.plan --config=configs/ablations.py:form=no_gating --counts
 
-The argument is `form,size,root`: the form is a row of `ROWS`, by default `baseline`; the size is
-`tiny` for a laptop or a machine of `configs/flamingo_3b.py`, as in `form=mlp,size=tiny`.
+The argument is `form,size,root`: the form is one of `ABLATIONS`, by default `baseline`; the size
+is `tiny` for a laptop or a machine of `configs/flamingo_3b.py`, as in `form=mlp,size=tiny`.
 
 All rows have the published batches and 250,000 updates of four datasets, a million gradients.
 Where the paper names a row without its sizes, they are chosen so that its parameters are as many
@@ -29,8 +29,8 @@ from flamingo_jax.experiment import DatasetConfig, Experiment, VisionConfig, ViT
 M3W, PAIRS, VTP = ("m3w",), ("align", "ltip"), ("vtp",)
 
 
-class Row(NamedTuple):
-    """What a row changes of the baseline.
+class Ablation(NamedTuple):
+    """What a row of the tables changes of the baseline.
 
     changes: new values of the experiment's fields, nested as they are. data: what is trained on.
     p_next: of M3W.
@@ -41,16 +41,16 @@ class Row(NamedTuple):
     p_next: float = 0.5
 
 
-def _conditioning(**changes: Any) -> Row:
-    return Row({"flamingo": {"conditioning": changes}})
+def _conditioning(**changes: Any) -> Ablation:
+    return Ablation({"flamingo": {"conditioning": changes}})
 
 
-def _resampler(**changes: Any) -> Row:
-    return Row({"flamingo": {"resampler": changes}})
+def _resampler(**changes: Any) -> Ablation:
+    return Ablation({"flamingo": {"resampler": changes}})
 
 
-def _training(**changes: Any) -> Row:
-    return Row({"training": changes})
+def _training(**changes: Any) -> Ablation:
+    return Ablation({"training": changes})
 
 
 RANDOM_ENCODER = {"training": {"unfreeze_vision_encoder": True}, "vision_encoder_from": "random"}
@@ -73,14 +73,14 @@ NFNET_F0 = {
     "vision_encoder_from": f"{base.EXPORTS}/contrastive_nfnet_f0",
 }
 
-ROWS: dict[str, Row] = {
-    "baseline": Row(),
+ABLATIONS: dict[str, Ablation] = {
+    "baseline": Ablation(),
     # Training data.
-    "m3w_only": Row(data=M3W),
-    "no_vtp": Row(data=(*M3W, *PAIRS)),
-    "no_pairs": Row(data=(*M3W, *VTP)),
-    "laion_pairs": Row(data=(*M3W, "laion", *VTP)),
-    "no_m3w": Row(data=(*PAIRS, *VTP)),
+    "m3w_only": Ablation(data=M3W),
+    "no_vtp": Ablation(data=(*M3W, *PAIRS)),
+    "no_pairs": Ablation(data=(*M3W, *VTP)),
+    "laion_pairs": Ablation(data=(*M3W, "laion", *VTP)),
+    "no_m3w": Ablation(data=(*PAIRS, *VTP)),
     # Optimisation.
     "round_robin": _training(mixing="round_robin"),
     # How the language model is conditioned.
@@ -100,19 +100,19 @@ ROWS: dict[str, Row] = {
     "large_resampler": _resampler(layers=12),
     # Which images a text sees.
     "all_previous": _conditioning(attend_to_media="all_previous"),
-    "p_next_0": Row(p_next=0.0),
-    "p_next_1": Row(p_next=1.0),
+    "p_next_0": Ablation(p_next=0.0),
+    "p_next_1": Ablation(p_next=1.0),
     # The vision encoder.
-    "clip_l14": Row(CLIP),
-    "nfnet_f0": Row(NFNET_F0),
+    "clip_l14": Ablation(CLIP),
+    "nfnet_f0": Ablation(NFNET_F0),
     # The language model's own data, and what is frozen.
-    "lm_c4": Row({"language_model_from": f"{base.EXPORTS}/lm_1b4_c4"}),
-    "vision_scratch": Row(RANDOM_ENCODER),
+    "lm_c4": Ablation({"language_model_from": f"{base.EXPORTS}/lm_1b4_c4"}),
+    "vision_scratch": Ablation(RANDOM_ENCODER),
     "vision_finetuned": _training(unfreeze_vision_encoder=True),
-    "lm_scratch": Row(RANDOM_LM),
+    "lm_scratch": Ablation(RANDOM_LM),
     "lm_finetuned": _training(unfreeze_language_model=True),
-    "lm_scratch_cotrained": Row(RANDOM_LM, (*M3W, *PAIRS, *VTP, "massive_text")),
-    "lm_finetuned_cotrained": Row(
+    "lm_scratch_cotrained": Ablation(RANDOM_LM, (*M3W, *PAIRS, *VTP, "massive_text")),
+    "lm_finetuned_cotrained": Ablation(
         {
             "training": {"unfreeze_language_model": True},
             "optimizer": {"learning_rate_scales": {"language_model": 0.1}},
@@ -120,8 +120,8 @@ ROWS: dict[str, Row] = {
         (*M3W, *PAIRS, *VTP, "massive_text"),
     ),
     # Public data and a public encoder.
-    "laion_only": Row(CLIP, ("laion",)),
-    "laion_m3w_vtp": Row(CLIP, (*M3W, "laion", *VTP)),
+    "laion_only": Ablation(CLIP, ("laion",)),
+    "laion_m3w_vtp": Ablation(CLIP, (*M3W, "laion", *VTP)),
 }
 """The rows of tables 3 and 10 by name."""
 
@@ -130,8 +130,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config of `form,size,root`."""
     given = base.arguments(arg, "ablations", ("form", "size", "root"))
     form, size = given["form"] or "baseline", given["size"]
-    if form not in ROWS:
-        close = did_you_mean(form, ROWS) or f": choose one of {', '.join(ROWS)}"
+    if form not in ABLATIONS:
+        close = did_you_mean(form, ABLATIONS) or f": choose one of {', '.join(ABLATIONS)}"
         raise UserError(f"configs/ablations.py has no form {form!r}{close}")
     if size not in ("", base.TINY, *MACHINES):
         sizes = ", ".join((base.TINY, *MACHINES))
@@ -145,17 +145,16 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
 
 def _experiment(form: str) -> Experiment:
-    row, datasets = ROWS[form], _datasets()
-    datasets["m3w"] = dataclasses.replace(datasets["m3w"], p_next=row.p_next)
-    name = f"flamingo 3B, {form.replace('_', ' ')}"
+    ablation, datasets = ABLATIONS[form], _datasets()
+    datasets["m3w"] = dataclasses.replace(datasets["m3w"], p_next=ablation.p_next)
     baseline = base.flamingo(
-        name,
+        f"flamingo 3B, {form.replace('_', ' ')}",
         base.LM_1B4,
         every=1,
         lm_export="lm_1b4",
-        data={name: datasets[name] for name in row.data},
+        data={name: datasets[name] for name in ablation.data},
     )
-    return _changed(_changed(baseline, {"training": {"steps": 250_000}}), row.changes)
+    return _changed(_changed(baseline, {"training": {"steps": 250_000}}), ablation.changes)
 
 
 def _datasets() -> dict[str, DatasetConfig]:

@@ -79,7 +79,7 @@ def test_what_the_rows_add_learns(name: str, tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.scale
-@pytest.mark.parametrize("form", ablations.ROWS)
+@pytest.mark.parametrize("form", ablations.ABLATIONS)
 def test_every_row_trains_twenty_steps(form: str, tmp_path: pathlib.Path) -> None:
     experiment = tiny(form)
     experiment = dataclasses.replace(
@@ -108,7 +108,7 @@ def test_a_form_or_size_that_is_not_there() -> None:
 
 
 @pytest.mark.parametrize("size", ["", "tiny", "h200_8"])
-@pytest.mark.parametrize("form", ablations.ROWS)
+@pytest.mark.parametrize("form", ablations.ABLATIONS)
 def test_every_row_has_a_config_and_takes_a_root(form: str, size: str) -> None:
     config = from_config(Experiment, ablations.get_config(f"form={form},size={size},root=/shared"))
     paths = [config.tokenizer, *(d.path for d in config.data.values())]
@@ -118,7 +118,7 @@ def test_every_row_has_a_config_and_takes_a_root(form: str, size: str) -> None:
 
 
 def test_what_data_the_rows_have() -> None:
-    data = {form: tiny(form).data for form in ablations.ROWS}
+    data = {form: tiny(form).data for form in ablations.ABLATIONS}
     assert set(data["baseline"]) == {"m3w", "align", "ltip", "vtp"}
     assert set(data["no_pairs"]) == {"m3w", "vtp"} and set(data["m3w_only"]) == {"m3w"}
     assert set(data["laion_only"]) == {"laion"}
