@@ -37,7 +37,7 @@ def forms(name: str) -> list[str]:
         return [SIZES]
     if name == "ablations":
         sizes = ("", "tiny", *module.MACHINES)
-        rows = [f"form={row},size=tiny" for row in module.ROWS]
+        rows = [f"form={row},size=tiny" for row in module.ABLATIONS]
         return rows + [f"size={size}" if size else "" for size in sizes]
     if hasattr(module, "STAGES"):
         return ["", *module.STAGES]
