@@ -121,9 +121,12 @@ def map_cache(change: Callable[..., Array], cache: Any, *others: Any) -> Any:
     """A cache with every array that has a batch axis changed, alone or with those in its place
     of others; what rows share stays.
     """
-    shared = lambda a: isinstance(a, Shared)
+
+    def is_shared(leaf: Any) -> bool:
+        return isinstance(leaf, Shared)
+
     return jax.tree.map(
-        lambda a, *b: a if shared(a) else change(a, *b), cache, *others, is_leaf=shared
+        lambda a, *b: a if is_shared(a) else change(a, *b), cache, *others, is_leaf=is_shared
     )
 
 

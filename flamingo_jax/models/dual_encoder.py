@@ -40,7 +40,7 @@ class DualEncoder(nnx.Module):
         features = self.vision(
             normalise(images, vision.mean, vision.std, self.dtype), train=train, key=key
         )
-        return _unit(linear(features.mean((1, 2)), self.vision_projection[...]))
+        return _unit(linear(features.mean((1, 2)), self.vision_projection))
 
     def encode_texts(self, tokens: Array, mask: Array) -> Array:
         """int32 [B, L], bool [B, L] -> float32 [B, J] of length 1; the mean is over real
@@ -49,7 +49,7 @@ class DualEncoder(nnx.Module):
         real = mask[..., None]
         total = jnp.where(real, self.text(tokens, mask), jnp.zeros((), self.dtype)).sum(1)
         pooled = total / jnp.maximum(real.sum(1), 1).astype(self.dtype)
-        return _unit(linear(pooled, self.text_projection[...]))
+        return _unit(linear(pooled, self.text_projection))
 
 
 def _unit(x: Array) -> Array:

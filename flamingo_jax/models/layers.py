@@ -288,8 +288,8 @@ def scan_layers(
     step = remat(lambda c, xs: body(nnx.merge(graph, xs[0]), c, xs[1]), remat_mode)
     if jax.tree.leaves(state)[0].shape[0] == 1:
         # XLA's CPU backend runs a convolution's gradient ten times slower inside a loop.
-        first = lambda tree: jax.tree.map(lambda a: a[0], tree)
-        carry, output = body(nnx.merge(graph, first(state)), carry, first(inputs))
+        first_state, first_input = jax.tree.map(lambda a: a[0], (state, inputs))
+        carry, output = body(nnx.merge(graph, first_state), carry, first_input)
         return carry, jax.tree.map(lambda a: a[None], output)
     return jax.lax.scan(
         step, carry, (state, inputs), unroll=ops.scan_unroll(jax.tree.leaves(state)[0].shape[0])

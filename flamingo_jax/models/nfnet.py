@@ -188,17 +188,16 @@ class SqueezeExcite(nnx.Module):
     """A gate for each channel from the channels' means over space."""
 
     def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
-        init = lambda shape: nnx.Param(
-            jax.random.normal(rngs.params(), shape) / math.sqrt(shape[0])
-        )
-        self.down, self.down_bias = init((width, hidden)), nnx.Param(jnp.zeros((hidden,)))
-        self.up, self.up_bias = init((hidden, width)), nnx.Param(jnp.zeros((width,)))
+        down = jax.random.normal(rngs.params(), (width, hidden)) / math.sqrt(width)
+        up = jax.random.normal(rngs.params(), (hidden, width)) / math.sqrt(hidden)
+        self.down, self.down_bias = nnx.Param(down), nnx.Param(jnp.zeros((hidden,)))
+        self.up, self.up_bias = nnx.Param(up), nnx.Param(jnp.zeros((width,)))
 
     def __call__(self, x: Array) -> Array:
         h = x.mean((1, 2))
-        h = linear(h, self.down[...])
+        h = linear(h, self.down)
         h = jax.nn.relu(h + broadcast_param(self.down_bias[...], h))
-        h = linear(h, self.up[...])
+        h = linear(h, self.up)
         return jax.nn.sigmoid(h + broadcast_param(self.up_bias[...], h))[:, None, None]
 
 
@@ -251,10 +250,12 @@ class Block(nnx.Module):
 
 def _average_pool(x: Array) -> Array:
     """2x2 means at stride 2; an odd border averages what there is of it."""
-    add = lambda a: jax.lax.reduce_window(
-        a, np.zeros((), a.dtype), jax.lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "SAME"
-    )
-    return add(x) / add(jnp.ones((1, *x.shape[1:3], 1), x.dtype))
+    return _sum_2x2(x) / _sum_2x2(jnp.ones((1, *x.shape[1:3], 1), x.dtype))
+
+
+def _sum_2x2(x: Array) -> Array:
+    zero, window = np.zeros((), x.dtype), (1, 2, 2, 1)
+    return jax.lax.reduce_window(x, zero, jax.lax.add, window, window, "SAME")
 
 
 class Stage(nnx.Module):

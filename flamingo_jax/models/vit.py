@@ -56,11 +56,8 @@ class ViT(nnx.Module):
         self.width = vit.width
         self.patch_embedding = fan_in_normal(rngs, (3 * vit.patch_size**2, vit.width))
         self.patch_bias = nnx.Param(jnp.zeros((vit.width,))) if vit.patch_bias else None
-        small = lambda *shape: nnx.Param(
-            0.02 * jax.random.normal(rngs.params(), (*shape, vit.width))
-        )
-        self.position_embedding = small(self.grid, self.grid)
-        self.class_embedding = small() if vit.class_token else None
+        self.position_embedding = _embedding(rngs, self.grid, self.grid, vit.width)
+        self.class_embedding = _embedding(rngs, vit.width) if vit.class_token else None
         self.first_norm = LayerNorm(vit.width, vit.norm_eps) if vit.first_norm else None
         self.layers = stack(lambda r: ViTLayer(vit, rngs=r), vit.layers, rngs)
         self.last_norm = LayerNorm(vit.width, vit.norm_eps) if vit.last_norm else None
@@ -79,7 +76,7 @@ class ViT(nnx.Module):
             .swapaxes(2, 3)
             .reshape(count, rows, columns, -1)
         )
-        x = linear(x, self.patch_embedding[...])
+        x = linear(x, self.patch_embedding)
         if self.patch_bias is not None:
             x = x + broadcast_param(self.patch_bias[...], x)
         x = (x + broadcast_param(self._positions(rows, columns), x)).reshape(
@@ -105,6 +102,10 @@ class ViT(nnx.Module):
 
     def _positions(self, rows: int, columns: int) -> Array:
         return resize_positions(self.position_embedding[...], rows, columns)
+
+
+def _embedding(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
+    return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
 
 
 def resize_positions(table: Array, rows: int, columns: int) -> Array:
