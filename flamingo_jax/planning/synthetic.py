@@ -37,8 +37,10 @@ def _full_batch(
         "segments": np.ones(shape, np.int32),
         "loss_mask": np.ones(shape, bool),
     }
-    if experiment.task != "flamingo" or dataset.kind == "text":
+    if experiment.task != "flamingo":
         return batch
+    if dataset.kind == "text":
+        return batch | {"media_index": np.full(shape, -1, np.int32)}
     size, listed = config.vision.image_size, host_shard.visuals(dataset.batch_size, places)
     return batch | {
         # Visuals stand evenly over the row, the first at its start.
