@@ -132,7 +132,6 @@ def test_no_function_is_long() -> None:
     assert not found
 
 
-@pytest.mark.xfail(reason="rooms are being rebuilt")
 def test_no_file_is_long() -> None:
     lengths = {file: file.read_text().count("\n") for file in _files(*PRODUCT, "tests")}
     long = {str(f.relative_to(ROOT)): n for f, n in lengths.items() if n > 500}
