@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from flamingo_jax.checkpointing.export import open_export
-from flamingo_jax.checkpointing.verification import entries
+from flamingo_jax.checkpointing.verification import file_digests
 from flamingo_jax.configuring import from_json
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import LanguageModelConfig, MeshConfig
@@ -60,7 +60,7 @@ def main() -> None:
             np.testing.assert_array_equal(shard.data, expected[shard.index], err_msg=name)
     folder = pathlib.Path(other.format(index=index))
     try:
-        entries(folder, sorted(file.name for file in folder.iterdir()))
+        file_digests(folder, sorted(file.name for file in folder.iterdir()))
     except UserError as error:
         told["error"] = str(error)
     print(json.dumps(told))
