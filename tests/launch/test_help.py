@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 COMMANDS = sorted(
     file.stem
     for file in (ROOT / "launch").glob("*.py")
-    if "command.run(" in file.read_text() and file.stem not in ("command", "build_data")
+    if "command.run(" in file.read_text() and file.stem != "command"
 )
 SLOW = ("jax", "orbax", "tensorflow_datasets", "matplotlib", "scipy")
 """What takes long to import."""
