@@ -26,8 +26,10 @@ STORE_LIBRARIES = (
     "requests",
 )
 """Packages whose exceptions are the store's."""
-_TAKEN = ("PreconditionFailed", "412", "ConditionalRequestConflict")
-"""What stores say where a file that should be new is there already: 412, of a race 409."""
+_TAKEN = ("PreconditionFailed", "ConditionalRequestConflict")
+"""S3's codes where a file that should be new is there already: 412, and 409 while another writer is
+at it.
+"""
 
 
 class ObjectVersion(NamedTuple):
@@ -191,7 +193,8 @@ class BucketPath:
         except FileExistsError:
             return False
         except OSError as error:
-            if any(sign in str(error) for sign in _TAKEN):
+            response = getattr(error.__cause__, "response", None) or {}
+            if response.get("Error", {}).get("Code") in _TAKEN:
                 return False
             raise
         return True
