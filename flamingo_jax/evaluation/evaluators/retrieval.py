@@ -21,8 +21,8 @@ class Retrieval:
     """Finds each image's captions among all captions, and each caption's image among all images.
 
     Of an image with several captions any may be found first. Equal captions are apart, so that
-    one finds its own image alone, unless the model's `merge_duplicates` says that they are one:
-    then it finds any of theirs.
+    each finds its own image alone and which of them comes first is chance, unless the model's
+    `merge_duplicates` says that they are one: then it finds any of theirs.
     """
 
     def __init__(
@@ -56,8 +56,11 @@ class Retrieval:
         """Measures {"image_to_text_recall@K" and "text_to_image_recall@K": 0 to 1}."""
         parameters = {**trainable, **frozen}
         images = self._embedder.embed_images(parameters, self._set.images)
-        texts = self._embedder.embed_texts(parameters, self._texts)
-        similarities = images @ texts.T
+        # Equal captions are encoded once, so that they tie to the bit.
+        different = list(dict.fromkeys(self._texts))
+        places = {text: place for place, text in enumerate(different)}
+        texts = self._embedder.embed_texts(parameters, different)
+        similarities = (images @ texts.T)[:, [places[text] for text in self._texts]]
         to_text = recall_at(similarities, self._matches)
         to_image = recall_at(similarities.T, self._matches.T)
         return {f"image_to_text_recall@{rank}": share for rank, share in to_text.items()} | {

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from flamingo_jax.evaluation.metrics.ranking import found_among_first
+
 RANKS = (1, 5, 10)
 
 
@@ -17,12 +19,7 @@ def recall_at(
       matches: bool [Q, C], True where the candidate is one of the query's own; several may be.
       ranks: the K.
 
-    Returns: {K: share, 0 to 1}. What is as similar as a match stands before it: an encoder that
-      tells nothing apart recalls nothing.
+    Returns: {K: share, 0 to 1}; of what is equally similar, by chance.
     Raises: ValueError for a query without a match.
     """
-    if not matches.any(1).all():
-        raise ValueError("a query has no match among the candidates")
-    best = np.where(matches, similarities, -np.inf).max(1, keepdims=True)
-    before = (~matches & (similarities >= best)).sum(1)
-    return {rank: float((before < rank).mean()) for rank in ranks}
+    return {rank: float(found_among_first(similarities, matches, rank).mean()) for rank in ranks}

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from flamingo_jax.evaluation.metrics.ranking import found_among_first
+
 
 def top_k_accuracy(
     scores: np.ndarray, targets: np.ndarray, ranks: Sequence[int] = (1, 5)
@@ -15,8 +17,11 @@ def top_k_accuracy(
       targets: int [Q], the place of each query's class.
       ranks: the K; those above C are left out.
 
-    Returns: {K: share, 0 to 1}. What scores as high as the target stands before it.
+    Returns: {K: share, 0 to 1}; of equal scores, by chance.
     """
-    own = np.take_along_axis(scores, targets[:, None], 1)
-    before = (scores >= own).sum(1) - 1
-    return {rank: float((before < rank).mean()) for rank in ranks if rank <= scores.shape[1]}
+    matches = np.arange(scores.shape[1]) == targets[:, None]
+    return {
+        rank: float(found_among_first(scores, matches, rank).mean())
+        for rank in ranks
+        if rank <= scores.shape[1]
+    }
