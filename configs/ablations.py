@@ -82,7 +82,7 @@ ABLATIONS: dict[str, Ablation] = {
     "laion_pairs": Ablation(data=(*M3W, "laion", *VTP)),
     "no_m3w": Ablation(data=(*PAIRS, *VTP)),
     # Optimisation.
-    "round_robin": _training(mixing="round_robin"),
+    "round_robin": _training(round_robin=True),
     # How the language model is conditioned.
     "no_gating": _conditioning(gating="none"),
     "vanilla_xattn": _conditioning(kind="vanilla_xattn"),

@@ -300,7 +300,7 @@ def flamingo(
         held_out=held_out(data),
         optimizer=OptimizerConfig(),
         mesh=mesh or MeshConfig(),
-        training=TrainingConfig(mixing="stream", remat="products", frames_at_once=88),
+        training=TrainingConfig(remat="products", frames_at_once=88),
         vision_encoder_from=f"{EXPORTS}/contrastive_nfnet_f6",
         language_model_from=f"{EXPORTS}/{lm_export}",
     )

@@ -111,7 +111,7 @@ def experiment_of(sizes: str) -> Experiment:
                 weight=0.2,
             ),
         },
-        training=TrainingConfig(compute_dtype="float32", mixing="stream"),
+        training=TrainingConfig(compute_dtype="float32"),
         vision_encoder_from="random",
         language_model_from="random",
     )

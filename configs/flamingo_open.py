@@ -135,7 +135,6 @@ def _experiment(language_model: str, encoder: str, data: dict[str, DatasetConfig
         optimizer=OptimizerConfig(),
         training=TrainingConfig(
             steps=250_000,
-            mixing="stream",
             remat="products",
             frames_at_once=64,
             loss="sequence_sum",

@@ -190,7 +190,6 @@ def flamingo(root: str, use_visuals: bool = True) -> Experiment:
             save_every=250,
             keep_last=2,
             loss="token_mean",
-            mixing="stream",
             compute_dtype="float32",
             use_visuals=use_visuals,
             cache_features=use_visuals,

@@ -381,10 +381,9 @@ class TrainingConfig:
     """Sum over a sequence's tokens, mean over sequences (the paper's equation), or mean over
     tokens.
     """
-    mixing: Literal["accumulate", "stream", "round_robin"] = "accumulate"
-    """accumulate: dataset after dataset, their gradients summed (paper 2.4). stream: the same
-    gradient from all of them at once, every weight meeting the tokens of all datasets in one
-    product. round_robin: one step of the optimizer for each dataset (the paper's ablation).
+    round_robin: bool = False
+    """One step of the optimizer for each dataset, one after the other (the paper's ablation),
+    rather than one of the sum of their gradients (paper 2.4).
     """
     remat: Literal["none", "products", "layers"] = "none"
     """What is computed again for the gradient rather than kept: nothing; all but the products

@@ -38,6 +38,7 @@ MOVED: dict[str, dict[str, Moved]] = {
         "attend": Moved("conditioning.attend_to_media"),
     },
     "Checkpoint": {"bases": Moved("pretrained")},
+    "TrainingConfig": {"mixing": Moved("round_robin", lambda form: form == "round_robin")},
     "OptimizerConfig": {
         "peak_rate": Moved("learning_rate"),
         "end_rate": Moved("end_learning_rate"),

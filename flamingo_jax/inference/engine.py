@@ -74,7 +74,7 @@ def _encode(graph: Any, state: nnx.State, images: Array, frame_mask: Array) -> A
 @functools.partial(jax.jit, static_argnames="graph")
 def _features(graph: Any, state: nnx.State, images: Array, frame_mask: Array) -> Array:
     """Averages the frozen encoder's features over cells and frames: float32 [M, C]."""
-    features = nnx.merge(graph, state).encode_images(images).astype(jnp.float32).mean(axis=2)
+    features = nnx.merge(graph, state).encode_images([images])[0].astype(jnp.float32).mean(axis=2)
     real = frame_mask[..., None]
     return jnp.where(real, features, 0.0).sum(axis=1) / jnp.maximum(real.sum(axis=1), 1)
 

@@ -34,21 +34,18 @@ from flamingo_jax.models.layers import (
 from flamingo_jax.models.packing import (
     MediaView,
     PackedText,
-    Packing,
     Parts,
     join,
-    merge_alike,
+    pack,
     shapes_of,
     split,
 )
 from flamingo_jax.models.resamplers import make_resampler
 from flamingo_jax.models.vision import VisionEncoder, vision_encoder
 from flamingo_jax.partitioning.constraints import (
-    all_gather,
     constrain,
     everywhere,
     residual,
-    row_shards,
     shards,
 )
 from flamingo_jax.partitioning.mesh import AXES, MODEL, ROWS
@@ -149,11 +146,7 @@ class Flamingo(nnx.Module):
             GraftedLayers(conditioning, lm, rngs=rngs) if conditioning.kind == "grafting" else None
         )
 
-    def encode_images(self, images: Array) -> Array:
-        """uint8 [M, T, H, W, 3] -> grid features [M, T, S, C]."""
-        return self.encode_stream([images])[0]
-
-    def encode_stream(self, images: Parts) -> list[Array]:
+    def encode_images(self, images: Parts) -> list[Array]:
         """The images of several datasets, uint8 [M, T, H, W, 3] each, as one batch over all
         devices -> grid features [M, T, S, C] of each.
 
@@ -211,7 +204,39 @@ class Flamingo(nnx.Module):
         features = everywhere(encoder(x))
         return features.reshape(*frames.shape[:2], -1, features.shape[-1])
 
-    def resample(self, features: Array, frame_mask: Array) -> Array:
+    def encode_visuals(self, images: Array, frame_mask: Array) -> Array:
+        """One dataset's visuals: uint8 [M, T, H, W, 3], bool [M, T] -> visual tokens [M, R, D]."""
+        return self._resample(self.encode_images([images])[0], frame_mask)
+
+    def resample(self, features: Parts, frame_masks: Parts) -> Array:
+        """Grid features [M, T, S, C] and frame masks [M, T] of several datasets -> visual
+        tokens [G, V, R, D], for `hidden_states`; NaN where the features of a visual are
+        not finite.
+
+        Visuals with as many frames go through the resampler together, whichever their dataset.
+        """
+        found: dict[int, Array] = {}
+        for frames in {f.shape[1] for f in features}:
+            places = [place for place, f in enumerate(features) if f.shape[1] == frames]
+            grids, masks = (
+                join([parts[place][:, None] for place in places])
+                for parts in (features, frame_masks)
+            )
+            flat = lambda a: a.reshape(-1, *a.shape[2:])
+            visual_tokens = self._resample(
+                constrain(flat(grids), ROWS).astype(self.dtype), flat(masks)
+            )
+            stream = visual_tokens.reshape(*grids.shape[:2], *visual_tokens.shape[1:])
+            found |= dict(
+                zip(
+                    places,
+                    split(stream, [(features[place].shape[0], 1) for place in places]),
+                    strict=True,
+                )
+            )
+        return join([found[place] for place in range(len(features))])
+
+    def _resample(self, features: Array, frame_mask: Array) -> Array:
         """Grid features [M, T, S, C] -> visual tokens [M, R, D] in the language model's width,
         NaN where the features of a visual are not finite.
         """
@@ -219,10 +244,6 @@ class Flamingo(nnx.Module):
         return jnp.where(
             broken[:, None, None], jnp.nan, linear(tokens, self.visual_projection[...])
         )
-
-    def encode_visuals(self, images: Array, frame_mask: Array) -> Array:
-        """uint8 [M, T, H, W, 3], bool [M, T] -> visual tokens [M, R, D]."""
-        return self.resample(self.encode_images(images), frame_mask)
 
     def prepare_media(self, visual_tokens: Array) -> PreparedVisuals:
         """Visual tokens [M, R, D] as every gated block reads them, once per visual."""
@@ -277,15 +298,12 @@ class Flamingo(nnx.Module):
             visuals, dataset after dataset; None: the text is read with every visual taken away.
           rows_own_visuals: see `__call__`; several datasets' do.
         """
-        several = len(texts) > 1
-        texts, view = merge_alike(texts), None
-        broken = [jnp.zeros(text.tokens.shape, bool) for text in texts]
+        stream, view = pack(texts), None
+        broken = jnp.zeros(stream.tokens.shape, bool)
         if visual_tokens is not None:
             visual_tokens, lost = zero_nonfinite(visual_tokens, (-2, -1))
-            view = self._media_view(texts, visual_tokens.shape[-2], rows_own_visuals)
-            broken = _reached(texts, view, lost, visual_tokens.shape[-2])
-        positions = join([text.positions for text in texts])
-        packing = Packing(tuple(text.segments for text in texts))
+            view = self._media_view(stream.texts, visual_tokens.shape[-2], rows_own_visuals)
+            broken = join(_reached(stream.texts, view, lost, visual_tokens.shape[-2]))
 
         def read_visuals(
             block: CrossAttentionBlock, x: Array, _: None, window: None
@@ -296,14 +314,11 @@ class Flamingo(nnx.Module):
             return block.attend(x, media, view, text), None
 
         def read_text(layer: Any, x: Array, cache: None, between: Any) -> tuple[Array, None]:
-            return layer(x, positions, packing, cache, between)
+            return layer(x, stream.positions, stream.packing, cache, between)
 
-        x = residual(self._embed(join([text.tokens for text in texts]), positions))
+        x = residual(self._embed(stream.tokens, stream.positions))
         x, _ = self._run_layers(x, None, read_text, read_visuals, None)
-        lost_tokens = join(broken)
-        if several and len(texts) == 1:
-            x, lost_tokens = (a.reshape(row_shards(), -1, *a.shape[2:]) for a in (x, lost_tokens))
-        return HiddenStates(x, lost_tokens)
+        return HiddenStates(stream.restore(x), stream.restore(broken))
 
     def _media_view(
         self, texts: Sequence[PackedText], tokens_per_visual: int, rows_own_visuals: bool
@@ -329,60 +344,11 @@ class Flamingo(nnx.Module):
             view = view._replace(text_masks=_where_something_is_seen(windows, masks))
         return view
 
-    def resample_stream(self, features: Parts, frame_masks: Parts) -> Array:
-        """Grid features [M, T, S, C] and frame masks [M, T] of several datasets -> visual
-        tokens [G, V, R, D], for `hidden_states`.
-
-        Visuals with as many frames go through the resampler together, whichever their dataset.
+    def logit_parts(self, x: Array) -> tuple[Array, ...]:
+        """Last hidden states [S, T, D] -> float32 logits [S, T, V], the vocabulary over `model`,
+        and [S, T, extra].
         """
-        found: dict[int, Array] = {}
-        for frames in {f.shape[1] for f in features}:
-            places = [place for place, f in enumerate(features) if f.shape[1] == frames]
-            grids, masks = (
-                join([parts[place][:, None] for place in places])
-                for parts in (features, frame_masks)
-            )
-            flat = lambda a: a.reshape(-1, *a.shape[2:])
-            visual_tokens = self.resample(
-                constrain(flat(grids), ROWS).astype(self.dtype), flat(masks)
-            )
-            stream = visual_tokens.reshape(*grids.shape[:2], *visual_tokens.shape[1:])
-            found |= dict(
-                zip(
-                    places,
-                    split(stream, [(features[place].shape[0], 1) for place in places]),
-                    strict=True,
-                )
-            )
-        return join([found[place] for place in range(len(features))])
-
-    def target_losses(self, x: Array, targets: Array, counts: Array) -> tuple[Array, Array]:
-        """Last hidden states [S, T, D] and target ids int32 [S, T] -> their negative
-        log-likelihoods float32 and whether they were the likeliest.
-
-        counts: bool [S, T]; what is False means nothing, and has no gradient whatever its state
-        is. Without the logits of all tokens at once in memory for the gradient, and with the
-        vocabulary over `model`.
-        """
-        vocabulary = self.config.language_model.vocab_size
-
-        def losses(x: Array, targets: Array) -> tuple[Array, Array]:
-            x = all_gather(x)
-            parts = (
-                constrain(self.language_model.logits(x), ROWS, None, MODEL),
-                self._extra_logits(x),
-            )
-            both = jnp.stack([jax.nn.logsumexp(part, axis=-1) for part in parts])
-            best = jnp.maximum(*(part.max(axis=-1) for part in parts))
-            # Not a gather: that would bring the whole vocabulary to each device.
-            at = lambda part, first: jnp.where(
-                targets[..., None] == first + jnp.arange(part.shape[-1]), part, 0.0
-            ).sum(-1)
-            picked = at(parts[0], 0) + at(parts[1], vocabulary)
-            return jax.nn.logsumexp(both, axis=0) - picked, picked >= best
-
-        x = jnp.where(counts[..., None], x, jnp.zeros((), x.dtype))
-        return remat(losses, "none" if self.remat == "none" else "layers")(x, targets)
+        return constrain(self.language_model.logits(x), ROWS, None, MODEL), self._extra_logits(x)
 
     def init_cache(self, batch: int, max_length: int) -> DecodingCache:
         """An empty cache; every leaf that is not shared has the batch at axis 1."""

@@ -7,6 +7,7 @@ attention and feed-forward, 1 of the relative positions) and one embedding: the 
 paper's table.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,8 +26,10 @@ from flamingo_jax.models.layers import (
     scan_layers,
     stack,
 )
-from flamingo_jax.models.packing import Packing
+from flamingo_jax.models.packing import PackedText, Packing, pack
 from flamingo_jax.models.weights import add_lora
+from flamingo_jax.partitioning.constraints import constrain
+from flamingo_jax.partitioning.mesh import MODEL, ROWS
 
 Array = jax.Array
 
@@ -100,8 +103,19 @@ class LanguageModel(nnx.Module):
 
     def __call__(self, tokens: Array, positions: Array, segments: Array) -> Array:
         """Packed rows int32 [B, L] (segment 0 is padding) -> logits float32 [B, L, V]."""
-        x = self.add_positions(self.embed(tokens), positions)
-        return self.logits(self.run_layers(x, positions, Packing((segments,))))
+        return self.logits(self.hidden_states([PackedText(tokens, positions, segments)]))
+
+    def hidden_states(self, texts: Sequence[PackedText]) -> Array:
+        """The forward: packed rows of one dataset or several -> last hidden states [S, T, D] of
+        the stream that they are.
+        """
+        stream = pack(texts)
+        x = self.add_positions(self.embed(stream.tokens), stream.positions)
+        return stream.restore(self.run_layers(x, stream.positions, stream.packing))
+
+    def logit_parts(self, x: Array) -> tuple[Array, ...]:
+        """Last hidden states [S, T, D] -> (float32 [S, T, V],), the vocabulary over `model`."""
+        return (constrain(self.logits(x), ROWS, None, MODEL),)
 
     def run_layers(self, x: Array, positions: Array, packing: Packing) -> Array:
         """Embeddings [S, T, D], positions int32 [S, T] -> last hidden states [S, T, D]."""

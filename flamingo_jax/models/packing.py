@@ -61,6 +61,36 @@ class Packing(NamedTuple):
         return join([attend(*row) for row in zip(*parts, self.segments, strict=True)])
 
 
+class TokenStream(NamedTuple):
+    """Several datasets' packed rows as models read them: tokens, positions int32 [S, T].
+
+    texts: its parts, neighbours of one shape made one. joined: there were several, and are one
+    now, whose rows are the stream.
+    """
+
+    tokens: Array
+    positions: Array
+    packing: Packing
+    texts: list[PackedText]
+    joined: bool
+
+    def restore(self, x: Array) -> Array:
+        """What a model made of the stream, as the stream of the datasets that went in."""
+        return x.reshape(row_shards(), -1, *x.shape[2:]) if self.joined else x
+
+
+def pack(texts: Sequence[PackedText]) -> TokenStream:
+    """Makes one stream of the datasets' rows."""
+    merged = merge_alike(texts)
+    return TokenStream(
+        join([text.tokens for text in merged]),
+        join([text.positions for text in merged]),
+        Packing(tuple(text.segments for text in merged)),
+        merged,
+        len(texts) > len(merged) == 1,
+    )
+
+
 class MediaView(NamedTuple):
     """What of its visuals each token of a stream sees.
 

@@ -98,7 +98,7 @@ def trace_step(experiment: Experiment, mesh: Mesh) -> TracedStep:
             stages.make_task(experiment),
             setup.optimizer,
             experiment.data,
-            experiment.training.mixing,
+            experiment.training.round_robin,
             setup.gradient_shardings,
             setup.schedule,
         )

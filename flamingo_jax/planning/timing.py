@@ -63,7 +63,7 @@ def time_step(experiment: Experiment, *, steps: int = 10, trace: str = "") -> Ti
             task,
             setup.optimizer,
             experiment.data,
-            experiment.training.mixing,
+            experiment.training.round_robin,
             setup.gradient_shardings,
             setup.schedule,
         )
@@ -107,13 +107,13 @@ def _parts(
         seen = [batch for batch in batches.values() if "images" in batch]
         images, masks = [batch["images"] for batch in seen], [batch["frame_mask"] for batch in seen]
         model = lambda trainable: merge_model(setup.graph, trainable, frozen)
-        encode = jax.jit(lambda trainable: model(trainable).encode_stream(images))
+        encode = jax.jit(lambda trainable: model(trainable).encode_images(images))
         features = encode(state.trainable)
         found["vision encoder"] = median_seconds(lambda: encode(state.trainable), steps)
         resample = jax.jit(
             jax.grad(
                 lambda trainable: (
-                    model(trainable).resample_stream(features, masks).astype(jnp.float32).sum()
+                    model(trainable).resample(features, masks).astype(jnp.float32).sum()
                 )
             )
         )

@@ -8,9 +8,7 @@ import jax.numpy as jnp
 from flamingo_jax.experiment import ContrastiveConfig
 from flamingo_jax.models.dual_encoder import DualEncoder
 from flamingo_jax.models.ops import MASKED
-from flamingo_jax.models.packing import join, split
-from flamingo_jax.partitioning.constraints import row_shards
-from flamingo_jax.processing.jitter import FIELDS, jittered
+from flamingo_jax.processing.jitter import jittered
 from flamingo_jax.tasks.task import Batch, Loss, split_rows
 
 Array = jax.Array
@@ -75,42 +73,24 @@ class ContrastiveTask:
     fits in memory; similarities are over the whole batch all the same.
     """
 
+    packs = False
+    """A dataset's batch is thousands of pairs, which fill any product; two at a time would only
+    take twice the memory.
+    """
+
     def __init__(self, config: ContrastiveConfig):
         self.config = config
 
-    def loss(self, model: DualEncoder, batch: Batch, key: Array | None) -> Loss:
-        return self._compare(model, *self._encode(model, batch, key))
+    def losses(
+        self, model: DualEncoder, batches: dict[str, Batch], key: Array | None
+    ) -> dict[str, Loss]:
+        return {
+            name: self._compare(model, *self._encode(model, batch, key))
+            for name, batch in batches.items()
+        }
 
     def weight(self, batch: Batch) -> Array:
         return jnp.float32(1)
-
-    def stream_losses(
-        self, model: DualEncoder, batches: dict[str, Batch], key: Array | None
-    ) -> dict[str, Loss]:
-        """Both towers take the pairs of all datasets as one batch; each dataset's pairs are
-        then compared with its own.
-        """
-        if len(batches) == 1:
-            return {name: self.loss(model, batch, key) for name, batch in batches.items()}
-        parts = list(batches.values())
-        if any("jitter" in part for part in parts):
-            # What is of no size stays as it is.
-            parts = [
-                {"jitter": jnp.zeros((*part["mask"].shape[:-1], len(FIELDS)), jnp.float32)} | part
-                for part in parts
-            ]
-        rows = [(batch["mask"].size // batch["mask"].shape[-1], 1) for batch in parts]
-        merge = lambda *arrays: join([a[:, None] for a in arrays]).reshape(-1, *arrays[0].shape[1:])
-        # Of parts [P, B / P, ...], part by part.
-        merge = merge if parts[0]["mask"].ndim == 2 else jax.vmap(merge)
-        encoded = self._encode(
-            model, {name: merge(*(batch[name] for batch in parts)) for name in parts[0]}, key
-        )
-        apart = [split(a.reshape(row_shards(), -1, *a.shape[1:]), rows) for a in encoded]
-        return {
-            name: self._compare(model, *(a[place][:, 0] for a in apart))
-            for place, name in enumerate(batches)
-        }
 
     def _compare(
         self, model: DualEncoder, images: Array, texts: Array, tokens: Array, mask: Array
@@ -149,7 +129,7 @@ class ContrastiveTask:
         return images, texts, tokens, mask
 
     def microbatches(self, batch: Batch, count: int) -> Batch:
-        """One part, since the loss is no sum over rows, which `loss` itself encodes in `count`
+        """One part, since the loss is no sum over rows, which `losses` itself encodes in `count`
         parts: [1, count, B / count, ...].
         """
         return {name: a[None] for name, a in split_rows(batch, count).items()}

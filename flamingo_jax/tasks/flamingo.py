@@ -1,24 +1,15 @@
-"""Likelihood of text given the visuals interleaved with it (paper equation 1), for one
-dataset's batch.
-"""
+"""Likelihood of text given the visuals interleaved with it (paper equation 1)."""
 
 import jax
 import jax.numpy as jnp
 
 from flamingo_jax.models.flamingo import Flamingo
-from flamingo_jax.models.packing import PackedText, join, shapes_of, split
+from flamingo_jax.models.packing import PackedText
 from flamingo_jax.partitioning.constraints import constrain, row_shards
 from flamingo_jax.partitioning.mesh import BY_VISUAL, ROWS
 from flamingo_jax.processing.jitter import jittered
-from flamingo_jax.tasks.task import (
-    Batch,
-    Loss,
-    loss_weight,
-    split_rows,
-    summed_loss,
-    target_mask,
-    token_loss,
-)
+from flamingo_jax.tasks.task import Batch, Loss, split_rows
+from flamingo_jax.tasks.token_loss import loss_weight, token_losses
 
 VISUAL_ARRAYS = (*BY_VISUAL, "visuals")
 
@@ -83,6 +74,17 @@ def text_alone(batch: Batch) -> Batch:
     return {name: a for name, a in readable(batch).items() if name not in VISUAL_ARRAYS}
 
 
+def _visual_tokens(model: Flamingo, batches: list[Batch]) -> jax.Array | None:
+    """The visual tokens of all datasets' visuals, whose images are one batch of the encoder."""
+    if not batches:
+        return None
+    if all("features" in batch for batch in batches):
+        features = [batch["features"] for batch in batches]
+    else:
+        features = model.encode_images([with_colours(batch) for batch in batches])
+    return model.resample(features, [batch["frame_mask"] for batch in batches])
+
+
 class FlamingoTask:
     """Batches: tokens, positions, segments, media_index int32 [B, L], loss_mask bool [B, L],
     visuals int32 [B, N], frame_mask bool [M, T] and images uint8 [M, T, H, W, 3], or in their
@@ -92,59 +94,22 @@ class FlamingoTask:
     (`processing.jitter`).
     """
 
+    packs = True
+
     def __init__(self, reduction: str = "sequence_sum", use_visuals: bool = True):
         self.reduction = reduction
         self.use_visuals = use_visuals
 
-    def loss(self, model: Flamingo, batch: Batch, key: jax.Array | None) -> Loss:
-        batch = readable(batch)
-        visual_tokens = visuals = None
-        if self.use_visuals and "visuals" in batch:
-            features = (
-                batch["features"]
-                if "features" in batch
-                else model.encode_images(with_colours(batch))
-            )
-            visual_tokens, visuals = (
-                model.resample(features.astype(model.dtype), batch["frame_mask"]),
-                batch["visuals"],
-            )
-        logits = model(
-            batch["tokens"],
-            batch["positions"],
-            batch["segments"],
-            batch["media_index"],
-            visual_tokens,
-            visuals,
-            rows_own_visuals=True,
-        )
-        return token_loss(logits, batch, self.reduction)
-
-    def weight(self, batch: Batch) -> jax.Array:
-        return loss_weight(target_mask(readable(batch)), batch["segments"], self.reduction)
-
-    def stream_losses(
+    def losses(
         self, model: Flamingo, batches: dict[str, Batch], key: jax.Array | None
     ) -> dict[str, Loss]:
-        """Text of all datasets as one stream of tokens, images as one batch of the encoder."""
         batches = {name: readable(batch) for name, batch in batches.items()}
         seen = {
             name: batch
             for name, batch in batches.items()
             if self.use_visuals and "visuals" in batch
         }
-        visual_tokens = None
-        if seen:
-            given = all("features" in batch for batch in seen.values())
-            features = (
-                [batch["features"] for batch in seen.values()]
-                if given
-                else model.encode_stream([with_colours(batch) for batch in seen.values()])
-            )
-            visual_tokens = model.resample_stream(
-                features, [batch["frame_mask"] for batch in seen.values()]
-            )
-        rows = [
+        texts = [
             PackedText(
                 batch["tokens"],
                 batch["positions"],
@@ -154,22 +119,11 @@ class FlamingoTask:
             )
             for name, batch in batches.items()
         ]
-        # One target more than there are: rows of a stream have whole lengths, and what the last
-        # token is followed by counts nothing.
-        one_more = ((0, 0), (0, 1))
-        targets = [jnp.pad(batch["tokens"][:, 1:], one_more) for batch in batches.values()]
-        masks = [target_mask(batch) for batch in batches.values()]
-        x, broken = model.hidden_states(rows, visual_tokens)
-        counts = join([jnp.pad(mask, one_more) for mask in masks])
-        losses, correct = model.target_losses(x, join(targets), counts)
-        losses = jnp.where(broken, jnp.nan, losses)
-        parts = zip(*(split(a, shapes_of(targets)) for a in (losses, correct)), strict=True)
-        return {
-            name: summed_loss(loss[:, :-1], right[:, :-1], mask, batch["segments"], self.reduction)
-            for (name, batch), mask, (loss, right) in zip(
-                batches.items(), masks, parts, strict=True
-            )
-        }
+        x, broken = model.hidden_states(texts, _visual_tokens(model, list(seen.values())))
+        return token_losses(model, x, batches, self.reduction, broken)
+
+    def weight(self, batch: Batch) -> jax.Array:
+        return loss_weight(readable(batch), self.reduction)
 
     def microbatches(self, batch: Batch, count: int) -> Batch:
         """Rows and their visuals stay together; `visuals` counts from the start of its own

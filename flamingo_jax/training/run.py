@@ -88,7 +88,7 @@ class Run:
             self.task,
             self.setup.optimizer,
             experiment.data,
-            training.mixing,
+            training.round_robin,
             self.setup.gradient_shardings,
             self.setup.schedule,
         )

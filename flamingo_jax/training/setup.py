@@ -91,7 +91,7 @@ def state_shapes(
 
 def updates_per_step(experiment: Experiment) -> int:
     """Tells how often a step updates the parameters."""
-    return len(experiment.data) if experiment.training.mixing == "round_robin" else 1
+    return len(experiment.data) if experiment.training.round_robin else 1
 
 
 def initialise(

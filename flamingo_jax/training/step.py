@@ -4,24 +4,33 @@
 
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.experimental.layout import Format, Layout
 
-from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import DatasetConfig
 from flamingo_jax.tasks.flops import work_in
-from flamingo_jax.tasks.task import Batch, Loss, StreamTask, Task, divisor
+from flamingo_jax.tasks.task import Batch, Loss, Task, divisor
 from flamingo_jax.training.state import Parameters, TrainState, merge_model
 
 Array = jax.Array
 Update = Callable[[TrainState, Parameters, dict[str, Batch]], tuple[TrainState, dict[str, Any]]]
 
 
-def accumulated(
+class Gradients(NamedTuple):
+    """losses: of each dataset. gradient: float32, of their weighted sum. norms: of each dataset's
+    part of it, where it is known: a stream of several takes their gradient at once.
+    """
+
+    losses: dict[str, Loss]
+    gradient: Parameters
+    norms: dict[str, Array]
+
+
+def gradients(
     graph: Any,
     task: Task,
     trainable: Parameters,
@@ -29,46 +38,11 @@ def accumulated(
     batches: Mapping[str, Batch],
     key: Array,
     datasets: Mapping[str, DatasetConfig],
-) -> tuple[dict[str, Loss], Parameters, dict[str, Array]]:
-    """The reference form: dataset after dataset, each one's gradient scaled by lambda_m /
-    weight_m and added in float32.
+) -> Gradients:
+    """Computes sum over datasets m of lambda_m * d(total_m) / weight_m, in float32.
 
-    Returns: losses, the gradient, and the norm of each dataset's part of it.
-    """
-    losses: dict[str, Loss] = {}
-    norms: dict[str, Array] = {}
-    gradient: Parameters = {}
-    for name, batch in batches.items():
-
-        def total(trainable: Parameters, part: Batch, key: Array) -> tuple[Array, Loss]:
-            loss = task.loss(merge_model(graph, trainable, frozen), part, key)
-            return loss.total, loss
-
-        config = datasets[name]
-        parts = task.microbatches(batch, config.microbatches) if config.microbatches > 1 else None
-        losses[name], grads = _over_parts(
-            jax.grad(total, has_aux=True), trainable, batch, parts, dataset_key(key, name)
-        )
-        scale = config.weight / divisor(losses[name].weight)
-        scaled = {k: scale * g.astype(jnp.float32) for k, g in grads.items()}
-        norms[name] = optax.global_norm(scaled)
-        gradient = {k: gradient[k] + g for k, g in scaled.items()} if gradient else scaled
-    return losses, gradient, norms
-
-
-def streamed(
-    graph: Any,
-    task: StreamTask,
-    trainable: Parameters,
-    frozen: Parameters,
-    batches: Mapping[str, Batch],
-    key: Array,
-    datasets: Mapping[str, DatasetConfig],
-) -> tuple[dict[str, Loss], Parameters, dict[str, Array]]:
-    """The fast form of the same gradient: the sum of the scaled gradients is the gradient of
-    the scaled sum, taken once of all datasets' tokens.
-
-    Of several datasets none has a gradient of its own here, so that no norms are returned.
+    Datasets that go through the model together (`streams`) have one gradient, that of the
+    weighted sum of their losses; streams follow each other and their gradients are added.
     """
     weights = {name: task.weight(batch) for name, batch in batches.items()}
     scales = {name: datasets[name].weight / divisor(weight) for name, weight in weights.items()}
@@ -76,24 +50,40 @@ def streamed(
     def total(
         trainable: Parameters, part: dict[str, Batch], key: Array
     ) -> tuple[Array, dict[str, Loss]]:
-        losses = task.stream_losses(merge_model(graph, trainable, frozen), part, key)
-        return (
-            sum((scales[name] * loss.total for name, loss in losses.items()), jnp.float32(0)),
-            losses,
-        )
+        losses = task.losses(merge_model(graph, trainable, frozen), part, key)
+        scaled = (scales[name] * loss.total for name, loss in losses.items())
+        return sum(scaled, jnp.float32(0)), losses
 
-    count = next(iter(datasets.values())).microbatches
-    parts = (
-        {name: task.microbatches(batch, count) for name, batch in batches.items()}
-        if count > 1
-        else None
-    )
-    # One key for all: their examples are drawn for as one batch's.
-    key = dataset_key(key, *batches)
-    losses, grads = _over_parts(jax.grad(total, has_aux=True), trainable, dict(batches), parts, key)
-    gradient = {name: g.astype(jnp.float32) for name, g in grads.items()}
-    norms = {name: optax.global_norm(gradient) for name in batches} if len(batches) == 1 else {}
-    return losses, gradient, norms
+    found = Gradients({}, {}, {})
+    for names in streams(task, {name: datasets[name] for name in batches}):
+        part = {name: batches[name] for name in names}
+        losses, grads = _over_microbatches(
+            task,
+            jax.grad(total, has_aux=True),
+            trainable,
+            part,
+            # One key for all: their examples are drawn for as one batch's.
+            dataset_key(key, *names),
+            datasets[names[0]].microbatches,
+        )
+        gradient = {name: g.astype(jnp.float32) for name, g in grads.items()}
+        norms = {name: optax.global_norm(gradient) for name in names} if len(names) == 1 else {}
+        if found.gradient:
+            gradient = jax.tree.map(jnp.add, found.gradient, gradient)
+        found = Gradients(found.losses | losses, gradient, found.norms | norms)
+    return found._replace(losses={name: found.losses[name] for name in batches})
+
+
+def streams(task: Task, datasets: Mapping[str, DatasetConfig]) -> list[list[str]]:
+    """Which datasets go through the model together: those of as many microbatches, if the task
+    packs datasets at all.
+    """
+    if not task.packs:
+        return [[name] for name in datasets]
+    found: dict[int, list[str]] = {}
+    for name, config in datasets.items():
+        found.setdefault(config.microbatches, []).append(name)
+    return list(found.values())
 
 
 def dataset_key(key: Array, *names: str) -> Array:
@@ -101,27 +91,40 @@ def dataset_key(key: Array, *names: str) -> Array:
     return jax.random.fold_in(key, zlib.crc32("\n".join(names).encode()))
 
 
-def _over_parts(
-    gradient: Callable[..., Any], trainable: Parameters, batch: Any, parts: Any, key: Array
+def _over_microbatches(
+    task: Task,
+    gradient: Callable[..., Any],
+    trainable: Parameters,
+    batches: dict[str, Batch],
+    key: Array,
+    count: int,
 ) -> tuple[Any, Parameters]:
-    """What `gradient(trainable, batch, key) -> (gradient, losses)` gives, summed over the parts
-    of the batch, one after the other, where there are any.
+    """What `gradient(trainable, batches, key) -> (gradient, losses)` gives, summed over `count`
+    microbatches, one after the other.
     """
-    if parts is None:
+    if count == 1:
+        grads, losses = gradient(trainable, batches, key)
+        return losses, grads
+    parts = {name: task.microbatches(batch, count) for name, batch in batches.items()}
+    keys = jax.random.split(key, jax.tree.leaves(parts)[0].shape[0])
+
+    def of(part: Any) -> tuple[Any, Parameters]:
+        batch, key = part
         grads, losses = gradient(trainable, batch, key)
         return losses, grads
 
-    def add(carry: Any, inputs: Any) -> tuple[Any, None]:
-        part, key = inputs
-        grads, losses = gradient(trainable, part, key)
-        return jax.tree.map(jnp.add, carry, (losses, grads)), None
+    return scan_sum(of, (parts, keys))
 
-    keys = jax.random.split(key, jax.tree.leaves(parts)[0].shape[0])
-    grads, losses = jax.eval_shape(
-        gradient, trainable, jax.tree.map(lambda a: a[0], parts), keys[0]
-    )
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (losses, grads))
-    return jax.lax.scan(add, zeros, (parts, keys))[0]
+
+def scan_sum(function: Callable[[Any], Any], parts: Any) -> Any:
+    """The sum of `function(part)` over what is stacked on the parts' first axis, one at a time."""
+    shapes = jax.eval_shape(function, jax.tree.map(lambda a: a[0], parts))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def add(carry: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, carry, function(part)), None
+
+    return jax.lax.scan(add, zeros, parts)[0]
 
 
 def make_update(
@@ -129,7 +132,7 @@ def make_update(
     task: Task,
     optimizer: optax.GradientTransformation,
     datasets: Mapping[str, DatasetConfig],
-    mode: str = "accumulate",
+    round_robin: bool = False,
     gradient_shardings: Mapping[str, jax.sharding.NamedSharding] | None = None,
     schedule: Callable[[Array], Array] | None = None,
 ) -> Update:
@@ -137,115 +140,95 @@ def make_update(
 
     gradient = sum over datasets m of lambda_m * d(total_m) / weight_m. A step whose losses or
     gradient are not finite leaves parameters, moments and the optimizer's count as they were,
-    and is counted. `mode`: `TrainingConfig.mixing`. gradient_shardings: where the gradient is
-    summed to; by default the compiler chooses. schedule: the optimizer's, to tell its rate.
+    and is counted. round_robin: an optimizer step for each dataset, one after the other.
+    gradient_shardings: where the gradient is summed to; by default the compiler chooses.
+    schedule: the optimizer's, to tell its rate.
 
     metrics: {"loss", "loss/<dataset>", "<metric>/<dataset>", "gradient_norm",
     "gradient_norm/<dataset>", "learning_rate", "finite/<dataset>", "skipped",
     "skipped_in_a_row", "work"}. gradient_norm: before it is clipped, under round_robin the
-    largest of the datasets'. gradient_norm/<dataset>: of lambda_m * d(total_m) / weight_m; a
-    stream of several datasets takes their gradient at once and does not know it. learning_rate:
-    of this step's update. work: int32 [4], the batches' `tasks.flops.Work` on all devices.
-    Raises: UserError where the task has no form for the mode, or a stream's datasets have
-      different numbers of microbatches.
+    largest of the datasets'. gradient_norm/<dataset>: of lambda_m * d(total_m) / weight_m, where
+    it is known (see `Gradients`). learning_rate: of this step's update. work: int32 [4], the
+    batches' `tasks.flops.Work` on all devices.
     """
-    if mode == "stream":
-        if not isinstance(task, StreamTask):
-            raise UserError(
-                "config.training.mixing is 'stream', which this task has no form of: set it to"
-                " 'accumulate'"
-            )
-        if len({config.microbatches for config in datasets.values()}) > 1:
-            raise UserError(
-                "config.training.mixing is 'stream', whose datasets share their microbatches:"
-                " give them all the same number"
-            )
-    form: Callable[..., Any] = streamed if mode == "stream" else accumulated
 
-    def losses_and_gradients(
-        state: TrainState, frozen: Parameters, batches: dict[str, Batch], names: list[str]
-    ) -> Any:
+    def losses_and_gradient(
+        state: TrainState, frozen: Parameters, batches: dict[str, Batch]
+    ) -> tuple[dict[str, Any], Parameters]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        losses, gradient, norms = form(
-            graph,
-            task,
-            state.trainable,
-            frozen,
-            {name: batches[name] for name in names},
-            key,
-            datasets,
-        )
+        found = gradients(graph, task, state.trainable, frozen, batches, key, datasets)
+        gradient = found.gradient
         if gradient_shardings is not None:
             gradient = jax.lax.with_sharding_constraint(gradient, dict(gradient_shardings))
-        metrics: dict[str, Any] = {"loss": jnp.float32(0)} | {
-            f"gradient_norm/{name}": norm for name, norm in norms.items()
-        }
-        for name, loss in losses.items():
-            value = loss.value
-            metrics["loss"] += datasets[name].weight * value
-            metrics[f"loss/{name}"] = value
-            metrics |= {
-                f"{metric}/{name}": a / jnp.maximum(b, 1e-9)
-                for metric, (a, b) in loss.metrics.items()
-            }
-        return metrics, gradient
-
-    def apply(
-        state: TrainState, metrics: dict[str, Any], gradient: Parameters, names: list[str]
-    ) -> tuple[TrainState, dict[str, Any]]:
-        norm = optax.global_norm(gradient)
-        metrics["gradient_norm"] = norm
-        metrics |= {f"finite/{name}": jnp.isfinite(metrics[f"loss/{name}"]) for name in names}
-        if schedule is not None:
-            metrics["learning_rate"] = schedule(
-                optax.tree.get_all_with_path(state.optimizer, "count")[0][1]
-            )
-        finite = jnp.isfinite(norm)
-        for name in names:
-            finite &= metrics[f"finite/{name}"]
-        # Masked before the arithmetic: 0 x NaN is NaN.
-        safe = {k: jnp.where(finite, g, 0.0) for k, g in gradient.items()}
-        updates, moments = optimizer.update(safe, state.optimizer, state.trainable)
-        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-        trainable = keep(optax.apply_updates(state.trainable, updates), state.trainable)
-        skip = (~finite).astype(jnp.int32)
-        state = state._replace(
-            trainable=trainable,
-            optimizer=keep(moments, state.optimizer),
-            skipped=state.skipped + skip,
-        )
-        return state, metrics
+        return _loss_metrics(found, datasets), gradient
 
     def update(
         state: TrainState, frozen: Parameters, batches: dict[str, Batch]
     ) -> tuple[TrainState, dict[str, Any]]:
-        names = list(datasets)
-        groups = [[name] for name in names] if mode == "round_robin" else [names]
+        groups = [[name] for name in datasets] if round_robin else [list(datasets)]
         metrics: dict[str, Any] = {}
         skipped_before = state.skipped
         for group in groups:
-            part, gradient = losses_and_gradients(state, frozen, batches, group)
-            state, part = apply(state, part, gradient, group)
+            part, gradient = losses_and_gradient(
+                state, frozen, {name: batches[name] for name in group}
+            )
+            if schedule is not None:
+                part["learning_rate"] = schedule(
+                    optax.tree.get_all_with_path(state.optimizer, "count")[0][1]
+                )
+            finite = jnp.isfinite(part["gradient_norm"])
+            for name in group:
+                finite &= part[f"finite/{name}"]
+            state = _optimizer_step(optimizer, state, gradient, finite)
             before = metrics.get("loss", 0.0), metrics.get("gradient_norm", 0.0)
             metrics |= part | {
                 "loss": before[0] + part["loss"],
                 "gradient_norm": jnp.maximum(before[1], part["gradient_norm"]),
             }
-        state = state._replace(
-            skipped_in_a_row=jnp.where(
-                state.skipped > skipped_before, state.skipped_in_a_row + 1, 0
-            )
-        )
-        metrics["work"] = jnp.stack(
-            [jnp.asarray(count, jnp.int32) for count in work_in(batches.values())]
-        )
+        in_a_row = jnp.where(state.skipped > skipped_before, state.skipped_in_a_row + 1, 0)
+        work = [jnp.asarray(count, jnp.int32) for count in work_in(batches.values())]
         metrics |= task.watch(state.trainable) | {
             "skipped": state.skipped,
-            "skipped_in_a_row": state.skipped_in_a_row,
+            "skipped_in_a_row": in_a_row,
+            "work": jnp.stack(work),
         }
-        return state._replace(step=state.step + 1), metrics
+        return state._replace(step=state.step + 1, skipped_in_a_row=in_a_row), metrics
 
     return update
+
+
+def _loss_metrics(found: Gradients, datasets: Mapping[str, DatasetConfig]) -> dict[str, Any]:
+    """The metrics of one gradient: losses, what the task measures besides, norms."""
+    metrics: dict[str, Any] = {"loss": jnp.float32(0)} | {
+        f"gradient_norm/{name}": norm for name, norm in found.norms.items()
+    }
+    for name, loss in found.losses.items():
+        metrics["loss"] += datasets[name].weight * loss.value
+        metrics[f"loss/{name}"] = loss.value
+        metrics[f"finite/{name}"] = jnp.isfinite(loss.value)
+        for metric, (total, weight) in loss.metrics.items():
+            metrics[f"{metric}/{name}"] = total / jnp.maximum(weight, 1e-9)
+    return metrics | {"gradient_norm": optax.global_norm(found.gradient)}
+
+
+def _optimizer_step(
+    optimizer: optax.GradientTransformation, state: TrainState, gradient: Parameters, finite: Array
+) -> TrainState:
+    """The state after one step of the optimizer; where that is not finite, as it was, with one
+    more step skipped.
+    """
+    # Masked before the arithmetic: 0 x NaN is NaN.
+    safe = {name: jnp.where(finite, g, 0.0) for name, g in gradient.items()}
+    updates, moments = optimizer.update(safe, state.optimizer, state.trainable)
+
+    def keep(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+    return state._replace(
+        trainable=keep(optax.apply_updates(state.trainable, updates), state.trainable),
+        optimizer=keep(moments, state.optimizer),
+        skipped=state.skipped + (~finite).astype(jnp.int32),
+    )
 
 
 TPU_OPTIONS: dict[str, str | bool] = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
@@ -319,15 +302,12 @@ def make_held_out_loss(
     """
 
     def of(trainable: Parameters, frozen: Parameters, batch: Batch) -> Loss:
-        loss = lambda part: task.loss(merge_model(graph, trainable, frozen), part, None)
+        def loss(part: Batch) -> Loss:
+            return task.losses(merge_model(graph, trainable, frozen), {"": part}, None)[""]
+
         if microbatches == 1:
             return loss(batch)
-        parts = task.microbatches(batch, microbatches)
-        shape = jax.eval_shape(loss, jax.tree.map(lambda a: a[0], parts))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
-        return jax.lax.scan(
-            lambda total, part: (jax.tree.map(jnp.add, total, loss(part)), None), zeros, parts
-        )[0]
+        return scan_sum(loss, task.microbatches(batch, microbatches))
 
     def losses(trainable: Parameters, frozen: Parameters, batch: Batch) -> dict[str, Loss]:
         text = task.without_images(batch)

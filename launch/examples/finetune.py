@@ -66,7 +66,7 @@ def fine_tune(
     @jax.jit
     def loss_of(trained: Any, frozen: Any, batch: Any) -> jax.Array:
         flamingo = nnx.merge(graph, nnx.State(from_flat(trained | frozen)))
-        return FlamingoTask().loss(flamingo, batch, None).value
+        return FlamingoTask().losses(flamingo, {"own": batch}, None)["own"].value
 
     @jax.jit
     def step(trained: Any, frozen: Any, moments: Any, batch: Any) -> tuple[Any, Any, jax.Array]:

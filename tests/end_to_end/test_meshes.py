@@ -72,7 +72,7 @@ def test_the_stream_with_less_kept_gives_them_on_every_mesh(
     alone: np.ndarray, shape: tuple[int, int, int], tmp_path: pathlib.Path
 ) -> None:
     """Where `model` is more than 1, the residual stream lies over it along the sequence."""
-    losses = run(tmp_path, MeshConfig(*shape), mixing="stream", remat="products", frames_at_once=3)
+    losses = run(tmp_path, MeshConfig(*shape), remat="products", frames_at_once=3)
     np.testing.assert_allclose(losses, alone, rtol=1e-5)
 
 

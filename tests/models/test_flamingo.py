@@ -223,7 +223,7 @@ def test_images_that_divide_are_encoded_where_they_lie(
         RNG.integers(0, 256, (count, 1 + place, 8, 8, 3), np.uint8)
         for place, count in enumerate(counts)
     ]
-    encode = lambda state, parts: nnx.merge(graph, state).encode_stream(parts)
+    encode = lambda state, parts: nnx.merge(graph, state).encode_images(parts)
     expected = jax.jit(encode)(state, parts)
     divide = all(count % 8 == 0 for count in counts)
     mesh = make_mesh(MeshConfig(2, 2, 2))
@@ -296,7 +296,7 @@ def test_an_encoder_that_trains_has_its_own_gradient_in_rounds_that_are_not_kept
         jax.jit(
             jax.grad(
                 lambda encoder, rest: jnp.square(
-                    nnx.merge(graph, encoder, rest).encode_images(images)
+                    nnx.merge(graph, encoder, rest).encode_images([images])[0]
                 ).sum()
             )
         )

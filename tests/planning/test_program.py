@@ -65,9 +65,7 @@ def test_memory_and_flops_of_a_compiled_step() -> None:
 def test_depth_does_not_lengthen_the_step() -> None:
     def lines(layers: int) -> int:
         language_model = dataclasses.replace(world.FLAMINGO.language_model, layers=layers)
-        training = dataclasses.replace(
-            world.experiment().training, mixing="stream", remat="products"
-        )
+        training = dataclasses.replace(world.experiment().training, remat="products")
         experiment = world.experiment(
             flamingo=dataclasses.replace(
                 world.FLAMINGO,

@@ -27,8 +27,8 @@ from flamingo_jax.models.resamplers import PerceiverResampler
 from flamingo_jax.models.text_encoder import TextEncoder
 from flamingo_jax.tasks.contrastive import contrastive_loss
 from flamingo_jax.tasks.flamingo import FlamingoTask
-from flamingo_jax.tasks.task import token_loss
 from tests.models.filling import ONE_STAGE, filled, filled_dual_encoder
+from tests.tasks.logits import token_loss
 
 BROKEN = [np.nan, np.inf]
 CONFIG = FlamingoConfig(
@@ -84,7 +84,7 @@ def model() -> Flamingo:
     return filled(lambda rngs: Flamingo(CONFIG, rngs=rngs))
 
 
-@pytest.fixture(scope="module", params=["dataset by dataset", "stream"])
+@pytest.fixture(scope="module", params=["alone", "with text"])
 def slope(model: Flamingo, request: pytest.FixtureRequest) -> Any:
     """(batch) -> gradient of all that trains, loss."""
     graph, lm, trained = nnx.split(model, lambda path, _: path[0] == "language_model", ...)
@@ -92,10 +92,10 @@ def slope(model: Flamingo, request: pytest.FixtureRequest) -> Any:
 
     def total(trained: Any, batch: dict[str, jax.Array]) -> jax.Array:
         model = nnx.merge(graph, lm, trained)
-        if request.param == "stream":
+        if request.param == "with text":
             text = TEXT | {"media_index": jnp.full((2, 8), -1, jnp.int32)}
-            return task.stream_losses(model, {"seen": batch, "text": text}, None)["seen"].total
-        return task.loss(model, batch, None).total
+            return task.losses(model, {"seen": batch, "text": text}, None)["seen"].total
+        return task.losses(model, {"seen": batch}, None)["seen"].total
 
     compiled = jax.jit(jax.value_and_grad(total))
     return lambda batch: compiled(trained, batch)

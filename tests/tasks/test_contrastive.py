@@ -20,9 +20,10 @@ from flamingo_jax.models.dual_encoder import DualEncoder
 from flamingo_jax.tasks.contrastive import ContrastiveTask, contrastive_loss
 from flamingo_jax.tasks.task import Loss
 from flamingo_jax.training.state import split_model
-from flamingo_jax.training.step import accumulated, streamed
+from flamingo_jax.training.step import gradients
 from tests.models.filling import filled_dual_encoder
 from tests.rounding import assert_close
+from tests.training.reference import dataset_after_dataset
 
 CONFIG = ContrastiveConfig(
     vision=VisionConfig(variant="one_stage", image_size=16),
@@ -152,9 +153,9 @@ def test_the_task_scores_the_models_vectors(
         str(np.asarray(t)[np.asarray(m)]) for t, m in zip(batch["tokens"], mask, strict=True)
     ]
     for merge in (False, True):
-        loss = ContrastiveTask(dataclasses.replace(CONFIG, merge_duplicates=merge)).loss(
-            model, batch, None
-        )
+        loss = ContrastiveTask(dataclasses.replace(CONFIG, merge_duplicates=merge)).losses(
+            model, {"": batch}, None
+        )[""]
         names = [captions[row] if merge else str(row) for row in kept]
         expected = by_hand(images[kept], texts[kept], scale, 0.1, names)
         total, weight = loss.metrics["accuracy"]
@@ -175,7 +176,7 @@ def gradient(model: DualEncoder, batch: dict[str, jax.Array], microbatches: int)
     task = ContrastiveTask(model.config)
     data = {"align": DatasetConfig(microbatches=microbatches)}
     losses, gradient, _ = jax.jit(
-        lambda p, b: accumulated(graph, task, p, {}, {"align": b}, jax.random.key(0), data)
+        lambda p, b: gradients(graph, task, p, {}, {"align": b}, jax.random.key(0), data)
     )(parameters, batch)
     return losses["align"], gradient
 
@@ -250,6 +251,6 @@ def test_two_datasets_at_once_are_compared_apart(
     }
     forms = [
         jax.jit(lambda p, b, form=form: form(graph, task, p, {}, b, jax.random.key(0), data)[:2])
-        for form in (accumulated, streamed)
+        for form in (gradients, dataset_after_dataset)
     ]
     assert_same(*(form(parameters, batches) for form in forms))

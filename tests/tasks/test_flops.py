@@ -35,7 +35,7 @@ from flamingo_jax.tasks.flops import (
     work_in,
 )
 from flamingo_jax.training.state import split_model
-from flamingo_jax.training.step import accumulated
+from flamingo_jax.training.step import gradients
 from tests.training import world
 
 FLOAT32 = TrainingConfig(compute_dtype="float32")
@@ -69,7 +69,7 @@ def gradient_flops(experiment: Experiment, batch: dict[str, np.ndarray]) -> int:
     trainable = {name: s for name, s in shapes.items() if name not in frozen}
     task = stages.make_task(experiment)
     data = {"one": DatasetConfig()}
-    run = lambda trainable, frozen, batch, key: accumulated(
+    run = lambda trainable, frozen, batch, key: gradients(
         graph, task, trainable, frozen, {"one": batch}, key, data
     )
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -21,10 +21,12 @@ from flamingo_jax.partitioning.host_shard import HostShard
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.tasks.flamingo import FlamingoTask, in_rows, without_failed
 from flamingo_jax.tasks.language_modelling import LanguageModellingTask
-from flamingo_jax.tasks.task import Loss, target_mask, token_loss
+from flamingo_jax.tasks.task import Loss
+from flamingo_jax.tasks.token_loss import target_mask
 from flamingo_jax.training.prefetcher import shard_batch
 from tests.models.filling import filled
 from tests.rounding import assert_close
+from tests.tasks.logits import token_loss
 
 VOCABULARY = 7
 RNG = np.random.default_rng(0)
@@ -181,7 +183,9 @@ def test_visuals_count_from_the_start_of_their_part() -> None:
 
 def test_parts_of_pages_lose_as_the_whole_does() -> None:
     graph, state = nnx.split(filled(lambda rngs: Flamingo(CONFIG, rngs=rngs)))
-    loss = jax.jit(lambda state, batch: FlamingoTask().loss(nnx.merge(graph, state), batch, None))
+    loss = jax.jit(
+        lambda state, batch: FlamingoTask().losses(nnx.merge(graph, state), {"": batch}, None)[""]
+    )
     batch = flamingo_batch()
     parts = FlamingoTask().microbatches(batch, 2)
     whole, halves = (
@@ -240,12 +244,12 @@ def test_what_looks_at_a_visual_that_could_not_be_read_is_masked_whole() -> None
         np.testing.assert_array_equal(value, found[name])
 
 
-@pytest.mark.parametrize(
-    "form, reduction", [("accumulate", "sequence_sum"), ("stream", "token_mean")]
-)
-def test_losses_and_gradients_are_those_of_rows_made_without_it(form: str, reduction: str) -> None:
-    """In both forms, in parts, and with every image taken away; whatever stands where the
-    visual would have stood.
+@pytest.mark.parametrize("company, reduction", [(False, "sequence_sum"), (True, "token_mean")])
+def test_losses_and_gradients_are_those_of_rows_made_without_it(
+    company: bool, reduction: str
+) -> None:
+    """Alone and with another dataset, in parts, and with every image taken away; whatever stands
+    where the visual would have stood.
     """
     batch, known = looked_at_and_lost()
     known["features"] = jnp.where(batch["frame_mask"][..., None, None], batch["features"], 0.0)
@@ -253,15 +257,15 @@ def test_losses_and_gradients_are_those_of_rows_made_without_it(form: str, reduc
     graph, state = nnx.split(filled(lambda rngs: Flamingo(CONFIG, rngs=rngs)))
 
     def total(state: nnx.State, batch: dict[str, jax.Array]) -> tuple[jax.Array, Loss]:
-        loss = task.loss(nnx.merge(graph, state), batch, None)
+        loss = task.losses(nnx.merge(graph, state), {"seen": batch}, None)["seen"]
         return loss.total, loss
 
-    def streamed(state: nnx.State, batch: dict[str, jax.Array]) -> tuple[jax.Array, Loss]:
+    def in_company(state: nnx.State, batch: dict[str, jax.Array]) -> tuple[jax.Array, Loss]:
         text = {
             name: batch[name]
             for name in ("tokens", "positions", "segments", "media_index", "loss_mask")
         }
-        loss = task.stream_losses(
+        loss = task.losses(
             nnx.merge(graph, state),
             {"seen": batch, "text": text | {"media_index": jnp.full((4, 8), -1)}},
             None,
@@ -269,7 +273,7 @@ def test_losses_and_gradients_are_those_of_rows_made_without_it(form: str, reduc
         return loss.total, loss
 
     close = lambda a, b: assert_close(a, b, 2 * TERMS + SUM, size=max(1.0, float(jnp.abs(b).max())))
-    slope = jax.jit(jax.grad(total if form == "accumulate" else streamed, has_aux=True))
+    slope = jax.jit(jax.grad(in_company if company else total, has_aux=True))
     found, expected = slope(state, batch), slope(state, known)
     jax.tree.map(close, found, expected)
     assert (

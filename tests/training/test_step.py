@@ -11,12 +11,12 @@ import pytest
 from flax import nnx
 from jax.experimental.layout import Format, Layout
 
-from flamingo_jax.errors import UserError
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.optimizer import make_optimizer
 from flamingo_jax.training.state import TrainState, initial_state, merge_model, split_model
-from flamingo_jax.training.step import laid_out, make_update
+from flamingo_jax.training.step import Gradients, gradients, laid_out, make_update
 from tests.training import world
+from tests.training.reference import dataset_after_dataset
 
 EXPERIMENT = world.experiment()
 COMPILED: dict[Any, Any] = {}
@@ -129,45 +129,40 @@ def test_the_update_is_the_papers_equation(parts: Any, updated: Any) -> None:
         )
 
 
-@pytest.mark.scale
-def test_microbatches_give_the_same_gradient(parts: Any, updated: Any) -> None:
-    data = {
-        name: dataclasses.replace(dataset, microbatches=2)
-        for name, dataset in EXPERIMENT.data.items()
-    }
-    state, metrics = run(parts, data)
-    np.testing.assert_allclose(metrics["loss"], updated[1]["loss"], rtol=1e-5)
-    np.testing.assert_allclose(metrics["gradient_norm"], updated[1]["gradient_norm"], rtol=1e-5)
+def gradient_by(form: Any, parts: Any, data: Any) -> Gradients:
+    graph, trainable, frozen = parts
+    task, key = stages.make_task(EXPERIMENT), jax.random.key(0)
+    run = jax.jit(
+        lambda trainable, frozen, batches: form(graph, task, trainable, frozen, batches, key, data)
+    )
+    return run(trainable, frozen, world.batches())
 
 
-def test_a_stream_of_all_datasets_gives_the_same_gradient(parts: Any, updated: Any) -> None:
+@pytest.fixture(scope="module")
+def reference(parts: Any) -> Gradients:
+    return gradient_by(dataset_after_dataset, parts, EXPERIMENT.data)
+
+
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.scale)])
+def test_a_stream_of_all_datasets_gives_the_same_gradient(
+    parts: Any, reference: Gradients, apart: bool
+) -> None:
+    """In microbatches, as many for all datasets or not: then there are two streams."""
     data = {
-        name: dataclasses.replace(dataset, microbatches=2)
+        name: dataclasses.replace(dataset, microbatches=1 if apart and name == "vtp" else 2)
         for name, dataset in EXPERIMENT.data.items()
     }
-    state, metrics = run(parts, data, mode="stream")
-    # The stream alone does not know each dataset's own gradient.
-    assert set(updated[1]) - set(metrics) == {
-        f"gradient_norm/{name}" for name in EXPERIMENT.data
-    } and set(metrics) <= set(updated[1])
-    for name, value in metrics.items():
-        np.testing.assert_allclose(value, updated[1][name], rtol=2e-5, err_msg=name)
-    # After one update Adam's first moment is the gradient.
-    first, second = (optax.tree.get(s.optimizer, "mu") for s in (state, updated[0]))
-    for name in first:
+    found = gradient_by(gradients, parts, data)
+    assert set(found.norms) == ({"vtp"} if apart else set())
+    for name, norm in found.norms.items():
+        np.testing.assert_allclose(norm, reference.norms[name], rtol=2e-5)
+    for a, b in zip(jax.tree.leaves(found.losses), jax.tree.leaves(reference.losses), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5)
+    for name, expected in reference.gradient.items():
+        most = float(jnp.abs(expected).max())
         np.testing.assert_allclose(
-            first[name],
-            second[name],
-            rtol=1e-3,
-            atol=2e-6 * float(jnp.abs(second[name]).max()) + 1e-9,
-            err_msg=name,
+            found.gradient[name], expected, rtol=1e-3, atol=2e-6 * most + 1e-9, err_msg=name
         )
-
-
-def test_a_stream_needs_the_same_microbatches_everywhere(parts: Any) -> None:
-    data = EXPERIMENT.data | {"vtp": dataclasses.replace(EXPERIMENT.data["vtp"], microbatches=2)}
-    with pytest.raises(UserError, match="the same number"):
-        make_update(parts[0], stages.make_task(EXPERIMENT), optax.identity(), data, "stream")
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_counts(parts: Any, updated: Any) -> None:
@@ -198,11 +193,11 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counts(parts: Any, update
     assert int(state.skipped) == 1 and int(state.skipped_in_a_row) == 0
 
 
-def test_round_robin_makes_one_optimizer_step_per_dataset(parts: Any, updated: Any) -> None:
+def test_round_robin_makes_one_optimizer_step_per_dataset(parts: Any, reference: Gradients) -> None:
     two = ("ltip", "vtp")
     data = {name: EXPERIMENT.data[name] for name in two}
     state, metrics = run(
-        parts, data, {name: world.batches()[name] for name in two}, mode="round_robin"
+        parts, data, {name: world.batches()[name] for name in two}, round_robin=True
     )
     counts = [int(leaf) for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim == 0]
     assert counts and set(counts) == {2} and int(state.step) == 1
@@ -210,7 +205,7 @@ def test_round_robin_makes_one_optimizer_step_per_dataset(parts: Any, updated: A
     apart = [float(metrics[f"gradient_norm/{name}"]) for name in two]
     assert min(apart) > 0 and float(metrics["gradient_norm"]) == max(apart)
     # The first dataset meets the parameters that all meet where their gradients are summed.
-    np.testing.assert_allclose(apart[0], updated[1]["gradient_norm/ltip"], rtol=1e-5)
+    np.testing.assert_allclose(apart[0], reference.norms["ltip"], rtol=1e-5)
 
 
 def test_round_robin_counts_a_step_that_any_dataset_spoils(parts: Any) -> None:
@@ -223,7 +218,7 @@ def test_round_robin_counts_a_step_that_any_dataset_spoils(parts: Any) -> None:
         (graph, trainable, broken),
         data,
         {name: world.batches()[name] for name in data},
-        mode="round_robin",
+        round_robin=True,
     )
     assert (
         int(state.skipped) >= 1

@@ -24,9 +24,10 @@ from flamingo_jax.tasks.flamingo import FlamingoTask
 from flamingo_jax.tasks.language_modelling import LanguageModellingTask
 from flamingo_jax.tasks.task import Batch, Loss, split_rows
 from flamingo_jax.training.state import initial_state, split_model
-from flamingo_jax.training.step import accumulated, make_update, streamed
+from flamingo_jax.training.step import gradients, make_update
 from tests.models.filling import filled
 from tests.training import world
+from tests.training.reference import dataset_after_dataset
 
 LENGTH, ROWS = 6, 4
 LANGUAGE_MODEL = LanguageModelConfig(
@@ -104,9 +105,9 @@ def assert_same(ours: Any, theirs: Any) -> None:
 def test_a_language_models_part_without_targets_changes_nothing() -> None:
     model = filled(lambda rngs: LanguageModel(LANGUAGE_MODEL, rngs=rngs))
     task = LanguageModellingTask("token_mean")
-    loss, gradient = summed(accumulated, task, model, 1)
+    loss, gradient = summed(gradients, task, model, 1)
     np.testing.assert_allclose(loss, written_out(model), rtol=1e-5)
-    in_parts, in_sum = summed(accumulated, task, model, 2)
+    in_parts, in_sum = summed(gradients, task, model, 2)
     np.testing.assert_allclose(in_parts, loss, rtol=1e-5)
     assert_same(in_sum, gradient)
 
@@ -114,9 +115,9 @@ def test_a_language_models_part_without_targets_changes_nothing() -> None:
 def test_a_streams_part_without_targets_changes_nothing() -> None:
     model = filled(lambda rngs: Flamingo(FLAMINGO, rngs=rngs))
     task = FlamingoTask("token_mean")
-    loss, gradient = summed(accumulated, task, model, 1)
+    loss, gradient = summed(gradients, task, model, 1)
     np.testing.assert_allclose(loss, written_out(model, None, None), rtol=1e-5)
-    for form in (accumulated, streamed):
+    for form in (gradients, dataset_after_dataset):
         in_parts, in_sum = summed(form, task, model, 2)
         np.testing.assert_allclose(in_parts, loss, rtol=1e-5)
         assert_same(in_sum, gradient)
@@ -132,18 +133,19 @@ class Noise(nnx.Module):
 class NoiseTask:
     """A task whose loss is a draw, and whose metric is the sum of the draws' squares."""
 
-    def loss(self, model: Noise, batch: Batch, key: jax.Array | None) -> Loss:
-        assert key is not None
-        draw, one = jax.random.normal(key), jnp.float32(1)
-        return Loss(model.scale[...] * draw, one, {"square": (draw**2, one)})
+    def __init__(self, packs: bool = True):
+        self.packs = packs
 
     def weight(self, batch: Batch) -> jax.Array:
         return jnp.float32(1)
 
-    def stream_losses(
+    def losses(
         self, model: Noise, batches: dict[str, Batch], key: jax.Array | None
     ) -> dict[str, Loss]:
-        return {name: self.loss(model, batch, key) for name, batch in batches.items()}
+        assert key is not None
+        draw, one = jax.random.normal(key), jnp.float32(1)
+        loss = Loss(model.scale[...] * draw, one, {"square": (draw**2, one)})
+        return dict.fromkeys(batches, loss)
 
     def microbatches(self, batch: Batch, count: int) -> Batch:
         return split_rows(batch, count)
@@ -155,11 +157,12 @@ class NoiseTask:
         return {}
 
 
-def draws(mode: str, names: str, parts: int = 1, steps: int = 2) -> list[tuple[float, float]]:
+def draws(form: str, names: str, parts: int = 1, steps: int = 2) -> list[tuple[float, float]]:
     """(draw, mean of squares) of every dataset, step after step."""
     graph, parameters = split_model(Noise())
     data = {name: DatasetConfig(microbatches=parts) for name in names}
-    update = jax.jit(make_update(graph, NoiseTask(), optax.identity(), data, mode))
+    task = NoiseTask(packs=form == "packed")
+    update = jax.jit(make_update(graph, task, optax.identity(), data, form == "round_robin"))
     state, found = initial_state(parameters, optax.identity(), 3), []
     for _ in range(steps):
         # The parameter is not to change what a loss tells of its draw.
@@ -171,22 +174,22 @@ def draws(mode: str, names: str, parts: int = 1, steps: int = 2) -> list[tuple[f
     return found
 
 
-@pytest.mark.parametrize("mode", ["round_robin", "accumulate"])
-def test_every_dataset_and_every_step_draws_anew(mode: str) -> None:
-    found = [draw for draw, _ in draws(mode, "abc")]
+@pytest.mark.parametrize("form", ["round_robin", "apart"])
+def test_every_dataset_and_every_step_draws_anew(form: str) -> None:
+    found = [draw for draw, _ in draws(form, "abc")]
     # In round robin the sum of gradients moves the parameter, but not before its dataset's own
     # loss.
     assert len({round(draw, 4) for draw in found}) == 6
 
 
 def test_a_datasets_draws_do_not_depend_on_its_place_or_company() -> None:
-    assert draws("accumulate", "ab", steps=1) == draws("accumulate", "ba", steps=1)[::-1]
-    alone = draws("accumulate", "b", steps=1)
-    assert alone == draws("accumulate", "abc", steps=1)[1:2] == draws("stream", "b", steps=1)
+    assert draws("apart", "ab", steps=1) == draws("apart", "ba", steps=1)[::-1]
+    alone = draws("apart", "b", steps=1)
+    assert alone == draws("apart", "abc", steps=1)[1:2] == draws("packed", "b", steps=1)
 
 
-@pytest.mark.parametrize("mode", ["round_robin", "stream"])
-def test_every_microbatch_draws_anew(mode: str) -> None:
+@pytest.mark.parametrize("form", ["round_robin", "packed"])
+def test_every_microbatch_draws_anew(form: str) -> None:
     """The mean of two draws' squares is the square of their mean for equal draws alone."""
-    for mean, square in draws(mode, "a", parts=2):
+    for mean, square in draws(form, "a", parts=2):
         assert square > mean**2 + 1e-4
