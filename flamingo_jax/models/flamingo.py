@@ -2,9 +2,7 @@
 them (paper figure 3).
 """
 
-import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +26,6 @@ from flamingo_jax.models.language_model import LanguageModel, empty_cache
 from flamingo_jax.models.layers import (
     fan_in_normal,
     linear,
-    remat,
     zero_nonfinite,
 )
 from flamingo_jax.models.packing import (
@@ -37,19 +34,15 @@ from flamingo_jax.models.packing import (
     Parts,
     join,
     pack,
-    shapes_of,
     split,
 )
 from flamingo_jax.models.resamplers import make_resampler
-from flamingo_jax.models.vision import VisionEncoder, vision_encoder
+from flamingo_jax.models.vision import encode_frames, vision_encoder
 from flamingo_jax.partitioning.constraints import (
     constrain,
-    everywhere,
     residual,
-    shards,
 )
-from flamingo_jax.partitioning.mesh import AXES, MODEL, ROWS
-from flamingo_jax.processing.normalise import normalise
+from flamingo_jax.partitioning.mesh import MODEL, ROWS
 
 Array = jax.Array
 
@@ -148,61 +141,17 @@ class Flamingo(nnx.Module):
 
     def encode_images(self, images: Parts) -> list[Array]:
         """The images of several datasets, uint8 [M, T, H, W, 3] each, as one batch over all
-        devices -> grid features [M, T, S, C] of each.
-
-        Where all M divide, every device encodes the images that lie on it; else row shards
-        share theirs out anew.
+        devices -> grid features [M, T, S, C] of each; see `vision.encode_frames`.
         """
-        axes = AXES if all(part.shape[0] % shards(AXES) == 0 for part in images) else ROWS
-        groups = shards(axes)
-        if len(images) == 1 and images[0].shape[0] % groups:
-            groups = 1
-        frames = join([constrain(part, axes) for part in images], groups).reshape(
-            groups, -1, *images[0].shape[2:]
+        return encode_frames(
+            self.vision_encoder,
+            self.config.vision,
+            images,
+            dtype=self.dtype,
+            frames_at_once=self.frames_at_once,
+            trains=self.encoder_trains,
+            remat_mode=self.remat,
         )
-        count = frames.shape[1]
-        steps, padded = self._rounds(count, 1 if axes == AXES else shards(MODEL))
-        x = (
-            jnp.pad(frames, ((0, 0), (0, padded - count), *[(0, 0)] * 3))
-            if padded > count
-            else frames
-        )
-        encode: Callable[[Array], Array] = functools.partial(
-            self._encode, self.vision_encoder.prepared(self.dtype)
-        )
-        if self.encoder_trains and (steps > 1 or self.remat != "none"):
-            # No more than a round's activations are then held at any time.
-            encode = remat(encode, "layers")
-        if steps == 1:
-            features = encode(x)
-        else:
-            rounds = x.reshape(groups, steps, -1, *x.shape[2:]).swapaxes(0, 1)
-            features = jax.lax.map(encode, rounds).swapaxes(0, 1)
-            features = features.reshape(groups, padded, *features.shape[3:])
-        features = constrain(features[:, :count], axes)
-        if len(images) == 1:
-            return [constrain(features.reshape(*images[0].shape[:2], *features.shape[2:]), ROWS)]
-        return [constrain(part, ROWS) for part in split(features, shapes_of(images))]
-
-    def _rounds(self, count: int, devices: int) -> tuple[int, int]:
-        """In how many rounds the encoder takes `count` frames of each group of devices, and how
-        many frames these are when padded.
-        """
-        steps = math.ceil(count / (self.frames_at_once * devices or count))
-        each = math.ceil(math.ceil(count / steps) / devices) * devices
-        return steps, steps * each
-
-    def _encode(self, encoder: VisionEncoder, frames: Array) -> Array:
-        """uint8 [G, F, H, W, 3] -> [G, F, S, C], data-parallel over all devices."""
-        vision = self.config.vision
-        x = normalise(
-            everywhere(frames.reshape(-1, *frames.shape[2:])),
-            vision.mean,
-            vision.std,
-            self.dtype,
-        )
-        features = everywhere(encoder(x))
-        return features.reshape(*frames.shape[:2], -1, features.shape[-1])
 
     def encode_visuals(self, images: Array, frame_mask: Array) -> Array:
         """One dataset's visuals: uint8 [M, T, H, W, 3], bool [M, T] -> visual tokens [M, R, D]."""
@@ -210,30 +159,24 @@ class Flamingo(nnx.Module):
 
     def resample(self, features: Parts, frame_masks: Parts) -> Array:
         """Grid features [M, T, S, C] and frame masks [M, T] of several datasets -> visual
-        tokens [G, V, R, D], for `hidden_states`; NaN where the features of a visual are
-        not finite.
+        tokens [S, V, R, D], for `hidden_states`; NaN where the features of a visual are not
+        finite.
 
         Visuals with as many frames go through the resampler together, whichever their dataset.
         """
         found: dict[int, Array] = {}
-        for frames in {f.shape[1] for f in features}:
-            places = [place for place, f in enumerate(features) if f.shape[1] == frames]
+        for count in {part.shape[1] for part in features}:
+            places = [place for place, part in enumerate(features) if part.shape[1] == count]
             grids, masks = (
                 join([parts[place][:, None] for place in places])
                 for parts in (features, frame_masks)
             )
-            flat = lambda a: a.reshape(-1, *a.shape[2:])
-            visual_tokens = self._resample(
-                constrain(flat(grids), ROWS).astype(self.dtype), flat(masks)
-            )
-            stream = visual_tokens.reshape(*grids.shape[:2], *visual_tokens.shape[1:])
-            found |= dict(
-                zip(
-                    places,
-                    split(stream, [(features[place].shape[0], 1) for place in places]),
-                    strict=True,
-                )
-            )
+            groups, visuals = grids.shape[:2]
+            grids = constrain(grids.reshape(-1, *grids.shape[2:]), ROWS).astype(self.dtype)
+            tokens = self._resample(grids, masks.reshape(-1, count))
+            tokens = tokens.reshape(groups, visuals, *tokens.shape[1:])
+            shapes = [(features[place].shape[0], 1) for place in places]
+            found |= dict(zip(places, split(tokens, shapes), strict=True))
         return join([found[place] for place in range(len(features))])
 
     def _resample(self, features: Array, frame_mask: Array) -> Array:
