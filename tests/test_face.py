@@ -232,12 +232,14 @@ def test_the_loss_of_a_batch_is_what_score_says(model: fj.Model) -> None:
     batch = model.batch(prompts, answers)
     assert batch["images"].shape == (2, 4, 32, 32, 3)
     graph, state = nnx.split(model.flamingo)
-    loss = jax.jit(lambda state: FlamingoTask().loss(nnx.merge(graph, state), batch, None))(state)
+    losses = jax.jit(
+        lambda state: FlamingoTask().losses(nnx.merge(graph, state), {"own": batch}, None)
+    )(state)
     wanted = [
         model.score(prompt, [answer]).log_likelihoods[0]
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
-    assert float(loss.total) == pytest.approx(-sum(wanted), abs=1e-3)
+    assert float(losses["own"].total) == pytest.approx(-sum(wanted), abs=1e-3)
     assert "images" not in model.batch(["Output:"], [" a star"])
     with pytest.raises(fj.UserError, match="2 prompts and 1 answers"):
         model.batch(prompts, answers[:1])

@@ -48,9 +48,10 @@ Array = jax.Array
 
 
 class PreparedVisuals(NamedTuple):
-    """What decoding needs of M visuals. media: every gated block's keys and values, leaves
-    [blocks, M, R, H, d]; broken: bool [M], those that are not finite, whose keys and values are
-    of zeros in their place.
+    """What decoding needs of M visuals.
+
+    media: every cross-attention block's keys and values, leaves [blocks, M, R, H, d]. broken:
+    bool [M], those that are not finite, whose keys and values are of zeros in their place.
     """
 
     media: Media
@@ -72,8 +73,8 @@ class HiddenStates(NamedTuple):
 def _reached(
     texts: Sequence[PackedText], view: MediaView, lost: Array, tokens_per_visual: int
 ) -> list[Array]:
-    """Which tokens bool [B_p, L_p] look at a lost visual, or come after one that does in its
-    segment. lost: bool, of every visual, as the view finds them.
+    """Finds the tokens bool [B_p, L_p] that look at a lost visual, or come after one that does
+    in its segment. lost: bool, of every visual, as the view finds them.
     """
     lost = lost if view.visuals is None else lost[view.visuals]
     owned = [(m.shape[0], m.shape[-1] // tokens_per_visual) for m in view.masks]
@@ -93,7 +94,7 @@ def _where_something_is_seen(text_masks: Parts, masks: Parts) -> tuple[Array, ..
 
 
 class Flamingo(nnx.Module):
-    """p(text | visuals): see the paper's equation (1).
+    """Models p(text | visuals), the paper's equation (1).
 
     Token ids from the language model's vocabulary size on are the trained additions, `<EOC>`
     first; they live in `extra_embedding` for input and output, so that the frozen table stays
@@ -140,8 +141,8 @@ class Flamingo(nnx.Module):
         )
 
     def encode_images(self, images: Parts) -> list[Array]:
-        """The images of several datasets, uint8 [M, T, H, W, 3] each, as one batch over all
-        devices -> grid features [M, T, S, C] of each; see `vision.encode_frames`.
+        """Encodes the images of several datasets, uint8 [M, T, H, W, 3] each, as one batch over
+        all devices -> grid features [M, T, S, C] of each; see `vision.encode_frames`.
         """
         return encode_frames(
             self.vision_encoder,
@@ -154,13 +155,15 @@ class Flamingo(nnx.Module):
         )
 
     def encode_visuals(self, images: Array, frame_mask: Array) -> Array:
-        """One dataset's visuals: uint8 [M, T, H, W, 3], bool [M, T] -> visual tokens [M, R, D]."""
+        """Encodes one dataset's visuals: uint8 [M, T, H, W, 3] and frame mask bool [M, T] ->
+        visual tokens [M, R, D].
+        """
         return self._resample(self.encode_images([images])[0], frame_mask)
 
     def resample(self, features: Parts, frame_masks: Parts) -> Array:
-        """Grid features [M, T, S, C] and frame masks [M, T] of several datasets -> visual
-        tokens [S, V, R, D], for `hidden_states`; NaN where the features of a visual are not
-        finite.
+        """Resamples grid features [M, T, S, C] with frame masks [M, T] of several datasets ->
+        visual tokens [S, V, R, D], for `hidden_states`; NaN where the features of a visual are
+        not finite.
 
         Visuals with as many frames go through the resampler together, whichever their dataset.
         """
@@ -189,7 +192,9 @@ class Flamingo(nnx.Module):
         )
 
     def prepare_media(self, visual_tokens: Array) -> PreparedVisuals:
-        """Visual tokens [M, R, D] as every gated block reads them, once per visual."""
+        """Projects visual tokens [M, R, D] to what every cross-attention block reads, once per
+        visual.
+        """
         graph, state = nnx.split(self.gated_xattn.layers)
         tokens, broken = zero_nonfinite(visual_tokens, (1, 2))
         return PreparedVisuals(
@@ -207,8 +212,8 @@ class Flamingo(nnx.Module):
         *,
         rows_own_visuals: bool = False,
     ) -> Array:
-        """Packed rows -> logits float32 [B, L, V + extra]; NaN for what a visual that is not
-        finite reaches, see `HiddenStates`.
+        """Computes the logits of one dataset's packed rows, float32 [B, L, V + extra]; NaN for
+        what a visual that is not finite reaches, see `HiddenStates`.
 
         Args:
           tokens, positions, segments, media_index: int32 [B, L].
@@ -233,8 +238,8 @@ class Flamingo(nnx.Module):
         *,
         rows_own_visuals: bool = True,
     ) -> HiddenStates:
-        """The forward: packed rows of one dataset or several -> last hidden states of the
-        stream that they are.
+        """Reads packed rows of one dataset or several, the forward of training and evaluation
+        -> last hidden states of the stream that they are.
 
         Args:
           visual_tokens: [M, R, D], or of several datasets [S, V, R, D], all of a group's
@@ -317,8 +322,8 @@ class Flamingo(nnx.Module):
         visuals: Array | None,
         cache: DecodingCache,
     ) -> tuple[Array, DecodingCache]:
-        """Some tokens more of each row -> logits float32 [B, L, V + extra] and the cache with
-        them.
+        """Reads some tokens more of each row -> logits float32 [B, L, V + extra] and the cache
+        with them.
 
         A cache slot is a position; a token at position max_length is padding: it is dropped and
         its logits mean nothing. `media` comes from `prepare_media`; None reads the text with

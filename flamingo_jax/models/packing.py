@@ -48,8 +48,8 @@ class Packing(NamedTuple):
     segments: tuple[Array, ...]
 
     def over_rows(self, attend: Attend, query: Array, key: Array, value: Array) -> Array:
-        """`attend(query, key, value, segments)` within each row of a stream [S, T, H, d]: it
-        sees [B, L, H, d] and int32 [B, L], rows of one length at a time.
+        """Calls `attend(query, key, value, segments)` within each row of a stream [S, T, H, d]:
+        it sees [B, L, H, d] and int32 [B, L], rows of one length at a time.
         """
         shapes = shapes_of(self.segments)
         if length := block_length(shapes):
@@ -75,7 +75,7 @@ class TokenStream(NamedTuple):
     joined: bool
 
     def restore(self, x: Array) -> Array:
-        """What a model made of the stream, as the stream of the datasets that went in."""
+        """Gives what a model made of the stream the form of the datasets' stream."""
         return x.reshape(row_shards(), -1, *x.shape[2:]) if self.joined else x
 
 
@@ -113,7 +113,7 @@ class MediaView(NamedTuple):
         value: Array,
         text: tuple[Array, Array] | None = None,
     ) -> Array:
-        """`attend(query, key, value, mask)` from each row of a stream [S, T, H, d] to its
+        """Calls `attend(query, key, value, mask)` from each row of a stream [S, T, H, d] to its
         visuals, [S, V, R, H, d] or [M, R, H, d]; zeros where a row has none.
 
         text: keys and values of the rows' text [S, T, H, d], or a cache's [B, S, H, d], which
@@ -141,8 +141,8 @@ class MediaView(NamedTuple):
 
 
 def merge_alike(texts: Sequence[PackedText]) -> list[PackedText]:
-    """Neighbours in the stream whose rows have as many tokens and visuals become one: the same
-    stream in fewer, larger parts.
+    """Merges neighbours in the stream whose rows have as many tokens and visuals: the same stream
+    in fewer, larger parts.
     """
 
     def shape(text: PackedText) -> list[int | None]:

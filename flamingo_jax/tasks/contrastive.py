@@ -56,8 +56,8 @@ def contrastive_loss(
     return loss, same[jnp.arange(batch), logits.argmax(1)].sum() / count
 
 
-def with_colours(batch: Batch) -> Array:
-    """The images of pairs, their colours jittered where the batch says how."""
+def jittered_images(batch: Batch) -> Array:
+    """Jitters the colours of pairs' images, where the batch says how."""
     if "jitter" not in batch:
         return batch["images"]
     return jittered(batch["images"][:, None], batch["jitter"][:, None])[:, 0]
@@ -115,7 +115,7 @@ class ContrastiveTask:
 
         def encode(arrays: tuple[Batch, Array | None]) -> tuple[Array, Array]:
             part, key = arrays
-            images = model.encode_images(with_colours(part), train=key is not None, key=key)
+            images = model.encode_images(jittered_images(part), train=key is not None, key=key)
             return images, model.encode_texts(part["tokens"], part["mask"])
 
         tokens, mask = batch["tokens"], batch["mask"]

@@ -1,4 +1,6 @@
-"""Likelihood of text given the visuals interleaved with it (paper equation 1)."""
+"""The Flamingo stage: likelihood of text given the visuals interleaved with it (paper equation
+1).
+"""
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +16,10 @@ from flamingo_jax.tasks.token_loss import loss_weight, token_losses
 VISUAL_ARRAYS = (*BY_VISUAL, "visuals")
 
 
-def in_rows(batch: Batch) -> Batch:
-    """The batch without the blanks that fill its list of visuals up for the mesh's `model` axis
-    (`partitioning.share`): M = B * N, in the order of rows. Images that need none stay where
-    they lie.
+def drop_blanks(batch: Batch) -> Batch:
+    """Drops the blanks that fill a batch's list of visuals up for the mesh's `model` axis
+    (`partitioning.host_shard`): M = B * N, in the order of rows. Where there are none, images
+    stay where they lie.
     """
     rows, places = batch["visuals"].shape
     groups = row_shards() if rows % row_shards() == 0 else 1
@@ -36,11 +38,11 @@ def in_rows(batch: Batch) -> Batch:
     return batch | listed | {"frame_mask": constrain(listed["frame_mask"], ROWS)}
 
 
-def without_failed(batch: Batch) -> Batch:
+def mask_unreadable(batch: Batch) -> Batch:
     """Masks what could not be read: a visual in `visuals` without one frame, and every segment
     of which a token looks at such a visual.
 
-    Such a segment has nothing to learn and nothing to see. It is told here and not where rows
+    Such a segment has nothing to learn and nothing to see. It is masked here and not where rows
     are made, since processes that read the same rows decode different visuals of them, and know
     nothing of the others' failures.
     """
@@ -56,32 +58,34 @@ def without_failed(batch: Batch) -> Batch:
     return batch | masked
 
 
-def readable(batch: Batch) -> Batch:
-    """The batch as the model reads it; a batch of texts, and one that this was done to, is left
-    as it is.
+def masked_batch(batch: Batch) -> Batch:
+    """Makes a batch what the model reads: no blanks, and what could not be read masked. A batch
+    of texts, and one that this was done to, is left as it is.
     """
-    return without_failed(in_rows(batch)) if "frame_mask" in batch else batch
+    return mask_unreadable(drop_blanks(batch)) if "frame_mask" in batch else batch
 
 
-def with_colours(batch: Batch) -> jax.Array:
-    """The images of a batch, their colours jittered where it says how."""
+def jittered_images(batch: Batch) -> jax.Array:
+    """Jitters the colours of a batch's images, where it says how."""
     return jittered(batch["images"], batch["jitter"]) if "jitter" in batch else batch["images"]
 
 
 @jax.jit
-def text_alone(batch: Batch) -> Batch:
-    """The text of a readable batch."""
-    return {name: a for name, a in readable(batch).items() if name not in VISUAL_ARRAYS}
+def text_only(batch: Batch) -> Batch:
+    """Takes every visual away from a batch; the text that remains is that of `masked_batch`."""
+    return {name: a for name, a in masked_batch(batch).items() if name not in VISUAL_ARRAYS}
 
 
 def _visual_tokens(model: Flamingo, batches: list[Batch]) -> jax.Array | None:
-    """The visual tokens of all datasets' visuals, whose images are one batch of the encoder."""
+    """Encodes all datasets' visuals, their images as one batch of the encoder -> visual tokens as
+    `Flamingo.hidden_states` takes them; None without visuals.
+    """
     if not batches:
         return None
     if all("features" in batch for batch in batches):
         features = [batch["features"] for batch in batches]
     else:
-        features = model.encode_images([with_colours(batch) for batch in batches])
+        features = model.encode_images([jittered_images(batch) for batch in batches])
     return model.resample(features, [batch["frame_mask"] for batch in batches])
 
 
@@ -103,7 +107,7 @@ class FlamingoTask:
     def losses(
         self, model: Flamingo, batches: dict[str, Batch], key: jax.Array | None
     ) -> dict[str, Loss]:
-        batches = {name: readable(batch) for name, batch in batches.items()}
+        batches = {name: masked_batch(batch) for name, batch in batches.items()}
         seen = {
             name: batch
             for name, batch in batches.items()
@@ -123,13 +127,13 @@ class FlamingoTask:
         return token_losses(model, x, batches, self.reduction, broken)
 
     def weight(self, batch: Batch) -> jax.Array:
-        return loss_weight(readable(batch), self.reduction)
+        return loss_weight(masked_batch(batch), self.reduction)
 
     def microbatches(self, batch: Batch, count: int) -> Batch:
         """Rows and their visuals stay together; `visuals` counts from the start of its own
         part.
         """
-        batch, rows = readable(batch), batch["tokens"].shape[0]
+        batch, rows = masked_batch(batch), batch["tokens"].shape[0]
         # A row with its visuals is [N, ...] of what is [B * N, ...].
         by_row = {
             name: constrain(a, ROWS).reshape(rows, -1, *a.shape[1:]) if name in BY_VISUAL else a
@@ -145,7 +149,7 @@ class FlamingoTask:
         return parts
 
     def without_images(self, batch: Batch) -> Batch:
-        return text_alone(batch)
+        return text_only(batch)
 
     def watch(self, trainable: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """tanh of the gates, by block (paper figure 6)."""

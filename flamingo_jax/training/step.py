@@ -157,10 +157,11 @@ def make_update(
     ) -> tuple[dict[str, Any], Parameters]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         found = gradients(graph, task, state.trainable, frozen, batches, key, datasets)
-        gradient = found.gradient
         if gradient_shardings is not None:
-            gradient = jax.lax.with_sharding_constraint(gradient, dict(gradient_shardings))
-        return _loss_metrics(found, datasets), gradient
+            found = found._replace(
+                gradient=jax.lax.with_sharding_constraint(found.gradient, dict(gradient_shardings))
+            )
+        return _loss_metrics(found, datasets), found.gradient
 
     def update(
         state: TrainState, frozen: Parameters, batches: dict[str, Batch]

@@ -14,7 +14,7 @@ from flamingo_jax.experiment import DatasetConfig
 from flamingo_jax.partitioning.host_shard import WHOLE_BATCH
 from flamingo_jax.partitioning.mesh import BY_VISUAL
 from flamingo_jax.processing.tokenizer import SentencePieceTokenizer, Tokenizer
-from flamingo_jax.tasks.flamingo import without_failed
+from flamingo_jax.tasks.flamingo import mask_unreadable
 
 MEAN = (0.2, 0.4, 0.6)
 
@@ -236,4 +236,4 @@ def broken(source, numbers):
 
 def masked(batch):
     """As the task reads it."""
-    return jax.tree.map(np.asarray, without_failed(batch))
+    return jax.tree.map(np.asarray, mask_unreadable(batch))

@@ -131,7 +131,7 @@ def test_a_flamingo_sees_the_jittered_images_in_every_form() -> None:
     jitter = jnp.asarray(jitter_of(plain["vtp"]["images"], 1))
     given = plain["vtp"] | {"jitter": jitter}
     before = plain["vtp"] | {"images": jittered(plain["vtp"]["images"], jitter)}
-    loss = nnx.jit(lambda model, batch: task.loss(model, batch, None).total)
+    loss = nnx.jit(lambda model, batch: task.losses(model, {"": batch}, None)[""].total)
     expected = float(loss(model, before))
     assert expected != pytest.approx(float(loss(model, plain["vtp"])), rel=1e-5)
     assert float(loss(model, given)) == pytest.approx(expected, rel=1e-6)
@@ -142,7 +142,7 @@ def test_a_flamingo_sees_the_jittered_images_in_every_form() -> None:
     assert sum(apart) == pytest.approx(expected, rel=1e-5)
     stream = nnx.jit(
         lambda model, batches: {
-            name: found.total for name, found in task.stream_losses(model, batches, None).items()
+            name: found.total for name, found in task.losses(model, batches, None).items()
         }
     )
     found = stream(model, plain | {"vtp": given})
@@ -164,7 +164,7 @@ def test_contrastive_pairs_are_jittered_in_parts_and_streams() -> None:
     jitter = jnp.asarray(jitter_of(batch["images"], 2))
     given = batch | {"jitter": jitter}
     before = batch | {"images": jittered(batch["images"][:, None], jitter[:, None])[:, 0]}
-    loss = nnx.jit(lambda model, batch: task.loss(model, batch, None).total)
+    loss = nnx.jit(lambda model, batch: task.losses(model, {"": batch}, None)[""].total)
     expected = float(loss(model, before))
     assert expected != pytest.approx(float(loss(model, batch)), rel=1e-5)
     assert float(loss(model, given)) == pytest.approx(expected, rel=1e-6)
@@ -172,7 +172,7 @@ def test_contrastive_pairs_are_jittered_in_parts_and_streams() -> None:
     assert float(loss(model, parts)) == pytest.approx(expected, rel=1e-5)
     streams = nnx.jit(
         lambda model, batches: {
-            name: loss.total for name, loss in task.stream_losses(model, batches, None).items()
+            name: loss.total for name, loss in task.losses(model, batches, None).items()
         }
     )
     found = streams(model, {"a": given, "b": batch})

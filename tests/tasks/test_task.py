@@ -19,7 +19,7 @@ from flamingo_jax.experiment import (
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.partitioning.host_shard import HostShard
 from flamingo_jax.partitioning.mesh import make_mesh
-from flamingo_jax.tasks.flamingo import FlamingoTask, in_rows, without_failed
+from flamingo_jax.tasks.flamingo import FlamingoTask, drop_blanks, mask_unreadable
 from flamingo_jax.tasks.language_modelling import LanguageModellingTask
 from flamingo_jax.tasks.task import Loss
 from flamingo_jax.tasks.token_loss import target_mask
@@ -235,12 +235,12 @@ def looked_at_and_lost() -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
 
 def test_what_looks_at_a_visual_that_could_not_be_read_is_masked_whole() -> None:
     batch, known = looked_at_and_lost()
-    found = without_failed(batch)
+    found = mask_unreadable(batch)
     for name in batch:
         np.testing.assert_array_equal(found[name], known[name], err_msg=name)
     rest = np.asarray(found["loss_mask"]).any(1).tolist()
     assert rest == [True, False, True, True], "padding is no target whatever its mask says"
-    for name, value in without_failed(found).items():
+    for name, value in mask_unreadable(found).items():
         np.testing.assert_array_equal(value, found[name])
 
 
@@ -309,7 +309,7 @@ def test_lists_filled_up_for_the_mesh_are_those_of_rows(shape: tuple[int, int, i
         "visuals": np.arange(12, dtype=np.int32).reshape(4, 3),
     }
     with jax.set_mesh(mesh):
-        found = jax.jit(in_rows)(shard_batch(batch, mesh))
+        found = jax.jit(drop_blanks)(shard_batch(batch, mesh))
     np.testing.assert_array_equal(found["images"], real)
     np.testing.assert_array_equal(found["frame_mask"], mask)
 

@@ -131,17 +131,14 @@ def test_speed_is_recorded_in_model_flops(unbroken: pathlib.Path) -> None:
 
 
 def test_rate_and_norms_are_recorded(unbroken: pathlib.Path) -> None:
-    """The config warms up over two steps.
-
-    Clipping is of the norm that is told, which the datasets' norms bound.
-    """
+    """The config warms up over two steps."""
     lines = [line for line in read_lines(unbroken / "metrics.jsonl") if "loss" in line]
     peak = world.experiment().optimizer.learning_rate
     assert [line["learning_rate"] for line in lines] == pytest.approx([peak / 2] + [peak] * 5)
     for line in lines:
-        apart = [line[f"gradient_norm/{name}"] for name in world.DATA]
-        assert 0 < line["gradient_norm"] <= 1.00001 * sum(apart)
-        assert max(apart) <= 1.00001 * (line["gradient_norm"] + sum(apart) - max(apart))
+        assert line["gradient_norm"] > 0
+        # One stream has all datasets' gradient at once.
+        assert not any(name.startswith("gradient_norm/") for name in line)
     checkpoints = Checkpoints(unbroken / "checkpoints", keep_last=3, keep_every=0)
     state = checkpoints.restore(
         6, make_setup(world.experiment(), make_mesh(world.experiment().mesh)).state
