@@ -120,7 +120,6 @@ def test_nothing_but_launch_imports_planning() -> None:
     assert not found
 
 
-@pytest.mark.xfail(reason="rooms are being rebuilt")
 def test_no_function_is_long() -> None:
     found = [
         f"{file.relative_to(ROOT)}:{node.lineno} {node.name} has {length} lines"

@@ -268,11 +268,14 @@ def batch_shapes(
         else experiment.data
     )
     found = {name: _batch_shapes(experiment, dataset, mesh) for name, dataset in datasets.items()}
-    lie = lambda shapes, shardings: {
-        name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[name])
-        for name, s in shapes.items()
-    }
-    return {name: lie(shapes, batch_shardings(shapes, mesh)) for name, shapes in found.items()}
+
+    def placed(shapes: dict[str, Any], shardings: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[name])
+            for name, s in shapes.items()
+        }
+
+    return {name: placed(shapes, batch_shardings(shapes, mesh)) for name, shapes in found.items()}
 
 
 def _batch_shapes(

@@ -106,7 +106,10 @@ def _parts(
     if experiment.task == "flamingo":
         seen = [batch for batch in batches.values() if "images" in batch]
         images, masks = [batch["images"] for batch in seen], [batch["frame_mask"] for batch in seen]
-        model = lambda trainable: merge_model(setup.graph, trainable, frozen)
+
+        def model(trainable: Any) -> Any:
+            return merge_model(setup.graph, trainable, frozen)
+
         encode = jax.jit(lambda trainable: model(trainable).encode_images(images))
         features = encode(state.trainable)
         found["vision encoder"] = median_seconds(lambda: encode(state.trainable), steps)

@@ -27,7 +27,10 @@ def filled(make: Callable[[nnx.Rngs], M], seed: int = 0) -> M:
     """
     graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     rng = np.random.default_rng(seed)
-    middle = lambda name: float(name.endswith(("gain", "scale")))
+
+    def middle(name: str) -> float:
+        return float(name.endswith(("gain", "scale")))
+
     values = {
         name: jnp.asarray(middle(name) + 0.3 * rng.standard_normal(s.shape), jnp.float32)
         for name, s in to_flat(state).items()

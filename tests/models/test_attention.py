@@ -176,7 +176,10 @@ def reference_open(
     """Grouped-query attention with rotary positions of one text [L, D], token by token and pair
     by pair.
     """
-    value_of = lambda a: None if a is None else np.asarray(a[...], np.float64)
+
+    def value_of(a: nnx.Param | None) -> Any:
+        return None if a is None else np.asarray(a[...], np.float64)
+
     w = {
         name: value_of(getattr(module, name))
         for name in (
@@ -320,13 +323,15 @@ def test_the_fused_form_is_the_same_function(keys: int, monkeypatch: pytest.Monk
     def total(*arrays: jax.Array) -> jax.Array:
         return jnp.square(attention.attend(*arrays, mask).astype(jnp.float32)).sum()
 
-    values_and_gradients = lambda: [
-        np.asarray(a, np.float32)
-        for a in (
-            attention.attend(query, key, value, mask),
-            *jax.grad(total, (0, 1, 2))(query, key, value),
-        )
-    ]
+    def values_and_gradients() -> list[np.ndarray]:
+        return [
+            np.asarray(a, np.float32)
+            for a in (
+                attention.attend(query, key, value, mask),
+                *jax.grad(total, (0, 1, 2))(query, key, value),
+            )
+        ]
+
     plain = values_and_gradients()
     calls: list[str] = []
     fused = jax.nn.dot_product_attention

@@ -233,9 +233,10 @@ def test_text_beside_the_visual_shares_its_softmax() -> None:
 
 def test_blocks_have_what_their_kind_needs() -> None:
     """By the sizes of one block, of D = 16 and 2 heads of 8: 4 D^2 and 2 x 32 D, and gates."""
-    parameters = lambda name: {
-        key: value.shape for key, value in to_flat(nnx.state(make(name))).items()
-    }
+
+    def parameters(name: str) -> dict[str, tuple[int, ...]]:
+        return {key: value.shape for key, value in to_flat(nnx.state(make(name))).items()}
+
     vanilla, bare, full = (
         parameters(name) for name in ("vanilla_xattn", "vanilla_xattn, no gates", "grafting")
     )

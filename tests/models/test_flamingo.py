@@ -223,7 +223,10 @@ def test_images_that_divide_are_encoded_where_they_lie(
         RNG.integers(0, 256, (count, 1 + place, 8, 8, 3), np.uint8)
         for place, count in enumerate(counts)
     ]
-    encode = lambda state, parts: nnx.merge(graph, state).encode_images(parts)
+
+    def encode(state: nnx.State, parts: list[Any]) -> list[jax.Array]:
+        return nnx.merge(graph, state).encode_images(parts)
+
     expected = jax.jit(encode)(state, parts)
     divide = all(count % 8 == 0 for count in counts)
     mesh = make_mesh(MeshConfig(2, 2, 2))
@@ -266,7 +269,9 @@ def test_the_size_of_the_program_does_not_grow_with_depth() -> None:
 
 
 def test_gates_start_at_0_unless_told_otherwise() -> None:
-    make = lambda **options: Flamingo(conditioned(**options), rngs=nnx.Rngs(0)).gated_xattn.layers
+    def make(**options: Any) -> Any:
+        return Flamingo(conditioned(**options), rngs=nnx.Rngs(0)).gated_xattn.layers
+
     paper, opened = make(), make(gate_init=1.0, out_scale=0.3)
     for gate in ("attention_gate", "dense_gate"):
         assert not getattr(paper, gate)[...].any() and (getattr(opened, gate)[...] == 1).all()

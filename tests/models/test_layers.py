@@ -67,8 +67,13 @@ def test_a_gates_gradient_is_that_of_the_gated_product(gate: float) -> None:
         jnp.asarray(RNG.standard_normal((3, 4, 2)), jnp.float32),
         jnp.asarray(RNG.standard_normal((4, 2, 5)), jnp.float32),
     )
-    total = lambda x, w, gate: jnp.sin(gated_linear(x, w, jnp.tanh(gate), 2)).sum()
-    plain = lambda x, w, gate: jnp.sin(jnp.tanh(gate) * linear(x, w, 2)).sum()
+
+    def total(x: Any, w: Any, gate: Any) -> jax.Array:
+        return jnp.sin(gated_linear(x, w, jnp.tanh(gate), 2)).sum()
+
+    def plain(x: Any, w: Any, gate: Any) -> jax.Array:
+        return jnp.sin(jnp.tanh(gate) * linear(x, w, 2)).sum()
+
     given = (x, w, jnp.float32(gate))
     np.testing.assert_array_equal(total(*given), plain(*given))
     for found, expected in zip(

@@ -1,5 +1,7 @@
 """Weights of several arrays: what they multiply to, what trains, where they lie."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,7 +105,9 @@ def test_a_low_rank_update_is_added_to_its_base(shape: str, quantised: bool) -> 
 
 
 def test_a_language_model_with_updates_is_the_one_that_is_exported() -> None:
-    make = lambda rngs: LanguageModel(CONFIG, rngs=rngs, lora=EVERYTHING)
+    def make(rngs: nnx.Rngs) -> LanguageModel:
+        return LanguageModel(CONFIG, rngs=rngs, lora=EVERYTHING)
+
     model = filled(make)
     tokens = jnp.asarray(RNG.integers(0, 16, (2, 6)), jnp.int32)
     places = jnp.tile(jnp.arange(6), (2, 1))
@@ -133,7 +137,10 @@ def test_updates_alone_train_and_everything_lies_as_its_weight_does() -> None:
     assert trained and {name.rpartition("/")[2] for name in trained} == {"lora_down", "lora_up"}
     assert len(trained) == 2 * (len(INPUT_AXES) - 1)
     places = rules.shardings("language_modelling", shapes, make_mesh(MeshConfig(4, 1, 2)))
-    spec = lambda name: tuple(places[f"layers/{name}"].spec)
+
+    def spec(name: str) -> tuple[Any, ...]:
+        return tuple(places[f"layers/{name}"].spec)
+
     plain = nnx.eval_shape(lambda: LanguageModel(CONFIG, rngs=nnx.Rngs(0)))
     whole = rules.shardings("language_modelling", shapes_of(plain), make_mesh(MeshConfig(4, 1, 2)))
     for name in ("attention/query", "attention/out", "feed_forward/down"):
@@ -157,7 +164,10 @@ def test_integers_and_their_scales_lie_as_their_weight_does() -> None:
 
     shapes = shapes_of(nnx.eval_shape(make))
     places = rules.shardings("language_modelling", shapes, make_mesh(MeshConfig(4, 1, 2)))
-    spec = lambda name: tuple(places[f"layers/{name}"].spec)
+
+    def spec(name: str) -> tuple[Any, ...]:
+        return tuple(places[f"layers/{name}"].spec)
+
     assert spec("attention/query/int8") == (None, None, "model", None)
     assert spec("attention/query/int8_scale") == (None, "model", None)
     assert spec("attention/out/int8") == (None, "model", None, None)

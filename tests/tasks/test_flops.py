@@ -69,9 +69,10 @@ def gradient_flops(experiment: Experiment, batch: dict[str, np.ndarray]) -> int:
     trainable = {name: s for name, s in shapes.items() if name not in frozen}
     task = stages.make_task(experiment)
     data = {"one": DatasetConfig()}
-    run = lambda trainable, frozen, batch, key: gradients(
-        graph, task, trainable, frozen, {"one": batch}, key, data
-    )
+
+    def run(trainable: Any, frozen: Any, batch: Any, key: Any) -> Any:
+        return gradients(graph, task, trainable, frozen, {"one": batch}, key, data)
+
     key = jax.eval_shape(lambda: jax.random.key(0))
     return product_flops(jax.make_jaxpr(run)(trainable, frozen, batch, key).jaxpr)
 

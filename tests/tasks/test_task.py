@@ -1,5 +1,7 @@
 """The token loss against numpy written token by token, and parts of a batch against the whole."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -272,7 +274,9 @@ def test_losses_and_gradients_are_those_of_rows_made_without_it(
         )["seen"]
         return loss.total, loss
 
-    close = lambda a, b: assert_close(a, b, 2 * TERMS + SUM, size=max(1.0, float(jnp.abs(b).max())))
+    def close(a: Any, b: Any) -> None:
+        assert_close(a, b, 2 * TERMS + SUM, size=max(1.0, float(jnp.abs(b).max())))
+
     slope = jax.jit(jax.grad(in_company if company else total, has_aux=True))
     found, expected = slope(state, batch), slope(state, known)
     jax.tree.map(close, found, expected)
