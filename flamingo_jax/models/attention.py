@@ -1,7 +1,8 @@
-"""The one seam where attention is computed: scores, masks, positions and caches.
+"""Attention: the softmax over keys that all models share, its masks, and the language model's
+self-attention with positions and a key-value cache.
 
-Shapes: B rows, L queries, S keys, H heads, d head width. Scores and softmax are in float32
-  whatever the compute dtype.
+Shapes: B rows, L queries, S keys, H query heads, K key-value heads, d head width, D model
+width. Scores and softmax are float32 whatever the compute dtype.
 """
 
 from collections.abc import Callable
@@ -38,17 +39,20 @@ def attend(
     mask: Array | None = None,
     extra_scores: Array | None = None,
 ) -> Array:
-    """Softmax attention; a query whose every key is masked gets exactly zero.
+    """Computes softmax(query . key / sqrt(d)) . value; a query whose every key is masked gets
+    exactly zero.
 
     Args:
-      query: [B, L, H, d]. key, value: [B, S, H, d], or [B, S, K, d] where H / K neighbouring
-        queries share a head of keys and values.
-      mask: bool, broadcastable to [B, H, L, S]; True where a query may look.
-      extra_scores: float32 [B, H, L, S], added to query . key before the scaling by 1 /
+      query: [B, L, H, d].
+      key, value: [B, S, H, d], or [B, S, K, d] with K a divisor of H (grouped-query
+      attention). mask: bool, broadcastable to [B, H, L, S]; True where a query attends to a
+      key. extra_scores: float32 [B, H, L, S], added to query . key before the scaling by 1 /
         sqrt(d).
 
-    Returns: [B, L, H, d] in the dtype of `value`. What follows here is the reference; where the
-      backend has a faster kernel for these arrays (`ops.attention_kernel`), that computes it.
+    Returns: [B, L, H, d] in the dtype of `value`.
+
+    The code below is the reference implementation; where the backend has a faster kernel for
+    these arrays (`ops.attention_kernel`), that one runs instead.
     """
     if kernel := ops.attention_kernel(query, key, value, extra_scores):
         return kernel(query, key, value, mask, extra_scores)
@@ -61,15 +65,16 @@ def attend(
         scores = jnp.where(mask, scores, ops.MASKED)
     weights = jax.nn.softmax(scores, axis=-1)
     if mask is not None:
+        # The softmax of a fully masked row is uniform, not zero.
         weights = jnp.where(mask, weights, 0.0)
     return jnp.einsum("bhls,bshd->blhd", weights.astype(value.dtype), value)
 
 
 def causal_mask(segments: Array, window: int = 0) -> Array:
-    """[B, L] segment numbers (0 is padding) -> bool [B, 1, L, L]: a token sees itself and what
-    comes before it in its segment.
+    """Makes the causal mask of packed rows: int32 segments [B, L] (0 is padding) -> bool
+    [B, 1, L, L]. A token attends to itself and to earlier tokens of its segment.
 
-    window: of these the last so many, itself among them; 0 for all.
+    window: only to the last `window` of these, itself included; 0 for all.
     """
     length = segments.shape[1]
     same = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, :, None]
@@ -80,8 +85,10 @@ def causal_mask(segments: Array, window: int = 0) -> Array:
 
 
 def cached_mask(positions: Array, slots: int, window: int = 0) -> Array:
-    """Makes `causal_mask` of tokens at positions [B, L] over a cache of one segment, slot s
-    holding the token at position s: bool [B, 1, L, slots].
+    """Makes the causal mask of decoding: tokens at `positions`, int32 [B, L], over a cache
+    whose slot s holds the token at position s -> bool [B, 1, L, slots].
+
+    window: see `causal_mask`.
     """
     places = jnp.arange(slots)
     seen = places <= positions[:, :, None]
@@ -91,25 +98,27 @@ def cached_mask(positions: Array, slots: int, window: int = 0) -> Array:
 
 
 def write_slots(cached: Array, new: Array, positions: Array) -> Array:
-    """Puts new [B, L, ...] into the slots `positions` [B, L] of cached [B, S, ...]; what is past
-    its end is dropped.
+    """Writes new [B, L, ...] into the slots `positions` [B, L] of cached [B, S, ...];
+    positions of S and more (padding) are dropped.
     """
     row = jnp.arange(new.shape[0])[:, None]
     return cached.at[row, positions].set(new.astype(cached.dtype), mode="drop")
 
 
 class Shared(NamedTuple):
-    """Part of a cache that is every row's: without a batch axis, and changed by no token."""
+    """A cache array without a batch axis: the same for every row, and never updated."""
 
     value: Array
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far; slot s holds the token at position s. key, value:
-    [B, S, H, d].
+    """The key-value cache of a layer; slot s holds the token at position s.
 
-    distances: Transformer-XL's keys of the distances 0 .. S - 1, [S, H, d], which are the same
-      at every token.
+    key, value: [B, S, K, d].
+    distances: Transformer-XL's keys of the distances 0 .. S - 1, [S, H, d]; None for other
+      kinds of positions.
+
+    For a stack of layers every array has a leading layer axis.
     """
 
     key: Array
@@ -118,8 +127,10 @@ class Cache(NamedTuple):
 
 
 def map_cache(change: Callable[..., Array], cache: Any, *others: Any) -> Any:
-    """A cache with every array that has a batch axis changed, alone or with those in its place
-    of others; what rows share stays.
+    """Applies `change` to every array of a cache that has a batch axis, as `jax.tree.map`
+    does; `Shared` arrays stay as they are.
+
+    others: caches of the same structure, whose arrays `change` gets as further arguments.
     """
 
     def is_shared(leaf: Any) -> bool:
@@ -131,7 +142,7 @@ def map_cache(change: Callable[..., Array], cache: Any, *others: Any) -> Any:
 
 
 class FullAttention(nnx.Module):
-    """Every position looks at every other; biases everywhere, as BERT and ViT have them."""
+    """Bidirectional multi-head self-attention with biases, as in BERT and ViT."""
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
         shape = (width, heads, width // heads)
@@ -154,8 +165,8 @@ class FullAttention(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """Causal self-attention of a language model: grouped queries, biases, norms of queries and
-    keys, a window and positions by its config.
+    """Causal self-attention of a language model. Its config sets grouped queries, biases,
+    query-key norms, a sliding window and the kind of positions.
     """
 
     def __init__(self, config: LanguageModelConfig, *, out_scale: float, rngs: nnx.Rngs):
@@ -177,6 +188,7 @@ class SelfAttention(nnx.Module):
         self.query_norm = _norm_of_heads(config, heads)
         self.key_norm = _norm_of_heads(config, shared)
         self.positions = make_positions(config)
+        # As attributes of the attention, where checkpoints and partition rules name them.
         for name, parameter in self.positions.parameters(rngs).items():
             setattr(self, name, parameter)
         self.window = form.window
@@ -188,11 +200,13 @@ class SelfAttention(nnx.Module):
         packing: Packing | None,
         cache: Cache | None,
     ) -> tuple[Array, Cache | None]:
-        """A stream x [S, T, D] with positions int32 [S, T] -> [S, T, D].
+        """Attends within the rows of a stream x [S, T, D] with positions int32 [S, T] -> [S,
+        T, D]; or, with a cache in place of the packing, decodes rows x [B, L, D] of one
+        segment each -> [B, L, D] and the cache with these tokens added.
 
-        With a cache, which takes no packing, each row [B, L, D] is one segment, and tokens at
-        positions past the cache's end are dropped.
+        Tokens at positions past the cache's end are padding and are not added.
         """
+        # [S, T, D] -> query [S, T, H, d], key and value [S, T, K, d]
         query = _to_heads(x, self.query, self.query_bias, self.query_norm)
         key = _to_heads(x, self.key, self.key_bias, self.key_norm)
         value = _to_heads(x, self.value, self.value_bias, None)
@@ -202,19 +216,21 @@ class SelfAttention(nnx.Module):
             h = packing.over_rows(self._attend_within_rows, query, key, value)
         else:
             h, cache = self._attend_cached(query, key, value, positions, cache)
-        h = linear(h, self.out, 2)
+        h = linear(h, self.out, 2)  # [S, T, H, d] -> [S, T, D]
         return (h if self.out_bias is None else add_bias(h, self.out_bias)), cache
 
     def _attend_within_rows(self, query: Array, key: Array, value: Array, segments: Array) -> Array:
-        """Queries [B, L, H, d] of rows, their keys and values [B, L, K, d] -> [B, L, H, d]."""
+        """Attends causally within packed rows: query [B, L, H, d], key and value [B, L, K, d],
+        segments int32 [B, L] -> [B, L, H, d].
+        """
         query, scores = self.positions.score(self, query)
         return attend(query, key, value, causal_mask(segments, self.window), scores)
 
     def _attend_cached(
         self, query: Array, key: Array, value: Array, positions: Array, cache: Cache
     ) -> tuple[Array, Cache]:
-        """Queries [B, L, H, d] at `positions` [B, L], to all of the cache with their own keys
-        and values in it.
+        """Adds the new keys and values [B, L, K, d] to the cache and attends from the queries
+        [B, L, H, d] at `positions`, int32 [B, L], to all of it -> [B, L, H, d] and the cache.
         """
         key = write_slots(cache.key, key, positions)
         value = write_slots(cache.value, value, positions)
@@ -226,7 +242,7 @@ class SelfAttention(nnx.Module):
 
 
 def _bias(wanted: bool, *shape: int) -> nnx.Param | None:
-    """A bias of this shape, where the config wants one."""
+    """Makes a bias of this shape, initially zero; None where the config has none."""
     return nnx.Param(jnp.zeros(shape)) if wanted else None
 
 
@@ -236,18 +252,18 @@ def _to_heads(
     bias: nnx.Param | None,
     norm: RMSNorm | LayerNorm | None,
 ) -> Array:
-    """Queries, keys or values: [B, L, D] -> [B, L, H, d]."""
+    """Projects x [B, L, D] to queries, keys or values [B, L, H, d], with bias and norm."""
     h = save_for_backward(linear(x, weight))
     h = h if bias is None else add_bias(h, bias)
     if norm is None:
         return h
-    # Of a width that is all heads': over these together.
+    # A scale wider than one head normalises all heads together ("width" in the config).
     whole = norm.scale.shape[-1] != h.shape[-1]
     return norm(h.reshape(*h.shape[:2], -1)).reshape(h.shape) if whole else norm(h)
 
 
 def _norm_of_heads(config: LanguageModelConfig, heads: int) -> RMSNorm | LayerNorm | None:
-    """The norm of queries or keys that the config asks for."""
+    """Makes the query or key norm of the config; None for "none"."""
     form = config.attention
     if form.query_key_norm == "none":
         return None

@@ -1,10 +1,12 @@
-"""Conditioning: how the frozen language model comes to see (paper 2.2, figure 4; ablated in 3.3).
+"""Conditioning: cross-attention from text to visual tokens, and its place among the frozen
+language model's layers (paper 2.2, figure 4; ablated in 3.3).
 
-Cross-attention blocks read the visual tokens, and the config's `kind` says where they stand:
-before layers of the language model (`gated_xattn_dense`, the paper's choice), within its layers
-(`vanilla_xattn`), or behind all of them, between layers of their own (`grafting`). What a block
-knows of a visual is computed once per visual (`project_visuals`); `attend` is what it does to
-the text. Training, evaluation and decoding run the same blocks by `ConditionedLayers`.
+The config's `kind` says where the cross-attention blocks are: before layers of the language
+model (`gated_xattn_dense`, the paper's choice), between the two halves of its layers
+(`vanilla_xattn`), or after all of them, alternating with new decoder layers (`grafting`). A
+block's keys and values of a visual are computed once (`project_visuals`); `attend` updates the
+text. `ConditionedLayers` is the loop over layers and blocks in training, evaluation and
+decoding.
 """
 
 import functools
@@ -37,12 +39,12 @@ from flamingo_jax.partitioning.constraints import all_gather, reduce_scatter, re
 
 Array = jax.Array
 Between = Callable[[Array], Array]
-"""What is done to the text between a decoder layer's attention and its feed-forward."""
+"""Updates the residual stream between a decoder layer's attention and its feed-forward."""
 
 
 class Media(NamedTuple):
-    """A block's keys and values: of M visuals with R tokens each [M, R, H, d]; of text as its
-    stream lies.
+    """A block's keys and values: of M visuals with R tokens each, [M, R, H, d]; or of text,
+    [S, T, H, d].
     """
 
     key: Array
@@ -56,17 +58,19 @@ def media_mask(
     tokens_per_visual: int,
     attend_to: str,
 ) -> Array:
-    """Which visual tokens each text token sees: bool [B, 1, L, N * R].
+    """Makes the cross-attention mask: which visual tokens each text token attends to, bool
+    [B, 1, L, N * R] (paper 2.3).
 
     Args:
-      media_index: int32 [B, L], phi: the place within the row's visuals, -1 for none.
-      segments: int32 [B, L], or None where a row is one segment.
-      visuals: int32 [B, N], -1 for an empty place.
-      attend_to: "last" (paper): the visual phi alone; "all_previous": also those before it in
+      media_index: int32 [B, L], phi: an index into the row's visuals, -1 for none.
+      segments: int32 [B, L], or None where every row is one segment.
+      visuals: int32 [B, N], -1 for none.
+      tokens_per_visual: R.
+      attend_to: "last" (the paper's): only visual phi; "all_previous": also those before it in
         the same segment.
     """
     places = jnp.arange(visuals.shape[1])
-    mask = media_index[:, :, None] == places
+    mask = media_index[:, :, None] == places  # [B, L, N]
     if attend_to == "all_previous":
         before = media_index[:, :, None] >= places
         if segments is not None:
@@ -83,10 +87,11 @@ class CrossAttentionBlock(nnx.Module):
     """y += tanh(a) * CrossAttn(LN(y), LN(X)); y += tanh(b) * FFW(LN(y)), with both gates 0 at
     the start (unless `config.gate_init`).
 
-    `vanilla_xattn` has the first line alone; without gating both gates are 1 and no parameters.
+    `vanilla_xattn` has only the first of the two updates. Without gating both gates are the
+    constant 1.
 
-    One LayerNorm serves keys and values (paper v1, 3.1.2); no part that follows the attention
-    has a bias, so that a token with no visual gets exactly zero from it.
+    Keys and values share one LayerNorm (paper v1, 3.1.2). Nothing between the attention and
+    the residual sum has a bias, so that a token without a visual gets exactly zero.
     """
 
     def __init__(self, config: ConditioningConfig, width: int, *, rngs: nnx.Rngs):
@@ -111,14 +116,18 @@ class CrossAttentionBlock(nnx.Module):
         self.dense_gate = make_gate(config) if dense else None
 
     def project_visuals(self, visual_tokens: Array) -> Media:
-        """[M, R, D] -> keys and values, once per visual however many rows look at it."""
+        """Computes keys and values of visual tokens [M, R, D] -> [M, R, H, d], once per visual
+        however many rows attend to it.
+        """
         x = self.media_norm(visual_tokens)
-        # One of the two: both together are the most memory for the least that is computed
-        # again.
+        # The keys alone are saved for the backward pass: the values are cheap to recompute and
+        # as large.
         return Media(save_for_backward(linear(x, self.key[...])), linear(x, self.value[...]))
 
     def project_text(self, y: Array) -> Media | None:
-        """[S, T, D] -> keys and values of the text, [S, T, H, d]; None without `text_window`."""
+        """Computes keys and values of the text, [S, T, D] -> [S, T, H, d], by the visuals'
+        maps; None without `text_window`.
+        """
         if not self.text_window:
             return None
         x = all_gather(self.attention_norm(y))
@@ -127,12 +136,16 @@ class CrossAttentionBlock(nnx.Module):
     def attend(
         self, y: Array, media: Media | None, view: MediaView | None, text: Media | None = None
     ) -> Array:
-        """The text's stream y [S, T, D] -> [S, T, D], each token having looked at those of
-        `media`, and of `text` (see `project_text`), that `view` shows it; with neither there is
-        nothing to see.
+        """Applies the block to the text's residual stream y [S, T, D] -> [S, T, D].
+
+        Args:
+          media: of `project_visuals`; None without visuals, where only the dense half runs.
+          view: the masks, which visual (and text) tokens each token attends to.
+          text: of `project_text`.
         """
         if media is not None:
             assert view is not None
+            # [S, T, D] -> [S, T, H, d]
             query = save_for_backward(linear(all_gather(self.attention_norm(y)), self.query[...]))
             h = view.over_rows(attend, query, media.key, media.value, text)
             y = save_for_backward(residual(y + reduce_scatter(self._gated_out(h))))
@@ -142,19 +155,19 @@ class CrossAttentionBlock(nnx.Module):
         return residual(y + reduce_scatter(self.feed_forward(h, _opened(self.dense_gate))))
 
     def _gated_out(self, h: Array) -> Array:
-        """[..., H, d] -> [..., D], times the gate."""
+        """Maps heads back to the model width and applies the gate: [..., H, d] -> [..., D]."""
         gate = _opened(self.attention_gate)
         weight = self.out[...]
         return linear(h, weight, 2) if gate is None else gated_linear(h, weight, gate, 2)
 
 
 def make_gate(config: ConditioningConfig) -> nnx.Param | None:
-    """Makes a scalar gate; None without gating."""
+    """Makes a scalar gate, before its tanh; None without gating."""
     return nnx.Param(jnp.full((), config.gate_init)) if config.gating == "tanh" else None
 
 
 def _opened(gate: nnx.Param | None) -> Array | None:
-    """What a gate lets through, in -1 .. 1; None for all."""
+    """Returns tanh(gate), in -1 .. 1; None without a gate."""
     return None if gate is None else jnp.tanh(gate[...])
 
 
@@ -170,7 +183,7 @@ class CrossAttentionBlocks(nnx.Module):
 def count_blocks(config: ConditioningConfig, lm: LanguageModelConfig) -> int:
     """Counts the cross-attention blocks of a model.
 
-    Raises: UserError where the config has no place for them, or says what its kind has not.
+    Raises: UserError for settings that contradict each other or the language model.
     """
     if config.gating == "none" and config.gate_init:
         raise UserError(
@@ -194,11 +207,11 @@ def count_blocks(config: ConditioningConfig, lm: LanguageModelConfig) -> int:
 
 
 class GraftedLayer(DecoderLayer):
-    """A decoder layer that is trained from scratch behind a frozen language model.
+    """A decoder layer that is trained from scratch on the frozen language model's output.
 
-    With tanh gating x += tanh(gate) * (layer(x) - x), so that the language model's own outputs
-    are what training begins with, as with the other kinds (the paper does not say how its
-    grafted layers start).
+    With tanh gating x += tanh(gate) * (layer(x) - x), so that training starts from the
+    language model's own outputs, as with the other kinds (the paper does not say how its
+    grafted layers are initialised).
     """
 
     def __init__(self, config: ConditioningConfig, lm: LanguageModelConfig, *, rngs: nnx.Rngs):
@@ -227,9 +240,11 @@ class GraftedLayers(nnx.Module):
 
 
 class DecodingCache(NamedTuple):
-    """What decoding keeps of the tokens so far. text: of the decoder layers, grafted ones last.
-    windows: with `text_window`, the keys and values of the text that each block's tokens see
-    beside a visual, [blocks, B, S, H, d], slot s holding the token at position s.
+    """The decoding cache of a whole model.
+
+    text: keys and values of the decoder layers, the grafted ones last on the layer axis.
+    windows: with `text_window`, the cross-attention blocks' keys and values of the text,
+      [blocks, B, S, H, d]; slot s holds the token at position s.
     """
 
     text: Cache
@@ -237,18 +252,25 @@ class DecodingCache(NamedTuple):
 
 
 class ConditionedLayers:
-    """The language model's layers and the cross-attention blocks, in the order of their kind.
+    """Runs the language model's layers and the cross-attention blocks, in the order of the
+    config's `kind`.
 
-    The language model stays one flat stack that each step indexes, since the depth need not be
-    a multiple of `xattn_every` (the 80B model's 80 layers are 11 groups of 7 and one of 3) and
-    slicing a frozen stack would copy it.
+    For `gated_xattn_dense`, with xattn_every = 4:
+
+        layers before xattn_first; then groups of (block, layer, layer, layer, layer); then a
+        last, shorter group.
+
+    The language model stays one stack [L, ...] that each step indexes, since its depth need
+    not be a multiple of `xattn_every` (the 80B model's 80 layers are 11 groups of 7 and one of
+    3) and slicing a stack into groups would copy the frozen weights.
 
     Args:
-      layers: the language model's stack. blocks: the cross-attention blocks'. grafted: of the
-        kind `grafting`, its decoder layers, as many as blocks.
-      read_text: (decoder layer, x, its cache, between) -> x, its cache.
-      read_visuals: (block, x, its media, its window) -> x, its window.
-      remat_mode: what is computed again for the gradient (see `layers.remat`).
+      layers: the language model's stack of decoder layers.
+      blocks: the stack of cross-attention blocks.
+      grafted: for `grafting`, the stack of its decoder layers, as many as blocks.
+      read_text: runs a decoder layer: (layer, x, its cache, between) -> x, its cache.
+      read_visuals: runs a block: (block, x, its media, its window) -> x, its window.
+      remat_mode: what the backward pass recomputes (see `layers.remat`).
     """
 
     def __init__(
@@ -278,9 +300,13 @@ class ConditionedLayers:
     def __call__(
         self, x: Array, cache: DecodingCache | None, media: Any
     ) -> tuple[Array, DecodingCache | None]:
-        """x [B, L, D]; media: what blocks read, leaves [blocks, ...], or None -> x and the cache
-        with its tokens.
+        """Runs all layers on x [B, L, D] -> [B, L, D], and the cache with these tokens added.
+
+        media: every block's keys and values of the visuals, leaves [blocks, ...]; None where
+          `read_visuals` projects them itself.
         """
+        # The scans carry (x, the text's cache, the windows' cache); the inputs of each block
+        # are its number, parameters and media.
         carry = (x, *(cache or (None, None)))
         given = (jnp.arange(self.count), self.blocks, media)
         if self.config.kind == "grafting":
@@ -292,7 +318,9 @@ class ConditionedLayers:
         return x, None if cache is None else DecodingCache(*kept)
 
     def _interleaved(self, carry: Any, given: Any) -> Any:
-        """Groups of a block and `xattn_every` layers, behind those that have none."""
+        """Runs the layers before `xattn_first`, then groups of a block and `xattn_every`
+        layers.
+        """
         first, every = self.config.xattn_first, self.config.xattn_every
         carry = self._plain(carry, 0, first)
         groups, rest = divmod(self.depth - first, every)
@@ -304,13 +332,15 @@ class ConditionedLayers:
             carry, _ = jax.lax.scan(group, carry, (starts, *whole), unroll=unroll)
         if not rest:
             return carry
-        # The rest has code of its own: a condition in the loop would keep the largest arrays of
-        # both its branches, and its weights, in memory.
+        # The shorter last group runs after the scan: a condition inside it would keep the
+        # largest arrays of both branches, and the group's weights, in memory.
         last = jax.tree.map(lambda a: a[groups], given)
         return self._group(carry, (jnp.int32(first + groups * every), *last), rest)[0]
 
     def _group(self, carry: Any, inputs: Any, count: int) -> tuple[Any, None]:
-        """A block and `count` layers: the block before the first of them, or within it."""
+        """Runs a block and `count` layers, the block before the first layer or, for
+        `vanilla_xattn`, within it. The body of a scan.
+        """
         first, *conditioned = inputs
         if self.config.kind == "vanilla_xattn":
             carry, _ = self._step(carry, first, *conditioned)
@@ -320,20 +350,22 @@ class ConditionedLayers:
         return self._plain((x, text, windows), first, count), None
 
     def _plain(self, carry: Any, first: Any, count: int) -> Any:
-        """`count` layers from `first` on, without a block."""
+        """Runs `count` layers from number `first` on, without a block."""
         if count <= 1:
             return self._step(carry, jnp.int32(first))[0] if count else carry
         places = first + jnp.arange(count)
         return jax.lax.scan(self._step, carry, places, unroll=ops.scan_unroll(count))[0]
 
     def _step(self, carry: Any, place: Array, *conditioned: Any) -> tuple[Any, None]:
-        """One layer of the language model, with a block in it where there is one."""
+        """Runs layer number `place` of the language model; `conditioned`: the number,
+        parameters and media of a block between its halves, if there is one.
+        """
         x, text, windows = carry
         x, new, windows = self._run_layer(x, _take(text, place), windows, place, *conditioned)
         return (x, _put(text, new, place), windows), None
 
     def _graft_step(self, carry: Any, inputs: Any) -> tuple[Any, None]:
-        """One block and one grafted layer, whose cache stands behind the language model's."""
+        """Runs one block and one grafted layer, whose cache follows the language model's."""
         layer, place, *conditioned = inputs
         x, text, windows = carry
         behind = self.depth + place
@@ -344,8 +376,8 @@ class ConditionedLayers:
     def _layer(
         self, x: Array, cache: Any, windows: Any, place: Array, *conditioned: Any
     ) -> tuple[Array, Any, Any]:
-        # The weights of a layer are taken within what is computed again, or a copy of all of
-        # them would be saved for the gradient.
+        # The layer's weights are indexed inside the rematerialised function: outside it, the
+        # backward pass would save a copy of every layer's weights.
         layer = nnx.merge(self.layers_graph, _take(self.layers, place))
 
         def between(x: Array) -> Array:
@@ -368,12 +400,12 @@ class ConditionedLayers:
 
 
 def _take(tree: Any, place: Array) -> Any:
-    """One layer of a stack's arrays."""
+    """Indexes one layer of a stack: leaves [layers, ...] -> [...]."""
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, place, 0, keepdims=False), tree)
 
 
 def _put(cache: Any, new: Any, place: Array) -> Any:
-    """A stack's cache with one layer's in its place."""
+    """Writes one layer's cache into a stack's, leaves [layers, ...]; shared arrays stay."""
 
     def put(whole: Array, part: Array) -> Array:
         return jax.lax.dynamic_update_index_in_dim(whole, part, place, 0)

@@ -1,7 +1,7 @@
-"""A decoder layer from an attention half and a feed-forward half.
+"""The decoder layer of a language model: an attention half and a feed-forward half.
 
-Which norm, positions, biases, heads and residual sum it has, its config says; published families
-are settings of one layer.
+Its config sets the norm, positions, biases, heads and the form of the residual sum; all
+published families that can be loaded are settings of this one layer.
 """
 
 import math
@@ -20,14 +20,16 @@ Array = jax.Array
 
 
 class DecoderLayer(nnx.Module):
-    """sequential: x += Attention(Norm(x)); x += FeedForward(Norm(x)).
+    """One layer of a decoder language model, by `config.residual`:
 
-    parallel: x += Attention(Norm(x)) + FeedForward(Norm(x)), both of the layer's input.
+    sequential: x += Attention(Norm(x)); x += FeedForward(Norm(x)).
+    parallel: x += Attention(Norm1(x)) + FeedForward(Norm2(x)), both of the layer's input.
+    parallel_one_norm: the same with Norm1 for both.
     """
 
     def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs):
-        # Each of the 2 * layers residual branches starts small, so that the sum over depth
-        # keeps its scale.
+        # Each of the 2 * layers residual branches starts scaled by 1 / sqrt(2 * layers), so
+        # that the variance of their sum does not grow with depth (as in GPT-2).
         branch_scale = 1 / math.sqrt(2 * config.layers)
         one_norm = config.residual == "parallel_one_norm"
         self.residual = config.residual
@@ -52,13 +54,15 @@ class DecoderLayer(nnx.Module):
         cache: Cache | None,
         between: Callable[[Array], Array] | None = None,
     ) -> tuple[Array, Cache | None]:
-        """One layer: a stream x [S, T, D] -> [S, T, D], and the cache with these tokens.
+        """Runs the layer on a stream x [S, T, D] -> [S, T, D], and the cache with these
+        tokens.
 
         Args:
-          positions: int32 [S, T]. packing: how the stream's tokens lie in rows.
+          positions: int32 [S, T].
+          packing: which tokens of the stream form a row; None when decoding.
           cache: of decoding, in place of the packing (see SelfAttention).
-          between: changes the residual stream [S, T, D] between the halves of a sequential
-            layer, as cross-attention may stand there.
+          between: updates the residual stream [S, T, D] between the halves of a sequential
+            layer: `vanilla_xattn` runs its cross-attention there.
         """
         attention, cache = self.attention_branch(x, positions, packing, cache)
         if self.residual != "sequential":
@@ -76,16 +80,16 @@ class DecoderLayer(nnx.Module):
         packing: Packing | None,
         cache: Cache | None,
     ) -> tuple[Array, Cache | None]:
-        """What the attention half adds to `x`; arguments as of the layer."""
+        """Computes what the attention half adds to x [S, T, D]; arguments as for `__call__`."""
         h = all_gather(self.attention_norm(x))
         branch, cache = self.attention(h, positions, packing, cache)
         return reduce_scatter(branch), cache
 
     def feed_forward_branch(self, x: Array) -> Array:
-        """What the feed-forward half adds to its input, [S, T, D]."""
+        """Computes what the feed-forward half adds to x [S, T, D]."""
         norm = self.feed_forward_norm or self.attention_norm
         return reduce_scatter(self.feed_forward(all_gather(norm(x))))
 
     def add(self, x: Array, branch: Array) -> Array:
-        """The residual stream with a branch's sum, where it lies on the mesh."""
+        """Adds a branch to the residual stream [S, T, D], sharded as `residual` says."""
         return residual(x + branch)

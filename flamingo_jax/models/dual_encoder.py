@@ -1,4 +1,6 @@
-"""The contrastive model: vision encoder and text encoder into one joint space (paper B.1.3)."""
+"""The contrastive model (as CLIP): a vision encoder and a text encoder that map to one
+embedding space, from which Flamingo's vision encoder comes (paper B.1.3).
+"""
 
 import math
 
@@ -17,8 +19,10 @@ Array = jax.Array
 
 
 class DualEncoder(nnx.Module):
-    """Both sides are mean-pooled, projected and normalised to length 1; their products are
-    scaled by a learned inverse temperature.
+    """Embeds images and texts in one space of J dimensions.
+
+    Features of either side are mean-pooled, projected and normalised to length 1. The loss
+    scales their products by the learned inverse temperature, exp(log_inverse_temperature).
     """
 
     def __init__(
@@ -35,7 +39,9 @@ class DualEncoder(nnx.Module):
     def encode_images(
         self, images: Array, *, train: bool = False, key: Array | None = None
     ) -> Array:
-        """uint8 [B, H, W, 3] -> float32 [B, J] of length 1."""
+        """Embeds images uint8 [B, H, W, 3] -> float32 [B, J] of length 1. key: randomness of
+        stochastic depth in training.
+        """
         vision = self.config.vision
         features = self.vision(
             normalise(images, vision.mean, vision.std, self.dtype), train=train, key=key
@@ -43,8 +49,8 @@ class DualEncoder(nnx.Module):
         return _unit(linear(features.mean((1, 2)), self.vision_projection))
 
     def encode_texts(self, tokens: Array, mask: Array) -> Array:
-        """int32 [B, L], bool [B, L] -> float32 [B, J] of length 1; the mean is over real
-        tokens.
+        """Embeds texts, tokens int32 [B, L] and mask bool [B, L] (True for real tokens) ->
+        float32 [B, J] of length 1; the mean is over real tokens.
         """
         real = mask[..., None]
         total = jnp.where(real, self.text(tokens, mask), jnp.zeros((), self.dtype)).sum(1)
@@ -53,5 +59,6 @@ class DualEncoder(nnx.Module):
 
 
 def _unit(x: Array) -> Array:
+    """Normalises the last axis to length 1, in float32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)

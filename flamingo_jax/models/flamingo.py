@@ -1,5 +1,12 @@
-"""The visual language model: frozen encoder and language model, and the trained parts between
-them (paper figure 3).
+"""Flamingo: a frozen vision encoder, a frozen language model, and the trained resampler and
+gated cross-attention that connect them (paper figure 3).
+
+`Flamingo.hidden_states` is the forward pass of training and evaluation; `Flamingo.decode` is
+generation with a key-value cache. Both run the same layers.
+
+Shapes: B rows, L tokens of a row, N visuals of a row; S, T a token stream (see
+`models.packing`); M visuals, T frames, R visual tokens per visual; D the language model's
+width, C the encoder's, V its vocabulary.
 """
 
 from collections.abc import Sequence
@@ -48,10 +55,10 @@ Array = jax.Array
 
 
 class PreparedVisuals(NamedTuple):
-    """What decoding needs of M visuals.
+    """M visuals, encoded and projected once for decoding.
 
-    media: every cross-attention block's keys and values, leaves [blocks, M, R, H, d]. broken:
-    bool [M], those that are not finite, whose keys and values are of zeros in their place.
+    media: the keys and values of every cross-attention block, leaves [blocks, M, R, H, d].
+    broken: bool [M], visuals with a NaN or infinity; their tokens are replaced by zeros.
     """
 
     media: Media
@@ -59,11 +66,12 @@ class PreparedVisuals(NamedTuple):
 
 
 class HiddenStates(NamedTuple):
-    """A stream's last hidden states x [S, T, D].
+    """The last hidden states x [S, T, D] of a stream, before the final norm.
 
-    broken: bool [S, T], the tokens that look at a visual with tokens that are not finite, and
-      what comes after them in their segment. Their states are as if the visual's tokens were
-      zeros, so that no NaN is in any product: their losses are to be called NaN.
+    broken: bool [S, T], the tokens that attend to a visual with a NaN or infinity, and the
+      later tokens of their segment. Their states are computed with zeros in place of that
+      visual's tokens, so that no NaN reaches a matrix product or a gradient of other tokens;
+      the caller must set their losses or logits to NaN.
     """
 
     x: Array
@@ -73,21 +81,26 @@ class HiddenStates(NamedTuple):
 def _reached(
     texts: Sequence[PackedText], view: MediaView, lost: Array, tokens_per_visual: int
 ) -> list[Array]:
-    """Finds the tokens bool [B_p, L_p] that look at a lost visual, or come after one that does
-    in its segment. lost: bool, of every visual, as the view finds them.
+    """Finds the tokens, bool [B_p, L_p] of every part, that attend to a lost visual, or come
+    after such a token in their segment.
+
+    lost: bool [S, V], or [M] where `view.visuals` indexes it: visuals that are not finite.
     """
     lost = lost if view.visuals is None else lost[view.visuals]
     owned = [(m.shape[0], m.shape[-1] // tokens_per_visual) for m in view.masks]
     found = []
     for text, mask, own in zip(texts, view.masks, split(lost[..., None], owned), strict=True):
-        visuals = own.reshape(mask.shape[0], 1, -1)
+        visuals = own.reshape(mask.shape[0], 1, -1)  # [B, 1, N]
+        # All tokens of a visual have the same mask: every R-th column stands for one visual.
         looks = (mask[:, 0, :, ::tokens_per_visual] & visuals).any(-1)
         found.append((causal_mask(text.segments)[:, 0] & looks[:, None]).any(-1))
     return found
 
 
 def _where_something_is_seen(text_masks: Parts, masks: Parts) -> tuple[Array, ...]:
-    """The text's masks [B, 1, L, S] without tokens that see no visual: these get exactly zero."""
+    """Clears the text masks [B, 1, L, S] of tokens that attend to no visual, so that
+    cross-attention gives them exactly zero.
+    """
     return tuple(
         text & mask.any(-1, keepdims=True) for text, mask in zip(text_masks, masks, strict=True)
     )
@@ -96,14 +109,17 @@ def _where_something_is_seen(text_masks: Parts, masks: Parts) -> tuple[Array, ..
 class Flamingo(nnx.Module):
     """Models p(text | visuals), the paper's equation (1).
 
-    Token ids from the language model's vocabulary size on are the trained additions, `<EOC>`
-    first; they live in `extra_embedding` for input and output, so that the frozen table stays
-    as it is.
+    Token ids from the language model's vocabulary size on are added, trained tokens, `<EOC>`
+    first. Their vectors are in `extra_embedding`, for input and output alike, so that the
+    frozen embedding table does not change.
 
-    remat: what is computed again for the gradient (see `layers.remat`).
-    frames_at_once: how many frames each device encodes at a time, 0 for all. encoder_trains:
-    the encoder has a gradient, for which frames are encoded again where something is, or where
-    they are many. lora: trained updates of the frozen language model.
+    Args:
+      dtype: compute dtype of the activations.
+      remat: what the backward pass recomputes (see `layers.remat`).
+      frames_at_once: how many frames each device encodes at a time, 0 for all.
+      encoder_trains: the vision encoder is trained too; its activations are then recomputed in
+        the backward pass if `remat` is not "none" or frames are encoded in several rounds.
+      lora: low-rank updates of the otherwise frozen language model; None for none.
     """
 
     def __init__(
@@ -141,8 +157,8 @@ class Flamingo(nnx.Module):
         )
 
     def encode_images(self, images: Parts) -> list[Array]:
-        """Encodes the images of several datasets, uint8 [M, T, H, W, 3] each, as one batch over
-        all devices -> grid features [M, T, S, C] of each; see `vision.encode_frames`.
+        """Encodes the images of several datasets, uint8 [M, T, H, W, 3] each, as one batch
+        over all devices -> grid features [M, T, cells, C] of each; see `vision.encode_frames`.
         """
         return encode_frames(
             self.vision_encoder,
@@ -161,11 +177,12 @@ class Flamingo(nnx.Module):
         return self._resample(self.encode_images([images])[0], frame_mask)
 
     def resample(self, features: Parts, frame_masks: Parts) -> Array:
-        """Resamples grid features [M, T, S, C] with frame masks [M, T] of several datasets ->
-        visual tokens [S, V, R, D], for `hidden_states`; NaN where the features of a visual are
-        not finite.
+        """Resamples the grid features [M, T, cells, C] and frame masks bool [M, T] of several
+        datasets -> visual tokens [S, V, R, D] for `hidden_states`, dataset after dataset; NaN
+        for a visual whose features are not all finite.
 
-        Visuals with as many frames go through the resampler together, whichever their dataset.
+        Visuals with equal numbers of frames T go through the resampler as one batch, whatever
+        their dataset.
         """
         found: dict[int, Array] = {}
         for count in {part.shape[1] for part in features}:
@@ -183,8 +200,8 @@ class Flamingo(nnx.Module):
         return join([found[place] for place in range(len(features))])
 
     def _resample(self, features: Array, frame_mask: Array) -> Array:
-        """Grid features [M, T, S, C] -> visual tokens [M, R, D] in the language model's width,
-        NaN where the features of a visual are not finite.
+        """Resamples grid features [M, T, cells, C] and projects them to the language model's
+        width -> visual tokens [M, R, D]; NaN for a visual whose features are not all finite.
         """
         tokens, broken = zero_nonfinite(self.resampler(features, frame_mask), (1, 2))
         return jnp.where(
@@ -192,8 +209,8 @@ class Flamingo(nnx.Module):
         )
 
     def prepare_media(self, visual_tokens: Array) -> PreparedVisuals:
-        """Projects visual tokens [M, R, D] to what every cross-attention block reads, once per
-        visual.
+        """Computes every cross-attention block's keys and values of visual tokens [M, R, D],
+        once for all decoding steps.
         """
         graph, state = nnx.split(self.gated_xattn.layers)
         tokens, broken = zero_nonfinite(visual_tokens, (1, 2))
@@ -213,16 +230,16 @@ class Flamingo(nnx.Module):
         rows_own_visuals: bool = False,
     ) -> Array:
         """Computes the logits of one dataset's packed rows, float32 [B, L, V + extra]; NaN for
-        what a visual that is not finite reaches, see `HiddenStates`.
+        tokens that a non-finite visual reaches, see `HiddenStates`.
 
         Args:
-          tokens, positions, segments, media_index: int32 [B, L].
-          visual_tokens: [M, R, D] of `encode_visuals`, or None: the text is read with every
-            visual taken away.
-          visuals: int32 [B, N], each row's visuals as places in M, -1 for none.
-          rows_own_visuals: M = B * N and row b's visuals stand at b * N + n (as training
-            batches have it), so that none need be gathered: the gradient of a gather is a
-            scatter, slow on every backend.
+          tokens, positions, segments, media_index: int32 [B, L], see `PackedText`.
+          visual_tokens: [M, R, D] of `encode_visuals`; None computes the language model's
+            logits without any visual.
+          visuals: int32 [B, N], each row's visuals as indices into M, -1 for none.
+          rows_own_visuals: M = B * N and row b's visual n is number b * N + n (as in training
+            batches), so that no gather is needed: the gradient of a gather is a scatter, slow
+            on every backend.
         """
         hidden = self.hidden_states(
             [PackedText(tokens, positions, segments, media_index, visuals)],
@@ -238,17 +255,19 @@ class Flamingo(nnx.Module):
         *,
         rows_own_visuals: bool = True,
     ) -> HiddenStates:
-        """Reads packed rows of one dataset or several, the forward of training and evaluation
-        -> last hidden states of the stream that they are.
+        """Runs the forward pass of training and evaluation on packed rows of one dataset or
+        several -> last hidden states [S, T, D] of their stream.
 
         Args:
-          visual_tokens: [M, R, D], or of several datasets [S, V, R, D], all of a group's
-            visuals, dataset after dataset; None: the text is read with every visual taken away.
-          rows_own_visuals: see `__call__`; several datasets' do.
+          visual_tokens: [M, R, D], or for several datasets [S, V, R, D] of `resample`; None
+            runs the language model without any visual.
+          rows_own_visuals: see `__call__`; required for several datasets.
         """
         stream, view = pack(texts), None
         broken = jnp.zeros(stream.tokens.shape, bool)
         if visual_tokens is not None:
+            # Zeroed before any product: 0 x NaN is NaN, so that a mask could not keep one
+            # broken image out of the other rows' gradients.
             visual_tokens, lost = zero_nonfinite(visual_tokens, (-2, -1))
             view = self._media_view(stream.texts, visual_tokens.shape[-2], rows_own_visuals)
             broken = join(_reached(stream.texts, view, lost, visual_tokens.shape[-2]))
@@ -271,7 +290,9 @@ class Flamingo(nnx.Module):
     def _media_view(
         self, texts: Sequence[PackedText], tokens_per_visual: int, rows_own_visuals: bool
     ) -> MediaView:
-        """What each token sees by its `media_index`; nothing in a text without visuals."""
+        """Makes the cross-attention masks from each text's `media_index`; a text without
+        visuals gets a mask over 0 keys.
+        """
         masks = []
         for text in texts:
             if text.visuals is None or text.media_index is None:
@@ -293,15 +314,17 @@ class Flamingo(nnx.Module):
         return view
 
     def logit_parts(self, x: Array) -> tuple[Array, ...]:
-        """Last hidden states [S, T, D] -> float32 logits [S, T, V], the vocabulary over `model`,
-        and [S, T, extra].
+        """Computes logits for the loss: hidden states [S, T, D] -> float32 [S, T, V], sharded
+        over `model` along V, and float32 [S, T, extra]. They are not concatenated, since
+        V + extra does not divide over `model`.
         """
         return constrain(self.language_model.logits(x), ROWS, None, MODEL), self._extra_logits(x)
 
     def init_cache(self, batch: int, max_length: int) -> DecodingCache:
-        """An empty cache; every leaf that is not shared has the batch at axis 1."""
+        """Allocates a decoding cache; every array but `Shared` ones has the batch as axis 1."""
         cache = self.language_model.init_cache(batch, max_length)
         if self.grafted is not None:
+            # The grafted layers' caches follow the language model's on the layer axis.
             lm = self.config.language_model
             grafted = empty_cache(self.grafted.layers, lm, batch, max_length, self.dtype)
             cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), cache, grafted)
@@ -322,13 +345,19 @@ class Flamingo(nnx.Module):
         visuals: Array | None,
         cache: DecodingCache,
     ) -> tuple[Array, DecodingCache]:
-        """Reads some tokens more of each row -> logits float32 [B, L, V + extra] and the cache
-        with them.
+        """Decodes L more tokens of each row: one at a step of generation, or a whole prompt.
 
-        A cache slot is a position; a token at position max_length is padding: it is dropped and
-        its logits mean nothing. `media` comes from `prepare_media`; None reads the text with
-        every visual taken away. A token that looks at a broken visual is NaN, and so is what
-        comes after it in its row.
+        Args:
+          tokens, positions: int32 [B, L]. The position is the token's cache slot; position
+            max_length is padding: the token is not cached and its logits are meaningless.
+          media_index: int32 [B, L], phi: an index into the row's `visuals`, -1 for none.
+          media: of `prepare_media`; None decodes without any visual.
+          visuals: int32 [B, N], each row's visuals as indices into M, -1 for none.
+          cache: the tokens so far.
+
+        Returns: logits float32 [B, L, V + extra], and the cache with these tokens added. The
+          logits of a token that attends to a broken visual are NaN, and so are those of all
+          later tokens of its row.
         """
         x, view = self._embed(tokens, positions), None
         if media is not None:
@@ -342,6 +371,7 @@ class Flamingo(nnx.Module):
                 self.config.conditioning.attend_to_media,
             )
             looks = (mask[:, 0, :, ::tokens_per_visual] & media.broken[visuals][:, None]).any(-1)
+            # NaN on purpose: the cache carries it to the row's later tokens.
             x = jnp.where(looks[..., None], jnp.nan, x)
             view = MediaView((mask,), visuals)
             if cache.windows is not None:
@@ -374,7 +404,9 @@ class Flamingo(nnx.Module):
         read_visuals: Any,
         media: Media | None,
     ) -> tuple[Array, Any]:
-        """The language model's layers and what stands among them: see `ConditionedLayers`."""
+        """Runs the language model's layers and the cross-attention blocks between them on x
+        [B, L, D]: see `ConditionedLayers`.
+        """
         run = ConditionedLayers(
             self.config.conditioning,
             self.language_model.layers,
@@ -387,6 +419,7 @@ class Flamingo(nnx.Module):
         return run(x, cache, media)
 
     def _embed(self, tokens: Array, positions: Array) -> Array:
+        """Embeds tokens int32 [B, L] -> [B, L, D], the added ones from `extra_embedding`."""
         vocabulary = self.config.language_model.vocab_size
         frozen = self.language_model.embed(jnp.minimum(tokens, vocabulary - 1))
         extra = self.extra_embedding[...][jnp.maximum(tokens - vocabulary, 0)].astype(self.dtype)
@@ -398,8 +431,8 @@ class Flamingo(nnx.Module):
         return self.language_model.add_positions(x, positions)
 
     def _logits(self, x: Array) -> Array:
-        # Concatenated after the frozen product: one product with more columns changes the other
-        # columns' last bits.
+        # Two products, concatenated: a single one over V + extra columns would change the last
+        # bits of the frozen language model's logits.
         frozen = self.language_model.logits(x)
         return jnp.concatenate([frozen, self._extra_logits(x)], axis=-1)
 

@@ -1,10 +1,10 @@
-"""Decoder language model: embeddings, a stack of decoder layers, a last norm and a head, tied to
-the embedding or separate.
+"""Decoder language model: embeddings, a stack of decoder layers, a final norm and a head, tied
+to the embedding or separate.
 
-Its default is the Chinchilla form: Gopher and Chinchilla (Rae et al. 2021, Hoffmann et al.
-2022) use RMSNorm, Transformer-XL positions and GELU. Its parameters are 13 D^2 a layer (12 of
-attention and feed-forward, 1 of the relative positions) and one embedding: the counts of the
-paper's table.
+By default it is Chinchilla (Hoffmann et al. 2022, after Gopher, Rae et al. 2021): RMSNorm,
+Transformer-XL positions and GELU. It then has 13 D^2 parameters per layer (12 in attention and
+feed-forward, 1 in the relative positions) plus one embedding, which gives the parameter counts
+of the paper's table.
 """
 
 from collections.abc import Sequence
@@ -37,11 +37,11 @@ Array = jax.Array
 def empty_cache(
     layers: Any, config: LanguageModelConfig, batch: int, max_length: int, dtype: DTypeLike
 ) -> Cache:
-    """Makes an empty cache for a stack of decoder layers; leaves [layers, B, max_length, H, d],
-    H being the heads of keys and values.
+    """Allocates the key-value cache of a stack of decoder layers; leaves
+    [layers, B, max_length, H, d], H being the key-value heads.
 
-    Transformer-XL's keys of distances, [layers, max_length, H, d], are in it from the start:
-    they are as dear to compute as the language model itself is for dozens of tokens.
+    Transformer-XL's keys of the distances, [layers, max_length, H, d], are computed here once:
+    they cost as much as a forward pass of the language model over dozens of tokens.
     """
     attention = config.attention
     count = layers.attention_norm.scale.shape[0]
@@ -52,7 +52,11 @@ def empty_cache(
 
 
 class LanguageModel(nnx.Module):
-    """tokens -> logits. `layers` is one stack of equal DecoderLayers."""
+    """Maps tokens to next-token logits.
+
+    `layers` is a single DecoderLayer whose parameters have a leading layer axis: see
+    `layers.stack`.
+    """
 
     def __init__(
         self,
@@ -84,12 +88,13 @@ class LanguageModel(nnx.Module):
             add_lora(self.layers, lora, rngs)
 
     def embed(self, tokens: Array) -> Array:
-        """int32 [B, L] -> [B, L, D], without learned positions: see `add_positions`."""
+        """Looks up token embeddings: int32 [B, L] -> [B, L, D], before `add_positions`."""
         return self.embedding[...][tokens].astype(self.dtype) * self.config.embedding_scale
 
     def add_positions(self, x: Array, positions: Array) -> Array:
-        """Embeddings [B, L, D] of tokens at `positions` with their learned vectors, where the
-        model has such. Past the last of these they are NaN, rather than some other's.
+        """Adds learned position embeddings to x [B, L, D], where the model has them.
+
+        A position past the table gives NaN: clamping would silently reuse the last one.
         """
         if self.position_embedding is None:
             return x
@@ -97,28 +102,32 @@ class LanguageModel(nnx.Module):
         return x + vectors.astype(self.dtype)
 
     def logits(self, x: Array) -> Array:
-        """Last hidden states [B, L, D] -> float32 [B, L, V]."""
+        """Applies the final norm and the head: hidden states [B, L, D] -> float32 [B, L, V]."""
         w = self.embedding[...].T if self.head is None else self.head[...]
         return linear(self.final_norm(x), w).astype(jnp.float32)
 
     def __call__(self, tokens: Array, positions: Array, segments: Array) -> Array:
-        """Packed rows int32 [B, L] (segment 0 is padding) -> logits float32 [B, L, V]."""
+        """Computes the logits float32 [B, L, V] of packed rows, int32 [B, L]; segment 0 is
+        padding.
+        """
         return self.logits(self.hidden_states([PackedText(tokens, positions, segments)]))
 
     def hidden_states(self, texts: Sequence[PackedText]) -> Array:
-        """The forward: packed rows of one dataset or several -> last hidden states [S, T, D] of
-        the stream that they are.
+        """Runs the forward pass on packed rows of one dataset or several -> last hidden states
+        [S, T, D] of their stream, before the final norm.
         """
         stream = pack(texts)
         x = self.add_positions(self.embed(stream.tokens), stream.positions)
         return stream.restore(self.run_layers(x, stream.positions, stream.packing))
 
     def logit_parts(self, x: Array) -> tuple[Array, ...]:
-        """Last hidden states [S, T, D] -> (float32 [S, T, V],), the vocabulary over `model`."""
+        """Computes logits for the loss: hidden states [S, T, D] -> (float32 [S, T, V],), with
+        V sharded over `model`. A tuple, since Flamingo's logits come in two parts.
+        """
         return (constrain(self.logits(x), ROWS, None, MODEL),)
 
     def run_layers(self, x: Array, positions: Array, packing: Packing) -> Array:
-        """Embeddings [S, T, D], positions int32 [S, T] -> last hidden states [S, T, D]."""
+        """Runs the decoder layers: x [S, T, D], positions int32 [S, T] -> [S, T, D]."""
         return scan_layers(
             self.layers,
             lambda layer, x, _: (layer(x, positions, packing, None)[0], None),
@@ -128,17 +137,23 @@ class LanguageModel(nnx.Module):
         )[0]
 
     def init_cache(self, batch: int, max_length: int) -> Cache:
-        """An empty cache for all layers: see `empty_cache`."""
+        """Allocates a cache for all layers: see `empty_cache`."""
         return empty_cache(self.layers, self.config, batch, max_length, self.dtype)
 
     def decode(self, tokens: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
-        """Some tokens more of each row: int32 [B, L] at their positions (padding: max_length)
-        -> logits [B, L, V], cache.
+        """Decodes L more tokens of each row, one for a step of generation or a whole prompt.
+
+        Args:
+          tokens, positions: int32 [B, L]; the position of padding is max_length.
+          cache: keys and values of the tokens so far.
+
+        Returns: logits float32 [B, L, V] and the cache with these tokens added.
         """
 
         def body(layer: DecoderLayer, x: Array, layer_cache: Cache) -> tuple[Array, Cache]:
             x, new = layer(x, positions, None, layer_cache)
             assert new is not None
+            # No token changes the distances: as an output of the scan they would be copied.
             return x, new._replace(distances=None)
 
         x = self.add_positions(self.embed(tokens), positions)

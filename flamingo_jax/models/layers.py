@@ -1,6 +1,8 @@
-"""The small parts that all models share.
+"""The layers that all models share: linear maps, norms, feed-forward, scanned layer stacks,
+rematerialisation.
 
-Modules compute in the dtype of their activations and cast weights at use.
+Modules compute in the dtype of their activations; float32 parameters are cast where they are
+used, so that their gradients are accumulated in float32.
 """
 
 import functools
@@ -30,29 +32,30 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @runtime_checkable
 class Weight(Protocol):
-    """A weight that is more than one array, as `models.weights` has them."""
+    """A weight made of several arrays, such as a matrix with LoRA: see `models.weights`."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole weight: inputs, then outputs."""
+        """Shape of the equivalent dense array: inputs, then outputs."""
         ...
 
     def product(self, x: Array, contract: int) -> Array:
-        """`linear(x, self, contract)`."""
+        """Computes `linear(x, self, contract)`."""
         ...
 
     def dense(self) -> Array:
-        """The whole weight as one array."""
+        """Returns the equivalent dense array."""
         ...
 
 
 def linear(x: Array, weight: Array | nnx.Variable | Weight, contract: int = 1) -> Array:
-    """Contracts the last `contract` axes of `x` with the first of a weight: the only place where
-    a weight meets an activation.
+    """Multiplies activations with a weight: contracts the last `contract` axes of `x` with the
+    first axes of the weight. Every matrix product with a weight in this library goes through
+    here.
 
-    An array of another type is cast to the activation's, and its gradient is summed in the
-    weight's: over rows, and over the devices that have them, which the compiler does before any
-    cast that follows the product.
+    A weight of another dtype is cast to the activations', but its gradient is accumulated in
+    its own: over rows, and over devices. (With a plain cast the compiler would sum the
+    gradient over devices in the activations' dtype, before the cast's gradient.)
     """
     if isinstance(weight, Weight):
         return weight.product(x, contract)
@@ -62,6 +65,7 @@ def linear(x: Array, weight: Array | nnx.Variable | Weight, contract: int = 1) -
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _cast_product(x: Array, w: Array, contract: int) -> Array:
+    """Multiplies with `w` cast to the dtype of `x`; the gradient of `w` has the dtype of `w`."""
     return ops.matmul(x, w, contract)
 
 
@@ -79,16 +83,19 @@ _cast_product.defvjp(_cast_forward, _cast_backward)
 
 
 def _weight_gradient(x: Array, dy: Array, w: Array, contract: int) -> Array:
-    """x^T dy, the gradient of `w` in linear(x, w), in the type of `w`."""
+    """Computes x^T dy, the gradient of `w` in linear(x, w), in the dtype of `w`."""
     if w.dtype == x.dtype:
         return jax.linear_transpose(lambda w: ops.matmul(x, w, contract), w)(dy)[0]
+    # [rows, inputs] x [rows, outputs] -> [inputs, outputs], accumulated in float32.
     rows = tuple(range(x.ndim - contract))
     return jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=w.dtype)
 
 
 def broadcast_param(parameter: Array, x: Array) -> Array:
-    """A parameter to be added to `x`, or multiplied with it, in the type of `x`: as large
-    before the cast, so that its gradient is summed in the parameter's own type.
+    """Broadcasts a parameter to the shape of `x` and casts it to the dtype of `x`.
+
+    In this order, so that the gradient is summed over the broadcast axes after it is cast
+    back, in the parameter's own dtype.
     """
     if parameter.dtype == x.dtype:
         return parameter
@@ -98,16 +105,16 @@ def broadcast_param(parameter: Array, x: Array) -> Array:
 
 
 def add_bias(x: Array, bias: nnx.Param) -> Array:
-    """`x` plus a bias over its last axes, in the type of `x`."""
+    """Adds a bias over the last axes of `x`, in the dtype of `x`."""
     return x + broadcast_param(bias[...], x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def gated_linear(x: Array, w: Array, gate: Array, contract: int = 1) -> Array:
-    """gate * linear(x, w) for a scalar gate.
+    """Computes gate * linear(x, w) for a scalar gate.
 
-    The gate's gradient <dy, x w> is taken as <x^T dy, w>: the product is neither kept for it
-    nor computed again.
+    The gate's gradient <dy, x w> is computed as <x^T dy, w>, from the weight's gradient, so
+    that the product x w is neither saved for the backward pass nor recomputed.
     """
     return gate.astype(x.dtype) * linear(x, w, contract)
 
@@ -124,6 +131,7 @@ def _gated_backward(
     x, w, gate = given
     (dx,) = jax.linear_transpose(lambda x: ops.matmul(x, w, contract), x)(dy)
     dw = _weight_gradient(x, dy, w, contract)
+    # Gradients of x, w and the gate.
     return (
         gate.astype(dx.dtype) * dx,
         gate.astype(dw.dtype) * dw,
@@ -134,33 +142,35 @@ def _gated_backward(
 gated_linear.defvjp(_gated_forward, _gated_backward)
 
 SAVED = "saved_for_backward"
-"""Name of what `remat` saves in its mode "products"."""
+"""The checkpoint name of the arrays that `remat` saves in its mode "products"."""
 
 
 def save_for_backward(x: Array) -> Array:
-    """Marks what is dear to compute again: products with weights and sums over the mesh."""
+    """Marks an array as expensive to recompute: products with weights, sums over the mesh."""
     return checkpoint_name(x, SAVED)
 
 
 def remat(body: Callable[..., Any], mode: str) -> Callable[..., Any]:
-    """`body` with less saved for its gradient: "none" saves all that is needed, "products"
-    (nearly) the products with weights alone, so that nothing but norms, activations and
-    attention's weights is computed twice, "layers" nothing but the body's arguments.
+    """Wraps `body` in `jax.checkpoint` by a mode, which says what the backward pass
+    recomputes.
+
+    "none": nothing. "products": norms, activation functions and attention weights; most
+    products with weights are saved. "layers": the whole body; only its arguments are saved.
     """
     if mode == "none":
         return body
     policy = jax.checkpoint_policies.save_only_these_names(SAVED) if mode == "products" else None
-    # Within a scan nothing is merged across iterations, so that the barriers against it would
-    # only cost.
+    # The barriers of `prevent_cse` are needed outside of a scan alone: across its iterations
+    # XLA eliminates no common subexpressions.
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 
 def zero_nonfinite(x: Array, axes: tuple[int, ...] | int) -> tuple[Array, Array]:
-    """`x` with zeros for all that is not finite along `axes` (one number is enough), and bool,
-    without those axes, where that is.
+    """Zeroes every slice of `x` along `axes` that has a NaN or infinity, and says which: `x`,
+    and a bool array without these axes, True for a zeroed slice.
 
-    Before an arithmetic that masks by zeros: 0 x NaN is NaN, and so is the gradient of what is
-    multiplied with it.
+    To be called before values are masked by multiplying with zero: 0 x NaN is NaN, in the
+    forward pass and in the gradient.
     """
     whole = jnp.isfinite(x).all(axes, keepdims=True)
     return jnp.where(whole, x, jnp.zeros((), x.dtype)), ~jnp.squeeze(whole, axes)
@@ -169,10 +179,11 @@ def zero_nonfinite(x: Array, axes: tuple[int, ...] | int) -> tuple[Array, Array]
 def fan_in_normal(
     rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int | None = None, scale: float = 1.0
 ) -> nnx.Param:
-    """Normal weights truncated at two deviations, with deviation scale / sqrt(fan_in); fan_in
-    is by default the first axis.
+    """Draws a weight, float32, from a normal distribution of standard deviation scale /
+    sqrt(fan_in), truncated at two deviations. fan_in: by default the first axis.
     """
     deviation = scale / math.sqrt(shape[0] if fan_in is None else fan_in)
+    # 0.8796... is the deviation of a standard normal truncated at 2.
     return nnx.Param(
         jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape, jnp.float32)
         * (deviation / 0.87962566)
@@ -180,8 +191,8 @@ def fan_in_normal(
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation over the last axis with a scale and, by default, a bias; statistics in
-    float32.
+    """Layer normalisation over the last axis with a scale and, by default, a bias; statistics
+    in float32.
     """
 
     def __init__(self, width: int, eps: float = 1e-5, *, bias: bool = True):
@@ -212,17 +223,14 @@ class RMSNorm(nnx.Module):
 
 
 def make_norm(config: NormConfig, width: int) -> RMSNorm | LayerNorm:
-    """The norm of a language model's kind over a last axis of this width."""
+    """Makes the norm that a language model's config names, over a last axis of this width."""
     if config.kind == "rms":
         return RMSNorm(width, config.eps)
     return LayerNorm(width, config.eps, bias=config.bias)
 
 
 class FeedForward(nnx.Module):
-    """Two linear maps with an activation between them; biases only where asked for.
-
-    Gated: down(activation(gate(x)) * up(x)).
-    """
+    """Feed-forward: down(activation(up(x))), or gated: down(activation(gate(x)) * up(x))."""
 
     def __init__(
         self,
@@ -242,8 +250,10 @@ class FeedForward(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: Array, gate: Array | None = None) -> Array:
-        """[..., D] -> [..., D]; a scalar gate, where there is one, multiplies the last product,
-        and not its bias.
+        """Maps x [..., D] -> [..., D].
+
+        gate: a scalar that the last product is multiplied with, its bias not (the tanh gate of
+          cross-attention blocks; not `self.gate`, the gated form's weight).
         """
         h = save_for_backward(linear(x, self.up))
         if self.up_bias is not None:
@@ -261,13 +271,15 @@ class FeedForward(nnx.Module):
 
 
 def stack(make_layer: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:
-    """`count` layers as one module whose every parameter has a leading layer axis; hold it in
-    an attribute named `layers`.
+    """Makes `count` layers as one module whose parameters have a leading layer axis, for
+    `scan_layers`. The attribute that holds it must be named `layers`, by which checkpoints and
+    partition rules recognise the axis.
     """
 
     def parameters(key: Array) -> nnx.State:
         return nnx.split(make_layer(nnx.Rngs(params=key)))[1]
 
+    # The structure comes from an abstract layer; only the vmapped parameters are allocated.
     graph = nnx.split(nnx.eval_shape(lambda: make_layer(nnx.Rngs(params=jax.random.key(0)))))[0]
     return nnx.merge(graph, jax.vmap(parameters)(jax.random.split(rngs.params(), count)))
 
@@ -279,10 +291,15 @@ def scan_layers(
     inputs: Any = None,
     remat_mode: str = "none",
 ) -> tuple[Any, Any]:
-    """`carry, output = body(layer, carry, input)` over the layers of `stacked` in order,
-    compiled once whatever their number.
+    """Runs `carry, output = body(layer, carry, input)` over the layers of `stacked` in order,
+    as a `lax.scan`, so that one layer is compiled whatever their number.
 
-    remat_mode: what of a layer is computed again for the gradient, see `remat`.
+    Args:
+      stacked: of `stack`.
+      inputs: each layer's input, leaves [layers, ...].
+      remat_mode: what the backward pass recomputes, see `remat`.
+
+    Returns: the last carry, and the outputs stacked, leaves [layers, ...].
     """
     graph, state = nnx.split(stacked)
     step = remat(lambda c, xs: body(nnx.merge(graph, xs[0]), c, xs[1]), remat_mode)

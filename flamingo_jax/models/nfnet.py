@@ -1,5 +1,5 @@
-"""NormaliserFree ResNets (Brock et al. 2021), F0 to F7 and a tiny one: the vision encoder of
-the paper is F6 without its classifier.
+"""Normalizer-Free ResNets (NFNet, Brock et al. 2021), F0 to F7 and a tiny one. The paper's
+vision encoder is F6 without its classifier.
 """
 
 import dataclasses
@@ -20,13 +20,18 @@ from flamingo_jax.models.layers import broadcast_param, linear, scan_layers, sta
 Array = jax.Array
 
 GELU_GAIN = 1.7015043497085571
-"""Makes GELU keep the variance of normal input."""
+"""Scales GELU so that normal input of variance 1 gives output of variance 1."""
 ALPHA = 0.2
+"""The scale of residual branches; a block's variance grows by ALPHA^2."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """Shape of a network: stem convolutions, then stages of bottleneck blocks."""
+    """The sizes of a network: stem convolutions, then stages of bottleneck blocks.
+
+    bottleneck, squeeze: hidden channels of a block, and of its squeeze-and-excite, per output
+      channel.
+    """
 
     stem_widths: tuple[int, ...]
     stem_strides: tuple[int, ...]
@@ -40,6 +45,7 @@ class Variant:
 
 
 def _family(scale: int) -> Variant:
+    """Makes NFNet-F(scale - 1), whose stages are `scale` times as deep as F0's."""
     widths = (256, 512, 1536, 1536)
     depths = tuple(scale * d for d in (1, 2, 6, 3))
     return Variant(
@@ -54,7 +60,10 @@ VARIANTS: dict[str, Variant] = {f"F{n}": _family(n + 1) for n in range(8)} | {
 
 
 def variant_of(config: VisionConfig) -> Variant:
-    """The named variant; a UserError lists the names."""
+    """Returns the variant that `config.variant` names.
+
+    Raises: UserError for an unknown name.
+    """
     if config.variant not in VARIANTS:
         raise UserError(
             f"vision.variant is {config.variant!r}, but NFNet has {', '.join(VARIANTS)}: choose"
@@ -69,8 +78,9 @@ def activation(x: Array) -> Array:
 
 
 def convolution(x: Array, w: Array, stride: int, groups: int) -> Array:
-    """x [M, H, W, I] * w [h, w, I / groups, O] -> [M, H / stride, W / stride, O], in the type
-    of `x`; the gradient of `w` is summed in its own.
+    """Convolves x [M, H, W, I] with w [h, w, I / groups, O] -> [M, H / stride, W / stride, O],
+    in the dtype of `x`; the gradient of `w` is accumulated in the dtype of `w`, as in
+    `layers.linear`.
     """
     return (
         _convolve(x, w, stride, groups)
@@ -106,13 +116,15 @@ def _cast_backward(
 ) -> tuple[Array, Array]:
     x, w = given
     (dx,) = jax.linear_transpose(lambda x: _convolve(x, w, stride, groups), x)(dy)
+    # The gradient of w is a convolution of x with dy, dilated by the stride. JAX's own would
+    # have the dtype of the activations.
     low = [
         before
         for before, _ in jax.lax.padtype_to_pads(
             x.shape[1:3], w.shape[:2], (stride, stride), "SAME"
         )
     ]
-    # As far as the filter's place reaches over the images, and no farther.
+    # Padding at the end so that exactly the filter's h x w offsets are computed.
     high = [
         stride * (o - 1) + k - size - before
         for o, k, size, before in zip(dy.shape[1:3], w.shape[:2], x.shape[1:3], low, strict=True)
@@ -134,8 +146,8 @@ _cast_convolve.defvjp(_cast_forward, _cast_backward)
 
 
 class WSConv(nnx.Module):
-    """Convolution with scaled weight standardisation: each filter has mean 0 and variance
-    gain^2 / fan-in.
+    """Convolution with scaled weight standardisation (Brock et al. 2021): each filter is
+    normalised to mean 0 and variance gain^2 / fan-in.
     """
 
     def __init__(
@@ -149,6 +161,7 @@ class WSConv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.stride, self.groups = stride, groups
+        # Whether `weight` is already standardised: see NFNet.prepared.
         self.ready = False
         fan_in = size * size * inputs // groups
         self.weight = nnx.Param(
@@ -159,12 +172,13 @@ class WSConv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((outputs,)))
 
     def standardised(self, dtype: DTypeLike) -> Array:
-        """The weights that convolve, [..., size, size, inputs / groups, outputs], as a stack of
-        layers has them too.
+        """Returns the standardised weights [..., size, size, inputs / groups, outputs]; a
+        stack of layers has leading axes.
         """
         if self.ready:
             return self.weight[...]
         w = self.weight[...].astype(jnp.float32)
+        # Statistics over all axes of a filter but its output channel.
         filters = (-4, -3, -2)
         mean, variance = w.mean(filters, keepdims=True), w.var(filters, keepdims=True)
         gain = jnp.expand_dims(self.gain[...].astype(jnp.float32), filters)
@@ -174,10 +188,11 @@ class WSConv(nnx.Module):
         ).astype(dtype)
 
     def __call__(self, x: Array) -> Array:
-        # Cast where they meet the activations: see `linear`.
+        """Convolves [M, H, W, inputs] -> [M, H / stride, W / stride, outputs]."""
+        # `linear` and `convolution` cast to the activations' dtype.
         w = self.standardised(self.weight[...].dtype)
         if w.shape[:2] == (1, 1) and self.stride == 1:
-            # As a product: five times faster than a 1x1 convolution on CPU.
+            # A matrix product is five times faster than a 1x1 convolution on CPU.
             x = linear(x, w[0, 0])
         else:
             x = convolution(x, w, self.stride, self.groups)
@@ -185,7 +200,9 @@ class WSConv(nnx.Module):
 
 
 class SqueezeExcite(nnx.Module):
-    """A gate for each channel from the channels' means over space."""
+    """Squeeze-and-excite (Hu et al. 2018): a gate per channel, computed from the channels'
+    means over the grid.
+    """
 
     def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
         down = jax.random.normal(rngs.params(), (width, hidden)) / math.sqrt(width)
@@ -194,6 +211,7 @@ class SqueezeExcite(nnx.Module):
         self.up, self.up_bias = nnx.Param(up), nnx.Param(jnp.zeros((width,)))
 
     def __call__(self, x: Array) -> Array:
+        """Computes the gates, 0 .. 1: [M, h, w, C] -> [M, 1, 1, C]."""
         h = x.mean((1, 2))
         h = linear(h, self.down)
         h = jax.nn.relu(h + broadcast_param(self.down_bias[...], h))
@@ -202,8 +220,8 @@ class SqueezeExcite(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x -> x + alpha * gain * SE(conv(...)) with a bottleneck of two grouped 3x3 convolutions;
-    a transition also strides and widens.
+    """A bottleneck residual block with two grouped 3x3 convolutions and squeeze-and-excite:
+    x + ALPHA * skip_gain * branch(beta * x). A transition block also strides and widens.
     """
 
     def __init__(
@@ -232,8 +250,11 @@ class Block(nnx.Module):
         self.skip_gain = nnx.Param(jnp.zeros(()))
 
     def __call__(self, x: Array, beta: Array | float, keep: Array | None = None) -> Array:
-        """x [M, h, w, inputs]; beta = 1 / expected deviation of x; keep [M] is 0 where
-        stochastic depth drops the branch.
+        """Runs the block on x [M, h, w, inputs] -> [M, h / stride, w / stride, outputs].
+
+        Args:
+          beta: 1 / the expected standard deviation of x at this depth.
+          keep: bool [M], False where stochastic depth drops the branch; None keeps all.
         """
         out = activation(x) * jnp.asarray(beta, x.dtype)
         skip = x
@@ -242,6 +263,7 @@ class Block(nnx.Module):
         h = activation(self.reduce(out))
         h = activation(self.second(activation(self.first(h))))
         h = self.expand(h)
+        # Times 2, since a sigmoid gate is 1/2 on average.
         h = h * self.squeeze_excite(h) * 2
         if keep is not None:
             h = jnp.where(keep[:, None, None, None], h, jnp.zeros((), h.dtype))
@@ -249,7 +271,7 @@ class Block(nnx.Module):
 
 
 def _average_pool(x: Array) -> Array:
-    """2x2 means at stride 2; an odd border averages what there is of it."""
+    """Averages 2x2 windows at stride 2; a window at an odd border averages the cells it has."""
     return _sum_2x2(x) / _sum_2x2(jnp.ones((1, *x.shape[1:3], 1), x.dtype))
 
 
@@ -259,7 +281,7 @@ def _sum_2x2(x: Array) -> Array:
 
 
 class Stage(nnx.Module):
-    """A transition block and a stack of equal ones."""
+    """A transition block, then a scanned stack of equal blocks."""
 
     def __init__(
         self,
@@ -280,10 +302,11 @@ class Stage(nnx.Module):
         )
 
     def __call__(self, x: Array, beta: float, keep: Array | None) -> Array:
-        """keep: [depth, M] or None."""
+        """Runs the stage on x [M, h, w, inputs]. keep: bool [depth, M], see Block; or None."""
         x = self.transition(x, beta, None if keep is None else keep[0])
         if self.layers is None:
             return x
+        # The expected variance is 1 after the transition and grows by ALPHA^2 a block.
         betas = jnp.asarray([1 / math.sqrt(1 + ALPHA**2 * place) for place in range(1, self.depth)])
         inputs = (betas, None if keep is None else keep[1:])
         return scan_layers(
@@ -292,8 +315,8 @@ class Stage(nnx.Module):
 
 
 class NFNet(nnx.Module):
-    """Normalised images [M, H, W, 3] -> grid features [M, h, w, C] after the final 1x1
-    convolution (F6: stride 32, C = 3072).
+    """Encodes normalised images [M, H, W, 3] to grid features [M, h, w, C], the output of the
+    final 1x1 convolution (F6: stride 32, C = 3072).
     """
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
@@ -319,8 +342,8 @@ class NFNet(nnx.Module):
         self.grid = -(-config.image_size // stride)
 
     def __call__(self, images: Array, *, train: bool = False, key: Array | None = None) -> Array:
-        """`key` draws stochastic depth in training; without it, or at rate 0, nothing is
-        random.
+        """Encodes images [M, H, W, 3] -> [M, h, w, C]. key: randomness of stochastic depth in
+        training; without it, or at rate 0, no branch is dropped.
         """
         x = images
         for place, conv in enumerate(self.stem):
@@ -329,6 +352,7 @@ class NFNet(nnx.Module):
         for place, stage in enumerate(self.stages):
             keep = None
             if train and key is not None and self.stochastic_depth > 0:
+                # The drop rate grows linearly with depth.
                 rates = self.stochastic_depth * (done + np.arange(stage.depth)) / blocks
                 keep = (
                     jax.random.uniform(jax.random.fold_in(key, place), (stage.depth, x.shape[0]))
@@ -340,8 +364,8 @@ class NFNet(nnx.Module):
         return activation(self.final(x))
 
     def prepared(self, dtype: DTypeLike) -> "NFNet":
-        """The same function of images of this dtype with every weight standardised, once for
-        however many batches.
+        """Returns a copy whose weights are already standardised and cast to `dtype`, so that
+        encoding many batches does so once.
         """
         copy = nnx.merge(*nnx.split(self))
         for _, module in nnx.iter_modules(copy):

@@ -1,13 +1,13 @@
-"""Packing: rows of several datasets as one stream of tokens, so that a weight meets all of them
-in one product.
+"""Packing: rows of several datasets as one stream of tokens, so that each weight is multiplied
+with all of them in one matrix product.
 
-A stream [S, T, ...] has one row for each of the S groups of devices that share the datasets'
-rows: all of the group's tokens, dataset after dataset. Nothing crosses devices when it is
-joined or split. Rows of one dataset alone are a stream as they are, [B, L, ...].
+A stream [S, T, ...] has one row for each of the S shards of the batch axis (`row_shards`): all
+tokens of that shard, dataset after dataset. Joining and splitting therefore move nothing
+between devices. The rows of a single dataset, [B, L, ...], are a stream without any change.
 
-Models see streams, and one of two small objects where tokens look at each other: `Packing` for
-self-attention, within rows, and `MediaView` for cross-attention, from rows to their visuals.
-Both offer `over_rows`; nothing else knows which tokens lie in one row.
+Models compute on streams. Only attention needs to know which tokens belong to one row, and
+gets it from one of two small objects: `Packing` for self-attention, within rows, and
+`MediaView` for cross-attention, from rows to their visuals. Both offer `over_rows`.
 """
 
 import itertools
@@ -24,13 +24,18 @@ Array = jax.Array
 Parts = Sequence[Array]
 """One array for each dataset."""
 Attend = Callable[[Array, Array, Array, Array], Array]
-"""Query, key, value and what says which of them may meet -> what queries found."""
+"""(query, key, value, segments or mask) -> attention output, shaped as the query."""
 
 
 class PackedText(NamedTuple):
-    """Packed rows of one dataset. tokens, positions, segments (0 is padding), media_index (phi,
-    -1 for none): int32 [B, L]; visuals: int32 [B, N], -1 for none. The last two are None for
-    text alone.
+    """Packed rows of one dataset.
+
+    tokens, positions: int32 [B, L]; positions count from 0 within each segment.
+    segments: int32 [B, L], which packed example a token belongs to; 0 is padding.
+    media_index: int32 [B, L], the paper's phi: which of the row's visuals a token attends to,
+      an index into `visuals`; -1 for none. None for text-only data.
+    visuals: int32 [B, N], each row's visuals as indices into the batch's images; -1 for none.
+      None for text-only data.
     """
 
     tokens: Array
@@ -41,20 +46,26 @@ class PackedText(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """How a stream's tokens lie in rows. segments: int32 [B_p, L_p] of every part, 0 for
-    padding.
+    """The rows that a stream is made of, for self-attention.
+
+    segments: int32 [B_p, L_p] for each part p (a dataset, or several merged); 0 is padding.
     """
 
     segments: tuple[Array, ...]
 
     def over_rows(self, attend: Attend, query: Array, key: Array, value: Array) -> Array:
-        """Calls `attend(query, key, value, segments)` within each row of a stream [S, T, H, d]:
-        it sees [B, L, H, d] and int32 [B, L], rows of one length at a time.
+        """Applies `attend(query, key, value, segments)` to the rows of a stream [S, T, H, d]
+        -> [S, T, H, d].
+
+        `attend` gets [B, L, H, d] and int32 [B, L], once for each row length.
         """
         shapes = shapes_of(self.segments)
         if length := block_length(shapes):
-            # In one product, and nothing is taken apart and put together again.
+            # Short rows side by side in blocks of the longest row's length: one call for all
+            # parts, without slicing and concatenating the stream. Distinct segment numbers
+            # keep the rows of a block apart.
             arrays = (query, key, value, block_segments(self.segments))
+            # [S, T, ...] -> [S * T / length, length, ...]
             blocks = (a.reshape(-1, length, *a.shape[2:]) for a in arrays)
             return attend(*blocks).reshape(query.shape)
         parts = (split(a, shapes) for a in (query, key, value))
@@ -62,10 +73,12 @@ class Packing(NamedTuple):
 
 
 class TokenStream(NamedTuple):
-    """Several datasets' packed rows as models read them: tokens, positions int32 [S, T].
+    """The packed rows of several datasets as the one stream that models read.
 
-    texts: its parts, neighbours of one shape made one. joined: there were several, and are one
-    now, whose rows are the stream.
+    tokens, positions: int32 [S, T].
+    texts: the stream's parts: the datasets, adjacent ones of equal shape merged.
+    joined: whether several datasets were merged into a single part. The stream is then that
+      part's rows [B, L], and `restore` brings results back to [S, T].
     """
 
     tokens: Array
@@ -75,12 +88,14 @@ class TokenStream(NamedTuple):
     joined: bool
 
     def restore(self, x: Array) -> Array:
-        """Gives what a model made of the stream the form of the datasets' stream."""
+        """Reshapes a model's output from the merged rows [B, L, ...] to the datasets' stream
+        [S, T, ...].
+        """
         return x.reshape(row_shards(), -1, *x.shape[2:]) if self.joined else x
 
 
 def pack(texts: Sequence[PackedText]) -> TokenStream:
-    """Makes one stream of the datasets' rows."""
+    """Concatenates the packed rows of several datasets into one token stream."""
     merged = merge_alike(texts)
     return TokenStream(
         join([text.tokens for text in merged]),
@@ -92,13 +107,15 @@ def pack(texts: Sequence[PackedText]) -> TokenStream:
 
 
 class MediaView(NamedTuple):
-    """What of its visuals each token of a stream sees.
+    """The cross-attention masks of a stream: which visual tokens each text token attends to.
 
-    masks: bool [B_p, 1, L_p, N_p * R] of every part, each row owning N_p visuals of R tokens,
-      none in a part of text alone. visuals: int32 [B, N], where the rows of a stream of one part
-      find theirs among M; None where row b's lie at b * N + n, so that none need be gathered
-      (the gradient of a gather is a scatter, slow on every backend). text_masks: bool [B_p, 1,
-      L_p, S_p], which of its row's text tokens each sees beside its visuals; empty for none.
+    masks: bool [B_p, 1, L_p, N_p * R] for each part p, whose rows have N_p visuals of R tokens
+      each; N_p is 0 for text-only data.
+    visuals: int32 [B, N], for a stream of a single part: the rows' visuals as indices into all
+      M. None where row b's visual n is number b * N + n, so that no gather is needed (the
+      gradient of a gather is a scatter, slow on every backend).
+    text_masks: bool [B_p, 1, L_p, S_p], the text tokens of its row that each token also
+      attends to (`text_window`); empty without a window.
     """
 
     masks: tuple[Array, ...]
@@ -113,22 +130,32 @@ class MediaView(NamedTuple):
         value: Array,
         text: tuple[Array, Array] | None = None,
     ) -> Array:
-        """Calls `attend(query, key, value, mask)` from each row of a stream [S, T, H, d] to its
-        visuals, [S, V, R, H, d] or [M, R, H, d]; zeros where a row has none.
+        """Applies `attend(query, key, value, mask)` from each row's tokens to its visuals;
+        zeros for text-only data.
 
-        text: keys and values of the rows' text [S, T, H, d], or a cache's [B, S, H, d], which
-          `text_masks` are of.
+        Args:
+          query: the stream's [S, T, H, d].
+          key, value: the visuals' [S, V, R, H, d] or [M, R, H, d].
+          text: keys and values of the text that `text_masks` belong to: the stream's
+            [S, T, H, d], or a decoding cache's [B, S, H, d].
+
+        Returns: [S, T, H, d].
         """
         if self.visuals is not None:
+            # [M, R, H, d] -> [B, N, R, H, d]
             key, value = key[self.visuals], value[self.visuals]
+        # (B_p, N_p) and (B_p, L_p) of every part.
         owned = [(m.shape[0], m.shape[-1] // key.shape[-3]) for m in self.masks]
         queries = split(query, [(m.shape[0], m.shape[2]) for m in self.masks])
 
         def rows(q: Array, k: Array, v: Array, mask: Array, *text: Array) -> Array:
             if not mask.shape[-1]:
                 return jnp.zeros_like(q)
+            # [B, N, R, H, d] -> [B, N * R, H, d]
             k, v = (a.reshape(q.shape[0], -1, *a.shape[-2:]) for a in (k, v))
             if text:
+                # Text keys behind the visual ones: [B, N * R + S, H, d], one softmax over
+                # both.
                 both = zip((k, v, mask), text, (1, 1, -1), strict=True)
                 k, v, mask = (jnp.concatenate([a, b], axis) for a, b, axis in both)
             return attend(q, k, v, mask)
@@ -141,8 +168,8 @@ class MediaView(NamedTuple):
 
 
 def merge_alike(texts: Sequence[PackedText]) -> list[PackedText]:
-    """Merges neighbours in the stream whose rows have as many tokens and visuals: the same stream
-    in fewer, larger parts.
+    """Merges adjacent datasets whose rows have equal numbers of tokens and of visuals: the
+    same stream in fewer, larger parts.
     """
 
     def shape(text: PackedText) -> list[int | None]:
@@ -155,8 +182,8 @@ def merge_alike(texts: Sequence[PackedText]) -> list[PackedText]:
 
 
 def join(parts: Parts, groups: int | None = None) -> Array:
-    """[B_p, L_p, ...] of every part -> [S, T, ...]; a single part as it is. groups: S, by
-    default of those that share rows.
+    """Concatenates parts [B_p, L_p, ...] along tokens -> a stream [S, T, ...]; a single part
+    stays as it is. groups: S, by default `row_shards()`.
     """
     if len(parts) == 1:
         return parts[0]
@@ -165,7 +192,10 @@ def join(parts: Parts, groups: int | None = None) -> Array:
 
 
 def split(stream: Array, shapes: Sequence[tuple[int, int]]) -> list[Array]:
-    """The inverse of `join`, for the (B_p, L_p) of every part."""
+    """Splits a stream [S, T, ...] into its parts [B_p, L_p, ...]: the inverse of `join`.
+
+    shapes: (B_p, L_p) of every part.
+    """
     if len(shapes) == 1:
         return [stream]
     found, start = [], 0
@@ -181,11 +211,13 @@ def split(stream: Array, shapes: Sequence[tuple[int, int]]) -> list[Array]:
 
 
 def block_length(shapes: Sequence[tuple[int, int]]) -> int | None:
-    """The length of equal blocks into which the stream of rows (B_p, L_p) can be cut with no
-    row across two of them: that of the longest row.
+    """Returns the length of the equal blocks into which a stream can be cut so that no row
+    crosses a block's edge: the longest row's length.
 
-    None for a single part, where rows do not lie so, or where attention within blocks rather
-    than rows would compute more than twice as much.
+    None for a single part, for rows that do not align, and where attention within blocks would
+    compute more than twice as many scores as attention within rows.
+
+    shapes: (B_p, L_p) of every part.
     """
     shards, longest = row_shards(), max(length for _, length in shapes)
     counts = [rows * length // shards for rows, length in shapes]
@@ -194,17 +226,18 @@ def block_length(shapes: Sequence[tuple[int, int]]) -> int | None:
         longest % length == 0 and start % length == 0
         for start, (_, length) in zip(starts, shapes, strict=True)
     )
+    # Scores of attention within rows; within blocks they are tokens * longest.
     needed = sum(count * length for count, (_, length) in zip(counts, shapes, strict=True))
     return longest if len(shapes) > 1 and aligned and sum(counts) * longest <= 2 * needed else None
 
 
 def block_segments(segments: Parts) -> Array:
-    """[B_p, L_p] segment numbers of every part -> [S, T] numbers that no two rows of a group
-    share; padding stays 0.
+    """Renumbers the segments of every part, int32 [B_p, L_p], so that no two rows of a shard
+    share a number -> [S, T]; padding stays 0.
 
-    A row of L tokens has the next L numbers, so that a group's largest is how many tokens it
-    has.
-    Raises: ValueError where that is more than int32 holds.
+    A row of L tokens has at most L segments and gets the next L numbers, so that the largest
+    number is at most the shard's token count.
+    Raises: ValueError where that exceeds int32.
     """
     found, first = [], 0
     for part in segments:
@@ -219,5 +252,5 @@ def block_segments(segments: Parts) -> Array:
 
 
 def shapes_of(parts: Parts) -> list[tuple[int, int]]:
-    """(B_p, L_p) of every part."""
+    """Returns (B_p, L_p) of every part."""
     return [(part.shape[0], part.shape[1]) for part in parts]

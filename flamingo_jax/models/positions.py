@@ -1,5 +1,5 @@
-"""How attention knows where a token stands: Transformer-XL, rotary, alibi or learned positions,
-by name and with one interface.
+"""Positional encodings of the language model's attention: Transformer-XL, rotary (RoPE), ALiBi
+or learned, chosen by name, with one interface.
 
 Shapes: B rows, L queries, S keys, H heads, d head width.
 """
@@ -22,8 +22,11 @@ Array = jax.Array
 
 
 class Scored(NamedTuple):
-    """query: as it meets the keys, [B, L, H, d]. scores: what positions add to query . key before
-    these are scaled by 1 / sqrt(d), float32, broadcastable to [B, H, L, S]; None for nothing.
+    """The queries and extra scores that a positional encoding gives to `attention.attend`.
+
+    query: [B, L, H, d], as multiplied with the keys.
+    scores: float32, broadcastable to [B, H, L, S], added to query . key before the scaling by
+      1 / sqrt(d); None for none.
     """
 
     query: Array
@@ -32,42 +35,51 @@ class Scored(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Positions:
-    """What every kind of positions does to attention; a kind changes what it needs to.
+    """The interface of positional encodings, each method by default doing nothing.
 
-    Parameters belong to the attention, as its attributes; methods get it as `attention`.
+    It has no parameters itself: those of `parameters` become attributes of the SelfAttention,
+    which methods get as `attention`.
     """
 
     def parameters(self, rngs: nnx.Rngs) -> dict[str, nnx.Param]:
-        """The kind's parameters by name."""
+        """Makes the parameters of this kind, by the name of their attribute."""
         return {}
 
     def turn(self, x: Array, positions: Array) -> Array:
-        """Queries or keys [B, L, H, d] that stand at `positions`, int32 [B, L]."""
+        """Rotates queries or keys [B, L, H, d] by their `positions`, int32 [B, L]."""
         return x
 
     def score(self, attention: Any, query: Array) -> Scored:
-        """Of queries to keys of the same rows: both stand at their places there."""
+        """Computes the extra scores of queries [B, L, H, d] against the keys of the same rows.
+
+        Distances are those within the row: a segment is contiguous, and its tokens attend only
+        to each other.
+        """
         return Scored(query, None)
 
     def score_cached(
         self, attention: Any, query: Array, positions: Array, slots: int, distances: Array | None
     ) -> Scored:
-        """Of queries at `positions` [B, L] to a cache's slots, each of which holds the token at
-        its own number. distances: those of `cached_distances`.
+        """Computes the extra scores of queries [B, L, H, d] at `positions`, int32 [B, L],
+        against a cache whose slot s holds the token at position s.
+
+        distances: one layer's of `cached_distances`.
         """
         return Scored(query, None)
 
     def cached_distances(self, attention: Any, slots: int, dtype: Any) -> Array | None:
-        """What all rows of a cache of so many slots share, for a stack of attentions [layers,
-        ...]; None for nothing.
+        """Computes once, for a cache of `slots` tokens, what every decoding step needs of a
+        stack of attentions, [layers, ...]; None for nothing.
         """
         return None
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerXL(Positions):
-    """Learned maps of sinusoidal distances (Dai et al. 2019, section 3.3):
-    (q_i + u) . k_j + (q_i + v) . W r_(i-j).
+    """Relative positions of Transformer-XL (Dai et al. 2019, section 3.3): the score of query
+    i and key j is (q_i + u) . k_j + (q_i + v) . W r_(i-j), where r is sinusoidal.
+
+    W is the parameter `position`, u `content_bias`, v `position_bias`.
     """
 
     width: int
@@ -84,14 +96,14 @@ class TransformerXL(Positions):
         }
 
     def score(self, attention: Any, query: Array) -> Scored:
-        # One distance more than there are: see shift_distances.
+        # Distances 0 .. L, one more than occur: see shift_distances.
         keys = self.keys(attention, query.shape[1] + 1, query.dtype)
         scores = jnp.einsum(
             "blhd,shd->bhls",
             add_bias(query, attention.position_bias),
             keys[::-1],
             preferred_element_type=jnp.float32,
-        )
+        )  # [B, H, L, L + 1], column t at distance L - t
         scores = shift_distances(heads_first(scores))
         return Scored(add_bias(query, attention.content_bias), scores)
 
@@ -104,26 +116,26 @@ class TransformerXL(Positions):
             add_bias(query, attention.position_bias),
             keys,
             preferred_element_type=jnp.float32,
-        )
+        )  # [B, H, L, slots] by distance; gathered to [B, H, L, slots] by slot:
         distance = jnp.clip(positions[:, :, None] - jnp.arange(slots), 0, slots - 1)
         scores = jnp.take_along_axis(scores, distance[:, None], axis=-1)
         return Scored(add_bias(query, attention.content_bias), scores)
 
     def keys(self, attention: Any, count: int, dtype: Any) -> Array:
-        """W r_n, the keys of the distances n = 0 .. count - 1: [count, H, d]."""
+        """Computes W r_n, the keys of the distances n = 0 .. count - 1: [count, H, d]."""
         return distance_keys(attention.position[...], count, dtype)
 
     def cached_distances(self, attention: Any, slots: int, dtype: Any) -> Array:
-        """The keys of all distances, [layers, slots, H, d]: they are as dear to compute as the
-        language model itself is for dozens of tokens.
+        """Computes the keys of all distances, [layers, slots, H, d]: they cost as much as a
+        forward pass of the language model over dozens of tokens.
         """
         return jax.lax.map(lambda w: distance_keys(w, slots, dtype), attention.position[...])
 
 
 @dataclasses.dataclass(frozen=True)
 class Rotary(Positions):
-    """Queries and keys turn with their position (Su et al. 2021), of each head the first `width`
-    values; the two halves of these form the pairs.
+    """Rotary embeddings (RoPE, Su et al. 2021) of the first `width` values of each head; value
+    i and value i + width / 2 form a pair.
     """
 
     width: int
@@ -140,8 +152,8 @@ class Rotary(Positions):
 
 @dataclasses.dataclass(frozen=True)
 class Alibi(Positions):
-    """A key so many tokens before the query loses slope times as much of its score, each head
-    with a slope of its own (Press et al. 2022).
+    """Attention with linear biases (ALiBi, Press et al. 2022): slope * distance is subtracted
+    from the score, with a slope for each head.
     """
 
     slopes: tuple[float, ...]
@@ -157,16 +169,17 @@ class Alibi(Positions):
         return Scored(query, self._penalty(distance, query.shape[-1]))
 
     def _penalty(self, distance: Array, head_width: int) -> Array:
-        """int32 [B, L, S] -> float32 [B, H, L, S], of scores before they are scaled."""
+        """Computes -slope * distance, int32 [B, L, S] -> float32 [B, H, L, S]."""
+        # Times sqrt(d), which the scaling of the scores by 1 / sqrt(d) cancels.
         slopes = jnp.asarray(self.slopes, jnp.float32) * math.sqrt(head_width)
         return -slopes[:, None, None] * distance[:, None].astype(jnp.float32)
 
 
 def make_positions(config: LanguageModelConfig) -> Positions:
-    """The positions that a language model's attention has by name; learned ones are the
-    embedding's, and nothing to attention.
+    """Makes the positional encoding that `config.positions.kind` names. Learned positions are
+    added to the embedding (`LanguageModel.add_positions`); for attention they do nothing.
 
-    Raises: UserError for a rotary width that is no even number.
+    Raises: UserError for a rotary width that is not even.
     """
     given, attention = config.positions, config.attention
     if given.kind == "transformer_xl":
@@ -186,9 +199,10 @@ def make_positions(config: LanguageModelConfig) -> Positions:
 
 
 def alibi_slopes(heads: int, slope_range: float = 8.0) -> tuple[float, ...]:
-    """Each head's slope: 2^(-range / n), 2^(-2 range / n), ... for the n heads, and where n is
-    no power of two every other one of the next power's, then the others (Press et al. 2022, as
-    MPT's code has it).
+    """Computes each head's ALiBi slope: 2^(-range / n), 2^(-2 range / n), ... for n heads.
+
+    Where n is not a power of two: every second slope of the next power of two, then the
+    others, cut to n (Press et al. 2022, in the order of MPT's code).
     """
     count = 2 ** math.ceil(math.log2(heads))
     slopes = [2.0 ** (-slope_range * (place + 1) / count) for place in range(count)]
@@ -196,12 +210,16 @@ def alibi_slopes(heads: int, slope_range: float = 8.0) -> tuple[float, ...]:
 
 
 def rotary_frequencies(half: int, base: float, scaling: RotaryScaling | None = None) -> np.ndarray:
-    """Radians a position for each of d / 2 pairs, float32 [half]."""
+    """Computes the rotary frequencies, radians per position for each of d / 2 pairs: float32
+    [half]. scaling: for a context longer than that of the first training.
+    """
     frequencies = base ** (-np.arange(half, dtype=np.float32) / half)
     if scaling is None:
         return frequencies
     if scaling.kind == "linear":
         return frequencies / np.float32(scaling.factor)
+    # llama3: how many full turns a pair makes over the original context decides between
+    # dividing its frequency by the factor (few turns) and leaving it (many).
     turns = scaling.original_length * frequencies / (2 * np.pi)
     kept = np.clip(
         (turns - scaling.low_frequency_factor)
@@ -213,8 +231,8 @@ def rotary_frequencies(half: int, base: float, scaling: RotaryScaling | None = N
 
 
 def rotate(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
-    """Rotary embedding (Su et al. 2021) of x [B, L, H, d] at `positions` [B, L], the two halves
-    of d forming the pairs.
+    """Rotates the pairs of x [B, L, H, d] by positions [B, L] * frequencies [d / 2]; value i
+    and value i + d / 2 form a pair (RoPE, Su et al. 2021).
     """
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -225,8 +243,8 @@ def rotate(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
 
 
 def sinusoids(count: int, width: int) -> Array:
-    """Sinusoidal code of the distances 0..count-1, float32 [count, width] (Dai et al. 2019,
-    section 3.3).
+    """Computes the sinusoidal encoding r of the distances 0 .. count - 1, float32 [count,
+    width] (Dai et al. 2019, section 3.3).
     """
     frequencies = 10_000.0 ** (-np.arange(width // 2, dtype=np.float32) / (width // 2))
     angles = np.arange(count, dtype=np.float32)[:, None] * frequencies
@@ -234,15 +252,18 @@ def sinusoids(count: int, width: int) -> Array:
 
 
 def distance_keys(position: Array, count: int, dtype: Any) -> Array:
-    """Transformer-XL's keys of the distances 0 .. count - 1 by its map [D, H, d]: [count, H,
-    d].
+    """Computes Transformer-XL's keys W r_n of the distances n = 0 .. count - 1: `position` is
+    W, [D, H, d] -> [count, H, d].
     """
     return linear(sinusoids(count, position.shape[0]).astype(dtype), position)
 
 
 def shift_distances(scores: Array) -> Array:
-    """[..., L, L + 1] scores by descending distance (column t is distance L - t) -> [..., L,
-    L], column j being distance i - j; j > i holds rubbish.
+    """Realigns scores by distance to scores by key, the relative shift of Transformer-XL:
+    [..., L, L + 1], column t at distance L - t -> [..., L, L], column j of row i at distance
+    i - j. Columns j > i hold arbitrary values, to be masked.
     """
+    # Read as [L + 1, L], each row begins one element later than the one before: a reshape does
+    # the shift, without a gather.
     *lead, length, _ = scores.shape
     return scores.reshape(*lead, length + 1, length)[..., 1:, :]

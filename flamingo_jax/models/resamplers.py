@@ -1,7 +1,8 @@
-"""How any number of frames and grid cells becomes a fixed number of visual tokens: the paper's
-Perceiver Resampler (A.1.1), and the two that its ablation compares it with (3.3).
+"""Resamplers: reduce any number of frames and grid cells to a fixed number of visual tokens.
+The paper's Perceiver Resampler (A.1.1), and the two that its ablation compares it with (3.3).
 
-All three are `Resampler`s: features [M, T, S, C] and a frame mask [M, T] -> [M, R, D].
+All three are `Resampler`s: features [M, T, S, C] and a frame mask [M, T] -> [M, R, D], for M
+visuals, T frames, S grid cells, R visual tokens (`config.latents`), D the resampler's width.
 """
 
 import math
@@ -29,11 +30,11 @@ Array = jax.Array
 
 
 class PerceiverLayer(nnx.Module):
-    """x += Attn(q = x, kv = [features, x]); x += FFW(x). The features are the same at every
-    layer (paper A.1.1).
+    """Updates latents x by attention to the features and themselves: x += Attn(q = x, kv =
+    [features, x]); x += FFW(x). Every layer gets the same features (paper A.1.1).
 
-    The paper does not place the resampler's norms: separate ones for features and latents
-    before keys and values, one before the feed-forward, as public re-implementations have them.
+    The paper does not say where the norms are. As in public re-implementations, features and
+    latents have a norm each before keys and values, and the feed-forward has one.
     """
 
     def __init__(self, config: ResamplerConfig, *, rngs: nnx.Rngs):
@@ -56,19 +57,22 @@ class PerceiverLayer(nnx.Module):
     def __call__(self, x: Array, features: Array, mask: Array) -> Array:
         """x [M, R, D], features [M, S, D], mask bool [M, 1, 1, S + R] -> [M, R, D]."""
         latents = self.latent_norm(x)
+        # [M, S, D] and [M, R, D] -> [M, S + R, D]
         media = jnp.concatenate([self.feature_norm(features), latents], axis=1)
         query, key, value = (
             save_for_backward(linear(latents, self.query[...])),
             save_for_backward(linear(media, self.key[...])),
             save_for_backward(linear(media, self.value[...])),
         )
-        h = attend(query, key, value, mask)
+        h = attend(query, key, value, mask)  # [M, R, H, d]
         x = x + linear(h, self.out[...], 2)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
 class TransformerLayer(nnx.Module):
-    """x += Attn(Norm(x)); x += FFW(Norm(x)): a layer that updates features and latents alike."""
+    """A pre-norm Transformer layer over features and latents together: x += Attn(Norm(x));
+    x += FFW(Norm(x)).
+    """
 
     def __init__(self, config: ResamplerConfig, *, rngs: nnx.Rngs):
         shape = (config.width, config.heads, config.head_width)
@@ -99,7 +103,7 @@ class TransformerLayer(nnx.Module):
 
 
 class MLPLayer(nnx.Module):
-    """x += FFW(Norm(x)): a layer in which no cell sees another."""
+    """A residual feed-forward layer, x += FFW(Norm(x)), applied to each grid cell alone."""
 
     def __init__(self, config: ResamplerConfig, *, rngs: nnx.Rngs):
         self.feed_forward_norm = LayerNorm(config.width)
@@ -113,11 +117,10 @@ class MLPLayer(nnx.Module):
 
 
 class Resampler(nnx.Module):
-    """What the three share: features brought to the resampler's width, the embeddings of their
-    time and place, and the norm of the tokens that come out.
+    """The parts that all three kinds share: a projection of the features to the resampler's
+    width, time and position embeddings, and a final norm. A kind implements `reduce`.
 
-    A linear map brings the encoder's width to the resampler's (the paper's 194 M parameters are
-    with one).
+    The paper does not mention the projection, but its 194 M parameters include one.
     """
 
     def __init__(
@@ -126,15 +129,17 @@ class Resampler(nnx.Module):
         self.config = config
         self.remat = remat
         self.input_projection = fan_in_normal(rngs, (feature_width, config.width))
-        # Larger than the features they are added to: where small, a short training does not
-        # tell the frames of a clip apart. Much larger, and above all much larger for places
-        # than for times, and the direction of a motion is learned late.
+        # Initialised larger than the features they are added to: with small embeddings a short
+        # training does not learn to tell a clip's frames apart. With much larger ones, above
+        # all if position embeddings are much larger than time embeddings, the direction of a
+        # motion is learned late.
         self.time_embedding = nnx.Param(
             1.5 * jax.random.normal(rngs.params(), (config.frames, config.width))
         )
-        # A cell's place is its row's code plus its column's: 2 n codes for n x n cells, in
-        # which all that lies left of a thing is alike. Larger than the features: only then do
-        # the latents soon look at one place each, and tell what is left of what.
+        # A cell's embedding is its row's plus its column's: 2 n vectors for n x n cells, so
+        # that cells in one column share a component and "left of" is easy to learn.
+        # Initialised larger than the features: only then do latents soon attend to single
+        # places, and spatial relations are learned.
         codes = (2, config.position_grid, config.width)
         self.position_embedding = (
             nnx.Param(2.0 / math.sqrt(2) * jax.random.normal(rngs.params(), codes))
@@ -144,8 +149,9 @@ class Resampler(nnx.Module):
         self.final_norm = LayerNorm(config.width)
 
     def time_embeddings(self, frames: int) -> Array:
-        """float32 [frames, D]: the first ones, or the trained ones stretched linearly over more
-        frames than were trained.
+        """Returns the time embeddings float32 [frames, D]: the first `frames` of them, or for
+        more frames than were trained a linear interpolation (paper A.1.1: 8 frames in
+        training, 30 at inference).
         """
         trained = self.config.frames
         if frames <= trained:
@@ -158,7 +164,8 @@ class Resampler(nnx.Module):
         return table[low] * (1 - share) + table[high] * share
 
     def position_embeddings(self, cells: int) -> Array | None:
-        """float32 [cells, D] for the cells of a square grid, row by row; None where the
+        """Returns the position embeddings float32 [cells, D] of a square grid, row by row,
+        interpolated where the grid has another size than the trained one; None where the
         resampler has none.
         """
         if self.position_embedding is None:
@@ -171,10 +178,10 @@ class Resampler(nnx.Module):
         return (rows[:, None] + columns[None, :]).reshape(cells, -1)
 
     def __call__(self, features: Array, frame_mask: Array) -> Array:
-        """Computes a visual's tokens from the encoder's features.
+        """Computes visual tokens from the encoder's features.
 
-        Those of a visual with a feature that is not finite are NaN, and nothing else is, nor is
-        a gradient.
+        The tokens of a visual with a NaN or infinite feature are NaN; those of other visuals,
+        and all gradients, stay finite.
 
         Args:
           features: [M, T, S, C], S grid cells a frame.
@@ -183,11 +190,11 @@ class Resampler(nnx.Module):
         Returns: [M, R, D].
         """
         visuals, frames, cells, _ = features.shape
-        # What is masked, or broken, is not multiplied: not with a zero of the softmax, nor with
-        # one of a gradient.
+        # Masked and broken features are zeroed before any product: a zero weight of the
+        # softmax, or a zero gradient, times NaN would be NaN.
         features = jnp.where(frame_mask[:, :, None, None], features, jnp.zeros((), features.dtype))
         features, broken = zero_nonfinite(features, (1, 2, 3))
-        x = linear(features, self.input_projection[...])
+        x = linear(features, self.input_projection[...])  # [M, T, S, D]
         x = x + broadcast_param(self.time_embeddings(frames)[:, None], x)
         positions = self.position_embeddings(cells)
         if positions is not None:
@@ -196,12 +203,16 @@ class Resampler(nnx.Module):
         return jnp.where(broken[:, None, None], jnp.nan, tokens)
 
     def reduce(self, x: Array, frame_mask: Array) -> Array:
-        """Embedded features [M, T, S, D], all finite -> [M, R, D] before the final norm."""
+        """Reduces embedded features [M, T, S, D], all finite -> [M, R, D], before the final
+        norm.
+        """
         raise NotImplementedError
 
 
 def _key_mask(frame_mask: Array, cells: int, latents: int) -> Array:
-    """bool [M, T] -> [M, 1, 1, T * cells + latents]: the cells of real frames, and all latents."""
+    """Makes the attention mask over [features, latents], True for cells of real frames and all
+    latents: frame mask bool [M, T] -> [M, 1, 1, T * cells + latents].
+    """
     keys = [
         jnp.repeat(frame_mask, cells, axis=1),
         jnp.ones((frame_mask.shape[0], latents), bool),
@@ -210,7 +221,9 @@ def _key_mask(frame_mask: Array, cells: int, latents: int) -> Array:
 
 
 class PerceiverResampler(Resampler):
-    """Learned latents read the features, which no layer changes (paper A.1.1)."""
+    """The paper's resampler: learned latents cross-attend to the features, which stay the same
+    at every layer (A.1.1).
+    """
 
     def __init__(
         self, config: ResamplerConfig, feature_width: int, *, rngs: nnx.Rngs, remat: str = "none"
@@ -236,11 +249,12 @@ class PerceiverResampler(Resampler):
 
 
 class TransformerResampler(Resampler):
-    """Features and learned latents are one sequence of a plain Transformer; the latents' last
-    states are the tokens.
+    """A plain Transformer over the sequence of features and learned latents; the latents' last
+    states are the visual tokens.
 
-    Its layers have the Perceiver's parameters but one norm, so that both have the same size, as
-    in the paper's ablation; it computes the features anew at every layer besides.
+    Its layers have the Perceiver layers' parameters less one norm, so that both resamplers
+    have the same size, as in the paper's ablation. It costs more, since every layer updates
+    the features too.
     """
 
     def __init__(
@@ -255,6 +269,7 @@ class TransformerResampler(Resampler):
         latents = jnp.broadcast_to(self.latents[...], (visuals, *self.latents.shape)).astype(
             x.dtype
         )
+        # [M, T * S + R, D]
         x = jnp.concatenate([x.reshape(visuals, frames * cells, width), latents], axis=1)
         mask = _key_mask(frame_mask, cells, self.config.latents)
         x, _ = scan_layers(
@@ -264,12 +279,12 @@ class TransformerResampler(Resampler):
 
 
 class MLPResampler(Resampler):
-    """A multilayer perceptron on every cell, the mean over frames, and a learned map from the
-    grid's cells to the tokens.
+    """An MLP on every grid cell, the mean over frames, and a learned linear map from the
+    grid's cells to the visual tokens.
 
-    The paper says no more than "MLP". The mean is taken behind the layers, where the order of
-    frames is already in the features; the map belongs to a square grid and is stretched
-    linearly over the grids of other image sizes.
+    The paper only says "MLP". The mean comes after the layers, which have seen the time
+    embeddings, so that the order of frames is not lost. The map is learned for one square grid
+    and interpolated linearly for images of other sizes.
     """
 
     def __init__(
@@ -287,14 +302,16 @@ class MLPResampler(Resampler):
 
     def reduce(self, x: Array, frame_mask: Array) -> Array:
         x, _ = scan_layers(self.layers, lambda layer, h, _: (layer(h), None), x, None, self.remat)
+        # The mean over real frames: [M, T, S, D] -> [M, S, D]
         real = frame_mask[:, :, None, None]
         count = jnp.maximum(frame_mask.sum(1), 1)[:, None, None].astype(x.dtype)
         mean = jnp.where(real, x, jnp.zeros((), x.dtype)).sum(1) / count
+        # [M, D, S] x [S, R] -> [M, D, R] -> [M, R, D]
         return linear(mean.swapaxes(1, 2), self._map(mean.shape[1])).swapaxes(1, 2)
 
     def _map(self, cells: int) -> Array:
-        """[cells, R]: the learned map, stretched where the grid is not the trained one; the sum
-        over cells then stays as large as it was.
+        """Returns the learned map [cells, R], interpolated where the grid is not the trained
+        one, and rescaled so that the sum over cells keeps its size.
         """
         table = self.cells_to_tokens[...]
         if cells == table.shape[0]:
@@ -320,7 +337,7 @@ def make_resampler(
       feature_width: C of the encoder's features.
       grid: rows, and columns, of the encoder's grid at its own image size; only `mlp` has
         parameters for each cell.
-      remat: what is computed again for the gradient (see `layers.remat`).
+      remat: what the backward pass recomputes (see `layers.remat`).
     """
     if config.kind == "mlp":
         return MLPResampler(config, feature_width, grid, rngs=rngs, remat=remat)

@@ -1,5 +1,5 @@
-"""BERT-form text encoder (Devlin et al. 2019): learned positions, a norm after each residual
-sum, GELU, biases everywhere.
+"""The contrastive model's text encoder, as BERT (Devlin et al. 2019): bidirectional, learned
+positions, post-norm, GELU, biases everywhere.
 """
 
 import jax
@@ -15,7 +15,7 @@ Array = jax.Array
 
 
 class EncoderLayer(nnx.Module):
-    """x = Norm(x + Attention(x)); x = Norm(x + FeedForward(x))."""
+    """A post-norm layer: x = Norm(x + Attention(x)); x = Norm(x + FeedForward(x))."""
 
     def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs):
         self.attention = FullAttention(config.width, config.heads, rngs=rngs)
@@ -26,13 +26,13 @@ class EncoderLayer(nnx.Module):
         self.feed_forward_norm = LayerNorm(config.width, 1e-12)
 
     def __call__(self, x: Array, mask: Array) -> Array:
-        """x [B, L, W], mask bool [B, 1, 1, L]."""
+        """Runs the layer: x [B, L, W], mask bool [B, 1, 1, L] -> [B, L, W]."""
         x = self.attention_norm(x + self.attention(x, mask))
         return self.feed_forward_norm(x + self.feed_forward(x))
 
 
 class TextEncoder(nnx.Module):
-    """tokens -> one vector a token."""
+    """Encodes tokens to a vector for each."""
 
     def __init__(
         self, config: TextEncoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
@@ -48,7 +48,9 @@ class TextEncoder(nnx.Module):
         self.layers = stack(lambda r: EncoderLayer(config, rngs=r), config.layers, rngs)
 
     def __call__(self, tokens: Array, mask: Array) -> Array:
-        """int32 [B, L] and bool [B, L], True on real tokens -> [B, L, W]."""
+        """Encodes tokens int32 [B, L] with mask bool [B, L], True for real tokens ->
+        [B, L, W].
+        """
         x = self.embedding[...][tokens] + self.position_embedding[...][: tokens.shape[1]]
         x = self.embedding_norm(x.astype(self.dtype))
         keys = mask[:, None, None, :]

@@ -1,4 +1,6 @@
-"""The vision encoder that a config asks for, and images through it on all devices of a mesh."""
+"""Makes the vision encoder of a config (NFNet or ViT), and encodes a batch's frames with it on
+all devices of a mesh.
+"""
 
 import functools
 import math
@@ -23,8 +25,10 @@ VisionEncoder = NFNet | ViT
 
 
 def vision_encoder(config: VisionConfig, *, rngs: nnx.Rngs) -> VisionEncoder:
-    """Both map normalised images [M, H, W, 3] to grid features [M, h, w, C], C being their
-    `width`, and h = w = `grid` for images of the config's size.
+    """Makes the vision encoder of a config.
+
+    Both kinds map normalised images [M, H, W, 3] to grid features [M, h, w, C], where C is the
+    encoder's `width`, and h = w = its `grid` for images of the config's size.
     """
     return NFNet(config, rngs=rngs) if config.vit is None else ViT(config, rngs=rngs)
 
@@ -39,23 +43,24 @@ def encode_frames(
     trains: bool,
     remat_mode: str,
 ) -> list[Array]:
-    """Encodes the images of several datasets, uint8 [M, T, H, W, 3] each, as one batch over all
-    devices -> grid features [M, T, S, C] of each.
+    """Encodes the images of several datasets, uint8 [M, T, H, W, 3] each, as one batch over
+    all devices -> grid features [M, T, S, C] of each.
 
-    Where all M divide, every device encodes the images that lie on it; else row shards share
-    theirs out anew.
+    Where every M divides by the number of devices, each device encodes the images that it
+    holds; otherwise each row shard spreads its images over its devices anew.
 
     Args:
       frames_at_once: how many frames each device encodes at a time, 0 for all.
-      trains: the encoder has a gradient, for which frames are encoded again where something is
-        (`remat_mode`), or where they are many: no more than a time's activations are then held.
+      trains: the encoder is trained. The backward pass then recomputes its activations if
+        `remat_mode` is not "none", or if there are several rounds, so that one round's
+        activations at most are in memory.
     """
     axes = AXES if all(part.shape[0] % shards(AXES) == 0 for part in images) else ROWS
     groups = shards(axes)
     if len(images) == 1 and images[0].shape[0] % groups:
         groups = 1
     frames = join([constrain(part, axes) for part in images], groups)
-    frames = frames.reshape(groups, -1, *images[0].shape[2:])
+    frames = frames.reshape(groups, -1, *images[0].shape[2:])  # [G, F, H, W, 3]
     count = frames.shape[1]
     rounds, padded = _rounds(count, 1 if axes == AXES else shards(MODEL), frames_at_once)
     if padded > count:
@@ -68,6 +73,7 @@ def encode_frames(
     if rounds == 1:
         features = encode(frames)
     else:
+        # [G, F, ...] -> [rounds, G, F / rounds, ...]
         by_round = frames.reshape(groups, rounds, -1, *frames.shape[2:]).swapaxes(0, 1)
         features = jax.lax.map(encode, by_round).swapaxes(0, 1)
         features = features.reshape(groups, padded, *features.shape[3:])
@@ -78,8 +84,8 @@ def encode_frames(
 
 
 def _rounds(count: int, devices: int, frames_at_once: int) -> tuple[int, int]:
-    """In how many rounds the encoder takes `count` frames of each group of devices, and how many
-    frames these are when padded.
+    """Returns in how many rounds the encoder takes the `count` frames of each group of
+    devices, and how many frames these are after padding to equal rounds.
     """
     rounds = math.ceil(count / (frames_at_once * devices or count))
     each = math.ceil(math.ceil(count / rounds) / devices) * devices
@@ -87,7 +93,9 @@ def _rounds(count: int, devices: int, frames_at_once: int) -> tuple[int, int]:
 
 
 def _encode(encoder: VisionEncoder, config: VisionConfig, dtype: DTypeLike, frames: Array) -> Array:
-    """uint8 [G, F, H, W, 3] -> [G, F, S, C], data-parallel over all devices."""
+    """Encodes frames uint8 [G, F, H, W, 3] -> [G, F, cells, C], data-parallel over all
+    devices.
+    """
     images = everywhere(frames.reshape(-1, *frames.shape[2:]))
     features = everywhere(encoder(normalise(images, config.mean, config.std, dtype)))
     return features.reshape(*frames.shape[:2], -1, features.shape[-1])

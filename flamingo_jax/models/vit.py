@@ -1,5 +1,5 @@
-"""Vision Transformer in the forms of CLIP (Radford et al. 2021) and SigLIP (Zhai et al. 2023):
-the encoder of open checkpoints and of the ablation.
+"""Vision Transformer as in CLIP (Radford et al. 2021) and SigLIP (Zhai et al. 2023): for open
+checkpoints, and for the paper's ablation of the vision encoder.
 """
 
 import jax
@@ -25,7 +25,7 @@ Array = jax.Array
 
 
 class ViTLayer(nnx.Module):
-    """x += Attention(Norm(x)); x += FeedForward(Norm(x))."""
+    """A pre-norm layer: x += Attention(Norm(x)); x += FeedForward(Norm(x))."""
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         self.attention_norm = LayerNorm(config.width, config.norm_eps)
@@ -36,16 +36,18 @@ class ViTLayer(nnx.Module):
         )
 
     def __call__(self, x: Array) -> Array:
+        """Runs the layer on [M, L, C] -> [M, L, C]."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
 class ViT(nnx.Module):
-    """Normalised images [M, H, W, 3] -> grid features [M, H / patch, W / patch, C], the
-    patches' last states.
+    """Encodes normalised images [M, H, W, 3] to grid features [M, H / patch, W / patch, C]:
+    the patches' last states, without the class token.
 
-    Images of another size than the config's have their positions interpolated. What does not
-    fill a patch, on the right and below, is left out (SigLIP: 384 pixels are 27 patches of 14).
+    For images of another size than the config's, position embeddings are interpolated. Pixels
+    on the right and at the bottom that do not fill a patch are dropped (SigLIP: 384 pixels are
+    27 patches of 14).
     Raises: UserError where an image is smaller than a patch.
     """
 
@@ -63,7 +65,9 @@ class ViT(nnx.Module):
         self.last_norm = LayerNorm(vit.width, vit.norm_eps) if vit.last_norm else None
 
     def __call__(self, images: Array, *, train: bool = False, key: Array | None = None) -> Array:
-        """Nothing is random, whether in training or not."""
+        """Encodes images [M, H, W, 3] -> [M, h, w, C]. `train` and `key` are those of NFNet's
+        interface: nothing is random here.
+        """
         patch = self.config.patch_size
         count, rows, columns = (
             images.shape[0],
@@ -71,6 +75,8 @@ class ViT(nnx.Module):
             _cells(images.shape[2], patch),
         )
         x = images[:, : rows * patch, : columns * patch]
+        # [M, H, W, 3] -> patches [M, rows, columns, patch * patch * 3] -> [M, rows, columns,
+        # C]
         x = (
             x.reshape(count, rows, patch, columns, patch, 3)
             .swapaxes(2, 3)
@@ -79,6 +85,7 @@ class ViT(nnx.Module):
         x = linear(x, self.patch_embedding)
         if self.patch_bias is not None:
             x = x + broadcast_param(self.patch_bias[...], x)
+        # [M, rows, columns, C] -> [M, L, C], and the class token in front.
         x = (x + broadcast_param(self._positions(rows, columns), x)).reshape(
             count, rows * columns, self.width
         )
@@ -97,7 +104,7 @@ class ViT(nnx.Module):
         return x.reshape(count, rows, columns, self.width)
 
     def prepared(self, dtype: DTypeLike) -> "ViT":
-        """Itself: nothing of it is worth computing once for many batches."""
+        """Returns itself: a ViT has nothing to precompute, unlike NFNet's weights."""
         return self
 
     def _positions(self, rows: int, columns: int) -> Array:
@@ -109,14 +116,14 @@ def _embedding(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
 
 
 def resize_positions(table: Array, rows: int, columns: int) -> Array:
-    """Learned positions [r, s, C] -> [rows, columns, C], float32 unless the grid is the table's
-    own.
+    """Interpolates learned position embeddings [r, s, C] -> [rows, columns, C], float32 unless
+    the grid is the table's own.
 
-    As published encoders are used at another image size (transformers'
+    It equals what published encoders do at other image sizes (transformers'
     `interpolate_pos_encoding`, torch's `interpolate(mode="bicubic", align_corners=False)`):
-    cubic convolution (Keys 1981) with the coefficient -0.75, borders repeated, and no smoothing
-    where the grid becomes coarser. `jax.image.resize` has -0.5 and smooths, which moves
-    positions by a percent or more.
+    cubic convolution (Keys 1981) with the coefficient -0.75, borders repeated, no antialiasing
+    when the grid becomes coarser. `jax.image.resize` has -0.5 and antialiases, which changes
+    the embeddings by a percent or more.
     """
     if table.shape[:2] == (rows, columns):
         return table
@@ -124,14 +131,17 @@ def resize_positions(table: Array, rows: int, columns: int) -> Array:
         jnp.asarray(_cubic(size, wanted), jnp.float32)
         for size, wanted in zip(table.shape, (rows, columns), strict=False)
     )
-    # The highest precision: TPUs would round float32 products to bfloat16.
+    # "highest": TPUs would otherwise round the operands of float32 products to bfloat16.
     return jnp.einsum(
         "ir,jc,rcw->ijw", down, across, table.astype(jnp.float32), precision="highest"
     )
 
 
 def _cubic(size: int, wanted: int, a: float = -0.75) -> np.ndarray:
-    """float64 [wanted, size]: what each of `size` points gives to each of `wanted`."""
+    """Makes the matrix of cubic interpolation from `size` to `wanted` points: float64 [wanted,
+    size]. a: the coefficient of Keys 1981.
+    """
+    # Centres of the wanted points, in coordinates of the given ones.
     places = (np.arange(wanted) + 0.5) * size / wanted - 0.5
     first = np.floor(places).astype(int)
     weights = np.zeros((wanted, size))
@@ -145,6 +155,7 @@ def _cubic(size: int, wanted: int, a: float = -0.75) -> np.ndarray:
 
 
 def _cells(size: int, patch: int) -> int:
+    """Returns how many whole patches fit into `size` pixels."""
     if size < patch:
         raise UserError(
             f"vision.image_size is {size}, which is less than a patch of {patch}: make it a"

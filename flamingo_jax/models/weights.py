@@ -1,8 +1,8 @@
-"""Weights that are more than one array: they stand where an nnx.Param does, and
-`layers.linear` multiplies activations with either.
+"""Weights made of several arrays: low-rank updates (LoRA) and int8 with scales. They take the
+place of an nnx.Param, and `layers.linear` multiplies activations with either.
 
-To add a kind: a module with the methods of `layers.Weight`, and a row for each of its arrays in
-`flamingo_jax.weight_parts`. Sharding, freezing, checkpoints and FLOPs follow from these.
+To add a kind: a module with the methods of `layers.Weight`, and a row for each of its arrays
+in `flamingo_jax.weight_parts`. Sharding, freezing, checkpoints and FLOPs follow from these.
 """
 
 import math
@@ -27,12 +27,12 @@ INPUT_AXES = {
     "feed_forward/up": 1,
     "feed_forward/down": 1,
 }
-"""The matrices of a decoder layer, and how many of their first axes meet the activations."""
+"""The matrices of a decoder layer, and how many of their leading axes are inputs."""
 
 
 class LoRAWeight(nnx.Module):
-    """base + alpha / rank * lora_down @ lora_up (Hu et al. 2021): a frozen matrix and a trained
-    update of low rank, which is zero at the start.
+    """A frozen matrix with a trained low-rank update (LoRA, Hu et al. 2021):
+    base + alpha / rank * lora_down @ lora_up, where lora_up is initially zero.
 
     Args:
       base: [inputs..., outputs...], or a stack of them with leading layer axes.
@@ -62,27 +62,30 @@ class LoRAWeight(nnx.Module):
         return self.base.shape
 
     def product(self, x: Array, contract: int) -> Array:
-        """[..., inputs] -> [..., outputs] in the type of `x`."""
+        """Computes `linear` without forming the dense matrix: x [..., inputs] -> [...,
+        outputs] in the dtype of `x`.
+        """
         low = linear(x, self.lora_down, contract)
         return linear(x, self.base, contract) + self.scale * linear(low, self.lora_up)
 
     def dense(self) -> Array:
-        """The whole matrix in the type of its base, summed in float32."""
+        """Merges base and update into one matrix in the base's dtype, summed in float32."""
         base = dense(self.base)
         down = self.lora_down[...].astype(jnp.float32)
         up = self.lora_up[...].astype(jnp.float32)
         lead, rank = down.shape[: down.ndim - self.inputs - 1], down.shape[-1]
+        # [layers..., inputs, rank] @ [layers..., rank, outputs]
         down, up = down.reshape(*lead, -1, rank), up.reshape(*lead, rank, -1)
         update = jnp.matmul(down, up, precision="highest").reshape(base.shape)
         return (base.astype(jnp.float32) + self.scale * update).astype(base.dtype)
 
 
 class Int8Weight(nnx.Module):
-    """A frozen matrix as whole numbers from -127 to 127 with a scale for each output channel,
-    the largest of whose values is 127 scales.
+    """A frozen matrix as int8 with a float32 scale per output channel: largest absolute value
+    of the channel / 127 (symmetric, -127 .. 127).
 
-    It has no gradient; that of the activations goes through it. Numbers up to 127 are exact in
-    bfloat16, so that the product's own rounding is all that its type adds.
+    It has no gradient itself, but passes on that of the activations. Integers up to 127 are
+    exact in bfloat16, so that computing in bfloat16 adds only the product's own rounding.
 
     Args:
       weight: [inputs..., outputs...], or a stack of them with leading layer axes.
@@ -104,14 +107,15 @@ class Int8Weight(nnx.Module):
         return self.int8.shape
 
     def product(self, x: Array, contract: int) -> Array:
-        """[..., inputs] -> [..., outputs] in the type of `x`; the scales multiply what the
-        integers give.
+        """Computes `linear`, x [..., inputs] -> [..., outputs] in the dtype of `x`: the
+        product with the integers, then the scales per output channel.
         """
         whole = linear(x, jax.lax.stop_gradient(self.int8[...].astype(x.dtype)), contract)
         return (whole * jax.lax.stop_gradient(self.int8_scale[...])).astype(x.dtype)
 
     def dense(self) -> Array:
-        """The matrix that the integers stand for, float32."""
+        """Returns the dequantised matrix, float32."""
+        # Scales [layers..., outputs...] -> [layers..., 1..., outputs...]
         scale = self.int8_scale[...]
         lead = scale.ndim - self.outputs
         inputs = self.int8.ndim - scale.ndim
@@ -120,15 +124,15 @@ class Int8Weight(nnx.Module):
 
 
 def dense(weight: nnx.Param | Weight) -> Array:
-    """A weight as one array."""
+    """Returns a weight as one dense array."""
     return weight[...] if isinstance(weight, nnx.Variable) else weight.dense()
 
 
 def add_lora(layers: nnx.Module, config: LoRAConfig, rngs: nnx.Rngs) -> None:
-    """Gives the matrices of a stack of decoder layers that `config.targets` name a trained
-    update of low rank.
+    """Replaces those matrices of a stack of decoder layers that match `config.targets` by
+    LoRAWeights.
 
-    Raises: UserError for a target that names none.
+    Raises: UserError for a target that matches no matrix.
     """
     for pattern in config.targets:
         if not any(re.fullmatch(pattern, name) for name in INPUT_AXES):
@@ -145,8 +149,8 @@ def add_lora(layers: nnx.Module, config: LoRAConfig, rngs: nnx.Rngs) -> None:
 
 
 def make_dense(model: nnx.Module) -> None:
-    """Puts one array in the place of every weight of several, as exports hold them: low-rank
-    updates are added, integers become what they stand for.
+    """Replaces every weight of several arrays in the model by one dense nnx.Param, as exports
+    store them: LoRA updates are merged, int8 is dequantised.
     """
     for _, module in list(nnx.iter_modules(model)):
         for name, value in list(vars(module).items()):
