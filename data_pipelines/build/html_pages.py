@@ -1,8 +1,8 @@
-"""Folders of HTML pages with their images to a dataset of pages: text and images in the
-order of the document (paper 3.2, M3W).
+"""Source `html_pages`: converts folders of HTML pages with their images to interleaved pages,
+text and images in document order (paper 3.2, M3W).
 
-Images are read from the folder, or out of the page where it holds them itself: what a page
-refers to elsewhere, on the web or by a path that leads out, is left out and counted.
+Images are read from the folder or from data: URLs in the page. References to the web, or to
+files outside the folder, are not followed; they are dropped and counted.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from data_pipelines.build.source import DEFAULT_SHARES, Converted, DroppedRecord
 
 SUFFIXES = {".html", ".htm", ".xhtml", ".xht"}
 MAX_PAGE = 32 << 20
-"""Bytes. Larger pages hold films and other data rather than text."""
+"""Bytes. Larger pages hold embedded media rather than text."""
 TOO_LARGE = f"page larger than {MAX_PAGE >> 20} MiB"
 TOO_DEEP = "page nested too deep for its size"
 UNREADABLE_PAGE = "unreadable page"
@@ -31,8 +31,10 @@ NOT_DECODED = "page in an encoding that is not decoded"
 
 @dataclasses.dataclass(frozen=True)
 class HtmlPages:
-    """Folders of HTML pages. Pages that keep no image are dropped. alt_text: an image's
-    alternative text follows it on a line of its own.
+    """Reads HTML pages below `folders`, one record per page.
+
+    Pages of which no image remains are dropped.
+    alt_text: put an image's alternative text on a line of its own after it.
     """
 
     folders: tuple[str, ...]
@@ -53,9 +55,11 @@ class HtmlPages:
         return {"source": type(self).__name__, **dataclasses.asdict(self)}
 
     def entries(self) -> Sequence[FileEntry]:
+        """Lists the HTML files."""
         return file_entries(self.folders, SUFFIXES, "HTML page")
 
     def convert(self, entry: FileEntry) -> list[Converted]:
+        """Converts one HTML file to a page, or to the reason why it was dropped."""
         if entry.bad:
             return [DroppedRecord(entry.bad)]
         root, name = pathlib.Path(entry.folder), entry.name
@@ -70,6 +74,7 @@ class HtmlPages:
     def _items(
         self, root: pathlib.Path, file: pathlib.Path, page: HtmlPage
     ) -> Iterator[str | ImageRef]:
+        """Yields the page's texts and references to its images, in document order."""
         for item in page.items:
             if isinstance(item, str):
                 yield item
@@ -81,6 +86,9 @@ class HtmlPages:
     def _reads(
         self, root: pathlib.Path, file: pathlib.Path, base: str, image: PageImage
     ) -> list[Callable[[], bytes]]:
+        """Returns the readers of an image's candidate addresses (src, srcset, ...), best
+        first.
+        """
         if image.unread or not image.places:
             return [functools.partial(_refuse, image.unread or NO_ADDRESS)]
         return [
@@ -90,7 +98,7 @@ class HtmlPages:
 
 
 def _walked(file: pathlib.Path) -> HtmlPage:
-    """Raises NoFile."""
+    """Parses an HTML file; raises NoFile with the reason where it cannot be read."""
     data = read(file, MAX_PAGE, TOO_LARGE)
     try:
         return walk(data)

@@ -1,6 +1,6 @@
-"""A folder of images with a captions JSONL to a dataset of pairs.
+"""Source `image_folder`: converts a folder of images and a captions.jsonl to image-text pairs.
 
-`captions.jsonl` has a line per image, `{"image": "any/where/below.jpg", "captions": ["...",
+`captions.jsonl` has one line per image, `{"image": "any/where/below.jpg", "captions": ["...",
 ...]}` or `{"image": ..., "caption": "..."}`.
 """
 
@@ -15,7 +15,7 @@ from data_pipelines.build.images import ANY_IMAGE, ImageRules, Unfit
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolder(CaptionedFolder):
-    """A folder of images with a caption file."""
+    """Reads images with captions, one record per image; see `CaptionedFolder`."""
 
     key: ClassVar[str] = "image"
     caption_files: ClassVar[tuple[str, ...]] = ("captions.jsonl",)
@@ -34,6 +34,7 @@ class ImageFolder(CaptionedFolder):
         return "Images with captions."
 
     def read(self, file: pathlib.Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """Reads an image as a record's fields, and no warnings; raises Unusable."""
         try:
             return {"image": self.rules.store(read(file))}, ()
         except Unfit as error:

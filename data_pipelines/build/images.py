@@ -1,4 +1,4 @@
-"""Which images of a source are fit to train on, and in which bytes they are stored."""
+"""Decides which of a source's images are fit to train on and how their bytes are stored."""
 
 import dataclasses
 import io
@@ -10,23 +10,27 @@ from flamingo_jax.processing import images
 from flamingo_jax.processing.metadata import without_metadata
 
 JPEG_QUALITY = 95
-"""Of images that cannot be stored as they come."""
+"""Of images that have to be encoded again."""
 LOSSLESS = ("PNG", "GIF", "BMP", "TIFF", "PPM")
 SINGLE_COLOUR = 8
-"""An image whose channels all vary by less than this, of 255, shows nothing."""
+"""An image is dropped as blank if each channel varies by less than this, of 255."""
 
 
 UNREADABLE = "unreadable"
 
 
 class Unfit(ValueError):
-    """An image, or the file that should hold one, that is left out; the message is the reason."""
+    """Raised for an image that is not used; the message is the reason, as it is counted."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageRules:
-    """Says which images are fit to train on. min_side and short_side in pixels; short_side 0
-    stores images in their own size. max_aspect is the longer side over the shorter.
+    """Limits on the images that are used, and the size in which they are stored.
+
+    min_side: pixels of the shorter side, at least.
+    max_aspect: longer side over shorter side, at most.
+    short_side: shrink images to this shorter side, in pixels; 0 keeps their size.
+    max_pixels: width x height at most.
     """
 
     min_side: int = 1
@@ -35,11 +39,13 @@ class ImageRules:
     max_pixels: int = images.MAX_PIXELS
 
     def store(self, data: bytes) -> bytes:
-        """JPEG or PNG with three channels: `data` itself where it is that already, upright and
-        not too large.
+        """Returns the image as an upright RGB JPEG or PNG, the only formats that TFDS stores.
 
-        Formats without loss become PNG, others and shrunk ones JPEG. Metadata on which a reader
-        stumbles is not kept. Raises Unfit.
+        An image that is one already, and not too large, is returned byte for byte. Others are
+        encoded again: lossless formats as PNG, lossy and shrunk ones as JPEG. Damaged metadata
+        is removed.
+
+        Raises: Unfit with the reason where the image is outside the limits or unreadable.
         """
         try:
             return self._store(data)
@@ -60,7 +66,7 @@ class ImageRules:
                 )
                 as_is = (
                     as_is and header.getexif().get(images.ORIENTATION, 1) == 1
-                )  # TFDS does not look at it.
+                )  # TFDS ignores the EXIF orientation, so such images are turned here.
                 lossless = header.format in LOSSLESS
                 longer, shorter = max(header.size), min(header.size)
             pixels = images.decode(data, longer, max_pixels=self.max_pixels, strict=True)
@@ -77,7 +83,7 @@ class ImageRules:
         return data if as_is else encode(pixels, "PNG" if lossless else "JPEG")
 
     def _check(self, width: int, height: int) -> None:
-        """Before anything is decoded."""
+        """Checks an image's size, before it is decoded."""
         if width * height > self.max_pixels:
             raise Unfit("too many pixels")
         if min(width, height) < self.min_side:

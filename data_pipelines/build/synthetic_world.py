@@ -1,5 +1,5 @@
-"""Builds everything the quickstart trains and is tested on: the synthetic world's datasets and
-its tokenizer.
+"""Source `quickstart`: builds the synthetic world's datasets and tokenizer, on which the
+quickstart trains and is evaluated.
 """
 
 import dataclasses
@@ -19,14 +19,19 @@ from flamingo_jax.processing.tokenizer import FILE_NAME
 TRAINED_ON = tuple(name for name, dataset in DATASETS.items() if "train" in dataset.sizes)
 VOCABULARY = 384
 OPENINGS = 500
-"""Times that each colour and shape stands in the tokenizer's text on its own: captions begin with
-any of these words, some so rarely that they would not become one piece each.
+"""How often each colour and shape is added on its own to the text that the tokenizer is
+trained on.
+
+Captions may begin with any of these words, some so rarely that the tokenizer would split them.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class WorldSource:
-    """Records of one dataset of the world. limit: bounds every split, for tests."""
+    """Generates the records of one dataset of the synthetic world.
+
+    limit: the most records of each split, for tests; None for all.
+    """
 
     dataset: str
     seed: int = 0
@@ -46,9 +51,11 @@ class WorldSource:
 
     @property
     def shares(self) -> None:
+        """None: every record names its split."""
         return None
 
     def entries(self) -> Sequence[tuple[str, int]]:
+        """Lists the records to generate as (split, index)."""
         sizes = DATASETS[self.dataset].sizes
         return [
             (split, index)
@@ -57,6 +64,7 @@ class WorldSource:
         ]
 
     def convert(self, entry: tuple[str, int]) -> list[Converted]:
+        """Generates one record, a pure function of (dataset, split, index, seed)."""
         split, index = entry
         return [SplitRecord(split, make_record(self.dataset, split, index, self.seed).record)]
 
@@ -71,8 +79,11 @@ def build_quickstart(
     """Builds every dataset of the world at `output/<name>` and the tokenizer at
     `output/tokenizer`.
 
-    Returns each dataset's statistics and whether it was built now. `limit` bounds the records
-    of every split, for tests.
+    Args:
+      executor: a pool of processes that makes the records.
+      limit: the most records of each split, for tests; None for all.
+
+    Returns: {dataset: (its statistics, whether it was built by this call)}.
     """
     output = pathlib.Path(output)
     made = {

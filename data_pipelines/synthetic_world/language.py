@@ -1,7 +1,8 @@
-"""Says what a scene of the synthetic world shows: captions, questions, and new words for things.
+"""Writes captions and questions about scenes of the synthetic world, and new words for its
+things.
 
-Everything that is written about an image follows from its scene by one grammar, in which a scene
-has exactly one clean caption.
+All text follows from the scene by one grammar, in which a scene has exactly one clean caption:
+so a generated caption can be scored by exact match.
 """
 
 import dataclasses
@@ -54,7 +55,7 @@ WORDS = (
     "trell",
     "vint",
 )
-"""New words that pages bind to things; each page binds them anew."""
+"""Made-up words for fast concept binding: each page binds some of them to things anew."""
 OPPOSITE = {"left of": "right of", "above": "below"}
 FILLERS_BEFORE = ("photo of", "picture of", "drawing of", "nice", "my", "image :")
 FILLERS_AFTER = ("photo", "picture", "for sale", "!")
@@ -62,8 +63,9 @@ FILLERS_AFTER = ("photo", "picture", "for sale", "!")
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question with its answer. `type` is the scene's kind and what is asked for, as in
-    one/colour.
+    """A question with its answer.
+
+    type: the scene's kind and what the question asks for, e.g. "one/colour".
     """
 
     question: str
@@ -72,7 +74,7 @@ class Question:
 
 
 def with_article(thing: Thing) -> str:
-    """Writes the thing with its article."""
+    """Writes a thing with its article: "an orange star"."""
     return f"{'an' if str(thing)[0] in 'aeiou' else 'a'} {thing}"
 
 
@@ -87,9 +89,11 @@ def caption(scene: Scene) -> str:
 
 
 def shape_first(scene: Scene) -> str:
-    """Writes a caption with shapes before colours, for text alone: a language model looks up
-    what follows a word long before what precedes it, and must learn to look up by shape ("what
-    colour is the star?") as well as by colour.
+    """Writes a caption with shapes before colours, for text without images.
+
+    A language model learns to retrieve what followed a word long before it learns to retrieve
+    what preceded it. Both orders teach it to retrieve by shape ("what colour is the star?") as
+    well as by colour.
     """
     return _described(
         scene,
@@ -99,7 +103,7 @@ def shape_first(scene: Scene) -> str:
 
 
 def _described(scene: Scene, one: Callable[[Thing], str], several: Callable[[Thing], str]) -> str:
-    """A scene, with what to call one thing and several equal ones."""
+    """Describes a scene; `one` names a single thing, `several` a group of equal things."""
     first = scene.things[0]
     if scene.kind == "motion":
         return f"{one(first)} moving {scene.moving}"
@@ -111,8 +115,8 @@ def _described(scene: Scene, one: Callable[[Thing], str], several: Callable[[Thi
 
 
 def noisy_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Writes a short caption as people write them on the web: parts left out or in another
-    order, words that say nothing; never wrong.
+    """Writes a short, noisy caption like web alt-text: parts missing or reordered, filler
+    words, but never false.
     """
     first, last = scene.things[0], scene.things[-1]
     colour, shape = first.colour, first.shape
@@ -159,9 +163,9 @@ def noisy_caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def questions(scene: Scene, rng: np.random.Generator, things: Sequence[Thing]) -> list[Question]:
-    """Asks one question of every type that fits the scene.
+    """Writes one question of each type that fits the scene.
 
-    A question about something that is not there names one of `things`.
+    things: the things that a question about an absent thing may name.
     """
     first, last = scene.things[0], scene.things[-1]
     kind = scene.kind
@@ -210,22 +214,24 @@ def questions(scene: Scene, rng: np.random.Generator, things: Sequence[Thing]) -
 
 
 def colour_question(about: Thing, kind: str) -> Question:
-    """Asks for the colour of a thing by its shape."""
+    """Writes the question that asks for a thing's colour, given its shape."""
     return Question(f"what colour is the {about.shape}?", about.colour, f"{kind}/colour")
 
 
 def shape_question(about: Thing, kind: str) -> Question:
-    """Asks for the shape of a thing by its colour."""
+    """Writes the question that asks for a thing's shape, given its colour."""
     return Question(f"what shape is {about.colour}?", about.shape, f"{kind}/shape")
 
 
 def random_question(scene: Scene, rng: np.random.Generator, things: Sequence[Thing]) -> Question:
-    """Asks one question about the scene, every type alike."""
+    """Draws one of the scene's questions, each type with the same probability."""
     return pick(rng, questions(scene, rng, things))
 
 
 def _absent_things(rng: np.random.Generator, thing: Thing, things: Sequence[Thing]) -> list[Thing]:
-    """Things that are not `thing`: of its colour, of its shape, or of neither."""
+    """Returns things other than `thing` that share, at random, its colour, its shape or
+    neither.
+    """
     others = [t for t in things if t != thing]
     alike = pick(rng, ((True, False), (False, True), (False, False)))
     return [
@@ -234,20 +240,21 @@ def _absent_things(rng: np.random.Generator, thing: Thing, things: Sequence[Thin
 
 
 def output_text(scene: Scene) -> str:
-    """Writes a chunk of a captioning page."""
+    """Writes a page's text after an image, as a caption in the prompt format."""
     return f"Output: {caption(scene)}"
 
 
 def question_text(question: Question) -> str:
-    """Writes a chunk of a page of questions."""
+    """Writes a page's text after an image, as a question and answer in the prompt format."""
     return f"Question: {question.question} Answer: {question.answer}"
 
 
 def naming_text(word: str, known: str = "") -> str:
-    """Writes a chunk of a page that binds new words; with a known word, that is said first.
+    """Writes a page's text after an image that binds a new word to it, after `known` if given.
 
-    The new word follows at once on what it names, an image or one known word: what a language
-    model learns of binding in text then needs nothing but an image that reads like a word.
-    With two known words it would learn to look two words back, where a page has no image.
+    The new word directly follows what it names, an image or one known word. So the copying
+    that the language model learns from text alone carries over to images, once an image acts
+    like a word. After two known words it would learn to attend two words back, where a page
+    has no image.
     """
     return f" {known} {word}" if known else f" {word}"

@@ -36,16 +36,18 @@ from data_pipelines.synthetic_world.scenes import (
 )
 
 NAMELESS = 0.5
-"""Share of the images with short captions whose things have colours that no text has a word
-for, and of which only shapes, places and numbers are said: shapes are then learned whatever
-their colour."""
+"""Fraction of noisy pairs drawn in colours that have no name.
+
+Their captions mention shape, position and number only, so that the encoder learns shapes
+independently of colour.
+"""
 
 Fields = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class WorldRecord:
-    """A record and the scenes its images show."""
+    """A record's fields and the scenes that its images show, one per image or clip."""
 
     record: Fields
     scenes: tuple[Scene, ...] = ()
@@ -57,13 +59,13 @@ def pair(
     draw: Callable[..., Scene] = draw_scene,
     describe: Callable[[Scene], str] = caption,
 ) -> WorldRecord:
-    """Makes an image with its caption."""
+    """Makes an image with its caption, by default the clean one."""
     scene = draw(rng, things)
     return WorldRecord({"image": png(render(scene, rng)), "captions": [describe(scene)]}, (scene,))
 
 
 def noisy_pair(rng: np.random.Generator, things: Sequence[Thing]) -> WorldRecord:
-    """Makes an image with a short caption as people write them on the web."""
+    """Makes an image with a short, noisy caption like web alt-text."""
     scene = dataclasses.replace(draw_scene(rng, things), nameless=bool(rng.random() < NAMELESS))
     text = noisy_caption(scene, rng)
     while scene.nameless and any(thing.colour in text for thing in scene.things):
@@ -72,8 +74,8 @@ def noisy_pair(rng: np.random.Generator, things: Sequence[Thing]) -> WorldRecord
 
 
 def clip(rng: np.random.Generator, things: Sequence[Thing], plain: bool = False) -> WorldRecord:
-    """Makes a clip with its caption, which (unless `plain`) has the form it has on pages: one
-    prompt for all captions.
+    """Makes a clip with its caption; unless `plain`, in the prompt format that pages use too,
+    so that one prompt works for images and clips.
     """
     scene = draw_motion(rng, things)
     captions = [caption(scene) if plain else output_text(scene)]
@@ -84,7 +86,7 @@ def clip(rng: np.random.Generator, things: Sequence[Thing], plain: bool = False)
 
 
 def question(rng: np.random.Generator, things: Sequence[Thing]) -> WorldRecord:
-    """Makes an image with a question about it."""
+    """Makes an image with one question and its answer."""
     scene = draw_scene(rng, things)
     asked = random_question(scene, rng, things)
     fields = {
@@ -97,13 +99,12 @@ def question(rng: np.random.Generator, things: Sequence[Thing]) -> WorldRecord:
 
 
 def page(rng: np.random.Generator, things: Sequence[Thing]) -> WorldRecord:
-    """Makes a page: images with captions (15 in 100), questions (65 in 100), or new words
-    bound to what they show.
+    """Makes a page of images with captions (15 %), with questions (65 %), or with new words
+    bound to what they show (20 %).
 
-    Two thirds of the pages of captions or questions begin with an example that has no image.
-    It tells of any thing, half of the time of one
-    that no image shows: what the model trains on text must not learn that there is no thing
-    but those in its images.
+    Two thirds of the caption and question pages begin with a text-only example, half of these
+    about a held-out thing that no image shows. Otherwise the model could learn that only the
+    things in its training images exist.
     """
     sort = rng.random()
     if sort >= 0.8:
@@ -131,11 +132,11 @@ def page(rng: np.random.Generator, things: Sequence[Thing]) -> WorldRecord:
 def binding_page(
     rng: np.random.Generator, things: Sequence[Thing], supports: int = 32
 ) -> WorldRecord:
-    """Makes a page of two words bound to two things: 32 supports and then the query, whose
-    chunk names its word.
+    """Makes a page for fast concept binding: `supports` images of two things, each with its
+    new word, then the query image with its word.
 
-    Supports come in twos, one of each word in random order, so that the last s before the query
-    are balanced (s = 1 has one word).
+    Supports come in pairs, one of each word in random order, so that the last s before the
+    query are balanced for every even s.
     """
     pair_of_things = pick_differing(rng, things, 2)
     words = [str(word) for word in rng.choice(WORDS, 2, replace=False)]
@@ -148,10 +149,10 @@ def binding_page(
 def _bind_words(
     rng: np.random.Generator, things: Sequence[Thing], count: int
 ) -> tuple[list[Thing], list[str], list[str]]:
-    """What a page or text that binds two to four new words shows: things in their order, the
-    known word for each, the new word for each.
+    """Binds two to four new words to things that differ in both colour and shape.
 
-    Things differ in colour and in shape; the known word is the colour throughout, or the shape.
+    Returns: (the `count` things shown, the known word of each, the new word of each). Known
+      words are all colours or all shapes.
     """
     number = int(rng.integers(2, 5))
     named = dict(
@@ -176,14 +177,13 @@ def _page(
 
 
 def document(rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS) -> WorldRecord:
-    """Makes text that mirrors the pages, with a description of the scene in the place of its
-    image, and rhymes.
+    """Makes a document for the language model: rhymes, new words, lists of things with
+    questions, or pages with a description in place of each image.
 
-    Half of the documents are lines, in the others the image tag stands before each description
-    as on a page, so that the language model has met the tag before it is frozen. Rhymes are a
-    few random words said again and again: copying is what binding is learned from, and it is
-    learned soonest where there is little to choose from. What questions take is learned from
-    lists of many things.
+    Half of the documents have an image tag before each description, as pages do, so that the
+    language model has seen the tag before it is frozen. Rhymes repeat a few random words: they
+    teach copying (induction), which fast concept binding needs, soonest with few words to
+    choose from. Lists of many things teach retrieval, which answering questions needs.
     """
     sort, tagged = rng.random(), rng.random() < 0.5
     if sort < 0.25:
@@ -208,8 +208,8 @@ def document(rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS) -> 
 
 
 def _some_questions(rng: np.random.Generator, scene: Scene, things: Sequence[Thing]) -> list[str]:
-    """One to three different questions about a scene: what is asked must be found in what was
-    said, not guessed from its form.
+    """Writes one to three different questions about a scene; their varying types make guessing
+    from the form of the text useless.
     """
     asked = questions(scene, rng, things)
     return [
@@ -221,8 +221,8 @@ def _some_questions(rng: np.random.Generator, scene: Scene, things: Sequence[Thi
 def namings(
     rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS, tagged: bool = True
 ) -> WorldRecord:
-    """Makes a text of 4 to 16 new words after known words, which stand for images: what
-    binding takes, in text alone.
+    """Makes a text of 4 to 16 known words, each followed by its new word: fast concept binding
+    in text alone, with known words in place of images.
     """
     _, known, new = _bind_words(rng, things, int(rng.integers(4, 17)))
     lines = [naming_text(word, name) for name, word in zip(known, new, strict=True)]
@@ -234,12 +234,12 @@ def namings(
 def lookups(
     rng: np.random.Generator, things: Sequence[Thing] = ALL_THINGS, tagged: bool = True
 ) -> WorldRecord:
-    """Makes a text: three to six things told one after the other, then ten questions about the
-    colour or shape of one of them, many cut to their last word.
+    """Makes a text that lists three to six things, then asks ten questions about the colour or
+    shape of one of them, many shortened to their last word.
 
-    Of two things the answer can be guessed half of the time, and a language model may rest
-    there; of many it must be looked up. What is to
-    be looked up stands right before the answer of a short question: there it is learned first.
+    With two things a model can guess right half of the time and may stop learning there; with
+    many it has to retrieve. In a short question the key is directly before the answer, where
+    retrieval is learned first.
     """
     told = pick_differing(rng, things, int(rng.integers(3, 7)))
     colours_first = rng.random() < 0.5
@@ -261,8 +261,9 @@ def lookups(
 
 
 def _rhyme(rng: np.random.Generator) -> str:
-    """3 to 12 words of all kinds, said as often as 60 words allow; the first is no new word,
-    since those are one piece only after a space.
+    """Repeats a line of 3 to 12 random words, up to 60 words in all.
+
+    The first is a known word: new words are a single token only after a space.
     """
     known = (*COLOURS, *SHAPES)
     words = [

@@ -1,7 +1,8 @@
-"""What the images of the synthetic world show: things of a colour and a shape in a 3 x 3 grid.
+"""Scenes of the synthetic world: things with a colour and a shape, placed in a 3 x 3 grid.
 
-HELD_OUT names the colour-shape pairs that no image of training, validation or test shows; text
-may name them. In every image of an `unseen` split everything is of a held-out pair.
+HELD_OUT are the colour-shape pairs that no image of the train, validation and test splits
+shows (text may mention them). Images of `unseen` splits show held-out pairs only: they measure
+compositional generalisation.
 """
 
 import dataclasses
@@ -40,7 +41,7 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """A shape of a colour."""
+    """A coloured shape, such as a red heart."""
 
     colour: str
     shape: str
@@ -51,12 +52,13 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What an image or a clip shows.
+    """The content of an image or a clip.
 
-    Two things stand in one row or one column, named left first or top first; several equal
-    things make a count.
-    cells: each thing's place in the 3 x 3 grid. moving: a key of DIRECTIONS for a clip, else
-    "". nameless: the things are drawn in colours that have no name, not in their own.
+    things: two different things share a row or a column, the left or top one first; several
+      equal things are a scene to count.
+    cells: each thing's cell in the 3 x 3 grid, 0..8 row by row.
+    moving: a key of DIRECTIONS for a clip, "" for an image.
+    nameless: draw the things in colours that have no name instead of their own.
     """
 
     things: tuple[Thing, ...]
@@ -66,7 +68,7 @@ class Scene:
 
     @property
     def kind(self) -> str:
-        """one, two, counts or motion."""
+        """Returns "one", "two", "counts" or "motion"."""
         if self.moving:
             return "motion"
         if len(self.things) == 1:
@@ -75,7 +77,7 @@ class Scene:
 
     @property
     def relation(self) -> str:
-        """Of the first of two things to the second."""
+        """Returns how the first of two things relates to the second: "left of" or "above"."""
         return "left of" if self.cells[0] // 3 == self.cells[1] // 3 else "above"
 
 
@@ -83,13 +85,14 @@ ALL_THINGS = tuple(Thing(colour, shape) for colour in COLOURS for shape in SHAPE
 HELD_OUT = tuple(
     Thing(colour, SHAPES[(3 * place + 2) % len(SHAPES)]) for place, colour in enumerate(COLOURS)
 )
-"""One shape of every colour, one colour of every shape."""
+"""Each colour and each shape occurs exactly once."""
 SEEN = tuple(thing for thing in ALL_THINGS if thing not in HELD_OUT)
 CORNERS_AND_CENTRE = (0, 2, 4, 6, 8)
 KIND_SHARES = {"one": 0.45, "two": 0.40, "counts": 0.15}
-"""Shares of scenes among images."""
+"""Fractions of the kinds of scenes by default."""
 TAUGHT_SHARES = {"one": 0.20, "two": 0.65, "counts": 0.15}
-"""Shares among images of pages and of clean captions: two things are the hardest to tell."""
+"""Fractions in pages and clean pairs: scenes of two things are the hardest, so more of them.
+"""
 
 
 def draw_one(rng: np.random.Generator, things: Sequence[Thing]) -> Scene:
@@ -112,14 +115,14 @@ def draw_counts(rng: np.random.Generator, things: Sequence[Thing]) -> Scene:
 
 
 def draw_motion(rng: np.random.Generator, things: Sequence[Thing]) -> Scene:
-    """Draws a thing that moves."""
+    """Draws a scene of one thing that moves."""
     return Scene((pick(rng, things),), (4,), pick(rng, tuple(DIRECTIONS)))
 
 
 def draw_scene(
     rng: np.random.Generator, things: Sequence[Thing], shares: Mapping[str, float] = KIND_SHARES
 ) -> Scene:
-    """Draws a scene of a kind, with these shares of each."""
+    """Draws a scene without motion, its kind with the probabilities `shares`."""
     kind = rng.choice(list(shares), p=list(shares.values()))
     return {"one": draw_one, "two": draw_two, "counts": draw_counts}[str(kind)](rng, things)
 
@@ -134,6 +137,7 @@ def pick_differing(
             t for t in things if all(t.colour != c.colour and t.shape != c.shape for c in chosen)
         ]
         if not left:
+            # A dead end, where `things` is a subset of all: start again.
             chosen = []
             continue
         chosen.append(pick(rng, left))

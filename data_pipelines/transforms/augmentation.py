@@ -1,20 +1,26 @@
-"""Left-right flips and colour jitter, one draw per visual: every frame of a clip gets the same.
+"""Draws random left-right flips and colour jitter, once per visual: all frames of a clip share
+one draw.
 
-Flips are made where images are placed in their batch. Colours are changed on the device, by
-what is drawn here (`flamingo_jax.processing.jitter`): on a host it takes a third of the time of
-reading.
+This file draws the parameters alone. Flips are applied on the host when a frame is copied into
+its batch (`visual_buffer.py`); colour jitter is applied on the device
+(`flamingo_jax.processing.jitter`), since on the host it would cost a third of the reading
+time.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 HUE_TURN = 0.1
-"""Part of the colour circle that strength 1 may turn the hue by, either way."""
+"""Largest hue rotation at strength 1, as a fraction of the colour circle, in either direction.
+"""
 
 
 class Augmentation(NamedTuple):
-    """One draw. colour: factors of brightness, contrast and saturation, and the part of the
-    colour circle that the hue turns by; None for colours as they are.
+    """The augmentation drawn for one visual.
+
+    flip: whether to mirror it left to right.
+    colour: (brightness factor, contrast factor, saturation factor, hue rotation as a fraction
+      of the colour circle), or None to leave the colours unchanged.
     """
 
     flip: bool
@@ -24,11 +30,14 @@ class Augmentation(NamedTuple):
 def draw(
     uniform: Callable[[float, float], float], *, flip: bool, colour: float
 ) -> Augmentation | None:
-    """Draws a random augmentation; None, and nothing drawn, where both are off.
+    """Draws a random augmentation; returns None, without drawing, where both kinds are off.
 
-    uniform: draws a number from low up to high.
-    colour: strength; brightness, contrast and saturation are scaled by 1 - colour to 1 +
-      colour, hue turns by up to 36 degrees x colour.
+    Args:
+      uniform: draws a number uniformly from [low, high).
+      flip: mirror with probability 1/2.
+      colour: jitter strength. Brightness, contrast and saturation are each scaled by a factor
+        from 1 - colour to 1 + colour (at least 0); the hue rotates by up to 36 degrees x
+        colour.
     """
     if not flip and not colour:
         return None

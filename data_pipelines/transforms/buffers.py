@@ -1,5 +1,7 @@
-"""Memory for a batch's images, which earlier batches have given back, zero wherever nothing is
-written.
+"""Reuses the memory of earlier batches for the images of new ones.
+
+Padding must be zero, and allocating and zeroing a whole batch each time would take as long as
+decoding part of it.
 """
 
 import collections
@@ -10,17 +12,20 @@ from typing import NamedTuple
 import numpy as np
 
 ALIGNMENT = 64
-"""Of the memory in bytes, so that it can be a jax.Array on CPU without a copy."""
+"""Bytes. JAX on CPU takes a numpy array of this alignment without a copy."""
 SPARE = 4
-"""Batches' memories of one shape that are kept when nobody holds them."""
+"""Unused memory blocks to keep for each shape and dtype."""
 
 
 _Key = tuple[tuple[int, ...], np.dtype]
 
 
 class _Memory(NamedTuple):
-    """owner: what no array is a view of, so that numpy cannot take it for the base of one.
-    written: bool, by the leading axes.
+    """A block that is free for reuse.
+
+    owner: the raw memory. A memoryview, not an array: numpy would make an array the `base` of
+      every view, and the finalizer in `finish` could no longer tell when all views are gone.
+    written: bool over the array's leading axes, True where it holds nonzero values.
     """
 
     owner: memoryview
@@ -28,8 +33,10 @@ class _Memory(NamedTuple):
 
 
 class Buffer(NamedTuple):
-    """An array to write to. written: bool by its leading axes, True where an earlier batch's
-    values still stand.
+    """An array to fill.
+
+    written: bool over the array's leading axes, True where it still holds values of an earlier
+      batch.
     """
 
     array: np.ndarray
@@ -37,25 +44,29 @@ class Buffer(NamedTuple):
 
 
 class BufferPool:
-    """Lends arrays to batches. Most of a batch's places may be blank, and to zero them all for
-    each batch takes as long as to decode part of the others: memory that nobody holds any more
-    is given out again, and only what was written and is not written over is zeroed. Safe to
-    use from several threads.
+    """Lends arrays to batches and takes their memory back once nothing refers to them.
+
+    Much of a batch may be padding. Only entries that an earlier batch wrote and this one does
+    not overwrite are zeroed. Thread-safe.
     """
 
     def __init__(self) -> None:
-        # A deque needs no lock, which would be held already where the garbage collector gives a
-        # memory back in the middle of `take`.
+        # deque.append and pop are atomic. A lock could deadlock: the garbage collector may run
+        # a finalizer, which appends here, in the same thread in the middle of `take`.
         self._spare: dict[_Key, collections.deque[_Memory]] = {}
 
     def take(self, shape: tuple[int, ...], dtype: np.dtype, leading: int) -> Buffer:
-        """To be given to `finish` when it is filled; otherwise its memory is not used again.
-        leading: axes by which it is written.
+        """Returns an array to fill and pass to `finish`; without `finish` its memory is not
+        reused.
+
+        leading: the number of leading axes that index what is written as a unit, e.g. 2 for
+          frames of [M, T, H, W, 3].
         """
         try:
             memory = self._spare[shape, dtype].pop()
         except (KeyError, IndexError):
             size = math.prod(shape) * dtype.itemsize
+            # Allocate too much and start at the first aligned byte.
             whole = np.zeros(size + ALIGNMENT, np.uint8)
             first = -whole.ctypes.data % ALIGNMENT
             return Buffer(
@@ -65,8 +76,13 @@ class BufferPool:
         return Buffer(self._array(memory.owner, shape, dtype), memory.written)
 
     def finish(self, blank: Buffer, written: np.ndarray, kept: np.ndarray) -> np.ndarray:
-        """The array, zero but where it was written and what was written is `kept`, both bool by
-        its leading axes. The memory comes back when the array and all views of it are gone.
+        """Returns the filled array, with zeros wherever `written & kept` is False.
+
+        The memory returns to the pool when the array and all its views have been freed.
+
+        Args:
+          written: bool over the leading axes, what this batch wrote.
+          kept: bool over the leading axes, which of that is valid.
         """
         array, before = blank
         root = array.base
@@ -81,5 +97,6 @@ class BufferPool:
 
     @staticmethod
     def _array(owner: memoryview, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        # Views of views have the first of them as their base: it lives for as long as any.
+        # numpy sets the base of a view of a view to the outermost array, here that of
+        # `frombuffer`: it lives as long as any view, so `finish` can watch it.
         return np.frombuffer(owner, np.uint8).view(dtype).reshape(shape)

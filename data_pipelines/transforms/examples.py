@@ -1,5 +1,7 @@
-"""Records to training segments, and segments to rows: everything random about an example is
-keyed by (seed, dataset, epoch, record id).
+"""Converts records to token segments and joins segments into packed rows.
+
+Everything random about an example is keyed by (seed, dataset, epoch, record id), so a row is
+the same on whichever process and thread it is made.
 """
 
 import dataclasses
@@ -21,13 +23,16 @@ Arrays = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """One example of a row.
+    """One example in a packed row.
 
-    tokens int32 [n], loss_mask bool [n], media_index int32 [n] (place within `visuals`).
-    visuals: for each visual its frames as (visual, frame) of the record, to be read when the
-      row is made.
-    augment: for each visual, or empty.
-    shares: it has no visuals of its own, but looks at the one visual of the segment before it.
+    tokens: int32 [n].
+    loss_mask: bool [n], True where the token is a prediction target.
+    media_index: int32 [n], the index into `visuals` that the token attends to, -1 for none.
+    visuals: for each visual, its frames as (visual, frame) indices into the record. Pixels are
+      read only when the row is made.
+    augment: one entry per visual, or empty for no augmentation.
+    shares: has no visuals of its own but attends to the one visual of the previous segment, so
+      that several questions about an image encode it once.
     """
 
     tokens: np.ndarray
@@ -38,12 +43,12 @@ class Segment:
     shares: bool = False
 
     def sharing(self) -> "Segment":
-        """The same text about the visual of the segment before it."""
+        """Returns this segment, attending to the visual of the segment before it."""
         return dataclasses.replace(self, visuals=[], augment=[], shares=True)
 
     def blank(self) -> "Segment":
-        """The same tokens with nothing to learn and nothing to see: what stands in for a
-        damaged record.
+        """Returns the same tokens without targets and visuals: the substitute for a damaged
+        record, which leaves the layout of the row unchanged.
         """
         return dataclasses.replace(
             self,
@@ -55,13 +60,16 @@ class Segment:
 
 
 def strings(values: Iterable[Any]) -> list[str]:
-    """Decodes texts of a record, which TFDS gives as bytes."""
+    """Decodes a record's texts, which TFDS returns as bytes."""
     return [value.decode() if isinstance(value, bytes) else str(value) for value in values]
 
 
 def caption_of(record: Any, rng: RecordRandom | None) -> str:
-    """Chooses one of a record's captions, with the space before it, as `rng` says or at
-    random, or the first without `rng`; "" where it has none.
+    """Chooses one of a record's captions; "" where it has none.
+
+    Where rows were packed, the caption and its leading space (paper A.3.3) were chosen at
+    planning time and are in `rng.caption`; otherwise a random one, or the first if `rng` is
+    None.
     """
     captions = strings(record["captions"])
     if not captions:
@@ -73,7 +81,7 @@ def caption_of(record: Any, rng: RecordRandom | None) -> str:
 
 
 def answer_of(record: Any, rng: RecordRandom | None) -> str:
-    """Chooses one of a question's answers at random, or the first without `rng`; "" where it
+    """Chooses one of a question's answers at random, the first if `rng` is None; "" where it
     has none.
     """
     answers = strings(record["answers"])
@@ -83,18 +91,20 @@ def answer_of(record: Any, rng: RecordRandom | None) -> str:
 
 
 def question_prompt(record: Any, dataset: DatasetConfig) -> str:
-    """Writes what is asked of a question's visual, in the dataset's words."""
+    """Fills a record's question into the dataset's prompt."""
     return sequences.fill_prompt(dataset.prompt, strings([record["question"]])[0])
 
 
 def flamingo_segment(
     record: Any, dataset: DatasetConfig, tokenizer: Tokenizer, rng: RecordRandom | None
 ) -> Segment:
-    """Makes the segment of a page, a pair, a clip or a question of a `records.Record`; `rng`
-    None gives the one fixed choice that evaluation makes.
+    """Makes the segment of a page, pair, clip or question.
 
-    Its fields are asked for only where something is made of them that is not kept: a page whose
-    window shows no image need not be read again.
+    Args:
+      record: a `records.Record`. Its fields are read only where the result is not cached: a
+        page whose window has no image need not be read again.
+      rng: the record's randomness; None for the fixed choices of evaluation (first window,
+        caption and frames, no augmentation).
     """
     if dataset.kind == "pages":
         sequence = record.cached(
@@ -113,23 +123,23 @@ def flamingo_segment(
 
 
 def text_segment(document: np.ndarray, start: int, length: int) -> Segment:
-    """Makes the segment of a piece of a text document's tokens, see `windows.text_pieces`."""
+    """Makes a segment of one of a document's pieces (`windows.text_pieces`)."""
     tokens = document[start : start + length]
     loss_mask = np.ones(len(tokens), bool)
-    loss_mask[0] = False
+    loss_mask[0] = False  # Nothing precedes it: the first token is input only.
     return Segment(tokens, loss_mask, np.full(len(tokens), -1, np.int32))
 
 
 def empty_segment(length: int, pad_token: int) -> Segment:
-    """Makes so many tokens with nothing to learn and nothing to see: what stands in for a
-    damaged record.
+    """Makes a segment of `length` padding tokens without targets and visuals: the substitute
+    for a damaged record whose tokens cannot be read.
     """
     nothing = np.zeros(length, np.int32)
     return Segment(np.full_like(nothing, pad_token), nothing.astype(bool), nothing - 1)
 
 
 def _visual_window(record: Any, dataset: DatasetConfig, tokenizer: Tokenizer, text: str) -> Window:
-    """The one visual of a record with its caption or, after its question, its answer."""
+    """Tokenises a record of one visual: its caption, or its question and answer."""
     length = dataset.max_length
     if dataset.kind == "questions":
         prompt = question_prompt(record.fields, dataset)
@@ -144,6 +154,8 @@ def _page_window(
 ) -> Window:
     if rng is None:
         return window(sequence, 0, dataset.max_length, dataset.visuals, "previous")
+    # Paper 2.4 and A.3.1: a random window, whose text attends to the next image instead of the
+    # previous one with probability p_next.
     look_next = rng.happens(dataset.p_next)
     start = rng.below(max(len(sequence) - dataset.max_length, 0) + 1)
     return window(
@@ -152,11 +164,14 @@ def _page_window(
 
 
 def assemble(rows: Sequence[Sequence[Segment]], *, length: int, pad_token: int) -> Arrays:
-    """Puts each row's segments side by side: tokens, positions, segments, media_index int32
-    [B, L], loss_mask bool [B, L].
+    """Concatenates each row's segments and pads the rows to `length`.
 
-    Segments count from 1, 0 is padding; positions start again in each; media_index counts the
-    row's visuals.
+    Returns:
+      tokens: int32 [B, L], `pad_token` at the end of a row.
+      positions: int32 [B, L], from 0 in each segment.
+      segments: int32 [B, L], the segment's number in its row from 1; 0 is padding.
+      loss_mask: bool [B, L].
+      media_index: int32 [B, L], an index into all visuals of the row, -1 for none.
     """
     shape, steps = (len(rows), length), np.arange(length, dtype=np.int32)
     tokens, media_index = np.full(shape, pad_token, np.int32), np.full(shape, -1, np.int32)
@@ -172,6 +187,7 @@ def assemble(rows: Sequence[Sequence[Segment]], *, length: int, pad_token: int) 
             part = row, slice(start, start + count)
             tokens[part], loss_mask[part] = segment.tokens, segment.loss_mask
             positions[part], numbers[part] = steps[:count], number
+            # From the segment's own visuals to the row's: shift by the visuals before it.
             first = places - 1 if segment.shares else places
             media_index[part] = (
                 np.where(segment.media_index >= 0, segment.media_index + first, -1)

@@ -1,5 +1,7 @@
-"""How many tokens and visuals every record has: measured once per tokenizer, kept beside the
-dataset.
+"""Measures how many tokens and visuals each record has, once per dataset and tokenizer.
+
+Rows are packed from these lengths alone, without reading the records; they are saved beside
+the dataset.
 """
 
 import contextlib
@@ -29,20 +31,22 @@ from flamingo_jax.progress import Bar
 from flamingo_jax.storage import read_with_retries
 
 LONG = 5_000
-"""Records from which on measuring shows a progress bar."""
+"""A progress bar is shown from this many records on."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """How long every record is. tokens, visuals: int32 [records]. Tokens are those of the
-    whole sequence, specials included; of a record with several captions, those of the longest,
-    with or without a leading space; of a question with several answers, those of the longest.
+    """The lengths of all records of a split, as columns.
 
-    captions: int32 [captions, 2], the same of every caption in the order of the records,
-    without and with a leading space. first: int64 [records + 1], where those of each record
-    begin. Both hold nothing for records without captions. same: bool [records], True for a
-    question whose visual is that of the question before it. damaged: bool [records], True where
-    the bytes on disk were damaged, so that the rest is that of a blank one.
+    tokens: int32 [records], tokens of the whole sequence including special tokens; the maximum
+      over a record's captions (with or without a leading space) or answers.
+    visuals: int32 [records], images or clips.
+    captions: int32 [captions, 2], tokens of the sequence with each caption, without and with a
+      leading space; all records' captions one after the other.
+    first: int64 [records + 1], record i's captions are captions[first[i]:first[i + 1]].
+    same: bool [records], True for a question with the same visual as the question before it.
+    damaged: bool [records], True where the record was damaged on disk; its other columns are
+      then those of a blank record.
     """
 
     tokens: np.ndarray
@@ -53,15 +57,15 @@ class Lengths:
     damaged: np.ndarray
 
     def of_record(self, place: int, caption: tuple[int, bool] | None) -> int:
-        """Tokens of one record's sequence, with the caption and the space before it that were
-        chosen; the longest there is without a choice.
+        """Returns the tokens of a record's sequence with a (caption, leading space) choice; of
+        its longest sequence for None.
         """
         if caption is None or self.first[place] == self.first[place + 1]:
             return int(self.tokens[place])
         return int(self.captions[self.first[place] + caption[0], int(caption[1])])
 
     def whole(self, records: int) -> bool:
-        """Whether these can be the lengths of so many records."""
+        """Returns whether the columns are consistent and have `records` rows."""
         return (
             all(
                 len(values) == records
@@ -72,7 +76,7 @@ class Lengths:
         )
 
     def of(self, choices: "CaptionChoices") -> np.ndarray:
-        """int32 [records]: tokens of the sequences with these captions."""
+        """Returns int32 [records], tokens of the sequences with these captions."""
         if not len(self.captions):
             return self.tokens
         chosen = self.captions[
@@ -84,8 +88,10 @@ class Lengths:
     def choose(
         self, leading_space: float, seed: int, epoch: int, dataset: str = ""
     ) -> "CaptionChoices":
-        """A caption of every record for an epoch of the dataset of this name, with a leading
-        space at this probability; each by the record's place in the dataset.
+        """Draws a caption for each record in an epoch, with a leading space at probability
+        `leading_space` (paper A.3.3).
+
+        dataset: its name in the config, part of the key of the random draws.
         """
         rng = generator("captions", seed, dataset, epoch)
         records = len(self.tokens)
@@ -93,15 +99,17 @@ class Lengths:
         return CaptionChoices(caption, rng.random(records) < leading_space)
 
     def first_captions(self) -> "CaptionChoices":
-        """The first caption of every record, without a space."""
+        """Chooses each record's first caption without a leading space, as evaluation does."""
         return CaptionChoices(
             np.zeros(len(self.tokens), np.int32), np.zeros(len(self.tokens), bool)
         )
 
 
 class CaptionChoices(NamedTuple):
-    """The caption of every record in an epoch. caption int32, space bool [records]: which
-    caption a record shows, and whether a space goes before it.
+    """The caption that each record shows in an epoch.
+
+    caption: int32 [records], its index among the record's captions.
+    space: bool [records], whether a space is put before it.
     """
 
     caption: np.ndarray
@@ -116,7 +124,10 @@ def measure(
     *,
     title: str = "lengths",
 ) -> Lengths:
-    """Measures records by reading each once. prompt: of questions."""
+    """Measures records by reading and tokenising each once.
+
+    prompt: the dataset's prompt for questions, which counts towards their tokens.
+    """
     tokens = np.zeros(len(records), np.int32)
     visuals = np.zeros(len(records), np.int32)
     captions: list[tuple[int, int]] = []
@@ -154,13 +165,14 @@ def load_or_measure(
     split: str,
     prompt: str = "",
 ) -> Lengths:
-    """Loads lengths from `lengths_<fingerprint>_<split>.npz` in the dataset's folder, written
-    there first where it is missing or older than the dataset; for questions the name tells
-    their prompt too. A folder that cannot be written to is measured each time.
+    """Loads the lengths from `lengths_<fingerprint>_<split>.npz` in the dataset's folder, or
+    measures them and saves them there.
 
-    Where the file is damaged, or a record that was damaged when it was measured has been mended
-    since, all are measured again. Raises StorageError where the storage fails each time it is
-    asked (see `storage.read_with_retries`); nothing is kept then.
+    They are measured again where the file is missing, damaged or older than the dataset, or
+    where a record that was damaged has been repaired since. The file name also has a digest of
+    the prompt for questions. In a read-only folder they are measured each time.
+
+    Raises: StorageError where the storage keeps failing (`storage.read_with_retries`).
     """
     prompt_digest = (
         f"_{hashlib.sha256(prompt.encode()).hexdigest()[:16]}" if kind == "questions" else ""
@@ -175,6 +187,7 @@ def load_or_measure(
     lengths = measure(
         records, kind, tokenizer, prompt, title=f"token lengths of {folder.parent.name} {split}"
     )
+    # Written under another name and renamed: other processes never see half a file.
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.npz")
     try:
         np.savez(temporary, **dataclasses.asdict(lengths))
@@ -187,7 +200,7 @@ def load_or_measure(
 
 
 def _load(path: pathlib.Path, records: int) -> Lengths | None:
-    """What is kept of so many records; None where it cannot be used."""
+    """Reads saved lengths; None where the file is damaged or not of `records` records."""
 
     def load() -> Lengths:
         with np.load(path) as stored:
@@ -202,6 +215,7 @@ def _load(path: pathlib.Path, records: int) -> Lengths | None:
 
 
 def _of(record: Any, kind: str, tokenizer: Tokenizer, prompt: str) -> tuple[int, int]:
+    """Returns (tokens, visuals) of a page, a question or a text."""
     if kind == "pages":
         texts = strings(record["texts"])
         return len(page_sequence(texts, tokenizer)), len(texts) - 1
@@ -218,7 +232,7 @@ def _of(record: Any, kind: str, tokenizer: Tokenizer, prompt: str) -> tuple[int,
 
 
 def _captions(record: Any, tokenizer: Tokenizer) -> list[tuple[int, int]]:
-    """Tokens of the sequence with each caption, without and with a leading space."""
+    """Returns the sequence's tokens with each caption: (without, with a leading space)."""
     overhead = pair_overhead(tokenizer)
     tokens = [
         [len(tokenizer.encode(text)) for text in (caption, " " + caption)]

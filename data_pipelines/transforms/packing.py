@@ -1,5 +1,5 @@
-"""Which examples share a row: a pure function of their lengths, the seed, the dataset and the
-epoch.
+"""Packs examples into rows by first fit: a pure function of their lengths, the seed, the
+dataset and the epoch.
 """
 
 import dataclasses
@@ -9,19 +9,21 @@ import numpy as np
 from data_pipelines.transforms.randomness import generator
 
 OPEN_ROWS = 64
-"""Rows that an example may still go into.
+"""Rows that are open at a time.
 
-Bounds the work for each example; more fill rows hardly better.
+It bounds the work per example; more open rows hardly improve the fill.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class PackingPlan:
-    """Row r holds the items `items[offsets[r]:offsets[r + 1]]`.
+    """The rows of an epoch: row r holds the items `items[offsets[r]:offsets[r + 1]]`.
 
-    too_long: items that fit no row, in no epoch. dropped: items left out of this epoch because
-      the number of rows is fixed.
-    fill: part of the rows' tokens that is no padding.
+    items: int32, indices of examples.
+    offsets: int [rows + 1].
+    too_long: how many items exceed a whole row and are never used.
+    dropped: how many items are left out of this epoch because the number of rows is fixed.
+    fill: fraction of the rows' tokens that is not padding.
     """
 
     items: np.ndarray
@@ -34,7 +36,7 @@ class PackingPlan:
         return len(self.offsets) - 1
 
     def row(self, place: int) -> np.ndarray:
-        """The items of one row, int32."""
+        """Returns the items of one row: int32 [items in it]."""
         return self.items[self.offsets[place] : self.offsets[place + 1]]
 
 
@@ -53,17 +55,17 @@ def plan_rows(
     """Plans rows of at most `row_length` tokens and `row_visuals` visuals, each item in at
     most one.
 
-    Items come in an order shuffled by (seed, dataset, epoch) and go into the first of a bounded
-    number of open rows that has room.
+    Items are shuffled by (seed, dataset, epoch); each goes into the first open row with room
+    for it, of at most `OPEN_ROWS`.
 
     Args:
       lengths, visuals: int [items], tokens and visuals of each.
-      rows: the number of rows wanted, so that every epoch has the same. With too many, the
-        emptiest are left out and their items counted as dropped (another epoch's order drops
-        others); with too few, the rows of the most items are halved.
-      dataset: its name, so that datasets of equal size have orders of their own.
-      pack: False gives every item a row of its own; of those past `rows`, another epoch's order
-        leaves out others.
+      rows: the number of rows to return, so that each epoch has the same; None for as many as
+        packing gives. If packing gives more, the emptiest rows are left out and their items
+        counted as dropped (other items in other epochs); if fewer, the rows with the most
+        items are split in two.
+      dataset: its name, so that datasets of equal size are shuffled differently.
+      pack: False gives each item a row of its own, at most `rows` of them.
     """
     lengths, visuals = np.asarray(lengths), np.asarray(visuals)
     rng = generator("order", seed, dataset, epoch)
@@ -92,6 +94,7 @@ def _first_fit(
     row_length: int,
     row_visuals: int,
 ) -> list[list[int]]:
+    """Assigns items, in order, to the first open row that has room."""
     if not len(order):
         return []
     smallest, fewest = int(lengths[order].min()), int(visuals[order].min())
@@ -106,6 +109,7 @@ def _first_fit(
             if room >= length and places[slot] >= count:
                 break
         else:
+            # No open row has room: open one, and close the fullest if there are too many.
             if len(rows) == OPEN_ROWS:
                 fullest = free.index(min(free))
                 done.append(rows.pop(fullest))
@@ -117,6 +121,7 @@ def _first_fit(
         rows[slot].append(item)
         free[slot] -= length
         places[slot] -= count
+        # Close a row that not even the smallest item fits into.
         if free[slot] < smallest or places[slot] < fewest:
             done.append(rows.pop(slot))
             del free[slot], places[slot]
@@ -126,6 +131,7 @@ def _first_fit(
 def _exactly(
     filled: list[list[int]], rows: int, lengths: np.ndarray
 ) -> tuple[list[list[int]], int]:
+    """Drops or splits rows until there are `rows`; returns them and the dropped items' count."""
     dropped = 0
     if len(filled) > rows:
         fullest_first = sorted(filled, key=lambda row: -int(lengths[row].sum()))

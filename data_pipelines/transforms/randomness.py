@@ -1,5 +1,5 @@
-"""What every random draw of the data hangs on: the seed, the dataset's name, the epoch, and
-what is drawn.
+"""Keyed random numbers: every random draw of the data is a function of the seed, the dataset's
+name, the epoch and what is drawn, never of the order in which processes or threads get to it.
 """
 
 import hashlib
@@ -11,19 +11,19 @@ from flamingo_jax.experiment import DatasetConfig
 
 
 def key(seed: int, dataset: str, epoch: int) -> str:
-    """Returns one text for each (seed, dataset, epoch), whatever signs the name has.
+    """Returns a string that is unique to (seed, dataset, epoch).
 
-    The name is that of the config's `data`, not the path: a dataset that is moved keeps its
-    draws.
+    dataset: its name in the config's `data`, not its path, so that moving a dataset does not
+      change its draws.
     """
     return f"{seed}/{epoch}/{dataset!r}"
 
 
 def generator(what: str, seed: int, dataset: str, epoch: int) -> np.random.Generator:
-    """Makes random numbers for one kind of draw (`what`, such as "order") over all of a
-    dataset's epoch.
+    """Makes the numpy generator of one purpose (`what`, such as "order") in one epoch of a
+    dataset.
 
-    Datasets of equal size, and different draws over one dataset, have nothing in common.
+    Generators of different purposes, datasets and epochs are independent.
     """
     text = f"{what}/{key(seed, dataset, epoch)}"
     digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
@@ -31,11 +31,11 @@ def generator(what: str, seed: int, dataset: str, epoch: int) -> np.random.Gener
 
 
 class RecordRandom:
-    """What is random about one visit of a record: the same wherever, whenever and on however
-    many processes it is visited.
+    """Random draws for one record in one epoch, the same on any process, thread and in any
+    order.
 
-    Each draw is a hash of its own: a generator of many numbers takes longer to set up than a
-    row to make, and most rows want one or two.
+    Each draw is a blake2b hash of the key and a counter: setting up a numpy generator takes
+    longer than making a row, and most rows need one or two numbers.
     """
 
     def __init__(
@@ -47,35 +47,40 @@ class RecordRandom:
         *,
         dataset: str = "",
     ):
-        """caption: which one, and whether a space goes before it, where that was chosen when
-        rows were planned. dataset: its name.
+        """Keys the draws by (seed, dataset, epoch, record_id).
+
+        caption: (index, leading space) of the caption, where it was chosen when rows were
+          packed.
+        dataset: its name in the config.
         """
         self._key = f"{key(seed, dataset, epoch)}/{record_id}"
         self._count = 0
         self.caption = caption
 
     def _word(self) -> int:
-        """64 random bits."""
+        """Draws 64 random bits."""
         self._count += 1
         return int.from_bytes(
             hashlib.blake2b(f"{self._count}/{self._key}".encode(), digest_size=8).digest()
         )
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
-        """From low up to, but not including, high."""
+        """Draws a float from [low, high)."""
+        # The top 53 bits, the precision of a float64's mantissa.
         return low + (high - low) * (self._word() >> 11) * 2.0**-53
 
     def happens(self, probability: float) -> bool:
+        """Draws True with this probability; draws nothing for 0 and 1."""
         return probability > 0 and (probability >= 1 or self.uniform() < probability)
 
     def below(self, count: int) -> int:
-        """One of 0..count - 1."""
+        """Draws an integer from [0, count)."""
         return 0 if count == 1 else self._word() * count >> 64
 
     def order(self, count: int) -> list[int]:
-        """0..count - 1 in any order."""
+        """Draws a random permutation of 0..count - 1."""
         return sorted(range(count), key=lambda _: self._word())
 
     def augmentation(self, dataset: DatasetConfig) -> augmentation.Augmentation | None:
-        """A visual's, as the dataset wants it."""
+        """Draws a visual's augmentation, as the dataset's config has it."""
         return augmentation.draw(self.uniform, flip=dataset.flip, colour=dataset.colour)

@@ -1,5 +1,7 @@
-"""Where the visuals of a batch are put: every image straight to its place, as soon as it is
-read, by whichever thread.
+"""The array of a batch's images, which reader threads fill frame by frame.
+
+Each frame is copied to its place as soon as it is decoded, by any thread, without a lock: no
+two frames share a place.
 """
 
 import dataclasses
@@ -17,8 +19,11 @@ from flamingo_jax.processing.jitter import FIELDS
 
 
 class FrameFormat(NamedTuple):
-    """What a visual's frames become: `name` of the array, a blank frame, and how what was read
-    is put on it.
+    """How frames are stored in a batch.
+
+    name: of the batch's array, "images" or "features".
+    blank: an empty frame; gives the shape and dtype.
+    put: copies what was read into a frame of the array.
     """
 
     name: str
@@ -28,7 +33,7 @@ class FrameFormat(NamedTuple):
 
 
 def image_format(size: int, mean: Sequence[float]) -> FrameFormat:
-    """Describes frames as images uint8 [size, size, 3]; blanks are zero."""
+    """Describes frames that are images: uint8 [size, size, 3], padded with the mean colour."""
     return FrameFormat(
         "images",
         np.zeros((size, size, 3), np.uint8),
@@ -37,7 +42,7 @@ def image_format(size: int, mean: Sequence[float]) -> FrameFormat:
 
 
 def feature_format(shape: tuple[int, int], dtype: np.dtype) -> FrameFormat:
-    """Describes frames as an encoder's features [S, C]; blanks are zero."""
+    """Describes frames that are a frozen encoder's features: [S, C]."""
     return FrameFormat(
         "features", np.zeros(shape, dtype), lambda features, frame: np.copyto(frame, features)
     )
@@ -45,12 +50,14 @@ def feature_format(shape: tuple[int, int], dtype: np.dtype) -> FrameFormat:
 
 @dataclasses.dataclass(frozen=True)
 class VisualBuffer:
-    """A batch's M visuals of T frames. Each place is written by one thread, and different ones
-    by any at once.
+    """A batch's M visuals of T frames, filled by several threads, each frame by one.
 
-    written: bool [M, T], the frames that were put. lost: bool [M], the visuals of which a frame
-    could not be read. jitter: float32 [M, T, 6], the `FIELDS` of each frame
-    (`flamingo_jax.processing.jitter`), where colours are jittered.
+    canvas: the format of a frame.
+    blank: the array that is filled, [M, T, ...].
+    written: bool [M, T], the frames that were put.
+    lost: bool [M], the visuals of which some frame could not be read.
+    jitter: float32 [M, T, 6], the `flamingo_jax.processing.jitter.FIELDS` of each frame; None
+      where the batch has no colour jitter.
     """
 
     canvas: FrameFormat
@@ -72,7 +79,7 @@ class VisualBuffer:
     def put(
         self, place: int, frame: int, pixels: np.ndarray, augmentation: Augmentation | None
     ) -> None:
-        """One frame of the visual in a place, as it was read."""
+        """Stores one frame of the visual at `place`, flipped if its augmentation says so."""
         if augmentation is not None and augmentation.flip:
             pixels = pixels[:, ::-1]
         if self.jitter is not None and augmentation is not None and augmentation.colour is not None:
@@ -81,8 +88,11 @@ class VisualBuffer:
         self.canvas.put(pixels, self.blank.array[place, frame])
 
     def finish(self, blanks: BufferPool) -> Arrays:
-        """The visuals, zero where there is none or one of its frames was lost; frame_mask bool
-        [M, T], True where there is a frame; jitter.
+        """Returns the batch's arrays, after all frames have been put.
+
+        Returns: the visuals ([M, T, ...], zero where there is no frame or one of the visual's
+          frames was lost), "frame_mask" (bool [M, T], True where there is a frame) and, where
+          colours are jittered, "jitter" (float32 [M, T, 6]).
         """
         mask = self.written & ~self.lost[:, None]
         arrays = {
@@ -103,16 +113,21 @@ def schedule_reads(
     places: Sequence[int | None],
     add: Callable[[Callable[[], None]], None],
 ) -> list[bool]:
-    """Adds the reading of each frame of a row's visuals, which puts it in the buffer, as work of
-    its own; the visuals stand in `places` [N], one after the other, where None stands for those
-    that another process reads.
+    """Adds one task for each frame of a row's visuals; the task reads the frame into the
+    buffer.
 
-    readers: of each segment, what reads frame f of visual v of its record. A visual that cannot
-    be read is reported by its segment's place to `failed` and left blank; nothing else of the
-    row changes, or processes that read the same row would not hold the same one.
+    A visual that cannot be read is reported to `failed` and left blank. Nothing else of the
+    row changes: other processes that read parts of the same row must hold the same tokens.
 
-    Returns: whether each segment is read here, by its visuals or those it shares, or if it has
-      none by the place where they would stand.
+    Args:
+      readers: for each segment, a function (visual, frame) -> pixels of its record.
+      failed: called with (segment number, error).
+      places: [N], where in the buffer the row's visuals go, one after the other; None for
+        those that another process reads.
+      add: takes a task for the pool of reader threads.
+
+    Returns: for each segment, whether this process reads it: by its own visuals or those it
+      shares; a segment without visuals counts by the place that its first would have.
     """
 
     def read(

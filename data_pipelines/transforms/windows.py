@@ -1,5 +1,5 @@
-"""Stretches of a long document: a page's window with its first images (paper A.3.1), and the
-pieces of a long text.
+"""Cuts long documents: a window of a page with its first images (paper A.3.1), and a long text
+into pieces.
 """
 
 from typing import NamedTuple
@@ -10,9 +10,12 @@ from flamingo_jax.processing.sequences import Look, TokenSequence, media_index
 
 
 class Window(NamedTuple):
-    """A stretch of a page. tokens int32 [n], loss_mask bool [n] (True where a token is a
-    target), media_index int32 [n] (place within `visuals`, -1 for none), visuals: which of the
-    page's visuals are in it, at most N.
+    """A contiguous part of a page.
+
+    tokens: int32 [n].
+    loss_mask: bool [n], True where a token is a prediction target.
+    media_index: int32 [n], the index into `visuals` that a token attends to, -1 for none.
+    visuals: which of the page's visuals are in the window, at most N.
     """
 
     tokens: np.ndarray
@@ -22,12 +25,11 @@ class Window(NamedTuple):
 
 
 def window(sequence: TokenSequence, start: int, length: int, visuals: int, look: Look) -> Window:
-    """Cuts tokens start..start + length of a page with the first `visuals` images whose tags
-    begin among them.
+    """Cuts tokens start..start + length out of a page, with the first `visuals` images whose
+    tags begin in them.
 
-    Tokens that would look at an image before the window, behind it, or past the first `visuals`
-    in it look at none. The first token is no
-    target: nothing stands before it.
+    A token whose image lies outside the window, or is not among its first `visuals`, attends
+    to none. The first token is input only, not a target.
     """
     part = slice(start, start + length)
     tokens, chunk, loss_mask = (
@@ -37,21 +39,20 @@ def window(sequence: TokenSequence, start: int, length: int, visuals: int, look:
     )
     loss_mask[0] = False
     first, last = int(sequence.chunk[start - 1]) if start else 0, int(chunk[-1])
-    if first == last:  # The most of a long text has no image in sight.
+    if first == last:  # No image tag in the window: the usual case in long texts, and fast.
         return Window(tokens, loss_mask, np.full(len(tokens), -1, np.int32), range(0))
     taken = range(first, min(last, first + visuals))
     within = media_index(chunk, int(sequence.chunk[-1]), look) - np.int32(first)
-    # Without a sign, what is below 0 is past them too.
+    # Read as unsigned, a negative index is also >= len(taken): one comparison for both ends.
     within[within.view(np.uint32) >= len(taken)] = -1
     return Window(tokens, loss_mask, within, taken)
 
 
 def text_pieces(tokens: int, length: int) -> list[tuple[int, int]]:
-    """Returns (start, length) of the pieces of a text of so many tokens, none longer than
-    `length`.
+    """Splits a text of `tokens` tokens into pieces (start, length) of at most `length` tokens.
 
-    Neighbours share one token: the last of a piece is the first, unpredicted one of the next,
-    so every token but <BOS> is a target once.
+    Consecutive pieces overlap by one token: the last of a piece is the first of the next,
+    where it is input only. So each token but <BOS> is a target exactly once.
     """
     if tokens <= length:
         return [(0, tokens)]
