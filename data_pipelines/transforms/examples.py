@@ -154,7 +154,7 @@ def _page_window(
 ) -> Window:
     if rng is None:
         return window(sequence, 0, dataset.max_length, dataset.visuals, "previous")
-    # Paper 2.4 and A.3.1: a random window, whose text attends to the next image instead of the
+    # Paper A.3.1: a random window, whose text attends to the next image instead of the
     # previous one with probability p_next.
     look_next = rng.happens(dataset.p_next)
     start = rng.below(max(len(sequence) - dataset.max_length, 0) + 1)

@@ -1,4 +1,6 @@
-"""From descriptions of benchmarks to benchmarks with their examples read."""
+"""Builds the benchmarks that `launch.evaluate --benchmark=...` describes, and reads their
+examples.
+"""
 
 import dataclasses
 import pathlib
@@ -33,12 +35,15 @@ from flamingo_jax.progress import Bar
 class BenchmarkReader:
     """Reads benchmarks for a model.
 
-    config: the model's, for the size of images and the number of frames.
-    limit, support_limit: records at most, drawn by `seed`; 0 for all.
-    frames, fps: of clips; by default as the model was trained.
-    question_prompt: how questions are asked; by default as the model was trained to be, whose
-      different prompts are `trained_prompts`, or else as in the paper.
-    classes_file: class names, one a line; "" for those of the data.
+    config: the model's, for the image size and the number of frames.
+    limit, support_limit: the most queries and support examples, drawn at random by `seed`; 0
+      for all.
+    frames, fps: how clips are sampled; by default as in the model's training.
+    caption_prompt: the prompt before a caption.
+    question_prompt: the prompt with {question}; None for the one of `trained_prompts`, or the
+      paper's where that is empty.
+    trained_prompts: the distinct question prompts that the model was trained with.
+    classes_file: a file of class names, one a line; "" for all classes of the data.
     """
 
     datasets: DatasetReader
@@ -54,7 +59,7 @@ class BenchmarkReader:
     classes_file: str = ""
 
     def read(self, description: BenchmarkDescription, shots: int, text_examples: int) -> Benchmark:
-        """Reads a benchmark's queries, and support examples where its prompts want some.
+        """Reads a benchmark's queries and, where its prompts need some, its support examples.
 
         Raises: UserError for a dataset of the wrong kind, or a file that cannot be read.
         """
@@ -96,7 +101,7 @@ class BenchmarkReader:
         return prompts.PromptTemplate(given)
 
     def _majority_answer(self, path: str, split: str) -> str:
-        """Finds the most frequent answer of a split, "" where the dataset lacks it."""
+        """Finds the most frequent answer of a split; "" where there is no such split."""
         if split not in self.datasets.splits(path):
             return ""
         records = self.datasets.records(path, split, "questions")
@@ -122,7 +127,9 @@ class BenchmarkReader:
         return [records[place] for place in places]
 
     def _classes(self, path: str, split: str, support: Sequence[BenchmarkExample]) -> list[str]:
-        """Lists every class that could be the answer, however few records are asked about."""
+        """Lists all classes of the split, also those of records beyond `limit`: with fewer
+        classes to choose from the task would be easier.
+        """
         if self.classes_file:
             return read_classes(self.classes_file)
         kind, records = self._open(path, split)
@@ -135,8 +142,9 @@ class BenchmarkReader:
 
 
 def read_classes(file: str) -> list[str]:
-    """Reads class names, one a line; raises UserError where there is none, or one is there
-    twice.
+    """Reads class names, one a line.
+
+    Raises: UserError where the file has none or has one twice.
     """
     try:
         lines = pathlib.Path(file).read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Charts of the report: lines over numbers as SVG elements, and what is drawn of a training."""
+"""Line charts as SVG for the report: accuracy by shots, losses and gates of training."""
 
 import io
 import math
@@ -12,10 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 Series = tuple[Sequence[float], Sequence[float]]
-"""x and y of a line."""
+"""The x and y values of a line."""
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555", "#b8a800")
-"""Okabe and Ito's, which those who see colours otherwise tell apart too."""
+"""The colour-blind-safe palette of Okabe and Ito, with its black as grey and its yellow
+darker.
+"""
 INK, FAINT = "#334", "#dde1e8"
 SMOOTHED_OVER = 40
 """A line of more points than this is drawn faint, with its running median over it."""
@@ -31,9 +33,9 @@ STYLE: Any = {
     "ytick.color": INK,
 }
 SHARES = ("recall@", "/top_", "/accuracy@")
-"""In the names of what evaluators measure as shares, 0 to 1."""
+"""Substrings of the names of evaluators' metrics that are fractions from 0 to 1."""
 LEGEND_CHARACTERS = 76
-"""Of a row of the legend, names and the samples of their lines together."""
+"""Width of a row of the legend, in characters of names and line samples."""
 
 
 def chart(
@@ -46,12 +48,15 @@ def chart(
     doubling: bool = False,
     percent: bool = False,
 ) -> str:
-    """Draws lines over numbers as an SVG element, its legend below the axes.
+    """Draws a line chart as an SVG element, with the legend below the axes.
 
-    A name with a comma is a variant of what stands before it, and has its colour, dashed.
-
-    whole_numbers: x are counts. doubling: x grow by factors, and each has its tick. percent: y
-      are shares, drawn from 0 to 100 %.
+    Args:
+      series: {name: (x, y)}. A name "model, variant" is drawn in the colour of "model",
+        dashed.
+      x, y: labels of the axes.
+      whole_numbers: put ticks at integers only.
+      doubling: logarithmic x axis with a tick at each value.
+      percent: y are fractions from 0 to 1, labelled 0 to 100 %.
     """
     kinds = list(dict.fromkeys(name.partition(", ")[0] for name in series))
     with matplotlib.rc_context(STYLE):
@@ -93,14 +98,18 @@ def chart(
 
 
 def training_charts(stage: str, measured: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Draws training losses, held-out losses with and without images, what evaluators measured,
-    and the last gates by layer, as far as the lines of a metrics.jsonl have them.
+    """Draws a stage's training losses, held-out losses with and without images, evaluators'
+    metrics and final gates by layer, as far as its metrics.jsonl has them.
+
+    Args:
+      measured: the lines of a metrics.jsonl.
+    Returns: SVG elements.
     """
     names = sorted({name for line in measured for name in line})
     charts = []
     losses = _series(measured, [n for n in names if n == "loss" or n.startswith("loss/")])
     if len(losses) == 2 and "loss" in losses:
-        # Of one dataset, which is all there is.
+        # With one dataset the total loss and the dataset's are the same curve.
         losses = {"loss": losses["loss"]}
     if losses:
         labels = {name: name.removeprefix("loss/") for name in losses}
@@ -128,8 +137,8 @@ def training_charts(stage: str, measured: Sequence[Mapping[str, Any]]) -> list[s
 
 
 def last_gates(measured: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Returns {"attention": [tanh of each block's gate], "dense": ...} as last measured; empty
-    where there are none.
+    """Returns the last logged gates, {"attention": [tanh(gate) of each block], "dense": ...};
+    {} where none were logged.
     """
     for line in reversed(measured):
         gates = {
@@ -152,7 +161,9 @@ def _draw(axes: Axes, name: str, x: np.ndarray, y: np.ndarray, look: dict[str, A
 
 
 def _running_median(y: np.ndarray) -> np.ndarray:
-    """Of the points around each, fewer at the ends: it does not lag, and no spike moves it."""
+    """Computes a centred running median, over fewer points at the ends: unlike a moving
+    average it has no lag and ignores spikes.
+    """
     reach = max(2, len(y) // SMOOTHED_OVER)
     return np.array(
         [np.median(y[max(0, place - reach) : place + reach + 1]) for place in range(len(y))]
@@ -160,7 +171,7 @@ def _running_median(y: np.ndarray) -> np.ndarray:
 
 
 def _legend_rows(names: Sequence[str]) -> int:
-    """How many rows a legend takes whose columns are as wide as the longest name."""
+    """Computes the rows of a legend whose columns are as wide as the longest name."""
     columns = max(1, LEGEND_CHARACTERS // (max(map(len, names)) + 6))
     return math.ceil(len(names) / columns)
 
@@ -179,7 +190,7 @@ def _renamed(series: Mapping[str, Series], labels: Mapping[str, str]) -> dict[st
 
 
 def _held_out_label(name: str) -> str:
-    """Names a held-out metric for people: its dataset, and whether images were taken away."""
+    """Writes a held-out metric's label: its dataset, and whether images were removed."""
     what, _, metric = name.removeprefix("held_out/").rpartition("/")
     blind = metric.endswith("_without_images") or metric.endswith("_without_pictures")
     return f"{what or 'all datasets'}{', without images' if blind else ''}"

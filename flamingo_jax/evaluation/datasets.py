@@ -1,5 +1,5 @@
-"""How evaluation reads datasets, whatever wrote them: `data_pipelines.evaluation_data` reads
-those of TFDS.
+"""The interface through which evaluation reads datasets. `data_pipelines.evaluation_data`
+implements it for TFDS; the library itself does not depend on TFDS.
 """
 
 from collections.abc import Collection, Sequence
@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 
 class DatasetReader(Protocol):
-    """Datasets by the path of their folder."""
+    """Reads datasets by the path of their folder."""
 
     def kind(self, path: str) -> str:
-        """Returns what a dataset holds: pairs, videos, questions, pages or text.
+        """Returns the dataset's kind: pairs, videos, questions, pages or text.
 
         Raises: UserError where there is no dataset.
         """
@@ -19,7 +19,7 @@ class DatasetReader(Protocol):
         """Returns the names of a dataset's splits."""
 
     def records(self, path: str, split: str, kind: str) -> Sequence[Any]:
-        """Opens a split's records, which are read as they are asked for.
+        """Opens a split's records for random access; a record is read when it is indexed.
 
-        Raises: UserError where there is no such split, or it holds something else than `kind`.
+        Raises: UserError where there is no such split, or its records are not of `kind`.
         """

@@ -1,4 +1,6 @@
-"""A benchmark in one line: KIND:NAME=DATASET[:SPLIT][,support=DATASET[:SPLIT]]."""
+"""Parses the flags of `launch.evaluate` that describe a benchmark,
+KIND:NAME=DATASET[:SPLIT][,support=DATASET[:SPLIT]], and its numbers of shots.
+"""
 
 import re
 from typing import NamedTuple
@@ -9,7 +11,7 @@ KINDS = ("captioning", "vqa", "classification", "binding")
 
 
 class BenchmarkDescription(NamedTuple):
-    """A benchmark's kind and name, and where its queries and its support examples are."""
+    """A benchmark's kind and name, and the datasets of its queries and support."""
 
     kind: str
     name: str
@@ -18,14 +20,14 @@ class BenchmarkDescription(NamedTuple):
     support_path: str
     support_split: str
     names_support: bool
-    """Whether the description itself says where support examples are."""
+    """Whether the flag had `support=`."""
 
     @classmethod
     def parse(cls, text: str) -> "BenchmarkDescription":
-        """Reads a description; by default queries are the split `test`, and support examples
+        """Parses a description. By default queries are the split `test`, and support examples
         the split `train` of the same dataset.
 
-        Raises: UserError where it is not of the form.
+        Raises: UserError where the text does not have the form above.
         """
         match = re.fullmatch(r"(\w+):([^=]+)=([^,]+?)(?:,support=([^,]+))?", text)
         if not match or match[1] not in KINDS:
@@ -48,7 +50,10 @@ class BenchmarkDescription(NamedTuple):
 
 
 def parse_shots(texts: list[str] | None, default: list[int]) -> list[int]:
-    """Reads numbers of shots as a flag has them; raises UserError for what is no number."""
+    """Parses the values of --shots; `default` where the flag was not given.
+
+    Raises: UserError for a value that is not a number from 0 up.
+    """
     if texts is None:
         return default
     try:

@@ -1,4 +1,4 @@
-"""What `config.evaluators` declares."""
+"""The schema of `config.evaluators`, and its form on the command line."""
 
 import dataclasses
 import typing
@@ -11,49 +11,50 @@ from flamingo_jax.ranges import Count, Positive
 
 @dataclasses.dataclass(frozen=True)
 class EvaluatorConfig:
-    """A measurement beside the losses, with a period of its own
+    """Config of one evaluator: a metric besides the losses, measured periodically in training
     (flamingo_jax/evaluation/evaluators).
     """
 
     kind: Literal["retrieval", "zero_shot_classification", "few_shot"] = "retrieval"
-    """retrieval, zero_shot_classification: of a contrastive encoder. few_shot: of a Flamingo."""
+    """retrieval, zero_shot_classification: of a contrastive encoder. few_shot: of a Flamingo.
+    """
     path: str = ""
     """Folder of a prepared TFDS dataset."""
     split: str = "validation"
-    """The split whose records are asked about."""
+    """The split that is evaluated on."""
     every: Count = 0
-    """Steps from one measurement to the next; 0 for config.training.evaluate_every. The end of a
-    run is measured in any case.
+    """Steps from one measurement to the next; 0 for config.training.evaluate_every. It is
+    always measured at the end of a run too.
     """
     limit: Count = 1000
-    """Records at most, drawn by config.seed; 0 for all."""
+    """The most records, drawn at random by config.seed; 0 for all."""
     batch_size: Positive = 64
-    """Images, texts or prompts that go through the model together, at most."""
+    """The most images, texts or prompts in a batch."""
     classes: tuple[str, ...] = ()
-    """Class names of a classification; () for every class that a record of the split has."""
+    """Class names of a classification; () for all classes in the split."""
     templates: tuple[str, ...] = ("{}", "a photo of a {}.")
-    """zero_shot_classification: texts about a class, its name at {}; the vectors of several are
-    averaged (prompt ensembles, as CLIP's 80).
+    """zero_shot_classification: prompts with the class name at {}; the embeddings of several
+    are averaged (prompt ensembling, as with CLIP's 80 templates).
     """
     benchmark: Literal["captioning", "vqa", "classification"] = "captioning"
-    """few_shot: what is asked, and so how it is scored."""
+    """few_shot: the task, which also determines the metric."""
     shots: tuple[Count, ...] = (0, 4)
     """few_shot: numbers of support examples before the query."""
     support_split: str = "train"
     """few_shot: the split that support examples are drawn from."""
     support_limit: Count = 256
-    """few_shot: support examples at most, drawn by config.seed; 0 for all."""
+    """few_shot: the most support examples, drawn at random by config.seed; 0 for all."""
     max_tokens: Positive = 24
-    """few_shot: tokens of an answer at most."""
+    """few_shot: the most tokens of a generated answer."""
     beam_size: Positive = 3
-    """few_shot: hypotheses of beam search (paper: 3); 1 is greedy."""
+    """few_shot: number of beams (paper: 3); 1 is greedy decoding."""
 
 
 def parse_evaluator(text: str) -> EvaluatorConfig:
-    """Reads an evaluator that is described on a command line, as
-    `kind=retrieval,path=data/photos,limit=500`; several values of one field are joined by +.
+    """Parses the flag --evaluator, such as `kind=retrieval,path=data/photos,limit=500`;
+    several values of one field are joined by +.
 
-    Raises: UserError for what is no field, or no value of it.
+    Raises: UserError for an unknown field or a value of the wrong type.
     """
     kinds = typing.get_type_hints(EvaluatorConfig)
     given: dict[str, Any] = {}

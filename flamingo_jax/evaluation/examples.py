@@ -1,4 +1,6 @@
-"""Evaluation records as examples: one visual with what is asked about it and its ground truths."""
+"""Converts dataset records to evaluation examples: a visual with a question and its ground
+truths.
+"""
 
 import dataclasses
 import re
@@ -13,12 +15,11 @@ from flamingo_jax.processing.visuals import Visual, read_visual
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BenchmarkExample:
-    """A visual with what is asked about it and its ground truths.
+    """A visual with a question and its ground truths.
 
-    answers: any caption or class name that is true, or the ground truths of a question; the
-      first stands in prompts.
-    question: "" for captions.
-    question_type: for metrics by type of question.
+    answers: ground truth captions, class names or answers; the first is written in prompts.
+    question: "" for captioning.
+    question_type: "" or a type, for metrics by type of question.
     """
 
     id: str
@@ -30,7 +31,7 @@ class BenchmarkExample:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class InterleavedPage:
-    """A page of k + 1 texts around k images."""
+    """A page of k images and k + 1 texts: one before the first image and one after each."""
 
     id: str
     texts: tuple[str, ...]
@@ -45,13 +46,14 @@ def read_examples(
     frames: int | None = None,
     fps: float | None = None,
 ) -> list[BenchmarkExample]:
-    """Reads records of kind pairs, videos or questions, their images encoded as on disk
-    (data_pipelines/features.py has the fields).
+    """Converts records of kind pairs, videos or questions to examples.
 
     Args:
-      frames: the most frames of a clip, from its middle; by default as many as the resampler
-        was trained with.
-      fps: frames a second of clips, no more than were stored; by default all that were stored,
+      records: with the fields of data_pipelines/features.py, images still encoded.
+      config: the model's, for the image size and the number of frames.
+      frames: the most frames of a clip, taken from its middle; by default as many as the
+        resampler was trained with.
+      fps: frame rate to sample clips at, at most the stored rate; by default the stored rate,
         as in training.
 
     Raises: UserError that names the record whose image cannot be read, that has no answer, or
@@ -88,14 +90,12 @@ def _answers(record: Any, kind: str) -> tuple[str, ...]:
 
 
 def first_answer(record: Any, kind: str) -> str:
-    """Reads what stands in prompts as a record's answer, without a look at its visual; "" where
-    there is none.
-    """
+    """Returns a record's first answer without decoding its visual; "" where it has none."""
     return next(iter(_answers(record, kind)), "")
 
 
 def _every(record: Any, fps: float, name: str) -> float:
-    """Stored frames from one frame of a clip at `fps` to the next."""
+    """Computes the step, in stored frames, between the frames of a clip sampled at `fps`."""
     stored = float(record["fps"]) if "fps" in record else 0.0
     if not stored:
         raise UserError(
@@ -110,9 +110,9 @@ def _every(record: Any, fps: float, name: str) -> float:
 
 
 def read_pages(records: Iterable[Any], config: FlamingoConfig) -> list[InterleavedPage]:
-    """Reads records of kind pages.
+    """Converts records of kind pages, decoding their images.
 
-    Raises UserError that names the record whose image cannot be read.
+    Raises: UserError that names the record whose image cannot be read.
     """
     pages = []
     for record in records:
@@ -123,8 +123,8 @@ def read_pages(records: Iterable[Any], config: FlamingoConfig) -> list[Interleav
 
 
 def page_examples(pages: Sequence[InterleavedPage]) -> list[BenchmarkExample]:
-    """Makes examples of the chunks of pages that are written as prompts are
-    (evaluation/prompts.py), for support sets.
+    """Makes support examples from those texts of pages that have the format of prompts
+    (evaluation/prompts.py); other texts are skipped.
     """
     examples = []
     for page in pages:
@@ -141,8 +141,8 @@ def page_examples(pages: Sequence[InterleavedPage]) -> list[BenchmarkExample]:
 
 
 def _plain(caption: str) -> str:
-    """A caption without the prompt that some training data tell it with: prompts would say it
-    twice.
+    """Removes the prompt "Output: " from a caption, which some training data have in front of
+    it; the template would add it a second time.
     """
     return re.sub(r"^\s*Output: ", "", caption)
 

@@ -1,8 +1,8 @@
-"""Few-shot prompts in the paper's formats (paper B.1.5): `<image>Output: ...`,
+"""Writes few-shot prompts in the paper's formats (paper B.1.5): `<image>Output: ...` and
 `<image>Question: ... Answer: ...`.
 
-Whitespace is that of training text: a prompt ends with its last word or colon, and what is
-predicted begins with a space.
+Whitespace follows the training text: a prompt ends with its last word or colon, and the
+prediction begins with a space.
 """
 
 import dataclasses
@@ -17,15 +17,15 @@ from flamingo_jax.processing.sequences import fill_prompt
 
 @dataclasses.dataclass(frozen=True)
 class PromptTemplate:
-    """How an example is written: the text up to the answer, which follows after a space.
+    """The format of an example: a text before the answer, which follows after a space.
 
-    text: with {question} where the example's question goes.
+    text: has {question} in the place of the example's question.
     """
 
     text: str
 
     def opening(self, example: BenchmarkExample) -> str:
-        """Writes what stands before the answer."""
+        """Writes the text before the answer."""
         return escape_image_tags(fill_prompt(self.text, example.question))
 
     def whole(self, example: BenchmarkExample) -> str:
@@ -35,6 +35,7 @@ class PromptTemplate:
 
 CAPTION = PromptTemplate(CAPTION_PROMPT)
 QUESTION = PromptTemplate(QUESTION_PROMPT)
+# What begins the next example where a model did not stop at the end of its answer.
 KEYWORDS = re.compile(r"\s*(?:Question:|Answer:|Output:|<image>).*", re.DOTALL)
 
 
@@ -44,11 +45,11 @@ def few_shot(
     text_only: Sequence[BenchmarkExample],
     template: PromptTemplate,
 ) -> list[PromptPart]:
-    """Writes `text_only` examples without their images, then `shots` with theirs, then the
+    """Writes a prompt: `text_only` examples without their images, `shots` with theirs, and the
     query up to its answer.
 
-    Zero-shot prompts of open-ended tasks have two text-only examples and no shots (paper 3.3:
-    one is harmful, more help little).
+    The paper's zero-shot prompts of open-ended tasks have two text-only examples and no shots
+    (paper 3.3: one hurts, more help little).
     """
     parts: list[PromptPart] = []
     for example in text_only:
@@ -60,8 +61,8 @@ def few_shot(
 
 
 def concept_binding(page: InterleavedPage, shots: int) -> list[PromptPart]:
-    """Writes the last `shots` images before the page's last one with their texts, then the last
-    one with its text up to the last word.
+    """Writes a prompt of fast concept binding: the `shots` images before the page's last one
+    with their texts, then the last image with its text up to the word to predict.
     """
     parts: list[PromptPart] = []
     for place in range(len(page.visuals) - 1 - shots, len(page.visuals)):
@@ -77,7 +78,7 @@ def split_last_word(text: str) -> tuple[str, str]:
 
 
 def clean(text: str) -> str:
-    """Cuts a prediction where the next example's keywords begin, since <EOC> is sometimes
-    missed (paper v1), and strips it.
+    """Strips a prediction and cuts it where a next example begins, since models sometimes go
+    on after the answer instead of predicting <EOC> (paper v1).
     """
     return KEYWORDS.sub("", text, count=1).strip()

@@ -1,5 +1,5 @@
-"""report.json and report.html: one page that a person opens, with images, predictions, curves
-and tables inside it.
+"""Writes report.json and report.html, a self-contained page with images, predictions, training
+curves and tables.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from flamingo_jax.evaluation.charts import Series, chart, training_charts
 from flamingo_jax.web_page import Table, page, strip, table
 
 PREDICTIONS_SHOWN = 12
-"""Shown of each result."""
+"""How many predictions of each benchmark the page shows."""
 IMAGE_SIDE = 112
 STYLE = """
 .highlights { display: grid; gap: 1rem;
@@ -35,7 +35,11 @@ details .samples { margin: .8rem 0 } .sample img { border-radius: 3px }
 
 @dataclasses.dataclass(frozen=True)
 class Highlight:
-    """A share, 0 to 1, that a reader shall see first, and what it is compared with, if it is."""
+    """A metric shown at the top of the page.
+
+    value: from 0 to 1.
+    compared_with, compared: the name and value of a baseline; None for no baseline.
+    """
 
     name: str
     value: float
@@ -54,14 +58,14 @@ def write_report(
     highlights: Sequence[Highlight] = (),
     lines: Mapping[str, Mapping[str, Series]] | None = None,
 ) -> None:
-    """Writes `report.json` (`report` as it is) and `report.html` into `folder`.
+    """Writes `report.json` and `report.html` into `folder`.
 
     Args:
-      results: what to show predictions of, each with its heading.
-      training: {stage: lines of its metrics.jsonl}, for the curves of losses and the gates by
-        layer.
-      highlights: what stands at the top.
-      lines: further charts of shares by numbers of shots, {title: {name of a line: (x, y)}}.
+      report: the content of report.json.
+      results: the benchmarks of which predictions are shown, as (heading, result).
+      training: {stage: lines of its metrics.jsonl}, drawn as loss curves and gates by layer.
+      highlights: metrics at the top of the page.
+      lines: charts of accuracy by number of shots, {title: {line: (x, y)}}.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -92,7 +96,7 @@ def write_report(
 
 
 def image(prediction: Prediction) -> str:
-    """Makes a data URI of a prediction's visual: an image, or the frames of a clip side by
+    """Returns a prediction's visual as a data: URI: the image, or a clip's frames side by
     side.
     """
     return strip(prediction.visual.frames, IMAGE_SIDE)
@@ -112,7 +116,7 @@ def _highlight(one: Highlight) -> str:
 
 
 def _predictions(heading: str, result: BenchmarkResult, opened: bool) -> str:
-    # The first ones, and then some of the wrong ones, which teach more.
+    # Half are simply the first predictions, half are wrong ones, which tell a reader more.
     half = PREDICTIONS_SHOWN // 2
     wrong = [one for one in result.predictions[half:] if one.score < 0.5]
     chosen = result.predictions[:half] + wrong[: PREDICTIONS_SHOWN - half]

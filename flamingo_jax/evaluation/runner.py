@@ -1,4 +1,4 @@
-"""Benchmarks on a model, and on a baseline that was trained without images, into a report."""
+"""Runs benchmarks on a model and on a baseline trained without images; writes the report."""
 
 import dataclasses
 import json
@@ -25,17 +25,21 @@ from flamingo_jax.progress import TOTAL_SECONDS
 from flamingo_jax.web_page import Table
 
 MODEL, BASELINE = "model", "without_images"
-"""How reports name the two."""
+"""Their names in reports."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationRun:
-    """What is evaluated, how, and where its report goes.
+    """One call of `launch.evaluate`: the models, the settings and the output folder.
 
-    model, baseline: exported folders; baseline "" for none. It is asked the same with every
-      image taken away.
-    batch_size: prompts at most.
-    seconds: {stage: wall seconds} for the report. curves: {stage: lines of its metrics.jsonl}.
+    model: an exported folder.
+    baseline: the exported folder of a model trained without images, which gets the same
+      prompts with every image removed; "" for none.
+    output: the folder that the report is written to.
+    batch_size: the most prompts in a batch.
+    seconds: {stage: wall seconds of training}, for the report.
+    curves: {stage: lines of its metrics.jsonl}, for the report.
+    began: time.monotonic() at the start.
     """
 
     model: str
@@ -48,15 +52,18 @@ class EvaluationRun:
     began: float = dataclasses.field(default_factory=time.monotonic)
 
     def config(self) -> FlamingoConfig:
-        """Reads the model's config, and opens the baseline, so that a wrong folder is said
-        before any work.
+        """Reads the model's config, and checks the baseline's, so that a wrong folder is
+        reported before any work.
         """
         if self.baseline:
             flamingo_config(self.baseline)
         return flamingo_config(self.model)
 
     def load(self) -> tuple[dict[str, Engine], dict[str, Any]]:
-        """Loads both: their engines by name, and what a report says about them."""
+        """Loads the weights of both models.
+
+        Returns: ({name: engine}, fields of report.json that identify the models and settings).
+        """
         loaded = {MODEL: load_flamingo(self.model)}
         if self.baseline:
             loaded[BASELINE] = load_flamingo(self.baseline)
@@ -77,8 +84,8 @@ class EvaluationRun:
         return engines, about
 
     def all_seconds(self) -> dict[str, float]:
-        """Adds the evaluation's own wall seconds to those by stage, and to their total if they
-        have one.
+        """Returns the wall seconds by stage, with the evaluation's own as a stage and in the
+        total, if there is one.
         """
         own = time.monotonic() - self.began
         total = (
@@ -90,7 +97,7 @@ class EvaluationRun:
         return stages | {"evaluation": own} | total
 
     def all_curves(self) -> dict[str, list[dict[str, Any]]]:
-        """Adds the metrics of the model's own training and of the baseline's."""
+        """Returns the training metrics by stage, with those stored in the two exports."""
         own = {"flamingo": self.model} | (
             {"without images": self.baseline} if self.baseline else {}
         )
@@ -108,9 +115,12 @@ def evaluate_benchmarks(
     """Runs every benchmark at every number of shots, writes report.json and report.html, and
     returns the report's table.
 
-    details: what report.json says besides about how examples were drawn.
-    Raises: UserError where two benchmarks share a name, or one has too few examples, before any
-      weights are read.
+    Args:
+      shots: the numbers of shots.
+      details: how examples were drawn, for report.json.
+
+    Raises: UserError, before any weights are loaded, where two benchmarks have the same name
+      or one has too few examples.
     """
     _check(benchmarks, run.settings, shots)
     engines, about = run.load()
@@ -186,8 +196,8 @@ def _check(
 
 
 def trained_prompts(model: str) -> list[str]:
-    """Lists the different prompts of the questions that a model was trained on, as far as its
-    export tells.
+    """Lists the distinct question prompts that a model was trained with, from the
+    experiment.json in its export; [] where it has none.
     """
     file = as_path(model) / "experiment.json"
     if not file.is_file():
@@ -199,7 +209,7 @@ def trained_prompts(model: str) -> list[str]:
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
-    """Reads a JSON document; raises UserError where it is none."""
+    """Reads a JSON file; raises UserError where it is missing or not valid JSON."""
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:

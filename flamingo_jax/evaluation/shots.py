@@ -1,6 +1,7 @@
-"""Which support examples stand before a query: at random, or by similarity (RICES).
+"""Chooses the shots of each query from the support set: at random, or by image similarity
+(RICES).
 
-Deterministic in seed and query.
+The choice is a function of the seed and the query alone.
 """
 
 import hashlib
@@ -15,14 +16,14 @@ from flamingo_jax.processing.visuals import Visual
 
 
 class ShotSelector(Protocol):
-    """Chooses the support examples of a query, in the order of the prompt."""
+    """Chooses `count` support examples for a query, in their order in the prompt."""
 
     def __call__(self, query: BenchmarkExample, count: int) -> list[BenchmarkExample]: ...
 
 
 class RandomShots:
-    """Chooses different examples at random, keyed by (seed, query id): what one query gets does
-    not depend on the others.
+    """Chooses shots at random without replacement, keyed by (seed, query id): a query's shots
+    do not depend on which other queries are evaluated.
     """
 
     def __init__(self, support: Sequence[BenchmarkExample], seed: int):
@@ -34,11 +35,12 @@ class RandomShots:
 
 
 class RicesShots:
-    """Chooses the support nearest to the query by frozen encoder features, the most similar
-    last (RICES; Yang et al. 2022, paper A.2).
+    """Retrieval-based In-Context Example Selection (RICES; Yang et al. 2022, paper A.2):
+    chooses the support examples whose frozen vision features are most similar to the query's.
 
-    The paper names neither pooling nor metric: features averaged over cells and frames, cosine
-    similarity. Ties fall to the earlier.
+    The most similar is last, next to the query. The paper names neither pooling nor metric:
+    here features are averaged over the spatial grid and frames and compared by cosine
+    similarity. Ties go to the earlier support example.
     """
 
     def __init__(
@@ -47,11 +49,11 @@ class RicesShots:
         support_features: np.ndarray,
         query_features: dict[str, np.ndarray],
     ):
-        """support_features: float [S, C]; query_features: {query id: [C]}; rows of length 1."""
+        """support_features: float [S, C]. query_features: {query id: [C]}. All unit vectors."""
         self.support, self._features, self._queries = support, support_features, query_features
 
     def __call__(self, query: BenchmarkExample, count: int) -> list[BenchmarkExample]:
-        similarity = self._features @ self._queries[query.id]
+        similarity = self._features @ self._queries[query.id]  # [S]
         nearest = np.argsort(-similarity, kind="stable")
         return _others(query, (self.support[place] for place in nearest), count)[::-1]
 
@@ -59,14 +61,15 @@ class RicesShots:
 def _others(
     query: BenchmarkExample, support: Iterable[BenchmarkExample], count: int
 ) -> list[BenchmarkExample]:
-    """Takes the first `count` that are not the query itself."""
+    """Takes the first `count` support examples other than the query itself."""
     return list(itertools.islice((one for one in support if one.id != query.id), count))
 
 
 def draw(seed: int, name: str, size: int, count: int) -> list[int]:
-    """Draws `count` of the places 0..size - 1 at random, in order; all of them where there are
-    no more, or for a count of 0. The first of a data set would be a sample of nothing: many are
-    sorted.
+    """Draws `count` of the indices 0..size - 1 at random, sorted; all where count is 0 or >=
+    size.
+
+    Taking the first `count` would be biased: many datasets are sorted, e.g. by class.
     """
     if not count or count >= size:
         return list(range(size))
@@ -74,10 +77,10 @@ def draw(seed: int, name: str, size: int, count: int) -> list[int]:
 
 
 class HasFeatures(Protocol):
-    """An engine, as far as RICES asks it."""
+    """The part of `inference.engine.Engine` that RICES needs."""
 
     def features(self, visuals: Sequence[Visual]) -> np.ndarray:
-        """Encodes visuals: float32 [M, C], of length 1."""
+        """Encodes visuals with the frozen vision encoder: float32 [M, C], unit vectors."""
 
 
 def make_shot_selector(
@@ -87,7 +90,7 @@ def make_shot_selector(
     seed: int,
     engine: HasFeatures,
 ) -> ShotSelector:
-    """Makes the selector of a name, "random" or "rices"; raises ValueError for another."""
+    """Makes the selector "random" or "rices"; raises ValueError for another name."""
     if selection not in ("random", "rices"):
         raise ValueError(f"selection is {selection!r}, but must be 'random' or 'rices'")
     if selection == "rices" and support:
@@ -101,6 +104,6 @@ def make_shot_selector(
 
 
 def keyed_rng(seed: int, name: str) -> np.random.Generator:
-    """Makes a generator that is the same wherever and in whatever order names are visited."""
+    """Makes a random generator keyed by (seed, name), independent of the order of calls."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest)))

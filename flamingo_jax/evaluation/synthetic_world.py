@@ -1,5 +1,5 @@
-"""The quickstart's suite on the embedded synthetic world: captions, questions, clips and new
-words, with and without images.
+"""The quickstart's benchmark suite on the synthetic world: captioning, question answering,
+motion in clips and fast concept binding.
 """
 
 import dataclasses
@@ -32,7 +32,9 @@ from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.inference.engine import Engine
 
 SPLITS = {"seen": "test", "unseen": "unseen"}
-"""`unseen` shows only colour-shape pairs that are in no training image."""
+"""Name in reports -> split. Images of `unseen` show only colour-shape pairs that no training
+image shows.
+"""
 BINDING_SHOTS = (1, 2, 4, 8, 16, 32)
 
 ReadRecords = Callable[[str, str, str], Sequence[Any]]
@@ -41,9 +43,11 @@ ReadRecords = Callable[[str, str, str], Sequence[Any]]
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticWorldSuite:
-    """Everything the suite runs, read before any work starts.
+    """The benchmarks of the suite, all data read before any model is loaded.
 
-    headline: {(split name, metric name): benchmark}.
+    headline: zero-shot benchmarks by (split, metric).
+    concept_binding: fast concept binding, run at `BINDING_SHOTS`.
+    few_shot: benchmarks by name, run at several numbers of shots.
     """
 
     headline: dict[tuple[str, str], OpenEnded]
@@ -53,8 +57,9 @@ class SyntheticWorldSuite:
 
 @dataclasses.dataclass(frozen=True)
 class SuiteResult:
-    """One model's results: by (split name, metric name), by shots of fast concept binding, and
-    by (few-shot benchmark, shots).
+    """One model's results.
+
+    headline: by (split, metric). concept_binding: by shots. few_shot: by (benchmark, shots).
     """
 
     headline: dict[tuple[str, str], BenchmarkResult]
@@ -65,10 +70,12 @@ class SuiteResult:
 def read_suite(
     records: ReadRecords, config: FlamingoConfig, *, limit: int, few_shot_limit: int
 ) -> SyntheticWorldSuite:
-    """Reads evaluation sets from their test splits, support from validation pages, pairs and
-    clips.
+    """Reads queries from the evaluation sets, and support examples from the validation splits
+    of the training sets.
 
-    A limit of 0 takes all.
+    Args:
+      limit: the most queries of a headline benchmark; 0 for all.
+      few_shot_limit: the most queries of a few-shot benchmark; 0 for all.
     """
     pairs = read_examples(records("ltip", "validation", "pairs"), "pairs", config)
     clips = read_examples(records("vtp", "validation", "videos"), "videos", config)
@@ -116,7 +123,7 @@ def read_suite(
 def check_suite(
     suite: SyntheticWorldSuite, settings: EvaluationSettings, few_shots: Sequence[int]
 ) -> None:
-    """Raises UserError where there are too few examples for a prompt of `run_suite`."""
+    """Raises UserError where a benchmark has too few examples for `run_suite`."""
     for runs in _runs(suite, settings, few_shots):
         for benchmark, how in runs.values():
             benchmark.check(how)
@@ -128,8 +135,8 @@ def run_suite(
     settings: EvaluationSettings,
     few_shots: Sequence[int],
 ) -> SuiteResult:
-    """Runs every benchmark: headline metrics are zero-shot, with text-only examples before the
-    query; few-shot metrics have each of `few_shots`.
+    """Runs every benchmark: the headline ones zero-shot with text-only examples, the few-shot
+    ones at each number of shots in `few_shots`.
     """
     return SuiteResult(
         *(
@@ -142,7 +149,7 @@ def run_suite(
 def _runs(
     suite: SyntheticWorldSuite, settings: EvaluationSettings, few_shots: Sequence[int]
 ) -> tuple[dict[Any, tuple[Benchmark, EvaluationSettings]], ...]:
-    """What is run and how, by the keys of a SuiteResult's three parts."""
+    """Returns (benchmark, settings) of every run, by the keys of SuiteResult's fields."""
 
     def with_shots(shots: int) -> EvaluationSettings:
         return dataclasses.replace(settings, shots=shots)
@@ -159,7 +166,7 @@ def _runs(
 
 
 def direction_match(prediction: str, answers: Sequence[str]) -> float:
-    """Scores 1.0 where the word after "moving" is the first answer's."""
+    """Returns 1.0 where prediction and first answer have the same word after "moving"."""
     said, true = (
         re.search(r"\bmoving (\w+)", normalise(text)) for text in (prediction, answers[0])
     )
@@ -172,7 +179,7 @@ def direction_match(prediction: str, answers: Sequence[str]) -> float:
 
 
 def metrics_of(result: SuiteResult) -> dict[str, Any]:
-    """Lays out one model's part of report.json."""
+    """Arranges one model's accuracies as report.json has them."""
     return _laid_out(result, lambda one: one.accuracy) | {
         "vqa_by_type": {
             split: _by_type(result.headline[split, "vqa_accuracy"]) for split in SPLITS
@@ -181,7 +188,7 @@ def metrics_of(result: SuiteResult) -> dict[str, Any]:
 
 
 def prediction_counts(result: SuiteResult) -> dict[str, Any]:
-    """Counts the predictions behind each metric, laid out as `metrics_of` does."""
+    """Counts the predictions behind each metric, arranged as in `metrics_of`."""
     return _laid_out(result, lambda one: len(one.predictions))
 
 
@@ -210,7 +217,7 @@ def _by_type(result: BenchmarkResult) -> dict[str, float]:
 
 
 def _first(items: Sequence[Any], limit: int) -> Any:
-    """The first `limit` items, without reading the others; all of them for 0."""
+    """Takes the first `limit` items without reading the others; all of them for 0."""
     return [items[place] for place in range(min(limit, len(items)))] if limit else items
 
 

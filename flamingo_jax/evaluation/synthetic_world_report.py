@@ -1,4 +1,6 @@
-"""The report of the quickstart's suite: a model beside one that was trained without images."""
+"""Runs the quickstart's suite and writes its report: a model beside a baseline trained without
+images.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +15,7 @@ from flamingo_jax.web_page import Table
 
 COLUMNS = ("seen pairs", "unseen pairs", "seen, without images", "unseen, without images")
 BINDING_SHOWN = 4
-"""Shots of fast concept binding whose predictions are shown."""
+"""The number of shots at which the page shows predictions of fast concept binding."""
 
 
 HEADLINES = {
@@ -22,7 +24,7 @@ HEADLINES = {
     "vqa_accuracy": "Questions",
     "video_direction_accuracy": "Directions of motion",
 }
-"""The suite's headline metrics as a reader is told of them."""
+"""Headline metric -> its title on the page."""
 
 
 def evaluate_synthetic_world(
@@ -35,8 +37,12 @@ def evaluate_synthetic_world(
 ) -> None:
     """Runs the suite and writes report.json and report.html.
 
-    datasets: the suite's, by their names.
-    Raises: UserError where there are too few examples, before any weights are read.
+    Args:
+      datasets: reads the suite's datasets, by their names.
+      few_shots: the numbers of shots of the few-shot benchmarks.
+      limit, few_shot_limit: see `synthetic_world.read_suite`.
+
+    Raises: UserError, before any weights are loaded, where there are too few examples.
     """
     suite = synthetic_world.read_suite(
         datasets.records, run.config(), limit=limit, few_shot_limit=few_shot_limit
@@ -94,7 +100,7 @@ def _tables(metrics: Mapping[str, Any], few_shots: Sequence[int]) -> list[Table]
     mine, other = metrics[MODEL], metrics.get(BASELINE, {})
 
     def row(name: str, *keys: str) -> list[Any]:
-        """The model's value for each split, then the baseline's."""
+        """Makes a row: the model's value for each split, then the baseline's."""
         cells: list[Any] = [name]
         for found in (mine, other):
             for split in SPLITS:

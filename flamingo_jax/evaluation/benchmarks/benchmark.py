@@ -1,4 +1,4 @@
-"""What every benchmark is: settings and a model in, predictions and metrics out."""
+"""The interface of a benchmark: a model and settings in, predictions and metrics out."""
 
 import dataclasses
 from collections import defaultdict
@@ -12,15 +12,19 @@ from flamingo_jax.inference.prompts import Prompt
 from flamingo_jax.processing.visuals import Visual
 
 PAPER_DECODING = DecodingConfig(max_tokens=24, beam_size=3)
+"""Beam search with 3 beams, as in the paper."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSettings:
     """How a benchmark is run.
 
-    shots: support examples before each query.
-    text_examples: text-only examples of open-ended zero-shot prompts (paper: 2).
-    selection: of few-shot examples, "random" or "rices".
+    shots: number of support examples before each query.
+    text_examples: examples without their images that open-ended zero-shot prompts start with
+      (paper 3.3: 2).
+    selection: how shots are chosen, "random" or "rices" (by image similarity, paper A.2).
+    decoding: how open-ended answers are generated.
+    seed: of the choice of shots and of sampling.
     """
 
     shots: int = 0
@@ -32,7 +36,13 @@ class EvaluationSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """A model's answer to one query, with the prompt that it was given and its score, 0 to 1."""
+    """A model's answer to one query.
+
+    prompt: as text, its visuals as <image>.
+    visual: the query's.
+    answers: the ground truths.
+    score: by the benchmark's metric, from 0 to 1.
+    """
 
     id: str
     prompt: str
@@ -47,9 +57,10 @@ class Prediction:
 class BenchmarkResult:
     """One benchmark's metrics and predictions at one number of shots.
 
-    metrics: {"accuracy": mean score over predictions, "accuracy/<type>" where questions have
-      types, and "majority_answer", the score of giving the training split's most frequent
-      answer to every query, where that is known}, each 0 to 1.
+    metrics: each from 0 to 1. "accuracy" is the mean score of the predictions;
+      "accuracy/<type>" the mean for one type of question, if they have types;
+      "majority_answer" the score of giving the training split's most frequent answer to every
+      query, if that is known.
     """
 
     name: str
@@ -59,35 +70,37 @@ class BenchmarkResult:
 
     @property
     def accuracy(self) -> float:
-        """The mean score over all predictions."""
+        """Returns the mean score of the predictions."""
         return self.metrics["accuracy"]
 
     @property
     def title(self) -> str:
-        """How a report and a progress bar name it."""
+        """Returns the name that reports and progress bars show."""
         return title_of(self.name, self.shots)
 
 
 class Benchmark(Protocol):
-    """Anything that a model can be run on."""
+    """A set of queries that a model can be run on; implement this to add a benchmark."""
 
     @property
     def name(self) -> str: ...
 
     def check(self, settings: EvaluationSettings) -> None:
-        """Raises UserError where there is nothing to evaluate on, or too little support for the
-        prompts.
+        """Checks, before any weights are loaded, that the benchmark can be run.
+
+        Raises: UserError where there are no queries, or too few support examples for the
+          prompts.
         """
 
     def run(self, engine: Engine, settings: EvaluationSettings) -> BenchmarkResult:
-        """Asks the model every query.
+        """Runs the model on every query and scores its answers.
 
-        Raises UserError as `check` does.
+        Raises: UserError as `check` does.
         """
 
 
 def summarise(name: str, shots: int, predictions: list[Prediction]) -> BenchmarkResult:
-    """Averages the scores of all predictions, and those of each type of question."""
+    """Averages the scores of all predictions, and of each type of question, to metrics."""
     groups: dict[str, list[float]] = defaultdict(list)
     for prediction in predictions:
         groups["accuracy"].append(prediction.score)
@@ -98,7 +111,7 @@ def summarise(name: str, shots: int, predictions: list[Prediction]) -> Benchmark
 
 
 def as_text(prompt: Prompt) -> str:
-    """Writes a prompt as a person reads it, with its visuals as tags."""
+    """Writes a prompt as one string for reports, each visual as <image>."""
     return "".join(
         part if isinstance(part, str) else "<image>" if isinstance(part, Visual) else part.value
         for part in prompt
@@ -106,5 +119,5 @@ def as_text(prompt: Prompt) -> str:
 
 
 def title_of(name: str, shots: int) -> str:
-    """Names a benchmark at a number of shots, for people."""
+    """Writes a benchmark's name with its number of shots, for reports and progress bars."""
     return f"{name}, {shots} shots" if shots else name

@@ -1,4 +1,4 @@
-"""Classification by ranking the class names (paper 3.1)."""
+"""Close-ended benchmarks: classification by log-likelihood of the class names (paper 3.1)."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -25,8 +25,12 @@ from flamingo_jax.progress import Bar
 
 @dataclasses.dataclass(frozen=True)
 class Classification:
-    """Predicts the class whose name has the highest log-likelihood after the prompt; zero-shot
-    prompts have no text-only examples (paper 3.1).
+    """Predicts the class whose name has the highest log-likelihood after the prompt.
+
+    queries: examples to classify; their answers are the true class.
+    support: examples that shots are chosen from.
+    classes: all class names. The score of one sums over the tokens of its name and <EOC>.
+    template: the prompt format. Zero-shot prompts have no text-only examples (paper 3.1).
     """
 
     name: str
@@ -40,9 +44,10 @@ class Classification:
         check_examples(self, settings, 0)
 
     def run(self, engine: Engine, settings: EvaluationSettings) -> BenchmarkResult:
-        """Ranks all classes for every query."""
+        """Scores every class for every query and predicts the most likely one."""
         self.check(settings)
         asked = few_shot_prompts(self, engine, settings, 0)
+        # The prompt ends without a space: it belongs to the first token of the class name.
         candidates = [[f" {name}" for name in self.classes]] * len(asked)
         with Bar(title_of(self.name, settings.shots), len(asked)) as bar:
             rankings = engine.log_likelihoods(asked, candidates, progress=bar.advance)

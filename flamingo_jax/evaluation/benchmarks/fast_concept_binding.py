@@ -1,5 +1,5 @@
-"""Fast concept binding: new words that are bound to images within the prompt (Tsimpoukelli et
-al. 2021), which measures in-context learning itself.
+"""Fast concept binding (Tsimpoukelli et al. 2021): the prompt teaches made-up words for what
+its images show, so that only in-context learning can answer.
 """
 
 import dataclasses
@@ -24,20 +24,21 @@ from flamingo_jax.progress import Bar
 
 @dataclasses.dataclass(frozen=True)
 class FastConceptBinding:
-    """Ranks which of the page's new words names the last image, after `shots` images with their
-    words; chance is one over the words.
+    """Predicts which of a page's made-up words names its last image, given the `shots` images
+    before it with their words. Chance is 1 / number of words.
 
-    A page's texts end with the word that names its image.
+    pages: each text after an image ends with the word for that image.
     """
 
     name: str
     pages: Sequence[InterleavedPage]
 
     def check(self, settings: EvaluationSettings) -> None:
-        """Raises UserError where no page has as many images before its last."""
+        """Raises UserError where no page has `shots` images before its last one."""
         self._long_enough(settings)
 
     def _long_enough(self, settings: EvaluationSettings) -> list[InterleavedPage]:
+        """Returns the pages with at least `shots` images before the query image."""
         pages = [page for page in self.pages if len(page.visuals) > settings.shots]
         if not pages:
             raise UserError(
@@ -47,9 +48,10 @@ class FastConceptBinding:
         return pages
 
     def run(self, engine: Engine, settings: EvaluationSettings) -> BenchmarkResult:
-        """Ranks the words of every page that is long enough."""
+        """Scores the words of every page that has enough images; shorter pages are skipped."""
         pages = self._long_enough(settings)
         asked = [prompts.concept_binding(page, settings.shots) for page in pages]
+        # The candidates are the words of the whole page, whichever of them the shots show.
         words = [
             sorted({prompts.split_last_word(text)[1] for text in page.texts[1:]}) for page in pages
         ]

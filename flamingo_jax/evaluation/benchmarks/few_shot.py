@@ -1,4 +1,4 @@
-"""The prompts of benchmarks that have a support set (paper 3.1)."""
+"""Few-shot prompts for benchmarks with a support set (paper 3.1)."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -13,7 +13,7 @@ from flamingo_jax.inference.prompts import PromptPart
 
 
 class HasSupport(Protocol):
-    """A benchmark whose queries have support examples before them."""
+    """A benchmark that chooses shots for its queries from a support set."""
 
     @property
     def name(self) -> str: ...
@@ -26,9 +26,10 @@ class HasSupport(Protocol):
 
 
 def check_examples(benchmark: HasSupport, settings: EvaluationSettings, text_examples: int) -> None:
-    """Checks that there are queries, and enough support for their prompts.
+    """Checks that there are queries, and enough support examples for their prompts.
 
-    Raises UserError that says how many are missing.
+    text_examples: number of text-only examples of a zero-shot prompt.
+    Raises: UserError that says how many support examples are needed.
     """
     support, name = benchmark.support, benchmark.name
     if not benchmark.queries:
@@ -50,8 +51,8 @@ def check_examples(benchmark: HasSupport, settings: EvaluationSettings, text_exa
 def few_shot_prompts(
     benchmark: HasSupport, engine: Engine, settings: EvaluationSettings, text_examples: int
 ) -> list[list[PromptPart]]:
-    """Writes each query's prompt: its shots or, of a zero-shot prompt, `text_examples`
-    text-only examples, and the query up to its answer.
+    """Writes each query's prompt: its shots, or `text_examples` text-only examples if it has
+    none, then the query up to its answer.
     """
     support, queries, template = benchmark.support, benchmark.queries, benchmark.template
     if settings.shots:
@@ -60,7 +61,7 @@ def few_shot_prompts(
             prompts.few_shot(query, select(query, settings.shots), [], template)
             for query in queries
         ]
-    # The same examples stand before every query of a zero-shot prompt.
+    # All zero-shot prompts start with the same text-only examples.
     order = keyed_rng(settings.seed, benchmark.name).permutation(len(support))
     text_only = [support[place] for place in order[:text_examples]]
     return [prompts.few_shot(query, [], text_only, template) for query in queries]
@@ -69,7 +70,7 @@ def few_shot_prompts(
 def prediction_of(
     query: BenchmarkExample, prompt: Sequence[PromptPart], text: str, score: float
 ) -> Prediction:
-    """Puts a query, what was asked and what was answered together."""
+    """Combines a query, its prompt and the model's answer into a Prediction."""
     return Prediction(
         query.id, as_text(prompt), query.visual, text, query.answers, score, query.question_type
     )

@@ -1,4 +1,6 @@
-"""Benchmarks whose answers are written freely: captions and answers to questions."""
+"""Open-ended benchmarks, whose answers the model generates: captioning and visual question
+answering (paper 3.1).
+"""
 
 import dataclasses
 from collections import Counter
@@ -29,8 +31,11 @@ from flamingo_jax.progress import Bar
 class OpenEnded:
     """Generates an answer to every query and scores it by `metric`.
 
-    majority_answer: the training split's most frequent answer, which whoever does not look
-      would give; "" where it is not known.
+    queries: examples to answer.
+    support: examples that shots are chosen from.
+    template: the prompt format.
+    majority_answer: the training split's most frequent answer; the score of always giving it
+      is reported as a baseline. "" where it is not known.
     """
 
     name: str
@@ -45,7 +50,7 @@ class OpenEnded:
         check_examples(self, settings, settings.text_examples)
 
     def run(self, engine: Engine, settings: EvaluationSettings) -> BenchmarkResult:
-        """Generates with `settings.decoding` and scores what was written."""
+        """Generates every answer with `settings.decoding` and scores it."""
         self.check(settings)
         asked = few_shot_prompts(self, engine, settings, settings.text_examples)
         with Bar(title_of(self.name, settings.shots), len(asked)) as bar:
@@ -72,8 +77,10 @@ def captioning(
     metric: Metric = exact_match,
     template: prompts.PromptTemplate = prompts.CAPTION,
 ) -> OpenEnded:
-    """Makes a captioning benchmark, `<image>Output: ...`; by default a caption scores 1 when it
-    is one of the example's, word for word.
+    """Makes a captioning benchmark, `<image>Output: ...`.
+
+    metric: by default exact match with one of the example's captions, as synthetic data
+      allows.
     """
     return OpenEnded(name, queries, support, template, metric)
 
@@ -85,15 +92,15 @@ def question_answering(
     template: prompts.PromptTemplate = prompts.QUESTION,
     majority_answer: str = "",
 ) -> OpenEnded:
-    """Makes a question answering benchmark, `<image>Question: ... Answer: ...`, scored by VQA
-    accuracy.
+    """Makes a visual question answering benchmark, `<image>Question: ... Answer: ...`, scored
+    by VQA accuracy.
     """
     return OpenEnded(name, queries, support, template, vqa_accuracy, majority_answer)
 
 
 def most_frequent_answer(answers: Iterable[Sequence[str]]) -> str:
-    """Finds the answer that most of the records give, the first of equals; "" where there is
-    none.
+    """Finds the most frequent of all records' answers, the first of equally frequent ones; ""
+    where there are none.
     """
     counts = Counter(answer for some in answers for answer in some)
     return max(counts, key=counts.__getitem__, default="")

@@ -1,4 +1,4 @@
-"""Images and texts in the joint space of a contrastive model, batch by batch on the mesh."""
+"""Embeds images and texts with a contrastive model's encoders, in batches on the mesh."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,18 +19,21 @@ from flamingo_jax.tasks import stages
 
 Array = jax.Array
 Parameters = Mapping[str, Array]
-"""By flat name: of an `Evaluator`'s two dicts, what is trained and what is frozen, together."""
+"""{flat name: array}: trainable, frozen, or both together."""
 Batch = tuple[int, dict[str, np.ndarray]]
-"""How many of its rows are real, and its arrays."""
+"""(number of rows that are not padding, arrays)."""
 
 
 class Embedder:
-    """Embeds with whichever parameters it is given, the same on every process of a run.
+    """Embeds images and texts with the parameters that each call is given.
 
-    batch_size: images or texts that are encoded together, at least one for each shard of rows.
+    All processes of a run must call it with the same inputs; each gets all embeddings.
+
+    batch_size: rounded up to a multiple of the mesh's data shards.
     """
 
     def __init__(self, experiment: Experiment, tokenizer: Tokenizer, mesh: Mesh, batch_size: int):
+        # The module's structure alone; its weights come with each call.
         model = nnx.eval_shape(
             lambda: stages.build_model(experiment, nnx.Rngs(params=jax.random.key(0)))
         )
@@ -51,11 +54,12 @@ class Embedder:
         def run(parameters: Parameters, batch: Mapping[str, Array]) -> Array:
             return encode(nnx.merge(graph, nnx.State(from_flat(parameters))), batch)
 
-        # Every process wants all of them: the similarities are computed on the host.
+        # Replicated, so that each process can fetch all embeddings: similarities are computed
+        # on the host.
         return jax.jit(run, out_shardings=NamedSharding(self._mesh, PartitionSpec()))
 
     def compile(self, parameters: Parameters) -> dict[str, jax.stages.Compiled]:
-        """Compiles both encoders for parameters of these shardings."""
+        """Compiles both encoders for parameters with these shapes and shardings."""
         compiled = {
             "images": self._images.lower(  # type: ignore[attr-defined]
                 parameters, self._place(next(self._image_batches([]))[1])
@@ -68,11 +72,11 @@ class Embedder:
         return compiled
 
     def embed_images(self, parameters: Parameters, images: Iterable[np.ndarray]) -> np.ndarray:
-        """Encodes uint8 [H, W, 3] images of the model's size: float32 [N, J], of length 1."""
+        """Embeds uint8 [H, W, 3] images of the model's size: float32 [N, J], unit vectors."""
         return self._embed(self._images, parameters, self._image_batches(images))
 
     def embed_texts(self, parameters: Parameters, texts: Sequence[str]) -> np.ndarray:
-        """Encodes texts, cut at the model's length: float32 [N, J], of length 1."""
+        """Embeds texts, truncated to the model's length: float32 [N, J], unit vectors."""
         return self._embed(self._texts, parameters, self._text_batches(texts))
 
     def _embed(
@@ -101,13 +105,15 @@ class Embedder:
             for row, text in enumerate(part):
                 ids = text_tokens(text, self._tokenizer)
                 if len(ids) > self._length:
-                    # As in training: the end is cut off, but not its <EOS>.
+                    # As in training, a truncated text still ends with <EOS>.
                     ids = np.append(ids[: self._length - 1], ids[-1])
                 tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
             yield count, {"tokens": tokens, "mask": mask}
 
     def _place(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
-        """Puts a batch, which every process has whole, on the devices."""
+        """Shards a batch over the mesh; every process holds the global batch and places its
+        shards.
+        """
         shardings = batch_shardings(batch, self._mesh)
         return {
             name: jax.make_array_from_callback(
@@ -118,7 +124,9 @@ class Embedder:
 
 
 def _parts(items: Iterable[Any], size: int) -> Iterator[tuple[int, list[Any]]]:
-    """Yields (count, items) of up to `size`; one empty part where there are none."""
+    """Splits items into parts of up to `size`, as (count, part); one empty part for no items,
+    from which `compile` gets a batch's shapes.
+    """
     part: list[Any] = []
     some = False
     for item in items:

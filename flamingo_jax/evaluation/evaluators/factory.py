@@ -1,4 +1,4 @@
-"""Evaluators by name: what `config.evaluators` asks for, ready to run."""
+"""Makes the evaluators that `config.evaluators` declares; add a new kind to `KINDS`."""
 
 from typing import Any
 
@@ -18,17 +18,17 @@ KINDS: dict[str, tuple[str, Any]] = {
     "zero_shot_classification": ("contrastive", ZeroShotClassification),
     "few_shot": ("flamingo", FewShot),
 }
-"""Kind -> the task whose model it measures, and its class."""
+"""Kind -> (the task whose models it evaluates, its class)."""
 
 
 def make_evaluators(
     experiment: Experiment, tokenizer: Tokenizer, datasets: DatasetReader, mesh: Mesh
 ) -> dict[str, Any]:
-    """Makes every evaluator of `config.evaluators`, each a `training.evaluator.Evaluator`.
+    """Makes the evaluators of `config.evaluators`: {name: `training.evaluator.Evaluator`}.
 
-    Their records are read as far as they are checked.
+    Each opens its dataset and checks its records now, so that mistakes show before training.
 
-    Raises: UserError, with the evaluator's place in the config, for one that cannot run.
+    Raises: UserError, with the evaluator's config key, for one that cannot run.
     """
     return {
         name: make_evaluator(name, config, experiment, tokenizer, datasets, mesh)

@@ -1,4 +1,4 @@
-"""Few-shot scores of a Flamingo on a small set, as training goes."""
+"""The evaluator `few_shot`: a Flamingo's few-shot accuracy on a small set during training."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ from flamingo_jax.tasks import stages
 
 
 class FewShot:
-    """Asks a benchmark's queries after each number of shots (paper 3.1)."""
+    """Runs a benchmark at each of `config.shots` (paper 3.1)."""
 
     def __init__(
         self,
@@ -39,7 +39,10 @@ class FewShot:
         datasets: DatasetReader,
         mesh: Mesh,
     ):
-        """Raises UserError for too few examples, or a run of several processes."""
+        """Reads the examples.
+
+        Raises: UserError for too few of them, or in a run of several processes.
+        """
         if jax.process_count() > 1:
             raise UserError(
                 "few-shot evaluation while a run of several processes trains is not there: take"
@@ -49,7 +52,8 @@ class FewShot:
         self._experiment, self._tokenizer, self._mesh = experiment, tokenizer, mesh
         self._batch_size = config.batch_size
         self._benchmark = _read(config, experiment, datasets)
-        # Whoever was trained on questions is asked as then, with nothing before the first.
+        # A model fine-tuned on questions gets prompts as in its training, without text-only
+        # examples.
         text_examples = 0 if _trained_prompts(experiment) else EvaluationSettings.text_examples
         settings = EvaluationSettings(
             text_examples=text_examples,
@@ -67,13 +71,11 @@ class FewShot:
     def compile(
         self, trainable: Parameters, frozen: Parameters
     ) -> Mapping[str, jax.stages.Compiled]:
-        """Compiles nothing before it is asked: prompts of each length have programs of their
-        own.
-        """
+        """Compiles nothing ahead: generation is compiled per prompt length, on first use."""
         return {}
 
     def __call__(self, trainable: Parameters, frozen: Parameters) -> dict[str, float]:
-        """Measures {"accuracy@<shots>": 0 to 1}."""
+        """Runs the benchmark: {"accuracy@<shots>": 0 to 1}."""
         flamingo = self._experiment.flamingo
         assert flamingo is not None
         model: Any = nnx.merge(self._graph, nnx.State(from_flat({**trainable, **frozen})))
@@ -89,6 +91,7 @@ class FewShot:
 
 
 def _read(config: EvaluatorConfig, experiment: Experiment, datasets: DatasetReader) -> Benchmark:
+    """Reads the benchmark that an evaluator's config describes."""
     kind = datasets.kind(config.path)
     if kind not in ("pairs", "videos", "questions"):
         raise UserError(
@@ -118,5 +121,5 @@ def _read(config: EvaluatorConfig, experiment: Experiment, datasets: DatasetRead
 
 
 def _trained_prompts(experiment: Experiment) -> list[str]:
-    """Lists the different prompts of the questions that the model is trained on."""
+    """Lists the distinct question prompts that the model is trained with."""
     return sorted({data.prompt for data in experiment.data.values() if data.kind == "questions"})

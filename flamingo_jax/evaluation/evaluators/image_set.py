@@ -1,4 +1,4 @@
-"""The images of an evaluator's records, kept where they are few."""
+"""Reads the images of an evaluator's records, and caches them in memory where they are few."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,11 +12,11 @@ from flamingo_jax.experiment import VisionConfig
 from flamingo_jax.processing.visuals import read_visual
 
 CACHED_BYTES = 256 << 20
-"""Decoded images up to this are kept from one evaluation to the next; more are read anew."""
+"""Images are cached between evaluations if all of them, decoded, fit into this many bytes."""
 
 
 class ImageSet:
-    """Records of single images, as many as the evaluator's config takes, and their images at the
+    """A random sample of a split's records, at most `config.limit`, and their images at the
     model's size.
     """
 
@@ -40,12 +40,12 @@ class ImageSet:
 
     @property
     def records(self) -> Iterator[Any]:
-        """Yields the records, read one by one."""
+        """Yields the records; they are read one at a time."""
         return (self._found[place] for place in self._places)
 
     @property
     def images(self) -> Iterator[np.ndarray]:
-        """Yields each record's image, uint8 [H, W, 3]; of a clip the frame in its middle.
+        """Yields each record's image, uint8 [H, W, 3]; for a clip its middle frame.
 
         Raises: UserError that names the record whose image cannot be read.
         """
@@ -67,5 +67,5 @@ class ImageSet:
 
 
 def text_of(value: Any) -> str:
-    """Returns a record's text, which TFDS gives as bytes."""
+    """Decodes a record's text, which TFDS returns as bytes."""
     return value.decode() if isinstance(value, bytes) else str(value)

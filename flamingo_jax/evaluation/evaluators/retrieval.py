@@ -1,4 +1,6 @@
-"""Image-text retrieval of a contrastive encoder, both ways (CLIP, ALIGN: R@1, R@5, R@10)."""
+"""The evaluator `retrieval`: image-text retrieval with a contrastive model in both directions,
+R@1, R@5 and R@10 as in CLIP and ALIGN.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,11 +20,12 @@ from flamingo_jax.processing.tokenizer import Tokenizer
 
 
 class Retrieval:
-    """Finds each image's captions among all captions, and each caption's image among all images.
+    """Retrieves each image's captions among all captions, and each caption's image among all
+    images, by cosine similarity.
 
-    Of an image with several captions any may be found first. Equal captions are apart, so that
-    each finds its own image alone and which of them comes first is chance, unless the model's
-    `merge_duplicates` says that they are one: then it finds any of theirs.
+    For an image with several captions, any of them counts as a match. Captions with equal text
+    are separate candidates, each with its own image as its only match, and tie; with the
+    model's `merge_duplicates` they are one candidate that matches all their images.
     """
 
     def __init__(
@@ -34,7 +37,10 @@ class Retrieval:
         datasets: DatasetReader,
         mesh: Mesh,
     ):
-        """Raises UserError where the dataset holds no pairs, or a record has no caption."""
+        """Reads the captions.
+
+        Raises: UserError where the dataset is not of kind pairs, or a record has no caption.
+        """
         assert experiment.contrastive is not None
         kind = datasets.kind(config.path)
         if kind != "pairs":
@@ -53,13 +59,14 @@ class Retrieval:
         return self._embedder.compile({**trainable, **frozen})
 
     def __call__(self, trainable: Parameters, frozen: Parameters) -> dict[str, float]:
-        """Measures {"image_to_text_recall@K" and "text_to_image_recall@K": 0 to 1}."""
+        """Measures recall: {"image_to_text_recall@K" and "text_to_image_recall@K": 0 to 1}."""
         parameters = {**trainable, **frozen}
-        images = self._embedder.embed_images(parameters, self._set.images)
-        # Equal captions are encoded once, so that they tie to the bit.
+        images = self._embedder.embed_images(parameters, self._set.images)  # [images, J]
+        # Equal captions are encoded once, so that their similarities are exactly equal.
         different = list(dict.fromkeys(self._texts))
         places = {text: place for place, text in enumerate(different)}
         texts = self._embedder.embed_texts(parameters, different)
+        # [images, captions]
         similarities = (images @ texts.T)[:, [places[text] for text in self._texts]]
         to_text = recall_at(similarities, self._matches)
         to_image = recall_at(similarities.T, self._matches.T)
@@ -69,7 +76,7 @@ class Retrieval:
 
 
 def _texts_and_matches(images: ImageSet, merge_duplicates: bool) -> tuple[list[str], np.ndarray]:
-    """Returns all captions, and bool [images, captions]: which of them are whose."""
+    """Returns (all captions, bool [images, captions], True where a caption is the image's)."""
     places: dict[Any, int] = {}
     texts: list[str] = []
     own: list[list[int]] = []

@@ -1,5 +1,5 @@
-"""Zero-shot classification of a contrastive encoder, with prompt ensembles (Radford et al.
-2021, section 3.1.4).
+"""The evaluator `zero_shot_classification`: classification with a contrastive model and prompt
+ensembling (CLIP, Radford et al. 2021, section 3.1.4).
 """
 
 from collections import Counter
@@ -21,10 +21,10 @@ from flamingo_jax.processing.tokenizer import Tokenizer
 
 
 class ZeroShotClassification:
-    """Names the class whose text is most similar to the image.
+    """Predicts the class whose text embedding is most similar to the image's.
 
-    A class's vector is the mean of the vectors of its name in every template, of length 1 before
-    and after. A record's class is its caption, or its first answer.
+    The embedding of a class is the normalised mean of the normalised embeddings of its name in
+    each template. A record's class is its first caption or answer.
     """
 
     def __init__(
@@ -36,8 +36,10 @@ class ZeroShotClassification:
         datasets: DatasetReader,
         mesh: Mesh,
     ):
-        """Raises UserError for a dataset without classes, a class that is none of
-        `config.classes`, or a template without its place.
+        """Reads the classes of the records.
+
+        Raises: UserError for a dataset without classes, a record whose class is not in
+          `config.classes`, or a template without {}.
         """
         assert experiment.contrastive is not None
         for template in config.templates:
@@ -66,15 +68,15 @@ class ZeroShotClassification:
         return self._embedder.compile({**trainable, **frozen})
 
     def __call__(self, trainable: Parameters, frozen: Parameters) -> dict[str, float]:
-        """Measures {"top_1" and, of more than 5 classes, "top_5": 0 to 1}."""
+        """Measures accuracy: {"top_1" and, with more than 5 classes, "top_5": 0 to 1}."""
         parameters = {**trainable, **frozen}
         images = self._embedder.embed_images(parameters, self._set.images)
-        scores = images @ self._class_vectors(parameters).T
+        scores = images @ self._class_vectors(parameters).T  # [images, classes]
         found = top_k_accuracy(scores, self._targets)
         return {f"top_{rank}": share for rank, share in found.items() if rank < len(self.classes)}
 
     def _class_vectors(self, parameters: Parameters) -> np.ndarray:
-        """Encodes the classes: float32 [C, J], of length 1."""
+        """Embeds the classes: float32 [C, J], unit vectors."""
         texts = [
             template.replace("{}", name) for name in self.classes for template in self._templates
         ]

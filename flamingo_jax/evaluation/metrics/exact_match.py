@@ -1,16 +1,16 @@
-"""Exact match, and what every metric of a text is."""
+"""Exact match, and the type of a text metric."""
 
 from collections.abc import Callable, Sequence
 
 Metric = Callable[[str, Sequence[str]], float]
-"""(prediction, ground truths) -> its score, 0 to 1."""
+"""(prediction, ground truths) -> score from 0 to 1."""
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """Scores 1.0 where the prediction is one of the answers, both normalised."""
+    """Returns 1.0 if the prediction equals one of the answers after `normalise`, else 0.0."""
     return float(normalise(prediction) in {normalise(answer) for answer in answers})
 
 
 def normalise(text: str) -> str:
-    """Writes one space between words, lower case, and no full stop at the end."""
+    """Lower-cases a text, collapses its whitespace and removes a final full stop."""
     return " ".join(text.lower().split()).removesuffix(".").rstrip()

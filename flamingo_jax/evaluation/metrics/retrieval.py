@@ -1,4 +1,6 @@
-"""Recall at K, as image-text retrieval is scored (CLIP, ALIGN: R@1, R@5, R@10)."""
+"""Recall at K (R@1, R@5, R@10), the metric of image-text retrieval in CLIP, ALIGN and
+Flamingo.
+"""
 
 from collections.abc import Sequence
 
@@ -12,14 +14,15 @@ RANKS = (1, 5, 10)
 def recall_at(
     similarities: np.ndarray, matches: np.ndarray, ranks: Sequence[int] = RANKS
 ) -> dict[int, float]:
-    """Computes which share of the queries has a match among its K most similar candidates.
+    """Computes the fraction of queries with a match among their K most similar candidates.
 
     Args:
       similarities: float [Q, C] of queries and candidates.
-      matches: bool [Q, C], True where the candidate is one of the query's own; several may be.
-      ranks: the K.
+      matches: bool [Q, C], True where the candidate is correct for the query; a query may have
+        several.
+      ranks: the values of K.
 
-    Returns: {K: share, 0 to 1}; of what is equally similar, by chance.
+    Returns: {K: fraction from 0 to 1}, ties in expectation (`found_among_first`).
     Raises: ValueError for a query without a match.
     """
     return {rank: float(found_among_first(similarities, matches, rank).mean()) for rank in ranks}

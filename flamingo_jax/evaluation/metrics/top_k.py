@@ -1,4 +1,4 @@
-"""Top-K accuracy, as classification is scored."""
+"""Top-K accuracy, the metric of classification."""
 
 from collections.abc import Sequence
 
@@ -10,16 +10,16 @@ from flamingo_jax.evaluation.metrics.ranking import found_among_first
 def top_k_accuracy(
     scores: np.ndarray, targets: np.ndarray, ranks: Sequence[int] = (1, 5)
 ) -> dict[int, float]:
-    """Computes which share of the queries has its class among its K highest scores.
+    """Computes the fraction of queries whose class is among their K highest scores.
 
     Args:
       scores: float [Q, C] of queries and classes.
-      targets: int [Q], the place of each query's class.
-      ranks: the K; those above C are left out.
+      targets: int [Q], the index of each query's class.
+      ranks: the values of K; those above C are left out.
 
-    Returns: {K: share, 0 to 1}; of equal scores, by chance.
+    Returns: {K: fraction from 0 to 1}, ties in expectation (`found_among_first`).
     """
-    matches = np.arange(scores.shape[1]) == targets[:, None]
+    matches = np.arange(scores.shape[1]) == targets[:, None]  # [Q, C]
     return {
         rank: float(found_among_first(scores, matches, rank).mean())
         for rank in ranks

@@ -1,4 +1,4 @@
-"""VQA accuracy as the official scorer has it (Antol et al. 2015)."""
+"""VQA accuracy with the text normalisation of the official scorer (Antol et al. 2015)."""
 
 import re
 from collections.abc import Sequence
@@ -22,16 +22,21 @@ NUMBERS = {"none": "0"} | {word: str(n) for n, word in enumerate(_COUNTED)}
 ARTICLES = ("a", "an", "the")
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 AGREEMENT = 3
-"""An answer that so many others gave too scores 1."""
+"""Annotators who must agree with a prediction for the full score of 1."""
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Computes the official VQA accuracy (Antol et al. 2015): the mean, over leaving out one of the
-    answers, of min(1, equal answers among the others / 3). With a single answer, exact match.
+    """Computes the official VQA accuracy: min(1, annotators who gave this answer / 3),
+    averaged over leaving out each annotator in turn. With a single answer, exact match.
 
-    As in the official scorer texts are normalised (`normalise_vqa`) only where the answers
-    differ from each other, and answers are left out by their place, so that equal ones do not
-    all drop out together.
+    Two details follow the official scorer: texts are normalised (`normalise_vqa`) only if the
+    answers are not all equal, and one annotator is left out at a time, not all with the same
+    answer.
+
+    Args:
+      prediction: the model's answer.
+      answers: one per annotator (10 in VQAv2).
+    Returns: a score from 0 to 1.
     """
     if len(answers) == 1:
         return exact_match(prediction, answers)
@@ -46,13 +51,14 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def normalise_vqa(text: str) -> str:
-    """Writes a text in the official scorer's form: punctuation, articles, number words and
-    contractions made alike; lower case.
+    """Normalises a text as the official scorer does: lower case, punctuation and articles
+    removed, number words as digits, apostrophes restored in contractions.
     """
     joins = re.search(r"\d,\d", text) is not None
     result = text
     for mark in PUNCTUATION:
-        # Punctuation beside a space goes; inside a word it parts two words.
+        # A mark beside a space is removed, one inside a word becomes a space. A comma between
+        # digits ("1,000") makes the official scorer remove all marks.
         beside = f"{mark} " in text or f" {mark}" in text
         result = result.replace(mark, "" if beside or joins else " ")
     result = re.sub(r"\.(?!\d)", "", result)
