@@ -1,11 +1,12 @@
-"""Arrays of a checkpoint straight into a bucket and out of it.
+"""Writes and reads the arrays of a checkpoint in a bucket.
 
     <folder>/<name>/zarr.json    shape, dtype and chunks of the array, in Zarr's format (v3)
-    <folder>/<name>/c/0/2/...    a chunk: what one device holds, or an equal part of it
+    <folder>/<name>/c/0/2/...    a chunk: the shard of one device, or an equal part of it
 
-orbax knows no S3 and renames folders, which no bucket can. With tensorstore, which it stands on,
-each process writes the chunks of its own devices, each an object that appears whole; none is
-compressed, moments hardly shrink. Nothing says that all are there: the checkpoint's manifest does.
+orbax does not support S3, and it renames folders, which buckets cannot do. So tensorstore, on
+which orbax is built, is used directly: each process writes the chunks of its own devices, and
+each chunk is an object that appears atomically. Chunks are not compressed, since moments
+hardly shrink. Whether all chunks have been written is recorded by the checkpoint's manifest.
 """
 
 import concurrent.futures
@@ -21,9 +22,9 @@ import numpy as np
 import tensorstore as ts
 
 CHUNK_BYTES = 256 << 20
-"""The most that one object holds: stores take larger ones in several requests only."""
+"""The largest size of an object: larger ones would need several requests."""
 RETRIES = {"max_retries": 10, "initial_delay": "200ms", "max_delay": "10s"}
-"""Of a request that the store could not answer: about a minute in all."""
+"""Retries of a request that failed: about a minute in all."""
 THREADS = 8
 _Index = tuple[slice, ...]
 
@@ -46,7 +47,8 @@ class BucketArrays:
         for shards in own.values():
             for shard in shards:
                 shard.data.copy_to_host_async()
-        # On CPU an array's memory would be looked at, not copied.
+        # The arrays may be donated as soon as this returns, and on CPU np.array without a copy
+        # would share their memory.
         blocks = {
             name: [(shard.index, np.array(shard.data, copy=True)) for shard in shards]
             for name, shards in own.items()
@@ -58,7 +60,9 @@ class BucketArrays:
         self._writing.start()
 
     def wait_until_finished(self) -> None:
-        """Returns when what this process saves is in the bucket. Raises what went wrong, once."""
+        """Waits until this process has written its chunks. Raises OSError, once, if that
+        failed.
+        """
         if self._writing is not None:
             self._writing.join()
             self._writing = None
@@ -69,10 +73,10 @@ class BucketArrays:
     def restore(
         self, folder: pathlib.Path, targets: Mapping[str, jax.ShapeDtypeStruct]
     ) -> dict[str, jax.Array]:
-        """Reads arrays of these names with the dtypes and shardings of `targets`; each process
-        reads what its own devices hold.
+        """Reads the arrays named in `targets` with the given dtypes and shardings; each
+        process reads the shards of its own devices.
 
-        Raises: OSError where the bucket does not give them.
+        Raises: OSError when the bucket cannot be read.
         """
 
         def one(name: str) -> jax.Array:
@@ -85,7 +89,7 @@ class BucketArrays:
             known: dict[str, np.ndarray] = {}
 
             def read(index: _Index | None) -> np.ndarray:
-                # Devices that hold the same share one read.
+                # Devices that hold the same shard share one read.
                 if str(index) not in known:
                     found = stored[index].read().result() if index else stored.read().result()
                     known[str(index)] = np.asarray(found, target.dtype)
@@ -100,7 +104,7 @@ class BucketArrays:
             raise OSError(f"the bucket does not give it: {_first_line(error)}") from error
 
     def close(self) -> None:
-        """Waits for what is being saved."""
+        """Waits for the save in flight."""
         self.wait_until_finished()
 
     def _spec(self, folder: pathlib.Path, name: str, array: jax.Array) -> dict[str, Any]:
@@ -113,7 +117,8 @@ class BucketArrays:
                 "data_type": array.dtype.name,
                 "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
                 "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
-                # What equals the fill value is not written unless that is asked for.
+                # Chunks that equal the fill value are written too, because of the option
+                # below.
                 "fill_value": 0,
             },
             "store_data_equal_to_fill_value": True,
@@ -124,7 +129,7 @@ class BucketArrays:
         specs: Mapping[str, dict[str, Any]],
         blocks: Mapping[str, list[tuple[_Index, np.ndarray]]],
     ) -> None:
-        # The first process describes the arrays; the others know the description.
+        # Process 0 writes the metadata of the arrays; the others assume the same metadata.
         primary = jax.process_index() == 0
         how: dict[str, Any] = {"create": True} if primary else {"assume_metadata": True}
         try:
@@ -147,8 +152,8 @@ class BucketArrays:
 
 
 def chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
-    """Returns a shape of at most `CHUNK_BYTES`, or nearly, that divides `shape`: leading axes are
-    split first, so that a chunk is a run of memory.
+    """Returns a chunk shape of at most (nearly) `CHUNK_BYTES` that divides `shape`. Leading
+    axes are split first, so that a chunk is contiguous in memory.
     """
     chunk = [max(size, 1) for size in shape]
     for axis, size in enumerate(chunk):
@@ -160,7 +165,7 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
 
 
 def _kvstore(path: pathlib.Path) -> dict[str, Any]:
-    """Returns tensorstore's words for a place in a bucket."""
+    """Returns the tensorstore spec of a path in a bucket."""
     scheme, _, rest = str(path).partition("://")
     bucket, _, key = rest.partition("/")
     if scheme == "gs":
@@ -170,7 +175,7 @@ def _kvstore(path: pathlib.Path) -> dict[str, Any]:
         found["aws_credentials"] = {"type": "environment"}
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    # What is not given tensorstore asks AWS for.
+    # Without an endpoint or region, tensorstore asks AWS for them.
     if endpoint:
         found |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
     elif region:

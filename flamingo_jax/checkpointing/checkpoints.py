@@ -1,14 +1,14 @@
-"""A run's checkpoints: saved asynchronously, whole or absent, verified before use. The only
-importer of orbax.
+"""Saves and restores the checkpoints of a run: asynchronously, atomically, and verified before
+use. This is the only file that imports orbax.
 
     <folder>/<step>/state/          the arrays, by flat name, in orbax's format
     <folder>/<step>/contents.json   names, dtypes and shapes of the arrays, and the extra data
     <folder>/<step>/manifest.json   size and digest of every file; written last
 
-A step counts as saved when its manifest is there. What a killed process leaves has none, is
-never read, and is removed by the next save. In a bucket (`paths`) the arrays are Zarr's
-(`bucket_arrays`), and a damaged step, which cannot be renamed there, keeps its manifest as
-`manifest.json.damaged`.
+A step is saved once its manifest exists. The files of a killed save have no manifest: they are
+never read, and the next save removes them. In a bucket (`paths`) the arrays are in Zarr's
+format (`bucket_arrays`). A folder cannot be renamed there, so the manifest of a damaged step
+is renamed to `manifest.json.damaged` instead.
 """
 
 import contextlib
@@ -51,14 +51,14 @@ _ASIDE = re.compile(r"([0-9]{1,18})\.damaged(\.[0-9]+)?")
 
 
 class SaveError(StorageError):
-    """Tells that a checkpoint could not be written; the ones before it are whole."""
+    """Signals that a checkpoint could not be written; the ones before it are complete."""
 
 
 class FoundCheckpoint(NamedTuple):
-    """Tells what was found in a folder of checkpoints.
+    """Holds the result of a search in a folder of checkpoints.
 
-    step: the newest whole one, None where there is none. passed: {a newer step: why it was not
-    taken}.
+    step: the newest complete step, None if there is none. skipped: {a newer step: why it was
+    not taken}.
     """
 
     step: int | None
@@ -71,10 +71,10 @@ class Checkpoints:
     Every process of a run makes the same calls in the same order, each from its main thread.
 
     Args:
-      folder: on storage that all processes share; made by the first save.
-      keep_last: how many of the newest steps stay, at least 1.
-      keep_every: steps at multiples of this stay for ever; 0 for none.
-      process_group: the run's processes; by default this one is alone.
+      folder: on storage that all processes share; the first save creates it.
+      keep_last: how many of the newest steps are kept, at least 1.
+      keep_every: steps that are multiples of this are never removed; 0 for none.
+      process_group: the processes of the run; by default a `SingleProcess`.
     """
 
     def __init__(
@@ -107,11 +107,11 @@ class Checkpoints:
         donated.
 
         Args:
-          state: a pytree of jax.Arrays; a PRNG key goes in as its raw data
+          state: a pytree of jax.Arrays; pass a PRNG key as its raw data
             (`jax.random.key_data`).
-          extra: JSON-able data of the same unit; process 0's is stored.
-        Raises: SaveError when this or the save before failed, UserError for a step that is
-          there already, TypeError for what cannot be saved.
+          extra: JSON-able data that belong to this step; those of process 0 are stored.
+        Raises: SaveError when this or the previous save failed, UserError for a step that is
+          saved already, TypeError for a leaf that cannot be saved.
         """
         arrays = named_arrays(state)
         for name, value in arrays.items():
@@ -123,6 +123,7 @@ class Checkpoints:
         }
         text = json.dumps(contents).encode()
 
+        # One save at a time: the previous one may still be writing in the background.
         self.wait()
         if step in self._saved or self._has_manifest(step):
             raise UserError(
@@ -140,7 +141,7 @@ class Checkpoints:
                     self._path(step).mkdir(parents=True)
                 manifest.write_atomically(self._path(step) / CONTENTS, text)
             self._cleaned = True
-            # orbax refuses arrays without elements; the template brings them back.
+            # orbax refuses arrays without elements; `restore` makes them from the template.
             self._arrays.save(
                 self._path(step) / STATE,
                 {name: value for name, value in arrays.items() if value.size},
@@ -152,11 +153,12 @@ class Checkpoints:
         self._ending.start()
 
     def latest(self) -> int | None:
-        """Returns the newest step whose every file is as its manifest says, or None.
+        """Returns the newest step whose files all agree with its manifest, or None.
 
-        A damaged one is renamed `<step>.damaged` and named in a warning, and the one before is
-        tried. Reads every byte of what it returns.
-        Raises: StorageError when the storage cannot be read just now; nothing is renamed then.
+        A damaged step is renamed to `<step>.damaged` with a warning, and the one before is
+        tried. Reads every byte of the step that it returns.
+        Raises: StorageError when the storage cannot be read at the moment; nothing is renamed
+          then.
         """
         self.wait()
         self._saved.clear()
@@ -166,7 +168,8 @@ class Checkpoints:
             with self._reading():
                 step = self._find_newest(set_aside=True).step
         if jax.process_count() > 1:
-            # Reading takes as long as it takes, and a broadcast may not wait for that.
+            # Hashing a checkpoint may take longer than the time limit of a collective, so the
+            # others wait for process 0 at a barrier without a limit.
             self._group.barrier("the search for the newest checkpoint")
             found = int(
                 multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step))
@@ -177,8 +180,8 @@ class Checkpoints:
         return step
 
     def newest(self) -> FoundCheckpoint:
-        """Finds what `latest` does, for who only reads the folder: nothing in it is changed, and
-        what was passed over is returned as well. Of one process.
+        """Finds the newest complete step like `latest`, without changing the folder, and also
+        returns the steps that were skipped. Only for a single process.
         """
         with self._reading():
             found = self._find_newest(set_aside=False)
@@ -190,14 +193,14 @@ class Checkpoints:
         return found
 
     def restore(self, step: int, template: Any) -> Any:
-        """Reads a saved state in the structure, shapes, dtypes and shardings of `template`,
-        whatever mesh and number of processes saved it.
+        """Restores a saved state with the structure, shapes, dtypes and shardings of
+        `template`, whatever the mesh and the number of processes that saved it.
 
         Args:
-          template: the pytree with a jax.ShapeDtypeStruct for every array; one without a
-            sharding goes to the first local device.
-        Raises: UserError when there is no such step, when it is damaged, or when it holds
-        another model's state; StorageError when it cannot be read just now.
+          template: the pytree with a jax.ShapeDtypeStruct for every array; an array without a
+            sharding is put on the first local device.
+        Raises: UserError when there is no such step, when it is damaged, or when it holds the
+          state of another model; StorageError when it cannot be read at the moment.
         """
         self.wait()
         self._require_verified(step)
@@ -213,8 +216,8 @@ class Checkpoints:
         try:
             arrays = self._arrays.restore(self._path(step) / STATE, targets)
         except (OSError, ValueError) as error:
-            # Its files were as they had been written; tensorstore's errors name the one that it
-            # cannot read.
+            # The files have just been verified, so this is a read error. tensorstore raises it
+            # as a ValueError too, whose message names the file.
             if not isinstance(error, OSError) and str(self._folder) not in str(error):
                 raise
             raise manifest.unreadable(self._path(step), error) from error
@@ -226,7 +229,7 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in wanted])
 
     def extra(self, step: int) -> dict[str, Any]:
-        """Returns the JSON data that were saved with a step, under their names of now.
+        """Returns the JSON data that were saved with a step, with renamed fields translated.
 
         Raises UserError when there is no such step or it is damaged.
         """
@@ -235,34 +238,35 @@ class Checkpoints:
         return renamed.modernised("Checkpoint", self._contents(step)["extra"])
 
     def wait(self) -> None:
-        """Returns when the save in flight, if any, is whole, on whichever process writes its
-        manifest. Raises SaveError, once, if it failed."""
+        """Waits until the save in flight, if any, is complete, its manifest included. Raises
+        SaveError, once, if it failed."""
         if self._ending is not None:
             self._ending.join()
             self._ending = None
         self._raise_failure()
 
     def close(self) -> None:
-        """Waits, then lets go of orbax's threads. Raises SaveError as `wait` does."""
+        """Waits, then stops orbax's threads. Raises SaveError like `wait`."""
         try:
             self.wait()
         finally:
             self._arrays.close()
 
-    # -- ending a save, beside the training loop --
+    # -- completing a save, in a thread beside the training loop --
 
     def _end(self, step: int) -> None:
         began = time.monotonic()
         try:
             self._arrays.wait_until_finished()
             if self._in_bucket and jax.process_count() > 1:
-                # orbax waits for all by itself.
+                # The manifest needs the files of all processes; orbax waits for them by
+                # itself.
                 self._group.barrier(f"{SAVING} the arrays of step {step}")
             if self._primary:
                 with self._working(f"{SAVING} step {step}") as progress:
                     manifest.write_manifest(self._path(step), progress)
                 log.info("saved step %d in %.1f s", step, time.monotonic() - began)
-            # Whoever left before would take the one that still writes along.
+            # A process that exits earlier would abort the one that still writes the manifest.
             self._group.barrier(f"{SAVING} step {step}")
         except Exception as error:  # noqa: BLE001 - whatever orbax raises, the save has failed
             self._failure = (step, error)
@@ -303,7 +307,7 @@ class Checkpoints:
     def _unfinished(self) -> list[pathlib.Path]:
         """Lists the folders of steps without a manifest.
 
-        Raises UserError for one that no save of ours began: it is somebody's work.
+        Raises UserError for a folder that was not begun by `save`: it may be somebody's work.
         """
         steps = [step for step in sorted(self._folders()) if not self._has_manifest(step)]
         found = [self._path(step) for step in steps]
@@ -311,7 +315,7 @@ class Checkpoints:
             try:
                 inside = {part.name for part in path.iterdir()}
             except FileNotFoundError:
-                # A run that is still training has just let go of it.
+                # A run that is still training has just removed it.
                 continue
             if DAMAGED in inside:
                 found.remove(path)
@@ -322,8 +326,8 @@ class Checkpoints:
 
     @staticmethod
     def _remove(path: pathlib.Path) -> None:
-        """Removes a checkpoint in an order in which what a kill leaves is no checkpoint any
-        more, but still known as one of ours.
+        """Removes a checkpoint, the manifest first and `contents.json` last: what a kill
+        leaves in between is not a checkpoint any more, but is still recognised as one of ours.
         """
         (path / manifest.NAME).unlink(missing_ok=True)
         for name in paths.subfolders(path):
@@ -338,8 +342,8 @@ class Checkpoints:
         return self._folder / str(step)
 
     def _folders(self) -> list[int]:
-        """Lists steps with a folder, newest first. Raises OSError where it cannot be known: a run
-        that took that for none would begin anew.
+        """Lists the steps that have a folder, newest first. Raises OSError for a folder that
+        cannot be listed: a run that took this for "no checkpoint" would start from scratch.
         """
         try:
             names = manifest.retry_read(lambda: paths.subfolders(self._folder))
@@ -352,13 +356,13 @@ class Checkpoints:
         return manifest.is_there(self._path(step) / manifest.NAME)
 
     def _steps(self) -> list[int]:
-        """Lists steps with a manifest, newest first."""
+        """Lists the steps that have a manifest, newest first."""
         return [step for step in self._folders() if self._has_manifest(step)]
 
     def _find_newest(self, *, set_aside: bool) -> FoundCheckpoint:
-        """Finds the newest whole checkpoint.
+        """Finds the newest complete checkpoint.
 
-        Raises OSError for what cannot be read just now: only what differs is damage.
+        Raises OSError for a read error, which is not damage: only different bytes are.
         """
         skipped = {int(path.name): "its save was not finished" for path in self._unfinished()}
         for step in skipped:
@@ -370,7 +374,7 @@ class Checkpoints:
                     step, {other: why for other, why in skipped.items() if other > step}
                 )
             if not self._has_manifest(step):
-                # A run that is still training has just let go of it.
+                # A run that is still training has just removed it.
                 continue
             skipped[step] = f"it is damaged: {damage}"
             where = self._set_aside(step) if set_aside else self._path(step)
@@ -378,7 +382,9 @@ class Checkpoints:
         return FoundCheckpoint(None, skipped)
 
     def _damage(self, step: int) -> str | None:
-        """Says what differs from the manifest. Raises OSError for what cannot be read just now."""
+        """Describes the first difference from the manifest, None if there is none. Raises
+        OSError.
+        """
         with self._working(f"verifying step {step}") as progress:
             try:
                 listing = manifest.read_manifest(self._path(step))
@@ -389,7 +395,9 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _working(self, what: str) -> Iterator[manifest.Progress]:
-        """Yields what shows the other processes, each time it is called, that this one gets on."""
+        """Yields a function that reports progress to the other processes, so that they
+        wait.
+        """
         self._group.report_progress(what)
         try:
             yield lambda: self._group.report_progress(what)
@@ -404,7 +412,7 @@ class Checkpoints:
             raise manifest.unreadable(self._folder, error) from error
 
     def _damaged(self) -> list[tuple[int, pathlib.Path]]:
-        """Returns (step, where it is now) of all that were set aside."""
+        """Lists the damaged steps that were renamed, each with its present path."""
         if self._in_bucket:
             steps = [step for step in self._folders() if self._is_damaged(step)]
             return [(step, self._path(step) / DAMAGED) for step in steps]
@@ -416,7 +424,7 @@ class Checkpoints:
         return manifest.is_there(self._path(step) / DAMAGED)
 
     def _remove_damaged(self, step: int) -> None:
-        """Makes place in a bucket for a step that is saved again."""
+        """Removes the damaged files of a step in a bucket before it is saved again."""
         if self._is_damaged(step):
             log.warning("removing %s, which was damaged: it is saved again", self._path(step))
             self._remove(self._path(step))

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: the arrays of a state by their names, with dtypes and shapes."""
+"""Names, dtypes and shapes of the arrays in a checkpoint, compared before it is restored."""
 
 import pathlib
 from typing import Any
@@ -10,7 +10,9 @@ from flamingo_jax.errors import UserError
 
 
 def named_arrays(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of a pytree by their path, "trainable/gated_xattn/layers/query"."""
+    """Returns {path: leaf} of a pytree, with paths like
+    "trainable/gated_xattn/layers/query".
+    """
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     if len(named) != len(leaves):
@@ -19,7 +21,7 @@ def named_arrays(tree: Any) -> dict[str, Any]:
 
 
 def require_saveable(name: str, value: Any) -> None:
-    """Raises TypeError for what is no array, or an array that cannot be stored as it is."""
+    """Raises TypeError for a value that is not a jax.Array, or for a typed PRNG key."""
     if not isinstance(value, jax.Array):
         raise TypeError(
             f"the state's {name} is {type(value).__name__}, but a checkpoint holds jax.Arrays;"
@@ -32,7 +34,7 @@ def require_saveable(name: str, value: Any) -> None:
 
 
 def dtype_and_shape(value: Any) -> list[Any]:
-    """Describes an array as JSON: its dtype's name and the sizes of its axes."""
+    """Returns [dtype name, *shape] of an array, for JSON: ["float32", 24, 2048]."""
     return [jnp.dtype(value.dtype).name, *value.shape]
 
 
@@ -41,7 +43,7 @@ def require_same_arrays(
 ) -> None:
     """Raises a UserError that names the first arrays in which a checkpoint and a state differ.
 
-    saved: as `dtype_and_shape` gives them, by name. wanted: anything with dtype and shape.
+    saved: {name: result of `dtype_and_shape`}. wanted: {name: anything with dtype and shape}.
     """
     differing = [
         f"{name} is {_describe(saved.get(name))} in the checkpoint and"

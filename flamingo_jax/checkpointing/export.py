@@ -1,8 +1,9 @@
-"""A model as one folder that stands alone: sharded safetensors, config.json, the tokenizer and
-a manifest.
+"""Writes and reads exports: a model as one self-contained folder of sharded safetensors,
+config.json, the tokenizer and a manifest.
 
-Stacks of layers are split on disk (`language_model/layers/12/attention/query`) and joined again
-when read. Nothing in the folder is pickled.
+A stack of layers has one tensor per layer on disk
+(`language_model/layers/12/attention/query`), which are stacked again when read. Nothing in the
+folder is pickled.
 """
 
 import contextlib
@@ -44,7 +45,8 @@ KINDS = ("contrastive", "language_model", "vision_encoder", "flamingo")
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 BEGUN = ".export-begun"
-"""In a bucket, the first file of an export: what lies there without a manifest may be removed."""
+"""The first file of an export in a bucket: marks a folder without a manifest as an unfinished
+export, which may be removed."""
 
 
 def export_model(
@@ -57,20 +59,20 @@ def export_model(
     extra_files: Mapping[str, pathlib.Path | str] | None = None,
     shard_bytes: int = 2_000_000_000,
 ) -> None:
-    """Writes an export folder; it appears whole or not at all.
+    """Writes an export folder atomically: it appears complete or not at all.
 
     Args:
-      folder: must not be there yet.
+      folder: must not exist yet.
       kind: one of KINDS.
       config: the model's config, JSON-able.
-      parameters: arrays of any dtype by flat stacked name, each fully addressable from this
+      parameters: {flat stacked name: array of any dtype}, each fully addressable from this
         process; or an iterable of (per-layer name, array).
       tokenizer_file: a SentencePiece model, copied as tokenizer.model, or a tokenizer.json,
         copied with the special tokens that go with it.
       extra_files: further files to copy, {name in the folder: path}.
-      shard_bytes: the most that one safetensors file holds; a larger array has a file to
-        itself.
-    Raises: UserError when the folder is there, a file is missing or the storage cannot be
+      shard_bytes: the largest size of one safetensors file; a larger array gets a file of its
+        own.
+    Raises: UserError when the folder exists, a file is missing or the storage cannot be
       written.
     """
     folder = paths.as_path(folder).absolute()
@@ -117,7 +119,7 @@ def export_model(
 
 
 def _is_taken(folder: pathlib.Path) -> bool:
-    """Tells whether the folder is there; in a bucket, what a killed export left is not it."""
+    """Checks whether the folder exists; an unfinished export in a bucket does not count."""
     if not paths.is_bucket(folder):
         return folder.exists()
     files = {file.name for file in paths.files_below(folder)}
@@ -132,7 +134,7 @@ def _copy(path: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def _begin(folder: pathlib.Path) -> None:
-    """Empties the folder that is written to: it holds nothing but what a killed export left."""
+    """Empties the folder to write to, which can only hold an unfinished export."""
     if not paths.is_bucket(folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -147,8 +149,8 @@ def _write_shards(
     parameters: Mapping[str, Any] | Iterable[tuple[str, np.ndarray]],
     shard_bytes: int,
 ) -> None:
-    """Writes the files of tensors and the index that names them. In a bucket each goes by way of
-    a temporary file of this machine.
+    """Writes the safetensors files and their index. For a bucket, each file is written on this
+    machine first and then uploaded.
     """
     places: list[list[str]] = []
     total = 0
@@ -167,7 +169,8 @@ def _write_shards(
                 weight_map |= dict.fromkeys(shard, name)
             else:
                 save_file(shard, folder / f"{number}.safetensors", metadata={"format": "np"})
-    # How many there are is known only now, and nothing is renamed in a bucket.
+    # The number of files, which is part of their names, is known only now. Files in a bucket
+    # cannot be renamed, so their names do not contain it.
     for number, names in enumerate([] if paths.is_bucket(folder) else places):
         final = f"model-{number + 1:05d}-of-{len(places):05d}.safetensors"
         (folder / f"{number}.safetensors").rename(folder / final)
@@ -177,7 +180,7 @@ def _write_shards(
 
 
 def _layers(parameters: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields arrays by per-layer name; one stack is on the host at once."""
+    """Yields (per-layer name, array), with one stack at a time in host memory."""
     for name in sorted(parameters):
         value = parameters[name]
         if isinstance(value, jax.Array) and not value.is_fully_addressable:
@@ -188,7 +191,7 @@ def _layers(parameters: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
 def _shards(
     layers: Iterable[tuple[str, np.ndarray]], shard_bytes: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields a file's worth of arrays at a time."""
+    """Groups arrays into files of at most `shard_bytes`."""
     shard: dict[str, np.ndarray] = {}
     size = 0
     for leaf, array in layers:
@@ -203,7 +206,7 @@ def _shards(
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """An opened export folder; arrays stay on disk until they are read."""
+    """Reads an export folder; arrays stay on disk until they are read."""
 
     folder: pathlib.Path
     kind: str
@@ -211,7 +214,7 @@ class Export:
     config: dict[str, Any]
     tokenizer_file: pathlib.Path | None
     digest: str
-    """SHA-256 over the digests of all files: names this very export."""
+    """SHA-256 over the digests of all files: identifies the content of the export."""
     names: tuple[str, ...]
     """Flat stacked names of the parameters, sorted."""
     _files: dict[str, str] = dataclasses.field(repr=False)
@@ -242,7 +245,7 @@ class Export:
 
     @property
     def dtypes(self) -> dict[str, np.dtype]:
-        """Returns {flat stacked name: the type it was written in}."""
+        """Returns {flat stacked name: dtype on disk}."""
         return {
             stacked_name(leaf)[0]: np.dtype(DTYPES[self._stored[leaf].dtype])
             for leaf in self._files
@@ -251,10 +254,10 @@ class Export:
     def read_sharded(
         self, targets: Mapping[str, jax.ShapeDtypeStruct], process_group: ProcessGroup | None = None
     ) -> dict[str, jax.Array]:
-        """Reads the parameters of these flat stacked names with the types and shardings of
-        `targets`; how several processes share the reading, see `tensors.read_sharded`.
+        """Reads the parameters named in `targets` ({flat stacked name: shape, dtype,
+        sharding}). `tensors.read_sharded` describes how several processes share the reading.
 
-        Raises: UserError when a file is not what it should be.
+        Raises: UserError when the export does not have the target's shapes, or cannot be read.
         """
         for leaf, tensor in self._stored.items():
             name, index = stacked_name(leaf)
@@ -274,11 +277,11 @@ class Export:
         )
 
     def read(self, prefix: str = "") -> dict[str, np.ndarray]:
-        """Reads parameters whose flat stacked name starts with `prefix`, joined over layers, in the
-        dtype they were written in.
+        """Reads the parameters whose flat stacked name starts with `prefix`, with layers
+        stacked, in the dtype on disk.
 
-        Raises: UserError when a file is not what it should be, StorageError when one cannot be
-        read just now.
+        Raises: UserError when a file is missing or damaged, StorageError when one cannot be
+          read at the moment.
         """
         if paths.is_bucket(self.folder):
             return self._read_tensors(prefix)
@@ -311,7 +314,9 @@ class Export:
         return values
 
     def _read_tensors(self, prefix: str) -> dict[str, np.ndarray]:
-        """Does what `read` does, by the places of tensors in their files."""
+        """Does what `read` does in a bucket, with byte ranges, since safetensors reads only
+        disks.
+        """
         try:
             leaves = {
                 leaf: manifest.retry_read(lambda leaf=leaf: read_whole(self._stored[leaf]))  # type: ignore[misc]
@@ -325,12 +330,13 @@ class Export:
         return restack(leaves)
 
     def verify(self, process_group: ProcessGroup | None = None) -> None:
-        """Reads every byte, once for all processes of a run, which all have to ask.
+        """Compares every byte with the manifest. All processes of a run must call it together
+        and share the reading.
 
-        process_group: the run's processes; by default this one is alone.
+        process_group: the processes of the run; by default a `SingleProcess`.
 
         Raises: UserError naming the first file that differs from what was exported,
-          StorageError for one that cannot be read just now.
+          StorageError for one that cannot be read at the moment.
         """
         try:
             verify(self.folder, self._manifest, process_group)
@@ -343,8 +349,8 @@ class Export:
 def open_export(folder: pathlib.Path | str) -> Export:
     """Opens an export folder and checks the size of every file.
 
-    Raises: UserError when the folder is missing, is no export, or lacks a file or a part of
-    one; StorageError when it cannot be read just now.
+    Raises: UserError when the folder is missing, is not an export, or a file of it is missing
+      or truncated; StorageError when it cannot be read at the moment.
     """
     folder = paths.as_path(folder)
     try:

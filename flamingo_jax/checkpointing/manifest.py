@@ -1,9 +1,9 @@
-"""A manifest: the size and SHA-256 of every file in a folder, written last, so that a folder
-that has one is whole.
+"""Writes and checks manifests: the size and SHA-256 of every file in a folder. The manifest is
+written last, so a folder that has one is complete.
 
-Array stores restore flipped bits without a word; a manifest finds and names the file. Its own
-text is canonical and holds its own digest, so that damage to the manifest is told apart from
-damage to what it lists.
+Array stores restore flipped bits silently; a manifest detects them and names the file. Its
+text is canonical and contains its own digest, which distinguishes damage to the manifest from
+damage to the files that it lists.
 """
 
 import concurrent.futures
@@ -21,24 +21,23 @@ from flamingo_jax.storage import retry
 NAME = "manifest.json"
 _THREADS = min(4, os.cpu_count() or 1)
 _PART = 4 << 20
-"""Bytes that are read between two words of progress."""
+"""Bytes that are read between two reports of progress."""
 _BUCKET_THREADS = 32
-"""They wait for the store rather than for this machine."""
+"""More than on a disk, since these threads mostly wait for the object store."""
 _BUCKET_PART = 32 << 20
-"""The same of a bucket, where each part is a request."""
+"""Like `_PART`, for a bucket, where each part is one request."""
 READ_AGAIN_AFTER = (0.2, 1.0, 5.0)
-"""Seconds before a read that failed is tried once more: network storage has moments in which it
-fails."""
+"""Seconds to wait before each retry of a failed read: network storage fails at times."""
 Progress = Callable[[], None]
-"""Called from any thread as bytes are read, so that whoever watches knows that it gets on."""
+"""Called from any thread as bytes are read, so that a watcher sees that work is going on."""
 T = TypeVar("T")
 
 
 class DamageError(Exception):
-    """Tells that a folder differs from its manifest; `file` is the first that does, relative to the
-    folder.
+    """Signals that a folder differs from its manifest. `file` is the first file that differs,
+    relative to the folder.
 
-    That a file cannot be read just now is no damage but an OSError.
+    A file that cannot be read at the moment is not damaged: it raises an OSError.
     """
 
     def __init__(self, folder: pathlib.Path, file: str, what: str):
@@ -47,15 +46,15 @@ class DamageError(Exception):
 
 
 class FileDigest(NamedTuple):
-    """Holds size and digest of one file."""
+    """Holds the size and the digest (hexadecimal) of one file."""
 
     bytes: int
     sha256: str
 
 
 class Manifest(NamedTuple):
-    """Holds the digests of files by their path relative to the folder, and the SHA-256 of them
-    all, which names the folder's content.
+    """Holds {path relative to the folder: digest of the file}, and the SHA-256 of them all,
+    which identifies the content of the folder.
     """
 
     digest: str
@@ -63,8 +62,8 @@ class Manifest(NamedTuple):
 
 
 def retry_read(read: Callable[[], T]) -> T:
-    """Returns what `read` does, which is called again a few times where it raises an OSError; that
-    of the last time is raised. A file that is not there is not waited for.
+    """Calls `read` and returns its result; retries a few times if it raises an OSError, and
+    raises the last one. A missing file is not retried.
     """
     return retry(read, READ_AGAIN_AFTER, _may_pass)
 
@@ -75,8 +74,8 @@ def _may_pass(error: Exception, wait: float) -> bool:
 
 
 def unreadable(where: pathlib.Path, error: Exception) -> StorageError:
-    """Makes the error that ends a command which could not read `where`, which may be whole:
-    launchers start it again.
+    """Makes the error for a path that could not be read at the moment but may be intact: its
+    exit code makes launchers start the command again.
     """
     name = getattr(error, "filename", None) or where
     said = next(iter(str(error).splitlines()), type(error).__name__)
@@ -86,14 +85,14 @@ def unreadable(where: pathlib.Path, error: Exception) -> StorageError:
 
 
 def require_readable(file: pathlib.Path) -> None:
-    """Raises the OSError of a file that cannot be opened just now: safetensors takes each for a
-    missing one."""
+    """Raises the OSError of a file that cannot be opened at the moment, which safetensors
+    would report as a missing file."""
     retry_read(lambda: open(file, "rb").close())
 
 
 def is_there(path: pathlib.Path) -> bool:
-    """Tells whether there is such a file or folder; raises an OSError where that cannot be known,
-    which `Path.exists` takes for a no in some versions of Python.
+    """Checks whether a file or folder exists. Raises an OSError if that cannot be found out,
+    where `Path.exists` returns False in some versions of Python.
     """
     if paths.is_bucket(path):
         return retry_read(path.exists)
@@ -105,8 +104,8 @@ def is_there(path: pathlib.Path) -> bool:
 
 
 def write_manifest(folder: pathlib.Path, progress: Progress = lambda: None) -> Manifest:
-    """Digests every file below `folder` and writes the manifest atomically, after all of it has
-    reached the disk.
+    """Hashes every file below `folder`, flushes it to the disk, and then writes the manifest
+    atomically.
     """
     sizes = {name: size for name, size in paths.sizes_below(folder).items() if name != NAME}
     with concurrent.futures.ThreadPoolExecutor(_threads(folder)) as pool:
@@ -124,7 +123,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
     """Reads the manifest of a folder.
 
     Raises: FileNotFoundError when there is none, DamageError when it is not as it was written,
-      OSError when it cannot be read just now.
+      OSError when it cannot be read at the moment.
     """
     text = retry_read((folder / NAME).read_bytes)
     try:
@@ -140,10 +139,10 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
 
 
 def check_sizes(folder: pathlib.Path, manifest: Manifest) -> None:
-    """Compares the sizes of files with the manifest; reads no file.
+    """Compares the sizes of files with the manifest, without reading them.
 
     Raises: DamageError for the first file that is missing or has another size, OSError for one
-      of which that cannot be known just now.
+      whose size cannot be read at the moment.
     """
     listed = retry_read(lambda: paths.sizes_below(folder)) if paths.is_bucket(folder) else None
     for name, entry in manifest.files.items():
@@ -155,7 +154,7 @@ def check_sizes(folder: pathlib.Path, manifest: Manifest) -> None:
 
 
 def _size(folder: pathlib.Path, name: str) -> int | None:
-    """Looks at one file; None where it is not there. Raises DamageError for what is no file."""
+    """Returns the size of a file, None if it is missing. Raises DamageError for a folder."""
     try:
         return retry_read(lambda: paths.version(folder / name)).bytes
     except (FileNotFoundError, NotADirectoryError):
@@ -170,7 +169,7 @@ def check_digests(
     """Compares every byte of the files with the manifest.
 
     Raises: DamageError for the first file whose size or content differs, OSError for one that
-      cannot be read just now.
+      cannot be read at the moment.
     """
     check_sizes(folder, manifest)
     with concurrent.futures.ThreadPoolExecutor(_threads(folder)) as pool:
@@ -186,22 +185,23 @@ def check_digests(
 
 
 def file_digest(file: pathlib.Path, progress: Progress = lambda: None) -> FileDigest:
-    """Reads a file for its size and SHA-256. Raises OSError."""
+    """Computes the size and SHA-256 of a file. Raises OSError."""
     return retry_read(lambda: _entry(file, progress))
 
 
 def digest_of(entries: dict[str, FileDigest]) -> str:
-    """Computes the SHA-256 over the digests of files by their names, as a manifest's own:
-    names their content.
+    """Computes the SHA-256 over the digests of files, sorted by name, which identifies their
+    content; `Manifest.digest` is the same.
     """
     return _digest(entries)
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file that is there whole and on disk after this; before, at any moment, it is not
-    there.
+    """Writes a file atomically: at any moment it is either absent or complete, and when this
+    returns it is on the disk.
     """
     if paths.is_bucket(path):
+        # An object of a bucket appears only when it is complete.
         path.write_bytes(content)
         return
     temporary = path.with_name(unfinished(path.name))
@@ -214,12 +214,12 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
 
 
 def unfinished(name: str) -> str:
-    """Returns the name that a file or folder has until it is whole."""
+    """Returns the name that a file or folder has until it is complete."""
     return name + ".writing"
 
 
 def sync_folder(folder: pathlib.Path) -> None:
-    """Makes renames in a folder outlast a power cut, where the file system can."""
+    """Flushes a folder, so that renames in it survive a power cut."""
     if paths.is_bucket(folder):
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -249,9 +249,10 @@ def _entry(
 
 
 def _parts(path: pathlib.Path, sync: bool, total: int | None) -> Iterator[bytes]:
-    """Yields the content of a file part by part; with `sync` it is on disk at the end.
+    """Yields the content of a file part by part; with `sync`, flushes it to the disk at the
+    end.
 
-    total: its size, where that is known: a bucket is asked for it else.
+    total: size of the file, if known, which saves a request to a bucket.
     """
     if paths.is_bucket(path):
         bucket: Any = path

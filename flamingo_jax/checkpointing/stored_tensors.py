@@ -1,6 +1,6 @@
-"""Tensors in safetensors files: where each lies, and what a parameter is made of.
+"""Locates tensors in safetensors files, and describes how they are combined into parameters.
 
-No file is read but its header: pieces of tensors are read by `tensors`.
+Reads only the headers of the files; `tensors` reads the tensors themselves.
 """
 
 import json
@@ -23,16 +23,16 @@ DTYPES: dict[str, Any] = {
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
 }
-"""The types that parameters come in, by their names in a safetensors header."""
+"""dtypes of parameters by their name in a safetensors header."""
 PIECE = 16 * 2**20
-"""Bytes that are read at a time, by each thread."""
+"""Bytes that each thread reads at a time."""
 MOST_HEADER_BYTES = 100_000_000
-"""Of a safetensors file, as the library itself has it."""
+"""The largest header that is accepted; the safetensors library has the same limit."""
 
 
 class StoredTensor(NamedTuple):
-    """Tells where a tensor lies. dtype: as the file's header names it. start: the place of its
-    first byte.
+    """Locates a tensor in a file. dtype: its name in the header, a key of `DTYPES`. start: the
+    offset of its first byte in the file.
     """
 
     file: pathlib.Path
@@ -46,15 +46,16 @@ class StoredTensor(NamedTuple):
 
 
 class Term(NamedTuple):
-    """Names a stored tensor and how it becomes one layer of a parameter, which is the sum of its
-    terms.
+    """Describes how a stored tensor becomes one layer of a parameter. A parameter is the sum
+    of its terms.
 
-    form: the tensor's axes and the parameter's, "(h d) w -> w h d"; those in brackets are one
-      axis, the first of them the slowest. "" for the same.
-    sizes: of axes that the parameter's shape does not tell, as those in brackets on the right.
-    first, taken: its rows, so many from `first` on; by default all.
-    pick: axes of the tensor, of the names in brackets, of which only this place is taken, as
-      where queries, keys and values lie together: not the first of all.
+    form: the axes of the tensor and of the parameter as in einops, "(h d) w -> w h d"; axes in
+      brackets are flattened into one, row-major. "" if the tensor has the parameter's layout.
+    sizes: the sizes of axes that cannot be inferred from the parameter's shape, such as axes
+      in brackets on the right.
+    first, taken: the rows to read, `taken` rows from row `first` on; by default all.
+    pick: {axis: index} of axes in brackets of which only one index is read, for example where
+      queries, keys and values are stored interleaved. Not for the tensor's first axis.
     """
 
     name: str
@@ -66,11 +67,12 @@ class Term(NamedTuple):
 
 
 class TensorLayout(NamedTuple):
-    """Tells what a term's form means for one shape of a parameter.
+    """Holds the form of a term, worked out for one shape of the parameter.
 
-    stored: the shape of the tensor's rows that are taken. split: the same with the brackets
-    opened. picked: the index of `split` that leaves the axes which the parameter has. order:
-    these in the parameter's order. merged: some of these are one axis of the parameter.
+    stored: shape of the rows that are read from the tensor. split: the same rows with the axes
+    in brackets split. picked: index into `split` that applies `pick`. order: permutation of
+    the remaining axes into the parameter's order. merged: whether some of them are flattened
+    into one axis of the parameter.
     """
 
     stored: tuple[int, ...]
@@ -81,8 +83,9 @@ class TensorLayout(NamedTuple):
 
     @property
     def turn(self) -> int | None:
-        """Tells how many of the first axes stand behind the others in the parameter, which is
-        then a transposed matrix (0: the same); else None.
+        """Returns n if the parameter is the tensor with its first n axes moved to the end,
+        which is a matrix transpose after reshaping (0: no change); None for any other
+        permutation.
         """
         count = len(self.order)
         turn = self.order[0] if count else 0
@@ -94,15 +97,15 @@ class TensorLayout(NamedTuple):
         )
 
     def pick(self, array: np.ndarray) -> np.ndarray:
-        """Takes of an array like `split` what the parameter has."""
+        """Applies `pick` to an array of shape `split`."""
         return array[self.picked] if self.picked else array
 
 
 def read_headers(files: Iterable[pathlib.Path]) -> dict[str, StoredTensor]:
-    """Finds every tensor of some safetensors files, by name; no tensor is read.
+    """Locates every tensor of some safetensors files by name; reads only their headers.
 
-    Raises: UserError for a file that is missing, cut short or foreign, StorageError for one
-    that cannot be read just now.
+    Raises: UserError for a file that is missing, truncated or not safetensors, StorageError
+      for one that cannot be read at the moment.
     """
     found: dict[str, StoredTensor] = {}
     for file in files:
@@ -123,6 +126,8 @@ def read_headers(files: Iterable[pathlib.Path]) -> dict[str, StoredTensor]:
                     f"{name} is both in {found[name].file} and in {file}: remove the one that"
                     " does not belong there"
                 )
+            # The file is: 8 bytes with the size of the header, the header, the tensors.
+            # Offsets in the header are relative to the end of the header.
             found[name] = StoredTensor(
                 file, entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0]
             )
@@ -132,8 +137,8 @@ def read_headers(files: Iterable[pathlib.Path]) -> dict[str, StoredTensor]:
 def _read_header(file: pathlib.Path) -> tuple[int, dict[str, Any]]:
     """Reads (bytes of the header, header) of a file on a disk.
 
-    The library checks the header against the file, but does not tell where a tensor lies; its
-    own reading maps whole files into memory, which then count as the process's.
+    The library validates the header, but does not give the offsets of tensors. It could read
+    the tensors too, but maps the complete file, which then counts as memory of this process.
     """
     manifest.require_readable(file)
     with safetensors.safe_open(file, framework="numpy"):
@@ -144,8 +149,9 @@ def _read_header(file: pathlib.Path) -> tuple[int, dict[str, Any]]:
 
 
 def _read_bucket_header(file: pathlib.Path) -> tuple[int, dict[str, Any]]:
-    """Reads (bytes of the header, header) of a file in a bucket, where the library cannot read,
-    and checks that each tensor lies within the file. Raises ValueError for one that does not.
+    """Reads (bytes of the header, header) of a file in a bucket, which the library cannot
+    open.
+    Raises ValueError for a tensor that is not inside the file.
     """
     total = manifest.retry_read(lambda: paths.version(file)).bytes
     size = int.from_bytes(_read_bytes(file, 0, 8), "little")
@@ -168,7 +174,7 @@ def _read_bytes(file: pathlib.Path, start: int, count: int) -> bytes:
 
 
 def layout(term: Term, shape: tuple[int, ...]) -> TensorLayout:
-    """Works out how a stored tensor becomes a parameter of this shape, or one layer of it."""
+    """Works out the layout of a term for a parameter (or one layer of it) of this shape."""
     if not term.form:
         return TensorLayout(shape, shape, (), tuple(range(len(shape))), False)
     left, right = (list(_axes(side)) for side in term.form.split("->"))
@@ -199,13 +205,13 @@ def _axes(side: str) -> Iterator[list[str]]:
 
 
 def read_whole(tensor: StoredTensor) -> np.ndarray:
-    """Reads one tensor in its stored type, for small ones. Raises OSError."""
+    """Reads one small tensor in its stored dtype. Raises OSError."""
     read = paths.read_into(tensor.file, tensor.start, np.empty(tensor.bytes, np.uint8))
     return read.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
 def same_bytes(first: StoredTensor, second: StoredTensor) -> bool:
-    """Tells whether two tensors are equal to the bit; reads a piece of each at a time.
+    """Compares two tensors bit for bit, reading a piece of each at a time.
 
     Raises OSError.
     """

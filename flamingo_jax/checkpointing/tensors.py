@@ -1,9 +1,9 @@
-"""Safetensors files straight into sharded arrays: each process reads the bytes that its own
-devices hold, a piece at a time.
+"""Reads safetensors files straight into sharded arrays: each process reads the bytes that its
+own devices hold, a piece at a time.
 
-A parameter is never whole on the host of an accelerator: pieces of some MiB are read, sent and
-laid into buffers that are on the devices already. On CPU the buffers are the arrays themselves,
-filled in place.
+A complete parameter is never in the host memory of an accelerator: pieces of some MiB are
+read, sent to the device and copied into a buffer there. On CPU the buffers are the arrays
+themselves, filled in place.
 """
 
 import concurrent.futures
@@ -41,13 +41,15 @@ Slices = tuple[slice, ...]
 
 THREADS = max(2, min(8, os.cpu_count() or 1))
 TILE = (512, 256)
-"""Rows and columns that are transposed at a time: they fit a core's cache, and so many rows are
-a KiB or more of each row that is written.
+"""Rows and columns that are transposed at a time: a tile fits into a core's cache, and gives
+at least a KiB of each row that is written.
 """
 SHORT = 2**28
-"""Fewer bytes than this are read before a bar would be seen."""
+"""Below this number of bytes no progress bar is shown, since reading is over at once."""
 ALIGNMENT = 64
-"""Of numpy's memory in bytes, so that it can be a jax.Array on CPU without a copy."""
+"""Alignment of host memory in bytes, which lets it become a jax.Array on CPU without a
+copy.
+"""
 
 
 def read_sharded(
@@ -57,19 +59,20 @@ def read_sharded(
     title: str = "reading",
     process_group: ProcessGroup | None = None,
 ) -> dict[str, jax.Array]:
-    """Reads the targets' arrays, with the types and shardings that they name.
+    """Reads the arrays in `targets` with their dtypes and shardings.
 
-    What devices of several processes hold alike, these read together: each layer, or each part
-    of its rows, by as few of them as may be, and the devices gather it.
+    An array that is replicated over several processes is not read by each of them: they divide
+    its layers, or the rows of its tensors, and then all-gather it on the devices.
 
     Args:
-      process_group: the run's processes; by default this one is alone.
-      stored: what the files hold: every term's tensor, in the shape that `layout` gives.
-      sources: {per-layer name of a parameter: its terms}, "layers/12/attention/query".
-      targets: {stacked name: shape, dtype and sharding}; one without a sharding goes to the
-        first local device.
+      stored: {name: tensor in a file} for every term, in the shape that `layout` gives.
+      sources: {per-layer name of a parameter, "layers/12/attention/query": its terms}.
+      targets: {stacked name: shape, dtype and sharding}; an array without a sharding is put on
+        the first local device.
+      title: shown beside the progress bar.
+      process_group: the processes of the run; by default a `SingleProcess`.
 
-    Raises: UserError where a file cannot be read any more.
+    Raises: UserError when a file cannot be read any more.
     """
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = {name: target.sharding or here for name, target in targets.items()}
@@ -89,6 +92,7 @@ def read_sharded(
                 shards[name] = _shards(target, shardings[name], len(index))
             pieces += _pieces(stored, terms, index, target.shape[len(index) :], shards[name])
     _run(pieces, title)
+    # The all-gathers below have time limits, so all processes finish reading before them.
     if any(shardings[name] != wanted[name] for name in targets):
         (process_group or SingleProcess()).barrier(f"the end of {title}")
     found: dict[str, jax.Array] = {}
@@ -98,7 +102,7 @@ def read_sharded(
             target.shape, shardings[name], arrays
         )
         if shardings[name] != wanted[name]:
-            # One after the other, so that only one is there twice.
+            # One at a time, so that only one array is in memory twice.
             found[name] = jax.block_until_ready(_moved(wanted[name])(found[name]))
     return found
 
@@ -114,11 +118,12 @@ def _spread(
     terms: Sequence[Term],
     lead: int,
 ) -> jax.sharding.Sharding:
-    """Decides where a parameter is read to: as it shall lie, and where several processes would
-    hold the same, its layers or the rows of its tensors shared out between them besides. So
-    devices have only to gather it. Columns are not shared out: a read takes whole rows.
+    """Chooses the sharding in which a parameter is read: the target sharding, with mesh axes
+    that it does not use added to the layer axes or to the rows of the tensors. So each process
+    reads a part, and the devices all-gather the rest. Columns are not split: a read takes
+    complete rows.
 
-    lead: the parameter's leading layer axes.
+    lead: number of leading layer axes of the parameter.
     """
     if sharding.is_fully_addressable or not isinstance(sharding, NamedSharding):
         return sharding
@@ -145,8 +150,8 @@ def read_layers(
     sources: Mapping[str, Sequence[Term]],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (per-layer name, array in its stored type) in the order of `sources`, one at a time on
-    the host. shapes: {stacked name: shape}.
+    """Yields (per-layer name, array in its stored dtype) in the order of `sources`, with one
+    array at a time in host memory. shapes: {stacked name: shape}.
     """
     for leaf, terms in sources.items():
         name, index = stacked_name(leaf)
@@ -162,10 +167,11 @@ def read_layers(
 
 
 class HostBuffer:
-    """Holds what CPU devices have of an array: memory that is filled in place and then becomes
-    theirs without a copy.
+    """Collects one shard of an array on the CPU: memory that is filled in place and then
+    becomes a jax.Array without a copy.
 
-    layers: the slices of the leading layer axes. slices: those of the others.
+    layers: the slices of the leading layer axes that the shard holds. slices: those of the
+    other axes.
     """
 
     def __init__(
@@ -186,8 +192,8 @@ class HostBuffer:
         order: tuple[int, ...],
         turn: int | None,
     ) -> None:
-        """Lays `rows`, whose axes in `order` are the parameter's, into these places of a layer.
-        turn: see `TensorLayout`.
+        """Writes `rows`, transposed by `order`, into the slices `places` of a layer. turn: see
+        `TensorLayout`.
         """
         index: Any = (*layer, *places, ...)
         target = self.buffer[index]
@@ -204,8 +210,8 @@ class HostBuffer:
 
 
 class DeviceBuffer:
-    """Holds what accelerators have of an array: buffers that pieces are laid into, transposed and
-    cast on the device. Arguments as in HostShard.
+    """Collects one shard of an array on accelerators: pieces are sent to a buffer on the
+    device and transposed and cast there. Arguments as in `HostBuffer`.
     """
 
     def __init__(
@@ -232,7 +238,7 @@ class DeviceBuffer:
                 _lay(buffer, piece, starts, order)
                 for buffer, piece in zip(self._buffers, sent, strict=True)
             ]
-        # The caller reads the next piece into the same memory.
+        # The caller reads the next piece into the memory of `rows`, so wait for the transfer.
         jax.block_until_ready(sent)
 
     def arrays(self) -> list[jax.Array]:
@@ -255,7 +261,7 @@ def _lay(
 def _shards(
     target: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding, lead: int
 ) -> list[_Shard]:
-    """Makes a buffer for each part of the array that devices of this process hold."""
+    """Makes a buffer for each shard of the array on the devices of this process."""
     holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(target.shape).items():
         bounds = tuple(
@@ -271,7 +277,9 @@ def _shards(
 
 
 class _Piece(NamedTuple):
-    """Describes a read of `bytes` from `start` on in a file, and what is done with it."""
+    """Describes a read of `bytes` bytes at offset `start`, and the function that takes the
+    data.
+    """
 
     file: pathlib.Path
     start: int
@@ -286,7 +294,9 @@ def _pieces(
     shape: tuple[int, ...],
     shards: Sequence[_Shard],
 ) -> Iterator[_Piece]:
-    """Yields the reads that bring one layer of a parameter to the shards that hold some of it."""
+    """Yields the reads that fill one layer of a parameter in the shards that hold a part of
+    it.
+    """
     shards = [
         s
         for s in shards
@@ -321,7 +331,7 @@ def _distribute(
     dtype: np.dtype,
     read: np.ndarray,
 ) -> None:
-    """Lays rows begin..end of a tensor, as they were read, into every buffer that holds some."""
+    """Copies rows [begin, end) of a tensor into every buffer that holds a part of them."""
     begin, end = rows
     piece = form.pick(read.view(dtype).reshape(end - begin, *form.split[1:]))
     axis = form.order.index(0)
@@ -345,8 +355,8 @@ def _sum(
     shape: tuple[int, ...],
     shards: Sequence[_Shard],
 ) -> _Piece:
-    """Describes the read of a small parameter in one: its terms are read whole, brought to its
-    shape and added.
+    """Describes the read of a small parameter in one piece: all its terms are read completely,
+    transposed to its shape and added.
     """
     tensor = stored[terms[0].name]
 
@@ -380,8 +390,8 @@ def _sum(
 
 
 def _run(pieces: list[_Piece], title: str) -> None:
-    """Reads every piece, in the order of the files, by threads that each have their own memory
-    to read into.
+    """Reads every piece, in the order of the files, with threads that each reuse their own
+    memory.
     """
     mine = threading.local()
 
@@ -418,9 +428,12 @@ def _run(pieces: list[_Piece], title: str) -> None:
 
 
 def _transpose(target: np.ndarray, matrix: np.ndarray) -> None:
-    """Does target[...] = matrix.T, in tiles: numpy's own loop misses the cache at every element."""
+    """Computes target[...] = matrix.T in tiles: numpy's loop misses the cache at every
+    element.
+    """
     rows, columns = TILE
-    # Rows of a power of two in length fall into few of the cache's sets; these do not.
+    # Rows whose length is a power of two map to few sets of the cache; the padding avoids
+    # that.
     tile = np.empty((rows, columns + 32), target.dtype)
     for row in range(0, matrix.shape[0], rows):
         for column in range(0, matrix.shape[1], columns):
@@ -431,9 +444,10 @@ def _transpose(target: np.ndarray, matrix: np.ndarray) -> None:
 
 
 def _cast(target: np.ndarray, source: np.ndarray) -> None:
-    """Does target[...] = source, in the target's type.
+    """Computes target[...] = source.astype(target.dtype).
 
-    As integers where the bits stay what they are: numpy knows no fast way with bfloat16.
+    Copies and bfloat16 to float32 are done on integer views, since numpy is slow with
+    bfloat16.
     """
     if source.dtype == target.dtype:
         np.copyto(_bits(target), _bits(source))

@@ -1,9 +1,9 @@
-"""Digests of files that all processes of a run read: each file is hashed once a run, by one of
-them.
+"""Computes digests of files that all processes of a run read: each file is hashed once per
+run, by one of the processes.
 
-The processes that see the same files (by name, size, time and inode: those of shared storage,
-or of one host) share them out, and tell each other what they found. Hosts with copies of their
-own hash these, and the results are compared.
+Processes that see the same files (equal in name, size, time and inode, as on shared storage or
+on one host) divide the files among themselves and exchange the digests. Hosts with their own
+copies hash these, and the digests are compared.
 """
 
 import concurrent.futures
@@ -30,14 +30,15 @@ from flamingo_jax.errors import UserError
 
 THREADS = min(4, os.cpu_count() or 1)
 SETTLED_SECONDS = 2.0
-"""A file that changed more recently than this may change again without another time to show it.
+"""A file that changed within this time may change again without its time stamp showing it, so
+its digest is not cached.
 """
 SHA = hashlib.sha256().digest_size
 
 
 class FileStamp(NamedTuple):
-    """Holds what a file is known by without reading it; where none of it changes, its content does
-    not.
+    """Identifies the content of a file without reading it: as long as the stamp is the same,
+    so is the content.
     """
 
     path: str
@@ -47,15 +48,14 @@ class FileStamp(NamedTuple):
 
 
 _known: dict[FileStamp, FileDigest] = {}
-"""What was hashed in this process, or by others for it: a start asks several times for a part.
-"""
+"""Digests that are known already: the start of a run asks for the same files several times."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ProcessExchange:
-    """Lets the processes of a run tell each other what they found.
+    """Exchanges arrays between the processes of a run.
 
-    gather: brings an array of each, of one shape, to all: [count, ...].
+    gather: all-gathers an array of the same shape from every process: [...] -> [count, ...].
     """
 
     index: int
@@ -76,9 +76,10 @@ def file_digests(
     process_group: ProcessGroup | None = None,
     exchange: ProcessExchange | None = None,
 ) -> dict[str, FileDigest]:
-    """Returns size and digest of files of a folder; every process of the run asks for the same.
+    """Returns size and digest of files in a folder. Every process of the run must call it with
+    the same files.
 
-    Raises: UserError where processes find different files or contents, OSError where one that
+    Raises: UserError when processes find different files or contents, OSError when a file that
       is hashed here cannot be read.
     """
     process_group, exchange = process_group or SingleProcess(), exchange or ProcessExchange.here()
@@ -107,9 +108,10 @@ def file_digests(
 def verify(
     folder: pathlib.Path, listing: manifest.Manifest, process_group: ProcessGroup | None = None
 ) -> None:
-    """Compares the files of a folder with its manifest, of which every byte is read once a run.
+    """Compares the files of a folder with its manifest; every byte is read once per run.
 
-    Raises: DamageError for the first file whose size or content differs, as `entries` besides.
+    Raises: DamageError for the first file whose size or content differs, otherwise like
+      `file_digests`.
     """
     manifest.check_sizes(folder, listing)
     found = file_digests(folder, list(listing.files), process_group)
@@ -119,9 +121,11 @@ def verify(
 
 
 def partition_by_size(sizes: Sequence[int], count: int) -> list[list[int]]:
-    """Deals files out, by their places in `sizes`, so that all of `count` get about as many
-    bytes.
+    """Divides files among `count` processes so that each gets about the same number of bytes.
+
+    Returns: for each process, the indices into `sizes` of its files.
     """
+    # Largest first, each to the process with the fewest bytes so far.
     loads = [(0, member) for member in range(count)]
     dealt: list[list[int]] = [[] for _ in range(count)]
     for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
@@ -162,7 +166,9 @@ def _share_digests(
     process_group: ProcessGroup,
     exchange: ProcessExchange,
 ) -> dict[str, FileDigest]:
-    """Tells the others what was hashed here, and completes it with what they did."""
+    """Exchanges digests with the other processes. found: {name: digest} that this one
+    hashed.
+    """
     own = np.zeros((len(names), SHA), np.uint8)
     for place, name in enumerate(names):
         if name in found:
