@@ -1,7 +1,8 @@
-"""What process 0's supervisor knows of all processes, and what follows from it: who is missing,
-who differs, who is gone, who holds the others up.
+"""Decides what happens to a run from the messages of its processes: which process is missing,
+which differs, which has died, which slows the others down.
 
-Only decisions, no sockets and no clock: `decide` is given the time and gives messages to send.
+Contains decisions only, neither sockets nor a clock, so that tests can drive it: every method
+is given the time, and `decide` returns the messages to send. Times are in seconds.
 """
 
 import dataclasses
@@ -22,30 +23,34 @@ from flamingo_jax.errors import (
 )
 
 SAY_EVERY = 10.0
-"""Seconds between words on whom all wait for."""
+"""Seconds between log messages that name the processes that are waited for."""
 CLOCK_SECONDS = 60.0
-"""The most that two hosts' clocks may differ: what is newer than what is told by files' times.
+"""The largest allowed difference between the clocks of two hosts: file times are compared to
+see which file is newer.
 """
 SETTLE_SECONDS = 2.0
-"""A process that fails may do so because another died: word of that may take as long to arrive.
+"""How long to wait before a failure is taken for the cause: a process may fail because another
+has died, and the message about that may arrive later.
 """
 LOOK_EVERY = 30.0
-"""Seconds between looks for one that holds the others up."""
+"""Seconds between checks for a process that slows the others down."""
 FEWEST_STEPS = 5
-"""Steps that all have told of, before one is said to be late."""
+"""Steps that all processes must have reported before one of them is called late."""
 HELD_UP = 0.1
-"""The share of the time that one must hold the others up to be named."""
+"""The fraction of the time that a process must slow the others down to be named."""
 
 STARTING = "starting"
 SAVING = "saving"
-"""What the work of a process that saves is called: "saving step 12"."""
+"""Begins the description of the work of a process that saves: "saving step 12"."""
 END = "the end of the run"
-"""Where all meet before one of them may leave: none is needed any more."""
+"""The barrier at the end of a run, after which processes may exit in any order."""
 
 
 class Timeouts(NamedTuple):
-    """Limits in seconds: until all have arrived; without a word of a process; without the end
-    of a step, or progress of what a process reads or writes between steps.
+    """Time limits in seconds.
+
+    start: until all processes have connected. lost: without a message from a process. step:
+    without the end of a step, or without progress in reading or writing between steps.
     """
 
     start: float = 600.0
@@ -55,7 +60,7 @@ class Timeouts(NamedTuple):
 
 @dataclasses.dataclass
 class Peer:
-    """Holds what is known of one process."""
+    """Holds the last known state of one process. Times are those of the coordinator."""
 
     index: int
     host: str
@@ -63,17 +68,17 @@ class Peer:
     heard: float
     fingerprint: dict[str, Any] | None = None
     probed: str | None = None
-    """The last stage of the look at the storage that it ended."""
+    """The last stage of the storage check that it has completed."""
     step: int = 0
     phase: str = STARTING
     since: float = 0.0
-    """When step or phase changed last."""
+    """When step, phase or progress changed last."""
     waited: float = 0.0
     """Seconds it waited for data."""
     waited_before: float = 0.0
-    """The same at the last look for one that holds the others up."""
+    """`waited` at the last check for a slow process."""
     work: str = ""
-    """What it reads or writes beside its phase, as "saving step 12"; it tells as it gets on."""
+    """What it is reading or writing, such as "saving step 12"; "" for nothing."""
     left: bool = False
 
     def __str__(self) -> str:
@@ -86,8 +91,8 @@ class Peer:
 
 @dataclasses.dataclass(frozen=True)
 class ExitDecision:
-    """Tells why the run ends for all, and with which exit code. index: of the process that is the
-    reason, -1 for none.
+    """Holds the exit code of the run and the reason for it. index: the process that caused it,
+    -1 for none.
     """
 
     code: int
@@ -96,14 +101,15 @@ class ExitDecision:
 
 
 STAGES = ("lock", "write", "read", "clear")
-"""Of the look at the storage: process 0 locks the workdir for the run, every process
-writes a file, looks for everyone's, and removes its own; nobody goes on before all have.
+"""Stages of the storage check. Process 0 locks the workdir; then every process writes a file,
+looks for the files of all others, and removes its own. A stage begins when all processes have
+completed the one before.
 """
 
 
 class Coordinator:
-    """Decides what the processes of a run are told. `decision` is why it ends for all, once that is
-    known.
+    """Takes in messages (`on_*`) and decides what to send (`decide`). `decision` is set once
+    the run must end.
     """
 
     def __init__(self, count: int, timeouts: Timeouts, now: float):
@@ -112,7 +118,7 @@ class Coordinator:
         self._stage: int | None = None
         self._running = False
         self._waiting: dict[str, set[int]] = {}
-        """Who waits for all others, by the place where."""
+        """{name of a barrier: processes that wait there}."""
         self._finished = False
         self._said = now
         self._suspected: tuple[float, int, ExitDecision] | None = None
@@ -122,14 +128,14 @@ class Coordinator:
         self._lags: dict[int, list[float]] = {}
         self.decision: ExitDecision | None = None
 
-    # -- what is heard --
+    # -- messages of the processes --
 
     def on_hello(
         self, index: int, count: int, host: str, pid: int, behind: float, now: float
     ) -> None:
-        """Takes in that a process has called. behind: seconds that its clock is behind this one's.
+        """Takes in a process that has connected. behind: seconds that its clock is behind.
 
-        One that calls a run that has all its processes is not of it.
+        Ignored once the run has started, since then it has all its processes.
         """
         peer = Peer(index, host, pid, heard=now, since=now)
         if self._running:
@@ -156,7 +162,7 @@ class Coordinator:
             )
 
     def on_fingerprint(self, index: int, fingerprint: dict[str, Any], now: float) -> None:
-        """Takes in what all processes must agree on (see `fingerprint`)."""
+        """Takes in the fingerprint of a process (`fingerprint.run_fingerprint`)."""
         peer = self._peers[index]
         peer.fingerprint, peer.heard, peer.since = fingerprint, now, now
 
@@ -174,7 +180,7 @@ class Coordinator:
         phase: str = "",
         waited: float = 0.0,
     ) -> None:
-        """Takes in a sign of life, with the training's progress where there is some."""
+        """Takes in a heartbeat, with step and phase if it comes from the training process."""
         peer = self._peers[index]
         peer.heard = now
         if step is None:
@@ -186,19 +192,19 @@ class Coordinator:
         peer.step, peer.phase, peer.waited = step, phase, waited
 
     def on_progress(self, index: int, what: str, now: float) -> None:
-        """Takes in that a process got on with what it reads or writes; "" once that is done."""
+        """Takes in progress of a process in reading or writing; `what` is "" when that is
+        done.
+        """
         peer = self._peers[index]
         peer.work, peer.heard, peer.since = what, now, now
 
     def on_barrier(self, index: int, where: str, now: float) -> None:
-        """Takes in that a process, or a thread of it, waits for all others to come to the same
-        place of its program.
-        """
+        """Takes in that a process waits at the barrier `where`."""
         self._peers[index].heard = now
         self._waiting.setdefault(where, set()).add(index)
 
     def on_exit(self, index: int, code: int, why: str, now: float) -> None:
-        """Takes in that a process has ended, or is about to, and how."""
+        """Takes in that a process has exited, or is about to, with this code and reason."""
         peer = self._peers[index]
         if peer.left:
             return
@@ -213,8 +219,9 @@ class Coordinator:
             else:
                 self._end(code, f"{peer} was stopped before all had started")
         elif code in (EXIT_SAVE_FAILED, 1) or code < 0:
-            # A save, a collective or JAX's service (which aborts) fails as well when another
-            # process has died.
+            # These may be consequences: when another process dies, saves and collectives fail
+            # and JAX's coordination service aborts (SIGABRT). A signal other than SIGABRT is
+            # the most likely cause, then a failed save, then a traceback.
             likely = (
                 2 if code < 0 and code != -signal.SIGABRT else 1 if code == EXIT_SAVE_FAILED else 0
             )
@@ -231,23 +238,23 @@ class Coordinator:
             self._end(code, f"{peer} stopped: {why}", index)
 
     def on_disconnect(self, index: int, now: float) -> None:
-        """Takes in that a connection broke without a word before."""
+        """Takes in that a connection has closed. Without an exit message, the process died."""
         peer = self._peers[index]
         if not peer.left:
             peer.left = True
             self._end(EXIT_LOST, f"{peer} died at step {peer.step} ({peer.doing})", index)
 
-    # -- what follows --
+    # -- decisions --
 
     def decide(self, now: float) -> Iterator[tuple[Sequence[int], Message]]:
-        """Yields (to whom, what) for all that is to be said at this time."""
+        """Yields (indices of the receivers, message) for every message to send now."""
         present = [index for index, peer in self._peers.items() if not peer.left]
         if self.decision is None:
             self._time_out(now)
         if self._suspected is not None and now - self._suspected[0] >= SETTLE_SECONDS:
             self._end(*dataclasses.astuple(self._suspected[2]))
         if self.decision is not None:
-            # Also to those whose child has ended: they wait to hear why.
+            # Also to supervisors whose child has exited, which wait for the decision.
             yield list(self._peers), {"decision": dataclasses.astuple(self.decision)}
         elif self._running:
             for where in [where for where, who in self._waiting.items() if len(who) == self._count]:
@@ -317,7 +324,7 @@ class Coordinator:
         if here and self._first_left is not None and not self._finished and not saving:
             since, code, why = self._first_left
             if now - since > self._timeouts.lost:
-                # Not all have done what they had to: this is no good end of the run.
+                # One process has finished and others have not: this is not a normal end.
                 return self._end(code or EXIT_LOST, why)
         for peer in here:
             if now - peer.heard > self._timeouts.lost:
@@ -335,8 +342,8 @@ class Coordinator:
                     f" {mend}",
                 )
             return
-        # Who waits for the others is not to blame, and while one of them gets on, all do. Until
-        # its first step a process may have much to read and to encode.
+        # A process that waits at a barrier is not to blame, and as long as one of the others
+        # makes progress, the run does.
         waiting = set().union(*self._waiting.values())
         busy = [peer for peer in here if peer.index not in waiting] or here
         if busy and all(self._stuck(peer, now) for peer in busy):
@@ -353,13 +360,14 @@ class Coordinator:
             )
 
     def _stuck(self, peer: Peer, now: float) -> bool:
-        """Tells whether it has not got on for too long with what has a limit."""
+        """Returns whether a process has made no progress within the limit. Before the first
+        step only reading and writing have a limit, since there may be much to prepare."""
         limited = peer.phase != STARTING or bool(peer.work)
         return limited and now - peer.since > self._timeouts.step
 
     def _held_up(self, now: float) -> Iterator[str]:
-        """Yields a sentence for each process that holds the others up: by its data, or by coming to
-        its steps later than they do.
+        """Yields a sentence for each process that slows the others down: it waits for its
+        data, or reaches its steps later than they do.
         """
         window, self._looked = now - self._looked, now
         peers = [peer for _, peer in sorted(self._peers.items())]
@@ -402,8 +410,8 @@ class Coordinator:
                     )
 
     def _suspect(self, now: float, likely: int, decision: ExitDecision) -> None:
-        """Keeps of several failures the likeliest to be the reason of the others, and the first of
-        these.
+        """Remembers, of several failures, the one that most likely caused the others, and of
+        equally likely ones the first.
         """
         if self._suspected is None or likely > self._suspected[1]:
             self._suspected = self._suspected[0] if self._suspected else now, likely, decision

@@ -1,5 +1,5 @@
-"""What all processes of a run must agree on before any of them starts: config, code, versions
-and the data they read.
+"""Computes and compares fingerprints: the config, code, versions and data on which all
+processes of a run must agree before any of them starts.
 """
 
 import hashlib
@@ -19,14 +19,15 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 SOURCES = ("flamingo_jax", "configs", "data_pipelines", "launch")
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = (".json", ".model")
-"""Endings of files that are compared by their content: descriptions and tokenizers."""
+"""Suffixes of files that are compared by content: configs and tokenizers."""
 
 
 def run_fingerprint(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
-    """Gathers what processes must agree on as {kind: {name: value}}, small and JSON-able.
+    """Computes the fingerprint of this process, {kind: {name: value}}, small and JSON-able.
 
-    Datasets are known by their identities, other folders by the sizes of their files and the
-    content of the small ones.
+    Datasets are compared by their identities, other folders by the sizes of their files and
+    the
+    content of the small ones: hashing weights on every host would take too long here.
     """
     datasets = [*experiment.data.values(), *experiment.held_out.values()]
     splits = {(dataset.path, dataset.split) for dataset in datasets}
@@ -58,8 +59,9 @@ def run_fingerprint(experiment: Experiment, workdir: pathlib.Path) -> dict[str, 
 
 
 def first_difference(fingerprint: Mapping[str, Mapping[str, Any]]) -> str:
-    """Says what the first thing is that two processes disagree on, or "". fingerprint: that of
-    every process, by its name.
+    """Returns a sentence about the first difference between two processes, or "" if all agree.
+
+    fingerprint: {name of the process: its fingerprint}.
     """
     (first, expected), *others = fingerprint.items()
     for name, found in others:
@@ -92,7 +94,9 @@ _SENTENCES = {
 
 
 def _readable(describe: Callable[..., str], *place: str) -> str:
-    """Describes what lies at a place; a host whose storage fails differs from the others."""
+    """Describes the data at a path; if it cannot be read, the description differs from
+    others.
+    """
     try:
         return describe(*place)
     except OSError as error:
@@ -105,7 +109,9 @@ def _split(path: str, split: str) -> str:
 
 
 def _folder(folder: str) -> str:
-    """Describes the files of an export, a published model or a tokenizer in a few words."""
+    """Describes the files of an export, a published model or a tokenizer, with a short
+    digest.
+    """
     path = paths.as_path(folder)
     if path.is_file():
         return f"{paths.version(path).bytes} bytes, {_digest(path.read_bytes())}"

@@ -1,17 +1,17 @@
-"""Messages between processes: JSON objects, one a line, over a socket that never blocks."""
+"""Sends JSON messages between processes, one per line, over a non-blocking socket."""
 
 import json
 import socket
 from typing import Any
 
 MOST_BYTES = 16 << 20
-"""Of one message: what is longer is no message of ours."""
+"""The largest message; a longer one was not sent by this project and closes the connection."""
 Message = dict[str, Any]
 
 
 class JsonSocket:
-    """Sends and receives messages over one end of a connection. `open` is False once the other
-    end is gone.
+    """Sends and receives messages over one end of a connection. `open` becomes False when the
+    other end has closed it.
     """
 
     def __init__(self, connection: socket.socket):
@@ -24,12 +24,15 @@ class JsonSocket:
         return self._socket.fileno()
 
     def send(self, message: Message) -> None:
-        """Sends as much as goes at once, the rest with the next `send` or `take`."""
+        """Sends as much as possible without blocking, the rest at the next `send` or
+        `receive`.
+        """
         self._unsent += json.dumps(message).encode() + b"\n"
         self._flush()
 
     def receive(self) -> list[Message]:
-        """Returns what has arrived whole. What is no message of ours closes the connection."""
+        """Returns the messages that have arrived completely. Closes the connection if a line
+        is not a JSON object."""
         self._flush()
         while self.open:
             try:
@@ -42,6 +45,7 @@ class JsonSocket:
             self._received += part
             if len(self._received) > MOST_BYTES:
                 self.open = False
+        # The bytes after the last newline are the beginning of the next message.
         *whole, rest = bytes(self._received).split(b"\n")
         self._received = bytearray(rest)
         try:

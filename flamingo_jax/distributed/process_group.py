@@ -1,7 +1,7 @@
-"""All processes of a run as the training loop sees them: barriers, heartbeats, when to stop.
+"""What the training loop needs of the other processes: barriers, heartbeats, when to stop.
 
-Of several, each reports to its supervisor (`SupervisorClient`); one alone has none
-(`SingleProcess`).
+In a run of several processes each reports to its supervisor (`SupervisorClient`); a run of one
+process has none (`SingleProcess`).
 """
 
 import contextlib
@@ -33,49 +33,52 @@ log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_HEARTBEATS = 0.2
 SHUTDOWN_SECONDS = 60
-"""For which a process that ends waits for the others to end."""
+"""How long a process that ends waits for the others to end."""
 SECONDS_BETWEEN_REPORTS = 1.0
-"""Of the progress of what is read or written."""
+"""Seconds between two reports of progress to the supervisor."""
 DECISION_SECONDS = 5.0
-"""What fails because another process has died waits so long for the supervisor, which knows
-which one.
+"""How long a process that fails waits for the supervisor's decision: often it fails because
+another process has died, and only the supervisor knows which one.
 """
 
 
 class ProcessGroup(Protocol):
-    """Coordinates all processes of a run, as the training loop asks for it."""
+    """Coordinates the processes of a run. All processes call its methods in the same order."""
 
     def handling_signals(self) -> AbstractContextManager[None]:
-        """Within, a signal asks for an end at a step; before and after it ends the process at
-        once.
+        """Returns a context in which SIGTERM and SIGINT request a stop at the end of a step;
+        outside of it they end the process at once.
         """
 
     def heartbeat(self, step: int, phase: str, waited: float) -> None:
-        """Tells the others how far this one is. waited: seconds spent waiting for data so far."""
+        """Reports step and phase to the others. waited: seconds spent waiting for data so
+        far.
+        """
 
     def report_progress(self, what: str) -> None:
-        """Tells the others that this one got on with what it reads or writes, as "saving step
-        12"; "" once that is done. From any thread, as often as one likes.
+        """Reports that this process has made progress in reading or writing, such as "saving
+        step 12"; "" when that is done. May be called from any thread, as often as one likes.
         """
 
     def barrier(self, where: str) -> None:
-        """Returns once all have come to the place of this name, however long it takes the last:
-        what waits for others on a device has time limits of its own. From any thread, one a
-        name at a time.
+        """Returns once all processes have called it with the same name, however long that
+        takes. Use it before a collective if processes may arrive far apart, since collectives
+        have time limits. May be called from any thread, but only once at a time for each name.
         """
 
     def should_stop(self, step: int) -> bool:
-        """Tells whether all save and end at this step, since a signal asked one of them to.
-
-        Every process asks at every step.
+        """Returns whether all processes must save and stop at this step, because one of them
+        has received a signal. Every process must call it at every step.
         """
 
     def stop_requested(self) -> bool:
-        """Tells whether a signal asked this process to end, which needs no other one for that."""
+        """Returns whether this process may stop at once, without the others, after a
+        signal.
+        """
 
 
 class SingleProcess:
-    """Coordinates a run of one process, which has nobody to wait for."""
+    """Implements `ProcessGroup` for a run of one process: barriers return at once."""
 
     def __init__(self) -> None:
         self._asked = False
@@ -114,14 +117,15 @@ class SingleProcess:
 
 
 class SupervisorClient:
-    """Connects a supervised process to its supervisor, from its start to its end.
+    """Implements `ProcessGroup` for a process that a supervisor has started.
 
     `with SupervisorClient(process_info, timeouts) as client: client.join(...)`.
     """
 
     def __init__(self, process_info: ProcessInfo, timeouts: Timeouts):
         self._process_info, self._timeouts = process_info, timeouts
-        # Not for processes that this one starts.
+        # Removed from the environment, so that child processes do not take the socket for
+        # theirs.
         self._socket = JsonSocket(socket.socket(fileno=int(os.environ.pop(SUPERVISOR_FD))))
         self._lock = threading.Lock()
         self._going = threading.Event()
@@ -133,14 +137,14 @@ class SupervisorClient:
         return self
 
     def join(self, experiment: Experiment, workdir: pathlib.Path) -> None:
-        """Returns once all processes are there and agree, with JAX's own service running
-        between them. To be called before any device is used.
+        """Waits until all processes are connected and their fingerprints agree, then
+        initialises jax.distributed. Must be called before any device is used.
         """
         self._send({"fingerprint": run_fingerprint(experiment, workdir)})
         threading.Thread(target=self._listen, daemon=True, name="supervisor-client").start()
         self._going.wait()
-        # The supervisors notice before JAX's service does, which aborts without a word of who
-        # is gone.
+        # Much longer than our own limit: the supervisors must notice a dead process first,
+        # since JAX's coordination service aborts without naming the process that died.
         patience = round(10 * self._timeouts.lost) + 100
         jax.distributed.initialize(
             self._process_info.address,
@@ -151,11 +155,11 @@ class SupervisorClient:
             heartbeat_timeout_seconds=patience,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
-        # JAX's service listens to SIGTERM alone.
+        # JAX's coordination service handles SIGTERM only.
         signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
     def handling_signals(self) -> AbstractContextManager[None]:
-        """JAX's service listens from `join` on, and agrees with the others on the step."""
+        """Does nothing: after `join`, JAX's service handles SIGTERM and agrees on a step."""
         return contextlib.nullcontext()
 
     def heartbeat(self, step: int, phase: str, waited: float) -> None:
@@ -163,8 +167,8 @@ class SupervisorClient:
             return
         now = time.monotonic()
         if step > self._step:
-            # Powers of two, so that all processes tell of the same steps, about as often as
-            # SECONDS_BETWEEN_BEATS.
+            # A heartbeat about every SECONDS_BETWEEN_HEARTBEATS. The stride is a power of two,
+            # so that all processes report the same steps and their arrival can be compared.
             steps = (
                 SECONDS_BETWEEN_HEARTBEATS
                 * (step - self._step)
@@ -208,11 +212,12 @@ class SupervisorClient:
             code, why = error.exit_code, str(error)
         self._send({"exit": code, "why": why})
         if code in (1, EXIT_SAVE_FAILED):
-            # What it would say itself would only hide the reason.
+            # Give the supervisor time to print its decision, which names the cause, before
+            # this process prints its own traceback.
             time.sleep(DECISION_SECONDS)
 
     def leave(self, code: int) -> None:
-        """Says that this process ends as it should."""
+        """Reports that this process is about to exit with `code`, as intended."""
         self._send({"exit": code, "why": "it was asked to"})
 
     def _send(self, message: dict[str, Any]) -> None:
@@ -220,8 +225,8 @@ class SupervisorClient:
             self._socket.send(message)
 
     def _listen(self) -> None:
-        """Hears the supervisor, and ends with it: without it nobody would end this process when
-        the others are gone.
+        """Receives messages from the supervisor, and kills this process when the supervisor is
+        gone: otherwise it would wait for ever in a collective.
         """
         while self._socket.open:
             time.sleep(0.05)

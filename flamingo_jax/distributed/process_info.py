@@ -1,4 +1,4 @@
-"""Which process of a run this is, and where the others meet."""
+"""Detects the index of this process, the number of processes and the address of process 0."""
 
 import dataclasses
 import importlib.util
@@ -13,7 +13,7 @@ from flamingo_jax.errors import UserError
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 DETECTION_SECONDS = 300
 LAST_PORT = 65_534
-"""The highest that the coordinator may have: the one after it is used as well."""
+"""The highest port of the coordinator, since the port after it is used as well."""
 
 TASKS = {
     "SLURM_NTASKS": "SLURM_PROCID",
@@ -21,24 +21,25 @@ TASKS = {
     "PMI_SIZE": "PMI_RANK",
     "WORLD_SIZE": "RANK",
 }
-"""Variables that hold the number of a job's tasks, and what stands beside each in every task.
-"""
+"""{variable with the number of tasks of a job: variable that every task of the job has}."""
 HOSTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
-"""Variables that list the hosts of a TPU slice, with commas between them."""
+"""Variables with the comma-separated hosts of a TPU slice."""
 SLICES = "MEGASCALE_NUM_SLICES"
 POD = "JOB_COMPLETION_INDEX"
-"""Of a pod of an indexed Job in Kubernetes, which does not say how many there are."""
+"""The index of a pod in an indexed Job of Kubernetes, which does not set the number of
+pods.
+"""
 ACCELERATORS = ("accel[0-9]*", "vfio/[0-9]*")
-"""A TPU's device files in /dev."""
+"""Device files of a TPU in /dev."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ProcessInfo:
-    """Tells that this is process `index` of `count`.
+    """Identifies this process as process `index` of `count`.
 
-    address: host:port of process 0, where JAX's own service listens; this run's supervisors
-      meet at the port after it.
-    local_devices: the devices of this host that are this process's; None for all of them.
+    address: host:port of process 0, where JAX's coordination service listens. The supervisor
+      of process 0 listens on the port after it.
+    local_devices: ids of the devices of this host that this process uses; None for all.
     """
 
     index: int
@@ -57,14 +58,13 @@ def detect_process(
 ) -> ProcessInfo | None:
     """Detects which process of its run this one is.
 
-    It is what is given, else the environment variables above, else what JAX finds on TPU pods,
-    SLURM and Open MPI. A number of processes alone is one that the latter must agree with.
+    The arguments win over the environment variables above, and these over what JAX detects on
+    TPU pods, under SLURM and Open MPI. A `count` alone must agree with what JAX detects.
 
     Returns: None for a run of one process.
-    Raises: UserError where only a part is known, it does not fit together, or the environment
-      tells
-      of several tasks whose places cannot be found: each would be a run of its own, all of them
-      in one workdir. A `count` of 1 says that it shall be.
+    Raises: UserError when only a part is known, when the values contradict each other, or when
+      the environment shows several tasks whose indices cannot be found: each of them would
+      start a run of its own, all in the same workdir. Pass a `count` of 1 if that is wanted.
     """
     address = address or os.environ.get(ADDRESS)
     count = _number(COUNT) if count is None else count
@@ -114,7 +114,7 @@ def _checked(process_info: ProcessInfo) -> ProcessInfo:
 
 
 def _require_alone() -> None:
-    """Raises a UserError where the environment tells of further tasks than this one."""
+    """Raises a UserError if the environment shows that there are several tasks."""
     environment = os.environ
     told = [f"{name}={environment[name]}" for name in HOSTS if "," in environment.get(name, "")]
     for name, beside in (*TASKS.items(), (SLICES, SLICES)):
@@ -147,29 +147,29 @@ def _number(name: str) -> int | None:
 
 
 def _detect() -> ProcessInfo | None:
-    """Finds what JAX itself would; None where it knows of no cluster."""
+    """Asks JAX, as jax.distributed.initialize does; None if it detects no cluster."""
     detect = _detection()
     if detect is None:
         return None
     try:
         address, count, index, devices = detect(None, None, None, None, None, DETECTION_SECONDS)
     except (TypeError, ValueError):
-        # It takes or gives something else by now, or reads a variable that is not as it should
-        # be.
+        # The function is private and may have changed, or a variable is malformed.
         return None
     if address is None or count is None or index is None:
         return None
     host, _, port = address.rpartition(":")
     if port == str(LAST_PORT + 1):
-        # One SLURM job in 4,096 gets it. All of its tasks come here.
+        # JAX derives the port from the SLURM job id, and one job in 4,096 gets the highest
+        # one. All tasks of the job come here, so they agree on the port that replaces it.
         address = f"{host}:{LAST_PORT - 1}"
-    # JAX reads these itself where it is not given any.
+    # JAX reads this variable itself if it is not given any local devices.
     told = "JAX_LOCAL_DEVICE_IDS" in os.environ
     return ProcessInfo(index, count, address, None if devices is None or told else tuple(devices))
 
 
 def _detection() -> Any:
-    """Returns JAX's function for it, which has no public name; None where it has moved."""
+    """Returns JAX's detection function, which is private; None if it has moved."""
     try:
         from jax._src.clusters import ClusterEnv
 

@@ -1,11 +1,12 @@
-"""Whether a process has a supervisor, and by which socket it speaks with it."""
+"""Tells a process whether a supervisor started it, and the socket that connects the two.
+
+In a file of its own, so that a command can check this before it imports jax.
+"""
 
 import os
 
 SUPERVISOR_FD = "FLAMINGO_JAX_SUPERVISOR_FD"
-"""The environment variable that holds the file descriptor of a supervised process's socket to
-its supervisor.
-"""
+"""The environment variable with the file descriptor of the socket to the supervisor."""
 
 
 def is_supervised() -> bool:

@@ -1,9 +1,10 @@
-"""A process beside each process of a run of several: it starts it, watches it, and ends it with
-a sentence when the others are gone.
+"""Supervises a process of a run: starts it, watches it, and ends it with an error message when
+other processes are gone.
 
-A process that waits for a dead one waits for ever, or is aborted by JAX's service, without a
-word of which one it was. So the command starts itself once more as its child, which trains; the
-parent keeps a connection to process 0's parent, which knows them all (`Coordinator`).
+A process that waits for a dead one in a collective waits for ever, or is aborted by JAX's
+coordination service without a message that names the dead one. So the command starts itself
+once more as a child, which trains. The parent, the supervisor, keeps a connection to the
+supervisor of process 0, whose `Coordinator` knows all processes.
 """
 
 import contextlib
@@ -48,20 +49,22 @@ log = logging.getLogger("launch")
 TICK = 0.1
 HEARTBEAT_EVERY = 1.0
 GRACE_SECONDS = 10.0
-"""How long a child that has said how it ends may take to do so; and process 0 to hear that all
-have.
+"""How long a child may take to exit after it has announced it, and how long process 0 waits
+for the others to exit.
 """
 SEEN_SECONDS = 30.0
-"""Until a file that another host wrote must be seen: network storage may keep what it knew for
-so long.
+"""How long a file written by another host may take to become visible: network storage caches
+the content of folders.
 """
 
 
 def supervise(
     process_info: ProcessInfo, timeouts: Timeouts, command: Sequence[str], workdir: pathlib.Path
 ) -> int:
-    """Runs `command` as this process of the run; returns the exit code, the reason on stderr where
-    there is one.
+    """Runs `command` as a child that is process `process_info.index` of the run.
+
+    Returns: the exit code of this process. If the run ended for another reason than the
+      child's own, the reason is printed to stderr.
     """
     return _Supervisor(process_info, timeouts, workdir).run(command)
 
@@ -82,7 +85,7 @@ class _Supervisor:
         """The exit code that the child has announced, and when."""
         self._waiting: list[Message] = []
         self._saved = -timeouts.lost
-        """When the child last told that it got on with a save."""
+        """When the child last reported progress of a save."""
         self._workdir_lock: FolderLock | None = None
         self._storage_checked: queue.SimpleQueue[Message] = queue.SimpleQueue()
 
@@ -92,7 +95,7 @@ class _Supervisor:
         child = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
         theirs.close()
         child_socket = JsonSocket(ours)
-        # A signal to one of the two is for the child, which knows what to save.
+        # Forward signals to the child, which saves and exits.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _: _signal(child, number))
         try:
@@ -115,7 +118,7 @@ class _Supervisor:
             for message in child_socket.receive():
                 self._from_child(message, now)
             if ended is not None and self._announced is None:
-                # Until it listens to these they end it outright.
+                # Before the child handles these signals they simply kill it.
                 asked = ended in (-signal.SIGTERM, -signal.SIGINT)
                 self._leave(EXIT_PREEMPTED if asked else ended, _describe_exit(ended), now)
             if self._server is not None:
@@ -145,23 +148,24 @@ class _Supervisor:
                     selector.register(json_socket, selectors.EVENT_READ)
             selector.select(TICK)
         if not child_socket.open:
-            # Nothing will wake it any more until the child's end is seen.
+            # A closed socket is not selected, so wait here until the child has exited.
             time.sleep(TICK / 2)
 
-    # -- how it ends --
+    # -- the exit code --
 
     def _code(self, ended: int | None, now: float) -> int | None:
-        """Returns the exit code once it is known, and None until then."""
+        """Returns the exit code of this process, or None while it must go on."""
         announced = self._announced
         if announced is not None and announced[0] in (0, EXIT_PREEMPTED):
-            # Well ended; a child that does not come to its end is ended.
+            # The child has finished or was preempted; one that does not exit in time is
+            # killed.
             return (
                 announced[0]
                 if ended is not None or now - announced[1] > self._timeouts.lost
                 else None
             )
         if self._decision is not None:
-            # It has said, or is about to say, so itself.
+            # If the decision is about this child, its own message and exit code are used.
             mine = announced is not None and (
                 announced[0] == self._decision.code or self._is_about_this(self._decision)
             )
@@ -178,19 +182,19 @@ class _Supervisor:
             ):
                 return None
             if ended is None and now - self._saved < self._timeouts.lost:
-                # All of that checkpoint is on disk but its manifest, without which it counts
-                # for nothing.
+                # Let the child complete a save in progress: without its manifest the
+                # checkpoint would be lost.
                 return None
             print(f"error: {self._decision.why}", file=sys.stderr, flush=True)
             return self._decision.code
         if announced is not None and now - announced[1] > GRACE_SECONDS:
-            # Nobody is left to ask.
+            # The coordinator has not decided in time.
             return announced[0] if announced[0] > 0 else EXIT_LOST
         return None
 
     def _patience(self, decision: ExitDecision) -> float:
-        """Returns the seconds that the child has to end by itself: what ends all processes at
-        the same step may find it in the middle of its last save.
+        """Returns the seconds that the child has to exit by itself, longer for decisions after
+        which it may still be saving.
         """
         if not self._started or decision.code in (EXIT_LOST, EXIT_HUNG):
             return 0.0
@@ -204,7 +208,7 @@ class _Supervisor:
         return decision.index == self._process_info.index
 
     def _finish(self, code: int) -> int:
-        """Waits, as process 0, until all have heard how the run ends."""
+        """Lets process 0 serve until all other processes know how the run ends."""
         deadline = time.monotonic() + (
             self._timeouts.lost if code in (0, EXIT_PREEMPTED) else GRACE_SECONDS
         )
@@ -240,8 +244,8 @@ class _Supervisor:
             self._waiting.append(message)
 
     def _connect(self, now: float) -> None:
-        """Connects to process 0's supervisor, tries again until it is there, and shows it that
-        this process lives.
+        """Connects to the supervisor of process 0, retrying until it answers, and then sends
+        heartbeats.
         """
         if self._upstream is None and self._decision is None:
             with contextlib.suppress(OSError):
@@ -279,8 +283,7 @@ class _Supervisor:
         if "log" in message and self._decision is None:
             log.info("%s", message["log"])
         if "check_storage" in message:
-            # Storage that does not answer must not keep this process from showing that it
-            # lives.
+            # In a thread, since storage that hangs must not stop the heartbeats.
             threading.Thread(
                 target=self._check_storage, args=(message["check_storage"],), daemon=True
             ).start()
@@ -306,7 +309,7 @@ class _Supervisor:
         self._storage_checked.put({"storage_checked": stage, "problem": problem})
 
     def _lock_workdir(self) -> str:
-        """Locks the workdir for the run; returns why it cannot, or ""."""
+        """Locks the workdir for the run. Returns the reason if that is impossible, else ""."""
         if self._process_info.index == 0:
             try:
                 self._workdir_lock = FolderLock(self._workdir, "a run")
@@ -333,7 +336,7 @@ class _Supervisor:
 
 
 class _CoordinatorServer:
-    """Answers the supervisors of all processes, beside that of process 0."""
+    """Connects the `Coordinator` to the supervisors of all processes; runs in process 0."""
 
     def __init__(self, process_info: ProcessInfo, timeouts: Timeouts):
         self._coordinator, self._address = (
@@ -363,7 +366,7 @@ class _CoordinatorServer:
         )
 
     def serve(self, now: float) -> None:
-        """Hears who has something to say and answers."""
+        """Accepts connections, receives messages and sends the coordinator's answers."""
         while True:
             try:
                 connection, _ = self._listening.accept()
@@ -375,7 +378,7 @@ class _CoordinatorServer:
                 for message in json_socket.receive():
                     self._receive(json_socket, message, now)
             except (KeyError, TypeError, ValueError):
-                # Whoever this is, it is no process of the run.
+                # A malformed message: the peer is not a process of this run.
                 json_socket.close()
             if not json_socket.open:
                 index = self._sockets.pop(json_socket)
@@ -439,7 +442,9 @@ class _CoordinatorServer:
 
 
 def _check_storage(workdir: pathlib.Path, stage: str, process_info: ProcessInfo) -> str:
-    """Does one stage of the look at the storage; returns what is wrong with it, or ""."""
+    """Runs one stage of the storage check (`coordinator.STAGES`). Returns the problem, or
+    "".
+    """
     mine = [workdir / f".preflight-{index}" for index in range(process_info.count)]
     try:
         if stage == "write":
@@ -470,7 +475,7 @@ def _signal(child: "subprocess.Popen[bytes]", number: int) -> None:
 
 
 def _describe_exit(code: int) -> str:
-    """Says in words how a child ended."""
+    """Describes the exit of a child in words. code: as of `subprocess.Popen.poll`."""
     if code >= 0:
         return f"it ended with exit code {code}; its log says why"
     name = signal.Signals(-code).name
