@@ -150,7 +150,7 @@ class Resampler(nnx.Module):
 
     def time_embeddings(self, frames: int) -> Array:
         """Returns the time embeddings float32 [frames, D]: the first `frames` of them, or for
-        more frames than were trained a linear interpolation (paper A.1.1: 8 frames in
+        more frames than were trained a linear interpolation (in the paper 8 frames in
         training, 30 at inference).
         """
         trained = self.config.frames

@@ -1,5 +1,5 @@
-"""Which caption belongs to which image, and the other way round (paper B.1.3, equations 4 and
-5).
+"""The contrastive stage's task: match images to captions and captions to images over the whole
+batch, as CLIP does (paper B.1.3, equations 4 and 5).
 """
 
 import jax
@@ -22,27 +22,27 @@ def contrastive_loss(
     same: Array | None = None,
     real: Array | None = None,
 ) -> tuple[Array, Array]:
-    """Softmax cross-entropy over the batch, image to text plus text to image.
+    """Computes softmax cross-entropy over the batch, image to text plus text to image.
 
     Args:
-      images, texts: float32 [B, J] of length 1, row by row a pair. scale: the inverse
-        temperature.
-      label_smoothing: the share of each target that is spread over the batch.
-      same: bool [B, B], True where two pairs have the same caption and so share the target; by
-        default only a pair itself.
-      real: bool [B], False on rows that hold no pair: they have no loss and are nobody's
-        negative. By default all are real.
+      images, texts: float32 [B, J] of length 1; row b of both is a pair.
+      scale: scalar, the inverse temperature.
+      label_smoothing: the share of each target that is spread evenly over the batch.
+      same: bool [B, B], True where two pairs have equal captions, which are then both
+        positives; by default only a pair itself.
+      real: bool [B], False for padding rows, which have no loss and are no negatives. By
+        default all rows are real.
 
-    Returns: the loss, a mean over pairs, and the share of images whose own caption (or one
-      equal to it) scores highest.
+    Returns: the loss, a mean over pairs, and the accuracy: the share of images whose own
+      caption (or an equal one) scores highest.
     """
     batch = images.shape[0]
     same = jnp.eye(batch, dtype=bool) if same is None else same
     real = jnp.ones((batch,), bool) if real is None else real
-    # What is no pair is not multiplied, be it with the zero of its gradient.
+    # Padding rows are zeroed before any product: NaN times a zero gradient would be NaN.
     images, texts = (jnp.where(real[:, None], a, 0.0) for a in (images, texts))
-    # In full float32: accelerators multiply with less by default, and the inverse temperature
-    # grows to 100.
+    # [B, B] in full float32: accelerators multiply with lower precision by default, and the
+    # inverse temperature grows to 100.
     logits = scale * jnp.matmul(images, texts.T, precision=jax.lax.Precision.HIGHEST)
     both, count = real[:, None] & real[None], jnp.maximum(real.sum(), 1)
     logits, same = jnp.where(both, logits, MASKED), same & both
@@ -57,25 +57,30 @@ def contrastive_loss(
 
 
 def jittered_images(batch: Batch) -> Array:
-    """Jitters the colours of pairs' images, where the batch says how."""
+    """Jitters the colours of the images [B, H, W, 3], where the batch has a `jitter` array."""
     if "jitter" not in batch:
         return batch["images"]
     return jittered(batch["images"][:, None], batch["jitter"][:, None])[:, 0]
 
 
 class ContrastiveTask:
-    """Batches: images uint8 [B, H, W, 3], tokens int32 [B, L], mask bool [B, L], and jitter
-    float32 [B, 6] where colours are to be jittered (`processing.jitter`); every row is every
-    other's negative.
+    """Contrastive training of image and text encoders; all other rows of a batch are
+    negatives.
 
-    A row without one token in its mask holds no pair. Arrays [P, B / P, ...], as `microbatches`
-    makes them, are encoded part after part, and again for the gradient, so that a large batch
-    fits in memory; similarities are over the whole batch all the same.
+    A batch holds
+      images: uint8 [B, H, W, 3];
+      tokens: int32 [B, L]; mask: bool [B, L], True for real tokens. A row without any is
+      padding; jitter: float32 [B, 6], the parameters of colour jitter (`processing.jitter`),
+      optional.
+
+    Arrays [P, B / P, ...], as `microbatches` makes them, are encoded part by part and
+    recomputed in the backward pass, so that a large batch fits in memory; the similarities are
+    still over the whole batch.
     """
 
     packs = False
-    """A dataset's batch is thousands of pairs, which fill any product; two at a time would only
-    take twice the memory.
+    """A batch of one dataset has thousands of pairs, enough for efficient products; two
+    datasets at a time would only take twice the memory.
     """
 
     def __init__(self, config: ContrastiveConfig):
@@ -109,8 +114,8 @@ class ContrastiveTask:
     def _encode(
         self, model: DualEncoder, batch: Batch, key: Array | None
     ) -> tuple[Array, Array, Array, Array]:
-        """Both sides' vectors [B, J], and the texts they are of as one part: tokens, mask [B,
-        L].
+        """Encodes a batch, part by part if it has parts -> images and texts [B, J], and the
+        tokens and mask [B, L] in the same order.
         """
 
         def encode(arrays: tuple[Batch, Array | None]) -> tuple[Array, Array]:
@@ -123,14 +128,15 @@ class ContrastiveTask:
             return *encode((batch, key)), tokens, mask
         keys = None if key is None else jax.random.split(key, tokens.shape[0])
         images, texts = jax.lax.map(jax.checkpoint(encode, prevent_cse=False), (batch, keys))
+        # [P, B / P, ...] -> [B, ...], undoing the stride of split_rows.
         images, texts, tokens, mask = (
             a.swapaxes(0, 1).reshape(-1, a.shape[-1]) for a in (images, texts, tokens, mask)
         )
         return images, texts, tokens, mask
 
     def microbatches(self, batch: Batch, count: int) -> Batch:
-        """One part, since the loss is no sum over rows, which `losses` itself encodes in `count`
-        parts: [1, count, B / count, ...].
+        """Makes one microbatch [1, count, B / count, ...], since the loss is no sum over rows:
+        `losses` encodes it in `count` parts.
         """
         return {name: a[None] for name, a in split_rows(batch, count).items()}
 

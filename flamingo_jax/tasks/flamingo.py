@@ -1,5 +1,5 @@
-"""The Flamingo stage: likelihood of text given the visuals interleaved with it (paper equation
-1).
+"""The Flamingo stage's task: the likelihood of text given the visuals interleaved with it
+(paper equation 1).
 """
 
 import jax
@@ -17,9 +17,9 @@ VISUAL_ARRAYS = (*BY_VISUAL, "visuals")
 
 
 def drop_blanks(batch: Batch) -> Batch:
-    """Drops the blanks that fill a batch's list of visuals up for the mesh's `model` axis
-    (`partitioning.host_shard`): M = B * N, in the order of rows. Where there are none, images
-    stay where they lie.
+    """Drops the blank visuals that pad a batch's list for the mesh's `model` axis
+    (`partitioning.host_shard`): afterwards M = B * N, in the order of rows. Without blanks the
+    images keep their sharding.
     """
     rows, places = batch["visuals"].shape
     groups = row_shards() if rows % row_shards() == 0 else 1
@@ -27,7 +27,8 @@ def drop_blanks(batch: Batch) -> Batch:
     def real(a: jax.Array) -> jax.Array:
         if a.shape[0] == rows * places:
             return a
-        # Gathered over `model` first: the compiler would send a slice of it place by place.
+        # All-gathered over `model` first: the compiler would otherwise send the slice of a
+        # sharded axis in many small pieces. Each shard's blanks are at its end.
         return (
             constrain(a, ROWS)
             .reshape(groups, -1, *a.shape[1:])[:, : rows // groups * places]
@@ -39,14 +40,14 @@ def drop_blanks(batch: Batch) -> Batch:
 
 
 def mask_unreadable(batch: Batch) -> Batch:
-    """Masks what could not be read: a visual in `visuals` without one frame, and every segment
-    of which a token looks at such a visual.
+    """Masks visuals that could not be decoded (those in `visuals` without any real frame), and
+    every segment with a token that attends to such a visual: it gets no loss and no visual.
 
-    Such a segment has nothing to learn and nothing to see. It is masked here and not where rows
-    are made, since processes that read the same rows decode different visuals of them, and know
-    nothing of the others' failures.
+    This happens here, on the device, and not where rows are packed: processes that read the
+    same rows decode different visuals of them, and do not know of each other's failures.
     """
     visuals, segments, index = batch["visuals"], batch["segments"], batch["media_index"]
+    # [B, N] visuals that failed -> [B, L] tokens that attend to one -> [B, L] their segments.
     failed = (visuals >= 0) & ~batch["frame_mask"].reshape(*visuals.shape, -1).any(-1)
     looks = ((index[:, :, None] == jnp.arange(visuals.shape[1])) & failed[:, None]).any(-1)
     lost = ((segments[:, :, None] == segments[:, None]) & looks[:, None]).any(-1)
@@ -59,26 +60,28 @@ def mask_unreadable(batch: Batch) -> Batch:
 
 
 def masked_batch(batch: Batch) -> Batch:
-    """Makes a batch what the model reads: no blanks, and what could not be read masked. A batch
-    of texts, and one that this was done to, is left as it is.
+    """Prepares a batch for the model: `drop_blanks`, then `mask_unreadable`. Idempotent;
+    text-only batches stay as they are.
     """
     return mask_unreadable(drop_blanks(batch)) if "frame_mask" in batch else batch
 
 
 def jittered_images(batch: Batch) -> jax.Array:
-    """Jitters the colours of a batch's images, where it says how."""
+    """Jitters the colours of a batch's images, where it has a `jitter` array."""
     return jittered(batch["images"], batch["jitter"]) if "jitter" in batch else batch["images"]
 
 
 @jax.jit
 def text_only(batch: Batch) -> Batch:
-    """Takes every visual away from a batch; the text that remains is that of `masked_batch`."""
+    """Removes every visual from a batch, after `masked_batch`, so that both score the same
+    tokens.
+    """
     return {name: a for name, a in masked_batch(batch).items() if name not in VISUAL_ARRAYS}
 
 
 def _visual_tokens(model: Flamingo, batches: list[Batch]) -> jax.Array | None:
-    """Encodes all datasets' visuals, their images as one batch of the encoder -> visual tokens as
-    `Flamingo.hidden_states` takes them; None without visuals.
+    """Encodes and resamples all datasets' visuals, in one batch -> visual tokens [S, V, R, D]
+    as `Flamingo.hidden_states` takes them; None without visuals.
     """
     if not batches:
         return None
@@ -90,12 +93,24 @@ def _visual_tokens(model: Flamingo, batches: list[Batch]) -> jax.Array | None:
 
 
 class FlamingoTask:
-    """Batches: tokens, positions, segments, media_index int32 [B, L], loss_mask bool [B, L],
-    visuals int32 [B, N], frame_mask bool [M, T] and images uint8 [M, T, H, W, 3], or in their
-    place the frozen encoder's `features` [M, T, S, C]. M = B * N, row b owning the places b * N
-    + n, or as much more as fills up each row shard's part for the mesh's `model` axis. Where
-    the colours of images are to be jittered, jitter float32 [M, T, 6] says how
-    (`processing.jitter`).
+    """Next-token prediction on text interleaved with visuals.
+
+    A batch holds
+      tokens, positions, segments, media_index: int32 [B, L], see `PackedText`;
+      loss_mask: bool [B, L], True where a token is a target;
+      visuals: int32 [B, N], indices into M, -1 for none;
+      frame_mask: bool [M, T], True for real frames;
+      images: uint8 [M, T, H, W, 3], or instead `features` [M, T, cells, C] of a frozen
+      encoder; jitter: float32 [M, T, 6], the parameters of colour jitter
+      (`processing.jitter`), optional.
+
+    M = B * N, where row b's visual n is number b * N + n; or more, with blanks that pad each
+    row shard's part to a multiple of the mesh's `model` axis. Text-only batches have the first
+    four and loss_mask.
+
+    Args:
+      reduction: see `token_losses`.
+      use_visuals: False trains on the text alone.
     """
 
     packs = True
@@ -130,11 +145,9 @@ class FlamingoTask:
         return loss_weight(masked_batch(batch), self.reduction)
 
     def microbatches(self, batch: Batch, count: int) -> Batch:
-        """Rows and their visuals stay together; `visuals` counts from the start of its own
-        part.
-        """
+        """Splits rows together with their visuals, and renumbers `visuals` within each part."""
         batch, rows = masked_batch(batch), batch["tokens"].shape[0]
-        # A row with its visuals is [N, ...] of what is [B * N, ...].
+        # [B * N, ...] -> [B, N, ...], so that rows and visuals are split alike.
         by_row = {
             name: constrain(a, ROWS).reshape(rows, -1, *a.shape[1:]) if name in BY_VISUAL else a
             for name, a in batch.items()
@@ -152,7 +165,7 @@ class FlamingoTask:
         return text_only(batch)
 
     def watch(self, trainable: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """tanh of the gates, by block (paper figure 6)."""
+        """Returns tanh of every block's gates, [blocks] each (paper figure 6)."""
         gates = {
             "attention": "gated_xattn/layers/attention_gate",
             "dense": "gated_xattn/layers/dense_gate",

@@ -1,12 +1,13 @@
-"""Model FLOPs: what the products of a step need, for model FLOPs utilisation (MFU = model FLOPs
-/ (seconds * peak of the devices)).
+"""Counts the model FLOPs of a training step, for model FLOPs utilisation (MFU = model FLOPs /
+(seconds * peak FLOPs per second of the devices)).
 
-A multiplication and its addition are two. For each vector that a weight meets, a trained weight
-costs 6 (forward, and the gradients of its input and of itself), a frozen one behind trained
-ones 4 (no gradient of itself), the first trained one behind frozen ones 4 (none of its input),
-and a frozen one before all trained ones 2. Only real tokens, visuals and frames meet weights
-here. Attention's products of activations with each other, padding, whatever is computed twice
-to save memory, and the optimizer count nothing, so that MFU errs low.
+A multiply-add is two FLOPs. Per token (or visual, or frame) a weight costs
+  6 if it is trained: forward, gradient of its input, gradient of itself;
+  4 if it is frozen, but comes after trained weights: no gradient of itself;
+  4 if it is the first trained weight: no gradient of its input;
+  2 if it is frozen and comes before all trained weights.
+Only real tokens, visuals and frames are counted. Attention scores, padding, recomputation
+(remat) and the optimizer are not, so that MFU is underestimated rather than overestimated.
 """
 
 import math
@@ -32,26 +33,26 @@ PEAKS = (
     (r"NVIDIA (H100 \d+GB HBM3|G?H200.*)", 989e12),
     ("NVIDIA A100.*", 312e12),
 )
-"""Regular expressions over a device's kind -> dense bfloat16 FLOPs a second, as the makers
-publish them.
+"""Regular expressions of `jax.Device.device_kind` -> dense bfloat16 FLOPs per second, as
+published by the makers.
 """
 
 _LAYER = "layers/(attention/)?(query|key|value|out)|layers/feed_forward/(gate|up|down)"
 
 
 class Work(NamedTuple):
-    """What is real in a batch."""
+    """Counts of what is real, not padding, in a batch."""
 
     tokens: int = 0
     looking_tokens: int = 0
-    """Those of datasets with visuals, which the gated blocks' attention is computed for."""
+    """Tokens of datasets with visuals, for which cross-attention is computed."""
     visuals: int = 0
     """Pairs in the contrastive stage."""
     frames: int = 0
 
 
 class Cost(NamedTuple):
-    """FLOPs of an update for one of each; the fields are those of `Work`."""
+    """FLOPs of an update per unit of each field of `Work`, in the same order."""
 
     token: int = 0
     looking_token: int = 0
@@ -59,20 +60,20 @@ class Cost(NamedTuple):
     frame: int = 0
 
     def of(self, work: Work) -> int:
-        """FLOPs for all of the work."""
+        """Computes the FLOPs of all the work."""
         return sum(cost * count for cost, count in zip(self, work, strict=True))
 
 
 def work_in(batches: Iterable[Mapping[str, Any]]) -> Work:
-    """Counts the real work in any task's batches, of numpy or traced jax arrays; each count is
-    of the same kind as the arrays.
+    """Counts the real work in any task's batches, of numpy or traced JAX arrays; the counts
+    are arrays of the same kind.
     """
     works = [_work_in(batch) for batch in batches]
     return Work(*(sum(counts) for counts in zip(*works, strict=True)))
 
 
 def _work_in(batch: Mapping[str, Any]) -> Work:
-    if "mask" in batch:
+    if "mask" in batch:  # Contrastive: images and captions.
         pairs = batch["mask"].any(1).sum()
         return Work(batch["mask"].sum(), 0, pairs, pairs)
     tokens = (batch["segments"] > 0).sum()
@@ -82,12 +83,12 @@ def _work_in(batch: Mapping[str, Any]) -> Work:
 
 
 def computed_tokens(batches: Iterable[Mapping[str, Any]]) -> int:
-    """Counts the tokens that the batches have room for: all that are computed, padding too."""
+    """Counts all tokens of the batches, padding included."""
     return sum(batch["tokens"].size for batch in batches)
 
 
 def step_cost(experiment: Experiment) -> Cost:
-    """What the experiment's update costs, from the real modules traced abstractly."""
+    """Computes the cost of the experiment's update, from the shapes of the real model."""
     model: Any = nnx.eval_shape(
         lambda: stages.build_model(experiment, nnx.Rngs(params=jax.random.key(0)))
     )
@@ -106,8 +107,8 @@ def step_cost(experiment: Experiment) -> Cost:
         return sum(named(pattern, prefix).values())
 
     def language_model(prefix: str, each: int) -> int:
-        """FLOPs a token at `each` for a weight; of one that is trained by updates it is frozen,
-        behind trained ones.
+        """Computes FLOPs per token of a language model whose weights cost `each`; with LoRA
+        its own matrices cost 4 (frozen after trained ones) and the updates 6.
         """
         head = "embedding" if f"{prefix}head" not in sizes else "head"
         return sum(
@@ -140,8 +141,9 @@ def step_cost(experiment: Experiment) -> Cost:
     encoder *= 0 if experiment.training.cache_features else 3 if encoder_trains else 1
     visual_token = weights("visual_projection|gated_xattn/layers/(key|value)")
     layers, kind = weights(_LAYER, "resampler/"), config.resampler.kind
-    # What layers meet: the perceiver's latents all of them, its cells keys and values alone;
-    # the transformer's latents and cells all; the MLP's cells all, and its map every channel.
+    # Which weights of a layer are multiplied with what: in the perceiver, latents with all and
+    # cells with keys and values; in the transformer, latents and cells with all; in the MLP,
+    # cells with all, and its map from cells to tokens with every channel.
     latent = {"perceiver": layers, "transformer": layers, "mlp": 0}[kind]
     of_cell = weights("resampler/layers/(key|value)") if kind == "perceiver" else layers
     channels = weights("resampler/cells_to_tokens") * config.resampler.width
@@ -155,9 +157,8 @@ def step_cost(experiment: Experiment) -> Cost:
 
 
 def encoder_cost(encoder: Any, image_size: int) -> tuple[int, int]:
-    """FLOPs forward of a vision encoder for one image, and the cells of its grid.
-
-    `encoder` may hold shapes for arrays.
+    """Computes the forward FLOPs of a vision encoder for one image, and the number of cells of
+    its grid. The encoder's arrays may be ShapeDtypeStructs.
     """
     graph, state = nnx.split(encoder)
     image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
@@ -168,9 +169,10 @@ def encoder_cost(encoder: Any, image_size: int) -> tuple[int, int]:
 
 
 def product_flops(jaxpr: Jaxpr) -> int:
-    """FLOPs of the matrix products and (forward) convolutions in a traced function. A scan's
-    body counts as often as it runs, where the compiler's own analysis counts it once; a `while`
-    and each branch of a `cond` count once.
+    """Counts the FLOPs of the matrix products and (forward) convolutions of a traced function.
+
+    A scan's body counts once per iteration (XLA's own cost analysis counts it once); a `while`
+    body and every branch of a `cond` count once.
     """
     total = 0
     equation: Any
@@ -194,6 +196,7 @@ def product_flops(jaxpr: Jaxpr) -> int:
 
 
 def _inner(parameters: Mapping[str, Any]) -> list[Jaxpr]:
+    """Collects the jaxprs among an equation's parameters: bodies of jit, scan, cond, ..."""
     leaves = jax.tree.leaves(dict(parameters), is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr))
     return [
         x.jaxpr if isinstance(x, ClosedJaxpr) else x
@@ -203,7 +206,7 @@ def _inner(parameters: Mapping[str, Any]) -> list[Jaxpr]:
 
 
 def peak_flops(kind: str) -> float | None:
-    """Bfloat16 FLOPs a second of a device (`jax.Device.device_kind`), the yardstick whatever
-    type is computed in; None where not known.
+    """Returns the peak bfloat16 FLOPs per second of a `jax.Device.device_kind`, against which
+    MFU is measured whatever the compute dtype; None for an unknown device.
     """
     return next((peak for pattern, peak in PEAKS if re.fullmatch(pattern, kind)), None)

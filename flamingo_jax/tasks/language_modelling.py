@@ -1,4 +1,4 @@
-"""Next-token prediction on text alone: the stage that makes the language model."""
+"""The language modelling stage's task: next-token prediction on text alone."""
 
 import jax
 
@@ -9,7 +9,9 @@ from flamingo_jax.tasks.token_loss import loss_weight, token_losses
 
 
 class LanguageModellingTask:
-    """Batches hold tokens, positions, segments int32 [B, L] and loss_mask bool [B, L]."""
+    """Next-token prediction on packed text. A batch holds tokens, positions, segments int32
+    [B, L] and loss_mask bool [B, L]; see `PackedText` and `token_losses`.
+    """
 
     packs = True
 

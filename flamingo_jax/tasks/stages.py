@@ -1,5 +1,5 @@
-"""The three stages: which model and task each has, and which frozen parts it takes from the
-stages before it.
+"""The three training stages (contrastive, language modelling, Flamingo): the model and task of
+each, and the parts that it takes pretrained from earlier stages.
 """
 
 from collections.abc import Collection, Mapping
@@ -24,12 +24,14 @@ MODEL_FIELD = {
     "language_modelling": "language_model",
     "flamingo": "flamingo",
 }
-"""Task -> the field of Experiment that declares its model; also the kind of its export."""
+"""Task -> the field of Experiment with its model's config; also the `kind` of its export."""
 
 
 class ExportPath(NamedTuple):
-    """Where a part stands in an export, "" for at the top. parameters: the prefix of their
-    names. config: its key in the export's.
+    """Where an export holds a part.
+
+    parameters: the prefix of its parameters' names; "" for none.
+    config: the key of its config within the export's; "" for all of it.
     """
 
     parameters: str = ""
@@ -43,28 +45,29 @@ EXPORT_PATHS = {
     },
     "language_model": {"language_model": ExportPath()},
 }
-"""Part -> the kinds of export that hold it, the one of its own stage first -> where it stands
-in them.
-"""
+"""{part: {kind of an export that holds it: where}}; the kind of the part's own stage first."""
 
 
 class PretrainedPart(NamedTuple):
     """A part of the model whose weights come from an export or a published model."""
 
     name: str
-    """Of the part in this model, also the prefix of its parameters; "" for all of it."""
+    """Name of the part in this model, the prefix of its parameters; "" for the whole model."""
     folder: str
     """Exported or published folder, or "random" for untrained weights (benchmarks, tests)."""
     config: Any
-    """The part's configuration here."""
+    """The part's config in this experiment."""
     field: str
     """The field of Experiment that names the folder."""
     export_paths: Mapping[str, ExportPath]
-    """The kinds of export that hold the part, and where."""
+    """{kind of an export that holds the part: where}."""
 
 
 def model_config(experiment: Experiment) -> Any:
-    """The configuration of the task's model; a UserError where the config lacks it."""
+    """Returns the config of the task's model.
+
+    Raises: UserError where the experiment lacks it.
+    """
     field = MODEL_FIELD[experiment.task]
     config = getattr(experiment, field)
     if config is None:
@@ -75,7 +78,7 @@ def model_config(experiment: Experiment) -> Any:
 
 
 def build_model(experiment: Experiment, rngs: nnx.Rngs) -> nnx.Module:
-    """The task's model with random parameters."""
+    """Builds the task's model with random parameters."""
     config = model_config(experiment)
     dtype = jnp.dtype(experiment.training.compute_dtype)
     if experiment.task == "contrastive":
@@ -97,8 +100,8 @@ def build_model(experiment: Experiment, rngs: nnx.Rngs) -> nnx.Module:
 
 
 def _require_positions(experiment: Experiment) -> None:
-    """Raises UserError for a dataset with longer rows than the language model has learned
-    positions for.
+    """Raises UserError for a dataset whose rows are longer than the language model's table of
+    learned positions.
     """
     config = model_config(experiment)
     positions = getattr(config, "language_model", config).positions
@@ -124,11 +127,14 @@ def make_task(experiment: Experiment) -> Task:
 
 
 PARTS = ("vision_encoder", "language_model")
-"""What a Flamingo takes from the stages before it."""
+"""The parts of a Flamingo that are pretrained, and by default frozen."""
 
 
 def unfrozen(experiment: Experiment) -> tuple[str, ...]:
-    """The parts that train although their task's table freezes them."""
+    """Returns the PARTS that `config.training.unfreeze_*` trains.
+
+    Raises: UserError where the task freezes nothing.
+    """
     parts = tuple(part for part in PARTS if getattr(experiment.training, f"unfreeze_{part}"))
     if parts and experiment.task != "flamingo":
         raise UserError(
@@ -139,7 +145,7 @@ def unfrozen(experiment: Experiment) -> tuple[str, ...]:
 
 
 def lora(experiment: Experiment) -> LoRAConfig | None:
-    """The low-rank updates that a frozen language model trains by, or None.
+    """Returns the LoRA config of the frozen language model; None without LoRA.
 
     Raises: UserError where there is no frozen language model.
     """
@@ -160,9 +166,10 @@ def lora(experiment: Experiment) -> LoRAConfig | None:
 
 
 def frozen_parts(experiment: Experiment, parts: Collection[str] = PARTS) -> list[PretrainedPart]:
-    """Those `parts` of the task's model that are frozen and the folders they come from; a
-    UserError where one is not named or not there. With `training.lora` a language model by
-    itself is frozen too.
+    """Returns the frozen ones of `parts`, with the folders their weights come from. In
+    language modelling with `training.lora` the whole model is frozen.
+
+    Raises: UserError where a folder is not named or missing.
     """
     if experiment.task == "language_modelling" and lora(experiment):
         return [_from_folder(experiment, "language_model", model_config(experiment))]
@@ -176,9 +183,10 @@ def frozen_parts(experiment: Experiment, parts: Collection[str] = PARTS) -> list
 
 
 def warm_started_parts(experiment: Experiment) -> list[PretrainedPart]:
-    """The exports that trained parts start from; what none of them has starts at random.
+    """Returns the trained parts that start from pretrained weights; all others are initialised
+    randomly.
 
-    A UserError as of `frozen_parts`.
+    Raises: UserError as `frozen_parts`.
     """
     if experiment.task != "flamingo":
         return []
@@ -192,6 +200,7 @@ def warm_started_parts(experiment: Experiment) -> list[PretrainedPart]:
 
 
 def _pretrained_part(experiment: Experiment, part: str) -> PretrainedPart:
+    """Finds a part's weights: in its own folder, or in that of a whole Flamingo."""
     config = model_config(experiment)
     fields = {"vision_encoder": "vision", "language_model": "language_model"}
     part_config = getattr(config, fields[part])
@@ -201,7 +210,9 @@ def _pretrained_part(experiment: Experiment, part: str) -> PretrainedPart:
 
 
 def _from_folder(experiment: Experiment, part: str, config: Any) -> PretrainedPart:
-    """A part that has a folder of its own; of a stage that is nothing else, the whole model."""
+    """Finds a part in a folder of its own, `config.<part>_from`; outside of the Flamingo stage
+    the part is the whole model.
+    """
     field = f"{part}_from"
     folder = getattr(experiment, field)
     stage = next(iter(EXPORT_PATHS[part]))
@@ -222,7 +233,7 @@ def _from_folder(experiment: Experiment, part: str, config: Any) -> PretrainedPa
 def _of_flamingo(
     experiment: Experiment, part: str, config: Any, path: ExportPath
 ) -> PretrainedPart:
-    """A part of the Flamingo that the experiment goes on from."""
+    """Finds a part in the Flamingo that training continues from, `config.flamingo_from`."""
     folder = experiment.flamingo_from
     if experiment.vision_encoder_from or experiment.language_model_from:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What every task offers the training step."""
+"""The interface between tasks and the training step: `Task`, and the `Loss` that it returns."""
 
 from typing import Any, NamedTuple, Protocol
 
@@ -10,11 +10,11 @@ Batch = dict[str, Array]
 
 
 class Loss(NamedTuple):
-    """A loss as a sum and what it is divided by, so that sums over microbatches are divided
-    once.
+    """A loss as numerator and denominator, so that microbatches are summed before the
+    division.
 
-    total, weight: float32 scalars; the loss is total / weight, and 0 where nothing has weight:
-    what one part lacks must not count as one in the sum of all. metrics: {name: (sum, weight)}.
+    total, weight: float32 scalars; the loss is total / weight, or 0 where weight is 0.
+    metrics: {name: (sum, weight)}, averages to be logged, accumulated in the same way.
     """
 
     total: Array
@@ -23,51 +23,59 @@ class Loss(NamedTuple):
 
     @property
     def value(self) -> Array:
-        """The loss."""
+        """Computes total / weight; 0 where weight is 0."""
         return self.total / divisor(self.weight)
 
 
 class Task(Protocol):
-    """What a stage optimises."""
+    """The objective of a stage."""
 
     packs: bool
-    """Whether datasets go through the model together, as one stream; else each alone."""
+    """Whether the model runs on all datasets together, packed into one stream, or on each
+    separately.
+    """
 
     def losses(self, model: Any, batches: dict[str, Batch], key: Array | None) -> dict[str, Loss]:
-        """The loss of each dataset's batch; gradients are taken of `total`. Together they are
-        what each is alone.
+        """Computes the loss of each dataset's batch; gradients are taken of `Loss.total`. Each
+        equals the loss of its dataset alone.
+
+        key: randomness of the step; None in evaluation.
         """
         ...
 
     def weight(self, batch: Batch) -> Array:
-        """The `weight` of the whole batch's loss, which no parameter changes."""
+        """Computes the `Loss.weight` of the whole batch, which depends on no parameter."""
         ...
 
     def microbatches(self, batch: Batch, count: int) -> Batch:
-        """The batch as parts stacked on a new first axis, over which the loss is a sum: `count`
-        of them, or one that `losses` splits itself.
+        """Splits a batch into `count` parts, stacked on a new first axis, whose losses sum to
+        the batch's. A task whose loss is no sum over rows makes one part, and splits it inside
+        `losses`.
         """
         ...
 
     def without_images(self, batch: Batch) -> Batch | None:
-        """The same text with every image taken away, or None where that means nothing."""
+        """Returns the same text without any image, for evaluation; None where the task has no
+        such thing.
+        """
         ...
 
     def watch(self, trainable: dict[str, Array]) -> dict[str, Array]:
-        """Parameters worth plotting as training goes, by the name they have in the metrics."""
+        """Returns parameters to be logged at every step, by metric name."""
         ...
 
 
 def divisor(weight: Array) -> Array:
-    """A sum of weights as what to divide by: 1 where there is none."""
+    """Returns `weight` as a safe divisor: 1 where it is 0."""
     return jnp.where(weight > 0, weight, 1.0)
 
 
 def split_rows(batch: Batch, count: int) -> Batch:
-    """Every array's first axis [n, ...] as [count, n / count, ...], part p having every
-    count-th row from row p on.
+    """Splits every array [n, ...] into parts [count, n / count, ...]; part p has the rows p,
+    p + count, p + 2 count, ...
     """
-    # Not runs of rows: each device then has its share of every part.
+    # Strided rather than contiguous, so that each part is spread over all devices as the batch
+    # is, and no row moves between them.
     return {
         name: a.reshape(a.shape[0] // count, count, *a.shape[1:]).swapaxes(0, 1)
         for name, a in batch.items()

@@ -1,5 +1,5 @@
-"""The token loss: next-token cross-entropy of packed text (paper equation 1), of one dataset or
-of several in one stream.
+"""The token loss: next-token cross-entropy of packed text (paper equation 1), of one dataset
+or of several in one stream.
 """
 
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ Array = jax.Array
 
 
 class TextModel(Protocol):
-    """What the token loss asks of a model."""
+    """The part of a model that the token loss needs."""
 
     remat: str
 
     def logit_parts(self, x: Array) -> tuple[Array, ...]:
-        """Last hidden states [S, T, D] -> float32 logits [S, T, V_i] of each part of the
-        vocabulary, in the order of its ids.
+        """Computes logits: hidden states [S, T, D] -> float32 [S, T, V_i] for each part i of
+        the vocabulary, in the order of its ids.
         """
         ...
 
@@ -35,17 +35,18 @@ def token_losses(
     reduction: str,
     broken: Array | None = None,
 ) -> dict[str, Loss]:
-    """Computes each dataset's loss from the last hidden states of all, x [S, T, D].
+    """Computes each dataset's loss from the last hidden states x [S, T, D] of the stream of
+    all.
 
     Args:
       batches: tokens, segments int32 [B, L]; loss_mask bool [B, L], True where a token is a
-        target; dataset after dataset as in the stream.
+        target; in the order of the datasets in the stream.
       reduction: "sequence_sum": sum over the tokens of a sequence, mean over sequences (the
         paper's equation has the sum); "token_mean": mean over tokens.
-      broken: bool [S, T], tokens whose losses are to be NaN where they count.
+      broken: bool [S, T], tokens whose losses become NaN (see `HiddenStates`).
     """
-    # One target more than there are: rows of a stream have whole lengths, and what the last
-    # token is followed by counts nothing.
+    # Targets [B, L - 1] are padded to [B, L], so that they join to the same stream as x; the
+    # last one is masked out.
     one_more = ((0, 0), (0, 1))
     targets = [jnp.pad(batch["tokens"][:, 1:], one_more) for batch in batches.values()]
     masks = [jnp.pad(target_mask(batch), one_more) for batch in batches.values()]
@@ -66,12 +67,14 @@ def token_losses(
 def _target_losses(
     model: TextModel, x: Array, targets: Array, counts: Array
 ) -> tuple[Array, Array]:
-    """Last hidden states [S, T, D] and target ids int32 [S, T] -> their negative log-likelihoods
-    float32 and whether they were the likeliest.
+    """Computes each target's negative log-likelihood, float32 [S, T], and whether it was the
+    most likely token, bool [S, T], from hidden states [S, T, D] and target ids int32 [S, T].
 
-    counts: bool [S, T]; what is False means nothing, and has no gradient whatever its state is.
-    Without the logits of all tokens at once in memory for the gradient, and with the vocabulary
-    over `model`.
+    The logits are recomputed in the backward pass rather than saved (unless remat is "none"),
+    and stay sharded over `model` along the vocabulary.
+
+    counts: bool [S, T]; where False the result is meaningless, and the gradient zero even if
+      the state is not finite.
     """
 
     def losses(x: Array, targets: Array) -> tuple[Array, Array]:
@@ -82,7 +85,8 @@ def _target_losses(
         best = jnp.stack([part.max(axis=-1) for part in parts]).max(axis=0)
         picked, first = jnp.zeros_like(total), 0
         for part in parts:
-            # Not a gather: that would bring the whole vocabulary to each device.
+            # A comparison and a sum instead of a gather, which would all-gather the vocabulary
+            # axis on each device.
             here = targets[..., None] == first + jnp.arange(part.shape[-1])
             picked = picked + jnp.where(here, part, 0.0).sum(-1)
             first += part.shape[-1]
@@ -94,13 +98,15 @@ def _target_losses(
 
 
 def target_mask(batch: Batch) -> Array:
-    """bool [B, L - 1]: which predictions count, the one at l being of the token at l + 1."""
+    """Returns which predictions have a loss, bool [B, L - 1]; prediction l is of token l + 1,
+    which must be a target and of the same segment.
+    """
     segments = batch["segments"]
     return batch["loss_mask"][:, 1:] & (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
 
 
 def loss_weight(batch: Batch, reduction: str) -> Array:
-    """What the loss of rows is divided by: the number of their sequences, or of their targets."""
+    """Computes the denominator of a batch's loss: its number of sequences, or of targets."""
     if reduction == "sequence_sum":
         return batch["segments"].max(axis=1).sum().astype(jnp.float32)
     return target_mask(batch).sum().astype(jnp.float32)
