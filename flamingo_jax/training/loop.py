@@ -1,7 +1,9 @@
-"""The training loop. Reads top to bottom: mesh, run, what watches it, loop, ending.
+"""The training loop. `train` reads top to bottom: mesh, model and state, monitoring, loop,
+end.
 
-The order within the loop is its contract: evaluate the state, save it with the position of the
-data it has seen, and only then draw the next batch, update and write what was measured.
+The order within the loop is a contract: evaluate the state, save it with the position of the
+data it has seen, and only then draw the next batch, update, and write the metrics. A run that
+is killed anywhere resumes to the same bits.
 """
 
 import contextlib
@@ -30,10 +32,12 @@ log = logging.getLogger(__name__)
 
 
 class TrainResult(NamedTuple):
-    """Tells how a run ended."""
+    """How a run ended."""
 
     step: int
+    """Steps trained, over all starts."""
     preempted: bool
+    """It stopped before `config.training.steps`."""
 
 
 def train(
@@ -46,21 +50,21 @@ def train(
     began: float | None = None,
     evaluators: Mapping[str, Evaluator] | None = None,
 ) -> TrainResult:
-    """Trains to `experiment.training.steps`, from the newest whole checkpoint in `workdir` if
-    there is one.
+    """Trains to `experiment.training.steps`, resuming from the newest intact checkpoint in
+    `workdir` if there is one.
 
     Args:
       iterators: each training dataset's batches, endless.
-      held_out: each held-out dataset's batches; their losses are an evaluator, "held_out".
-      on_start: called once when everything fits, frozen parts and checkpoint among it, before
-        the first file is written.
-      process_group: the run's processes; by default this one is alone.
+      held_out: each held-out dataset's batches; their losses are the evaluator "held_out".
+      on_start: called once, after config, frozen parts and checkpoint have been checked
+        against each other, and before the first file is written.
+      process_group: the run's processes; by default a single one.
       began: time.monotonic() when the command began, for goodput.
-      evaluators: what else is measured, by name.
+      evaluators: what else is measured during training, by name.
 
-    Raises: UserError before any work for what does not fit; NotFiniteError when too many steps
-      in a row were not finite; NotLearnedError, with everything saved, where a required loss was
-      not reached.
+    Raises: UserError, before any work, for a config that does not fit; NotFiniteError when too
+      many steps in a row were not finite; NotLearnedError, after everything is saved, where a
+      required loss was not reached.
     """
     training = experiment.training
     _check(experiment, held_out, evaluators or {})
@@ -76,7 +80,8 @@ def train(
         on_start()
         overview.show(run.setup)
 
-        # Left in reverse: a second signal still finds its handler while the last save ends.
+        # Undone in reverse order: the signal handlers stay until the last save has ended, so
+        # that a second signal does not kill it.
         ending.enter_context(process_group.handling_signals())
         ending.callback(run.close)
         prefetcher = Prefetcher(iterators, mesh, until=process_group.stop_requested)
@@ -94,6 +99,8 @@ def train(
             if not run.is_compiled:
                 with monitor.phase("compile"):
                     _compile(run, evaluators, step_input)
+                    # Compile times differ: no process may wait in the first step's collectives
+                    # for longer than their timeout.
                     process_group.barrier("the first step")
             metrics = run.train_step(step_input)
             if monitor.logs(run.step):
@@ -103,8 +110,8 @@ def train(
         if run.step > run.start:
             _save(run, monitor)
         if evaluators and run.step >= training.steps:
-            # Also where nothing was left to train: the start before may have been killed in the
-            # middle of it.
+            # Also if no step was left to train: the previous start may have been killed during
+            # this evaluation.
             _require_learned(training.required_loss, _evaluate(run, evaluators, monitor))
     if jax.process_index() == 0:
         log.info("%s", read_goodput(workdir).sentence())
@@ -114,7 +121,7 @@ def train(
 def _check(
     experiment: Experiment, held_out: Mapping[str, object], evaluators: Mapping[str, object]
 ) -> None:
-    """Raises UserError for what could only fail at the end, or after hours."""
+    """Raises UserError for mistakes that would otherwise fail only at the end of the run."""
     for name in set(experiment.training.required_loss) - set(held_out):
         raise UserError(
             f"config.training.required_loss names {name!r}, which is no held-out dataset: add"
@@ -128,8 +135,8 @@ def _check(
 
 
 def _compile(run: Run, evaluators: Mapping[str, Evaluator], example: StepInput) -> None:
-    """Compiles update and evaluations before anything is trained, so that what does not fit in
-    memory is known now.
+    """Compiles the update and all evaluations before the first step, so that a program that
+    does not fit in memory fails now and not after hours.
     """
     run.compile(example)
     for name, evaluator in evaluators.items():
@@ -138,6 +145,7 @@ def _compile(run: Run, evaluators: Mapping[str, Evaluator], example: StepInput) 
 
 
 def _evaluate(run: Run, evaluators: Mapping[str, Evaluator], monitor: Monitor) -> dict[str, float]:
+    """Runs evaluators on the current state; records and returns {metric: value}."""
     with monitor.phase("evaluate"):
         values = evaluate(evaluators, run.state.trainable, run.frozen)
     monitor.record(run.step, values)
@@ -150,6 +158,7 @@ def _save(run: Run, monitor: Monitor) -> None:
 
 
 def _require_learned(required: Mapping[str, float], values: Mapping[str, float]) -> None:
+    """Raises NotLearnedError for a held-out loss above that of `config.training.required_loss`."""
     for name, most in required.items():
         loss = values[f"{HELD_OUT}/{name}/loss_per_token"]
         if not loss <= most:

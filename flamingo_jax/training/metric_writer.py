@@ -1,4 +1,4 @@
-"""Writes what a run measured as JSON lines, cut back to the restored step on resume."""
+"""Writes a run's metrics to metrics.jsonl; a resumed run first drops lines of later steps."""
 
 import json
 import pathlib
@@ -8,7 +8,12 @@ from flamingo_jax.json_lines import LineWriter, read_lines, reopen
 
 
 class MetricWriter:
-    """Writes `<workdir>/metrics.jsonl`, one object a line. A disabled one writes nothing."""
+    """Writes `<workdir>/metrics.jsonl`, one JSON object per line: {"step": ..., metric: ...}.
+
+    Args:
+      resume_step: lines of later steps are removed, since these will be trained again.
+      enabled: False on all processes but the first, which write nothing.
+    """
 
     def __init__(self, workdir: pathlib.Path, *, resume_step: int, enabled: bool = True):
         self._file: LineWriter | None = None
@@ -20,8 +25,10 @@ class MetricWriter:
         self._file = reopen(path, kept)
 
     def write(self, step: int, values: dict[str, Any]) -> bool:
-        """Writes JSON-able values at a step, and tells whether it did: what the file ended with
-        when it was opened is not written again.
+        """Writes the values measured at a step; returns whether it did.
+
+        A line equal to the file's last one when it was opened is not written again: a start
+        that resumes at the end of a run evaluates once more.
         """
         if self._file is None:
             return False
@@ -32,10 +39,11 @@ class MetricWriter:
         return True
 
     def flush(self) -> None:
-        """Brings what was written to the storage."""
+        """Flushes written lines to storage."""
         if self._file is not None:
             self._file.flush()
 
     def close(self) -> None:
+        """Flushes and closes the file."""
         if self._file is not None:
             self._file.close()

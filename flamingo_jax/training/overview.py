@@ -1,4 +1,6 @@
-"""Shows the parameters of a run at a glance: what is trained, how large it is, how it lies."""
+"""Prints the table of a run's parameters at its start: by part, trained or frozen, how many,
+of which dtype, how sharded.
+"""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -15,11 +17,11 @@ LOG_WIDTH = 140
 
 
 class PartSummary(NamedTuple):
-    """Sums up a part's trained, or its frozen, parameters.
+    """One row of the table: a part's trained, or its frozen, parameters.
 
-    part: the head of their names, such as "resampler". bytes_per_device: of the part alone,
-      without gradient and moments. largest: name of its largest array, whose shape and sharding
-      stand for the rest.
+    part: the first component of their names, such as "resampler".
+    bytes_per_device: of the parameters alone, without gradients and optimizer moments.
+    largest: name of the largest array, whose shape and sharding are shown as an example.
     """
 
     part: str
@@ -34,7 +36,7 @@ class PartSummary(NamedTuple):
 
 
 def summarise(setup: TrainSetup) -> list[PartSummary]:
-    """Sums a run's parameters up by part, in the order of their names."""
+    """Summarises a run's parameters by part, sorted by name."""
     groups: dict[tuple[str, bool], dict[str, jax.ShapeDtypeStruct]] = {}
     for trained, parameters in ((False, setup.frozen), (True, setup.trainable)):
         for name, like in parameters.items():
@@ -45,6 +47,7 @@ def summarise(setup: TrainSetup) -> list[PartSummary]:
 def _summary(
     part: str, trained: bool, parameters: Mapping[str, jax.ShapeDtypeStruct]
 ) -> PartSummary:
+    """Makes the row of a part from its parameters' shapes and shardings."""
     largest = max(parameters, key=lambda name: math.prod(parameters[name].shape))
     like = parameters[largest]
     return PartSummary(
@@ -69,14 +72,16 @@ def _sharding(like: jax.ShapeDtypeStruct) -> jax.sharding.NamedSharding:
 
 
 def _axes(like: jax.ShapeDtypeStruct) -> str:
-    """Says over which mesh axes each dimension lies, as "-, fsdp, model"; "whole" for none."""
+    """Formats the mesh axes that each dimension is sharded over, as "-, fsdp, model"; "whole"
+    if the array is replicated.
+    """
     spec = [*_sharding(like).spec, *[None] * len(like.shape)][: len(like.shape)]
     names = [axis if isinstance(axis, str) else "+".join(axis or "-") for axis in spec]
     return "whole" if set(names) <= {"-"} else ", ".join(names)
 
 
 def table(summaries: list[PartSummary]) -> Table:
-    """Lays summaries out for people, with totals."""
+    """Formats the summaries as a table, with totals."""
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("part", "", "arrays", "parameters", "MiB a device", "type"):
         numbers = heading in ("arrays", "parameters", "MiB a device")
@@ -93,6 +98,7 @@ def table(summaries: list[PartSummary]) -> Table:
 
 
 def _sums(title: str, summaries: list[PartSummary]) -> Iterator[str]:
+    """Yields the cells of a row that can be summed over parts."""
     yield title
     yield "trained" if any(s.trained for s in summaries) else "frozen"
     yield f"{sum(s.arrays for s in summaries):,}"
@@ -101,9 +107,9 @@ def _sums(title: str, summaries: list[PartSummary]) -> Iterator[str]:
 
 
 def show(setup: TrainSetup) -> None:
-    """Prints the table beside the progress bar, from the first process."""
+    """Prints the table to stderr, on the first process."""
     if jax.process_index() == 0:
         console = Console(stderr=True)
-        # A file is as wide as its lines.
+        # A log file has no terminal width; rich would fold the table to 80 columns.
         wide = console if console.is_terminal else Console(stderr=True, width=LOG_WIDTH)
         wide.print(table(summarise(setup)))

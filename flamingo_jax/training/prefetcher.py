@@ -1,5 +1,5 @@
-"""Brings batches to the devices: a thread reads ahead, and every batch comes with the data
-position that follows it.
+"""Prefetches batches to the devices: a thread reads ahead, and every batch comes with the data
+position to resume from after it.
 """
 
 import functools
@@ -20,15 +20,16 @@ from flamingo_jax.partitioning.mesh import batch_shardings
 log = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 10.0
-"""For which an end waits for the reading thread, which may be stuck on storage that does not
-answer."""
+"""How long `close` waits for the reading thread, which may be stuck on storage that does not
+answer.
+"""
 
 HostBatch = dict[str, np.ndarray]
 
 
 class DataIterator(Protocol):
-    """Gives a dataset's endless batches, this process's `HostShard` of them, and a JSON-able
-    position.
+    """An endless iterator over this process's `HostShard` of a dataset's batches, with a
+    position that can be saved as JSON and restored.
     """
 
     def __next__(self) -> HostBatch: ...
@@ -37,15 +38,17 @@ class DataIterator(Protocol):
 
 
 class StepInput(NamedTuple):
-    """Holds what a step reads: a batch of each dataset, as global arrays."""
+    """The input of a training step: a batch of each dataset, as global arrays."""
 
     batches: dict[str, dict[str, jax.Array]]
     positions: dict[str, Any]
-    """Every dataset's position after these batches."""
+    """Each dataset's position after these batches, to be saved with the state that has seen
+    them. The iterators themselves are ahead.
+    """
 
 
 def shard_batch(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
-    """Makes global arrays of what this process has read, its `HostShard` of the mesh."""
+    """Makes global arrays, sharded over the mesh, from this process's `HostShard` of a batch."""
     shardings, parts = batch_shardings(batch, mesh), HostShard.of(mesh).parts(batch)
     return {
         name: jax.make_array_from_callback(
@@ -56,10 +59,15 @@ def shard_batch(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
 
 
 class Prefetcher:
-    """Reads `depth` updates ahead. Errors of the reading thread are raised to whoever asks for
-    the next batch.
+    """Iterates over step inputs, reading `depth` of them ahead in a thread.
 
-    until: asked while it waits for the next batch; ends the iteration.
+    Errors in the thread are raised by `next`. `seconds_waiting` is how long `next` has waited
+    for data so far.
+
+    Args:
+      iterators: each dataset's batches.
+      until: polled while `next` waits; when it returns True the iteration ends, so that a run
+        can be stopped although its storage hangs.
     """
 
     def __init__(
@@ -78,6 +86,7 @@ class Prefetcher:
         self._thread.start()
 
     def _read(self) -> None:
+        """Runs in the thread: reads batches, moves them to the devices, queues them."""
         try:
             while not self._stop.is_set():
                 host = {name: next(iterator) for name, iterator in self._iterators.items()}
@@ -90,6 +99,8 @@ class Prefetcher:
             self._offer(error)
 
     def _offer(self, item: StepInput | BaseException) -> None:
+        """Puts an item into the queue once there is room; gives up when closed."""
+        # A put without a timeout would block for ever after the loop has ended.
         while not self._stop.is_set():
             try:
                 return self._queue.put(item, timeout=0.2)

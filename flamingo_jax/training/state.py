@@ -1,4 +1,4 @@
-"""Makes, splits and merges what training changes: one pytree of arrays."""
+"""The training state, one pytree of arrays, and its conversion from and to an NNX model."""
 
 from typing import Any, NamedTuple
 
@@ -16,21 +16,21 @@ Parameters = dict[str, Array]
 
 
 class TrainState(NamedTuple):
-    """Holds what a checkpoint does besides data positions and clock; frozen parameters are not in
-    it.
+    """The arrays that an update changes and a checkpoint holds; frozen parameters are not
+    among them.
     """
 
     step: Array
     """int32 scalar: updates so far, skipped ones among them."""
     trainable: Parameters
-    """float32, by flat name."""
+    """{"resampler/latents": float32 array, ...}"""
     optimizer: optax.OptState
     key: Array
-    """uint32 [2], raw data of the run's PRNG key; step keys are folded from it."""
+    """uint32 [2], raw data of the run's PRNG key; each step folds its number into it."""
     skipped: Array
     """int32 scalar: steps skipped because they were not finite."""
     skipped_in_a_row: Array
-    """int32 scalar."""
+    """int32 scalar: how many of them since the last finite step."""
 
 
 def split_model(model: nnx.Module) -> tuple[Any, Parameters]:
@@ -40,8 +40,8 @@ def split_model(model: nnx.Module) -> tuple[Any, Parameters]:
 
 
 def merge_model(graph: Any, *parameters: Parameters) -> Any:
-    """Makes the module again, from its graph and one or more dicts that together hold all its
-    parameters.
+    """Rebuilds the module from its graph and the dicts that together hold all its parameters:
+    the inverse of `split_model`.
     """
     merged: Parameters = {}
     for part in parameters:
@@ -50,8 +50,8 @@ def merge_model(graph: Any, *parameters: Parameters) -> Any:
 
 
 def dense_parameters(graph: Any, parameters: Parameters) -> Parameters:
-    """Parameters with one array for each weight, as exports hold them: low-rank updates are
-    added to what they update.
+    """Merges weights of several arrays (LoRA, int8) into one dense array each, as exports
+    store them.
     """
     if not any(weight_part(name) for name in parameters):
         return parameters
@@ -63,7 +63,7 @@ def dense_parameters(graph: Any, parameters: Parameters) -> Parameters:
 def initial_state(
     trainable: Parameters, optimizer: optax.GradientTransformation, seed: int
 ) -> TrainState:
-    """Makes the state of a run's start; `seed` gives the keys of all its steps."""
+    """Makes the state at step 0; the keys of all steps derive from `seed`."""
     zero = jnp.int32(0)
     return TrainState(
         zero,

@@ -1,5 +1,5 @@
-"""The update: gradients of every dataset, weighted and summed, then one step of the optimizer
-(paper 2.4).
+"""The training step: the gradients of all datasets, weighted and summed, then one optimizer
+update (paper 2.4); and how it is compiled.
 """
 
 import zlib
@@ -21,8 +21,12 @@ Update = Callable[[TrainState, Parameters, dict[str, Batch]], tuple[TrainState, 
 
 
 class Gradients(NamedTuple):
-    """losses: of each dataset. gradient: float32, of their weighted sum. norms: of each dataset's
-    part of it, where it is known: a stream of several takes their gradient at once.
+    """The gradient of a step.
+
+    losses: each dataset's.
+    gradient: float32, of the weighted sum of the losses.
+    norms: the norm of each dataset's term of the gradient, for datasets that go through the
+      model alone; those in one stream have only a common gradient.
     """
 
     losses: dict[str, Loss]
@@ -39,10 +43,17 @@ def gradients(
     key: Array,
     datasets: Mapping[str, DatasetConfig],
 ) -> Gradients:
-    """Computes sum over datasets m of lambda_m * d(total_m) / weight_m, in float32.
+    """Computes the gradient of sum over datasets m of lambda_m * total_m / weight_m, in
+    float32.
 
-    Datasets that go through the model together (`streams`) have one gradient, that of the
-    weighted sum of their losses; streams follow each other and their gradients are added.
+    Datasets that are packed into one stream (`streams`) share a forward and a backward pass,
+    whose loss is their weighted sum; streams run one after the other, and their gradients are
+    added.
+
+    Args:
+      graph: the model's static graph, see `merge_model`.
+      key: the step's PRNG key.
+      datasets: config of each dataset; its `weight` is lambda_m.
     """
     weights = {name: task.weight(batch) for name, batch in batches.items()}
     scales = {name: datasets[name].weight / divisor(weight) for name, weight in weights.items()}
@@ -62,7 +73,7 @@ def gradients(
             jax.grad(total, has_aux=True),
             trainable,
             part,
-            # One key for all: their examples are drawn for as one batch's.
+            # One key for the stream: its datasets are one batch to the model.
             dataset_key(key, *names),
             datasets[names[0]].microbatches,
         )
@@ -75,8 +86,8 @@ def gradients(
 
 
 def streams(task: Task, datasets: Mapping[str, DatasetConfig]) -> list[list[str]]:
-    """Which datasets go through the model together: those of as many microbatches, if the task
-    packs datasets at all.
+    """Groups the datasets that go through the model together: those with the same number of
+    microbatches, if the task packs datasets; else each alone.
     """
     if not task.packs:
         return [[name] for name in datasets]
@@ -87,7 +98,9 @@ def streams(task: Task, datasets: Mapping[str, DatasetConfig]) -> list[list[str]
 
 
 def dataset_key(key: Array, *names: str) -> Array:
-    """The step's key for these datasets, whose draws are then no other's, whatever their order."""
+    """Derives a key from the step's for these datasets, independent of the other datasets and
+    their order.
+    """
     return jax.random.fold_in(key, zlib.crc32("\n".join(names).encode()))
 
 
@@ -99,8 +112,8 @@ def _over_microbatches(
     key: Array,
     count: int,
 ) -> tuple[Any, Parameters]:
-    """What `gradient(trainable, batches, key) -> (gradient, losses)` gives, summed over `count`
-    microbatches, one after the other.
+    """Computes `gradient(trainable, batches, key) -> (gradient, losses)` for `count`
+    microbatches, one after the other -> the sums (losses, gradient).
     """
     if count == 1:
         grads, losses = gradient(trainable, batches, key)
@@ -117,7 +130,7 @@ def _over_microbatches(
 
 
 def scan_sum(function: Callable[[Any], Any], parts: Any) -> Any:
-    """The sum of `function(part)` over what is stacked on the parts' first axis, one at a time."""
+    """Sums `function(part)` over parts stacked on the first axis, one at a time."""
     shapes = jax.eval_shape(function, jax.tree.map(lambda a: a[0], parts))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
@@ -136,20 +149,28 @@ def make_update(
     gradient_shardings: Mapping[str, jax.sharding.NamedSharding] | None = None,
     schedule: Callable[[Array], Array] | None = None,
 ) -> Update:
-    """The jittable update (state, frozen, {dataset: batch}) -> (state, metrics).
+    """Makes the update, a function (state, frozen, {dataset: batch}) -> (state, metrics) to be
+    jitted.
 
-    gradient = sum over datasets m of lambda_m * d(total_m) / weight_m. A step whose losses or
-    gradient are not finite leaves parameters, moments and the optimizer's count as they were,
-    and is counted. round_robin: an optimizer step for each dataset, one after the other.
-    gradient_shardings: where the gradient is summed to; by default the compiler chooses.
-    schedule: the optimizer's, to tell its rate.
+    A step whose losses or gradient are not finite changes neither parameters nor moments nor
+    the optimizer's count; it is counted in `skipped`.
 
-    metrics: {"loss", "loss/<dataset>", "<metric>/<dataset>", "gradient_norm",
-    "gradient_norm/<dataset>", "learning_rate", "finite/<dataset>", "skipped",
-    "skipped_in_a_row", "work"}. gradient_norm: before it is clipped, under round_robin the
-    largest of the datasets'. gradient_norm/<dataset>: of lambda_m * d(total_m) / weight_m, where
-    it is known (see `Gradients`). learning_rate: of this step's update. work: int32 [4], the
-    batches' `tasks.flops.Work` on all devices.
+    Args:
+      round_robin: an optimizer step for each dataset, one after the other, instead of one for
+        the sum of their gradients.
+      gradient_shardings: shardings that the gradient is reduced to; by default the compiler's
+        choice.
+      schedule: the optimizer's learning rate schedule, for the metrics.
+
+    Metrics, all on the devices:
+      loss, loss/<dataset>: the weighted sum, and each dataset's.
+      <metric>/<dataset>: what the task measures besides.
+      gradient_norm: before clipping; under round_robin the largest of the datasets'.
+      gradient_norm/<dataset>: of lambda_m * d(total_m) / weight_m, where known (`Gradients`).
+      learning_rate: of this step's update.
+      finite/<dataset>: bool.
+      skipped, skipped_in_a_row: steps that were not finite.
+      work: int32 [4], the batches' `tasks.flops.Work`, over all devices.
     """
 
     def losses_and_gradient(
@@ -174,6 +195,7 @@ def make_update(
                 state, frozen, {name: batches[name] for name in group}
             )
             if schedule is not None:
+                # The optimizer's own count, which skipped steps do not advance.
                 part["learning_rate"] = schedule(
                     optax.tree.get_all_with_path(state.optimizer, "count")[0][1]
                 )
@@ -199,7 +221,7 @@ def make_update(
 
 
 def _loss_metrics(found: Gradients, datasets: Mapping[str, DatasetConfig]) -> dict[str, Any]:
-    """The metrics of one gradient: losses, what the task measures besides, norms."""
+    """Collects the metrics of one gradient: losses, the task's own metrics, norms."""
     metrics: dict[str, Any] = {"loss": jnp.float32(0)} | {
         f"gradient_norm/{name}": norm for name, norm in found.norms.items()
     }
@@ -215,8 +237,9 @@ def _loss_metrics(found: Gradients, datasets: Mapping[str, DatasetConfig]) -> di
 def _optimizer_step(
     optimizer: optax.GradientTransformation, state: TrainState, gradient: Parameters, finite: Array
 ) -> TrainState:
-    """The state after one step of the optimizer; where that is not finite, as it was, with one
-    more step skipped.
+    """Applies one optimizer step where `finite`; otherwise leaves parameters and moments as
+    they are and counts a skipped step. On the device: no branch, so that the host need not
+    wait.
     """
     # Masked before the arithmetic: 0 x NaN is NaN.
     safe = {name: jnp.where(finite, g, 0.0) for name, g in gradient.items()}
@@ -233,18 +256,19 @@ def _optimizer_step(
 
 
 TPU_OPTIONS: dict[str, str | bool] = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-"""A product whose weight is gathered, or whose result is scattered, stays whole rather than a
-loop over the devices' shares: the loops' small products take several times the compiler's
-cycles of the whole one, and their code most of the time to compile.
+"""Turns XLA's windowed einsum ("collective matmul") off. It splits a product whose weight is
+all-gathered, or whose result is reduce-scattered, into a loop over the devices' shards. Here
+the loops' small products take several times the compiler's estimated cycles of the whole
+product, and most of the compile time.
 """
 
 
 def trace_update(update: Update, state: Any, frozen: Any, batches: Any) -> jax.stages.Traced:
-    """The update traced for arrays, or shapes with shardings, like these; compiled, it takes
-    over the state's memory.
+    """Traces the update for arrays (or ShapeDtypeStructs with shardings) like these. The
+    compiled update donates the state's buffers.
 
-    On TPUs the compiler chooses how frozen parameters lie in memory (see `laid_out`): in the
-    default order a step would begin with copies of them.
+    On TPUs the compiler chooses the memory layout of frozen parameters (see `laid_out`): with
+    the default layout each step would begin by copying them.
     """
     given = jax.tree.map(lambda a: a.sharding, (state, frozen, batches))
     if platform_of(state) == "tpu":
@@ -265,8 +289,8 @@ def trace_update(update: Update, state: Any, frozen: Any, batches: Any) -> jax.s
 
 
 def laid_out(compiled: jax.stages.Compiled, frozen: Parameters) -> Parameters:
-    """Frozen parameters in the memory layout that a compiled update takes them in, one after
-    the other.
+    """Brings frozen parameters into the memory layout that a compiled update expects. One
+    array after the other, so that no second copy of all is needed.
     """
     formats = compiled.input_formats[0][1]
     return {
@@ -275,31 +299,32 @@ def laid_out(compiled: jax.stages.Compiled, frozen: Parameters) -> Parameters:
 
 
 def platform_of(state: Any) -> str:
-    """ "cpu", "gpu" or "tpu": of the devices that the state's arrays, or shapes with shardings,
-    lie on.
-    """
+    """Returns "cpu", "gpu" or "tpu": the platform of the state's devices."""
     return next(iter(state.step.sharding.device_set)).platform
 
 
 def compile_traced(traced: jax.stages.Traced, platform: str) -> jax.stages.Compiled:
-    """What was traced, with the options that its kind of device wants of the compiler."""
+    """Compiles a traced function with the compiler options for its platform."""
     return traced.lower().compile(compiler_options=TPU_OPTIONS if platform == "tpu" else None)
 
 
 def compile_update(update: Update, state: Any, frozen: Any, batches: Any) -> jax.stages.Compiled:
-    """`trace_update`, compiled."""
+    """Traces and compiles the update: see `trace_update`."""
     return compile_traced(trace_update(update, state, frozen, batches), platform_of(state))
 
 
 WITHOUT_IMAGES = "_without_images"
+"""Suffix of held-out metrics for which the images were removed."""
 
 
 def make_held_out_loss(
     graph: Any, task: Task, microbatches: int = 1
 ) -> Callable[..., dict[str, Loss]]:
-    """The jittable losses (trainable, frozen, batch) -> {"": Loss, "_without_images": Loss}
-    of one held-out batch, the second where the task has one. The batch goes through the model
-    in so many equal parts, one after the other.
+    """Makes the function (trainable, frozen, batch) -> {"": Loss, "_without_images": Loss} of
+    a held-out batch, to be jitted; the second loss only if the task has one.
+
+    microbatches: the batch goes through the model in this many equal parts, one after the
+    other.
     """
 
     def of(trainable: Parameters, frozen: Parameters, batch: Batch) -> Loss:
