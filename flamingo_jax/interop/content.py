@@ -1,5 +1,5 @@
-"""What surplus tensors of a language model hold: one that the config has no place for is
-harmless by its content, not by its name.
+"""Checks the content of language model tensors that have no parameter here: whether such a
+tensor can be ignored depends on its values, not on its name.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 def with_own_head(
     config: LanguageModelConfig, family: Family, stored: Mapping[str, StoredTensor]
 ) -> LanguageModelConfig:
-    """The config, untied where the files hold a head that is not the embedding.
+    """Returns the config with tied_embeddings off if the files hold a head that differs from
+    the embedding.
 
-    Transformers do the same since version 5: a config that ties what the files hold apart is
-    wrong.
+    transformers 5 do the same: if config.json says "tied" and the tensors differ, it is wrong.
     """
     embedding, head = (
         stored.get(name, stored.get(name.removeprefix(family.prefix)))
@@ -44,8 +44,9 @@ def with_own_head(
 
 
 def differing(config: LanguageModelConfig, stored: Mapping[str, StoredTensor]) -> list[str]:
-    """What surplus tensors say against the config, one clause each: rotary frequencies of
-    another base or scaling, which the model was trained with.
+    """Returns a clause for each stored tensor of rotary frequencies that differs from those of
+    the
+    config: the model was then trained with another base or scaling.
     """
     found = []
     for name, tensor in stored.items():

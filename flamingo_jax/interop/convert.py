@@ -1,4 +1,4 @@
-"""A published model's folder turned into an export, or compared with its original."""
+"""Converts the folder of a published model to an export, or compares it with its original."""
 
 import logging
 import math
@@ -22,17 +22,17 @@ from flamingo_jax.progress import Bar
 log = logging.getLogger(__name__)
 
 SHARD_BYTES = 500_000_000
-"""Of each file of the export. While one is written the host holds it twice."""
+"""Size of each file of the export. Host memory holds a file twice while it is written."""
 DIFFERENT = 1e-3
-"""A relative error above this is no rounding."""
+"""A relative error above this is more than rounding."""
 
 
 def convert(folder: pathlib.Path, part: ModelPart, output: pathlib.Path) -> None:
-    """Writes a published model's folder as an export, every value as it is stored, tensor by
-    tensor.
+    """Converts the folder of a published model to an export, tensor by tensor, without
+    changing dtypes.
 
-    Raises: UserError for a folder that is none, a tensor that is missing, surplus or misshapen, a
-      language model without its tokenizer, or an `output` that is there already.
+    Raises: UserError for a path that is not a folder, a tensor that is missing, unexpected or
+      of the wrong shape, a language model without its tokenizer, or an `output` that exists.
     """
     found = open_folder(folder, part)
     if part == "language_model":
@@ -55,13 +55,15 @@ def convert(folder: pathlib.Path, part: ModelPart, output: pathlib.Path) -> None
 
 
 def compare(folder: pathlib.Path, part: ModelPart) -> Comparison:
-    """Runs a published model here and in its original implementation, both in float32."""
+    """Runs a published model here and in transformers, both in float32, and compares
+    outputs.
+    """
     verify = verify_language_model if part == "language_model" else verify_vision_encoder
     return verify(folder)
 
 
 def require_equal(comparison: Comparison, folder: pathlib.Path) -> None:
-    """Raises UserError where a comparison shows more than rounding."""
+    """Raises UserError if a comparison shows more than rounding."""
     if not comparison.relative_error <= DIFFERENT:
         raise UserError(
             f"{folder} does not give here what its original gives: do not use it, and"

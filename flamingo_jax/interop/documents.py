@@ -1,5 +1,5 @@
-"""A model's published config.json and what goes with it, read with care: nobody of this project
-wrote them.
+"""Reads JSON files of published models, such as config.json, and checks every value: they were
+not written by this project.
 """
 
 import json
@@ -14,9 +14,9 @@ CONFIG = "config.json"
 
 
 class Document:
-    """A JSON object of a model's folder.
+    """Reads checked values from a JSON object in a model's folder.
 
-    Every method raises UserError in one sentence that names the file and the key.
+    Every method raises a UserError that names the file and the key.
     """
 
     def __init__(self, file: pathlib.Path, content: Mapping[str, Any]):
@@ -43,15 +43,15 @@ class Document:
         return iter(self._content)
 
     def given(self, key: str) -> Any:
-        """The value, or None where there is none."""
+        """Returns the value of a key, None if it is absent or null."""
         return self._content.get(key)
 
     def has(self, key: str) -> bool:
-        """Whether the key is there, if only as null."""
+        """Returns whether the key is present, even if its value is null."""
         return key in self._content
 
     def inside(self, key: str) -> "Document":
-        """The object at a key, empty where there is none."""
+        """Returns the object at a key, an empty one if it is absent."""
         value = self.given(key)
         if value is not None and not isinstance(value, dict):
             self.refuse(key, "an object")
@@ -72,7 +72,7 @@ class Document:
         return float(value)
 
     def choice(self, key: str, choices: Mapping[Any, Any], default: Any) -> Any:
-        """What `choices` has for the value."""
+        """Returns `choices[value]`. default: the value to use if the key is absent."""
         value = self.given(key)
         value = default if value is None else value
         if not isinstance(value, str) or value not in choices:
@@ -80,7 +80,9 @@ class Document:
         return choices[value]
 
     def require(self, key: str, *allowed: Any) -> None:
-        """Where the key is there at all, its value is one of these."""
+        """Requires that a key is absent or has one of these values; without values, that it is
+        absent.
+        """
         value = self.given(key)
         if value is not None and value not in allowed:
             self.refuse(key, " or ".join(map(repr, allowed)) or "models without it")

@@ -1,5 +1,5 @@
-"""A published model's folder, opened and checked: its config as ours, and where each of our
-parameters lies in its files.
+"""Opens and checks the folder of a published model: translates its config, and locates every
+parameter in its files.
 """
 
 import dataclasses
@@ -40,14 +40,13 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PREPROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"
-"""Since transformers 5 the preprocessor's options stand in it, under image_processor."""
+"""In transformers 5 this file has the preprocessor's options, under image_processor."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PublishedFolder:
-    """An opened folder, every tensor of which is known to be there in the right shape.
-
-    Arrays stay on disk until they are read.
+    """Reads the parameters of a published folder, whose tensors have been checked for presence
+    and shape. Arrays stay on disk until they are read.
     """
 
     folder: pathlib.Path
@@ -61,8 +60,9 @@ class PublishedFolder:
     _stored: dict[str, StoredTensor] = dataclasses.field(repr=False)
 
     def digest(self, process_group: ProcessGroup | None = None) -> str:
-        """SHA-256 over those of the config and of all files of tensors, which are read for it,
-        once for all processes of a run. process_group: these; by default this one is alone.
+        """Computes the SHA-256 over the digests of config.json and all safetensors files.
+        Every file is read, once per run. process_group: the processes of the run; by default a
+        `SingleProcess`.
         """
         files = {self.folder / CONFIG, *(tensor.file for tensor in self._stored.values())}
         names = sorted(file.relative_to(self.folder).as_posix() for file in files)
@@ -73,18 +73,18 @@ class PublishedFolder:
 
     @property
     def largest(self) -> int:
-        """Bytes of the largest tensor that is read."""
+        """Size in bytes of the largest tensor."""
         return max(
             self._stored[term.name].bytes for terms in self._sources.values() for term in terms
         )
 
     @property
     def files(self) -> list[pathlib.Path]:
-        """The files of tensors."""
+        """The safetensors files, sorted."""
         return sorted({tensor.file for tensor in self._stored.values()})
 
     def dtypes(self) -> dict[str, np.dtype]:
-        """{Flat stacked name: the type it is stored in}, that of its first layer."""
+        """Returns {flat stacked name: dtype on disk}, taken from the first layer."""
         found: dict[str, np.dtype] = {}
         for name in self.shapes:
             terms = self._sources[_leaf(name, 0)]
@@ -94,21 +94,22 @@ class PublishedFolder:
     def read(
         self, targets: Mapping[str, jax.ShapeDtypeStruct], process_group: ProcessGroup | None = None
     ) -> dict[str, jax.Array]:
-        """The parameters of these stacked names, with the types and shardings of `targets`; how
-        several processes share the reading, see `tensors.read_sharded`. Raises UserError where
-        a file cannot be read.
+        """Reads the parameters named in `targets` ({flat stacked name: shape, dtype,
+        sharding}). `tensors.read_sharded` describes how several processes share the reading.
+
+        Raises: UserError when a file cannot be read.
         """
         title = f"reading {self.folder.name}"
         return read_sharded(self._stored, self._sources, targets, title, process_group)
 
     def layers(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Every (per-layer name, array in its stored type), one at a time on the host."""
+        """Yields (per-layer name, array in its stored dtype), one at a time in host memory."""
         return read_layers(self._stored, self._sources, self.shapes)
 
 
 def is_published_folder(folder: str | pathlib.Path) -> bool:
-    """Whether a folder's config.json is one of transformers: whatever it is, it is no export of
-    this project.
+    """Returns whether a folder's config.json is one of transformers rather than of an export
+    of this project.
     """
     try:
         config = json.loads((paths.as_path(folder) / CONFIG).read_bytes())
@@ -118,10 +119,10 @@ def is_published_folder(folder: str | pathlib.Path) -> bool:
 
 
 def open_folder(folder: str | pathlib.Path, part: ModelPart) -> PublishedFolder:
-    """Opens a model's folder. Reads headers only; nothing is allocated.
+    """Opens the folder of a published model. Reads headers only and allocates nothing.
 
-    Raises: UserError for a config that cannot be honoured, and one for all tensors that are
-      missing, surplus, misshapen or of another type.
+    Raises: UserError for a config that is not supported, and one that lists all tensors that
+      are missing, unexpected, of the wrong shape or of an unknown dtype.
     """
     folder = paths.as_path(folder)
     if not folder.is_dir():
@@ -150,9 +151,9 @@ def open_folder(folder: str | pathlib.Path, part: ModelPart) -> PublishedFolder:
 
 
 def read_config(folder: str | pathlib.Path, part: ModelPart) -> Any:
-    """The config alone, LanguageModelConfig or VisionConfig, whether tensors are there or not.
+    """Reads the config alone, as LanguageModelConfig or VisionConfig; tensors may be missing.
 
-    Raises UserError for what cannot be honoured.
+    Raises: UserError for a setting that the models here do not support.
     """
     folder = paths.as_path(folder)
     family, config = _parse(folder, part)
@@ -163,7 +164,7 @@ def read_config(folder: str | pathlib.Path, part: ModelPart) -> Any:
 
 
 def _parse(folder: pathlib.Path, part: ModelPart) -> tuple[Family, Any]:
-    """What config.json and the preprocessor's options say."""
+    """Reads config.json and, for an encoder, the options of its preprocessor."""
     config = Document.read(folder / CONFIG)
     preprocessor = Document(folder / PREPROCESSOR, {})
     if part == "vision_encoder" and (folder / PREPROCESSOR).is_file():
@@ -213,8 +214,9 @@ def _leaf(name: str, layer: int) -> str:
 def _expand(
     table: Mapping[str, Sequence[Term]], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, tuple[Term, ...]], dict[str, tuple[int, ...]]]:
-    """{Per-layer name: terms} of a model with parameters of these shapes, and {tensor: the
-    shape it must have}.
+    """Expands a table over the layers of a model with parameters of these shapes.
+
+    Returns: ({per-layer name: terms}, {tensor name: shape that it must have}).
     """
     sources: dict[str, tuple[Term, ...]] = {}
     wanted: dict[str, tuple[int, ...]] = {}
@@ -243,8 +245,8 @@ def _check(
     unread: Sequence[str],
     said: Sequence[str],
 ) -> None:
-    """A UserError that lists everything in which the files differ from what the config makes
-    them; said: by their content.
+    """Raises a UserError that lists every difference between the files and the config. said:
+    differences that were found in the content of tensors.
     """
     ignored = re.compile("|".join(f"(?:{pattern})" for pattern in unread))
     missing = [name for name in wanted if name not in stored]
@@ -267,8 +269,8 @@ def _check(
 
 
 def _nearest(name: str, others: Sequence[str]) -> str:
-    """The closest of the other names, among those with the same numbers: names of a hundred
-    layers would take minutes to compare.
+    """Returns " (nearest: NAME)" for the most similar of the other names, or "". Only names
+    with the same numbers are compared, since comparing a hundred layers would take minutes.
     """
     numbers = re.findall(r"\d+", name)
     close = difflib.get_close_matches(

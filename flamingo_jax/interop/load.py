@@ -1,5 +1,5 @@
-"""Language models and vision encoders as modules to call, from published folders and exports,
-their weights read straight into sharded arrays.
+"""Loads language models and vision encoders from published folders and exports, with their
+weights read straight into sharded arrays.
 """
 
 import dataclasses
@@ -31,8 +31,10 @@ from flamingo_jax.pytrees import from_flat
 
 
 class LoadedLanguageModel(NamedTuple):
-    """`model(tokens, positions, segments)` gives logits, see `LanguageModel`; `model.config` is
-    its form. tokenizer: None where the folder holds none.
+    """Holds a language model and its tokenizer.
+
+    `model(tokens, positions, segments)` returns logits, see `LanguageModel`; `model.config` is
+    its config. tokenizer: None if the folder has none.
     """
 
     model: LanguageModel
@@ -41,26 +43,26 @@ class LoadedLanguageModel(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LoadedVisionEncoder:
-    """An encoder of images: `encoder([image, ...])`, or `encoder.model` on pixels that
-    `preprocess` made.
+    """Encodes images: `encoder([image, ...])`, or `encoder.model(pixels)` with pixels from
+    `preprocess`.
     """
 
     model: VisionEncoder
     config: VisionConfig
 
     def __call__(self, images: Sequence[Image | ImageSource]) -> jax.Array:
-        """Encodes images -> grid features float32 [M, h, w, C], see `ViT` and `NFNet`.
+        """Encodes M images into grid features, float32 [M, h, w, C]; see `ViT` and `NFNet`.
 
-        Raises: UserError for what is no image.
+        Raises: UserError for an image that cannot be read.
         """
         graph, state = nnx.split(self.model)
         return _encode(graph, state, self.preprocess(images))
 
     def preprocess(self, images: Sequence[Image | ImageSource]) -> np.ndarray:
-        """Brings images into the encoder's form: float32 [M, S, S, 3], squares by the config's
-        image_fit, normalised.
+        """Makes images square by the config's image_fit, resizes and normalises them: float32
+        [M, S, S, 3].
 
-        Raises: UserError for what is no image.
+        Raises: UserError for an image that cannot be read.
         """
         mean, std = (
             np.asarray(values, np.float32) for values in (self.config.mean, self.config.std)
@@ -76,8 +78,8 @@ def _encode(graph: Any, state: nnx.State, pixels: jax.Array) -> jax.Array:
 
 
 class PartPath(NamedTuple):
-    """Where a part stands in an export, "" for at the top: the key of its config, and the prefix
-    of its parameters' names.
+    """Locates a part in an export: the key of its config, and the prefix of its parameters'
+    names; "" for the top level.
     """
 
     config: str = ""
@@ -95,11 +97,13 @@ PARTS_OF_EXPORTS: dict[ModelPart, dict[str, PartPath]] = {
         "flamingo": PartPath("vision", "vision_encoder/"),
     },
 }
-"""Part -> the kinds of export that hold it -> where."""
+"""{part: {kind of export that contains it: where}}."""
 
 
 class _Source(NamedTuple):
-    """A folder's part: stored types and shapes by flat stacked name, and what reads them."""
+    """A part of a folder: dtypes and shapes on disk by flat stacked name, and how to read
+    them.
+    """
 
     config: Any
     tokenizer_file: pathlib.Path | None
@@ -116,8 +120,8 @@ def load_language_model(
     Args:
       folder: as transformers save it (`interop.families` has those that are read), or what
         `launch.export` wrote of a language model or a Flamingo.
-      mesh: axes data, fsdp and model (`partitioning.mesh.make_mesh`), over which the parameters
-        lie as in training; None: on the first local device.
+      mesh: axes data, fsdp and model (`partitioning.mesh.make_mesh`), over which the
+        parameters lie as in training; None: on the first local device.
       dtype: compute type; by default float32 on CPU and bfloat16 on accelerators.
       weights: type that the parameters are held in; by default the stored ones.
 
@@ -151,14 +155,14 @@ def load_language_model(
 def load_vision_encoder(
     folder: str | pathlib.Path, *, mesh: Mesh | None = None, weights: Any = None
 ) -> LoadedVisionEncoder:
-    """Loads a published vision encoder's folder, or the vision encoder of an export.
+    """Loads a published vision encoder, or the vision encoder of an export.
 
     Args:
-      folder: a CLIP or SigLIP as transformers save them, the vision tower alone or within the
-        whole model; or what `launch.export` wrote of a contrastive model or a Flamingo.
-      mesh, weights: as of `load_language_model`; on a mesh it is whole on every device.
+      folder: a CLIP or SigLIP as transformers save it, the complete model or the vision tower
+        alone; or an export of a contrastive model or a Flamingo.
+      mesh, weights: as in `load_language_model`; on a mesh the encoder is replicated.
 
-    Returns: an encoder that takes images; its `model` computes in the type of its pixels.
+    Returns: an encoder that takes images; its `model` computes in the dtype of the pixels.
 
     Raises: UserError as `load_language_model`.
     """
@@ -179,7 +183,7 @@ def _graph(build: Any) -> Any:
 
 
 def _open(folder: str | pathlib.Path, part: ModelPart) -> _Source:
-    """A part of an export, or else a published one."""
+    """Opens a part of an export, or a published folder."""
     try:
         ours = "format" in json.loads((paths.as_path(folder) / CONFIG).read_bytes())
     except (OSError, ValueError, TypeError):

@@ -1,5 +1,5 @@
-"""The config.json of some public models, as published, so that a run can be planned before
-their weights are copied.
+"""Lists the config.json of some public models, so that a run can be planned without their
+weights.
 """
 
 import pathlib
@@ -199,8 +199,8 @@ VISION_ENCODERS: dict[str, dict[str, Any]] = {
 
 
 def published(name: str) -> Any:
-    """A model's config here (LanguageModelConfig or VisionConfig), or None where the name is
-    not listed above.
+    """Returns the config of a model listed above as LanguageModelConfig or VisionConfig, None
+    for another name.
     """
     place = pathlib.Path(f"{name}/config.json")
     nothing = Document(place, {})

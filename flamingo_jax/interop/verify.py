@@ -1,5 +1,5 @@
-"""A published model read here beside its original implementation, both in float32 on the same
-inputs.
+"""Compares the outputs of a published model here and in transformers, both in float32 on the
+same inputs.
 """
 
 import importlib.util
@@ -28,9 +28,11 @@ TEXT = (
 
 
 class Comparison(NamedTuple):
-    """relative_error: the largest difference of logits or features over the largest of the
-    original's. divergence: the mean over positions of KL(original || ours) in nats, None for an
-    encoder. values: how many numbers were compared.
+    """Holds the result of a comparison.
+
+    relative_error: largest absolute difference of logits or features, divided by the largest
+    absolute value of the original. divergence: KL(original || ours) in nats, mean over
+    positions, None for an encoder. values: how many numbers were compared.
     """
 
     relative_error: float
@@ -39,7 +41,7 @@ class Comparison(NamedTuple):
 
 
 def require_original() -> None:
-    """A UserError where the original implementation cannot be run."""
+    """Raises UserError if torch or transformers is not installed."""
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise UserError(
@@ -49,7 +51,9 @@ def require_original() -> None:
 
 
 def verify_language_model(folder: str | pathlib.Path) -> Comparison:
-    """Logits of texts of several lengths, padded to the longest here and one by one there."""
+    """Compares the logits of texts of several lengths: in one padded batch here, one by one in
+    transformers, which also checks the padding.
+    """
     require_original()
     import torch
     import transformers
@@ -79,7 +83,7 @@ def verify_language_model(folder: str | pathlib.Path) -> Comparison:
 
 
 def verify_vision_encoder(folder: str | pathlib.Path) -> Comparison:
-    """Features of two images of noise."""
+    """Compares the grid features of two images of noise."""
     require_original()
     import torch
     import transformers
@@ -94,7 +98,7 @@ def verify_vision_encoder(folder: str | pathlib.Path) -> Comparison:
         theirs = tower(
             pixel_values=torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
         ).last_hidden_state.numpy()
-    # Behind the class token, where there is one.
+    # Skip the class token, if there is one.
     expected = theirs[:, theirs.shape[1] - ours.shape[1] * ours.shape[2] :]
     return Comparison(_relative(ours.reshape(expected.shape), expected), None, expected.size)
 

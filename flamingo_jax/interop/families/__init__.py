@@ -1,4 +1,6 @@
-"""Published families, one file each: see `family.Family` for how to add one."""
+"""Lists the families of published models, one file each. `family.Family` says how to add
+one.
+"""
 
 from typing import Any
 
@@ -34,20 +36,20 @@ FAMILIES: dict[ModelPart, dict[str, Family]] = {
         for family in (clip.FAMILY, clip.TOWER, siglip.FAMILY, siglip.TOWER)
     },
 }
-"""By part and `model_type`."""
+"""{part of a Flamingo: {`model_type` in config.json: family}}."""
 
 
 def family_of(config: Document, part: ModelPart) -> Family:
-    """The family of a config.json.
+    """Returns the family of a config.json by its `model_type`.
 
-    Raises: UserError for one that is not known, with those that are.
+    Raises: UserError, with the known families, for an unknown one.
     """
     return config.choice("model_type", FAMILIES[part], None)
 
 
 def parse(config: Document, preprocessor: Document, part: ModelPart) -> Any:
-    """A config.json as LanguageModelConfig or VisionConfig.
+    """Translates a config.json into a LanguageModelConfig or VisionConfig.
 
-    Raises: UserError for what cannot be honoured.
+    Raises: UserError for a setting that the models here do not support.
     """
     return family_of(config, part).parse(config, preprocessor)

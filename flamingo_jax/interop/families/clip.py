@@ -1,4 +1,4 @@
-"""CLIP's vision tower (Radford et al. 2021), within the whole model or alone."""
+"""Reads CLIP's vision tower (Radford et al. 2021), from the complete model or saved alone."""
 
 from flamingo_jax.experiment import VisionConfig
 from flamingo_jax.interop.documents import Document
@@ -15,7 +15,7 @@ DEFAULTS = Defaults(
 
 
 def parse(config: Document, preprocessor: Document) -> VisionConfig:
-    """CLIP's config.json and preprocessor_config.json."""
+    """Translates CLIP's config.json and preprocessor_config.json."""
     return parse_tower(
         config,
         preprocessor,

@@ -1,4 +1,7 @@
-"""What a family of published models is to the code that reads folders."""
+"""Defines `Family`: how the config and the tensors of a family of published models are read.
+
+The other files of this folder are one family each.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,41 +12,48 @@ from flamingo_jax.interop.documents import Document
 
 ModelPart = Literal["language_model", "vision_encoder"]
 TensorTable = dict[str, tuple[Term, ...]]
-"""Our stacked names -> the tensors whose sum they are; {} stands for the layer's number."""
+"""{stacked name of a parameter here: the tensors it is the sum of}; {} in a tensor's name is
+the index of the layer.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Models of one `model_type` of transformers.
+    """Describes the models of one `model_type` of Hugging Face's transformers.
 
-    To add a family: a file beside this one with its FAMILY, its row in `families.FAMILIES`, a
-    small case in tests/interop/cases.py, and `python -m tests.interop.make_fixtures CASE`, which
-    writes what transformers' own module gives.
+    To add a family, write a file beside this one with its FAMILY, add a row to
+    `families.FAMILIES` and a small case to tests/interop/cases.py, and run
+    `python -m tests.interop.make_fixtures CASE`, which writes the outputs of transformers'
+    module.
     """
 
     model_type: str
     part: ModelPart
     parse: Callable[[Document, Document], Any]
-    """(config.json, preprocessor_config.json, empty where there is none) -> LanguageModelConfig
-    or VisionConfig. Raises UserError for what the model here cannot do.
+    """(config.json, preprocessor_config.json or an empty document) -> LanguageModelConfig or
+    VisionConfig. Raises UserError for a setting that the model here does not support.
     """
     table: Callable[[Any], TensorTable]
-    """Where the parameters of a model of this config come from; more names than it has do no
-    harm.
+    """Config -> table of tensors. The table may list parameters that the model does not
+    have.
     """
     prefix: str
-    """Is missing from all names where the model was saved without its head."""
+    """Prefix of all tensor names, which is absent if the model was saved without its head."""
     unread: tuple[str, ...] = ()
-    """Regular expressions for tensors that say nothing that the config does not."""
+    """Regular expressions of tensors that are not needed, as the config implies their
+    content.
+    """
     also_unread: Callable[[Any], tuple[str, ...]] = lambda config: ()
-    """More of these, by the config."""
+    """Further expressions of this kind, which depend on the config."""
     embedding: str = ""
     head: str = ""
-    """Of a language model: the tensors of the tokens in and out, which may be the same."""
+    """Tensor names of a language model's input embedding and output head, which may be
+    tied.
+    """
 
 
 def norm(ours: str, theirs: str) -> TensorTable:
-    """The rows of a LayerNorm with scale and bias."""
+    """Returns the table of a LayerNorm with scale and bias, named `ours` here."""
     return {
         f"{ours}/scale": (Term(f"{theirs}.weight"),),
         f"{ours}/bias": (Term(f"{theirs}.bias"),),
@@ -51,7 +61,11 @@ def norm(ours: str, theirs: str) -> TensorTable:
 
 
 def attention(ours: str, theirs: str) -> TensorTable:
-    """The rows of a layer's map to heads (query, key or value) and its bias."""
+    """Returns the table of a projection to heads (query, key or value) and its bias.
+
+    torch stores weights as [out, in] with out = heads x head width; here they are [width,
+    heads, head width].
+    """
     return {
         f"layers/attention/{ours}": (Term(f"{theirs}.weight", "(h d) w -> w h d"),),
         f"layers/attention/{ours}_bias": (Term(f"{theirs}.bias", "(h d) -> h d"),),

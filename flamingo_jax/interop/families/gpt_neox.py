@@ -1,7 +1,8 @@
-"""GPT-NeoX (Black et al. 2022), as Pythia and RedPajama-INCITE are saved: LayerNorm, rotary
-positions of a part of each head, biases, both halves of a layer at once or one after the other.
+"""Reads GPT-NeoX (Black et al. 2022), the architecture of Pythia and RedPajama-INCITE:
+LayerNorm, rotary positions on a fraction of each head, biases, parallel or sequential
+residual.
 
-OpenFlamingo-4B stands on RedPajama-INCITE-3B.
+OpenFlamingo-4B uses RedPajama-INCITE-3B.
 """
 
 from flamingo_jax.checkpointing.stored_tensors import Term
@@ -28,7 +29,9 @@ ACTIVATIONS = {
 
 
 def _of_heads(place: int, bias: bool = False) -> tuple[Term, ...]:
-    """Queries, keys or values, which lie together head by head."""
+    """Returns the query (`place` 0), key (1) or value (2) part of the fused QKV projection,
+    whose output axis is (heads, 3, head width).
+    """
     sizes, pick = {"part": 3}, {"part": place}
     if bias:
         name = LAYER + "attention.query_key_value.bias"
@@ -59,7 +62,7 @@ TABLE: TensorTable = {
 
 
 def parse(config: Document, _: Document) -> LanguageModelConfig:
-    """GPT-NeoX's config.json."""
+    """Translates GPT-NeoX's config.json."""
     config.require("quantization_config")
     width, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     require_divides(config, "num_attention_heads", heads, "hidden_size", width)

@@ -1,7 +1,7 @@
-"""Llama 1 to 3 and whatever is saved as one (Touvron et al. 2023): RMSNorm, rotary positions,
-SwiGLU.
+"""Reads Llama 1 to 3 and models saved in its format (Touvron et al. 2023): RMSNorm, rotary
+positions, SwiGLU.
 
-Mistral, Qwen2 and Qwen3 are the same tensors and nearly the same config: see `llama_like`.
+Mistral, Qwen2 and Qwen3 have the same tensors and nearly the same config: see `llama_like`.
 """
 
 from collections.abc import Callable
@@ -42,8 +42,8 @@ TABLE: TensorTable = {
     "layers/feed_forward/down": (Term(LAYER + "mlp.down_proj.weight", "w f -> f w"),),
 }
 FREQUENCIES = r".*rotary_emb\.inv_freq"
-"""Of rotary positions: says nothing that the config does not, as long as it is the config's
-(see `content.differing`).
+"""Stored rotary frequencies, which the config implies (`content.differing` checks that they
+agree).
 """
 
 
@@ -56,10 +56,12 @@ def llama_like(
     query_key_norm: bool = False,
     window: int = 0,
 ) -> LanguageModelConfig:
-    """A config.json in Llama's words as our config.
+    """Translates a config.json with Llama's keys; the switches are those of `AttentionConfig`.
 
-    kv_heads: the default where num_key_value_heads is not there at all; None: the number of
-    heads, which null means in every family.
+    kv_heads: default of num_key_value_heads if the key is absent; None for the number of
+    heads, which a null means in every family.
+
+    Raises: UserError for a setting that the language model here does not support.
     """
     config.require("hidden_act", "silu", "swish")
     config.require("mlp_bias", False)
@@ -102,13 +104,17 @@ def llama_like(
 
 
 def require_divides(config: Document, divisor: str, count: int, key: str, value: int) -> None:
-    """Raises UserError where the count at one key does not divide the value at the other."""
+    """Raises UserError if `count`, the value of `divisor`, does not divide the value of
+    `key`.
+    """
     if value % count:
         config.refuse(key, f"a multiple of {divisor} ({count})")
 
 
 def rotary(config: Document, default: float = 10_000.0) -> tuple[float, RotaryScaling | None]:
-    """The base and the scaling; both stand in rope_parameters since transformers 5."""
+    """Returns base and scaling of the rotary frequencies; transformers 5 moved both keys into
+    rope_parameters.
+    """
     given = config.inside("rope_parameters" if config.given("rope_parameters") else "rope_scaling")
     base = given.number("rope_theta", config.number("rope_theta", default))
     kind = given.given("rope_type") or given.given("type") or "default"
@@ -128,17 +134,19 @@ def rotary(config: Document, default: float = 10_000.0) -> tuple[float, RotarySc
 
 
 def refuse_kind(given: Document) -> NoReturn:
-    """Raises UserError for a way to stretch rotary frequencies that is not known here."""
+    """Raises UserError for a kind of RoPE scaling that is not supported."""
     key = "rope_type" if given.given("rope_type") else "type"
     given.refuse(key, "'default', 'linear' or 'llama3'")
 
 
 def sliding_window(config: Document, default: int | None = None, *, first: int) -> int:
-    """How far back a token sees, 0 for to the beginning; the same in all layers.
+    """Returns the sliding window in tokens, the same in all layers; 0 for full attention.
 
-    default: where sliding_window is not given. first: the first layer with a window, where
-    layer_types do not say it. A window as long as
-    the texts that a model was trained on is one all the same: longer texts can be read.
+    default: if sliding_window is absent. first: the first layer with a window, if layer_types
+    is absent. A window as long as the training texts still counts, since longer texts can be
+    read.
+
+    Raises: UserError if only some layers have a window.
     """
     layers, kinds = config.integer("num_hidden_layers"), config.given("layer_types")
     sliding = (
@@ -157,7 +165,7 @@ def sliding_window(config: Document, default: int | None = None, *, first: int) 
 
 
 def llama_family(model_type: str, parse: Callable[[Document, Document], Any]) -> Family:
-    """A family of Llama's tensors."""
+    """Makes a family that has Llama's tensors."""
     return Family(
         model_type,
         "language_model",
@@ -171,7 +179,7 @@ def llama_family(model_type: str, parse: Callable[[Document, Document], Any]) ->
 
 
 def parse(config: Document, _: Document) -> LanguageModelConfig:
-    """Llama's config.json."""
+    """Translates Llama's config.json."""
     bias = bool(config.given("attention_bias"))
     return llama_like(config, bias=bias, out_bias=bias)
 

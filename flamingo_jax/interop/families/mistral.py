@@ -1,15 +1,17 @@
-"""Mistral (Jiang et al. 2023): Llama with grouped queries and, in 2023, a sliding window."""
+"""Reads Mistral (Jiang et al. 2023): Llama with grouped queries and, in version 0.1, a sliding
+window.
+"""
 
 from flamingo_jax.experiment import LanguageModelConfig
 from flamingo_jax.interop.documents import Document
 from flamingo_jax.interop.families.llama import llama_family, llama_like, sliding_window
 
 KV_HEADS, WINDOW = 8, 4096
-"""What transformers' class has where a config.json is silent; null means none of it."""
+"""Defaults of transformers' class for keys that config.json lacks; a null means "none"."""
 
 
 def parse(config: Document, _: Document) -> LanguageModelConfig:
-    """Mistral's config.json."""
+    """Translates Mistral's config.json."""
     config.require("attention_bias", False)
     silent = not config.has("sliding_window")
     window = 0

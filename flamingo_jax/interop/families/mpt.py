@@ -1,6 +1,6 @@
-"""MPT (MosaicML 2023): LayerNorm without a bias, alibi, no biases anywhere, tied embeddings.
+"""Reads MPT (MosaicML 2023): ALiBi, no biases, not even in LayerNorm, tied embeddings.
 
-OpenFlamingo-3B and -9B stand on MPT-1B and MPT-7B.
+OpenFlamingo-3B and -9B use MPT-1B and MPT-7B.
 """
 
 from flamingo_jax.checkpointing.stored_tensors import Term
@@ -18,11 +18,13 @@ from flamingo_jax.interop.families.llama import require_divides
 LAYER = "transformer.blocks.{}."
 EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
 EXPANSION = 4
-"""Of the feed-forward, whatever the config says: transformers' class has no other."""
+"""Expansion of the feed-forward, which is hard-coded in transformers' class."""
 
 
 def table(config: LanguageModelConfig) -> TensorTable:
-    """Where the parameters come from: queries, keys and values lie below one another."""
+    """Returns the table of tensors. Queries, keys and values are one tensor [3 x width,
+    width], one below the other.
+    """
     width = config.width
 
     def rows(place: int) -> tuple[Term, ...]:
@@ -46,7 +48,7 @@ def table(config: LanguageModelConfig) -> TensorTable:
 
 
 def parse(config: Document, _: Document) -> LanguageModelConfig:
-    """MPT's config.json."""
+    """Translates MPT's config.json."""
     config.require("quantization_config")
     config.require("no_bias", True)
     config.require("expansion_ratio", EXPANSION)

@@ -1,6 +1,6 @@
-"""OPT (Zhang et al. 2022): LayerNorm, learned positions, ReLU, biases, tied embeddings.
+"""Reads OPT (Zhang et al. 2022): LayerNorm, learned positions, ReLU, biases, tied embeddings.
 
-Read where each half of a layer has its norm before it, as all sizes but 350M do.
+Only pre-norm models are supported, which are all sizes except 350M.
 """
 
 from flamingo_jax.checkpointing.stored_tensors import Term
@@ -19,7 +19,9 @@ LAYER = "model.decoder.layers.{}."
 EMBEDDING, HEAD = "model.decoder.embed_tokens.weight", "lm_head.weight"
 ACTIVATIONS = {"relu": "relu", "gelu": "exact_gelu", "gelu_new": "gelu"}
 OFFSET = 2
-"""Rows of the table of positions that stand before that of the first token."""
+"""Row of the position embedding that the first token uses: fairseq reserves the rows before
+it.
+"""
 TABLE: TensorTable = {
     "embedding": (Term(EMBEDDING),),
     "position_embedding": (Term("model.decoder.embed_positions.weight", first=OFFSET),),
@@ -40,7 +42,7 @@ TABLE: TensorTable = {
 
 
 def parse(config: Document, _: Document) -> LanguageModelConfig:
-    """OPT's config.json."""
+    """Translates OPT's config.json."""
     config.require("quantization_config")
     config.require("do_layer_norm_before", True)
     config.require("_remove_final_layer_norm", False)

@@ -1,4 +1,4 @@
-"""Qwen3: Llama with a norm over each head's queries and keys."""
+"""Reads Qwen3 (Yang et al. 2025): Llama with an RMSNorm over each head's queries and keys."""
 
 from flamingo_jax.experiment import LanguageModelConfig
 from flamingo_jax.interop.documents import Document
@@ -7,7 +7,7 @@ from flamingo_jax.interop.families.qwen2 import KV_HEADS, qwen_window
 
 
 def parse(config: Document, _: Document) -> LanguageModelConfig:
-    """Qwen3's config.json."""
+    """Translates Qwen3's config.json."""
     bias = bool(config.given("attention_bias"))
     return llama_like(
         config,

@@ -1,4 +1,4 @@
-"""SigLIP's vision tower (Zhai et al. 2023), within the whole model or alone."""
+"""Reads SigLIP's vision tower (Zhai et al. 2023), from the complete model or saved alone."""
 
 from flamingo_jax.experiment import VisionConfig
 from flamingo_jax.interop.documents import Document
@@ -15,7 +15,7 @@ DEFAULTS = Defaults(
 
 
 def parse(config: Document, preprocessor: Document) -> VisionConfig:
-    """SigLIP's config.json and preprocessor_config.json."""
+    """Translates SigLIP's config.json and preprocessor_config.json."""
     return parse_tower(
         config,
         preprocessor,

@@ -1,5 +1,5 @@
-"""What the vision towers of CLIP and SigLIP share as transformers publish them: their tensors,
-their configs and preprocessing.
+"""Reads what the vision towers of CLIP and SigLIP have in common: the names of their tensors,
+their configs and preprocessing, in transformers' format.
 """
 
 import math
@@ -21,8 +21,8 @@ ACTIVATIONS = {
 
 
 class Defaults(NamedTuple):
-    """What a config.json leaves out where it is as in transformers' own classes; mean and std
-    of pixels and the fit where no preprocessor_config.json says them.
+    """Defaults of transformers' classes for keys that config.json lacks. mean, std (of pixels
+    from 0 to 1) and fit are for folders without a preprocessor_config.json.
     """
 
     patch_size: int
@@ -37,14 +37,14 @@ LAYER = "vision_model.encoder.layers.{}."
 
 
 def table(config: VisionConfig) -> TensorTable:
-    """Where the parameters of an encoder come from."""
+    """Returns the table of tensors of an encoder with this config."""
     assert config.vit is not None
     patch, positions = (
         config.vit.patch_size,
         "vision_model.embeddings.position_embedding.weight",
     )
     return {
-        # A convolution's weights; a patch here is rows, columns and colours.
+        # The weights of a convolution; here a patch is flattened as (rows, columns, colours).
         "patch_embedding": (
             Term(
                 "vision_model.embeddings.patch_embedding.weight",
@@ -53,7 +53,7 @@ def table(config: VisionConfig) -> TensorTable:
             ),
         ),
         "patch_bias": (Term("vision_model.embeddings.patch_embedding.bias"),),
-        # The class token's own position is the first, and part of the token here.
+        # The first position is that of the class token, whose embedding includes it here.
         "position_embedding": (
             Term(positions, "(r s) w -> r s w", first=1 if config.vit.class_token else 0),
         ),
@@ -82,8 +82,8 @@ UNREAD = (
     r"(text|visual)_projection\..*",
     r"logit_(scale|bias)",
     r"(.*\.)?position_ids",
-    # CLIP's norm of the pooled vector and SigLIP's pooling head: grid features are taken before
-    # them.
+    # SigLIP's pooling head; like CLIP's norm of the pooled vector below, it comes after the
+    # grid features, which are all that is used.
     r"vision_model\.head\..*",
 )
 UNREAD_WITHOUT_LAST_NORM = (r"vision_model\.post_layernorm\..*",)
@@ -99,10 +99,10 @@ def parse_tower(
     first_norm: bool,
     last_norm: bool,
 ) -> VisionConfig:
-    """A config.json, of the whole model or of the tower alone, and a preprocessor_config.json
-    (empty where there is none) as our config; the switches are ViTConfig's.
+    """Translates a config.json, of the complete model or of the tower alone, and a
+    preprocessor_config.json (empty if there is none); the switches are those of `ViTConfig`.
 
-    Raises: UserError for what the encoder here cannot do.
+    Raises: UserError for a setting that the encoder here does not support.
     """
     config.require("quantization_config")
     tower = config.inside("vision_config") if config.given("vision_config") is not None else config
@@ -133,8 +133,8 @@ def parse_tower(
 
 
 def tower_family(model_type: str, parse: Callable[[Document, Document], VisionConfig]) -> Family:
-    """A family of these tensors: the whole model, of which the tower is read, or the tower
-    alone, whose names transformers 5 save without the prefix.
+    """Makes a family with these tensors: the complete model, of which only the tower is read,
+    or the tower alone, which transformers 5 save without the prefix of the names.
     """
     return Family(
         model_type,
@@ -148,20 +148,20 @@ def tower_family(model_type: str, parse: Callable[[Document, Document], VisionCo
 
 
 def _fit(given: Document, default: Fit) -> Fit:
-    """How the folder's preprocessor makes an image a square: where it says nothing, as its
-    family does.
+    """Returns how the folder's preprocessor makes an image square, by default as its family
+    does.
     """
     size, crops = given.given("size"), given.given("do_center_crop")
     if isinstance(size, dict) and "height" in size:
         return "stretch"
     if crops or isinstance(size, int) or (isinstance(size, dict) and "shortest_edge" in size):
-        # Without do_center_crop the rest would stay outside the square all the same.
+        # Without do_center_crop the image would not be square, so it is cropped all the same.
         return "crop"
     return default
 
 
 def _pixels(given: Document, defaults: Defaults) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of the pixels that the folder's preprocessor makes."""
+    """Returns mean and standard deviation by which the preprocessor normalises pixels."""
     if given.given("do_normalize") is False:
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     factor = given.number("rescale_factor", 1 / 255)
