@@ -115,21 +115,21 @@ class _Source(NamedTuple):
 def load_language_model(
     folder: str | pathlib.Path, *, mesh: Mesh | None = None, dtype: Any = None, weights: Any = None
 ) -> LoadedLanguageModel:
-    """Loads a published language model's folder, or the language model of an export.
+    """Loads a published language model, or the language model of an export.
 
     Args:
-      folder: as transformers save it (`interop.families` has those that are read), or what
-        `launch.export` wrote of a language model or a Flamingo.
-      mesh: axes data, fsdp and model (`partitioning.mesh.make_mesh`), over which the
-        parameters lie as in training; None: on the first local device.
-      dtype: compute type; by default float32 on CPU and bfloat16 on accelerators.
-      weights: type that the parameters are held in; by default the stored ones.
+      folder: a folder as transformers save it (`interop.families` lists the families), or an
+        export of a language model or a Flamingo.
+      mesh: mesh with the axes data, fsdp and model (`partitioning.mesh.make_mesh`), over which
+        the parameters are sharded as in training; None for the first local device.
+      dtype: dtype of the computation; by default float32 on CPU and bfloat16 on accelerators.
+      weights: dtype of the parameters; by default the one on disk.
 
     Returns: (model, tokenizer). `model(tokens, positions, segments)`, each int32 [B, L] with
-      segment 0 for padding, gives logits float32 [B, L, V].
+      segment 0 for padding, returns logits, float32 [B, L, V].
 
-    Raises: UserError where the folder's config cannot be honoured or its tensors are not those
-      of the config.
+    Raises: UserError if the folder's config is not supported or its tensors do not agree with
+      it.
     """
     found = _open(folder, "language_model")
     tokenizer = (

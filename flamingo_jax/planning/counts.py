@@ -1,5 +1,5 @@
-"""How many parameters an experiment's model has, part by part, and how large its checkpoints
-are, without allocating any.
+"""Counts the parameters of an experiment's model, part by part, and the bytes of its
+checkpoints, from shapes alone.
 """
 
 import math
@@ -27,12 +27,12 @@ FLOW = (
     "grafted",
     "extra_embedding",
 )
-"""The parts of a Flamingo in the order in which an image meets them."""
+"""The parts of a Flamingo in the order of the data flow, from image to text."""
 
 
 def parameter_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shape of every parameter of the task's model, by flat name, from the real modules
-    traced abstractly.
+    """Returns {flat name: shape and dtype} of every parameter of the task's model, by tracing
+    the real modules without allocating arrays.
     """
     model = nnx.eval_shape(
         lambda: stages.build_model(experiment, nnx.Rngs(params=jax.random.key(0)))
@@ -41,7 +41,9 @@ def parameter_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 class PartCount(NamedTuple):
-    """Parameters of a part of the model, and how many of them are trained."""
+    """Holds the number of parameters of a part of the model, and how many of them are
+    trained.
+    """
 
     parameters: int
     trained: int
@@ -50,11 +52,11 @@ class PartCount(NamedTuple):
 def count_parts(experiment: Experiment) -> dict[str, PartCount]:
     """Counts the parameters of each part of the task's model.
 
-    Parts are the model's own, for Flamingo those of `FLOW` (the paper's table 5 has the larger
-    ones); a language model is one part.
+    The parts are the top-level modules, for a Flamingo those of `FLOW` (the larger ones are in
+    the paper's table 5); a language model is one part.
     """
     shapes = parameter_shapes(experiment)
-    # The scales of integers are no parameters of the model.
+    # The scales of int8 weights do not count as parameters of the model.
     sizes = {name: math.prod(s.shape) for name, s in shapes.items() if meets(name)}
     trained = trainable_names(experiment.task, sizes, stages.unfrozen(experiment))
     order = FLOW if experiment.task == "flamingo" else ()
@@ -74,9 +76,7 @@ def _place(name: str, order: Sequence[str]) -> int:
 
 
 def count_parameters(experiment: Experiment) -> dict[str, int]:
-    """Counts the parameters of each part, of what the task trains ("trainable"), and of the
-    whole ("total").
-    """
+    """Counts the parameters of each part, the trained ones ("trainable") and all ("total")."""
     parts = count_parts(experiment)
     return {part: count.parameters for part, count in parts.items()} | {
         "trainable": sum(count.trained for count in parts.values()),
@@ -85,12 +85,12 @@ def count_parameters(experiment: Experiment) -> dict[str, int]:
 
 
 def checkpoint_bytes(experiment: Experiment) -> dict[str, int]:
-    """What each checkpoint of a run holds, in bytes: "trainables" and their "moments" in
-    float32, "rest" (step, key, counters) and "total".
+    """Computes the bytes of a checkpoint: "trainables" and their "moments" in float32, "rest"
+    (step, key, counters) and "total".
 
-    "frozen" are bytes that are not in it: frozen parameters, as they lie in memory, stay in the
-    exports they came from. Positions, the clock, the config and the manifest are some kilobytes
-    besides.
+    "frozen" are bytes that are not in the checkpoint: frozen parameters in the compute dtype,
+    which stay in the exports they came from. Data positions, the clock, the config and the
+    manifest are some kilobytes more.
     """
     shapes = parameter_shapes(experiment)
     trained = trainable_names(experiment.task, shapes, stages.unfrozen(experiment))

@@ -1,5 +1,5 @@
-"""What a compiled program does, read from its HLO text: loop bodies times their trip counts,
-which XLA's own analysis leaves out.
+"""Analyses the HLO text of a compiled program: cycles, FLOPs and collectives, with loop bodies
+multiplied by their trip counts, which XLA's own cost analysis counts once.
 """
 
 import collections
@@ -20,7 +20,7 @@ COLLECTIVES = (
     "ragged-all-to-all",
 )
 _BITS = {"pred": 8, "token": 0}
-"""Of the types whose name does not say how many."""
+"""Bits of the types whose name does not contain them, as "bf16" does."""
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+)(?: \(.*)? \{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
 _SHAPE = re.compile(r"\b(pred|token|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
@@ -33,19 +33,23 @@ _CALLED = re.compile(
 
 
 class Instruction(NamedTuple):
-    """One line of a compiled program."""
+    """One line of a compiled program: `name = shape opcode(rest`."""
 
     name: str
     shape: str
     opcode: str
     rest: str
-    """Operands and attributes, as they stand."""
+    """Operands and attributes, unparsed."""
 
 
 class Collective(NamedTuple):
-    """kind, e.g. "all-reduce"; group: devices of one of its groups, by their places in the mesh
-    (of a permutation: a sender and its receiver);
-    bytes: of its largest operand or result on a device; times: how often a step runs it."""
+    """Describes a collective operation.
+
+    kind: such as "all-reduce". group: devices of its first group, as indices into the mesh (of
+      a
+    permutation: a sender and its receiver). bytes: size of its largest operand or result on a
+    device. times: how often a step runs it.
+    """
 
     kind: str
     group: tuple[int, ...]
@@ -54,10 +58,10 @@ class Collective(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What a device does in one step.
+    """Holds what a device does in one step.
 
-    cycles: the TPU compiler's estimate, 0 where it gives none. flops: of products and
-    convolutions. instructions: lines of the program, a measure of its size.
+    cycles: the TPU compiler's estimate, 0 on other backends. flops: of matrix products and
+    convolutions. instructions: number of lines of the program, a measure of its size.
     """
 
     cycles: int
@@ -67,7 +71,10 @@ class Summary(NamedTuple):
 
 
 def summarise(text: str) -> Summary:
-    """Raises ValueError where the text has no entry computation."""
+    """Summarises the HLO text of a program.
+
+    Raises: ValueError if the text has no entry computation.
+    """
     computations, entry = parse(text)
     cycles = flops = 0
     collectives: collections.Counter[tuple[str, tuple[int, ...], int]] = collections.Counter()
@@ -81,6 +88,8 @@ def summarise(text: str) -> Summary:
                 collectives[kind, first_group(instruction.rest), _largest(instruction.shape)] += (
                     times
                 )
+    # Cycles are noted on a fusion as a whole, but its products are inside, so this pass also
+    # enters fusions.
     for name, times in _runs(computations, entry, 1, (*LOOPS_AND_CALLS, "fusion")):
         flops += times * inner[name]
     return Summary(
@@ -92,9 +101,10 @@ def summarise(text: str) -> Summary:
 
 
 def first_group(attributes: str) -> tuple[int, ...]:
-    """The first of a collective's groups, from any of the forms in which XLA writes them; ()
-    for none, which means all devices.
+    """Parses the first group of a collective, in any of XLA's notations; () if none is given,
+    which means all devices.
     """
+    # replica_groups=mesh['x'=2,'y'=4] {'y'}: the axes along which a group varies.
     if found := re.search(
         r"replica_groups=mesh\[([^\]]*)\](?: device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
         r" \{([^}]*)\}",
@@ -115,6 +125,7 @@ def first_group(attributes: str) -> tuple[int, ...]:
             .ravel()
             .tolist()
         )
+    # replica_groups=[groups,size]<=[dims]T(permutation): an iota, transposed and reshaped.
     if found := re.search(
         r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
     ):
@@ -124,6 +135,7 @@ def first_group(attributes: str) -> tuple[int, ...]:
             .transpose(_numbers(found[4]) if found[4] else None)
         )
         return tuple(order.reshape(int(found[1]), int(found[2]))[0].tolist())
+    # replica_groups={{0,1},{2,3}}: every group is listed.
     if found := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", attributes):
         return tuple(_numbers(found[1]))
     return ()
@@ -134,7 +146,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """Every computation's instructions by its name, and the name of the entry."""
+    """Returns ({name of a computation: its instructions}, name of the entry computation)."""
     computations: dict[str, list[Instruction]] = {}
     entry = current = ""
     for line in text.splitlines():
@@ -150,8 +162,8 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def _trips(computations: Mapping[str, list[Instruction]], rest: str) -> int:
-    """How often a loop runs: as the compiler notes it, or as its condition has it, `i < n` with
-    i counting from 0; 1 where neither says.
+    """Returns how often a loop runs: the compiler's annotation, else n of a condition `i < n`
+    with i counting from 0, else 1.
     """
     if found := _TRIPS.search(rest):
         return int(found[1])
@@ -182,9 +194,11 @@ def _runs(
     times: int,
     through: Sequence[str] = LOOPS_AND_CALLS,
 ) -> Iterator[tuple[str, int]]:
-    """Every computation that a computation runs, itself first, with how often; of a
-    conditional, every branch. `through`: the instructions whose computations are followed;
-    without "fusion" those stand for what is in them.
+    """Yields (name, how often it runs) of every computation that a computation runs, itself
+    first. All branches of a conditional count.
+
+    through: the opcodes whose computations are entered; without "fusion", a fusion counts as
+    one instruction.
     """
     yield name, times
     for instruction in computations[name]:
@@ -196,7 +210,9 @@ def _runs(
 
 
 def _flops(computations: Mapping[str, list[Instruction]], name: str) -> int:
-    """FLOPs of the products and convolutions that stand in a computation itself."""
+    """Counts FLOPs of products and convolutions directly in a computation, 2 per
+    multiply-add.
+    """
     shapes = {instruction.name: _sizes(instruction.shape) for instruction in computations[name]}
     total = 0
     for instruction in computations[name]:
@@ -223,9 +239,9 @@ def _flops(computations: Mapping[str, list[Instruction]], name: str) -> int:
 
 
 def _taps(left: Sequence[int], right: Sequence[int], result: Sequence[int], attributes: str) -> int:
-    """Multiplications of a convolution. Taps that fall on padding or between dilated inputs are
-    none: TPU programs write all products as convolutions, those with batch axes as such of
-    which most taps fall there.
+    """Counts the multiplications of a convolution, without taps on padding or between dilated
+    inputs: TPU programs express all matrix products as convolutions, and in batched products
+    most taps fall there.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     assert labels, "a convolution has labels"
@@ -257,7 +273,7 @@ def _taps(left: Sequence[int], right: Sequence[int], result: Sequence[int], attr
 
 
 def _sizes(shape: str) -> list[int]:
-    """Of the first array of a shape."""
+    """Returns the sizes of the first array in a shape."""
     found = _SHAPE.search(shape)
     return _numbers(found[2]) if found and found[2] else []
 
@@ -269,8 +285,8 @@ def _called(rest: str) -> list[str]:
 
 
 def _largest(shape: str) -> int:
-    """Bytes of the largest array of a shape, which may be a tuple: an asynchronous collective
-    holds its operand and its result.
+    """Returns the bytes of the largest array in a shape, which may be a tuple: an asynchronous
+    collective has both its operand and its result.
     """
     return max((_bytes(kind, sizes) for kind, sizes in _SHAPE.findall(shape)), default=0)
 

@@ -1,4 +1,6 @@
-"""What a training step amounts to on a machine that need not be there."""
+"""Plans a training step for a machine that need not exist: memory, FLOPs, time,
+communication.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -24,10 +26,16 @@ GIB = 2**30
 
 
 def plan_step(experiment: Experiment, name: str, search: bool = False) -> dict[str, Any]:
-    """Compiles the step for a topology and gives JSON-able numbers; bytes, cycles and program FLOPs
-    are those of one device.
+    """Compiles the training step for a topology and returns its costs, JSON-able.
 
-    Raises: UserError with the mend where the step does not fit.
+    Bytes and cycles are those of one device, FLOPs of all devices together. "floor_seconds" is
+    the time that the formula's FLOPs take at the chips' peak.
+
+    Args:
+      name: of the topology, such as "v4:2x2x4".
+      search: whether to try forms that need less memory if the step does not fit.
+
+    Raises: UserError with a suggestion if the step does not fit.
     """
     topology = open_topology(name)
     mesh = topology.mesh(experiment.mesh)
@@ -49,8 +57,8 @@ def plan_step(experiment: Experiment, name: str, search: bool = False) -> dict[s
         summary.cycles / chip.clock,
         sum(kind["bytes"] for kind in sent) / chip.link,
     )
-    # Whether what is sent hides behind the computing is not known before a run: no overlap at
-    # all is the safe side.
+    # How much communication overlaps with computation is not known before a run; assuming no
+    # overlap at all errs on the safe side.
     seconds = computing + sending
     return {
         "topology": name,
@@ -86,10 +94,11 @@ def plan_step(experiment: Experiment, name: str, search: bool = False) -> dict[s
 
 
 def plan_held_out(experiment: Experiment, name: str) -> dict[str, Any]:
-    """Computes the bytes of a device while each held-out dataset is evaluated, moments beside it:
-    {"peak_bytes": {dataset: bytes}, "chip_bytes", "fits"}.
+    """Computes the peak memory of a device during the evaluation of each held-out dataset,
+    with the optimizer's moments in memory.
 
-    Raises: UserError with the mend where the compiler finds no way to fit one.
+    Returns: {"peak_bytes": {dataset: bytes}, "chip_bytes", "fits"}.
+    Raises: UserError with a suggestion if the compiler cannot make one of them fit.
     """
     topology = open_topology(name)
     try:
@@ -122,18 +131,20 @@ def _fitting(experiment: Experiment, mesh: Mesh) -> tuple[str, Experiment, Progr
 
 
 def _by_axes(collectives: Sequence[Collective], mesh: Mesh) -> list[dict[str, Any]]:
-    """Collectives by kind and the axes of the mesh that they cross, the most bytes first."""
+    """Sums collectives by kind and by the mesh axes that they cross, largest total first."""
     found: dict[tuple[str, str], list[int]] = {}
     for c in collectives:
         places = np.unravel_index(
             np.asarray(c.group or range(mesh.size)), tuple(mesh.shape.values())
         )
+        # A group crosses an axis if the coordinates of its devices differ along it.
         axes = (
             " x ".join(
                 axis for axis, place in zip(mesh.shape, places, strict=True) if np.ptp(place)
             )
             or "none"
         )
+        # Calls in a step, bytes in a step, bytes of the largest call.
         counts = found.setdefault((c.kind, axes), [0, 0, 0])
         counts[0] += c.times
         counts[1] += c.times * c.bytes

@@ -1,4 +1,6 @@
-"""The training step compiled ahead of time, on shapes alone, and what the compiler says of it."""
+"""Compiles the training step and the evaluation ahead of time, from shapes alone, and reads
+the compiler's analysis of memory and FLOPs.
+"""
 
 import dataclasses
 import math
@@ -30,8 +32,10 @@ from flamingo_jax.training.step import (
 
 
 class Memory(NamedTuple):
-    """Bytes on each device. peak: arguments, results that have no argument's place, and
-    temporaries.
+    """Holds the memory of a program, in bytes on each device.
+
+    results: without those that reuse the memory of donated arguments. peak: the sum of all
+      three.
     """
 
     arguments: int
@@ -44,8 +48,8 @@ class Memory(NamedTuple):
 
 
 class DoesNotFit(Exception):
-    """The compiler found no way to hold the step in a chip's memory. needed: bytes of one
-    device, as far as it says; 0 where it does not.
+    """Signals that the compiler cannot fit the step into a chip's memory. needed: bytes per
+    device according to the compiler, 0 if unknown.
     """
 
     def __init__(self, needed: int):
@@ -58,14 +62,14 @@ class DoesNotFit(Exception):
 
 
 class Program(NamedTuple):
-    """An update compiled for a mesh.
+    """Holds an update compiled for a mesh.
 
-    formula_flops: of full rows with all their visuals, by `flops.step_cost`. jaxpr_flops: of
-    the traced update, what is computed twice among it. Both are of all devices together.
-    seconds, compiler_bytes: what tracing and compiling took; the most memory that this process
-    had.
-    largest: the arrays that take most of each device between steps, {"name", "sharding",
-      "bytes"}.
+    formula_flops: FLOPs of full rows with all their visuals, by `flops.step_cost`.
+    jaxpr_flops: FLOPs of the traced update, recomputation included. Both are totals over all
+      devices.
+    seconds: time of tracing and compiling. compiler_bytes: peak memory of this process.
+    largest: the arrays that take the most memory of each device between steps, as {"name",
+      "sharding", "bytes"}.
     """
 
     memory: Memory
@@ -78,19 +82,19 @@ class Program(NamedTuple):
 
 
 class TracedStep(NamedTuple):
-    """An experiment's update, traced on shapes with shardings."""
+    """Holds an experiment's update, traced on shapes with shardings."""
 
     setup: TrainSetup
     traced: jax.stages.Traced
 
 
 def trace_step(experiment: Experiment, mesh: Mesh) -> TracedStep:
-    """The experiment's update for `mesh`, whose devices may be of a topology that is not here.
+    """Traces the experiment's update for `mesh`, whose devices need not exist on this machine.
 
-    UserError where batches or parameters do not divide over it.
+    Raises: UserError if batches or parameters do not divide over the mesh.
     """
     check_batches(experiment, mesh)
-    # Outside of the mesh: optax makes a few scalars, and the mesh's devices may be unable to.
+    # Not within jax.set_mesh: optax creates a few scalars, which devices of a topology cannot.
     setup = make_setup(experiment, mesh)
     with jax.set_mesh(mesh):
         update = make_update(
@@ -109,10 +113,10 @@ def trace_step(experiment: Experiment, mesh: Mesh) -> TracedStep:
 
 
 def compile_program(experiment: Experiment, mesh: Mesh) -> Program:
-    """Compiles what `trace_step` traces. Nothing is allocated on the mesh's devices.
+    """Compiles the update that `trace_step` traces, without allocating arrays on the devices.
 
-    Raises: UserError where batches or parameters do not divide over the mesh; DoesNotFit where
-      a device's memory is too small.
+    Raises: UserError if batches or parameters do not divide over the mesh; DoesNotFit if the
+      memory of a device is too small.
     """
     began = time.monotonic()
     setup, traced = trace_step(experiment, mesh)
@@ -133,9 +137,10 @@ def compile_program(experiment: Experiment, mesh: Mesh) -> Program:
 
 
 def compile_held_out(experiment: Experiment, mesh: Mesh) -> dict[str, Memory]:
-    """Compiles the evaluation of every held-out dataset, in its microbatches: the memory of
-    each, with the optimizer's moments, which lie beside it.
+    """Compiles the evaluation of every held-out dataset in its microbatches.
 
+    Returns: {dataset: memory}, including the optimizer's moments, which stay in memory
+      meanwhile.
     Raises: as `compile_program`.
     """
     check_batches(experiment, mesh)
@@ -168,7 +173,7 @@ def _compile(traced: jax.stages.Traced, mesh: Mesh) -> tuple[jax.stages.Compiled
 
 
 TOP = 8
-"""How many of the largest arrays are told."""
+"""How many of the largest arrays are reported."""
 
 
 def _largest(setup: TrainSetup) -> list[dict[str, Any]]:
@@ -193,7 +198,7 @@ def _largest(setup: TrainSetup) -> list[dict[str, Any]]:
 
 
 def _needed(message: str) -> int:
-    """The largest size that the compiler's message speaks of, such as "83.93G"."""
+    """Returns the largest size in the compiler's error message, such as "83.93G", in bytes."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
     return max(
         (
@@ -205,8 +210,8 @@ def _needed(message: str) -> int:
 
 
 def smaller(experiment: Experiment, mesh: Mesh) -> Iterator[tuple[str, Experiment]]:
-    """Forms of the experiment that need less memory, the cheapest first, each with how to ask
-    for it.
+    """Yields (flags, experiment) with less and less memory, the fastest first; the flags turn
+    the original experiment into this one.
     """
     training, shards = experiment.training, math.prod(mesh.shape[axis] for axis in ROWS)
     modes: tuple[Literal["products", "layers"], ...] = ("products", "layers")
@@ -239,8 +244,8 @@ def smaller(experiment: Experiment, mesh: Mesh) -> Iterator[tuple[str, Experimen
 
 
 def full_work(experiment: Experiment) -> Work:
-    """The work of an update whose every row is full, with every visual and frame it has room
-    for.
+    """Returns the work of an update in which all rows are full and have all their visuals and
+    frames.
     """
     works = [_full_work(experiment, dataset) for dataset in experiment.data.values()]
     return Work(*(sum(counts) for counts in zip(*works, strict=True)))
@@ -259,8 +264,8 @@ def _full_work(experiment: Experiment, dataset: DatasetConfig) -> Work:
 def batch_shapes(
     experiment: Experiment, mesh: Mesh, held_out: bool = False
 ) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    """Every dataset's global batch as shapes with their shardings (the arrays of
-    `data_pipelines.batches`); held-out ones are never augmented.
+    """Returns {dataset: {array: shape, dtype and sharding}} of global batches, as
+    `data_pipelines.batches` makes them. held_out: those of held-out datasets, never augmented.
     """
     datasets = (
         {name: dataclasses.replace(d, colour=0.0) for name, d in experiment.held_out.items()}
@@ -328,5 +333,7 @@ def _text_length(experiment: Experiment) -> int:
 
 
 def floor_seconds(program: Program, chips: int, flops: float) -> float:
-    """The least that a step can take: the formula's FLOPs at the chips' peak."""
+    """Returns the least seconds of a step: the formula's FLOPs at the peak of `chips` chips,
+    each `flops` a second.
+    """
     return program.formula_flops / (chips * flops)

@@ -1,4 +1,4 @@
-"""Batches made of nothing, for benchmarks: every row full, every place for a visual taken."""
+"""Makes random batches for benchmarks, with full rows and the largest number of visuals."""
 
 import numpy as np
 
@@ -11,8 +11,9 @@ from flamingo_jax.tasks import stages
 def full_batches(
     experiment: Experiment, host_shard: HostShard = WHOLE_BATCH
 ) -> dict[str, dict[str, np.ndarray]]:
-    """A process's share of a Flamingo's or language model's batches (the arrays of
-    `data_pipelines.batches`) of random tokens and pixels.
+    """Makes this process's part of random batches for a Flamingo or a language model.
+
+    Returns: {dataset: {array: values}}, as `data_pipelines.batches` makes them.
     """
     rng = np.random.default_rng(0)
     return {
@@ -43,7 +44,7 @@ def _full_batch(
         return batch | {"media_index": np.full(shape, -1, np.int32)}
     size, listed = config.vision.image_size, host_shard.visuals(dataset.batch_size, places)
     return batch | {
-        # Visuals stand evenly over the row, the first at its start.
+        # Visuals are spread evenly over the row, the first at its start.
         "media_index": np.broadcast_to(whole * places // length, shape).astype(np.int32),
         "visuals": host_shard.row_visuals(dataset.batch_size, places),
         "frame_mask": np.repeat(listed[:, None] >= 0, dataset.frames, axis=1),
@@ -55,7 +56,7 @@ def _full_batch(
 
 
 def _jitter(visuals: int, frames: int, size: int) -> np.ndarray:
-    """Colours that stay as they are, at the cost of any others."""
+    """Makes jitter parameters that change no colour, at the same cost as any others."""
     return np.broadcast_to(
         np.array([1, 1, 1, 0, size, size], np.float32), (visuals, frames, len(FIELDS))
     ).copy()

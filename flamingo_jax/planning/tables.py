@@ -1,4 +1,4 @@
-"""Plans as tables for a person."""
+"""Lays out plans as tables for the terminal."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,9 @@ BYTES = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "bytes": 1}
 
 
 def held_out_table(held_out: dict[str, Any]) -> Table:
-    """Lays out what `plan.plan_held_out` found."""
+    """Lays out the result of `plan.plan_held_out`: the peak memory of each held-out
+    dataset.
+    """
     table = Table("held-out dataset", title="evaluation")
     table.add_column("peak of the chip's memory", justify="right")
     for name, peak in held_out["peak_bytes"].items():
@@ -26,7 +28,7 @@ def held_out_table(held_out: dict[str, Any]) -> Table:
 
 
 def counts_table(experiment: Experiment, parts: Mapping[str, PartCount]) -> Table:
-    """Lays out the parameters of a model's parts, trained and frozen."""
+    """Lays out the parameter counts of a model's parts, trained and frozen."""
     table = Table("part", title=experiment.name or experiment.task)
     for column in ("parameters", "", "trained", "frozen"):
         table.add_column(column, justify="right")
@@ -45,7 +47,7 @@ def counts_table(experiment: Experiment, parts: Mapping[str, PartCount]) -> Tabl
 
 
 def checkpoint_table(sizes: dict[str, int]) -> Table:
-    """Lays out the bytes of a checkpoint (`counts.checkpoint_bytes`)."""
+    """Lays out the result of `counts.checkpoint_bytes`."""
     table = Table("", title="a checkpoint")
     table.add_column("", justify="right")
     rest = ("step, key and counters", "rest")
@@ -64,7 +66,9 @@ def checkpoint_table(sizes: dict[str, int]) -> Table:
 
 
 def step_tables(step: dict[str, Any]) -> list[Table]:
-    """Lays out what `plan.plan_step` found: the step, its largest tensors, what it sends."""
+    """Lays out the result of `plan.plan_step`: the step, its largest tensors, its
+    collectives.
+    """
     mesh = " x ".join(f"{axis}={size}" for axis, size in step["mesh"].items())
     table = Table("", title=f"one step on {step['chips']} chips, {step['topology']}, mesh {mesh}")
     table.add_column("", justify="right")

@@ -1,4 +1,4 @@
-"""How long a training step takes, part by part, on the devices that are here."""
+"""Times a training step, part by part, on the devices of this machine."""
 
 import time
 from collections.abc import Callable
@@ -24,11 +24,13 @@ from flamingo_jax.training.step import compile_update, laid_out, make_update
 
 
 class Timing(NamedTuple):
-    """Seconds are medians. parts: of the whole step, each compiled and timed alone; what is
-    left is the gated blocks' and the rest's.
+    """Holds the timing of a step; seconds are medians.
 
-    flops: of the step by the formula (`tasks.flops`). matrix_rate: FLOPs a second of one
-      large product on the same devices in the same run.
+    parts: {part of the step: seconds}, each compiled and timed alone; the remainder is
+      attributed to the gated blocks and the rest. flops: of the step by the formula
+      (`tasks.flops`).
+    matrix_rate: FLOPs per second of a large matrix product on the same devices in the same
+      run.
     """
 
     step: float
@@ -41,15 +43,17 @@ class Timing(NamedTuple):
 
     @property
     def mfu(self) -> float:
-        """Of the matrix rate that was measured."""
+        """Model FLOPs utilisation, relative to the measured `matrix_rate`."""
         return self.flops / self.step / self.matrix_rate
 
 
 def time_step(experiment: Experiment, *, steps: int = 10, trace: str = "") -> Timing:
-    """Runs the experiment's real update on full rows of random content; `trace` is a folder for
-    a profiler trace of three steps.
+    """Times the experiment's real update on full rows of random content.
 
-    Raises: UserError where batches do not fit the mesh.
+    steps: number of timed steps after one that warms up. trace: folder for a profiler trace of
+    three more steps, "" for none.
+
+    Raises: UserError if batches do not divide over the mesh.
     """
     mesh = make_mesh(experiment.mesh)
     check_batches(experiment, mesh)
@@ -101,7 +105,7 @@ def time_step(experiment: Experiment, *, steps: int = 10, trace: str = "") -> Ti
 def _parts(
     experiment: Experiment, setup: Any, state: Any, frozen: Any, batches: Any, steps: int
 ) -> dict[str, float]:
-    """Seconds of what a Flamingo's step is made of; of other tasks the optimizer alone."""
+    """Times the parts of a Flamingo's step; for other tasks only the optimizer."""
     found = {}
     if experiment.task == "flamingo":
         seen = [batch for batch in batches.values() if "images" in batch]
@@ -148,7 +152,9 @@ def _parts(
 
 
 def median_seconds(run: Callable[[], Any], steps: int) -> float:
-    """Of `steps` runs after one that warms up, each waited for."""
+    """Returns the median time of `steps` runs after one that warms up; waits for each
+    result.
+    """
     jax.block_until_ready(run())
     taken = []
     for _ in range(steps):
@@ -159,8 +165,8 @@ def median_seconds(run: Callable[[], Any], steps: int) -> float:
 
 
 def matrix_rate(dtype: DTypeLike, steps: int) -> float:
-    """FLOPs a second and device of a large square product on each of this process's devices at
-    once: those of a CPU share its cores.
+    """Measures FLOPs per second and device of a large square matrix product, on all devices of
+    this process at once, since CPU devices share the cores.
     """
     size = 2048 if jax.devices()[0].platform == "cpu" else 8192
     factors = [

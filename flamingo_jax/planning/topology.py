@@ -1,5 +1,5 @@
-"""TPU topologies as meshes of devices that are not here: programs compile for them on any
-machine with libtpu, but cannot run.
+"""Describes TPU topologies as meshes of devices that need not exist: on any machine with
+libtpu, programs can be compiled for them, but not run.
 """
 
 import importlib.util
@@ -17,10 +17,11 @@ from flamingo_jax.partitioning.mesh import make_mesh
 
 
 class Chip(NamedTuple):
-    """memory: bytes of HBM a program may use. flops: dense bfloat16 a second. clock: cycles a
-    second, in which the compiler estimates.
-    link: bytes a second that a chip sends to all of its neighbours together, as published.
-      options: what libtpu must be told besides the topology.
+    """Holds the published properties of a TPU chip.
+
+    memory: bytes of HBM that a program may use. flops: dense bfloat16 FLOPs per second. clock:
+    cycles per second, to convert the compiler's estimates. link: bytes per second that a chip
+    sends to all of its neighbours together. options: further options of libtpu.
     """
 
     memory: int
@@ -31,7 +32,7 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    # One device a chip, as programs see a v4: "megacore" joins its two cores.
+    # "megacore" joins the two cores of a v4 chip into the one device that programs see.
     "v4": Chip(
         int(30.75 * 2**30),
         275e12,
@@ -46,7 +47,7 @@ CHIPS = {
 
 
 class Topology(NamedTuple):
-    """name: as in "v4:2x2x4" or "2*v4:2x2x4". kind: of its chips, as in "v4"."""
+    """Holds the devices of a topology. name: such as "v4:2x2x4". kind: of its chips, "v4"."""
 
     name: str
     kind: str
@@ -54,18 +55,18 @@ class Topology(NamedTuple):
     devices: list[jax.Device]
 
     def mesh(self, config: MeshConfig) -> Mesh:
-        """The config's mesh over all of the chips; a UserError where its sizes do not multiply
-        to them.
+        """Makes the config's mesh over all chips. Raises UserError if the product of its sizes
+        is another number.
         """
         return make_mesh(config, self.devices)
 
 
 def open_topology(name: str) -> Topology:
-    """The topology of a name such as "v4:2x2x4": a kind of chip and the sizes of its torus; of
-    "2*v4:2x2x4", two such slices.
+    """Opens the topology of a name such as "v4:2x2x4", a kind of chip and the sizes of its
+    torus; "2*v4:2x2x4" is two such slices.
 
-    Raises: UserError for a name of another form, an unknown chip, sizes that no such machine
-      has, or a missing libtpu.
+    Raises: UserError for a malformed name, an unknown chip, sizes that do not exist, or a
+      missing libtpu.
     """
     match = re.fullmatch(r"(?:([1-9]\d*)\*)?((\w+):\d+(?:x\d+)+)", name)
     if not match or match[3] not in CHIPS:
@@ -79,9 +80,9 @@ def open_topology(name: str) -> Topology:
             " 'flamingo_jax[plan]'"
         )
     slices, chip = int(match[1] or 1), CHIPS[match[3]]
-    # Or libtpu asks a metadata server that only a TPU machine has, and waits for it.
+    # Otherwise libtpu waits for a metadata server, which only TPU machines have.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    # Plans may run side by side: none of them holds a chip.
+    # Several plans may run at the same time, since none of them uses a chip.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         described = topologies.get_topology_desc(
