@@ -1,4 +1,4 @@
-"""Makes the rows of the contrastive stage: an image and a text each (paper B.1.3)."""
+"""Makes the rows of contrastive training: one image and one text each (paper B.1.3)."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -18,13 +18,13 @@ from flamingo_jax.processing.sequences import question_tokens, text_tokens
 
 
 class ContrastiveRows:
-    """Pairs of an image and a text."""
+    """Makes a process's image-text pairs."""
 
     def __init__(self, context: RowContext, frame_format: FrameFormat, pool: BufferPool):
         self._context, self._frame_format, self._pool = context, frame_format, pool
 
     def begin(self, batch: PendingBatch, rows: Sequence[PlannedRow]) -> Callable[[], Arrays]:
-        """Adds the making of each pair to the batch's work; returns what finishes the batch."""
+        """Adds a task per pair to the batch; returns the function that finishes the batch."""
         spec = self._context.spec
         jitters = spec.training and spec.dataset.colour > 0
         buffer = VisualBuffer.make(self._frame_format, self._pool, len(rows), 1, jitters)
@@ -47,11 +47,11 @@ class ContrastiveRows:
         return finish
 
     def _pair(self, row: PlannedRow, buffer: VisualBuffer, number: int) -> np.ndarray:
-        """Tokens of a pair, whose image becomes the buffer's visual of this number. One whose
-        image cannot be read is an empty image without one token, which the loss leaves out.
+        """Reads a pair: puts its image into the buffer and returns its tokens, int32 [n].
 
-        An item of questions holds all about one visual: the pair is one of its frames and as
-        many of them, answered, as the text has room for.
+        A pair whose image cannot be read has a zero image and no tokens; the loss leaves it
+        out. The questions about a visual make one pair: one of its frames, and as many
+        questions with answers as fit the text.
         """
         context, dataset = self._context, self._context.spec.dataset
         (item,) = row.items
@@ -72,7 +72,7 @@ class ContrastiveRows:
             ids = ids[:0]
         if len(ids) > length:
             context.plans.cut[places.start] = True
-            ids = np.append(ids[: length - 1], ids[-1])
+            ids = np.append(ids[: length - 1], ids[-1])  # Keep <EOS> at the end.
         return ids
 
     def _caption(self, record: Record, rng: RecordRandom | None) -> np.ndarray:
@@ -80,8 +80,9 @@ class ContrastiveRows:
         return record.cached(caption, lambda: text_tokens(caption, self._context.spec.tokenizer))
 
     def _questions(self, places: range, rng: RecordRandom | None) -> np.ndarray:
-        """<BOS>, whole questions with their answers, in any order, <EOS>: int32 [n], n at most
-        the text's length where one of them fits it.
+        """Tokenises <BOS>, whole questions with answers in random order, <EOS>: int32 [n].
+
+        Adds questions while they fit the text's length, but at least one.
         """
         context, spec = self._context, self._context.spec
         ids: list[int] = []
@@ -97,7 +98,7 @@ class ContrastiveRows:
         return np.array([spec.tokenizer.bos, *ids, spec.tokenizer.eos], np.int32)
 
     def _question(self, record: Record, answer: str) -> list[int]:
-        """A question with its answer, without <BOS> and <EOS>."""
+        """Tokenises a question with its answer, without <BOS> and <EOS>."""
         prompt = question_prompt(record.fields, self._context.spec.dataset)
         tokens: list[int] = question_tokens(prompt, answer, self._context.spec.tokenizer).tolist()
         return tokens[1:-1]

@@ -1,16 +1,15 @@
-"""What a dataset on disk holds: the TFDS features of every kind, the splits, and where its
-files lie.
+"""The TFDS features of each kind of dataset, its splits, and where its files are.
 
 | kind | fields |
 | --- | --- |
-| pages | `id`, `texts` (k + 1 strings), `images` (k images); text i stands before image i,
+| pages | `id`, `texts` (k + 1 strings), `images` (k images); text i is before image i,
 the last one after all |
-| pairs | `id`, `image`, `captions` (one is drawn on each visit) |
+| pairs | `id`, `image`, `captions` (one is drawn each epoch) |
 | videos | `id`, `frames` (at `fps` frames a second), `fps`, `captions` |
 | text | `id`, `text` |
 | questions | `id`, `frames` (one for an image), `question`, `answers`, `type` |
 
-Images are JPEG or PNG with three channels, as TFDS wants them.
+Images are JPEG or PNG with three channels, the formats that TFDS stores.
 """
 
 import pathlib
@@ -36,7 +35,7 @@ def features(kind: str) -> Any:
 
     Raises ValueError for a kind that is not in KINDS.
     """
-    # Half a second, which commands without data need not wait for.
+    # Imported here because it takes half a second, which commands without data save.
     import tensorflow_datasets as tfds
 
     text, sequence = tfds.features.Text, tfds.features.Sequence
@@ -66,7 +65,7 @@ def features(kind: str) -> Any:
 
 
 def kind_of(fields: Any) -> str:
-    """Tells the kind of a dataset, from the names of its features."""
+    """Infers a dataset's kind from the names of its features."""
     for name, kind in (
         ("texts", "pages"),
         ("image", "pairs"),
@@ -79,10 +78,10 @@ def kind_of(fields: Any) -> str:
 
 
 def dataset_folder(path: str | pathlib.Path) -> pathlib.Path:
-    """Finds the folder that `tfds.builder_from_directory` opens: `path` itself, or its version
+    """Finds the folder that `tfds.builder_from_directory` opens: `path` or its version folder
     `path/1.0.0`.
 
-    Raises UserError where neither is a finished dataset.
+    Raises: UserError where neither is a finished dataset.
     """
     require_mounted(str(path), "a dataset's path")
     folder = find_dataset(path)
@@ -94,8 +93,8 @@ def dataset_folder(path: str | pathlib.Path) -> pathlib.Path:
 
 
 def is_current(path: pathlib.Path, folder: pathlib.Path) -> bool:
-    """Tells whether a file made from the dataset in `folder` is there and no older than the
-    dataset.
+    """Returns whether a file derived from the dataset in `folder` exists and is not older than
+    it.
     """
     made = modified(path)
     return made is not None and made >= (modified(folder / INFO_FILE) or made)

@@ -1,5 +1,5 @@
-"""Records of a dataset on disk by position, with their images decoded once where memory
-allows.
+"""Random access to a dataset's records: opening a split, damage on disk, and a cache of
+decoded images within a memory budget.
 """
 
 import hashlib
@@ -20,20 +20,21 @@ from flamingo_jax.processing import images
 from flamingo_jax.storage import read_with_retries
 
 FAILED_SHARE = 0.01
-"""Part of the records that may fail to decode."""
+"""Fraction of the records that may fail to decode before the run ends."""
 SLACK = 4
-"""Standard deviations by which those seen so far may have more failures than that: a share is
-judged by what is certain of it.
+"""Standard deviations by which the failures so far may exceed that fraction, so that a run
+does not end because of an unlucky sample.
 """
 FAILED_AFTER = 100
-"""Records to have seen before that part is judged."""
+"""Records to read before the fraction is checked."""
 
 TEXT_BYTES = 64 << 20
+"""Memory budget for the texts and tokens of records whose images are not cached."""
 
 IMAGE_FEATURES = {"pages": "images", "pairs": "image", "videos": "frames", "questions": "frames"}
-"""The feature of each kind that holds its images."""
+"""Kind -> the feature that holds its images."""
 UNREADABLE = "unreadable"
-"""A field that only records have whose bytes on disk are damaged."""
+"""A field that marks a record whose bytes on disk are damaged."""
 BLANKS: dict[str, dict[str, Any]] = {
     "pages": {"texts": ["", ""], "images": [b""]},
     "pairs": {"image": b"", "captions": [""]},
@@ -41,22 +42,22 @@ BLANKS: dict[str, dict[str, Any]] = {
     "text": {"text": ""},
     "questions": {"frames": [], "question": "", "answers": [""], "type": ""},
 }
-"""What stands in for a record that cannot be read: it has texts, and images that cannot be
-read.
+"""Kind -> the fields that replace a damaged record's: empty texts, and images that fail to
+decode.
 """
 
 
 def open_records(path: str | pathlib.Path, split: str, kind: str | None = None) -> Sequence[Any]:
-    """Opens a split of a prepared TFDS dataset, its images left encoded; kind None takes
-    whatever it holds.
+    """Opens a split of a prepared TFDS dataset for random access; its images stay encoded.
+
+    kind: the kind that the dataset must have; None for any.
 
     Raises:
-      UserError: the folder is missing or no dataset, the split is unknown or empty, or features
-        of the kind or files are missing.
-      StorageError: here, or when a record is asked for: the storage failed each time it was
-        asked.
+      UserError: the folder is missing or is not a dataset, the split is unknown or empty, or
+        features of the kind or files are missing.
+      StorageError: the storage kept failing, here or when a record is read.
     """
-    # Half a second, which commands without data need not wait for.
+    # Imported here because it takes half a second, which commands without data save.
     import tensorflow_datasets as tfds
 
     folder = dataset_folder(path)
@@ -108,13 +109,11 @@ def open_records(path: str | pathlib.Path, split: str, kind: str | None = None) 
 
 
 def left_encoded(names: Iterable[str]) -> dict[str, Any]:
-    """Returns TFDS decoders that leave these features as the bytes they are stored in,
-    sequences of images too.
-    """
+    """Returns TFDS decoders that leave these features encoded, sequences of images too."""
     import tensorflow_datasets as tfds
 
     class Encoded(tfds.decode.SkipDecoding):
-        """SkipDecoding knows single images only."""
+        """SkipDecoding for sequences of images too; the base class skips single images only."""
 
         def decode_batch_example_np(self, encoded: Any) -> Any:
             return encoded
@@ -123,11 +122,12 @@ def left_encoded(names: Iterable[str]) -> dict[str, Any]:
 
 
 class ParsedSplit(Sequence[Any]):
-    """A split of serialised tf.train.Examples, as TFDS decodes them but for images, which
-    stay encoded, and for sequences, which are lists.
+    """Parses serialised tf.train.Examples of this library's own kinds: images stay encoded,
+    sequences become lists.
 
-    TFDS's own decoding knows every feature there is and takes four times as long. plural: {name
-    of a field: whether it is a sequence}.
+    A quarter of the time that TFDS's general decoder takes.
+
+    plural: {field: whether it is a sequence}.
     """
 
     def __init__(self, raw: Sequence[bytes], plural: Mapping[str, bool]):
@@ -139,7 +139,9 @@ class ParsedSplit(Sequence[Any]):
         return len(self._raw)
 
     def __getitem__(self, place: Any) -> Any:
-        """Raises ValueError where a field is missing, or is several and not a sequence."""
+        """Parses one record; raises ValueError for a missing field, or several values where
+        one is expected.
+        """
         stored = self._parse(self._raw[place]).features.feature
         record: dict[str, Any] = {}
         for name, plural in self._plural.items():
@@ -154,7 +156,7 @@ class ParsedSplit(Sequence[Any]):
 
 
 class DecodedSplit(Sequence[Any]):
-    """A split of serialised tf.train.Examples of any features, as TFDS decodes them."""
+    """Decodes serialised tf.train.Examples of any features with TFDS's decoder."""
 
     def __init__(self, raw: Sequence[bytes], decode: Callable[[bytes], Any]):
         self._raw, self._decode = raw, decode
@@ -167,10 +169,12 @@ class DecodedSplit(Sequence[Any]):
 
 
 class FaultTolerantSplit(Sequence[Any]):
-    """A split whose damaged records, which the files' checksums tell, are blank ones; each is
-    named once. `name` is the split's in the log.
+    """Replaces damaged records (wrong checksum, or not parseable) by blank ones, and logs each
+    once.
 
-    What could not be read is not damaged: it is read again, and in the end a StorageError.
+    A storage error is not damage: the record is read again, finally a StorageError is raised.
+
+    name: the split's, for the log.
     """
 
     def __init__(self, source: Sequence[Any], kind: str, name: str):
@@ -200,17 +204,19 @@ class FaultTolerantSplit(Sequence[Any]):
 
 
 class DamagedError(images.ImageError):
-    """A record whose bytes on disk are damaged."""
+    """Raised for a record whose bytes on disk are damaged."""
 
     def __init__(self) -> None:
         super().__init__("it is damaged on disk")
 
 
 class CachedText(NamedTuple):
-    """What stays of a record in memory when its images do not: a row that shows none of them
-    is made of this alone.
+    """The part of a record that is cached without its images: enough for a row that shows
+    none.
 
-    made: see `Record.cached`. damaged: its bytes on disk are.
+    frame_counts: stored frames of each visual.
+    made: token sequences by text, see `Record.cached`.
+    damaged: its bytes on disk are damaged.
     """
 
     id: str
@@ -220,12 +226,14 @@ class CachedText(NamedTuple):
 
 
 class RecordCache:
-    """Records by position. What is read stays in memory until `cache_bytes` are used; the rest
-    is read again when it is asked for, but for what was
-    made of its texts, which has a budget of its own: tokens are small, and making them may take
-    as long as decoding the images.
+    """Random access to a split's records with a cache.
 
-    with_images: False where only their number is asked for. Safe to use from several threads.
+    Records are cached, images decoded, until `cache_bytes` are used; later ones are read again
+    on each access. Tokens have a budget of their own (`TEXT_BYTES`): they are small, and
+    tokenising may take as long as decoding the images. Nothing is evicted: over an epoch each
+    record is used once, so a least-recently-used cache would rarely hit. Thread-safe.
+
+    with_images: False where only the number of images is needed.
     """
 
     def __init__(
@@ -266,7 +274,7 @@ class RecordCache:
             cached_text=cached_text,
         )
         if cached_text is None:
-            # Two threads may both pass here and overrun the budget by a record.
+            # Without a lock: two threads may both pass and overrun the budget by one record.
             if record.cost <= self._bytes_left:
                 self._bytes_left -= record.cost
                 record.stays = True
@@ -278,12 +286,12 @@ class RecordCache:
 
 
 class Record:
-    """One record of `source`: its `cached_text`, its `fields` without images, and its
-    images by (visual, frame).
+    """One record of `source`: its fields without images, and its images by (visual, frame).
 
-    frame_counts: stored frames of each visual. with_images: False keeps no more of them than that.
-    known: from an earlier visit; then the record is not read before its fields or images are
-    asked for.
+    frame_counts: stored frames of each visual.
+    with_images: False keeps the frame counts alone.
+    cached_text: from an earlier access; with it the record is read only when its fields or
+      images are needed.
     """
 
     def __init__(
@@ -300,7 +308,7 @@ class Record:
         self._source, self._place, self._feature, self._keep = source, place, feature, with_images
         self._size, self._fit = size, fit
         self.stays = False
-        """It stays in memory, its images as they were decoded."""
+        """Whether it is cached, so that decoded images should be kept."""
         self._fields: dict[str, Any] | None = None
         self._images: list[list[bytes | np.ndarray]] = []
         self._was_whole = cached_text is not None and not cached_text.damaged
@@ -314,9 +322,11 @@ class Record:
         self.id, self.frame_counts, self.made, self.damaged = cached_text
 
     def _load(self) -> list[int]:
-        """Reads it; the stored frames of each visual. Raises DamagedError for one that was
-        whole
-        when it was read before: what is known of it is not what stands in for it."""
+        """Reads the record and returns the stored frames of each visual.
+
+        Raises: DamagedError for a record that was intact when it was read before: its cached
+          tokens do not belong to the blank record that now replaces it.
+        """
         stored = self._source[self._place]
         if UNREADABLE in stored and self._was_whole:
             raise DamagedError
@@ -329,9 +339,8 @@ class Record:
         return [len(frames) for frames in nested]
 
     def _require(self) -> None:
-        """Reads it where that was not done yet: once, also where several threads want an image
-        each.
-        """
+        """Reads the record if that was not done yet, once even if several threads need it."""
+        # Double-checked: the lock is taken only before the first read.
         if self._fields is None:
             with self._loading:
                 if self._fields is None:
@@ -339,21 +348,20 @@ class Record:
 
     @property
     def fields(self) -> dict[str, Any]:
+        """Returns the record's fields without its images."""
         self._require()
         assert self._fields is not None
         return self._fields
 
     @property
     def images(self) -> list[list[bytes | np.ndarray]]:
-        """By visual and frame, as they are on disk or as they were decoded; none where they are
-        not kept.
-        """
+        """Returns images[visual][frame], encoded or decoded; [] without `with_images`."""
         self._require()
         return self._images
 
     @property
     def text_cost(self) -> int:
-        """The most bytes that what is known of it takes, every token made."""
+        """Returns an upper bound of the bytes of its cached text, all tokens made."""
         texts = [
             self.fields.get("text", ""),
             *(
@@ -366,8 +374,8 @@ class Record:
 
     @property
     def cost(self) -> int:
-        """The most bytes it takes, each image encoded or decoded, and every token made; to be
-        asked for before images are read.
+        """Returns an upper bound of the bytes of the whole record in memory, whether its
+        images are encoded or decoded. Valid only before images are decoded.
         """
         sizes = [
             max(len(image), 3 * self._size * self._size) + 200
@@ -377,36 +385,39 @@ class Record:
         return 1_000 + sum(sizes) + self.text_cost
 
     def cached(self, text: str, make: Callable[[], Any]) -> Any:
-        """What `make` makes of one of the texts, or for "" of all together, kept: each visit
-        and each piece of a book asks for it again.
+        """Returns `make()`, cached under `text` ("" for all of the record's texts together):
+        each epoch, and each piece of a long document, needs the same tokens again.
         """
         if text not in self.made:
             self.made[text] = make()
         return self.made[text]
 
     def digest(self, visual: int, frame: int) -> bytes:
-        """Names an image's bytes as they are on disk; to be asked for before it is read."""
+        """Hashes an image's bytes on disk; valid only before the image is decoded."""
         image = self.images[visual][frame]
         assert isinstance(image, bytes), "it has been decoded"
         return hashlib.blake2b(image, digest_size=16).digest()
 
     def read(self, visual: int, frame: int) -> np.ndarray:
-        """uint8 [h, w, 3], its longer side the image size. Raises ImageError."""
+        """Decodes and resizes an image: uint8 [h, w, 3], not yet padded to a square.
+
+        Raises: ImageError where it is missing or cannot be decoded.
+        """
         stored = self.images
         if visual >= len(stored):
             raise images.ImageError(f"its texts ask for more images than the {len(stored)} it has")
         image = stored[visual][frame]
         if isinstance(image, bytes):
             image = images.decode(image, self._size, how=self._fit)
-            # What is not kept is in its batch from here on, and need not be there twice.
+            # Keep the decoded image only if the record is cached; else its batch has a copy.
             if self.stays:
                 stored[visual][frame] = image
         return image
 
 
 class Failures:
-    """Counts the records whose images cannot be read, names each once, and ends the run when
-    they are too many.
+    """Counts the records whose images cannot be read, logs each once, and ends the run when
+    there are too many.
     """
 
     def __init__(self, name: str, records: int):
@@ -416,9 +427,10 @@ class Failures:
         self._lock = threading.Lock()
 
     def saw(self, count: int = 1) -> None:
-        """So many records were visited. Raises UserError past the set share of failures."""
+        """Counts `count` records as read; raises UserError where too many have failed."""
         with self._lock:
             self.seen += count
+            # A failed record is counted once, so later epochs must not dilute the fraction.
             judged = min(self.seen, self._records)
             expected = FAILED_SHARE * max(judged, FAILED_AFTER)
             if self.seen >= FAILED_AFTER and len(self.failed) > expected + SLACK * math.sqrt(
@@ -431,7 +443,7 @@ class Failures:
                 )
 
     def add(self, record_id: str, error: Exception) -> None:
-        """This record's images cannot be read."""
+        """Notes that a record's images cannot be read."""
         with self._lock:
             new = record_id not in self.failed
             self.failed.add(record_id)

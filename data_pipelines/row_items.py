@@ -1,4 +1,6 @@
-"""What rows are planned from: records, or parts of them, with the room that each takes."""
+"""The items that are packed into rows: records or parts of them, with their tokens and
+visuals.
+"""
 
 import dataclasses
 
@@ -11,8 +13,12 @@ from flamingo_jax.experiment import DatasetConfig
 
 @dataclasses.dataclass(frozen=True)
 class RowItems:
-    """What rows are planned from: a record, a piece of one, or `count` questions about one
-    visual from `record` on. All int32 [items].
+    """The items of a dataset, as columns int32 [items].
+
+    record: the item's record, or the first of several.
+    start: the token at which a piece of a long text starts; 0 for others.
+    length: tokens. visuals: images or clips.
+    count: records in the item; more than 1 only for questions about the same visual.
     """
 
     record: np.ndarray
@@ -23,8 +29,8 @@ class RowItems:
 
     @classmethod
     def of(cls, lengths: Lengths, dataset: DatasetConfig) -> "RowItems":
-        """A page is one window, a pair or clip is cut to a row, a text gives all its pieces; a
-        question is whole, or too long for any row.
+        """Makes the items of a dataset: a page gives one window, a pair or clip one item
+        truncated to a row, a text all of its pieces. Questions are never truncated.
         """
         if dataset.kind == "questions" and dataset.pack:
             return cls._sharing(lengths, dataset.max_length)
@@ -52,28 +58,28 @@ class RowItems:
 
     @classmethod
     def one_each(cls, records: int) -> "RowItems":
-        """Every record on its own, whatever room it takes."""
+        """Makes one item per record, of nominal length 1, for rows that are not packed."""
         ones = np.ones(records, np.int32)
         zeros = np.zeros_like(ones)
         return cls(np.arange(records, dtype=np.int32), zeros, ones, zeros, ones)
 
     @classmethod
     def by_visual(cls, lengths: Lengths) -> "RowItems":
-        """All questions about a visual that follow one another."""
+        """Makes one item per visual, with all consecutive questions about it (contrastive)."""
         first = np.flatnonzero(~lengths.same).astype(np.int32)
         count = np.diff(np.append(first, len(lengths.same))).astype(np.int32)
         return cls(first, np.zeros_like(first), np.ones_like(first), np.zeros_like(first), count)
 
     @classmethod
     def _sharing(cls, lengths: Lengths, row_length: int) -> "RowItems":
-        """Questions about the same visual that follow one another, in as few and as equal parts
-        as fit a row: each part shows it once.
+        """Groups consecutive questions about the same visual into as few and as equal items as
+        fit a row; each item shows the visual once.
         """
         starts = np.flatnonzero(~lengths.same)
         found: list[tuple[int, int, int]] = []
         for first, run in zip(starts.tolist(), np.split(lengths.tokens, starts[1:]), strict=True):
             whole = int(run.sum())
-            enough = whole / -(-whole // row_length)
+            enough = whole / -(-whole // row_length)  # Tokens of each of the equal items.
             size = count = 0
             for place, tokens in enumerate(run.tolist(), start=first):
                 if count and (size >= enough or size + tokens > row_length):

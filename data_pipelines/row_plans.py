@@ -1,5 +1,5 @@
-"""Which examples stand in each row of a dataset: a pure function of the row's place in the endless
-stream of rows.
+"""Plans which examples each row of a dataset holds: a pure function of the seed and the row's
+index in the endless stream of rows, computed without reading the examples.
 """
 
 import dataclasses
@@ -26,17 +26,19 @@ TASK_KINDS: dict[str, tuple[str, ...]] = {
     "language_modelling": ("text", "questions"),
     "flamingo": ("pages", "pairs", "videos", "text", "questions"),
 }
-"""The kinds of dataset that each task can read."""
+"""Task -> the kinds of dataset that it can read."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RowSpec:
-    """What rows are made from and for.
+    """How the rows of a dataset are made.
 
-    training: False draws nothing at random, so that every visit of a record is the same.
-    encoder: rows hold its features in place of images. process: this one and how many there are;
-    each encodes its share. name: the dataset's in the config, part of the key of all that is
-    drawn at random for it.
+    mean: the colour, 0..1 per channel, that pads images to squares.
+    text_length: tokens of a text in contrastive training.
+    training: False for evaluation, without augmentation and other random choices.
+    encoder: put this frozen encoder's cached features into rows instead of images.
+    process: (index, count) of processes; each encodes its part of missing features.
+    name: the dataset's in the config, part of the key of its random draws.
     """
 
     dataset: DatasetConfig
@@ -69,18 +71,21 @@ class RowSpec:
 
     @property
     def shown_name(self) -> str:
-        """The dataset's name in messages."""
+        """Returns the dataset's name in messages."""
         return self.dataset.path or self.dataset.kind
 
     @property
     def shows_visuals(self) -> bool:
-        """Whether rows show images at all; otherwise they are texts."""
+        """Returns whether rows have images; otherwise they are text alone."""
         return self.task != "language_modelling" and self.dataset.kind != "text"
 
 
 class PlannedRow(NamedTuple):
-    """The items of a row, the epoch it stands in, and the captions that were chosen for that
-    epoch.
+    """One row.
+
+    items: int32 [n], indices into `RowPlans.items`.
+    epoch: the row's epoch.
+    choices: the caption of every record in that epoch; None where there are no captions.
     """
 
     items: np.ndarray
@@ -89,18 +94,20 @@ class PlannedRow(NamedTuple):
 
 
 class RowPlans:
-    """Plans the rows of every epoch. Safe to use from several threads.
+    """Plans the rows of each epoch. Thread-safe.
 
-    items: what rows are planned from. measured: the lengths of all records, None where they are
-    not needed. cut: bool [records], those longer than a row. dropped: items that the newest
-    epoch leaves out for an equal number of rows.
+    items: the items that are packed.
+    measured: the lengths of all records; None where they are not needed.
+    cut: bool [records], True where a record is longer than a row.
+    dropped: how many items the newest epoch leaves out to keep the number of rows.
     """
 
     def __init__(self, spec: RowSpec, records: Sequence[Any], *, stored: bool):
-        """records: of the dataset. stored: they are those at its path, where their lengths are
-        kept.
+        """Measures the records and plans the first epoch, which fixes the number of rows.
 
-        Raises UserError where nothing fits a row.
+        stored: the records are those at the dataset's path, so their lengths are saved there.
+
+        Raises: UserError where nothing fits a row.
         """
         self._spec = spec
         self.measured: Lengths | None = None
@@ -120,13 +127,11 @@ class RowPlans:
             )
 
     def __len__(self) -> int:
-        """Rows in an epoch, the same in every epoch."""
+        """Returns the number of rows in an epoch, the same in each."""
         return self._count or 0
 
     def row(self, place: int) -> PlannedRow:
-        """Returns the row at a place of the endless stream; an empty one past the only pass over
-        fixed rows.
-        """
+        """Returns a row of the endless stream; held-out data has one pass, then empty rows."""
         if not self._spec.training and place >= len(self):
             return PlannedRow(np.zeros(0, np.int32), 0, None)
         epoch, within = divmod(place, len(self))
@@ -134,31 +139,32 @@ class RowPlans:
         return PlannedRow(planned.row(within), epoch, choices)
 
     def records(self, item: int) -> range:
-        """Places in the dataset of an item's records."""
+        """Returns the indices of an item's records."""
         first = int(self.items.record[item])
         return range(first, first + int(self.items.count[item]))
 
     def records_in(self, rows: Sequence[PlannedRow]) -> int:
-        """Counts the records of the rows."""
+        """Counts the records in rows."""
         return sum(int(self.items.count[row.items].sum()) for row in rows)
 
     def was_damaged(self, place: int) -> bool:
-        """Whether a record's bytes were damaged when it was measured: its place in a row is a
-        blank one's.
+        """Returns whether a record was damaged when it was measured: its row was then planned
+        for a blank record.
         """
         return self.measured is not None and bool(self.measured.damaged[place])
 
     def length(self, place: int, caption: tuple[int, bool] | None) -> int | None:
-        """Tokens of a record's sequence as measured, with the caption that was chosen; None where
-        nothing was.
+        """Returns the measured tokens of a record's sequence with the chosen caption; None
+        where nothing was measured.
         """
         return None if self.measured is None else self.measured.of_record(place, caption)
 
     def _whole_batches(self) -> int | None:
-        """Rows of an epoch of contrastive training, None for any that the first plan gives.
+        """Returns the rows of a contrastive epoch, a multiple of the batch size; None for
+        other tasks, where the first plan decides.
 
-        Only whole batches: in one of two epochs a pair could stand twice, each the other's
-        negative. What is left over is another pair in each epoch.
+        In a batch that spans two epochs a pair could occur twice, each the other's negative.
+        The pairs left over differ between epochs.
         """
         if self._spec.task != "contrastive" or not self._spec.training:
             return None
@@ -192,13 +198,13 @@ class RowPlans:
             return RowItems.by_visual(lengths)
         if spec.shows_visuals:
             return RowItems.of(lengths, dataset)
-        # As texts, questions share nothing.
+        # In language modelling there is no visual to share: each question is its own item.
         items = RowItems.of(dataclasses.replace(lengths, same=np.zeros_like(lengths.same)), dataset)
         return dataclasses.replace(items, visuals=np.zeros_like(items.visuals))
 
     def _choose_captions(self, epoch: int) -> CaptionChoices | None:
-        """Captions are chosen before rows are planned: a row planned for the longest of several
-        would be a third empty.
+        """Chooses each record's caption for an epoch, before rows are packed: packed by their
+        longest caption, rows would be a third empty.
         """
         spec = self._spec
         if self.measured is None or not len(self.measured.captions):
@@ -210,7 +216,7 @@ class RowPlans:
     def _plan(self, epoch: int) -> tuple[PackingPlan, CaptionChoices | None]:
         with self._lock:
             if epoch not in self._plans:
-                # Threads read ahead over the end of an epoch, so two plans are alive at a time.
+                # Keep two plans: threads that read ahead are already in the next epoch.
                 for old in sorted(self._plans)[:-1]:
                     del self._plans[old]
                 self._plans[epoch] = self._make_plan(epoch)

@@ -1,4 +1,4 @@
-"""Reads the rows of a dataset as arrays, each by its place in the endless stream of rows."""
+"""Reads rows of a dataset as arrays, by their index in the endless stream of all epochs."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,16 +20,18 @@ from flamingo_jax.partitioning.host_shard import WHOLE_BATCH, HostShard
 
 
 class RowReader:
-    """Reads every row of every epoch by its place in the endless stream of rows.
-
-    Safe to use from several threads.
+    """Reads any row of any epoch by its index in the endless stream of rows: the first row of
+    the second epoch is row `len(reader)`. Thread-safe.
     """
 
     def __init__(self, spec: RowSpec, source: Sequence[Any] | None, cache_bytes: int):
-        """source: records in place of those at the dataset's path; cache_bytes: records stay in
-        memory until these are used.
+        """Opens the dataset, measures its records and plans the first epoch.
 
-        Raises UserError where the split is empty, or nothing in it fits a row.
+        Args:
+          source: records to use instead of those at the dataset's path.
+          cache_bytes: memory budget for records with decoded images.
+
+        Raises: UserError where the split is empty, or nothing in it fits a row.
         """
         self._spec, dataset = spec, spec.dataset
         self.name = spec.shown_name
@@ -66,7 +68,7 @@ class RowReader:
         self._records = len(opened)
 
     def __len__(self) -> int:
-        """Rows in an epoch, the same in every epoch."""
+        """Returns the number of rows in an epoch, the same in each."""
         return len(self._plans)
 
     def batch(
@@ -77,11 +79,13 @@ class RowReader:
         readers: Readers | None = None,
         order: float = 0,
     ) -> PendingBatch:
-        """A host's share of the global batch of the `size` rows from `first` on; those past the
-        only pass over fixed rows are padding.
+        """Begins a host's shard of the global batch of rows first..first + size.
 
-        readers: what makes it, in this order among their batches; None leaves that to whoever
-          asks for the result.
+        Held-out data has one pass alone: rows past its end are padding.
+
+        Args:
+          readers: the threads that make it; None to make it in the thread that calls `result`.
+          order: its priority among the readers' batches, lower first.
         """
         return PendingBatch(
             lambda batch: self._begin(batch, first, size, host_shard), readers, order
@@ -90,11 +94,11 @@ class RowReader:
     def _begin(
         self, batch: PendingBatch, first: int, size: int, host_shard: HostShard
     ) -> Callable[[], Arrays]:
-        """Adds the batch's work, a row's or an image's at a time; returns what finishes it."""
+        """Adds the batch's tasks, one per row or image; returns what finishes the batch."""
         contrastive = self._spec.task == "contrastive"
         if contrastive:
-            # Where another batch size left off in the midst of one: no batch holds rows of two
-            # epochs.
+            # A run resumed with another batch size may start within a batch. Round up: a batch
+            # that mixes two epochs could hold a pair twice, each the other's negative.
             first = -(-first // size) * size
         rows = [self._plans.row(place) for place in (first + host_shard.rows(size)).tolist()]
         if contrastive:
@@ -126,14 +130,16 @@ class RowReader:
         )
 
     def summary(self) -> dict[str, Any]:
-        """What became of the dataset.
+        """Counts the dataset's records and rows, and what was left out or cut.
 
-        records, rows (in an epoch), fill (part of the first epoch's tokens that is no padding,
-        None for contrastive pairs); cut: records longer than a row, which give a window, a
-        caption without its end, or several pieces, and contrastive pairs whose caption was cut
-        so far; too_long: items that fit no row; dropped: items that the newest epoch leaves out
-        for an equal number of rows; failed: ids of records whose images could not be read so
-        far.
+        Returns:
+          records: records in the split. rows: rows in an epoch.
+          fill: fraction of the first epoch's tokens that is not padding; None for contrastive.
+          cut: records longer than a row, of which a window, several pieces or a truncated
+            caption is used (contrastive captions are counted as they are read).
+          too_long: items that fit no row.
+          dropped: items left out of the newest epoch to keep the number of rows.
+          failed: ids of the records whose images could not be read so far.
         """
         plans = self._plans
         return {

@@ -1,4 +1,4 @@
-"""Makes rows of text: documents cut to pieces, or questions read as texts."""
+"""Makes rows without visuals: pieces of text documents, or questions and answers as text."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -20,13 +20,13 @@ from flamingo_jax.processing.sequences import question_tokens, text_tokens
 
 
 class TextRows:
-    """Rows without visuals."""
+    """Makes a process's rows of text."""
 
     def __init__(self, context: RowContext):
         self._context = context
 
     def begin(self, batch: PendingBatch, rows: Sequence[PlannedRow]) -> Callable[[], Arrays]:
-        """Adds the making of each row to the batch's work; returns what finishes the batch."""
+        """Adds a task per row to the batch; returns the function that finishes the batch."""
         segments: list[list[Segment]] = [[] for _ in rows]
 
         def make(number: int) -> None:
@@ -39,6 +39,7 @@ class TextRows:
         return lambda: self._context.assemble(segments)
 
     def _segment(self, item: int, epoch: int) -> Segment:
+        """Tokenises an item's record, or takes its cached tokens, and cuts out the item."""
         context, dataset = self._context, self._context.spec.dataset
         tokenizer, items = context.spec.tokenizer, context.plans.items
         place, length = int(items.record[item]), int(items.length[item])

@@ -19,7 +19,7 @@ from flamingo_jax.processing.images import ImageError
 
 
 class RowRecord(NamedTuple):
-    """A record of a row: its place in the dataset, and the segment that shows it."""
+    """A record in a row: its index in the dataset and its segment."""
 
     place: int
     record: Record
@@ -27,12 +27,14 @@ class RowRecord(NamedTuple):
 
 
 class VisualLayout(NamedTuple):
-    """Where the visuals of a host's rows stand, which is the same in every batch.
+    """Which visuals of a batch this process decodes, the same in every batch.
 
-    visuals: int32 [B, N], row * N + place in the global batch. decoded: M, those that are
-      decoded here, with blanks.
-    among: for each row and visual, its place among these, None for one that another process
-      decodes.
+    The vision encoder runs data-parallel over all devices, so a process may decode fewer
+    visuals than its rows show.
+
+    visuals: int32 [B, N], the index row * N + n of each visual in the global batch.
+    decoded: M, the number of visuals decoded here, padding included.
+    among: [B][N], each visual's index in 0..M - 1; None if another process decodes it.
     """
 
     visuals: np.ndarray
@@ -42,7 +44,7 @@ class VisualLayout(NamedTuple):
     @classmethod
     @functools.cache
     def of(cls, host_shard: HostShard, size: int, visuals: int) -> "VisualLayout":
-        """The layout of batches of `size` rows with `visuals` each."""
+        """Computes the layout of global batches of `size` rows with `visuals` each."""
         own, listed = host_shard.row_visuals(size, visuals), host_shard.visuals(size, visuals)
         places = {visual: place for place, visual in enumerate(listed.tolist())}
         return cls(
@@ -51,7 +53,7 @@ class VisualLayout(NamedTuple):
 
 
 class VisualRows:
-    """Rows with the visuals that are decoded on this host."""
+    """Makes a process's rows, with those of their visuals that it decodes."""
 
     def __init__(
         self,
@@ -66,9 +68,9 @@ class VisualRows:
     def begin(
         self, batch: PendingBatch, rows: Sequence[PlannedRow], layout: VisualLayout
     ) -> Callable[[], Arrays]:
-        """Adds the making of each row to the batch's work; returns what finishes the batch.
+        """Adds a task per row to the batch; returns the function that finishes the batch.
 
-        Images, the most of a batch, are put where they shall lie and not copied again.
+        Images, most of a batch's bytes, are decoded straight into the batch's array.
         """
         dataset = self._context.spec.dataset
         jitters = self._context.spec.training and dataset.colour > 0
@@ -93,15 +95,16 @@ class VisualRows:
             arrays = buffer.finish(self._pool) | {"visuals": visuals}
             return arrays | self._context.assemble(segments)
 
-        # One thread alone makes all texts before the first image: in turn they would push
-        # each other's code and data out of the processor's caches. Of several, some make texts
-        # while others decode: those that all want the interpreter at once wait for one another.
+        # A single thread makes all texts before the first image: alternating between the two
+        # would evict each other's code and data from the CPU caches. Of several threads, some
+        # tokenise while others decode: all tokenising at once would wait for Python's
+        # interpreter lock.
         for number in range(len(rows)):
             batch.add(functools.partial(read, number))
         return finish
 
     def _row_records(self, row: PlannedRow) -> list[RowRecord]:
-        """What a row has of its records, in order."""
+        """Makes the segments of a row's records, in order."""
         found: list[RowRecord] = []
         damaged = False
         for item in row.items:
@@ -112,8 +115,8 @@ class VisualRows:
                 if row.choices is not None:
                     caption = int(row.choices.caption[place]), bool(row.choices.space[place])
                 segment = self._segment(place, record, row.epoch, caption)
-                # Every process that reads the row finds the same damage, and blanks the
-                # segments that would share the visual besides.
+                # Blank the segments too that would share the damaged record's visual. All
+                # processes that read the row find the same damage and make the same row.
                 damaged = damaged if shares else record.damaged
                 segment = segment.blank() if damaged else segment
                 found.append(RowRecord(place, record, segment.sharing() if shares else segment))
@@ -122,9 +125,8 @@ class VisualRows:
     def _segment(
         self, place: int, record: Record, epoch: int, caption: tuple[int, bool] | None
     ) -> Segment:
-        """What a row shows of a record.
-
-        Of one that is found damaged, which is noted in it, as many tokens with nothing to learn.
+        """Makes a record's segment; for a damaged record, which is marked so, as many padding
+        tokens without targets.
         """
         context, dataset = self._context, self._context.spec.dataset
         tokenizer = context.spec.tokenizer
@@ -140,7 +142,7 @@ class VisualRows:
             measured = context.plans.length(place, caption)
             length = min(1 if measured is None else measured, dataset.max_length)
             return empty_segment(length, tokenizer.pad)
-        # A window is shorter than its page.
+        # A page was measured as a whole, and its window is shorter.
         tokens = len(record.made[""]) if dataset.kind == "pages" else len(segment.tokens)
         context.require_length(place, record, tokens, caption)
         return segment
@@ -152,10 +154,10 @@ class VisualRows:
         places: Sequence[int | None],
         add: Callable[[Job], None],
     ) -> int:
-        """Adds the work of reading a row's visuals to their `places` (see `schedule_reads`).
+        """Adds a task for each of the row's frames that are decoded here (`schedule_reads`).
 
-        Returns how many of its records are read here: what other processes read they count, or
-        a share of all rows would be too small for the failures that are met here.
+        Returns: how many of the row's records are read here. Records that other processes read
+          do not count: their failures are not seen here, which would dilute the fraction.
         """
         failures = self._context.failures
 
@@ -176,10 +178,11 @@ class VisualRows:
         return sum(here)
 
     def _reader(self, one: RowRecord) -> Callable[[int, int], np.ndarray]:
-        """What reads a frame of a visual of a record: its pixels, or its features."""
+        """Returns the function (visual, frame) -> pixels, or cached features, of a record."""
         features, record = self._features, one.record
         if features is None:
             return record.read
+        # Cached features are indexed by frame, counted over all of the record's visuals.
         return lambda visual, frame: features.read(
             one.place, sum(record.frame_counts[:visual]) + frame
         )
