@@ -1,4 +1,6 @@
-"""Measures what the training losses do not say, by name and with periods of its own."""
+"""The interface of evaluators: measurements by name that the training loop makes at periods of
+their own.
+"""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -9,12 +11,11 @@ from flamingo_jax.training.state import Parameters
 
 
 class Evaluator(Protocol):
-    """Measures the model as it is: held-out losses, few-shot scores, retrieval, ...
+    """Measures the current model: held-out losses, few-shot scores, retrieval, ...
 
     All processes call it at the same steps, with the run's mesh set.
 
-    every: it is called when so many steps have been trained since the last time, and when the
-      run ends. At least 1.
+    every: the period in steps, at least 1; it is also called at the end of the run.
     """
 
     every: int
@@ -22,16 +23,16 @@ class Evaluator(Protocol):
     def compile(
         self, trainable: Parameters, frozen: Parameters
     ) -> Mapping[str, jax.stages.Compiled]:
-        """Compiles what it will run, before the first step: what does not fit in memory is known
-        then. Returns the programs by name, whose memory is shown; may return none.
+        """Compiles its programs before the first step, so that running out of memory shows
+        then. Returns them by name, for the log; may return none.
         """
 
     def __call__(self, trainable: Parameters, frozen: Parameters) -> Mapping[str, float]:
-        """Measures: {metric: value}, which is recorded as <evaluator's name>/<metric>."""
+        """Measures the model: {metric: value}, recorded as <evaluator's name>/<metric>."""
 
 
 def due(evaluators: Mapping[str, Evaluator], step: int) -> dict[str, Evaluator]:
-    """Returns those evaluators whose turn comes after this many steps."""
+    """Returns the evaluators that run after this step."""
     return {
         name: evaluator for name, evaluator in evaluators.items() if step % evaluator.every == 0
     }

@@ -1,4 +1,6 @@
-"""The frozen vision encoder alone, for features that are made once and kept."""
+"""The frozen vision encoder by itself, for encoding every image of a dataset once and caching
+the features (`training.cache_features`).
+"""
 
 import functools
 from collections.abc import Callable
@@ -24,8 +26,9 @@ from flamingo_jax.training.state import Parameters
 class FrozenEncoder(NamedTuple):
     """Encodes images with the frozen vision encoder.
 
-    digest: names weights, image size and type. shape, dtype: those of an image's features,
-      [S, C]. encode: uint8 [n, H, W, 3] -> [n, S, C].
+    digest: identifies weights, image size and dtype; cached features are stored under it.
+    shape, dtype: of one image's features, [S, C].
+    encode: uint8 [n, H, W, 3] -> [n, S, C].
     """
 
     digest: str
@@ -37,10 +40,11 @@ class FrozenEncoder(NamedTuple):
 def load_frozen_encoder(
     experiment: Experiment, process_group: ProcessGroup | None = None
 ) -> FrozenEncoder:
-    """Loads the frozen vision encoder alone, on this process's devices. process_group: as of
-    `load_frozen`.
+    """Loads the frozen vision encoder onto this process's devices, replicated; images are
+    split over them.
 
-    Raises: UserError where there is none, or its export does not fit the config.
+    process_group: see `load_frozen`.
+    Raises: UserError where there is no frozen encoder, or its export does not fit the config.
     """
     if experiment.task != "flamingo":
         raise UserError(
@@ -82,6 +86,7 @@ def load_frozen_encoder(
         return grid.reshape(grid.shape[0], -1, grid.shape[-1])
 
     def encode(images: np.ndarray) -> np.ndarray:
+        # Padded to a multiple of the devices.
         padding = -len(images) % mesh.size
         return np.asarray(features(parameters, np.pad(images, ((0, padding), *[(0, 0)] * 3))))[
             : len(images)

@@ -1,10 +1,10 @@
-"""Measures goodput: the share of a run's wall time that went into steps that counted, over all
-of its starts, and where the rest went.
+"""Measures goodput: the share of a run's wall time, over all of its starts, that was spent on
+training steps that were not lost, and where the rest went.
 
-Each start writes to `<workdir>/goodput.jsonl` where it began and how many seconds each kind of
-work took since the line before. Within a start only the monotonic clock is asked, between
-starts only the wall clock, so that a clock that is set meanwhile moves no more than the time
-between two starts, and nothing below zero.
+Each start writes to `<workdir>/goodput.jsonl` when it began, and then how many seconds each
+kind of work took since the previous line. Durations within a start come from the monotonic
+clock, the time between starts from the wall clock, so that setting the clock distorts only the
+latter, and never makes it negative.
 """
 
 import collections
@@ -21,21 +21,26 @@ from flamingo_jax.json_lines import LineWriter, read_lines, reopen
 FILE_NAME = "goodput.jsonl"
 STEPS = "steps"
 KINDS = (STEPS, "start", "compile", "data", "save", "evaluate", "lost", "down")
-"""Where the time of a run goes. steps: those that counted. start: from the command to the loop.
-data: the loop waited for the next batch. save: the loop waited for a save; what is written
-beside it costs nothing. lost: steps of which a later start began before. down: between the last
-line of a start and the next start, what a killed start did after its last line among it.
+"""Kinds of time.
+
+steps: training steps whose result was kept.
+start: from the command to the loop.
+data: the loop waited for the next batch.
+save: the loop waited for a save; writing in the background costs nothing.
+lost: steps that were not saved, which a later start trained again.
+down: from the last line of a start to the next start, including what a killed start did after
+its last line.
 """
 
 
 class Goodput:
-    """Measures one start. A disabled one (every process but the first) does nothing.
+    """Measures one start of a run.
 
     Args:
-      workdir: the run's folder, which is there.
-      resume_step: the step that this start begins after.
-      began: time.monotonic() when the command began; all from then on, until this is made, is
-        "start".
+      workdir: the run's folder, which exists.
+      resume_step: the step that this start resumes from.
+      enabled: False on every process but the first, which then does nothing.
+      began: time.monotonic() when the command began; the time since then counts as "start".
     """
 
     def __init__(
@@ -60,8 +65,8 @@ class Goodput:
 
     @contextlib.contextmanager
     def timed(self, kind: str) -> Iterator[None]:
-        """Counts the time within as of this kind, but what an inner one takes. Outside of all of
-        them it goes to steps.
+        """Counts the time inside as `kind`, except for what a nested `timed` takes. Time
+        outside of all of them counts as steps.
 
         Raises: ValueError for a kind that is none of `KINDS`.
         """
@@ -79,12 +84,11 @@ class Goodput:
             self._kind = before
 
     def record(self, step: int, waited: float = 0.0) -> None:
-        """Writes where the time since the last line went, with its steps as those up to this
-        one.
+        """Writes where the time since the previous line went; its steps end with `step`.
 
         Args:
           waited: seconds that the loop has waited for data in this start so far, outside of
-            `timed`; they are taken from its steps.
+            `timed`; what is new is moved from "steps" to "data".
         """
         if self._file is None:
             return
@@ -97,9 +101,9 @@ class Goodput:
         self._write({"step": step})
 
     def close(self) -> None:
-        """Writes the rest.
+        """Writes the time since the last line and closes the file.
 
-        Steps after the last line are lost: nothing says that they were saved.
+        Steps after the last line count as lost: no record says that they were saved.
         """
         if self._file is None:
             return
@@ -110,6 +114,7 @@ class Goodput:
         self._file = None
 
     def _charge(self) -> None:
+        """Adds the time since the last call to the current kind."""
         now = time.monotonic()
         self._seconds[self._kind] += now - self._since
         self._since = now
@@ -122,23 +127,24 @@ class Goodput:
 
 
 class RunStart(NamedTuple):
-    """Holds one start of a run: the steps it began after and ended with, and its seconds by
-    kind, all of `KINDS`, "down" being those before it.
-    """
+    """One start of a run."""
 
     resume: int
+    """The step that it resumed from."""
     step: int
+    """The last step that it recorded."""
     seconds: dict[str, float]
+    """{kind: seconds} for all `KINDS`; "down" is the time before this start."""
 
 
 class GoodputReport(NamedTuple):
-    """Says where the time of a run went."""
+    """Where the time of a run went, start by start."""
 
     starts: list[RunStart]
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Sums the seconds of all starts up, by kind."""
+        """Sums the seconds of all starts by kind."""
         return {kind: sum(start.seconds[kind] for start in self.starts) for kind in KINDS}
 
     @property
@@ -146,8 +152,8 @@ class GoodputReport(NamedTuple):
         return share(self.seconds)
 
     def sentence(self) -> str:
-        """As "goodput 91.2 %: compile 5.0, data 3.8", what took most of the rest first, in per
-        cent of all time.
+        """Formats the report as "goodput 91.2 %: compile 5.0, data 3.8": percentages of all
+        time, the largest loss first.
         """
         seconds = self.seconds
         total = sum(seconds.values()) or 1.0
@@ -160,14 +166,14 @@ class GoodputReport(NamedTuple):
 
 
 def share(seconds: dict[str, float]) -> float:
-    """Computes the part of the seconds that steps which counted took; 0 where there are none."""
+    """Computes the share of "steps" in all seconds; 0 where there are none."""
     return seconds[STEPS] / (sum(seconds.values()) or 1.0)
 
 
 def read_goodput(workdir: pathlib.Path) -> GoodputReport:
-    """Reads where the time of the run in a folder went, over all of its starts.
+    """Reads the goodput of the run in a folder, over all of its starts.
 
-    Raises: UserError where it has recorded none.
+    Raises: UserError where none was recorded.
     """
     groups: list[list[dict]] = []
     for line in read_lines(workdir / FILE_NAME):
@@ -180,8 +186,8 @@ def read_goodput(workdir: pathlib.Path) -> GoodputReport:
         )
     starts, end = [], groups[0][0]["time"]
     for place, (first, *lines) in enumerate(groups):
-        # What counts of this start are the steps up to the earliest of those that later ones
-        # began after.
+        # Kept are this start's steps up to the earliest step that a later start resumed from;
+        # the others were trained again. Lines that cross it are divided in proportion.
         counted = min((group[0]["resume"] for group in groups[place + 1 :]), default=float("inf"))
         seconds = dict.fromkeys(KINDS, 0.0) | first["seconds"]
         step = first["resume"]

@@ -1,4 +1,4 @@
-"""Measures losses on held-out datasets."""
+"""The evaluator of losses on held-out datasets, with and without images."""
 
 import collections
 from collections.abc import Iterable, Mapping
@@ -14,18 +14,19 @@ from flamingo_jax.training.state import Parameters
 from flamingo_jax.training.step import WITHOUT_IMAGES, make_held_out_loss
 
 NAME = "held_out"
-"""Of this evaluator: its metrics are held_out/<dataset>/<metric>."""
+"""The evaluator's name: its metrics are held_out/<dataset>/<metric>."""
 
 
 class HeldOutLosses:
-    """Measures each held-out dataset's loss, with its images and without them, so that one sees
-    whether the model looks; and the weighted sum of them, as training has it.
+    """Measures each held-out dataset's loss with its images and without them (the difference
+    shows whether the model uses the images), and their weighted sum, as in training.
 
-    An `Evaluator`, of every `config.training.evaluate_every` steps.
+    An `Evaluator` with period `config.training.evaluate_every`.
 
-    batches: each dataset's, the same at every pass, all of one shape. They may be read anew
-    each time. `config.held_out` says in how many microbatches a batch goes through the model;
-    that of a dataset which is not there goes whole.
+    Args:
+      batches: each dataset's batches, the same at every iteration, all of one shape. A
+        dataset's microbatches and weight are those of `config.held_out`, or the defaults if it
+        is not there.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class HeldOutLosses:
         }
 
     def compile(self, trainable: Parameters, frozen: Parameters) -> dict[str, jax.stages.Compiled]:
-        """Compiles each dataset's program for its first batch, which is read for it."""
+        """Compiles each dataset's program for the shapes of its first batch."""
         made: dict[str, jax.stages.Compiled] = {}
         for name, batches in self._batches.items():
             first = next(iter(batches), None)
@@ -64,6 +65,7 @@ class HeldOutLosses:
         for name, batches in self._batches.items():
             sums: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(2))
             for host in batches:
+                # Sums of (numerator, denominator) over batches, in float64.
                 losses = jax.device_get(
                     self._losses[name](trainable, frozen, shard_batch(host, self._mesh))
                 )

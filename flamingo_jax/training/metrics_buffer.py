@@ -1,4 +1,4 @@
-"""Brings a step's metrics to the host, and tells how fast the run was since the line before."""
+"""Fetches metrics from the devices without stalling them, and computes throughput and MFU."""
 
 import collections
 import contextlib
@@ -13,22 +13,30 @@ from flamingo_jax.errors import NotFiniteError
 from flamingo_jax.tasks.flops import Cost, Work
 
 Line = tuple[int, dict[str, Any]]
-"""A step and what is written of it."""
+"""A step, and its metrics as written to metrics.jsonl."""
 
 
 class MetricsBuffer:
-    """Holds each step's metrics back by two steps, so that reading them never makes the host
-    wait for the device, and gives those of every `log_every`-th step and of the `last`.
+    """Delays each step's metrics by two steps, so that fetching them does not make the host
+    wait for the devices, and returns those of every `log_every`-th step and of the `last`.
 
-    These lines tell how fast all processes were together since the line before:
-    tokens_per_second and images_per_second (each frame of a clip is an image) of what is real
-    in the batches, used_token_share (of the tokens that were computed, the part that is no
-    padding), flops_per_second (model FLOPs: see `tasks.flops`) and, where `peak`
-    (FLOPs a second of all devices) is known, mfu, their share of it. A window holds steps and
-    their waiting for data, but nothing that `paused` encloses.
+    To these it adds throughputs, totals over all processes since the previous line, including
+    the time waiting for data, but not the time inside `paused`:
+      tokens_per_second, images_per_second: real ones, not padding; each frame of a clip is an
+        image.
+      used_token_share: the share of all computed tokens that are not padding.
+      flops_per_second: model FLOPs, see `tasks.flops`.
+      mfu: their share of `peak`, where it is known.
+
+    Args:
+      max_not_finite: how many steps in a row may be skipped.
+      datasets: their names.
+      cost: FLOPs of an update.
+      peak: FLOPs per second of all devices; None where unknown.
     """
 
     DELAY = 2
+    """Steps that are dispatched but not yet read."""
 
     def __init__(
         self,
@@ -46,21 +54,21 @@ class MetricsBuffer:
         self._last_time = time.monotonic()
 
     def is_logged(self, step: int) -> bool:
-        """Tells whether a step's metrics are given."""
+        """Returns whether a step's metrics are written."""
         return step % self._log_every == 0 or step == self._last
 
     def add(self, step: int, metrics: dict[str, Any]) -> list[Line]:
-        """Returns the lines that are due; `metrics` are those of `training.run.Run.train_step`."""
+        """Buffers a step's metrics (of `Run.train_step`) and returns the lines that are due."""
         self._pending.append((step, metrics))
         return self._take(1) if len(self._pending) > self.DELAY else []
 
     def drain(self) -> list[Line]:
-        """Waits for all steps that are held back; returns their lines."""
+        """Waits for all buffered steps and returns their lines."""
         return self._take(len(self._pending))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Takes the time within out of all speeds; to be entered when nothing is held back."""
+        """Excludes the time inside from all throughputs. Call `drain` first."""
         began = time.monotonic()
         try:
             yield
@@ -68,15 +76,16 @@ class MetricsBuffer:
             self._last_time += time.monotonic() - began
 
     def _take(self, count: int) -> list[Line]:
+        """Fetches the oldest `count` steps and returns the lines of those that are logged."""
         taken = [self._pending.popleft() for _ in range(count)]
         read = [(step, self._read(step, metrics)) for step, metrics in taken]
-        # Steps that are waited for together share the time they took: when each ended is not
-        # known.
+        # Steps that are fetched together get equal shares of their time: when each of them
+        # ended is not known.
         now = time.monotonic()
         seconds, self._last_time = (now - self._last_time) / max(count, 1), now
         lines = []
         for step, values in read:
-            # Python's integers: a window may hold more tokens than 32 bits count.
+            # Summed as Python integers: a window may have more tokens than int32 can count.
             done = (int(number) for number in values.pop("work"))
             self._work = Work(*(a + b for a, b in zip(self._work, done, strict=True)))
             self._computed_tokens += int(values.pop("computed_tokens"))
@@ -87,6 +96,7 @@ class MetricsBuffer:
         return lines
 
     def _speed(self) -> dict[str, Any]:
+        """Computes the throughputs since the previous line."""
         work, seconds = self._work, max(self._seconds, 1e-9)
         speed = {
             "tokens_per_second": work.tokens / seconds,
@@ -99,7 +109,7 @@ class MetricsBuffer:
         return speed
 
     def _read(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Brings a step's metrics to the host.
+        """Fetches a step's metrics to the host.
 
         Raises: NotFiniteError where too many steps in a row were not finite.
         """

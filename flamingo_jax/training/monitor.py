@@ -1,7 +1,5 @@
-"""Tells everything that a run has to tell while it goes on, in one place.
-
-To a person the progress bar; to files metrics, for trackers too, and goodput; to the other
-processes of the run how far this one is.
+"""Reports everything about a run while it trains, in one place: the progress bar,
+metrics.jsonl, trackers, goodput, and heartbeats to the run's supervisor.
 """
 
 import contextlib
@@ -26,13 +24,15 @@ from flamingo_jax.training.trackers import Trackers, describe_run
 
 
 class Monitor:
-    """Watches the loop, which calls it in three places: `phase` around what is no step, `step`
-    after each step, and `record` with what evaluators measured.
+    """Reports on the training loop, which calls it in three places: `step` after each step,
+    `phase` around all other work, and `record` with what evaluators measured.
 
     `with Monitor(...) as monitor:` shows the progress bar until `finish_steps` or the end.
 
     Args:
-      run: what is trained, whose clock and folder this uses.
+      run: the run, whose clock and workdir are used.
+      prefetcher: for the time spent waiting for data.
+      process_group: takes heartbeats.
       began: time.monotonic() when the command began, for goodput.
     """
 
@@ -71,10 +71,10 @@ class Monitor:
 
     @contextlib.contextmanager
     def phase(self, kind: str) -> Iterator[None]:
-        """Within, the loop does what is no step: "compile", "evaluate" or "save".
+        """Marks work that is no training step: "compile", "evaluate" or "save".
 
-        What is held back is written before: a run that is killed once a step is saved goes on
-        after it, and would never write it.
+        Buffered metrics are written first: a run that is killed after a save resumes after the
+        saved step, and would never write the metrics of the steps before it.
         """
         self._write(self._buffer.drain())
         if kind == "save":
@@ -88,11 +88,13 @@ class Monitor:
             self._goodput.record(self._step, waited)
 
     def logs(self, step: int) -> bool:
-        """Tells whether a step's metrics are written, so that costly ones are worth their time."""
+        """Returns whether a step's metrics are written, so that costly ones are computed only
+        then.
+        """
         return self._buffer.is_logged(step)
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
-        """Takes a step's metrics, still on the devices, and writes those that are due.
+        """Buffers a step's metrics, still on the devices, and writes those that are due.
 
         Raises: NotFiniteError where too many steps in a row were not finite.
         """
@@ -101,13 +103,13 @@ class Monitor:
         self._write(self._buffer.add(step, metrics))
 
     def record(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes what was measured at a step, to metrics.jsonl and to the trackers."""
+        """Writes the values measured at a step to metrics.jsonl and to the trackers."""
         plain = {name: np.asarray(value).tolist() for name, value in values.items()}
         if self._writer.write(step, plain):
             self._trackers.write(step, plain)
 
     def finish_steps(self) -> None:
-        """Writes what is held back and ends the progress bar: what comes now is no step."""
+        """Writes the buffered metrics and ends the progress bar, after the last step."""
         self._write(self._buffer.drain())
         self._progress.close()
 
@@ -122,6 +124,7 @@ class Monitor:
                 ending.callback(part.close)
 
     def _write(self, lines: Iterable[Line]) -> None:
+        """Records logged steps together with the clocks, and advances the progress bar."""
         for step, values in lines:
             waited = self._prefetcher.seconds_waiting
             clocks = {
@@ -135,7 +138,7 @@ class Monitor:
 
 
 def _note(values: Mapping[str, Any]) -> str:
-    """Writes what the progress bar says of a step."""
+    """Formats a step's metrics for the progress bar."""
     speed = (
         f"{values['mfu']:.1%} MFU"
         if "mfu" in values
@@ -145,6 +148,6 @@ def _note(values: Mapping[str, Any]) -> str:
 
 
 def _peak(mesh: jax.sharding.Mesh) -> float | None:
-    """FLOPs a second of all devices, if they are of a known kind."""
+    """Returns the peak FLOPs per second of all devices together; None for an unknown kind."""
     peak = peak_flops(mesh.local_devices[0].device_kind)
     return None if peak is None else peak * mesh.size

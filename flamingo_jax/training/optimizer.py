@@ -18,34 +18,35 @@ Array = jax.Array
 Tree = dict[str, Array]
 
 VISION_ENCODER = "(vision|vision_encoder)/.*"
-"""What adaptive clipping applies to."""
+"""Names of the parameters that adaptive clipping applies to."""
 
 
 def make_optimizer(
     config: OptimizerConfig, steps: int, trainable: Mapping[str, Any], updates_per_step: int = 1
 ) -> optax.GradientTransformation:
-    """Makes AdamW: clips, then takes Adam's direction plus weight decay, times the schedule.
+    """Makes AdamW: clipping, then Adam, weight decay, and the learning rate schedule.
 
     Weight decay skips the names of `config.weight_decay_exclude` (paper: the resampler) and,
-    unless `config.weight_decay_on_vectors`, all norm scales, biases and gates: the paper decays
-    "new parameters" without a word about vectors; decay would pull norm scales to 0 and hold
-    the tanh gates, which must grow from 0, back, and public recipes of such models leave them
-    out.
+    unless `config.weight_decay_on_vectors`, all norm scales, biases and gates. The paper
+    decays "new parameters" and does not mention vectors; decay would pull norm scales to 0 and
+    hold back the tanh gates, which must grow from 0, and public recipes of such models exclude
+    them.
 
     With `config.adaptive_clip` the vision encoder is clipped unit by unit (Brock et al. 2021),
     and the clip by global norm sees the rest only, as in the paper's contrastive stage (NFNet:
     1e-2, text encoder: 10).
 
     Args:
-      steps: length of the run, where a falling rate reaches its end.
-      trainable: {flat name: anything with a shape}, what `init` and `update` will be given.
-      updates_per_step: how often `update` is called in each of the `steps`, which share their
+      steps: length of the run, where a decaying learning rate reaches its end.
+      trainable: {flat name: anything with a shape}, the tree that `init` and `update` will
+      get. updates_per_step: how often `update` is called in each of the `steps`, with one
+      learning
         rate.
 
     Raises: UserError for an expression in `weight_decay_exclude` that matches no parameter.
     """
-    # Matched from the shapes here, so that every leaf of the state is an array and its sharding
-    # follows its parameter's.
+    # A mask of plain booleans, computed here from the shapes: every leaf of the optimizer
+    # state is then an array, with the sharding of its parameter.
     decayed = decay_mask(config, trainable)
     return optax.chain(
         clip(config, trainable),
@@ -90,12 +91,12 @@ def make_schedule(
 ) -> Callable[[Array | int], Array]:
     """Makes the learning rate schedule: update number, from 0 -> learning rate.
 
-    Step n of the warm-up, counted from 1, has n / warmup_steps of `learning_rate`, so
-    that the first one already learns. Afterwards the rate is constant, falls linearly or as a
-    cosine to `end_learning_rate` at `steps`, or is multiplied by `boundary_factor` after each
-    step of `boundaries`.
+    Step n of the warmup, counted from 1, has learning rate n / warmup_steps * `learning_rate`,
+    so that the first step already learns. Afterwards the rate is constant, decays linearly or
+    as a cosine to `end_learning_rate` at `steps`, or is multiplied by `boundary_factor` after
+    each step of `boundaries`.
 
-    Raises: UserError where steps, schedule and boundaries do not belong together.
+    Raises: UserError where steps, schedule and boundaries do not fit together.
     """
     _check_boundaries(config, steps)
 
@@ -121,6 +122,9 @@ def make_schedule(
 
 
 def _check_boundaries(config: OptimizerConfig, steps: int) -> None:
+    """Raises UserError for boundaries that the schedule does not use, or that are not rising
+    steps within the run.
+    """
     boundaries = config.boundaries
     if config.schedule != "stepwise":
         if boundaries:
@@ -143,7 +147,7 @@ def _check_boundaries(config: OptimizerConfig, steps: int) -> None:
 
 
 def decay_mask(config: OptimizerConfig, trainable: Mapping[str, Any]) -> dict[str, bool]:
-    """Tells which parameters weight decay applies to: {flat name: whether}.
+    """Returns which parameters are decayed: {flat name: bool}.
 
     Raises: UserError for an expression in `weight_decay_exclude` that matches no parameter.
     """
@@ -165,7 +169,9 @@ def decay_mask(config: OptimizerConfig, trainable: Mapping[str, Any]) -> dict[st
 
 
 def clip(config: OptimizerConfig, names: Iterable[str]) -> optax.GradientTransformation:
-    """Clips the vision encoder adaptively and the rest by its global norm; 0 turns either off."""
+    """Clips gradients: the vision encoder's by `adaptive_clip`, all others by their global
+    norm; a limit of 0 turns either off.
+    """
     unitwise = frozenset(
         name for name in names if config.adaptive_clip and re.fullmatch(VISION_ENCODER, name)
     )
@@ -192,11 +198,11 @@ def clip(config: OptimizerConfig, names: Iterable[str]) -> optax.GradientTransfo
 def adaptive_clip(
     name: str, gradient: Array, parameter: Array, limit: float, eps: float = 1e-3
 ) -> Array:
-    """Scales down each unit of `gradient` whose norm is over `limit` times its parameter's.
+    """Scales each unit of `gradient` down to a norm of at most `limit` times that of the
+    unit's parameters, or `eps` where that is larger (adaptive gradient clipping, Brock et al.
+    2021).
 
-    It then has that norm; a parameter's counts as `eps` at least (Brock et al. 2021).
-
-    Units are those of `unit_axes`; layers of a stack are apart.
+    A unit is an output of the layer, see `unit_axes`; layers of a stack are separate.
     """
     axes = unit_axes(name, gradient.ndim)
 
@@ -209,11 +215,11 @@ def adaptive_clip(
 
 
 def unit_axes(name: str, ndim: int) -> tuple[int, ...]:
-    """Returns the axes over which adaptive clipping takes a norm: a unit feeds one output.
+    """Returns the axes over which adaptive clipping takes norms: those of a unit's weights.
 
-    Of an attention's maps to heads [D, H, d] it is a column of D: they are one matrix to H * d
-    outputs. Of other matrices, convolutions and tables it is all axes but the last, and
-    vectors, among them biases [H, d], are whole.
+    For an attention's maps to heads [D, H, d], a matrix of H * d outputs, these are D. For
+    other matrices, convolutions and tables they are all axes but the last; vectors, including
+    biases [H, d], are one unit.
     """
     lead = stack_axes(name)
     if ndim - lead < 2 or name.endswith("bias"):
@@ -225,9 +231,11 @@ TO_HEADS = "(.*/)?attention/(query|key|value)"
 
 
 def _is_vector(name: str, shape: tuple[int, ...]) -> bool:
-    # Attention's biases have one vector a head.
+    """Returns whether a parameter is a scale, bias or gate, the layer axis of a stack aside."""
+    # By name too: attention's biases are [H, d].
     return len(shape) - stack_axes(name) < 2 or name.endswith("bias")
 
 
 def _parts(names: Iterable[str]) -> list[str]:
+    """Returns the model's parts: the first components of the names, sorted."""
     return sorted({name.split("/")[0] for name in names})

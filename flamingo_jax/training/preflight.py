@@ -1,4 +1,4 @@
-"""What a run checks about its tokenizer before any work."""
+"""Checks a run's tokenizer against its model and earlier checkpoints, before any work."""
 
 import pathlib
 
@@ -10,11 +10,11 @@ from flamingo_jax.training.pretrained import open_frozen_sources
 
 
 def check_tokenizer(experiment: Experiment, tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
-    """A UserError where the frozen language model, or the run in `workdir`, was trained on
-    another tokenizer, however many pieces it has.
+    """Raises UserError where the frozen language model, or the run in `workdir`, was trained
+    with another tokenizer, even one with the same number of pieces.
     """
     sources = open_frozen_sources(experiment)
-    # A language model that is all of the model has no name in it.
+    # In the language modelling stage the frozen part is the whole model, whose name is "".
     texts = [source for name, source in sources.items() if name in ("language_model", "")]
     frozen = texts[0].tokenizer_file if texts else None
     earlier = tokenizer_file(workdir) if any((workdir / "checkpoints").glob("*")) else None
@@ -31,8 +31,10 @@ def check_tokenizer(experiment: Experiment, tokenizer: Tokenizer, workdir: pathl
 
 
 def load_tokenizer(experiment: Experiment) -> Tokenizer:
-    """The config's tokenizer; a UserError where the model's vocabulary is not its own, padded
-    to some multiple or not.
+    """Loads the config's tokenizer.
+
+    Raises: UserError where the model's vocabulary has another size than the tokenizer's, or
+      than the tokenizer's padded to a multiple.
     """
     tokenizer = Tokenizer.load(experiment.tokenizer)
     config = stages.model_config(experiment)

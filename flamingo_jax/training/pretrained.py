@@ -1,7 +1,7 @@
-"""Where a run's weights come from: exports of earlier stages, published models, or nowhere.
+"""Loads a run's pretrained weights: from exports of earlier stages or from published models.
 
-A frozen part is read from its folder; a trained one may start from there. A checkpoint holds
-neither the frozen weights nor a copy of them, only the folder's digest.
+A frozen part is read from its folder at every start; a trained part may be initialised from
+one. A checkpoint does not contain frozen weights, only their folder's digest.
 """
 
 import dataclasses
@@ -27,32 +27,34 @@ from flamingo_jax.weight_parts import is_update, stored_name
 
 
 class WeightSource(Protocol):
-    """Reads a part's weights from the folder they come from, which is open: a published model
-    (`interop.folders`), or a part of an export.
+    """An opened folder with a part's weights: a published model (`interop.folders`), or an
+    export.
     """
 
     @property
     def tokenizer_file(self) -> pathlib.Path | None:
-        """The tokenizer that lies beside the weights, if any."""
+        """The tokenizer in the same folder, if any."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """{Flat stacked name within the part: shape} of its parameters."""
+        """Shapes of the part's parameters, {flat name, layers stacked: shape}."""
 
     def digest(self, process_group: ProcessGroup | None = None) -> str:
-        """Names the weights; may read all of them, once for all processes, which all ask."""
+        """Returns a digest of the weights. It may read all of them, once for all processes,
+        which must all call it.
+        """
 
     def read(
         self,
         targets: Mapping[str, jax.ShapeDtypeStruct],
         process_group: ProcessGroup | None = None,
     ) -> Parameters:
-        """Reads the parameters of these names, with the types and shardings of `targets`."""
+        """Reads the parameters named in `targets`, with their dtypes and shardings."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportedPart:
-    """Reads a part of an export, a `WeightSource`. prefix: of its parameters' names there."""
+    """A `WeightSource` that is a part of an export. prefix: of its parameters' names there."""
 
     export: Export
     prefix: str
@@ -88,16 +90,17 @@ def load_frozen(
     frozen: Mapping[str, jax.ShapeDtypeStruct],
     process_group: ProcessGroup | None = None,
 ) -> tuple[Parameters, dict[str, dict[str, str]]]:
-    """Reads the frozen parameters from the folders they come from to where they lie.
+    """Reads the frozen parameters from their folders onto the devices.
 
-    Their bytes are checked once for all processes of the run, and each is read by as few as may
-    be.
+    Their bytes are verified once for all processes of the run, and each is read by as few
+    processes as possible.
 
     Args:
-      frozen: the model's frozen parameters (`TrainSetup.frozen`).
-      process_group: the run's processes; by default this one is alone.
+      frozen: shapes, dtypes and shardings of the frozen parameters (`TrainSetup.frozen`).
+      process_group: the run's processes; by default a single one.
 
-    Returns: the parameters, and {part: {"folder", "digest"}} to hold a checkpoint to.
+    Returns: the parameters, and {part: {"folder", "digest"}}, which a checkpoint stores and
+      `require_same_pretrained` compares.
     """
     parameters: Parameters = {}
     digests: dict[str, dict[str, str]] = {}
@@ -117,7 +120,7 @@ def load_warm_started(
     trainable: Mapping[str, jax.ShapeDtypeStruct],
     process_group: ProcessGroup | None = None,
 ) -> Parameters:
-    """Reads those trained parameters that do not start at random; as `load_frozen`."""
+    """Reads the trained parameters that start from pretrained weights; else as `load_frozen`."""
     parameters: Parameters = {}
     for part in stages.warm_started_parts(experiment):
         parameters |= read_part(open_source(part), part, trainable, process_group)
@@ -127,8 +130,8 @@ def load_warm_started(
 def require_same_pretrained(
     saved: dict[str, Any], current: dict[str, Any], workdir: pathlib.Path
 ) -> None:
-    """Raises UserError where a frozen part is another one now than when a checkpoint of
-    `workdir` was saved; both as `load_frozen` returns them.
+    """Raises UserError where a frozen part has changed since the checkpoint in `workdir` was
+    saved. saved, current: as `load_frozen` returns them.
     """
     for name, source in current.items():
         before = saved.get(name, {})
@@ -142,9 +145,9 @@ def require_same_pretrained(
 
 
 def open_frozen_sources(experiment: Experiment) -> dict[str, WeightSource]:
-    """Opens the folder of every frozen part, by part, those that are random left out.
+    """Opens the folder of every frozen part, except those that are random: {part: source}.
 
-    Raises UserError where one is missing, foreign or of another config.
+    Raises: UserError where a folder is missing, of another kind, or of another config.
     """
     return {
         part.name: open_source(part)
@@ -154,9 +157,10 @@ def open_frozen_sources(experiment: Experiment) -> dict[str, WeightSource]:
 
 
 def open_source(part: stages.PretrainedPart) -> WeightSource:
-    """Opens the folder that a part comes from.
+    """Opens the folder with a part's weights.
 
-    Raises: UserError where it is missing, of another kind, or its config is not the one here.
+    Raises: UserError where it is missing, of another kind, or its config differs from the
+      experiment's.
     """
     if part.field != "flamingo_from" and is_published_folder(part.folder):
         of_text = part.field == "language_model_from"
@@ -172,8 +176,8 @@ def open_source(part: stages.PretrainedPart) -> WeightSource:
         )
     path = part.export_paths[export.kind]
     theirs: Any = export.config[path.config] if path.config else export.config
-    # An export of an earlier version lacks the keys that came since: their defaults are what it
-    # was.
+    # An export of an earlier version lacks newer config keys, whose defaults are the behaviour
+    # it was trained with.
     theirs = to_json(from_json(type(part.config), theirs, f"the config of {part.folder}"))
     _require_equal(theirs, to_json(part.config), part)
     return ExportedPart(export, _prefix(path.parameters))
@@ -185,8 +189,10 @@ def read_part(
     parameters: Mapping[str, jax.ShapeDtypeStruct],
     process_group: ProcessGroup | None = None,
 ) -> Parameters:
-    """Reads those of a model's parameters that are the part's, to where they shall lie. Low-rank
-    updates are in no folder: they start anew.
+    """Reads those of the model's `parameters` that belong to the part, with their dtypes and
+    shardings. LoRA updates are in no folder; they are initialised anew.
+
+    Raises: UserError where the folder lacks one, or has it in another shape.
     """
     prefix = _prefix(part.name)
     names = {
@@ -215,6 +221,7 @@ def read_part(
 def _within(
     part: stages.PretrainedPart, parameters: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.ShapeDtypeStruct]:
+    """Selects the parameters of a part by the prefix of their names."""
     return {name: s for name, s in parameters.items() if name.startswith(_prefix(part.name))}
 
 
@@ -225,8 +232,8 @@ def _prefix(part: str) -> str:
 def _as_stored(
     name: str, target: jax.ShapeDtypeStruct, shape: tuple[int, ...], folder: str
 ) -> jax.ShapeDtypeStruct:
-    """Returns the target in its stored shape, which may be another for a ViT's positions: those
-    of another image size are interpolated.
+    """Returns the target with the shape that is stored. Only a ViT's position embeddings may
+    differ from the target's, which `_fitted` interpolates to another image size.
     """
     if shape == target.shape:
         return target
@@ -242,8 +249,8 @@ def _as_stored(
 
 
 def _fitted(value: jax.Array, target: jax.ShapeDtypeStruct) -> jax.Array:
-    """Interpolates a ViT's positions to another size, as its own forward does; returns all else
-    as it is.
+    """Interpolates a ViT's position embeddings to the target's grid, as its forward pass does;
+    returns all others as they are.
     """
     if value.shape == target.shape:
         return value
@@ -258,6 +265,8 @@ def _fitted(value: jax.Array, target: jax.ShapeDtypeStruct) -> jax.Array:
 def _random_parameters(
     experiment: Experiment, wanted: dict[str, jax.ShapeDtypeStruct]
 ) -> Parameters:
+    """Initialises frozen parameters randomly, for benchmarks and tests."""
+
     def make(key: jax.Array) -> Parameters:
         _, parameters = split_model(stages.build_model(experiment, nnx.Rngs(params=key)))
         return {name: parameters[name].astype(s.dtype) for name, s in wanted.items()}
@@ -269,6 +278,9 @@ def _random_parameters(
 def _require_equal(
     theirs: Mapping[str, Any], ours: Mapping[str, Any], part: stages.PretrainedPart
 ) -> None:
+    """Raises UserError for a field of the part's config that differs between folder and
+    experiment, unless it is one of `FREE`.
+    """
     prefix = part.name or "model"
     before, now = flatten(theirs, prefix), flatten(ours, prefix)
     for key in sorted({*before, *now}):
@@ -281,6 +293,6 @@ def _require_equal(
 
 
 FREE = ("image_size", "image_fit", "stochastic_depth", "gate_init", "out_scale", "bias_init")
-"""What may be another than in an export: an image may have another size and form in training
-and in use, and a start is behind it; everything else is part of the weights' meaning.
+"""Config fields that may differ from an export's: image sizes can change between stages, and
+initialisation no longer matters. All others determine how the weights are used.
 """

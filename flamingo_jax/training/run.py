@@ -1,4 +1,6 @@
-"""Holds a run in its folder: state and data positions, how they start, go on and are saved."""
+"""A run in its workdir: the training state and data positions, how they are initialised,
+restored, updated and saved.
+"""
 
 import logging
 import pathlib
@@ -26,10 +28,10 @@ log = logging.getLogger(__name__)
 
 
 class RunClock:
-    """Counts a run's seconds in training, over all of its starts.
+    """Counts a run's wall time in seconds, over all of its starts.
 
     Args:
-      seconds, starts: those of the starts before this one.
+      seconds, starts: of the starts before this one.
     """
 
     def __init__(self, seconds: float = 0.0, starts: int = 0):
@@ -41,16 +43,18 @@ class RunClock:
         return time.monotonic() - self._began
 
     def saved(self) -> dict[str, float]:
-        """Returns what a checkpoint keeps; `RunClock(**saved)` goes on from there."""
+        """Returns the arguments of the `RunClock` that continues this one, for a checkpoint."""
         return {"seconds": self.seconds, "starts": self._starts}
 
 
 class Run:
-    """Holds what training changes, from the newest whole checkpoint of `workdir` if there is one.
+    """The state of a run: restored from the newest intact checkpoint of `workdir`, or
+    initialised if there is none.
 
-    `state` and `positions` always belong together: the data that the state has seen.
+    `state` and `positions` always belong together: positions are those after the data that the
+    state was trained on.
 
-    Raises: UserError where frozen parts, model, task or datasets are not those that the
+    Raises: UserError where frozen parts, model, task or datasets differ from those that the
       checkpoint was trained with.
     """
 
@@ -76,7 +80,7 @@ class Run:
             process_group=process_group,
         )
         self.start = self.step = self._checkpoints.latest() or 0
-        """The step that this start goes on from, and the one that it is at."""
+        """The step that this start resumes from, and the current one."""
         if self.start:
             self._restore(iterators)
         else:
@@ -96,7 +100,9 @@ class Run:
         self._norm: jax.stages.Compiled | None = None
 
     def _restore(self, iterators: Mapping[str, DataIterator]) -> None:
-        """Reads state, positions and clock of the checkpoint, once they are known to fit."""
+        """Restores state, positions and clock from the checkpoint, after checking that it was
+        made by this experiment.
+        """
         extra = self._checkpoints.extra(self.start)
         require_same_pretrained(extra["pretrained"], self._pretrained, self.workdir)
         saved = from_json(Experiment, extra["experiment"])
@@ -112,11 +118,12 @@ class Run:
 
     @property
     def is_compiled(self) -> bool:
+        """Whether `compile` has been called."""
         return self._step is not None
 
     def compile(self, example: StepInput) -> None:
-        """Compiles the update for batches like these, before the first step, so that its memory
-        is known then, and lays out frozen parameters as it takes them.
+        """Compiles the update for batches like `example`, so that running out of memory shows
+        before the first step, and brings frozen parameters into the layout that it expects.
         """
         began = time.monotonic()
         self._step = compile_update(self._update, self.state, self.frozen, example.batches)
@@ -128,19 +135,21 @@ class Run:
     def train_step(self, step_input: StepInput) -> dict[str, Any]:
         """Updates the state; returns the step's metrics, still on the devices."""
         assert self._step is not None
+        # Nothing may move between host and devices here: an implicit transfer would stall
+        # them.
         with jax.transfer_guard("disallow"):
             self.state, metrics = self._step(self.state, self.frozen, step_input.batches)
         self.step, self.positions = self.step + 1, step_input.positions
         return metrics | {"computed_tokens": computed_tokens(step_input.batches.values())}
 
     def parameter_norm(self) -> jax.Array:
-        """Computes the norm of all trained parameters, which is a pass over them."""
+        """Computes the global norm of the trained parameters; it reads all of them."""
         assert self._norm is not None
         return self._norm(self.state.trainable)
 
     def save(self) -> None:
-        """Saves the state with all that it means nothing without; writing goes on beside what
-        comes next.
+        """Saves the state, the data positions, and what `_restore` checks; files are written
+        in the background.
         """
         self._checkpoints.save(
             self.step,
@@ -155,12 +164,12 @@ class Run:
         )
 
     def close(self) -> None:
-        """Waits until what was saved is on disk."""
+        """Waits until the last checkpoint is on disk."""
         self._checkpoints.close()
 
 
 def memory_of(compiled: jax.stages.Compiled) -> str:
-    """Says what a program holds while it runs, where the compiler tells: ", 812 MiB a device"."""
+    """Formats the memory of a compiled program, as ", 812 MiB a device"; "" where unknown."""
     memory = compiled.memory_analysis()
     if memory is None:
         return ""
@@ -169,13 +178,14 @@ def memory_of(compiled: jax.stages.Compiled) -> str:
 
 
 DATASET_MEANING = ("kind", "split", "max_length", "visuals", "frames", "pack", "prompt")
-"""Of a dataset's config: what its positions mean nothing without."""
+"""Fields of a dataset's config that its saved positions depend on."""
 
 
 def require_same_run(saved: Experiment, current: Experiment, workdir: pathlib.Path) -> None:
-    """Raises UserError where state or data positions would mean nothing to the current config.
+    """Raises UserError where a checkpoint's state or data positions do not fit the current
+    config.
 
-    Rates, weights, batches, paths and the mesh may change on the way.
+    Learning rates, dataset weights, batch sizes, paths and the mesh may change between starts.
     """
     before, now = _meaning(saved), _meaning(current)
     for key in [*before, *now]:
@@ -187,7 +197,7 @@ def require_same_run(saved: Experiment, current: Experiment, workdir: pathlib.Pa
 
 
 def _meaning(experiment: Experiment) -> dict[str, Any]:
-    """Returns {config key: value} of what a checkpoint depends on."""
+    """Returns the config keys that a checkpoint depends on, with their values."""
     field = stages.MODEL_FIELD[experiment.task]
     model = flatten(to_json(stages.model_config(experiment)), field)
     return {

@@ -1,5 +1,5 @@
-"""Sets a run up: model, optimizer and state as shapes with shardings, then as arrays that are
-sharded from their first byte.
+"""Builds model, optimizer and training state: first as shapes with shardings, then as arrays
+that are created sharded, so that no device ever holds a whole large array.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ from flamingo_jax.training.state import TrainState, initial_state, split_model
 
 
 class TrainSetup(NamedTuple):
-    """Holds what is known of a run before its first step: shapes, shardings and functions."""
+    """Everything known about a run before any array exists: shapes, shardings, functions."""
 
     graph: Any
     trainable: dict[str, jax.ShapeDtypeStruct]
@@ -32,11 +32,11 @@ class TrainSetup(NamedTuple):
     state: TrainState
     """Shapes and shardings of the state, as ShapeDtypeStructs."""
     gradient_shardings: dict[str, NamedSharding]
-    """Where the gradient is summed to: where the moments lie."""
+    """Shardings that gradients are reduced to: those of the optimizer's moments."""
 
 
 def make_setup(experiment: Experiment, mesh: Mesh) -> TrainSetup:
-    """Works out shapes and shardings of everything; allocates nothing on a device."""
+    """Computes the shapes and shardings of model, optimizer and state, without allocating."""
     model = nnx.eval_shape(
         lambda: stages.build_model(experiment, nnx.Rngs(params=jax.random.key(0)))
     )
@@ -82,7 +82,7 @@ def make_setup(experiment: Experiment, mesh: Mesh) -> TrainSetup:
 def state_shapes(
     experiment: Experiment, trainable: Mapping[str, jax.ShapeDtypeStruct]
 ) -> tuple[optax.GradientTransformation, TrainState]:
-    """Makes the optimizer of what is trained, and the shapes of what a checkpoint holds."""
+    """Makes the optimizer for the trained parameters, and the shapes of the TrainState."""
     optimizer = make_optimizer(
         experiment.optimizer, experiment.training.steps, trainable, updates_per_step(experiment)
     )
@@ -90,17 +90,17 @@ def state_shapes(
 
 
 def updates_per_step(experiment: Experiment) -> int:
-    """Tells how often a step updates the parameters."""
+    """Returns how many optimizer updates a step makes."""
     return len(experiment.data) if experiment.training.round_robin else 1
 
 
 def initialise(
     experiment: Experiment, setup: TrainSetup, process_group: ProcessGroup | None = None
 ) -> TrainState:
-    """Makes a fresh state on the devices that hold it. Trained parts that an export has start
-    from it; frozen parts are not made.
+    """Initialises the state on its devices: random parameters, except those that start from
+    pretrained weights (`load_warm_started`). Frozen parameters are not created here.
 
-    process_group: the run's processes; by default this one is alone.
+    process_group: the run's processes; by default a single one.
     """
 
     def make(key: jax.Array) -> TrainState:
@@ -111,6 +111,8 @@ def initialise(
             experiment.seed,
         )
 
+    # The whole model is built inside jit; XLA removes what is not returned (frozen
+    # parameters), and creates the rest with its sharding.
     shardings = jax.tree.map(lambda s: s.sharding, setup.state)
     warm_started = load_warm_started(experiment, setup.trainable, process_group)
     state = jax.jit(make, out_shardings=shardings)(jax.random.key(experiment.seed))

@@ -1,8 +1,9 @@
-"""Shows a run's metrics in TensorBoard, Weights & Biases or trackio, as `config.trackers` says.
+"""Sends a run's metrics to TensorBoard, Weights & Biases or trackio, as `config.trackers`
+says.
 
-A tracker is a convenience: `metrics.jsonl` is what a run goes on from and what is compared. So a
-tracker that fails is told of once and counted, and the run goes on. To add one, write a class
-with the two methods of `Tracker` and a row in `TRACKERS`.
+Trackers are a convenience; the record of a run is `metrics.jsonl`. A tracker that fails is
+reported once, its failures are counted, and training continues. To add one, write a class with
+the two methods of `Tracker` and a row in `TRACKERS`.
 """
 
 import dataclasses
@@ -25,33 +26,34 @@ from flamingo_jax.experiment import Experiment
 log = logging.getLogger(__name__)
 
 TENSORBOARD_FLUSH_SECONDS = 30.0
-"""Between what TensorBoard is shown: its file is brought to the disk each time."""
+"""The interval at which event files are flushed to disk, or uploaded to a bucket."""
 TENSORBOARD_FILE_BYTES = 4 << 20
-"""In a bucket a file that is larger is not written on."""
+"""In a bucket, where each upload sends the whole file, a new event file begins at this size."""
 WANDB_SECONDS = 30
-"""For which a start and an end wait for its server."""
+"""How long init and finish wait for the Weights & Biases server."""
 ID_FILE = "tracker_id.json"
-"""Names the run to trackers that keep runs elsewhere, so that a later start goes on in the same
-one."""
+"""Holds the run's id for trackers with their own storage, so that a resumed run continues in
+the same tracked run.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrackedRun:
-    """Holds what a tracker is told of a run when it starts."""
+    """A run as described to a tracker at its start."""
 
     workdir: pathlib.Path
     project: str
     name: str
-    """For people."""
+    """Display name."""
     config: dict[str, Any]
     """The experiment as JSON-able dicts."""
     resume_step: int
-    """The step that this start goes on from."""
+    """The step that this start resumes from."""
 
     @functools.cached_property
     def id(self) -> str:
-        """Names the run, the same at every start; made, and kept in its folder, when it is first
-        asked for.
+        """The run's id, the same at every start: created at the first use and saved in the
+        workdir.
         """
         file = self.workdir / ID_FILE
         try:
@@ -63,20 +65,20 @@ class TrackedRun:
 
 
 class Tracker(Protocol):
-    """Shows metrics of one run; made and called by the first process alone."""
+    """Sends the metrics of one run; used on the first process alone."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows scalars at a step."""
+        """Logs scalars at a step."""
 
     def close(self) -> None:
-        """Hands over what is held back."""
+        """Flushes what is buffered, and ends."""
 
 
 class TensorBoard:
-    """Writes `<workdir>/tensorboard/`, from the thread that calls.
+    """Writes event files in `<workdir>/tensorboard/`.
 
-    The library's own SummaryWriter has a thread for it, which dies of a full disk, and waits for
-    it for ever after.
+    In the calling thread: tensorboardX's SummaryWriter has a thread of its own, which dies
+    when the disk is full; the writer then waits for it for ever.
     """
 
     def __init__(self, run: TrackedRun):
@@ -86,11 +88,12 @@ class TensorBoard:
         self._folder = run.workdir / "tensorboard"
         self._local = self._folder
         if paths.is_bucket(self._folder):
-            # Its own writer for buckets keeps a whole run in memory and sends all of it each time.
+            # tensorboardX's writer for buckets keeps the whole run in memory and uploads all
+            # of it each time.
             self._local = pathlib.Path(tempfile.mkdtemp())
         paths.make_folder(self._local)
         self._writer = EventsWriter(str(self._local / "events"))
-        # What an earlier start wrote from that step on is not shown.
+        # Tells TensorBoard to discard what an earlier start wrote from this step on.
         self._add(run.resume_step + 1, session_log=SessionLog(status=SessionLog.START))
         self._flushed, self._files = time.monotonic(), 0
 
@@ -110,8 +113,8 @@ class TensorBoard:
             self._flushed = time.monotonic()
 
     def _upload(self) -> None:
-        """Brings the event file to a bucket: one of a start, which grows by some KiB a minute;
-        once it is large, another one goes on.
+        """Uploads the current event file to a bucket. It grows by some KiB a minute; once it
+        is large, a new file is begun.
         """
         if self._local == self._folder:
             return
@@ -133,11 +136,11 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Sends metrics to Weights & Biases, as its own environment variables say.
+    """Sends metrics to Weights & Biases, configured by its environment variables.
 
-    Without network `WANDB_MODE=offline` keeps them in `<workdir>/wandb/` for `wandb sync`. Steps
-    are a metric of their own, by which charts are drawn: of its built-in one wandb leaves out all
-    that a killed run repeats.
+    Without a network, `WANDB_MODE=offline` stores them in `<workdir>/wandb/` for `wandb sync`.
+    The step is logged as a metric of its own, which is the x axis of all charts: wandb ignores
+    values whose built-in step was logged before, which a resumed run repeats.
     """
 
     def __init__(self, run: TrackedRun):
@@ -148,7 +151,7 @@ class WeightsAndBiases:
             id=run.id,
             name=run.name,
             config=run.config,
-            # In a bucket it has no files of its own.
+            # wandb cannot write its files to a bucket.
             dir=None if paths.is_bucket(run.workdir) else run.workdir,
             resume="allow",
             settings=wandb.Settings(
@@ -159,8 +162,8 @@ class WeightsAndBiases:
                 disable_code=True,
                 save_code=False,
                 silent=True,
-                # A server that does not answer holds up neither the start nor the end: other
-                # processes wait there.
+                # A server that does not answer must not delay start and end for long, where
+                # the other processes wait.
                 init_timeout=WANDB_SECONDS,
                 finish_timeout=WANDB_SECONDS,
             ),
@@ -176,14 +179,14 @@ class WeightsAndBiases:
 
 
 class Trackio:
-    """Writes to trackio's local database, in `TRACKIO_DIR` if that is set; `trackio show` draws
-    it. With `TRACKIO_SPACE_ID` it sends to that Space.
+    """Writes to trackio's local database, in `TRACKIO_DIR` if that is set; `trackio show`
+    opens the dashboard. With `TRACKIO_SPACE_ID` it sends to that Hugging Face Space.
     """
 
     def __init__(self, run: TrackedRun):
         import trackio
 
-        # It knows runs by their names.
+        # trackio identifies runs by name, so the name must be unique.
         self._run = trackio.init(
             project=run.project,
             name=f"{run.name}-{run.id}",
@@ -193,7 +196,7 @@ class Trackio:
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        # "time" is the database's own.
+        # "time" is a reserved column of trackio's database.
         renamed = {"seconds" if name == "time" else name: value for name, value in values.items()}
         self._run.log(renamed, step=step)
 
@@ -206,11 +209,11 @@ TRACKERS: dict[str, tuple[Callable[[TrackedRun], Tracker], str]] = {
     "wandb": (WeightsAndBiases, "wandb"),
     "trackio": (Trackio, "trackio"),
 }
-"""{Name in `config.trackers`: (what makes it, the package that it needs)}."""
+"""{name in `config.trackers`: (class, package that it needs)}."""
 
 
 class Trackers:
-    """Calls all trackers of a run; none of them can end it."""
+    """All trackers of a run. An exception in one of them never stops the run."""
 
     def __init__(self, names: Sequence[str], run: TrackedRun):
         self._trackers: dict[str, Tracker] = {}
@@ -223,13 +226,13 @@ class Trackers:
         self._trackers[name] = TRACKERS[name][0](run)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Shows scalars, and lists of them one by one as name/0, name/1, ... at a step."""
+        """Logs scalars at a step; elements of a list as name/0, name/1, ..."""
         flat = scalars(values)
         for name, tracker in self._trackers.items():
             self._try(name, lambda tracker=tracker: tracker.write(step, flat))  # type: ignore[misc]
 
     def close(self) -> None:
-        """Closes all, and says which have failed how often."""
+        """Closes all trackers, and logs how often each has failed."""
         for name, tracker in self._trackers.items():
             self._try(name, tracker.close)
         for name, count in self.failures.items():
@@ -273,7 +276,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def describe_run(experiment: Experiment, workdir: pathlib.Path, resume_step: int) -> TrackedRun:
-    """Makes what trackers are told of a run."""
+    """Describes a run to trackers."""
     return TrackedRun(
         workdir,
         experiment.tracker_project,

@@ -1,4 +1,4 @@
-"""A run's newest whole checkpoint, read without a change to its workdir, and exported."""
+"""Loads the newest intact checkpoint of a run, without changing its workdir, and exports it."""
 
 import dataclasses
 import json
@@ -26,9 +26,9 @@ log = logging.getLogger(__name__)
 
 
 class TrainedRun(NamedTuple):
-    """A run as far as it was trained.
+    """A run's parameters at its newest intact checkpoint.
 
-    newer: {step: why its checkpoint is not the one that was taken}.
+    newer: {step of a newer checkpoint: why it was not used}.
     """
 
     workdir: pathlib.Path
@@ -42,14 +42,14 @@ class TrainedRun(NamedTuple):
 
     @property
     def tokenizer_file(self) -> pathlib.Path:
-        """The tokenizer that it was trained with."""
+        """The tokenizer that the run was trained with."""
         return tokenizer_file(self.workdir) or self.workdir / FILE_NAME
 
 
 def read_experiment(workdir: pathlib.Path) -> Experiment:
     """Reads the config of the run in a workdir.
 
-    Raises: UserError where there is none; StorageError where it cannot be read just now.
+    Raises: UserError where there is none; StorageError where reading fails at the moment.
     """
     try:
         text = manifest.retry_read((workdir / "config.json").read_text)
@@ -63,14 +63,13 @@ def read_experiment(workdir: pathlib.Path) -> Experiment:
 
 
 def load_trained_run(workdir: pathlib.Path) -> TrainedRun:
-    """Reads the newest whole checkpoint in a workdir, and the frozen parts from the folders that
-    they came from.
+    """Reads the newest intact checkpoint in a workdir, and the frozen parts from their
+    folders.
 
-    Raises: UserError where there is no whole checkpoint, or frozen parts are not those of the
-      run.
+    Raises: UserError where there is no intact checkpoint, or frozen parts have changed since.
     """
     experiment = read_experiment(workdir)
-    # Its own mesh, not the run's: a checkpoint is read by any number of devices.
+    # Not the run's mesh but all devices here: a checkpoint can be read on any number of them.
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
     with jax.set_mesh(mesh):
         setup = make_setup(experiment, mesh)
@@ -104,7 +103,7 @@ def load_exported_run(folder: pathlib.Path) -> TrainedRun:
         )
     document = json.loads((folder / "experiment.json").read_text())
     experiment = configuring.from_json(Experiment, document)
-    # An export has low-rank updates in what they update.
+    # In an export, LoRA updates are already merged.
     training = dataclasses.replace(experiment.training, lora=LoRAConfig())
     experiment = dataclasses.replace(experiment, training=training)
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
@@ -125,9 +124,9 @@ def load_exported_run(folder: pathlib.Path) -> TrainedRun:
 
 
 def export_run(workdir: pathlib.Path, output: pathlib.Path) -> None:
-    """Writes the parameters of the run in a workdir as one folder that stands alone.
+    """Exports the model of the run in a workdir to one self-contained folder.
 
-    Raises: as `load_trained_run`; UserError where `output` is there already.
+    Raises: as `load_trained_run`; UserError where `output` already exists.
     """
     run = load_trained_run(workdir)
     export_model(
@@ -145,4 +144,5 @@ def export_run(workdir: pathlib.Path, output: pathlib.Path) -> None:
 
 
 def _listed(newer: Mapping[int, str]) -> str:
+    """Formats the newer checkpoints that were not used, for messages."""
     return "".join(f"; not step {step}: {why}" for step, why in sorted(newer.items()))
