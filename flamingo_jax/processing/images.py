@@ -1,7 +1,7 @@
-"""Encoded images to uint8 RGB squares, the same for training and inference.
+"""Decodes images to uint8 RGB squares, the same in training and inference.
 
-By default their aspect is kept and they are padded with the mean colour (paper 3.2); see
-`VisionConfig.image_fit` for the other ways.
+By default the aspect ratio is kept and images are padded with the mean colour (paper 3.2); see
+`VisionConfig.image_fit` for cropping and stretching.
 """
 
 import functools
@@ -16,10 +16,10 @@ from flamingo_jax.processing.metadata import without_metadata
 from flamingo_jax.storage import storage_failure
 
 MAX_PIXELS = 64_000_000
-"""Larger images are refused before they are decoded: a few bytes can claim terabytes."""
+"""Larger images are refused before decoding: a file of a few bytes can declare terabytes."""
 
 ORIENTATION = 0x0112
-"""The EXIF entry that says how a camera was held."""
+"""The EXIF tag of the camera's orientation."""
 
 
 TURNS = {
@@ -31,7 +31,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""By what each orientation but the usual one is undone (Exif 2.32, tag 0112)."""
+"""EXIF orientation -> the transposition that makes the image upright (Exif 2.32, tag 0112)."""
 
 
 Fit = Literal["pad", "crop", "stretch"]
@@ -39,7 +39,7 @@ Fit = Literal["pad", "crop", "stretch"]
 
 
 class ImageError(ValueError):
-    """An image that cannot be read."""
+    """Raised for an image that cannot be decoded or is too large."""
 
 
 def decode(
@@ -50,11 +50,12 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     strict: bool = False,
 ) -> np.ndarray:
-    """Decodes an image, upright and brought to `size` as `fit` does: uint8 [h, w, 3].
+    """Decodes an image, turns it upright and resizes it as `fit` does: uint8 [h, w, 3].
 
-    Transparent parts turn white. Metadata that is damaged or too large is passed over, unless
-    `strict`. Raises ImageError where the bytes are no image, are cut short, or hold more than
-    `max_pixels`.
+    Transparent parts become white. Damaged or oversized metadata is ignored unless `strict`.
+
+    Raises: ImageError where the bytes are not an image, are truncated, or have more than
+      `max_pixels`.
     """
     try:
         return _decode(data, size, how, max_pixels)
@@ -62,7 +63,7 @@ def decode(
         raise
     except Exception as error:  # noqa: BLE001 - PIL's readers raise whatever they stumble on: OSError, SyntaxError, struct.error
         if storage_failure(error) is not None:
-            raise  # Too many files are open, or a reader of PIL's could not be loaded.
+            raise  # Not the image's fault: too many open files, or a PIL plugin is missing.
         bare = None if strict else without_metadata(data)
         if bare is None:
             raise _unreadable(error) from error
@@ -70,7 +71,10 @@ def decode(
 
 
 def check(data: bytes, *, max_pixels: int = MAX_PIXELS) -> None:
-    """Reads an encoded image's header alone. Raises ImageError as `decode` does for it."""
+    """Checks an encoded image by its header, without decoding its pixels.
+
+    Raises: ImageError where `decode` would for the header.
+    """
     try:
         with Image.open(io.BytesIO(data)) as image:
             check_size(image.width, image.height, max_pixels)
@@ -84,7 +88,7 @@ def check(data: bytes, *, max_pixels: int = MAX_PIXELS) -> None:
 
 
 def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
-    """Raises ImageError where an image has more than `max_pixels`, or none."""
+    """Raises ImageError where an image has more than `max_pixels` or no pixels."""
     if width * height > max_pixels:
         raise ImageError(f"{width} x {height} pixels are more than {max_pixels}")
     if not width * height:
@@ -92,7 +96,8 @@ def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
 
 
 def _unreadable(error: Exception) -> ImageError:
-    """PIL names the buffer's address where it does not know a format."""
+    """Makes the ImageError for an exception of PIL's."""
+    # For an unknown format PIL's message has the address of the buffer: say it in words.
     unknown = isinstance(error, UnidentifiedImageError)
     return ImageError(f"not a readable image: {'its format is not known' if unknown else error}")
 
@@ -100,26 +105,30 @@ def _unreadable(error: Exception) -> ImageError:
 def _decode(data: bytes, size: int, how: Fit, max_pixels: int) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
         check_size(image.width, image.height, max_pixels)
-        # JPEGs are decoded at a half, a quarter or an eighth where that still leaves twice the
-        # size wanted.
+        # Let libjpeg decode at 1/2, 1/4 or 1/8 scale, if at least twice the wanted size
+        # remains.
         image.draft("RGB", (2 * size, 2 * size))
-        image.load()  # TIFF's reader turns images itself, and forgets their orientation then.
+        # Before the EXIF is looked at: PIL turns TIFFs itself on load and drops the
+        # orientation.
+        image.load()
         return fit(_upright(image), size, how)
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """A loaded image in RGB, turned as it was held."""
+    """Turns a loaded image upright, by its EXIF orientation, and converts it to RGB."""
     turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
-    # PIL's own exif_transpose also writes the other entries anew, which fails on damaged ones.
+    # PIL's exif_transpose would also re-encode the other EXIF tags, and fail on damaged ones.
     return _rgb(image if turn is None else image.transpose(turn))
 
 
 def fit(image: Image.Image | np.ndarray, size: int, how: Fit = "pad") -> np.ndarray:
-    """Resizes an RGB image: uint8 [h, w, 3].
+    """Resizes an RGB image (bicubic): uint8 [h, w, 3].
 
-    pad: with its aspect, so that its longer side is `size`; `pad` makes the square. crop: with
-    its aspect, so that its shorter side is `size`, the middle of the other. stretch: both
-    sides.
+    how:
+      pad: keeps the aspect ratio; the longer side becomes `size`. `pad` then makes the square.
+      crop: keeps the aspect ratio; the shorter side becomes `size`, the longer is
+        centre-cropped.
+      stretch: both sides become `size`.
     """
     if isinstance(image, np.ndarray):
         sides = image.shape[:2]
@@ -131,7 +140,7 @@ def fit(image: Image.Image | np.ndarray, size: int, how: Fit = "pad") -> np.ndar
         longer = max(width, height)
         wanted = max(1, round(width * size / longer)), max(1, round(height * size / longer))
     elif how == "crop":
-        # Rounded down, as the published preprocessors do.
+        # Rounded down, as CLIP's and other published preprocessors do.
         shorter = min(width, height)
         wanted = size * width // shorter, size * height // shorter
     else:
@@ -145,14 +154,19 @@ def fit(image: Image.Image | np.ndarray, size: int, how: Fit = "pad") -> np.ndar
     return pixels[top : top + size, left : left + size]
 
 
+# An RGB pixel as one 3-byte item.
 _PIXEL = np.dtype("V3")
 
 
 def pad(
     pixels: np.ndarray, size: int, mean: Sequence[float], out: np.ndarray | None = None
 ) -> np.ndarray:
-    """Centres uint8 [h, w, 3] on a square of the mean colour (0..1 a channel): uint8 [size,
-    size, 3], written to `out` where given.
+    """Centres an image on a square of the mean colour: uint8 [size, size, 3].
+
+    Args:
+      pixels: uint8 [h, w, 3], h and w at most `size`.
+      mean: the colour of the padding, 0..1 per channel.
+      out: the array to write to, instead of a new one.
     """
     square = np.empty((size, size, 3), np.uint8) if out is None else out
     height, width = pixels.shape[:2]
@@ -166,7 +180,7 @@ def pad(
         )
     box = square[top : top + height, left : left + width]
     if pixels.strides[1] < 0 and pixels.strides[2] == 1:
-        # A mirrored image, whole pixels at a time: its bytes would take three times as long.
+        # A mirrored view: copying whole pixels is three times as fast as copying bytes.
         box.view(_PIXEL)[...] = pixels.view(_PIXEL)
     else:
         box[...] = pixels
@@ -175,8 +189,8 @@ def pad(
 
 @functools.lru_cache(maxsize=8)
 def _ground(size: int, mean: tuple[float, ...]) -> np.ndarray:
-    """The square of the mean colour: numpy copies rows of one far faster than it repeats three
-    bytes.
+    """Makes a square of the mean colour; numpy copies its rows far faster than it broadcasts
+    three bytes.
     """
     return np.broadcast_to(
         np.round(255 * np.asarray(mean)).astype(np.uint8), (size, size, 3)
@@ -191,12 +205,15 @@ def load(
     *,
     max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
-    """Loads an encoded image as the model takes it: uint8 [size, size, 3]. Raises ImageError."""
+    """Preprocesses an encoded image for a model: uint8 [size, size, 3].
+
+    Raises: ImageError as `decode` does.
+    """
     return pad(decode(data, size, how=how, max_pixels=max_pixels), size, mean)
 
 
 def prepare(image: Image.Image, size: int, mean: Sequence[float], how: Fit = "pad") -> np.ndarray:
-    """Prepares an image that PIL holds as the model takes it: uint8 [size, size, 3].
+    """Preprocesses a PIL image for a model: uint8 [size, size, 3].
 
     Raises: ImageError where its pixels cannot be decoded.
     """
@@ -210,7 +227,8 @@ def prepare(image: Image.Image, size: int, mean: Sequence[float], how: Fit = "pa
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):  # 16-bit grey: PIL would clip it to white.
+    """Converts an image of any mode to RGB, transparent parts over white."""
+    if image.mode.startswith(("I", "F")):  # Scale 16-bit grey to 8 bits: PIL would clip it.
         values = np.asarray(image, np.float32)
         image = Image.fromarray(
             (values / (256 if np.max(values) > 255 else 1)).clip(0, 255).astype(np.uint8)

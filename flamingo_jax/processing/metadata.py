@@ -1,4 +1,8 @@
-"""Encoded images without what is not pixels: readers give up on damaged or huge metadata."""
+"""Removes the metadata of encoded images, at the level of their chunks, without re-encoding
+pixels.
+
+PIL and TensorFlow refuse to decode images with damaged or oversized metadata.
+"""
 
 import itertools
 import re
@@ -10,34 +14,32 @@ from PIL import Image
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
-"""Chunks that a PNG is decoded from (PNG specification, third edition, 11.2); tRNS is optional.
-"""
+"""Critical chunks, from which a PNG is decoded (PNG specification, third edition, 11.2)."""
 JPEG_PIXELS = (0xE0, 0xEE)
-"""Application segments that say how colours are coded: JFIF's and Adobe's."""
+"""Application segments that determine the colour space: APP0 (JFIF) and APP14 (Adobe)."""
 WEBP_METADATA = {b"ICCP": 0x20, b"EXIF": 0x08, b"XMP ": 0x04}
-"""Chunks of a WebP by the bit of the header's flags that announces them."""
+"""Metadata chunks of a WebP -> their bit in the flags of the VP8X header."""
 TIFF_STARTS = {b"II*\0": "<", b"MM\0*": ">"}
 TIFF_PIXELS = frozenset(
     (*range(254, 260), 262, 266, 273, 274, *range(277, 280), 284, 292, 293, 317, 320)
     + (*range(322, 326), 332, 338, 339, 347, *range(512, 522), *range(529, 533))
 )
-"""Tags of a TIFF that say how its pixels are stored, and which way is up (TIFF 6.0)."""
+"""TIFF tags that describe how pixels are stored, and the orientation (TIFF 6.0)."""
 EXIF_START = b"Exif\0\0"
 PNG_NEXT = re.compile(rb"IHDR|PLTE|IDAT|IEND|tRNS")
 SEARCHES, LOOKS = 4, 16
-"""Chunks of a wrong length that are passed over in a PNG, and for each of them the places where
-the
-next whole one is looked for: checksums over a whole file take a while."""
+"""How many PNG chunks with a wrong length to skip, and how many candidates for the next chunk
+to try after each: every try computes a checksum, which may take over the whole file.
+"""
 JFIF_BYTES = 16
-"""A shorter segment is none of JFIF's."""
+"""The least length of a JFIF segment; a shorter one is damaged."""
 
 
 def without_metadata(data: bytes) -> bytes | None:
-    """Returns a PNG, JPEG, WebP or TIFF of the same pixels, with no metadata but what says
-    which way is up.
+    """Returns a PNG, JPEG, WebP or TIFF without its metadata, except for the orientation.
 
-    What holds the pixels is copied as it is, with its checksums. None for other formats, and
-    where the image has none of the parts that it should.
+    The chunks with pixels are copied byte for byte. Returns None for other formats and for
+    files without the structure of their format.
     """
     parts: Iterator[bytes]
     if data.startswith(PNG_START):
@@ -58,6 +60,7 @@ def without_metadata(data: bytes) -> bytes | None:
 
 
 def _png(data: bytes) -> Iterator[bytes]:
+    """Yields a PNG's critical chunks, transparency and readable EXIF."""
     yield PNG_START
     place, searches = len(PNG_START), SEARCHES
     while place + 12 <= len(data):
@@ -65,6 +68,8 @@ def _png(data: bytes) -> Iterator[bytes]:
         if kind in PNG_PIXELS:
             yield data[place:end]
         elif not _whole(data, place, end):
+            # A damaged chunk is dropped. If its length is wrong too, search for the next
+            # chunk.
             if _broken(data, end):
                 end = _next_whole(data, place + 8) if searches else len(data)
                 searches -= 1
@@ -77,13 +82,13 @@ def _png(data: bytes) -> Iterator[bytes]:
 
 
 def _chunk(data: bytes, place: int) -> tuple[bytes, int]:
-    """The kind of the chunk at a place, and where it ends."""
+    """Reads the type and the end of the chunk at `place`."""
     (length,) = struct.unpack_from(">I", data, place)
     return data[place + 4 : place + 8], place + 12 + length
 
 
 def _whole(data: bytes, place: int, end: int) -> bool:
-    """Whether a chunk's checksum is its contents'."""
+    """Returns whether a chunk's checksum is correct."""
     return end <= len(data) and _checksum(data, place, end) == data[end - 4 : end]
 
 
@@ -92,12 +97,12 @@ def _checksum(data: bytes, place: int, end: int) -> bytes:
 
 
 def _broken(data: bytes, end: int) -> bool:
-    """Whether no other chunk begins where one ends."""
+    """Returns whether a chunk's length is wrong: no other chunk begins where it ends."""
     return re.fullmatch(rb"[A-Za-z]{4}", data[end + 4 : end + 8]) is None
 
 
 def _next_whole(data: bytes, start: int) -> int:
-    """Where the first whole chunk behind a damaged one begins: the end, where none is near."""
+    """Finds the next intact chunk after a damaged one; the end if none is near."""
     for match in itertools.islice(PNG_NEXT.finditer(data, start), LOOKS):
         place = match.start() - 4
         if _whole(data, place, _chunk(data, place)[1]):
@@ -106,15 +111,15 @@ def _next_whole(data: bytes, start: int) -> int:
 
 
 def _jpeg(data: bytes) -> Iterator[bytes]:
-    """Segments up to the scan, which is passed on to the end of the file."""
+    """Yields a JPEG without metadata segments, copying all from the scan (SOS) on."""
     yield data[:2]
     place = 2
     while data[place] == 0xFF:
         marker = data[place + 1]
-        if marker == 0xFF:  # Filling.
+        if marker == 0xFF:  # A fill byte before a marker.
             place += 1
             continue
-        if marker == 0xDA:
+        if marker == 0xDA:  # Start of scan.
             yield data[place:]
             return
         (length,) = struct.unpack_from(">H", data, place + 2)
@@ -129,6 +134,7 @@ def _jpeg(data: bytes) -> Iterator[bytes]:
 
 
 def _webp(data: bytes) -> Iterator[bytes]:
+    """Yields a WebP's chunks without metadata, and the VP8X header with matching flags."""
     place, chunks, flags = 12, list[bytes](), 0
     while place + 8 <= len(data):
         kind = data[place : place + 4]
@@ -147,7 +153,9 @@ def _webp(data: bytes) -> Iterator[bytes]:
 
 
 def _tiff(data: bytes, order: str) -> Iterator[bytes]:
-    """The first image's directory, in its own place, without the entries of other tags."""
+    """Yields a TIFF whose first directory, rewritten in place, has the tags of `TIFF_PIXELS`
+    alone; pixel data is found by absolute offsets and must not move.
+    """
     (start,) = struct.unpack_from(f"{order}I", data, 4)
     (count,) = struct.unpack_from(f"{order}H", data, start)
     places = range(start + 2, start + 2 + 12 * count, 12)
@@ -158,6 +166,7 @@ def _tiff(data: bytes, order: str) -> Iterator[bytes]:
 
 
 def _readable(exif: bytes) -> bool:
+    """Returns whether PIL can read EXIF data and its orientation (tag 0x0112)."""
     try:
         entries = Image.Exif()
         entries.load(exif)

@@ -1,10 +1,12 @@
-"""Token sequences of text with visuals in it, the same for training and for prompts (paper 2.3,
-figure 7).
+"""Token sequences of interleaved text and visuals, the same in training and inference (paper
+2.3, figure 7).
 
-Page: `<BOS>text<EOC><image>text<EOC><image>text<EOC><EOS>`; pair:
-`<BOS><image>caption<EOC><EOS>`; question: `<BOS><image>prompt answer<EOC><EOS>`, of which `
-answer<EOC>` is learned. `<EOC>` closes a chunk: it stands before every image tag, except
-directly after <BOS>, and at the end of the document.
+    page:     <BOS>text<EOC><image>text<EOC><image>text<EOC><EOS>
+    pair:     <BOS><image>caption<EOC><EOS>
+    question: <BOS><image>prompt answer<EOC><EOS>    (targets: " answer<EOC>")
+
+`<EOC>` (end of chunk) is before each image tag, except directly after <BOS>, and at the end of
+the document.
 """
 
 import dataclasses
@@ -20,13 +22,13 @@ Look = Literal["previous", "next"]
 
 @dataclasses.dataclass(frozen=True)
 class TokenSequence:
-    """Tokens of one document.
+    """The tokens of one document.
 
     tokens: int32 [n].
-    chunk: int32 [n], never falling: 0 before the first image, c from the first token of image
-      c's tag (counted from 1) to its <EOC>; <EOS> belongs to the last chunk.
-    is_text: bool [n], what a model learns to predict: all but <BOS> and the image tags; of a
-      question its answer and <EOC> alone.
+    chunk: int32 [n], nondecreasing: 0 before the first image, c from the first token of the
+      c-th image tag (from 1) to its <EOC>; <EOS> belongs to the last chunk.
+    is_text: bool [n], True for prediction targets: all tokens but <BOS> and the image tags;
+      for a question its answer and <EOC> alone.
     """
 
     tokens: np.ndarray
@@ -40,9 +42,9 @@ class TokenSequence:
 def page_sequence(
     texts: Sequence[str], tokenizer: Tokenizer, *, close: bool = True
 ) -> TokenSequence:
-    """Tokenises k + 1 texts around k visuals.
+    """Tokenises a page of k + 1 texts, with an image tag between each two.
 
-    `close=False` leaves off the last <EOC><EOS>: a prompt to be continued.
+    close: False leaves off the last <EOC><EOS>, for a prompt to be continued.
     """
     return _sequence(
         [tokenizer.encode(text) if text else [] for text in texts], tokenizer, close=close
@@ -52,8 +54,8 @@ def page_sequence(
 def pair_sequence(
     caption: str, tokenizer: Tokenizer, *, length: int | None = None
 ) -> TokenSequence:
-    """Tokenises a visual and its caption; a caption too long for `length` tokens in all loses
-    its end, never its <EOC><EOS>.
+    """Tokenises a visual and its caption, truncated so that the whole sequence, with
+    <EOC><EOS>, has at most `length` tokens.
     """
     tokens = tokenizer.encode(caption)
     if length is not None:
@@ -62,18 +64,19 @@ def pair_sequence(
 
 
 def fill_prompt(prompt: str, question: str) -> str:
-    """Writes what stands between a visual and the answer: `prompt` with the question at
-    {question}.
-
-    The answer follows after a space.
+    """Fills the question into a prompt at {question}: the text between a visual and its
+    answer, which follows after a space.
     """
     return prompt.replace("{question}", question)
 
 
 def question_sequence(opening: str, answer: str, tokenizer: Tokenizer) -> TokenSequence:
-    """Tokenises a visual, what `fill_prompt` makes of its question and the answer.
+    """Tokenises a visual, a question and its answer.
 
-    The two are tokenised apart, since at inference the answer is yet to come.
+    Question and answer are tokenised separately, as at inference, where the answer is not
+    known: a token across their border would never occur there.
+
+    opening: the text that `fill_prompt` returns.
     """
     before = [*tokenizer.image_tag_ids, *tokenizer.encode(opening)]
     learned = [*tokenizer.encode(f" {answer}"), tokenizer.eoc]
@@ -87,9 +90,8 @@ def question_sequence(opening: str, answer: str, tokenizer: Tokenizer) -> TokenS
 
 
 def question_tokens(opening: str, answer: str, tokenizer: Tokenizer) -> np.ndarray:
-    """Tokenises `<BOS>prompt answer<EOS>`, the same in the language modelling stage, where
-    there is no
-    visual: int32 [n].
+    """Tokenises a question without its visual, `<BOS>prompt answer<EOS>`, for language
+    modelling: int32 [n].
     """
     return np.array(
         [
@@ -103,37 +105,40 @@ def question_tokens(opening: str, answer: str, tokenizer: Tokenizer) -> np.ndarr
 
 
 def pair_overhead(tokenizer: Tokenizer) -> int:
-    """Counts the tokens of a pair that are not its caption: <BOS>, the image tag, <EOC> and
-    <EOS>.
-    """
+    """Counts a pair's tokens besides its caption: <BOS>, the image tag, <EOC> and <EOS>."""
     return 3 + len(tokenizer.image_tag_ids)
 
 
 def text_tokens(text: str, tokenizer: Tokenizer) -> np.ndarray:
-    """Tokenises `<BOS>text<EOS>` of a document with no visuals, for the language modelling and
-    the contrastive stage: int32 [n].
+    """Tokenises a text without visuals, `<BOS>text<EOS>`, for language modelling and
+    contrastive training: int32 [n].
     """
     return np.array([tokenizer.bos, *tokenizer.encode(text), tokenizer.eos], np.int32)
 
 
 def media_index(chunk: np.ndarray, number_of_visuals: int, look: Look) -> np.ndarray:
-    """Computes phi: which visual each token looks at, as its place from 0, or -1 for none;
-    int32, shaped like `chunk`.
+    """Computes phi (paper 2.3): the index from 0 of the visual that each token attends to, -1
+    for none.
 
-    "previous" is the last visual before the token; "next" the first after it (paper's p_next),
-    none past the last visual.
+    Args:
+      chunk: int32 [n] of a TokenSequence.
+      look: "previous" is the last visual before the token; "next" the first one after it
+        (chosen with probability p_next in training), none after the last visual.
+
+    Returns: int32 [n].
     """
     index = chunk - 1 if look == "previous" else np.where(chunk < number_of_visuals, chunk, -1)
     return index.astype(np.int32, copy=False)
 
 
 def _sequence(texts: list[list[int]], tokenizer: Tokenizer, *, close: bool) -> TokenSequence:
+    """Joins tokenised texts with <EOC> and image tags between them."""
     tag = tokenizer.image_tag_ids
     tokens = [tokenizer.bos, *texts[0]]
     is_text = [False] + [True] * len(texts[0])
     chunk = [0] * len(tokens)
     for number, text in enumerate(texts[1:], start=1):
-        if len(tokens) > 1:
+        if len(tokens) > 1:  # No <EOC> directly after <BOS>.
             tokens.append(tokenizer.eoc)
             is_text.append(True)
             chunk.append(number - 1)

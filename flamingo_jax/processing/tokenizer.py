@@ -1,5 +1,5 @@
-"""Text to token ids and back: SentencePiece or Hugging Face's tokenizers, with <EOC> as one
-more id after the vocabulary.
+"""Tokenizers: SentencePiece or Hugging Face's `tokenizers`, with <EOC> as an additional id
+after the vocabulary.
 """
 
 import abc
@@ -21,19 +21,21 @@ from flamingo_jax.errors import UserError
 FILE_NAME = "tokenizer.model"
 """A SentencePiece model."""
 JSON_NAME = "tokenizer.json"
-"""A tokenizer of Hugging Face's library, which the next file tells the special tokens of."""
+"""A tokenizer of Hugging Face's library `tokenizers`."""
 SPECIALS_NAME = "tokenizer_config.json"
+"""Names the special tokens of `tokenizer.json`."""
 
 
 class Tokenizer(abc.ABC):
-    """A tokenizer read so that text is taken exactly: no space put in front, none removed, and
-    no special token found in it.
+    """A tokenizer that encodes text exactly: it adds and removes no spaces, and does not
+    interpret special tokens written in the text.
 
-    A leading space is information here (paper A.3.3 puts one before half of all paired text),
-    so that a model's own dummy prefix is switched off; its Unicode normalisation stays as it
-    was trained. Ids 0..pieces-1 are the tokenizer's; those up to vocab_size, where a language
-    model's vocabulary is padded, mean nothing; vocab_size is <EOC>. Safe to use from several
-    threads.
+    Leading spaces matter (paper A.3.3 puts one before half of all captions), so the
+    tokenizer's own dummy prefix is switched off; Unicode normalisation stays as trained.
+    Thread-safe.
+
+    Ids: 0..pieces - 1 are the tokenizer's; pieces..vocab_size - 1 are unused padding of the
+    language model's vocabulary; vocab_size is <EOC>.
     """
 
     image_tag = "<image>"
@@ -41,25 +43,25 @@ class Tokenizer(abc.ABC):
     pieces: int
     vocab_size: int
     bos: int
-    """Begins a document; for a model that was trained without (Qwen), what stood between its
-    documents.
+    """The beginning of a document; for a model trained without one (Qwen), the token that
+    separated its documents.
     """
     eos: int
     pad: int
-    """Fills the end of a row, which is masked everywhere: where the model has no id for the
-    tokenizer's own padding (Llama 2), any other will do.
+    """Pads rows. Padding is masked everywhere, so any id will do where the model has none for
+    the tokenizer's own padding token (Llama 2).
     """
 
     @staticmethod
     def load(path: str | pathlib.Path, vocab_size: int = 0) -> "Tokenizer":
-        """From a file, or a folder that holds `tokenizer.json` or `tokenizer.model` (the first
-        where it holds both).
+        """Loads a tokenizer from a file, or from a folder with `tokenizer.json` or else
+        `tokenizer.model`.
 
         Args:
-          vocab_size: ids of the language model, 0 for as many as the tokenizer has.
+          vocab_size: the language model's vocabulary size; 0 for the tokenizer's own.
 
-        Raises: UserError where there is none, or it has more ids than the model, or fewer by
-          more than a padding.
+        Raises: UserError where there is no tokenizer, or its size does not match the model's
+          (`fits`).
         """
         file = tokenizer_file(path)
         if file is None:
@@ -78,12 +80,12 @@ class Tokenizer(abc.ABC):
                 f" {vocab_size}: they do not belong together"
             )
         found.vocab_size = vocab_size or found.pieces
-        if found.pieces > found.vocab_size:
+        if found.pieces > found.vocab_size:  # A padding token that the model has no id for.
             found.pieces, found.pad = found.needed, found.bos
         return found
 
     def save(self, folder: str | pathlib.Path) -> None:
-        """Writes the files that `load` reads, in place of other tokenizers'."""
+        """Writes the files that `load` reads, and removes those of another tokenizer."""
         files = self.files()
         for name in (FILE_NAME, JSON_NAME, SPECIALS_NAME):
             file = paths.as_path(folder) / name
@@ -93,56 +95,54 @@ class Tokenizer(abc.ABC):
                 file.unlink(missing_ok=True)
 
     def fits(self, vocab_size: int) -> bool:
-        """Whether a language model of so many ids can be this tokenizer's: as many, or some
-        more where its vocabulary is padded to a multiple.
+        """Returns whether a language model of this vocabulary size can belong to the
+        tokenizer: equal, or somewhat larger where the vocabulary was padded to a multiple.
 
-        A padding token behind all others need not be the model's: tokenizers are given one
+        The model may lack an id for a last padding token: these are often added to a tokenizer
         after the model was trained.
         """
         return self.needed <= vocab_size <= self.pieces + max(64, self.pieces // 10)
 
     @property
     def needed(self) -> int:
-        """Ids that a model of this tokenizer must have."""
+        """Returns the least vocabulary size of a model: all ids but a last padding token."""
         return self.pieces - (self.pad == self.pieces - 1 and self.pad not in (self.bos, self.eos))
 
     @abc.abstractmethod
     def files(self) -> dict[str, bytes]:
-        """What `load` needs, by name."""
+        """Returns {file name: content} of the files that `load` reads."""
 
     @property
     def eoc(self) -> int:
-        """The id of <EOC>, which closes a chunk of text (paper 3.1)."""
+        """Returns the id of <EOC>, the end of a chunk of text (paper 3.1)."""
         return self.vocab_size
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that name these exact files."""
+        """Hashes the tokenizer's files to 16 hexadecimal digits."""
         return hashlib.sha256(b"".join(self.files().values())).hexdigest()[:16]
 
     @functools.cached_property
     def image_tag_ids(self) -> tuple[int, ...]:
-        """The ids of `<image>`, which stands where a visual does (paper 3.1)."""
+        """Returns the ids of the text `<image>`, the tag in place of a visual (paper 3.1)."""
         return tuple(self.encode(self.image_tag))
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone: no <BOS>, <EOS> or <EOC>."""
+        """Encodes a text to ids, without <BOS>, <EOS> or <EOC>."""
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; <BOS>, <EOS>, padding, other special tokens and everything past the
-        pieces are left out.
+        """Decodes ids to text, leaving out <BOS>, <EOS>, padding, other special tokens and ids
+        from `pieces` on, such as <EOC>.
         """
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model, whose `add_dummy_prefix` and `remove_extra_whitespaces` are
-    switched off.
-    """
+    """A SentencePiece model with `add_dummy_prefix` and `remove_extra_whitespaces` off."""
 
     def __init__(self, model: bytes):
-        """Raises UserError where `model` is no SentencePiece model or has no <BOS> or <EOS>."""
+        """Loads a serialised model; raises UserError if it is none or lacks <BOS> or <EOS>."""
         self._model = model
         proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
         try:
@@ -180,12 +180,13 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class JSONTokenizer(Tokenizer):
-    """A `tokenizer.json`, whose prefix spaces, truncation and padding are switched off."""
+    """A `tokenizer.json` with prefix spaces, truncation and padding off."""
 
     def __init__(self, content: bytes, specials: Mapping[str, str]):
-        """specials: as `special_tokens` gives them.
+        """Loads the content of a tokenizer.json.
 
-        Raises UserError where `content` is no tokenizer, or it has no end of text.
+        specials: {role: token} of `special_tokens`.
+        Raises: UserError where `content` is not a tokenizer, or has no eos_token.
         """
         self._content = content
         try:
@@ -196,7 +197,8 @@ class JSONTokenizer(Tokenizer):
                 f"the tokenizer is no tokenizer.json that can be read ({error}); name one that"
                 " Hugging Face's tokenizers wrote"
             ) from error
-        # Text that says "<|endoftext|>" is text.
+        # "<|endoftext|>" written in a text is encoded as ordinary text, not as the special
+        # token.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -241,8 +243,8 @@ class JSONTokenizer(Tokenizer):
 
 
 def tokenizer_file(path: str | pathlib.Path) -> pathlib.Path | None:
-    """Finds the tokenizer's file at a path, which may be the folder that holds it; None where
-    there is none.
+    """Finds the tokenizer file at a path, or in the folder at a path; None where there is
+    none.
     """
     file = paths.as_path(path)
     places = [file / JSON_NAME, file / FILE_NAME] if file.is_dir() else [file]
@@ -250,12 +252,12 @@ def tokenizer_file(path: str | pathlib.Path) -> pathlib.Path | None:
 
 
 def special_tokens(folder: pathlib.Path) -> dict[str, str]:
-    """Reads the texts of bos_token, eos_token and pad_token of the model whose tokenizer.json
-    lies in a folder, as far as it has them.
+    """Reads {role: token} for the roles bos_token, eos_token and pad_token, as far as the
+    model in a folder has them.
 
-    They stand in tokenizer_config.json or special_tokens_map.json, where null, false and "" are
-    none. A model without a beginning of text has in its config.json the id of what stood
-    between its documents.
+    They are in tokenizer_config.json or special_tokens_map.json, where null, false and "" mean
+    none; otherwise in config.json by id. There a model without <BOS> has as its bos_token_id
+    the token that separated its documents.
     """
     found: dict[str, str] = {}
     for name in (SPECIALS_NAME, "special_tokens_map.json"):
@@ -291,7 +293,9 @@ def _json(file: pathlib.Path) -> dict[str, Any]:
 
 
 def _without_prefix(part: Any) -> Any:
-    """A tokenizer.json whose parts put no space before a text and take none away behind."""
+    """Removes, recursively, the parts of a tokenizer.json that add a space before a text when
+    encoding or strip one when decoding.
+    """
     if isinstance(part, list):
         return [_without_prefix(item) for item in part]
     if not isinstance(part, dict):

@@ -1,5 +1,5 @@
-"""Video files to frames, and clips out of frames (paper 3.2: 8 frames at 1 fps in training, 30
-at 3 fps at inference).
+"""Samples frames from video files at a fixed rate, and chooses clips among frames (paper 3.2:
+8 frames at 1 fps in training, 30 frames at 3 fps at inference).
 """
 
 import dataclasses
@@ -30,21 +30,24 @@ from flamingo_jax.storage import LASTING, read_with_retries
 MAX_FRAMES = 3_600
 """One hour at 1 fps."""
 CLOCK = 5e-4
-"""Seconds by which time stamps may be off through rounding to the container's clock."""
+"""Seconds. Tolerance for timestamps rounded to the container's time base."""
 UNSURE = 1.0
-"""Seconds by which a header may be wrong about a film's length."""
+"""Seconds. Tolerance for the duration that a file's header declares."""
 TRUSTED = ("gif", "apng")
-"""Forms that state how long each frame stays, and no clock."""
+"""Formats that store the duration of each frame instead of timestamps."""
 MAX_STRETCH = 8
-"""Pixels more oblong than this are taken for a mistake in the file."""
+"""A pixel aspect ratio beyond this is taken for an error in the file and ignored."""
 GAP = "gap in a video of a steady rate"
 TOO_MANY_PIXELS = "too many pixels"
 
 
 @dataclasses.dataclass(frozen=True)
 class SampledVideo:
-    """What was read of a video. frames: uint8 [H, W, 3], upright RGB. lost: for each frame or
-    part of the file that could not be read, the reason."""
+    """Frames sampled from a video.
+
+    frames: each uint8 [H, W, 3], upright RGB.
+    lost: the reason for each frame or part of the file that could not be decoded.
+    """
 
     frames: list[np.ndarray]
     lost: tuple[str, ...] = ()
@@ -58,16 +61,21 @@ def read_video(
     max_frames: int = MAX_FRAMES,
     max_pixels: int = MAX_PIXELS,
 ) -> SampledVideo:
-    """Reads the frames on screen at 0, 1/fps, 2/fps, ... seconds, at most `max_frames`, and
-    what was lost on the way: damage is passed over, so that the frame before it stays on
-    screen.
+    """Reads the frames that a player shows at 0, 1/fps, 2/fps, ... seconds, at most
+    `max_frames`.
 
-    Any form of `video_file.FORMATS`, moving GIFs among them. Pixels that are not square are
-    made so, and frames are turned and mirrored as the file says. Where time stamps lack or
-    jump, the file's rate takes their place (`video_clock`). `resize` is called on every frame
-    as it is read, so that a long video of large frames needs little memory. Raises VideoError
-    where no frame can be read or frames have more than `max_pixels`; StorageError where the
-    storage fails for long.
+    Damaged frames are skipped and reported; the frame before them is used instead. Non-square
+    pixels are made square, and frames are rotated and mirrored as the file says. Where
+    timestamps are missing or jump, the file's frame rate is used instead (`video_clock`).
+
+    Args:
+      path: a file in one of `video_file.FORMATS`, animated GIFs included.
+      resize: is called on each sampled frame, so that a long video needs little memory.
+      max_pixels: width x height of a frame at most.
+
+    Raises:
+      VideoError: no frame can be read, or frames have more than `max_pixels`.
+      StorageError: the storage kept failing.
     """
     film = read_with_retries(
         lambda: _film(path, fps, resize, max_frames, max_pixels), path, LASTING
@@ -84,7 +92,7 @@ def _film(
     max_frames: int,
     max_pixels: int,
 ) -> SampledVideo:
-    """What `read_video` reads. Raises OSError where the storage fails for a moment."""
+    """Reads the video once; raises OSError for storage errors that may be transient."""
     frames: list[np.ndarray] = []
     lost: list[str] = []
     try:
@@ -92,6 +100,8 @@ def _film(
             _check(path, stream, max_pixels)
             for frame, end in _shown(container, stream, lost):
                 _check(path, frame, max_pixels)  # Sizes may change within a film.
+                # A frame that is shown for long is sampled several times, one shown for less
+                # than 1/fps perhaps never: then it is not converted to RGB.
                 pixels = None
                 while len(frames) < max_frames and len(frames) / fps < end - CLOCK:
                     if pixels is None:
@@ -118,14 +128,15 @@ def read_frames(
     max_frames: int = MAX_FRAMES,
     max_pixels: int = MAX_PIXELS,
 ) -> list[np.ndarray]:
-    """Reads the frames of `read_video`."""
+    """Reads frames as `read_video` does, and returns the frames alone."""
     film = read_video(path, fps=fps, resize=resize, max_frames=max_frames, max_pixels=max_pixels)
     return film.frames
 
 
 def clip(count: int, frames: int, below: Callable[[int], int] | None = None) -> range:
-    """Chooses which of `count` stored frames a clip of `frames` takes: a run of neighbours,
-    the first ones where `below`, which draws one of 0..n - 1, is None.
+    """Chooses a training clip: `frames` consecutive ones of `count` stored frames.
+
+    below: draws a random integer from 0..n - 1 for the start; None takes the first frames.
     """
     if below is None or count <= frames:
         return range(min(count, frames))
@@ -134,17 +145,17 @@ def clip(count: int, frames: int, below: Callable[[int], int] | None = None) -> 
 
 
 def middle_clip(count: int, frames: int, *, every: float = 1.0) -> list[int]:
-    """Chooses which of `count` stored frames a prompt shows: at most `frames`, at one rate,
-    from the middle.
+    """Chooses the frames that a prompt shows: at most `frames` of `count` stored ones, equally
+    spaced, from the middle of the video.
 
-    A model has met neighbours at the rate of its training data: frames spread over a long video
-    would show it motion of another speed. The paper's 30 frames at 3 fps (facts 6) are asked
-    for with a higher rate and number. The middle shows what a video is about more often than
-    its beginning does; the paper does not say.
+    They are not spread over the whole video, since the model was trained on frames at a fixed
+    rate and would see motion at another speed. The paper does not say which part of a long
+    video it takes; the middle shows what a video is about more often than its beginning.
 
     Args:
-      every: stored frames from one that is taken to the next, 1 or more: the stored rate over
-        the wanted one.
+      every: the step in stored frames, at least 1: stored rate / wanted rate.
+
+    Returns: indices of frames.
     """
     taken = min(frames, 1 + int((count - 1) / every + 1e-6))
     start = (count - 1 - (taken - 1) * every) / 2
@@ -154,7 +165,9 @@ def middle_clip(count: int, frames: int, *, every: float = 1.0) -> list[int]:
 def _shown(
     container: av.container.InputContainer, stream: av.VideoStream, lost: list[str]
 ) -> Iterator[tuple[av.VideoFrame, float]]:
-    """Every frame with the second, counted from the first frame, at which it leaves the screen."""
+    """Yields each decoded frame with the time, in seconds from the first frame, until which it
+    is shown.
+    """
     rates = float(stream.guessed_rate or 0), float(stream.average_rate or 0)
     clock = FrameClock(*rates, trusted=container.format.name in TRUSTED)
     last: av.VideoFrame | None = None
@@ -166,7 +179,8 @@ def _shown(
     if last is None:
         return
     end = clock.last(_seconds(last))
-    lost += [GAP] * (clock.gaps - lost.count(DAMAGED))  # What is damaged leaves a gap, too.
+    # A damaged frame leaves a gap in the timestamps, too: do not count it twice.
+    lost += [GAP] * (clock.gaps - lost.count(DAMAGED))
     if BROKEN not in lost and max(end, clock.stamp) + UNSURE < claimed(container, stream):
         lost.append(BROKEN)
     yield last, end
@@ -175,20 +189,23 @@ def _shown(
 def _check(
     path: str | pathlib.Path, sized: av.VideoStream | av.VideoFrame, max_pixels: int
 ) -> None:
+    """Raises VideoError where frames have more than `max_pixels`."""
     if sized.width * sized.height > max_pixels:
         text = f"{path}: {sized.width} x {sized.height} pixels are more than {max_pixels}"
         raise VideoError(text, TOO_MANY_PIXELS)
 
 
 def _seconds(frame: av.VideoFrame) -> float | None:
-    """How long a frame stays, by the file."""
+    """Returns a frame's duration in seconds as the file states it; None where it does not."""
     if not frame.duration or not frame.time_base:
         return None
     return float(frame.duration * frame.time_base)
 
 
 def _upright(frame: av.VideoFrame, stream: av.VideoStream, max_pixels: int) -> np.ndarray:
-    """uint8 [H, W, 3] as a player shows it: of square pixels, turned and mirrored."""
+    """Converts a frame to uint8 [H, W, 3] with square pixels, rotated and mirrored as a player
+    shows it.
+    """
     width, height = frame.width, frame.height
     aspect = float(stream.sample_aspect_ratio or 1)
     if aspect != 1 and 1 / MAX_STRETCH <= aspect <= MAX_STRETCH:
@@ -196,7 +213,9 @@ def _upright(frame: av.VideoFrame, stream: av.VideoStream, max_pixels: int) -> n
             wide, tall = round(width * aspect), height
         else:
             wide, tall = width, round(height / aspect)
-        if wide * tall > max_pixels:  # The longer side shrinks instead.
+        # Stretch the shorter side; if that makes too many pixels, shrink the longer one
+        # instead.
+        if wide * tall > max_pixels:
             wide, tall = max(1, round(wide / aspect)), max(1, round(tall / aspect))
         width, height = wide, tall
     pixels = frame.to_ndarray(
@@ -206,8 +225,10 @@ def _upright(frame: av.VideoFrame, stream: av.VideoStream, max_pixels: int) -> n
 
 
 def _matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
-    """FFmpeg's display matrix: a pixel at (x, y) is shown at (a x + c y, b x + d y)."""
-    sides: Any = frame.side_data  # Its stubs speak of texts.
+    """Reads FFmpeg's display matrix (a, b, c, d): a pixel at (x, y) is shown at (a x + c y, b
+    x + d y).
+    """
+    sides: Any = frame.side_data  # PyAV's type stubs allow only strings as keys.
     data = sides.get(Type.DISPLAYMATRIX)
     if data is None:
         return 1, 0, 0, 1
@@ -216,7 +237,9 @@ def _matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
 
 
 def _turned(pixels: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
-    """By quarter turns and mirrors, which are all that [H, W, 3] needs no new pixels for."""
+    """Applies the nearest rotation by a multiple of 90 degrees and mirroring, without
+    resampling.
+    """
     a, b, c, d = matrix
     if abs(a) + abs(d) < abs(b) + abs(c):
         pixels, a, d = pixels.swapaxes(0, 1), c, b

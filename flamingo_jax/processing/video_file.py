@@ -1,4 +1,6 @@
-"""A video file as the frames in it: what is opened, which stream is the film, what is lost."""
+"""Opens video files with PyAV, safely: chooses the video stream and decodes its frames past
+damage.
+"""
 
 import contextlib
 import errno
@@ -15,10 +17,10 @@ FORMATS = (
     "obu,ivf,vc1,dirac,cavsvideo,avs2,avs3,flv,asf,ogg,nut,yuv4mpegpipe,mjpeg,mjpeg_2000,mxf,gxf,"
     "rm,dv,swf,nsv,wtv,nuv,roq,smk,bink,flic,jpegxl_anim,webp_anim"
 )
-"""FFmpeg's names of the containers and bare streams that hold all of a film in the file itself.
+"""FFmpeg's names of the containers and raw streams that are self-contained.
 
-Playlists and descriptions (hls, dash, concat, sdp, imf, vobsub, ...) name other files or hosts,
-and are not opened; nor are devices, subtitles and single frames.
+Not allowed are playlists and descriptions (hls, dash, concat, sdp, imf, vobsub, ...), which
+name other files or hosts that FFmpeg would open, and devices, subtitles and single images.
 """
 OPTIONS = {
     "format_whitelist": FORMATS,
@@ -26,26 +28,24 @@ OPTIONS = {
     "enable_drefs": "0",
     "use_absolute_path": "0",
 }
-"""The file is handed over open, so that FFmpeg needs no protocol at all; the last two are for
-.mov files, which may name others that hold their frames.
+"""Security options. The file is passed as an open file, so FFmpeg needs no protocol; the last
+two are for .mov files, which may reference other files.
 """
 HEADED = ("mov", "matroska", "avi")
-"""Forms whose length is read from a header; FFmpeg guesses that of others."""
+"""Formats with their duration in a header; for others FFmpeg estimates it."""
 BUFFER = 1 << 18
-"""Bytes read at once."""
+"""Bytes per read."""
 METADATA: dict[str, Any] = {}
-"""How titles that are no UTF-8 are read.
-
-Before PyAV 19 they stopped a film from being opened.
+"""Options for metadata, such as titles, that is not UTF-8; PyAV before 19 fails on it by
+default.
 """
 if int(av.__version__.split(".")[0]) < 19:
     METADATA["metadata_errors"] = "replace"
 COVERS = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
 PROBED = 1_000
-"""Packets looked at to tell a film from a still, where a file has several streams of frames.
-"""
+"""Packets to read to tell videos from still images, in a file with several video streams."""
 FAILURES = 100
-"""Failed reads in a row after which a file has broken off."""
+"""Consecutive failed reads after which the rest of a file counts as lost."""
 
 UNREADABLE = "unreadable"
 FOREIGN = "not a video, or one that names other files"
@@ -56,7 +56,10 @@ BROKEN = "rest of a video that breaks off"
 
 
 class VideoError(ValueError):
-    """A video that cannot be read. reason: why, in words that do not name the file."""
+    """Raised for a video that cannot be read.
+
+    reason: why, without the file's name, so that failures can be counted by reason.
+    """
 
     def __init__(self, message: str, reason: str = UNREADABLE):
         super().__init__(message)
@@ -67,9 +70,11 @@ class VideoError(ValueError):
 def opened(
     path: str | pathlib.Path,
 ) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """Opens a file and its film: the stream that moves, not a cover or a still beside it.
+    """Opens a video file and chooses its video stream, not a cover or a still image beside it.
 
-    Nothing but the file itself is read, whatever it says. Raises VideoError, OSError.
+    No other file is read, even if this one references it.
+
+    Raises: VideoError where it is not a readable video; OSError where it cannot be opened.
     """
     with _container(path) as container:
         films = [s for s in container.streams.video if not s.disposition & COVERS]
@@ -84,7 +89,8 @@ def opened(
             yield container, known[0]
             return
         index = _film(container, known)
-    with _container(path) as container:  # Not every form can be wound back.
+    # `_film` has read packets, and not every format can seek back: open the file again.
+    with _container(path) as container:
         stream = container.streams[index]
         assert isinstance(stream, av.VideoStream)
         yield container, stream
@@ -102,7 +108,8 @@ def _container(path: str | pathlib.Path) -> Iterator[av.container.InputContainer
                 **METADATA,
             )
         except av.FFmpegError as error:
-            if error.errno != errno.EINVAL:  # What FFmpeg says of a form that is not in the list.
+            # EINVAL is FFmpeg's error for a format that is not in the whitelist.
+            if error.errno != errno.EINVAL:
                 raise
             text = f"{path} is not a readable video: its form is not known, or names other files"
             raise VideoError(text, FOREIGN) from error
@@ -116,9 +123,10 @@ def _nothing_else(url: str, flags: int, options: dict[str, Any]) -> Any:
 
 
 def _film(container: av.container.InputContainer, streams: list[av.VideoStream]) -> int:
-    """Of several streams with frames, the index of the one to watch.
+    """Chooses among several video streams and returns its index.
 
-    A still has one packet; of those that move, the file's default, then the largest.
+    Streams with more than one packet come first (a still image has one), then the file's
+    default stream, then the largest.
     """
     packets = dict.fromkeys((stream.index for stream in streams), 0)
     with contextlib.suppress(av.FFmpegError):
@@ -138,12 +146,12 @@ def _film(container: av.container.InputContainer, streams: list[av.VideoStream])
 def decoded_frames(
     container: av.container.InputContainer, stream: av.VideoStream, lost: list[str]
 ) -> Iterator[av.VideoFrame]:
-    """Yields the stream's frames in the order in which they are shown.
+    """Yields the stream's frames in presentation order, skipping damage.
 
-    What is damaged is passed over: `lost` gets DAMAGED for each frame, and BROKEN where the
-    file ends before its time.
+    lost: gets DAMAGED for each damaged frame, and BROKEN where the file ends early.
     """
-    # Frame threads report an error at another frame, and lose what they hold beside it.
+    # Slice threading only: with frame threading FFmpeg reports an error at a later frame, and
+    # drops intact frames with it.
     stream.thread_type = "SLICE"
     for packet in _packets(container, stream, lost):
         try:
@@ -163,7 +171,7 @@ def decoded_frames(
 def _packets(
     container: av.container.InputContainer, stream: av.VideoStream, lost: list[str]
 ) -> Iterator[av.Packet]:
-    """All that can be read, and the empty one at the end that flushes the decoder."""
+    """Yields all readable packets, then the empty packet that flushes the decoder."""
     failures = 0
     packets = container.demux(stream)
     while failures < FAILURES:
@@ -179,13 +187,13 @@ def _packets(
         if failures:
             lost += [BROKEN] if flush else [DAMAGED] * failures
             failures = 0
-        if packet.size or flush:  # Empty ones in between stand for a frame that did not change.
+        if packet.size or flush:  # Other empty packets mean that the frame did not change.
             yield packet
     lost.append(BROKEN)
 
 
 def claimed(container: av.container.InputContainer, stream: av.VideoStream) -> float:
-    """Reads the seconds that a film has by the file's header; 0 where that does not say."""
+    """Returns the duration in seconds that the file's header declares; 0 if none."""
     if container.format.name.split(",")[0] not in HEADED:
         return 0.0
     if stream.duration and stream.time_base:

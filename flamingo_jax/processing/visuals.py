@@ -1,8 +1,8 @@
-"""What a model sees in a prompt: an image or a video from wherever it is, checked where it is
-given and brought to the model's form where its config is known.
+"""Images and videos in prompts.
 
-`Image` and `Video` are sources: a path, bytes, PIL images or arrays of any size. A `Visual` is
-one of them as the model takes it: frames of the model's size.
+`Image` and `Video` are what users pass: a path, bytes, PIL images or arrays of any size. They
+are checked when they are made. A `Visual` is one of them preprocessed for a model, once its
+config is known: frames of the model's image size.
 """
 
 import abc
@@ -23,23 +23,23 @@ from flamingo_jax.experiment import VisionConfig
 from flamingo_jax.processing import images
 
 MAX_FILE_BYTES = 1 << 30
-"""Larger files of one image, and larger videos given as bytes, are refused unread."""
+"""Larger image files are refused without reading them."""
 TRAINED_FPS = 1.0
-"""Frames a second of videos in training (paper 3.2)."""
+"""Frame rate of videos in training (paper 3.2)."""
 
 ImageSource = str | os.PathLike[str] | bytes | PIL.Image.Image | np.ndarray
-"""What `Image` takes; also whatever numpy makes such an array of, as a jax.Array."""
+"""What `Image` takes; also anything that numpy converts to an array, such as a jax.Array."""
 VideoSource = str | os.PathLike[str] | bytes | np.ndarray | Sequence[ImageSource]
 """What `Video` takes: a file, or frames."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Visual:
-    """An image or a clip as the model takes it: `frames` uint8 [T, H, W, 3] in 0..255, T = 1
-    for an image.
+    """An image or a clip, preprocessed for a model.
 
-    Raises: UserError for any other array. Whether H and W are the model's is checked where it
-      is used.
+    frames: uint8 [T, H, W, 3] in 0..255, H and W the model's image size, T = 1 for an image.
+
+    Raises: UserError for another dtype or rank. H and W are checked where the visual is used.
     """
 
     frames: np.ndarray
@@ -60,7 +60,7 @@ class Visual:
 
     @functools.cached_property
     def digest(self) -> bytes:
-        """Names the pixels: equal images are encoded once, wherever they came from."""
+        """Hashes the pixels, so that equal images are encoded once, whatever their source."""
         return hashlib.blake2b(
             str(self.frames.shape).encode() + np.ascontiguousarray(self.frames).tobytes(),
             digest_size=16,
@@ -68,17 +68,17 @@ class Visual:
 
 
 class VisualSource(abc.ABC):
-    """An image or a video of any size, which becomes a `Visual` for a model's config."""
+    """An image or a video of any size, which a model's config turns into a `Visual`."""
 
     def __init__(self) -> None:
         self._prepared: dict[Any, Visual] = {}
 
     def visual(self, vision: VisionConfig, frames: int) -> Visual:
-        """Makes the `Visual` that a model takes, the first time for each form it is asked for.
+        """Preprocesses the source for a model; the result is cached for each preprocessing.
 
         Args:
-          vision: size, mean colour and how an image becomes a square (`image_fit`).
-          frames: of a video at most, as many as the model was trained with.
+          vision: the image size, the mean colour and how images become squares (`image_fit`).
+          frames: the most frames of a video, as many as the model was trained with.
 
         Raises: UserError where the pixels cannot be decoded.
         """
@@ -89,23 +89,23 @@ class VisualSource(abc.ABC):
 
     @abc.abstractmethod
     def _frames(self, vision: VisionConfig, frames: int) -> np.ndarray:
-        """Reads uint8 [T, S, S, 3], S being the model's image size."""
+        """Decodes and preprocesses frames: uint8 [T, S, S, 3], S the model's image size."""
 
 
 class Image(VisualSource):
-    """An image in a prompt, of any size; the model's own preprocessing is done where it is used
-    (paper 3.2: padded to a square with the mean colour, unless the model's config says else).
+    """An image of any size in a prompt.
 
-    Turned as its EXIF entry says, made RGB (transparent parts white). Encoded images are
-    checked here and decoded where they are used; an array's and a PIL image's pixels are read
-    there as well, so do not change them in between.
+    The model that it is passed to preprocesses it: it is turned by its EXIF orientation,
+    converted to RGB (transparent parts become white), resized and, unless the model's config
+    says otherwise, padded to a square with the mean colour (paper 3.2). This happens when the
+    model runs, so do not modify an array or PIL image before that.
 
     Args:
       source: the path of an image file, its bytes (PNG, JPEG, WebP, ...), a PIL image, or an
         array uint8 [H, W, 3] (also grey [H, W] or RGBA [H, W, 4]) of values in 0..255.
 
-    Raises: UserError where a file cannot be read or is no image, pixels are more than 64
-      million, or an array has another type or shape (floats in 0..1 among them).
+    Raises: UserError where a file cannot be read or is not an image, an image has more than 64
+      million pixels, or an array has another dtype or shape (such as floats in 0..1).
     """
 
     def __init__(self, source: ImageSource):
@@ -145,18 +145,19 @@ class Image(VisualSource):
 
 
 class Video(VisualSource):
-    """A video in a prompt: frames at a steady rate from its middle, each prepared as an image.
+    """A video in a prompt: frames sampled from its middle, each preprocessed as an `Image` is.
 
     Args:
       source: the path of a video file, its bytes (MP4, WebM, GIF, ...), an array uint8 [T, H,
-        W, 3], or a sequence of frames, each as `Image` takes it.
-      fps: frames a second that are read of a file; by default 1, as in training (paper 3.2; 30
-        frames at 3 fps at inference). Frames have no clock: give them at the rate you want.
-      frames: the most that are shown, from the middle; by default as many as the model was
-        trained with. The times of more are interpolated (paper 3.2).
+        W, 3], or a sequence of frames, each of which `Image` takes.
+      fps: frame rate to sample a file at; by default 1, as in training (the paper evaluates
+        with 30 frames at 3 fps). Not allowed with an array or frames: pass those at the rate
+        you want.
+      frames: the most frames, from the middle; by default as many as the model was trained
+        with. For more, temporal embeddings are interpolated (paper 3.2).
 
-    Raises: UserError where a file cannot be read or is no video, a frame's type or shape is
-      wrong, or frames are given with `fps`.
+    Raises: UserError where a file cannot be read or is not a video, a frame has a wrong dtype
+      or shape, or `fps` is given with frames.
     """
 
     def __init__(self, source: VideoSource, *, fps: float | None = None, frames: int | None = None):
@@ -195,7 +196,7 @@ class Video(VisualSource):
         if isinstance(self._source, list):
             kept = middle_clip(len(self._source), most)
             return np.concatenate([self._source[n].visual(vision, 1).frames for n in kept])
-        # Resized as they are read, so that a long video of large frames needs little memory.
+        # Resize each frame as it is decoded, so that a long video needs little memory.
         size, how = vision.image_size, vision.image_fit
         found = self._with_file(
             lambda path: read_frames(
@@ -206,7 +207,7 @@ class Video(VisualSource):
         return np.stack([images.pad(found[n], size, vision.mean) for n in kept])
 
     def _with_file(self, use: Callable[[pathlib.Path], Any]) -> Any:
-        """Calls `use` with the video's file, which bytes are written to for as long."""
+        """Calls `use` with the path of the video; bytes are written to a temporary file."""
         import av
 
         from flamingo_jax.processing.video_file import VideoError
@@ -230,9 +231,9 @@ class Video(VisualSource):
 
 
 def read_visual(encoded: Sequence[bytes], vision: VisionConfig, name: str) -> Visual:
-    """Decodes images as one visual at the model's size.
+    """Decodes the encoded frames of one image or clip to a Visual of the model's size.
 
-    Raises: UserError with `name` where one cannot be read.
+    Raises: UserError that mentions `name` where a frame cannot be decoded or there are none.
     """
     try:
         frames = [
@@ -248,6 +249,7 @@ def read_visual(encoded: Sequence[bytes], vision: VisionConfig, name: str) -> Vi
 
 
 def _frames_of(source: Any) -> list[Image]:
+    """Converts an array [T, H, W, 3] or a list of frames to Images."""
     if not isinstance(source, (list, tuple)):
         source = _pixels(source, "fj.Video", ndims=(4,))
     if not len(source):
@@ -256,7 +258,10 @@ def _frames_of(source: Any) -> list[Image]:
 
 
 def _pixels(source: Any, name: str, ndims: Sequence[int]) -> np.ndarray:
-    """A source as an array of pixels, or a UserError that says what it should be."""
+    """Checks that a source is an array of uint8 pixels with a rank in `ndims`.
+
+    Raises: UserError that says what `name` takes.
+    """
     wanted = "[T, H, W, 3]" if 4 in ndims else "[H, W, 3]"
     if not isinstance(source, np.ndarray) and not hasattr(source, "__array__"):
         raise UserError(
@@ -285,6 +290,7 @@ def _pixels(source: Any, name: str, ndims: Sequence[int]) -> np.ndarray:
 
 
 def _read(path: pathlib.Path) -> bytes:
+    """Reads an image file; raises UserError where it is missing, too large or unreadable."""
     _check_file(path)
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
@@ -301,7 +307,10 @@ def _check_file(path: pathlib.Path) -> None:
 
 
 def _check_video(path: pathlib.Path) -> None:
-    """Opens a video, so that what is none is told where it is given. Raises VideoError."""
+    """Opens a video, so that a bad file is reported when the `Video` is made.
+
+    Raises: VideoError.
+    """
     from flamingo_jax.processing.video_file import opened
 
     with opened(path):
