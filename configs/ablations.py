@@ -1,16 +1,19 @@
-"""Every row of the paper's ablation study (3.3, tables 3 and 10), as a change of Flamingo-3B.
+"""Defines every row of the paper's ablation study (3.3, tables 3 and 10) as a change of
+Flamingo-3B.
 
-    python -m launch.train --config=configs/ablations.py:form=vanilla_xattn --workdir=runs/vanilla
-    python -m launch.plan --config=configs/ablations.py:form=no_gating --counts
+    python -m launch.train --config=configs/ablations.py:form=vanilla_xattn
+    --workdir=runs/vanilla python -m launch.plan --config=configs/ablations.py:form=no_gating
+    --counts
 
-The argument is `form,size,root`: the form is one of `ABLATIONS`, by default `baseline`; the size
-is `tiny` for a laptop or a machine of `configs/flamingo_3b.py`, as in `form=mlp,size=tiny`.
+The argument is `form,size,root`: the form is one of `ABLATIONS`, by default `baseline`; the
+size is `tiny` for a laptop or a machine of `configs/flamingo_3b.py`, as in
+`form=mlp,size=tiny`.
 
-All rows have the published batches and 250,000 updates of four datasets, a million gradients.
-Where the paper names a row without its sizes, they are chosen so that its parameters are as many
-as published, and a comment says so. Two published counts are off by a little more than their
-rounding whatever is chosen: one block alone makes 2.06 B and not 2.0, NFNet-F0 2.85 B and not
-2.9.
+All rows have the published batch sizes and 250,000 updates on four datasets, a million
+gradients. Where the paper names a row without its sizes, a comment says how they were chosen
+to give the published number of parameters. Two published counts differ by a little more than
+their rounding,
+whatever is chosen: a single block gives 2.06 B instead of 2.0, NFNet-F0 2.85 B instead of 2.9.
 """
 
 import dataclasses
@@ -30,10 +33,11 @@ M3W, PAIRS, VTP = ("m3w",), ("align", "ltip"), ("vtp",)
 
 
 class Ablation(NamedTuple):
-    """What a row of the tables changes of the baseline.
+    """Describes how a row of the tables differs from the baseline.
 
-    changes: new values of the experiment's fields, nested as they are. data: what is trained on.
-    p_next: of M3W.
+    changes: {field of the experiment: new value}, nested like the fields. data: names of the
+    datasets. p_next: of M3W, the probability that a text attends to the next image instead of
+    the previous one.
     """
 
     changes: Mapping[str, Any] = types.MappingProxyType({})
@@ -83,7 +87,7 @@ ABLATIONS: dict[str, Ablation] = {
     "no_m3w": Ablation(data=(*PAIRS, *VTP)),
     # Optimisation.
     "round_robin": _training(round_robin=True),
-    # How the language model is conditioned.
+    # Conditioning of the language model.
     "no_gating": _conditioning(gating="none"),
     "vanilla_xattn": _conditioning(kind="vanilla_xattn"),
     # Twelve pairs of a cross-attention block and a decoder layer: 3.26 B, published 3.3.
@@ -91,21 +95,21 @@ ABLATIONS: dict[str, Ablation] = {
     "single_middle": _conditioning(xattn_first=12, xattn_every=24),
     "every_4th": _conditioning(xattn_every=4),
     "every_2nd": _conditioning(xattn_every=2),
-    # The resampler. The MLP has the baseline's parameters, those of attention in its
-    # feed-forward; small and large are half as deep and twice as deep: 3.12 B and 3.40 B,
-    # published 3.1 and 3.4.
+    # The resampler. The MLP has as many parameters as the baseline: those of attention are
+    # added to its feed-forward. Small and large have half and twice the layers: 3.12 B and
+    # 3.40 B, published 3.1 and 3.4.
     "mlp": _resampler(kind="mlp", feed_forward=10_240),
     "transformer": _resampler(kind="transformer"),
     "small_resampler": _resampler(layers=3),
     "large_resampler": _resampler(layers=12),
-    # Which images a text sees.
+    # Images that a text attends to.
     "all_previous": _conditioning(attend_to_media="all_previous"),
     "p_next_0": Ablation(p_next=0.0),
     "p_next_1": Ablation(p_next=1.0),
     # The vision encoder.
     "clip_l14": Ablation(CLIP),
     "nfnet_f0": Ablation(NFNET_F0),
-    # The language model's own data, and what is frozen.
+    # Pretraining data of the language model, and which parts are frozen.
     "lm_c4": Ablation({"language_model_from": f"{base.EXPORTS}/lm_1b4_c4"}),
     "vision_scratch": Ablation(RANDOM_ENCODER),
     "vision_finetuned": _training(unfreeze_vision_encoder=True),
@@ -127,7 +131,7 @@ ABLATIONS: dict[str, Ablation] = {
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The config of `form,size,root`."""
+    """Returns the config of the argument `form,size,root`."""
     given = base.arguments(arg, "ablations", ("form", "size", "root"))
     form, size = given["form"] or "baseline", given["size"]
     if form not in ABLATIONS:
@@ -158,18 +162,17 @@ def _experiment(form: str) -> Experiment:
 
 
 def _datasets() -> dict[str, DatasetConfig]:
-    """The baseline's four, and those of single rows."""
+    """Makes the four datasets of the baseline and the ones of single rows."""
     data = base.mixture()
-    # In the place of ALIGN and LTIP: as many pairs as both, whose mean weighs what their two
-    # means did.
+    # Replaces ALIGN and LTIP: as many pairs as both together, with the sum of their weights.
     data["laion"] = dataclasses.replace(
         data["ltip"],
         path=f"{base.DATA}/laion",
         batch_size=data["align"].batch_size + data["ltip"].batch_size,
         weight=data["align"].weight + data["ltip"].weight,
     )
-    # Rows and weight as published; how many rows is not: about as many tokens as the four
-    # others have together.
+    # Length of rows and weight are published, the batch size is not: 64 rows have about as
+    # many tokens as the four other datasets together.
     data["massive_text"] = DatasetConfig(
         "text", f"{base.DATA}/text", batch_size=64, max_length=2048, weight=1.0
     )
@@ -177,7 +180,9 @@ def _datasets() -> dict[str, DatasetConfig]:
 
 
 def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
-    """A dataclass with other values; a mapping changes the dataclass in its place."""
+    """Returns a dataclass with changed fields; a mapping changes the nested dataclass of its
+    field.
+    """
     values = {
         key: _changed(getattr(config, key), value)
         if dataclasses.is_dataclass(getattr(config, key)) and isinstance(value, Mapping)
@@ -188,11 +193,11 @@ def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
 
 
 STANDS_FOR = {"laion": "ltip", "massive_text": "text"}
-"""A row's dataset -> the one that the quickstart's world has in its place."""
+"""{dataset of a row: dataset of the quickstart that replaces it in the tiny form}."""
 
 
 def _tiny(experiment: Experiment) -> Experiment:
-    """The laptop's form, which keeps what the row changes."""
+    """Makes the laptop form, which keeps the row's change."""
     small = base.tiny(experiment)
     assert small.flamingo is not None
     conditioning = {"grafted_layers": 2}

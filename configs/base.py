@@ -1,10 +1,10 @@
-"""The pieces that the configs share: the grammar of their argument, and for the paper's scale
-its data mixture, its frozen parts by size, its optimizer, and a laptop's form of each.
+"""Parts that the configs share: the parser of their argument; the paper's data mixture,
+language models and optimizer; and the `tiny` form of every config.
 
-A config's argument is KEY=VALUE pairs with commas between them, `form=v4_2x2x4,root=/shared`;
-values without a key are those of the config's keys in their order, `v4_2x2x4,/shared`. Every
-config that reads files takes `root`, the folder that relative paths begin at: it holds data/,
-and exports/, models/ or what the stages before have exported.
+A config's argument is a list of comma-separated KEY=VALUE pairs, `form=v4_2x2x4,root=/shared`.
+Values without a key are assigned to the config's keys in their order, `v4_2x2x4,/shared`.
+Every config that reads files has the key `root`, the folder of all relative paths, which holds
+data/ and exports/, models/ or the exports of earlier stages.
 """
 
 import dataclasses
@@ -32,14 +32,14 @@ from flamingo_jax.experiment import (
 )
 
 DATA = "data"
-"""Folder of the prepared datasets and the tokenizer, below the root."""
+"""Folder of the datasets and the tokenizer, below the root."""
 EXPORTS = "exports"
 """Folder of the exported stages, below the root."""
 TINY = "tiny"
-"""The form of every config that fits a laptop."""
+"""Name of the form that fits a laptop, which every config has."""
 TINY_ROOT = "runs/quickstart"
-"""The root of every tiny form where none is given: there the quickstart (or `python -m
-launch.build_data quickstart --output=runs/quickstart/data`) makes its data."""
+"""Default root of tiny forms: the quickstart makes its data there (or `python -m
+launch.build_data quickstart --output=runs/quickstart/data` does)."""
 
 LM_1B4 = LanguageModelConfig(
     layers=24,
@@ -61,13 +61,13 @@ LM_70B = LanguageModelConfig(
 )
 
 COLOUR = 0.2
-"""Strength of colour augmentation; the paper augments colour, but does not say how much."""
+"""Strength of colour augmentation, which the paper uses without giving its strength."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """How an experiment is laid out on one kind of machine. microbatches: of every dataset,
-    held out or not.
+    """Mesh and number of microbatches for one kind of machine. microbatches: of every dataset,
+    held-out ones included.
     """
 
     mesh: MeshConfig
@@ -77,17 +77,17 @@ class Machine:
 def arguments(
     argument: str, config: str, keys: Sequence[str], pairs: Collection[str] = ()
 ) -> dict[str, str]:
-    """Reads a config's argument.
+    """Parses a config's argument.
 
     Args:
-      config: the config's name, for the sentences.
-      keys: what the config takes, in the order of values that are given without a key; the last
-        of these may have commas, as folders may.
-      pairs: those of the keys whose own values are NAME=VALUE.
+      config: the config's name, for error messages.
+      keys: keys of the config, in the order of values without a key; the last of such values
+        may contain commas, as a folder's name may.
+      pairs: the keys whose own values have the form NAME=VALUE.
 
-    Returns: {key: value, "" where none is given}.
-    Raises: UserError for a key that is unknown or given twice, or a value without one after
-      others.
+    Returns: {key: value}, with "" for keys that are not given.
+    Raises: UserError for a key that is unknown or given twice, or a value without a key after
+      a value with one.
     """
     takes = f"configs/{config}.py takes {','.join(f'{key}=...' for key in keys)}"
     found: dict[str, str] = {}
@@ -115,11 +115,10 @@ def arguments(
 def form_of(
     experiment: Experiment, arg: str, config: str, machines: dict[str, Machine]
 ) -> Experiment:
-    """Makes of an experiment what a config's argument `form,root` asks for.
+    """Adapts an experiment to a config's argument `form,root`. The form is "" for the
+    experiment as it is, "tiny" for a laptop, or one of the machines.
 
-    form: "" for the experiment as it is, "tiny" for a laptop, or one of the machines.
-
-    Raises: UserError for another form, or an argument that is not of the grammar.
+    Raises: UserError for another form, or a malformed argument.
     """
     given = arguments(arg, config, ("form", "root"))
     form = given["form"]
@@ -129,11 +128,11 @@ def form_of(
 def stage_of(
     arg: str, config: str, stages: Mapping[str, Callable[[str], Experiment]], root: str
 ) -> Experiment:
-    """Makes the stage that a config's argument `stage,root` asks for, by default the Flamingo.
+    """Makes the stage of a config's argument `stage,root`, by default the Flamingo.
 
-    stages: {name: the experiment of data and exports below a root}. root: where none is given.
+    stages: {name: function from a root folder to the experiment}. root: the default root.
 
-    Raises: UserError for another stage, or an argument that is not of the grammar.
+    Raises: UserError for another stage, or a malformed argument.
     """
     given = arguments(arg, config, ("stage", "root"))
     stage = given["stage"] or "flamingo"
@@ -145,14 +144,16 @@ def stage_of(
 
 
 def root_of(root: str, form: str) -> str:
-    """Returns the root that paths begin at; by default where the command runs."""
+    """Returns the root of relative paths; "" is the current folder."""
     return root or (TINY_ROOT if form == TINY else "")
 
 
 def on_machine(
     experiment: Experiment, form: str, config: str, machines: dict[str, Machine]
 ) -> Experiment:
-    """Makes the form of an experiment; `form_of` says which there are."""
+    """Adapts an experiment to a form (see `form_of`): its mesh and microbatches, or small
+    sizes.
+    """
     if not form:
         return experiment
     if form == TINY:
@@ -179,7 +180,7 @@ def on_machine(
 
 
 def rooted(experiment: Experiment, root: str) -> Experiment:
-    """Lets every relative path of an experiment begin at `root`; "" leaves them as they are."""
+    """Prefixes every relative path of an experiment with `root`; "" changes nothing."""
 
     def below(path: str) -> str:
         return path if path in ("", "random") else os.path.join(root, path)
@@ -205,13 +206,13 @@ def rooted(experiment: Experiment, root: str) -> Experiment:
 def mixture(
     m3w: int = 256, align: int = 512, ltip: int = 512, vtp: int = 64
 ) -> dict[str, DatasetConfig]:
-    """The four datasets of the paper (2.4, A.3) with their batch sizes: by default the
-    ablation's, the only published ones.
+    """Makes the four datasets of the paper (2.4, A.3) with these batch sizes, by default those
+    of the ablation study, the only published ones.
 
-    One example a row, so that a batch holds as many sequences as was published: a page gives a
-    window of 256 tokens and the first 5 images in it, and a shorter page leaves the rest of its
-    row empty. Texts of pairs have 32 or 64 tokens "depending on the dataset": ALIGN's captions
-    are the short ones (12.4 tokens on average against LTIP's 20.5).
+    Each row has one example, so that a batch has as many sequences as published. A page gives
+    a window of 256 tokens and the first 5 images in it; if the page is shorter, the rest of
+    the row is padding. Texts of pairs have 32 or 64 tokens "depending on the dataset": ALIGN's
+    captions are the shorter ones (12.4 tokens on average, LTIP's 20.5).
     """
     data = {
         "m3w": DatasetConfig(
@@ -257,7 +258,7 @@ def mixture(
 
 
 def held_out(data: dict[str, DatasetConfig]) -> dict[str, DatasetConfig]:
-    """The same datasets' validation splits, as they are, in as many microbatches."""
+    """Makes held-out datasets: the validation splits of `data`, without augmentation."""
     return {
         name: dataclasses.replace(d, split="validation", flip=False, colour=0.0)
         for name, d in data.items()
@@ -273,12 +274,13 @@ def flamingo(
     data: dict[str, DatasetConfig] | None = None,
     mesh: MeshConfig | None = None,
 ) -> Experiment:
-    """A Flamingo of the paper: gated blocks as wide and with as many heads as its language
-    model, the same resampler and encoder for all.
+    """Makes a Flamingo of the paper. All sizes have the same resampler and vision encoder; the
+    gated blocks have the width and the number of heads of the language model.
 
-    AdamW as in B.1.2: rate 1e-4 after 5,000 updates of warm-up and constant from there, clip 1,
-    decay 0.1 but none on the resampler, 500,000 steps, read as updates (the paper does not say
-    whether it counts those or the gradients of single datasets).
+    AdamW as in B.1.2: a constant learning rate of 1e-4 after 5,000 updates of warm-up,
+    clipping to norm 1, weight decay 0.1 except on the resampler. The 500,000 steps are taken
+    as updates: the paper does not say whether it counts updates or gradients of single
+      datasets.
     """
     data = data or mixture()
     return Experiment(
@@ -315,8 +317,8 @@ def language_modelling(
     steps: int,
     mesh: MeshConfig,
 ) -> Experiment:
-    """A language model of the Chinchilla family (Hoffmann et al. 2022): rows of 2,048 tokens, a
-    cosine to a tenth of the peak.
+    """Makes a language model of the Chinchilla family (Hoffmann et al. 2022), trained on rows
+    of 2,048 tokens, with a cosine schedule that ends at a tenth of the peak learning rate.
     """
     data = {"text": DatasetConfig("text", f"{DATA}/text", batch_size=rows, max_length=2048)}
     return Experiment(
@@ -340,11 +342,11 @@ def language_modelling(
 
 
 def tiny(experiment: Experiment) -> Experiment:
-    """The experiment's laptop form on the embedded world: the same structure, weights and
-    objective, with small sizes and few steps.
+    """Makes the laptop form of an experiment, on the data of the quickstart: the same
+    structure, dataset weights and objective, with small sizes and few steps.
 
-    Frozen parts are untrained ("random"); name exports with --config.vision_encoder_from and
-    --config.language_model_from.
+    Frozen parts have random weights ("random"); --config.vision_encoder_from and
+    --config.language_model_from name exports in their place.
     """
     data = {name: _tiny_dataset(name, d) for name, d in experiment.data.items()}
     optimizer, training = experiment.optimizer, experiment.training
@@ -388,7 +390,7 @@ TINY_LENGTHS = {"pages": 128, "pairs": 48, "videos": 32, "text": 128, "questions
 
 
 def _tiny_dataset(name: str, dataset: DatasetConfig) -> DatasetConfig:
-    # The world's text speaks of left and right, so that nothing is flipped.
+    # The captions of the synthetic world mention left and right, so images are not flipped.
     return dataclasses.replace(
         dataset,
         path=f"{DATA}/{name}",
@@ -419,8 +421,8 @@ def _tiny_language_model(model: LanguageModelConfig, layers: int) -> LanguageMod
 
 
 def _tiny_flamingo(flamingo: FlamingoConfig) -> FlamingoConfig:
-    # Two groups, the last one as short as the full model's last: 80 layers by 7 end in a group
-    # of 3.
+    # Two groups of layers, the last as long as in the full model: with a block at every 7th of
+    # 80 layers, the last group has 3.
     every, layers = flamingo.conditioning.xattn_every, flamingo.language_model.layers
     return dataclasses.replace(
         flamingo,

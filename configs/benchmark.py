@@ -1,9 +1,10 @@
-"""A Flamingo by its sizes alone, such as a PyTorch peer can be built with as well; for `python
--m launch.benchmark train --sizes=...`.
+"""Makes a Flamingo from its sizes alone, for `python -m launch.benchmark train --sizes=...`. A
+PyTorch implementation can be built with the same sizes for comparison.
 
 `--config=configs/benchmark.py:layers=4,width=256,heads=4,vocab=8192,xattn_every=1,vit_layers=4,...`
-names all of `NUMBERS` and `BATCHES`: a language model of the GPT-NeoX form (rotary positions,
-GELU, a head of its own), a ViT, a resampler of 6 layers, cross-attention of 8 heads of 64.
+sets all of `NUMBERS` and `BATCHES`. The model has a language model of the GPT-NeoX
+architecture (rotary positions, GELU, untied head), a ViT, a resampler of 6 layers, and
+cross-attention with 8 heads of width 64.
 """
 
 import dataclasses
@@ -42,19 +43,19 @@ NUMBERS = (
     "patch",
 )
 BATCHES = ("interleaved", "pairs")
-"""Each as rows x images x tokens."""
+"""Batch sizes, each as rows x images x tokens: 8x3x128."""
 NUMBER = "[1-9][0-9]{0,8}"
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The config of sizes as `experiment_of` takes them."""
+    """Returns the config of an argument like that of `experiment_of`."""
     return to_config(experiment_of(arg))
 
 
 def experiment_of(sizes: str) -> Experiment:
-    """The experiment of NAME=VALUE pairs with commas between them.
+    """Makes the experiment of comma-separated NAME=VALUE pairs.
 
-    UserError: an unknown or missing name, or a value of another form.
+    Raises: UserError for an unknown or missing name, or a malformed value.
     """
     given = arguments(sizes, "benchmark", (*NUMBERS, *BATCHES))
     if missing := [name for name, value in given.items() if not value]:

@@ -1,12 +1,14 @@
-"""The vision encoder: NFNet-F6 beside a BERT, both from scratch, on ALIGN and LTIP (paper
-B.1.3).
+"""Trains the vision encoder: an NFNet-F6 and a BERT, both from scratch, with a contrastive
+loss on ALIGN and LTIP (paper B.1.3).
 
-`--config=configs/contrastive_nfnet_f6.py`, or with `:form=FORM,root=FOLDER`: the form is `tiny`
-or a machine of `MACHINES`. From the paper: 288 px, joint width 1376, label smoothing 0.1, one
-gradient of 16,384 pairs per dataset and update, Adam without decay, rate 1e-3 falling linearly
-to 0 over 1.2 M updates, adaptive clipping 1e-2 on the NFNet and a global norm of 10 on the
-rest. Not in the paper, from ALIGN (Jia et al. 2021): BERT-Large, 64 tokens, temperature 1 at
-the start, 10,000 updates of warm-up. The two datasets weigh the same.
+`--config=configs/contrastive_nfnet_f6.py`, or with `:form=FORM,root=FOLDER`, where the form is
+`tiny` or a machine of `MACHINES`.
+
+From the paper: 288 px, joint width 1376, label smoothing 0.1, one gradient of 16,384 pairs per
+dataset and update, Adam without weight decay, a learning rate that falls linearly from 1e-3 to
+0 over 1.2 M updates, adaptive gradient clipping of 1e-2 on the NFNet and a global norm of 10
+on the rest. Not in the paper, taken from ALIGN (Jia et al. 2021): BERT-Large, 64 tokens, an
+initial temperature of 1, 10,000 updates of warm-up. Both datasets have the same weight.
 """
 
 import ml_collections
@@ -30,7 +32,7 @@ MACHINES = {
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The config as the argument `form,root` asks for it."""
+    """Returns the config of the argument `form,root`."""
     data = {
         name: DatasetConfig(
             "pairs",

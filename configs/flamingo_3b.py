@@ -1,9 +1,9 @@
-"""Flamingo-3B: a gated block before every one of 24 layers of the 1.4B language model (paper
-table 5, B.1.1).
+"""Trains Flamingo-3B: a gated block before each of the 24 layers of the 1.4B language model
+(paper table 5, B.1.1).
 
-`--config=configs/flamingo_3b.py`, or with `:form=FORM,root=FOLDER`: the form is `tiny` or a
-machine of `MACHINES`. Batches are the ablation's (M3W 256, ALIGN 512, LTIP 512, VTP 64). The
-paper needs no model sharding at this size.
+`--config=configs/flamingo_3b.py`, or with `:form=FORM,root=FOLDER`, where the form is `tiny`
+or a machine of `MACHINES`. The batch sizes are those of the ablation study (M3W 256, ALIGN
+512, LTIP 512, VTP 64). The paper uses no model sharding at this size.
 """
 
 import ml_collections
@@ -22,6 +22,6 @@ MACHINES = {
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The config as the argument `form,root` asks for it."""
+    """Returns the config of the argument `form,root`."""
     experiment = base.flamingo("flamingo 3B", base.LM_1B4, every=1, lm_export="lm_1b4")
     return to_config(base.form_of(experiment, arg, "flamingo_3b", MACHINES))

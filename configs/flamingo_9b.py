@@ -1,10 +1,10 @@
-"""Flamingo-9B: a gated block before every 4th layer of the 7.1B language model (paper table 5,
-B.1.1).
+"""Trains Flamingo-9B: a gated block before every 4th layer of the 7.1B language model (paper
+table 5, B.1.1).
 
-`--config=configs/flamingo_9b.py`, or with `:form=FORM,root=FOLDER`: the form is `tiny` or a
-machine of `MACHINES`. The paper's table of sizes says 40 layers with 10 gated blocks, but its
-parameter counts (7.1B and 1.6B) are those of 32 layers with 8, which this config has. Batches
-are the ablation's, the only published ones.
+`--config=configs/flamingo_9b.py`, or with `:form=FORM,root=FOLDER`, where the form is `tiny`
+or a machine of `MACHINES`. The paper's table of sizes says 40 layers with 10 gated blocks, but
+its parameter counts (7.1B and 1.6B) are those of 32 layers with 8 blocks, which this config
+has. The batch sizes are those of the ablation study, the only published ones.
 """
 
 import ml_collections
@@ -22,6 +22,6 @@ MACHINES = {
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The config as the argument `form,root` asks for it."""
+    """Returns the config of the argument `form,root`."""
     experiment = base.flamingo("flamingo 9B", base.LM_7B, every=4, lm_export="lm_7b")
     return to_config(base.form_of(experiment, arg, "flamingo_9b", MACHINES))

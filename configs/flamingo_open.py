@@ -1,26 +1,27 @@
-r"""A Flamingo from weights and data that anyone can get: a Llama, Mistral or Qwen language
-model, a CLIP or SigLIP encoder, one's own datasets.
+r"""Trains a Flamingo between an open language model (Llama, Mistral, Qwen, GPT-NeoX, MPT or
+OPT) and an open vision encoder (CLIP or SigLIP), on your own datasets.
 
     python -m launch.train \
         --config=configs/flamingo_open.py:h200_8,models/Qwen3-8B,models/siglip-so400m-patch14-384 \
         --workdir=runs/open
 
-The argument is `form,language_model,encoder,datasets,root`, each with its name and "=" in front
-or in this order, and each of which may be left away:
+The argument is `form,language_model,encoder,datasets,root`, as KEY=VALUE pairs or as values in
+this order. All of them are optional:
 
-- form: `tiny` for a laptop, or a machine of `MACHINES`; "" leaves config.mesh to be set.
-- language_model, encoder: folders as Hugging Face's transformers save them, or exports; weights
-  are read from there as they are, and the tokenizer too. A folder that is not there yet, but is
-  called like a model of flamingo_jax/interop/published.py, does for `launch.plan`.
-- datasets: folders in `data/` (for tiny, in runs/quickstart/data) with their kind, joined by +:
-  `obelics=pages+coco=pairs+clips=videos`.
-- root: where these folders are looked for, `root=/shared`.
+- form: `tiny` for a laptop, or a machine of `MACHINES`; without it, set config.mesh.
+- language_model, encoder: folders as Hugging Face's transformers save them, or exports.
+  Weights and tokenizer are read from there. For `launch.plan` the folder may be missing, if it
+  has the name of a model in flamingo_jax/interop/published.py.
+- datasets: folders in `data/` (for tiny, in runs/quickstart/data) with their kind, joined by
+  +: `obelics=pages+coco=pairs+clips=videos`.
+- root: the folder that contains these folders, `root=/shared`.
 
     python -m launch.plan --config=configs/flamingo_open.py:v5e_64 --counts --topology=v5e:8x8
 
-Frozen parts are neither converted nor trained: what is trained is the resampler, the gated
-blocks and <EOC>, in float32, on the language model in bfloat16. Blocks stand before every 4th
-layer, as in Flamingo-9B; a smaller `xattn_every` costs memory and time and helps (paper, table 3).
+The resampler, the gated blocks and the embedding of <EOC> are trained, in float32; the
+language model and the encoder are frozen, in bfloat16. There is a gated block before every 4th
+layer, as in Flamingo-9B; a smaller `xattn_every` costs memory and time and gives better
+results (paper, table 3).
 """
 
 import dataclasses
@@ -58,11 +59,12 @@ DATASETS = "pages=pages+pairs=pairs+videos=videos"
 TINY_DATASETS = "m3w=pages+ltip=pairs+vtp=videos"
 
 MACHINES = {
-    # One GPU of 141 GB: batches in parts that fit beside 16 GB of frozen weights and 16 bytes
-    # for each trained parameter.
+    # One GPU of 141 GB: microbatches that fit beside 16 GB of frozen weights and 16 bytes per
+    # trained parameter.
     "h200_1": base.Machine(MeshConfig(1, 1, 1), microbatches=8),
     "h200_8": base.Machine(MeshConfig(1, 8, 1)),
-    # 64 chips of 16 GB: the frozen language model over 4 chips, what is trained over all.
+    # 64 chips of 16 GB: the frozen language model is sharded over 4 chips, trained parameters
+    # over all.
     "v5e_64": base.Machine(MeshConfig(1, 16, 4), microbatches=2),
 }
 
@@ -70,7 +72,7 @@ KINDS = {
     "pages": DatasetConfig(
         "pages", batch_size=64, max_length=256, visuals=5, weight=1.0, p_next=0.5
     ),
-    # Rows of several captions: published ones have 10 to 30 tokens.
+    # Several captions fit into a row: those of published datasets have 10 to 30 tokens.
     "pairs": DatasetConfig("pairs", batch_size=64, max_length=128, visuals=4, weight=0.2),
     "videos": DatasetConfig(
         "videos", batch_size=64, max_length=64, visuals=1, frames=8, weight=0.03
@@ -92,11 +94,12 @@ TINY_VISION = VisionConfig(
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The config of `form,language_model,encoder,datasets,root`."""
+    """Returns the config of the argument `form,language_model,encoder,datasets,root`."""
     given = base.arguments(arg, "flamingo_open", KEYS, pairs=("datasets",))
     form, datasets = given["form"], given["datasets"]
     root = base.root_of(given["root"], form)
-    # Models lie where the command runs, unless a root is named: a tiny form has one of its own.
+    # Models are not below the default root of tiny forms, which has the quickstart's data
+    # only.
     language_model, encoder = (
         path and os.path.join(given["root"], path)
         for path in (given["language_model"], given["encoder"])
@@ -124,8 +127,8 @@ def _experiment(language_model: str, encoder: str, data: dict[str, DatasetConfig
                 xattn_every=4,
                 heads=lm.attention.heads,
                 head_width=lm.attention.head_width,
-                # The paper's blocks are 4 times as wide inside; a SwiGLU's own width would say
-                # something else.
+                # As in the paper, 4 times the width; the language model's own feed-forward
+                # width may differ, for example with SwiGLU.
                 feed_forward=4 * lm.width,
             ),
         ),
@@ -145,8 +148,8 @@ def _experiment(language_model: str, encoder: str, data: dict[str, DatasetConfig
 
 
 def _tiny(language_model: str, encoder: str, datasets: str, root: str) -> Experiment:
-    """Small trained parts between the given models, or untrained ones of their form, on the
-    quickstart's world.
+    """Makes the laptop form: small trained parts between the given models, or between small
+    random ones, on the data of the quickstart.
     """
     lm = _config_of(language_model, "language_model") if language_model else TINY_LANGUAGE_MODEL
     vision = _config_of(encoder, "vision_encoder") if encoder else TINY_VISION
@@ -197,10 +200,10 @@ def _tiny(language_model: str, encoder: str, datasets: str, root: str) -> Experi
 
 
 def _config_of(folder: str, part: Literal["language_model", "vision_encoder"]) -> Any:
-    """The config of a published model's folder, of an export, or of a public model that a
-    missing folder is called like.
+    """Reads the config of a published folder or an export. For a missing folder, returns the
+    config of the public model of that name.
     """
-    # Here, since they take long to import: the paper's configs and --help want none of them.
+    # Imported here, since they are slow to import and --help does not need them.
     from flamingo_jax.checkpointing.export import open_export
     from flamingo_jax.interop.folders import is_published_folder, read_config
     from flamingo_jax.interop.published import published

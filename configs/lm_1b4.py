@@ -1,9 +1,10 @@
-"""The language model of Flamingo-3B: 24 layers of width 2048, 1.37 B parameters (paper table
-4).
+"""Trains the language model of Flamingo-3B: 24 layers of width 2048, 1.37 B parameters (paper
+table 4).
 
-`--config=configs/lm_1b4.py`, or with `:form=FORM,root=FOLDER`: the form is `tiny` or a machine
-of `MACHINES`. The paper gives no training settings for this size; rate and batch (0.26 M
-tokens) are Gopher's for its model of 1.4 B (Rae et al. 2021, table 1), over 300 B tokens.
+`--config=configs/lm_1b4.py`, or with `:form=FORM,root=FOLDER`, where the form is `tiny` or a
+machine of `MACHINES`. The paper gives no training settings for this size. Learning rate and
+batch size (0.26 M tokens) are those of Gopher's 1.4 B model (Rae et al. 2021, table 1), over
+300 B tokens.
 """
 
 import ml_collections
@@ -20,7 +21,7 @@ MACHINES = {
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The config as the argument `form,root` asks for it."""
+    """Returns the config of the argument `form,root`."""
     experiment = base.language_modelling(
         "lm 1.4B", base.LM_1B4, rate=2e-4, rows=128, steps=1_144_000, mesh=MeshConfig()
     )

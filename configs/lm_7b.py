@@ -1,9 +1,9 @@
-"""The language model of Flamingo-9B: 32 layers of width 4096, 7.11 B parameters.
+"""Trains the language model of Flamingo-9B: 32 layers of width 4096, 7.11 B parameters.
 
-`--config=configs/lm_7b.py`, or with `:form=FORM,root=FOLDER`: the form is `tiny` or a machine
-of `MACHINES`. The paper gives no training settings for this size; rate and batch (2 M tokens)
-are Gopher's for its model of 7.1 B (Rae et al. 2021, table 1), over 300 B tokens. Parameters
-and moments (85 GB in float32) are sharded over 16 devices.
+`--config=configs/lm_7b.py`, or with `:form=FORM,root=FOLDER`, where the form is `tiny` or a
+machine of `MACHINES`. The paper gives no training settings for this size. Learning rate and
+batch size (2 M tokens) are those of Gopher's 7.1 B model (Rae et al. 2021, table 1), over 300
+B tokens. Parameters and moments (85 GB in float32) are sharded over 16 devices.
 """
 
 import ml_collections
@@ -20,7 +20,7 @@ MACHINES = {
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The config as the argument `form,root` asks for it."""
+    """Returns the config of the argument `form,root`."""
     experiment = base.language_modelling(
         "lm 7B", base.LM_7B, rate=1.2e-4, rows=1024, steps=143_000, mesh=MeshConfig(fsdp=16)
     )

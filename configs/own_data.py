@@ -1,12 +1,13 @@
-r"""A small Flamingo on one's own images, pages, clips and text: copy this file and change it.
+r"""Trains a small Flamingo on your own images, pages, clips and text: copy this file and
+change it.
 
     python -m launch.train --config=configs/own_data.py:contrastive,runs/mine \
         --workdir=runs/mine/contrastive
 
-and then `:language_model` and `:flamingo`, each exported to `<folder>/<stage>/export` before
-the next (README). The folder has `data/` with what `launch.build_data` made: `pairs`, `pages`,
-`videos`, `text` and `tokenizer`. Sizes suit two CPU cores and a few thousand records; what to
-raise first on an accelerator is said at each number.
+then `:language_model` and `:flamingo`. Export each stage to `<folder>/<stage>/export` before
+the next one starts (data_pipelines/README.md has all commands). The folder has `data/` with
+the datasets that `launch.build_data` made: `pairs`, `pages`, `videos`, `text` and `tokenizer`.
+The sizes are for two CPU cores and a few thousand records.
 """
 
 import ml_collections
@@ -30,11 +31,11 @@ from flamingo_jax.experiment import (
 )
 
 VOCABULARY = 2048
-"""The size of the tokenizer (`launch.build_data sentencepiece --vocab_size=2048`); the
-paper has 32,000.
+"""Size of the tokenizer (`launch.build_data sentencepiece --vocab_size=2048`); the paper's has
+32,000.
 """
 VISION = VisionConfig(variant="tiny", image_size=64)
-"""On an accelerator: variant F0 and 288 px upwards."""
+"""On an accelerator, use variant F0 or larger and at least 288 px."""
 LANGUAGE_MODEL = LanguageModelConfig(
     vocab_size=VOCABULARY,
     layers=4,
@@ -46,7 +47,7 @@ STEPS = {"contrastive": 300, "language_model": 500, "flamingo": 400}
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The config of one stage, by default the Flamingo: `stage,root`."""
+    """Returns the config of the argument `stage,root`, by default the Flamingo's."""
     return to_config(stage_of(arg, "own_data", STAGES, "runs/mine"))
 
 
@@ -59,20 +60,22 @@ def _training(stage: str) -> TrainingConfig:
         evaluate_batches=2,
         save_every=100,
         compute_dtype="float32",
-        # The paper sums over a sequence; beside long pages, short captions would then hardly
-        # count.
+        # The paper sums over the tokens of a sequence, with which short captions would hardly
+        # count beside long pages.
         loss="token_mean",
     )
 
 
 def _optimizer(**changes: object) -> OptimizerConfig:
-    # A short run wants a higher rate than the paper's 1e-4, and one that falls to 0.
+    # A short run needs a higher learning rate than the paper's 1e-4, and one that falls to 0.
     short = {"learning_rate": 1e-3, "warmup_steps": 30, "schedule": "cosine", "beta2": 0.98}
     return OptimizerConfig(**(short | changes))  # type: ignore[arg-type]
 
 
 def _contrastive(folder: str) -> Experiment:
-    """One dataset of pairs; with several, each update takes a batch of every one (paper B.1.3)."""
+    """Trains the vision encoder on pairs. With several datasets, each update takes a batch of
+    each (paper B.1.3).
+    """
     return Experiment(
         name="contrastive",
         task="contrastive",
@@ -115,8 +118,8 @@ def _language_model(folder: str) -> Experiment:
 
 
 def _flamingo(folder: str) -> Experiment:
-    """Pages, pairs and clips with the paper's weights; the pairs stand for ALIGN and LTIP
-    together.
+    """Trains the Flamingo on pages, pairs and clips with the paper's weights; the weight of
+    pairs is the sum of those of ALIGN and LTIP.
     """
     data = {
         "pages": DatasetConfig(
@@ -161,7 +164,8 @@ def _flamingo(folder: str) -> Experiment:
                 frames=8,
                 feed_forward=512,
             ),
-            # Gates that start at 0, as the paper's do, hardly open in a run this short.
+            # With the paper's initial value of 0, the gates would hardly open in such a short
+            # run.
             conditioning=ConditioningConfig(
                 heads=4,
                 head_width=32,

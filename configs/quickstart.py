@@ -1,17 +1,22 @@
-"""The quickstart: all stages on the embedded synthetic world, in minutes on two CPU cores.
+"""Trains all stages of the quickstart on the synthetic world, in minutes on two CPU cores.
 
 `--config=configs/quickstart.py:contrastive`, `:language_model`, `:flamingo` (the default) or
-`:without_images`, the Flamingo that is trained on the same text with every image taken
-away. `:stage=flamingo,root=FOLDER`, or `:flamingo,FOLDER`, looks for data and exports in
-another folder than `runs/quickstart`.
+`:without_images`, a baseline that is trained on the same text with all images removed.
+`:stage=flamingo,root=FOLDER`, or `:flamingo,FOLDER`, reads data and exports from another
+folder than `runs/quickstart`.
 
-What differs from the paper, and why: rates are higher and fall to 0, gates start open and
-small, since the runs are short; the loss is the mean over tokens, since captions would hardly
-count beside long pages; long captions weigh as much as pages, since they teach which of two
-things is on the left: at the paper's 0.2, which was meant for sums over sequences, that takes
-three times the steps; p_next is 0 and pairs start without a space, since a small model does
-better with one form of each sentence; the resampler adds grid positions, since the encoder is
-shallow; no flips, since the text speaks of left and right.
+Differences from the paper, and why:
+
+- Learning rates are higher and fall to 0, and gates start open with small output weights,
+  since the runs are short.
+- The loss is the mean over tokens, since captions would hardly count beside long pages.
+- Long captions (LTIP) weigh as much as pages, since they teach which of two things is on the
+  left. With the paper's weight of 0.2, which was meant for sums over sequences, this takes
+  three times the steps.
+- p_next is 0 and captions start without a space, since a small model does better with one form
+  of each sentence.
+- The resampler adds grid positions, since the encoder is shallow.
+- Images are not flipped, since the text mentions left and right.
 """
 
 import dataclasses
@@ -51,11 +56,11 @@ LANGUAGE_MODEL = LanguageModelConfig(
     positions=PositionsConfig(bias_init=2.0),
     embedding_scale=3.0,
 )
-"""Squared ReLU in place of GELU: its gradient takes half of the time on CPU."""
+"""Uses squared ReLU instead of GELU, since its gradient takes half the time on CPU."""
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The config of one stage, by default the Flamingo: `stage,root`."""
+    """Returns the config of the argument `stage,root`, by default the Flamingo's."""
     if "without_pictures" in arg.partition(",")[0]:
         raise UserError("the stage without_pictures is now called without_images: write that")
     return to_config(stage_of(arg, "quickstart", STAGES, ROOT))
@@ -66,7 +71,7 @@ def _data(root: str, kind: str, name: str, **options: object) -> DatasetConfig:
 
 
 def contrastive(root: str) -> Experiment:
-    """The vision encoder beside a text encoder (paper B.1.3)."""
+    """Trains the vision encoder together with a text encoder (paper B.1.3)."""
     data = {name: _data(root, "pairs", name, batch_size=128) for name in ("align", "ltip")}
     return Experiment(
         name="contrastive",
@@ -106,7 +111,7 @@ def contrastive(root: str) -> Experiment:
 
 
 def language_model(root: str) -> Experiment:
-    """The language model, on text that tells of the same world."""
+    """Trains the language model, on text about the same world."""
     return Experiment(
         name="language model",
         task="language_modelling",
@@ -134,16 +139,16 @@ def language_model(root: str) -> Experiment:
             loss="token_mean",
             compute_dtype="float32",
             log_every=10,
-            # About 1.0 where every new word is known the second time, 1.3 and more where it is
-            # guessed; 0.8 where what follows a word is looked up, above 0.9 where it is
-            # guessed.
+            # Losses that show in-context learning. namings: about 1.0 if every new word is
+            # known when it occurs again, 1.3 and more if it is guessed. lookups: 0.8 if the
+            # word that followed before is looked up, above 0.9 if it is guessed.
             required_loss={"namings": 1.1, "lookups": 0.87},
         ),
     )
 
 
 def flamingo(root: str, use_visuals: bool = True) -> Experiment:
-    """The visual language model on the four datasets."""
+    """Trains the Flamingo on the four datasets."""
     data = {
         "m3w": _data(root, "pages", "m3w", batch_size=6, max_length=128, visuals=12, weight=1.0),
         "align": _data(root, "pairs", "align", batch_size=2, max_length=48, visuals=6, weight=0.2),
@@ -201,8 +206,8 @@ def flamingo(root: str, use_visuals: bool = True) -> Experiment:
 
 
 def without_images(root: str) -> Experiment:
-    """The same model on the same text, never shown an image: what the answers are worth
-    without looking.
+    """Trains the same model on the same text without images: the baseline that shows what can
+    be answered without seeing the image.
     """
     experiment = flamingo(root, use_visuals=False)
     training = dataclasses.replace(experiment.training, steps=100)

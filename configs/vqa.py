@@ -1,5 +1,6 @@
-r"""Answers to questions about one's own images or clips, trained in minutes on two CPU cores:
-copy this file and change it.
+r"""Trains a small Flamingo that answers questions about your own images or clips, in minutes
+on two
+CPU cores: copy this file and change it.
 
     python -m launch.build_data questions_folder --input=my_questions \
         --output=runs/vqa/data/questions --test_share=0.2
@@ -8,13 +9,15 @@ copy this file and change it.
     python -m launch.train --config=configs/vqa.py:contrastive,runs/vqa \
         --workdir=runs/vqa/contrastive
 
-and then `:language_model` and `:flamingo` (for clips `:video`), each exported to
-`<folder>/<stage>/export` before the next (README). The encoder learns first, from all of an
-image's questions and answers at once: from single answers alone, most of them yes or no, it
-would learn what is easy to see, as colours, and for thousands of steps nothing else. Then it is
-frozen, and each image encoded once. Whoever has a trained encoder names its export in
-`vision_encoder_from` and leaves that stage out. `:finetune` goes on from the Flamingo with the
-encoder unfrozen (paper 3.2, B.2.2).
+then `:language_model` and `:flamingo` (for clips `:video`). Export each stage to
+`<folder>/<stage>/export` before the next one starts (data_pipelines/README.md has all
+commands).
+
+The encoder is trained first, on all questions and answers of an image as one text. Trained on
+single answers, most of them yes or no, it would learn easy features such as colours, and
+nothing else for thousands of steps. Then it is frozen, and each image is encoded only once. If
+you have a trained encoder, name its export in `vision_encoder_from` and skip this stage.
+`:finetune` continues from the Flamingo with the encoder unfrozen (paper 3.2, B.2.2).
 """
 
 import dataclasses
@@ -40,8 +43,8 @@ from flamingo_jax.experiment import (
 )
 
 VOCABULARY = 480
-"""The size of the tokenizer (`launch.build_data sentencepiece --vocab_size=480`): few
-words are asked with.
+"""Size of the tokenizer (`launch.build_data sentencepiece --vocab_size=480`), since questions
+use few words.
 """
 VISION = VisionConfig(variant="tiny", image_size=64)
 LANGUAGE_MODEL = LanguageModelConfig(
@@ -55,7 +58,7 @@ LANGUAGE_MODEL = LanguageModelConfig(
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The config of one stage, by default the Flamingo: `stage,root`."""
+    """Returns the config of the argument `stage,root`, by default the Flamingo's."""
     return to_config(stage_of(arg, "vqa", STAGES, "runs/vqa"))
 
 
@@ -65,8 +68,8 @@ def _questions(folder: str, **options: object) -> dict[str, DatasetConfig]:
 
 
 def _contrastive(folder: str) -> Experiment:
-    """Images beside their questions and answers as one text: the encoder learns from all of
-    them at once what tells images apart.
+    """Trains the vision encoder on images, each with all its questions and answers as one
+    text.
     """
     return Experiment(
         name="contrastive",
@@ -101,7 +104,7 @@ def _contrastive(folder: str) -> Experiment:
 
 
 def _language_model(folder: str) -> Experiment:
-    """The text of the questions with their answers, without the images."""
+    """Trains the language model on the questions with their answers, without the images."""
     data = _questions(folder, batch_size=16, max_length=128)
     return Experiment(
         name="language model",
@@ -131,9 +134,8 @@ def _language_model(folder: str) -> Experiment:
 
 
 def _flamingo(folder: str) -> Experiment:
-    """Images, one to a row with its questions.
-
-    A row that is too short for all of them is followed by others with the same image.
+    """Trains the Flamingo. A row has one image and its questions; if they do not fit, further
+    rows have the same image.
     """
     data = _questions(folder, batch_size=16, max_length=64, visuals=1)
     return Experiment(
@@ -142,8 +144,8 @@ def _flamingo(folder: str) -> Experiment:
         flamingo=FlamingoConfig(
             vision=VISION,
             language_model=LANGUAGE_MODEL,
-            # The tiny encoder's cells see little beyond themselves: where they are is told to
-            # the resampler.
+            # The features of the tiny encoder are local and say little about position, so the
+            # resampler adds position embeddings.
             resampler=ResamplerConfig(
                 layers=1,
                 width=128,
@@ -154,7 +156,8 @@ def _flamingo(folder: str) -> Experiment:
                 feed_forward=512,
                 position_grid=8,
             ),
-            # Gates that start at 0, as the paper's do, hardly open in a run this short.
+            # With the paper's initial value of 0, the gates would hardly open in such a short
+            # run.
             conditioning=ConditioningConfig(
                 heads=4,
                 head_width=32,
@@ -186,16 +189,17 @@ def _flamingo(folder: str) -> Experiment:
 
 
 def _video(folder: str) -> Experiment:
-    """Clips of eight frames, a run of neighbours among those stored (`launch.build_data
-    --fps`).
+    """Trains the Flamingo on clips: eight consecutive frames of those that were stored
+    (`launch.build_data --fps`).
     """
     data = _questions(folder, batch_size=16, max_length=64, visuals=1, frames=8)
     return dataclasses.replace(_flamingo(folder), data=data, held_out=held_out(data))
 
 
 def _finetune(folder: str) -> Experiment:
-    """On from `<folder>/flamingo/export` with the encoder trained too, at a rate that falls by
-    factors of 10. Larger images are another flamingo.vision.image_size (paper: 480).
+    """Continues from `<folder>/flamingo/export` with the encoder trained too, at a learning
+    rate that falls by factors of 10. For larger images set flamingo.vision.image_size (paper:
+    480).
     """
     flamingo = _flamingo(folder)
     return dataclasses.replace(
