@@ -1,4 +1,4 @@
-"""Arrays on the host that are asked for again, within a bound of bytes."""
+"""A least-recently-used cache of arrays on the host, bounded in bytes."""
 
 import collections
 from collections.abc import Callable, Sequence
@@ -7,8 +7,8 @@ import numpy as np
 
 
 class ArrayCache:
-    """Holds arrays by digest, and lets those of longest ago go where all together have more than
-    `most_bytes`.
+    """Caches arrays by digest. When they exceed `most_bytes`, the least recently used are
+    dropped.
     """
 
     def __init__(self, most_bytes: int):
@@ -18,8 +18,8 @@ class ArrayCache:
     def get(
         self, digests: Sequence[bytes], make: Callable[[list[bytes]], dict[bytes, np.ndarray]]
     ) -> dict[bytes, np.ndarray]:
-        """Returns the arrays of these digests; `make` is asked for all that are missing, if there
-        are any.
+        """Returns {digest: array}; `make` computes all missing ones in one call, if there are
+        any.
         """
         missing = [digest for digest in digests if digest not in self._arrays]
         made = make(missing) if missing else {}

@@ -1,8 +1,7 @@
-"""Text after a prompt: greedy, nucleus sampling and beam search, each one jittable while loop
-over a static cache.
+"""Text generation: greedy, nucleus sampling and beam search. Each is a jittable
+`lax.while_loop` over a cache of fixed size.
 
-The loop ends as soon as every row has; a row ends at the first stop token (paper: the first
-<EOC>).
+A row ends at its first stop token (paper: the first <EOC>), the loop when every row has ended.
 """
 
 import dataclasses
@@ -18,29 +17,29 @@ from flamingo_jax.models.attention import map_cache
 
 Array = jax.Array
 NO_TOKEN = -1
-"""Fills the places after a row's end."""
+"""Padding after a row's end in `Generated.tokens`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodingConfig:
-    """How to continue a prompt.
+    """The decoding method and its options.
 
-    The paper's open-ended tasks use a beam of 3 (facts 6.4); it names no length penalty.
+    The paper uses a beam of 3 for open-ended tasks; it mentions no length penalty.
 
-    Raises: UserError for a value out of range, or a beam that is asked to sample as well.
+    Raises: UserError for a value out of range, or for beam search together with sampling.
     """
 
     max_tokens: int = 32
     beam_size: int = 1
-    """Hypotheses of beam search; 1 samples."""
+    """Hypotheses of beam search; 1 for greedy decoding or sampling."""
     temperature: float = 0.0
-    """0 takes the likeliest token (greedy)."""
+    """Of sampling; 0 takes the likeliest token (greedy)."""
     top_p: float = 1.0
-    """Nucleus sampling (Holtzman et al. 2020): only the likeliest tokens that together have
-    this probability.
+    """Nucleus sampling (Holtzman et al. 2020): samples only from the likeliest tokens that
+    together have this probability.
     """
     length_penalty: float = 0.0
-    """A hypothesis of n tokens ranks by its log-probability over ((5 + n) / 6) **
+    """Beam search ranks hypotheses of n tokens by log-probability / ((5 + n) / 6) **
     length_penalty (Wu et al. 2016); 0 for none.
     """
 
@@ -67,8 +66,8 @@ class DecodingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TokenConstraints:
-    """Ids that end a row, and ids that are not generated, such as <BOS>, padding and the image
-    tag.
+    """Token ids that end a row, and ids that are never generated, such as <BOS>, padding and
+    the image tag.
     """
 
     stop: tuple[int, ...]
@@ -76,11 +75,11 @@ class TokenConstraints:
 
 
 class Generated(NamedTuple):
-    """What follows each of B prompts.
+    """The continuations of B prompts.
 
-    tokens int32 [B, T] without the stop token, filled with -1; score float32 [B],
-    log-probability including the stop token; finished bool [B]: a stop token came within T
-    tokens.
+    tokens: int32 [B, T], without the stop token, padded with NO_TOKEN.
+    score: float32 [B], log-probability, including the stop token.
+    finished: bool [B], whether a stop token came within T tokens.
     """
 
     tokens: Array
@@ -96,9 +95,11 @@ def generate(
     decoding: DecodingConfig,
     constraints: TokenConstraints,
 ) -> Generated:
-    """Writes at most `decoding.max_tokens` tokens after each prompt.
+    """Generates at most `decoding.max_tokens` tokens after each prompt.
 
-    keys: PRNG keys [B], one for each row, which matter to sampling only.
+    Args:
+      media: of `Flamingo.prepare_media`; None without visuals.
+      keys: PRNG keys [B], one per row, for sampling.
     """
     prefilled = prefill(model, prompts, media, prompts.tokens.shape[1] + decoding.max_tokens)
     if decoding.beam_size > 1:
@@ -107,6 +108,10 @@ def generate(
 
 
 class _SamplingState(NamedTuple):
+    """The carry of the sampling loop: `token` [B] is the next input, `tokens` [B, T] the
+    output so far.
+    """
+
     step: Array
     token: Array
     cache: Any
@@ -123,6 +128,7 @@ def _sample(
     decoding: DecodingConfig,
     constraints: TokenConstraints,
 ) -> Generated:
+    """Generates greedily or by sampling, one token per row at each iteration."""
     rows = prefilled.last.shape[0]
 
     def body(s: _SamplingState) -> _SamplingState:
@@ -133,6 +139,7 @@ def _sample(
         token = _pick_token(
             allowed, jax.vmap(jax.random.fold_in, (0, None))(keys, s.step), decoding
         )
+        # The score is of the model's own distribution, before temperature and nucleus.
         gained = jnp.take_along_axis(log_probabilities, token[:, None], axis=1)[:, 0]
         stops = jnp.isin(token, jnp.array(constraints.stop))
         written = jnp.where(s.finished | stops, NO_TOKEN, token)
@@ -160,7 +167,7 @@ def _sample(
 
 
 def _pick_token(log_probabilities: Array, keys: Array, decoding: DecodingConfig) -> Array:
-    """Takes the likeliest tokens or draws them: [B, V] -> int32 [B]."""
+    """Picks the next tokens, the likeliest or sampled ones: [B, V] -> int32 [B]."""
     if decoding.temperature == 0.0:
         return jnp.argmax(log_probabilities, axis=-1).astype(jnp.int32)
     logits = log_probabilities / decoding.temperature
@@ -170,17 +177,26 @@ def _pick_token(log_probabilities: Array, keys: Array, decoding: DecodingConfig)
 
 
 def nucleus(logits: Array, top_p: float) -> Array:
-    """Puts -inf outside the smallest set of likeliest tokens whose probabilities reach `top_p`:
-    logits [B, V].
+    """Sets logits [B, V] to -inf outside the nucleus, the smallest set of likeliest tokens
+    whose probabilities sum to `top_p` or more.
     """
     descending = jnp.sort(logits, axis=-1, descending=True)
     probabilities = jax.nn.softmax(descending, axis=-1)
+    # The probability of all likelier tokens: a token is in the nucleus if it is below top_p.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     least = jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
 class _BeamState(NamedTuple):
+    """The carry of beam search.
+
+    token: int32 [B * beams], the next inputs. cache: of B * beams rows.
+    tokens, score: [B, beams, T] and [B, beams], the open hypotheses, the likeliest first.
+    best, best_score, best_rank: [B, T], [B], [B], the best closed hypothesis, its
+      log-probability and its length-normalised rank.
+    """
+
     step: Array
     token: Array
     cache: Any
@@ -198,12 +214,13 @@ def _beam_search(
     decoding: DecodingConfig,
     constraints: TokenConstraints,
 ) -> Generated:
-    """Keeps the `beam_size` likeliest open hypotheses of every row, and the best closed one.
+    """Generates by beam search: keeps the `beam_size` likeliest open hypotheses of every row,
+    and the best closed one (which has ended with a stop token).
 
-    As in common practice a hypothesis may close only where its stop token is among the `beam_size`
-    likeliest continuations, which makes a beam of one greedy search. A row is done when none of
-    its open hypotheses can still overtake its closed one. A row with no closed hypothesis at
-    the end gives its likeliest open one.
+    As is common, a hypothesis closes only if its stop token is among the `beam_size` likeliest
+    continuations, so that a beam of one is greedy search. A row is done when no open
+    hypothesis can still outrank the closed one. A row without a closed hypothesis at the end
+    returns its likeliest open one.
     """
     rows, beams, length = prefilled.last.shape[0], decoding.beam_size, decoding.max_tokens
     prefilled = prefilled.repeat(beams)
@@ -218,14 +235,16 @@ def _beam_search(
         return _keep_open(s, continuations, beams, cache)
 
     def goes_on(s: _BeamState) -> Array:
-        # Log-probabilities only fall, and a positive length penalty favours the longest.
+        # An upper bound on the rank that an open hypothesis can reach: log-probabilities only
+        # fall, and a positive length penalty favours the longest.
         tokens = length if decoding.length_penalty > 0 else s.step + 1
         reach = s.score[:, 0] / _length_norm(tokens, decoding.length_penalty)
         return (s.step < length) & jnp.any(reach > s.best_rank)
 
     nothing = jnp.full((rows, length), NO_TOKEN, jnp.int32)
     none = jnp.full(rows, -jnp.inf)
-    # All hypotheses are the prompt at first: one alone may branch.
+    # At first all hypotheses are the same prompt: all but one get -inf, or they would branch
+    # into the same continuations.
     score = jnp.tile(jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf), (rows, 1))
     first = _BeamState(
         jnp.int32(0),
@@ -247,22 +266,23 @@ def _beam_search(
 
 
 class _Continuations(NamedTuple):
-    """The likeliest hypotheses that are a token longer, [B, C], the best first."""
+    """The C likeliest hypotheses that are one token longer, arrays [B, C], the best first."""
 
     score: Array
     parent: Array
-    """The beam that each continues."""
+    """The beam that it continues."""
     token: Array
     stops: Array
-    """Whether its token closes it."""
+    """Whether the token is a stop token."""
 
 
 def _continuations(s: _BeamState, allowed: Array, stop: tuple[int, ...]) -> _Continuations:
-    """Finds the likeliest ways to go on. allowed: log-probabilities float32 [B, beams, V] of each
-    hypothesis's next token.
+    """Finds the likeliest continuations of all hypotheses.
 
-    A hypothesis has as many closing continuations as there are stop tokens: so many are taken
-    that as many open ones as there are beams remain.
+    Each hypothesis has one continuation per stop token, so beams * (1 + stop tokens) are
+    taken: enough for `beams` open ones to remain.
+
+    allowed: log-probabilities of the next tokens, float32 [B, beams, V].
     """
     rows, beams, size = allowed.shape
     count = min(beams * (1 + len(stop)), beams * size)
@@ -274,7 +294,9 @@ def _continuations(s: _BeamState, allowed: Array, stop: tuple[int, ...]) -> _Con
 def _keep_best_closed(
     s: _BeamState, found: _Continuations, beams: int, length_penalty: float
 ) -> _BeamState:
-    """Takes the best continuation that closes, where it ranks above the best one so far."""
+    """Replaces the best closed hypothesis by the best closing continuation, where that ranks
+    higher.
+    """
     among_beams = jnp.arange(found.score.shape[1]) < beams
     rank = jnp.where(
         found.stops & among_beams, found.score / _length_norm(s.step + 1, length_penalty), -jnp.inf
@@ -293,7 +315,9 @@ def _keep_best_closed(
 
 
 def _keep_open(s: _BeamState, found: _Continuations, beams: int, cache: Any) -> _BeamState:
-    """Goes on with the likeliest continuations that do not close, and their parents' cache."""
+    """Makes the likeliest continuations without a stop token the open hypotheses, with their
+    parents' rows of the cache.
+    """
     score, kept = jax.lax.top_k(jnp.where(found.stops, -jnp.inf, found.score), beams)
     parent, token = (jnp.take_along_axis(a, kept, axis=1) for a in (found.parent, found.token))
     tokens = jnp.take_along_axis(s.tokens, parent[:, :, None], axis=1)
@@ -308,15 +332,15 @@ def _keep_open(s: _BeamState, found: _Continuations, beams: int, cache: Any) -> 
 
 
 def _length_norm(tokens: Array | int, length_penalty: float) -> Array | float:
-    """Returns what a hypothesis's log-probability is divided by to rank (Wu et al. 2016)."""
+    """Computes the length normalisation of a hypothesis's log-probability (Wu et al. 2016)."""
     return ((5.0 + tokens) / 6.0) ** length_penalty
 
 
 def _next_log_probabilities(
     model: DecodingModel, prefilled: Prefilled, media: Any, token: Array, step: Array, cache: Any
 ) -> tuple[Array, Any]:
-    """Reads `token` [B], the step-th after the prompt's last: log-probabilities float32 [B, V] of
-    what follows it, and the cache with it.
+    """Decodes `token` [B], the step-th after the prompt's last -> log-probabilities of the
+    next token, float32 [B, V], and the cache with it added.
     """
     logits, cache = model.decode(
         token[:, None],
@@ -330,6 +354,7 @@ def _next_log_probabilities(
 
 
 def _suppress(log_probabilities: Array, suppressed: tuple[int, ...]) -> Array:
+    """Sets the log-probabilities [B, V] of tokens that may not be generated to -inf."""
     return (
         log_probabilities.at[:, jnp.array(suppressed, jnp.int32)].set(-jnp.inf)
         if suppressed

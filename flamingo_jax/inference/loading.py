@@ -1,4 +1,4 @@
-"""An exported folder as a model ready to use."""
+"""Loads an exported Flamingo, with its tokenizer and config."""
 
 import dataclasses
 import pathlib
@@ -21,9 +21,9 @@ from flamingo_jax.pytrees import from_flat, to_flat
 
 @dataclasses.dataclass(frozen=True)
 class LoadedFlamingo:
-    """A Flamingo with its tokenizer.
+    """A Flamingo with its tokenizer and config.
 
-    `digest` names the exported weights; "" for a model made in memory.
+    digest: of the exported weights; "" for a model made in memory.
     """
 
     model: Flamingo
@@ -35,16 +35,17 @@ class LoadedFlamingo:
 def load_flamingo(
     folder: str | pathlib.Path, dtype: DTypeLike | None = None, *, mesh: Mesh | None = None
 ) -> LoadedFlamingo:
-    """Loads the model of an exported folder, which is all it needs. Weights keep their stored
-    types and are cast at use.
+    """Loads the model of an exported folder. Weights keep their stored dtypes and are cast
+    where they are used.
 
     Args:
-      dtype: compute type; by default float32 on CPU and bfloat16 on accelerators.
-      mesh: whose devices all hold the whole model; by default the first local device.
+      dtype: compute dtype; by default float32 on CPU and bfloat16 on accelerators.
+      mesh: the model is replicated over its devices; by default it is on the first local
+        device.
 
     Raises:
-      UserError: no export, one of another kind, or parameters that are missing, foreign or of
-        another shape.
+      UserError: the folder is no export, or one of another kind; or parameters are missing,
+        unknown or of another shape.
     """
     export = _open(folder)
     config = from_json(FlamingoConfig, export.config)
@@ -68,11 +69,15 @@ def load_flamingo(
 
 
 def flamingo_config(folder: str | pathlib.Path) -> FlamingoConfig:
-    """Reads the config alone of an exported Flamingo. Raises UserError for what is none."""
+    """Reads only the config of an exported Flamingo.
+
+    Raises: UserError where the folder is none.
+    """
     return from_json(FlamingoConfig, _open(folder).config)
 
 
 def _open(folder: str | pathlib.Path) -> Export:
+    """Opens an export, and raises UserError if it is not of a Flamingo."""
     export = open_export(folder)
     if export.kind != "flamingo":
         raise UserError(
@@ -83,6 +88,7 @@ def _open(folder: str | pathlib.Path) -> Export:
 
 
 def _check(folder: str, wanted: dict[str, Any], found: dict[str, tuple[int, ...]]) -> None:
+    """Raises UserError where the export's parameters are not those of its config."""
     missing, foreign = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     if missing or foreign:
         name, what = (missing[0], "lacks") if missing else (foreign[0], "has the unknown parameter")

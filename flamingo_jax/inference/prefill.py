@@ -1,5 +1,5 @@
-"""What generation and scoring share: the model's decoding interface, and prompts read into a
-cache once.
+"""Prefill, which generation and scoring share: prompts are read into a key-value cache once.
+And the decoding interface that both need of a model.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -13,12 +13,12 @@ Array = jax.Array
 
 
 class DecodingModel(Protocol):
-    """What generation asks of a model: to read some tokens more of every row. `Flamingo` is one."""
+    """A model with a key-value cache, such as `Flamingo`."""
 
     config: Any
 
     def init_cache(self, batch: int, max_length: int) -> Any:
-        """Makes an empty cache; the batch is at axis 1 of what is not `attention.Shared`."""
+        """Allocates a cache; the batch is axis 1 of every array that is not `attention.Shared`."""
 
     def decode(
         self,
@@ -29,14 +29,17 @@ class DecodingModel(Protocol):
         visuals: Array | None,
         cache: Any,
     ) -> tuple[Array, Any]:
-        """Reads int32 [B, L] tokens at `positions` -> logits float32 [B, L, V] and the cache with
-        them.
+        """Decodes tokens int32 [B, L] at `positions` -> logits float32 [B, L, V], and the
+        cache with these tokens added. See `Flamingo.decode`.
         """
 
 
 class PromptArrays(NamedTuple):
-    """Right-padded prompts on the device: tokens, media_index int32 [B, L]; lengths int32 [B];
-    visuals int32 [B, N] or None.
+    """Right-padded prompts on the device.
+
+    tokens, media_index: int32 [B, L].
+    lengths: int32 [B], tokens of each prompt.
+    visuals: int32 [B, N], indices into the media, -1 for none; None without visuals.
     """
 
     tokens: Array
@@ -46,12 +49,12 @@ class PromptArrays(NamedTuple):
 
 
 class Prefilled(NamedTuple):
-    """Prompts that a model has read, all but their last token, which begins what follows.
+    """Prompts in the cache, all but their last tokens, which are the first inputs of decoding.
 
-    cache: with `size` slots. last: int32 [B], the last tokens. position: int32 [B], where they
-      stand.
-    media_index, visuals: what they and all that follows look at, int32 [B] and [B, N] (or
-      None).
+    cache: of `size` slots.
+    last: int32 [B], the prompts' last tokens. position: int32 [B], their positions.
+    media_index, visuals: int32 [B] and [B, N] (or None), for the last token and all that
+    follow.
     """
 
     cache: Any
@@ -61,7 +64,9 @@ class Prefilled(NamedTuple):
     visuals: Array | None
 
     def repeat(self, times: int) -> "Prefilled":
-        """Repeats every row `times` times in a row: beams or candidates of one prompt."""
+        """Repeats every row `times` times, for a prompt's beams or candidates; copies of a row
+        are adjacent.
+        """
         cache = map_cache(lambda a: jnp.repeat(a, times, axis=1), self.cache)
         rows = jax.tree.map(lambda a: jnp.repeat(a, times, axis=0), self._replace(cache=None))
         return rows._replace(cache=cache)
@@ -70,11 +75,12 @@ class Prefilled(NamedTuple):
 def prefill(model: DecodingModel, prompts: PromptArrays, media: Any, size: int) -> Prefilled:
     """Reads all but the last token of every prompt into a cache of `size` slots.
 
-    The logits of these tokens are not used, so that XLA leaves their computation out: a
-    vocabulary times a prompt would be large.
+    The last token is left to the first decoding step, so that the logits here are not used and
+    XLA removes their computation: prompt times vocabulary would be large.
     """
     rows, length = prompts.tokens.shape
     slots = jnp.arange(length)
+    # Position `size` is padding: not written to the cache.
     positions = jnp.where(slots < prompts.lengths[:, None] - 1, slots, size)
     cache = model.init_cache(rows, size)
     _, cache = model.decode(
@@ -86,7 +92,8 @@ def prefill(model: DecodingModel, prompts: PromptArrays, media: Any, size: int) 
 
     index, visuals = last(prompts.media_index), prompts.visuals
     if visuals is not None and model.config.conditioning.attend_to_media == "last":
-        # What follows looks at one visual alone: the others need not be gathered at every step.
+        # All further tokens attend to the prompt's last visual: the list shrinks to [B, 1], so
+        # that the others are not gathered at every step.
         visuals = jnp.where(
             index[:, None] >= 0,
             jnp.take_along_axis(visuals, jnp.maximum(index, 0)[:, None], axis=1),

@@ -1,6 +1,5 @@
-"""Log-likelihoods of candidate answers (paper: close-ended tasks).
-
-A prompt is read once; its candidates share its cache.
+"""Scores candidate answers by log-likelihood (the paper's close-ended tasks). A prompt is read
+once, and its candidates share the cache.
 """
 
 from typing import Any
@@ -25,13 +24,14 @@ def candidate_scores(
     """Sums the log-probabilities of each candidate's tokens after its prompt.
 
     Args:
-      candidates: int32 [B, C, T], right-padded. lengths: int32 [B, C]; 0 where a row has no
-        such candidate.
-      group_size: candidates of a prompt that are read side by side, for memory; C is a multiple of
-        it.
+      media: of `Flamingo.prepare_media`; None without visuals.
+      candidates: int32 [B, C, T], right-padded.
+      lengths: int32 [B, C], tokens of each; 0 for padding.
+      group_size: how many candidates of each prompt are read at a time, for memory; a divisor
+        of C.
 
-    Returns: float32 [B, C], -inf where there is no candidate. Not divided by length: the paper
-      mentions no such normalisation.
+    Returns: float32 [B, C], -inf for padding. Not divided by the length, a normalisation that
+      the paper does not mention.
     """
     rows, count, length = candidates.shape
     size = prompts.tokens.shape[1] + length
@@ -41,6 +41,7 @@ def candidate_scores(
     def score(part: tuple[Array, Array]) -> Array:
         tokens, sizes = (a.reshape(rows * group_size, *a.shape[2:]) for a in part)
         real = jnp.arange(length) < sizes[:, None]
+        # Inputs are shifted by one: the prompt's last token predicts the candidate's first.
         inputs = jnp.concatenate([repeated.last[:, None], tokens[:, :-1]], axis=1)
         positions = jnp.where(real, repeated.position[:, None] + jnp.arange(length), size)
         index = jnp.broadcast_to(repeated.media_index[:, None], inputs.shape)

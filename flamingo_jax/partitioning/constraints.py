@@ -1,9 +1,11 @@
-"""Where activations lie on the mesh. Every function reads the mesh that `jax.set_mesh` has set
-and does nothing without one.
+"""Sharding constraints on activations. Every function uses the mesh of `jax.set_mesh`, and
+does nothing without one.
 
-The residual stream lies over `model` along the sequence between the parts that Megatron splits
-by heads and hidden units (Korthikanti et al. 2022): norms are not computed once more on every
-device, what is saved for the gradient shrinks by as much, and the same bytes are sent.
+Sequence parallelism (Korthikanti et al. 2022): between the layers that Megatron splits by
+heads and hidden units, the residual stream is sharded over `model` along the sequence. So
+norms are not repeated on every device, saved activations are divided by as many, and the
+communication is the same: an all-gather before and a reduce-scatter after, instead of an
+all-reduce.
 """
 
 import math
@@ -19,7 +21,7 @@ Axis = str | tuple[str, ...] | None
 
 
 def shards(axes: Axis) -> int:
-    """Counts over how many devices these axes of the mesh spread an array; 1 without a mesh."""
+    """Returns into how many shards these mesh axes divide an array; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return (
         1
@@ -31,7 +33,7 @@ def shards(axes: Axis) -> int:
 
 
 def platform() -> str:
-    """Returns "cpu", "gpu" or "tpu": of the mesh's devices, or the default ones without a mesh."""
+    """Returns "cpu", "gpu" or "tpu": of the mesh, or the default backend without one."""
     mesh = jax.sharding.get_abstract_mesh()
     return (
         jax.default_backend()
@@ -41,15 +43,13 @@ def platform() -> str:
 
 
 def row_shards() -> int:
-    """Counts how many devices, or groups of devices along `model`, share a batch's rows; 1
-    without a mesh.
-    """
+    """Returns the number of shards of a batch's rows, data * fsdp; 1 without a mesh."""
     return shards(ROWS)
 
 
 def constrain(x: Array, *axes: Axis) -> Array:
-    """Lays `x` with its leading axes over these axes of the mesh, those that do not divide left
-    whole, as are the axes that are not named.
+    """Shards the leading axes of `x` over these mesh axes, in order. An axis that does not
+    divide is replicated, as are further axes of `x`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -62,11 +62,11 @@ def constrain(x: Array, *axes: Axis) -> Array:
 
 
 def _in_memory(x: Array, order: tuple[int, ...]) -> Array:
-    """Lays, on TPUs, `x` with its axes in this order in memory, the last the fastest. The
-    compiler's own choice is another at times, with copies around it.
+    """Fixes the memory layout of `x` on TPUs: its axes from slowest to fastest. Otherwise the
+    compiler sometimes chooses another one, and copies before and after.
 
-    Not where `model` shards: what lies over several axes the compiler would first gather whole
-    on every device.
+    Not with tensor parallelism: with a layout constraint the compiler would first gather an
+    array that is sharded over several axes.
     """
     return (
         with_layout_constraint(x, Layout(major_to_minor=order))
@@ -76,33 +76,34 @@ def _in_memory(x: Array, order: tuple[int, ...]) -> Array:
 
 
 def heads_first(scores: Array) -> Array:
-    """Lays attention's scores [B, H, L, S] as the products with the heads' weights leave queries
-    and keys: no copy brings rows before heads.
+    """Fixes the layout of attention scores [B, H, L, S] with heads outermost, as the products
+    with the heads' weights leave queries and keys, so that no transpose is needed.
     """
     return _in_memory(scores, (1, 0, 2, 3))
 
 
 def residual(x: Array) -> Array:
-    """Lays the residual stream [B, L, D] between blocks: rows over data and fsdp, the sequence over
-    model.
+    """Shards the residual stream [B, L, D] between blocks: rows over data and fsdp, the
+    sequence over model.
     """
     return _in_memory(constrain(x, ROWS, MODEL), (0, 1, 2))
 
 
 @jax.custom_vjp
 def all_gather(x: Array) -> Array:
-    """Gathers [B, L, D] before products whose weights lie over model: the whole sequence on each
-    device. Its gradient is summed over model to where the residual stream lies.
+    """All-gathers [B, L, D] over `model` along the sequence, before products whose weights are
+    sharded over `model`. Its gradient is reduce-scattered.
     """
     return constrain(x, ROWS, None)
 
 
 @jax.custom_vjp
 def reduce_scatter(x: Array) -> Array:
-    """Does the inverse of `all_gather`: [B, L, D] after products that each device has a part of,
-    summed over model to where the residual stream lies.
-    Its gradient is gathered: left to itself, the compiler may gather the weights of those
-    products instead, on every device.
+    """Sums the partial products [B, L, D] over `model` and scatters the result along the
+    sequence: the inverse of `all_gather`.
+
+    Its gradient is all-gathered explicitly: otherwise the compiler may gather those products'
+    weights on every device instead.
     """
     return constrain(x, ROWS, MODEL)
 
@@ -114,5 +115,5 @@ reduce_scatter.defvjp(
 
 
 def everywhere(x: Array) -> Array:
-    """Lays the first axis over all devices: for the vision encoder, which runs data-parallel."""
+    """Shards the first axis over all devices, for the data-parallel vision encoder."""
     return constrain(x, AXES)

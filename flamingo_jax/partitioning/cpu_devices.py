@@ -1,6 +1,7 @@
-"""CPUs that stand in for several devices: what keeps their steps from waiting for themselves.
+"""Configures XLA for runs in which CPUs simulate several devices, which could otherwise
+deadlock.
 
-Imports no jax, so that commands may ask for it before they know whether they need that.
+Imports no jax, so that commands can call it before they know whether they need jax at all.
 """
 
 import os
@@ -12,16 +13,18 @@ _CPU_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler"
 
 
 def configure_cpu_devices(several_processes: bool = False) -> None:
-    """Keeps steps from waiting for themselves where CPUs stand in for several devices, of one
-    process or of several; to be called before one is used.
+    """Prevents deadlocks where CPUs simulate several devices, in one process or several. Call
+    it before the first device is used.
 
-    XLA:CPU starts a program's loops and collectives as soon as their inputs are there, in
-    another order on each device, and a thread that waits in one for the other devices can hold
-    up what they wait for. So threads are given for all that may wait, by default one a device,
-    and instructions are ordered to save memory rather than to run at once, so that few wait
-    together.
+    XLA:CPU starts a program's loops and collectives as soon as their inputs are ready, in an
+    order that differs between devices. A thread that waits in a collective for the other
+    devices can thereby block the work that they wait for. So the thread pool (by default one
+    thread per device) is made large enough for all that may wait, and the scheduler that
+    minimises memory instead of the concurrent one is chosen, so that few wait at a time.
+
+    several_processes: the run has several processes on CPUs.
     """
-    # What jax would read itself: commands come here before it is imported, which takes long.
+    # Read as jax would read them: commands come here before the slow import of jax.
     config: Any = sys.modules["jax"].config if "jax" in sys.modules else None
     devices = config.jax_num_cpu_devices if config else _number("JAX_NUM_CPU_DEVICES")
     platforms = config.jax_platforms if config else os.environ.get("JAX_PLATFORMS")
@@ -34,5 +37,6 @@ def configure_cpu_devices(several_processes: bool = False) -> None:
 
 
 def _number(variable: str) -> int:
+    """Reads an environment variable as a number; 0 where it is unset or none."""
     text = os.environ.get(variable, "")
     return int(text) if text.isdecimal() else 0

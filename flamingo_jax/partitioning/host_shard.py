@@ -1,10 +1,11 @@
-"""What a process reads of every global batch follows from the devices that it holds in the
-mesh, never from its number.
+"""Which rows of a global batch a process reads, and which visuals it decodes. This follows
+from the mesh positions of its devices, never from the process index.
 
-Rows stand in a batch in their order: row shard r of R = data * fsdp has the r-th R-th of them,
-and its visuals, row after row, are divided over `model`, filled up with blanks where they do
-not divide. So a batch is the same on any number of processes. Processes that hold parts of one
-`model` group read the same rows, and each decodes the visuals of its own devices.
+The rows of a batch are divided in order: row shard r of R = data * fsdp has the r-th block of
+B / R rows. The visuals of these rows, row after row, are divided over `model`, padded with
+blanks where they do not divide. So the global batch is the same on any number of processes.
+Processes that share a `model` group read the same rows, and each decodes the visuals of its
+own devices.
 """
 
 import dataclasses
@@ -20,18 +21,18 @@ from flamingo_jax.partitioning.mesh import BY_VISUAL
 
 
 class AxisParts(NamedTuple):
-    """Tells which of the `total` equal parts of an array's first axis a process holds, in ascending
-    order.
+    """The parts of a global array that a process holds, of `total` equal parts of its first
+    axis; `held` in ascending order.
     """
 
     held: tuple[int, ...]
     total: int
 
     def shape(self, local: np.ndarray) -> tuple[int, ...]:
-        """Returns the shape of the global array, of which `local` has the parts held, one
-        after the other.
+        """Returns the shape of the global array from this process's parts, concatenated in
+        `local`.
 
-        Raises ValueError where it cannot have.
+        Raises: ValueError where `local` is not that many equal parts.
         """
         if len(local) % len(self.held):
             raise ValueError(
@@ -41,27 +42,29 @@ class AxisParts(NamedTuple):
         return len(local) // len(self.held) * self.total, *local.shape[1:]
 
     def cut(self, local: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
-        """Returns what a device has of the global array, its slices being `index`.
+        """Returns the part of a device, whose slices of the global array are `index`, as
+        `jax.make_array_from_callback` asks for it.
 
-        Raises ValueError for a part that is not held.
+        Raises: ValueError for a part that is not held.
         """
         size = len(local) // len(self.held)
         place = self.held.index((index[0].start or 0) // size)
         return local[place * size : (place + 1) * size]
 
     def numbers(self, size: int) -> np.ndarray:
-        """Returns the places of the parts held, each of `size`, in the global array: int [held
-        * size].
+        """Returns the global indices of the held parts' elements, each part of `size`: int
+        [held * size].
         """
         return (np.array(self.held)[:, None] * size + np.arange(size)).reshape(-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class HostShard:
-    """Tells which part of every global batch a process reads; by default all of it.
+    """The part of every global batch that a process reads; by default all of it.
 
-    row_shards, model: into how many parts the mesh divides rows, and then the visuals of each.
-    devices: (row shard, place along `model`) of each of the process's devices, ascending.
+    row_shards: into how many parts the mesh divides the rows, data * fsdp.
+    model: into how many parts it divides the visuals of each row shard.
+    devices: (row shard, index along `model`) of each of the process's devices, ascending.
     """
 
     row_shards: int = 1
@@ -71,7 +74,7 @@ class HostShard:
     @classmethod
     @functools.cache
     def of(cls, mesh: Mesh, process: int | None = None) -> "HostShard":
-        """Returns that of a process, by default this one."""
+        """Computes the shard of a process, by default this one."""
         process = jax.process_index() if process is None else process
         _, fsdp, model = mesh.devices.shape
         held = (
@@ -83,33 +86,34 @@ class HostShard:
 
     @property
     def by_row(self) -> AxisParts:
-        """Returns the parts of arrays with one entry a row."""
+        """Returns the process's parts of arrays with one entry per row."""
         return AxisParts(tuple(sorted({shard for shard, _ in self.devices})), self.row_shards)
 
     @property
     def by_visual(self) -> AxisParts:
-        """Returns the parts of arrays with one entry a visual."""
+        """Returns the process's parts of arrays with one entry per visual."""
         return AxisParts(
             tuple(shard * self.model + place for shard, place in self.devices),
             self.row_shards * self.model,
         )
 
     def rows(self, count: int) -> np.ndarray:
-        """Returns the rows that the process reads, as places in the global batch of `count`, a
-        multiple of `row_shards`: int [B], ascending.
+        """Returns the rows that the process reads, as indices into the global batch of `count`
+        rows, a multiple of `row_shards`: int [B], ascending.
         """
         return self.by_row.numbers(count // self.row_shards)
 
     def row_visuals(self, rows: int, places: int) -> np.ndarray:
-        """Returns all visuals of the rows that the process reads, whoever decodes them, as row
-        * places + place: int32 [B, N].
+        """Returns all visuals of the rows that the process reads, whichever process decodes
+        them, as row * places + place: int32 [B, N]. places: N, visuals per row.
         """
         return (self.rows(rows)[:, None] * places + np.arange(places)).astype(np.int32)
 
     def visuals(self, rows: int, places: int) -> np.ndarray:
-        """Returns the visuals that the process decodes in a global batch of `rows` with
-        `places` each, as row * places + place: int [M], -1 for blanks.
+        """Returns the visuals that the process decodes, of a global batch of `rows` rows with
+        `places` visuals each, as row * places + place: int [M], -1 for blanks.
         """
+        # Per row shard: visuals that rows have, and the length of the padded list.
         real, listed = (
             rows // self.row_shards * places,
             self.listed(rows, places) // self.row_shards,
@@ -118,13 +122,15 @@ class HostShard:
         return np.where(within < real, shard * real + within, -1)
 
     def listed(self, rows: int, places: int) -> int:
-        """Returns the length of the global list of visuals, with its blanks."""
+        """Returns the length of the global list of visuals, including blanks."""
         return (
             self.row_shards * self.model * math.ceil(rows // self.row_shards * places / self.model)
         )
 
     def parts(self, batch: dict[str, Any]) -> dict[str, AxisParts]:
-        """Returns the parts of each of a batch's arrays, by the rule of `mesh.batch_shardings`."""
+        """Returns the process's parts of each array of a batch, as `mesh.batch_shardings`
+        shards it.
+        """
         return {
             name: self.by_visual if "visuals" in batch and name in BY_VISUAL else self.by_row
             for name in batch
@@ -132,3 +138,4 @@ class HostShard:
 
 
 WHOLE_BATCH = HostShard()
+"""The shard of a single process: everything."""

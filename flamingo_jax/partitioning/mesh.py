@@ -1,5 +1,6 @@
-"""The device mesh: `data` (replicas), `fsdp` (parameters sharded, gathered to use), `model`
-(Megatron).
+"""The device mesh and how batches are sharded over it. Its axes are `data` (replicas), `fsdp`
+(parameters sharded, and gathered where they are used) and `model` (tensor parallelism as in
+Megatron).
 """
 
 import math
@@ -15,22 +16,21 @@ from flamingo_jax.experiment import Experiment, MeshConfig
 
 DATA, FSDP, MODEL = AXES = ("data", "fsdp", "model")
 ROWS = (DATA, FSDP)
-"""The axes that share a batch's rows."""
+"""The mesh axes over which a batch's rows are sharded."""
 BY_VISUAL = ("images", "features", "frame_mask", "jitter")
-"""Arrays of a batch whose first axis is a list of its rows' visuals."""
+"""Arrays of a batch whose first axis is the list of visuals, not rows."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Makes a mesh of all `devices` (by default every device of the run) with Auto axes data, fsdp
-    and model.
+    """Makes a mesh of all `devices` (by default every device of the run) with Auto axes data,
+    fsdp and model.
 
-    Where the devices are several slices (TPU pods joined by the data centre's network), the
-    outermost part of `data` goes from one slice to the next, so that only the sum of gradients
-    crosses that network. Among GPUs any axis may cross hosts; the inner ones stay within a host
-    as far as they fit.
+    With several TPU slices (joined by the data centre's network) the outermost part of `data`
+    runs across slices, so that only the sum of gradients crosses that network. Among GPUs any
+    axis may cross hosts; the inner ones stay within a host as far as they fit.
 
-    Raises: UserError where the sizes do not multiply to the number of devices, or `data` not to
-      that of slices.
+    Raises: UserError where the sizes do not multiply to the number of devices, or `data` is no
+      multiple of the number of slices.
     """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
@@ -54,7 +54,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"config.mesh.data is {shape[0]}, but the {count} devices are {slices} slices,"
             f" which `data` joins: make it a multiple of {slices}"
         )
-    # Split where it must be: of a torus of 8 x 12 x 16 no axes together have 32.
+    # A physical axis may be split between mesh axes: of a torus of 8 x 12 x 16, for example,
+    # no set of whole axes has 32 devices.
     if slices == 1:
         array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
@@ -68,12 +69,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def _slices(devices: Sequence[jax.Device]) -> int:
-    """Returns how many TPU slices the devices are; 1 for devices of another kind.
+    """Returns the number of TPU slices; 1 for other devices.
 
-    XLA gives GPUs (and CPUs) a `slice_index` too, one for each host that it meets, which says
-    nothing about their network: NVLink and InfiniBand join hosts as they join GPUs.
+    XLA gives GPUs (and CPUs) a `slice_index` too, one per host, which says nothing about the
+    network between them.
 
-    Raises: UserError where the environment tells of several slices and the devices do not.
+    Raises: UserError where the environment has several slices, but the devices do not say
+      which they belong to.
     """
     if any(device.platform != "tpu" for device in devices):
         return 1
@@ -89,11 +91,11 @@ def _slices(devices: Sequence[jax.Device]) -> int:
 
 
 def batch_shardings(names: Iterable[str], mesh: Mesh) -> dict[str, NamedSharding]:
-    """Returns where a batch's arrays lie, by their names: rows over data and fsdp, repeated
+    """Returns the shardings of a batch's arrays by name: rows over data and fsdp, replicated
     over model; the list of visuals over all three.
 
-    Only batches with `visuals` have such a list: the images of contrastive pairs lie with
-    their rows. `share` has the hosts' side of this.
+    Only batches with `visuals` have such a list; the images of contrastive pairs are sharded
+    as rows. `host_shard` says which part each process reads.
     """
     names = set(names)
     listed = BY_VISUAL if "visuals" in names else ()
@@ -103,8 +105,8 @@ def batch_shardings(names: Iterable[str], mesh: Mesh) -> dict[str, NamedSharding
 
 
 def check_batches(experiment: Experiment, mesh: Mesh) -> None:
-    """Raises a UserError for the first dataset whose batch does not divide into the mesh's row
-    shards times its microbatches.
+    """Raises UserError for the first dataset whose batch size is no multiple of the mesh's row
+    shards times the dataset's microbatches.
     """
     shards = mesh.shape[DATA] * mesh.shape[FSDP]
     for place, datasets in (("data", experiment.data), ("held_out", experiment.held_out)):

@@ -1,10 +1,10 @@
-"""Ordered tables of (regular expression, rule) over parameter names: what trains, and where
-each array's axes lie on the mesh.
+"""Partition rules: ordered tables of (regular expression, value) over parameter names, which
+say what is trained and how each array is sharded over the mesh.
 
-The first expression that matches the whole name decides. A parameter that no rule matches and a
-rule that matches nothing are errors: a table that has fallen behind the model says so at once.
-Names of stacks carry no layer number, and a rule speaks of one layer: the leading layer axis is
-never sharded, since the scan over layers would gather it at every step.
+The first expression that matches the whole name decides. A parameter that no rule matches and
+a rule that matches no parameter are errors, so that a table cannot fall behind the model
+unnoticed. Parameters of a stack of layers have one name and a leading layer axis, which rules
+do not mention: it is never sharded, since the scan over layers would gather it at every step.
 """
 
 import math
@@ -21,21 +21,19 @@ from flamingo_jax.weight_parts import Axes, is_update, weight_name, weight_part
 
 R = TypeVar("R")
 LARGE = 2**24
-"""An array with more elements than this that an axis of the mesh should shard, but cannot, is
-an error: it would fill every device.
+"""Elements of the largest array that may be replicated where a rule says that it is sharded
+but its shape does not divide; a larger one is an error, since it would fill every device.
 """
 
 
 class Rule(NamedTuple, Generic[R]):
-    """What holds for the parameters whose names match a pattern."""
+    """A value for all parameters whose names match a pattern."""
 
     pattern: str
     """Regular expression for the whole name."""
     value: R
     optional: bool = False
-    """The model has these parameters only with some of its options, so that the rule may match
-    nothing.
-    """
+    """The rule may match nothing: models have these parameters only with some options."""
 
 
 FREEZING: dict[str, tuple[Rule[bool], ...]] = {
@@ -51,17 +49,16 @@ FREEZING: dict[str, tuple[Rule[bool], ...]] = {
         Rule("extra_embedding", True),
     ),
 }
-"""By task: True trains.
-
-What is frozen has no gradient, no moments and no place in a checkpoint.
+"""{task: rules}; True: trained. Frozen parameters have no gradient and no moments, and are not
+in checkpoints.
 """
 
 REPLICATED: Axes = ()
 
 
 def _language_model(prefix: str) -> tuple[Rule[Axes], ...]:
-    """Megatron (Shoeybi et al. 2019): heads and hidden units over `model`, the vocabulary too;
-    norms on every device.
+    """Makes the rules of a language model as in Megatron (Shoeybi et al. 2019): heads, hidden
+    units and the vocabulary are sharded over `model`, norms are replicated.
     """
     return (
         Rule(f"{prefix}embedding", (MODEL, None)),
@@ -92,7 +89,7 @@ SHARDING: dict[str, tuple[Rule[Axes], ...]] = {
     ),
     "language_modelling": _language_model(""),
     "flamingo": (
-        # The paper leaves the encoder whole on every device; it runs data-parallel.
+        # Replicated as in the paper: the encoder runs data-parallel over all devices.
         Rule("vision_encoder/.*", REPLICATED),
         Rule("(resampler|gated_xattn)/layers/(query|key|value)", (None, MODEL, None)),
         Rule("(resampler|gated_xattn)/layers/out", (MODEL, None, None)),
@@ -106,14 +103,16 @@ SHARDING: dict[str, tuple[Rule[Axes], ...]] = {
         Rule("extra_embedding", REPLICATED),
     ),
 }
-"""By task: where `model` lies. `fsdp` is added to what trains: see `shardings`."""
+"""{task: rules}; for each axis of one layer's array the mesh axis that shards it, or None.
+`shardings` adds `fsdp` to trained parameters.
+"""
 
 
 def match(rules: Sequence[Rule[R]], names: Iterable[str]) -> dict[str, R]:
-    """Returns each name's rule.
+    """Returns {name: value of the first rule that matches it}.
 
-    Raises: ValueError for a name that no rule matches, or a rule that is not optional and
-    decides nothing.
+    Raises: ValueError for a name that no rule matches, or a rule that decides about no name
+      and is not optional.
     """
     used, found = set(), {}
     for name in names:
@@ -139,10 +138,10 @@ def match(rules: Sequence[Rule[R]], names: Iterable[str]) -> dict[str, R]:
 def trainable_names(
     task: str, names: Iterable[str], unfrozen: Collection[str] = ()
 ) -> frozenset[str]:
-    """Returns the names of the parameters that the task trains. unfrozen: parts (what names
-    begin with) that train although the table freezes them.
+    """Returns the names of the parameters that the task trains.
 
-    Of a model with low-rank updates these alone train.
+    unfrozen: parts (first components of names) that are trained although the table freezes
+    them. Of a language model with LoRA only the low-rank updates are trained.
     """
     names = list(names)
     rules = match(FREEZING[task], dict.fromkeys(map(weight_name, names)))
@@ -164,13 +163,15 @@ def shardings(
 ) -> dict[str, NamedSharding]:
     """Returns each parameter's sharding.
 
-    `model` lies where the task's table says. `fsdp` shards the largest other axis, that it
-    divides, of every trained matrix. An axis that does not divide is left whole, which is a
-    UserError for arrays of more than LARGE elements.
+    `model` shards the axis that the task's table says, `fsdp` the largest other divisible axis
+    of every trained matrix. An axis that does not divide is not sharded.
 
     Args:
       shapes: {name: anything with a shape}, stacks with their leading layer axis.
       unfrozen: as for `trainable_names`.
+
+    Raises: UserError for an array of more than LARGE elements with an axis that does not
+    divide.
     """
     trained = trainable_names(task, shapes, unfrozen)
     rules = match(SHARDING[task], dict.fromkeys(map(weight_name, shapes)))
@@ -186,9 +187,9 @@ def shardings(
 
 
 def moment_shardings(parameters: Mapping[str, Any]) -> dict[str, NamedSharding]:
-    """Returns where the moments and the summed gradient of trained parameters lie: as they do,
-    and over `data` besides, on the largest axis that is free and divides (ZeRO-1, Rajbhandari
-    et al. 2020; paper B.1.2).
+    """Returns the shardings of moments and reduced gradients: those of the parameters, with
+    `data` in addition on the largest free axis that divides (ZeRO-1, Rajbhandari et al. 2020;
+    paper B.1.2).
 
     Args:
       parameters: {name: anything with a shape and a NamedSharding}.
@@ -200,6 +201,7 @@ def moment_shardings(parameters: Mapping[str, Any]) -> dict[str, NamedSharding]:
 
 
 def _over_data(name: str, shape: tuple[int, ...], sharding: NamedSharding) -> PartitionSpec:
+    """Adds `data` to the spec of a trained matrix; vectors stay as they are."""
     lead, count = stack_axes(name), sharding.mesh.shape[DATA]
     spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
     free = [
@@ -220,6 +222,9 @@ def stack_axes(name: str) -> int:
 def _spec(
     name: str, shape: tuple[int, ...], axes: Axes, mesh: Mesh, trained: bool
 ) -> PartitionSpec:
+    """Makes an array's spec from its rule's `axes`, which are those of one layer, and shards
+    it over `fsdp` if it is trained.
+    """
     lead = stack_axes(name)
     layer = shape[lead:]
     if len(axes) > len(layer):
@@ -232,7 +237,7 @@ def _spec(
         if axis is not None and layer[place] % mesh.shape[axis]:
             _require_small(name, shape, axis, mesh)
             spec[place] = None
-    # Vectors are not worth a message each.
+    # Vectors are not sharded over fsdp: gathering each would cost a message for few bytes.
     if trained and len(layer) > 1 and mesh.shape[FSDP] > 1:
         free = [
             place
@@ -250,6 +255,7 @@ def _spec(
 
 
 def _require_small(name: str, shape: tuple[int, ...], axis: str, mesh: Mesh) -> None:
+    """Raises UserError for an array that is too large to be replicated over a mesh axis."""
     if math.prod(shape) > LARGE:
         raise UserError(
             f"{name!r} with shape {shape} cannot be sharded over {axis}={mesh.shape[axis]} and"
