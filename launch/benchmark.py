@@ -1,8 +1,10 @@
-r"""Measures how fast training is on the devices that are here, and how fast data are read.
+r"""Measures how fast training runs on this machine's devices, and how fast datasets are read.
 
-    python -m launch.benchmark train --config=configs/flamingo_3b.py:h200_1 [--steps=10] [--json] \
+    python -m launch.benchmark train --config=configs/flamingo_3b.py:h200_1 [--steps=10]
+    [--json] \
         [--trace=FOLDER]
-    python -m launch.benchmark train --sizes=layers=4,width=256,heads=4,vocab=8192,xattn_every=1,\
+    python -m launch.benchmark train
+    --sizes=layers=4,width=256,heads=4,vocab=8192,xattn_every=1,\
     vit_layers=4,vit_width=256,vit_heads=4,image=96,patch=16,interleaved=8x3x128,pairs=16x1x32
     python -m launch.benchmark data --config=configs/own_data.py:flamingo,runs/mine \
         [--step_seconds=0.2]
@@ -10,19 +12,19 @@ r"""Measures how fast training is on the devices that are here, and how fast dat
         --tokenizer=data/tokenizer [--image_size=224] [--readers=2]
 
 `train` runs the real update on random weights and full rows of random content, and prints
-tokens and images a second, the time of each part and the model FLOPs utilisation, measured
-against a large matrix product on the same devices in the same run. `--sizes` makes a Flamingo
-that a PyTorch peer can be built with as well: a language model of the GPT-NeoX form (rotary
-positions, GELU, a head of its own), a ViT, a resampler of 6 layers, cross-attention of 8 heads
-of 64; `interleaved` and `pairs` are rows x images x tokens.
+tokens and images per second, the time of each part and the model FLOPs utilisation, relative
+to a large matrix product on the same devices in the same run. `--sizes` describes a Flamingo
+that can also be built in PyTorch for comparison: a language model of the GPT-NeoX architecture
+(rotary positions, GELU, untied head), a ViT, a resampler of 6 layers, cross-attention with 8
+heads of width 64; `interleaved` and `pairs` are rows x images x tokens.
 
-`data` makes rows of each dataset on one core, nothing kept but what is made of texts, and
-prints their images a second beside those of a loop that only decodes and resizes the same
-images, and the part of the rows' tokens that is no padding. Then it makes them by the clock
-with one reader and with `--readers` (config.training.readers, or as many as there are cores):
-images are flipped and their colour jitter drawn, as in the paper. At last it reads all datasets
-together as training does, with images kept while memory allows, and prints which part of the
-time a step of `--step_seconds` would wait.
+`data` first makes rows of each dataset on one core, with a cache for tokenized texts only, and
+prints images per second beside those of a loop that only decodes and resizes the same images,
+and the share of tokens that are not padding. Then it measures one reader and `--readers` of
+them (config.training.readers, or one per core) in wall time, with flips and colour jitter as
+in the paper. Finally it reads all datasets together as training does, with decoded images
+cached while memory allows, and prints the share of time that a step of `--step_seconds` would
+wait.
 """
 
 import dataclasses
@@ -90,7 +92,7 @@ READS = {
     ),
     "data --config": ("step_seconds", "batches", "readers"),
 }
-"""For each way to use the command the flags that not all of them read."""
+"""{mode of the command: flags that only some modes read}."""
 
 
 def main(verb: str) -> int:

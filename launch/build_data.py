@@ -2,12 +2,13 @@
 
     python -m launch.build_data image_folder --input=photos --output=data/photos
 
-The first word is the source (`--source=NAME` says the same); `python -m launch.build_data SOURCE
---help` says what it reads, and its flags. A dataset lands in OUTPUT/1.0.0 and opens with
-`tfds.builder_from_directory`; its statistics.json says what became of every source record, and
-samples.html shows some. A dataset that is finished is left as it is; one that was interrupted is
-built again; one that another process builds is refused. An entry that kills its process (out of
-memory, a fault in a library) is named and counted, and the rest goes on.
+The first word is the source (or use `--source=NAME`); `python -m launch.build_data SOURCE
+--help` describes it and lists its flags. The dataset is written to OUTPUT/1.0.0 and can be
+opened with `tfds.builder_from_directory`. Its statistics.json counts what became of every
+source record, and samples.html shows some of them. A finished dataset is not built again, an
+interrupted build continues, and a dataset that another process is building is refused. An
+entry that kills its worker (out of memory, a crash in a library) is named and counted, and the
+build goes on.
 """
 
 import os
@@ -31,7 +32,7 @@ _FLAG = re.compile(r"--?(?:no)?([a-z_]+)(?:=.*)?", re.DOTALL)
 
 
 def prepare(argv: list[str]) -> command.Help:
-    """Takes the source out of a command line, and defines its flags; what --help shows."""
+    """Removes the source from a command line and defines its flags. Returns the help text."""
     name = _take_source(argv)
     if name is None:
         if not {"--help", "-h", "--helpfull"} & set(argv):
@@ -51,7 +52,7 @@ def prepare(argv: list[str]) -> command.Help:
 
 
 def main() -> int:
-    """Builds what the flags say."""
+    """Builds the dataset of the flags."""
     name, output = SOURCE.value or "", OUTPUT.value
     if not output:
         raise UserError("--output is not set: name the folder of the dataset, or to fill")
@@ -89,7 +90,7 @@ def build_tokenizer(output: pathlib.Path, given: dict[str, Any]) -> int:
 
 
 def workers() -> AbstractContextManager[Executor | None]:
-    """Processes that read the sources."""
+    """Returns the pool of processes that read a source, as a context manager."""
     from data_pipelines.build.workers import WorkerPool
 
     count = flags.FLAGS["workers"].value if "workers" in flags.FLAGS else 0
@@ -97,8 +98,9 @@ def workers() -> AbstractContextManager[Executor | None]:
 
 
 def _take_source(argv: list[str]) -> str | None:
-    """The source that a command line names by its first word, which is taken out, or by
-    --source. Raises UserError for one that is not known.
+    """Finds the source of a command line: its first word, which is removed, or --source.
+
+    Returns: None if there is neither. Raises: UserError for an unknown source.
     """
     word = argv.pop(1) if len(argv) > 1 and not argv[1].startswith("-") else None
     name = word

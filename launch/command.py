@@ -1,8 +1,8 @@
-"""What all commands share: flags, `--config` with overrides, and one sentence for a user's
-mistake. `command_help` prints --help.
+"""Parses flags and `--config` with its overrides for all commands, and turns a user's mistake
+into one sentence and an exit code. `command_help` prints --help.
 
-Nothing here, nor at the top of any command, imports jax: --help and a user's mistake are told
-at once.
+Neither this file nor the top of any command imports jax, so that --help and error messages
+appear at once.
 """
 
 import importlib.util
@@ -37,17 +37,17 @@ from flamingo_jax.storage import raise_open_files
 
 CONFIG = "config"
 EXIT_SECONDS = 120.0
-"""For which an interpreter that has done its work may take to end: it joins threads, of which
-one may be stuck on storage. Longer than jax's processes wait for one another
+"""How long the interpreter may take to exit after `main`: it joins threads, one of which may
+hang on storage. Longer than the processes of a run wait for one another
 (`distributed.process_group.SHUTDOWN_SECONDS`).
 """
 _INTERRUPTED = 130
-"""What shells give a command that Ctrl-C ended."""
+"""Exit code of a command that was stopped by Ctrl-C, as in shells."""
 _OVERRIDE = re.compile(rf"^--?(?:no)?{CONFIG}\.([^=]*)")
 
 
 def define_config() -> flags.FlagHolder:
-    """The flag `--config=FILE[:argument]`, whose fields `--config.key=value` overrides."""
+    """Defines the flag `--config=FILE[:argument]`; `--config.key=value` overrides a field."""
     return config_flags.DEFINE_config_file(
         CONFIG,
         None,
@@ -57,9 +57,9 @@ def define_config() -> flags.FlagHolder:
 
 
 def experiment(flag: flags.FlagHolder) -> Experiment:
-    """The flag's config, overrides applied, checked against the schema.
+    """Returns the config of the flag with its overrides, checked against the schema.
 
-    UserError: no --config, unknown keys, wrong types.
+    Raises: UserError without --config, and for unknown keys or wrong types.
     """
     if flag.value is None:
         raise UserError(
@@ -70,8 +70,8 @@ def experiment(flag: flags.FlagHolder) -> Experiment:
 
 
 def write_config(value: Experiment, path: pathlib.Path) -> None:
-    """The experiment as JSON for `configuring.from_json`, moved into place so that a reader
-    never sees half of it.
+    """Writes the experiment as JSON for `configuring.from_json`, atomically, so that a reader
+    never sees a part of it.
     """
     text = json.dumps(configuring.to_json(value), indent=2) + "\n"
     if is_bucket(path):
@@ -85,7 +85,9 @@ def write_config(value: Experiment, path: pathlib.Path) -> None:
 
 
 class Help(NamedTuple):
-    """What --help shows in place of a command's docstring, and the flags that it lists."""
+    """Text that --help prints instead of a command's docstring, and the flags that it
+    lists.
+    """
 
     about: str
     flags: Collection[str]
@@ -98,12 +100,14 @@ def run(
 ) -> NoReturn:
     """Parses the command line, runs `main` and exits with what it returns.
 
-    verbs: the first word must be one of them and is what `main` gets. prepare: is given the
-    command line before it is parsed, may change it and define flags that depend on it, and says
-    what --help shows.
+    A UserError, also one about the command line, prints `error: <sentence>` to stderr without
+    a traceback, and its exit code (2) is returned.
 
-    A UserError, and whatever is wrong with the command line, is `error: <sentence>` on stderr
-    and its exit code (2), without a traceback.
+    Args:
+      verbs: if given, the first word of the command line must be one of these, and is passed
+        to `main`.
+      prepare: gets the command line before it is parsed; it may change it, define flags that
+        depend on it, and returns what --help prints.
     """
     _set_up_logging()
     raise_open_files()
@@ -111,7 +115,7 @@ def run(
     try:
         shown = prepare(sys.argv) if prepare else None
         if {"--help", "-help", "-h", "--helpshort", "--helpfull"} & set(sys.argv[1:]):
-            # Here, since it reads the flags that this module has.
+            # Imported here, since command_help imports this module.
             from launch.command_help import help_of
 
             print(help_of(sys.argv, shown.flags, shown.about) if shown else help_of(sys.argv))
@@ -137,7 +141,9 @@ def run(
 
 
 def _end_by(code: int) -> None:
-    """Ends this process with its code where the interpreter does not come to an end by itself."""
+    """Kills this process with `code` if the interpreter does not exit within
+    `EXIT_SECONDS`.
+    """
 
     def end() -> None:
         time.sleep(EXIT_SECONDS)
@@ -149,9 +155,10 @@ def _end_by(code: int) -> None:
 
 
 def load_config(location: str) -> ml_collections.ConfigDict:
-    """The config of FILE or FILE:argument.
+    """Loads the config of FILE or FILE:argument.
 
-    UserError: no such file, a file that fails, or one whose get_config makes no ConfigDict.
+    Raises: UserError for a missing file, a file that fails, or a get_config that does not
+      return a ConfigDict.
     """
     path, _, argument = location.partition(":")
     if not pathlib.Path(path).is_file():
@@ -181,11 +188,12 @@ def load_config(location: str) -> ml_collections.ConfigDict:
 def refuse_unread(
     reads: Mapping[str, Collection[str]], chosen: str, given: Collection[str]
 ) -> None:
-    """A UserError for a flag that would be ignored.
+    """Raises a UserError for a flag that would be ignored.
 
-    reads: for each way to use a command, such as "data --config", the flags that not all ways
-      read.
-    given: those of the command line (see `given_flags`); all of them must be read by `chosen`.
+    Args:
+      reads: {mode of a command, such as "data --config": flags that only some modes read}.
+      chosen: the mode of this call.
+      given: the flags on the command line (see `given_flags`).
     """
     for name in sorted(given):
         readers = [way for way, names in reads.items() if name in names]
@@ -197,7 +205,7 @@ def refuse_unread(
 
 
 def given_flags() -> set[str]:
-    """The flags that the command line sets."""
+    """Returns the names of the flags on the command line."""
     return {name for name in flags.FLAGS if flags.FLAGS[name].present}
 
 
@@ -208,7 +216,7 @@ def _set_up_logging() -> None:
     absl_logging.get_absl_handler().setFormatter(
         logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
     )
-    # At the level of information these report every save and every compilation.
+    # At level INFO these log every save and every compilation.
     for noisy in (
         "jax",
         "orbax",
@@ -228,7 +236,9 @@ def _pop_verb(argv: list[str], verbs: Sequence[str]) -> str:
 
 
 def _parse(argv: Sequence[str]) -> None:
-    """Fills absl's FLAGS from the command line; a UserError for whatever is wrong with it."""
+    """Parses the command line into absl's FLAGS. Raises UserError for anything wrong with
+    it.
+    """
     overrides = [match[1] for match in map(_OVERRIDE.match, argv) if match]
     config = _checked_config(argv, overrides)
     try:
@@ -258,7 +268,9 @@ def _parse(argv: Sequence[str]) -> None:
 
 
 def _check_numbers() -> None:
-    """A UserError for a flag that is NaN or infinite, as absl's bounds let pass, or a huge int."""
+    """Raises UserError for a NaN or infinite flag, which absl's bounds accept, or a huge
+    int.
+    """
     for name in flags.FLAGS:
         if "." in name:  # The config's own, which its schema checks.
             continue
@@ -272,8 +284,8 @@ def _check_numbers() -> None:
 def _checked_config(
     argv: Sequence[str], overrides: Sequence[str]
 ) -> ml_collections.ConfigDict | None:
-    """The --config of a command line before its overrides, whose keys are checked here:
-    config_flags answers with tracebacks.
+    """Loads the --config of a command line without its overrides, and checks their keys, for
+    which config_flags would print a traceback.
     """
     location = config_location(argv)
     if location is None or CONFIG not in flags.FLAGS:
@@ -297,7 +309,7 @@ def _checked_config(
 
 
 def config_value(config: ml_collections.ConfigDict, key: str) -> Any:
-    """The value at a dotted key."""
+    """Returns the value of a dotted key."""
     for part in key.split("."):
         config = config[part]
     return config

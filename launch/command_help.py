@@ -1,5 +1,5 @@
-"""What --help prints: the command's docstring, its flags, and the keys of a config with a
-sentence about each.
+"""Makes the text of --help: the command's docstring, its flags, and the keys of a config with
+a sentence about each.
 """
 
 import re
@@ -14,18 +14,18 @@ from flamingo_jax.experiment import Experiment
 from launch.command import CONFIG, config_location, load_config
 
 WIDTH = 110
-"""Characters of a line."""
+"""Width of a line in characters."""
 
 
 def help_of(
     argv: Sequence[str], only: Collection[str] | None = None, about: str | None = None
 ) -> str:
-    """Writes the help of the command that runs.
+    """Returns the help text of the command that runs.
 
-    argv: its command line; with a --config, the keys of that config are listed with their
-      values.
-    only: the names of the flags to list; by default all of the command's own.
-    about: stands in place of the command's docstring.
+    Args:
+      argv: its command line; with a --config, lists the keys and values of that config.
+      only: names of the flags to list; by default all of the command's own.
+      about: replaces the command's docstring.
     """
     if about is None:
         about = (sys.modules["__main__"].__doc__ or "").strip()
@@ -59,8 +59,8 @@ def _entry(name: str, about: str) -> list[str]:
 
 
 def _about(flag: flags.Flag) -> str:
-    # absl puts an enum's choices before the help and says behind it that a flag repeats, both in
-    # its own way.
+    # absl puts an enum's choices before the help text, and a note that a flag may be repeated
+    # after it; both are removed here and written in our form below.
     text = re.sub(r"^<[^>]*>: ", "", flag.help).split(";\n", maxsplit=1)[0]
     choices = (
         f" One of {', '.join(flag.parser.enum_values)}."

@@ -1,15 +1,15 @@
-r"""Turns a published model's folder into an export, or compares what is read from it with its
+r"""Converts the folder of a published model to an export, or compares the model here with its
 original implementation.
 
-    python -m launch.convert --language_model=models/Qwen3-0.6B --output=exports/qwen3 [--verify]
-    python -m launch.convert --vision_encoder=models/siglip-base-patch16-224 \
+    python -m launch.convert --language_model=models/Qwen3-0.6B --output=exports/qwen3
+    [--verify] python -m launch.convert --vision_encoder=models/siglip-base-patch16-224 \
         --output=exports/siglip [--verify]
 
-Folders are as Hugging Face's transformers save them: config.json, safetensors (one file, or
-several and their index) and, of a language model, tokenizer.json or tokenizer.model. Language
-models of the families in flamingo_jax/interop/families are read, and the vision towers of CLIP
-and SigLIP. The export keeps every value as it is stored; tensors pass through the host one at a
-time. Training also takes the folder itself, without an export.
+The folder is one that Hugging Face's transformers save: config.json, safetensors (one file, or
+several with an index) and, for a language model, tokenizer.json or tokenizer.model. Supported
+are the families in flamingo_jax/interop/families, among them the vision towers of CLIP and
+SigLIP. The export keeps every value as it is stored; only one tensor at a time is in memory.
+Training can also read the folder itself, without an export.
 
 --verify runs both implementations in float32 and prints the largest relative error and the KL
 divergence; it needs transformers and torch (pip install 'flamingo_jax[interop-test]') and

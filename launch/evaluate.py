@@ -1,35 +1,35 @@
-r"""Evaluates an exported Flamingo and writes report.json and report.html, or measures what a
-run's evaluators measure. All metrics are fractions between 0 and 1.
+r"""Evaluates an exported Flamingo and writes report.json and report.html, or runs the
+evaluators of a training run. All metrics are fractions between 0 and 1.
 
     python -m launch.evaluate --model=EXPORT --output=FOLDER \
         --benchmark=captioning:photos=data/photos:test --shots=0,4,8
 
 A benchmark is KIND:NAME=DATASET[:SPLIT][,support=DATASET[:SPLIT]], with KIND one of
-  captioning      pairs or videos; a caption scores 1 when it is one of the record's, word for
-                  word
-  vqa             questions; VQA accuracy, beside what the most frequent answer of the training
-                  split would have
+  captioning      pairs or videos; a caption scores 1 if it equals one of the record's captions
+  vqa             questions; VQA accuracy, and that of always giving the most frequent answer
+  of
+                  the training split
   classification  pairs, videos or questions whose answers are class names, ranked by
                   log-likelihood
-  binding         pages whose texts end with new words; which word names the last image
-SPLIT is `test` if it is not given. The classes are all answers of the evaluated split and the
-support set, or the lines of --classes=FILE. A model that was trained on questions is asked as
-it was then; a Flamingo of pages and pairs is asked as in the paper, after two text-only
-examples. Few-shot examples come from the support set, by default the dataset's own `train`
-split.
+  binding         pages that name images with new words; which word names the last image
+The default SPLIT is `test`. The classes are all answers in the evaluated split and the support
+set, or the lines of --classes=FILE. A model that was trained on questions gets the prompts of
+its training; a Flamingo trained on pages and pairs gets those of the paper, with two text-only
+examples first. Few-shot examples come from the support set, by default the `train` split of
+the dataset.
 
     python -m launch.evaluate --suite=quickstart --data=runs/quickstart/data --model=EXPORT \
         --baseline=EXPORT --output=FOLDER
 
-runs the quickstart's suite. The baseline is a model trained without images: it is asked the
-same with every image taken away.
+runs the quickstart's suite. The baseline is a model that was trained without images; it gets
+the same prompts with all images removed.
 
     python -m launch.evaluate --evaluator=retrieval --workdir=runs/quickstart/contrastive
     python -m launch.evaluate --evaluator=kind=retrieval,path=data/photos --model=EXPORT
 
-measures what an evaluator of the run's config (config.evaluators.NAME) measures as it trains,
-on its newest checkpoint or on an export, or one that is described by its fields; `held_out` is
-the losses of config.held_out. Prints one JSON object.
+runs an evaluator on the newest checkpoint of a run or on an export, as the run does during
+training. It is named (config.evaluators.NAME of the run's config) or described by its fields;
+`held_out` gives the losses of config.held_out. Prints one JSON object.
 """
 
 import json
@@ -146,7 +146,7 @@ READS = {
     "--suite": ("suite", *_ASKING, "data", "few_shot_limit"),
     "--evaluator": ("evaluator", "workdir"),
 }
-"""For each way to use the command the flags that not all of them read."""
+"""{mode of the command: flags that only some modes read}."""
 
 
 def main() -> int:
@@ -164,7 +164,7 @@ def main() -> int:
 
 
 def run_suite() -> int:
-    """Runs the quickstart's suite on the model and, if there is one, the baseline."""
+    """Runs the quickstart's suite on the model and, if given, the baseline."""
     if not DATA.value:
         raise UserError("--data is not set: name the folder that holds the suite's datasets")
     few_shots = parse_shots(SHOTS.value, [0, 4, 8, 16, 32])
@@ -215,7 +215,7 @@ def run_benchmarks() -> int:
 
 
 def run_evaluators() -> int:
-    """Measures each --evaluator on a run's newest checkpoint, or on an export."""
+    """Runs each --evaluator on the newest checkpoint of a run, or on an export."""
     if bool(MODEL.value) == bool(WORKDIR.value):
         raise UserError("name what is measured: --workdir=FOLDER of a run, or --model=EXPORT")
     from launch.evaluators import measure
@@ -225,7 +225,7 @@ def run_evaluators() -> int:
 
 
 def _run() -> Any:
-    """What the flags say about the model, how it is asked, and the report."""
+    """Makes an `EvaluationRun` of the flags: the model, how it is prompted, and the report."""
     from flamingo_jax.evaluation.benchmarks.benchmark import EvaluationSettings
     from flamingo_jax.evaluation.runner import EvaluationRun, read_json, trained_prompts
     from flamingo_jax.inference.generation import DecodingConfig

@@ -1,4 +1,6 @@
-"""What a run's evaluators measure, after it: for `launch.evaluate --evaluator`."""
+"""Runs the evaluators of a training run on its checkpoint, for `launch.evaluate
+--evaluator`.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,11 +25,13 @@ from flamingo_jax.training.trained_run import TrainedRun, load_exported_run, loa
 
 
 def measure(asked: Sequence[str], *, model: str = "", workdir: str = "") -> dict[str, float]:
-    """Measures evaluators, each a name of the run's config or described by its fields, on the
-    export `model` or the newest checkpoint in `workdir`.
+    """Runs evaluators on the export `model`, or on the newest checkpoint in `workdir`.
 
-    Returns: {<name>/<metric>: value}, as the run's metrics.jsonl has them.
-    Raises: UserError for a name that the config does not have, or what cannot be measured.
+    asked: names of evaluators in the run's config, or descriptions such as
+      "kind=retrieval,path=data/photos".
+
+    Returns: {<name>/<metric>: value}, as in the run's metrics.jsonl.
+    Raises: UserError for a name that is not in the config, or an evaluator that cannot run.
     """
     folder = as_path(model or workdir)
     run = load_exported_run(folder) if model else load_trained_run(folder)

@@ -1,11 +1,11 @@
-"""Writes the parameters of a finished stage as one folder: sharded safetensors, config.json and
-the tokenizer.
+"""Exports the parameters of a finished stage as one folder: sharded safetensors, config.json
+and the tokenizer.
 
     python -m launch.export --workdir=runs/quickstart/flamingo --output=runs/quickstart/export
 
-The newest whole checkpoint in the workdir is taken, and newer ones that are not whole are
-named; nothing in the workdir is changed. Frozen parts are read from the exports they came from,
-so that the folder stands alone.
+It takes the newest complete checkpoint of the workdir, and names newer ones that are
+incomplete; it changes nothing in the workdir. Frozen parts are copied from the exports they
+came from, so the folder is self-contained.
 """
 
 from absl import flags

@@ -3,13 +3,15 @@ r"""Continues prompts of texts, images and videos with an exported Flamingo.
     python -m launch.generate --model=runs/quickstart/flamingo/export --prompt=prompt.json \
         [--beam_size=3 | --temperature=0.7 --top_p=0.9]
 
-The prompt file holds a JSON list of parts in any order, {"text": "Output:"}, {"image":
-"photo.jpg"} or {"video": "clip.mp4"}, or one such list a line (JSONL) for several prompts.
-Paths are relative to the file. A prompt's own form matters: where training text reads
-`<image>Output: a caption`, as the quickstart's does, a captioning prompt is [{"image":
-"photo.jpg"}, {"text": "Output:"}]; for a model of plain pairs (configs/own_data.py), whose
-captions follow their images at once, it is [{"image": "photo.jpg"}]. A text that spells out
-where visuals go has <image> there; one that only speaks of the tag has a backslash before it.
+The prompt file is a JSON list of parts in any order, {"text": "Output:"}, {"image":
+"photo.jpg"} or {"video": "clip.mp4"}, or one such list per line (JSONL) for several prompts.
+Paths are relative to the file.
+
+Write a prompt as the training text was written. The quickstart's captions read `<image>Output:
+a caption`, so a captioning prompt is [{"image": "photo.jpg"}, {"text": "Output:"}]. For a
+model whose captions follow their images directly (configs/own_data.py) it is [{"image":
+"photo.jpg"}]. A text may mark the places of visuals with <image>; a tag that is meant as text
+needs a backslash before it.
 """
 
 import json
@@ -85,7 +87,7 @@ def main() -> int:
 
 
 def read_prompts(path: pathlib.Path) -> list[list[Any]]:
-    """Reads the prompts of a file, each a list of parts as they are written there."""
+    """Reads the prompts of a JSON or JSONL file, each a list of parts."""
     try:
         text = decode(path.read_bytes())
         text.encode()
@@ -111,11 +113,11 @@ def read_prompts(path: pathlib.Path) -> list[list[Any]]:
 
 
 def prompt_of(parts: list[Any], folder: pathlib.Path) -> list[Any]:
-    """Turns written parts into those of a prompt, their files checked.
+    """Turns the parts of a prompt file into texts, `fj.Image`s and `fj.Video`s.
 
-    Raises UserError for a part that is none, or a file that cannot be read.
+    Raises: UserError for a malformed part, or a file that cannot be read.
     """
-    # Not above: the tokenizers' libraries take longer to import than --help may.
+    # Imported here, since the tokenizer libraries are slow to import and --help must be fast.
     from flamingo_jax.inference.prompts import fill_image_tags
 
     prompt: list[Any] = []

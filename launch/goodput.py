@@ -1,10 +1,10 @@
-"""Which share of a run's wall time went into steps that counted, and where the rest went, start
-by start.
+"""Shows which share of a run's wall time went into steps that counted, and where the rest
+went, for every start of the run.
 
     python -m launch.goodput --workdir=runs/quickstart/flamingo [--json]
 
-The run may still be training. `lost` are steps that a later start had to do again, `down` is
-the time before a start in which nothing ran.
+The run may still be training. `lost` is the time of steps that a later start had to repeat,
+`down` the time before a start in which nothing ran.
 """
 
 import json
@@ -23,7 +23,7 @@ from launch import command
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the training run.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
 WIDEST = 400
-"""Characters of a line that the table may take, however narrow the window."""
+"""Width of the table in characters, however narrow the window is."""
 
 
 def main() -> int:
@@ -40,7 +40,8 @@ def main() -> int:
             json.dumps({"goodput": breakdown.share, "seconds": breakdown.seconds, "starts": starts})
         )
     else:
-        # In a narrow window its lines go on below: cut off, figures would read as smaller ones.
+        # In a narrow window the lines wrap; rich would cut off numbers, which would look
+        # smaller.
         Console(width=WIDEST).print(_table(breakdown))
         print(breakdown.sentence())
     return 0

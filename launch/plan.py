@@ -1,16 +1,17 @@
-"""What a config amounts to, before a machine is rented.
+"""Plans a run before a machine is rented: parameters, memory, FLOPs, communication and time.
 
     python -m launch.plan --config=configs/flamingo_80b.py --counts [--json]
     python -m launch.plan --config=configs/flamingo_3b.py --topology=v4:2x2x4 [--json]
 
-`--counts` gives the parameters of every part of the model, from the real modules but without
-allocating anything, and both say how large a
-checkpoint is: what is trained and its moments, since frozen parameters stay in the exports they
-came from. `--topology` compiles the training step for that machine, which need not be there,
-and says for each device what memory it takes, how many FLOPs and the compiler's own estimate of
-its cycles, what it sends to others, and how long the run should take. Where the step does not
-fit, `--search` tries what would. `--held_out` says the same of the memory that evaluation
-takes.
+`--counts` counts the parameters of every part of the model, from the real modules but without
+allocating arrays. `--topology` compiles the training step for that machine, without having it,
+and prints the memory of each device, FLOPs, the compiler's estimate of cycles, the
+communication between devices, and how long the run should take. If the step does not fit,
+`--search` tries forms that need less memory. `--held_out` also reports the memory of the
+evaluation.
+
+Both print the size of a checkpoint: trained parameters and their moments, since frozen
+parameters stay in the exports they came from.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""Goes the whole path on the embedded synthetic world: data, stages, exports, evaluation, report.
+"""Runs everything on a synthetic world: data, all stages, exports, evaluation, report.
 
     python -m launch.quickstart --workdir=runs/quickstart [--seed=0]
 
-Each command is an ordinary one, run as its own process; one that is finished is not
-run again, so that an interrupted quickstart goes on where it stopped.
+Every step is one of the ordinary commands in a process of its own. Finished steps are not run
+again, so an interrupted quickstart continues where it stopped.
 """
 
 import functools
@@ -27,11 +27,11 @@ WORKDIR = flags.DEFINE_string(
 SEED = flags.DEFINE_integer("seed", 0, "Seed of all stages.", lower_bound=0)
 
 PRETRAINING_STAGES = ("contrastive", "language_model")
-"""Stages that need nothing of each other."""
+"""Stages that are independent of each other."""
 STAGES = (*PRETRAINING_STAGES, "flamingo", "without_images")
 LONGER = {"language_model": ("--config.training.steps=4500",)}
-"""How a stage goes on that ended above its required loss: when a language model learns to bind
-new words differs from seed to seed.
+"""Arguments to continue a stage that ended above its required loss: the step at which a
+language model learns to bind new words differs from seed to seed.
 """
 
 
@@ -44,7 +44,7 @@ def main() -> int:
     commands.run("data", "-m", "launch.build_data", "quickstart", f"--output={root}/data")
     cores = halves()
     if len(cores) == 2 and not any(map(commands.is_done, PRETRAINING_STAGES)) and _on_cpu():
-        # Steps this small do not keep two cores busy.
+        # Steps this small do not use two cores, so both stages run at once, each on one half.
         lanes = [
             functools.partial(train_and_export, commands, root, name) for name in PRETRAINING_STAGES
         ]
@@ -76,7 +76,7 @@ def main() -> int:
 def train_and_export(
     commands: ResumableCommands, root: pathlib.Path, name: str, show: ShowLine | None = None
 ) -> None:
-    """Trains a stage and exports it to ROOT/NAME/export, each unless that was done before."""
+    """Trains a stage and exports it to ROOT/NAME/export, unless that has been done before."""
     commands.run(
         name,
         "-m",
@@ -88,7 +88,7 @@ def train_and_export(
         show=show,
     )
     if not commands.is_done(f"export {name}"):
-        # What a start left that was killed between the export and the note of it.
+        # Left by a start that was killed between the export and the record of it.
         shutil.rmtree(root / name / "export", ignore_errors=True)
     commands.run(
         f"export {name}",
@@ -101,8 +101,8 @@ def train_and_export(
 
 
 def _require_seed(root: pathlib.Path, seed: int) -> None:
-    """A UserError where a stage that is there was trained from another seed: what is finished
-    would be told as this one's.
+    """Raises a UserError if a finished stage was trained with another seed: its results would
+    be reported as those of this seed.
     """
     for file in root.glob("*/config.json"):
         if (found := json.loads(file.read_text())["seed"]) != seed:
@@ -113,8 +113,8 @@ def _require_seed(root: pathlib.Path, seed: int) -> None:
 
 
 def _on_cpu() -> bool:
-    """Whether JAX runs on the CPU here; asked of another process, since an accelerator would be
-    held by this one.
+    """Returns whether JAX's default backend is the CPU. Another process finds out, since this
+    one would keep an accelerator allocated.
     """
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         return True

@@ -1,5 +1,5 @@
-"""Commands that are run once each in processes of their own, one after the other or side by
-side, and the seconds they took.
+"""Runs commands in processes of their own, in sequence or in parallel, each once, and records
+how long they took.
 """
 
 import json
@@ -19,16 +19,18 @@ ShowLine = Callable[[str], None]
 
 
 class ResumableCommands:
-    """Runs commands that `file` does not tell of yet.
+    """Runs the commands that `file` does not list as finished.
 
-    It holds {name: wall seconds} of those that are finished, and TOTAL_SECONDS over all starts.
+    file: JSON of {name: wall seconds} of the finished commands, and TOTAL_SECONDS over all
+      starts.
     """
 
     def __init__(self, file: pathlib.Path):
         self._file = file
         self._seconds: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
         self._began = time.monotonic() - self._seconds.get(TOTAL_SECONDS, 0.0)
-        # Reentrant: a signal's handler may call `stop` while its own thread holds it.
+        # Reentrant, since a signal handler may call `stop` while the main thread holds the
+        # lock.
         self._lock = threading.RLock()
         self._stopped = False
         self._running: set[subprocess.Popen[str]] = set()
@@ -44,15 +46,13 @@ class ResumableCommands:
     def run(
         self, name: str, *arguments: str, again: Sequence[str] = (), show: ShowLine | None = None
     ) -> None:
-        """Runs Python with `arguments` unless that was done before.
+        """Runs Python with `arguments` unless the command `name` is finished already.
 
         Args:
-          again: what to add when a stage has not learned what the next ones stand on; it goes
-            on from where it ended.
-          show: gets the lines that the process writes, where it shares the terminal.
+          again: arguments to add for a second run, if the first ends with EXIT_NOT_LEARNED.
+          show: gets the lines that the process prints; by default they go to the terminal.
 
-        Raises:
-          UserError: the process failed.
+        Raises: UserError if the process fails.
         """
         if self.is_done(name):
             return
@@ -75,13 +75,14 @@ class ResumableCommands:
     def side_by_side(
         self, lanes: Sequence[Callable[[ShowLine], None]], cores: Sequence[set[int]]
     ) -> None:
-        """Runs each lane, which calls `run` with the `show` that it gets, on its own cores.
+        """Runs the lanes in parallel, each on its own set of cores. A lane is a function that
+        calls `run` with the `show` that it is given.
 
-        When one fails, the others are asked to save and end.
+        If one fails, the others are asked to save and exit.
         """
 
         def lane_on(lane: Callable[[ShowLine], None], mine: set[int], show: ShowLine) -> None:
-            # Of this thread alone, and of the processes that it starts.
+            # Applies to this thread and to the processes that it starts.
             os.sched_setaffinity(0, mine)
             lane(show)
 
@@ -117,7 +118,7 @@ class ResumableCommands:
                     show(line.rstrip("\n"))
             return process.wait()
         except KeyboardInterrupt:
-            # The process got it too, and saves.
+            # The process has received Ctrl-C as well, and saves.
             process.wait()
             raise
         finally:
@@ -125,7 +126,7 @@ class ResumableCommands:
                 self._running.discard(process)
 
     def stop(self) -> None:
-        """Asks what runs to save and end, and starts nothing more."""
+        """Asks the running processes to save and exit, and starts no further ones."""
         with self._lock:
             self._stopped = True
             for process in self._running:
@@ -133,8 +134,8 @@ class ResumableCommands:
 
 
 def halves() -> list[set[int]]:
-    """The cores that this process may use, in two halves; fewer where there is one, or where a
-    process cannot choose its cores (macOS).
+    """Splits the cores that this process may use into two halves; one half if there is only
+    one core, none if a process cannot choose its cores (macOS).
     """
     if not hasattr(os, "sched_getaffinity"):
         return []

@@ -1,15 +1,15 @@
-r"""Trains one stage, or goes on with it where it stopped.
+r"""Trains one stage, or resumes it where it stopped.
 
     python -m launch.train --config=configs/quickstart.py:flamingo \
         --workdir=runs/quickstart/flamingo [--config.training.steps=2000 ...]
 
-With --prepare everything before the first step is done and nothing is trained: the config is
-checked, rows are planned, and the features of a frozen encoder are made where the config keeps
-them, for which no language model need be there yet.
+With --prepare it does everything that comes before the first step and trains nothing: it
+checks the config, plans the rows and, if the config caches features, encodes all images with
+the frozen encoder. The language model need not exist yet.
 
-Everything is checked before work starts; bad input is one sentence and exit code 2. SIGTERM
-saves and exits with code 75: the same command goes on from there. A run whose steps are not
-finite stops with code 3, one that ends above a required loss with code 4.
+Everything is checked before work starts; bad input gives one sentence and exit code 2. SIGTERM
+saves and exits with code 75; the same command then resumes. A run with too many steps that are
+not finite stops with code 3, one that ends above a required loss with code 4.
 """
 
 import contextlib
@@ -78,7 +78,7 @@ def main() -> int:
         raise errors.UserError(
             f"--workdir={workdir} is a file: name a folder for checkpoints and metrics"
         )
-    # From here on jax is needed.
+    # Imported here, since --help and bad input must not wait for jax.
     from flamingo_jax.distributed.process_info import detect_process
     from flamingo_jax.distributed.supervised import is_supervised
 
@@ -92,8 +92,8 @@ def main() -> int:
         from flamingo_jax.distributed.supervisor import supervise
 
         return supervise(process_info, timeouts, [sys.executable, *sys.orig_argv[1:]], workdir)
-    # Until the loop saves on it: there is nothing to save yet, but whoever restarts a run by
-    # its exit code must see the same one.
+    # Until the training loop handles signals there is nothing to save, but launchers that
+    # restart by the exit code must see the same one.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(errors.EXIT_PREEMPTED))
     import jax
@@ -108,7 +108,8 @@ def main() -> int:
     with SupervisorClient(process_info, timeouts) as client:
         client.join(experiment, workdir)
         code = run(experiment, workdir, client)
-        # Without this one the others would be lost, with whatever they still do.
+        # The run ends for all when a process is gone, so wait until the others have finished
+        # too.
         client.barrier(END)
         client.leave(code)
         return code
@@ -117,9 +118,12 @@ def main() -> int:
 def run(
     experiment: Experiment, workdir: pathlib.Path, process_group: "ProcessGroup | None" = None
 ) -> int:
-    """This process's part of the run, once all are there; returns its exit code."""
-    # Of several processes the supervisor of the first holds it; what is prepared lies
-    # elsewhere.
+    """Runs this process's part of the training, once all processes are connected.
+
+    Returns: the exit code. Raises: StorageError when the storage fails.
+    """
+    # In a run of several processes the supervisor of process 0 holds the lock; the results of
+    # --prepare are not in the workdir.
     alone = process_group is None and not PREPARE.value
     try:
         with lock_folder(workdir, "a run") if alone else contextlib.nullcontext():
@@ -172,8 +176,8 @@ def _run(
     def on_start() -> None:
         if jax.process_index():
             return
-        # Not before: a config that is refused must not replace the one of the run that is
-        # there.
+        # Only now, so that a config that is refused does not replace the one of an earlier
+        # run.
         make_folder(workdir)
         command.write_config(experiment, workdir / "config.json")
         tokenizer.save(workdir)

@@ -1,4 +1,4 @@
-"""Reads a folder of images with captions, as `launch.build_data image_folder` does."""
+"""Reads a folder of images and captions, in the format of `launch.build_data image_folder`."""
 
 import json
 import pathlib
@@ -8,17 +8,17 @@ import flamingo_jax as fj
 
 
 class Captioned(NamedTuple):
-    """An image and a caption of it."""
+    """Holds an image and its caption."""
 
     image: fj.Image
     caption: str
 
 
 def read_captions(folder: str) -> list[Captioned]:
-    """Reads `captions.jsonl`, lines of {"image": "dog.jpg", "captions": ["A dog."]}: the first
-    caption of each.
+    """Reads the images of `captions.jsonl`, each with its first caption. A line is
+    {"image": "dog.jpg", "captions": ["A dog."]}.
 
-    Raises: UserError for a line that is none, or an image that cannot be read.
+    Raises: UserError for a malformed line, or an image that cannot be read.
     """
     path = pathlib.Path(folder) / "captions.jsonl"
     if not path.is_file():

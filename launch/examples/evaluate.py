@@ -1,10 +1,10 @@
-"""Evaluates few-shot captions of one's own images, with the control that says what the images
-are worth.
+"""Evaluates few-shot captioning on your own images, with a control that shows how much the
+images contribute.
 
     python -m launch.examples.evaluate my_photos --model=runs/quickstart/flamingo/export
 
-The folder has a `captions.jsonl` (see captions.py). A figure is the share of images whose
-caption is written word for word; the control shows each prompt another query's image.
+The folder has a `captions.jsonl` (see captions.py). The metric is the share of images whose
+caption is generated word for word; in the control, each prompt has the image of another query.
 `launch.evaluate` has benchmarks, RICES and a report.
 """
 
@@ -19,7 +19,9 @@ from launch.examples.captions import Captioned, read_captions
 
 
 def prompt(shots: Sequence[Captioned], image: fj.Image, words: str) -> list[Any]:
-    """Few-shot prompt: examples with their captions, then the query (paper 3.1)."""
+    """Makes a few-shot prompt: examples with their captions, then the query image (paper
+    3.1).
+    """
     parts: list[Any] = []
     for shot in shots:
         parts += [shot.image, f"{words} {shot.caption.strip()}"]
@@ -57,6 +59,7 @@ def main() -> None:
         )
     count = min(options.queries, len(records) - most)
     queries, support = records[:count], records[count:]
+    # The control: query i gets the image of query i + 1.
     others = [*queries[1:], queries[0]]
     model = fj.load(options.model)
     print("shots  right  with another's image")

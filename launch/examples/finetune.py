@@ -1,12 +1,12 @@
-r"""Fine-tunes a Flamingo on one's own images and captions, in a loop to read and change.
+r"""Fine-tunes a Flamingo on your own images and captions, in a short loop to read and change.
 
     python -m launch.examples.finetune my_photos --model=runs/quickstart/flamingo/export \
         --output=runs/mine/finetuned
 
-The folder has a `captions.jsonl` (see captions.py); a tenth of it is kept out of training.
-What the paper trains is trained: resampler, gated cross-attention and <EOC>; encoder and
-language model stay frozen. `launch.train` has the rest: data larger than memory, several
-devices, checkpoints.
+The folder has a `captions.jsonl` (see captions.py); a tenth of it is held out. As in the
+paper, the resampler, the gated cross-attention and the embedding of <EOC> are trained, and the
+vision encoder and the language model are frozen. Use `launch.train` for data larger than
+memory, several devices and checkpoints.
 """
 
 import argparse
@@ -51,7 +51,9 @@ def main() -> None:
 def fine_tune(
     model: fj.Model, records: list[Captioned], held_out: list[Captioned], options: Any
 ) -> fj.Flamingo:
-    """AdamW on what the paper trains; prints the loss of the captions, in nats each."""
+    """Trains with AdamW and prints the held-out loss, in nats per caption."""
+    # One split into graph, trained and frozen arrays; gradients and moments exist only for the
+    # trained ones.
     graph, state = nnx.split(model.flamingo)
     parameters = to_flat(state)
     names = trainable_names("flamingo", parameters)

@@ -1,16 +1,16 @@
 #!/bin/bash
-# Cloud TPU machines without Kubernetes: made, used and deleted with gcloud, from the repository's folder.
+# Creates, uses and deletes Cloud TPU VMs with gcloud, without Kubernetes. Run it from the repository's folder.
 #
-#   export NAME=flamingo ZONE=us-central2-b TYPE=v4-32     # v4-32 is v4:2x2x4: v4 and v5p are named by cores, two a chip
-#   launch/tpu_vm/tpu.sh create                            # SLICES=2 for two slices, SPOT=1 for capacity that may be taken back
-#   NFS=10.0.0.2:/share launch/tpu_vm/tpu.sh setup         # this commit on every host, and a Filestore share as /shared
-#   BUCKET=my-bucket launch/tpu_vm/tpu.sh setup            # or a bucket as /shared, by gcsfuse: datasets and exports are read there
+#   export NAME=flamingo ZONE=us-central2-b TYPE=v4-32     # v4-32 is v4:2x2x4: v4 and v5p are named by cores, two per chip
+#   launch/tpu_vm/tpu.sh create                            # SLICES=2 for two slices, SPOT=1 for spot capacity
+#   NFS=10.0.0.2:/share launch/tpu_vm/tpu.sh setup         # installs this commit on every host, and mounts a Filestore share as /shared
+#   BUCKET=my-bucket launch/tpu_vm/tpu.sh setup            # or mounts a bucket as /shared with gcsfuse, to read datasets and exports
 #   launch/tpu_vm/tpu.sh start --config=configs/flamingo_3b.py:form=v4_2x2x4,root=/shared --workdir=/shared/runs/3b    # or gs://my-bucket/runs/3b
-#   launch/tpu_vm/tpu.sh watch                             # the log of the first host; Ctrl-C leaves the run alone
-#   launch/tpu_vm/tpu.sh stop                              # saves and ends; `start` goes on
+#   launch/tpu_vm/tpu.sh watch                             # the log of the first host; Ctrl-C does not stop the run
+#   launch/tpu_vm/tpu.sh stop                              # saves and stops; `start` resumes
 #   launch/tpu_vm/tpu.sh delete
 #
-# Each host starts its process again by its exit code (again.sh). Spot machines that were taken back are gone: delete, create, setup, start.
+# Each host restarts its process depending on the exit code (again.sh). After spot VMs were preempted: delete, create, setup, start.
 set -euo pipefail
 : "${NAME:=flamingo}" "${ZONE:?set ZONE, such as us-central2-b}" "${SLICES:=1}" "${VERSION:=tpu-ubuntu2204-base}"
 
@@ -20,7 +20,7 @@ nodes() {
     if [ "$SLICES" = 1 ]; then echo "$NAME"; else seq -f "$NAME-%.0f" 0 $((SLICES - 1)); fi
 }
 
-on_all() { # runs a command on every host of every slice, side by side; fails where one does
+on_all() { # runs a command on every host of every slice in parallel; fails if one fails
     local node pids=() failed=0
     for node in $(nodes); do tpus tpu-vm ssh "$node" --worker=all --command="$1" & pids+=($!); done
     for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
@@ -61,7 +61,7 @@ setup() {
             echo 'error: a run is going on here: stop it before another commit takes its place' >&2; exit 2
         fi
         tar -xzf flamingo_jax.tar.gz -C flamingo_jax
-        # What an earlier setup brought and this commit lacks would still be imported.
+        # Files of an earlier setup that this commit does not have would still be imported.
         tar -tzf flamingo_jax.tar.gz | grep -v '/\$' | LC_ALL=C sort > flamingo_jax.files.new
         touch flamingo_jax.files
         LC_ALL=C comm -23 flamingo_jax.files flamingo_jax.files.new | (cd flamingo_jax && xargs -r -d '\n' rm -f --)
@@ -72,14 +72,14 @@ setup() {
 
 start() {
     if [ $# = 0 ]; then echo "error: start wants the flags of launch.train, --config and --workdir first" >&2; exit 2; fi
-    # The place of each process comes from the machine's own metadata, which jax asks.
+    # jax reads the index of each process from the metadata of the VM.
     on_all "cd flamingo_jax && export JAX_COMPILATION_CACHE_DIR=\${JAX_COMPILATION_CACHE_DIR:-/shared/compiled}
         setsid nohup bash launch/tpu_vm/again.sh .venv/bin/python -u -m launch.train $(printf '%q ' "$@") >> train.log 2>&1 < /dev/null &"
 }
 
 watch() { tpus tpu-vm ssh "$(nodes | head -n 1)" --worker=0 --command="tail -n 100 -F flamingo_jax/train.log"; }
 
-stop() { # returns when it has ended everywhere; where nothing runs there is nothing to do
+stop() { # returns when the run has ended on all hosts; does nothing on hosts without a run
     on_all 'cd flamingo_jax || exit
         if flock --nonblock again.lock true; then echo "$HOSTNAME: nothing runs here"; exit 0; fi
         kill -TERM "$(cat again.pid)" && flock again.lock true'
