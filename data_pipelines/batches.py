@@ -1,8 +1,9 @@
-"""One endless, elastic iterator per dataset: rows are planned first, then read by position.
+"""Batch iterators of a dataset: endless for training, a fixed sequence for held-out data.
 
-A row's place in the endless stream decides its epoch and its items; nothing is drawn from a
-stream of random numbers. So any process can make any row, an interrupted run goes on with the
-next row, and one on more or fewer processes has the same rows in each batch.
+Rows are planned first, then read by index: a row's index in the endless stream determines its
+epoch and its examples, independent of any random generator's state. So any process can make
+any row, a resumed run continues with the next row, and a run on another number of processes
+has the same rows in each batch.
 """
 
 import collections
@@ -21,16 +22,17 @@ from flamingo_jax.processing.images import Fit
 from flamingo_jax.processing.tokenizer import Tokenizer
 
 CACHE_BYTES = 256 << 20
+"""Memory budget of each dataset for records with decoded images."""
 
 
 AHEAD = 2
-"""Batches of each dataset that are made ahead, beside the one that is asked for."""
+"""Batches of each dataset that are prefetched, besides the one being waited for."""
 
 
 class BatchIterator:
-    """Gives endless batches of a process's share, as dicts of numpy arrays.
+    """Iterates endlessly over a process's shards of global batches, as dicts of numpy arrays.
 
-    `summary` says what the plan could not use.
+    Its state is one number, the same on every process (`get_state`).
     """
 
     def __init__(
@@ -58,9 +60,10 @@ class BatchIterator:
         return batch
 
     def _begin(self, count: int) -> None:
-        """Begins batches until so many are pending."""
+        """Begins batches until `count` are pending."""
         while len(self._pending) < count:
-            # All datasets' batches of an update stand together in the readers' order.
+            # The batch's number is its priority: readers make all datasets' batches of one
+            # update before those of the next.
             number = self._begun
             first = self._first + number * self._size
             self._pending.append(
@@ -69,7 +72,7 @@ class BatchIterator:
             self._begun += 1
 
     def _go_to(self, first: int) -> None:
-        """Batches of rows from `first` on."""
+        """Cancels pending batches and continues with row `first`."""
         for batch in self._pending:
             batch.cancel()
         self._pending.clear()
@@ -77,27 +80,28 @@ class BatchIterator:
         self._begun = 0
 
     def get_state(self) -> dict[str, int]:
-        """The position after the last batch given, the same on every process:
-        {"global_next_index": rows used so far}.
+        """Returns the position after the last batch returned, the same on every process:
+        {"global_next_index": rows used so far}. Prefetched batches do not count.
         """
         return {"global_next_index": self._next}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Goes to a position that any number of processes saved."""
+        """Continues from a state of `get_state`, saved on any number of processes."""
         self._go_to(state["global_next_index"])
 
     def summary(self) -> dict[str, Any]:
-        """Counts of records and rows, and of what was left out or cut, by reason."""
+        """Counts records and rows, and what was left out or cut (`RowReader.summary`)."""
         return self._rows.summary()
 
     def close(self) -> None:
-        """Stops reading ahead; the readers go on with other datasets."""
+        """Cancels prefetched batches; the readers, shared with other datasets, go on."""
         self._go_to(self._next)
 
 
 class FixedBatches(Sequence[Arrays]):
-    """Gives the same batches at every pass, read anew each time, so that no more of them are
-    in memory than are made ahead.
+    """The first `count` batches of a held-out dataset, the same on each pass.
+
+    They are read again each time, so that only the prefetched ones are in memory.
     """
 
     def __init__(
@@ -138,7 +142,8 @@ class FixedBatches(Sequence[Arrays]):
                 batch.cancel()
 
     def _begin(self, number: int) -> PendingBatch:
-        # Before all of training's, which nobody waits for meanwhile.
+        # A negative priority: before all training batches, which nobody waits for during an
+        # evaluation.
         return self._rows.batch(
             number * self._size, self._size, self._host_shard, self._readers, number - self._count
         )
@@ -162,40 +167,42 @@ def make_iterator(
     encoder: Encoder | None = None,
     name: str = "",
 ) -> BatchIterator:
-    """Makes a process's share of the dataset's global batches, without end, in a new order and
-    with new draws each epoch.
+    """Makes the endless training iterator of a dataset, reshuffled and redrawn each epoch.
 
     Args:
-      image_size, mean, image_fit: side of the square images, the colour (0..1 a channel) that
-        pads them, how they become squares.
-      text_length: tokens of a text in the contrastive stage.
-      readers: the process's, which make batches ahead; None makes each batch when it is asked
-        for.
-      source: records to read in place of those at `dataset.path`.
-      process: this one and how many there are, which make the features that are missing,
-        whatever their shares.
-      cache_bytes: records stay in memory, their images decoded, until these are used.
-      encoder: every image is encoded once, here, and batches hold `features` [M, T, S, C] in
-        place of images.
-      name: the dataset's in the config; its order and all draws are its own, also where others
-        have its size or its records.
+      image_size, mean, image_fit: side of the square images, the colour (0..1 per channel)
+        that pads them, how they become squares.
+      seed: of the order and all random draws.
+      host_shard: which rows and visuals of a global batch this process reads.
+      process: (index, count) of processes, which share the encoding of missing features.
+      text_length: tokens of a text in contrastive training.
+      readers: threads that prefetch batches; None makes each batch when it is asked for.
+      source: records to read instead of those at `dataset.path`.
+      cache_bytes: memory budget for records with decoded images.
+      encoder: encode each image once, now, and return `features` [M, T, S, C] instead of
+        images.
+      name: the dataset's in the config, part of the key of its order and random draws.
 
     Returns:
-      Batches of the B rows that the share reads and the M visuals that it decodes. flamingo:
-      images uint8 [M, T, H, W, 3], frame_mask bool [M, T], visuals int32 [B, N] (row * N +
-      place in the global batch, -1 for none), tokens, positions, segments, media_index int32
-      [B, L], loss_mask bool [B, L]; a dataset of texts has no images, frame_mask and visuals.
-      language_modelling: those of [B, L] but media_index.
+      An iterator over batches of the B rows and M visuals of `host_shard`, by task:
+
+      flamingo: images uint8 [M, T, H, W, 3], frame_mask bool [M, T], visuals int32 [B, N]
+        (index row * N + n in the global batch, -1 for none), tokens, positions, segments,
+        media_index int32 [B, L], loss_mask bool [B, L]. A dataset of text has no images,
+        frame_mask and visuals.
+      language_modelling: tokens, positions, segments int32 [B, L], loss_mask bool [B, L].
       contrastive: images uint8 [B, H, W, 3], tokens int32 [B, text_length], mask bool [B,
-      text_length]. With images stands jitter float32 [M, T, 6] or [B, 6] where `dataset.colour`
-      asks for it (`flamingo_jax.processing.jitter`). What is of rows depends on no image
-      but in the contrastive stage, where every reader of a row decodes it: a visual that cannot
-      be read has no frame, and the task masks what looks at it.
+        text_length].
+
+      Where `dataset.colour` is set, also jitter float32 [M, T, 6], contrastive [B, 6]
+      (`flamingo_jax.processing.jitter`). A visual that cannot be read has no frames
+      (frame_mask False) and the task masks the tokens that attend to it: since rows do not
+      depend on pixels, processes that read the same row agree without reading the same images.
 
     Raises:
-      UserError: no such folder or split, nothing in it that fits a row, a kind that the task
-        cannot read, fewer pairs than a contrastive batch, or (while iterating) too many records
-        that cannot be decoded.
+      UserError: no such folder or split, nothing that fits a row, a kind that the task cannot
+        read, fewer pairs than a contrastive batch, or (while iterating) too many records that
+        cannot be decoded.
     """
     _check_split(dataset, host_shard)
     spec = RowSpec(
@@ -239,13 +246,15 @@ def make_held_out(
     name: str = "",
     readers: Readers | None = None,
 ) -> FixedBatches:
-    """Makes at most `batches` batches that are the same at every call: one order, and no draws
-    (the first caption without a leading space, the first window and clip, "previous" visuals,
-    no augmentation). Rows that are missing in the last batch are padding; the contrastive
-    stage, where each row is every other's negative, has whole batches alone.
+    """Makes the held-out batches of a dataset, at most `batches`, the same at every call.
 
-    Args and Raises as `make_iterator`; also UserError where there is not even one contrastive
-    batch.
+    The order is fixed and nothing is random: first caption without a leading space, first
+    window and clip, "previous" visuals, no augmentation. The last batch is filled up with
+    padding rows, except in contrastive training, where rows are each other's negatives and an
+    incomplete batch is left out.
+
+    Args and Raises: as `make_iterator`; also UserError where there is no complete contrastive
+      batch.
     """
     _check_split(dataset, host_shard)
     spec = RowSpec(
@@ -275,6 +284,7 @@ def make_held_out(
 
 
 def _check_split(dataset: DatasetConfig, host_shard: HostShard) -> None:
+    """Raises UserError where a batch's rows do not divide over the data shards."""
     if dataset.batch_size % host_shard.row_shards:
         raise UserError(
             f"a batch of {dataset.batch_size} rows cannot be split over {host_shard.row_shards}"

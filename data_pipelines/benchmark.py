@@ -1,4 +1,4 @@
-"""How fast the datasets of a run are read, one by one and together."""
+"""Benchmarks reading datasets, each alone and all together (`launch.benchmark data`)."""
 
 import dataclasses
 import functools
@@ -24,17 +24,18 @@ ROWS = {
     "videos": DatasetConfig(kind="videos", batch_size=8, max_length=64, visuals=4, frames=8),
     "questions": DatasetConfig(kind="questions", batch_size=8, max_length=256, visuals=16),
 }
-"""What rows are made of a dataset that no config describes. Pages as in the paper (A.3.1),
-short texts packed as full as they come; of pages more rows to a batch, since most stretches of
-256 tokens have no image in them.
+"""Kind -> the rows made of a dataset that is given by its path alone. Pages have windows as in
+the paper (A.3.1), and more rows per batch since most windows of 256 tokens have no image;
+short texts are packed.
 """
 
 
 class ReadingBenchmark(NamedTuple):
-    """What was measured.
+    """The results of a benchmark.
 
-    readings: each dataset's rows beside a bare loop. rates: {dataset: {readers: images a second
-      by the clock}}. waiting: the part of the time that a step waits for all datasets together.
+    readings: {dataset: its speed on one core}.
+    rates: {dataset: {reader threads: images per second of wall time}}.
+    waiting: the fraction of its time that a training loop would wait for all datasets.
     """
 
     readings: dict[str, ReadingSpeed]
@@ -52,8 +53,15 @@ def benchmark_datasets(
     step_seconds: float,
     batches: int,
 ) -> ReadingBenchmark:
-    """Measures datasets that no config describes: rows as of `ROWS`, flipped, colours jittered
-    with strength `colour`.
+    """Benchmarks datasets by path, with the rows of `ROWS`, flips and colour jitter.
+
+    Args:
+      paths: the datasets' folders.
+      tokenizer: path of the tokenizer.
+      colour: strength of the colour jitter.
+      readers: number of reader threads; 0 for one per core.
+      step_seconds: how long a training step takes, for `waiting`.
+      batches: batches per pass.
 
     Raises: UserError where a dataset is missing or has no images.
     """
@@ -74,9 +82,9 @@ def benchmark_datasets(
 def benchmark_experiment(
     experiment: Experiment, *, readers: int | None, step_seconds: float, batches: int
 ) -> ReadingBenchmark:
-    """Measures the datasets of a config that have images, as its training reads them.
+    """Benchmarks the datasets of a config that have images, as its training reads them.
 
-    readers: threads, in place of the config's.
+    readers: number of reader threads; None for the config's.
     """
     vision = (experiment.contrastive or experiment.flamingo).vision  # type: ignore[union-attr]
     tokenizer = Tokenizer.load(pathlib.Path(experiment.tokenizer))
@@ -102,6 +110,7 @@ def _benchmark(
     step_seconds: float,
     batches: int,
 ) -> ReadingBenchmark:
+    """Measures each dataset alone, then all `iterators` together."""
     readings, rates = {}, {}
     for name, dataset in datasets.items():
         make = functools.partial(make_iterator, dataset, cache_bytes=0, **options)
@@ -118,6 +127,7 @@ def _benchmark(
 
 
 def _dataset(path: str, colour: float) -> DatasetConfig:
+    """Makes the config of a dataset given by its path; raises UserError for text."""
     kind = kind_of(tfds.builder_from_directory(str(dataset_folder(path))).info.features)
     if kind not in ROWS:
         raise UserError(

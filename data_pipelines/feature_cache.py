@@ -1,12 +1,16 @@
-"""A frozen encoder's features of every image of a split: made once, kept beside the dataset,
-read in the images' place.
+"""Caches a frozen vision encoder's features on disk: each image of a split is encoded once,
+and features are read instead of images.
 
-`<dataset>/features_<encoder>_<split>/00003.npy` holds those of the different images of
-records 3 * RECORDS to 4 * RECORDS, of which many may share one (questions do),
-`00003.counts.npy` how many images each of these has, and `00003.places.npy` where each
-image's features are. An image that cannot be read is NaN throughout; a record that was
-damaged on disk has a count of -1, and its part is made again once it is mended. A part that is
-torn or does not fit the dataset is made again.
+They are stored beside the dataset, in `features_<encoder>_<split>/`, in parts of `RECORDS`
+records:
+
+    00003.npy         [images, S, C], features of the distinct images of records 300..399 (many
+                      questions share an image)
+    00003.counts.npy  [records], images in each record, -1 for one that was damaged on disk
+    00003.places.npy  index into 00003.npy of each image, all records one after the other
+
+An image that cannot be decoded has NaN features. A part is made again if it is incomplete,
+does not match the dataset, or has a damaged record that has been repaired since.
 """
 
 import contextlib
@@ -33,9 +37,9 @@ from flamingo_jax.progress import Bar
 from flamingo_jax.storage import read_with_retries
 
 RECORDS = 100
-"""Records to a part."""
+"""Records per part."""
 BATCH = 64
-"""Images encoded at once."""
+"""Images per batch of the encoder."""
 NOT_WRITABLE = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -45,14 +49,15 @@ NOT_WRITABLE = (
     errno.ENOENT,
     errno.ENOTDIR,
 )
-"""Errors of writing that last until someone mends them."""
+"""Write errors that persist until someone acts, as opposed to a failing storage."""
 
 
 class Encoder(Protocol):
-    """A frozen vision encoder, as data pipelines know it.
+    """A frozen vision encoder.
 
-    digest: names weights, image size and type. shape, dtype: those of an image's features,
-      [S, C]. encode: uint8 [n, H, W, 3] -> [n, S, C].
+    digest: hash of its weights, image size and dtype.
+    shape: (S, C) of an image's features. dtype: of the features.
+    encode: uint8 [n, H, W, 3] -> [n, S, C].
     """
 
     @property
@@ -66,10 +71,13 @@ class Encoder(Protocol):
 
 
 class _Part(NamedTuple):
-    """What is known of a part without its features: counts int64 [records], -1 for a damaged
-    one; first int64 [records + 1], where the images of each record begin in `places` int64
-    [images], which is where their features are in the file; start: the byte at which these
-    begin there.
+    """The index of a part, which is held in memory while its features stay on disk.
+
+    path: the file of features.
+    counts: int64 [records], images in each record, -1 for a damaged one.
+    first: int64 [records + 1], record i's images are places[first[i]:first[i + 1]].
+    places: int64 [images], the index of each image's features in the file.
+    start: the byte in the file at which the features begin, after the .npy header.
     """
 
     path: str
@@ -80,12 +88,14 @@ class _Part(NamedTuple):
 
     @classmethod
     def load(cls, store: pathlib.Path, number: int, records: int, encoder: Encoder) -> "_Part":
-        """Raises OSError where it is missing or cannot be read, ValueError or EOFError where it
-        is torn or not of so many records.
+        """Reads a part's index and checks it against the size of its features file.
+
+        Raises: OSError where a file is missing or cannot be read; ValueError or EOFError where
+          it is incomplete, of another encoder, or not of `records` records.
         """
         counts, places = np.load(_counts(store, number)), np.load(_places(store, number))
         path = _part(store, number)
-        FILES.forget(str(path))  # It may be another file by now.
+        FILES.forget(str(path))  # An open handle may be of a file that was replaced since.
         with path.open("rb") as file:
             if (version := np.lib.format.read_magic(file)) != (1, 0):
                 raise ValueError(f"{path} is of version {version}")
@@ -108,7 +118,7 @@ class _Part(NamedTuple):
 
 
 class _File:
-    """An open file, closed when it is let go."""
+    """An open file descriptor that is closed when the object is garbage collected."""
 
     def __init__(self, path: str):
         self.number = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
@@ -119,14 +129,14 @@ class _File:
 
 
 FILES: OpenFiles[_File] = OpenFiles(_File)
-"""The open parts of all datasets of this process."""
+"""The open features files of all datasets of this process."""
 
 
 class CachedFeatures:
-    """The features of a split's images, read from disk. Safe to use from several threads.
+    """Reads cached features of a split's images from disk. Thread-safe.
 
-    They are not mapped into memory: each part would hold a descriptor, and storage that fails
-    under a mapped file kills the process.
+    Files are not memory-mapped: a storage error in a mapped file kills the process with
+    SIGBUS, and each mapping would hold a file open.
     """
 
     def __init__(self, parts: Sequence[_Part], shape: tuple[int, int], dtype: np.dtype):
@@ -134,9 +144,12 @@ class CachedFeatures:
         self.shape, self.dtype = shape, dtype
 
     def read(self, place: int, image: int) -> np.ndarray:
-        """[S, C] of a record's image, counted over all of its visuals and frames.
+        """Reads the features [S, C] of an image of record `place`.
 
-        Raises ImageError, and StorageError (see `read_again`).
+        image: its index among all frames of all of the record's visuals.
+
+        Raises: ImageError where the image could not be decoded; StorageError where the storage
+          kept failing.
         """
         number, within = divmod(place, RECORDS)
         part = self._parts[number]
@@ -152,6 +165,7 @@ class CachedFeatures:
         return features
 
     def _read(self, part: _Part, place: int) -> np.ndarray:
+        """Reads the features at index `place` of a part's file."""
         features = np.empty(self.shape, self.dtype)
         left = features.view(np.uint8).reshape(-1)
         at = part.start + place * features.nbytes
@@ -181,31 +195,34 @@ def load_or_encode(
     index: int = 0,
     count: int = 1,
 ) -> CachedFeatures:
-    """Loads a split's features from the dataset's folder; parts that are missing there, torn, or
-    older than the dataset, are made first.
+    """Loads a split's cached features, after encoding the parts that are missing, incomplete
+    or older than the dataset.
 
     Args:
-      feature: the feature of a record that holds its images.
-      image_size, mean, image_fit: side of the square images, the colour (0..1 a channel) that
-        pads them, how they become squares.
-      index, count: this process makes the parts index, index + count, ... and waits for the
-        others.
+      records: of the split, images encoded.
+      feature: the name of the records' feature with the images.
+      folder: the dataset's, in which the features are stored.
+      image_size, mean, image_fit: side of the square images, the colour (0..1 per channel)
+        that pads them, how they become squares.
+      index, count: of processes; this one makes the parts index, index + count, ... and waits
+        for the others.
 
     Raises:
-      UserError: the folder cannot be written to or has too little room, or parts are missing
-        after all.
-      StorageError: the storage failed for long.
+      UserError: the folder is not writable or full, or this process does not see the parts
+        that others made.
+      StorageError: the storage kept failing.
     """
     store = _FeatureStore(records, encoder, folder, split)
     images = _Images(records, feature, image_size, mean, image_fit)
     store.make_missing(images, index, count)
     if count > 1:
+        # A barrier: load only after all processes have written their parts.
         multihost_utils.sync_global_devices(str(store.path))
     return CachedFeatures(store.load_all(), encoder.shape, encoder.dtype)
 
 
 class _FeatureStore:
-    """The folder beside a dataset that keeps the features of one split by one encoder."""
+    """The folder of one split's features by one encoder."""
 
     def __init__(self, records: Sequence[Any], encoder: Encoder, folder: pathlib.Path, split: str):
         self._records, self._encoder, self._folder = records, encoder, folder
@@ -215,7 +232,7 @@ class _FeatureStore:
         self._loaded: dict[int, _Part] = {}
 
     def make_missing(self, images: "_Images", index: int, count: int) -> None:
-        """Makes the parts index, index + count, ... that are not there."""
+        """Makes those of the parts index, index + count, ... that are missing or outdated."""
         mine = [n for n in range(index, self._parts, count) if not self._lasts(n)]
         for number in mine:
             self._loaded.pop(number, None)
@@ -235,7 +252,7 @@ class _FeatureStore:
             ) from error
 
     def load_all(self) -> list[_Part]:
-        """Loads every part. Raises UserError where some are not there."""
+        """Loads the index of every part; raises UserError where some are missing."""
         loaded = [self._load(number) for number in range(self._parts)]
         whole = [part for part in loaded if part is not None]
         if len(whole) < self._parts:
@@ -246,7 +263,7 @@ class _FeatureStore:
         return whole
 
     def _lasts(self, number: int) -> bool:
-        """Whether a part is there, and what was damaged when it was made still is."""
+        """Returns whether a part is complete, and the records that were damaged still are."""
         part = self._load(number)
         return part is not None and all(
             UNREADABLE in self._records[number * RECORDS + int(place)]
@@ -254,7 +271,7 @@ class _FeatureStore:
         )
 
     def _load(self, number: int) -> _Part | None:
-        """A part, where it is whole and no older than the dataset; None where it is to be made."""
+        """Returns a part's index, or None where the part has to be made (again)."""
         if number not in self._loaded:
             part = self._read(number)
             if part is not None:
@@ -262,6 +279,7 @@ class _FeatureStore:
         return self._loaded.get(number)
 
     def _read(self, number: int) -> _Part | None:
+        """Reads a part's index; None where it is missing, incomplete or outdated."""
         store = self.path
         records = min((number + 1) * RECORDS, len(self._records)) - number * RECORDS
         files = _part(store, number), _places(store, number), _counts(store, number)
@@ -283,7 +301,8 @@ def _make(
     parts: list[int],
     title: str,
 ) -> None:
-    # A thread decodes the next part's images meanwhile.
+    """Encodes the images of parts and writes their files."""
+    # A thread decodes the next part's images while this one encodes.
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     images_of = grain.MapDataset.source(parts).map(images_in).to_iter_dataset(ahead)
     with Bar(title, len(parts)) as bar:
@@ -294,12 +313,13 @@ def _make(
             readable = [place for place, pixels in enumerate(images) if pixels is not None]
             for start in range(0, len(readable), BATCH):
                 places = readable[start : start + BATCH]
-                # One shape for all, so that the encoder is compiled once.
+                # Fill the last batch with its first image: one shape, so one compilation.
                 batch = np.stack(
                     [images[place] for place in places]
                     + [images[places[0]]] * (BATCH - len(places))
                 )
                 made[places] = encoder.encode(batch)[: len(places)]
+            # The features last: a killed process must not leave them without their index.
             _write(_counts(store, number), counts)
             _write(_places(store, number), places_of)
             _write(_part(store, number), made)
@@ -308,8 +328,10 @@ def _make(
 
 
 class _Images:
-    """A part's images: how many each record has (-1: it is damaged), for all in a row which
-    of the different ones it is, and these, with None for what cannot be read.
+    """Decodes a part's images and removes duplicates.
+
+    Calling it with a part's number returns (counts, places, distinct images): counts and
+    places as in the files, images uint8 [H, W, 3] or None where one cannot be decoded.
     """
 
     def __init__(
@@ -368,18 +390,20 @@ def _places(store: pathlib.Path, number: int) -> pathlib.Path:
 
 
 def _write(path: pathlib.Path, values: np.ndarray) -> None:
+    """Writes an array atomically, through a temporary file in the same folder."""
     temporary = path.with_name(f".{uuid.uuid4().hex}.npy")
     try:
         np.save(temporary, values)
         temporary.replace(path)
     except OSError:
-        # A full disk must not stay full of halves.
+        # Do not leave half a file on a disk that is full.
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
 
 
 def _require_room(store: pathlib.Path, size: int) -> None:
+    """Raises OSError (ENOSPC) where fewer than `size` bytes are free."""
     free = shutil.disk_usage(store).free
     if free < size:
         raise OSError(

@@ -1,5 +1,5 @@
-"""From an experiment to its inputs: an endless iterator for every training dataset, a few fixed
-batches for every held-out one.
+"""Makes the inputs of an experiment: an endless iterator for each training dataset, fixed
+batches for each held-out one. Start here to see what a process reads.
 """
 
 from collections.abc import Mapping
@@ -22,10 +22,14 @@ def make_iterators(
     host_shard: HostShard = WHOLE_BATCH,
     readers: Readers | None = None,
 ) -> dict[str, BatchIterator]:
-    """Makes a share of every training dataset, its images encoded where an encoder is given;
-    raises UserError for what cannot be read.
+    """Makes the iterators of `config.data`, {name: iterator}.
 
-    readers: the process's; None makes each batch when it is asked for.
+    Args:
+      encoder: return its cached features instead of images.
+      host_shard: which rows and visuals of each global batch this process reads.
+      readers: threads that prefetch batches; None makes each batch when it is asked for.
+
+    Raises: UserError for a dataset that cannot be read (see `make_iterator`).
     """
     options = _options(experiment, tokenizer, encoder, host_shard, readers)
     return {
@@ -41,8 +45,8 @@ def held_out_batches(
     host_shard: HostShard = WHOLE_BATCH,
     readers: Readers | None = None,
 ) -> dict[str, FixedBatches]:
-    """Makes a share of the first batches of every held-out dataset, read as they are asked
-    for.
+    """Makes the first `training.evaluate_batches` batches of each of `config.held_out`, {name:
+    batches}; a batch is read when it is asked for. Args and Raises as `make_iterators`.
     """
     options = _options(experiment, tokenizer, encoder, host_shard, readers)
     batches = experiment.training.evaluate_batches
@@ -53,7 +57,7 @@ def held_out_batches(
 
 
 def summary_line(summary: Mapping[str, Any]) -> str:
-    """Writes a dataset's summary (`data_pipelines.rows.RowReader.summary`) as one line."""
+    """Writes a dataset's summary (`data_pipelines.rows.RowReader.summary`) as one log line."""
     filled = "" if summary["fill"] is None else f" filled to {summary['fill']:.0%}"
     words = {
         "cut": "longer than a row",
@@ -71,6 +75,7 @@ def _options(
     host_shard: HostShard,
     readers: Readers | None,
 ) -> dict[str, Any]:
+    """Collects the arguments of `make_iterator` and `make_held_out` that datasets share."""
     process = jax.process_index(), jax.process_count()
     options: dict[str, Any] = {
         "tokenizer": tokenizer,

@@ -1,5 +1,5 @@
-"""Files that are read at random places stay open between reads, but only so many of them,
-whatever the number of shards and datasets.
+"""A least-recently-used cache of open files, so that datasets of any number of shards stay
+within the process's limit of open files.
 """
 
 import collections
@@ -12,19 +12,20 @@ from flamingo_jax.storage import TOO_MANY_OPEN, open_files_allowed, storage_fail
 T = TypeVar("T")
 
 SHARE = 4
-"""Shards, and kept features, take one in so many of the files that the process may have open
-each: the rest is for checkpoints, connections and sources.
+"""Each cache (there are two, of shards and of cached features) uses at most 1 / SHARE of the
+files that the process may open; the rest is for checkpoints, connections and sources.
 """
 MOST = 4_096
-"""Open at a time, however many are allowed: each takes some 50 kB."""
+"""The most open files of a cache, whatever the limit: each takes about 50 kB of memory."""
 
 
 class OpenFiles(Generic[T]):
-    """The files used last, opened. One that is closed to make room is closed when its last
-    reader lets go of it.
+    """The open files that were used most recently. Thread-safe.
 
-    Safe to use from several threads. `open_file` makes of a path what closes the file when it
-    is no longer referred to.
+    A file is not closed while another thread uses it: dropping it from the cache only drops a
+    reference.
+
+    open_file: opens a path; the object it returns closes the file when garbage collected.
     """
 
     def __init__(self, open_file: Callable[[str], T]):
@@ -35,17 +36,17 @@ class OpenFiles(Generic[T]):
         return len(self._files)
 
     def get(self, path: str) -> T:
-        """The open file.
+        """Returns the open file of a path, opening it if needed.
 
-        Raises what `open_file` raises, of too many open files only when no other of these is
-        left to close.
+        Raises: what `open_file` raises; for too many open files only after all others of this
+          cache have been closed.
         """
         with self._lock:
             if path in self._files:
                 self._files.move_to_end(path)
                 return self._files[path]
-        # Not under the lock: storage that is slow to open one file must not hold up those who
-        # read others. Two threads may both open it.
+        # Without the lock: a slow open must not block threads that read other files. Two
+        # threads may both open the file; one of the two is then closed.
         file = self._opened(path)
         with self._lock:
             self._files[path] = file
@@ -53,13 +54,12 @@ class OpenFiles(Generic[T]):
         return file
 
     def forget(self, path: str) -> None:
-        """What is wrong with an open file, such as a stale handle, is not with one that is
-        opened anew.
-        """
+        """Drops a file, so that the next `get` opens it again, e.g. after a stale handle."""
         with self._lock:
             self._files.pop(path, None)
 
     def _opened(self, path: str) -> T:
+        """Opens a file; on too many open files closes half of the cache and tries again."""
         while True:
             try:
                 return self._open(path)

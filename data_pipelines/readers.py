@@ -1,5 +1,7 @@
-"""The threads that make batches: one pool for all datasets of a process, whose work is a row's
-texts or one image.
+"""The pool of reader threads, which all datasets of a process share, and batches that it
+makes.
+
+A task is small, one row's text or one image, so that all threads work on the next batch due.
 """
 
 import atexit
@@ -17,20 +19,22 @@ from typing import Any
 from data_pipelines.transforms.examples import Arrays
 
 EXIT_SECONDS = 5.0
-"""The most that the end of the program waits for readers. One that comes out of a library's
-code only afterwards ends the program with a signal; one that storage holds for ever never does.
+"""The most seconds to wait for reader threads when the program exits.
+
+A thread that returns from C++ code after Python has shut down would crash the process; one
+that hangs on storage must not block the exit.
 """
 Job = Callable[[], None]
 Queue = queue.PriorityQueue[tuple[float, int, Job | None]]
 
 
 class Readers:
-    """Threads that all datasets share. A thread does the work of one row or image at a time, so
-    that every batch, however large, is made by all of them, and a dataset that is slow to read
-    gets those that others leave idle. Decoding and resizing, which are most of the work, let
-    other threads run.
+    """A pool of threads that works through a priority queue of tasks.
 
-    count: `config.training.readers`; 0 is one for each core that this process may use.
+    Threads suffice: decoding and resizing images, most of the work, release Python's global
+    interpreter lock.
+
+    count: number of threads (`config.training.readers`); 0 for one per core of this process.
     """
 
     def __init__(self, count: int = 0):
@@ -38,7 +42,8 @@ class Readers:
         self._queue: Queue = queue.PriorityQueue()
         self._places = itertools.count()
         for number in range(self.count):
-            # What a thread holds is the queue alone, so that it ends with the readers.
+            # Threads reference the queue, not this object: otherwise it would never be garbage
+            # collected, and its threads never end.
             thread = threading.Thread(
                 target=_work, args=(self._queue,), daemon=True, name=f"reader {number}"
             )
@@ -46,14 +51,14 @@ class Readers:
             _threads.add(thread)
         _all.add(self)
         self.close = weakref.finalize(self, _end, self._queue, self.count)
-        """Ends the threads when each has done what it is at, and waits for none: one may be
-        stuck on storage.
+        """Lets each thread end after its current task; does not wait, since one may hang on
+        storage.
         """
         self.close.atexit = False
 
     def add(self, order: float, work: Job) -> None:
-        """To be done before all of a higher order, and after all of the same that was added
-        before.
+        """Queues a task. Tasks of lower `order` are done first, equal ones in order of
+        addition.
         """
         self._queue.put((order, next(self._places), work))
 
@@ -70,32 +75,36 @@ _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 @atexit.register
 def _end_all() -> None:
+    """Ends all pools when the program exits, waiting at most `EXIT_SECONDS`."""
     deadline = time.monotonic() + EXIT_SECONDS
     for readers in list(_all):
-        # Not by `close`: finalizers do nothing from here on.
+        # Not `close`: weakref finalizers no longer run during exit.
         _end(readers._queue, readers.count)
     for thread in list(_threads):
         thread.join(max(deadline - time.monotonic(), 0.0))
 
 
 def _work(waiting: Queue) -> None:
+    """Runs tasks until a None arrives; the loop of a reader thread."""
     while True:
         _, _, work = waiting.get()
         if work is None:
             return
         work()
-        # Not while it waits for the next: what the work held may be a batch.
+        # Do not keep the task, which may reference a whole batch, alive while waiting for the
+        # next.
         del work
 
 
 def _end(waiting: Queue, count: int) -> None:
+    """Queues a None for each thread, before all other tasks."""
     for number in range(count):
         waiting.put((float("-inf"), number - count, None))
 
 
 class PendingBatch:
-    """A batch in the making: pieces of work, which may add others, and what is made when all
-    are done.
+    """A future of a batch: tasks that may add further tasks, and a last step when all are
+    done.
     """
 
     def __init__(
@@ -104,9 +113,13 @@ class PendingBatch:
         readers: Readers | None = None,
         order: float = 0,
     ):
-        """begin: the first piece of work; it returns what finishes the batch. readers: None
-        leaves all work to the thread that asks for the result. order: among the readers'
-        batches.
+        """Queues the first task.
+
+        Args:
+          begin: the first task. It adds the others and returns the function that makes the
+            arrays once these are done.
+          readers: None runs all tasks in the thread that calls `result`.
+          order: priority among the readers' batches, lower first.
         """
         self._begin, self._readers, self._order = begin, readers, order
         self._lock = threading.Lock()
@@ -119,18 +132,22 @@ class PendingBatch:
         self.add(self._start)
 
     def add(self, work: Job, soon: bool = False) -> None:
-        """Job without which the batch is not whole. soon: readers do it before the rest of the
-        batch's. After a piece that failed none is begun."""
+        """Adds a task that the batch waits for. After a task has failed no other is started.
+
+        soon: do it before the batch's other tasks; without readers it has no effect.
+        """
         with self._lock:
             self._left += 1
         run = functools.partial(self._run, work)
         if self._readers is None:
             self._here.append(run)
         else:
+            # Orders are integers: half a step is before this batch's others, but after the
+            # previous batch.
             self._readers.add(self._order - soon / 2, run)
 
     def result(self) -> Arrays:
-        """Waits for the batch. Raises what a piece of its work raised."""
+        """Waits for the batch and returns it; raises what one of its tasks raised."""
         while self._here:
             self._here.popleft()()
         self._ready.wait()
@@ -140,13 +157,14 @@ class PendingBatch:
         return self._made
 
     def cancel(self) -> None:
-        """What is not begun will not be."""
+        """Skips all tasks that have not started."""
         self._cancelled = True
 
     def _start(self) -> None:
         self._finish = self._begin(self)
 
     def _run(self, work: Job) -> None:
+        """Runs a task; the last one to finish also makes the arrays."""
         self._try(work)
         with self._lock:
             self._left -= 1

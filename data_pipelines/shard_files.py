@@ -1,5 +1,5 @@
-"""Serialised records by position over the shards of a split, with a bounded number of shards
-open.
+"""Random access to serialised records across a split's ArrayRecord shards, with a bounded
+number of shards open.
 """
 
 import bisect
@@ -14,12 +14,12 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.storage import read_with_retries, storage_failure
 
 OPTIONS = "readahead_buffer_size:0"
-"""Records are read at random places: what stands behind one is not wanted."""
+"""No readahead: records are read in random order, so the bytes after one are of no use."""
 BUFFER_BYTES = 32_768
 
 
 class Shard(NamedTuple):
-    """A file's `records` of a split, from its `first` on."""
+    """A shard file: records first..first + records of it belong to the split."""
 
     path: str
     first: int
@@ -27,13 +27,12 @@ class Shard(NamedTuple):
 
 
 def _open(path: str) -> Any:
-    """An array_record reader of a file, which tells only when it is used that the file could
-    not be opened. Safe to use from several threads.
-    """
+    """Opens an ArrayRecord reader; thread-safe."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     reader = ArrayRecordReader(path, options=OPTIONS, file_reader_buffer_size=BUFFER_BYTES)
     if not reader.ok():
+        # The constructor does not raise where the file could not be opened; a read does.
         reader.read([0])
     return reader
 
@@ -43,15 +42,15 @@ READERS: OpenFiles[Any] = OpenFiles(_open)
 
 
 class Shards(Sequence[bytes]):
-    """The records of a split as they are stored. Safe to use from several threads.
+    """Reads the serialised records of a split by index. Thread-safe.
 
-    Raises UserError where files are missing.
+    Raises: UserError where files are missing.
     """
 
     def __init__(self, shards: Sequence[Shard], name: str):
         self._shards = [shard for shard in shards if shard.records]
         for shard in self._shards:
-            READERS.forget(shard.path)  # It may be another file by now.
+            READERS.forget(shard.path)  # An open reader may be of a file that was replaced.
         self._ends = list(itertools.accumulate(shard.records for shard in self._shards))
         folders = {pathlib.Path(shard.path).parent for shard in self._shards}
         there = {
@@ -69,11 +68,14 @@ class Shards(Sequence[bytes]):
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, place: Any) -> Any:
-        """Raises IndexError past the end, StorageError where the storage fails for long, and
-        RuntimeError for bytes that are damaged.
+        """Reads one record's bytes.
+
+        Raises: IndexError past the end; StorageError where the storage kept failing;
+          RuntimeError for damaged bytes.
         """
         if not 0 <= place < len(self):
             raise IndexError(f"there are {len(self)} records")
+        # `_ends` are cumulative record counts: the first end beyond `place` is the shard's.
         number = bisect.bisect_right(self._ends, place)
         shard = self._shards[number]
         within = shard.first + place - (self._ends[number] - shard.records)
@@ -81,6 +83,7 @@ class Shards(Sequence[bytes]):
 
 
 def _read(path: str, place: int) -> bytes:
+    """Reads a record of a shard; after a storage error the shard is opened again next time."""
     try:
         return READERS.get(path).read([place])[0]
     except Exception as error:

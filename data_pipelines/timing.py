@@ -1,5 +1,5 @@
-"""How fast a dataset is read on one core, against a loop that does nothing but decode the same
-images; what more readers gain; how long a step waits.
+"""Measures reading speed: on one core against a loop that only decodes the same images, with
+several reader threads, and how long a training step would wait for data.
 """
 
 import contextlib
@@ -19,14 +19,18 @@ from data_pipelines.readers import Readers
 from flamingo_jax.processing import images
 
 PASSES = 5
-"""Of each loop, in turn, so that a slow moment of the machine meets both; the medians are
-taken.
+"""Repetitions of each loop. They alternate, so that other load on the machine affects all
+alike; the median is reported.
 """
 
 
 class ReadingSpeed(NamedTuple):
-    """Images a second of the bare loop and of the rows. fill: part of the rows' tokens that
-    is no padding. images: met in one pass.
+    """Reading speed on one core.
+
+    bare: images per second of the loop that only decodes.
+    rows: images per second of the iterator.
+    fill: fraction of the rows' tokens that is not padding.
+    images: number of images in a pass.
     """
 
     bare: float
@@ -36,16 +40,17 @@ class ReadingSpeed(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Of the bare loop's speed."""
+        """Returns the iterator's speed as a fraction of the bare loop's."""
         return self.rows / self.bare
 
 
 def time_reading(iterator: BatchIterator, image_size: int, batches: int) -> ReadingSpeed:
-    """Makes the first `batches` batches of an iterator that reads nothing ahead and keeps no
-    image, and decodes their images alone.
+    """Times an iterator's first `batches` batches, and decoding alone of the same images.
 
-    Every pass makes the same rows. What an iterator keeps of texts is there from the second on,
-    as it is in training from the second epoch.
+    Each pass makes the same rows. Tokens are cached after the first, uncounted pass, as in
+    training after the first epoch.
+
+    iterator: without readers (so that it works in this thread) and without an image cache.
     """
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -70,10 +75,17 @@ def time_reading(iterator: BatchIterator, image_size: int, batches: int) -> Read
 def time_readers(
     make: Callable[[Readers], BatchIterator], counts: Sequence[int], batches: int
 ) -> dict[int, float]:
-    """Measures images a second by the clock, by how many readers make them: the first
-    `batches` batches of each `make(readers)`, which keeps no image.
+    """Measures images per second of wall time by number of reader threads.
 
-    The first pass is not counted: it fills what is kept of texts. Then all numbers take turns.
+    The first pass, which fills the cache of tokens, is not counted; then the numbers
+    alternate.
+
+    Args:
+      make: makes an iterator, without an image cache, that these readers prefetch.
+      counts: the numbers of threads.
+      batches: batches per pass.
+
+    Returns: {number of threads: images per second}.
     """
     iterators = {count: make(Readers(count)) for count in counts}
     rates: dict[int, list[float]] = {count: [] for count in counts}
@@ -94,8 +106,9 @@ def time_readers(
 
 
 def bare(data: bytes, size: int) -> np.ndarray:
-    """Reads an image as anyone would: decoded, as small as the JPEG allows, and resized so
-    that the longer side is `size`.
+    """Decodes an image the obvious way: at the smallest sufficient JPEG scale, then resized so
+    that the longer side is `size`. It is the baseline, deliberately independent of
+    `images.decode`.
     """
     with Image.open(io.BytesIO(data)) as image:
         image.draft("RGB", (2 * size, 2 * size))
@@ -105,8 +118,8 @@ def bare(data: bytes, size: int) -> np.ndarray:
 
 
 def waiting_share(iterators: Mapping[str, BatchIterator], step_seconds: float, steps: int) -> float:
-    """Measures the part of the time that a loop waits which takes a batch of each iterator and
-    `step_seconds` for a step; the first batches are not counted.
+    """Measures which fraction of its time a training loop would wait for data, if a step took
+    `step_seconds` and a batch of each iterator. The first batches are not counted.
     """
     for it in iterators.values():
         next(it)
@@ -122,9 +135,9 @@ def waiting_share(iterators: Mapping[str, BatchIterator], step_seconds: float, s
 
 
 def _seconds(work: Iterable[Any]) -> float:
-    """Of the processor, so that what else runs on the machine does not count.
+    """Measures the CPU seconds of an iteration, so that other processes do not count.
 
-    What is made is let go at once, as training does after a step.
+    Items are dropped at once, as in training after a step.
     """
     began = time.process_time()
     for _ in work:
@@ -134,7 +147,7 @@ def _seconds(work: Iterable[Any]) -> float:
 
 @contextlib.contextmanager
 def _decoded() -> Iterator[list[bytes]]:
-    """The files that are decoded meanwhile, in order."""
+    """Records the encoded images that are decoded within the context, in order."""
     met: list[bytes] = []
     decode = images.decode
 
@@ -151,7 +164,7 @@ def _decoded() -> Iterator[list[bytes]]:
 
 @contextlib.contextmanager
 def _one_core() -> Iterator[None]:
-    """Where the system can pin a process."""
+    """Pins the process to one core, where the system allows it."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
