@@ -11,6 +11,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
+        # Most of the tests' time is LLVM's, and they run each program a few times.
+        "--xla_backend_optimization_level=0",
         # Eight devices share few cores: a slow machine is not a deadlock.
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     ]
