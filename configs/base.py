@@ -92,6 +92,7 @@ def arguments(
     takes = f"configs/{config}.py takes {','.join(f'{key}=...' for key in keys)}"
     found: dict[str, str] = {}
     named = False
+    # KEY=VALUE, or a value for the key of this place, or a part of the last value.
     for place, part in enumerate(argument.split(",") if argument else ()):
         here = keys[min(place, len(keys) - 1)]
         key, equals, value = part.partition("=")
@@ -225,6 +226,7 @@ def mixture(
             p_next=0.5,
             pack=False,
         ),
+        # The weights are the paper's: M3W 1, ALIGN and LTIP 0.2, VTP 0.03.
         "align": DatasetConfig(
             "pairs",
             f"{DATA}/align",

@@ -24,6 +24,7 @@ from flamingo_jax.experiment import (
     TrainingConfig,
 )
 
+# MeshConfig(data, fsdp, model)
 MACHINES = {
     "v4_8x8x8": base.Machine(MeshConfig(-1, 1, 1), microbatches=2),
     "v5p_8x8x4": base.Machine(MeshConfig(-1, 1, 1), microbatches=4),

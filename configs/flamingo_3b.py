@@ -12,6 +12,7 @@ from configs import base
 from flamingo_jax.configuring import to_config
 from flamingo_jax.experiment import MeshConfig
 
+# MeshConfig(data, fsdp, model)
 MACHINES = {
     "v4_2x2x4": base.Machine(MeshConfig(1, 16, 1)),
     "v5e_8x8": base.Machine(MeshConfig(1, 64, 1)),

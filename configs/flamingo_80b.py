@@ -21,6 +21,7 @@ from configs import base
 from flamingo_jax.configuring import to_config
 from flamingo_jax.experiment import MeshConfig
 
+# MeshConfig(data, fsdp, model)
 MACHINES = {
     "v4_8x12x16": base.Machine(MeshConfig(3, 32, 16)),
     "v4_8x12x16_wide": base.Machine(MeshConfig(3, 64, 8)),

@@ -13,6 +13,7 @@ from configs import base
 from flamingo_jax.configuring import to_config
 from flamingo_jax.experiment import MeshConfig
 
+# MeshConfig(data, fsdp, model)
 MACHINES = {
     "v4_4x4x4": base.Machine(MeshConfig(1, 32, 2)),
     "v5e_8x8": base.Machine(MeshConfig(1, 16, 4)),

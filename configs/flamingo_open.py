@@ -58,6 +58,7 @@ VISION_ENCODER = "models/siglip-so400m-patch14-384"
 DATASETS = "pages=pages+pairs=pairs+videos=videos"
 TINY_DATASETS = "m3w=pages+ltip=pairs+vtp=videos"
 
+# MeshConfig(data, fsdp, model)
 MACHINES = {
     # One GPU of 141 GB: microbatches that fit beside 16 GB of frozen weights and 16 bytes per
     # trained parameter.

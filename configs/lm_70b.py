@@ -13,6 +13,7 @@ from configs import base
 from flamingo_jax.configuring import to_config
 from flamingo_jax.experiment import MeshConfig
 
+# MeshConfig(data, fsdp, model)
 MACHINES = {
     "v4_8x12x16": base.Machine(MeshConfig(3, 32, 16), microbatches=4),
     "v5p_8x8x4": base.Machine(MeshConfig(1, 16, 16), microbatches=12),

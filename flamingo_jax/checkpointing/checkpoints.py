@@ -139,6 +139,8 @@ class Checkpoints:
                     self._remove_damaged(step)
                 else:
                     self._path(step).mkdir(parents=True)
+                # Written first: a folder with this file is recognised as an unfinished save of
+                # ours.
                 manifest.write_atomically(self._path(step) / CONTENTS, text)
             self._cleaned = True
             # orbax refuses arrays without elements; `restore` makes them from the template.
@@ -149,6 +151,8 @@ class Checkpoints:
         except Exception as error:  # noqa: BLE001 - whatever orbax raises, the save has failed
             self._failure = (step, error)
             self._raise_failure()
+        # The arrays have been copied to the host; a thread waits for the files and writes the
+        # manifest while training goes on.
         self._ending = threading.Thread(target=self._end, args=(step,), name=f"checkpoint-{step}")
         self._ending.start()
 
@@ -172,6 +176,7 @@ class Checkpoints:
             # others wait for process 0 at a barrier without a limit.
             self._group.barrier("the search for the newest checkpoint")
             found = int(
+                # -1 stands for no checkpoint, since a collective needs a number.
                 multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step))
             )
             step = None if found < 0 else found
@@ -207,6 +212,7 @@ class Checkpoints:
         wanted = named_arrays(template)
         saved = self._contents(step)["arrays"]
         require_same_arrays(saved, wanted, self._path(step))
+        # Targets without a sharding go to the first local device.
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         targets = {
             name: jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=like.sharding or here)
@@ -294,6 +300,7 @@ class Checkpoints:
         ) from error
 
     def _remove_old(self, newest: int) -> None:
+        # The step that has just been saved is never removed.
         kept = {newest, *self._steps()[: self._keep_last]}
         for step in self._steps():
             if step not in kept and not (self._keep_every and step % self._keep_every == 0):

@@ -196,6 +196,8 @@ def _shards(
     size = 0
     for leaf, array in layers:
         array = np.asarray(array, order="C")
+        # Start another file when this array would not fit; a larger one gets a file of its
+        # own.
         if shard and size + array.nbytes > shard_bytes:
             yield shard
             shard, size = {}, 0
@@ -234,6 +236,7 @@ class Export:
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns {flat stacked name: shape}."""
+        # The size of each layer axis is the largest index in the names, plus one.
         counts: dict[str, list[int]] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for leaf in self._files:

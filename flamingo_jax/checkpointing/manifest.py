@@ -204,6 +204,7 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
         # An object of a bucket appears only when it is complete.
         path.write_bytes(content)
         return
+    # Write to a temporary name, flush to the disk, and rename, which is atomic.
     temporary = path.with_name(unfinished(path.name))
     with open(temporary, "wb") as file:
         file.write(content)
@@ -255,6 +256,7 @@ def _parts(path: pathlib.Path, sync: bool, total: int | None) -> Iterator[bytes]
     total: size of the file, if known, which saves a request to a bucket.
     """
     if paths.is_bucket(path):
+        # Byte ranges, so that a large object is never in memory completely.
         bucket: Any = path
         total = paths.version(path).bytes if total is None else total
         for start in range(0, total, _BUCKET_PART):

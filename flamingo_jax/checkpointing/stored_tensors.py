@@ -177,13 +177,17 @@ def layout(term: Term, shape: tuple[int, ...]) -> TensorLayout:
     """Works out the layout of a term for a parameter (or one layer of it) of this shape."""
     if not term.form:
         return TensorLayout(shape, shape, (), tuple(range(len(shape))), False)
+    # "(h d) w -> w h d" gives left [[h, d], [w]] and right [[w], [h], [d]].
     left, right = (list(_axes(side)) for side in term.form.split("->"))
     sizes = dict(term.sizes)
+    # Infer the sizes of axes from the parameter's shape; within brackets all but one are
+    # known.
     for axes, size in zip(right, shape, strict=True):
         for axis in axes:
             sizes.setdefault(
                 axis, size // math.prod(sizes[other] for other in axes if other in sizes)
             )
+    # The tensor's axes with brackets split, and the ones that remain after `pick`.
     names = [axis for axes in left for axis in axes]
     kept = [axis for axis in names if axis not in term.pick]
     order = tuple(kept.index(axis) for axes in right for axis in axes)

@@ -136,6 +136,7 @@ def _spread(
         for axes in sharding.spec
     ]
     spec += [()] * (len(shape) - len(spec))
+    # Mesh axes over which the parameter would be replicated, the largest first.
     free = [axis for axis in mesh.shape if not any(axis in axes for axes in spec)]
     for axis in sorted(free, key=lambda axis: -mesh.shape[axis]):
         for place in (*range(lead), *([lead + order.index(0)] if order else [])):
@@ -181,6 +182,7 @@ class HostBuffer:
         shape = tuple(part.stop - part.start for part in (*layers, *slices))
         size = math.prod(shape) * dtype.itemsize
         memory = np.empty(size + ALIGNMENT, np.uint8)
+        # numpy does not align memory, so take an aligned part of a larger buffer.
         first = -memory.ctypes.data % ALIGNMENT
         self.buffer = memory[first : first + size].view(dtype).reshape(shape)
 
@@ -262,6 +264,7 @@ def _shards(
     target: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding, lead: int
 ) -> list[_Shard]:
     """Makes a buffer for each shard of the array on the devices of this process."""
+    # Devices with the same slice of the array share one buffer on CPU.
     holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(target.shape).items():
         bounds = tuple(
@@ -302,6 +305,8 @@ def _pieces(
         for s in shards
         if all(part.start <= place < part.stop for part, place in zip(s.layers, layer, strict=True))
     ]
+    # Only a single term without merged axes can be read in pieces of rows; other parameters
+    # are small and are read completely.
     form = layout(terms[0], shape)
     simple = len(terms) == 1 and not form.merged and form.split
     if not shards:
@@ -311,11 +316,14 @@ def _pieces(
         return
     tensor, order = stored[terms[0].name], form.order
     dtype = np.dtype(DTYPES[tensor.dtype])
+    # Bytes of a row, and the offset of the first row of this term in the file.
     row = math.prod(form.split[1:]) * dtype.itemsize
     start = tensor.start + math.prod(tensor.shape[1:]) * dtype.itemsize * terms[0].first
+    # Rows of the tensor are sliced as the parameter's axis that they become.
     wanted = [shard.slices[order.index(0)] for shard in shards]
     first, last = min(part.start for part in wanted), max(part.stop for part in wanted)
     step = max(1, PIECE // max(row, 1))
+    # Pieces of complete tiles are transposed fastest.
     step -= step % TILE[0] if step > TILE[0] else 0
     for begin in range(first, last, step):
         end = min(begin + step, last)
@@ -340,8 +348,10 @@ def _distribute(
         low, high = max(begin, part.start), min(end, part.stop)
         if low >= high:
             continue
+        # In the tensor's order of axes: the part of the piece that this shard holds.
         cut = [shard.slices[form.order.index(place)] for place in range(len(form.order))]
         cut[0] = slice(low - begin, high - begin)
+        # In the parameter's order of axes: where that part is in the shard's buffer.
         places = [slice(0, other.stop - other.start) for other in shard.slices]
         places[axis] = slice(low - part.start, high - part.start)
         number = tuple(place - part.start for place, part in zip(layer, shard.layers, strict=True))

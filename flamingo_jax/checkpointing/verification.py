@@ -90,16 +90,20 @@ def file_digests(
     if exchange.count > 1:
         process_group.barrier(f"what is known of {folder}")
         gathered = exchange.gather(np.append(told, np.uint8(known)))
+        # The last element says whether a process knows all digests already. All must, or all
+        # of them take part in the exchange below.
         among, known = gathered[:, :-1], bool(gathered[:, -1].all())
         _require_equal(among[:, :SHA], folder, "other files")
     if known:
         return {name: _known[stamp] for name, stamp in stamps.items()}
+    # The processes that see the same files as this one divide them among themselves.
     same = np.flatnonzero((among == among[exchange.index]).all(1)).tolist()
     shares = partition_by_size([stamp.bytes for stamp in stamps.values()], len(same))
     mine = [names[place] for place in shares[same.index(exchange.index)]]
     found = _hash(folder, mine, process_group)
     if exchange.count > 1:
         found = _share_digests(folder, names, stamps, found, process_group, exchange)
+    # Remember the digests, but not of files that have just changed.
     settled = time.time() - SETTLED_SECONDS
     _known.update({m: found[n] for n, m in stamps.items() if m.changed < settled})
     return found
@@ -178,6 +182,7 @@ def _share_digests(
     complete: dict[str, FileDigest] = {}
     for place, name in enumerate(names):
         hashed = gathered[:, place]
+        # Zeros are from processes that did not hash this file.
         hashed = hashed[hashed.any(1)]
         _require_equal(hashed, folder / name, "another content")
         complete[name] = FileDigest(stamps[name].bytes, hashed[0].tobytes().hex())

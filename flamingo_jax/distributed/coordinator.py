@@ -256,6 +256,7 @@ class Coordinator:
         if self.decision is not None:
             # Also to supervisors whose child has exited, which wait for the decision.
             yield list(self._peers), {"decision": dataclasses.astuple(self.decision)}
+        # Training: release complete barriers, and look for slow processes.
         elif self._running:
             for where in [where for where, who in self._waiting.items() if len(who) == self._count]:
                 del self._waiting[where]
@@ -263,9 +264,11 @@ class Coordinator:
                 yield present, {"barrier_passed": where}
             if now - self._looked >= LOOK_EVERY:
                 yield from (([0], {"log": sentence}) for sentence in self._held_up(now))
+        # Storage check: begin the next stage when all have completed this one.
         elif self._stage is not None:
             if all(peer.probed == STAGES[self._stage] for peer in self._peers.values()):
                 yield from self._next_stage(present, now)
+        # All processes are connected: compare their fingerprints, then check the storage.
         elif len(self._peers) == self._count and all(
             peer.fingerprint is not None for peer in self._peers.values()
         ):
@@ -282,6 +285,7 @@ class Coordinator:
             else:
                 self._stage = -1
                 yield from self._next_stage(present, now)
+        # Waiting for processes: log which ones are missing.
         elif now - self._said >= SAY_EVERY:
             self._said = now
             yield present, {"log": f"waiting for {self._missing()}, for {now - self._began:.0f} s"}
@@ -374,6 +378,7 @@ class Coordinator:
         waits = {peer.index: (peer.waited - peer.waited_before) / window for peer in peers}
         for peer in peers:
             peer.waited_before = peer.waited
+        # Steps that all processes have reported, with their times of arrival.
         together = {
             step: times for step, times in self._arrivals.items() if len(times) == self._count
         }
@@ -394,6 +399,7 @@ class Coordinator:
             for step, times in self._arrivals.items()
             if step >= newest - 1 and len(times) < self._count
         }
+        # A process is slow if it loses much more time than the median of the others.
         for shares, what in ((waits, "waits for its data"), (lags, "comes later to its steps")):
             for peer in peers:
                 others = (

@@ -163,6 +163,7 @@ class SupervisorClient:
         return contextlib.nullcontext()
 
     def heartbeat(self, step: int, phase: str, waited: float) -> None:
+        # Not at every step: short steps would flood the supervisor with messages.
         if phase == self._phase and step % self._stride:
             return
         now = time.monotonic()

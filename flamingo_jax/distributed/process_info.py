@@ -71,6 +71,7 @@ def detect_process(
     index = _number(INDEX) if index is None else index
     if count == 1:
         return None
+    # Nothing was given but perhaps a count: ask the cluster.
     if address is None and index is None:
         found = _detect()
         if found is not None and count not in (None, found.count):
@@ -83,6 +84,7 @@ def detect_process(
         if count is None:
             _require_alone()
             return None
+    # Otherwise all three values are needed.
     known = {
         f"--coordinator (or {ADDRESS})": address,
         f"--processes (or {COUNT})": count,

@@ -93,6 +93,7 @@ class _Supervisor:
         ours, theirs = socket.socketpair()
         environment = os.environ | {SUPERVISOR_FD: str(theirs.fileno())}
         child = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
+        # The child has inherited its end; closing ours lets us see when the child closes it.
         theirs.close()
         child_socket = JsonSocket(ours)
         # Forward signals to the child, which saves and exits.

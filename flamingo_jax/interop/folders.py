@@ -134,12 +134,15 @@ def open_folder(folder: str | pathlib.Path, part: ModelPart) -> PublishedFolder:
     unread: tuple[str, ...] = (*family.unread, *family.also_unread(config))
     if isinstance(config, LanguageModelConfig):
         config = content.with_own_head(config, family, stored)
+        # A tied head may be stored as well; `with_own_head` has checked that it is the
+        # embedding.
         unread += (re.escape(family.head),) if config.tied_embeddings else ()
         model: Any = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
     else:
         model = nnx.eval_shape(lambda: vision_encoder(config, rngs=nnx.Rngs(0)))
     shapes = {name: value.shape for name, value in to_flat(nnx.state(model)).items()}
     sources, wanted = _expand(family.table(config), shapes)
+    # A model that was saved without its head has names without the prefix: add it.
     if not any(name.startswith(family.prefix) for name in stored):
         stored = {
             name if name == family.head else family.prefix + name: tensor
@@ -180,6 +183,7 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
         names = Document.read(folder / INDEX).inside("weight_map")
         files = sorted({str(names.given(name)) for name in names})
         for name in files:
+            # The index must not refer to files outside of the folder.
             if pathlib.PurePath(name).name != name:
                 raise UserError(
                     f"{folder / INDEX} names the file {name!r}, which does not lie beside it:"
@@ -228,6 +232,8 @@ def _expand(
                 term._replace(name=term.name.replace("{}", str(layer))) for term in table[name]
             )
         for term in table[name]:
+            # The shape of the tensor that the term needs. With `taken`, another term of the
+            # same tensor determines its number of rows.
             found = layout(term, one).stored
             if term.taken is None:
                 full = (found[0] + term.first, *found[1:]) if term.first else found

@@ -65,6 +65,7 @@ def verify_language_model(folder: str | pathlib.Path) -> Comparison:
         rows[row, : len(text)], segments[row, : len(text)] = text, 1
     positions = np.broadcast_to(np.arange(rows.shape[1]), rows.shape)
     ours = np.asarray(nnx.jit(lambda model: model(rows, positions, segments))(loaded.model))
+    # Free our weights before the original is loaded.
     del loaded
     original = _original(transformers.AutoModelForCausalLM, folder)
     with torch.no_grad():
@@ -76,6 +77,7 @@ def verify_language_model(folder: str | pathlib.Path) -> Comparison:
         np.float64
     )
     expected = np.concatenate(theirs).astype(np.float64)
+    # In float64, so that the divergence itself has no rounding error.
     p, q = _log_softmax(expected), _log_softmax(mine)
     return Comparison(
         _relative(mine, expected), float((np.exp(p) * (p - q)).sum(-1).mean()), expected.size

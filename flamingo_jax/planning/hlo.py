@@ -21,11 +21,16 @@ COLLECTIVES = (
 )
 _BITS = {"pred": 8, "token": 0}
 """Bits of the types whose name does not contain them, as "bf16" does."""
+# `%body.1 (arg: f32[8]) -> f32[8] {` begins a computation.
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+)(?: \(.*)? \{$")
+# `  ROOT %add.2 = f32[8]{0} add(%a, %b), metadata=...` is an instruction.
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
+# `bf16[128,256]`, in tuples several of them.
 _SHAPE = re.compile(r"\b(pred|token|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
+# In the backend_config of a while loop.
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+# Attributes that name the computations which an instruction calls.
 _CALLED = re.compile(
     r"(?:calls|body|to_apply|branch_computations|true_computation|false_computation)=\{?(%?[\w.\-]+(?:,"
     r" ?%?[\w.\-]+)*)\}?"
@@ -83,6 +88,7 @@ def summarise(text: str) -> Summary:
         for instruction in computations[name]:
             found = _CYCLES.search(instruction.rest)
             cycles += times * int(found[1]) if found else 0
+            # An asynchronous collective is a pair of -start and -done; count its start.
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 collectives[kind, first_group(instruction.rest), _largest(instruction.shape)] += (
@@ -227,6 +233,7 @@ def _flops(computations: Mapping[str, list[Instruction]], name: str) -> int:
         left, right = operands
         result = _sizes(instruction.shape)
         if instruction.opcode == "dot":
+            # 2 FLOPs for each element of the result and of the contracted axes.
             axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
             total += (
                 2
@@ -254,6 +261,7 @@ def _taps(left: Sequence[int], right: Sequence[int], result: Sequence[int], attr
     def numbers(name: str) -> list[int] | None:
         return [int(n) for n in window[name].split("x")] if name in window else None
 
+    # Batch, output features and input features; spatial taps are counted per axis below.
     taps = result[labels[3].index("b")] * result[labels[3].index("f")] * right[labels[2].index("i")]
     for axis in filter(str.isdigit, labels[1]):
         place = int(axis)
@@ -267,6 +275,7 @@ def _taps(left: Sequence[int], right: Sequence[int], result: Sequence[int], attr
             for name in ("stride", "lhs_dilate", "rhs_dilate")
         )
         low = int(window["pad"].split("x")[place].split("_")[0]) if "pad" in window else 0
+        # Position in the dilated input of every (output, kernel) pair along this axis.
         at = np.arange(out)[:, None] * stride + np.arange(kernel) * step - low
         taps *= int(((at >= 0) & (at <= (size - 1) * spread) & (at % spread == 0)).sum())
     return taps

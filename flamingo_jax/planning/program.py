@@ -145,6 +145,7 @@ def compile_held_out(experiment: Experiment, mesh: Mesh) -> dict[str, Memory]:
     """
     check_batches(experiment, mesh)
     setup, task = make_setup(experiment, mesh), stages.make_task(experiment)
+    # Bytes of the optimizer's moments on one device.
     beside = sum(
         math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
         for a in jax.tree.leaves(setup.state.optimizer)
@@ -163,11 +164,13 @@ def _compile(traced: jax.stages.Traced, mesh: Mesh) -> tuple[jax.stages.Compiled
         with jax.set_mesh(mesh):
             compiled = compile_traced(traced, mesh.devices.flat[0].platform)
     except jax.errors.JaxRuntimeError as error:
+        # The TPU compiler refuses programs that do not fit into the memory of a chip.
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise DoesNotFit(_needed(str(error))) from error
     analysis = compiled.memory_analysis()
     assert analysis is not None, "every XLA backend has it"
+    # The state is donated: its new values reuse the memory of the old ones.
     results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return compiled, Memory(analysis.argument_size_in_bytes, results, analysis.temp_size_in_bytes)
 
@@ -186,6 +189,7 @@ def _largest(setup: TrainSetup) -> list[dict[str, Any]]:
     for role, arrays in held.items():
         for name, a in (arrays or {}).items():
             shape = a.sharding.shard_shape(a.shape)
+            # Adam has two moments of the same shape.
             size = math.prod(shape) * a.dtype.itemsize * (2 if role == "moments" else 1)
             found.append(
                 {

@@ -41,6 +41,7 @@ def _full_batch(
     if experiment.task != "flamingo":
         return batch
     if dataset.kind == "text":
+        # Text without visuals: no token attends to any.
         return batch | {"media_index": np.full(shape, -1, np.int32)}
     size, listed = config.vision.image_size, host_shard.visuals(dataset.batch_size, places)
     return batch | {

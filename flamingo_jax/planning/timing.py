@@ -76,6 +76,7 @@ def time_step(experiment: Experiment, *, steps: int = 10, trace: str = "") -> Ti
         began = time.monotonic()
         compiled = compile_update(update, state, frozen, batches)
         compile_seconds = time.monotonic() - began
+        # Bring frozen weights into the layout that the compiled step wants, once.
         frozen = laid_out(compiled, frozen)
         parts = _parts(experiment, setup, state, frozen, batches, steps)
 
@@ -117,6 +118,8 @@ def _parts(
         encode = jax.jit(lambda trainable: model(trainable).encode_images(images))
         features = encode(state.trainable)
         found["vision encoder"] = median_seconds(lambda: encode(state.trainable), steps)
+        # The resampler is trained, so its backward pass is timed too; a sum serves as the
+        # loss.
         resample = jax.jit(
             jax.grad(
                 lambda trainable: (
@@ -126,6 +129,8 @@ def _parts(
         )
         found["resampler"] = median_seconds(lambda: resample(state.trainable), steps)
 
+        # The gradient with respect to a shift of the embeddings runs the backward pass through
+        # the frozen language model without gradients of its weights, as in training.
         def text_loss(shift: jax.Array) -> jax.Array:
             lm = model(state.trainable).language_model
             total = jnp.float32(0)
@@ -168,6 +173,7 @@ def matrix_rate(dtype: DTypeLike, steps: int) -> float:
     """Measures FLOPs per second and device of a large square matrix product, on all devices of
     this process at once, since CPU devices share the cores.
     """
+    # Large enough to reach the peak rate.
     size = 2048 if jax.devices()[0].platform == "cpu" else 8192
     factors = [
         jax.device_put(jnp.ones((size, size), dtype), device) for device in jax.local_devices()

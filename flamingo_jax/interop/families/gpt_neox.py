@@ -67,6 +67,7 @@ def parse(config: Document, _: Document) -> LanguageModelConfig:
     width, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     require_divides(config, "num_attention_heads", heads, "hidden_size", width)
     base, scaling = rotary(config, config.number("rotary_emb_base", 10_000.0))
+    # Rotary positions are applied to this fraction of each head.
     fraction = config.inside("rope_parameters").number(
         "partial_rotary_factor", config.number("rotary_pct", 0.25)
     )

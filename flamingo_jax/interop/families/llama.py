@@ -71,6 +71,7 @@ def llama_like(
     width, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     if config.given("head_dim") is None:
         require_divides(config, "num_attention_heads", heads, "hidden_size", width)
+    # Number of key and value heads, fewer than query heads with grouped queries.
     shared = config.integer(
         "num_key_value_heads",
         heads if config.has("num_key_value_heads") or kv_heads is None else kv_heads,

@@ -28,6 +28,7 @@ def table(config: LanguageModelConfig) -> TensorTable:
     width = config.width
 
     def rows(place: int) -> tuple[Term, ...]:
+        # The last part takes all remaining rows, which also checks the size of the tensor.
         taken = None if place == 2 else width
         name, form = LAYER + "attn.Wqkv.weight", "(h d) w -> w h d"
         return (Term(name, form, first=place * width, taken=taken),)

@@ -105,6 +105,7 @@ def parse_tower(
     Raises: UserError for a setting that the encoder here does not support.
     """
     config.require("quantization_config")
+    # The config of the complete model has the tower's under vision_config.
     tower = config.inside("vision_config") if config.given("vision_config") is not None else config
     tower.require("num_channels", 3)
     vit = ViTConfig(
