@@ -1,4 +1,4 @@
-"""Bytes within files, compressed files among them: read where they lie, never unpacked to disk."""
+"""Reads byte ranges of files, of compressed ones too, without unpacking them to disk."""
 
 import bz2
 import collections
@@ -16,20 +16,23 @@ from data_pipelines.build.files import MAX_BYTES, TOO_LARGE, UNREADABLE
 from flamingo_jax.storage import LASTING, read_with_retries
 
 MAX_UNPACKED = 64 << 30
-"""Bytes of a compressed file that are looked at: a few may claim any number."""
+"""The most bytes of a decompressed file: a small file may decompress to any size."""
 STREAMS = 4
-"""Compressed files a process keeps open: samples whose members do not stand together are read
-at several places in turn, and each goes on from where it is.
+"""Decompression streams that a process keeps open: samples whose members are far apart are
+read at several places alternately, each by a stream of its own.
 """
 STEP = 1 << 20
-"""Bytes unpacked at once on the way to a place."""
+"""Bytes to decompress at a time when skipping to an offset."""
 
 ERRORS = (EOFError, zlib.error, lzma.LZMAError, ValueError)
-"""What reading a damaged compressed file raises beside OSError."""
+"""Exceptions of reading a damaged compressed file, besides OSError."""
 
 
 class Compression(NamedTuple):
-    """A form of compression. start: the first bytes of a file. open: None where it is not read."""
+    """A compression format.
+
+    start: the magic bytes. open: opens a file for reading; None if it is not supported.
+    """
 
     name: str
     start: bytes
@@ -37,7 +40,7 @@ class Compression(NamedTuple):
 
 
 def _zstd() -> Callable[[str], Any] | None:
-    """From Python 3.14 on, or with backports.zstd."""
+    """Returns ZstdFile of Python 3.14 or backports.zstd; None if neither is installed."""
     for module in ("compression.zstd", "backports.zstd"):
         try:
             opened: Callable[[str], Any] = importlib.import_module(module).ZstdFile
@@ -58,8 +61,9 @@ COMPRESSIONS = (
 
 
 def compression_of(path: str | pathlib.Path) -> Compression | None:
-    """Tells how a file is compressed, by its first bytes; None where it is not. Raises
-    OSError.
+    """Detects a file's compression by its magic bytes; None for an uncompressed file.
+
+    Raises: OSError.
     """
     with open(path, "rb") as file:
         start = file.read(max(len(packing.start) for packing in COMPRESSIONS))
@@ -67,13 +71,13 @@ def compression_of(path: str | pathlib.Path) -> Compression | None:
 
 
 class TooLarge(OSError):
-    """More bytes than an image, a caption or a page may have."""
+    """Raised for more bytes than an image, a caption or a page may have."""
 
 
 class ByteRange(NamedTuple):
-    """Names `size` bytes of a file from `offset` on; size None for all of it.
+    """`size` bytes of a file from `offset` on; size None for the rest of the file.
 
-    packed: the file is compressed, and the place is that in what it unpacks to.
+    packed: the file is compressed, and the range is of its decompressed content.
     """
 
     file: str
@@ -82,10 +86,10 @@ class ByteRange(NamedTuple):
     packed: bool = False
 
     def read(self) -> bytes:
-        """Raises OSError, also where the file is too short or, as TooLarge, too large;
-        StorageError where the storage fails for long.
+        """Reads the bytes. Ranges of a compressed file are best read in increasing order.
 
-        Pieces of a compressed file are best read in the order in which they lie.
+        Raises: OSError, also where the file is too short; TooLarge; StorageError where the
+          storage kept failing.
         """
         most = MAX_BYTES + 1 if self.size is None else self.size
         if (self.size or 0) > MAX_BYTES:
@@ -106,14 +110,14 @@ class ByteRange(NamedTuple):
 
 
 class _Stream(NamedTuple):
-    """A compressed file that has been unpacked up to where it stands, and what it was then."""
+    """A decompression stream, and the identity of its file when it was opened."""
 
     identity: tuple[int, ...]
     file: BinaryIO
 
 
 class _Streams:
-    """The compressed files that this process reads, each of which only goes forward."""
+    """The decompression streams of this process, which only read forward."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
@@ -121,7 +125,9 @@ class _Streams:
         self._opened = 0
 
     def read(self, path: str, offset: int, size: int) -> bytes:
-        if self._process != os.getpid():  # Places in files that were open at a fork are shared.
+        """Reads decompressed bytes; fewer than `size` at the end. Raises OSError."""
+        # After a fork, parent and child would share the file positions of open streams.
+        if self._process != os.getpid():
             self._process = os.getpid()
             self._open = collections.OrderedDict()
         status = os.stat(path)
@@ -144,7 +150,7 @@ class _Streams:
         return data
 
     def _before(self, path: str, identity: tuple[int, ...], offset: int) -> tuple[int, BinaryIO]:
-        """The stream of that file that stands nearest before the place."""
+        """Returns the open stream of a file that is nearest before `offset`, or opens one."""
         fit = [
             (stream.file.tell(), number)
             for number, stream in self._open.items()
@@ -168,5 +174,5 @@ _STREAMS = _Streams()
 
 
 def why(error: OSError) -> str:
-    """Returns the reason for a range that could not be read."""
+    """Returns the reason, as it is counted, for an error of `ByteRange.read`."""
     return TOO_LARGE if isinstance(error, TooLarge) else UNREADABLE

@@ -1,5 +1,5 @@
-"""A folder of files with a caption file beside them, as a source: what images and videos have
-in common.
+"""The base class of `image_folder` and `video_folder`: a folder of files and a JSONL of
+captions.
 """
 
 import dataclasses
@@ -21,9 +21,11 @@ from data_pipelines.build.source import (
 
 @dataclasses.dataclass(frozen=True)
 class CaptionedFile:
-    """One file of one of the folders with its captions, or what is of no use: `bad` says why.
+    """A file and its captions.
 
-    no_captions: for each caption that is of no use the reason.
+    folder: the input folder. name: relative to it; "" for a bad line of the caption file.
+    no_captions: the reason for each caption that is unusable.
+    bad: the reason why the entry gives no record, "" if it does.
     """
 
     folder: str
@@ -37,13 +39,18 @@ class CaptionedFile:
 
 
 class Unusable(ValueError):
-    """A file that gives no record; the message is the reason."""
+    """Raised for a file that gives no record; the message is the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptionedFolder:
-    """Records are the files named in the caption file; files of a known type that no line names
+    """Makes a record of each file in the caption file; files of a known type without a line
     are counted as dropped.
+
+    key: the field of a line with the file's name.
+    caption_files: the caption file's default names.
+    suffixes: the known types of files.
+    captions: the caption file's name, if it is another.
     """
 
     key: ClassVar[str]
@@ -59,9 +66,11 @@ class CaptionedFolder:
         return {"source": type(self).__name__, **dataclasses.asdict(self)}
 
     def entries(self) -> Sequence[CaptionedFile]:
+        """Lists files with captions, files without, and bad lines of the caption files."""
         return [entry for folder in self.folders for entry in self._entries(folder)]
 
     def convert(self, entry: CaptionedFile) -> list[Converted]:
+        """Reads one file as a record, or gives the reason why it was dropped."""
         if entry.bad:
             return [DroppedRecord(entry.bad)]
         folder, texts_lost = pathlib.Path(entry.folder), entry.no_captions
@@ -80,8 +89,10 @@ class CaptionedFolder:
         return [SplitRecord(self.shares.split(name), fields, lost, texts_lost)]
 
     def read(self, file: pathlib.Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """The fields that hold the file's images, and for each of its images that is left
-        out the reason. Raises Unusable.
+        """Reads a file: (the record's fields with its images, the reason for each image left
+        out).
+
+        Raises: Unusable with the reason where it gives no record.
         """
         raise NotImplementedError
 

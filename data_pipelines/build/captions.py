@@ -1,4 +1,6 @@
-"""Caption files: JSON lines, each with the name of a file below the folder and its captions."""
+"""Reads caption files: JSON lines, each with the name of a file below the folder and its
+captions.
+"""
 
 import math
 import pathlib
@@ -25,9 +27,9 @@ NO_CAPTION = "no caption"
 def caption_file(
     folder: pathlib.Path, name: str | None, usual: Sequence[str], line: str
 ) -> pathlib.Path:
-    """Finds the caption file of that name, or the first usual one.
+    """Finds the caption file called `name`, or the first of the usual names if that is None.
 
-    Raises UserError where there is none, with a line for example.
+    Raises: UserError where there is none, which shows `line` as an example.
     """
     if name and (folder / name).is_file():
         return folder / name
@@ -46,22 +48,24 @@ def caption_file(
 
 
 class Texts(NamedTuple):
-    """Texts of a record that are of use, and for each that is not the reason."""
+    """The usable texts of a record, and the reason for each unusable one."""
 
     kept: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
 
     def and_(self, other: "Texts") -> "Texts":
-        """All of both."""
+        """Concatenates both."""
         return Texts(self.kept + other.kept, self.lost + other.lost)
 
 
 def read_texts(record: Any, several: str, one: str) -> Texts:
-    """Reads the texts in the list under `several`, or the one under `one` (or a list there).
+    """Reads a record's texts: the list in the field `several`, or the field `one`.
 
-    A text may also stand as {one: text}, as VQA has its answers. What is empty, null or of no
-    use beside others is left out alone. Raises KeyError where there is no such field, and
-    NotUtf8 or TypeError where nothing that there is is of use.
+    An item may also be {one: text}, as VQA has its answers. Empty and unusable items are left
+    out, each with its reason.
+
+    Raises: KeyError where both fields are missing; NotUtf8 or TypeError where no item is
+      usable.
     """
     if not isinstance(record, dict):
         raise TypeError("no record")
@@ -82,8 +86,8 @@ def read_texts(record: Any, several: str, one: str) -> Texts:
 
 
 def why_no_text(value: Any) -> str | None:
-    """Returns EMPTY (also for null, and the NaN that tables have in its place), NOT_A_TEXT or
-    NOT_UTF8; None for a text.
+    """Returns why a value is not a text: EMPTY (also for null, and for NaN, which tables use
+    for it), NOT_A_TEXT or NOT_UTF8; None if it is one.
     """
     if is_missing(value):
         return EMPTY
@@ -96,15 +100,15 @@ def why_no_text(value: Any) -> str | None:
 
 
 def is_missing(value: Any) -> bool:
-    """Tells whether a field holds nothing: null or NaN."""
+    """Returns whether a value is null or NaN."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 class Captions(NamedTuple):
-    """Holds what a caption file says.
+    """The content of a caption file.
 
-    by_name: the texts about each file, in the order of the lines. bad: for each line that is of
-    no use the reason.
+    by_name: {file: its texts}, in the order of the lines.
+    bad: the reason for each unusable line.
     """
 
     by_name: dict[str, Texts]
@@ -112,10 +116,10 @@ class Captions(NamedTuple):
 
 
 def read_captions(file: pathlib.Path, key: str, resolve_name: NameResolver) -> Captions:
-    """Reads captions by file name as `resolve_name` has it.
+    """Reads a caption file.
 
-    A line has the name under `key` and `captions` (a list) or `caption`; lines about the same
-    file are joined.
+    A line has the file's name in the field `key`, and `captions` (a list) or `caption`. Lines
+    of the same file, by `resolve_name`, are joined.
     """
     found: dict[str, Texts] = {}
     bad = []
@@ -132,7 +136,7 @@ def read_captions(file: pathlib.Path, key: str, resolve_name: NameResolver) -> C
 
 
 def file_name(value: Any) -> str:
-    """Returns the name that a field holds. Raises TypeError where it is none."""
+    """Returns a field's value as a file name; raises TypeError unless a nonempty string."""
     if not isinstance(value, str) or not value:
         raise TypeError("no name of a file")
     return value

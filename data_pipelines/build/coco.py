@@ -1,5 +1,6 @@
-"""Captions in COCO's format to a dataset of pairs: JSON files with `images` (`id`, `file_name`)
-and `annotations` (`image_id`, `caption`).
+"""Source `coco`: converts captions in COCO's format to image-text pairs.
+
+The JSON files have `images` (`id`, `file_name`) and `annotations` (`image_id`, `caption`).
 """
 
 import dataclasses
@@ -28,9 +29,11 @@ BAD_ANNOTATION = "annotation without a caption for one of the images"
 
 @dataclasses.dataclass(frozen=True)
 class CocoImage:
-    """An image by the folders it may lie in, its name and captions, or what is of no use.
+    """An image with its captions.
 
-    no_captions: for each caption that is of no use the reason; `bad` is that of the entry.
+    id: of the record. name: the image's file name. folders: where to look for it.
+    no_captions: the reason for each caption that is unusable.
+    bad: the reason why the entry gives no record, "" if it does.
     """
 
     id: str
@@ -46,8 +49,11 @@ class CocoImage:
 
 @dataclasses.dataclass(frozen=True)
 class Coco:
-    """Captions in COCO's form. inputs: the JSON files. images: folders that hold the images,
-    by default those of the files; the first with such a name is taken.
+    """Reads captions in COCO's format, one record per image with all its captions.
+
+    inputs: the JSON files.
+    images: folders to look for the images in, in this order; by default those of the JSON
+      files.
     """
 
     inputs: tuple[str, ...]
@@ -68,6 +74,7 @@ class Coco:
         return {"source": type(self).__name__, **dataclasses.asdict(self)}
 
     def entries(self) -> Sequence[CocoImage]:
+        """Lists the images of all files, and bad images and annotations."""
         for folder in self.images:
             existing_folder(folder, "--images")
         return [
@@ -77,6 +84,7 @@ class Coco:
         ]
 
     def convert(self, entry: CocoImage) -> list[Converted]:
+        """Reads one image as a record, or gives the reason why it was dropped."""
         if entry.bad:
             return [DroppedRecord(entry.bad)]
         lost = entry.no_captions
@@ -90,6 +98,7 @@ class Coco:
         return [SplitRecord(self.shares.split(entry.id), fields, texts_dropped=lost)]
 
     def _entries(self, file: InputFile) -> list[CocoImage]:
+        """Joins the images and annotations of one JSON file by image id."""
         try:
             content = parsed(decode(file.path.read_bytes()))
             images, annotations = content["images"], content["annotations"]
@@ -128,7 +137,7 @@ class Coco:
         seen: set[str] = set()
         made = []
         for number, name in names.items():
-            # Two images of one name, which the ids of the file tell apart.
+            # Two images with the same name: append the id, so that record ids are unique.
             name_id = record_id(
                 self.inputs, file.root, f"{name}#{number}" if name in seen else name
             )
@@ -138,9 +147,9 @@ class Coco:
 
 
 def _id(value: Any) -> str:
-    """An image's id, which files write as a number, as its digits or, from a table, as 1.0.
+    """Normalises an image id, which files write as 1, "1" or, exported from a table, as 1.0.
 
-    Raises TypeError for what is no id.
+    Raises: TypeError for another type.
     """
     if isinstance(value, float) and value.is_integer():
         value = int(value)

@@ -1,18 +1,17 @@
-"""Files below the folders that a source was given: the one way in which all sources find them.
+"""Finds and reads files below a source's input folders; all sources use this, for safety.
 
-Nothing outside those folders is read, whatever the data say, since data of others may name any
-file of the machine or hold links to it:
+Data from others may name any file of the machine or contain links to it, so nothing outside
+the input folders is read:
 
-- A name is taken below its folder, and `..` leads no higher than that.
-- A link is followed where it leads to what lies below one of the folders given: that could have
-  been read without it. A link that leads elsewhere is refused and counted; whoever made it
-  himself gives the folder that it leads to as an input, or copies.
-- A folder within a cache of Hugging Face's hub, `REPOSITORY/snapshots/REVISION`, holds links to
-  `REPOSITORY/blobs`, where hub clients keep nothing but that repository's files: these are
-  read.
+- Names are relative to their folder; names that `..` leads out of it are refused.
+- Symbolic links are followed only to files below one of the input folders, which could be read
+  anyway. Other links are refused and counted; to use their targets, pass these as inputs or
+  copy them.
+- In a cache of the Hugging Face hub, `REPOSITORY/snapshots/REVISION` consists of links to
+  `REPOSITORY/blobs`, which holds that repository's files alone: these links are followed.
 
-Names are found however they are spelled: composed or decomposed characters (macOS writes the
-latter), and backslashes between folders where no file has one in its name.
+Names match in any Unicode normalisation (macOS decomposes characters), and with backslashes
+for slashes where no file has a backslash in its name.
 """
 
 import dataclasses
@@ -36,20 +35,21 @@ LINKED_FOLDER = "linked folder that lies outside the folder"
 UNLISTED = "folder that cannot be listed"
 NOT_A_FILE = "not a file"
 MAX_BYTES = 256 << 20
-"""A larger file is no image, no caption and no page."""
+"""Larger files are not read: they are not images, captions or pages."""
 TOO_LARGE = f"larger than {MAX_BYTES >> 20} MiB"
 
 FILLERS = ("__MACOSX",)
-"""Folders that macOS adds to archives, with a stub for each file."""
+"""Folders that macOS adds to archives, with a metadata stub for each file."""
 HUB_REPOSITORY = re.compile(r"(?:models|datasets|spaces)--.")
+"""Matches a repository's folder in a cache of the Hugging Face hub."""
 
 
 class NoFile(Unfit):
-    """There is no such file that may be read; the message is the reason."""
+    """Raised where a file does not exist or may not be read; the message is the reason."""
 
 
 class RefusedPath(NamedTuple):
-    """A file or folder that a walk met and that is not read. name: below the folder walked."""
+    """A file or folder that `walk` found but that is not read; name: relative to its root."""
 
     name: str
     reason: str
@@ -58,13 +58,13 @@ class RefusedPath(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """Names of the files below a folder, parted by "/", in the order of their parts."""
+    """The files below a folder: names relative to it with "/", sorted by their parts."""
 
     names: tuple[str, ...]
     refused: tuple[RefusedPath, ...] = ()
 
     def ending(self, suffixes: Iterable[str]) -> "Listing":
-        """The files that end in one of these, in any case, and whatever else was refused."""
+        """Returns the files with one of these suffixes (any case), and refused folders."""
         ends = tuple(suffixes)
         return Listing(
             tuple(name for name in self.names if name.lower().endswith(ends)),
@@ -77,8 +77,8 @@ class Listing:
 
 
 def existing_folder(folder: str | pathlib.Path, flag: str = "--input") -> pathlib.Path:
-    """Returns the folder's path. Raises UserError where the folder is not there, which `flag`
-    names.
+    """Returns the folder's path; raises UserError, which mentions `flag`, if it does not
+    exist.
     """
     path = pathlib.Path(folder)
     if not path.is_dir():
@@ -88,7 +88,7 @@ def existing_folder(folder: str | pathlib.Path, flag: str = "--input") -> pathli
 
 @dataclasses.dataclass(frozen=True)
 class FileEntry:
-    """A file below one of a source's folders, or what is not read there: `bad` says why."""
+    """A file below an input folder; `bad` is the reason why it is not read, "" if it is."""
 
     folder: str
     name: str
@@ -99,8 +99,10 @@ class FileEntry:
 
 
 def file_entries(folders: Sequence[str], suffixes: Iterable[str], what: str) -> list[FileEntry]:
-    """Lists every file of these suffixes below the folders. Raises UserError where there is
+    """Lists the files with these suffixes below the folders; raises UserError if there are
     none.
+
+    what: the files' description in that error.
     """
     found = []
     for folder in folders:
@@ -115,11 +117,14 @@ def file_entries(folders: Sequence[str], suffixes: Iterable[str], what: str) -> 
 def walk(
     folder: str | pathlib.Path, suffixes: Iterable[str] = (), given: Sequence[str] = ()
 ) -> Listing:
-    """Lists all files below a folder that may be read, with the suffixes where there are some.
+    """Lists the files below a folder, with these suffixes if there are any, and what is
+    refused.
 
-    Hidden files and folders (`.name`) are no data. Each folder is listed once, under its own
-    name if it has one below `folder`, however many links lead to it. given: the other folders
-    of the source; links to folders there are passed over, as these are listed themselves.
+    Hidden files and folders (`.name`) are skipped. Each folder is listed once however many
+    links lead to it, under its real name where that is below `folder`.
+
+    given: the source's other input folders. Links to folders in them are skipped, since these
+      are listed themselves.
     """
     root = str(folder)
     own, places = _inside((root,)), _inside((root, *given))
@@ -127,6 +132,8 @@ def walk(
     refused: list[RefusedPath] = []
     folders, links, seen = [""], list[str](), set[str]()
     while folders or links:
+        # Linked folders come last, so that a folder is listed under its real name if it has
+        # one.
         here = folders.pop() if folders else links.pop(0)
         real = os.path.realpath(os.path.join(root, here))
         if real in seen:
@@ -171,9 +178,10 @@ def _entries(folder: str) -> list["os.DirEntry[str]"]:
 def find(
     folders: Sequence[str | pathlib.Path], name: str, given: Sequence[str] = ()
 ) -> pathlib.Path:
-    """Finds the file of that name below the first of the folders that has one.
+    """Finds a file by name in the first of the folders that has it.
 
-    given: other folders that links may lead to. Raises NoFile.
+    given: other folders that links may lead to.
+    Raises: NoFile with the reason.
     """
     places = _inside((*folders, *given))
     reasons = []
@@ -187,10 +195,10 @@ def find(
 
 
 def read(path: str | pathlib.Path, most: int = MAX_BYTES, too_large: str = TOO_LARGE) -> bytes:
-    """Reads a file that was found, of at most so many bytes; too_large is the reason where it
-    has more.
+    """Reads a file of at most `most` bytes.
 
-    Raises NoFile; StorageError where the storage fails for long.
+    Raises: NoFile with the reason, `too_large` for a larger file; StorageError where the
+      storage kept failing.
     """
 
     def load() -> bytes | None:
@@ -207,8 +215,8 @@ def read(path: str | pathlib.Path, most: int = MAX_BYTES, too_large: str = TOO_L
 
 
 class NameResolver:
-    """Finds the one name of each file of a listing, so that all that is said of a file comes
-    together.
+    """Maps the spellings of a file's name to its name in a listing, so that captions of one
+    file under several spellings are joined.
     """
 
     def __init__(self, root: str | pathlib.Path, names: Iterable[str]):
@@ -220,10 +228,9 @@ class NameResolver:
                 self._composed.setdefault(composed(name), name)
 
     def __call__(self, written: str) -> str:
-        """The file's own name; for a name that no file of the listing has, one way of writing
-        it.
+        """Returns the file's name in the listing; a normalised spelling if it is not in there.
 
-        Raises TypeError for what is no text.
+        Raises: TypeError for a value that is not a string.
         """
         if not isinstance(written, str):
             raise TypeError("a name must be a text")
@@ -237,18 +244,17 @@ class NameResolver:
 
 
 def spellings(name: str) -> Iterator[str]:
-    """Yields the name as it is written, and with "/" for the backslashes of Windows."""
+    """Yields the name as written, then with Windows' backslashes replaced by "/"."""
     yield name
     if "\\" in name:
         yield name.replace("\\", "/")
 
 
 def relative(name: str, root: str | pathlib.Path) -> str:
-    """Returns a name with folders, absolute or not, as the path below `root`, without `.` and
-    `a/..`.
+    """Normalises a path, absolute or relative to `root`, to one relative to `root`.
 
-    It begins with `..` where it leads out of `root`. The name's own last part may be a link:
-    that is not followed.
+    The result begins with `..` if the path leads out of `root`. If the last part is a link, it
+    is not followed.
     """
     if not os.path.isabs(name):
         return os.path.normpath(name)
@@ -264,12 +270,12 @@ def relative(name: str, root: str | pathlib.Path) -> str:
 
 
 def composed(name: str) -> str:
-    """Returns the name in Unicode's NFC."""
+    """Normalises a name to composed characters (Unicode NFC)."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 class _Inside:
-    """Whether a real path lies in one of the places that may be read."""
+    """Tests whether a real path (without links) is below one of the allowed folders."""
 
     def __init__(self, places: Iterable[str]):
         self._starts = tuple(dict.fromkeys(os.path.join(place, "") for place in places))
@@ -284,7 +290,7 @@ def _inside(folders: Iterable[str | pathlib.Path]) -> _Inside:
 
 @functools.lru_cache(maxsize=64)
 def _places(real: str) -> tuple[str, ...]:
-    """A folder, and the blobs of the repository in whose snapshot it is."""
+    """Returns a folder and, for one in a snapshot of a Hugging Face cache, its blobs."""
     parts = pathlib.PurePath(real).parts
     blobs = [
         os.path.join(*parts[:place], "blobs")
@@ -295,7 +301,7 @@ def _places(real: str) -> tuple[str, ...]:
 
 
 def _look(root: str, name: str, places: _Inside) -> tuple[str, str | None]:
-    """The path of a name below `root`, and None; or why it is not read."""
+    """Returns (path of a name below `root`, None), or (a path, the reason it is not read)."""
     if not name:
         return root, MISSING
     below = relative(name, root)
@@ -309,7 +315,7 @@ def _look(root: str, name: str, places: _Inside) -> tuple[str, str | None]:
 
 
 def _why_not(path: str, places: _Inside) -> str | None:
-    """None where there is a file that may be read, links followed."""
+    """Returns None if a path, with links followed, may be read; otherwise the reason."""
     try:
         real = os.path.realpath(path)
         if not places(real):
@@ -323,9 +329,7 @@ def _why_not(path: str, places: _Inside) -> str | None:
 
 
 def _in_other_form(root: str, below: str) -> str | None:
-    """The path whose parts are the same characters, composed or not, in the form it has on
-    disk.
-    """
+    """Finds the path on disk that is equal after Unicode normalisation; None if none."""
     here = root
     for part in below.split("/"):
         try:
@@ -339,6 +343,9 @@ def _in_other_form(root: str, below: str) -> str | None:
 
 @functools.lru_cache(maxsize=64)
 def _forms(folder: str, changed: int) -> dict[str, str]:
-    """Names in a folder beyond ASCII by their composed form. changed: the folder's time stamp."""
+    """Returns {NFC name: name on disk} of a folder's non-ASCII names.
+
+    changed: the folder's modification time, a key of the cache only.
+    """
     names = sorted(name for name in os.listdir(folder) if not name.isascii())
     return {composed(name): name for name in reversed(names)}

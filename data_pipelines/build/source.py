@@ -1,5 +1,5 @@
-"""What every builder is made of: a source lists its entries, and turns each into examples or
-into reasons why not.
+"""The interface of a source of raw data: it lists entries and converts each to records, or to
+the reasons why they were dropped. Read this first to add a source.
 """
 
 import collections
@@ -20,10 +20,11 @@ E = TypeVar("E")
 
 @dataclasses.dataclass(frozen=True)
 class SplitRecord:
-    """A record for a split.
+    """A record and the split that it belongs to.
 
-    For each image that was left out of it `parts_dropped` has the reason, for each text
-    (a caption, an answer, a sentence) `texts_dropped`.
+    fields: by the features of its kind (`features.py`), images encoded.
+    parts_dropped: the reason for each image that was left out of it.
+    texts_dropped: the reason for each caption, answer or sentence that was left out.
     """
 
     split: str
@@ -34,7 +35,7 @@ class SplitRecord:
 
 @dataclasses.dataclass(frozen=True)
 class DroppedRecord:
-    """A source record that is not used. `parts_dropped` and `texts_dropped` as in SplitRecord."""
+    """A source record that is not used, with the reason under which it is counted."""
 
     reason: str
     parts_dropped: tuple[str, ...] = ()
@@ -42,12 +43,15 @@ class DroppedRecord:
 
 
 Converted = SplitRecord | DroppedRecord
+"""The outcome of a source record."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Stream(Generic[E]):
-    """Entries that are read as they are asked for, where all of them would not fit memory.
-    count: about how many, for the progress bar.
+    """Entries that are read lazily, for sources that are too large for a list in memory.
+
+    count: their approximate number, for the progress bar.
+    read: starts a new iteration.
     """
 
     count: int
@@ -61,68 +65,73 @@ class Stream(Generic[E]):
 
 
 class Source(Protocol):
-    """Raw data to be written as a dataset.
+    """Raw data that `writer.write_dataset` writes as a TFDS dataset.
 
-    Light enough to be sent to a worker process with every few entries.
+    A source is pickled and sent to worker processes repeatedly, so it must be small.
     """
 
     @property
     def kind(self) -> str:
-        """One of `features.KINDS`."""
+        """Returns the kind of its records, one of `features.KINDS`."""
 
     @property
     def about(self) -> str:
-        """One sentence for the dataset's description."""
+        """Returns one sentence for the dataset's description."""
 
     @property
     def options(self) -> dict[str, Any]:
-        """All that its outcome depends on, as JSON values: a finished dataset is only taken for
-        the same options.
+        """Returns everything that the output depends on, as JSON values. A finished dataset is
+        reused only if its options are equal.
         """
 
     @property
     def shares(self) -> "Shares | None":
-        """How records are dealt to the splits; None where the source has splits of its own."""
+        """Returns the fractions of the splits; None where the source has its own splits."""
 
     def entries(self) -> "Sequence[Any] | Stream[Any]":
-        """What there is to read, in a fixed order. Raises UserError where there is nothing.
+        """Lists the units of work, such as files, in a fixed order.
 
-        `str(entry)`, or that of a tuple's last member, names it among those dropped; "" for one
-        without a name.
+        `str(entry)`, or of a tuple its last item, names the entry in the list of dropped
+        records; "" for no name.
+
+        Raises: UserError where there are none.
         """
 
     def convert(self, entry: Any) -> list[Converted]:
-        """Every source record of an entry, used or dropped; a pure function."""
+        """Converts all source records of an entry. A pure function that runs in worker
+        processes; every source record must be in the result, used or dropped.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
-    """Parts of the records that go to validation and test; the rest is for training."""
+    """Fractions of the records in the validation and test splits; the rest is for training."""
 
     validation: float = 0.1
     test: float = 0.0
 
     @classmethod
     def whole(cls, split: str) -> "Shares":
-        """All records to one split, for sources that are somebody's official split."""
+        """Puts all records into one split, for a source that is an official split already."""
         return cls(float(split == VALIDATION), float(split == TEST))
 
     def split(self, record_id: str) -> str:
-        """By a hash of the id: the same record lands in the same split in every build."""
+        """Chooses a record's split by a hash of its id: the same split in every build."""
         digest = hashlib.blake2b(record_id.encode(), digest_size=8).digest()
+        # In [0, 1): the division may round up to 1.
         place = min(int.from_bytes(digest) / 2**64, math.nextafter(1, 0))
         if place < self.validation:
             return VALIDATION
         return TEST if place < self.validation + self.test else TRAIN
 
     def wanted(self) -> list[str]:
-        """The splits that shall have records."""
+        """Returns the splits with a nonzero fraction."""
         rest = 1 - self.validation - self.test
         parts = {TRAIN: rest, VALIDATION: self.validation, TEST: self.test}
         return [split for split, share in parts.items() if share > 1e-9]  # 1 - 0.7 - 0.3 is 6e-17.
 
     def lacking(self, splits: Container[str]) -> list[str]:
-        """The splits that shall have records and are not among these."""
+        """Returns the splits with a nonzero fraction that are not among `splits`."""
         return [split for split in self.wanted() if split not in splits]
 
 
@@ -130,12 +139,12 @@ DEFAULT_SHARES = Shares()
 
 
 def record_id(folders: Sequence[str], folder: pathlib.Path, name: str) -> str:
-    """Returns the name of a file in its folder, which is named too where there are several
-    inputs.
+    """Returns a record's id: the name of its file relative to its input folder.
 
-    Of folders with the same name, as many of those above them are named as tell them apart.
-    Bytes of a name that are no UTF-8 are written as escapes. Raises UserError where an input is
-    named twice.
+    With several inputs the folder's name is put in front, with as many of its parents as
+    needed to distinguish folders of the same name. Invalid UTF-8 is escaped.
+
+    Raises: UserError where two inputs are the same folder.
     """
     whole = name
     if len(folders) > 1:
@@ -145,7 +154,7 @@ def record_id(folders: Sequence[str], folder: pathlib.Path, name: str) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _labels(inputs: tuple[str, ...]) -> dict[str, str]:
-    """What each folder of the inputs (or of inputs that are files) is called in ids, by path."""
+    """Returns {absolute path of an input's folder: its name in ids}."""
     paths = [os.path.abspath(name) for name in inputs]
     counts = collections.Counter(map(os.path.realpath, paths))
     if twice := [name for name, count in counts.items() if count > 1]:

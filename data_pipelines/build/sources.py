@@ -1,8 +1,7 @@
-"""The sources by name, with the options that each reads: what `launch.build_data` offers.
+"""The registry of sources, by name, with the options of each, for `launch.build_data`.
 
-To add a source, write a file with a class as `source.Source` describes it, and an entry of
-`SOURCES`. Nothing heavy is imported before a source is made, so that a command's help and a
-mistake are there at once.
+To add a source, write a file with a class that implements `source.Source`, and an entry of
+`SOURCES`. Sources are imported when they are made, so that `--help` and mistakes show at once.
 """
 
 import dataclasses
@@ -17,15 +16,17 @@ from data_pipelines.features import SPLITS
 from flamingo_jax.errors import UserError
 
 Built = dict[str, tuple[dict[str, Any], bool]]
-"""For each dataset its statistics, and whether it was built now."""
+"""{dataset: (its statistics, whether it was built by this call)}."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One setting of a source, as a flag says it.
+    """An option of a source, which is a flag on the command line.
 
-    kind: str, int, float or bool. default: None where the source has its own. several: it may be
-    given more than once, and its value is a list. low, high: the least and the most.
+    kind: str, int, float or bool.
+    default: None where it depends on the source.
+    several: the flag may be repeated; its value is then a list.
+    low, high: the allowed range, inclusive.
     """
 
     help: str
@@ -96,8 +97,13 @@ _SAMPLING = ("fps", "max_seconds")
 
 
 class SourceEntry(NamedTuple):
-    """A source by name. about: one sentence. example: arguments that build from it. options:
-    those of `OPTIONS` that it reads. make: the source from the values of its options.
+    """A source in the registry.
+
+    about: one sentence for --help.
+    example: arguments of a command that builds from it.
+    options: the keys of `OPTIONS` that it reads.
+    make: makes the source from the values of its options; None for those that are not a
+      `Source` of records (quickstart, sentencepiece).
     """
 
     about: str
@@ -107,7 +113,7 @@ class SourceEntry(NamedTuple):
 
 
 class Values:
-    """The values of a source's options: those given, else their defaults."""
+    """The values of a source's options: as given, or their defaults."""
 
     def __init__(self, given: Mapping[str, Any]):
         self.given = dict(given)
@@ -117,14 +123,14 @@ class Values:
         return tuple(value or ()) if OPTIONS[name].several else value
 
     def some(self, *names: str, **renamed: str) -> dict[str, Any]:
-        """Those that are given, as keyword arguments; `argument="option"` renames one."""
+        """Returns the given ones of these options as keyword arguments; `argument="option"`
+        passes an option under another name.
+        """
         wanted = {name: name for name in names} | renamed
         return {to: self.given[name] for to, name in wanted.items() if name in self.given}
 
     def shares(self) -> Shares:
-        """How records are dealt to the splits. Raises UserError for options that contradict each
-        other.
-        """
+        """Makes the fractions of the splits; raises UserError for contradicting options."""
         if self["split"] is not None:
             if other := sorted(set(self.given) & set(_SPLITS) - {"split"}):
                 raise UserError(
@@ -319,7 +325,7 @@ SOURCES: dict[str, SourceEntry] = {
 
 
 def refuse_options(name: str, given: Collection[str]) -> None:
-    """Raises UserError for an option of other sources, which this one would not read."""
+    """Raises UserError where an option was given that only other sources read."""
     for option in sorted(given):
         readers = [source for source, entry in SOURCES.items() if option in entry.options]
         if readers and name not in readers:
@@ -330,10 +336,10 @@ def refuse_options(name: str, given: Collection[str]) -> None:
 
 
 def make_source(name: str, given: Mapping[str, Any]) -> Source:
-    """Makes the source of that name from the options that are given.
+    """Makes the source called `name` from the given options.
 
-    Raises UserError for options that it does not read, that contradict each other, or that its
-    input leaves without use.
+    Raises: UserError for options that it does not read, that contradict each other, or that
+      have no effect on its input.
     """
     refuse_options(name, given)
     make = SOURCES[name].make
@@ -350,9 +356,9 @@ def build(
     given: Mapping[str, Any],
     executor: Callable[[], AbstractContextManager[Executor | None]],
 ) -> Built:
-    """Builds the datasets of a source, and says of each what became of its records.
+    """Builds the datasets of a source and returns the statistics of each.
 
-    executor: begins what reads the source, once the options are known to be sound.
+    executor: starts the pool of worker processes, after the options have been checked.
     """
     refuse_options(name, given)
     if SOURCES[name].make is None:
