@@ -1,9 +1,9 @@
-"""Between the frozen dataclasses of `flamingo_jax.experiment`, ml_collections ConfigDicts and
-JSON.
+"""Converts between the config dataclasses of `flamingo_jax.experiment`, ml_collections
+ConfigDicts and JSON.
 
-The dataclasses are the only declaration: a ConfigDict or a JSON document is checked against
-them whenever it becomes one again, and what does not fit is a UserError with the key, what was
-expected and the nearest name.
+The dataclasses are the only schema: a ConfigDict or a JSON document is checked against them
+when it is converted, and a mistake is a UserError that names the key, what was expected, and
+the closest name.
 """
 
 import ast
@@ -29,8 +29,8 @@ T = TypeVar("T")
 
 
 def to_config(value: Any) -> ml_collections.ConfigDict:
-    """A dataclass as a ConfigDict, nested ones too; None and tuples stay what they are, floats
-    written as ints become floats.
+    """Converts a dataclass, with nested ones, to a ConfigDict. None and tuples stay as they
+    are; ints in float fields become floats.
     """
     return ml_collections.ConfigDict(
         dataclasses.asdict(from_config(type(value), dataclasses.asdict(value)))
@@ -38,31 +38,31 @@ def to_config(value: Any) -> ml_collections.ConfigDict:
 
 
 def from_config(cls: type[T], config: Mapping[str, Any], name: str = "config") -> T:
-    """The dataclass that a ConfigDict (or any mapping) describes; keys that are not there keep
-    their defaults.
+    """Converts a ConfigDict (or any mapping) to the dataclass; missing keys keep their
+    defaults.
 
-    Raises: UserError for an unknown key (with the closest one), a value of the wrong type (with
-    the one expected) or a number outside its declared range. `name` stands for the whole in the
-    message.
+    name: of the whole config, for messages.
+    Raises: UserError for an unknown key (with the closest one), a value of the wrong type
+      (with the one expected) or a number outside its declared range.
     """
     return _build(cls, config, name, stored=False)
 
 
 def to_json(value: Any) -> dict[str, Any]:
-    """A dataclass as JSON-able dicts and lists; `from_json` gives it back."""
+    """Converts a dataclass to JSON-able dicts and lists; `from_json` is the inverse."""
     return _plain(dataclasses.asdict(value))
 
 
 def from_json(cls: type[T], document: Mapping[str, Any], name: str = "config") -> T:
-    """The dataclass that a parsed JSON document describes, with the checks of `from_config`.
+    """Converts a parsed JSON document to the dataclass, with the checks of `from_config`.
 
-    Fields that had another name when it was written are read (see `renamed`).
+    Fields that had another name when the document was written are accepted (see `renamed`).
     """
     return _build(cls, document, name, stored=True)
 
 
 def flatten(document: Mapping[str, Any], name: str = "config") -> dict[str, Any]:
-    """Returns {dotted key: value} of a config's JSON-able form; an empty mapping is a value."""
+    """Flattens a config's JSON-able form to {dotted key: value}; an empty mapping is a value."""
     flat: dict[str, Any] = {}
     for key, value in document.items():
         if isinstance(value, Mapping) and value:
@@ -73,8 +73,9 @@ def flatten(document: Mapping[str, Any], name: str = "config") -> dict[str, Any]
 
 
 def key_type(cls: type, key: str, config: Mapping[str, Any], name: str = "config") -> Any:
-    """The declared type of the dotted `key`, such as "data.m3w.weight"; a UserError where the
-    schema or `config` has no such key.
+    """Returns the declared type of the dotted `key`, such as "data.m3w.weight".
+
+    Raises: UserError where the schema or `config` has no such key.
     """
     kind: Any = cls
     value: Any = config
@@ -103,10 +104,11 @@ def key_type(cls: type, key: str, config: Mapping[str, Any], name: str = "config
 def described_keys(
     cls: type, config: Mapping[str, Any] | None = None
 ) -> Iterator[tuple[str, Any, str]]:
-    """Yields each key of a config in its declared order: (dotted key, value, sentence).
+    """Yields each key of a config, in declared order, with its documentation: (dotted key,
+    value, first sentence).
 
-    config: as nested dicts; without one the keys of the schema come with their defaults, those
-      of a dict of datasets once, under NAME.
+    config: as nested dicts; without one, the keys of the schema are yielded with their
+      defaults, those of a dict of datasets once, under NAME.
     """
     sentences = _field_sentences(cls)
     for field in dataclasses.fields(cls):
@@ -139,7 +141,7 @@ def _default(field: dataclasses.Field) -> Any:  # type: ignore[type-arg]
 
 @functools.cache
 def _field_sentences(cls: type) -> dict[str, str]:
-    """Reads the first sentence of what is written below each field of a dataclass."""
+    """Reads the first sentence of the docstring below each field of a dataclass, from source."""
     (declared,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(declared, ast.ClassDef)
     sentences = {}
@@ -156,14 +158,14 @@ def _field_sentences(cls: type) -> dict[str, str]:
 
 
 def did_you_mean(wrong: str, known: Iterable[str], prefix: str = "") -> str:
-    """ ", did you mean x or y?" with the names closest to `wrong`, or "" where none is close."""
+    """Returns ", did you mean x or y?" with the names closest to `wrong`; "" if none is close."""
     close = difflib.get_close_matches(wrong, list(known), n=3, cutoff=0.5)
     return f", did you mean {' or '.join(prefix + name for name in close)}?" if close else ""
 
 
 def describe(kind: Any) -> str:
-    """A declared type in words: "an int", "one of 'last', 'all_previous'", "a tuple of
-    strings".
+    """Describes a declared type in words: "an int", "one of 'last', 'all_previous'", "a tuple
+    of strings".
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
@@ -190,7 +192,10 @@ def describe(kind: Any) -> str:
 
 
 def _build(kind: Any, value: Any, name: str, stored: bool) -> Any:
-    """`value` as the declared `kind`, or a UserError. stored: it may have the names of before."""
+    """Converts `value` to the declared type `kind`. stored: it may have old names of fields.
+
+    Raises: UserError where it does not fit.
+    """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
         return _within(arguments[1], _build(arguments[0], value, name, stored), name)

@@ -1,14 +1,15 @@
-"""A lock of a folder: one process at a time works in it, a build in its output, a run in its
-workdir.
+"""Locks a folder, so that one process at a time works in it: a build in its output, a run in
+its workdir.
 
-    <folder>/.holder-<n>    who holds it: a `Lease` as JSON; changed at each sign of life
+    <folder>/.holder-<n>    a `Lease` as JSON, which names the holder; renewed at each
+    heartbeat
 
-Of several files the one with the highest n counts. A lease whose process is gone, on this
-machine, or that was not renewed for `LEASE_SECONDS`, from another one, is followed by that of
-whoever makes the next n: a file system, NFS too, lets one process alone make a new file, where
-locks of files (flock) are not known to all of its hosts. Ages are told by the storage's own
-clock. So nothing is to be cleaned up after a process or a host that died. In a bucket the same
-holds: stores make an object that is not there yet for one writer alone.
+The file with the highest n is the valid one. A lease is expired if its process no longer
+exists (on this machine) or has not renewed it for `LEASE_SECONDS` (on another one); whoever
+then creates the next n holds the folder. This relies on exclusive creation of files, which
+every file system guarantees, NFS included; flock is not visible to all hosts of some. In
+buckets conditional writes do the same. Ages are measured by the storage's clock. Nothing needs
+to be cleaned up after a process or host has died.
 """
 
 import contextlib
@@ -33,31 +34,33 @@ from flamingo_jax.errors import EXIT_LOST, StorageError, UserError
 log = logging.getLogger(__name__)
 
 HEARTBEAT_EVERY = 5.0
-"""Seconds between a holder's signs of life."""
+"""Seconds between a holder's heartbeats."""
 LEASE_SECONDS = 60.0
-"""Seconds without one after which a holder on another machine counts as dead. Network storage
-may show what another host wrote 30 s late.
+"""Seconds without a heartbeat after which a holder on another machine counts as dead. Network
+storage may show another host's writes with a delay of 30 s.
 """
 LOOK_EVERY = 0.5
+"""Seconds between two looks at another process's lease."""
 MOST_BYTES = 1 << 12
-"""Of a lease that are read."""
+"""The most bytes of a lease file that are read."""
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-"""What no second try would change."""
+"""Errors that a second attempt would not change."""
 PREFIX = ".holder-"
 _NAME = re.compile(re.escape(PREFIX) + "([1-9][0-9]{0,8})")
 
 
 class FolderLockedError(UserError):
-    """Tells that another process holds the folder."""
+    """Another process holds the folder."""
 
 
 class Lease(NamedTuple):
-    """Tells who holds a folder, and for what work.
+    """Who holds a folder, and for what work.
 
-    machine: names this start of an operating system and its set of process numbers; a pid means
-    something there alone. began: when the process began, which tells it from a later one of the
-    same number; "" where that is not known. folder: as that machine names it: a copy of it is
-    held by nobody.
+    machine: the boot id and pid namespace, within which `pid` is meaningful.
+    began: when the process started, to tell it from a later one with the same pid; "" where
+      unknown.
+    folder: its path on that machine, so that a copy of the folder is not locked.
+    token: random, unique to the lease.
     """
 
     work: str
@@ -70,22 +73,21 @@ class Lease(NamedTuple):
 
 
 class LeaseState(enum.Enum):
-    """Says what a lease that is found means to who wants the folder."""
+    """Whether an existing lease keeps other processes out."""
 
     HELD = "held"
     FREE = "free"
     UNKNOWN = "unknown"
-    """It has to be watched: a sign of life says that it is held, silence that it is free."""
+    """It must be watched: a heartbeat means that it is held, silence that it is free."""
 
 
 def lease_state(runs: bool | None, silent: float, beaten: bool) -> LeaseState:
-    """Tells whether a lease that is found keeps others out.
+    """Decides whether an existing lease keeps other processes out.
 
     Args:
-      runs: whether the process that holds it still runs, None where that cannot be seen from
-        here.
-      silent: seconds since its last sign of life, by the storage's clock.
-      beaten: whether it has given one since it was first looked at.
+      runs: whether its process still runs; None if that cannot be seen from this machine.
+      silent: seconds since its last heartbeat, by the storage's clock.
+      beaten: whether a heartbeat has been seen since it was first looked at.
     """
     if runs is not None:
         return LeaseState.HELD if runs else LeaseState.FREE
@@ -95,8 +97,8 @@ def lease_state(runs: bool | None, silent: float, beaten: bool) -> LeaseState:
 
 
 class LeaseFile(NamedTuple):
-    """Holds a file of a lease as it was read: its number, the lease (None where its maker has not
-    written it yet) and its time of change in seconds.
+    """A lease file as it was read: its number, the lease (None if it is not written yet), and
+    its modification time in seconds.
     """
 
     number: int
@@ -106,7 +108,7 @@ class LeaseFile(NamedTuple):
 
 @contextlib.contextmanager
 def lock_folder(folder: pathlib.Path, work: str) -> Iterator[None]:
-    """Locks the folder within: see `FolderLock`."""
+    """Locks the folder while the context is active: see `FolderLock`."""
     folder_lock = FolderLock(folder, work)
     try:
         yield
@@ -115,15 +117,17 @@ def lock_folder(folder: pathlib.Path, work: str) -> Iterator[None]:
 
 
 class FolderLock:
-    """Locks a folder for this process, from now until `release`; a thread renews the lease.
+    """Locks a folder for this process until `release`; a thread renews the lease.
 
     Args:
-      folder: made where it is not there.
-      work: what is done, as "a build"; whoever comes meanwhile is told it.
-      lost: called where another has taken the folder, as it may when this process stood still
-        for longer than `LEASE_SECONDS`: nothing may be written any more. By default it ends the
-        process at once.
-    Raises: HeldError where another holds it; UserError where it cannot be written to.
+      folder: created if it does not exist.
+      work: what this process does there, such as "a build", for the error message of others.
+      lost: called when another process has taken the folder, which can happen if this one was
+        suspended for longer than `LEASE_SECONDS`; it must not write there any more. By default
+        ends the process at once.
+
+    Raises: FolderLockedError where another process holds it; UserError where it cannot be
+      written to.
     """
 
     def __init__(
@@ -152,9 +156,9 @@ class FolderLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Lets go of it. A folder that was made for nothing is not left behind."""
+        """Releases the lock. A folder that this lock created is removed again if it is empty."""
         self._stop.set()
-        # It may be stuck on the storage.
+        # With a timeout: the thread may be stuck on storage that does not answer.
         self._thread.join(HEARTBEAT_EVERY)
         with contextlib.suppress(OSError):
             found = _read(self._path)
@@ -186,16 +190,17 @@ class FolderLock:
                     continue
                 others = set(_numbers(self._folder)) - {number}
                 if others - set(seen) or max(others, default=0) > number:
-                    # Another has come meanwhile, and is judged as any.
+                    # Another process has created a lease at the same time: start over, and
+                    # look at that one.
                     path.unlink()
                     continue
             except FileNotFoundError:
                 if paths.is_bucket(self._folder):
                     raise
-                # The holder before has removed the folder, which it left empty.
+                # The previous holder has removed the empty folder.
                 time.sleep(0.001)
                 continue
-            # Not its own: that of a holder who let go since may have had the same number.
+            # Not by number alone: a holder that released meanwhile may have had the same one.
             for other in others:
                 (self._folder / f"{PREFIX}{other}").unlink(missing_ok=True)
             return path
@@ -269,9 +274,9 @@ def _failed(folder: pathlib.Path, error: OSError) -> UserError:
 
 
 def _end(folder: pathlib.Path) -> None:
-    """Ends this process; nothing more is written to the storage."""
+    """Ends this process at once (no cleanup, which might write to the folder)."""
     found = None
-    with contextlib.suppress(OSError):  # It ends whether or not that can be told.
+    with contextlib.suppress(OSError):  # It ends even if the new holder cannot be read.
         found = _newest(folder)
     who = _who(found.lease if found else None)
     print(
@@ -307,12 +312,12 @@ def _newest(folder: pathlib.Path) -> LeaseFile | None:
 
 
 def _read(path: pathlib.Path) -> LeaseFile | None:
-    """Reads a file of a lease; None where it is not there, or there no more."""
+    """Reads a lease file; None where it does not exist (any more)."""
     try:
         if paths.is_bucket(path):
             text, changed = path.read_bytes()[:MOST_BYTES], paths.version(path).changed
         else:
-            # NFS looks again at a file that is opened.
+            # Opening a file makes NFS refresh its cached attributes.
             with open(path, "rb") as file:
                 text, changed = file.read(MOST_BYTES), os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
@@ -328,12 +333,12 @@ def _read(path: pathlib.Path) -> LeaseFile | None:
 
 
 def _make(path: pathlib.Path, lease: Lease) -> bool:
-    """Makes a lease; tells whether this process made it: one alone can."""
+    """Creates a lease file; returns whether this process did: only one can."""
     return paths.create(path, _text(lease))
 
 
 def _renew(path: pathlib.Path, lease: Lease) -> None:
-    """Gives a sign of life. Raises OSError."""
+    """Renews a lease, by its modification time. Raises OSError."""
     if paths.is_bucket(path):
         path.write_bytes(_text(lease))
     else:
@@ -356,12 +361,12 @@ def _machine() -> str:
 
 
 def _state(pid: int) -> tuple[str, str] | None:
-    """Returns a process's state and the time of its start, where the system tells them."""
+    """Returns a process's state and start time from /proc; None where the system has none."""
     try:
         text = pathlib.Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    # The name before may hold anything.
+    # The command's name in parentheses may contain anything, spaces and parentheses too.
     fields = text.rpartition(")")[2].split()
     return fields[0], fields[19]
 
@@ -372,8 +377,8 @@ def _began(pid: int) -> str:
 
 
 def _is_running(pid: int, began: str) -> bool | None:
-    """Tells whether a process runs; None where one has this number and nothing says whether it is
-    that one.
+    """Returns whether a process runs; None where a process has this pid, but its start time is
+    not known.
     """
     if pid <= 0:
         return False

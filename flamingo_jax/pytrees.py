@@ -1,9 +1,9 @@
-"""Parameters by flat name: {"language_model/layers/attention/query": array}, and the per-layer
-names used in rules and on disk.
+"""Parameters by flat name, {"language_model/layers/attention/query": array}, and the
+conversion between stacked arrays and the per-layer names used on disk.
 
-An attribute called `layers` always holds a stack: every array below it has a leading layer
-axis. Per layer, the name gains the layer's
-number behind that component: `language_model/layers/attention/query` [L, ...] is L arrays
+An attribute named `layers` always holds a stack: every array below it has a leading layer
+axis. Unstacked, each layer's number follows that component of the name:
+`language_model/layers/attention/query` [L, ...] becomes L arrays
 `language_model/layers/12/attention/query`.
 """
 
@@ -15,11 +15,14 @@ import numpy as np
 from flax import nnx
 
 STACK = "layers"
+"""The component of a name below which arrays have a leading layer axis."""
 
 
 def to_flat(tree: nnx.State | Mapping[Any, Any]) -> dict[str, Any]:
-    """An nnx.State or a nested dict as {"a/b/c": raw array}, sorted by path; list places become
-    numbers. Works on tracers and shapes.
+    """Flattens an nnx.State or a nested dict to {"a/b/c": raw array}, sorted by path; indices
+    of lists become numbers. Works on tracers and ShapeDtypeStructs.
+
+    Raises: ValueError for a name that contains "/".
     """
     nested = nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
     return dict(_leaves(nested, ()))
@@ -39,11 +42,12 @@ def _leaves(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
 
 
 def from_flat(flat: Mapping[str, Any]) -> dict[Any, Any]:
-    """The nested dict of flat names, as `nnx.State(...)` and `nnx.replace_by_pure_dict` take
-    it.
+    """Nests flat names to the dict that `nnx.State(...)` and `nnx.replace_by_pure_dict` take:
+    the inverse of `to_flat`.
 
-    Components that are numbers become ints: with strings NNX would order a list's entries as 0,
+    Components that are numbers become ints: as strings, NNX would sort a list's entries as 0,
     1, 10, 2 and mix them up silently.
+    Raises: ValueError for a name that is both a value and the parent of another.
     """
     nested: dict[Any, Any] = {}
     for name, value in flat.items():
@@ -62,7 +66,9 @@ def from_flat(flat: Mapping[str, Any]) -> dict[Any, Any]:
 
 
 def unstack_names(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Stacked arrays as one array per layer, under per-layer names; numpy slices are views."""
+    """Splits stacked arrays into one array per layer, under per-layer names. Slices of numpy
+    arrays are views.
+    """
     return dict(
         leaf for name, value in flat.items() for leaf in _unstacked(name.split("/"), 0, value)
     )
@@ -81,8 +87,10 @@ def _unstacked(parts: list[str], start: int, value: Any) -> Iterator[tuple[str, 
 
 
 def stacked_name(name: str) -> tuple[str, tuple[int, ...]]:
-    """A per-layer name as its stack's name and the layer's place in it: "a/layers/12/b" ->
-    ("a/layers/b", (12,)).
+    """Splits a per-layer name into the stack's name and the layer's index in it:
+    "a/layers/12/b" -> ("a/layers/b", (12,)).
+
+    Raises: ValueError where no number follows "layers".
     """
     kept: list[str] = []
     index: list[int] = []
@@ -99,9 +107,9 @@ def stacked_name(name: str) -> tuple[str, tuple[int, ...]]:
 
 
 def restack(flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The inverse of `unstack_names`, in numpy.
+    """Stacks per-layer arrays: the inverse of `unstack_names`, in numpy.
 
-    Raises ValueError when a stack lacks a layer or its layers differ in shape.
+    Raises: ValueError where a stack lacks a layer, or its layers differ in shape or dtype.
     """
     groups: dict[str, dict[tuple[int, ...], Any]] = {}
     for name, value in flat.items():
@@ -115,7 +123,7 @@ def _restacked(name: str, layers: dict[tuple[int, ...], Any]) -> np.ndarray:
     counts = tuple(
         1 + max(index[axis] for index in layers) for axis in range(len(next(iter(layers))))
     )
-    # Filled in place, so that a large stack is never held twice.
+    # Filled in place: np.stack would need a list of all layers besides the result.
     whole = np.empty((*counts, *first.shape), first.dtype)
     for index in np.ndindex(counts):
         if index not in layers:

@@ -1,6 +1,6 @@
-"""Which values a number may have: declared beside the field, as in `layers: Positive = 24`.
+"""Ranges of numeric config fields, declared in their types, as in `layers: Positive = 24`.
 
-`flamingo_jax.configuring` refuses what lies outside. No range holds NaN or an infinity.
+`flamingo_jax.configuring` rejects values outside. No range contains NaN or infinity.
 """
 
 import dataclasses
@@ -8,16 +8,18 @@ import math
 from typing import Annotated
 
 MAX_INT = 2**31 - 1
-"""What arrays of int32 hold: positions, counts and sizes are such."""
+"""The largest int32, in which positions, counts and sizes are stored."""
 MAX_SEED = 2**32 - 1
-"""jax.random.key takes 32 bits of a seed: larger and negative ones would be others' twins."""
+"""jax.random.key uses 32 bits of a seed: larger or negative seeds would equal another one."""
 
 FINITE = "a finite number"
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """From `least` to `most`, without these themselves where they are `open_`."""
+    """The interval from `least` to `most`, which include their ends unless `open_least` or
+    `open_most`.
+    """
 
     least: float = -math.inf
     most: float = math.inf
@@ -32,13 +34,13 @@ class Range:
         return above and below
 
     def asked_of(self, value: float) -> str:
-        """What the value, which is not in the range, must be."""
+        """Describes what a value outside the range must be, for an error message."""
         if isinstance(value, float) and not math.isfinite(value):
             return "finite" if str(self) == FINITE else f"finite and {self}"
         return f"{MAX_INT} or less" if value > self.most == MAX_INT else str(self)
 
     def __str__(self) -> str:
-        """What a value must be, in words; an upper bound that is the machine's is left out."""
+        """Describes the range in words, without the upper bound of int32."""
         least, most = _written(self.least), _written(self.most)
         lower = f"above {least}" if self.open_least else f"{least} or more"
         upper = f"below {most}" if self.open_most else f"{most} or less"
@@ -58,14 +60,14 @@ def _written(value: float) -> str:
 Count = Annotated[int, Range(0, MAX_INT)]
 Positive = Annotated[int, Range(1, MAX_INT)]
 Several = Annotated[int, Range(2, MAX_INT)]
-"""Tokens of a row: one alone has no next token to learn."""
+"""Of token counts of a row: a single token has no next token to predict."""
 Seed = Annotated[int, Range(0, MAX_SEED)]
 AxisSize = Annotated[int, Range(-1, MAX_INT)]
-"""Of a mesh: -1 for all devices that are left."""
+"""Of a mesh axis: -1 for all remaining devices."""
 Finite = Annotated[float, Range()]
 NotNegative = Annotated[float, Range(0)]
 AboveZero = Annotated[float, Range(0, open_least=True)]
 Fraction = Annotated[float, Range(0, 1)]
 BelowOne = Annotated[float, Range(0, 1, open_most=True)]
 Shrinking = Annotated[float, Range(0, 1, open_least=True)]
-"""A factor that makes smaller, or leaves as it is."""
+"""A factor above 0 and at most 1."""

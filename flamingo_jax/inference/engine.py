@@ -1,5 +1,8 @@
-"""Prompts in, texts or log-likelihoods out: batches of few shapes, every different visual
-encoded once.
+"""The inference engine: runs a Flamingo on lists of prompts, for texts, log-likelihoods,
+logits or image features.
+
+Prompts are sorted into padded batches of few shapes, since each shape is compiled, and every
+distinct visual is encoded once.
 """
 
 import dataclasses
@@ -38,32 +41,36 @@ from flamingo_jax.processing.visuals import Visual
 
 Array = jax.Array
 ProgressCallback = Callable[[int], None]
-"""Called with the number of prompts that are done since the last call."""
+"""Called with the number of prompts finished since the last call."""
 
 TOKENS_IN_BATCH = 16_384
 VISUALS_IN_BATCH = 512
-"""Bounds on a batch's padded tokens and slots for visuals, for memory."""
+"""Limits on the tokens and visuals of a batch, padding included, for memory."""
 LOGITS_IN_BATCH = 1 << 26
-"""Of candidates that are scored side by side."""
+"""Limit on the logits of candidates that are scored at a time."""
 FRAMES_IN_BATCH = 64
-"""That the vision encoder takes at once."""
+"""Frames that the vision encoder takes at a time."""
 CACHED_BYTES = 512 << 20
-"""Visual tokens, and as many bytes of features, kept on the host for visuals that come again.
-"""
+"""Size of the host cache of visual tokens, and of that of features, for repeated visuals."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What a model wrote after a prompt.
+    """The continuation of a prompt.
 
     score: the log-probability of `text` and, where it is finished, of the <EOC> that ends it.
-    finished: it ended by itself, before `max_tokens`. tokens: the text's ids, without <EOC>.
+    finished: whether it ended by itself, within `max_tokens`.
+    tokens: the text's ids, without <EOC>.
     """
 
     text: str
     score: float
     finished: bool
     tokens: tuple[int, ...] = ()
+
+
+# The jitted functions are module-level, with the static graph as an argument, so that all
+# engines of equal models share their compiled programs.
 
 
 @functools.partial(jax.jit, static_argnames="graph")
@@ -114,7 +121,7 @@ def _score(
 
 @functools.partial(jax.jit, static_argnames="graph")
 def _logits(graph: Any, state: nnx.State, prompts: PromptArrays, media: Any) -> Array:
-    """Reads whole prompts: float32 [B, L, V + extra], 0 at padding."""
+    """Computes the logits of whole prompts, float32 [B, L, V + extra]; 0 at padding."""
     model = nnx.merge(graph, state)
     rows, length = prompts.tokens.shape
     places = jnp.arange(length)
@@ -131,12 +138,13 @@ def _logits(graph: Any, state: nnx.State, prompts: PromptArrays, media: Any) -> 
 
 
 class Engine:
-    """Runs a model on prompts. Answers do not depend on which prompts share a batch, within
+    """Runs a model on prompts. Results do not depend on which prompts share a batch, up to
     float32 rounding.
 
-    with_visuals: False takes every image away, as in the training of a model without
-      images; the image tags stay.
-    batch_size: prompts in a batch at most.
+    Args:
+      with_visuals: False removes every image, as in training without images; the image tags
+        stay in the text.
+      batch_size: the largest number of prompts in a batch.
     """
 
     def __init__(self, loaded: LoadedFlamingo, *, with_visuals: bool = True, batch_size: int = 64):
@@ -159,14 +167,14 @@ class Engine:
         seed: int = 0,
         progress: ProgressCallback | None = None,
     ) -> list[Completion]:
-        """Continues every prompt, up to its first <EOC>.
+        """Generates a continuation of every prompt, up to its first <EOC>.
 
-        seed: of sampling; `progress` is told how many prompts more are done.
+        seed: of sampling.
         """
         found: dict[int, Completion] = {}
         for indices, batch in self._batches(prompts, decoding.max_tokens):
-            # Keyed by the prompt's index in the list, so that what is drawn for it does not
-            # depend on its batch.
+            # Keys by the prompt's index in the list, so that sampling does not depend on how
+            # prompts are batched.
             numbers = np.resize(np.array(indices, np.uint32), len(batch.lengths))
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
             prepared, media = self._to_device(batch)
@@ -195,15 +203,17 @@ class Engine:
         close: bool = True,
         progress: ProgressCallback | None = None,
     ) -> list[np.ndarray]:
-        """Computes the log-probability of each candidate behind its prompt.
+        """Computes the log-probability of each candidate as the continuation of its prompt.
 
-        A candidate's text counts whole, its leading space too; `close` adds the <EOC> that ends
-        it, so that one which begins another is not favoured.
+        Args:
+          candidates: for each prompt the texts, including a leading space where there is one.
+          close: also score the <EOC> after a candidate, so that a candidate which is the
+            beginning of another one is not favoured.
 
         Returns: for each prompt float64 [number of its candidates].
 
-        Raises: UserError where prompts and lists of candidates differ in number, or a candidate
-          has no tokens.
+        Raises: UserError where prompts and lists of candidates differ in number, or a
+          candidate has no tokens.
         """
         if len(prompts) != len(candidates):
             raise UserError(
@@ -220,6 +230,7 @@ class Engine:
         for text, tokens in ids.items():
             if not tokens:
                 raise UserError(f"the candidate {text!r} has no tokens: leave it out")
+        # Rounded up to a multiple of 4, for few compiled shapes.
         longest = -(-max(map(len, ids.values())) // 4) * 4
         found: dict[int, np.ndarray] = {}
         for indices, batch in self._batches(prompts, longest):
@@ -234,7 +245,9 @@ class Engine:
     def _score_batch(
         self, batch: PromptBatch, continuations: list[list[list[int]]], longest: int, most: int
     ) -> np.ndarray:
-        """Scores the ids of every prompt's candidates, `most` of `longest` ids: float32 [B, C]."""
+        """Scores the candidates of a batch, at most `most` per prompt of at most `longest`
+        ids: float32 [B, C].
+        """
         rows = len(batch.lengths)
         columns = self.config.language_model.vocab_size + self.config.extra_tokens
         in_memory = LOGITS_IN_BATCH // (rows * longest * columns)
@@ -251,10 +264,10 @@ class Engine:
         )
 
     def logits(self, prompts: Sequence[Prompt]) -> Array:
-        """Computes what the model expects behind every token of the prompts.
+        """Computes the next-token logits at every token of the prompts.
 
-        Returns: float32 [B, L, V + extra], L being the tokens of the longest prompt and [b, t]
-          the logits of what follows its t-th; 0 behind a shorter prompt's end.
+        Returns: float32 [B, L, V + extra], where L is the length of the longest prompt and
+          [b, t] are the logits of the token after the t-th of prompt b; 0 past a prompt's end.
         """
         tokenised = [tokenise(prompt, self.tokenizer) for prompt in prompts]
         self._check(tokenised, 0)
@@ -270,8 +283,8 @@ class Engine:
         return _logits(self._graph, self._state, arrays, media)[: len(prompts), :longest]
 
     def features(self, visuals: Sequence[Visual]) -> np.ndarray:
-        """Encodes visuals by the frozen vision encoder, for RICES: float32 [M, C] of length 1.
-        Those of visuals that came before are kept.
+        """Computes the vision encoder's features of visuals, for RICES: float32 [M, C] of
+        length 1. Features of earlier calls are cached.
         """
         if not visuals:
             return np.zeros((0, 0), np.float32)
@@ -287,7 +300,7 @@ class Engine:
         return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
     def _check_size(self, visuals: Iterable[Visual]) -> None:
-        """Raises UserError where a visual is not of the size that the model takes."""
+        """Raises UserError for a visual that does not have the model's image size."""
         size = self.config.vision.image_size
         for visual in visuals:
             height, width = visual.frames.shape[1:3]
@@ -298,7 +311,9 @@ class Engine:
                 )
 
     def _check(self, prompts: Sequence[TokenisedPrompt], further: int) -> None:
-        """Raises UserError where a prompt with `further` tokens is more than the model takes."""
+        """Raises UserError for a prompt that, with `further` more tokens, is longer than the
+        model allows, or that has too many visuals.
+        """
         self._check_size(visual for prompt in prompts for visual in prompt.visuals)
         positions = self.config.language_model.positions
         learned = positions.max_length if positions.kind == "learned" else TOKENS_IN_BATCH
@@ -318,14 +333,16 @@ class Engine:
     def _batches(
         self, prompts: Sequence[Prompt], further: int
     ) -> Iterator[tuple[list[int], PromptBatch]]:
-        """Sorts prompts of like length into batches: (their indices in the list, batch)."""
+        """Batches prompts of similar length, each with room for `further` more tokens: yields
+        (indices of the prompts in the list, batch).
+        """
         if not prompts:
             return
         tokenised = [tokenise(prompt, self.tokenizer) for prompt in prompts]
         self._check(tokenised, further)
         longest = bucket_length(max(len(p.tokens) for p in tokenised))
-        # 1, 4, 16, 64, ...: a shape more costs the compilation of a program, a slot more
-        # hardly anything.
+        # Slots for visuals: 1, 4, 16, 64, ... Each further shape costs a compilation, an empty
+        # slot hardly anything.
         slots = next_power(4, max(len(p.visuals) for p in tokenised))
         rows = min(self._batch_size, TOKENS_IN_BATCH // longest, VISUALS_IN_BATCH // max(slots, 1))
         rows = min(max(next_power(2, rows + 1) // 2, 1), next_power(2, len(prompts)))
@@ -342,7 +359,7 @@ class Engine:
             )
 
     def _to_device(self, batch: PromptBatch) -> tuple[PromptArrays, Any]:
-        """Puts a batch on the device, with the keys and values of its visuals."""
+        """Moves a batch to the device, with the cross-attention keys and values of its visuals."""
         tokens, index, lengths = jax.device_put((batch.tokens, batch.media_index, batch.lengths))
         if not batch.distinct:
             return PromptArrays(tokens, index, lengths, None), None
@@ -350,8 +367,8 @@ class Engine:
             return PromptArrays(
                 tokens, index, lengths, jnp.asarray(batch.visuals)
             ), self._prepare_media(batch.distinct, batch.visuals.size)
-        # Nothing is looked at, which adds exactly zero; the shapes stay, so that both kinds of
-        # engine share compiled programs.
+        # Without visuals no token attends to any, which adds exactly zero. Shapes stay the
+        # same, so that engines with and without visuals share compiled programs.
         blank = np.zeros(
             (
                 batch.visuals.size,
@@ -372,7 +389,9 @@ class Engine:
         )
 
     def _prepare_media(self, distinct: list[Visual], size: int) -> Any:
-        """Projects visuals for every gated block, `size` of them with blanks."""
+        """Encodes visuals, from the cache where possible, and projects them to every
+        cross-attention block's keys and values; padded with blanks to `size` visuals.
+        """
         by_digest = {visual.digest: visual for visual in distinct}
         found = self._cached_tokens.get(
             list(by_digest),
@@ -387,8 +406,10 @@ class Engine:
     def _encode_visuals(
         self, visuals: list[Visual], encode: Any
     ) -> Iterator[tuple[bytes, np.ndarray]]:
-        """Encodes visuals: (digest, array) of each. Those of as many frames go together, so that
-        images do not pay for clips.
+        """Encodes visuals by `encode`, and yields (digest, array) of each. Only visuals with
+        equal numbers of frames share a batch, so that images are not padded to clips.
+
+        Raises: UserError where the result is not finite.
         """
         groups: dict[int, list[Visual]] = {}
         for visual in visuals:
@@ -415,16 +436,17 @@ class Engine:
                 yield from zip((visual.digest for visual in part), encoded, strict=False)
 
     def _padded_frames(self, frames: int) -> int:
-        """Returns how many frames a visual is padded to: clips up to the trained length to that;
-        for longer ones time is stretched, which padding would change.
+        """Returns how many frames a visual is padded to: clips up to the trained length to
+        that length. Longer ones are not padded, which would change the interpolation of their
+        time embeddings.
         """
         trained = self.config.resampler.frames
         return frames if frames == 1 or frames > trained else trained
 
 
 def token_constraints(tokenizer: Tokenizer, extra_tokens: int = 1) -> TokenConstraints:
-    """Lists the ids that end a text, <EOC> and <EOS>, and those never written: what is never
-    learned as a target.
+    """Returns the ids that end a text, <EOC> and <EOS>, and those that are never generated:
+    the ones that are no targets in training, such as <BOS>, padding and unused ids.
     """
     stop = (tokenizer.eoc, tokenizer.eos)
     suppressed = {

@@ -24,7 +24,7 @@ NO_TOKEN = -1
 class DecodingConfig:
     """The decoding method and its options.
 
-    The paper uses a beam of 3 for open-ended tasks; it mentions no length penalty.
+    The paper uses a beam of 3 for open-ended tasks, and mentions no length penalty.
 
     Raises: UserError for a value out of range, or for beam search together with sampling.
     """

@@ -1,8 +1,9 @@
-"""A trained Flamingo to use from Python: prompts in, texts, scores, features or logits out.
+"""The Python interface of a trained Flamingo: `load` an export, then `Model.generate`,
+`score`, `features`, or call it for logits.
 
-A prompt is a list of parts in any order: texts, `Image`s and `Video`s. A list of such lists is a
-batch, which is answered by a list. A text may spell out where its images go, as `<image>`: the
-images then follow in order, in the list or as `images=`.
+A prompt is a list of texts, `Image`s and `Video`s in any order. A list of such lists is a
+batch, for which methods return a list. Texts may mark the places of images by `<image>`; the
+images are then given in that order, in the list or as `images=`.
 """
 
 import dataclasses
@@ -41,25 +42,25 @@ from flamingo_jax.processing.visuals import Image, ImageSource, Visual, VisualSo
 from flamingo_jax.pytrees import to_flat
 
 PAPER_BEAM_SIZE = 3
-"""Of the paper's open-ended tasks (facts 6.4)."""
+"""The beam size of the paper's open-ended tasks."""
 
 OnePrompt = str | VisualSource | Visual | SpecialToken | Sequence[Any]
 """A part, or a list of parts: texts, images, videos, END_OF_CHUNK."""
 Batch = Sequence[list[Any] | tuple[Any, ...]]
 """Prompts, each a list of parts."""
 Images = Sequence[Any]
-"""What fills the image tags of a prompt, in order: images, videos or what `Image` takes; of a
-batch, in one list or one for each prompt.
+"""The images of a prompt's `<image>` tags, in order: images, videos or what `Image` takes. For
+a batch, one list for all prompts or one for each.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class CandidateScores:
-    """How likely a model finds each of some continuations of a prompt.
+    """The log-likelihoods of candidate continuations of a prompt.
 
-    log_likelihoods: the sum of the log-probabilities of each candidate's tokens and, unless
-      `close` was False, of the <EOC> behind it; not divided by its length (paper: close-ended
-      tasks).
+    log_likelihoods: for each candidate the sum of the log-probabilities of its tokens and,
+      unless `close` was False, of the <EOC> after it; not divided by its length (paper:
+      close-ended tasks).
     """
 
     candidates: tuple[str, ...]
@@ -67,29 +68,30 @@ class CandidateScores:
 
     @property
     def best(self) -> str:
-        """Returns the likeliest candidate, the first of equals."""
+        """Returns the most likely candidate, the first of equals."""
         return self.candidates[int(np.argmax(self.log_likelihoods))]
 
     @property
     def probabilities(self) -> tuple[float, ...]:
-        """Returns each candidate's probability, given that one of them follows."""
+        """Returns each candidate's probability, given that one of the candidates follows."""
         most = max(self.log_likelihoods)
         shares = [math.exp(value - most) for value in self.log_likelihoods]
         return tuple(share / sum(shares) for share in shares)
 
 
 class Model:
-    """A Flamingo with its tokenizer, which takes prompts of texts, images and videos.
+    """A Flamingo with its tokenizer, for prompts of texts, images and videos.
 
-    Images and videos are prepared as the model was trained to see them. Those that come again
-    are encoded once, as long as 512 MiB hold them.
+    Images and videos are preprocessed as in the model's training. Repeated ones are encoded
+    once, within a cache of 512 MiB.
 
     Args:
-      flamingo: the NNX module, whose parameters are read here: after they are trained, make a
-        Model of it anew. tokenizer: of its language model.
-      digest: names the weights, where they are an export's.
+      flamingo: the NNX module. Its parameters are read here: after training it further, make a
+        new Model.
+      tokenizer: of its language model.
+      digest: of the weights, if they come from an export.
 
-    Raises: UserError where the tokenizer is of another vocabulary.
+    Raises: UserError where the tokenizer has another vocabulary than the language model.
     """
 
     def __init__(self, flamingo: Flamingo, tokenizer: Tokenizer, *, digest: str = ""):
@@ -144,23 +146,26 @@ class Model:
         length_penalty: float = 0.0,
         seed: int = 0,
     ) -> Completion | list[Completion]:
-        """Continues a prompt, or each prompt of a batch, up to its first <EOC>.
+        """Generates the continuation of a prompt, or of each prompt of a batch, up to its
+        first <EOC>.
 
         Args:
           prompt: a list of texts, images and videos, or a list of such lists (a batch).
-          images: what fills the `<image>` tags of the prompts' texts, in order: images, videos
-            or what `Image` takes.
-          max_tokens: the most that are written.
-          beam_size: hypotheses of beam search; by default 3 (paper: open-ended tasks), and 1
-            where a temperature is given. 1 takes the likeliest token (greedy), or samples.
-          temperature, top_p: of nucleus sampling (Holtzman et al. 2020); 0 does not sample.
-          length_penalty: of a beam (Wu et al. 2016); 0 for none, as in the paper.
-          seed: of sampling; a prompt's draws depend on its place in the batch alone.
+          images: the images of the `<image>` tags in the prompts' texts, in order: images,
+            videos or what `Image` takes.
+          max_tokens: the largest number of tokens to generate.
+          beam_size: hypotheses of beam search; by default 3 (paper: open-ended tasks), or 1
+            if a temperature is given. 1 is greedy decoding, or sampling.
+          temperature, top_p: of nucleus sampling (Holtzman et al. 2020); temperature 0 does
+            not sample.
+          length_penalty: of beam search (Wu et al. 2016); 0 for none, as in the paper.
+          seed: of sampling. The result for a prompt also depends on its index in the batch,
+            but not on the other prompts.
 
         Returns: a `Completion`, or one for each prompt.
 
-        Raises: UserError for a part that is none, images and tags that differ in number, a
-          prompt of too many tokens or images, or an option out of range.
+        Raises: UserError for a part of an unknown type, images and tags that differ in number,
+          a prompt with too many tokens or images, or an option out of range.
         """
         beams = (1 if temperature > 0 else PAPER_BEAM_SIZE) if beam_size is None else beam_size
         decoding = DecodingConfig(max_tokens, beams, temperature, top_p, length_penalty)
@@ -196,17 +201,17 @@ class Model:
         images: Images | None = None,
         close: bool = True,
     ) -> CandidateScores | list[CandidateScores]:
-        """Computes the log-likelihood of each candidate behind a prompt (paper: close-ended
-        tasks).
+        """Computes the log-likelihood of each candidate as the continuation of a prompt
+        (paper: close-ended tasks).
 
         Args:
           prompt: a list of texts, images and videos, or a list of such lists (a batch).
-          candidates: texts, their leading space included; for a batch, one such list for all
+          candidates: texts, including their leading space; for a batch, one such list for all
             prompts or one for each.
-          images: what fills the `<image>` tags of the prompts' texts, in order: images, videos
-            or what `Image` takes.
-          close: each candidate counts with the <EOC> that ends it, so that one which begins
-            another is not favoured.
+          images: the images of the `<image>` tags in the prompts' texts, in order: images,
+            videos or what `Image` takes.
+          close: also score the <EOC> after each candidate, so that a candidate which is the
+            beginning of another one is not favoured.
 
         Returns: `CandidateScores`, or one for each prompt.
 
@@ -232,32 +237,32 @@ class Model:
         return scores if several else scores[0]
 
     def features(self, images: VisualSource | Visual | ImageSource | Sequence[Any]) -> np.ndarray:
-        """Encodes images and videos by the frozen vision encoder alone.
+        """Computes the vision encoder's features of images and videos.
 
         Args:
           images: one, or a sequence of them: `Image`, `Video`, or what `Image` takes.
 
-        Returns: float32 [M, C] of length 1, the mean over the encoder's grid and the frames:
-          similar images have a large product, as for RICES (paper 3.1).
+        Returns: float32 [M, C], the mean over the encoder's grid and the frames, normalised to
+          length 1, so that products are cosine similarities, as for RICES (paper 3.1).
 
-        Raises: UserError for what is no image.
+        Raises: UserError for anything that is no image.
         """
         if isinstance(images, (str, bytes, os.PathLike)) or not isinstance(images, Sequence):
             images = [images]
         return self._engine.features([self._visual(image) for image in images])
 
     def __call__(self, prompt: OnePrompt | Batch, images: Images | None = None) -> jax.Array:
-        """Computes the logits of what may follow every token of a batch of prompts.
+        """Computes the next-token logits at every token of a batch of prompts.
 
         Args:
-          prompt: a list of prompts, each a list of texts, images and videos; one alone is a
-            batch of one.
-          images: what fills the `<image>` tags of the prompts' texts, in order over the batch.
+          prompt: a list of prompts, each a list of texts, images and videos; a single prompt
+            is a batch of one.
+          images: the images of the `<image>` tags in the prompts' texts, in order over the
+            batch.
 
-        Returns: float32 [B, L, V + extra]: [b, t] are the logits of what follows the t-th token
-          of prompt b as `tokenise` gives them, L the number of tokens of the longest, V the
-          language model's vocabulary, and <EOC> the first of the extra ones; 0 behind a shorter
-          prompt's end.
+        Returns: float32 [B, L, V + extra]: [b, t] are the logits of the token after the t-th
+          of prompt b, as tokenised by `tokenise`. L is the length of the longest prompt, V the
+          language model's vocabulary; <EOC> is the first extra token. 0 past a prompt's end.
 
         Raises: UserError as `generate`.
         """
@@ -266,11 +271,11 @@ class Model:
     def tokenise(
         self, prompt: OnePrompt | Batch, images: Images | None = None
     ) -> list[TokenisedPrompt]:
-        """Turns prompts into the tokens that the model reads: from <BOS> on, an <EOC> before
-        every image that follows a text, and `<image>` where an image stands (paper 3.1).
+        """Tokenises prompts: <BOS> first, an <EOC> before every image that follows a text, and
+        the tokens of `<image>` for each image (paper 3.1).
 
-        Returns: for each prompt of the batch `tokens` int32 [n], `media_index` int32 [n], each
-          token's visual or -1, and `visuals`.
+        Returns: for each prompt of the batch `tokens` int32 [n], `media_index` int32 [n] (the
+          index of the visual that a token attends to, or -1), and `visuals`.
 
         Raises: UserError as `generate`.
         """
@@ -279,17 +284,17 @@ class Model:
     def batch(
         self, prompt: OnePrompt | Batch, answers: Sequence[str], images: Images | None = None
     ) -> dict[str, np.ndarray]:
-        """Makes a batch to train on: prompts, and the text that is to follow each.
+        """Makes a training batch of prompts and their answers.
 
-        The answers and the <EOC> behind them alone are learned, so that the loss of a row is
-        minus the log-likelihood that `score` gives its answer.
+        Only the answers and the <EOC> after them have a loss, so that a row's loss is minus
+        the log-likelihood that `score` gives its answer.
 
         Args:
-          prompt, images: as of `__call__`.
-          answers: a text for each prompt, its leading space included.
+          prompt, images: see `__call__`.
+          answers: a text for each prompt, including its leading space.
 
-        Returns: what `tasks.flamingo.FlamingoTask` takes: tokens, positions, segments,
-          media_index int32 [B, L], loss_mask bool [B, L] and, where there are images, visuals
+        Returns: a batch for `tasks.flamingo.FlamingoTask`: tokens, positions, segments,
+          media_index int32 [B, L], loss_mask bool [B, L] and, if there are images, visuals
           int32 [B, N], images uint8 [B * N, T, S, S, 3] and frame_mask bool [B * N, T].
 
         Raises: UserError as `generate`, and where prompts and answers differ in number.
@@ -308,12 +313,12 @@ class Model:
         )
 
     def save(self, folder: str | pathlib.Path) -> None:
-        """Writes the model as an export that `load` reads: safetensors, config and tokenizer.
+        """Exports the model to a folder that `load` reads: safetensors, config and tokenizer.
 
         Args:
-          folder: must not be there yet; it appears whole or not at all.
+          folder: must not exist; it is created atomically.
 
-        Raises: UserError where it is there, or cannot be written.
+        Raises: UserError where it exists, or cannot be written.
         """
         parameters = to_flat(nnx.split(self.flamingo)[1])
         with tempfile.TemporaryDirectory() as temporary:
@@ -327,13 +332,14 @@ class Model:
             )
 
     def _visual(self, image: Any) -> Visual:
+        """Preprocesses an image or video as in the model's training."""
         if isinstance(image, Visual):
             return image
         source = image if isinstance(image, VisualSource) else Image(image)
         return source.visual(self.config.vision, self.config.resampler.frames)
 
     def _prompts(self, prompt: Any, images: Images | None) -> tuple[list[Prompt], bool]:
-        """The prompts with their images prepared, and whether they are a batch."""
+        """Returns the prompts with their images preprocessed, and whether they are a batch."""
         batch, several = as_batch(prompt)
         if images is not None:
             batch = _with_images(batch, images)
@@ -358,16 +364,16 @@ class Model:
 def load(
     folder: str | pathlib.Path, *, mesh: Mesh | None = None, dtype: DTypeLike | None = None
 ) -> Model:
-    """Loads an exported Flamingo, which `launch.export` wrote.
+    """Loads a Flamingo exported by `launch.export`.
 
     Args:
       folder: the export; nothing else is read.
-      mesh: where the parameters lie; None, or a mesh of one device.
-      dtype: what is computed in; by default float32 on CPU and bfloat16 on accelerators.
-        Parameters keep the types that they are stored in.
+      mesh: the device of the parameters, as a mesh of one device; None for the default device.
+      dtype: compute dtype; by default float32 on CPU and bfloat16 on accelerators. Parameters
+        keep their stored dtypes.
 
-    Raises: UserError where the folder is no whole export of a Flamingo, or the mesh has several
-      devices.
+    Raises: UserError where the folder is no complete export of a Flamingo, or the mesh has
+      several devices.
     """
     if mesh is not None and mesh.size > 1:
         raise UserError(
@@ -379,10 +385,10 @@ def load(
 
 
 def as_batch(prompt: Any) -> tuple[list[list[Any]], bool]:
-    """Returns a prompt, or a list of prompts, as a list of lists of parts, and whether it was a
-    list of prompts.
+    """Normalises a prompt, or a list of prompts, to a list of lists of parts; also returns
+    whether it was a list of prompts.
 
-    Raises: UserError for an empty prompt, and for parts beside whole prompts.
+    Raises: UserError for an empty prompt, and for a list that mixes parts and prompts.
     """
     if isinstance(prompt, (str, VisualSource, Visual, SpecialToken)):
         return [[prompt]], False
@@ -403,7 +409,7 @@ def as_batch(prompt: Any) -> tuple[list[list[Any]], bool]:
 
 
 def _with_images(batch: list[list[Any]], images: Images) -> list[list[Any]]:
-    """The prompts, each with the images that its tags ask for behind its texts."""
+    """Appends to each prompt as many of `images` as its texts have image tags."""
     if any(isinstance(part, (VisualSource, Visual)) for parts in batch for part in parts):
         raise UserError(
             "prompts hold images, and images= gives more: give them in the prompts alone, or all"

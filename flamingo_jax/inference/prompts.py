@@ -1,8 +1,7 @@
-"""A prompt is a list of parts, text and visuals in any order; here it becomes tokens, and
-prompts become batches.
+"""Tokenises prompts (lists of text and visuals in any order), and pads them to batches.
 
-The layout is that of training pages (processing/sequences.py):
-`<BOS>text<EOC><image>text<EOC><image>text`, left open at the end.
+The layout is that of web pages in training (processing/sequences.py),
+`<BOS>text<EOC><image>text<EOC><image>text`, without an <EOC> at the end.
 """
 
 import dataclasses
@@ -19,18 +18,18 @@ from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.processing.visuals import Visual, VisualSource
 
 LENGTH_STEP = 32
-"""Prompts are padded to a few multiples of this, so that few shapes are compiled."""
+"""Prompts are padded to certain multiples of this, so that few shapes are compiled."""
 
 
 class SpecialToken(enum.Enum):
-    """Tokens that a prompt may hold besides text and visuals."""
+    """Special tokens that a prompt may contain besides text and visuals."""
 
     END_OF_CHUNK = "<EOC>"
 
 
 END_OF_CHUNK = SpecialToken.END_OF_CHUNK
-"""Closes a piece of text that no visual follows, as between the text-only examples of a
-zero-shot prompt.
+"""An <EOC> where no visual follows, for example between the text-only examples of a zero-shot
+prompt. Before a visual it is added automatically.
 """
 
 PromptPart = str | Visual | SpecialToken
@@ -39,10 +38,10 @@ Prompt = Sequence[PromptPart]
 
 @dataclasses.dataclass(frozen=True)
 class TokenisedPrompt:
-    """A prompt as the model reads it.
+    """A prompt as tokens.
 
-    tokens: int32 [n] from <BOS> on. media_index: int32 [n], which of `visuals` each token looks
-      at, or -1.
+    tokens: int32 [n], beginning with <BOS>.
+    media_index: int32 [n], which of `visuals` each token attends to, -1 for none.
     """
 
     tokens: np.ndarray
@@ -53,10 +52,11 @@ class TokenisedPrompt:
 def fill_image_tags(
     prompt: Sequence[PromptPart | VisualSource], tag: str = Tokenizer.image_tag
 ) -> list[Any]:
-    """Puts a prompt's visuals, in order, where its texts spell out image tags.
+    """Moves a prompt's visuals, in order, to the image tags in its texts.
 
-    Without any tag the visuals stand where the list has them. A tag behind a backslash
-    (`escape_image_tags`) is mere text. Raises UserError when tags and visuals differ in number.
+    Without any tag, visuals stay where they are in the list. A tag after a backslash
+    (`escape_image_tags`) is plain text.
+    Raises: UserError where tags and visuals differ in number.
     """
     visuals = [part for part in prompt if isinstance(part, (Visual, VisualSource))]
     unescaped = _unescaped(tag)
@@ -84,24 +84,25 @@ def fill_image_tags(
 
 
 def count_image_tags(prompt: Sequence[Any], tag: str = Tokenizer.image_tag) -> int:
-    """Counts the visuals that the texts of a prompt ask for."""
+    """Counts the image tags in the texts of a prompt."""
     return sum(len(_unescaped(tag).findall(part)) for part in prompt if isinstance(part, str))
 
 
 def _unescaped(tag: str) -> re.Pattern[str]:
+    """Makes the pattern of a tag that no backslash precedes."""
     return re.compile(r"(?<!\\)" + re.escape(tag))
 
 
 def escape_image_tags(text: str, tag: str = Tokenizer.image_tag) -> str:
-    """Makes the image tags of a text mere words: for what somebody else wrote, as a dataset's
-    questions.
+    """Escapes image tags in a text, so that they are plain text: for texts from elsewhere,
+    such as a dataset's questions.
     """
     return text.replace(tag, f"\\{tag}")
 
 
 def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Encodes a text, escaped image tags character by character: their own piece, where there
-    is one, would announce a visual.
+    """Encodes a text. An escaped image tag is encoded in two parts, so that it does not become
+    the tokenizer's own piece for the tag, which would stand for a visual.
     """
     tag = tokenizer.image_tag
     first, *others = (tokenizer.encode(part) for part in text.split(f"\\{tag}"))
@@ -110,8 +111,8 @@ def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def tokenise(prompt: Prompt, tokenizer: Tokenizer) -> TokenisedPrompt:
-    """Encodes a prompt as an open page: an <EOC> closes what stands before a visual, except
-    directly after <BOS> or another <EOC>.
+    """Tokenises a prompt. An <EOC> is added before every visual, except directly after <BOS>
+    or another <EOC>.
     """
     tokens, chunk = [tokenizer.bos], [0]
     visuals: list[Visual] = []
@@ -120,7 +121,7 @@ def tokenise(prompt: Prompt, tokenizer: Tokenizer) -> TokenisedPrompt:
         tokens.extend(ids)
         chunk.extend([len(visuals)] * len(ids))
 
-    # Neighbouring texts are one text: its pieces may span them.
+    # Adjacent texts are joined first: a piece of the tokenizer may span them.
     for part in _joined(fill_image_tags(prompt)):
         if isinstance(part, str):
             add(_encode(part, tokenizer))
@@ -136,6 +137,7 @@ def tokenise(prompt: Prompt, tokenizer: Tokenizer) -> TokenisedPrompt:
 
 
 def _joined(prompt: Prompt) -> list[PromptPart]:
+    """Joins adjacent texts of a prompt."""
     parts: list[PromptPart] = []
     for part in prompt:
         if isinstance(part, str) and parts and isinstance(parts[-1], str):
@@ -147,11 +149,12 @@ def _joined(prompt: Prompt) -> list[PromptPart]:
 
 @dataclasses.dataclass(frozen=True)
 class PromptBatch:
-    """B prompts padded on the right to L tokens, with N slots for visuals.
+    """B prompts, right-padded to L tokens, with N slots for visuals.
 
-    tokens, media_index: int32 [B, L]. lengths: int32 [B]. visuals: int32 [B, N], indices in
-      `distinct` or -1.
-    distinct: the different visuals of the batch.
+    tokens, media_index: int32 [B, L].
+    lengths: int32 [B], tokens of each prompt.
+    visuals: int32 [B, N], indices into `distinct`, -1 for none.
+    distinct: the distinct visuals of the batch.
     """
 
     tokens: np.ndarray
@@ -166,8 +169,8 @@ def collate(
 ) -> PromptBatch:
     """Pads prompts to a batch of `rows` rows of `length` tokens and `slots` visuals.
 
-    Rows beyond the prompts repeat the first one, so that they end when it does and nothing new
-    is encoded for them.
+    Rows beyond the prompts repeat the first one: they end generation when it does, and no
+    further visual is encoded for them.
     """
     tokens = np.full((rows, length), pad_token, np.int32)
     index = np.full((rows, length), -1, np.int32)
@@ -199,10 +202,10 @@ def answered_batch(
     image_size: int,
     pad_token: int,
 ) -> dict[str, np.ndarray]:
-    """Collates prompts with the ids that are to follow them as a batch that tasks take
-    (`tasks.flamingo.FlamingoTask`), of which the answers alone are learned.
+    """Collates prompts and the token ids of their answers as a batch for
+    `tasks.flamingo.FlamingoTask`, whose loss is on the answers alone.
 
-    frames: of every visual at least; those that are not real are masked.
+    frames: clips are padded to at least this many frames, which are masked.
     """
     rows, slots = len(prompts), max(len(prompt.visuals) for prompt in prompts)
     lengths = [
@@ -240,15 +243,15 @@ def answered_batch(
 
 
 def bucket_length(count: int) -> int:
-    """Returns the least of 32, 64, 96, 128, 192, 256, 384, ... that is at least `count`: few
-    lengths, little padding.
+    """Rounds `count` up to one of 32, 64, 96, 128, 192, 256, 384, ...: few lengths to compile,
+    little padding.
     """
     length = LENGTH_STEP * next_power(2, -(-count // LENGTH_STEP))
     return length * 3 // 4 if length >= 4 * LENGTH_STEP and length * 3 // 4 >= count else length
 
 
 def next_power(base: int, count: int) -> int:
-    """Returns the least power of `base` that is at least `count`, 0 for 0."""
+    """Rounds `count` up to a power of `base`; 0 stays 0."""
     power = min(count, 1)
     while power < count:
         power *= base
