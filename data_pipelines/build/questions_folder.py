@@ -1,12 +1,13 @@
-"""A folder of images or videos with a JSONL of questions to a dataset of questions (VQA;
-paper 3.3).
+"""Source `questions_folder`: converts a folder of images or videos and a JSONL of questions to
+a VQA dataset.
 
-`qa.jsonl` or `questions.jsonl` has a line per question,
-`{"image": "any/where/below.jpg", "question": "What is it?", "answer": "a cat"}`: `video` in
-place of `image`, `answers` (those of several people, as texts or as VQA's `{"answer": "a
-cat"}`) in place of `answer`, and `type` where questions have sorts. All questions about an
-image land in the same split, so that what is kept out of training is images. Each record
-holds its image again, as any reader of the kind expects; `short_side` keeps that small.
+`qa.jsonl` or `questions.jsonl` has one line per question, `{"image": "any/where/below.jpg",
+"question": "What is it?", "answer": "a cat"}`. It may have `video` instead of `image`;
+`answers` (one per annotator, as texts or as VQA's `{"answer": "a cat"}`) instead of `answer`;
+and `type`, the type of question.
+
+All questions about an image are in the same split, so that held-out questions are about unseen
+images. Each record has its own copy of the image; `short_side` limits the size.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ NO_ANSWER = "no answer"
 
 @dataclasses.dataclass(frozen=True)
 class QuestionLine:
-    """A line of the JSONL. no_answers: for each answer that is of no use the reason."""
+    """A line of the JSONL. no_answers: the reason for each answer that is unusable."""
 
     text: str
     answers: tuple[str, ...]
@@ -54,8 +55,9 @@ class QuestionLine:
 
 @dataclasses.dataclass(frozen=True)
 class QuestionedVisual:
-    """One image or video with all questions about it, or a line that is of no use: `bad` says
-    why.
+    """An image or video with all questions about it.
+
+    bad: the reason why the entry gives no records, "" if it does.
     """
 
     folder: str
@@ -68,7 +70,7 @@ class QuestionedVisual:
         return self.name
 
     def all_dropped(self, reason: str) -> list[Converted]:
-        """Each question, or the image that nobody asks about, dropped for this reason."""
+        """Drops every question for a reason, or the image itself if it has no questions."""
         if not self.questions:
             return [DroppedRecord(reason)]
         return [
@@ -78,8 +80,10 @@ class QuestionedVisual:
 
 @dataclasses.dataclass(frozen=True)
 class QuestionsFolder:
-    """Images or videos that are asked about. file: the JSONL, where it has another name. fps,
-    max_seconds, short_side of videos: as in VideoFolder.
+    """Reads questions about images or videos, one record per question.
+
+    file: the name of the JSONL, if it is another.
+    rules: for images. fps, max_seconds, video_short_side: for videos, as in VideoFolder.
     """
 
     folders: tuple[str, ...]
@@ -103,9 +107,11 @@ class QuestionsFolder:
         return {"source": type(self).__name__, **dataclasses.asdict(self)}
 
     def entries(self) -> Sequence[QuestionedVisual]:
+        """Lists visuals with questions, visuals without, and bad lines of the JSONL."""
         return [entry for folder in self.folders for entry in self._entries(folder)]
 
     def convert(self, entry: QuestionedVisual) -> list[Converted]:
+        """Reads one visual and makes a record of each of its questions."""
         if entry.bad:
             return [DroppedRecord(entry.bad)]
         folder = pathlib.Path(entry.folder)
@@ -123,7 +129,8 @@ class QuestionsFolder:
         split = self.shares.split(name)
         outcomes: list[Converted] = []
         for number, question in enumerate(entry.questions):
-            parts = () if outcomes else lost  # What a video lost is counted once.
+            # Lost frames of a video are counted once, with its first question.
+            parts = () if outcomes else lost
             if not question.text or not question.answers:
                 reason = NO_ANSWER if question.text else NO_QUESTION
                 outcomes.append(DroppedRecord(reason, parts, question.no_answers))
@@ -177,7 +184,7 @@ class QuestionsFolder:
 
 
 def _question(record: dict[str, Any]) -> QuestionLine:
-    """Raises KeyError, TypeError, AttributeError or NotUtf8."""
+    """Parses a line; raises KeyError, TypeError, AttributeError or NotUtf8 for a bad one."""
     text = "" if is_missing(record["question"]) else as_utf8(record["question"])
     question_type = record.get("type")
     return QuestionLine(
@@ -186,7 +193,7 @@ def _question(record: dict[str, Any]) -> QuestionLine:
 
 
 def _answers(record: dict[str, Any]) -> Texts:
-    """An answer that is a number is its digits."""
+    """Reads a line's answers; a number becomes a text."""
     answer = record.get("answer")
     if type(answer) in (int, float) and not is_missing(answer):
         record = record | {"answer": str(answer)}

@@ -1,5 +1,5 @@
-"""samples.html: some of a dataset's records as a person looks at them, and what became of the
-rest of the source.
+"""Writes samples.html, a page with a dataset's statistics and some of its records, to look at
+before training.
 """
 
 import hashlib
@@ -15,16 +15,18 @@ from flamingo_jax.web_page import FRAMES, Table, page, strip, table
 
 COUNT = 24
 HEIGHT = 150
-"""Pixels of an image on the page."""
+"""Height of an image on the page, in pixels."""
 MAX_IMAGES = 6
-"""Images shown of a page of text."""
+"""The most images shown of an interleaved page."""
 CHARACTERS = 600
-"""Shown of a text."""
+"""The most characters shown of a text."""
 
 
 class RecordSampler:
-    """Draws a few examples of the training split, or of all where there is none, drawn by a
-    hash of their ids: the same in every build.
+    """Samples `COUNT` records of the training split, or of all splits if there is none.
+
+    Records with the smallest hashes of their ids are taken: a uniform sample in one pass, the
+    same in every build.
     """
 
     def __init__(self) -> None:
@@ -32,6 +34,7 @@ class RecordSampler:
         self._met = 0
 
     def offer(self, example: SplitRecord) -> None:
+        """Adds a record, and drops the one with the largest hash if there are too many."""
         place = int.from_bytes(
             hashlib.blake2b(f"drawn {example.fields['id']}".encode(), digest_size=8).digest()
         )
@@ -43,6 +46,7 @@ class RecordSampler:
             heapq.heappushpop(self._heap, item)
 
     def examples(self) -> list[SplitRecord]:
+        """Returns the sampled records."""
         sampled = [item[3] for item in sorted(self._heap, key=lambda item: item[:3], reverse=True)]
         trained = [example for example in sampled if example.split == TRAIN]
         return trained or sampled
@@ -51,8 +55,8 @@ class RecordSampler:
 def samples_page(
     name: str, about: str, statistics: Mapping[str, Any], examples: Sequence[SplitRecord]
 ) -> str:
-    """Writes the document: counts of splits, drop reasons with names of some that were
-    dropped, and the examples.
+    """Writes the HTML document: record counts by split, reasons for drops with some names, and
+    example records.
     """
     dropped, named = statistics["dropped"], statistics.get("dropped_names", {})
     tables = [

@@ -1,5 +1,5 @@
-"""Trains a SentencePiece tokenizer on datasets or plain text, as the paper's language model has
-it: text is kept exactly.
+"""Trains a SentencePiece tokenizer on datasets or plain text; like the paper's, it is lossless
+(no text normalisation).
 """
 
 import collections
@@ -29,7 +29,7 @@ IMAGE_TAG = "<image>"
 THREADS = 4
 """Fixed, so that the model does not depend on the machine."""
 MAX_SENTENCE = 100_000
-"""Bytes of a line that SentencePiece is given at once."""
+"""The most bytes of a training sentence; SentencePiece silently skips longer ones."""
 UNTAKEN = re.compile("[\0\u2585]")
 NOTHING = "null characters or U+2585 alone"
 TEXT_FIELDS = ("text", "texts", "captions")
@@ -45,14 +45,23 @@ def train_tokenizer(
     user_defined: Sequence[str] = (IMAGE_TAG,),
     max_sentences: int = 5_000_000,
 ) -> pathlib.Path:
-    """Writes `output/tokenizer.model` and returns it; ids 0 to 3 are unknown, <BOS>, <EOS> and
-    padding.
+    """Trains a tokenizer and writes `output/tokenizer.model`, and statistics.json of the lines
+    used.
 
-    texts: any strings; each of their lines is a sentence to learn from. The line end is a piece
-    of its own. With `byte_fallback` any text can be written in pieces, which takes 256 of the
-    vocabulary; without, characters that are not in `texts` are lost. Beside it statistics.json
-    says what became of the lines. Raises UserError where there is no text, not enough for
-    `vocab_size`, or another process trains there.
+    Ids 0 to 3 are unknown, <BOS>, <EOS> and padding; the newline is a piece of its own.
+
+    Args:
+      texts: strings of any length; each of their lines is a training sentence.
+      vocab_size: number of pieces.
+      model_type: "bpe" or "unigram".
+      byte_fallback: encode unknown characters as bytes, so that any text can be encoded; this
+        takes 256 pieces. Without it characters that are not in `texts` become unknown.
+      user_defined: strings that are always one piece.
+      max_sentences: train on a random sample of at most this many lines.
+
+    Returns: the path of the model.
+    Raises: UserError where there is no text, too little for `vocab_size`, or another process
+      is training in the folder.
     """
     output = pathlib.Path(output)
     with lock_folder(output, "the training of a tokenizer"):
@@ -101,12 +110,15 @@ def build_tokenizer(
     progress: Callable[[str], None] = lambda text: None,
     **options: Any,
 ) -> bool:
-    """Trains `output/tokenizer.model` on all text of the paths (see `texts_in`).
+    """Trains `output/tokenizer.model` on all text in datasets, files or folders (see
+    `texts_in`).
 
-    options: as `train_tokenizer` has them. progress: called with what is being done.
+    Args:
+      progress: is called with a description of the current step.
+      options: further arguments of `train_tokenizer`.
 
-    Returns whether it was trained: one of the same size that is there is left as it is. Raises
-    UserError where one of another size is there, and as `train_tokenizer` does.
+    Returns: whether it was trained; an existing tokenizer of the same size is kept.
+    Raises: UserError where one of another size exists, and as `train_tokenizer` does.
     """
     file = output / FILE_NAME
     if file.exists():
@@ -131,13 +143,12 @@ def build_tokenizer(
 
 
 class Sentences:
-    """Yields the lines of texts as SentencePiece takes them, with a count of what became of
-    each.
+    """Yields the lines of texts as training sentences, and counts what was used, cut and
+    dropped.
 
-    It skips without a word what is longer than MAX_SENTENCE bytes, so that longer lines are cut
-    at spaces, at worst within a word; and what holds a null character or its own sign for the
-    unknown, so that lines are cut there, and these characters are not learned. Blank lines are
-    none.
+    SentencePiece silently skips sentences that are longer than its limit, or contain a null
+    character or U+2585, its symbol for unknown. So longer lines are split at spaces (or within
+    a word if need be), and lines are split at these characters. Blank lines are skipped.
     """
 
     def __init__(self, texts: Iterable[str]):
@@ -163,15 +174,15 @@ class Sentences:
             yield from parts
 
     def statistics(self) -> dict[str, Any]:
-        """Lines read, used (those that were cut among them) and dropped, by the reason."""
+        """Returns how many lines were read, used, split, and dropped by reason."""
         counts = {what: self._counts[what] for what in ("read", "used", "cut")}
         dropped = dict(sorted(self._dropped.items()))
         return {"records_read": counts.pop("read"), **counts, "dropped": dropped}
 
 
 def cut(text: str, size: int) -> Iterator[str]:
-    """Yields the text in parts of at most `size` bytes, each but the first with the space
-    before it.
+    """Splits a text at spaces into parts of at most `size` bytes; a part after the first
+    begins with the space.
     """
     data = text.encode()
     start = 0
@@ -179,7 +190,7 @@ def cut(text: str, size: int) -> Iterator[str]:
         end = data.rfind(b" ", start + 1, start + size + 1)
         if end < 0:
             end = start + size
-            while data[end] & 0xC0 == 0x80:  # Within a character.
+            while data[end] & 0xC0 == 0x80:  # A UTF-8 continuation byte.
                 end -= 1
         yield data[start:end].decode()
         start = end
@@ -187,7 +198,7 @@ def cut(text: str, size: int) -> Iterator[str]:
 
 
 def _sentence(error: Exception, sentences: Sentences, vocab_size: int) -> UserError:
-    """What SentencePiece failed with, for people."""
+    """Turns an error of SentencePiece into one that says how to fix it."""
     statistics = sentences.statistics()
     if not statistics["used"]:
         dropped = statistics["dropped"].items()
@@ -215,10 +226,10 @@ def _sentence(error: Exception, sentences: Sentences, vocab_size: int) -> UserEr
 
 
 def texts_in(path: str | pathlib.Path) -> Iterator[str]:
-    """Yields all text of a .txt file, of the .txt files below a folder, or of the training
-    split of a dataset, questions within the prompt.
+    """Yields all text of a .txt file (by line), of the .txt files below a folder, or of a
+    dataset's training split, questions written with the default prompt.
 
-    Files come line by line. Raises UserError where `path` is none of these, or cannot be read.
+    Raises: UserError where `path` is none of these, or cannot be read.
     """
     path = pathlib.Path(path)
     for folder in (path, path / VERSION):

@@ -1,4 +1,4 @@
-"""A table of what became of every record of the sources that were built."""
+"""Formats the statistics of built datasets as a table for the terminal."""
 
 from typing import Any
 
@@ -6,7 +6,9 @@ from rich.table import Table
 
 
 def statistics_table(made: dict[str, tuple[dict[str, Any], bool]]) -> Table:
-    """Lays out the statistics of each dataset, and says which were there already."""
+    """Makes a table with one row per dataset of {name: (statistics, whether it was built
+    now)}.
+    """
     heads = ["dataset", "records read", "used", "in splits", "dropped"]
     heads += ["images used", "images dropped"]
     with_texts = any("texts" in statistics for statistics, _ in made.values())

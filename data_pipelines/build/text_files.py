@@ -1,10 +1,8 @@
-"""The one reader of text files: their encoding, their lines, and JSON lines.
+"""Reads text files and JSON lines; all sources use this, so that encodings are treated alike.
 
-UTF-8, with or without a byte order mark, or UTF-16 and UTF-32 where a byte order mark says so.
-A
-line ends at a line feed, with or without a carriage return before it, and nowhere else: U+2028
-and its like are part of a text. Bytes that are of no encoding become lone surrogates, which
-`as_utf8` refuses.
+Files are UTF-8 with or without a byte order mark, or UTF-16 or UTF-32 with one. Lines end at a
+line feed, with or without a carriage return, and nowhere else (not at U+2028). Invalid bytes
+become lone surrogates, which `as_utf8` rejects.
 """
 
 import codecs
@@ -16,10 +14,10 @@ from typing import IO, Any
 from flamingo_jax.errors import UserError
 
 MAX_LINE = 64 << 20
-"""Characters; a longer line is no record."""
+"""Characters. Longer lines are counted as dropped."""
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # Before UTF-16, whose mark it begins with.
+    (codecs.BOM_UTF32_LE, "utf-32"),  # Before UTF-16: its mark begins with UTF-16's.
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
@@ -32,7 +30,7 @@ _MARKED = "flamingo_jax.marked"
 
 
 class NotUtf8(ValueError):
-    """A text that is no UTF-8; the message is the reason."""
+    """Raised for a text that is not valid UTF-8; the message is the reason."""
 
 
 class TooLongLine:
@@ -43,7 +41,7 @@ TOO_LONG_LINE = TooLongLine()
 
 
 def _mark(error: UnicodeError) -> tuple[str, int]:
-    """A lone surrogate in place of what is of no encoding."""
+    """Replaces undecodable bytes by a lone surrogate; an error handler for `codecs`."""
     if not isinstance(error, UnicodeDecodeError):
         raise error
     return "\udc80", error.end
@@ -53,9 +51,10 @@ codecs.register_error(_MARKED, _mark)
 
 
 def encoding_of(start: bytes) -> tuple[str, str]:
-    """Returns the encoding that a file's first bytes tell, and how its errors are handled.
+    """Returns (encoding, error handler) for a file with these first bytes.
 
-    In UTF-8 they keep their bytes (surrogateescape), of which file names may be made.
+    For UTF-8 the handler is surrogateescape, which preserves invalid bytes: they may be part
+    of a file name.
     """
     for mark, encoding in BYTE_ORDER_MARKS:
         if start.startswith(mark):
@@ -64,17 +63,14 @@ def encoding_of(start: bytes) -> tuple[str, str]:
 
 
 def decode(data: bytes) -> str:
-    """Decodes the text of a file, byte order mark and carriage returns before line feeds taken
-    away.
-    """
+    """Decodes a file's content, without byte order mark, with line feeds for CR LF."""
     encoding, errors = encoding_of(data[:4])
     return data.decode(encoding, errors).replace("\r\n", "\n")
 
 
 def text_lines(file: pathlib.Path, limit: int = MAX_LINE) -> Iterator[str | TooLongLine]:
-    """Yields the lines of a file without their ends, read one by one. Raises OSError.
-
-    Of a line longer than `limit` characters nothing is kept.
+    """Yields the lines of a file without line ends; TOO_LONG_LINE for those of more than
+    `limit` characters, which are skipped without holding them in memory. Raises OSError.
     """
     with _opened(file) as opened:
         while line := opened.readline(limit + 2):
@@ -87,10 +83,9 @@ def text_lines(file: pathlib.Path, limit: int = MAX_LINE) -> Iterator[str | TooL
 
 
 def line_parts(file: pathlib.Path, limit: int = MAX_LINE) -> Iterator[str]:
-    """Yields the lines of a file without their ends, longer ones in parts of `limit`
-    characters.
+    """Yields the lines of a file without line ends, long ones in parts of `limit` characters.
 
-    Raises OSError.
+    Raises: OSError.
     """
     with _opened(file) as opened:
         while line := opened.readline(limit):
@@ -109,10 +104,12 @@ def _skip_line(opened: IO[str], line: str) -> None:
 
 
 def json_lines(file: pathlib.Path) -> Iterator[Any]:
-    """Yields what each line holds that is not blank.
+    """Yields the JSON value of each nonblank line: None for invalid JSON, TOO_LONG_LINE for a
+    line that is too long.
 
-    None for one that is no JSON, TOO_LONG_LINE for one that is too long. Bytes that are no
-    UTF-8 fail in `as_utf8`, or name a file. Raises UserError where the file cannot be read.
+    Invalid UTF-8 is not detected here but by `as_utf8`, since it may be part of a file name.
+
+    Raises: UserError where the file cannot be read.
     """
     try:
         for line in text_lines(file):
@@ -125,22 +122,22 @@ def json_lines(file: pathlib.Path) -> Iterator[Any]:
 
 
 def unreadable(file: pathlib.Path, error: OSError) -> UserError:
-    """Returns the error for a file without which nothing can be built."""
+    """Makes the error for a required file that cannot be read."""
     return UserError(f"{file} cannot be read ({error.strerror}): mend it or take it out")
 
 
 def parsed(text: str) -> Any:
-    """Returns the value that a JSON text holds, None where it is none."""
+    """Parses JSON; returns None if it is invalid."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError):  # The second is for a thousand brackets.
+    except (ValueError, RecursionError):  # RecursionError: thousands of nested brackets.
         return None
 
 
 def as_utf8(text: str) -> str:
-    """Returns the text, blanks around it gone.
+    """Strips a text.
 
-    Raises NotUtf8 for one that no dataset can hold: JSON can name half of a character too.
+    Raises: NotUtf8 if it contains lone surrogates: from invalid bytes, or escaped in JSON.
     """
     try:
         text.encode()

@@ -1,7 +1,7 @@
-"""A folder of videos with a captions JSONL to a dataset of videos, their frames stored as JPEG
-(paper 3.2: 1 frame a second).
+"""Source `video_folder`: converts a folder of videos and a captions.jsonl to video-text pairs,
+frames stored as JPEG (paper 3.2: 1 frame per second).
 
-`captions.jsonl` or `videos.jsonl` has a line per video, `{"video": "any/where/below.mp4",
+`captions.jsonl` or `videos.jsonl` has one line per video, `{"video": "any/where/below.mp4",
 "captions": ["...", ...]}`.
 """
 
@@ -19,9 +19,11 @@ FRAME_QUALITY = 90
 
 @dataclasses.dataclass(frozen=True)
 class VideoFolder(CaptionedFolder):
-    """A folder of videos with a caption file. fps: frames a second. max_seconds: only the
-    beginning of longer videos is used.
-    short_side: larger frames are shrunk to it.
+    """Reads videos with captions, one record per video; see `CaptionedFolder`.
+
+    fps: frames per second to store.
+    max_seconds: use only this much from the beginning of longer videos.
+    short_side: shrink frames to this shorter side, in pixels; 0 keeps their size.
     """
 
     key: ClassVar[str] = "video"
@@ -75,8 +77,8 @@ class VideoFolder(CaptionedFolder):
             ".rmvb",
         }
     )
-    """Those that no line names are counted by these; a file that a line names may have any
-    ending.
+    """Files with these suffixes and without a line are counted as dropped. A file with a line
+    may have any suffix.
     """
 
     fps: float = 1.0
@@ -101,10 +103,10 @@ class VideoFolder(CaptionedFolder):
 def stored_frames(
     file: pathlib.Path, *, fps: float, max_seconds: float, short_side: int
 ) -> tuple[list[bytes], tuple[str, ...]]:
-    """Reads a video's frames as JPEG files, and the reasons of `read_video` for what is lost
-    of it.
+    """Samples a video's frames and encodes them as JPEG; the arguments are VideoFolder's.
 
-    The arguments are VideoFolder's. Raises Unusable.
+    Returns: (frames, the reason for each frame or part that could not be read).
+    Raises: Unusable with the reason where there are no frames.
     """
     try:
         most = max(1, math.ceil(max_seconds * fps))

@@ -1,7 +1,9 @@
-"""WebDataset tar shards, those of img2dataset among them, to a dataset of pairs.
+"""Source `webdataset`: converts WebDataset tar shards, such as img2dataset's, to image-text
+pairs.
 
 A sample's image is its .jpg, .png, .webp, ...; its captions are its .txt, or `captions`,
-`caption` or `text` of its .json. Which members make a sample is told in `tar_samples`.
+`caption`, `texts` or `text` of its .json. `tar_samples` groups the members of a shard into
+samples.
 """
 
 import dataclasses
@@ -33,9 +35,12 @@ BAD_JSON = "caption file that is not JSON with a caption"
 
 @dataclasses.dataclass(frozen=True)
 class PairSample:
-    """A sample by where its files lie, or what is of no use in a shard: `bad` says why.
+    """A sample's files as byte ranges of its shard.
 
-    group: what samples of one key have in common, so that they land in one split.
+    id: of the record.
+    group: equal for samples with the same key, which go to the same split.
+    image, text, about: its image, its .txt and its .json.
+    bad: the reason why the entry gives no record, "" if it does.
     """
 
     id: str
@@ -52,7 +57,9 @@ class PairSample:
 
 @dataclasses.dataclass(frozen=True)
 class WebDataset:
-    """Image-text pairs of tar shards."""
+    """Reads image-text pairs from tar shards, one record per sample, without unpacking to
+    disk.
+    """
 
     inputs: tuple[str, ...]
     shares: Shares = DEFAULT_SHARES
@@ -71,6 +78,7 @@ class WebDataset:
         return {"source": type(self).__name__, **dataclasses.asdict(self)}
 
     def entries(self) -> Sequence[PairSample]:
+        """Lists the samples of all shards by reading their headers."""
         shards = files_in(self.inputs, SUFFIXES, "tar shard")
         entries = []
         with Bar("headers of shards", len(shards)) as bar:
@@ -94,6 +102,7 @@ class WebDataset:
         return entries
 
     def convert(self, entry: PairSample) -> list[Converted]:
+        """Reads one sample as a record, or gives the reason why it was dropped."""
         others = (OTHER_IMAGE,) * entry.other_images
         if entry.bad or not entry.image:
             return [DroppedRecord(entry.bad or NO_IMAGE, others)]
@@ -116,8 +125,9 @@ class WebDataset:
 
 
 class _Read:
-    """The bytes of a sample's files, read in the order in which they lie: compressed shards are
-    unpacked on the way."""
+    """The bytes of a sample's files, read in order of offset, since a compressed shard can
+    only be decompressed forward.
+    """
 
     def __init__(self, byte_ranges: Iterable[ByteRange]):
         self._data: dict[ByteRange, bytes | OSError] = {}
@@ -136,7 +146,10 @@ class _Read:
 
 
 def _captions(entry: PairSample, files: _Read) -> Texts:
-    """Raises NotUtf8, OSError, and KeyError or TypeError where a .json has no captions."""
+    """Reads a sample's captions, from its .txt or else its .json.
+
+    Raises: NotUtf8, OSError; KeyError or TypeError where the .json has no captions.
+    """
     if entry.text and (text := as_utf8(decode(files[entry.text]))):
         return Texts((text,))
     if not entry.about:

@@ -1,4 +1,6 @@
-"""Worker processes that convert a source's entries, in order, whatever becomes of one of them."""
+"""Converts a source's entries in worker processes, in order, and survives entries that kill a
+worker.
+"""
 
 import collections
 import itertools
@@ -14,17 +16,18 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 ENTRIES_PER_CALL = 8
+"""Entries sent to a worker at a time."""
 CALLS_AHEAD = min(32, 4 * (os.cpu_count() or 1))
-"""Calls whose results may wait in memory for the writer: no core shall be idle during a flush.
+"""Calls in flight, or finished and waiting for the writer, so that workers stay busy during a
+flush.
 """
 DIED = "killed the process that read it (out of memory, or a fault in a library)"
 
 
 class WorkerPool(Executor):
-    """Runs processes that begin afresh (a fork would copy the threads of whoever calls).
+    """A ProcessPoolExecutor that can be restarted after one of its processes has died.
 
-    Where one of them dies, as when the system is out of memory, `restart` makes all of them
-    anew.
+    Processes are spawned, not forked: a fork would copy locks that other threads hold.
     """
 
     def __init__(self, count: int):
@@ -35,7 +38,7 @@ class WorkerPool(Executor):
         return self._pool.submit(function, *args, **options)
 
     def restart(self) -> None:
-        """Raises UserError where new processes die before they do anything."""
+        """Starts new processes; raises UserError where these die immediately."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._pool = self._begun()
         try:
@@ -54,7 +57,7 @@ class WorkerPool(Executor):
 
 
 class _Call(Generic[A, B]):
-    """A few items under way."""
+    """A group of items that is being converted, and its future."""
 
     def __init__(self, items: list[A]):
         self.items = items
@@ -67,11 +70,12 @@ def ordered_map(
     executor: Executor | None,
     died: Callable[[A], B] | None = None,
 ) -> Iterator[B]:
-    """Does `map` on an executor: results in order, and only so many of them in memory.
+    """Maps a function over items on an executor, lazily and in order, with bounded memory.
 
-    died: the result of an item that kills the process that works on it, with a WorkerPool;
-    which item that was is found by giving each of those under way to a process that has nothing
-    else.
+    Args:
+      executor: None runs the function in this process.
+      died: with a WorkerPool, makes the result of an item that killed its process. Which item
+        that was is found by running those in flight one by one.
     """
     if executor is None:
         yield from map(function, items)
@@ -99,7 +103,11 @@ def _recover(
     broken: list[_Call[A, B]],
     died: Callable[[A], B],
 ) -> None:
-    """Finds who killed a process among the first calls, one for each process, and goes on."""
+    """Retries broken calls after a process died.
+
+    The culprit is among the first calls, one per process, so their items run one at a time;
+    the others are simply submitted again.
+    """
     pool.restart()
     for call in broken[: pool.count]:
         results: list[B] = []
@@ -109,7 +117,7 @@ def _recover(
             except BrokenExecutor:
                 pool.restart()
                 results.append(died(item))
-            except Exception as error:  # Told to whoever asks for the call's results.
+            except Exception as error:  # Raised when the call's result is asked for.
                 call.future = Future()
                 call.future.set_exception(error)
                 break
@@ -121,6 +129,7 @@ def _recover(
 
 
 def _submit(executor: Executor, function: Callable[[A], B], call: _Call[A, B]) -> None:
+    """Submits a call; a pool that is already broken counts as the call's failure."""
     try:
         call.future = executor.submit(_each, function, call.items)
     except BrokenExecutor as error:
@@ -129,6 +138,7 @@ def _submit(executor: Executor, function: Callable[[A], B], call: _Call[A, B]) -
 
 
 def _is_broken(call: _Call[Any, Any]) -> bool:
+    """Waits for a call and returns whether its process died."""
     return isinstance(call.future.exception(), BrokenExecutor)
 
 

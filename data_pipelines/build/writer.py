@@ -1,9 +1,9 @@
-"""Writes a source as a TFDS dataset in the ArrayRecord format: shards, features, splits with
-counts, statistics.json, samples.html.
+"""Writes a source as a TFDS dataset in the ArrayRecord format, with statistics.json and
+samples.html.
 
-Any TFDS user opens it with `tfds.builder_from_directory(folder /
-"1.0.0").as_data_source(split=...)`. It is written into a folder beside its own and renamed at
-the end, so that a dataset that is there is whole.
+Any TFDS user can open it: `tfds.builder_from_directory(folder /
+"1.0.0").as_data_source(split=...)`. It is written to a temporary folder that is renamed at the
+end, so a dataset that exists is complete.
 """
 
 import collections
@@ -26,14 +26,14 @@ from flamingo_jax.progress import Bar
 
 SAMPLES_FILE = "samples.html"
 TEXT_FIELDS = ("captions", "answers", "texts")
-"""Fields of which a record may lose some texts and keep others; statistics count these."""
+"""Fields with several texts, of which a record may lose some; their texts are counted."""
 NAMED = 5
-"""Entries named of each reason to drop."""
+"""How many dropped entries are named for each reason."""
 RECORDS_PER_SHARD = 5_000
 RECORDS_PER_FLUSH = 200
 BYTES_PER_FLUSH = 64 << 20
-"""Records of a split, or bytes of their images, that wait in memory to be written together:
-TFDS writes its metadata anew at every flush.
+"""Limits on the records of a split, and the bytes of their images, that are buffered before a
+flush: TFDS rewrites its metadata at each flush.
 """
 FAILED = "the reader failed"
 
@@ -41,12 +41,16 @@ FAILED = "the reader failed"
 def write_dataset(
     output: str | pathlib.Path, source: Source, executor: Executor | None = None
 ) -> tuple[dict[str, Any], bool]:
-    """Writes `source` to `output/1.0.0` and returns its statistics, and whether it had to be
-    built.
+    """Writes a source's records to `output/1.0.0`.
 
-    A finished dataset of the same options is left as it is; what an interrupted build left is
-    made again. Raises UserError where the folder's name is none for TFDS, it holds a dataset of
-    other options, another build works in it, or no record is left to train on.
+    A finished dataset with the same options is kept; an interrupted build starts again.
+
+    Args:
+      executor: converts the entries; None to do so in this process.
+
+    Returns: (statistics, whether the dataset was built by this call).
+    Raises: UserError where the folder's name is not valid for TFDS, the folder has a dataset
+      with other options, another process is building in it, or no record is left to train on.
     """
     output = pathlib.Path(output)
     name = output.name
@@ -59,13 +63,13 @@ def write_dataset(
     if (final / INFO_FILE).is_file():
         return _finished(final, source), False
     with lock_folder(output, "a build"):
-        if (final / INFO_FILE).is_file():  # Since the look above.
+        if (final / INFO_FILE).is_file():  # Finished by another process while we waited.
             return _finished(final, source), False
         return _build(output, source, executor), True
 
 
 def _build(output: pathlib.Path, source: Source, executor: Executor | None) -> dict[str, Any]:
-    """Writes the dataset into an output folder that is held, and returns its statistics."""
+    """Builds the dataset, with the output folder locked, and returns its statistics."""
     name, final, building = output.name, output / VERSION, output / f"{VERSION}.incomplete"
     entries = source.entries()
     shutil.rmtree(building, ignore_errors=True)
@@ -106,7 +110,11 @@ def _build(output: pathlib.Path, source: Source, executor: Executor | None) -> d
 
 
 class _Named:
-    """A source's `convert` with the name of each entry beside its outcomes."""
+    """Wraps a source's `convert`: adds the entry's name, and turns exceptions into dropped
+    records.
+
+    A class, not a closure, so that it can be pickled for worker processes.
+    """
 
     def __init__(self, convert: Callable[[Any], list[Converted]]):
         self._convert = convert
@@ -117,7 +125,7 @@ class _Named:
         except UserError:
             raise
         except Exception as error:
-            # One record in millions that a library stumbles on must not cost the others.
+            # One bad record in millions must not fail the build: drop and count it.
             _log_once(type(error).__name__, _name(entry))
             return _name(entry), [DroppedRecord(f"{FAILED} ({type(error).__name__})")]
 
@@ -127,7 +135,7 @@ def _name(entry: Any) -> str:
 
 
 def _log_once(kind: str, name: str) -> None:
-    """The traceback of the first failure of each kind in each process."""
+    """Logs the traceback of the first exception of each type in this process."""
     if kind not in _LOGGED:
         _LOGGED.add(kind)
         logging.exception("reading %s failed with %s: it is left out", name, kind)
@@ -137,7 +145,7 @@ _LOGGED: set[str] = set()
 
 
 def _died(entry: Any) -> tuple[str, list[Converted]]:
-    """The outcome of an entry that kills the process that works on it."""
+    """Returns the outcome of an entry that killed its worker process."""
     logging.warning("%s %s: it is left out", _name(entry), DIED)
     return _name(entry), [DroppedRecord(DIED)]
 
@@ -145,6 +153,7 @@ def _died(entry: Any) -> tuple[str, list[Converted]]:
 def _watched(
     converted: Iterable[tuple[str, list[Converted]]], bar: Bar
 ) -> Iterator[tuple[str, Converted]]:
+    """Flattens the outcomes of entries and advances the progress bar."""
     for name, outcomes in converted:
         for outcome in outcomes:
             yield name, outcome
@@ -152,6 +161,7 @@ def _watched(
 
 
 def _finished(final: pathlib.Path, source: Source) -> dict[str, Any]:
+    """Returns the statistics of a finished dataset; raises UserError if its options differ."""
     try:
         statistics: dict[str, Any] = json.loads((final / STATISTICS_FILE).read_text())
     except (OSError, ValueError) as error:
@@ -172,6 +182,7 @@ def _finished(final: pathlib.Path, source: Source) -> dict[str, Any]:
 def _write(
     folder: pathlib.Path, name: str, source: Source, outcomes: Iterable[tuple[str, Converted]]
 ) -> tuple[dict[str, Any], RecordSampler]:
+    """Writes the records, counts every outcome; returns (statistics, sampled records)."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
@@ -241,6 +252,7 @@ def _write(
 
 
 def _images(example: SplitRecord) -> list[bytes]:
+    """Returns all encoded images of a record of any kind."""
     fields = example.fields
     return [
         *([fields["image"]] if "image" in fields else []),
