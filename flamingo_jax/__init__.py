@@ -5,8 +5,8 @@
     model = fj.load("runs/quickstart/flamingo/export")
     print(model.generate([fj.Image("a.png"), "Output:"]).text)
 
-Every name is imported when it is first used, so that `import flamingo_jax` costs nothing and
-starts no device.
+Names are imported lazily, at first use, so that `import flamingo_jax` is fast and does not
+initialise any device.
 """
 
 import importlib
@@ -99,7 +99,7 @@ _HOMES = {
     "processing.tokenizer": ["Tokenizer"],
     "processing.visuals": ["Image", "Video"],
 }
-"""Module -> the public names that it holds, the same as above."""
+"""{module: its public names}, the same as above."""
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 

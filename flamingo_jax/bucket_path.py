@@ -1,8 +1,8 @@
-"""A place in a bucket of Google Cloud Storage or S3, with the methods of `pathlib.Path` that the
-project uses, over fsspec.
+"""A path in a bucket of Google Cloud Storage or S3, with the methods of `pathlib.Path` that
+the project uses, over fsspec.
 
-Whatever its stores' libraries raise for a request that failed is an OSError here, as of a disk:
-several dozen classes of them are none.
+Failed requests raise OSError, as on a disk: the several dozen exceptions of the stores'
+libraries that are no OSErrors are converted.
 """
 
 import contextlib
@@ -25,15 +25,15 @@ STORE_LIBRARIES = (
     "fsspec",
     "requests",
 )
-"""Packages whose exceptions are the store's."""
+"""Packages whose exceptions are converted to OSError."""
 _TAKEN = ("PreconditionFailed", "ConditionalRequestConflict")
-"""S3's codes where a file that should be new is there already: 412, and 409 while another writer is
-at it.
+"""S3's error codes for creating an object that already exists: 412, or 409 while another
+writer is creating it.
 """
 
 
 class ObjectVersion(NamedTuple):
-    """Size, time of change by the store's clock in seconds, and entity tag of an object."""
+    """An object's size, modification time by the store's clock in seconds, and entity tag."""
 
     bytes: int
     changed: float
@@ -41,10 +41,10 @@ class ObjectVersion(NamedTuple):
 
 
 class BucketPath:
-    """The place `<scheme>://<bucket>/<key>`.
+    """The path `<scheme>://<bucket>/<key>`.
 
-    A folder is there as long as an object's name begins with it. Nothing is remembered from one
-    call to the next: other processes write as well.
+    A folder exists as long as the name of some object begins with it. Nothing is cached
+    between calls, since other processes write as well.
     """
 
     def __init__(self, scheme: str, place: str | pathlib.PurePosixPath):
@@ -121,24 +121,26 @@ class BucketPath:
             return store.isdir(str(self._place))
 
     def iterdir(self) -> Iterator["BucketPath"]:
-        """Yields files and folders that lie in this one. Raises FileNotFoundError for none."""
+        """Yields the files and folders in this one. Raises FileNotFoundError if there are none."""
         for entry in self._listed():
             yield self / entry["name"].rstrip("/").rpartition("/")[2]
 
     def folders(self) -> list[str]:
-        """Returns the names of the folders in this one. Raises FileNotFoundError for none."""
+        """Returns the names of the folders in this one. Raises FileNotFoundError if this one
+        does not exist.
+        """
         found = [entry["name"] for entry in self._listed() if entry["type"] == "directory"]
         return [name.rstrip("/").rpartition("/")[2] for name in found]
 
     def glob(self, pattern: str) -> Iterator["BucketPath"]:
-        """Yields what lies in this folder, and no deeper, by a pattern of its name."""
+        """Yields the files and folders directly in this one whose names match a pattern."""
         with contextlib.suppress(FileNotFoundError):
             for path in self.iterdir():
                 if fnmatch.fnmatchcase(path.name, pattern):
                     yield path
 
     def files_below(self) -> Iterator["BucketPath"]:
-        """Yields every file below this folder, however deep, in order."""
+        """Yields every file below this folder, at any depth, sorted."""
         for name in sorted(self.sizes_below()):
             yield self / name
 
@@ -146,7 +148,7 @@ class BucketPath:
         """Returns {path relative to this folder: bytes} of every file below it, from listings."""
         with self._store() as store:
             found = store.find(str(self._place), detail=True)
-        # What ends with "/" is a console's mark of an empty folder; a file has none below it.
+        # Names that end with "/" mark empty folders, as consoles create them.
         prefix = f"{self._place}/"
         return {
             name[len(prefix) :]: int(info["size"])
@@ -171,14 +173,14 @@ class BucketPath:
         return self.read_bytes().decode()
 
     def read_range(self, start: int, count: int) -> bytes:
-        """Reads `count` bytes from `start` on, fewer where the file ends before."""
+        """Reads `count` bytes from `start` on, or fewer at the end of the file."""
         with self._store() as store:
             return (
                 store.cat_file(str(self._place), start=start, end=start + count) if count else b""
             )
 
     def write_bytes(self, content: bytes) -> None:
-        """Writes a file, which appears whole, in place of one that is there."""
+        """Writes a file atomically, replacing an existing one."""
         with self._store() as store:
             store.pipe_file(str(self._place), content)
 
@@ -186,7 +188,7 @@ class BucketPath:
         self.write_bytes(text.encode())
 
     def create(self, content: bytes) -> bool:
-        """Makes a file that is not there yet; returns whether it did: one writer alone can."""
+        """Creates a file if it does not exist; returns whether it did: only one writer can."""
         try:
             with self._store() as store:
                 store.pipe_file(str(self._place), content, mode="create")
@@ -200,7 +202,7 @@ class BucketPath:
         return True
 
     def upload(self, file: pathlib.Path) -> None:
-        """Copies a file of a disk here, a part at a time; it appears whole."""
+        """Copies a file from a disk to this path, in parts but atomically."""
         with self._store() as store:
             store.put_file(str(file), str(self._place))
 
@@ -213,19 +215,19 @@ class BucketPath:
                 raise
 
     def rmtree(self) -> None:
-        """Removes all that lies below. Raises FileNotFoundError for nothing."""
+        """Removes everything below this path. Raises FileNotFoundError if there is nothing."""
         with self._store() as store:
             store.rm(str(self._place), recursive=True)
 
     def _listed(self) -> list[dict[str, Any]]:
         with self._store() as store:
             found = store.ls(str(self._place), detail=True)
-        # A folder's own mark is listed with what lies in it.
+        # A folder's own marker object is listed together with its content.
         return [entry for entry in found if entry["name"].strip("/") != str(self._place)]
 
     @contextlib.contextmanager
     def _store(self) -> Iterator[Any]:
-        """Yields the store's file system; what its libraries raise within is an OSError."""
+        """Yields the store's file system; converts exceptions of its libraries to OSError."""
         try:
             yield file_system(self.scheme)
         except OSError:
@@ -239,7 +241,7 @@ class BucketPath:
 
 @functools.cache
 def file_system(scheme: str) -> Any:
-    """Returns fsspec's file system of a scheme, "gs" or "s3"."""
+    """Returns the fsspec file system of a scheme, "gs" or "s3"."""
     import fsspec
 
     return fsspec.filesystem(scheme, use_listings_cache=False)
@@ -249,9 +251,10 @@ _reached: set[tuple[str, str]] = set()
 
 
 def require_reachable(path: BucketPath) -> None:
-    """Asks a bucket, the first time that a place in it is named, whether it lets this machine in.
+    """Checks access to a bucket, the first time that a path in it is used.
 
-    Raises: UserError where it does not, StorageError where its store does not answer just now.
+    Raises: UserError where access is denied; StorageError where the store does not answer at
+      the moment.
     """
     if (path.scheme, path.bucket) in _reached:
         return

@@ -1,7 +1,7 @@
-"""Where a prepared dataset lies, and what names the content of one of its splits.
+"""Finds a prepared dataset on disk, and identifies the content of its splits by a digest.
 
-A position in a dataset means something only together with its records: a checkpoint holds both,
-and all processes of a run must find the same. Nothing here reads whole records or opens TFDS.
+A saved position in a dataset is meaningful only for the same records: a checkpoint stores
+both, and all processes of a run must agree. Nothing here reads whole records or opens TFDS.
 """
 
 import concurrent.futures
@@ -19,20 +19,21 @@ from flamingo_jax.experiment import DatasetConfig, Experiment
 log = logging.getLogger(__name__)
 
 VERSION = "1.0.0"
-"""The version that this project's builds are of, and the folder below a dataset's own."""
+"""The version of datasets built by this project, which is also the name of their subfolder."""
 INFO_FILE = "dataset_info.json"
 FEATURES_FILE = "features.json"
 NOTHING = "nothing"
 _ENDS = 4_096
-"""Bytes of a file that are read from its start and from its end, where ArrayRecord keeps the
-sizes of
-its blocks: files of the same size with other records differ there."""
+"""Bytes that are read from the start and from the end of each file. ArrayRecord stores its
+blocks' sizes at the end, where files of equal size but other records differ.
+"""
 _THREADS = 16
 
 
 class Identity(NamedTuple):
-    """Names the content of a split. digest: over its features, records a shard, and
-    shards.
+    """Identifies the content of a split.
+
+    digest: over its features, the number of records per shard, and the ends of the shards.
     """
 
     records: int
@@ -45,10 +46,8 @@ class Identity(NamedTuple):
 
 
 def find_dataset(path: str | pathlib.Path) -> pathlib.Path | None:
-    """Finds the folder that holds a dataset's files: `path` itself, or its version
-    `path/1.0.0`.
-
-    Returns: None where neither is a finished dataset.
+    """Finds the folder with a dataset's files: `path` itself, or its version `path/1.0.0`;
+    None where neither is a finished dataset.
     """
     folder = pathlib.Path(path)
     for candidate in (folder, folder / VERSION):
@@ -58,11 +57,11 @@ def find_dataset(path: str | pathlib.Path) -> pathlib.Path | None:
 
 
 def identify(path: str | pathlib.Path, split: str) -> Identity | None:
-    """Identifies a split, wherever it lies and whatever runs keep beside it.
+    """Identifies a split by its content, independent of its folder and of other files there.
 
-    Reads its description and 8 KiB of each of its files at most.
+    It reads the dataset's description and at most 8 KiB of each file.
 
-    Returns: None where there is no such dataset, its description is none, or it lacks the
+    Returns: None where there is no such dataset, its description is invalid, or it lacks the
       split.
     Raises: OSError where the storage fails.
     """
@@ -97,12 +96,12 @@ def require_same_datasets(
     experiment: Experiment,
     workdir: pathlib.Path,
 ) -> None:
-    """Compares the datasets with those of a checkpoint in `workdir`, both as `identities` gives
-    them.
+    """Compares the datasets with those of a checkpoint in `workdir`. saved, current: as
+    returned by `identities`.
 
-    What neither or only one of them knows is not compared: checkpoints of earlier versions know
-    none. Another held-out dataset is only warned of: the training stays what it was, and only
-    its held-out losses no longer compare.
+    A dataset that is not identified in both is skipped: checkpoints of earlier versions have
+    no identities. A changed held-out dataset is only a warning: training is unaffected, but
+    its losses are not comparable.
 
     Raises: UserError where a training dataset has other records now.
     """
@@ -135,7 +134,7 @@ def _shards(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
         if "record-" in entry.name and entry.is_file()
     ]
     own = [file for file in records if f"-{split}." in file.name]
-    # Other makers name files as they like: then those of all splits stand for each.
+    # Datasets from elsewhere may name files differently: then all files count for every split.
     return sorted(own or records)
 
 

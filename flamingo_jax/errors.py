@@ -1,30 +1,30 @@
-"""What goes wrong on purpose: one sentence for the user, one exit code for the launcher."""
+"""The errors that end a command: each has one sentence for the user and an exit code, by which
+launchers decide whether to restart it.
+"""
 
 EXIT_BAD_INPUT = 2
-"""Config, data, checkpoint or prompt refused before any work started."""
+"""Config, data, checkpoint or prompt was rejected before any work started."""
 EXIT_NOT_FINITE = 3
-"""Too many steps in a row were not finite; the last good checkpoint is whole."""
+"""Too many steps in a row were not finite; the last checkpoint is intact."""
 EXIT_NOT_LEARNED = 4
-"""The run is finished and saved, but a held-out loss is above what the config requires of it.
-"""
+"""The run is finished and saved, but a held-out loss is above what the config requires."""
 EXIT_ABSENT = 69
-"""Of a run of several processes, one never arrived at the start."""
+"""One of the run's processes never arrived at the start."""
 EXIT_SAVE_FAILED = 74
-"""A checkpoint, or another file, could not be written; the checkpoints before it are whole."""
+"""A checkpoint or another file could not be written; earlier checkpoints are intact."""
 EXIT_PREEMPTED = 75
-"""SIGTERM (or SIGINT): everything is saved; start the same command again to go on."""
+"""SIGTERM or SIGINT; everything is saved, and the same command resumes."""
 EXIT_LOST = 76
-"""Another process of the run died, or was not heard of for too long; what was saved is whole.
-"""
+"""Another process of the run died, or sent no heartbeat for too long; checkpoints are intact."""
 EXIT_HUNG = 77
-"""No step ended within the time limit; what was saved is whole."""
+"""No step ended within the time limit; checkpoints are intact."""
 RESTARTABLE = (EXIT_ABSENT, EXIT_SAVE_FAILED, EXIT_PREEMPTED, EXIT_LOST, EXIT_HUNG)
-"""After these the same command may go on where the run stood: nothing of its input is wrong."""
+"""Exit codes after which the same command resumes the run: its input was not at fault."""
 
 
 class UserError(Exception):
-    """A mistake that its user can mend: the message names the culprit and the mend in one
-    sentence.
+    """A mistake that the user can fix; the message says in one sentence what is wrong and how
+    to fix it.
     """
 
     exit_code = EXIT_BAD_INPUT
@@ -37,14 +37,12 @@ class NotFiniteError(UserError):
 
 
 class NotLearnedError(UserError):
-    """The run ended above a loss that the config requires of it."""
+    """The run ended with a held-out loss above what the config requires."""
 
     exit_code = EXIT_NOT_LEARNED
 
 
 class StorageError(UserError):
-    """Something could not be written, or read, while the run went on; the checkpoints before it
-    are whole.
-    """
+    """A file could not be written or read during the run; earlier checkpoints are intact."""
 
     exit_code = EXIT_SAVE_FAILED

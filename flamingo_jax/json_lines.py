@@ -1,11 +1,11 @@
-"""Files of JSON lines that a run appends to, such as metrics.jsonl, on a disk or in a bucket.
+"""JSON-lines files that a run appends to, such as metrics.jsonl, on a disk or in a bucket.
 
-On a disk each line goes to the system as it is written. Nothing can be appended to in a bucket:
-there the lines are in parts, `metrics.jsonl`, `metrics.1.jsonl`, `metrics.2.jsonl`, ..., of which
-the last alone is written again, at most every `UPLOAD_SECONDS` and when the file is closed. So a
-line costs no more than its part, whatever the length of the run, and a run that is killed loses the
-lines of the last seconds, which a resumed run writes again from its last checkpoint on: what comes
-before a checkpoint is there before it (`flush`).
+On a disk each line is written at once. Objects in a bucket cannot be appended to: there the
+lines are in parts, `metrics.jsonl`, `metrics.1.jsonl`, `metrics.2.jsonl`, ..., of which only
+the last is rewritten, at most every `UPLOAD_SECONDS` and when the file is closed. So the cost
+of a line is bounded, whatever the length of the run. A run that is killed loses the lines of
+the last seconds; a resumed run writes them again, since lines before a checkpoint are uploaded
+before it (`flush`).
 """
 
 import json
@@ -22,24 +22,26 @@ log = logging.getLogger(__name__)
 
 UPLOAD_SECONDS = 15.0
 PART_BYTES = 4 << 20
-"""A part of this size is the last one no more."""
+"""Size at which a part is complete and a new one is begun."""
 
 
 class LineWriter(Protocol):
-    """What is appended to."""
+    """A file that lines are appended to."""
 
     def write(self, text: str, /) -> Any:
-        """Appends a line, its end included."""
+        """Appends a line, including its newline."""
 
     def flush(self) -> None:
-        """Brings what was written to the storage."""
+        """Writes buffered lines to the storage."""
 
     def close(self) -> None:
-        """Brings what was written to the storage, and lets go of the file."""
+        """Writes buffered lines to the storage, and closes the file."""
 
 
 def reopen(path: pathlib.Path, kept: list[dict[str, Any]]) -> LineWriter:
-    """Opens the file with these lines alone, to append to. On a disk it is replaced in one move."""
+    """Replaces the file's content by the lines `kept`, and opens it for appending. On a disk
+    the replacement is atomic.
+    """
     lines = [json.dumps(line) + "\n" for line in kept]
     if paths.is_bucket(path):
         return BucketLines(path, lines)
@@ -50,11 +52,11 @@ def reopen(path: pathlib.Path, kept: list[dict[str, Any]]) -> LineWriter:
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Reads the lines of such a file, none where there is none; a last line that a kill cut short
-    is left out.
+    """Reads the lines of a file; none if it does not exist. A truncated last line, as of a
+    killed process, is dropped.
 
-    Raises: OSError for one that cannot be read just now: taken for none, what it holds would be
-      lost.
+    Raises: OSError where reading fails at the moment: taken for an empty file, its content
+      would be lost when it is reopened.
     """
     lines = []
     for content in _contents(path):
@@ -67,15 +69,14 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def read_bytes(path: pathlib.Path) -> bytes:
-    """Reads all of such a file, or of any other, as it would lie on a disk. Raises OSError."""
+    """Reads a whole file, its parts concatenated. Raises OSError."""
     return b"".join(_contents(path))
 
 
 class BucketLines:
-    """Lines that a thread brings to a bucket, part by part.
+    """A JSON-lines file in a bucket, which a thread uploads part by part.
 
-    A part that cannot be written just now is written with the next; `close` raises the OSError
-    of the last attempt.
+    A failed upload is retried at the next; `close` raises the OSError of the last attempt.
     """
 
     def __init__(self, path: pathlib.Path, kept: list[str]):
@@ -92,8 +93,8 @@ class BucketLines:
             self._number += 1
         self._lines, self._bytes = [parts[-1]], len(parts[-1])
         self._upload()
-        # Only now: a kill in between leaves lines of an earlier start behind, which the next one
-        # cuts off, but none is missing.
+        # Surplus parts are removed last: a kill in between leaves lines of an earlier start,
+        # which the next start removes, but loses none.
         for number in range(self._number + 1, before):
             _part(path, number).unlink(missing_ok=True)
         self._thread = threading.Thread(target=self._run, daemon=True, name=path.name)
@@ -150,7 +151,7 @@ def _part(path: pathlib.Path, number: int) -> pathlib.Path:
 
 
 def _group(lines: list[str]) -> list[str]:
-    """Joins lines to texts of about `PART_BYTES`, at least one."""
+    """Groups lines to parts of about `PART_BYTES`, at least one part."""
     parts: list[list[str]] = [[]]
     size = 0
     for line in lines:
@@ -170,7 +171,7 @@ def _count(path: pathlib.Path) -> int:
 
 
 def _contents(path: pathlib.Path) -> list[bytes]:
-    """Returns the content of each part; none where there is no such file."""
+    """Reads the content of each part; an empty list if the file does not exist."""
     found: list[bytes] = []
     while True:
         try:

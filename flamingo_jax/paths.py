@@ -1,14 +1,14 @@
-"""Folders on a disk or in a bucket by one interface, that of `pathlib.Path`.
+"""Paths on a disk or in a bucket, with one interface, that of `pathlib.Path`.
 
-A text that begins with `gs://` or `s3://` is a place in a bucket of Google Cloud Storage or S3 and
-becomes a `BucketPath` (extra `.[bucket]`); any other text is a `pathlib.Path`, so that nothing
-changes for disks. Credentials and endpoints are found as the stores' own tools
-find them (`GOOGLE_APPLICATION_CREDENTIALS`, `AWS_PROFILE`, `AWS_ENDPOINT_URL`, a machine's role).
+A string that begins with `gs://` or `s3://` becomes a `BucketPath` (extra `.[bucket]`); any
+other string is a `pathlib.Path`, so that nothing changes for disks. Credentials and endpoints
+are found as by the stores' own tools (`GOOGLE_APPLICATION_CREDENTIALS`, `AWS_PROFILE`,
+`AWS_ENDPOINT_URL`, a machine's role).
 
-A bucket is no file system: a file appears whole when it is written, none is appended to, and a
-folder is the common beginning of some names, which cannot be renamed in one move. What lies in
-several files therefore counts from the moment when its manifest is there. The functions here are
-those that disks and buckets need different code for.
+A bucket is no file system: files are written atomically and cannot be appended to, and a
+folder is only a common prefix of names, which cannot be renamed atomically. So data in several
+files is valid once its manifest exists. The functions here are those for which disks and
+buckets need different code.
 """
 
 import errno
@@ -33,8 +33,11 @@ _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
 
 
 class FileVersion(NamedTuple):
-    """Holds what a file is known by without reading it; where none of it changes, its content does
-    not. changed: by the storage's own clock, in seconds. id: an inode, or from an entity tag.
+    """Identifies the content of a file without reading it: where none of these change, the
+    content has not changed.
+
+    changed: modification time by the storage's clock, in seconds.
+    id: the inode, or computed from the entity tag.
     """
 
     bytes: int
@@ -43,10 +46,10 @@ class FileVersion(NamedTuple):
 
 
 def as_path(place: str | pathlib.Path) -> pathlib.Path:
-    """Returns the path of a file or folder on a disk or in a bucket.
+    """Converts a string to the path of a file or folder on a disk or in a bucket.
 
-    Raises: UserError for a scheme that is not known, a bucket without a name, or one whose
-      package is not installed.
+    Raises: UserError for an unknown scheme, a missing bucket name, or a store whose package is
+      not installed.
     """
     if not isinstance(place, str):
         return place
@@ -71,14 +74,14 @@ def as_path(place: str | pathlib.Path) -> pathlib.Path:
 
 
 def is_bucket(path: Any) -> bool:
-    """Tells whether a path, or the text of one, is in a bucket."""
+    """Returns whether a path, or the string of one, is in a bucket."""
     if isinstance(path, str):
         return path.startswith(tuple(f"{kind}://" for kind in STORES))
     return isinstance(path, BucketPath)
 
 
 def require_mounted(path: str, what: str) -> None:
-    """Raises a UserError for a place in a bucket where only a file system will do."""
+    """Raises UserError for a bucket path where a file system is required."""
     if is_bucket(path):
         tool = "gcsfuse" if path.startswith("gs://") else "mountpoint-s3"
         raise UserError(
@@ -88,8 +91,8 @@ def require_mounted(path: str, what: str) -> None:
 
 
 def compilation_cache(workdir: pathlib.Path) -> pathlib.Path:
-    """Returns where compiled programs are kept for a run's next start: in its workdir, or on this
-    machine where that is in a bucket, which is too slow for many small files.
+    """Returns the folder of JAX's compilation cache for a run: in its workdir, or on this
+    machine if that is in a bucket, which is too slow for many small files.
     """
     if is_bucket(workdir):
         return pathlib.Path.home() / ".cache" / "flamingo_jax" / "compiled"
@@ -97,9 +100,8 @@ def compilation_cache(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def create(path: pathlib.Path, content: bytes) -> bool:
-    """Makes a file that is not there yet; returns whether this process made it: one alone can.
-
-    On a disk the content is brought to it before this returns.
+    """Creates a file if it does not exist; returns whether this process did: only one can. On
+    a disk the content is synced before this returns.
     """
     if is_bucket(path):
         bucket: Any = path
@@ -120,7 +122,7 @@ def create(path: pathlib.Path, content: bytes) -> bool:
 
 
 def version(path: pathlib.Path) -> FileVersion:
-    """Returns size, time of change and identity of a file. Raises OSError."""
+    """Returns size, modification time and identity of a file. Raises OSError."""
     if not is_bucket(path):
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
@@ -132,14 +134,16 @@ def version(path: pathlib.Path) -> FileVersion:
 
 
 def make_folder(folder: pathlib.Path) -> None:
-    """Makes a folder where it is not there; a bucket needs none, and is not made itself."""
+    """Creates a folder if it does not exist. In a bucket folders need not be created; the
+    bucket itself is not.
+    """
     if not is_bucket(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
 
 def files_below(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields every file below a folder. Raises OSError for one that cannot be listed: `rglob`
-    passes over it.
+    """Yields every file below a folder. Raises OSError where a folder cannot be listed, which
+    `rglob` would skip silently.
     """
     if is_bucket(folder):
         bucket: Any = folder
@@ -182,13 +186,13 @@ def remove_folder(folder: pathlib.Path) -> None:
 
 
 def upload(file: pathlib.Path, path: pathlib.Path) -> None:
-    """Copies a file from a disk to a bucket; it appears there whole. Raises OSError."""
+    """Copies a file from a disk to a bucket, atomically. Raises OSError."""
     bucket: Any = path
     bucket.upload(file)
 
 
 def read_into(file: pathlib.Path, start: int, memory: "np.ndarray") -> "np.ndarray":
-    """Fills `memory` (uint8) from a place of a file.
+    """Fills `memory` (uint8) from byte `start` of a file.
 
     Raises: EOFError where the file ends too early, OSError where it cannot be read.
     """

@@ -1,4 +1,4 @@
-"""Progress that a person can read: a bar on a terminal, a line every few seconds elsewhere."""
+"""Progress output: a bar on a terminal, and elsewhere a line every few seconds."""
 
 import re
 import time
@@ -16,16 +16,19 @@ from rich.progress import (
 )
 
 TOTAL_SECONDS = "total"
-"""The key of the wall seconds of all commands of a run together, among those of each: less than
-their sum where some ran side by side.
+"""The key of a run's total wall seconds, in the dict of its commands' seconds. It is less than
+their sum if some ran in parallel.
 """
 SECONDS_BETWEEN_LINES = 10.0
 LINE = re.compile(r"(.+?) (\d+)/(\d+) (.*?) ?(?:(?:\d+|nan) s left|in \d+ s)")
-"""What a Bar writes where there is no terminal: title, done, total and note."""
+"""Matches a line that a Bar prints without a terminal: title, done, total, note."""
 
 
 class Bar:
-    """`with Bar("train", total=1000) as bar: bar.advance(1, "loss 2.31")`."""
+    """A progress bar: `with Bar("train", total=1000) as bar: bar.advance(1, "loss 2.31")`.
+
+    start: how many are already done, as in a resumed run. enabled: False prints nothing.
+    """
 
     def __init__(self, title: str, total: int, *, start: int = 0, enabled: bool = True):
         self.title, self.total, self.done, self.first = title, total, start, start
@@ -41,7 +44,7 @@ class Bar:
         return self
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
-        """`count` more are done; `note` stays until the next one."""
+        """Advances by `count`; `note` is shown until the next one."""
         self.done += count
         self._note = self._note if note is None else note
         self._rich.update(self._task, completed=self.done, note=self._note)
@@ -77,8 +80,8 @@ class Bar:
 
 
 class Relay:
-    """The lines of processes that run side by side: on a terminal their bars below each other
-    and everything else above them.
+    """Shows the output of parallel processes: on a terminal their progress bars below each
+    other, and all other lines above them.
     """
 
     def __init__(self) -> None:
@@ -91,7 +94,7 @@ class Relay:
         return self
 
     def show(self, line: str) -> None:
-        """A line of one of the processes. May be called from several threads."""
+        """Shows a line of one of the processes. May be called from several threads."""
         found = None if self._rich.disable else LINE.fullmatch(line)
         if found is None:
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)

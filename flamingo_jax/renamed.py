@@ -1,11 +1,11 @@
-"""Config fields that had another name or place before.
+"""Config fields that have been renamed, moved or removed.
 
-A user's config or flag with an old name is refused with one sentence that says the new one. A
-document that was written to disk with it (a run's or an export's config.json, a checkpoint's
-description) is read as if it had the new one: what was trained once can always be read.
+An old name in a user's config or flag is an error, whose sentence gives the new name. In
+documents on disk (config.json of runs and exports, a checkpoint's description) old names are
+read as the new ones, so that everything once trained can still be loaded.
 
-To rename a field, add a row to `MOVED` under the name of the dataclass that had it; to take one
-away, add a row to `REMOVED` with what to do instead.
+To rename a field, add a row to `MOVED` under the dataclass that had it; to remove one, add a
+row to `REMOVED` that says what to do instead.
 """
 
 import copy
@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 
 class Moved(NamedTuple):
-    """Where a field went.
+    """The new place of a field.
 
-    to: its place now, dotted where it is in a nested config, from the dataclass that had it.
-    convert: makes the value of now from the value of then. was: the type that the old value had,
-      for a field whose name stayed and is a nested config now: other values are not old.
+    to: its new name, dotted if it is in a nested config, relative to the dataclass that had
+    it. convert: computes the new value from the old one.
+    was: the type of old values, for a name that is still in use for a nested config: values of
+      other types are not old.
     """
 
     to: str
@@ -65,16 +66,16 @@ MOVED: dict[str, dict[str, Moved]] = {
         "norm_eps": Moved("norm.eps"),
     },
 }
-"""{dataclass: {old field: where it went}}; "Checkpoint" is what `Checkpoints.extra` holds."""
+"""{dataclass: {old field: its new place}}; "Checkpoint" is the dict of `Checkpoints.extra`."""
 
 REMOVED: dict[str, dict[str, str]] = {}
 """{dataclass: {old field: what to do instead, as the end of a sentence}}."""
 
 
 def told(dataclass: str, key: str, value: Any, name: str) -> str | None:
-    """Returns the sentence about `dataclass` field `key`, or None where it is no old one.
+    """Returns the error sentence for field `key` of a dataclass; None where it is no old name.
 
-    name: the place of the dataclass in the config, such as "config.optimizer".
+    name: the dataclass's place in the config, such as "config.optimizer".
     """
     moved = MOVED.get(dataclass, {}).get(key)
     if moved is not None and (moved.was is None or isinstance(value, moved.was)):
@@ -85,9 +86,9 @@ def told(dataclass: str, key: str, value: Any, name: str) -> str | None:
 
 
 def modernised(dataclass: str, document: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a stored mapping of `dataclass` with every old field in its place of now.
+    """Returns a stored mapping of a dataclass with old fields moved to their new places.
 
-    A field that is there under its new name as well keeps that value.
+    If a field is also there under its new name, that value is kept.
     """
     moves, gone = MOVED.get(dataclass, {}), REMOVED.get(dataclass, {})
     found: dict[str, Any] = {}

@@ -1,5 +1,5 @@
-"""Reading from storage that may fail for a moment: which errors are the storage's, reading
-again, and how many files may be open.
+"""Reads from storage that may fail temporarily: distinguishes failures of the storage from
+damaged data, retries, and raises the limit of open files.
 """
 
 import errno
@@ -21,34 +21,34 @@ except ImportError:  # Not on Windows, which knows no such limit.
 T = TypeVar("T")
 
 WAITS = (0.1, 0.5, 2.0, 8.0)
-"""Seconds before each further attempt at reading: a server that fails over for longer ends the
-run, and launchers start it again.
+"""Seconds before each retry of a read. If a server is down for longer, the run ends, and
+launchers restart it.
 """
 OPEN_FILES = 65_536
-"""What the limit of open files is raised to, where the system allows it: shards, caches and
-sockets need no more.
+"""The limit of open files to be set, where the system allows it: enough for shards, caches and
+sockets.
 """
 TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
 LASTING = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP),
     *(errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.ENXIO),
 )
-"""Errors that a file of someone's folder keeps: it is not there, or nobody may read it."""
+"""Errors that do not go away by waiting: a file does not exist, or may not be read."""
 
 _SYSTEM_CALL = re.compile(r"\b\w+\(\) failed: ([^;]+)")
-"""How Riegeli, and so array_record, tells of a system call: `pread() failed: Input/output
-error; reading PATH; at byte 0`.
+"""Riegeli's (and so array_record's) message of a failed system call: `pread() failed:
+Input/output error; reading PATH; at byte 0`.
 """
 
 
 def storage_failure(error: BaseException) -> OSError | None:
-    """Finds the failure of the storage behind an error of reading; None where what was read is
-    wrong, or the caller's doing.
+    """Finds the storage failure that caused a read error; None where the data is damaged, or
+    the error is the caller's.
 
-    An OSError with a number (EIO, ESTALE, EMFILE, ...), a timeout and a lost connection say
-    nothing about the bytes on disk, which may be read well the next time. Damage is what is
-    left: checksums that differ, a file that is cut short, fields that are missing. PIL, gzip
-    and others raise OSErrors without a number for it.
+    An OSError with an errno (EIO, ESTALE, EMFILE, ...), a timeout or a lost connection says
+    nothing about the bytes on disk, which may be read correctly the next time. All else is
+    damage: wrong checksums, truncated files, missing fields. PIL, gzip and others raise
+    OSErrors without an errno for it.
     """
     if isinstance(error, UserError):
         return None
@@ -65,11 +65,11 @@ def storage_failure(error: BaseException) -> OSError | None:
 def retry(
     read: Callable[[], T], waits: Iterable[float], passes: Callable[[Exception, float], bool]
 ) -> T:
-    """Returns what `read` does; after an error that may pass it is called again, behind each
-    of these seconds.
+    """Calls `read` and returns its result; after an error that may be temporary, waits and
+    calls it again, once for each of `waits` (seconds).
 
-    passes: of an error and the seconds before the next attempt, whether to wait for it. Raises
-    what may not pass at once, and whatever the last attempt raises.
+    passes: (error, seconds to wait) -> whether to retry.
+    Raises: errors that are not to be retried, at once; and any error of the last attempt.
     """
     for wait in waits:
         try:
@@ -84,16 +84,16 @@ def retry(
 def read_with_retries(
     read: Callable[[], T], what: object, at_once: Collection[int | None] = ()
 ) -> T:
-    """Returns what `read` does; where the storage fails it is called again, after ever longer waits
-    (`WAITS`).
+    """Calls `read` and returns its result; retries after storage failures, with increasing
+    waits (`WAITS`).
 
     Args:
-      what: names what is read, for the log.
-      at_once: numbers of errors that are not waited for, such as `LASTING`.
+      what: describes what is read, for the log.
+      at_once: errnos that are not retried, such as `LASTING`.
 
     Raises:
-      StorageError: it failed each time. Launchers start such a run again.
-      Exception: whatever else `read` raises, at once.
+      StorageError: every attempt failed. Launchers restart such a run.
+      Exception: any other error of `read`, at once.
     """
 
     def passes(error: Exception, wait: float) -> bool:
@@ -123,7 +123,7 @@ def read_with_retries(
 
 
 def _failure_of(error: Exception, at_once: Collection[int | None]) -> OSError | None:
-    """Finds the storage's failure behind an error, where it is one that is waited for."""
+    """Finds the storage failure behind an error, if it is one to be retried."""
     failure = storage_failure(error)
     return None if failure is None or failure.errno in at_once else failure
 
@@ -133,10 +133,11 @@ def _reason(failure: OSError) -> str:
 
 
 def modified(path: pathlib.Path) -> float | None:
-    """Tells when a file or folder was last written, in seconds; None where there is none.
+    """Returns the modification time of a file or folder in seconds; None where it does not
+    exist.
 
-    That it cannot be told just now is no None, as it is of `Path.exists` in some versions of
-    Python, but read again (see `read_with_retries`).
+    Storage failures are retried (see `read_with_retries`), rather than taken for absence as by
+    `Path.exists` in some versions of Python.
     """
 
     def look() -> float | None:
@@ -149,8 +150,8 @@ def modified(path: pathlib.Path) -> float | None:
 
 
 def raise_open_files() -> None:
-    """Raises the soft limit of open files towards `OPEN_FILES`, as far as the hard one allows:
-    many systems begin with 1,024.
+    """Raises the soft limit of open files to `OPEN_FILES`, as far as the hard limit allows;
+    its default is often 1,024.
     """
     if resource is None:
         return
@@ -165,7 +166,7 @@ def raise_open_files() -> None:
 
 
 def open_files_allowed() -> int:
-    """Tells how many files this process may have open."""
+    """Returns how many files this process may have open."""
     if resource is None:
         return 512
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

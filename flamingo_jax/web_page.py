@@ -1,6 +1,4 @@
-"""Web pages in one file that a person opens: tables and images inside them, every text
-escaped.
-"""
+"""Makes self-contained HTML pages with tables and images; all text is escaped."""
 
 import base64
 import dataclasses
@@ -13,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 FRAMES = 4
-"""Frames shown of a clip."""
+"""The most frames of a clip that are shown."""
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem;
   padding: 0 1rem; color: #223; background: #fff }
@@ -41,7 +39,7 @@ class Table:
 
 
 def page(title: str, parts: Iterable[str], *, style: str = "") -> str:
-    """Makes a whole document of a heading and elements; `style` adds to the page's own."""
+    """Makes an HTML document from a title and elements; `style` is added to the default CSS."""
     body = "\n".join([f"<h1>{html.escape(title)}</h1>", *parts])
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -51,7 +49,7 @@ def page(title: str, parts: Iterable[str], *, style: str = "") -> str:
 
 
 def table(table: Table) -> str:
-    """Makes a heading and the rows below it."""
+    """Makes the HTML of a table, with its title as a heading."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in table.header)
     rows = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell(value))}</td>" for value in row) + "</tr>"
@@ -64,15 +62,15 @@ def table(table: Table) -> str:
 
 
 def cell(value: Any) -> str:
-    """Writes a table's value as a person reads it."""
+    """Formats a table's value: shares in per cent, None as a dash."""
     if value is None:
         return "–"
     return f"{100 * value:.1f} %" if isinstance(value, float) and 0 <= value <= 1 else str(value)
 
 
 def strip(frames: Sequence[np.ndarray] | np.ndarray, height: int, form: str = "PNG") -> str:
-    """Makes a data URI of an image, or of at most FRAMES of a clip's frames side by side: uint8 [H,
-    W, 3] each, of one shape.
+    """Makes a data URI of an image, or of at most FRAMES of a clip's frames side by side:
+    uint8 [H, W, 3] each, of one shape.
     """
     if len(frames) > FRAMES:
         frames = [

@@ -1,21 +1,25 @@
-"""Weights of several arrays by the names of these: a low-rank update beside a frozen matrix, or
-integers and their scales (`flamingo_jax.models.weights`).
+"""The arrays of weights that have several (LoRA, int8 with scales;
+`flamingo_jax.models.weights`), recognised by parameter names.
 
-The arrays stand below the weight's own name, `layers/attention/query/lora_up`, which every table
-of rules speaks of; what differs between them is declared here alone.
+Their names are below the weight's own, as in `layers/attention/query/lora_up`. Tables of rules
+mention only the weight, `layers/attention/query`; how its arrays differ from it in training
+and sharding is declared here.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 Axes = tuple[str | None, ...]
-"""The mesh axis of each of an array's axes; those past the end are on none."""
+"""The mesh axis that shards each axis of an array, or None; missing ones are None."""
 
 
 class WeightPart(NamedTuple):
-    """One of a weight's arrays. trains: whether it does, whatever the weight's rule says. axes:
-    the mesh axes of the array from those of the whole weight (inputs, then outputs) and its own
-    number of axes. product: it meets activations in a product of its own.
+    """One of a weight's arrays.
+
+    trains: whether it is trained, whatever the weight's rule says.
+    axes: computes the array's mesh axes from those of the whole weight (inputs, then outputs)
+      and its own number of axes.
+    product: whether activations are multiplied with it in a matrix product, for FLOPs.
     """
 
     trains: bool
@@ -46,38 +50,40 @@ WEIGHT_PARTS = {
     "int8": WeightPart(False, _same),
     "int8_scale": WeightPart(False, _outputs, product=False),
 }
-"""By the last component of a name. base: what a low-rank update is added to, an array or
-integers. lora_down [inputs, rank] and lora_up [rank, outputs]. int8 and the float scale of each
-of its outputs.
+"""{last component of the name: part}. base: the matrix that a low-rank update is added to,
+dense or int8. lora_down: [inputs, rank]. lora_up: [rank, outputs]. int8: [inputs, outputs].
+int8_scale: [outputs].
 """
 
 
 def weight_name(name: str) -> str:
-    """The weight that an array belongs to: "query/base/int8" -> "query"; others as they are."""
+    """Returns the weight that an array belongs to: "query/base/int8" -> "query"; other names
+    as they are.
+    """
     while (found := name.rpartition("/"))[2] in WEIGHT_PARTS:
         name = found[0]
     return name
 
 
 def weight_part(name: str) -> WeightPart | None:
-    """What an array is of its weight; None where it is all of it."""
+    """Returns an array's part of its weight; None where it is the whole weight."""
     return WEIGHT_PARTS.get(name.rpartition("/")[2])
 
 
 def meets(name: str) -> bool:
-    """Whether an array meets activations in a product."""
+    """Returns whether activations are multiplied with an array in a matrix product."""
     part = weight_part(name)
     return part is None or part.product
 
 
 def is_update(name: str) -> bool:
-    """Whether an array is of a trained update beside a frozen weight."""
+    """Returns whether an array belongs to a trained low-rank update of a frozen weight."""
     part = weight_part(name)
     return part is not None and part.trains
 
 
 def stored_name(name: str) -> str:
-    """The name that a frozen array has in files, where weights are whole: "query/base" ->
+    """Returns the name of a frozen array in files, which have no updates: "query/base" ->
     "query".
     """
     return name.removesuffix("/base")
