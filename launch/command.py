@@ -316,6 +316,7 @@ def config_value(config: ml_collections.ConfigDict, key: str) -> Any:
 
 
 def config_location(argv: Sequence[str]) -> str | None:
+    """Returns the value of --config on a command line, None if it is not given."""
     found = None
     for place, argument in enumerate(argv):
         if argument in (f"--{CONFIG}", f"-{CONFIG}") and place + 1 < len(argv):

@@ -41,6 +41,7 @@ class ResumableCommands:
         return time.monotonic() - self._began
 
     def is_done(self, name: str) -> bool:
+        """Returns whether a command has finished, in this or an earlier start."""
         return name in self._seconds
 
     def run(

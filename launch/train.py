@@ -70,6 +70,7 @@ CONFIG = command.define_config()
 
 
 def main() -> int:
+    """Trains as the flags say; in a run of several processes, first as a supervisor."""
     experiment = command.experiment(CONFIG)
     if not WORKDIR.value:
         raise errors.UserError("--workdir is not set: name a folder for checkpoints and metrics")

@@ -42,6 +42,7 @@ class StoredTensor(NamedTuple):
 
     @property
     def bytes(self) -> int:
+        """Returns the size of the tensor in the file."""
         return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
 
 

@@ -208,6 +208,7 @@ class HostBuffer:
         _cast(target, rows.transpose(order))
 
     def arrays(self) -> list[jax.Array]:
+        """Returns the buffer as one array per device, without a copy where JAX allows it."""
         return [jax.device_put(self.buffer, device, may_alias=True) for device in self._devices]
 
 
@@ -232,6 +233,9 @@ class DeviceBuffer:
         order: tuple[int, ...],
         turn: int | None,
     ) -> None:
+        """Sends `rows` to the devices and writes them there; arguments as in
+        `HostBuffer.put`.
+        """
         starts = np.array([*layer, *(part.start or 0 for part in places)], np.int32)
         rows = np.ascontiguousarray(rows)
         sent = [jax.device_put(rows, device, may_alias=False) for device in self._devices]
@@ -244,6 +248,7 @@ class DeviceBuffer:
         jax.block_until_ready(sent)
 
     def arrays(self) -> list[jax.Array]:
+        """Returns the buffers, one array per device."""
         return self._buffers
 
 

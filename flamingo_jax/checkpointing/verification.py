@@ -64,6 +64,7 @@ class ProcessExchange:
 
     @classmethod
     def here(cls) -> "ProcessExchange":
+        """Makes the exchange between the processes of this JAX run."""
         gather = multihost_utils.process_allgather
         return cls(
             jax.process_index(), jax.process_count(), lambda array: np.asarray(gather(array))

@@ -86,6 +86,7 @@ class Peer:
 
     @property
     def doing(self) -> str:
+        """Returns what the process does, for messages: its work, else its phase."""
         return self.work or self.phase
 
 
@@ -167,6 +168,9 @@ class Coordinator:
         peer.fingerprint, peer.heard, peer.since = fingerprint, now, now
 
     def on_storage_check(self, index: int, stage: str, problem: str, now: float) -> None:
+        """Takes in that a process has completed a stage of the storage check. problem: what it
+        found to be wrong, "" for nothing.
+        """
         peer = self._peers[index]
         peer.probed, peer.heard = stage, now
         if problem:
@@ -256,22 +260,22 @@ class Coordinator:
         if self.decision is not None:
             # Also to supervisors whose child has exited, which wait for the decision.
             yield list(self._peers), {"decision": dataclasses.astuple(self.decision)}
-        # Training: release complete barriers, and look for slow processes.
         elif self._running:
+            # Training: release complete barriers, and look for slow processes.
             for where in [where for where, who in self._waiting.items() if len(who) == self._count]:
                 del self._waiting[where]
                 self._finished |= where == END
                 yield present, {"barrier_passed": where}
             if now - self._looked >= LOOK_EVERY:
                 yield from (([0], {"log": sentence}) for sentence in self._held_up(now))
-        # Storage check: begin the next stage when all have completed this one.
         elif self._stage is not None:
+            # Storage check: begin the next stage when all have completed this one.
             if all(peer.probed == STAGES[self._stage] for peer in self._peers.values()):
                 yield from self._next_stage(present, now)
-        # All processes are connected: compare their fingerprints, then check the storage.
         elif len(self._peers) == self._count and all(
             peer.fingerprint is not None for peer in self._peers.values()
         ):
+            # All processes are connected: compare their fingerprints, then check the storage.
             different = first_difference(
                 {
                     str(peer): peer.fingerprint
@@ -285,8 +289,8 @@ class Coordinator:
             else:
                 self._stage = -1
                 yield from self._next_stage(present, now)
-        # Waiting for processes: log which ones are missing.
         elif now - self._said >= SAY_EVERY:
+            # Still waiting for processes: log which ones are missing.
             self._said = now
             yield present, {"log": f"waiting for {self._missing()}, for {now - self._began:.0f} s"}
 

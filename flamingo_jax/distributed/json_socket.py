@@ -21,6 +21,7 @@ class JsonSocket:
         self.open = True
 
     def fileno(self) -> int:
+        """Returns the file descriptor, so that `selectors` can wait for this socket."""
         return self._socket.fileno()
 
     def send(self, message: Message) -> None:
@@ -70,5 +71,6 @@ class JsonSocket:
             del self._unsent[:sent]
 
     def close(self) -> None:
+        """Closes the connection; unsent messages are lost."""
         self.open = False
         self._socket.close()

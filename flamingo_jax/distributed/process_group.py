@@ -110,6 +110,7 @@ class SingleProcess:
         pass
 
     def should_stop(self, step: int) -> bool:
+        """Returns whether a signal has arrived; there is nobody to agree with."""
         return self._asked
 
     def stop_requested(self) -> bool:
@@ -163,6 +164,7 @@ class SupervisorClient:
         return contextlib.nullcontext()
 
     def heartbeat(self, step: int, phase: str, waited: float) -> None:
+        """Sends step and phase to the supervisor, at most about five times a second."""
         # Not at every step: short steps would flood the supervisor with messages.
         if phase == self._phase and step % self._stride:
             return
@@ -187,15 +189,20 @@ class SupervisorClient:
             self._send({"progress": what})
 
     def barrier(self, where: str) -> None:
+        """Waits until the coordinator reports that all processes have come here."""
         met = self._barriers[where] = threading.Event()
         self._send({"barrier": where})
         met.wait()
         del self._barriers[where]
 
     def should_stop(self, step: int) -> bool:
+        """Asks JAX's coordination service, which picks a step that no process has passed
+        yet.
+        """
         return multihost_utils.reached_preemption_sync_point(step)
 
     def stop_requested(self) -> bool:
+        """Returns False: a process of several stops only together with the others."""
         return False
 
     def __exit__(

@@ -49,6 +49,7 @@ class ProcessInfo:
 
     @property
     def supervisor_address(self) -> tuple[str, int]:
+        """Returns (host, port) of the supervisor of process 0."""
         host, _, port = self.address.rpartition(":")
         return host.strip("[]"), int(port) + 1
 

@@ -24,6 +24,7 @@ class Document:
 
     @classmethod
     def read(cls, file: pathlib.Path) -> "Document":
+        """Reads a JSON file. Raises StorageError when it cannot be read at the moment."""
         try:
             content = json.loads(manifest.retry_read(file.read_bytes))
         except FileNotFoundError:
@@ -58,6 +59,9 @@ class Document:
         return Document(self.file, value or {})
 
     def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+        """Returns an integer of at least `least`. default: the value to use if the key is
+        absent.
+        """
         value = self.given(key)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -65,6 +69,7 @@ class Document:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
+        """Returns a number. default: the value to use if the key is absent."""
         value = self.given(key)
         value = default if value is None else value
         if not isinstance(value, int | float) or isinstance(value, bool):
@@ -88,6 +93,7 @@ class Document:
             self.refuse(key, " or ".join(map(repr, allowed)) or "models without it")
 
     def refuse(self, key: str, wanted: str) -> NoReturn:
+        """Raises a UserError: the value of `key` is not `wanted`."""
         value = self.given(key)
         shown = repr(value) if len(repr(value)) < 80 else repr(value)[:77] + "..."
         said = f"has no {key}" if value is None else f"has {key} = {shown}"

@@ -44,6 +44,7 @@ class Memory(NamedTuple):
 
     @property
     def peak(self) -> int:
+        """Returns the memory that a device needs at once."""
         return self.arguments + self.results + self.temporaries
 
 

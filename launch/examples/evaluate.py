@@ -29,10 +29,12 @@ def prompt(shots: Sequence[Captioned], image: fj.Image, words: str) -> list[Any]
 
 
 def plain(text: str) -> str:
+    """Normalises a caption for comparison: lower case, no final period, single spaces."""
     return " ".join(text.lower().strip(" .").split())
 
 
 def share_right(model: fj.Model, prompts: list[list[Any]], queries: Sequence[Captioned]) -> float:
+    """Returns the share of queries whose caption is generated word for word, 0 to 1."""
     answers = model.generate(prompts)
     pairs = zip(answers, queries, strict=True)
     return sum(plain(a.text) == plain(query.caption) for a, query in pairs) / len(queries)
