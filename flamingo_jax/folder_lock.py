@@ -168,6 +168,11 @@ class FolderLock:
                 self._folder.rmdir()
 
     def _take(self) -> pathlib.Path:
+        """Waits until any existing lease is held or expired, and creates the next one; returns
+        its file.
+
+        Raises: FolderLockedError where another process holds the folder.
+        """
         first: LeaseFile | None = None
         while True:
             paths.make_folder(self._folder)

@@ -115,6 +115,7 @@ class BucketLines:
         self._upload()
 
     def _run(self) -> None:
+        """Runs in the thread: uploads new lines periodically."""
         while not self._stop.wait(UPLOAD_SECONDS):
             began = time.monotonic()
             try:
@@ -128,6 +129,8 @@ class BucketLines:
                 )
 
     def _upload(self) -> None:
+        """Writes the last part, if it has new lines; begins a new part once it is full."""
+        # Two locks, so that `write` does not wait for an upload.
         with self._uploading:
             with self._lock:
                 if not self._unsaved:

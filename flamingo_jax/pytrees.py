@@ -119,6 +119,7 @@ def restack(flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _restacked(name: str, layers: dict[tuple[int, ...], Any]) -> np.ndarray:
+    """Stacks the layers of one parameter, given by index."""
     first = np.asarray(next(iter(layers.values())))
     counts = tuple(
         1 + max(index[axis] for index in layers) for axis in range(len(next(iter(layers))))

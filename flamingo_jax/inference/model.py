@@ -346,6 +346,7 @@ class Model:
         return [[self._part(part) for part in parts] for parts in batch], several
 
     def _part(self, part: Any) -> PromptPart:
+        """Checks a part of a prompt, and preprocesses it if it is an image or video."""
         if isinstance(part, str):
             try:
                 part.encode()

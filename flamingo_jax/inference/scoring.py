@@ -39,6 +39,7 @@ def candidate_scores(
     repeated = prefilled.repeat(group_size)
 
     def score(part: tuple[Array, Array]) -> Array:
+        # One group of candidates: [B, group, ...] -> [B * group, ...].
         tokens, sizes = (a.reshape(rows * group_size, *a.shape[2:]) for a in part)
         real = jnp.arange(length) < sizes[:, None]
         # Inputs are shifted by one: the prompt's last token predicts the candidate's first.

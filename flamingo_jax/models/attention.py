@@ -154,7 +154,7 @@ class FullAttention(nnx.Module):
         self.out_bias = nnx.Param(jnp.zeros((width,)))
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """x [B, L, D], mask bool broadcastable to [B, H, L, L] -> [B, L, D]."""
+        """Attends within x [B, L, D] -> [B, L, D]. mask: bool, broadcastable to [B, H, L, L]."""
         weights = (
             (self.query, self.query_bias),
             (self.key, self.key_bias),

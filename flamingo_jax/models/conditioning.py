@@ -74,10 +74,11 @@ def media_mask(
     if attend_to == "all_previous":
         before = media_index[:, :, None] >= places
         if segments is not None:
-            # A visual belongs to the segment of the tokens that look at it.
+            # A visual belongs to the segment of the tokens that attend to it: [B, N].
             owner = jnp.max(jnp.where(mask, segments[:, :, None], 0), axis=1)
             before = before & (owner[:, None, :] == segments[:, :, None])
-        # Several segments may look at one visual, which then belongs to the last of them.
+        # Or-ed with `mask`: several segments may attend to one visual, whose owner is then the
+        # last of them.
         mask = mask | before
     mask = mask & (visuals >= 0)[:, None, :]
     return jnp.repeat(mask, tokens_per_visual, axis=-1)[:, None]
@@ -226,6 +227,7 @@ class GraftedLayer(DecoderLayer):
         cache: Cache | None,
         between: Between | None = None,
     ) -> tuple[Array, Cache | None]:
+        """Runs the layer on a stream x [S, T, D]; arguments as for `DecoderLayer`."""
         y, cache = super().__call__(x, positions, packing, cache, between)
         if self.gate is None:
             return y, cache
@@ -376,6 +378,9 @@ class ConditionedLayers:
     def _layer(
         self, x: Array, cache: Any, windows: Any, place: Array, *conditioned: Any
     ) -> tuple[Array, Any, Any]:
+        """Runs decoder layer number `place`, with the block of `conditioned` between its
+        halves if there is one. Wrapped in `remat`.
+        """
         # The layer's weights are indexed inside the rematerialised function: outside it, the
         # backward pass would save a copy of every layer's weights.
         layer = nnx.merge(self.layers_graph, _take(self.layers, place))
@@ -391,11 +396,13 @@ class ConditionedLayers:
     def _block(
         self, x: Array, windows: Any, place: Array, block: Any, media: Any
     ) -> tuple[Array, Any]:
+        """Runs the block of number `place`, whose parameters are `block`, on x."""
         block = nnx.merge(self.blocks_graph, block)
         x, new = self.read_visuals(block, x, media, _take(windows, place))
         return x, _put(windows, new, place)
 
     def _grafted(self, x: Array, cache: Any, layer: Any) -> tuple[Array, Any]:
+        """Runs the grafted layer whose parameters are `layer` on x."""
         return self.read_text(nnx.merge(self.grafted_graph, layer), x, cache, None)
 
 

@@ -160,7 +160,7 @@ def remat(body: Callable[..., Any], mode: str) -> Callable[..., Any]:
     if mode == "none":
         return body
     policy = jax.checkpoint_policies.save_only_these_names(SAVED) if mode == "products" else None
-    # The barriers of `prevent_cse` are needed outside of a scan alone: across its iterations
+    # The barriers of `prevent_cse` are only needed outside of a scan: across its iterations
     # XLA eliminates no common subexpressions.
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 

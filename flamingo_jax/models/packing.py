@@ -149,6 +149,7 @@ class MediaView(NamedTuple):
         queries = split(query, [(m.shape[0], m.shape[2]) for m in self.masks])
 
         def rows(q: Array, k: Array, v: Array, mask: Array, *text: Array) -> Array:
+            """Attends from one part's tokens to its visuals, and to `text` with its mask."""
             if not mask.shape[-1]:
                 return jnp.zeros_like(q)
             # [B, N, R, H, d] -> [B, N * R, H, d]

@@ -55,7 +55,9 @@ class PerceiverLayer(nnx.Module):
         )
 
     def __call__(self, x: Array, features: Array, mask: Array) -> Array:
-        """x [M, R, D], features [M, S, D], mask bool [M, 1, 1, S + R] -> [M, R, D]."""
+        """Updates latents x [M, R, D] from features [M, S, D] -> [M, R, D]; here S counts the
+        cells of all frames. mask: bool [M, 1, 1, S + R].
+        """
         latents = self.latent_norm(x)
         # [M, S, D] and [M, R, D] -> [M, S + R, D]
         media = jnp.concatenate([self.feature_norm(features), latents], axis=1)
@@ -91,7 +93,7 @@ class TransformerLayer(nnx.Module):
         )
 
     def __call__(self, x: Array, mask: Array) -> Array:
-        """x [M, S + R, D], mask bool [M, 1, 1, S + R] -> [M, S + R, D]."""
+        """Updates x [M, S + R, D] -> [M, S + R, D]. mask: bool [M, 1, 1, S + R]."""
         h = self.attention_norm(x)
         query, key, value = (
             save_for_backward(linear(h, self.query[...])),
@@ -112,7 +114,7 @@ class MLPLayer(nnx.Module):
         )
 
     def __call__(self, x: Array) -> Array:
-        """[..., D] -> [..., D]."""
+        """Updates x [..., D] -> [..., D]."""
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -234,6 +236,7 @@ class PerceiverResampler(Resampler):
 
     def reduce(self, x: Array, frame_mask: Array) -> Array:
         visuals, frames, cells, width = x.shape
+        # The grid cells of all frames are one sequence of keys and values: [M, T * S, D].
         x = x.reshape(visuals, frames * cells, width)
         latents = jnp.broadcast_to(self.latents[...], (visuals, *self.latents.shape)).astype(
             x.dtype

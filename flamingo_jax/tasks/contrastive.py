@@ -100,6 +100,7 @@ class ContrastiveTask:
     def _compare(
         self, model: DualEncoder, images: Array, texts: Array, tokens: Array, mask: Array
     ) -> Loss:
+        """Computes the loss of embeddings [B, J] with their texts' tokens and mask [B, L]."""
         same = None
         if self.config.merge_duplicates:
             rows = jnp.where(mask, tokens, -1)

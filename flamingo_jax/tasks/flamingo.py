@@ -122,6 +122,9 @@ class FlamingoTask:
     def losses(
         self, model: Flamingo, batches: dict[str, Batch], key: jax.Array | None
     ) -> dict[str, Loss]:
+        """Computes each dataset's loss. All are packed into one stream, and all visuals
+        encoded as one batch.
+        """
         batches = {name: masked_batch(batch) for name, batch in batches.items()}
         seen = {
             name: batch

@@ -59,6 +59,7 @@ def token_losses(
     for (name, batch), mask, loss, right in parts:
         total = jnp.where(mask, loss, 0.0).sum()
         hits, tokens = (count.sum().astype(jnp.float32) for count in (mask & right, mask))
+        # The loss is a sum over tokens; metrics are averages over them.
         metrics = {"loss_per_token": (total, tokens), "accuracy": (hits, tokens)}
         found[name] = Loss(total, loss_weight(batch, reduction), metrics)
     return found
@@ -78,7 +79,8 @@ def _target_losses(
     """
 
     def losses(x: Array, targets: Array) -> tuple[Array, Array]:
-        parts = model.logit_parts(all_gather(x))
+        parts = model.logit_parts(all_gather(x))  # [S, T, V_i] each
+        # The log of the softmax's denominator over the whole vocabulary.
         total = jax.nn.logsumexp(
             jnp.stack([jax.nn.logsumexp(part, axis=-1) for part in parts]), axis=0
         )

@@ -61,6 +61,9 @@ class HeldOutLosses:
         return made
 
     def __call__(self, trainable: Parameters, frozen: Parameters) -> dict[str, float]:
+        """Measures {"<dataset>/<metric>": value} over all batches, those without images with
+        the suffix "_without_images"; and "loss", the datasets' weighted sum.
+        """
         values: dict[str, float] = {}
         for name, batches in self._batches.items():
             sums: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(2))

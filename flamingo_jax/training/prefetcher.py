@@ -111,6 +111,9 @@ class Prefetcher:
         return self
 
     def __next__(self) -> StepInput:
+        """Waits for the next input; raises an error of the reading thread, or StopIteration
+        where `until` says so.
+        """
         began = time.monotonic()
         while True:
             try:

@@ -111,7 +111,7 @@ def initialise(
             experiment.seed,
         )
 
-    # The whole model is built inside jit; XLA removes what is not returned (frozen
+    # The model is built inside jit; XLA removes what is not returned (frozen
     # parameters), and creates the rest with its sharding.
     shardings = jax.tree.map(lambda s: s.sharding, setup.state)
     warm_started = load_warm_started(experiment, setup.trainable, process_group)

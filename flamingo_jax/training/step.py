@@ -176,6 +176,7 @@ def make_update(
     def losses_and_gradient(
         state: TrainState, frozen: Parameters, batches: dict[str, Batch]
     ) -> tuple[dict[str, Any], Parameters]:
+        # The step's key: resuming at a step repeats its randomness.
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         found = gradients(graph, task, state.trainable, frozen, batches, key, datasets)
         if gradient_shardings is not None:
@@ -199,6 +200,7 @@ def make_update(
                 part["learning_rate"] = schedule(
                     optax.tree.get_all_with_path(state.optimizer, "count")[0][1]
                 )
+            # The norm is finite only if every element of the gradient is.
             finite = jnp.isfinite(part["gradient_norm"])
             for name in group:
                 finite &= part[f"finite/{name}"]

@@ -240,6 +240,7 @@ class Trackers:
                 log.warning("the tracker %r failed %d times in all", name, count)
 
     def _try(self, name: str, action: Callable[[], None]) -> None:
+        """Calls a tracker; counts an exception, and logs the first one."""
         try:
             action()
         except Exception as error:  # noqa: BLE001 - whatever it is, the run goes on
