@@ -219,6 +219,7 @@ def _build(kind: Any, value: Any, name: str, stored: bool) -> Any:
             _build(arguments[0], item, f"{name}[{place}]", stored)
             for place, item in enumerate(value)
         )
+    # An int is accepted as a float (bool is an int to Python, but not here).
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         try:
             return float(value)

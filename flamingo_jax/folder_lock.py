@@ -211,8 +211,10 @@ class FolderLock:
             return path
 
     def _is_free(self, found: LeaseFile, first: LeaseFile | None) -> bool:
-        """Tells whether a lease is free. Raises FolderLockedError. first: what was found at
-        first.
+        """Returns whether a lease has expired; False while that is still to be seen.
+
+        first: the same lease as it was when first read, to notice heartbeats.
+        Raises: FolderLockedError where it is held.
         """
         runs = self._runs(found.lease)
         beaten = (
@@ -225,7 +227,7 @@ class FolderLock:
         return state is LeaseState.FREE
 
     def _runs(self, lease: Lease | None) -> bool | None:
-        """Tells whether a lease's process runs, where it would be on this machine."""
+        """Returns whether a lease's process runs; None where it is not on this machine."""
         if (
             lease is None
             or lease.machine != self._lease.machine
@@ -235,7 +237,9 @@ class FolderLock:
         return _is_running(lease.pid, lease.began)
 
     def _now(self) -> float:
-        """Returns the storage's time."""
+        """Returns the time by the storage's clock: the modification time of a file that is
+        written now. Clocks of hosts may differ by more than the age of a lease.
+        """
         path = self._folder / f"{PREFIX}clock-{self._lease.token}"
         if paths.is_bucket(path):
             path.write_bytes(b"?")

@@ -110,6 +110,7 @@ def create(path: pathlib.Path, content: bytes) -> bool:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
         return False
+    # A file without its content is worse than none: it is removed again.
     try:
         with open(descriptor, "wb") as file:
             file.write(content)
@@ -205,6 +206,7 @@ def read_into(file: pathlib.Path, start: int, memory: "np.ndarray") -> "np.ndarr
         return memory
     with open(file, "rb", buffering=0) as stream:
         stream.seek(start)
+        # A read may return fewer bytes than asked for.
         view, done = memory.data, 0
         while done < len(view):
             count = stream.readinto(view[done:])

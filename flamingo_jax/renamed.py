@@ -99,6 +99,7 @@ def modernised(dataclass: str, document: Mapping[str, Any]) -> dict[str, Any]:
             old.append((moved, value))
         elif key not in gone:
             found[key] = copy.deepcopy(value)
+    # After all current fields, so that these win.
     for moved, value in old:
         *groups, field = moved.to.split(".")
         place = found

@@ -26,6 +26,7 @@ class ArrayCache:
         found = {digest: made.get(digest, self._arrays.get(digest)) for digest in digests}
         self._arrays.update(made)
         self._bytes += sum(array.nbytes for array in made.values())
+        # The dict's order is that of the last use.
         for digest in digests:
             self._arrays.move_to_end(digest)
         while self._bytes > self._most_bytes:

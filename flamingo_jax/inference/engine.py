@@ -251,6 +251,7 @@ class Engine:
         rows = len(batch.lengths)
         columns = self.config.language_model.vocab_size + self.config.extra_tokens
         in_memory = LOGITS_IN_BATCH // (rows * longest * columns)
+        # Also limited by the cache, which is repeated for each candidate of a group.
         group_size = max(1, min(most, in_memory, 4 * TOKENS_IN_BATCH // batch.tokens.size))
         count = -(-most // group_size) * group_size
         tokens = np.zeros((rows, count, longest), np.int32)
@@ -345,7 +346,9 @@ class Engine:
         # slot hardly anything.
         slots = next_power(4, max(len(p.visuals) for p in tokenised))
         rows = min(self._batch_size, TOKENS_IN_BATCH // longest, VISUALS_IN_BATCH // max(slots, 1))
+        # Rounded down to a power of 2, and no more than the prompts need.
         rows = min(max(next_power(2, rows + 1) // 2, 1), next_power(2, len(prompts)))
+        # By length, so that a batch has little padding.
         order = sorted(range(len(prompts)), key=lambda prompt: len(tokenised[prompt].tokens))
         chosen = [order[start : start + rows] for start in range(0, len(order), rows)]
         for part in chosen:
@@ -418,6 +421,7 @@ class Engine:
             most = max(1, FRAMES_IN_BATCH // frames)
             for start in range(0, len(group), most):
                 part = group[start : start + most]
+                # Full batches, or one small batch of 1, 8 or 64 rows: few compiled shapes.
                 rows = most if len(group) > most else min(next_power(8, len(part)), most)
                 images = np.zeros((rows, frames, *part[0].frames.shape[1:]), np.uint8)
                 mask = np.zeros((rows, frames), bool)

@@ -141,6 +141,7 @@ def _sample(
         )
         # The score is of the model's own distribution, before temperature and nucleus.
         gained = jnp.take_along_axis(log_probabilities, token[:, None], axis=1)[:, 0]
+        # Rows that have ended go on until all have; their tokens are not recorded.
         stops = jnp.isin(token, jnp.array(constraints.stop))
         written = jnp.where(s.finished | stops, NO_TOKEN, token)
         return _SamplingState(
@@ -286,6 +287,7 @@ def _continuations(s: _BeamState, allowed: Array, stop: tuple[int, ...]) -> _Con
     """
     rows, beams, size = allowed.shape
     count = min(beams * (1 + len(stop)), beams * size)
+    # The top over beams and vocabulary at once: index = beam * V + token.
     score, flat = jax.lax.top_k((s.score[:, :, None] + allowed).reshape(rows, -1), count)
     token = (flat % size).astype(jnp.int32)
     return _Continuations(score, flat // size, token, jnp.isin(token, jnp.array(stop)))
@@ -297,6 +299,7 @@ def _keep_best_closed(
     """Replaces the best closed hypothesis by the best closing continuation, where that ranks
     higher.
     """
+    # Only a stop token among the `beams` best continuations may close a hypothesis.
     among_beams = jnp.arange(found.score.shape[1]) < beams
     rank = jnp.where(
         found.stops & among_beams, found.score / _length_norm(s.step + 1, length_penalty), -jnp.inf
@@ -321,6 +324,7 @@ def _keep_open(s: _BeamState, found: _Continuations, beams: int, cache: Any) -> 
     score, kept = jax.lax.top_k(jnp.where(found.stops, -jnp.inf, found.score), beams)
     parent, token = (jnp.take_along_axis(a, kept, axis=1) for a in (found.parent, found.token))
     tokens = jnp.take_along_axis(s.tokens, parent[:, :, None], axis=1)
+    # The parents' rows in the cache of B * beams rows.
     row = (jnp.arange(parent.shape[0])[:, None] * beams + parent).reshape(-1)
     return s._replace(
         step=s.step + 1,

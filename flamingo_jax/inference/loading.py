@@ -54,6 +54,7 @@ def load_flamingo(
     tokenizer = Tokenizer.load(export.tokenizer_file, config.language_model.vocab_size)
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    # Shapes alone: parameters are read from the export, not initialised.
     abstract = nnx.eval_shape(lambda: Flamingo(config, rngs=nnx.Rngs(0), dtype=dtype))
     graph, shapes = nnx.split(abstract)
     export.verify()

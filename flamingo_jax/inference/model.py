@@ -74,6 +74,7 @@ class CandidateScores:
     @property
     def probabilities(self) -> tuple[float, ...]:
         """Returns each candidate's probability, given that one of the candidates follows."""
+        # The maximum is subtracted against underflow of exp.
         most = max(self.log_likelihoods)
         shares = [math.exp(value - most) for value in self.log_likelihoods]
         return tuple(share / sum(shares) for share in shares)

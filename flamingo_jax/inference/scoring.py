@@ -44,6 +44,7 @@ def candidate_scores(
         real = jnp.arange(length) < sizes[:, None]
         # Inputs are shifted by one: the prompt's last token predicts the candidate's first.
         inputs = jnp.concatenate([repeated.last[:, None], tokens[:, :-1]], axis=1)
+        # Position `size` is padding: not written to the cache.
         positions = jnp.where(real, repeated.position[:, None] + jnp.arange(length), size)
         index = jnp.broadcast_to(repeated.media_index[:, None], inputs.shape)
         logits, _ = model.decode(inputs, positions, index, media, repeated.visuals, repeated.cache)
@@ -54,5 +55,6 @@ def candidate_scores(
     def grouped(a: Array) -> Array:
         return jnp.swapaxes(a.reshape(rows, count // group_size, group_size, *a.shape[2:]), 0, 1)
 
+    # One group of candidates after the other, for memory: logits are [B * group, T, V].
     scores = jax.lax.map(score, (grouped(candidates), grouped(lengths)))
     return jnp.swapaxes(scores, 0, 1).reshape(rows, count)

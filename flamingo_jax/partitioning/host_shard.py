@@ -77,6 +77,7 @@ class HostShard:
         """Computes the shard of a process, by default this one."""
         process = jax.process_index() if process is None else process
         _, fsdp, model = mesh.devices.shape
+        # (row shard, index along `model`): ROWS = (data, fsdp) counts data outermost.
         held = (
             (d * fsdp + f, m)
             for (d, f, m), device in np.ndenumerate(mesh.devices)
@@ -118,6 +119,7 @@ class HostShard:
             rows // self.row_shards * places,
             self.listed(rows, places) // self.row_shards,
         )
+        # Place in the padded global list -> row shard and place within its part.
         shard, within = np.divmod(self.by_visual.numbers(listed // self.model), listed)
         return np.where(within < real, shard * real + within, -1)
 

@@ -41,6 +41,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"config.mesh is {wanted}: sizes must be 1 or more, and one of them may be -1 for"
             " all devices that are left"
         )
+    # The sizes that are given; an axis of -1 gets the quotient.
     fixed = math.prod(size for size in sizes if size != -1)
     if count % fixed or (-1 not in sizes and fixed != count):
         hint = f"choose sizes that multiply to {count}, or -1 for one of them"

@@ -114,6 +114,7 @@ def match(rules: Sequence[Rule[R]], names: Iterable[str]) -> dict[str, R]:
     Raises: ValueError for a name that no rule matches, or a rule that decides about no name
       and is not optional.
     """
+    # used: indices of the rules that decided about some name.
     used, found = set(), {}
     for name in names:
         place = next(
@@ -146,6 +147,7 @@ def trainable_names(
     names = list(names)
     rules = match(FREEZING[task], dict.fromkeys(map(weight_name, names)))
     parts = {name: weight_part(name) for name in names}
+    # Prefixes of language models with LoRA: "language_model/", or "" if it is the whole model.
     updated = {name.split(STACK)[0] for name in names if is_update(name)}
 
     def trains(name: str) -> bool:
@@ -233,6 +235,7 @@ def _spec(
             f" {layer}"
         )
     spec: list[str | None] = [*axes, *[None] * (len(layer) - len(axes))]
+    # An axis that does not divide is replicated, unless the array is too large for that.
     for place, axis in enumerate(spec):
         if axis is not None and layer[place] % mesh.shape[axis]:
             _require_small(name, shape, axis, mesh)
@@ -248,6 +251,7 @@ def _spec(
             spec[max(free, key=lambda place: layer[place])] = FSDP
         else:
             _require_small(name, shape, FSDP, mesh)
+    # Mesh axes of one device are left out, so that equal shardings compare as equal.
     return PartitionSpec(
         *[None] * lead,
         *[axis if axis is not None and mesh.shape[axis] > 1 else None for axis in spec],

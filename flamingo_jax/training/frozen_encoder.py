@@ -94,6 +94,7 @@ def load_frozen_encoder(
 
     image = jax.ShapeDtypeStruct((mesh.size, config.image_size, config.image_size, 3), jnp.uint8)
     _, cells, channels = jax.eval_shape(features, parameters, image).shape
+    # The name of the features' folder: all that they depend on.
     fit = "" if config.image_fit == "pad" else f"_{config.image_fit}"
     name = f"{source.digest(process_group)[:16]}_{config.image_size}{fit}_{dtype.name}"
     return FrozenEncoder(name, (cells, channels), np.dtype(dtype), encode)

@@ -78,6 +78,7 @@ class HeldOutLosses:
                     ).items():
                         sums[f"{name}/{metric}{suffix}"] += np.array(pair, np.float64)
             values |= {metric: float(a / max(b, 1e-9)) for metric, (a, b) in sums.items()}
+        # The weighted sum, if every dataset has such a loss.
         for suffix in ("", WITHOUT_IMAGES):
             found = {name: values.get(f"{name}/loss{suffix}") for name in self._batches}
             if found and None not in found.values():

@@ -88,13 +88,15 @@ def train(
         monitor = ending.enter_context(Monitor(experiment, run, prefetcher, process_group, began))
         ending.callback(prefetcher.close)
         while run.step < training.steps and not process_group.should_stop(run.step):
+            # At the first iteration of a start the state is that of a checkpoint, or
+            # untrained: it needs no evaluation and no save.
             is_new = run.step > run.start
             if is_new and (due_now := due(evaluators, run.step)):
                 _evaluate(run, due_now, monitor)
             if is_new and run.step % training.save_every == 0:
                 _save(run, monitor)
             step_input = next(prefetcher, None)
-            if step_input is None:
+            if step_input is None:  # Stopped by a signal while waiting for data.
                 break
             if not run.is_compiled:
                 with monitor.phase("compile"):

@@ -101,6 +101,7 @@ def make_schedule(
     _check_boundaries(config, steps)
 
     def rate(count: Array | int) -> Array:
+        # Works on traced counts: all schedules are computed, and one is chosen by its name.
         done = jnp.asarray(count // updates_per_step, jnp.float32)
         warm = jnp.minimum((done + 1) / max(config.warmup_steps, 1), 1.0)
         progress = jnp.clip(
@@ -181,6 +182,7 @@ def clip(config: OptimizerConfig, names: Iterable[str]) -> optax.GradientTransfo
     ) -> tuple[Tree, optax.EmptyState]:
         rest = {name: g for name, g in gradient.items() if name not in unitwise}
         if config.clip_norm and rest:
+            # Not optax.clip_by_global_norm: `rest` excludes the adaptively clipped encoder.
             norm = optax.global_norm(rest)
             scale = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-30))
             rest = {name: g * scale for name, g in rest.items()}

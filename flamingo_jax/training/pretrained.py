@@ -272,6 +272,7 @@ def _random_parameters(
         return {name: parameters[name].astype(s.dtype) for name, s in wanted.items()}
 
     shardings = {name: s.sharding for name, s in wanted.items()}
+    # Another key than that of the trained parameters (`setup.initialise`).
     return jax.jit(make, out_shardings=shardings)(jax.random.key(experiment.seed + 1))
 
 

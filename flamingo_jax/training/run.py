@@ -130,6 +130,7 @@ class Run:
         seconds, memory = time.monotonic() - began, memory_of(self._step)
         log.info("compiled the update in %.0f s%s", seconds, memory)
         self.frozen = laid_out(self._step, self.frozen)
+        # Compiled here too, so that no logged step waits for a compilation.
         self._norm = jax.jit(optax.global_norm).lower(self.state.trainable).compile()
 
     def train_step(self, step_input: StepInput) -> dict[str, Any]:

@@ -59,6 +59,8 @@ def make_setup(experiment: Experiment, mesh: Mesh) -> TrainSetup:
         state,
     )
     moment_shardings = rules.moment_shardings(trainable)
+    # Leaves of the optimizer state that mirror parameters get the moments' shardings; others,
+    # such as counts, stay replicated.
     moments = optax.tree_utils.tree_map_params(
         optimizer,
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

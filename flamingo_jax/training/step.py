@@ -131,6 +131,7 @@ def _over_microbatches(
 
 def scan_sum(function: Callable[[Any], Any], parts: Any) -> Any:
     """Sums `function(part)` over parts stacked on the first axis, one at a time."""
+    # The accumulators' shapes come from an abstract call on the first part.
     shapes = jax.eval_shape(function, jax.tree.map(lambda a: a[0], parts))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
@@ -158,8 +159,7 @@ def make_update(
     Args:
       round_robin: an optimizer step for each dataset, one after the other, instead of one for
         the sum of their gradients.
-      gradient_shardings: shardings that the gradient is reduced to; by default the compiler's
-        choice.
+      gradient_shardings: those that the gradient is reduced to; by default the compiler's.
       schedule: the optimizer's learning rate schedule, for the metrics.
 
     Metrics, all on the devices:
