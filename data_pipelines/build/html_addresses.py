@@ -1,7 +1,7 @@
-"""From the address of an image on a page to its bytes: of a file below the folder, or the
-page's.
+"""Resolves an image address on an HTML page to bytes: of a file below the folder, or of a
+data: URL.
 
-What a page refers to elsewhere, on the web or by a path that leads out, is not read.
+References to the web, or to files outside the folder, are refused.
 """
 
 import base64
@@ -19,7 +19,7 @@ NO_ADDRESS = "no address"
 NO_FILE = "address of no file"
 BAD_DATA = "data address that cannot be decoded"
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
-"""A single letter is a drive of Windows."""
+"""At least two letters: a single one is a Windows drive."""
 
 
 def read_address(
@@ -29,9 +29,10 @@ def read_address(
     base: str = "",
     given: Sequence[str] = (),
 ) -> bytes:
-    """Reads the image that an address on `page` means, a file below `root`.
+    """Reads the image at an address on `page`, a file below `root`.
 
-    base: of the page's addresses. given: other folders that links may lead to. Raises Unfit.
+    base: the page's <base href>. given: other folders that symbolic links may lead to.
+    Raises: Unfit with the reason.
     """
     address = re.sub(r"[\t\n\r]", "", address).strip()
     if not address:
@@ -48,7 +49,7 @@ def read_address(
 
 
 def _scheme(address: str) -> str:
-    """In small letters; "//" for an address that leaves out its page's, "" for none at all."""
+    """Returns a URL's scheme, lower case; "//" if protocol-relative, "" for a path."""
     if address.replace("\\", "/").startswith("//"):
         return "//"
     found = SCHEME.match(address)
@@ -56,8 +57,8 @@ def _scheme(address: str) -> str:
 
 
 def _names(address: str, here: str, base: str) -> Iterator[str]:
-    """Below the folder: relative to the page's base where that has been copied, and to the
-    page.
+    """Yields candidate file names below the folder: relative to the page's base, if that was
+    copied too, and to the page; as written, without query, and percent-decoded.
     """
     path = _path(base)
     folder = path[: path.rfind("/") + 1]
@@ -69,9 +70,7 @@ def _names(address: str, here: str, base: str) -> Iterator[str]:
 
 
 def _path(base: str) -> str:
-    """The path in the address of a base, without its machine: sites are copied in their
-    folders.
-    """
+    """Returns the path of a base URL without its host: copies of sites keep their folders."""
     try:
         return urllib.parse.unquote(urllib.parse.urlsplit(base.replace("\\", "/")).path)
     except ValueError:  # No address.
@@ -93,7 +92,7 @@ def _first(root: pathlib.Path, names: Iterable[str], given: Sequence[str]) -> by
 
 
 def _within(address: str) -> bytes:
-    """What a `data:` address holds (RFC 2397), with the blanks that browsers forgive."""
+    """Decodes a data: URL (RFC 2397), ignoring whitespace as browsers do; raises Unfit."""
     about, comma, held = address[len("data:") :].partition(",")
     data = urllib.parse.unquote_to_bytes(held)
     try:

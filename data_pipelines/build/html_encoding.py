@@ -1,11 +1,9 @@
-"""The text of an HTML page from its bytes, by the labels and rules that browsers follow.
+"""Decodes an HTML page's bytes by the rules that browsers follow (HTML standard, 13.2.3.2).
 
-The order is that of the HTML standard, section 13.2.3.2, with two departures for pages that
-come
-from a folder rather than with the header of a server, which would have told: bytes beyond ASCII
-that are all UTF-8 are UTF-8, whatever single label the page carries (text in another encoding
-is practically never that by chance), and a page that claims UTF-8, or nothing, and is mostly
-none is windows-1252.
+Two rules differ, since a file has no HTTP header with the encoding. A page that is valid UTF-8
+with non-ASCII characters is UTF-8 whatever it declares: text in another encoding is
+practically never valid UTF-8. A page that declares UTF-8 or nothing, but mostly is not, is
+windows-1252.
 """
 
 import re
@@ -13,16 +11,16 @@ import re
 import webencodings
 
 SCANNED = 64 << 10
-"""Bytes in which a page may name its encoding. The standard scans 1,024 and lets the parser
-start anew at a later <meta>, which most browsers do.
+"""Bytes that are scanned for a declared encoding. The standard scans 1,024, but lets the
+parser start again at a later <meta>.
 """
 UTF_8, WINDOWS_1252 = webencodings.UTF8, webencodings.lookup("windows-1252")
 UTF_16 = ("utf-16le", "utf-16be")
 NOT_DECODED = "replacement"
-"""What the table calls encodings that browsers do not decode, since they let scripts hide."""
+"""The standard's name for encodings that browsers refuse for security."""
 MARKS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16le"), (b"\xfe\xff", "utf-16be"))
 STARTS = ((b"<\0", "utf-16le"), (b"\0<", "utf-16be"))
-"""How a page begins in two bytes a character without a byte order mark."""
+"""The first bytes of a page in UTF-16 without a byte order mark."""
 
 TOKEN = re.compile(
     rb"<!--(?:>|->|.*?(?:-->|\Z))|<(meta)(?=[\t\n\f\r /])|</?[a-z][^\t\n\f\r >]*"
@@ -40,9 +38,9 @@ XML = re.compile(rb"<\?xml[^>]*?\sencoding\s*=\s*(?:\"([^\"]*)\"|'([^']*)')")
 
 
 def decode(page: bytes) -> str:
-    """Decodes a page; what is no text in the page's encoding becomes U+FFFD.
+    """Decodes a page; bytes that are invalid in its encoding become U+FFFD.
 
-    Raises LookupError for an encoding that browsers do not decode.
+    Raises: LookupError for an encoding that browsers refuse.
     """
     for mark, name in MARKS:
         if page.startswith(mark):
@@ -53,7 +51,7 @@ def decode(page: bytes) -> str:
     claimed = declared(page[:SCANNED])
     if claimed is not None and claimed.name == NOT_DECODED:
         raise LookupError("an encoding that is not decoded")
-    if page.isascii():  # ISO-2022-JP writes all that it has in ASCII's bytes.
+    if page.isascii():  # Not always ASCII: ISO-2022-JP uses 7-bit bytes alone.
         return _decoded(page, claimed or UTF_8)
     text = page.decode("utf-8", "replace")
     damaged = text.count("\ufffd")
@@ -66,9 +64,7 @@ def decode(page: bytes) -> str:
 
 
 def declared(beginning: bytes) -> webencodings.Encoding | None:
-    """Finds the encoding that a page claims: the standard's prescan of a byte stream,
-    13.2.3.2.
-    """
+    """Finds the encoding that a page declares: the standard's prescan of a byte stream."""
     xml = XML.match(beginning)
     if xml and (encoding := _lookup(xml[1] or xml[2] or b"")):
         return encoding
@@ -97,8 +93,9 @@ def _of_meta(attributes: dict[bytes, bytes]) -> webencodings.Encoding | None:
 
 
 def _lookup(label: bytes) -> webencodings.Encoding | None:
-    """By the table of labels. A page whose ASCII could be read to here is not in UTF-16."""
+    """Looks up an encoding by its label."""
     encoding = webencodings.lookup(label.decode("latin-1"))
+    # The label was found by scanning bytes as ASCII, so the page is not UTF-16.
     if encoding is not None and encoding.name in UTF_16:
         return UTF_8
     if encoding is not None and encoding.name == "x-user-defined":

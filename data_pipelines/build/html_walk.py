@@ -1,7 +1,7 @@
-"""An HTML page as a reader sees it: text and images in the order of the document.
+"""Extracts the visible text and images of an HTML page, in document order.
 
-The parser's events are read as they come and no tree is made, so that the time is linear in the
-page's bytes and elements may nest as deep as they like.
+It handles the parser's events without building a tree, so that the time is linear in the
+page's size and deep nesting is no problem.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ SKIPPED = {
     *("title", "script", "style", "template", "nav", "footer", "button", "select", "datalist"),
     *("textarea", "iframe", "object", "svg", "audio", "video", "noembed", "noframes", "rp"),
 }
-"""Elements that hold no text of the page; nothing inside them is read. A form is none of them:
-many a page lies within one. Nor is the head: whatever else stands there begins the body.
+"""Elements that are skipped with their content. Not `form`, since many pages are inside one;
+nor `head`: content in it implicitly begins the body.
 """
 BLOCKS = {
     *("address", "article", "aside", "blockquote", "body", "br", "caption", "center", "dd"),
@@ -41,41 +41,44 @@ BLOCKS = {
     *("plaintext", "pre", "section", "summary", "table", "tbody", "tfoot", "thead", "tr", "ul"),
     "xmp",
 }
-"""Elements whose text stands on lines of its own."""
+"""Block elements: their text begins and ends a line."""
 VERBATIM = {"listing", "plaintext", "pre", "xmp"}
-"""Elements whose blanks and line ends are text."""
+"""Elements in which whitespace is preserved."""
 IMAGE_TAGS = {"amp-img", "image", "img"}
 
 LATE = ("data-src", "data-lazy-src", "data-original", "data-lazy", "data-actualsrc")
-"""Where scripts that load images late keep the address; until then `src` names a stand-in."""
+"""Attributes in which lazy-loading scripts keep an image's address; `src` is then a
+placeholder.
+"""
 LATE_SETS = ("data-srcset", "data-lazy-srcset")
 PLACES = 32
-"""Most addresses kept of one image."""
+"""The most candidate addresses of an image."""
 INVISIBLE = re.compile(r"(?i)(?:^|;)\s*(?:display\s*:\s*none|visibility\s*:\s*hidden)")
 CANDIDATE = re.compile(r"[\s,]*(\S+)")
 DESCRIPTOR = re.compile(r"[^,(]*(?:\([^)]*\)[^,(]*)*")
 
 WORK = 4_000_000_000
-"""Depth of an element times end tags of its page: what the parser may have to compare
-(seconds).
-"""
+"""Limit on nesting depth x end tags of a page, the parser's worst case: a few seconds."""
 
 FED = 64 << 10
-"""Bytes given to the parser at once."""
+"""Bytes per call of the parser."""
 
 ASIDE = "outside the text"
-"""Why an image of a menu, a footer or the like is left out."""
+"""The reason for images in menus, footers and the like."""
 HIDDEN = "hidden"
 
 
 class TooDeep(ValueError):
-    """Elements nest so deep that the parser would take minutes."""
+    """Raised for a page nested so deeply that parsing would take minutes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PageImage:
-    """An image of a page. places: its addresses as they stand there, the likeliest first;
-    unread: why it is not looked at, "" where it is.
+    """An image on a page.
+
+    places: its candidate addresses as written, best first.
+    alternative: its alt text.
+    unread: the reason why it is skipped, "" if it is not.
     """
 
     places: tuple[str, ...]
@@ -85,8 +88,10 @@ class PageImage:
 
 @dataclasses.dataclass(frozen=True)
 class HtmlPage:
-    """What a reader of a page sees. items: in document order; line ends mark where blocks
-    begin and end. base: of addresses.
+    """The visible content of a page.
+
+    items: texts and images in document order; newlines mark the borders of blocks.
+    base: the <base href> of its addresses.
     """
 
     items: list[str | PageImage]
@@ -94,8 +99,9 @@ class HtmlPage:
 
 
 def walk(page: bytes) -> HtmlPage:
-    """Reads a page in document order. Raises ValueError (LookupError for the encoding) where
-    there is nothing to be read.
+    """Parses a page.
+
+    Raises: ValueError for an empty page, LookupError for its encoding, TooDeep.
     """
     text = decode(page)
     if not text.strip():
@@ -103,14 +109,14 @@ def walk(page: bytes) -> HtmlPage:
     reader = _Reader(text.count("</"))
     parser = etree.HTMLParser(encoding="utf-8", huge_tree=True, target=reader)
     data = text.replace("\0", "\ufffd").encode()
-    for start in range(0, len(data), FED):  # What `reader` raises ends the parsing between two.
+    for start in range(0, len(data), FED):  # In parts, so that an exception stops the parser.
         parser.feed(data[start : start + FED])
     parser.close()
     return HtmlPage(reader.items, reader.base)
 
 
 class _Reader:
-    """Takes the parser's events. Elements that are not read are those within `_unread`."""
+    """The target of the parser's events. While `_unread` is set, content is skipped."""
 
     def __init__(self, ends: int):
         self.items: list[str | PageImage] = []
@@ -185,7 +191,7 @@ class _Reader:
             self.items.append(Verbatim(edge))
 
     def _image(self, attributes: dict[str, str]) -> None:
-        """Its addresses: of a late loader, then those that a browser would choose from."""
+        """Adds an image: lazy-loading addresses first, then those of `srcset` and `src`."""
         sources = self._sources or []
         own = (attributes.get("src") or "").strip()
         addresses = [*_late(attributes), *sources, *_set(attributes.get("srcset")), own]
@@ -198,8 +204,9 @@ class _Reader:
 
 
 class _Near:
-    """The images since the last text: one that stands there twice, once for browsers without
-    scripts (`spare`, in a <noscript>), is one image with the addresses of both."""
+    """The images since the last text. An image that is there twice, once in a <noscript>
+    (`spare`) for browsers without scripts, becomes one image with the addresses of both.
+    """
 
     def __init__(self) -> None:
         self._by_address: tuple[dict[str, int], dict[str, int]] = ({}, {})
@@ -207,7 +214,7 @@ class _Near:
         self._last: tuple[int, bool] | None = None
 
     def add(self, items: list[str | PageImage], image: PageImage, *, spare: bool) -> None:
-        """Appends an image to the page's items, or joins it to its twin there."""
+        """Appends an image to the page's items, or merges it with its duplicate there."""
         twin = self._twin(image, spare)
         place = len(items) if twin is None else twin
         if twin is None:
@@ -239,10 +246,9 @@ def _one(first: PageImage, second: PageImage) -> PageImage:
 
 
 def _unread(tag: str, attributes: dict[str, str]) -> str:
-    """Why an element is not read, "" where it is.
+    """Returns the reason why an element is skipped, "" if it is not.
 
-    What is hidden until it is looked for is text of the page; `aria-hidden` is about those who
-    listen to the page, and hides nothing from those who see it.
+    `hidden=until-found` is text of the page. `aria-hidden` hides from screen readers only.
     """
     if tag in SKIPPED:
         return ASIDE
@@ -259,7 +265,7 @@ def _late(attributes: dict[str, str]) -> list[str]:
 
 
 def _set(text: str | None) -> list[str]:
-    """The addresses of a `srcset`, the largest first (HTML standard, 4.8.4.3.10)."""
+    """Parses a `srcset`: its addresses, largest first (HTML standard, 4.8.4.3.10)."""
     found: list[tuple[float, str]] = []
     place = 0
     while text and len(found) < PLACES and (match := CANDIDATE.match(text, place)):
@@ -276,7 +282,7 @@ def _set(text: str | None) -> list[str]:
 
 
 def _size(descriptor: str) -> float:
-    """Of `640w` or `2x` the number, 1 where there is none."""
+    """Parses the number of a descriptor such as `640w` or `2x`; 1 if there is none."""
     try:
         size = float((descriptor.split() or ["1x"])[0][:-1])
     except ValueError:

@@ -1,4 +1,4 @@
-"""The files that a source is given, and images that are found by name or by address."""
+"""Finds a source's input files, and downloaded images by name or by URL."""
 
 import hashlib
 import os
@@ -20,7 +20,7 @@ ADDRESS_DIGEST = re.compile(r"(?:^|[/\\\\])[0-9a-f]{64}\.[^./\\\\]+$")
 
 
 class InputFile(NamedTuple):
-    """A file of one of the inputs: `name` is its path below the folder `root`."""
+    """An input file; `name` is its path relative to the folder `root`."""
 
     root: pathlib.Path
     name: str
@@ -31,10 +31,11 @@ class InputFile(NamedTuple):
 
 
 def files_in(inputs: Sequence[str], suffixes: Sequence[str], what: str) -> list[InputFile]:
-    """Lists the inputs that are files, and files of these suffixes below those that are
+    """Lists the inputs that are files, and the files with these suffixes below those that are
     folders.
 
-    Raises UserError where there is none.
+    what: the files' description in errors.
+    Raises: UserError where there are none, or one may not be read.
     """
     found = []
     for name in inputs:
@@ -61,13 +62,13 @@ def files_in(inputs: Sequence[str], suffixes: Sequence[str], what: str) -> list[
 
 
 def read_named(folders: Sequence[str], name: str) -> bytes:
-    """Reads the file of that name in the first of the folders that has it. Raises Unfit."""
+    """Reads a file by name from the first of the folders that has it; raises Unfit."""
     return files.read(files.find(folders, name))
 
 
 def folders_of(inputs: Sequence[str]) -> tuple[str, ...]:
-    """Returns the inputs that are folders, and the folders of those that are files: where
-    images lie unless another place is named.
+    """Returns the inputs that are folders, and the folders of those that are files: the
+    default folders of images.
     """
     return tuple(
         dict.fromkeys(
@@ -77,14 +78,14 @@ def folders_of(inputs: Sequence[str]) -> tuple[str, ...]:
 
 
 def by_address(folders: Sequence[str]) -> dict[bytes, ByteRange]:
-    """Finds downloaded images by their address on the web (`address_key`), below folders of
+    """Indexes downloaded images by URL: {address_key(url): byte range}.
 
-    - what img2dataset made (`output_format` webdataset or files), whose .json files have the
-      `url`;
-    - files named by the SHA-256 of their address in hexadecimal digits, with any ending of an
-      image.
+    The folders may have
 
-    Raises UserError for a compressed shard, in which nothing can be looked up.
+    - output of img2dataset (`output_format` webdataset or files), with the `url` in .json
+    files; - files named by the SHA-256 of their URL in hexadecimal, with any image suffix.
+
+    Raises: UserError for a compressed shard, which has no random access.
     """
     found: dict[bytes, ByteRange] = {}
     below = [
@@ -129,15 +130,15 @@ def _enter_shard(found: dict[bytes, ByteRange], path: pathlib.Path) -> None:
 
 
 def address_key(address: str) -> bytes:
-    """Digests an address on the web: what images are found by."""
+    """Hashes a URL to the key of `by_address`; a digest takes less memory than the URL."""
     return hashlib.sha256(address.encode(errors="surrogateescape")).digest()
 
 
 def reader(
     folders: Sequence[str], name: object, downloaded: ByteRange | None
 ) -> Callable[[], bytes]:
-    """Returns what reads an image: the file known by its address, else the one of that name
-    below the folders. It raises Unfit.
+    """Returns a function that reads an image: the one downloaded from its URL, or else the
+    file of that name below the folders. The function raises Unfit.
     """
 
     def read() -> bytes:

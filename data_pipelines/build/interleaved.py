@@ -1,5 +1,5 @@
-"""Text and images in the order of a document to a record of kind pages: what all sources of
-pages have in common (paper 3.2, M3W).
+"""Makes a record of kind pages from interleaved text and images; shared by all sources of
+pages (paper 3.2, M3W).
 """
 
 import dataclasses
@@ -11,20 +11,23 @@ from data_pipelines.build.source import Converted, DroppedRecord, SplitRecord
 
 PAGES_RULES = ImageRules(min_side=64, max_aspect=3.0)
 MAX_IMAGES = 1_000
-"""Of one page; a training example holds a few of them."""
+"""The most images of a page; a training example shows a few of them."""
 MAX_BYTES = 512 << 20
-"""Of a page's images: no record of more than 2 GiB can be written."""
+"""The most bytes of a page's images: records are limited to 2 GiB."""
 BEYOND = f"beyond the first {MAX_IMAGES:,} or {MAX_BYTES >> 20} MiB of a page"
 
 
 class Verbatim(str):
-    """Text whose blanks and lines are kept: of a program, a table, a poem."""
+    """Text in which whitespace is preserved, such as code."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageRef:
-    """An image of a document. read: its file, raises Unfit; after: text that follows it where
-    it is fit; others: where else it may lie, tried in order until a fit image is found.
+    """A reference to an image in a document.
+
+    read: returns its bytes; raises Unfit.
+    after: text to add after the image, if it is used.
+    others: alternatives to `read`, tried in order until one gives a usable image.
     """
 
     read: Callable[[], bytes]
@@ -32,7 +35,9 @@ class ImageRef:
     others: tuple[Callable[[], bytes], ...] = ()
 
     def stored(self, rules: ImageRules) -> bytes:
-        """Raises Unfit, with the reason that the first place gave."""
+        """Reads the image as it is stored; raises Unfit with the reason of the first
+        candidate.
+        """
         reasons = []
         for read in (self.read, *self.others):
             try:
@@ -45,8 +50,10 @@ class ImageRef:
 def make_page(
     name: str, split: str, items: Iterable[str | ImageRef], rules: ImageRules
 ) -> Converted:
-    """Puts texts and images together as a record; images that are unfit are left out and
-    counted, and pages that keep none are dropped.
+    """Makes a page's record of k images and k + 1 texts.
+
+    Unusable images are left out and counted: the texts around them are joined. A page of which
+    no image or no text remains is dropped.
     """
     pieces: list[list[str]] = [[]]
     images, unfit = list[bytes](), list[str]()
@@ -75,8 +82,8 @@ def make_page(
 
 
 def joined(pieces: Iterable[str]) -> str:
-    """Joins the pieces of a text: tidy, but for those that are Verbatim, which stand on their
-    own.
+    """Joins the pieces of a text and normalises whitespace, except in Verbatim pieces, which
+    begin and end a line.
     """
     parts = []
     for verbatim, run in itertools.groupby(pieces, lambda piece: isinstance(piece, Verbatim)):
@@ -90,6 +97,6 @@ def joined(pieces: Iterable[str]) -> str:
 
 
 def tidy(text: str) -> str:
-    """Tidies a text: blanks joined, empty lines and the blanks around lines gone."""
+    """Collapses spaces, and removes empty lines and spaces around lines."""
     lines = (" ".join(line.split()) for line in text.split("\n"))
     return "\n".join(line for line in lines if line)

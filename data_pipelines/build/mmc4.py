@@ -1,15 +1,16 @@
-"""MMC4 (Multimodal C4) to a dataset of pages: JSON lines of documents with sentences, images,
-and how similar each is to each.
+"""Source `mmc4`: converts MMC4 (Multimodal C4) to interleaved pages.
 
-A document has `text_list` (sentences) and `image_info`, whose members have `image_name` (and
-`raw_url`), `matched_text_index` (the place of the sentence that the image belongs to) and
-`matched_sim` (their CLIP similarity); the rows of `similarity_matrix` are images, its columns
-sentences. Each image stands right before its own sentence; those of one sentence stand as
-`image_info` lists them. Where an image has no `matched_text_index`, images and sentences are
-matched one to one for the largest sum of similarities, as MMC4's authors did. OpenFlamingo's
-conversion is read too: tar shards with a .json for each document, in which images lie
-themselves, as `image_base64` (Python's way of writing bytes, b'...', included). Numbers may
-have passed through a table: 1.0 is a place too, NaN is none.
+Its JSON lines have one document each: `text_list` (sentences) and `image_info`, whose items
+have `image_name`, `raw_url`, `matched_text_index` (the index of the sentence that the image
+belongs to) and `matched_sim` (their CLIP similarity); `similarity_matrix` is [images,
+sentences].
+
+Each image is put directly before its sentence. Images without `matched_text_index` are
+assigned to sentences one to one, maximising the sum of similarities, as MMC4's authors did.
+
+OpenFlamingo's conversion is read too: tar shards with a .json for each document, whose images
+are inside it as `image_base64` (also written as Python's b'...'). Numbers may have passed
+through a table: 1.0 is accepted as an index, NaN means none.
 """
 
 import base64
@@ -58,15 +59,17 @@ from flamingo_jax.errors import UserError
 BAD_LINE = "line that is not JSON with sentences and images"
 NO_DOCUMENT = "sample without a .json"
 SHARD_DOCUMENT = 300_000
-"""Bytes of a document with its images, about."""
+"""Approximate bytes of a document with its images, for the progress bar."""
 UNMATCHED = "matched to no sentence"
 
 
 @dataclasses.dataclass(frozen=True)
 class Mmc4Document:
-    """A document: a line of a file, or a file of a shard; `bad` says why there is none.
+    """A document, from a line of a file or a member of a shard.
 
-    downloaded: for each image its file, where it is known by its address.
+    text: its JSON, or the byte range of it.
+    bad: the reason why the entry gives no record, "" if it does.
+    downloaded: for each image its file, if it was found by URL.
     """
 
     id: str
@@ -87,11 +90,13 @@ class Match(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Mmc4:
-    """Documents of MMC4. inputs: the JSON lines. images: folders of images, by name or as
-    `input_files.by_address` says, by default those of the lines.
+    """Reads documents of MMC4.
 
-    min_similarity: images less similar to their sentence are left out. A cosine from -1 to 1;
-    MMC4's own files hold none below 0.15, OpenFlamingo trained with 0.24.
+    inputs: the files of JSON lines, or shards.
+    images: folders of images, by name or by URL (`input_files.by_address`); by default those
+      of the inputs.
+    min_similarity: drop images with a lower CLIP similarity to their sentence, a cosine from
+      -1 to 1. MMC4 has none below 0.15; OpenFlamingo was trained with 0.24.
     """
 
     inputs: tuple[str, ...]
@@ -152,7 +157,7 @@ class Mmc4:
         texts_lost = tuple(reason for reason in reasons if reason)
         if texts_lost and len(texts_lost) == len(texts):
             return [DroppedRecord(NOT_UTF8 if NOT_UTF8 in texts_lost else BAD_LINE)]
-        # An empty sentence in place of a lost one: images name their sentences by place.
+        # Replace unusable sentences by empty ones: images refer to sentences by index.
         sentences = ["" if reason else text for text, reason in zip(texts, reasons, strict=True)]
         folders = self.images or folders_of(self.inputs)
         matches = match(images, len(sentences), record.get("similarity_matrix"))
@@ -196,7 +201,7 @@ class Mmc4:
 
 
 def _files(inputs: Sequence[str]) -> list[InputFile]:
-    """Inputs that are files, .jsonl files of folders or, where there are none, tar shards."""
+    """Lists inputs that are files, and .jsonl files, or else tar shards, below folders."""
     try:
         return files_in(inputs, (".jsonl",), "file of MMC4")
     except UserError:
@@ -215,7 +220,7 @@ def _text(entry: Mmc4Document) -> str:
 def _reader(
     image: dict[str, Any], folders: Sequence[str], byte_range: ByteRange | None
 ) -> Callable[[], bytes]:
-    """What reads an image: the document's own copy, or the file that `input_files.reader` finds."""
+    """Returns a function that reads an image, from the document or as `input_files.reader`."""
     within = image.get("image_base64")
     if not isinstance(within, str) or not within:
         return reader(folders, image.get("image_name"), byte_range)
@@ -231,8 +236,9 @@ def _reader(
 
 
 def match(images: list[Any], sentences: int, matrix: Any) -> list[Match | None]:
-    """Finds for each image of `image_info` its sentence, None where there is none; a
-    similarity that is not given is infinite.
+    """Finds the sentence of each image in `image_info`; None where there is none.
+
+    A similarity that is not given counts as infinite, so that the image is used.
     """
     similar = _similarities(matrix, (len(images), sentences))
     found = [_given(image, place, sentences, similar) for place, image in enumerate(images)]
@@ -242,7 +248,7 @@ def match(images: list[Any], sentences: int, matrix: Any) -> list[Match | None]:
         if isinstance(image, dict) and is_missing(image.get("matched_text_index"))
     ]
     if free and similar is not None:
-        # A third of the start of a command, which those without such files need not wait for.
+        # Imported here because scipy would add half to the start-up time of every command.
         from scipy.optimize import linear_sum_assignment
 
         for row, sentence in zip(*linear_sum_assignment(similar[free], maximize=True), strict=True):
@@ -263,7 +269,7 @@ def _given(image: Any, place: int, sentences: int, similar: np.ndarray | None) -
 
 
 def _similarities(matrix: Any, shape: tuple[int, int]) -> np.ndarray | None:
-    """float [images, sentences], None where the matrix is missing or another's."""
+    """Converts the matrix to float [images, sentences]; None if it is missing or invalid."""
     try:
         values = np.asarray(matrix, float)
     except (TypeError, ValueError):
@@ -289,7 +295,7 @@ def _downloaded(entry: Mmc4Document, known: dict[bytes, ByteRange]) -> tuple[Byt
 
 
 def _about_how_many(file: InputFile) -> int:
-    """Documents, for the progress bar."""
+    """Estimates a file's number of documents, for the progress bar."""
     if _is_shard(file):
         return 1 + file.path.stat().st_size // SHARD_DOCUMENT
     with file.path.open("rb") as opened:

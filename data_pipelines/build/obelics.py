@@ -1,13 +1,13 @@
-"""OBELICS parquet files to a dataset of pages.
+"""Source `obelics`: converts OBELICS parquet files to interleaved pages.
 
-A row has the lists `images` and `texts` of equal length; at each place one of them has an entry
-and the other has none. The published files hold addresses on the web in `images`; their
-images are looked for among what was downloaded (see `input_files.by_address`: the output of
-img2dataset, or files named by the SHA-256 of their address). Files that hold the images
-themselves, as bytes or as {"bytes": ...}, the form that Hugging Face's datasets have, need
-nothing else. An image that is not there is left out and counted. Where its authors found that
-a page turns to another topic they wrote END_OF_DOCUMENT into a text,
-which is never trained on: what follows is a document of its own, in the same split.
+A row has lists `images` and `texts` of equal length; at each index one of them has an item and
+the other null. The published files have URLs in `images`: the images are looked up among
+downloaded ones (`input_files.by_address`: output of img2dataset, or files named by the SHA-256
+of their URL). Files with the images themselves, as bytes or {"bytes": ...} as Hugging Face's
+datasets write them, need nothing else. Missing images are left out and counted.
+
+Where a page changes its topic, the authors inserted END_OF_DOCUMENT into a text. It is
+removed, and what follows becomes a document of its own, in the same split.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("images", "texts")
 ROWS = 16
-"""Rows that are read at once: with the images within, each may take many megabytes."""
+"""Rows per read: with images inside, a row may take many megabytes."""
 BAD_FILE = "unreadable parquet file"
 BAD_ROWS = "row of a damaged part of a parquet file"
 BAD_ROW = "row without lists of images and texts"
@@ -53,8 +53,11 @@ Item = str | bytes | ByteRange | None
 
 @dataclasses.dataclass(frozen=True)
 class ObelicsRow:
-    """A row as texts, images (bytes, or where they lie) and, as None, those that are not
-    there; or why it is of no use.
+    """A row of a parquet file.
+
+    items: in document order: texts, images (bytes or byte ranges), and None for missing
+      images.
+    bad: the reason why the entry gives no record, "" if it does.
     """
 
     id: str
@@ -67,8 +70,10 @@ class ObelicsRow:
 
 @dataclasses.dataclass(frozen=True)
 class Obelics:
-    """Documents of OBELICS. inputs: the parquet files. images: folders of downloaded images,
-    by default those of the files.
+    """Reads documents of OBELICS.
+
+    inputs: the parquet files.
+    images: folders of downloaded images; by default those of the parquet files.
     """
 
     inputs: tuple[str, ...]
@@ -170,7 +175,7 @@ def _entry(
 
 
 def _documents(items: Iterable[Item]) -> list[list[Item]]:
-    """A row's items, parted where END_OF_DOCUMENT stands; those with nothing in them left out."""
+    """Splits a row's items at END_OF_DOCUMENT, and leaves out empty documents."""
     documents: list[list[Item]] = [[]]
     for item in items:
         if not isinstance(item, str):
@@ -184,7 +189,7 @@ def _documents(items: Iterable[Item]) -> list[list[Item]]:
 
 
 def _rows(file: InputFile) -> int:
-    """0 for a file that cannot be read."""
+    """Returns the number of rows of a file; 0 if it cannot be read."""
     try:
         return _parquet().ParquetFile(file.path).metadata.num_rows
     except _errors():
@@ -192,7 +197,7 @@ def _rows(file: InputFile) -> int:
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    """What pyarrow raises on damaged files."""
+    """Returns the exceptions that pyarrow raises on damaged files."""
     import pyarrow
 
     return pyarrow.ArrowException, OSError, ValueError

@@ -1,10 +1,11 @@
-"""Folders of .txt files to a dataset of documents: paragraphs gathered up to a size.
+"""Source `plain_text`: converts folders of .txt files to text documents, paragraphs joined up
+to a size.
 
-Paragraphs have blank lines between them. What stands in one file belongs together, so that its
-neighbours must not be both learned and held out. Where there are many files for each split, a
-file goes to one split as a whole, by a hash of its name. Where there are few, as with some
-books, each that is long enough gives every split a stretch of its own, at a place that its
-name's hash tells, since books end alike; a document at each border is left out and counted.
+Paragraphs are separated by blank lines. Text of one file belongs together, and held-out text
+should not be adjacent to training text. With many files per split, each file is put into one
+split by a hash of its name. With few, such as some books, each file that is long enough gives
+every split a contiguous part, at a position by a hash of its name (not always the end: books
+end alike); a document at each border between splits is dropped and counted.
 """
 
 import dataclasses
@@ -29,18 +30,21 @@ from data_pipelines.features import TEST, TRAIN, VALIDATION
 from flamingo_jax.errors import UserError
 
 MANY = 5
-"""Files that a split's share must come to for files to be dealt as wholes."""
+"""Whole files are put into splits if each split gets at least this many on average."""
 BORDER = "at the border between the splits of a file"
 NULLS = "null characters, as in UTF-16 without its byte order mark"
 BLANKS = re.compile("[\n ]*")
 MAX_BYTES = 1 << 30
-"""Of a file, which is read as a whole."""
+"""The most bytes of a file, which is read into memory."""
 TOO_LARGE = f"larger than {MAX_BYTES >> 30} GiB"
 
 
 @dataclasses.dataclass(frozen=True)
 class PlainText:
-    """Folders of .txt files."""
+    """Reads .txt files, several records per file.
+
+    document_characters: the most characters of a document.
+    """
 
     folders: tuple[str, ...]
     shares: Shares = DEFAULT_SHARES
@@ -59,7 +63,7 @@ class PlainText:
         return {"source": type(self).__name__, **dataclasses.asdict(self)}
 
     def entries(self) -> Sequence[tuple[bool, FileEntry]]:
-        """Each file, and whether it goes to one split as a whole."""
+        """Lists the files as (whether the whole file goes into one split, file)."""
         found = file_entries(self.folders, (".txt",), ".txt file")
         for entry in found:
             path = os.path.join(entry.folder, entry.name)
@@ -104,10 +108,11 @@ class PlainText:
 
 
 def stretches(count: int, shares: Shares, key: str) -> list[str | None] | None:
-    """Chooses the split of each of a file's documents: those of a split follow one another,
-    and None stands for a document at a border, which is for none.
+    """Chooses the splits of a file's `count` documents: contiguous parts, with None for a
+    document at a border, which is dropped.
 
-    None altogether where they are too few for each split to have its share.
+    key: determines the position of the held-out parts.
+    Returns: None if there are too few documents for all splits.
     """
     validation, test = round(shares.validation * count), round(shares.test * count)
     border = validation > 0 and test > 0
@@ -125,9 +130,9 @@ def stretches(count: int, shares: Shares, key: str) -> list[str | None] | None:
 
 
 def documents(text: str, limit: int) -> Iterator[str]:
-    """Yields paragraphs joined to documents of at most `limit` characters.
+    """Joins paragraphs to documents of at most `limit` characters.
 
-    A longer paragraph is cut at the ends of lines or words, at worst within a word.
+    A longer paragraph is split at the end of a line or a word, or else within a word.
     """
     gathered = ""
     for block in re.split(r"\n\s*\n", text):
@@ -144,13 +149,13 @@ def documents(text: str, limit: int) -> Iterator[str]:
 def _pieces(block: str, limit: int) -> Iterator[str]:
     start = 0
     while len(block) - start > limit:
-        # Never at the start itself: a piece would be empty.
+        # Search after the start: a cut at the start itself would make an empty piece.
         within = start + 1, start + limit + 1
         cut = (
             max(block.rfind("\n", *within), 0) or max(block.rfind(" ", *within), 0) or start + limit
         )
         yield block[start:cut]
-        # Not `lstrip`, which would copy all that is left for each piece.
+        # A regex, not `lstrip`, which would copy the remaining text for each piece.
         start = BLANKS.match(block, cut).end()  # type: ignore[union-attr]
     if block[start:].strip():
         yield block[start:]

@@ -1,17 +1,17 @@
-"""Which members of a tar shard belong to one sample, and which of them is its image.
+"""Groups the members of a tar shard into samples, and chooses each sample's image and caption.
 
-WebDataset's rule is that neighbours whose names are the same up to the first dot of their last
-part
-are one sample: `0.jpg`, `0.seg.png`, `0.txt`. Files that others packed have dots in their
-names, `a.2021.jpg` and `a.2021.txt` beside `a.2022.jpg`, or stand by kind, all images first.
-So, here:
+By WebDataset's rule, adjacent members whose names are equal up to the first dot (of the last
+path component) are one sample: `0.jpg`, `0.seg.png`, `0.txt`. But shards packed by other tools
+have dots in file names (`a.2021.jpg` and `a.2021.txt` next to `a.2022.jpg`), or all images
+before all texts. So:
 
-- Among neighbours with the same key by WebDataset's rule, what has an image and a text of the
-  same name up to the *last* dot is a sample of its own, unless what stands before its ending is
-  a word for a part of a sample (`WORDS`). All else joins the longest name that it continues.
-- A name that comes again begins a new sample.
-- What is left alone is put together with the rest of its key from elsewhere in the shard, where
-  it is clear which belongs to which, and counted as REPEATED where it is not.
+- Among adjacent members with the same key by WebDataset's rule, an image and a text whose
+  names are equal up to the *last* dot are a sample of their own, unless the word before the
+  suffix names a part of a sample (`WORDS`). Other members join the sample with the longest
+  name that is a prefix of theirs.
+- A repeated name starts a new sample.
+- Incomplete samples are joined with members of the same key elsewhere in the shard if that is
+  unambiguous; otherwise they are counted as REPEATED.
 """
 
 import dataclasses
@@ -30,24 +30,25 @@ MAP_WORDS = frozenset(
     " labels semantic instance panoptic edge edges canny sketch pose flow heatmap albedo target"
     " output gt annotation annotations thumb thumbnail".split()
 )
-"""Of images that show something else than what the caption says."""
+"""Words in the names of images that are not photographs, such as segmentation maps."""
 CAPTION_WORDS = frozenset("caption captions text texts prompt description alt title".split())
 OTHER_WORDS = frozenset(
     "cls class id index url license ocr box boxes bbox meta metadata info".split()
 )
-"""Of texts that are no captions."""
+"""Words in the names of texts that are not captions."""
 WORDS = IMAGE_WORDS | MAP_WORDS | CAPTION_WORDS | OTHER_WORDS
 
 REPEATED = "sample of a key that repeats, apart from its other members"
 
 Files = dict[str, ByteRange]
-"""Members of a sample by what follows its key, in small letters: `jpg`, `seg.png`."""
+"""{the part of a name after the sample's key, in lower case, such as `seg.png`: its bytes}."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TarSample:
-    """Members of a shard that belong together. group: the key, without the number that tells
-    samples of one key apart.
+    """The members of a sample.
+
+    group: the key without the number that distinguishes samples with the same key.
     """
 
     key: str
@@ -56,26 +57,28 @@ class TarSample:
 
     @property
     def image(self) -> ByteRange | None:
+        """Returns its image."""
         return _chosen(self.members, IMAGE_ENDINGS, IMAGE_WORDS, MAP_WORDS)
 
     @property
     def text(self) -> ByteRange | None:
+        """Returns its .txt file."""
         return _chosen(self.members, ("txt",), CAPTION_WORDS, MAP_WORDS | OTHER_WORDS)
 
     @property
     def about(self) -> ByteRange | None:
-        """Its .json file."""
+        """Returns its .json file."""
         return _chosen(self.members, ("json",), CAPTION_WORDS | {"meta", "metadata"}, MAP_WORDS)
 
     @property
     def other_images(self) -> int:
-        """Images beside its own, maps not among them."""
+        """Returns the number of further images, not counting maps."""
         ranks = (_rank(name, IMAGE_ENDINGS, IMAGE_WORDS, MAP_WORDS) for name in self.members)
         return max(0, sum(rank < 3 for rank in ranks) - 1)
 
 
 def samples(shard: str | pathlib.Path) -> Iterator[TarSample | str]:
-    """Yields the samples of a shard, and a reason for each member that is of no use."""
+    """Yields the samples of a shard, and a reason (str) for each unusable member."""
     tar_members: list[TarMember] = []
     for member in members(shard):
         if isinstance(member, str):
@@ -86,7 +89,7 @@ def samples(shard: str | pathlib.Path) -> Iterator[TarSample | str]:
 
 
 def _numbered(found: Iterable[TarSample | str]) -> Iterator[TarSample | str]:
-    """A second sample of the same key gets a key of its own."""
+    """Makes keys unique: the second sample with a key gets `key#2`."""
     count: dict[str, int] = {}
     for sample in found:
         if isinstance(sample, TarSample):
@@ -97,7 +100,7 @@ def _numbered(found: Iterable[TarSample | str]) -> Iterator[TarSample | str]:
 
 
 def _together(tar_members: Iterable[TarMember]) -> Iterator[TarSample | str]:
-    """Samples of neighbours, then those whose members stand apart."""
+    """Yields the samples of adjacent members, then those whose members are apart."""
     whole: dict[str, list[TarSample]] = {}
     parts: dict[str, list[dict[str, Files]]] = {}
     for first, run in _runs(tar_members):
@@ -119,9 +122,9 @@ def _together(tar_members: Iterable[TarMember]) -> Iterator[TarSample | str]:
 def _apart(
     first: str, runs: list[dict[str, Files]], whole: Mapping[str, list[TarSample]]
 ) -> Iterator[TarSample | str]:
-    """Samples out of the parts that stand apart under one key by WebDataset's rule.
+    """Yields the samples made of separate members with one key by WebDataset's rule.
 
-    Those that complete a sample of neighbours are added to it, in `whole`.
+    Members that complete a sample in `whole` are added to it instead.
     """
     pool = [
         (f"{more}.{ending}".lstrip("."), byte_range)
@@ -148,7 +151,7 @@ def _apart(
 
 
 def _runs(tar_members: Iterable[TarMember]) -> Iterator[tuple[str, Files]]:
-    """Neighbours of the same key by WebDataset's rule, with what follows it, until one repeats."""
+    """Yields runs of adjacent members with the same key, each until a name repeats."""
     key, run = "", Files()
     for name, byte_range in tar_members:
         folder, slash, file = name.rpartition("/")
@@ -164,7 +167,7 @@ def _runs(tar_members: Iterable[TarMember]) -> Iterator[tuple[str, Files]]:
 
 
 def _groups(run: Files) -> dict[str, Files]:
-    """Members of one key parted into samples, by what their names have after the key."""
+    """Splits the members with one key into samples, by the rest of their names."""
     groups: dict[str, Files] = {}
     for rest, byte_range in run.items():
         more, _, ending = rest.rpartition(".")
@@ -190,7 +193,7 @@ def _groups(run: Files) -> dict[str, Files]:
 
 
 def _depth(more: str) -> tuple[int, str]:
-    """To go through the longest names first."""
+    """Sorts names with the most dots first."""
     return -more.count(".") - bool(more), more
 
 
@@ -222,8 +225,9 @@ def _joined(first: str, more: str) -> str:
 def _chosen(
     files: Files, endings: Iterable[str], liked: Iterable[str], refused: Iterable[str]
 ) -> ByteRange | None:
-    """The file with one of these endings that has nothing before it, a liked word, or at least
-    none that is refused; the first of the best."""
+    """Chooses the best file with one of these suffixes: its name has nothing before the
+    suffix, or else a liked word, or at least no refused one.
+    """
     ranked = [
         (_rank(name, endings, liked, refused), byte_range) for name, byte_range in files.items()
     ]

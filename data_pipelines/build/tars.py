@@ -1,4 +1,6 @@
-"""The members of tar shards, by reading the headers alone. Nothing is ever unpacked to disk."""
+"""Lists the members of tar shards by reading their headers, past damage, and never unpacks to
+disk.
+"""
 
 import pathlib
 import re
@@ -29,9 +31,9 @@ SUFFIXES = (
     ".tar.lz4",
 )
 BLOCK = 512
-"""Tar files consist of blocks of so many bytes."""
+"""Bytes of a tar file's blocks."""
 MAX_HEADER = 1 << 20
-"""Bytes of a long name or of a member's further attributes: a header may claim any number."""
+"""The most bytes of a long name or extended header: a damaged file may declare any number."""
 
 TRUNCATED = "cut off in the shard"
 DAMAGED = "damaged stretch of a shard"
@@ -44,15 +46,15 @@ TOO_LONG = f"rest of a shard that unpacks to more than {MAX_UNPACKED >> 30} GiB"
 
 
 class TarMember(NamedTuple):
-    """A file in a shard by its name, without `./` at its start."""
+    """A file in a shard: its name, without a leading `./`, and its bytes."""
 
     name: str
     byte_range: ByteRange
 
 
 def compressed_with(shard: str | pathlib.Path) -> Compression | None:
-    """Tells how a shard is compressed; None where it begins as a tar file does, whatever the
-    name of its first member may look like. Raises OSError.
+    """Detects a shard's compression; None for a plain tar file, even if the name of its first
+    member begins with the magic bytes of a compression. Raises OSError.
     """
     packing = compression_of(shard)
     if packing is None:
@@ -67,17 +69,18 @@ def compressed_with(shard: str | pathlib.Path) -> Compression | None:
 
 
 def unread(packing: Compression) -> str:
-    """Tells why a shard of this compression is not read."""
+    """Returns the reason why a shard of this compression is not read."""
     needs = ", which needs Python 3.14 or backports.zstd" if packing.name == "zstd" else ""
     return f"shard compressed with {packing.name}{needs or ', which is not read'}"
 
 
 def members(shard: str | pathlib.Path) -> list[TarMember | str]:
-    """Lists every file of a shard, and a reason for whatever else is met.
+    """Lists the files in a shard, and a reason (str) for each member that is not usable.
 
-    Compressed shards are unpacked as they are read. A damaged header is passed over, to the
-    next that is whole. Hidden files, which archives made by macOS are full of, are no data.
-    Raises StorageError where the storage fails for long.
+    Compressed shards are decompressed in memory. After a damaged header reading continues at
+    the next intact one. Hidden files, which macOS adds to archives, are skipped.
+
+    Raises: StorageError where the storage kept failing.
     """
     try:
         return read_with_retries(lambda: list(_opened(shard)), shard, LASTING)
@@ -96,15 +99,15 @@ def _opened(shard: str | pathlib.Path) -> Iterator[TarMember | str]:
 
 def _members(shard: str, file: "_WatchedFile") -> Iterator[TarMember | str]:
     end, data_end, seen = 0, 0, False
-    last: TarMember | None = None  # Held back until it is known to be whole.
+    last: TarMember | None = None  # Yielded only after its data is known to be complete.
     try:
         looked: Any = file
         with tarfile.open(
             fileobj=looked, mode="r:", ignore_zeros=True, errors="surrogateescape"
         ) as tar:
             while (member := tar.next()) is not None:
-                untyped: Any = tar  # Its stubs do not know its list.
-                untyped.members.clear()  # For those who look members up by name.
+                untyped: Any = tar  # The type stubs lack `members`.
+                untyped.members.clear()  # TarFile remembers all members: memory for nothing.
                 if member.offset < end:
                     raise tarfile.ReadError("a header within a file")
                 if last:
@@ -169,9 +172,10 @@ class _TooLong(Exception):
 
 
 class _WatchedFile:
-    """A file as tarfile reads it, only forward, that remembers whether what was read is filled.
+    """A forward-only file for tarfile that records whether it read nonzero bytes.
 
-    tarfile passes over blocks that are no header without a word.
+    tarfile silently skips blocks that are not headers: nonzero bytes between members are
+      damage.
     """
 
     def __init__(self, file: BinaryIO, packed: bool):
@@ -182,15 +186,15 @@ class _WatchedFile:
         self._first: int | None = None
 
     def look_from(self, start: int) -> None:
-        """`filled` is about what is read from this place on."""
+        """Lets `filled` consider only what is read from `start` on."""
         self._from, self._first = start, None
 
     def filled(self, end: int | None = None) -> bool:
-        """Whether there is more than the zeros that end an archive before a place, or anywhere."""
+        """Returns whether nonzero bytes were read, before `end` if that is given."""
         return self._first is not None and (end is None or self._first < end)
 
     def reached(self) -> int:
-        """The end of what can be read of the file, as far as that is known."""
+        """Returns the readable size of the file, after decompression."""
         if not self.packed:
             return self._file.seek(0, 2)
         try:
