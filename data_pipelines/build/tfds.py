@@ -1,11 +1,12 @@
-"""A TFDS dataset, by its name or its folder, to one of our kinds: its features found by their
-usual names, or by those that are given.
+"""Source `tfds`: converts a TFDS dataset, by name or folder, to one of this library's kinds.
 
-Read once and written again rather than trained from directly: its images are checked and
-bounded as those of any other source, what cannot be used is counted, and everything after has
-one form of record. Splits named train, validation (val, valid, dev) and test stay what they
-are; a dataset with one split alone is dealt out as other sources are. Features named in
-`fields` may lie deeper, as `captions/text`.
+Its features are found by their usual names (`USUAL`), or given in `fields`, where nested
+features are written as paths such as `captions/text`.
+
+It is converted rather than trained on directly, so that its images are checked and limited
+like those of other sources, unusable records are counted, and training has one record format.
+The splits train, validation (val, valid, dev) and test are kept; a dataset with a single split
+is split by hash like other sources.
 """
 
 import dataclasses
@@ -57,8 +58,8 @@ USUAL: dict[str, dict[str, tuple[str, ...]]] = {
         "captions": ("captions", "captions/text", "caption", "text", "label"),
     },
 }
-"""For each kind the fields that it needs, and the features that may hold each, the likelier
-first. Kinds stand in the order in which they are tried.
+"""Kind -> {field: names of features that may hold it, most likely first}. Kinds are tried in
+this order.
 """
 OPTIONAL = {"questions": ("type", "id"), "videos": ("id",), "pairs": ("id",)}
 UNKNOWN_LABEL = "label that is none of the classes"
@@ -74,7 +75,7 @@ SPLITS = {
 
 @dataclasses.dataclass(frozen=True)
 class TfdsRecordRef:
-    """A record by its place. target: the split it goes to, None where its hash decides."""
+    """A record by its index. target: the split that it goes into; None to split by hash."""
 
     folder: str
     split: str
@@ -87,12 +88,14 @@ class TfdsRecordRef:
 
 @dataclasses.dataclass(frozen=True)
 class Tfds:
-    """Records of a TFDS dataset. name: of a dataset that TFDS knows, prepared under
-    `TFDS_DATA_DIR`, or a folder with a prepared one.
+    """Reads records of a TFDS dataset.
 
-    fields: {field of the kind: feature}. as_kind: pairs, videos or questions, by default the
-      first that its features make.
-    fps: how many of a video's frames make a second; TFDS does not say.
+    name: of a dataset that TFDS knows, prepared under `TFDS_DATA_DIR` or by this source; or
+      the folder of a prepared one.
+    shares_if_one: fractions of the splits for a dataset with a single split.
+    fields: (field of the kind, feature) pairs that override the usual names.
+    as_kind: pairs, videos or questions; by default the first that its features fit.
+    fps: frame rate of its videos, which TFDS does not store.
     """
 
     name: str
@@ -177,7 +180,7 @@ class Tfds:
         if not shown:
             return [DroppedRecord("no image")]
         record_id = f"{entry.split}/{entry.place}" + (f"/{name}" if name else "")
-        # All questions about an image land in one split.
+        # Questions are split by a hash of their image: all about one image are in one split.
         dealt = (
             record_id
             if kind != "questions"
@@ -217,7 +220,7 @@ class Tfds:
 
     @functools.cached_property
     def _mapped(self) -> tuple[str, dict[str, str]]:
-        """The kind, and for each of its fields the feature."""
+        """Finds (kind, {field: feature}); raises UserError where the features fit no kind."""
         paths = dict(_paths(_builder(self.name).info.features))
         given = dict(self.fields)
         if unknown := [feature for feature in given.values() if feature not in paths]:
@@ -252,7 +255,7 @@ class Tfds:
         return features["image" if kind == "pairs" else "frames"]
 
     def _texts(self, record: Mapping[str, Any], path: str) -> Texts:
-        """Texts, names of classes, or digits of numbers."""
+        """Reads a feature as texts: strings, names of class labels, or numbers as text."""
         names = getattr(dict(_paths(_builder(self.name).info.features))[path], "names", None)
         values = _at(record, path)
         values = (
@@ -265,7 +268,7 @@ class Tfds:
             text: str | None
             if isinstance(value, bytes):
                 text = value.decode("utf-8", "surrogateescape")
-            elif names:  # -1 is TFDS's label of what has none, as in many a test split.
+            elif names:  # TFDS uses -1 for an unknown label, as in many test splits.
                 text = names[value] if 0 <= int(value) < len(names) else None
             else:
                 text = str(value)
@@ -275,14 +278,15 @@ class Tfds:
 
 
 def _why_none(texts: Texts, otherwise: str) -> str:
-    """Why a record has no text: what is wrong with the one there is, where that says more."""
+    """Returns why a record has no text: what is wrong with the text it has, or `otherwise`."""
     return next((reason for reason in texts.lost if reason != EMPTY), otherwise)
 
 
 def _paths(features: Any, above: str = "") -> Iterator[tuple[str, Any]]:
-    """Every feature by its path.
+    """Yields each feature with its path.
 
-    A sequence of dictionaries counts as a dictionary of sequences, as records have it.
+    A sequence of dictionaries counts as a dictionary of sequences, which is how TFDS decodes
+    it.
     """
     import tensorflow_datasets as tfds
 
@@ -302,7 +306,7 @@ def _at(record: Any, path: str) -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _builder(name: str) -> Any:
-    """Raises UserError where there is no such dataset and none can be made."""
+    """Opens a dataset, and prepares it if needed; raises UserError where that fails."""
     import tensorflow_datasets as tfds
 
     try:
@@ -335,7 +339,7 @@ def _builder(name: str) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _records(folder: str, split: str, image: str) -> Sequence[Any]:
-    """Raises UserError for a dataset that has no random access."""
+    """Opens a split for random access; raises UserError where its format has none."""
     try:
         return _builder(folder).as_data_source(
             split=split, decoders=left_encoded([image.split("/")[0]])

@@ -1,6 +1,7 @@
-"""The datasets of the synthetic world, on which the quickstart trains and is tested.
+"""The table of the synthetic world's datasets, on which the quickstart trains and is
+evaluated.
 
-Each record is a pure function of the dataset, its split, its number and a seed.
+Each record is a pure function of its dataset, split, index and a seed.
 """
 
 import dataclasses
@@ -36,8 +37,12 @@ from data_pipelines.synthetic_world.scenes import (
 
 @dataclasses.dataclass(frozen=True)
 class WorldDataset:
-    """One dataset of the world: its kind, how a record is drawn from things, and how many each
-    split holds.
+    """A dataset of the synthetic world.
+
+    kind: one of `features.KINDS`.
+    draw: makes a record about the given things.
+    sizes: {split: number of records}.
+    about: a phrase for its description.
     """
 
     kind: str
@@ -47,8 +52,10 @@ class WorldDataset:
 
 
 HELD_OUT_SPLIT = "unseen"
+"""The split whose images show colour-shape pairs that no other split shows."""
 _draw_taught = functools.partial(draw_scene, shares=TAUGHT_SHARES)
 _TESTS = {"test": 300, HELD_OUT_SPLIT: 300}
+# Named after the paper's data (LTIP, VTP, M3W); "align" stands for ALIGN's noisy pairs.
 DATASETS: dict[str, WorldDataset] = {
     "align": WorldDataset(
         "pairs", noisy_pair, {"train": 8_000, "validation": 300}, "short noisy captions"
@@ -106,7 +113,7 @@ DATASETS: dict[str, WorldDataset] = {
 
 
 def make_record(dataset: str, split: str, index: int, seed: int = 0) -> WorldRecord:
-    """Makes record `index` of a split with its scenes: a pure function of its arguments."""
+    """Makes record `index` of a split, a pure function of the arguments."""
     spec = DATASETS[dataset]
     rng = np.random.default_rng([seed, zlib.crc32(f"{dataset}/{split}".encode()), index])
     made = spec.draw(rng, HELD_OUT if split == HELD_OUT_SPLIT else SEEN)

@@ -1,4 +1,4 @@
-"""Draws the scenes of the synthetic world: coloured shapes on a dark ground."""
+"""Renders scenes of the synthetic world: coloured shapes on a dark background."""
 
 import io
 import math
@@ -10,18 +10,22 @@ from PIL import Image, ImageDraw
 from data_pipelines.synthetic_world.scenes import COLOURS, DIRECTIONS, Scene
 
 SIZE = 48
-"""Side of every image in pixels."""
+"""Side of every image, in pixels."""
 FRAMES = 8
-"""Frames of a clip, one a second."""
+"""Frames of a clip, one per second (paper 3.2)."""
 FINE = 4
-"""Shapes are drawn this many times larger, then averaged down."""
+"""Supersampling factor for antialiasing."""
 PATCH = 28
-"""Side in pixels of the patch that holds one shape, with room for its place within a pixel."""
+"""Side in pixels of the patch that one shape is drawn in, with a margin for subpixel
+positions.
+"""
 
 
 def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Draws a scene as uint8 [48, 48, 3]: its things with random shade, size and place (within
-    2 pixels) on a dark, slightly noisy ground.
+    """Renders a scene: uint8 [48, 48, 3].
+
+    Things have a random shade, size and offset (up to 2 pixels), and the dark background is
+    slightly noisy, so that images of equal scenes differ.
     """
     small = scene.kind == "counts"
     canvas = _ground(rng)
@@ -37,7 +41,7 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def render_clip(scene: Scene, rng: np.random.Generator) -> list[np.ndarray]:
-    """Draws 8 frames uint8 [48, 48, 3] in which the thing crosses the image in its direction."""
+    """Renders a clip of one thing that crosses the image: 8 frames uint8 [48, 48, 3]."""
     thing, step = scene.things[0], np.asarray(DIRECTIONS[scene.moving], float)
     radius, shade = rng.uniform(7.0, 9.0), _shade(np.asarray(COLOURS[thing.colour]), rng)
     ground = _ground(rng)
@@ -59,22 +63,24 @@ def render_clip(scene: Scene, rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """Encodes the image as a PNG file."""
+    """Encodes an image as PNG."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
 def _centre(cell: int) -> np.ndarray:
+    """Returns the centre (x, y) of a cell of the 3 x 3 grid, in pixels."""
     return np.array([11.0 + 13.0 * (cell % 3), 11.0 + 13.0 * (cell // 3)])
 
 
 def _ground(rng: np.random.Generator) -> np.ndarray:
+    """Draws a dark background colour: float64 [48, 48, 3] in 0..255."""
     return np.full((SIZE, SIZE, 3), rng.uniform(25.0, 75.0)) + rng.uniform(-4.0, 4.0, 3)
 
 
 def _nameless(rng: np.random.Generator) -> np.ndarray:
-    """Any colour that is unlike all that have a name, and unlike the ground."""
+    """Draws a colour far from all named ones and from the background (rejection sampling)."""
     while True:
         colour = rng.uniform(0.0, 255.0, 3)
         if np.max(colour) > 140 and all(
@@ -84,10 +90,12 @@ def _nameless(rng: np.random.Generator) -> np.ndarray:
 
 
 def _shade(colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Varies a colour slightly."""
     return colour * rng.uniform(0.9, 1.0) + rng.uniform(-10.0, 10.0, 3)
 
 
 def _pixels(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Adds noise and converts to uint8 [48, 48, 3]."""
     noisy = canvas + rng.integers(-2, 3, (SIZE, SIZE, 1))
     return noisy.clip(0, 255).astype(np.uint8)
 
@@ -95,11 +103,12 @@ def _pixels(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _paint(
     canvas: np.ndarray, shape: str, colour: np.ndarray, centre: np.ndarray, radius: float
 ) -> None:
-    """Blends one shape into float [48, 48, 3]; centre is (x, y)."""
+    """Alpha-blends a shape into float [48, 48, 3], in place; centre is (x, y) in pixels."""
     corner = np.round(centre - PATCH / 2).astype(int)
     mask = Image.new("L", (PATCH * FINE, PATCH * FINE))
     _OUTLINES[shape](ImageDraw.Draw(mask), (centre - corner) * FINE, radius * FINE)
-    cover = np.asarray(mask.reduce(FINE), np.float64)[..., None] / 255
+    cover = np.asarray(mask.reduce(FINE), np.float64)[..., None] / 255  # Alpha, [28, 28, 1].
+    # Clip the patch to the image.
     left, top = np.maximum(corner, 0)
     right, bottom = np.minimum(corner + PATCH, SIZE)
     cover = cover[top - corner[1] : bottom - corner[1], left - corner[0] : right - corner[0]]
@@ -146,6 +155,7 @@ def _of_points(
 
 
 _THIRD = 0.33
+# Coordinates are relative to the centre, in radii; y points down.
 _OUTLINES: dict[str, Callable[[ImageDraw.ImageDraw, np.ndarray, float], None]] = {
     "circle": _circle,
     "square": _of_points((-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)),
