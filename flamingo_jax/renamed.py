@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 class Moved(NamedTuple):
     """The new place of a field.
 
-    to: its new name, dotted if it is in a nested config, relative to the dataclass that had
-    it. convert: computes the new value from the old one.
+    to: its new name, from the dataclass that had it on; dotted if it is in a nested config.
+    convert: computes the new value from the old one.
     was: the type of old values, for a name that is still in use for a nested config: values of
       other types are not old.
     """

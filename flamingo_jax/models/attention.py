@@ -45,9 +45,10 @@ def attend(
     Args:
       query: [B, L, H, d].
       key, value: [B, S, H, d], or [B, S, K, d] with K a divisor of H (grouped-query
-      attention). mask: bool, broadcastable to [B, H, L, S]; True where a query attends to a
-      key. extra_scores: float32 [B, H, L, S], added to query . key before the scaling by 1 /
-        sqrt(d).
+        attention).
+      mask: bool, broadcastable to [B, H, L, S]; True where a query attends to a key.
+      extra_scores: float32 [B, H, L, S], added to query . key before the scaling by
+        1 / sqrt(d).
 
     Returns: [B, L, H, d] in the dtype of `value`.
 
@@ -200,8 +201,8 @@ class SelfAttention(nnx.Module):
         packing: Packing | None,
         cache: Cache | None,
     ) -> tuple[Array, Cache | None]:
-        """Attends within the rows of a stream x [S, T, D] with positions int32 [S, T] -> [S,
-        T, D]; or, with a cache in place of the packing, decodes rows x [B, L, D] of one
+        """Attends within the rows of a stream x [S, T, D] with positions int32 [S, T] ->
+        [S, T, D]; or, with a cache in place of the packing, decodes rows x [B, L, D] of one
         segment each -> [B, L, D] and the cache with these tokens added.
 
         Tokens at positions past the cache's end are padding and are not added.

@@ -94,8 +94,8 @@ def _keys_first_attention(
     query: Array, key: Array, value: Array, mask: Array | None, extra_scores: Array | None
 ) -> Array:
     """Computes attention in the order that XLA's CPU backend runs fast: scores have keys
-    before queries, [B, H, S, L], and the softmax's division is applied to the output [B, H, L,
-    d] rather than to the scores.
+    before queries, [B, H, S, L], and the softmax's division is applied to the output
+    [B, H, L, d] rather than to the scores.
     """
     key, value = repeat_heads(key, query), repeat_heads(value, query)
     batch = ((0, 1), (0, 1))

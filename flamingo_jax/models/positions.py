@@ -243,8 +243,8 @@ def rotate(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
 
 
 def sinusoids(count: int, width: int) -> Array:
-    """Computes the sinusoidal encoding r of the distances 0 .. count - 1, float32 [count,
-    width] (Dai et al. 2019, section 3.3).
+    """Computes the sinusoidal encoding r of the distances 0 .. count - 1, float32
+    [count, width] (Dai et al. 2019, section 3.3).
     """
     frequencies = 10_000.0 ** (-np.arange(width // 2, dtype=np.float32) / (width // 2))
     angles = np.arange(count, dtype=np.float32)[:, None] * frequencies

@@ -75,8 +75,7 @@ class ViT(nnx.Module):
             _cells(images.shape[2], patch),
         )
         x = images[:, : rows * patch, : columns * patch]
-        # [M, H, W, 3] -> patches [M, rows, columns, patch * patch * 3] -> [M, rows, columns,
-        # C]
+        # [M, H, W, 3] -> patches [M, rows, columns, patch * patch * 3]
         x = (
             x.reshape(count, rows, patch, columns, patch, 3)
             .swapaxes(2, 3)
@@ -138,8 +137,8 @@ def resize_positions(table: Array, rows: int, columns: int) -> Array:
 
 
 def _cubic(size: int, wanted: int, a: float = -0.75) -> np.ndarray:
-    """Makes the matrix of cubic interpolation from `size` to `wanted` points: float64 [wanted,
-    size]. a: the coefficient of Keys 1981.
+    """Makes the matrix of cubic interpolation from `size` to `wanted` points: float64
+    [wanted, size]. a: the coefficient of Keys 1981.
     """
     # Centres of the wanted points, in coordinates of the given ones.
     places = (np.arange(wanted) + 0.5) * size / wanted - 0.5

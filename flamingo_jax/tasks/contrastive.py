@@ -69,9 +69,9 @@ class ContrastiveTask:
 
     A batch holds
       images: uint8 [B, H, W, 3];
-      tokens: int32 [B, L]; mask: bool [B, L], True for real tokens. A row without any is
-      padding; jitter: float32 [B, 6], the parameters of colour jitter (`processing.jitter`),
-      optional.
+      tokens: int32 [B, L];
+      mask: bool [B, L], True for real tokens; a row without any is padding;
+      jitter: float32 [B, 6], the parameters of colour jitter (`processing.jitter`), optional.
 
     Arrays [P, B / P, ...], as `microbatches` makes them, are encoded part by part and
     recomputed in the backward pass, so that a large batch fits in memory; the similarities are

@@ -100,9 +100,8 @@ class FlamingoTask:
       loss_mask: bool [B, L], True where a token is a target;
       visuals: int32 [B, N], indices into M, -1 for none;
       frame_mask: bool [M, T], True for real frames;
-      images: uint8 [M, T, H, W, 3], or instead `features` [M, T, cells, C] of a frozen
-      encoder; jitter: float32 [M, T, 6], the parameters of colour jitter
-      (`processing.jitter`), optional.
+      images: uint8 [M, T, H, W, 3], or a frozen encoder's `features` [M, T, cells, C];
+      jitter: float32 [M, T, 6], the parameters of colour jitter (`processing.jitter`), optional.
 
     M = B * N, where row b's visual n is number b * N + n; or more, with blanks that pad each
     row shard's part to a multiple of the mesh's `model` axis. Text-only batches have the first

@@ -2,8 +2,8 @@
 end.
 
 The order within the loop is a contract: evaluate the state, save it with the position of the
-data it has seen, and only then draw the next batch, update, and write the metrics. A run that
-is killed anywhere resumes to the same bits.
+data it has seen, and only then draw the next batch, update, and write the metrics. So a run
+that is killed anywhere resumes without skipping or repeating data.
 """
 
 import contextlib

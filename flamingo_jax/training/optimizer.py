@@ -38,9 +38,8 @@ def make_optimizer(
 
     Args:
       steps: length of the run, where a decaying learning rate reaches its end.
-      trainable: {flat name: anything with a shape}, the tree that `init` and `update` will
-      get. updates_per_step: how often `update` is called in each of the `steps`, with one
-      learning
+      trainable: {flat name: anything with a shape}, the tree that `init` and `update` will get.
+      updates_per_step: how often `update` is called in each of the `steps`, with one learning
         rate.
 
     Raises: UserError for an expression in `weight_decay_exclude` that matches no parameter.
