@@ -172,6 +172,7 @@ class RowPlans:
         return items - items % size if items >= size else None
 
     def _make_items(self, records: Sequence[Any], stored: bool) -> RowItems:
+        """Measures the records, if rows need their lengths, and makes items of them."""
         spec, dataset = self._spec, self._spec.dataset
         contrastive = spec.task == "contrastive"
         if contrastive and dataset.kind == "pairs":
@@ -224,6 +225,7 @@ class RowPlans:
             return self._plans[epoch]
 
     def _make_plan(self, epoch: int) -> tuple[PackingPlan, CaptionChoices | None]:
+        """Chooses an epoch's captions and packs its rows."""
         spec, dataset = self._spec, self._spec.dataset
         choices = self._choose_captions(epoch)
         lengths = self.items.length

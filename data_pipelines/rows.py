@@ -109,6 +109,7 @@ class RowReader:
         return self._visual_rows.begin(batch, rows, layout)
 
     def _load_features(self, opened: Sequence[Any], encoder: Encoder) -> CachedFeatures:
+        """Loads the encoder's cached features, encoding what is missing."""
         spec, dataset = self._spec, self._spec.dataset
         if dataset.flip or dataset.colour:
             raise UserError(

@@ -97,6 +97,7 @@ class CaptionedFolder:
         raise NotImplementedError
 
     def _entries(self, folder: str) -> list[CaptionedFile]:
+        """Joins the caption file of one folder with the files below it."""
         root = existing_folder(folder)
         line = f'{{"{self.key}": "path/below/the/folder", "captions": ["a cat"]}}'
         caption_lines = caption_file(root, self.captions, self.caption_files, line)

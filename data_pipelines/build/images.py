@@ -56,6 +56,7 @@ class ImageRules:
         return self._store(bare)
 
     def _store(self, data: bytes) -> bytes:
+        """Checks, decodes and, where needed, encodes an image again; raises Unfit."""
         try:
             with Image.open(io.BytesIO(data)) as header:
                 self._check(*header.size)

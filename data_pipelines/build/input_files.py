@@ -115,6 +115,7 @@ def by_address(folders: Sequence[str]) -> dict[bytes, ByteRange]:
 
 
 def _enter_shard(found: dict[bytes, ByteRange], path: pathlib.Path) -> None:
+    """Indexes the images of one of img2dataset's tar shards."""
     try:
         packing = compressed_with(path)
     except OSError:

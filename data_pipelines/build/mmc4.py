@@ -118,6 +118,7 @@ class Mmc4:
         return {"source": type(self).__name__, **dataclasses.asdict(self)}
 
     def entries(self) -> Stream[Mmc4Document]:
+        """Lists the documents of all files and shards, read lazily."""
         if not -1 <= self.min_similarity <= 1:
             raise UserError(
                 f"--min_similarity={self.min_similarity:g} is no cosine: similarities of MMC4"
@@ -138,6 +139,7 @@ class Mmc4:
         return Stream(sum(map(_about_how_many, files)), documents)
 
     def convert(self, entry: Mmc4Document) -> list[Converted]:
+        """Makes one document a page, with each image before its sentence."""
         if entry.bad:
             return [DroppedRecord(entry.bad)]
         try:
@@ -161,7 +163,7 @@ class Mmc4:
         sentences = ["" if reason else text for text, reason in zip(texts, reasons, strict=True)]
         folders = self.images or folders_of(self.inputs)
         matches = match(images, len(sentences), record.get("similarity_matrix"))
-        before: list[list[ImageRef]] = [[] for _ in sentences]
+        before: list[list[ImageRef]] = [[] for _ in sentences]  # The images of each sentence.
         lost = []
         for place, (image, matched) in enumerate(zip(images, matches, strict=True)):
             if matched is None:
@@ -179,6 +181,7 @@ class Mmc4:
         return [dataclasses.replace(outcome, parts_dropped=parts_lost, texts_dropped=texts_lost)]
 
     def _lines(self, file: InputFile) -> Iterator[Mmc4Document]:
+        """Yields the documents of a file of JSON lines."""
         name = record_id(self.inputs, file.root, file.name)
         try:
             for number, line in enumerate(text_lines(file.path)):
@@ -190,6 +193,7 @@ class Mmc4:
             raise unreadable(file.path, error) from error
 
     def _shard(self, file: InputFile) -> Iterator[Mmc4Document]:
+        """Yields the documents of a tar shard."""
         name = record_id(self.inputs, file.root, file.name)
         for sample in samples(file.path):
             if isinstance(sample, str):
@@ -257,6 +261,7 @@ def match(images: list[Any], sentences: int, matrix: Any) -> list[Match | None]:
 
 
 def _given(image: Any, place: int, sentences: int, similar: np.ndarray | None) -> Match | None:
+    """Reads an image's own match from the document; None where it has no valid index."""
     index = image.get("matched_text_index") if isinstance(image, dict) else None
     if isinstance(index, bool) or not isinstance(index, int | float):
         return None
@@ -278,6 +283,7 @@ def _similarities(matrix: Any, shape: tuple[int, int]) -> np.ndarray | None:
 
 
 def _downloaded(entry: Mmc4Document, known: dict[bytes, ByteRange]) -> tuple[ByteRange | None, ...]:
+    """Looks up a document's images by URL; None for those that were not downloaded."""
     try:
         record = parsed(_text(entry))
     except OSError:  # It is counted when the entry is converted.

@@ -94,6 +94,7 @@ class Obelics:
         return {"source": type(self).__name__, **dataclasses.asdict(self)}
 
     def entries(self) -> Stream[ObelicsRow]:
+        """Lists the rows of all files, read lazily."""
         _parquet()
         for folder in self.images:
             existing_folder(folder, "--images")
@@ -108,6 +109,7 @@ class Obelics:
         return Stream(sum(max(1, count) for count in counts), rows)
 
     def convert(self, entry: ObelicsRow) -> list[Converted]:
+        """Makes the documents of one row pages."""
         if entry.bad:
             return [DroppedRecord(entry.bad)]
         split = self.shares.split(entry.id)
@@ -121,6 +123,7 @@ class Obelics:
     def _read(
         self, file: InputFile, count: int, downloaded: dict[bytes, ByteRange]
     ) -> Iterator[ObelicsRow]:
+        """Yields the rows of a file, with a bad entry for each row that cannot be read."""
         name = record_id(self.inputs, file.root, file.name)
         done = 0
         try:
@@ -150,6 +153,7 @@ class Obelics:
 def _entry(
     name: str, batch: "pyarrow.RecordBatch", row: int, downloaded: dict[bytes, ByteRange]
 ) -> ObelicsRow:
+    """Reads a row's texts and images, in document order."""
     try:
         images, texts = (batch.column(column)[row].as_py() for column in COLUMNS)
     except UnicodeDecodeError:

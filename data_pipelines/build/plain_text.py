@@ -77,6 +77,7 @@ class PlainText:
         return [(whole, entry) for entry in found]
 
     def convert(self, entry: tuple[bool, FileEntry]) -> list[Converted]:
+        """Splits one file into documents, each with its split."""
         whole, file = entry
         if file.bad:
             return [DroppedRecord(file.bad)]
@@ -147,6 +148,7 @@ def documents(text: str, limit: int) -> Iterator[str]:
 
 
 def _pieces(block: str, limit: int) -> Iterator[str]:
+    """Splits a paragraph into pieces of at most `limit` characters."""
     start = 0
     while len(block) - start > limit:
         # Search after the start: a cut at the start itself would make an empty piece.

@@ -141,6 +141,7 @@ class QuestionsFolder:
         return outcomes
 
     def _frames(self, file: pathlib.Path, is_video: bool) -> tuple[list[bytes], tuple[str, ...]]:
+        """Reads an image, or the frames of a video; raises Unusable."""
         if is_video:
             return stored_frames(
                 file,
@@ -152,6 +153,7 @@ class QuestionsFolder:
         return [fields["image"]], lost
 
     def _entries(self, folder: str) -> list[QuestionedVisual]:
+        """Groups the lines of one folder by their image or video."""
         root = existing_folder(folder)
         line = '{"image": "path/below/the/folder", "question": "What is it?", "answer": "a cat"}'
         found: dict[tuple[str, bool], list[QuestionLine]] = {}

@@ -99,6 +99,7 @@ def samples_page(
 
 
 def _card(example: SplitRecord) -> str:
+    """Writes the HTML of one record."""
     fields = example.fields
     parts = [f'<div class="prompt">{_text(fields["id"])}</div>']
     if "texts" in fields:
@@ -132,6 +133,7 @@ def _text(text: str) -> str:
 
 
 def _images(encoded: Sequence[bytes]) -> str:
+    """Writes encoded images as one strip, some of the frames of a long video."""
     if not encoded:
         return ""
     shown = (

@@ -252,6 +252,7 @@ def texts_in(path: str | pathlib.Path) -> Iterator[str]:
 
 
 def _dataset_texts(folder: pathlib.Path) -> Iterator[str]:
+    """Yields all texts of a dataset's training split."""
     import tensorflow_datasets as tfds
 
     fields = tfds.builder_from_directory(str(folder)).info.features

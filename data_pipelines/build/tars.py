@@ -98,6 +98,7 @@ def _opened(shard: str | pathlib.Path) -> Iterator[TarMember | str]:
 
 
 def _members(shard: str, file: "_WatchedFile") -> Iterator[TarMember | str]:
+    """Yields the members of an opened shard, and reasons for what is lost."""
     end, data_end, seen = 0, 0, False
     last: TarMember | None = None  # Yielded only after its data is known to be complete.
     try:
@@ -114,7 +115,7 @@ def _members(shard: str, file: "_WatchedFile") -> Iterator[TarMember | str]:
                     yield last
                     last = None
                 if file.filled(member.offset):
-                    yield DAMAGED
+                    yield DAMAGED  # tarfile has skipped nonzero bytes up to this header.
                 seen, data = True, member.size if member.isreg() else 0
                 data_end = tar.offset if member.issparse() else member.offset_data + data
                 end = tar.offset
@@ -209,6 +210,7 @@ class _WatchedFile:
         return self._file.tell()
 
     def read(self, size: int = -1) -> bytes:
+        """Reads at most `size` bytes, which must be plausible for a header."""
         if not 0 <= size <= MAX_HEADER:
             raise tarfile.InvalidHeaderError(f"a header of {size} bytes")  # type: ignore[attr-defined]
         place = self._file.tell()
@@ -221,6 +223,7 @@ class _WatchedFile:
         return data
 
     def seek(self, place: int, whence: int = 0) -> int:
+        """Moves to a place; a compressed file is read forward to it."""
         if not self.packed or whence:
             return self._file.seek(place, whence)
         while (left := place - self._file.tell()) > 0:

@@ -122,6 +122,7 @@ class Tfds:
         return self.shares_if_one if len(self._splits) == 1 else None
 
     def entries(self) -> Stream[TfdsRecordRef]:
+        """Lists the records of all splits, and warns of splits that are left out."""
         builder = _builder(self.name)
         splits = self._splits
         whole = Shares.whole(splits[0])
@@ -155,6 +156,7 @@ class Tfds:
         return Stream(sum(sizes.values()), places)
 
     def convert(self, entry: TfdsRecordRef) -> list[Converted]:
+        """Converts one record, or gives the reason why it was dropped."""
         try:
             record = _records(entry.folder, entry.split, self._image)[entry.place]
         except Exception:  # noqa: BLE001 - readers of damaged records raise whatever they stumble on.
@@ -207,6 +209,7 @@ class Tfds:
 
     @functools.cached_property
     def _splits(self) -> list[str]:
+        """Finds the splits that are used; raises UserError where there are none."""
         there = [
             split for split, info in _builder(self.name).info.splits.items() if info.num_examples
         ]

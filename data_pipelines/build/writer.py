@@ -195,6 +195,8 @@ def _write(
     info = tfds.core.DatasetInfo(
         builder=identity, description=source.about, features=features(source.kind)
     )
+    # TFDS's low-level writer: records arrive one by one, of any split, and a
+    # GeneratorBasedBuilder would first shuffle all of them on disk.
     writer = tfds.core.SequentialWriter(info, RECORDS_PER_SHARD, file_format="array_record")
     counts: collections.Counter[str] = collections.Counter()
     dropped: collections.Counter[str] = collections.Counter()

@@ -152,6 +152,7 @@ def _visual_window(record: Any, dataset: DatasetConfig, tokenizer: Tokenizer, te
 def _page_window(
     sequence: sequences.TokenSequence, dataset: DatasetConfig, rng: RecordRandom | None
 ) -> Window:
+    """Cuts a random window out of a page, the first one if `rng` is None."""
     if rng is None:
         return window(sequence, 0, dataset.max_length, dataset.visuals, "previous")
     # Paper A.3.1: a random window, whose text attends to the next image instead of the

@@ -79,6 +79,7 @@ class Lengths:
         """Returns int32 [records], tokens of the sequences with these captions."""
         if not len(self.captions):
             return self.tokens
+        # A record without captions has no index of its own: read any, and ignore it below.
         chosen = self.captions[
             np.minimum(self.first[:-1] + choices.caption, len(self.captions) - 1),
             choices.space.astype(int),

@@ -137,7 +137,7 @@ def schedule_reads(
         stored: tuple[int, int],
         augmentation: Augmentation | None,
     ) -> None:
-        if buffer.lost[place]:
+        if buffer.lost[place]:  # Another frame of this visual has failed already.
             return
         try:
             pixels = readers[number](*stored)

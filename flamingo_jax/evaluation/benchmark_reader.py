@@ -84,6 +84,7 @@ class BenchmarkReader:
         return Classification(name, queries, support, classes, template)
 
     def _question_template(self) -> prompts.PromptTemplate:
+        """Chooses the question prompt; raises UserError where it is ambiguous."""
         given, trained = self.question_prompt, self.trained_prompts
         if given is None and len(trained) > 1:
             listed = ", ".join(map(repr, trained))

@@ -103,6 +103,7 @@ def image(prediction: Prediction) -> str:
 
 
 def _highlight(one: Highlight) -> str:
+    """Writes the HTML of one highlight, a number with a bar."""
     mark = note = ""
     if one.compared is not None:
         mark = f'<s style="left: calc({100 * one.compared:.1f}% - 1px)"></s>'
@@ -116,6 +117,7 @@ def _highlight(one: Highlight) -> str:
 
 
 def _predictions(heading: str, result: BenchmarkResult, opened: bool) -> str:
+    """Writes the HTML of some predictions of one benchmark."""
     # Half are simply the first predictions, half are wrong ones, which tell a reader more.
     half = PREDICTIONS_SHOWN // 2
     wrong = [one for one in result.predictions[half:] if one.score < 0.5]
@@ -129,6 +131,7 @@ def _predictions(heading: str, result: BenchmarkResult, opened: bool) -> str:
 
 
 def _card(prediction: Prediction) -> str:
+    """Writes the HTML of one prediction."""
     prompt = prediction.prompt
     shown = prompt if len(prompt) <= 160 else "… " + prompt[-160:]
     kind = "sample right" if prediction.score >= 0.5 else "sample"

@@ -167,6 +167,7 @@ def evaluate_benchmarks(
 
 
 def _table(results: Mapping[str, Sequence[BenchmarkResult]]) -> Table:
+    """Makes a table with one row per model, benchmark and number of shots."""
     rows = [
         [
             f"{result.name}, {name.replace('_', ' ')}",
@@ -185,6 +186,7 @@ def _table(results: Mapping[str, Sequence[BenchmarkResult]]) -> Table:
 def _check(
     benchmarks: Sequence[Benchmark], settings: EvaluationSettings, shots: Sequence[int]
 ) -> None:
+    """Checks all benchmarks at all numbers of shots; raises UserError."""
     for place, benchmark in enumerate(benchmarks):
         if benchmark.name in (other.name for other in benchmarks[:place]):
             raise UserError(

@@ -193,6 +193,7 @@ def prediction_counts(result: SuiteResult) -> dict[str, Any]:
 
 
 def _laid_out(result: SuiteResult, value: Callable[[BenchmarkResult], Any]) -> dict[str, Any]:
+    """Arranges `value(result)` of each benchmark as report.json has it."""
     few_shot: dict[str, dict[str, Any]] = {}
     for (name, shots), one in result.few_shot.items():
         few_shot.setdefault(name, {})[str(shots)] = value(one)

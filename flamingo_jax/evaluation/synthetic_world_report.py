@@ -81,6 +81,7 @@ def evaluate_synthetic_world(
 
 
 def _highlights(metrics: Mapping[str, Any]) -> list[Highlight]:
+    """Chooses the metrics at the top of the page, beside the baseline."""
     mine, other = metrics[MODEL], metrics.get(BASELINE)
     shown = [
         Highlight(
@@ -97,6 +98,7 @@ def _highlights(metrics: Mapping[str, Any]) -> list[Highlight]:
 
 
 def _tables(metrics: Mapping[str, Any], few_shots: Sequence[int]) -> list[Table]:
+    """Makes the tables of the page."""
     mine, other = metrics[MODEL], metrics.get(BASELINE, {})
 
     def row(name: str, *keys: str) -> list[Any]:

@@ -103,6 +103,7 @@ def _unreadable(error: Exception) -> ImageError:
 
 
 def _decode(data: bytes, size: int, how: Fit, max_pixels: int) -> np.ndarray:
+    """Decodes with PIL; raises whatever PIL does."""
     with Image.open(io.BytesIO(data)) as image:
         check_size(image.width, image.height, max_pixels)
         # Let libjpeg decode at 1/2, 1/4 or 1/8 scale, if at least twice the wanted size

@@ -98,6 +98,7 @@ def opened(
 
 @contextlib.contextmanager
 def _container(path: str | pathlib.Path) -> Iterator[av.container.InputContainer]:
+    """Opens a file with FFmpeg, restricted to `FORMATS`."""
     with open(path, "rb") as file:
         try:
             container = av.open(

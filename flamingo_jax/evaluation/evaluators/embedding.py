@@ -85,6 +85,7 @@ class Embedder:
         parameters: Parameters,
         batches: Iterator[Batch],
     ) -> np.ndarray:
+        """Encodes batches one after the other and drops their padding rows."""
         found = []
         for count, batch in batches:
             if count:
@@ -92,6 +93,7 @@ class Embedder:
         return np.concatenate(found)
 
     def _image_batches(self, images: Iterable[np.ndarray]) -> Iterator[Batch]:
+        """Pads images to batches of [batch_size, H, W, 3]."""
         for count, part in _parts(images, self._batch_size):
             batch = np.zeros((self._batch_size, self._image_size, self._image_size, 3), np.uint8)
             for row, image in enumerate(part):
@@ -99,6 +101,7 @@ class Embedder:
             yield count, {"images": batch}
 
     def _text_batches(self, texts: Iterable[str]) -> Iterator[Batch]:
+        """Tokenises texts and pads them to batches of [batch_size, length]."""
         for count, part in _parts(texts, self._batch_size):
             tokens = np.full((self._batch_size, self._length), self._tokenizer.pad, np.int32)
             mask = np.zeros(tokens.shape, bool)

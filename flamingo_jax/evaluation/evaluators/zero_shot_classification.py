@@ -80,7 +80,7 @@ class ZeroShotClassification:
         texts = [
             template.replace("{}", name) for name in self.classes for template in self._templates
         ]
-        vectors = self._embedder.embed_texts(parameters, texts)
+        vectors = self._embedder.embed_texts(parameters, texts)  # [classes * templates, J]
         means = vectors.reshape(len(self.classes), len(self._templates), -1).mean(1)
         return means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
 
