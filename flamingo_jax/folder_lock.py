@@ -238,7 +238,7 @@ class FolderLock:
 
     def _now(self) -> float:
         """Returns the time by the storage's clock: the modification time of a file that is
-        written now. Clocks of hosts may differ by more than the age of a lease.
+        written now. The hosts' own clocks may differ.
         """
         path = self._folder / f"{PREFIX}clock-{self._lease.token}"
         if paths.is_bucket(path):

@@ -17,9 +17,7 @@ FINITE = "a finite number"
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The interval from `least` to `most`, which include their ends unless `open_least` or
-    `open_most`.
-    """
+    """The interval from `least` to `most`, both included unless `open_least` or `open_most`."""
 
     least: float = -math.inf
     most: float = math.inf

@@ -221,7 +221,7 @@ class SqueezeExcite(nnx.Module):
 
 class Block(nnx.Module):
     """A bottleneck residual block with two grouped 3x3 convolutions and squeeze-and-excite:
-    x + ALPHA * skip_gain * branch(beta * x). A transition block also strides and widens.
+    x + ALPHA * skip_gain * branch(beta * GELU(x)). A transition block also strides and widens.
     """
 
     def __init__(

@@ -251,7 +251,7 @@ def _spec(
             spec[max(free, key=lambda place: layer[place])] = FSDP
         else:
             _require_small(name, shape, FSDP, mesh)
-    # Mesh axes of one device are left out, so that equal shardings compare as equal.
+    # Mesh axes of a single device shard nothing and are left out.
     return PartitionSpec(
         *[None] * lead,
         *[axis if axis is not None and mesh.shape[axis] > 1 else None for axis in spec],

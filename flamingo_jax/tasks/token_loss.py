@@ -35,8 +35,7 @@ def token_losses(
     reduction: str,
     broken: Array | None = None,
 ) -> dict[str, Loss]:
-    """Computes each dataset's loss from the last hidden states x [S, T, D] of the stream of
-    all.
+    """Computes each dataset's loss from the last hidden states x [S, T, D] of their stream.
 
     Args:
       batches: tokens, segments int32 [B, L]; loss_mask bool [B, L], True where a token is a

@@ -240,8 +240,7 @@ def _optimizer_step(
     optimizer: optax.GradientTransformation, state: TrainState, gradient: Parameters, finite: Array
 ) -> TrainState:
     """Applies one optimizer step where `finite`; otherwise leaves parameters and moments as
-    they are and counts a skipped step. On the device: no branch, so that the host need not
-    wait.
+    they are and counts a skipped step. The device decides, so that the host does not wait.
     """
     # Masked before the arithmetic: 0 x NaN is NaN.
     safe = {name: jnp.where(finite, g, 0.0) for name, g in gradient.items()}
