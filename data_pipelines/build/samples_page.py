@@ -61,7 +61,7 @@ def samples_page(
     dropped, named = statistics["dropped"], statistics.get("dropped_names", {})
     tables = [
         Table(
-            "RecordCache",
+            "Records",
             ["", "records"],
             [
                 ["read", statistics["records_read"]],

@@ -379,11 +379,7 @@ def _sum(
         values = []
         for term in terms:
             found = stored[term.name]
-            raw = (
-                read
-                if term is terms[0]
-                else paths.read_into(found.file, found.start, np.empty(found.bytes, np.uint8))
-            )
+            raw = read if term is terms[0] else _read_term(found)
             rows = raw.view(DTYPES[found.dtype]).reshape(found.shape)
             if found.shape:
                 rows = rows[term.first : None if term.taken is None else term.first + term.taken]
@@ -402,6 +398,12 @@ def _sum(
             shard.put(number, places, value[shard.slices], tuple(range(len(shape))), 0)
 
     return _Piece(tensor.file, tensor.start, tensor.bytes, put)
+
+
+def _read_term(tensor: StoredTensor) -> np.ndarray:
+    """Reads a tensor that is added to another, all its bytes; a transient error is retried."""
+    memory = np.empty(tensor.bytes, np.uint8)
+    return manifest.retry_read(lambda: paths.read_into(tensor.file, tensor.start, memory))
 
 
 def _run(pieces: list[_Piece], title: str) -> None:

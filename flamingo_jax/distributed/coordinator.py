@@ -126,7 +126,6 @@ class Coordinator:
         self._first_left: tuple[float, int, str] | None = None
         self._looked = now
         self._arrivals: dict[int, dict[int, float]] = {}
-        self._lags: dict[int, list[float]] = {}
         self.decision: ExitDecision | None = None
 
     # -- messages of the processes --
@@ -359,7 +358,7 @@ class Coordinator:
             level = (
                 "all are there"
                 if len({peer.step for peer in here}) == 1
-                else f"others are at step {max(peer.step for member in here)}"
+                else f"others are at step {max(peer.step for peer in here)}"
             )
             self._end(
                 EXIT_HUNG,
