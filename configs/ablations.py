@@ -145,7 +145,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         experiment = _tiny(experiment)
     else:
         experiment = base.on_machine(experiment, size, "ablations", MACHINES)
-    return to_config(base.rooted(experiment, base.root_of(given["root"], size)))
+    return to_config(base.with_root(experiment, base.root_of(given["root"], size)))
 
 
 def _experiment(form: str) -> Experiment:

@@ -113,7 +113,7 @@ def arguments(
     return {key: found.get(key, "") for key in keys}
 
 
-def form_of(
+def apply_form(
     experiment: Experiment, arg: str, config: str, machines: dict[str, Machine]
 ) -> Experiment:
     """Adapts an experiment to a config's argument `form,root`. The form is "" for the
@@ -123,7 +123,7 @@ def form_of(
     """
     given = arguments(arg, config, ("form", "root"))
     form = given["form"]
-    return rooted(on_machine(experiment, form, config, machines), root_of(given["root"], form))
+    return with_root(on_machine(experiment, form, config, machines), root_of(given["root"], form))
 
 
 def stage_of(
@@ -152,7 +152,7 @@ def root_of(root: str, form: str) -> str:
 def on_machine(
     experiment: Experiment, form: str, config: str, machines: dict[str, Machine]
 ) -> Experiment:
-    """Adapts an experiment to a form (see `form_of`): its mesh and microbatches, or small
+    """Adapts an experiment to a form (see `apply_form`): its mesh and microbatches, or small
     sizes.
     """
     if not form:
@@ -180,7 +180,7 @@ def on_machine(
     )
 
 
-def rooted(experiment: Experiment, root: str) -> Experiment:
+def with_root(experiment: Experiment, root: str) -> Experiment:
     """Prefixes every relative path of an experiment with `root`; "" changes nothing."""
 
     def below(path: str) -> str:

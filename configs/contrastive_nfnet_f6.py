@@ -63,4 +63,4 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         ),
         training=TrainingConfig(steps=1_200_000),
     )
-    return to_config(base.form_of(experiment, arg, "contrastive_nfnet_f6", MACHINES))
+    return to_config(base.apply_form(experiment, arg, "contrastive_nfnet_f6", MACHINES))

@@ -25,4 +25,4 @@ MACHINES = {
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """Returns the config of the argument `form,root`."""
     experiment = base.flamingo("flamingo 3B", base.LM_1B4, every=1, lm_export="lm_1b4")
-    return to_config(base.form_of(experiment, arg, "flamingo_3b", MACHINES))
+    return to_config(base.apply_form(experiment, arg, "flamingo_3b", MACHINES))

@@ -40,4 +40,4 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         data=data,
         mesh=MeshConfig(model=16),
     )
-    return to_config(base.form_of(experiment, arg, "flamingo_80b", MACHINES))
+    return to_config(base.apply_form(experiment, arg, "flamingo_80b", MACHINES))

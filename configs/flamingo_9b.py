@@ -25,4 +25,4 @@ MACHINES = {
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """Returns the config of the argument `form,root`."""
     experiment = base.flamingo("flamingo 9B", base.LM_7B, every=4, lm_export="lm_7b")
-    return to_config(base.form_of(experiment, arg, "flamingo_9b", MACHINES))
+    return to_config(base.apply_form(experiment, arg, "flamingo_9b", MACHINES))

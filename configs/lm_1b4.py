@@ -26,4 +26,4 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     experiment = base.language_modelling(
         "lm 1.4B", base.LM_1B4, rate=2e-4, rows=128, steps=1_144_000, mesh=MeshConfig()
     )
-    return to_config(base.form_of(experiment, arg, "lm_1b4", MACHINES))
+    return to_config(base.apply_form(experiment, arg, "lm_1b4", MACHINES))

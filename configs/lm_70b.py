@@ -26,4 +26,4 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     experiment = base.language_modelling(
         "lm 70B", base.LM_70B, rate=1e-4, rows=1536, steps=445_000, mesh=mesh
     )
-    return to_config(base.form_of(experiment, arg, "lm_70b", MACHINES))
+    return to_config(base.apply_form(experiment, arg, "lm_70b", MACHINES))

@@ -25,4 +25,4 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     experiment = base.language_modelling(
         "lm 7B", base.LM_7B, rate=1.2e-4, rows=1024, steps=143_000, mesh=MeshConfig(fsdp=16)
     )
-    return to_config(base.form_of(experiment, arg, "lm_7b", MACHINES))
+    return to_config(base.apply_form(experiment, arg, "lm_7b", MACHINES))

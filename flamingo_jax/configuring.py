@@ -95,7 +95,7 @@ def key_type(cls: type, key: str, config: Mapping[str, Any], name: str = "config
         else:
             raise UserError(f"{name} is {describe(kind)} and has no key {part!r}")
         if part not in fields:
-            old = renamed.told(getattr(kind, "__name__", ""), part, None, name)
+            old = renamed.old_name_error(getattr(kind, "__name__", ""), part, None, name)
             raise UserError(old or _unknown_key(name, part, known))
         kind, value, name = fields[part], value[part], f"{name}.{part}"
     return kind
@@ -204,9 +204,9 @@ def _build(kind: Any, value: Any, name: str, stored: bool) -> Any:
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping | ml_collections.ConfigDict):
         hints = typing.get_type_hints(kind, include_extras=True)
         if stored:
-            value = renamed.modernised(kind.__name__, value)  # type: ignore[union-attr]
+            value = renamed.with_new_names(kind.__name__, value)  # type: ignore[union-attr]
         for key in value:
-            if old := renamed.told(kind.__name__, key, value[key], name):  # type: ignore[union-attr]
+            if old := renamed.old_name_error(kind.__name__, key, value[key], name):  # type: ignore[union-attr]
                 raise UserError(old)
             if key not in hints:
                 raise UserError(_unknown_key(name, key, hints))
@@ -234,7 +234,7 @@ def _build(kind: Any, value: Any, name: str, stored: bool) -> Any:
 
 def _within(range_: Range, value: float, name: str) -> float:
     if value not in range_:
-        raise UserError(f"{name} is {value!r}, but must be {range_.asked_of(value)}")
+        raise UserError(f"{name} is {value!r}, but must be {range_.requirement(value)}")
     return value
 
 

@@ -19,6 +19,7 @@ from flamingo_jax.models.language_model_config import PositionsConfig as Positio
 from flamingo_jax.models.language_model_config import RotaryScaling as RotaryScaling
 from flamingo_jax.ranges import (
     AboveZero,
+    AtLeastTwo,
     AxisSize,
     BelowOne,
     Count,
@@ -26,9 +27,8 @@ from flamingo_jax.ranges import (
     Fraction,
     NotNegative,
     Positive,
+    PositiveFraction,
     Seed,
-    Several,
-    Shrinking,
 )
 
 CAPTION_PROMPT = "Output:"
@@ -124,7 +124,7 @@ class TextEncoderConfig:
     """Of the residual stream."""
     heads: Positive = 16
     """Of attention."""
-    max_length: Several = 64
+    max_length: AtLeastTwo = 64
     """Tokens of a text at most; longer ones are cut."""
 
 
@@ -264,7 +264,7 @@ class DatasetConfig:
     """The split of the dataset that is read."""
     batch_size: Positive = 8
     """Rows in a global batch (pairs in the contrastive stage)."""
-    max_length: Several = 256
+    max_length: AtLeastTwo = 256
     """Tokens in a row, L."""
     visuals: Positive = 5
     """Visuals in a row at most, N (paper: the first 5 of a page)."""
@@ -319,7 +319,7 @@ class OptimizerConfig:
     """linear, cosine: the learning rate at the last step."""
     boundaries: tuple[Positive, ...] = ()
     """stepwise: the steps after which the learning rate is multiplied by `boundary_factor`."""
-    boundary_factor: Shrinking = 0.1
+    boundary_factor: PositiveFraction = 0.1
     """stepwise: the factor on the learning rate at each boundary."""
     beta1: BelowOne = 0.9
     """Decay of the gradient's running mean."""

@@ -31,7 +31,7 @@ class Range:
         below = value < self.most if self.open_most else value <= self.most
         return above and below
 
-    def asked_of(self, value: float) -> str:
+    def requirement(self, value: float) -> str:
         """Describes what a value outside the range must be, for an error message."""
         if isinstance(value, float) and not math.isfinite(value):
             return "finite" if str(self) == FINITE else f"finite and {self}"
@@ -57,7 +57,7 @@ def _written(value: float) -> str:
 
 Count = Annotated[int, Range(0, MAX_INT)]
 Positive = Annotated[int, Range(1, MAX_INT)]
-Several = Annotated[int, Range(2, MAX_INT)]
+AtLeastTwo = Annotated[int, Range(2, MAX_INT)]
 """Of token counts of a row: a single token has no next token to predict."""
 Seed = Annotated[int, Range(0, MAX_SEED)]
 AxisSize = Annotated[int, Range(-1, MAX_INT)]
@@ -67,5 +67,5 @@ NotNegative = Annotated[float, Range(0)]
 AboveZero = Annotated[float, Range(0, open_least=True)]
 Fraction = Annotated[float, Range(0, 1)]
 BelowOne = Annotated[float, Range(0, 1, open_most=True)]
-Shrinking = Annotated[float, Range(0, 1, open_least=True)]
+PositiveFraction = Annotated[float, Range(0, 1, open_least=True)]
 """A factor above 0 and at most 1."""

@@ -72,7 +72,7 @@ REMOVED: dict[str, dict[str, str]] = {}
 """{dataclass: {old field: what to do instead, as the end of a sentence}}."""
 
 
-def told(dataclass: str, key: str, value: Any, name: str) -> str | None:
+def old_name_error(dataclass: str, key: str, value: Any, name: str) -> str | None:
     """Returns the error sentence for field `key` of a dataclass; None where it is no old name.
 
     name: the dataclass's place in the config, such as "config.optimizer".
@@ -85,7 +85,7 @@ def told(dataclass: str, key: str, value: Any, name: str) -> str | None:
     return None
 
 
-def modernised(dataclass: str, document: Mapping[str, Any]) -> dict[str, Any]:
+def with_new_names(dataclass: str, document: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a stored mapping of a dataclass with old fields moved to their new places.
 
     If a field is also there under its new name, that value is kept.

@@ -70,7 +70,7 @@ def weight_part(name: str) -> WeightPart | None:
     return WEIGHT_PARTS.get(name.rpartition("/")[2])
 
 
-def meets(name: str) -> bool:
+def is_multiplied(name: str) -> bool:
     """Returns whether activations are multiplied with an array in a matrix product."""
     part = weight_part(name)
     return part is None or part.product

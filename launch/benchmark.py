@@ -97,7 +97,7 @@ READS = {
 
 def main(verb: str) -> int:
     way = verb if verb == "train" else "data --dataset" if DATASETS.value else "data --config"
-    command.refuse_unread(READS, way, command.given_flags())
+    command.reject_unused_flags(READS, way, command.given_flags())
     return train() if verb == "train" else data()
 
 

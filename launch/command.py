@@ -185,7 +185,7 @@ def load_config(location: str) -> ml_collections.ConfigDict:
     return config
 
 
-def refuse_unread(
+def reject_unused_flags(
     reads: Mapping[str, Collection[str]], chosen: str, given: Collection[str]
 ) -> None:
     """Raises a UserError for a flag that would be ignored.

@@ -154,7 +154,7 @@ def main() -> int:
     chosen = [way for way, value in ways.items() if value]
     if len(chosen) != 1:
         raise UserError("name one of --benchmark, --suite or --evaluator, and no other of them")
-    command.refuse_unread(READS, chosen[0], command.given_flags())
+    command.reject_unused_flags(READS, chosen[0], command.given_flags())
     if EVALUATOR.value:
         return run_evaluators()
     for name, value in (("model", MODEL.value), ("output", OUTPUT.value)):

@@ -159,12 +159,12 @@ def test_every_config_takes_a_root(name: str) -> None:
     for form in ("", *(["tiny"] if hasattr(module, "MACHINES") else ())):
         given = [f"form={form}"] if form else []
         here = from_config(Experiment, module.get_config(",".join(given)))
-        rooted = from_config(Experiment, module.get_config(",".join([*given, "root=/shared"])))
-        assert all(path.startswith("/shared/") for path in paths(rooted)) and paths(rooted)
+        with_root = from_config(Experiment, module.get_config(",".join([*given, "root=/shared"])))
+        assert all(path.startswith("/shared/") for path in paths(with_root)) and paths(with_root)
         own = getattr(module, "ROOT", f"runs/{name.replace('own_data', 'mine')}")
         default = "runs/quickstart/" if form else "" if hasattr(module, "MACHINES") else f"{own}/"
-        assert [path.replace("/shared/", default, 1) for path in paths(rooted)] == paths(here)
-        assert dataclasses.replace(rooted, **{f: getattr(here, f) for f in PLACES}) == here
+        assert [path.replace("/shared/", default, 1) for path in paths(with_root)] == paths(here)
+        assert dataclasses.replace(with_root, **{f: getattr(here, f) for f in PLACES}) == here
 
 
 PLACES = (

@@ -11,7 +11,7 @@ from absl import flags
 from flamingo_jax.configuring import from_json
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
-from flamingo_jax.ranges import MAX_INT, BelowOne, Finite, Range, Shrinking
+from flamingo_jax.ranges import MAX_INT, BelowOne, Finite, PositiveFraction, Range
 from launch import command
 
 NAN, INF = float("nan"), float("inf")
@@ -76,7 +76,9 @@ def test_no_number_of_the_schema_may_be_nan_or_infinite() -> None:
 
 
 def test_bounds_belong_to_their_ranges_unless_they_are_open() -> None:
-    (_, below), (_, shrinking), (_, finite) = map(typing.get_args, (BelowOne, Shrinking, Finite))
+    (_, below), (_, shrinking), (_, finite) = map(
+        typing.get_args, (BelowOne, PositiveFraction, Finite)
+    )
     assert 0.0 in below and 1.0 not in below and 1.0 in shrinking and 0.0 not in shrinking
     assert -1e300 in finite
     assert str(Range(0.5, 2)) == "from 0.5 to 2" and str(Range(most=3)) == "3 or less"

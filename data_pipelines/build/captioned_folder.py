@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from data_pipelines.build.captions import NO_CAPTION, caption_file, read_captions
-from data_pipelines.build.files import NameResolver, NoFile, existing_folder, find, walk
+from data_pipelines.build.files import FileRefused, NameResolver, existing_folder, find, walk
 from data_pipelines.build.source import (
     DEFAULT_SHARES,
     Converted,
     DroppedRecord,
-    Shares,
+    SplitFractions,
     SplitRecord,
     record_id,
 )
@@ -58,7 +58,7 @@ class CaptionedFolder:
     suffixes: ClassVar[frozenset[str]]
 
     folders: tuple[str, ...]
-    shares: Shares = DEFAULT_SHARES
+    shares: SplitFractions = DEFAULT_SHARES
     captions: str | None = None
 
     @property
@@ -76,7 +76,7 @@ class CaptionedFolder:
         folder, texts_lost = pathlib.Path(entry.folder), entry.no_captions
         try:
             file = find((folder,), entry.name, self.folders)
-        except NoFile as error:
+        except FileRefused as error:
             return [DroppedRecord(str(error), texts_dropped=texts_lost)]
         if not entry.captions:
             return [DroppedRecord(NO_CAPTION, texts_dropped=texts_lost)]

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from data_pipelines.build.files import LINKED, NameResolver, NoFile, find
+from data_pipelines.build.files import LINKED, FileRefused, NameResolver, find
 from data_pipelines.build.text_files import (
     EMPTY,
     NOT_A_TEXT,
@@ -36,7 +36,7 @@ def caption_file(
     for candidate in () if name else usual:
         try:
             return find((folder,), candidate)
-        except NoFile as error:
+        except FileRefused as error:
             if str(error) == LINKED:
                 raise UserError(
                     f"{folder / candidate} is a {error}: name the file itself with --captions"

@@ -9,13 +9,13 @@ from typing import Any
 
 from data_pipelines.build.captions import NO_CAPTION, Texts, file_name, why_no_text
 from data_pipelines.build.files import existing_folder
-from data_pipelines.build.images import ANY_IMAGE, ImageRules, Unfit
+from data_pipelines.build.images import ANY_IMAGE, ImageRules, UnusableImage
 from data_pipelines.build.input_files import InputFile, files_in, folders_of, read_named
 from data_pipelines.build.source import (
     DEFAULT_SHARES,
     Converted,
     DroppedRecord,
-    Shares,
+    SplitFractions,
     SplitRecord,
     record_id,
 )
@@ -58,7 +58,7 @@ class Coco:
 
     inputs: tuple[str, ...]
     images: tuple[str, ...] = ()
-    shares: Shares = DEFAULT_SHARES
+    shares: SplitFractions = DEFAULT_SHARES
     rules: ImageRules = ANY_IMAGE
 
     @property
@@ -92,7 +92,7 @@ class Coco:
             return [DroppedRecord(NO_CAPTION, texts_dropped=lost)]
         try:
             image = self.rules.store(read_named(entry.folders, entry.name))
-        except Unfit as error:
+        except UnusableImage as error:
             return [DroppedRecord(str(error), texts_dropped=lost)]
         fields = {"id": entry.id, "image": image, "captions": list(entry.captions)}
         return [SplitRecord(self.shares.split(entry.id), fields, texts_dropped=lost)]

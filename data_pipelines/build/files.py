@@ -24,7 +24,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from data_pipelines.build.images import UNREADABLE, Unfit
+from data_pipelines.build.images import UNREADABLE, UnusableImage
 from flamingo_jax.errors import UserError
 from flamingo_jax.storage import LASTING, read_with_retries
 
@@ -44,7 +44,7 @@ HUB_REPOSITORY = re.compile(r"(?:models|datasets|spaces)--.")
 """Matches a repository's folder in a cache of the Hugging Face hub."""
 
 
-class NoFile(Unfit):
+class FileRefused(UnusableImage):
     """Raised where a file does not exist or may not be read; the message is the reason."""
 
 
@@ -181,7 +181,7 @@ def find(
     """Finds a file by name in the first of the folders that has it.
 
     given: other folders that links may lead to.
-    Raises: NoFile with the reason.
+    Raises: FileRefused with the reason.
     """
     places = _inside((*folders, *given))
     reasons = []
@@ -191,13 +191,13 @@ def find(
             if reason is None:
                 return pathlib.Path(path)
             reasons.append(reason)
-    raise NoFile(next((reason for reason in reasons if reason != MISSING), MISSING))
+    raise FileRefused(next((reason for reason in reasons if reason != MISSING), MISSING))
 
 
 def read(path: str | pathlib.Path, most: int = MAX_BYTES, too_large: str = TOO_LARGE) -> bytes:
     """Reads a file of at most `most` bytes.
 
-    Raises: NoFile with the reason, `too_large` for a larger file; StorageError where the
+    Raises: FileRefused with the reason, `too_large` for a larger file; StorageError where the
       storage kept failing.
     """
 
@@ -208,9 +208,9 @@ def read(path: str | pathlib.Path, most: int = MAX_BYTES, too_large: str = TOO_L
     try:
         data = read_with_retries(load, path, LASTING)
     except OSError as error:
-        raise NoFile(UNREADABLE) from error
+        raise FileRefused(UNREADABLE) from error
     if data is None or len(data) > most:
-        raise NoFile(too_large)
+        raise FileRefused(too_large)
     return data
 
 

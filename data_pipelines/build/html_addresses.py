@@ -11,8 +11,8 @@ import re
 import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
 
-from data_pipelines.build.files import MISSING, NoFile, find, read
-from data_pipelines.build.images import Unfit
+from data_pipelines.build.files import MISSING, FileRefused, find, read
+from data_pipelines.build.images import UnusableImage
 
 ELSEWHERE = "on another machine"
 NO_ADDRESS = "no address"
@@ -32,16 +32,16 @@ def read_address(
     """Reads the image at an address on `page`, a file below `root`.
 
     base: the page's <base href>. given: other folders that symbolic links may lead to.
-    Raises: Unfit with the reason.
+    Raises: UnusableImage with the reason.
     """
     address = re.sub(r"[\t\n\r]", "", address).strip()
     if not address:
-        raise Unfit(NO_ADDRESS)
+        raise UnusableImage(NO_ADDRESS)
     if scheme := _scheme(address):
         if scheme == "data":
             return _within(address)
         if scheme != "file":
-            raise Unfit(ELSEWHERE if scheme in ("http", "https", "ftp", "//") else NO_FILE)
+            raise UnusableImage(ELSEWHERE if scheme in ("http", "https", "ftp", "//") else NO_FILE)
         address = re.sub(r"(?i)^file:(//(localhost)?(?=/))?", "", address)
         return _first(root, [address, urllib.parse.unquote(address)], given)
     here = page.parent.relative_to(root).as_posix()
@@ -86,13 +86,13 @@ def _first(root: pathlib.Path, names: Iterable[str], given: Sequence[str]) -> by
     for name in names:
         try:
             return read(find((root,), name, given))
-        except NoFile as error:
+        except FileRefused as error:
             reasons.append(error)
     raise next((reason for reason in reasons if str(reason) != MISSING), reasons[0])
 
 
 def _within(address: str) -> bytes:
-    """Decodes a data: URL (RFC 2397), ignoring whitespace as browsers do; raises Unfit."""
+    """Decodes a data: URL (RFC 2397), ignoring whitespace as browsers do; raises UnusableImage."""
     about, comma, held = address[len("data:") :].partition(",")
     data = urllib.parse.unquote_to_bytes(held)
     try:
@@ -102,5 +102,5 @@ def _within(address: str) -> bytes:
             data = re.sub(rb"[\t\n\f\r ]", b"", data).rstrip(b"=")
             data = base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
     except (ValueError, binascii.Error) as error:
-        raise Unfit(BAD_DATA) from error
+        raise UnusableImage(BAD_DATA) from error
     return data

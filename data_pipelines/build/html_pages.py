@@ -13,12 +13,18 @@ from typing import Any
 
 from lxml import etree
 
-from data_pipelines.build.files import FileEntry, NoFile, file_entries, read
+from data_pipelines.build.files import FileEntry, FileRefused, file_entries, read
 from data_pipelines.build.html_addresses import NO_ADDRESS, read_address
 from data_pipelines.build.html_walk import HtmlPage, PageImage, TooDeep, walk
-from data_pipelines.build.images import ImageRules, Unfit
+from data_pipelines.build.images import ImageRules, UnusableImage
 from data_pipelines.build.interleaved import PAGES_RULES, ImageRef, make_page
-from data_pipelines.build.source import DEFAULT_SHARES, Converted, DroppedRecord, Shares, record_id
+from data_pipelines.build.source import (
+    DEFAULT_SHARES,
+    Converted,
+    DroppedRecord,
+    SplitFractions,
+    record_id,
+)
 
 SUFFIXES = {".html", ".htm", ".xhtml", ".xht"}
 MAX_PAGE = 32 << 20
@@ -38,7 +44,7 @@ class HtmlPages:
     """
 
     folders: tuple[str, ...]
-    shares: Shares = DEFAULT_SHARES
+    shares: SplitFractions = DEFAULT_SHARES
     rules: ImageRules = PAGES_RULES
     alt_text: bool = False
 
@@ -65,7 +71,7 @@ class HtmlPages:
         root, name = pathlib.Path(entry.folder), entry.name
         try:
             page = _walked(root / name)
-        except NoFile as error:
+        except FileRefused as error:
             return [DroppedRecord(str(error))]
         page_id = record_id(self.folders, root, name)
         items = self._items(root, root / name, page)
@@ -98,17 +104,17 @@ class HtmlPages:
 
 
 def _walked(file: pathlib.Path) -> HtmlPage:
-    """Parses an HTML file; raises NoFile with the reason where it cannot be read."""
+    """Parses an HTML file; raises FileRefused with the reason where it cannot be read."""
     data = read(file, MAX_PAGE, TOO_LARGE)
     try:
         return walk(data)
     except TooDeep as error:
-        raise NoFile(TOO_DEEP) from error
+        raise FileRefused(TOO_DEEP) from error
     except LookupError as error:
-        raise NoFile(NOT_DECODED) from error
+        raise FileRefused(NOT_DECODED) from error
     except (ValueError, etree.LxmlError) as error:
-        raise NoFile(UNREADABLE_PAGE) from error
+        raise FileRefused(UNREADABLE_PAGE) from error
 
 
 def _refuse(reason: str) -> bytes:
-    raise Unfit(reason)
+    raise UnusableImage(reason)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from data_pipelines.build.captioned_folder import CaptionedFolder, Unusable
 from data_pipelines.build.files import read
-from data_pipelines.build.images import ANY_IMAGE, ImageRules, Unfit
+from data_pipelines.build.images import ANY_IMAGE, ImageRules, UnusableImage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,5 +37,5 @@ class ImageFolder(CaptionedFolder):
         """Reads an image as a record's fields, and no warnings; raises Unusable."""
         try:
             return {"image": self.rules.store(read(file))}, ()
-        except Unfit as error:
+        except UnusableImage as error:
             raise Unusable(str(error)) from error

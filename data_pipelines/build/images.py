@@ -19,7 +19,7 @@ SINGLE_COLOUR = 8
 UNREADABLE = "unreadable"
 
 
-class Unfit(ValueError):
+class UnusableImage(ValueError):
     """Raised for an image that is not used; the message is the reason, as it is counted."""
 
 
@@ -45,18 +45,18 @@ class ImageRules:
         encoded again: lossless formats as PNG, lossy and shrunk ones as JPEG. Damaged metadata
         is removed.
 
-        Raises: Unfit with the reason where the image is outside the limits or unreadable.
+        Raises: UnusableImage with the reason where the image is outside the limits or unreadable.
         """
         try:
             return self._store(data)
-        except Unfit as error:
+        except UnusableImage as error:
             bare = without_metadata(data) if str(error) == UNREADABLE else None
             if bare is None:
                 raise
         return self._store(bare)
 
     def _store(self, data: bytes) -> bytes:
-        """Checks, decodes and, where needed, encodes an image again; raises Unfit."""
+        """Checks, decodes and, where needed, encodes an image again; raises UnusableImage."""
         try:
             with Image.open(io.BytesIO(data)) as header:
                 self._check(*header.size)
@@ -71,14 +71,14 @@ class ImageRules:
                 lossless = header.format in LOSSLESS
                 longer, shorter = max(header.size), min(header.size)
             pixels = images.decode(data, longer, max_pixels=self.max_pixels, strict=True)
-        except Unfit:
+        except UnusableImage:
             raise
         except Image.DecompressionBombError as error:
-            raise Unfit("too many pixels") from error
+            raise UnusableImage("too many pixels") from error
         except Exception as error:  # PIL's readers raise whatever they stumble on.
-            raise Unfit(UNREADABLE) from error
+            raise UnusableImage(UNREADABLE) from error
         if (np.ptp(pixels, axis=(0, 1)) < SINGLE_COLOUR).all():
-            raise Unfit("single colour")
+            raise UnusableImage("single colour")
         if 0 < self.short_side < shorter:
             return encode(shrink(pixels, self.short_side), "JPEG")
         return data if as_is else encode(pixels, "PNG" if lossless else "JPEG")
@@ -86,11 +86,11 @@ class ImageRules:
     def _check(self, width: int, height: int) -> None:
         """Checks an image's size, before it is decoded."""
         if width * height > self.max_pixels:
-            raise Unfit("too many pixels")
+            raise UnusableImage("too many pixels")
         if min(width, height) < self.min_side:
-            raise Unfit(f"smaller than {self.min_side} pixels")
+            raise UnusableImage(f"smaller than {self.min_side} pixels")
         if max(width, height) > self.max_aspect * min(width, height):
-            raise Unfit(f"aspect over {self.max_aspect:g}")
+            raise UnusableImage(f"aspect over {self.max_aspect:g}")
 
 
 ANY_IMAGE = ImageRules()

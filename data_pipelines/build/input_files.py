@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from data_pipelines.build import files
 from data_pipelines.build.byte_ranges import ByteRange, why
-from data_pipelines.build.images import Unfit
+from data_pipelines.build.images import UnusableImage
 from data_pipelines.build.tar_samples import IMAGE_ENDINGS, TarSample, samples
 from data_pipelines.build.tars import SUFFIXES, compressed_with
 from data_pipelines.build.text_files import decode, parsed
@@ -62,7 +62,7 @@ def files_in(inputs: Sequence[str], suffixes: Sequence[str], what: str) -> list[
 
 
 def read_named(folders: Sequence[str], name: str) -> bytes:
-    """Reads a file by name from the first of the folders that has it; raises Unfit."""
+    """Reads a file by name from the first of the folders that has it; raises UnusableImage."""
     return files.read(files.find(folders, name))
 
 
@@ -139,18 +139,18 @@ def reader(
     folders: Sequence[str], name: object, downloaded: ByteRange | None
 ) -> Callable[[], bytes]:
     """Returns a function that reads an image: the one downloaded from its URL, or else the
-    file of that name below the folders. The function raises Unfit.
+    file of that name below the folders. The function raises UnusableImage.
     """
 
     def read() -> bytes:
         if downloaded is None and isinstance(name, str) and name:
             return read_named(folders, name)
         if downloaded is None:
-            raise Unfit(files.MISSING)
+            raise UnusableImage(files.MISSING)
         try:
             return downloaded.read()
         except OSError as error:
-            raise Unfit(why(error)) from error
+            raise UnusableImage(why(error)) from error
 
     return read
 

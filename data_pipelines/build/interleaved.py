@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable
 
-from data_pipelines.build.images import ImageRules, Unfit
+from data_pipelines.build.images import ImageRules, UnusableImage
 from data_pipelines.build.source import Converted, DroppedRecord, SplitRecord
 
 PAGES_RULES = ImageRules(min_side=64, max_aspect=3.0)
@@ -25,7 +25,7 @@ class Verbatim(str):
 class ImageRef:
     """A reference to an image in a document.
 
-    read: returns its bytes; raises Unfit.
+    read: returns its bytes; raises UnusableImage.
     after: text to add after the image, if it is used.
     others: alternatives to `read`, tried in order until one gives a usable image.
     """
@@ -35,14 +35,14 @@ class ImageRef:
     others: tuple[Callable[[], bytes], ...] = ()
 
     def stored(self, rules: ImageRules) -> bytes:
-        """Reads the image as it is stored; raises Unfit with the reason of the first
+        """Reads the image as it is stored; raises UnusableImage with the reason of the first
         candidate.
         """
         reasons = []
         for read in (self.read, *self.others):
             try:
                 return rules.store(read())
-            except Unfit as error:
+            except UnusableImage as error:
                 reasons.append(error)
         raise reasons[0]
 
@@ -65,11 +65,11 @@ def make_page(
         try:
             image = item.stored(rules) if len(images) < MAX_IMAGES else b""
             if not image or size + len(image) > MAX_BYTES:
-                raise Unfit(BEYOND)
+                raise UnusableImage(BEYOND)
             images.append(image)
             size += len(image)
             pieces.append([item.after])
-        except Unfit as error:
+        except UnusableImage as error:
             unfit.append(str(error))
     texts = [joined(parts) for parts in pieces]
     if not images:

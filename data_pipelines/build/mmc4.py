@@ -25,7 +25,7 @@ import numpy as np
 from data_pipelines.build.byte_ranges import ByteRange, why
 from data_pipelines.build.captions import is_missing, why_no_text
 from data_pipelines.build.files import existing_folder
-from data_pipelines.build.images import ImageRules, Unfit
+from data_pipelines.build.images import ImageRules, UnusableImage
 from data_pipelines.build.input_files import (
     InputFile,
     address_key,
@@ -39,7 +39,7 @@ from data_pipelines.build.source import (
     DEFAULT_SHARES,
     Converted,
     DroppedRecord,
-    Shares,
+    SplitFractions,
     Stream,
     record_id,
 )
@@ -101,7 +101,7 @@ class Mmc4:
 
     inputs: tuple[str, ...]
     images: tuple[str, ...] = ()
-    shares: Shares = DEFAULT_SHARES
+    shares: SplitFractions = DEFAULT_SHARES
     rules: ImageRules = PAGES_RULES
     min_similarity: float = 0.0
 
@@ -234,7 +234,7 @@ def _reader(
         try:
             return base64.b64decode(written[1] if written else within.rpartition(",")[2])
         except ValueError as error:
-            raise Unfit("unreadable") from error
+            raise UnusableImage("unreadable") from error
 
     return read
 

@@ -30,7 +30,7 @@ from data_pipelines.build.source import (
     DEFAULT_SHARES,
     Converted,
     DroppedRecord,
-    Shares,
+    SplitFractions,
     Stream,
     record_id,
 )
@@ -78,7 +78,7 @@ class Obelics:
 
     inputs: tuple[str, ...]
     images: tuple[str, ...] = ()
-    shares: Shares = DEFAULT_SHARES
+    shares: SplitFractions = DEFAULT_SHARES
     rules: ImageRules = PAGES_RULES
 
     @property

@@ -16,12 +16,12 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from data_pipelines.build.files import FileEntry, NoFile, file_entries, read
+from data_pipelines.build.files import FileEntry, FileRefused, file_entries, read
 from data_pipelines.build.source import (
     DEFAULT_SHARES,
     Converted,
     DroppedRecord,
-    Shares,
+    SplitFractions,
     SplitRecord,
     record_id,
 )
@@ -47,7 +47,7 @@ class PlainText:
     """
 
     folders: tuple[str, ...]
-    shares: Shares = DEFAULT_SHARES
+    shares: SplitFractions = DEFAULT_SHARES
     document_characters: int = 4_000
 
     @property
@@ -85,7 +85,7 @@ class PlainText:
         try:
             text = decode(read(folder / name, MAX_BYTES, TOO_LARGE))
             text.encode()
-        except NoFile as error:
+        except FileRefused as error:
             return [DroppedRecord(str(error))]
         except UnicodeError:
             return [DroppedRecord("not UTF-8")]
@@ -108,7 +108,7 @@ class PlainText:
         return self.shares.validation, self.shares.test
 
 
-def stretches(count: int, shares: Shares, key: str) -> list[str | None] | None:
+def stretches(count: int, shares: SplitFractions, key: str) -> list[str | None] | None:
     """Chooses the splits of a file's `count` documents: contiguous parts, with None for a
     document at a border, which is dropped.
 

@@ -17,14 +17,14 @@ from typing import Any
 
 from data_pipelines.build.captioned_folder import Unusable
 from data_pipelines.build.captions import Texts, caption_file, file_name, is_missing, read_texts
-from data_pipelines.build.files import NameResolver, NoFile, existing_folder, find, walk
+from data_pipelines.build.files import FileRefused, NameResolver, existing_folder, find, walk
 from data_pipelines.build.image_folder import ImageFolder
 from data_pipelines.build.images import ANY_IMAGE, ImageRules
 from data_pipelines.build.source import (
     DEFAULT_SHARES,
     Converted,
     DroppedRecord,
-    Shares,
+    SplitFractions,
     SplitRecord,
     record_id,
 )
@@ -87,7 +87,7 @@ class QuestionsFolder:
     """
 
     folders: tuple[str, ...]
-    shares: Shares = DEFAULT_SHARES
+    shares: SplitFractions = DEFAULT_SHARES
     file: str | None = None
     rules: ImageRules = ANY_IMAGE
     fps: float = VideoFolder.fps
@@ -117,7 +117,7 @@ class QuestionsFolder:
         folder = pathlib.Path(entry.folder)
         try:
             file = find((folder,), entry.name, self.folders)
-        except NoFile as error:
+        except FileRefused as error:
             return entry.all_dropped(str(error))
         if not entry.questions:
             return [DroppedRecord(NO_QUESTION)]

@@ -85,7 +85,7 @@ class Source(Protocol):
         """
 
     @property
-    def shares(self) -> "Shares | None":
+    def shares(self) -> "SplitFractions | None":
         """Returns the fractions of the splits; None where the source has its own splits."""
 
     def entries(self) -> "Sequence[Any] | Stream[Any]":
@@ -104,14 +104,14 @@ class Source(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Shares:
+class SplitFractions:
     """Fractions of the records in the validation and test splits; the rest is for training."""
 
     validation: float = 0.1
     test: float = 0.0
 
     @classmethod
-    def whole(cls, split: str) -> "Shares":
+    def whole(cls, split: str) -> "SplitFractions":
         """Puts all records into one split, for a source that is an official split already."""
         return cls(float(split == VALIDATION), float(split == TEST))
 
@@ -135,7 +135,7 @@ class Shares:
         return [split for split in self.wanted() if split not in splits]
 
 
-DEFAULT_SHARES = Shares()
+DEFAULT_SHARES = SplitFractions()
 
 
 def record_id(folders: Sequence[str], folder: pathlib.Path, name: str) -> str:

@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-from data_pipelines.build.source import DEFAULT_SHARES, Shares, Source
+from data_pipelines.build.source import DEFAULT_SHARES, Source, SplitFractions
 from data_pipelines.features import SPLITS
 from flamingo_jax.errors import UserError
 
@@ -129,14 +129,14 @@ class Values:
         wanted = {name: name for name in names} | renamed
         return {to: self.given[name] for to, name in wanted.items() if name in self.given}
 
-    def shares(self) -> Shares:
+    def shares(self) -> SplitFractions:
         """Makes the fractions of the splits; raises UserError for contradicting options."""
         if self["split"] is not None:
             if other := sorted(set(self.given) & set(_SPLITS) - {"split"}):
                 raise UserError(
                     f"--split={self['split']} takes all records: leave out --{other[0]}"
                 )
-            return Shares.whole(self["split"])
+            return SplitFractions.whole(self["split"])
         test, validation = self["test_share"], self["validation_share"]
         if validation is None:
             validation = 0.0 if test == 1 else DEFAULT_SHARES.validation
@@ -145,7 +145,7 @@ class Values:
                 f"--validation_share={validation} and --test_share={test} are more than all"
                 " records: mend them to 1 or less together"
             )
-        return Shares(validation, test)
+        return SplitFractions(validation, test)
 
 
 def _image_folder(values: Values) -> Source:

@@ -22,12 +22,12 @@ import numpy as np
 
 from data_pipelines.build.captions import NO_CAPTION, Texts, why_no_text
 from data_pipelines.build.files import FILLERS
-from data_pipelines.build.images import ANY_IMAGE, ImageRules, Unfit
+from data_pipelines.build.images import ANY_IMAGE, ImageRules, UnusableImage
 from data_pipelines.build.source import (
     DEFAULT_SHARES,
     Converted,
     DroppedRecord,
-    Shares,
+    SplitFractions,
     SplitRecord,
     Stream,
 )
@@ -99,7 +99,7 @@ class Tfds:
     """
 
     name: str
-    shares_if_one: Shares = DEFAULT_SHARES
+    fractions_if_one_split: SplitFractions = DEFAULT_SHARES
     fields: tuple[tuple[str, str], ...] = ()
     as_kind: str | None = None
     rules: ImageRules = ANY_IMAGE
@@ -118,14 +118,14 @@ class Tfds:
         return {"source": type(self).__name__, **dataclasses.asdict(self)}
 
     @property
-    def shares(self) -> Shares | None:
-        return self.shares_if_one if len(self._splits) == 1 else None
+    def shares(self) -> SplitFractions | None:
+        return self.fractions_if_one_split if len(self._splits) == 1 else None
 
     def entries(self) -> Stream[TfdsRecordRef]:
         """Lists the records of all splits, and warns of splits that are left out."""
         builder = _builder(self.name)
         splits = self._splits
-        whole = Shares.whole(splits[0])
+        whole = SplitFractions.whole(splits[0])
         if splits[0] in (VALIDATION, TEST) and self.shares not in (None, whole):
             logging.warning(
                 "%s has the split %s alone, which is dealt to all splits: --split=%s keeps it"
@@ -175,7 +175,7 @@ class Tfds:
                 if field not in ("image", "frames", "id")
             }
             name = "".join(self._texts(record, features["id"]).kept[:1]) if "id" in features else ""
-        except Unfit as error:
+        except UnusableImage as error:
             return [DroppedRecord(str(error))]
         except (KeyError, TypeError, ValueError):
             return [DroppedRecord("record of another form")]
@@ -188,7 +188,7 @@ class Tfds:
             if kind != "questions"
             else hashlib.blake2b(shown[0], digest_size=16).hexdigest()
         )
-        split = entry.target or self.shares_if_one.split(dealt)
+        split = entry.target or self.fractions_if_one_split.split(dealt)
         texts = {field: list(found.kept) for field, found in found_texts.items()}
         field = "answers" if kind == "questions" else "captions"
         lost = found_texts[field].lost

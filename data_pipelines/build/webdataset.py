@@ -12,13 +12,13 @@ from typing import Any
 
 from data_pipelines.build.byte_ranges import ByteRange, why
 from data_pipelines.build.captions import NO_CAPTION, Texts, read_texts
-from data_pipelines.build.images import ANY_IMAGE, ImageRules, Unfit
+from data_pipelines.build.images import ANY_IMAGE, ImageRules, UnusableImage
 from data_pipelines.build.input_files import files_in
 from data_pipelines.build.source import (
     DEFAULT_SHARES,
     Converted,
     DroppedRecord,
-    Shares,
+    SplitFractions,
     SplitRecord,
     record_id,
 )
@@ -62,7 +62,7 @@ class WebDataset:
     """
 
     inputs: tuple[str, ...]
-    shares: Shares = DEFAULT_SHARES
+    shares: SplitFractions = DEFAULT_SHARES
     rules: ImageRules = ANY_IMAGE
 
     @property
@@ -114,7 +114,7 @@ class WebDataset:
             if not captions:
                 return [DroppedRecord(NO_CAPTION, others, lost)]
             image = self.rules.store(files[entry.image])
-        except (Unfit, NotUtf8) as error:
+        except (UnusableImage, NotUtf8) as error:
             return [DroppedRecord(str(error), others)]
         except OSError as error:
             return [DroppedRecord(why(error), others)]

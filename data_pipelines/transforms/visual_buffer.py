@@ -60,7 +60,7 @@ class VisualBuffer:
       where the batch has no colour jitter.
     """
 
-    canvas: FrameFormat
+    frame_format: FrameFormat
     blank: Buffer
     written: np.ndarray
     lost: np.ndarray
@@ -68,12 +68,14 @@ class VisualBuffer:
 
     @classmethod
     def make(
-        cls, canvas: FrameFormat, blanks: BufferPool, visuals: int, frames: int, jitters: bool
+        cls, frame_format: FrameFormat, pool: BufferPool, visuals: int, frames: int, jitters: bool
     ) -> "VisualBuffer":
-        blank = blanks.take((visuals, frames, *canvas.blank.shape), canvas.blank.dtype, leading=2)
+        blank = pool.take(
+            (visuals, frames, *frame_format.blank.shape), frame_format.blank.dtype, leading=2
+        )
         jitter = np.zeros((visuals, frames, len(FIELDS)), np.float32) if jitters else None
         return cls(
-            canvas, blank, np.zeros((visuals, frames), bool), np.zeros(visuals, bool), jitter
+            frame_format, blank, np.zeros((visuals, frames), bool), np.zeros(visuals, bool), jitter
         )
 
     def put(
@@ -85,9 +87,9 @@ class VisualBuffer:
         if self.jitter is not None and augmentation is not None and augmentation.colour is not None:
             self.jitter[place, frame] = *augmentation.colour, *pixels.shape[:2]
         self.written[place, frame] = True
-        self.canvas.put(pixels, self.blank.array[place, frame])
+        self.frame_format.put(pixels, self.blank.array[place, frame])
 
-    def finish(self, blanks: BufferPool) -> Arrays:
+    def finish(self, pool: BufferPool) -> Arrays:
         """Returns the batch's arrays, after all frames have been put.
 
         Returns: the visuals ([M, T, ...], zero where there is no frame or one of the visual's
@@ -96,7 +98,7 @@ class VisualBuffer:
         """
         mask = self.written & ~self.lost[:, None]
         arrays = {
-            self.canvas.name: blanks.finish(self.blank, self.written, mask),
+            self.frame_format.name: pool.finish(self.blank, self.written, mask),
             "frame_mask": mask,
         }
         if self.jitter is not None:

@@ -241,7 +241,7 @@ class Checkpoints:
         """
         self.wait()
         self._require_verified(step)
-        return renamed.modernised("Checkpoint", self._contents(step)["extra"])
+        return renamed.with_new_names("Checkpoint", self._contents(step)["extra"])
 
     def wait(self) -> None:
         """Waits until the save in flight, if any, is complete, its manifest included. Raises

@@ -78,28 +78,28 @@ class TensorLayout(NamedTuple):
 
     stored: tuple[int, ...]
     split: tuple[int, ...]
-    picked: tuple[slice | int, ...]
+    pick_index: tuple[slice | int, ...]
     order: tuple[int, ...]
     merged: bool
 
     @property
-    def turn(self) -> int | None:
+    def moved_axes(self) -> int | None:
         """Returns n if the parameter is the tensor with its first n axes moved to the end,
         which is a matrix transpose after reshaping (0: no change); None for any other
         permutation.
         """
         count = len(self.order)
-        turn = self.order[0] if count else 0
+        moved_axes = self.order[0] if count else 0
         return (
-            turn
+            moved_axes
             if not self.merged
-            and self.order == tuple((turn + place) % count for place in range(count))
+            and self.order == tuple((moved_axes + place) % count for place in range(count))
             else None
         )
 
     def pick(self, array: np.ndarray) -> np.ndarray:
         """Applies `pick` to an array of shape `split`."""
-        return array[self.picked] if self.picked else array
+        return array[self.pick_index] if self.pick_index else array
 
 
 def read_headers(files: Iterable[pathlib.Path]) -> dict[str, StoredTensor]:

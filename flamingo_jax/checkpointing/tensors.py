@@ -192,15 +192,15 @@ class HostBuffer:
         places: Slices,
         rows: np.ndarray,
         order: tuple[int, ...],
-        turn: int | None,
+        moved_axes: int | None,
     ) -> None:
         """Writes `rows`, transposed by `order`, into the slices `places` of a layer. turn: see
         `TensorLayout`.
         """
         index: Any = (*layer, *places, ...)
         target = self.buffer[index]
-        if turn:
-            matrix = rows.reshape(math.prod(rows.shape[:turn]), -1)
+        if moved_axes:
+            matrix = rows.reshape(math.prod(rows.shape[:moved_axes]), -1)
             flat = target.reshape(matrix.shape[::-1])
             if np.may_share_memory(flat, target):
                 _transpose(flat, matrix)
@@ -231,7 +231,7 @@ class DeviceBuffer:
         places: Slices,
         rows: np.ndarray,
         order: tuple[int, ...],
-        turn: int | None,
+        moved_axes: int | None,
     ) -> None:
         """Sends `rows` to the devices and writes them there; arguments as in
         `HostBuffer.put`.
@@ -360,7 +360,7 @@ def _distribute(
         places = [slice(0, other.stop - other.start) for other in shard.slices]
         places[axis] = slice(low - part.start, high - part.start)
         number = tuple(place - part.start for place, part in zip(layer, shard.layers, strict=True))
-        shard.put(number, tuple(places), piece[tuple(cut)], form.order, form.turn)
+        shard.put(number, tuple(places), piece[tuple(cut)], form.order, form.moved_axes)
 
 
 def _sum(
@@ -385,7 +385,7 @@ def _sum(
                 rows = rows[term.first : None if term.taken is None else term.first + term.taken]
             form = layout(term, shape)
             values.append(
-                rows.reshape(form.split)[form.picked].transpose(form.order).reshape(shape)
+                rows.reshape(form.split)[form.pick_index].transpose(form.order).reshape(shape)
             )
         value = (
             values[0] if len(values) == 1 else np.asarray(sum(v.astype(np.float32) for v in values))

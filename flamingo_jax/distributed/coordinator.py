@@ -22,7 +22,7 @@ from flamingo_jax.errors import (
     EXIT_SAVE_FAILED,
 )
 
-SAY_EVERY = 10.0
+LOG_SECONDS = 10.0
 """Seconds between log messages that name the processes that are waited for."""
 CLOCK_SECONDS = 60.0
 """The largest allowed difference between the clocks of two hosts: file times are compared to
@@ -32,11 +32,11 @@ SETTLE_SECONDS = 2.0
 """How long to wait before a failure is taken for the cause: a process may fail because another
 has died, and the message about that may arrive later.
 """
-LOOK_EVERY = 30.0
+SLOW_CHECK_SECONDS = 30.0
 """Seconds between checks for a process that slows the others down."""
 FEWEST_STEPS = 5
 """Steps that all processes must have reported before one of them is called late."""
-HELD_UP = 0.1
+MIN_SLOWDOWN = 0.1
 """The fraction of the time that a process must slow the others down to be named."""
 
 STARTING = "starting"
@@ -265,8 +265,8 @@ class Coordinator:
                 del self._waiting[where]
                 self._finished |= where == END
                 yield present, {"barrier_passed": where}
-            if now - self._looked >= LOOK_EVERY:
-                yield from (([0], {"log": sentence}) for sentence in self._held_up(now))
+            if now - self._looked >= SLOW_CHECK_SECONDS:
+                yield from (([0], {"log": sentence}) for sentence in self._slow_processes(now))
         elif self._stage is not None:
             # Storage check: begin the next stage when all have completed this one.
             if all(peer.probed == STAGES[self._stage] for peer in self._peers.values()):
@@ -288,7 +288,7 @@ class Coordinator:
             else:
                 self._stage = -1
                 yield from self._next_stage(present, now)
-        elif now - self._said >= SAY_EVERY:
+        elif now - self._said >= LOG_SECONDS:
             # Still waiting for processes: log which ones are missing.
             self._said = now
             yield present, {"log": f"waiting for {self._missing()}, for {now - self._began:.0f} s"}
@@ -372,7 +372,7 @@ class Coordinator:
         limited = peer.phase != STARTING or bool(peer.work)
         return limited and now - peer.since > self._timeouts.step
 
-    def _held_up(self, now: float) -> Iterator[str]:
+    def _slow_processes(self, now: float) -> Iterator[str]:
         """Yields a sentence for each process that slows the others down: it waits for its
         data, or reaches its steps later than they do.
         """
@@ -412,7 +412,7 @@ class Coordinator:
                     if len(peers) > 1
                     else 0.0
                 )
-                if shares[peer.index] > max(HELD_UP, 3 * others):
+                if shares[peer.index] > max(MIN_SLOWDOWN, 3 * others):
                     yield (
                         f"{peer} holds the others up: {shares[peer.index]:.0%} of the time"
                         f" it {what}"

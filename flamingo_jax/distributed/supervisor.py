@@ -24,8 +24,8 @@ from collections.abc import Sequence
 
 from flamingo_jax import paths
 from flamingo_jax.distributed.coordinator import (
+    LOG_SECONDS,
     SAVING,
-    SAY_EVERY,
     Coordinator,
     ExitDecision,
     Timeouts,
@@ -255,7 +255,7 @@ class _Supervisor:
                 )
                 self._heard = now
         if self._upstream is None:
-            if now - self._said > SAY_EVERY:
+            if now - self._said > LOG_SECONDS:
                 self._said = now
                 log.info(
                     "waiting for process 0 of %d at %s:%d, for %.0f s",

@@ -32,7 +32,7 @@ STYLE: Any = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
-SHARES = ("recall@", "/top_", "/accuracy@")
+FRACTION_METRICS = ("recall@", "/top_", "/accuracy@")
 """Substrings of the names of evaluators' metrics that are fractions from 0 to 1."""
 LEGEND_CHARACTERS = 76
 """Width of a row of the legend, in characters of names and line samples."""
@@ -44,8 +44,8 @@ def chart(
     *,
     x: str = "",
     y: str = "",
-    whole_numbers: bool = False,
-    doubling: bool = False,
+    integer_ticks: bool = False,
+    log2_x: bool = False,
     percent: bool = False,
 ) -> str:
     """Draws a line chart as an SVG element, with the legend below the axes.
@@ -76,8 +76,8 @@ def chart(
         axes.grid(color=FAINT, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=whole_numbers))
-        if doubling:
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=integer_ticks))
+        if log2_x:
             axes.set_xscale("log", base=2)
             ticks = sorted({place for places, _ in series.values() for place in places})
             axes.set_xticks(ticks, map(str, ticks))
@@ -123,7 +123,7 @@ def training_charts(stage: str, measured: Sequence[Mapping[str, Any]]) -> list[s
         labels = {name: _held_out_label(name) for name in held_out}
         y = "loss a token" if any("per_token" in name for name in held_out) else "loss"
         charts.append(chart(f"{stage}: held-out loss", _renamed(held_out, labels), x="step", y=y))
-    shares = _series(measured, [n for n in names if any(mark in n for mark in SHARES)])
+    shares = _series(measured, [n for n in names if any(mark in n for mark in FRACTION_METRICS)])
     if shares:
         charts.append(chart(f"{stage}: evaluators", shares, x="step", percent=True))
     gates = last_gates(measured)
@@ -132,7 +132,7 @@ def training_charts(stage: str, measured: Sequence[Mapping[str, Any]]) -> list[s
             name: (range(1, len(values) + 1), values) for name, values in gates.items()
         }
         title = f"{stage}: how far the gates are open"
-        charts.append(chart(title, lines, x="gated block", y="tanh(gate)", whole_numbers=True))
+        charts.append(chart(title, lines, x="gated block", y="tanh(gate)", integer_ticks=True))
     return charts
 
 

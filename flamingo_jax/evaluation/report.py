@@ -70,7 +70,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     charts = [
-        chart(name, series, x="shots", percent=True, doubling=True)
+        chart(name, series, x="shots", percent=True, log2_x=True)
         for name, series in (lines or {}).items()
     ]
     for stage, measured in training.items():

@@ -106,7 +106,7 @@ def write_slots(cached: Array, new: Array, positions: Array) -> Array:
     return cached.at[row, positions].set(new.astype(cached.dtype), mode="drop")
 
 
-class Shared(NamedTuple):
+class SharedCache(NamedTuple):
     """A cache array without a batch axis: the same for every row, and never updated."""
 
     value: Array
@@ -124,18 +124,18 @@ class Cache(NamedTuple):
 
     key: Array
     value: Array
-    distances: Shared | None = None
+    distances: SharedCache | None = None
 
 
 def map_cache(change: Callable[..., Array], cache: Any, *others: Any) -> Any:
     """Applies `change` to every array of a cache that has a batch axis, as `jax.tree.map`
-    does; `Shared` arrays stay as they are.
+    does; `SharedCache` arrays stay as they are.
 
     others: caches of the same structure, whose arrays `change` gets as further arguments.
     """
 
     def is_shared(leaf: Any) -> bool:
-        return isinstance(leaf, Shared)
+        return isinstance(leaf, SharedCache)
 
     return jax.tree.map(
         lambda a, *b: a if is_shared(a) else change(a, *b), cache, *others, is_leaf=is_shared

@@ -153,11 +153,11 @@ class CrossAttentionBlock(nnx.Module):
         if self.feed_forward is None or self.dense_norm is None:
             return y
         h = all_gather(self.dense_norm(y))
-        return residual(y + reduce_scatter(self.feed_forward(h, _opened(self.dense_gate))))
+        return residual(y + reduce_scatter(self.feed_forward(h, _tanh_gate(self.dense_gate))))
 
     def _gated_out(self, h: Array) -> Array:
         """Maps heads back to the model width and applies the gate: [..., H, d] -> [..., D]."""
-        gate = _opened(self.attention_gate)
+        gate = _tanh_gate(self.attention_gate)
         weight = self.out[...]
         return linear(h, weight, 2) if gate is None else gated_linear(h, weight, gate, 2)
 
@@ -167,7 +167,7 @@ def make_gate(config: ConditioningConfig) -> nnx.Param | None:
     return nnx.Param(jnp.full((), config.gate_init)) if config.gating == "tanh" else None
 
 
-def _opened(gate: nnx.Param | None) -> Array | None:
+def _tanh_gate(gate: nnx.Param | None) -> Array | None:
     """Returns tanh(gate), in -1 .. 1; None without a gate."""
     return None if gate is None else jnp.tanh(gate[...])
 
@@ -312,7 +312,7 @@ class ConditionedLayers:
         carry = (x, *(cache or (None, None)))
         given = (jnp.arange(self.count), self.blocks, media)
         if self.config.kind == "grafting":
-            carry = self._plain(carry, 0, self.depth)
+            carry = self._run_layers(carry, 0, self.depth)
             carry, _ = jax.lax.scan(self._graft_step, carry, (self.grafted, *given))
         else:
             carry = self._interleaved(carry, given)
@@ -324,7 +324,7 @@ class ConditionedLayers:
         layers.
         """
         first, every = self.config.xattn_first, self.config.xattn_every
-        carry = self._plain(carry, 0, first)
+        carry = self._run_layers(carry, 0, first)
         groups, rest = divmod(self.depth - first, every)
         if groups:
             starts = first + jnp.arange(groups) * every
@@ -346,12 +346,12 @@ class ConditionedLayers:
         first, *conditioned = inputs
         if self.config.kind == "vanilla_xattn":
             carry, _ = self._step(carry, first, *conditioned)
-            return self._plain(carry, first + 1, count - 1), None
+            return self._run_layers(carry, first + 1, count - 1), None
         x, text, windows = carry
         x, windows = self._run_block(x, windows, *conditioned)
-        return self._plain((x, text, windows), first, count), None
+        return self._run_layers((x, text, windows), first, count), None
 
-    def _plain(self, carry: Any, first: Any, count: int) -> Any:
+    def _run_layers(self, carry: Any, first: Any, count: int) -> Any:
         """Runs `count` layers from number `first` on, without a block."""
         if count <= 1:
             return self._step(carry, jnp.int32(first))[0] if count else carry
@@ -363,8 +363,10 @@ class ConditionedLayers:
         parameters and media of a block between its halves, if there is one.
         """
         x, text, windows = carry
-        x, new, windows = self._run_layer(x, _take(text, place), windows, place, *conditioned)
-        return (x, _put(text, new, place), windows), None
+        x, new, windows = self._run_layer(
+            x, _index_layer(text, place), windows, place, *conditioned
+        )
+        return (x, _write_layer(text, new, place), windows), None
 
     def _graft_step(self, carry: Any, inputs: Any) -> tuple[Any, None]:
         """Runs one block and one grafted layer, whose cache follows the language model's."""
@@ -372,8 +374,8 @@ class ConditionedLayers:
         x, text, windows = carry
         behind = self.depth + place
         x, windows = self._run_block(x, windows, place, *conditioned)
-        x, new = self._run_grafted(x, _take(text, behind), layer)
-        return (x, _put(text, new, behind), windows), None
+        x, new = self._run_grafted(x, _index_layer(text, behind), layer)
+        return (x, _write_layer(text, new, behind), windows), None
 
     def _layer(
         self, x: Array, cache: Any, windows: Any, place: Array, *conditioned: Any
@@ -383,7 +385,7 @@ class ConditionedLayers:
         """
         # The layer's weights are indexed inside the rematerialised function: outside it, the
         # backward pass would save a copy of every layer's weights.
-        layer = nnx.merge(self.layers_graph, _take(self.layers, place))
+        layer = nnx.merge(self.layers_graph, _index_layer(self.layers, place))
 
         def between(x: Array) -> Array:
             nonlocal windows
@@ -398,20 +400,20 @@ class ConditionedLayers:
     ) -> tuple[Array, Any]:
         """Runs the block of number `place`, whose parameters are `block`, on x."""
         block = nnx.merge(self.blocks_graph, block)
-        x, new = self.read_visuals(block, x, media, _take(windows, place))
-        return x, _put(windows, new, place)
+        x, new = self.read_visuals(block, x, media, _index_layer(windows, place))
+        return x, _write_layer(windows, new, place)
 
     def _grafted(self, x: Array, cache: Any, layer: Any) -> tuple[Array, Any]:
         """Runs the grafted layer whose parameters are `layer` on x."""
         return self.read_text(nnx.merge(self.grafted_graph, layer), x, cache, None)
 
 
-def _take(tree: Any, place: Array) -> Any:
+def _index_layer(tree: Any, place: Array) -> Any:
     """Indexes one layer of a stack: leaves [layers, ...] -> [...]."""
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, place, 0, keepdims=False), tree)
 
 
-def _put(cache: Any, new: Any, place: Array) -> Any:
+def _write_layer(cache: Any, new: Any, place: Array) -> Any:
     """Writes one layer's cache into a stack's, leaves [layers, ...]; shared arrays stay."""
 
     def put(whole: Array, part: Array) -> Array:

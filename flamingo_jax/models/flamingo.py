@@ -321,7 +321,7 @@ class Flamingo(nnx.Module):
         return constrain(self.language_model.logits(x), ROWS, None, MODEL), self._extra_logits(x)
 
     def init_cache(self, batch: int, max_length: int) -> DecodingCache:
-        """Allocates a decoding cache; every array but `Shared` ones has the batch as axis 1."""
+        """Allocates a decoding cache; axis 1 of all arrays but `SharedCache` is the batch."""
         cache = self.language_model.init_cache(batch, max_length)
         if self.grafted is not None:
             # The grafted layers' caches follow the language model's on the layer axis.

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from flamingo_jax.experiment import LanguageModelConfig
-from flamingo_jax.models.attention import Cache, Shared
+from flamingo_jax.models.attention import Cache, SharedCache
 from flamingo_jax.models.decoder import DecoderLayer
 from flamingo_jax.models.language_model_config import LoRAConfig
 from flamingo_jax.models.layers import (
@@ -48,7 +48,7 @@ def empty_cache(
     heads = attention.kv_heads or attention.heads
     empty = jnp.zeros((count, batch, max_length, heads, attention.head_width), dtype)
     distances = layers.attention.positions.cached_distances(layers.attention, max_length, dtype)
-    return Cache(empty, empty, None if distances is None else Shared(distances))
+    return Cache(empty, empty, None if distances is None else SharedCache(distances))
 
 
 class LanguageModel(nnx.Module):

@@ -7,7 +7,14 @@ Every family that can be loaded (`flamingo_jax.interop.families`) is a setting o
 import dataclasses
 from typing import Literal
 
-from flamingo_jax.ranges import AboveZero, Count, NotNegative, Positive, Several, Shrinking
+from flamingo_jax.ranges import (
+    AboveZero,
+    AtLeastTwo,
+    Count,
+    NotNegative,
+    Positive,
+    PositiveFraction,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +68,7 @@ class PositionsConfig:
     """rotary: the base of the frequencies (rope_theta); the longest wavelength is about 2 pi
     times this many positions.
     """
-    fraction: Shrinking = 1.0
+    fraction: PositiveFraction = 1.0
     """rotary: the share of each head's width that is rotated, from its first value on
     (GPT-NeoX).
     """
@@ -69,7 +76,7 @@ class PositionsConfig:
     """rotary: scaling of the frequencies, for a model whose context was extended."""
     slope_range: AboveZero = 8.0
     """alibi: the smallest slope of a head is 2 to the minus this (MPT's alibi_bias_max)."""
-    max_length: Several = 2048
+    max_length: AtLeastTwo = 2048
     """learned: the size of the position table; no text can be longer."""
 
 

@@ -16,7 +16,7 @@ from flamingo_jax.models.layers import remat
 from flamingo_jax.models.nfnet import NFNet
 from flamingo_jax.models.packing import Parts, join, shapes_of, split
 from flamingo_jax.models.vit import ViT
-from flamingo_jax.partitioning.constraints import constrain, everywhere, shards
+from flamingo_jax.partitioning.constraints import constrain, shard_over_all_devices, shards
 from flamingo_jax.partitioning.mesh import AXES, MODEL, ROWS
 from flamingo_jax.processing.normalise import normalise
 
@@ -96,6 +96,6 @@ def _encode(encoder: VisionEncoder, config: VisionConfig, dtype: DTypeLike, fram
     """Encodes frames uint8 [G, F, H, W, 3] -> [G, F, cells, C], data-parallel over all
     devices.
     """
-    images = everywhere(frames.reshape(-1, *frames.shape[2:]))
-    features = everywhere(encoder(normalise(images, config.mean, config.std, dtype)))
+    images = shard_over_all_devices(frames.reshape(-1, *frames.shape[2:]))
+    features = shard_over_all_devices(encoder(normalise(images, config.mean, config.std, dtype)))
     return features.reshape(*frames.shape[:2], -1, features.shape[-1])

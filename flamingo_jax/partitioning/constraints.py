@@ -114,6 +114,6 @@ reduce_scatter.defvjp(
 )
 
 
-def everywhere(x: Array) -> Array:
+def shard_over_all_devices(x: Array) -> Array:
     """Shards the first axis over all devices, for the data-parallel vision encoder."""
     return constrain(x, AXES)

@@ -16,9 +16,9 @@ from flamingo_jax.partitioning.rules import trainable_names
 from flamingo_jax.pytrees import to_flat
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.setup import state_shapes
-from flamingo_jax.weight_parts import meets
+from flamingo_jax.weight_parts import is_multiplied
 
-FLOW = (
+PARTS_IN_ORDER = (
     "vision_encoder",
     "resampler",
     "visual_projection",
@@ -52,14 +52,14 @@ class PartCount(NamedTuple):
 def count_parts(experiment: Experiment) -> dict[str, PartCount]:
     """Counts the parameters of each part of the task's model.
 
-    The parts are the top-level modules, for a Flamingo those of `FLOW` (the larger ones are in
-    the paper's table 5); a language model is one part.
+    The parts are the top-level modules, for a Flamingo those of `PARTS_IN_ORDER` (the
+    larger ones are in the paper's table 5); a language model is one part.
     """
     shapes = parameter_shapes(experiment)
     # The scales of int8 weights do not count as parameters of the model.
-    sizes = {name: math.prod(s.shape) for name, s in shapes.items() if meets(name)}
+    sizes = {name: math.prod(s.shape) for name, s in shapes.items() if is_multiplied(name)}
     trained = trainable_names(experiment.task, sizes, stages.unfrozen(experiment))
-    order = FLOW if experiment.task == "flamingo" else ()
+    order = PARTS_IN_ORDER if experiment.task == "flamingo" else ()
     parts: dict[str, PartCount] = {}
     for name in sorted(sizes, key=lambda name: _place(name, order)):
         part = "language_model" if experiment.task == "language_modelling" else name.split("/")[0]

@@ -21,7 +21,7 @@ from flamingo_jax.processing.video_file import (
     BROKEN,
     DAMAGED,
     VideoError,
-    claimed,
+    declared_duration,
     decoded_frames,
     opened,
 )
@@ -78,14 +78,14 @@ def read_video(
       StorageError: the storage kept failing.
     """
     film = read_with_retries(
-        lambda: _film(path, fps, resize, max_frames, max_pixels), path, LASTING
+        lambda: _read_once(path, fps, resize, max_frames, max_pixels), path, LASTING
     )
     if film.lost:
         logging.warning("%s is damaged: %s", path, ", ".join(dict.fromkeys(film.lost)))
     return film
 
 
-def _film(
+def _read_once(
     path: str | pathlib.Path,
     fps: float,
     resize: Callable[[np.ndarray], np.ndarray],
@@ -181,7 +181,7 @@ def _shown(
     end = clock.last(_seconds(last))
     # A damaged frame leaves a gap in the timestamps, too: do not count it twice.
     lost += [GAP] * (clock.gaps - lost.count(DAMAGED))
-    if BROKEN not in lost and max(end, clock.stamp) + UNSURE < claimed(container, stream):
+    if BROKEN not in lost and max(end, clock.stamp) + UNSURE < declared_duration(container, stream):
         lost.append(BROKEN)
     yield last, end
 

@@ -88,8 +88,8 @@ def opened(
         if len(known) == 1:
             yield container, known[0]
             return
-        index = _film(container, known)
-    # `_film` has read packets, and not every format can seek back: open the file again.
+        index = _choose_stream(container, known)
+    # `_choose_stream` has read packets, and not every format can seek back: open the file again.
     with _container(path) as container:
         stream = container.streams[index]
         assert isinstance(stream, av.VideoStream)
@@ -123,7 +123,7 @@ def _nothing_else(url: str, flags: int, options: dict[str, Any]) -> Any:
     raise PermissionError(f"{url} is not opened: a video is read from its own file alone")
 
 
-def _film(container: av.container.InputContainer, streams: list[av.VideoStream]) -> int:
+def _choose_stream(container: av.container.InputContainer, streams: list[av.VideoStream]) -> int:
     """Chooses among several video streams and returns its index.
 
     Streams with more than one packet come first (a still image has one), then the file's
@@ -193,7 +193,7 @@ def _packets(
     lost.append(BROKEN)
 
 
-def claimed(container: av.container.InputContainer, stream: av.VideoStream) -> float:
+def declared_duration(container: av.container.InputContainer, stream: av.VideoStream) -> float:
     """Returns the duration in seconds that the file's header declares; 0 if none."""
     if container.format.name.split(",")[0] not in HEADED:
         return 0.0

@@ -23,7 +23,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.pytrees import to_flat
 from flamingo_jax.tasks import stages
-from flamingo_jax.weight_parts import is_update, meets, weight_name
+from flamingo_jax.weight_parts import is_multiplied, is_update, weight_name
 
 PEAKS = (
     ("TPU v4", 275e12),
@@ -44,7 +44,7 @@ class Work(NamedTuple):
     """Counts of what is real, not padding, in a batch."""
 
     tokens: int = 0
-    looking_tokens: int = 0
+    xattn_tokens: int = 0
     """Tokens of datasets with visuals, for which cross-attention is computed."""
     visuals: int = 0
     """Pairs in the contrastive stage."""
@@ -55,7 +55,7 @@ class Cost(NamedTuple):
     """FLOPs of an update per unit of each field of `Work`, in the same order."""
 
     token: int = 0
-    looking_token: int = 0
+    xattn_token: int = 0
     visual: int = 0
     frame: int = 0
 
@@ -100,7 +100,7 @@ def step_cost(experiment: Experiment) -> Cost:
         return {
             name: size
             for name, size in sizes.items()
-            if re.fullmatch(f"{prefix}({pattern})", weight_name(name)) and meets(name)
+            if re.fullmatch(f"{prefix}({pattern})", weight_name(name)) and is_multiplied(name)
         }
 
     def weights(pattern: str, prefix: str = "") -> int:

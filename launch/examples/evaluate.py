@@ -33,7 +33,9 @@ def plain(text: str) -> str:
     return " ".join(text.lower().strip(" .").split())
 
 
-def share_right(model: fj.Model, prompts: list[list[Any]], queries: Sequence[Captioned]) -> float:
+def exact_match_rate(
+    model: fj.Model, prompts: list[list[Any]], queries: Sequence[Captioned]
+) -> float:
     """Returns the share of queries whose caption is generated word for word, 0 to 1."""
     answers = model.generate(prompts)
     pairs = zip(answers, queries, strict=True)
@@ -68,7 +70,7 @@ def main() -> None:
     for shots in options.shots:
         drawn = [draw.sample(support, shots) for _ in queries]
         figures = [
-            share_right(
+            exact_match_rate(
                 model,
                 [
                     prompt(some, one.image, options.prompt)

@@ -12,10 +12,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from data_pipelines.build.source import Shares, Source
+from data_pipelines.build.source import Source, SplitFractions
 from data_pipelines.build.writer import write_dataset
 
-ALL_TRAIN = Shares(validation=0.0)
+ALL_TRAIN = SplitFractions(validation=0.0)
 
 
 def colourful(height: int = 80, width: int = 100, seed: int = 0) -> np.ndarray:

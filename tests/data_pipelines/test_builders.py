@@ -18,7 +18,7 @@ from data_pipelines.build.image_folder import ImageFolder
 from data_pipelines.build.plain_text import PlainText, documents
 from data_pipelines.build.questions_folder import QuestionsFolder
 from data_pipelines.build.sentencepiece_trainer import texts_in, train_tokenizer
-from data_pipelines.build.source import Shares
+from data_pipelines.build.source import SplitFractions
 from data_pipelines.build.statistics_table import statistics_table
 from data_pipelines.build.video_folder import VideoFolder
 from data_pipelines.build.writer import ordered_map, write_dataset
@@ -152,7 +152,7 @@ def test_several_folders_make_one_dataset_and_splits_cover_it(tmp_path):
             *({"image": f"{number}.png", "caption": str(number)} for number in range(20)),
         )
     source = ImageFolder(
-        (str(tmp_path / "one"), str(tmp_path / "two")), Shares(validation=0.3, test=0.3)
+        (str(tmp_path / "one"), str(tmp_path / "two")), SplitFractions(validation=0.3, test=0.3)
     )
     with ThreadPoolExecutor(2) as executor:
         statistics, _ = write_dataset(tmp_path / "out", source, executor)
@@ -294,7 +294,8 @@ def test_all_questions_about_an_image_are_in_one_split(tmp_path):
         ),
     )
     statistics, _ = write_dataset(
-        tmp_path / "out", QuestionsFolder((str(tmp_path / "asked"),), Shares(validation=0.3))
+        tmp_path / "out",
+        QuestionsFolder((str(tmp_path / "asked"),), SplitFractions(validation=0.3)),
     )
     about = {
         split: {name.split("#")[0] for name in read(tmp_path / "out", split)}

@@ -14,7 +14,13 @@ from typing import Any
 
 import pytest
 
-from data_pipelines.build.source import Converted, DroppedRecord, Shares, SplitRecord, record_id
+from data_pipelines.build.source import (
+    Converted,
+    DroppedRecord,
+    SplitFractions,
+    SplitRecord,
+    record_id,
+)
 from data_pipelines.build.workers import DIED, WorkerPool
 from data_pipelines.build.writer import write_dataset
 from flamingo_jax import folder_lock
@@ -33,7 +39,12 @@ with lock_folder(pathlib.Path(sys.argv[1]), "a build"):
 class Texts:
     """A source of one text an entry; some entries are faults."""
 
-    kind, about, options, shares = "text", "Texts.", {"source": "Texts"}, Shares(validation=0)
+    kind, about, options, shares = (
+        "text",
+        "Texts.",
+        {"source": "Texts"},
+        SplitFractions(validation=0),
+    )
 
     def __init__(self, *entries: str):
         self._entries = entries
@@ -217,7 +228,7 @@ def test_folders_of_one_name_give_ids_of_their_own(tmp_path: pathlib.Path) -> No
 
 def test_all_records_of_an_official_split_go_there(tmp_path: pathlib.Path) -> None:
     for split in ("train", "validation", "test"):
-        shares = Shares.whole(split)
+        shares = SplitFractions.whole(split)
         assert {shares.split(str(number)) for number in range(200)} == {split}
         assert shares.wanted() == [split]
-    assert Shares(0.3, 0.7).wanted() == ["validation", "test"]
+    assert SplitFractions(0.3, 0.7).wanted() == ["validation", "test"]

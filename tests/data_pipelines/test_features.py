@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from data_pipelines import features
-from data_pipelines.build.source import Converted, DroppedRecord, Shares, SplitRecord
+from data_pipelines.build.source import Converted, DroppedRecord, SplitFractions, SplitRecord
 from data_pipelines.build.writer import write_dataset
 from flamingo_jax.errors import UserError
 
@@ -53,7 +53,7 @@ class Given:
     kind: str
     outcomes: tuple[Converted, ...]
     about: str = "a test"
-    shares: Shares | None = None
+    shares: SplitFractions | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def test_bad_outputs_are_refused(tmp_path):
 
 
 def test_splits_that_get_no_record_are_named(tmp_path, caplog):
-    shares, record = Shares(validation=0.1, test=0.2), RECORDS["text"]
+    shares, record = SplitFractions(validation=0.1, test=0.2), RECORDS["text"]
     with pytest.raises(
         UserError, match=r"no record is left .* to train on \(1 torn, 2 for validation\)"
     ):
@@ -230,7 +230,7 @@ def test_splits_that_get_no_record_are_named(tmp_path, caplog):
 
 
 def test_splits_follow_the_id_alone():
-    shares = Shares(validation=0.2, test=0.1)
+    shares = SplitFractions(validation=0.2, test=0.1)
     splits = [shares.split(f"photo {i}.jpg") for i in range(5_000)]
     assert splits == [shares.split(f"photo {i}.jpg") for i in range(5_000)]
     # Binomial: 4 standard deviations of 5,000 draws.

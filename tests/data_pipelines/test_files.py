@@ -151,7 +151,7 @@ def test_why_a_file_is_not_read(name: str, reason: str, tmp_path: pathlib.Path) 
     os.symlink("..", root / "linked")
     os.symlink("circle.png", root / "circle.png")
     os.mkfifo(root / "pipe.png")
-    with pytest.raises(files.NoFile, match=f"^{reason}$"):
+    with pytest.raises(files.FileRefused, match=f"^{reason}$"):
         files.find([root], name)
 
 
@@ -159,7 +159,7 @@ def test_a_link_leads_to_any_of_the_folders_given(tmp_path: pathlib.Path) -> Non
     save(tmp_path / "b" / "x.png", colourful())
     (tmp_path / "a").mkdir()
     os.symlink("../b/x.png", tmp_path / "a" / "y.png")
-    with pytest.raises(files.NoFile, match=files.LINKED):
+    with pytest.raises(files.FileRefused, match=files.LINKED):
         files.find([tmp_path / "a"], "y.png")
     assert files.find([tmp_path / "a", tmp_path / "b"], "y.png").samefile(tmp_path / "b" / "x.png")
     assert files.walk(tmp_path / "a", given=[str(tmp_path / "b")]).names == ("y.png",)
@@ -170,7 +170,7 @@ def test_folders_that_only_look_like_the_hub_s_open_no_others(tmp_path: pathlib.
     root.mkdir(parents=True)
     save(tmp_path / "backups" / "blobs" / "x.png", colourful())
     os.symlink("../../blobs/x.png", root / "x.png")
-    with pytest.raises(files.NoFile, match=files.LINKED):
+    with pytest.raises(files.FileRefused, match=files.LINKED):
         files.find([root], "x.png")
 
 
@@ -239,7 +239,7 @@ def test_a_shard_that_is_not_read_stops_the_build(
 def test_a_file_too_large_says_so(tmp_path: pathlib.Path) -> None:
     with (tmp_path / "a.png").open("wb") as sparse:
         sparse.truncate(files.MAX_BYTES + 1)
-    with pytest.raises(files.NoFile, match="^larger than 256 MiB$"):
+    with pytest.raises(files.FileRefused, match="^larger than 256 MiB$"):
         files.read(tmp_path / "a.png")
 
 

@@ -12,7 +12,7 @@ import pytest
 from data_pipelines.build import files, html_pages, interleaved
 from data_pipelines.build.html_addresses import read_address
 from data_pipelines.build.html_pages import HtmlPages
-from data_pipelines.build.images import ImageRules, Unfit
+from data_pipelines.build.images import ImageRules, UnusableImage
 from data_pipelines.build.writer import write_dataset
 from tests.data_pipelines.raw import (
     ALL_TRAIN,
@@ -144,7 +144,7 @@ def test_an_image_is_found_by_the_address_of_its_file(tmp_path: pathlib.Path) ->
 def test_why_an_image_is_not_read(address: str, reason: str, tmp_path: pathlib.Path) -> None:
     (tmp_path / "site").mkdir()
     save(tmp_path / "secret.png", colourful())
-    with pytest.raises(Unfit, match=f"^{reason}$"):
+    with pytest.raises(UnusableImage, match=f"^{reason}$"):
         read_address(tmp_path / "site", tmp_path / "site" / "page.html", address)
 
 

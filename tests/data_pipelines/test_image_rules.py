@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.build.images import ImageRules, Unfit
+from data_pipelines.build.images import ImageRules, UnusableImage
 from tests.data_pipelines.raw import (
     colourful,
     huge_png,
@@ -70,10 +70,10 @@ def test_unfit_images_say_why(tmp_path):
         "unreadable": whole[: len(whole) // 2],
     }
     for reason, data in cases.items():
-        with pytest.raises(Unfit, match=reason):
+        with pytest.raises(UnusableImage, match=reason):
             rules.store(data)
     for data in (b"", b"no image", b"\x89PNG\r\n\x1a\n"):
-        with pytest.raises(Unfit, match="unreadable"):
+        with pytest.raises(UnusableImage, match="unreadable"):
             rules.store(data)
-    with pytest.raises(Unfit, match="too many pixels"):
+    with pytest.raises(UnusableImage, match="too many pixels"):
         ImageRules().store(huge_png(60_000))

@@ -14,7 +14,7 @@ from data_pipelines.build.sentencepiece_trainer import (
     texts_in,
     train_tokenizer,
 )
-from data_pipelines.build.source import Shares
+from data_pipelines.build.source import SplitFractions
 from data_pipelines.build.writer import write_dataset
 from flamingo_jax.errors import UserError
 from flamingo_jax.processing.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ def test_neighbours_in_a_book_are_not_both_learned_and_held_out(tmp_path: pathli
             "\n\n".join(f"{book} {part} " + "x" * 90 for part in range(200))
         )
     (root / "note.txt").write_text("short")
-    source = PlainText((str(root),), Shares(0.1, 0.05), document_characters=100)
+    source = PlainText((str(root),), SplitFractions(0.1, 0.05), document_characters=100)
     statistics, _ = write_dataset(tmp_path / "out", source)
     split_of = {
         tuple(map(int, name.removesuffix("").split(".txt#"))): split
@@ -74,7 +74,9 @@ def test_many_files_are_dealt_as_wholes(tmp_path: pathlib.Path) -> None:
     root.mkdir()
     for number in range(60):
         (root / f"{number}.txt").write_text("\n\n".join("x" * 90 for _ in range(30)))
-    statistics, _ = write_dataset(tmp_path / "out", PlainText((str(root),), Shares(0.2), 100))
+    statistics, _ = write_dataset(
+        tmp_path / "out", PlainText((str(root),), SplitFractions(0.2), 100)
+    )
     names = {
         split: {name.split("#")[0] for name in read(tmp_path / "out", split)}
         for split in ("train", "validation")
@@ -85,9 +87,15 @@ def test_many_files_are_dealt_as_wholes(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize(
     "shares",
-    [Shares(0.1), Shares(0.25, 0.25), Shares(0, 0.5), Shares(0.5, 0.5), Shares.whole("test")],
+    [
+        SplitFractions(0.1),
+        SplitFractions(0.25, 0.25),
+        SplitFractions(0, 0.5),
+        SplitFractions(0.5, 0.5),
+        SplitFractions.whole("test"),
+    ],
 )
-def test_stretches_part_the_splits(shares: Shares) -> None:
+def test_stretches_part_the_splits(shares: SplitFractions) -> None:
     for count in (0, 1, 2, 3, 7, 40, 301):
         for key in map(str, range(20)):
             splits = stretches(count, shares, key)

@@ -21,7 +21,7 @@ from data_pipelines.build.coco import Coco
 from data_pipelines.build.image_folder import ImageFolder
 from data_pipelines.build.mmc4 import Match, Mmc4, match
 from data_pipelines.build.obelics import Obelics
-from data_pipelines.build.source import Shares
+from data_pipelines.build.source import SplitFractions
 from data_pipelines.build.tfds import Tfds
 from data_pipelines.build.video_folder import VideoFolder
 from data_pipelines.build.webdataset import WebDataset
@@ -392,7 +392,7 @@ def test_tfds_questions_and_videos(tmp_path: pathlib.Path) -> None:
     }
     source = Tfds(
         prepare(tmp_path / "asked", features, {"train": asked}),
-        Shares(0.3),
+        SplitFractions(0.3),
         (("type", "question_type"),),
     )
     statistics, _ = write_dataset(tmp_path / "questions", source)
@@ -467,7 +467,7 @@ def test_samples_show_records_as_text_and_images(tmp_path: pathlib.Path) -> None
         for number in range(40)
     ]
     lines(root / "captions.jsonl", *told, {"image": "gone & lost.png", "caption": "x"})
-    write_dataset(tmp_path / "out", ImageFolder((str(root),), Shares(0.2)))
+    write_dataset(tmp_path / "out", ImageFolder((str(root),), SplitFractions(0.2)))
     text = (tmp_path / "out" / "1.0.0" / "samples.html").read_text("utf-8")
     page = Counter()
     page.feed(text)

@@ -20,7 +20,7 @@ from PIL import Image
 
 from data_pipelines.build import byte_ranges, tars
 from data_pipelines.build.input_files import by_address
-from data_pipelines.build.source import Shares
+from data_pipelines.build.source import SplitFractions
 from data_pipelines.build.tar_samples import REPEATED, TarSample, samples
 from data_pipelines.build.webdataset import NO_CAPTION, NO_IMAGE, OTHER_IMAGE, WebDataset
 from data_pipelines.build.writer import write_dataset
@@ -271,7 +271,7 @@ def test_samples_of_one_key_are_in_one_split(tmp_path: pathlib.Path) -> None:
         f"{number}.{ending}" for number in range(12) for _ in range(2) for ending in ("jpg", "txt")
     )
     (tmp_path / "a.tar").write_bytes(packed(members))
-    write_dataset(tmp_path / "out", WebDataset((str(tmp_path),), Shares(0.4)))
+    write_dataset(tmp_path / "out", WebDataset((str(tmp_path),), SplitFractions(0.4)))
     keys = [
         {name.partition("#")[0] for name in read(tmp_path / "out", split)}
         for split in ("train", "validation")

@@ -7,8 +7,8 @@ import pytest
 from flamingo_jax.distributed.coordinator import (
     CLOCK_SECONDS,
     END,
-    LOOK_EVERY,
     SETTLE_SECONDS,
+    SLOW_CHECK_SECONDS,
     STAGES,
     Coordinator,
     Timeouts,
@@ -359,11 +359,11 @@ def test_who_waits_for_data_or_is_late_is_named_once_a_look() -> None:
             coordinator.on_heartbeat(
                 index, now, step, "training", 0.5 * step if index == 2 else 0.01 * step
             )
-    ((to, message),) = said(coordinator, 2.0 + LOOK_EVERY)
+    ((to, message),) = said(coordinator, 2.0 + SLOW_CHECK_SECONDS)
     assert to == [0] and message["log"].startswith(
         "process 2 (host2, pid 102) holds the others up: 50% of the time it waits for its data"
     )
-    assert not said(coordinator, 2.5 + LOOK_EVERY)
+    assert not said(coordinator, 2.5 + SLOW_CHECK_SECONDS)
 
     late = running()
     for step in range(1, 30):
@@ -371,7 +371,7 @@ def test_who_waits_for_data_or_is_late_is_named_once_a_look() -> None:
             late.on_heartbeat(
                 index, 2.0 + step + (0.4 if index == 1 else 0.0), step, "training", 0.0
             )
-    ((_, message),) = said(late, 2.0 + LOOK_EVERY)
+    ((_, message),) = said(late, 2.0 + SLOW_CHECK_SECONDS)
     assert message["log"].startswith(
         "process 1 (host1, pid 101) holds the others up: 40% of the time it comes later"
     )

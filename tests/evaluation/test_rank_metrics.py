@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from flamingo_jax.evaluation.metrics.retrieval import recall_at
+from flamingo_jax.evaluation.metrics.retrieval import recall_at_k
 from flamingo_jax.evaluation.metrics.top_k import top_k_accuracy
 
 
@@ -26,16 +26,16 @@ def test_recall_is_that_of_all_orders(levels: int) -> None:
     similarities = rng.integers(0, levels, (12, 6)).astype(np.float32)
     matches = rng.random((12, 6)) < 0.2
     matches[np.arange(12), rng.integers(0, 6, 12)] = True
-    for rank, share in recall_at(similarities, matches, (1, 2, 5, 10)).items():
+    for rank, share in recall_at_k(similarities, matches, (1, 2, 5, 10)).items():
         found = [chance(*pair, rank) for pair in zip(similarities, matches, strict=True)]
         assert share == pytest.approx(np.mean(found))
 
 
 def test_what_tells_nothing_apart_recalls_what_guessing_does() -> None:
-    found = recall_at(np.ones((20, 20)), np.eye(20, dtype=bool))
+    found = recall_at_k(np.ones((20, 20)), np.eye(20, dtype=bool))
     assert found == pytest.approx({1: 0.05, 5: 0.25, 10: 0.5})
     with pytest.raises(ValueError, match="no match"):
-        recall_at(np.ones((2, 2)), np.zeros((2, 2), bool))
+        recall_at_k(np.ones((2, 2)), np.zeros((2, 2), bool))
 
 
 @pytest.mark.parametrize("levels", [2, 1000])

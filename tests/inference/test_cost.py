@@ -16,7 +16,7 @@ from flamingo_jax.configuring import from_config
 from flamingo_jax.experiment import Experiment, FlamingoConfig
 from flamingo_jax.inference.generation import DecodingConfig, TokenConstraints, generate
 from flamingo_jax.inference.prefill import PromptArrays, prefill
-from flamingo_jax.models.attention import Shared, map_cache
+from flamingo_jax.models.attention import SharedCache, map_cache
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.models.language_model import LanguageModel
 from flamingo_jax.models.positions import TransformerXL
@@ -110,7 +110,7 @@ def test_a_cache_changed_row_by_row_keeps_what_rows_share() -> None:
     model = filled(lambda rngs: LanguageModel(config, rngs=rngs))
     cache = model.init_cache(2, 6)
     doubled = map_cache(lambda a: jnp.repeat(a, 2, axis=1), cache)
-    assert isinstance(doubled.distances, Shared) and doubled.distances is cache.distances
+    assert isinstance(doubled.distances, SharedCache) and doubled.distances is cache.distances
     assert doubled.key.shape == (2, 4, 6, 2, 16)
     graph, state = nnx.split(model)
     decode = jax.jit(lambda state, *given: nnx.merge(graph, state).decode(*given)[1])

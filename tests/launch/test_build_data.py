@@ -16,7 +16,7 @@ from absl import flags
 from rich.console import Console
 
 from data_pipelines.build.sentencepiece_trainer import texts_in, train_tokenizer
-from data_pipelines.build.source import Shares
+from data_pipelines.build.source import SplitFractions
 from data_pipelines.build.sources import OPTIONS, SOURCES, Built, Values, build, make_source
 from data_pipelines.build.statistics_table import statistics_table
 from data_pipelines.build.tfds import Tfds
@@ -148,16 +148,16 @@ def test_a_flag_of_another_verb_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("given", "shares"),
     [
-        ({}, Shares(0.1, 0.0)),
-        ({"test_share": 0.2}, Shares(0.1, 0.2)),
-        ({"test_share": 1.0}, Shares(0.0, 1.0)),
-        ({"validation_share": 0.3, "test_share": 0.7}, Shares(0.3, 0.7)),
-        ({"split": "train"}, Shares(0.0, 0.0)),
-        ({"split": "validation"}, Shares(1.0, 0.0)),
-        ({"split": "test"}, Shares(0.0, 1.0)),
+        ({}, SplitFractions(0.1, 0.0)),
+        ({"test_share": 0.2}, SplitFractions(0.1, 0.2)),
+        ({"test_share": 1.0}, SplitFractions(0.0, 1.0)),
+        ({"validation_share": 0.3, "test_share": 0.7}, SplitFractions(0.3, 0.7)),
+        ({"split": "train"}, SplitFractions(0.0, 0.0)),
+        ({"split": "validation"}, SplitFractions(1.0, 0.0)),
+        ({"split": "test"}, SplitFractions(0.0, 1.0)),
     ],
 )
-def test_shares(given: dict[str, object], shares: Shares) -> None:
+def test_shares(given: dict[str, object], shares: SplitFractions) -> None:
     assert Values(given).shares() == shares
 
 
@@ -234,9 +234,9 @@ def test_an_official_split_that_is_dealt_out_is_told(
     image, text = tfds.features.Image(shape=(None, None, 3)), tfds.features.Text()
     told = [{"image": io.BytesIO(save(tmp_path / "a.png", colourful())), "caption": "x"}]
     for split, shares, warned in (
-        ("test", Shares(), True),
-        ("test", Shares.whole("test"), False),
-        ("train", Shares(), False),
+        ("test", SplitFractions(), True),
+        ("test", SplitFractions.whole("test"), False),
+        ("train", SplitFractions(), False),
     ):
         caplog.clear()
         folder = tmp_path / f"{split}{warned}"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from data_pipelines.build.images import ImageRules, Unfit
+from data_pipelines.build.images import ImageRules, UnusableImage
 from flamingo_jax.processing.images import ImageError, decode
 from flamingo_jax.processing.metadata import without_metadata
 
@@ -99,7 +99,7 @@ def test_damaged_pixels_are_still_refused(kind: bytes) -> None:
     for data in (hurt, hurt[:HEADER] + PNG_FAULTS["short gAMA"] + hurt[HEADER:]):
         with pytest.raises(ImageError):
             decode(data, 100)
-        with pytest.raises(Unfit, match="unreadable"):
+        with pytest.raises(UnusableImage, match="unreadable"):
             ImageRules().store(data)
 
 

@@ -138,7 +138,7 @@ def test_a_flamingo_written_out() -> None:
     cost = step_cost(world.experiment())
     assert cost == Cost(
         token=4 * (2 * (4 * block + feed_forward) + 30 * 16) + 6 * (2 * feed_forward + 16),
-        looking_token=6 * 2 * 2 * block,
+        xattn_token=6 * 2 * 2 * block,
         visual=6 * 2 * (4 * block + feed_forward + block + 2 * 2 * block),
         frame=vision + 16 * (4 * 160 * 16 + 6 * 2 * block),
     )

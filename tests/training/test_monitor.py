@@ -48,7 +48,7 @@ def metrics(step: int) -> dict[str, Any]:
     return {
         "loss": np.float32(step),
         "skipped_in_a_row": np.int32(0),
-        "work": np.array(Work(tokens=15, looking_tokens=15, visuals=2, frames=2), np.int32),
+        "work": np.array(Work(tokens=15, xattn_tokens=15, visuals=2, frames=2), np.int32),
         "computed_tokens": 20,
     }
 

@@ -14,7 +14,7 @@ from flamingo_jax.evaluation.datasets import DatasetReader
 from flamingo_jax.evaluation.evaluator_config import EvaluatorConfig
 from flamingo_jax.evaluation.evaluators.embedding import Embedder, Parameters
 from flamingo_jax.evaluation.evaluators.image_set import ImageSet, text_of
-from flamingo_jax.evaluation.metrics.retrieval import recall_at
+from flamingo_jax.evaluation.metrics.retrieval import recall_at_k
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.processing.tokenizer import Tokenizer
 
@@ -68,8 +68,8 @@ class Retrieval:
         texts = self._embedder.embed_texts(parameters, different)
         # [images, captions]
         similarities = (images @ texts.T)[:, [places[text] for text in self._texts]]
-        to_text = recall_at(similarities, self._matches)
-        to_image = recall_at(similarities.T, self._matches.T)
+        to_text = recall_at_k(similarities, self._matches)
+        to_image = recall_at_k(similarities.T, self._matches.T)
         return {f"image_to_text_recall@{rank}": share for rank, share in to_text.items()} | {
             f"text_to_image_recall@{rank}": share for rank, share in to_image.items()
         }

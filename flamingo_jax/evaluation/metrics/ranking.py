@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def found_among_first(scores: np.ndarray, matches: np.ndarray, rank: int) -> np.ndarray:
+def expected_hits_at_k(scores: np.ndarray, matches: np.ndarray, rank: int) -> np.ndarray:
     """Computes the probability that a match is among the `rank` highest scores of its row.
 
     Ties are broken uniformly at random, so a model that gives all candidates the same score

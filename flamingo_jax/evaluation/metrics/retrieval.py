@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flamingo_jax.evaluation.metrics.ranking import found_among_first
+from flamingo_jax.evaluation.metrics.ranking import expected_hits_at_k
 
 RANKS = (1, 5, 10)
 
 
-def recall_at(
+def recall_at_k(
     similarities: np.ndarray, matches: np.ndarray, ranks: Sequence[int] = RANKS
 ) -> dict[int, float]:
     """Computes the fraction of queries with a match among their K most similar candidates.
@@ -22,7 +22,7 @@ def recall_at(
         several.
       ranks: the values of K.
 
-    Returns: {K: fraction from 0 to 1}, ties in expectation (`found_among_first`).
+    Returns: {K: fraction from 0 to 1}, ties in expectation (`expected_hits_at_k`).
     Raises: ValueError for a query without a match.
     """
-    return {rank: float(found_among_first(similarities, matches, rank).mean()) for rank in ranks}
+    return {rank: float(expected_hits_at_k(similarities, matches, rank).mean()) for rank in ranks}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flamingo_jax.evaluation.metrics.ranking import found_among_first
+from flamingo_jax.evaluation.metrics.ranking import expected_hits_at_k
 
 
 def top_k_accuracy(
@@ -17,11 +17,11 @@ def top_k_accuracy(
       targets: int [Q], the index of each query's class.
       ranks: the values of K; those above C are left out.
 
-    Returns: {K: fraction from 0 to 1}, ties in expectation (`found_among_first`).
+    Returns: {K: fraction from 0 to 1}, ties in expectation (`expected_hits_at_k`).
     """
     matches = np.arange(scores.shape[1]) == targets[:, None]  # [Q, C]
     return {
-        rank: float(found_among_first(scores, matches, rank).mean())
+        rank: float(expected_hits_at_k(scores, matches, rank).mean())
         for rank in ranks
         if rank <= scores.shape[1]
     }

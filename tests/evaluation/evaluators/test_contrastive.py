@@ -11,7 +11,7 @@ from flax import nnx
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation.evaluator_config import EvaluatorConfig
 from flamingo_jax.evaluation.evaluators.factory import make_evaluators
-from flamingo_jax.evaluation.metrics.retrieval import recall_at
+from flamingo_jax.evaluation.metrics.retrieval import recall_at_k
 from flamingo_jax.experiment import Experiment, MeshConfig
 from flamingo_jax.models import nfnet
 from flamingo_jax.partitioning.mesh import make_mesh
@@ -112,7 +112,7 @@ def test_retrieval_is_that_of_one_by_one(
         ("image_to_text", scores, mine),
         ("text_to_image", scores.T, mine.T),
     ):
-        for rank, share in recall_at(similar, matches).items():
+        for rank, share in recall_at_k(similar, matches).items():
             assert found[f"{name}_recall@{rank}"] == pytest.approx(share)
     assert len(found) == 6
 
