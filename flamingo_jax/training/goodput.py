@@ -62,6 +62,12 @@ class Goodput:
         self._charge()
         self._kind = STEPS
         self._write({"resume": resume_step, "time": wall})
+        self.flush()
+
+    def flush(self) -> None:
+        """Flushes written lines to storage: a start that is killed later is still counted."""
+        if self._file is not None:
+            self._file.flush()
 
     @contextlib.contextmanager
     def timed(self, kind: str) -> Iterator[None]:

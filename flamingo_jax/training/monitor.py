@@ -86,6 +86,7 @@ class Monitor:
         if kind == "save":
             self._seconds_saving += time.monotonic() - began
             self._goodput.record(self._step, waited)
+            self._goodput.flush()
 
     def logs(self, step: int) -> bool:
         """Returns whether a step's metrics are written, so that costly ones are computed only
