@@ -29,7 +29,41 @@ from flamingo_jax.models.layers import (
 Array = jax.Array
 
 
-class PerceiverLayer(nnx.Module):
+class AttentionLayer(nnx.Module):
+    """The attention weights and the feed-forward that Perceiver and Transformer layers share;
+    each has norms of its own before the attention.
+    """
+
+    def __init__(self, config: ResamplerConfig, *, rngs: nnx.Rngs):
+        shape = (config.width, config.heads, config.head_width)
+        self.query = fan_in_normal(rngs, shape)
+        self.key = fan_in_normal(rngs, shape)
+        self.value = fan_in_normal(rngs, shape)
+        self.out = fan_in_normal(
+            rngs,
+            (config.heads, config.head_width, config.width),
+            config.heads * config.head_width,
+        )
+        self.feed_forward_norm = LayerNorm(config.width)
+        self.feed_forward = FeedForward(
+            config.width, config.feed_forward, "squared_relu", rngs=rngs
+        )
+
+    def update(self, x: Array, queries: Array, media: Array, mask: Array) -> Array:
+        """Updates x [M, Q, D] by attention of `queries` [M, Q, D] to `media` [M, S, D], both
+        normalised, and by the feed-forward -> [M, Q, D]. mask: bool [M, 1, 1, S].
+        """
+        query, key, value = (
+            save_for_backward(linear(queries, self.query[...])),
+            save_for_backward(linear(media, self.key[...])),
+            save_for_backward(linear(media, self.value[...])),
+        )
+        h = attend(query, key, value, mask)  # [M, Q, H, d]
+        x = x + linear(h, self.out[...], 2)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class PerceiverLayer(AttentionLayer):
     """Updates latents x by attention to the features and themselves: x += Attn(q = x, kv =
     [features, x]); x += FFW(x). Every layer gets the same features (paper A.1.1).
 
@@ -38,21 +72,9 @@ class PerceiverLayer(nnx.Module):
     """
 
     def __init__(self, config: ResamplerConfig, *, rngs: nnx.Rngs):
-        shape = (config.width, config.heads, config.head_width)
+        super().__init__(config, rngs=rngs)
         self.feature_norm = LayerNorm(config.width)
         self.latent_norm = LayerNorm(config.width)
-        self.query = fan_in_normal(rngs, shape)
-        self.key = fan_in_normal(rngs, shape)
-        self.value = fan_in_normal(rngs, shape)
-        self.out = fan_in_normal(
-            rngs,
-            (config.heads, config.head_width, config.width),
-            config.heads * config.head_width,
-        )
-        self.feed_forward_norm = LayerNorm(config.width)
-        self.feed_forward = FeedForward(
-            config.width, config.feed_forward, "squared_relu", rngs=rngs
-        )
 
     def __call__(self, x: Array, features: Array, mask: Array) -> Array:
         """Updates latents x [M, R, D] from features [M, S, D] -> [M, R, D]; here S counts the
@@ -61,47 +83,22 @@ class PerceiverLayer(nnx.Module):
         latents = self.latent_norm(x)
         # [M, S, D] and [M, R, D] -> [M, S + R, D]
         media = jnp.concatenate([self.feature_norm(features), latents], axis=1)
-        query, key, value = (
-            save_for_backward(linear(latents, self.query[...])),
-            save_for_backward(linear(media, self.key[...])),
-            save_for_backward(linear(media, self.value[...])),
-        )
-        h = attend(query, key, value, mask)  # [M, R, H, d]
-        x = x + linear(h, self.out[...], 2)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        return self.update(x, latents, media, mask)
 
 
-class TransformerLayer(nnx.Module):
+class TransformerLayer(AttentionLayer):
     """A pre-norm Transformer layer over features and latents together: x += Attn(Norm(x));
     x += FFW(Norm(x)).
     """
 
     def __init__(self, config: ResamplerConfig, *, rngs: nnx.Rngs):
-        shape = (config.width, config.heads, config.head_width)
+        super().__init__(config, rngs=rngs)
         self.attention_norm = LayerNorm(config.width)
-        self.query = fan_in_normal(rngs, shape)
-        self.key = fan_in_normal(rngs, shape)
-        self.value = fan_in_normal(rngs, shape)
-        self.out = fan_in_normal(
-            rngs,
-            (config.heads, config.head_width, config.width),
-            config.heads * config.head_width,
-        )
-        self.feed_forward_norm = LayerNorm(config.width)
-        self.feed_forward = FeedForward(
-            config.width, config.feed_forward, "squared_relu", rngs=rngs
-        )
 
     def __call__(self, x: Array, mask: Array) -> Array:
         """Updates x [M, S + R, D] -> [M, S + R, D]. mask: bool [M, 1, 1, S + R]."""
         h = self.attention_norm(x)
-        query, key, value = (
-            save_for_backward(linear(h, self.query[...])),
-            save_for_backward(linear(h, self.key[...])),
-            save_for_backward(linear(h, self.value[...])),
-        )
-        x = x + linear(attend(query, key, value, mask), self.out[...], 2)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        return self.update(x, h, h, mask)
 
 
 class MLPLayer(nnx.Module):
