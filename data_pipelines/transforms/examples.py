@@ -15,6 +15,7 @@ from data_pipelines.transforms.randomness import RecordRandom
 from data_pipelines.transforms.windows import Window, window
 from flamingo_jax.experiment import DatasetConfig
 from flamingo_jax.processing import sequences
+from flamingo_jax.processing.text import text_of
 from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.processing.video import clip
 
@@ -61,7 +62,7 @@ class Segment:
 
 def strings(values: Iterable[Any]) -> list[str]:
     """Decodes a record's texts, which TFDS returns as bytes."""
-    return [value.decode() if isinstance(value, bytes) else str(value) for value in values]
+    return [text_of(value) for value in values]
 
 
 def caption_of(record: Any, rng: RecordRandom | None) -> str:

@@ -28,6 +28,7 @@ from flamingo_jax.evaluation.examples import (
 )
 from flamingo_jax.evaluation.shots import draw
 from flamingo_jax.experiment import FlamingoConfig
+from flamingo_jax.processing.text import text_of
 from flamingo_jax.progress import Bar
 
 
@@ -107,7 +108,8 @@ class BenchmarkReader:
             return ""
         records = self.datasets.records(path, split, "questions")
         return most_frequent_answer(
-            [_text(answer) for answer in records[place]["answers"]] for place in range(len(records))
+            [text_of(answer) for answer in records[place]["answers"]]
+            for place in range(len(records))
         )
 
     def _examples(self, path: str, split: str, limit: int) -> list[BenchmarkExample]:
@@ -161,7 +163,3 @@ def read_classes(file: str) -> list[str]:
     if not classes:
         raise UserError(f"--classes={file} holds no class: write one a line")
     return classes
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)

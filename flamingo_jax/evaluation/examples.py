@@ -9,6 +9,7 @@ from typing import Any
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import FlamingoConfig
+from flamingo_jax.processing.text import text_of
 from flamingo_jax.processing.video import middle_clip
 from flamingo_jax.processing.visuals import Visual, read_visual
 
@@ -61,7 +62,7 @@ def read_examples(
     """
     examples = []
     for record in records:
-        name = _text(record["id"])
+        name = text_of(record["id"])
         encoded = [record["image"]] if kind == "pairs" else list(record["frames"])
         every = (
             1.0
@@ -77,7 +78,9 @@ def read_examples(
                 " of the evaluation data"
             )
         question, question_type = (
-            (_text(record["question"]), _text(record["type"])) if kind == "questions" else ("", "")
+            (text_of(record["question"]), text_of(record["type"]))
+            if kind == "questions"
+            else ("", "")
         )
         examples.append(BenchmarkExample(name, visual, answers, question, question_type))
     return examples
@@ -85,8 +88,8 @@ def read_examples(
 
 def _answers(record: Any, kind: str) -> tuple[str, ...]:
     if kind == "questions":
-        return tuple(_text(text) for text in record["answers"])
-    return tuple(_plain(_text(text)) for text in record["captions"])
+        return tuple(text_of(text) for text in record["answers"])
+    return tuple(_plain(text_of(text)) for text in record["captions"])
 
 
 def first_answer(record: Any, kind: str) -> str:
@@ -116,9 +119,11 @@ def read_pages(records: Iterable[Any], config: FlamingoConfig) -> list[Interleav
     """
     pages = []
     for record in records:
-        name = _text(record["id"])
+        name = text_of(record["id"])
         visuals = tuple(read_visual([image], config.vision, name) for image in record["images"])
-        pages.append(InterleavedPage(name, tuple(_text(text) for text in record["texts"]), visuals))
+        pages.append(
+            InterleavedPage(name, tuple(text_of(text) for text in record["texts"]), visuals)
+        )
     return pages
 
 
@@ -145,7 +150,3 @@ def _plain(caption: str) -> str:
     it; the template would add it a second time.
     """
     return re.sub(r"^\s*Output: ", "", caption)
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)

@@ -9,6 +9,7 @@ from flamingo_jax.evaluation.datasets import DatasetReader
 from flamingo_jax.evaluation.evaluator_config import EvaluatorConfig
 from flamingo_jax.evaluation.shots import draw
 from flamingo_jax.experiment import VisionConfig
+from flamingo_jax.processing.text import text_of
 from flamingo_jax.processing.visuals import read_visual
 
 CACHED_BYTES = 256 << 20
@@ -64,8 +65,3 @@ class ImageSet:
         return read_visual([frames[len(frames) // 2]], self._vision, text_of(record["id"])).frames[
             0
         ]
-
-
-def text_of(value: Any) -> str:
-    """Decodes a record's text, which TFDS returns as bytes."""
-    return value.decode() if isinstance(value, bytes) else str(value)

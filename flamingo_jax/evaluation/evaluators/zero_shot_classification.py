@@ -14,9 +14,10 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation.datasets import DatasetReader
 from flamingo_jax.evaluation.evaluator_config import EvaluatorConfig
 from flamingo_jax.evaluation.evaluators.embedding import Embedder, Parameters
-from flamingo_jax.evaluation.evaluators.image_set import ImageSet, text_of
+from flamingo_jax.evaluation.evaluators.image_set import ImageSet
 from flamingo_jax.evaluation.metrics.top_k import top_k_accuracy
 from flamingo_jax.experiment import Experiment
+from flamingo_jax.processing.text import text_of
 from flamingo_jax.processing.tokenizer import Tokenizer
 
 
