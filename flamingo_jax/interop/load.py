@@ -28,6 +28,7 @@ from flamingo_jax.partitioning import rules
 from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.processing.visuals import Image, ImageSource
 from flamingo_jax.pytrees import from_flat
+from flamingo_jax.tasks.stages import EXPORT_PATHS, FLAMINGO_PATHS
 
 
 class LoadedLanguageModel(NamedTuple):
@@ -75,29 +76,6 @@ class LoadedVisionEncoder:
 @functools.partial(jax.jit, static_argnames="graph")
 def _encode(graph: Any, state: nnx.State, pixels: jax.Array) -> jax.Array:
     return nnx.merge(graph, state)(pixels).astype(jnp.float32)
-
-
-class PartPath(NamedTuple):
-    """Locates a part in an export: the key of its config, and the prefix of its parameters'
-    names; "" for the top level.
-    """
-
-    config: str = ""
-    prefix: str = ""
-
-
-PARTS_OF_EXPORTS: dict[ModelPart, dict[str, PartPath]] = {
-    "language_model": {
-        "language_model": PartPath(),
-        "flamingo": PartPath("language_model", "language_model/"),
-    },
-    "vision_encoder": {
-        "vision_encoder": PartPath(),
-        "contrastive": PartPath("vision", "vision/"),
-        "flamingo": PartPath("vision", "vision_encoder/"),
-    },
-}
-"""{part: {kind of export that contains it: where}}."""
 
 
 class _Source(NamedTuple):
@@ -192,11 +170,12 @@ def _open(folder: str | pathlib.Path, part: ModelPart) -> _Source:
         found = open_folder(folder, part)
         return _Source(found.config, found.tokenizer_file, found.shapes, found.dtypes(), found.read)
     export = open_export(folder)
-    path = PARTS_OF_EXPORTS[part].get(export.kind)
+    held_by = EXPORT_PATHS[part] | {"flamingo": FLAMINGO_PATHS[part]}
+    path = held_by.get(export.kind)
     if path is None:
         raise UserError(
             f"{folder} holds a {export.kind} export, which has no {part.replace('_', ' ')}: name"
-            f" one of kind {' or '.join(PARTS_OF_EXPORTS[part])}"
+            f" one of kind {' or '.join(held_by)}"
         )
     config = export.config[path.config] if path.config else export.config
     kind = LanguageModelConfig if part == "language_model" else VisionConfig

@@ -37,6 +37,11 @@ class ExportPath(NamedTuple):
     parameters: str = ""
     config: str = ""
 
+    @property
+    def prefix(self) -> str:
+        """The prefix with its separator: "vision/", or "" for none."""
+        return f"{self.parameters}/" if self.parameters else ""
+
 
 EXPORT_PATHS = {
     "vision_encoder": {
@@ -46,6 +51,12 @@ EXPORT_PATHS = {
     "language_model": {"language_model": ExportPath()},
 }
 """{part: {kind of an export that holds it: where}}; the kind of the part's own stage first."""
+
+FLAMINGO_PATHS = {
+    "vision_encoder": ExportPath("vision_encoder", "vision"),
+    "language_model": ExportPath("language_model", "language_model"),
+}
+"""{part: where the export of a Flamingo holds it}."""
 
 
 class PretrainedPart(NamedTuple):
@@ -201,11 +212,10 @@ def warm_started_parts(experiment: Experiment) -> list[PretrainedPart]:
 
 def _pretrained_part(experiment: Experiment, part: str) -> PretrainedPart:
     """Finds a part's weights: in its own folder, or in that of a whole Flamingo."""
-    config = model_config(experiment)
-    fields = {"vision_encoder": "vision", "language_model": "language_model"}
-    part_config = getattr(config, fields[part])
+    path = FLAMINGO_PATHS[part]
+    part_config = getattr(model_config(experiment), path.config)
     if experiment.flamingo_from:
-        return _of_flamingo(experiment, part, part_config, ExportPath(part, fields[part]))
+        return _of_flamingo(experiment, part, part_config, path)
     return _from_folder(experiment, part, part_config)
 
 

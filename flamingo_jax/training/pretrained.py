@@ -180,7 +180,7 @@ def open_source(part: stages.PretrainedPart) -> WeightSource:
     # it was trained with.
     theirs = to_json(from_json(type(part.config), theirs, f"the config of {part.folder}"))
     _require_equal(theirs, to_json(part.config), part)
-    return ExportedPart(export, _prefix(path.parameters))
+    return ExportedPart(export, path.prefix)
 
 
 def read_part(
