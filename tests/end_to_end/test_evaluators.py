@@ -5,28 +5,24 @@ its checkpoint and on its export.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
-import jax
 import pytest
 
-from flamingo_jax import configuring
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation.evaluator_config import EvaluatorConfig
 from flamingo_jax.experiment import (
     DatasetConfig,
     Experiment,
-    MeshConfig,
     VisionConfig,
     ViTConfig,
 )
-from flamingo_jax.partitioning import mesh
-from flamingo_jax.partitioning.mesh import make_mesh
-from flamingo_jax.training import loop, trained_run
 from launch.evaluators import measure
 from tests.end_to_end import small
+from tests.end_to_end.test_frozen import run
 from tests.launch import commands
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 VISION = VisionConfig(
     image_size=32, vit=ViTConfig(patch_size=16, layers=1, width=16, heads=2, feed_forward=32)
@@ -35,35 +31,9 @@ VISION = VisionConfig(
 TRAINING = dataclasses.replace(small.TRAINING, steps=3, evaluate_every=2, evaluate_batches=1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device() -> Iterator[None]:
-    """Compiles in half of the time of eight."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (loop, mesh, trained_run):
-            patch.setattr(
-                module, "make_mesh", lambda config: make_mesh(MeshConfig(), jax.devices()[:1])
-            )
-        yield
-
-
 def train(experiment: Experiment, folder: pathlib.Path) -> list[dict[str, Any]]:
     """Trains and exports to folder/export; the lines of its metrics."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, values in (
-            (
-                "train",
-                {
-                    "CONFIG": configuring.to_config(experiment),
-                    "PREPARE": False,
-                    "WORKDIR": str(folder),
-                },
-            ),
-            ("export", {"WORKDIR": str(folder), "OUTPUT": str(folder / "export")}),
-        ):
-            command = commands.load(name)
-            for flag, value in values.items():
-                patch.setattr(command, flag, commands.flag(value))
-            assert command.main() == 0
+    run(experiment, folder)
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

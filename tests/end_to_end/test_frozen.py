@@ -36,16 +36,15 @@ TRAINING = dataclasses.replace(small.TRAINING, steps=4)
 
 def run(experiment: Experiment, folder: pathlib.Path) -> Export:
     """Trains and exports with the commands' own main functions; `folder/export` is the export."""
-    with pytest.MonkeyPatch.context() as patch:
-        train, export = commands.load("train"), commands.load("export")
-        patch.setattr(train, "CONFIG", commands.flag(configuring.to_config(experiment)))
-        patch.setattr(train, "PREPARE", commands.flag(False))
-        for command in (train, export):
-            patch.setattr(command, "WORKDIR", commands.flag(str(folder)))
-        patch.setattr(export, "OUTPUT", commands.flag(str(folder / "export")))
-        assert train.main() == 0
-        assert export.main() == 0
+    train(experiment, folder)
+    assert commands.run("export", WORKDIR=str(folder), OUTPUT=str(folder / "export")) == 0
     return open_export(folder / "export")
+
+
+def train(experiment: Experiment, folder: pathlib.Path) -> None:
+    """Trains with the command's own main function."""
+    config = configuring.to_config(experiment)
+    assert commands.run("train", CONFIG=config, PREPARE=False, WORKDIR=str(folder)) == 0
 
 
 @pytest.fixture(scope="module")

@@ -8,25 +8,23 @@ import os
 import pathlib
 import random
 import signal
-from collections.abc import Iterator
 
 import jax
 import numpy as np
 import pytest
 
-from flamingo_jax import configuring
 from flamingo_jax.checkpointing.export import Export
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment, MeshConfig, VisionConfig, ViTConfig
 from flamingo_jax.models.vit import resize_positions
-from flamingo_jax.partitioning import mesh
 from flamingo_jax.partitioning.mesh import make_mesh
-from flamingo_jax.training import loop, trained_run
 from flamingo_jax.training.setup import initialise, make_setup
 from tests.end_to_end import small, test_kills
-from tests.end_to_end.test_frozen import run
+from tests.end_to_end.test_frozen import run, train
 from tests.end_to_end.test_kills import Start, finish, start  # noqa: F401 - a fixture
 from tests.launch import commands
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 STEPS = 3
 VIT = VisionConfig(
@@ -42,29 +40,6 @@ def experiment_of(form: Experiment, **changes: object) -> Experiment:
             form.training, **({"steps": STEPS, "save_every": 2} | changes)
         ),
     )  # type: ignore[arg-type]
-
-
-def train(experiment: Experiment, folder: pathlib.Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        command = commands.load("train")
-        for name, value in (
-            ("CONFIG", configuring.to_config(experiment)),
-            ("PREPARE", False),
-            ("WORKDIR", str(folder)),
-        ):
-            patch.setattr(command, name, commands.flag(value))
-        assert command.main() == 0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device() -> Iterator[None]:
-    """Compiles in half of the time of eight."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (loop, mesh, trained_run):
-            patch.setattr(
-                module, "make_mesh", lambda config: make_mesh(MeshConfig(), jax.devices()[:1])
-            )
-        yield
 
 
 def losses(folder: pathlib.Path) -> list[float]:

@@ -3,6 +3,7 @@
 import importlib
 import types
 
+import pytest
 from absl import flags
 
 
@@ -22,3 +23,12 @@ def load(name: str) -> types.ModuleType:
 def flag(value: object) -> types.SimpleNamespace:
     """What stands in for a parsed flag."""
     return types.SimpleNamespace(value=value)
+
+
+def run(name: str, **values: object) -> int:
+    """Calls the main function of `launch.<name>` with these flags set; returns its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        command = load(name)
+        for place, value in values.items():
+            patch.setattr(command, place, flag(value))
+        return command.main()
