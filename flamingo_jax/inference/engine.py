@@ -17,6 +17,7 @@ from flax import nnx
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.inference.array_cache import ArrayCache
+from flamingo_jax.inference.candidates import CandidateTree, make_tree
 from flamingo_jax.inference.generation import (
     NO_TOKEN,
     DecodingConfig,
@@ -25,7 +26,7 @@ from flamingo_jax.inference.generation import (
     generate,
 )
 from flamingo_jax.inference.loading import LoadedFlamingo
-from flamingo_jax.inference.prefill import PromptArrays
+from flamingo_jax.inference.prefill import Prefilled, PromptArrays, prefill
 from flamingo_jax.inference.prompts import (
     Prompt,
     PromptBatch,
@@ -35,7 +36,7 @@ from flamingo_jax.inference.prompts import (
     next_power,
     tokenise,
 )
-from flamingo_jax.inference.scoring import candidate_scores
+from flamingo_jax.inference.scoring import TreeArrays, next_log_probabilities, tree_arrays
 from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.processing.visuals import Visual
 
@@ -47,7 +48,7 @@ TOKENS_IN_BATCH = 16_384
 VISUALS_IN_BATCH = 512
 """Limits on the tokens and visuals of a batch, padding included, for memory."""
 LOGITS_IN_BATCH = 1 << 26
-"""Limit on the logits of candidates that are scored at a time."""
+"""Limit on the logits of candidates that are computed at a time."""
 FRAMES_IN_BATCH = 64
 """Frames that the vision encoder takes at a time."""
 CACHED_BYTES = 512 << 20
@@ -104,19 +105,18 @@ def _generate(
     return generate(nnx.merge(graph, state), prompts, media, keys, decoding, constraints)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "group_size"))
+@functools.partial(jax.jit, static_argnames=("graph", "size"))
+def _prefill(
+    graph: Any, state: nnx.State, prompts: PromptArrays, media: Any, size: int
+) -> Prefilled:
+    return prefill(nnx.merge(graph, state), prompts, media, size)
+
+
+@functools.partial(jax.jit, static_argnames="graph")
 def _score(
-    graph: Any,
-    state: nnx.State,
-    prompts: PromptArrays,
-    media: Any,
-    candidates: Array,
-    lengths: Array,
-    group_size: int,
+    graph: Any, state: nnx.State, prefilled: Prefilled, media: Any, tree: TreeArrays
 ) -> Array:
-    return candidate_scores(
-        nnx.merge(graph, state), prompts, media, candidates, lengths, group_size=group_size
-    )
+    return next_log_probabilities(nnx.merge(graph, state), prefilled, media, tree)
 
 
 @functools.partial(jax.jit, static_argnames="graph")
@@ -230,39 +230,42 @@ class Engine:
         for text, tokens in ids.items():
             if not tokens:
                 raise UserError(f"the candidate {text!r} has no tokens: leave it out")
-        # Rounded up to a multiple of 4, for few compiled shapes.
-        longest = -(-max(map(len, ids.values())) // 4) * 4
-        found: dict[int, np.ndarray] = {}
-        for indices, batch in self._batches(prompts, longest):
-            continuations = [[ids[text] for text in candidates[prompt]] for prompt in indices]
-            scores = self._score_batch(batch, continuations, longest, max(map(len, candidates)))
-            for row, prompt in enumerate(indices):
-                found[prompt] = scores[row, : len(candidates[prompt])].astype(np.float64)
+        # Prompts with the same candidates share their tree.
+        trees: dict[tuple[str, ...], CandidateTree] = {}
+        for texts in map(tuple, candidates):
+            if texts and texts not in trees:
+                trees[texts] = make_tree([ids[text] for text in texts])
+        longest = max(map(len, ids.values()))
+        size = max(len(part.tokens) for tree in trees.values() for part in tree.parts)
+        columns = self.config.language_model.vocab_size + self.config.extra_tokens
+        found = {n: np.zeros(0) for n, texts in enumerate(candidates) if not texts}
+        asked = [n for n, texts in enumerate(candidates) if texts]
+        rows = max(1, LOGITS_IN_BATCH // (columns * size))
+        for part, batch in self._batches([prompts[n] for n in asked], longest, rows):
+            indices = [asked[place] for place in part]
+            wanted = [trees[tuple(candidates[n])] for n in indices]
+            scores = self._score_batch(batch, wanted, longest)[: len(indices)]
+            found |= dict(zip(indices, scores, strict=True))
             if progress is not None:
                 progress(len(indices))
         return [found[prompt] for prompt in range(len(prompts))]
 
     def _score_batch(
-        self, batch: PromptBatch, continuations: list[list[list[int]]], longest: int, most: int
-    ) -> np.ndarray:
-        """Scores the candidates of a batch, at most `most` per prompt of at most `longest`
-        ids: float32 [B, C].
-        """
-        rows = len(batch.lengths)
-        columns = self.config.language_model.vocab_size + self.config.extra_tokens
-        in_memory = LOGITS_IN_BATCH // (rows * longest * columns)
-        # Also limited by the cache, which is repeated for each candidate of a group.
-        group_size = max(1, min(most, in_memory, 4 * TOKENS_IN_BATCH // batch.tokens.size))
-        count = -(-most // group_size) * group_size
-        tokens = np.zeros((rows, count, longest), np.int32)
-        lengths = np.zeros((rows, count), np.int32)
-        for row, texts in enumerate(continuations):
-            for column, ids in enumerate(texts):
-                tokens[row, column, : len(ids)], lengths[row, column] = ids, len(ids)
+        self, batch: PromptBatch, trees: list[CandidateTree], longest: int
+    ) -> list[np.ndarray]:
+        """Scores the candidates of each prompt of a batch, of at most `longest` ids."""
         prompts, media = self._to_device(batch)
-        return jax.device_get(
-            _score(self._graph, self._state, prompts, media, tokens, lengths, group_size)
-        )
+        # Rows beyond the prompts repeat the first one.
+        trees = [*trees, *trees[:1] * (len(batch.lengths) - len(trees))]
+        # Rounded up to a multiple of 4, for few compiled shapes.
+        size = batch.tokens.shape[1] + -(-longest // 4) * 4
+        prefilled = _prefill(self._graph, self._state, prompts, media, size)
+        # One part after the other, for memory.
+        parts = [
+            jax.device_get(_score(self._graph, self._state, prefilled, media, part))
+            for part in tree_arrays(trees)
+        ]
+        return [tree.scores(each) for tree, each in zip(trees, np.stack(parts, 1), strict=True)]
 
     def logits(self, prompts: Sequence[Prompt]) -> Array:
         """Computes the next-token logits at every token of the prompts.
@@ -332,10 +335,10 @@ class Engine:
                 )
 
     def _batches(
-        self, prompts: Sequence[Prompt], further: int
+        self, prompts: Sequence[Prompt], further: int, most_rows: int = TOKENS_IN_BATCH
     ) -> Iterator[tuple[list[int], PromptBatch]]:
-        """Batches prompts of similar length, each with room for `further` more tokens: yields
-        (indices of the prompts in the list, batch).
+        """Batches prompts of similar length, at most `most_rows` of them, each with room for
+        `further` more tokens: yields (indices of the prompts in the list, batch).
         """
         if not prompts:
             return
@@ -345,7 +348,12 @@ class Engine:
         # Slots for visuals: 1, 4, 16, 64, ... Each further shape costs a compilation, an empty
         # slot hardly anything.
         slots = next_power(4, max(len(p.visuals) for p in tokenised))
-        rows = min(self._batch_size, TOKENS_IN_BATCH // longest, VISUALS_IN_BATCH // max(slots, 1))
+        rows = min(
+            self._batch_size,
+            most_rows,
+            TOKENS_IN_BATCH // longest,
+            VISUALS_IN_BATCH // max(slots, 1),
+        )
         # Rounded down to a power of 2, and no more than the prompts need.
         rows = min(max(next_power(2, rows + 1) // 2, 1), next_power(2, len(prompts)))
         # By length, so that a batch has little padding.

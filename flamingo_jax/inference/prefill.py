@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from flamingo_jax.models.attention import map_cache
+from flamingo_jax.models.attention import Branches, map_cache
 
 Array = jax.Array
 
@@ -28,9 +28,10 @@ class DecodingModel(Protocol):
         media: Any,
         visuals: Array | None,
         cache: Any,
+        branches: Branches | None = None,
     ) -> tuple[Array, Any]:
         """Decodes tokens int32 [B, L] at `positions` -> logits float32 [B, L, V], and the
-        cache with these tokens added. See `Flamingo.decode`.
+        cache with these tokens added, unless they are a tree. See `Flamingo.decode`.
         """
 
 

@@ -1,60 +1,97 @@
 """Scores candidate answers by log-likelihood (the paper's close-ended tasks). A prompt is read
-once, and its candidates share the cache.
+once, and every token that candidates share once.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from flamingo_jax.inference.prefill import DecodingModel, PromptArrays, prefill
+from flamingo_jax.inference.candidates import CandidateTree, TreePart
+from flamingo_jax.inference.prefill import DecodingModel, Prefilled
+from flamingo_jax.inference.prompts import next_power
+from flamingo_jax.models.attention import Branches
 
 Array = jax.Array
 
 
-def candidate_scores(
-    model: DecodingModel,
-    prompts: PromptArrays,
-    media: Any,
-    candidates: Array,
-    lengths: Array,
-    *,
-    group_size: int,
-) -> Array:
-    """Sums the log-probabilities of each candidate's tokens after its prompt.
+class TreeArrays(NamedTuple):
+    """One part of each prompt's tree of candidates, padded to n tokens and e next tokens.
 
-    Args:
-      media: of `Flamingo.prepare_media`; None without visuals.
-      candidates: int32 [B, C, T], right-padded.
-      lengths: int32 [B, C], tokens of each; 0 for padding.
-      group_size: how many candidates of each prompt are read at a time, for memory; a divisor
-        of C.
-
-    Returns: float32 [B, C], -inf for padding. Not divided by the length, a normalisation that
-      the paper does not mention.
+    tokens, depths, ends: int32 [B, n], see `TreePart`.
+    sources, targets: int32 [B, e].
     """
-    rows, count, length = candidates.shape
-    size = prompts.tokens.shape[1] + length
-    prefilled = prefill(model, prompts, media, size)
-    repeated = prefilled.repeat(group_size)
 
-    def score(part: tuple[Array, Array]) -> Array:
-        # One group of candidates: [B, group, ...] -> [B * group, ...].
-        tokens, sizes = (a.reshape(rows * group_size, *a.shape[2:]) for a in part)
-        real = jnp.arange(length) < sizes[:, None]
-        # Inputs are shifted by one: the prompt's last token predicts the candidate's first.
-        inputs = jnp.concatenate([repeated.last[:, None], tokens[:, :-1]], axis=1)
-        # Position `size` is padding: not written to the cache.
-        positions = jnp.where(real, repeated.position[:, None] + jnp.arange(length), size)
-        index = jnp.broadcast_to(repeated.media_index[:, None], inputs.shape)
-        logits, _ = model.decode(inputs, positions, index, media, repeated.visuals, repeated.cache)
-        each = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
-        total = jnp.where(real, each, 0.0).sum(axis=1)
-        return jnp.where(sizes > 0, total, -jnp.inf).reshape(rows, group_size)
+    tokens: np.ndarray
+    depths: np.ndarray
+    ends: np.ndarray
+    sources: np.ndarray
+    targets: np.ndarray
 
-    def grouped(a: Array) -> Array:
-        return jnp.swapaxes(a.reshape(rows, count // group_size, group_size, *a.shape[2:]), 0, 1)
 
-    # One group of candidates after the other, for memory: logits are [B * group, T, V].
-    scores = jax.lax.map(score, (grouped(candidates), grouped(lengths)))
-    return jnp.swapaxes(scores, 0, 1).reshape(rows, count)
+def next_log_probabilities(
+    model: DecodingModel, prefilled: Prefilled, media: Any, tree: TreeArrays
+) -> Array:
+    """Computes the log-probabilities of the tree's next tokens after their prompts, float32
+    [B, e].
+
+    media: of `Flamingo.prepare_media`; None without visuals.
+    """
+    # The tree's first token is the prompt's last, which prefill left out.
+    tokens = jnp.asarray(tree.tokens).at[:, 0].set(prefilled.last)
+    logits, _ = model.decode(
+        tokens,
+        prefilled.position[:, None] + tree.depths,
+        jnp.broadcast_to(prefilled.media_index[:, None], tokens.shape),
+        media,
+        prefilled.visuals,
+        prefilled.cache,
+        Branches(prefilled.position, jnp.asarray(tree.ends)),
+    )
+    row = jnp.arange(tokens.shape[0])[:, None]
+    # Not log_softmax of everything: that would be a second array of logits' size.
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    return logits[row, tree.sources, tree.targets] - normaliser[row, tree.sources]
+
+
+def tree_arrays(trees: Sequence[CandidateTree]) -> list[TreeArrays]:
+    """Pads the trees of a batch's prompts, and turns them into one `TreeArrays` per part."""
+    parts = [part for tree in trees for part in tree.parts]
+    length = tree_length(max(len(part.tokens) for part in parts))
+    most = next_power(2, max(len(part.targets) for part in parts))
+    # A tree of fewer parts than others has padding for the rest.
+    nothing = TreePart(*[np.zeros(0, np.int32)] * 5)
+    return [
+        _stack(
+            [tree.parts[place] if place < len(tree.parts) else nothing for tree in trees],
+            length,
+            most,
+        )
+        for place in range(max(len(tree.parts) for tree in trees))
+    ]
+
+
+def tree_length(count: int) -> int:
+    """Rounds a number of tokens up to one of 1, 2, 4, 8, 16, 32, 64, 96, 128, ...: few shapes to
+    compile, little padding.
+    """
+    return next_power(2, count) if count <= 32 else -(-count // 32) * 32
+
+
+def _stack(parts: Sequence[TreePart], length: int, most: int) -> TreeArrays:
+    rows = len(parts)
+    tokens, depths = np.zeros((2, rows, length), np.int32)
+    # A padding token is its own subtree: it attends to itself and the prompt.
+    ends = np.tile(np.arange(1, length + 1, dtype=np.int32), (rows, 1))
+    sources, targets = np.zeros((2, rows, most), np.int32)
+    for row, part in enumerate(parts):
+        size, wanted = len(part.tokens), len(part.targets)
+        tokens[row, :size], depths[row, :size], ends[row, :size] = (
+            part.tokens,
+            part.depths,
+            part.ends,
+        )
+        sources[row, :wanted], targets[row, :wanted] = part.sources, part.targets
+    return TreeArrays(tokens, depths, ends, sources, targets)

@@ -85,6 +85,45 @@ def causal_mask(segments: Array, window: int = 0) -> Array:
     return (same & seen)[:, None]
 
 
+class Branches(NamedTuple):
+    """L tokens that continue each row of a cache as a tree, in place of a line: a token
+    attends to the row's tokens before the tree, to its ancestors and to itself.
+
+    Continuations with a common beginning share its tokens, and all share the row's cache. Tokens
+    are in depth-first order, those of the subtree of token i being i .. ends[i] - 1.
+
+    start: int32 [B], the position of the tree's first level; the tokens before are in the cache.
+    ends: int32 [B, L].
+    """
+
+    start: Array
+    ends: Array
+
+    def places(self, positions: Array, slots: int) -> Array:
+        """Returns the positions of a cache's `slots` and behind them of the tree's tokens,
+        themselves at `positions`, int32 [B, L] -> [B, slots + L].
+        """
+        cached = jnp.broadcast_to(jnp.arange(slots), (positions.shape[0], slots))
+        return jnp.concatenate([cached, positions], axis=1)
+
+    def mask(self, positions: Array, slots: int, window: int = 0) -> Array:
+        """Makes the mask of the tree's tokens at `positions`, int32 [B, L], over the keys of
+        `places` -> bool [B, 1, L, slots + L].
+
+        window: see `causal_mask`.
+        """
+        rows, length = positions.shape
+        before = jnp.arange(slots) < self.start[:, None]
+        order = jnp.arange(length)
+        # Of two tokens in depth-first order, i is in the subtree of j where j <= i < ends[j].
+        above = (order <= order[:, None]) & (order[:, None] < self.ends[:, None, :])
+        before = jnp.broadcast_to(before[:, None], (rows, length, slots))
+        seen = jnp.concatenate([before, above], axis=-1)
+        if window:
+            seen &= self.places(positions, slots)[:, None] > positions[:, :, None] - window
+        return seen[:, None]
+
+
 def cached_mask(positions: Array, slots: int, window: int = 0) -> Array:
     """Makes the causal mask of decoding: tokens at `positions`, int32 [B, L], over a cache
     whose slot s holds the token at position s -> bool [B, 1, L, slots].
@@ -104,6 +143,11 @@ def write_slots(cached: Array, new: Array, positions: Array) -> Array:
     """
     row = jnp.arange(new.shape[0])[:, None]
     return cached.at[row, positions].set(new.astype(cached.dtype), mode="drop")
+
+
+def append_slots(cached: Array, new: Array) -> Array:
+    """Puts new [B, L, ...] behind cached [B, S, ...], for tokens that are not to be cached."""
+    return jnp.concatenate([cached, new.astype(cached.dtype)], axis=1)
 
 
 class SharedCache(NamedTuple):
@@ -198,14 +242,15 @@ class SelfAttention(nnx.Module):
         self,
         x: Array,
         positions: Array,
-        packing: Packing | None,
+        packing: Packing | Branches | None,
         cache: Cache | None,
     ) -> tuple[Array, Cache | None]:
         """Attends within the rows of a stream x [S, T, D] with positions int32 [S, T] ->
         [S, T, D]; or, with a cache in place of the packing, decodes rows x [B, L, D] of one
         segment each -> [B, L, D] and the cache with these tokens added.
 
-        Tokens at positions past the cache's end are padding and are not added.
+        Tokens at positions past the cache's end are padding and are not added, nor are those of
+        `Branches`.
         """
         # [S, T, D] -> query [S, T, H, d], key and value [S, T, K, d]
         query = _to_heads(x, self.query, self.query_bias, self.query_norm)
@@ -213,10 +258,11 @@ class SelfAttention(nnx.Module):
         value = _to_heads(x, self.value, self.value_bias, None)
         query, key = self.positions.turn(query, positions), self.positions.turn(key, positions)
         if cache is None:
-            assert packing is not None
+            assert isinstance(packing, Packing)
             h = packing.over_rows(self._attend_within_rows, query, key, value)
         else:
-            h, cache = self._attend_cached(query, key, value, positions, cache)
+            assert not isinstance(packing, Packing)
+            h, cache = self._attend_cached(query, key, value, positions, cache, packing)
         h = linear(h, self.out, 2)  # [S, T, H, d] -> [S, T, D]
         return (h if self.out_bias is None else add_bias(h, self.out_bias)), cache
 
@@ -228,18 +274,30 @@ class SelfAttention(nnx.Module):
         return attend(query, key, value, causal_mask(segments, self.window), scores)
 
     def _attend_cached(
-        self, query: Array, key: Array, value: Array, positions: Array, cache: Cache
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        positions: Array,
+        cache: Cache,
+        branches: Branches | None,
     ) -> tuple[Array, Cache]:
         """Adds the new keys and values [B, L, K, d] to the cache and attends from the queries
         [B, L, H, d] at `positions`, int32 [B, L], to all of it -> [B, L, H, d] and the cache.
         """
-        key = write_slots(cache.key, key, positions)
-        value = write_slots(cache.value, value, positions)
-        seen = cached_mask(positions, key.shape[1], self.window)
+        slots = cache.key.shape[1]
+        if branches is None:
+            key = write_slots(cache.key, key, positions)
+            value = write_slots(cache.value, value, positions)
+            places, seen = jnp.arange(slots)[None], cached_mask(positions, slots, self.window)
+            cache = cache._replace(key=key, value=value)
+        else:
+            key, value = append_slots(cache.key, key), append_slots(cache.value, value)
+            places = branches.places(positions, slots)
+            seen = branches.mask(positions, slots, self.window)
         distances = None if cache.distances is None else cache.distances.value
-        query, scores = self.positions.score_cached(self, query, positions, key.shape[1], distances)
-        h = attend(query, key, value, seen, scores)
-        return h, cache._replace(key=key, value=value)
+        query, scores = self.positions.score_cached(self, query, positions, places, distances)
+        return attend(query, key, value, seen, scores), cache
 
 
 def _bias(wanted: bool, *shape: int) -> nnx.Param | None:

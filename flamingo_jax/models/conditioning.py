@@ -21,7 +21,7 @@ from flax import nnx
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import ConditioningConfig, LanguageModelConfig
 from flamingo_jax.models import ops
-from flamingo_jax.models.attention import Cache, attend, map_cache
+from flamingo_jax.models.attention import Branches, Cache, attend, map_cache
 from flamingo_jax.models.decoder import DecoderLayer
 from flamingo_jax.models.layers import (
     FeedForward,
@@ -223,7 +223,7 @@ class GraftedLayer(DecoderLayer):
         self,
         x: Array,
         positions: Array,
-        packing: Packing | None,
+        packing: Packing | Branches | None,
         cache: Cache | None,
         between: Between | None = None,
     ) -> tuple[Array, Cache | None]:

@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from flamingo_jax.experiment import LanguageModelConfig
-from flamingo_jax.models.attention import Cache, SelfAttention
+from flamingo_jax.models.attention import Branches, Cache, SelfAttention
 from flamingo_jax.models.layers import FeedForward, make_norm, save_for_backward
 from flamingo_jax.models.packing import Packing
 from flamingo_jax.partitioning.constraints import all_gather, reduce_scatter, residual
@@ -50,7 +50,7 @@ class DecoderLayer(nnx.Module):
         self,
         x: Array,
         positions: Array,
-        packing: Packing | None,
+        packing: Packing | Branches | None,
         cache: Cache | None,
         between: Callable[[Array], Array] | None = None,
     ) -> tuple[Array, Cache | None]:
@@ -59,7 +59,8 @@ class DecoderLayer(nnx.Module):
 
         Args:
           positions: int32 [S, T].
-          packing: which tokens of the stream form a row; None when decoding.
+          packing: which tokens of the stream form a row; when decoding, the tree that they form,
+            or None for a line.
           cache: of decoding, in place of the packing (see SelfAttention).
           between: updates the residual stream [S, T, D] between the halves of a sequential
             layer: `vanilla_xattn` runs its cross-attention there.
@@ -77,7 +78,7 @@ class DecoderLayer(nnx.Module):
         self,
         x: Array,
         positions: Array,
-        packing: Packing | None,
+        packing: Packing | Branches | None,
         cache: Cache | None,
     ) -> tuple[Array, Cache | None]:
         """Computes what the attention half adds to x [S, T, D]; arguments as for `__call__`."""

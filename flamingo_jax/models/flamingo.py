@@ -18,7 +18,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from flamingo_jax.experiment import FlamingoConfig, LoRAConfig
-from flamingo_jax.models.attention import Cache, cached_mask, causal_mask, write_slots
+from flamingo_jax.models.attention import (
+    Branches,
+    Cache,
+    append_slots,
+    cached_mask,
+    causal_mask,
+    write_slots,
+)
 from flamingo_jax.models.conditioning import (
     ConditionedLayers,
     CrossAttentionBlock,
@@ -344,6 +351,7 @@ class Flamingo(nnx.Module):
         media: PreparedVisuals | None,
         visuals: Array | None,
         cache: DecodingCache,
+        branches: Branches | None = None,
     ) -> tuple[Array, DecodingCache]:
         """Decodes L more tokens of each row: one at a step of generation, or a whole prompt.
 
@@ -354,6 +362,8 @@ class Flamingo(nnx.Module):
           media: of `prepare_media`; None decodes without any visual.
           visuals: int32 [B, N], each row's visuals as indices into M, -1 for none.
           cache: the tokens so far.
+          branches: the tree that the L tokens form, at positions by their depth; by default a
+            line. A tree is not added to the cache.
 
         Returns: logits float32 [B, L, V + extra], and the cache with these tokens added. The
           logits of a token that attends to a broken visual are NaN, and so are those of all
@@ -375,22 +385,27 @@ class Flamingo(nnx.Module):
             x = jnp.where(looks[..., None], jnp.nan, x)
             view = MediaView((mask,), visuals)
             if cache.windows is not None:
-                window = self.config.conditioning.text_window
-                seen = cached_mask(positions, cache.windows.key.shape[2], window)
+                window, slots = self.config.conditioning.text_window, cache.windows.key.shape[2]
+                mask_of = cached_mask if branches is None else branches.mask
+                seen = mask_of(positions, slots, window)
                 view = view._replace(text_masks=_where_something_is_seen([seen], [mask]))
 
         def read_visuals(
             block: CrossAttentionBlock, x: Array, own: Media | None, window: Media | None
         ) -> tuple[Array, Media | None]:
-            if window is not None:
-                new = zip(window, block.project_text(x) or (), strict=True)
-                window = Media(*(write_slots(cached, text, positions) for cached, text in new))
+            if window is None:
+                return block.attend(x, own, view), None
+            new = list(zip(window, block.project_text(x) or (), strict=True))
+            if branches is not None:
+                texts = Media(*(append_slots(cached, text) for cached, text in new))
+                return block.attend(x, own, view, texts), window
+            window = Media(*(write_slots(cached, text, positions) for cached, text in new))
             return block.attend(x, own, view, window), window
 
         def read_text(
             layer: Any, x: Array, layer_cache: Cache, between: Any
         ) -> tuple[Array, Cache]:
-            return layer(x, positions, None, layer_cache, between)
+            return layer(x, positions, branches, layer_cache, between)
 
         own = None if media is None else media.media
         x, cache = self._run_layers(x, cache, read_text, read_visuals, own)

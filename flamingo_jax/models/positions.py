@@ -58,10 +58,10 @@ class Positions:
         return Scored(query, None)
 
     def score_cached(
-        self, attention: Any, query: Array, positions: Array, slots: int, distances: Array | None
+        self, attention: Any, query: Array, positions: Array, places: Array, distances: Array | None
     ) -> Scored:
         """Computes the extra scores of queries [B, L, H, d] at `positions`, int32 [B, L],
-        against a cache whose slot s holds the token at position s.
+        against keys at the positions `places`, int32 [B, S] or [1, S].
 
         distances: one layer's of `cached_distances`.
         """
@@ -108,16 +108,17 @@ class TransformerXL(Positions):
         return Scored(add_bias(query, attention.content_bias), scores)
 
     def score_cached(
-        self, attention: Any, query: Array, positions: Array, slots: int, distances: Array | None
+        self, attention: Any, query: Array, positions: Array, places: Array, distances: Array | None
     ) -> Scored:
-        keys = self.keys(attention, slots, query.dtype) if distances is None else distances
+        if distances is None:
+            distances = self.keys(attention, places.shape[1], query.dtype)
         scores = jnp.einsum(
             "blhd,shd->bhls",
             add_bias(query, attention.position_bias),
-            keys,
+            distances,
             preferred_element_type=jnp.float32,
-        )  # [B, H, L, slots] by distance; gathered to [B, H, L, slots] by slot:
-        distance = jnp.clip(positions[:, :, None] - jnp.arange(slots), 0, slots - 1)
+        )  # [B, H, L, count] by distance; gathered to [B, H, L, S] by key:
+        distance = jnp.clip(positions[:, :, None] - places[:, None], 0, distances.shape[0] - 1)
         scores = jnp.take_along_axis(scores, distance[:, None], axis=-1)
         return Scored(add_bias(query, attention.content_bias), scores)
 
@@ -163,9 +164,9 @@ class Alibi(Positions):
         return Scored(query, self._penalty(places[None, :, None] - places, query.shape[-1]))
 
     def score_cached(
-        self, attention: Any, query: Array, positions: Array, slots: int, distances: Array | None
+        self, attention: Any, query: Array, positions: Array, places: Array, distances: Array | None
     ) -> Scored:
-        distance = positions[:, :, None] - jnp.arange(slots)
+        distance = positions[:, :, None] - places[:, None]
         return Scored(query, self._penalty(distance, query.shape[-1]))
 
     def _penalty(self, distance: Array, head_width: int) -> Array:

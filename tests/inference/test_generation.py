@@ -7,7 +7,6 @@ import pytest
 
 from flamingo_jax.inference.generation import DecodingConfig, TokenConstraints, generate, nucleus
 from flamingo_jax.inference.prefill import PromptArrays
-from flamingo_jax.inference.scoring import candidate_scores
 from tests.inference.tiny_models import TableModel
 from tests.rounding import assert_close
 
@@ -146,21 +145,3 @@ def test_sampling_follows_the_models_distribution_and_its_keys() -> None:
     wanted = jax.nn.softmax(log_probabilities(prompt(0))[-1] / 1.5)
     np.testing.assert_allclose(np.bincount(drawn, minlength=V) / count, wanted, atol=0.03)
     np.testing.assert_array_equal(drawn, sample(jax.random.split(jax.random.key(3), count)))
-
-
-@pytest.mark.parametrize("group_size", [1, 3])
-def test_candidate_scores_are_the_likelihoods_of_whole_sequences(group_size: int) -> None:
-    candidates = [[[1, 2], [0], [3, 1, 4]], [[2, 2, 2], [4], []], [[0, 1], [1, 0], [2]]]
-    tokens, lengths = np.zeros((3, 3, 4), np.int32), np.zeros((3, 3), np.int32)
-    for row, column in itertools.product(range(3), range(3)):
-        ids = candidates[row][column]
-        tokens[row, column, : len(ids)], lengths[row, column] = ids, len(ids)
-    scores = jax.jit(
-        lambda t, n: candidate_scores(MODEL, PROMPTS, None, t, n, group_size=group_size)
-    )(tokens, lengths)
-    for row, column in itertools.product(range(3), range(3)):
-        ids = candidates[row][column]
-        if ids:
-            assert_close(scores[row, column], likelihood(prompt(row), ids), TERMS)
-        else:
-            assert scores[row, column] == -np.inf

@@ -62,7 +62,14 @@ class TableModel:
         media: Any,
         visuals: Any,
         cache: Any,
+        branches: Any = None,
     ) -> tuple[Any, Any]:
+        if branches is not None:
+            places = branches.places(positions, cache.shape[2])
+            tree = jnp.concatenate([cache[0], tokens + 1], 1)
+            mixed = (tree * self.weights[places]) ** 2 % 7919
+            seen = branches.mask(positions, cache.shape[2])[:, 0]
+            return self.table[jnp.where(seen, mixed[:, None], 0).sum(-1) % self.buckets], cache
         rows = jnp.arange(tokens.shape[0])[:, None]
         cache = cache.at[0, rows, positions].set(tokens + 1, mode="drop")
         seen = jnp.arange(cache.shape[2]) <= positions[:, :, None]
