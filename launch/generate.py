@@ -14,15 +14,13 @@ model whose captions follow their images directly (configs/own_data.py) it is [{
 needs a backslash before it.
 """
 
-import json
 import pathlib
-from typing import Any
 
 from absl import flags
 
 import flamingo_jax as fj
-from data_pipelines.build.text_files import decode
 from launch import command
+from launch.prompt_files import prompt_of, read_prompts
 
 MODEL = flags.DEFINE_string("model", "", "Exported folder of a Flamingo.")
 PROMPT = flags.DEFINE_string("prompt", "", "JSON or JSONL file of prompts.")
@@ -59,9 +57,6 @@ FRAMES = flags.DEFINE_integer(
 )
 
 
-EXAMPLE = '[{"image": "a.png"}, {"text": "Output:"}]'
-
-
 def main() -> int:
     for name, value in (("model", MODEL.value), ("prompt", PROMPT.value)):
         if not value:
@@ -71,8 +66,11 @@ def main() -> int:
             "--top_p is 0, which allows no token: use a number above 0, or --temperature=0 for"
             " the likeliest token"
         )
-    folder = pathlib.Path(PROMPT.value).parent
-    prompts = [prompt_of(parts, folder) for parts in read_prompts(pathlib.Path(PROMPT.value))]
+    file = pathlib.Path(PROMPT.value)
+    prompts = [
+        prompt_of(parts, file.parent, fps=FPS.value, frames=FRAMES.value)
+        for parts in read_prompts(file, "--prompt")
+    ]
     completions = fj.load(MODEL.value).generate(
         prompts,
         max_tokens=MAX_TOKENS.value,
@@ -84,59 +82,6 @@ def main() -> int:
     for completion in completions:
         print(completion.text, flush=True)
     return 0
-
-
-def read_prompts(path: pathlib.Path) -> list[list[Any]]:
-    """Reads the prompts of a JSON or JSONL file, each a list of parts."""
-    try:
-        text = decode(path.read_bytes())
-        text.encode()
-    except (OSError, UnicodeError) as error:
-        raise fj.UserError(f"--prompt={path} cannot be read as text: {error}") from error
-    try:
-        try:
-            prompts = [json.loads(text)]
-        except json.JSONDecodeError:
-            prompts = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (ValueError, RecursionError) as error:
-        raise fj.UserError(
-            f"{path} is neither JSON nor JSONL ({error}): write a list of parts such as {EXAMPLE}"
-        ) from error
-    if not prompts:
-        raise fj.UserError(f"{path} holds no prompt: write a list of parts such as {EXAMPLE}")
-    for prompt in prompts:
-        if not isinstance(prompt, list) or not prompt:
-            raise fj.UserError(
-                f"{path}: a prompt is {json.dumps(prompt)[:80]}, but must be a list of parts"
-            )
-    return prompts
-
-
-def prompt_of(parts: list[Any], folder: pathlib.Path) -> list[Any]:
-    """Turns the parts of a prompt file into texts, `fj.Image`s and `fj.Video`s.
-
-    Raises: UserError for a malformed part, or a file that cannot be read.
-    """
-    # Imported here, since the tokenizer libraries are slow to import and --help must be fast.
-    from flamingo_jax.inference.prompts import fill_image_tags
-
-    prompt: list[Any] = []
-    for part in parts:
-        kind, value = (
-            next(iter(part.items())) if isinstance(part, dict) and len(part) == 1 else (None, None)
-        )
-        if kind not in ("text", "image", "video") or not isinstance(value, str):
-            raise fj.UserError(
-                f'a part of a prompt is {json.dumps(part)[:80]}, but must be {{"text": ...}},'
-                ' {"image": path} or {"video": path}'
-            )
-        if kind == "text":
-            prompt.append(value)
-        elif kind == "image":
-            prompt.append(fj.Image(folder / value))
-        else:
-            prompt.append(fj.Video(folder / value, fps=FPS.value, frames=FRAMES.value))
-    return fill_image_tags(prompt)
 
 
 if __name__ == "__main__":

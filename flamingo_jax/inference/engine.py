@@ -151,13 +151,28 @@ class Engine:
         self.tokenizer, self.config = loaded.tokenizer, loaded.config
         self.with_visuals = with_visuals
         self._graph, self._state = nnx.split(loaded.model)
-        self._dtype = loaded.model.dtype
+        self.dtype = loaded.model.dtype
         self._batch_size = batch_size
         self._constraints = token_constraints(loaded.tokenizer, loaded.config.extra_tokens)
         self._cached_tokens, self._cached_features = (
             ArrayCache(CACHED_BYTES),
             ArrayCache(CACHED_BYTES),
         )
+
+    @property
+    def model(self) -> tuple[Any, nnx.State]:
+        """Returns the model's graph and state, for `nnx.merge`."""
+        return self._graph, self._state
+
+    @property
+    def vocabulary(self) -> int:
+        """Returns the number of token ids, with <EOC> and other added ones."""
+        return self.config.language_model.vocab_size + self.config.extra_tokens
+
+    @property
+    def suppressed(self) -> tuple[int, ...]:
+        """Returns the token ids that are never generated."""
+        return self._constraints.suppressed
 
     def generate(
         self,
@@ -274,7 +289,7 @@ class Engine:
           [b, t] are the logits of the token after the t-th of prompt b; 0 past a prompt's end.
         """
         tokenised = [tokenise(prompt, self.tokenizer) for prompt in prompts]
-        self._check(tokenised, 0)
+        self.check(tokenised, 0)
         longest = max(len(prompt.tokens) for prompt in tokenised)
         batch = collate(
             tokenised,
@@ -297,7 +312,7 @@ class Engine:
         rows = self._cached_features.get(
             list(different),
             lambda missing: dict(
-                self._encode_visuals([different[digest] for digest in missing], _features)
+                self.encode_visuals([different[digest] for digest in missing], _features)
             ),
         )
         features = np.stack([rows[visual.digest] for visual in visuals])
@@ -314,7 +329,7 @@ class Engine:
                     f" {size}: give it as flamingo_jax.Image or Video, which resize it"
                 )
 
-    def _check(self, prompts: Sequence[TokenisedPrompt], further: int) -> None:
+    def check(self, prompts: Sequence[TokenisedPrompt], further: int) -> None:
         """Raises UserError for a prompt that, with `further` more tokens, is longer than the
         model allows, or that has too many visuals.
         """
@@ -343,7 +358,7 @@ class Engine:
         if not prompts:
             return
         tokenised = [tokenise(prompt, self.tokenizer) for prompt in prompts]
-        self._check(tokenised, further)
+        self.check(tokenised, further)
         longest = bucket_length(max(len(p.tokens) for p in tokenised))
         # Slots for visuals: 1, 4, 16, 64, ... Each further shape costs a compilation, an empty
         # slot hardly anything.
@@ -388,7 +403,7 @@ class Engine:
             ),
             np.float32,
         )
-        media = _prepare(self._graph, self._state, blank.astype(self._dtype))
+        media = _prepare(self._graph, self._state, blank.astype(self.dtype))
         return (
             PromptArrays(
                 tokens,
@@ -403,18 +418,25 @@ class Engine:
         """Encodes visuals, from the cache where possible, and projects them to every
         cross-attention block's keys and values; padded with blanks to `size` visuals.
         """
-        by_digest = {visual.digest: visual for visual in distinct}
+        tokens = self.visual_tokens(distinct)
+        blank = np.zeros((size - len(tokens), *tokens.shape[1:]), tokens.dtype)
+        return _prepare(self._graph, self._state, np.concatenate([tokens, blank]))
+
+    def visual_tokens(self, visuals: Sequence[Visual]) -> np.ndarray:
+        """Encodes visuals, from the cache where possible, to their visual tokens [M, R, D].
+
+        Raises: UserError where these are not finite.
+        """
+        by_digest = {visual.digest: visual for visual in visuals}
         found = self._cached_tokens.get(
             list(by_digest),
             lambda missing: dict(
-                self._encode_visuals([by_digest[digest] for digest in missing], _encode)
+                self.encode_visuals([by_digest[digest] for digest in missing], _encode)
             ),
         )
-        tokens = [found[visual.digest] for visual in distinct]
-        blank = [np.zeros_like(tokens[0])] * (size - len(tokens))
-        return _prepare(self._graph, self._state, np.stack(tokens + blank))
+        return np.stack([found[visual.digest] for visual in visuals])
 
-    def _encode_visuals(
+    def encode_visuals(
         self, visuals: list[Visual], encode: Any
     ) -> Iterator[tuple[bytes, np.ndarray]]:
         """Encodes visuals by `encode`, and yields (digest, array) of each. Only visuals with

@@ -24,6 +24,7 @@ from flamingo_jax.checkpointing.export import export_model
 from flamingo_jax.configuring import to_json
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import FlamingoConfig
+from flamingo_jax.inference.attention_maps import AttentionMaps, attention_maps
 from flamingo_jax.inference.engine import Completion, Engine
 from flamingo_jax.inference.generation import DecodingConfig
 from flamingo_jax.inference.loading import LoadedFlamingo, load_flamingo
@@ -251,6 +252,28 @@ class Model:
         if isinstance(images, (str, bytes, os.PathLike)) or not isinstance(images, Sequence):
             images = [images]
         return self._engine.features([self._visual(image) for image in images])
+
+    def attention_maps(
+        self, prompt: OnePrompt, answer: str | Sequence[int], *, images: Images | None = None
+    ) -> AttentionMaps:
+        """Shows what the model looks at as it predicts each token of an answer.
+
+        Args:
+          prompt, images: see `generate`; one prompt.
+          answer: the text after it, with its leading space, or the ids of `Completion.tokens`.
+
+        Returns: `AttentionMaps`: for each token of the answer the visual that phi names, the
+          attention over it as a heat map, its probability and the likeliest alternatives.
+
+        Raises: UserError as `generate`, for a batch, and for an answer without tokens.
+        """
+        prompts, several = self._prompts(prompt, images)
+        if several:
+            raise UserError(
+                f"attention maps are of one prompt, but a batch of {len(prompts)} was given:"
+                " give them one by one"
+            )
+        return attention_maps(self._engine, prompts[0], answer)
 
     def __call__(self, prompt: OnePrompt | Batch, images: Images | None = None) -> jax.Array:
         """Computes the next-token logits at every token of a batch of prompts.

@@ -57,18 +57,35 @@ def attend(
     """
     if kernel := ops.attention_kernel(query, key, value, extra_scores):
         return kernel(query, key, value, mask, extra_scores)
-    key, value = ops.repeat_heads(key, query), ops.repeat_heads(value, query)
+    value = ops.repeat_heads(value, query)
+    weights = _weights(query, ops.repeat_heads(key, query), mask, extra_scores)
+    return jnp.einsum("bhls,bshd->blhd", weights.astype(value.dtype), value)
+
+
+def mean_weights(query: Array, key: Array, mask: Array | None = None) -> Array:
+    """Computes the weights that `attend` gives the keys, averaged over heads: float32
+    [B, L, S]. A query whose every key is masked gives none to any.
+
+    For looking at a model: no kernel of a backend returns them.
+    """
+    return _weights(query, ops.repeat_heads(key, query), mask).mean(1)
+
+
+def _weights(
+    query: Array, key: Array, mask: Array | None, extra_scores: Array | None = None
+) -> Array:
+    """Computes the softmax of `attend`: query [B, L, H, d], key [B, S, H, d] -> float32
+    [B, H, L, S].
+    """
     scores = jnp.einsum("blhd,bshd->bhls", query, key, preferred_element_type=jnp.float32)
     if extra_scores is not None:
         scores = heads_first(scores + extra_scores)
     scores = scores * (query.shape[-1] ** -0.5)
-    if mask is not None:
-        scores = jnp.where(mask, scores, ops.MASKED)
-    weights = jax.nn.softmax(scores, axis=-1)
-    if mask is not None:
-        # The softmax of a fully masked row is uniform, not zero.
-        weights = jnp.where(mask, weights, 0.0)
-    return jnp.einsum("bhls,bshd->blhd", weights.astype(value.dtype), value)
+    if mask is None:
+        return jax.nn.softmax(scores, axis=-1)
+    weights = jax.nn.softmax(jnp.where(mask, scores, ops.MASKED), axis=-1)
+    # The softmax of a fully masked row is uniform, not zero.
+    return jnp.where(mask, weights, 0.0)
 
 
 def causal_mask(segments: Array, window: int = 0) -> Array:

@@ -21,7 +21,7 @@ from flax import nnx
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import ConditioningConfig, LanguageModelConfig
 from flamingo_jax.models import ops
-from flamingo_jax.models.attention import Branches, Cache, attend, map_cache
+from flamingo_jax.models.attention import Branches, Cache, attend, map_cache, mean_weights
 from flamingo_jax.models.decoder import DecoderLayer
 from flamingo_jax.models.layers import (
     FeedForward,
@@ -155,6 +155,19 @@ class CrossAttentionBlock(nnx.Module):
         h = all_gather(self.dense_norm(y))
         return residual(y + reduce_scatter(self.feed_forward(h, _tanh_gate(self.dense_gate))))
 
+    def weights(self, y: Array, media: Media, view: MediaView, text: Media | None = None) -> Array:
+        """Computes the weights that `attend` gives visual tokens, averaged over heads: float32
+        [S, T, N * R]. A row sums to 1; to 0 for a token without a visual; to less than 1 where
+        text tokens share the softmax (`text_window`).
+        """
+
+        def weigh(query: Array, key: Array, _: Array, mask: Array) -> Array:
+            return mean_weights(query, key, mask)[:, :, None]
+
+        query = linear(all_gather(self.attention_norm(y)), self.query[...])
+        found = view.over_rows(weigh, query, media.key, media.value, text)[:, :, 0]
+        return found[..., : view.masks[0].shape[-1]]
+
     def _gated_out(self, h: Array) -> Array:
         """Maps heads back to the model width and applies the gate: [..., H, d] -> [..., D]."""
         gate = _tanh_gate(self.attention_gate)
@@ -246,11 +259,12 @@ class DecodingCache(NamedTuple):
 
     text: keys and values of the decoder layers, the grafted ones last on the layer axis.
     windows: with `text_window`, the cross-attention blocks' keys and values of the text,
-      [blocks, B, S, H, d]; slot s holds the token at position s.
+      [blocks, B, S, H, d]; slot s holds the token at position s. More generally what the blocks
+      keep, any arrays [blocks, ...].
     """
 
-    text: Cache
-    windows: Media | None = None
+    text: Cache | None
+    windows: Any = None
 
 
 class ConditionedLayers:

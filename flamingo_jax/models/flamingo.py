@@ -113,6 +113,11 @@ def _where_something_is_seen(text_masks: Parts, masks: Parts) -> tuple[Array, ..
     )
 
 
+def _take(x: Array, places: Array) -> Array:
+    """Takes tokens `places`, int32 [B, P], of rows [B, L, D] -> [B, P, D]."""
+    return jnp.take_along_axis(x, places[..., None], axis=1)
+
+
 class Flamingo(nnx.Module):
     """Models p(text | visuals), the paper's equation (1).
 
@@ -293,6 +298,38 @@ class Flamingo(nnx.Module):
         x = residual(self._embed(stream.tokens, stream.positions))
         x, _ = self._run_layers(x, None, read_text, read_visuals, None)
         return HiddenStates(stream.restore(x), stream.restore(broken))
+
+    def cross_attention(
+        self, text: PackedText, visual_tokens: Array, places: Array
+    ) -> tuple[Array, Array]:
+        """Runs packed rows as `__call__` does and returns, for some of their tokens, the logits
+        float32 [B, P, V + extra] and the weights that each cross-attention block gives the
+        rows' visual tokens, averaged over heads: float32 [blocks, B, P, N, R].
+
+        Args:
+          text: with its visuals; `positions` and `segments` as in training.
+          visual_tokens: [M, R, D] of `encode_visuals`, all finite.
+          places: int32 [B, P], the tokens to return.
+        """
+        assert text.visuals is not None
+        stream = pack([text])
+        view = self._media_view(stream.texts, visual_tokens.shape[1], False)
+
+        def read_visuals(block: CrossAttentionBlock, x: Array, *_: Any) -> tuple[Array, Array]:
+            media, own = block.project_visuals(visual_tokens), block.project_text(x)
+            weights = block.weights(x, media, view, own)
+            return block.attend(x, media, view, own), _take(weights, places)
+
+        def read_text(layer: Any, x: Array, cache: None, between: Any) -> tuple[Array, None]:
+            return layer(x, stream.positions, stream.packing, cache, between)
+
+        x = residual(self._embed(stream.tokens, stream.positions))
+        blocks = count_blocks(self.config.conditioning, self.config.language_model)
+        # The layers collect the blocks' weights where decoding keeps their text windows.
+        kept = jnp.zeros((blocks, *places.shape, view.masks[0].shape[-1]))
+        x, cache = self._run_layers(x, DecodingCache(None, kept), read_text, read_visuals, None)
+        weights = cache.windows.reshape(*kept.shape[:3], text.visuals.shape[1], -1)
+        return self._logits(_take(x, places)), weights
 
     def _media_view(
         self, texts: Sequence[PackedText], tokens_per_visual: int, rows_own_visuals: bool

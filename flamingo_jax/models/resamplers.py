@@ -7,13 +7,14 @@ visuals, T frames, S grid cells, R visual tokens (`config.latents`), D the resam
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from flamingo_jax.experiment import ResamplerConfig
-from flamingo_jax.models.attention import attend
+from flamingo_jax.models.attention import attend, mean_weights
 from flamingo_jax.models.layers import (
     FeedForward,
     LayerNorm,
@@ -62,6 +63,11 @@ class AttentionLayer(nnx.Module):
         x = x + linear(h, self.out[...], 2)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
+    def weights(self, queries: Array, media: Array, mask: Array) -> Array:
+        """Computes the attention weights of `update`, averaged over heads: float32 [M, Q, S]."""
+        query, key = linear(queries, self.query[...]), linear(media, self.key[...])
+        return mean_weights(query, key, mask)
+
 
 class PerceiverLayer(AttentionLayer):
     """Updates latents x by attention to the features and themselves: x += Attn(q = x, kv =
@@ -80,10 +86,13 @@ class PerceiverLayer(AttentionLayer):
         """Updates latents x [M, R, D] from features [M, S, D] -> [M, R, D]; here S counts the
         cells of all frames. mask: bool [M, 1, 1, S + R].
         """
+        return self.update(x, *self.normalised(x, features), mask)
+
+    def normalised(self, x: Array, features: Array) -> tuple[Array, Array]:
+        """Returns the queries [M, R, D], and what they attend to [M, S + R, D]."""
         latents = self.latent_norm(x)
         # [M, S, D] and [M, R, D] -> [M, S + R, D]
-        media = jnp.concatenate([self.feature_norm(features), latents], axis=1)
-        return self.update(x, latents, media, mask)
+        return latents, jnp.concatenate([self.feature_norm(features), latents], axis=1)
 
 
 class TransformerLayer(AttentionLayer):
@@ -188,7 +197,42 @@ class Resampler(nnx.Module):
 
         Returns: [M, R, D].
         """
+        x, broken = self._embedded(features, frame_mask)
+        tokens = self.final_norm(self.reduce(x, frame_mask))
+        return jnp.where(broken[:, None, None], jnp.nan, tokens)
+
+    def reduce(self, x: Array, frame_mask: Array) -> Array:
+        """Reduces embedded features [M, T, S, D], all finite -> [M, R, D], before the final
+        norm.
+        """
+        raise NotImplementedError
+
+    def rollout(self, features: Array, frame_mask: Array) -> Array:
+        """Computes which grid cells each visual token comes from: float32 [M, R, T, S], over
+        all frames and cells summing to 1. For looking at a model.
+
+        For layers of attention it is the attention rollout (Abnar and Zuidema 2020): weights
+        are averaged over heads, the residual stream counts as half of a layer's output, and
+        what comes from the learned latents is left out.
+
+        Args: as for `__call__`.
+        """
         visuals, frames, cells, _ = features.shape
+        x, _ = self._embedded(features, frame_mask)
+        shares = self.shares(x, frame_mask).reshape(visuals, -1, frames, cells)
+        return shares / jnp.maximum(shares.sum((2, 3), keepdims=True), 1e-30)
+
+    def shares(self, x: Array, frame_mask: Array) -> Array:
+        """Computes `rollout` of embedded features [M, T, S, D] before it is normalised:
+        float32 [M, R, T * S].
+        """
+        raise NotImplementedError
+
+    def _embedded(self, features: Array, frame_mask: Array) -> tuple[Array, Array]:
+        """Projects features [M, T, S, C] and adds time and position embeddings -> [M, T, S, D],
+        and which visuals are not finite, bool [M].
+        """
+        _, frames, cells, _ = features.shape
         # Masked and broken features are zeroed before any product: a zero weight of the
         # softmax, or a zero gradient, times NaN would be NaN.
         features = jnp.where(frame_mask[:, :, None, None], features, jnp.zeros((), features.dtype))
@@ -198,14 +242,7 @@ class Resampler(nnx.Module):
         positions = self.position_embeddings(cells)
         if positions is not None:
             x = x + broadcast_param(positions, x)
-        tokens = self.final_norm(self.reduce(x, frame_mask))
-        return jnp.where(broken[:, None, None], jnp.nan, tokens)
-
-    def reduce(self, x: Array, frame_mask: Array) -> Array:
-        """Reduces embedded features [M, T, S, D], all finite -> [M, R, D], before the final
-        norm.
-        """
-        raise NotImplementedError
+        return x, broken
 
 
 def _key_mask(frame_mask: Array, cells: int, latents: int) -> Array:
@@ -232,13 +269,7 @@ class PerceiverResampler(Resampler):
         self.layers = stack(lambda r: PerceiverLayer(config, rngs=r), config.layers, rngs)
 
     def reduce(self, x: Array, frame_mask: Array) -> Array:
-        visuals, frames, cells, width = x.shape
-        # The grid cells of all frames are one sequence of keys and values: [M, T * S, D].
-        x = x.reshape(visuals, frames * cells, width)
-        latents = jnp.broadcast_to(self.latents[...], (visuals, *self.latents.shape)).astype(
-            x.dtype
-        )
-        mask = _key_mask(frame_mask, cells, self.config.latents)
+        x, latents, mask = self._sequence(x, frame_mask)
         return scan_layers(
             self.layers,
             lambda layer, h, _: (layer(h, x, mask), None),
@@ -246,6 +277,30 @@ class PerceiverResampler(Resampler):
             None,
             self.remat,
         )[0]
+
+    def shares(self, x: Array, frame_mask: Array) -> Array:
+        x, latents, mask = self._sequence(x, frame_mask)
+        cells = x.shape[1]
+
+        def step(layer: PerceiverLayer, carry: Any, _: None) -> tuple[Any, None]:
+            h, found = carry
+            weights = layer.weights(*layer.normalised(h, x), mask)  # [M, R, T * S + R]
+            found = found + weights[..., :cells] + weights[..., cells:] @ found
+            return (layer(h, x, mask), found / 2), None
+
+        nothing = jnp.zeros((*latents.shape[:2], cells))
+        return scan_layers(self.layers, step, (latents, nothing))[0][1]
+
+    def _sequence(self, x: Array, frame_mask: Array) -> tuple[Array, Array, Array]:
+        """Returns the grid cells of all frames as one sequence of keys [M, T * S, D], the
+        latents [M, R, D] and the mask over both.
+        """
+        visuals, frames, cells, width = x.shape
+        x = x.reshape(visuals, frames * cells, width)
+        latents = jnp.broadcast_to(self.latents[...], (visuals, *self.latents.shape)).astype(
+            x.dtype
+        )
+        return x, latents, _key_mask(frame_mask, cells, self.config.latents)
 
 
 class TransformerResampler(Resampler):
@@ -265,17 +320,35 @@ class TransformerResampler(Resampler):
         self.layers = stack(lambda r: TransformerLayer(config, rngs=r), config.layers, rngs)
 
     def reduce(self, x: Array, frame_mask: Array) -> Array:
+        x, mask = self._sequence(x, frame_mask)
+        x, _ = scan_layers(
+            self.layers, lambda layer, h, _: (layer(h, mask), None), x, None, self.remat
+        )
+        return x[:, -self.config.latents :]
+
+    def shares(self, x: Array, frame_mask: Array) -> Array:
+        x, mask = self._sequence(x, frame_mask)
+        cells = x.shape[1] - self.config.latents
+
+        def step(layer: TransformerLayer, carry: Any, _: None) -> tuple[Any, None]:
+            h, found = carry
+            normalised = layer.attention_norm(h)
+            found = found + layer.weights(normalised, normalised, mask) @ found
+            return (layer(h, mask), found / 2), None
+
+        # At first a cell is its own source, and a latent has none: [M, T * S + R, T * S].
+        own = jnp.eye(x.shape[1], cells)
+        start = jnp.broadcast_to(own, (x.shape[0], *own.shape))
+        return scan_layers(self.layers, step, (x, start))[0][1][:, cells:]
+
+    def _sequence(self, x: Array, frame_mask: Array) -> tuple[Array, Array]:
+        """Returns the sequence of cells and latents [M, T * S + R, D], and its mask."""
         visuals, frames, cells, width = x.shape
         latents = jnp.broadcast_to(self.latents[...], (visuals, *self.latents.shape)).astype(
             x.dtype
         )
-        # [M, T * S + R, D]
         x = jnp.concatenate([x.reshape(visuals, frames * cells, width), latents], axis=1)
-        mask = _key_mask(frame_mask, cells, self.config.latents)
-        x, _ = scan_layers(
-            self.layers, lambda layer, h, _: (layer(h, mask), None), x, None, self.remat
-        )
-        return x[:, frames * cells :]
+        return x, _key_mask(frame_mask, cells, self.config.latents)
 
 
 class MLPResampler(Resampler):
@@ -308,6 +381,14 @@ class MLPResampler(Resampler):
         mean = jnp.where(real, x, jnp.zeros((), x.dtype)).sum(1) / count
         # [M, D, S] x [S, R] -> [M, D, R] -> [M, R, D]
         return linear(mean.swapaxes(1, 2), self._map(mean.shape[1])).swapaxes(1, 2)
+
+    def shares(self, x: Array, frame_mask: Array) -> Array:
+        """Takes the sizes of the learned map's entries, the same for every real frame: this
+        kind has no attention.
+        """
+        sizes = jnp.abs(self._map(x.shape[2])).T.astype(jnp.float32)  # [R, S]
+        shares = sizes[None, :, None] * frame_mask[:, None, :, None]
+        return shares.reshape(*shares.shape[:2], -1)
 
     def _map(self, cells: int) -> Array:
         """Returns the learned map [cells, R], interpolated where the grid is not the trained

@@ -26,7 +26,7 @@ from flamingo_jax.experiment import (
 from flamingo_jax.models.attention import causal_mask
 from flamingo_jax.models.conditioning import CrossAttentionBlock, Media, media_mask
 from flamingo_jax.models.flamingo import Flamingo
-from flamingo_jax.models.packing import MediaView, Packing
+from flamingo_jax.models.packing import MediaView, PackedText, Packing
 from flamingo_jax.pytrees import from_flat, to_flat
 from tests.rounding import assert_close
 
@@ -117,14 +117,19 @@ def taken(stack: Any, place: int) -> Any:
     return nnx.merge(graph, jax.tree.map(lambda a: a[place], state))
 
 
-def one_by_one(model: Flamingo) -> jax.Array:
-    """The logits by the modules' own parts, each layer and block called in its turn."""
+def one_by_one(model: Flamingo, read: list[Any] | None = None) -> jax.Array:
+    """The logits by the modules' own parts, each layer and block called in its turn.
+
+    read: gets each block and the text that it reads.
+    """
     c = model.config.conditioning
     view = seen(MEDIA_INDEX, c.text_window)
     blocks = [taken(model.gated_xattn.layers, place) for place in range(blocks_of(model))]
     places = list(range(c.xattn_first, LANGUAGE_MODEL.layers, c.xattn_every))
 
     def see(block: CrossAttentionBlock, x: jax.Array) -> jax.Array:
+        if read is not None:
+            read.append((block, x))
         return block.attend(x, block.project_visuals(VISUAL_TOKENS), view, block.project_text(x))
 
     def halves(layer: Any, x: jax.Array, block: Any = None) -> jax.Array:
@@ -157,6 +162,54 @@ def test_layers_and_blocks_come_in_their_order(name: str) -> None:
     graph, state = nnx.split(make(name))
     expected = jax.jit(lambda state: one_by_one(nnx.merge(graph, state)))(state)
     assert_close(whole_rows(name)[..., :20], expected, TERMS, size=np.abs(expected).max())
+
+
+def layer_norm(x: Any, norm: Any) -> np.ndarray:
+    """A LayerNorm in float64."""
+    x = np.asarray(x, np.float64)
+    centred = x - x.mean(-1, keepdims=True)
+    scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+    return scaled * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
+
+
+def block_weights(block: Any, y: Any, b: int, place: int, window: int) -> np.ndarray:
+    """The weights of one token over its row's visual tokens, [N, R]: in float64, by its formula,
+    key by key.
+    """
+    phi, tokens = int(MEDIA_INDEX[b, place]), VISUAL_TOKENS.shape[1]
+    found = np.zeros((PLACES, tokens))
+    if phi < 0:
+        return found
+    query = np.einsum("d,dhe->he", layer_norm(y[b, place], block.attention_norm), block.query[...])
+    seen = layer_norm(VISUAL_TOKENS[VISUALS[b, phi]], block.media_norm)
+    first = max(0, place - window + 1)
+    text = layer_norm(y[b, first : place + 1], block.attention_norm) if window else seen[:0]
+    keys = np.einsum("sd,dhe->she", np.concatenate([seen, text]), block.key[...])
+    for head in range(keys.shape[1]):
+        scores = np.exp(keys[:, head] @ query[head] / np.sqrt(keys.shape[-1]))
+        found[phi] += (scores / scores.sum())[:tokens] / keys.shape[1]
+    return found
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_a_blocks_weights_are_those_of_its_formula(name: str) -> None:
+    model, window = make(name), KINDS[name].get("text_window", 0)
+    places = jnp.asarray([[0, 2, 3, 5], [5, 1, 4, 0]])
+    text = PackedText(TOKENS, POSITIONS, SEGMENTS, MEDIA_INDEX, VISUALS)
+    graph, state = nnx.split(model)
+    logits, found = jax.jit(
+        lambda state: nnx.merge(graph, state).cross_attention(text, VISUAL_TOKENS, places)
+    )(state)
+    wanted = jnp.take_along_axis(whole_rows(name), places[..., None], 1)
+    assert_close(logits, wanted, TERMS, size=np.abs(wanted).max())
+    read: list[Any] = []
+    one_by_one(model, read)
+    expected = [
+        [[block_weights(block, y, b, int(t), window) for t in places[b]] for b in range(ROWS)]
+        for block, y in read
+    ]
+    # A score is a sum of terms, and its exponential as far off, in parts of the weight.
+    np.testing.assert_allclose(found, np.asarray(expected), rtol=2e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", [name for name in DIFFERENT if "no gates" not in name])

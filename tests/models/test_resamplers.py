@@ -101,6 +101,77 @@ def test_the_transformer_updates_what_its_latents_read() -> None:
     assert_close(found, expected, 4 * TERMS, size=np.abs(expected).max())
 
 
+def norm64(x: np.ndarray, norm: Any) -> np.ndarray:
+    """A LayerNorm in float64."""
+    centred = x - x.mean(-1, keepdims=True)
+    scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+    return scaled * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
+
+
+def layer64(layer: Any, x: np.ndarray, queries: np.ndarray, keys: np.ndarray) -> tuple[Any, Any]:
+    """A layer's output and its weights, the mean over heads, in float64."""
+    query, key, value = (
+        np.einsum("ld,dhe->hle", a, np.asarray(w[...], np.float64))
+        for a, w in ((queries, layer.query), (keys, layer.key), (keys, layer.value))
+    )
+    scores = np.exp(query @ key.swapaxes(1, 2) * CONFIG.head_width**-0.5)
+    weights = scores / scores.sum(-1, keepdims=True)
+    x = x + np.einsum("hle,hed->ld", weights @ value, np.asarray(layer.out[...], np.float64))
+    h = norm64(x, layer.feed_forward_norm)
+    up, down = layer.feed_forward.up[...], layer.feed_forward.down[...]
+    return x + np.square(np.maximum(h @ up, 0)) @ down, weights.mean(0)
+
+
+@pytest.mark.parametrize("kind", ["perceiver", "transformer"])
+def test_the_rollout_is_that_of_its_layers_in_float64(kind: str) -> None:
+    """Against the product over layers of half the attention and half the identity, over the
+    whole sequence of cells and latents, of which the latents are nobody's cells.
+    """
+    resampler: Any = of_kind(kind)
+    features = jax.random.normal(jax.random.key(0), (2, 3, 4, 12))
+    mask = jnp.array([[True, True, True], [True, True, False]])
+    found = jax.jit(resampler.rollout)(features, mask)
+    assert found.shape == (2, 5, 3, 4)
+    np.testing.assert_allclose(found.sum((2, 3)), 1.0, rtol=1e-5)
+    assert not found[1, :, 2].any()
+    graph, state = nnx.split(resampler.layers)
+    for visual, frames in enumerate((3, 2)):
+        cells = 4 * frames
+        x = np.asarray(features[visual, :frames], np.float64) @ resampler.input_projection[...]
+        x = (x + np.asarray(resampler.time_embeddings(frames))[:, None]).reshape(cells, 16)
+        latents = np.asarray(resampler.latents[...], np.float64)
+        reach = np.zeros((cells + 5, cells))
+        reach[:cells] = np.eye(cells)
+        for place in range(CONFIG.layers):
+            layer: Any = nnx.merge(graph, jax.tree.map(lambda a, place=place: a[place], state))
+            attention = np.eye(cells + 5)
+            if kind == "perceiver":
+                queries = norm64(latents, layer.latent_norm)
+                keys = np.concatenate([norm64(x, layer.feature_norm), queries])
+                latents, weights = layer64(layer, latents, queries, keys)
+                attention[cells:] = weights
+            else:
+                whole = np.concatenate([x, latents])
+                h = norm64(whole, layer.attention_norm)
+                whole, attention = layer64(layer, whole, h, h)
+                x, latents = whole[:cells], whole[cells:]
+            reach = (reach + attention @ reach) / 2
+        expected = reach[cells:] / reach[cells:].sum(-1, keepdims=True)
+        np.testing.assert_allclose(
+            np.asarray(found[visual, :, :frames]).reshape(5, cells), expected, rtol=1e-4
+        )
+
+
+def test_the_mlps_rollout_is_its_maps_size_over_the_real_frames() -> None:
+    resampler: Any = of_kind("mlp")
+    found = resampler.rollout(jnp.ones((1, 3, 9, 12)), jnp.array([[True, False, True]]))
+    sizes = np.abs(np.asarray(resampler.cells_to_tokens[...])).T
+    expected = sizes / sizes.sum(1, keepdims=True) / 2
+    np.testing.assert_allclose(found[0, :, 0], expected, rtol=1e-5)
+    np.testing.assert_array_equal(found[0, :, 2], found[0, :, 0])
+    assert not found[0, :, 1].any()
+
+
 def test_the_mlps_map_is_stretched_over_another_grid() -> None:
     """Cells that are all alike say the same on any grid, and so does one twice as fine whose
     every four cells are one's.
