@@ -43,7 +43,7 @@ from flamingo_jax import experiment
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation.description import BenchmarkDescription, parse_shots
 from flamingo_jax.paths import as_path
-from launch import command
+from launch import command, devices
 
 MODEL = flags.DEFINE_string("model", "", "Exported folder of a model.")
 WORKDIR = flags.DEFINE_string(
@@ -127,6 +127,7 @@ FEW_SHOT_LIMIT = flags.DEFINE_integer(
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Prompts in a batch at most.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the choice of examples.", lower_bound=0)
+MESH = flags.DEFINE_string("mesh", "", devices.HELP)
 SECONDS = flags.DEFINE_string("seconds", "", "JSON file {stage: seconds} for the report.")
 CURVES = flags.DEFINE_multi_string(
     "curves",
@@ -136,7 +137,7 @@ CURVES = flags.DEFINE_multi_string(
 
 _ASKING = (
     *("baseline", "output", "shots", "selection", "text_examples", "beam_size", "max_tokens"),
-    *("limit", "batch_size", "seed", "seconds", "curves"),
+    *("limit", "batch_size", "seed", "seconds", "curves", "mesh"),
 )
 READS = {
     "--benchmark": (
@@ -251,12 +252,15 @@ def _run() -> Any:
         ),
         baseline=BASELINE.value,
         batch_size=BATCH_SIZE.value,
+        mesh=devices.open_mesh(MESH.value),
         seconds=read_json(pathlib.Path(SECONDS.value)) if SECONDS.value else {},
         curves=curves,
     )
 
 
 def _print_table(table: Any) -> None:
+    if not devices.is_first_process():
+        return
     import rich.table
     from rich.console import Console
 
@@ -269,7 +273,8 @@ def _print_table(table: Any) -> None:
 
 
 def _wrote() -> int:
-    print(f"wrote {OUTPUT.value}/report.json and {OUTPUT.value}/report.html")
+    if devices.is_first_process():
+        print(f"wrote {OUTPUT.value}/report.json and {OUTPUT.value}/report.html")
     return 0
 
 

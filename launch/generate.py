@@ -1,7 +1,7 @@
 r"""Continues prompts of texts, images and videos with an exported Flamingo.
 
     python -m launch.generate --model=runs/quickstart/flamingo/export --prompt=prompt.json \
-        [--beam_size=3 | --temperature=0.7 --top_p=0.9]
+        [--beam_size=3 | --temperature=0.7 --top_p=0.9] [--mesh=data=2,model=4]
 
 The prompt file is a JSON list of parts in any order, {"text": "Output:"}, {"image":
 "photo.jpg"} or {"video": "clip.mp4"}, or one such list per line (JSONL) for several prompts.
@@ -19,7 +19,7 @@ import pathlib
 from absl import flags
 
 import flamingo_jax as fj
-from launch import command
+from launch import command, devices
 from launch.prompt_files import prompt_of, read_prompts
 
 MODEL = flags.DEFINE_string("model", "", "Exported folder of a Flamingo.")
@@ -55,6 +55,7 @@ FRAMES = flags.DEFINE_integer(
     " with (paper: 30 with --fps=3).",
     lower_bound=1,
 )
+MESH = flags.DEFINE_string("mesh", "", devices.HELP)
 
 
 def main() -> int:
@@ -71,7 +72,8 @@ def main() -> int:
         prompt_of(parts, file.parent, fps=FPS.value, frames=FRAMES.value)
         for parts in read_prompts(file, "--prompt")
     ]
-    completions = fj.load(MODEL.value).generate(
+    mesh = devices.open_mesh(MESH.value)
+    completions = fj.load(MODEL.value, mesh=mesh).generate(
         prompts,
         max_tokens=MAX_TOKENS.value,
         beam_size=1 if TEMPERATURE.value > 0 else BEAM.value,
@@ -79,8 +81,9 @@ def main() -> int:
         top_p=TOP_P.value,
         seed=SEED.value,
     )
-    for completion in completions:
-        print(completion.text, flush=True)
+    if devices.is_first_process():
+        for completion in completions:
+            print(completion.text, flush=True)
     return 0
 
 

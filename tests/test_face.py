@@ -422,8 +422,11 @@ MISTAKES: dict[str, tuple[str, Callable[[fj.Model, pathlib.Path], Any]]] = {
         lambda model, place: fj.Model(_of_vocabulary(20), TOKENIZER),
     ),
     "a mesh": (
-        "a mesh of 2 devices was given",
-        lambda model, place: fj.load(place, mesh=Mesh(np.array(jax.devices()[:2]), ("data",))),
+        "the mesh has the axes data, but a model is laid out over data, fsdp, model",
+        lambda model, place: fj.load(
+            place / "runs/quickstart/flamingo/export",
+            mesh=Mesh(np.array(jax.devices()[:2]), ("data",)),
+        ),
     ),
     "no export": ("is no folder", lambda model, place: fj.load(place / "nothing")),
     "another export": ("contrastive export", lambda model, place: fj.load(_contrastive(place))),

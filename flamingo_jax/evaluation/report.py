@@ -9,6 +9,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from flamingo_jax.evaluation.benchmarks.benchmark import BenchmarkResult, Prediction
 from flamingo_jax.evaluation.charts import Series, chart, training_charts
 from flamingo_jax.web_page import Table, page, strip, table
@@ -58,7 +60,8 @@ def write_report(
     highlights: Sequence[Highlight] = (),
     lines: Mapping[str, Mapping[str, Series]] | None = None,
 ) -> None:
-    """Writes `report.json` and `report.html` into `folder`.
+    """Writes `report.json` and `report.html` into `folder`; of several processes, which have
+    the same results, only the first one does.
 
     Args:
       report: the content of report.json.
@@ -67,6 +70,8 @@ def write_report(
       highlights: metrics at the top of the page.
       lines: charts of accuracy by number of shots, {title: {line: (x, y)}}.
     """
+    if jax.process_index():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     charts = [

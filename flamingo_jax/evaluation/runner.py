@@ -7,6 +7,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jax.sharding import Mesh
+
 from flamingo_jax.configuring import from_json
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation.benchmarks.benchmark import (
@@ -37,6 +39,7 @@ class EvaluationRun:
       prompts with every image removed; "" for none.
     output: the folder that the report is written to.
     batch_size: the most prompts in a batch.
+    mesh: the devices of both models; None for the default device.
     seconds: {stage: wall seconds of training}, for the report.
     curves: {stage: lines of its metrics.jsonl}, for the report.
     began: time.monotonic() at the start.
@@ -47,6 +50,7 @@ class EvaluationRun:
     settings: EvaluationSettings
     baseline: str = ""
     batch_size: int = 64
+    mesh: Mesh | None = None
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     curves: Mapping[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
     began: float = dataclasses.field(default_factory=time.monotonic)
@@ -64,9 +68,9 @@ class EvaluationRun:
 
         Returns: ({name: engine}, fields of report.json that identify the models and settings).
         """
-        loaded = {MODEL: load_flamingo(self.model)}
+        loaded = {MODEL: load_flamingo(self.model, mesh=self.mesh)}
         if self.baseline:
-            loaded[BASELINE] = load_flamingo(self.baseline)
+            loaded[BASELINE] = load_flamingo(self.baseline, mesh=self.mesh)
         engines = {
             name: Engine(one, with_visuals=name == MODEL, batch_size=self.batch_size)
             for name, one in loaded.items()

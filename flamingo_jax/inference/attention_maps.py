@@ -124,9 +124,7 @@ def attention_maps(engine: Engine, prompt: Prompt, answer: str | Sequence[int]) 
         visual_tokens, grids = engine.visual_tokens(visuals), _rollouts(engine, visuals)
         spare = text.visuals.shape[1] - len(visuals)
         visual_tokens = np.pad(visual_tokens, ((0, spare), (0, 0), (0, 0)))
-    logits, weights = jax.device_get(
-        _read(*engine.model, text, visual_tokens.astype(engine.dtype), places)
-    )
+    logits, weights = engine.run(_read, text, visual_tokens.astype(engine.dtype), places)
     weights = weights[:, 0, : len(ids), : len(visuals)]
     tokens, alternatives = _probabilities(engine, ids, logits[0, : len(ids)])
     return AttentionMaps(

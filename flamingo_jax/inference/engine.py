@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from flamingo_jax.errors import UserError
+from flamingo_jax.inference import programs
 from flamingo_jax.inference.array_cache import ArrayCache
 from flamingo_jax.inference.candidates import CandidateTree, make_tree
 from flamingo_jax.inference.generation import (
@@ -26,6 +27,7 @@ from flamingo_jax.inference.generation import (
     generate,
 )
 from flamingo_jax.inference.loading import LoadedFlamingo
+from flamingo_jax.inference.placement import Placement
 from flamingo_jax.inference.prefill import Prefilled, PromptArrays, prefill
 from flamingo_jax.inference.prompts import (
     Prompt,
@@ -74,34 +76,19 @@ class Completion:
 # engines of equal models share their compiled programs.
 
 
-@functools.partial(jax.jit, static_argnames="graph")
-def _encode(graph: Any, state: nnx.State, images: Array, frame_mask: Array) -> Array:
-    return nnx.merge(graph, state).encode_visuals(images, frame_mask)
-
-
-@functools.partial(jax.jit, static_argnames="graph")
-def _features(graph: Any, state: nnx.State, images: Array, frame_mask: Array) -> Array:
-    """Averages the frozen encoder's features over cells and frames: float32 [M, C]."""
-    features = nnx.merge(graph, state).encode_images([images])[0].astype(jnp.float32).mean(axis=2)
-    real = frame_mask[..., None]
-    return jnp.where(real, features, 0.0).sum(axis=1) / jnp.maximum(real.sum(axis=1), 1)
-
-
-@functools.partial(jax.jit, static_argnames="graph")
-def _prepare(graph: Any, state: nnx.State, visual_tokens: Array) -> Any:
-    return nnx.merge(graph, state).prepare_media(visual_tokens)
-
-
 @functools.partial(jax.jit, static_argnames=("graph", "decoding", "constraints"))
 def _generate(
     graph: Any,
     state: nnx.State,
     prompts: PromptArrays,
     media: Any,
-    keys: Array,
+    seed: Array,
+    numbers: Array,
     decoding: DecodingConfig,
     constraints: TokenConstraints,
 ) -> Generated:
+    """Generates with the random keys of the prompts' `numbers`, uint32 [B]."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
     return generate(nnx.merge(graph, state), prompts, media, keys, decoding, constraints)
 
 
@@ -138,8 +125,12 @@ def _logits(graph: Any, state: nnx.State, prompts: PromptArrays, media: Any) -> 
 
 
 class Engine:
-    """Runs a model on prompts. Results do not depend on which prompts share a batch, up to
-    float32 rounding.
+    """Runs a model on prompts, on the device or the mesh that its parameters are on. Results do
+    not depend on which prompts share a batch, up to float32 rounding, nor on the mesh.
+
+    On a mesh batches have a multiple of its row shards (data * fsdp) rows, and their limits are
+    those of each shard. Where several processes share the mesh, each makes the same calls and
+    gets the same results.
 
     Args:
       with_visuals: False removes every image, as in training without images; the image tags
@@ -152,12 +143,11 @@ class Engine:
         self.with_visuals = with_visuals
         self._graph, self._state = nnx.split(loaded.model)
         self.dtype = loaded.model.dtype
+        self._placement = Placement.of(self._state)
         self._batch_size = batch_size
         self._constraints = token_constraints(loaded.tokenizer, loaded.config.extra_tokens)
-        self._cached_tokens, self._cached_features = (
-            ArrayCache(CACHED_BYTES),
-            ArrayCache(CACHED_BYTES),
-        )
+        self._cached_tokens = ArrayCache(CACHED_BYTES)
+        self._cached_features = ArrayCache(CACHED_BYTES)
 
     @property
     def model(self) -> tuple[Any, nnx.State]:
@@ -191,12 +181,15 @@ class Engine:
             # Keys by the prompt's index in the list, so that sampling does not depend on how
             # prompts are batched.
             numbers = np.resize(np.array(indices, np.uint32), len(batch.lengths))
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
             prepared, media = self._to_device(batch)
-            made = jax.device_get(
-                _generate(
-                    self._graph, self._state, prepared, media, keys, decoding, self._constraints
-                )
+            made = self.run(
+                _generate,
+                prepared,
+                media,
+                np.uint32(seed),
+                self._placement.by_row(numbers),
+                decoding,
+                self._constraints,
             )
             for row, prompt in enumerate(indices):
                 ids = [number for number in made.tokens[row].tolist() if number != NO_TOKEN]
@@ -274,10 +267,10 @@ class Engine:
         trees = [*trees, *trees[:1] * (len(batch.lengths) - len(trees))]
         # Rounded up to a multiple of 4, for few compiled shapes.
         size = batch.tokens.shape[1] + -(-longest // 4) * 4
-        prefilled = _prefill(self._graph, self._state, prompts, media, size)
+        prefilled = self._compute(_prefill, prompts, media, size)
         # One part after the other, for memory.
         parts = [
-            jax.device_get(_score(self._graph, self._state, prefilled, media, part))
+            self.run(_score, prefilled, media, self._placement.by_row(part))
             for part in tree_arrays(trees)
         ]
         return [tree.scores(each) for tree, each in zip(trees, np.stack(parts, 1), strict=True)]
@@ -293,13 +286,18 @@ class Engine:
         longest = max(len(prompt.tokens) for prompt in tokenised)
         batch = collate(
             tokenised,
-            rows=next_power(2, len(prompts)),
+            rows=self._rows(len(prompts)),
             length=bucket_length(longest),
             slots=next_power(4, max(len(prompt.visuals) for prompt in tokenised)),
             pad_token=self.tokenizer.pad,
         )
         arrays, media = self._to_device(batch)
-        return _logits(self._graph, self._state, arrays, media)[: len(prompts), :longest]
+        if self._placement.mesh is None:
+            logits = _logits(self._graph, self._state, arrays, media)
+        else:
+            # Through the host, so that callers get an array of one device, as without a mesh.
+            logits = jnp.asarray(self.run(_logits, arrays, media))
+        return logits[: len(prompts), :longest]
 
     def features(self, visuals: Sequence[Visual]) -> np.ndarray:
         """Computes the vision encoder's features of visuals, for RICES: float32 [M, C] of
@@ -312,7 +310,9 @@ class Engine:
         rows = self._cached_features.get(
             list(different),
             lambda missing: dict(
-                self.encode_visuals([different[digest] for digest in missing], _features)
+                self.encode_visuals(
+                    [different[digest] for digest in missing], programs.mean_features
+                )
             ),
         )
         features = np.stack([rows[visual.digest] for visual in visuals])
@@ -363,14 +363,15 @@ class Engine:
         # Slots for visuals: 1, 4, 16, 64, ... Each further shape costs a compilation, an empty
         # slot hardly anything.
         slots = next_power(4, max(len(p.visuals) for p in tokenised))
-        rows = min(
-            self._batch_size,
+        in_memory = min(
             most_rows,
             TOKENS_IN_BATCH // longest,
             VISUALS_IN_BATCH // max(slots, 1),
         )
+        rows = min(self._batch_size, in_memory * self._placement.row_shards)
         # Rounded down to a power of 2, and no more than the prompts need.
         rows = min(max(next_power(2, rows + 1) // 2, 1), next_power(2, len(prompts)))
+        rows = self._rows(rows)
         # By length, so that a batch has little padding.
         order = sorted(range(len(prompts)), key=lambda prompt: len(tokenised[prompt].tokens))
         chosen = [order[start : start + rows] for start in range(0, len(order), rows)]
@@ -384,15 +385,33 @@ class Engine:
                 ),
             )
 
+    def _rows(self, count: int) -> int:
+        """Returns the rows of a batch for `count` prompts: a power of 2 for few compiled shapes,
+        and a multiple of the mesh's row shards.
+        """
+        shards = self._placement.row_shards
+        return -(-next_power(2, count) // shards) * shards
+
+    def _compute(self, program: Any, *arguments: Any) -> Any:
+        """Runs a compiled program of the model; its results stay on the devices."""
+        with self._placement.active():
+            return program(self._graph, self._state, *arguments)
+
+    def run(self, program: Any, *arguments: Any) -> Any:
+        """Runs a compiled program of the model, and brings its results to the host."""
+        return self._placement.fetch(self._compute(program, *arguments))
+
     def _to_device(self, batch: PromptBatch) -> tuple[PromptArrays, Any]:
-        """Moves a batch to the device, with the cross-attention keys and values of its visuals."""
-        tokens, index, lengths = jax.device_put((batch.tokens, batch.media_index, batch.lengths))
+        """Moves a batch to the devices, with the cross-attention keys and values of its
+        visuals.
+        """
+        put = self._placement.by_row
+        tokens, index, lengths = put((batch.tokens, batch.media_index, batch.lengths))
         if not batch.distinct:
             return PromptArrays(tokens, index, lengths, None), None
         if self.with_visuals:
-            return PromptArrays(
-                tokens, index, lengths, jnp.asarray(batch.visuals)
-            ), self._prepare_media(batch.distinct, batch.visuals.size)
+            prompts = PromptArrays(tokens, index, lengths, put(batch.visuals))
+            return prompts, self._prepare_media(batch.distinct, batch.visuals.size)
         # Without visuals no token attends to any, which adds exactly zero. Shapes stay the
         # same, so that engines with and without visuals share compiled programs.
         blank = np.zeros(
@@ -403,16 +422,9 @@ class Engine:
             ),
             np.float32,
         )
-        media = _prepare(self._graph, self._state, blank.astype(self.dtype))
-        return (
-            PromptArrays(
-                tokens,
-                jnp.full_like(index, -1),
-                lengths,
-                jnp.asarray(np.full_like(batch.visuals, -1)),
-            ),
-            media,
-        )
+        none = put((np.full_like(batch.media_index, -1), np.full_like(batch.visuals, -1)))
+        prompts = PromptArrays(tokens, none[0], lengths, none[1])
+        return prompts, self._prepared(blank.astype(self.dtype))
 
     def _prepare_media(self, distinct: list[Visual], size: int) -> Any:
         """Encodes visuals, from the cache where possible, and projects them to every
@@ -420,7 +432,7 @@ class Engine:
         """
         tokens = self.visual_tokens(distinct)
         blank = np.zeros((size - len(tokens), *tokens.shape[1:]), tokens.dtype)
-        return _prepare(self._graph, self._state, np.concatenate([tokens, blank]))
+        return self._prepared(np.concatenate([tokens, blank]))
 
     def visual_tokens(self, visuals: Sequence[Visual]) -> np.ndarray:
         """Encodes visuals, from the cache where possible, to their visual tokens [M, R, D].
@@ -431,10 +443,18 @@ class Engine:
         found = self._cached_tokens.get(
             list(by_digest),
             lambda missing: dict(
-                self.encode_visuals([by_digest[digest] for digest in missing], _encode)
+                self.encode_visuals(
+                    [by_digest[digest] for digest in missing], programs.encode_visuals
+                )
             ),
         )
         return np.stack([found[visual.digest] for visual in visuals])
+
+    def _prepared(self, visual_tokens: np.ndarray) -> Any:
+        """Computes the keys and values of visual tokens [M, R, D], which every row may attend
+        to: whole on every row shard.
+        """
+        return self._compute(programs.prepare_media, self._placement.whole(visual_tokens))
 
     def encode_visuals(
         self, visuals: list[Visual], encode: Any
@@ -448,11 +468,13 @@ class Engine:
         for visual in visuals:
             groups.setdefault(self._padded_frames(len(visual.frames)), []).append(visual)
         for frames, group in sorted(groups.items()):
-            most = max(1, FRAMES_IN_BATCH // frames)
+            devices = self._placement.devices
+            most = max(1, FRAMES_IN_BATCH // frames) * devices
             for start in range(0, len(group), most):
                 part = group[start : start + most]
                 # Full batches, or one small batch of 1, 8 or 64 rows: few compiled shapes.
                 rows = most if len(group) > most else min(next_power(8, len(part)), most)
+                rows = -(-rows // devices) * devices
                 images = np.zeros((rows, frames, *part[0].frames.shape[1:]), np.uint8)
                 mask = np.zeros((rows, frames), bool)
                 for row, visual in enumerate(part):
@@ -460,7 +482,8 @@ class Engine:
                         visual.frames,
                         True,
                     )
-                encoded = np.asarray(jax.device_get(encode(self._graph, self._state, images, mask)))
+                on_devices = self._placement.over_devices((images, mask))
+                encoded = np.asarray(self.run(encode, *on_devices))
                 if not np.isfinite(encoded[: len(part)].astype(np.float32)).all():
                     raise UserError(
                         "the model's features of an image are not finite: its weights are"

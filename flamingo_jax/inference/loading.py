@@ -7,13 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from flamingo_jax.checkpointing.export import Export, open_export
 from flamingo_jax.configuring import from_json
+from flamingo_jax.distributed.process_group import ProcessGroup
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import FlamingoConfig
+from flamingo_jax.inference.placement import check_mesh, parameter_shardings
+from flamingo_jax.interop.weight_sources import ExportedPart, declare
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.pytrees import from_flat, to_flat
@@ -33,39 +36,47 @@ class LoadedFlamingo:
 
 
 def load_flamingo(
-    folder: str | pathlib.Path, dtype: DTypeLike | None = None, *, mesh: Mesh | None = None
+    folder: str | pathlib.Path,
+    dtype: DTypeLike | None = None,
+    *,
+    mesh: Mesh | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> LoadedFlamingo:
     """Loads the model of an exported folder. Weights keep their stored dtypes and are cast
     where they are used.
 
+    On a mesh every parameter is read straight into its shards, as `placement` lays them out:
+    no process and no device ever holds more than its own part, beside the one parameter that
+    is just being read.
+
     Args:
       dtype: compute dtype; by default float32 on CPU and bfloat16 on accelerators.
-      mesh: the model is replicated over its devices; by default it is on the first local
-        device.
+      mesh: of `partitioning.mesh.make_mesh`; by default the first local device.
+      process_group: where several processes load together, what they wait for one another
+        with; all of them call this.
 
     Raises:
-      UserError: the folder is no export, or one of another kind; or parameters are missing,
-        unknown or of another shape.
+      UserError: the folder is no export, or one of another kind; parameters are missing,
+        unknown or of another shape; or the mesh does not fit the model.
     """
     export = _open(folder)
     config = from_json(FlamingoConfig, export.config)
     if export.tokenizer_file is None:
         raise UserError(f"{folder} holds no tokenizer: export the stage again with its tokenizer")
     tokenizer = Tokenizer.load(export.tokenizer_file, config.language_model.vocab_size)
+    if mesh is not None:
+        check_mesh(config, mesh)
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     # Shapes alone: parameters are read from the export, not initialised.
     abstract = nnx.eval_shape(lambda: Flamingo(config, rngs=nnx.Rngs(0), dtype=dtype))
     graph, shapes = nnx.split(abstract)
-    export.verify()
-    _check(str(folder), to_flat(shapes), export.shapes)
-    dtypes = export.dtypes
-    sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    targets = {
-        name: jax.ShapeDtypeStruct(shape, dtypes[name], sharding=sharding)
-        for name, shape in export.shapes.items()
-    }
-    state = nnx.State(from_flat(export.read_sharded(targets)))
+    source = ExportedPart(export, "")
+    _check(str(folder), to_flat(shapes), source.shapes)
+    targets = declare(source)
+    if mesh is not None:
+        targets = declare(source, parameter_shardings(targets, mesh))
+    state = nnx.State(from_flat(source.read(targets, process_group)))
     return LoadedFlamingo(nnx.merge(graph, state), tokenizer, config, export.digest)
 
 

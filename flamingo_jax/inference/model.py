@@ -393,18 +393,18 @@ def load(
 
     Args:
       folder: the export; nothing else is read.
-      mesh: the device of the parameters, as a mesh of one device; None for the default device.
+      mesh: the devices, as `flamingo_jax.make_mesh` makes it; None for the default device. Each
+        parameter is read straight into its shards, and all methods of the model run on the
+        mesh, with the results of one device: rows over `data` and `fsdp`, heads over `model`.
+        With fewer key-value heads than `model` has devices, their part of the decoding cache is
+        whole on each of these. Where several processes share the mesh, each loads what its
+        devices need; all of them make the same calls and get the same results.
       dtype: compute dtype; by default float32 on CPU and bfloat16 on accelerators. Parameters
         keep their stored dtypes.
 
-    Raises: UserError where the folder is no complete export of a Flamingo, or the mesh has
-      several devices.
+    Raises: UserError where the folder is no complete export of a Flamingo, or the mesh does not
+      fit the model or its weights the memory of the devices.
     """
-    if mesh is not None and mesh.size > 1:
-        raise UserError(
-            f"a mesh of {mesh.size} devices was given, but a model is used on one device so far:"
-            " leave mesh out"
-        )
     loaded = load_flamingo(folder, dtype, mesh=mesh)
     return Model(loaded.model, loaded.tokenizer, digest=loaded.digest)
 

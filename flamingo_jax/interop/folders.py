@@ -83,6 +83,7 @@ class PublishedFolder:
         """The safetensors files, sorted."""
         return sorted({tensor.file for tensor in self._stored.values()})
 
+    @property
     def dtypes(self) -> dict[str, np.dtype]:
         """Returns {flat stacked name: dtype on disk}, taken from the first layer."""
         found: dict[str, np.dtype] = {}

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import LanguageModelConfig, VisionConfig
 from flamingo_jax.interop.documents import CONFIG
 from flamingo_jax.interop.folders import ModelPart, open_folder
+from flamingo_jax.interop.weight_sources import ExportedPart, WeightSource, declare
 from flamingo_jax.models.language_model import LanguageModel
 from flamingo_jax.models.vision import VisionEncoder, vision_encoder
 from flamingo_jax.partitioning import rules
@@ -78,18 +79,6 @@ def _encode(graph: Any, state: nnx.State, pixels: jax.Array) -> jax.Array:
     return nnx.merge(graph, state)(pixels).astype(jnp.float32)
 
 
-class _Source(NamedTuple):
-    """A part of a folder: dtypes and shapes on disk by flat stacked name, and how to read
-    them.
-    """
-
-    config: Any
-    tokenizer_file: pathlib.Path | None
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, np.dtype]
-    read: Callable[[dict[str, jax.ShapeDtypeStruct]], dict[str, jax.Array]]
-
-
 def load_language_model(
     folder: str | pathlib.Path, *, mesh: Mesh | None = None, dtype: Any = None, weights: Any = None
 ) -> LoadedLanguageModel:
@@ -109,25 +98,17 @@ def load_language_model(
     Raises: UserError if the folder's config is not supported or its tensors do not agree with
       it.
     """
-    found = _open(folder, "language_model")
+    found, config = _open(folder, "language_model")
     tokenizer = (
-        Tokenizer.load(found.tokenizer_file, found.config.vocab_size)
+        Tokenizer.load(found.tokenizer_file, config.vocab_size)
         if found.tokenizer_file is not None
         else None
     )
-    graph = _graph(
-        lambda: LanguageModel(found.config, rngs=nnx.Rngs(0), dtype=dtype or _compute_dtype())
-    )
-    shardings = (
-        {}
-        if mesh is None
-        else rules.shardings(
-            "language_modelling",
-            {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in found.shapes.items()},
-            mesh,
-        )
-    )
-    return LoadedLanguageModel(_merge(graph, found, shardings, weights), tokenizer)
+    graph = _graph(lambda: LanguageModel(config, rngs=nnx.Rngs(0), dtype=dtype or _compute_dtype()))
+    targets = declare(found, dtype=weights)
+    if mesh is not None:
+        targets = declare(found, rules.shardings("language_modelling", targets, mesh), weights)
+    return LoadedLanguageModel(_merge(graph, found, targets), tokenizer)
 
 
 def load_vision_encoder(
@@ -144,12 +125,11 @@ def load_vision_encoder(
 
     Raises: UserError as `load_language_model`.
     """
-    found = _open(folder, "vision_encoder")
-    graph = _graph(lambda: vision_encoder(found.config, rngs=nnx.Rngs(0)))
-    shardings = (
-        {} if mesh is None else dict.fromkeys(found.shapes, NamedSharding(mesh, PartitionSpec()))
-    )
-    return LoadedVisionEncoder(_merge(graph, found, shardings, weights), found.config)
+    found, config = _open(folder, "vision_encoder")
+    graph = _graph(lambda: vision_encoder(config, rngs=nnx.Rngs(0)))
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    shardings = None if whole is None else dict.fromkeys(found.shapes, whole)
+    return LoadedVisionEncoder(_merge(graph, found, declare(found, shardings, weights)), config)
 
 
 def _compute_dtype() -> Any:
@@ -160,15 +140,15 @@ def _graph(build: Any) -> Any:
     return nnx.split(nnx.eval_shape(build))[0]
 
 
-def _open(folder: str | pathlib.Path, part: ModelPart) -> _Source:
-    """Opens a part of an export, or a published folder."""
+def _open(folder: str | pathlib.Path, part: ModelPart) -> tuple[WeightSource, Any]:
+    """Opens a part of an export, or a published folder: its weights and its config."""
     try:
         ours = "format" in json.loads((paths.as_path(folder) / CONFIG).read_bytes())
     except (OSError, ValueError, TypeError):
         ours = False  # `open_folder` says what is wrong with it.
     if not ours:
-        found = open_folder(folder, part)
-        return _Source(found.config, found.tokenizer_file, found.shapes, found.dtypes(), found.read)
+        published = open_folder(folder, part)
+        return published, published.config
     export = open_export(folder)
     held_by = EXPORT_PATHS[part] | {"flamingo": FLAMINGO_PATHS[part]}
     path = held_by.get(export.kind)
@@ -179,30 +159,9 @@ def _open(folder: str | pathlib.Path, part: ModelPart) -> _Source:
         )
     config = export.config[path.config] if path.config else export.config
     kind = LanguageModelConfig if part == "language_model" else VisionConfig
-
-    def inside(values: Mapping[str, Any]) -> dict[str, Any]:
-        names = (name for name in values if name.startswith(path.prefix))
-        return {name.removeprefix(path.prefix): values[name] for name in names}
-
-    def read(targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        export.verify()
-        within = {path.prefix + name: target for name, target in targets.items()}
-        return inside(export.read_sharded(within))
-
-    return _Source(
-        from_json(kind, config, f"the config of {folder}"),
-        export.tokenizer_file,
-        inside(export.shapes),
-        inside(export.dtypes),
-        read,
-    )
+    parsed = from_json(kind, config, f"the config of {folder}")
+    return ExportedPart(export, path.prefix), parsed
 
 
-def _merge(graph: Any, found: _Source, shardings: dict[str, NamedSharding], weights: Any) -> Any:
-    targets = {
-        name: jax.ShapeDtypeStruct(
-            shape, weights or found.dtypes[name], sharding=shardings.get(name)
-        )
-        for name, shape in found.shapes.items()
-    }
-    return nnx.merge(graph, nnx.State(from_flat(found.read(targets))))
+def _merge(graph: Any, source: WeightSource, targets: dict[str, jax.ShapeDtypeStruct]) -> Any:
+    return nnx.merge(graph, nnx.State(from_flat(source.read(targets))))

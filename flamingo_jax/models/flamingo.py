@@ -226,9 +226,10 @@ class Flamingo(nnx.Module):
         """
         graph, state = nnx.split(self.gated_xattn.layers)
         tokens, broken = zero_nonfinite(visual_tokens, (1, 2))
-        return PreparedVisuals(
-            jax.lax.map(lambda s: nnx.merge(graph, s).project_visuals(tokens), state), broken
-        )
+        media = jax.lax.map(lambda s: nnx.merge(graph, s).project_visuals(tokens), state)
+        # Heads over `model`; every row may attend to any visual.
+        media = jax.tree.map(lambda a: constrain(a, None, None, None, MODEL), media)
+        return PreparedVisuals(media, broken)
 
     def __call__(
         self,
@@ -377,7 +378,7 @@ class Flamingo(nnx.Module):
             return DecodingCache(cache)
         blocks = count_blocks(conditioning, self.config.language_model)
         shape = (blocks, batch, max_length, conditioning.heads, conditioning.head_width)
-        empty = jnp.zeros(shape, self.dtype)
+        empty = constrain(jnp.zeros(shape, self.dtype), None, ROWS, None, MODEL)
         return DecodingCache(cache, Media(empty, empty))
 
     def decode(
@@ -485,7 +486,8 @@ class Flamingo(nnx.Module):
     def _logits(self, x: Array) -> Array:
         # Two products, concatenated: a single one over V + extra columns would change the last
         # bits of the frozen language model's logits.
-        frozen = self.language_model.logits(x)
+        # On a mesh gathered first: V + extra does not divide over `model`.
+        frozen = constrain(self.language_model.logits(x), ROWS)
         return jnp.concatenate([frozen, self._extra_logits(x)], axis=-1)
 
     def _extra_logits(self, x: Array) -> Array:

@@ -47,6 +47,8 @@ def empty_cache(
     count = layers.attention_norm.scale.shape[0]
     heads = attention.kv_heads or attention.heads
     empty = jnp.zeros((count, batch, max_length, heads, attention.head_width), dtype)
+    # Over `model` only where it divides the key-value heads.
+    empty = constrain(empty, None, ROWS, None, MODEL)
     distances = layers.attention.positions.cached_distances(layers.attention, max_length, dtype)
     return Cache(empty, empty, None if distances is None else SharedCache(distances))
 

@@ -5,6 +5,7 @@ Megatron).
 
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -21,7 +22,7 @@ BY_VISUAL = ("images", "features", "frame_mask", "jitter")
 """Arrays of a batch whose first axis is the list of visuals, not rows."""
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig | str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Makes a mesh of all `devices` (by default every device of the run) with Auto axes data,
     fsdp and model.
 
@@ -29,16 +30,22 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     runs across slices, so that only the sum of gradients crosses that network. Among GPUs any
     axis may cross hosts; the inner ones stay within a host as far as they fit.
 
+    Args:
+      config: the sizes of the axes, or a text such as "data=2,model=4" (see `mesh_config`).
+
     Raises: UserError where the sizes do not multiply to the number of devices, or `data` is no
       multiple of the number of slices.
     """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
+    name, data = "config.mesh", "config.mesh.data"
+    if isinstance(config, str):
+        config, name, data = mesh_config(config), "the mesh", "the mesh's data"
     sizes = [config.data, config.fsdp, config.model]
     wanted = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         raise UserError(
-            f"config.mesh is {wanted}: sizes must be 1 or more, and one of them may be -1 for"
+            f"{name} is {wanted}: sizes must be 1 or more, and one of them may be -1 for"
             " all devices that are left"
         )
     # The sizes that are given; an axis of -1 gets the quotient.
@@ -47,12 +54,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         hint = f"choose sizes that multiply to {count}, or -1 for one of them"
         if -1 in sizes:
             hint = f"make the product of the other sizes a divisor of {count}"
-        raise UserError(f"config.mesh {wanted} does not fit {count} devices: {hint}")
+        raise UserError(f"{name} {wanted} does not fit {count} devices: {hint}")
     shape = tuple(count // fixed if size == -1 else size for size in sizes)
     slices = _slices(devices)
     if slices > 1 and shape[0] % slices:
         raise UserError(
-            f"config.mesh.data is {shape[0]}, but the {count} devices are {slices} slices,"
+            f"{data} is {shape[0]}, but the {count} devices are {slices} slices,"
             f" which `data` joins: make it a multiple of {slices}"
         )
     # A physical axis may be split between mesh axes: of a torus of 8 x 12 x 16, for example,
@@ -67,6 +74,26 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             allow_split_physical_axes=True,
         )
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_config(text: str) -> MeshConfig:
+    """Parses the sizes of a mesh, the one grammar of --mesh and `make_mesh`: "data=2,model=4".
+
+    An axis that is not named has size 1, but `data` takes all devices that are left.
+
+    Raises: UserError for anything else.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        found = re.fullmatch(rf"\s*({'|'.join(AXES)})\s*=\s*(-1|\d{{1,6}})\s*", part)
+        if found is None or found[1] in sizes:
+            raise UserError(
+                f"the mesh {text!r} must be AXIS=SIZE,... with each of {', '.join(AXES)} at most"
+                " once, such as data=2,model=4"
+            )
+        sizes[found[1]] = int(found[2])
+    remaining = 1 if -1 in sizes.values() else MeshConfig.data
+    return MeshConfig(**{DATA: remaining, **sizes})
 
 
 def _slices(devices: Sequence[jax.Device]) -> int:

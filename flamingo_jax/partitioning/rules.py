@@ -161,7 +161,12 @@ def trainable_names(
 
 
 def shardings(
-    task: str, shapes: Mapping[str, Any], mesh: Mesh, unfrozen: Collection[str] = ()
+    task: str,
+    shapes: Mapping[str, Any],
+    mesh: Mesh,
+    unfrozen: Collection[str] = (),
+    *,
+    gather_frozen: bool = False,
 ) -> dict[str, NamedSharding]:
     """Returns each parameter's sharding.
 
@@ -171,11 +176,13 @@ def shardings(
     Args:
       shapes: {name: anything with a shape}, stacks with their leading layer axis.
       unfrozen: as for `trainable_names`.
+      gather_frozen: shard frozen matrices over `fsdp` too, so that each layer's are gathered
+        where they are used.
 
     Raises: UserError for an array of more than LARGE elements with an axis that does not
     divide.
     """
-    trained = trainable_names(task, shapes, unfrozen)
+    gathered = frozenset(shapes) if gather_frozen else trainable_names(task, shapes, unfrozen)
     rules = match(SHARDING[task], dict.fromkeys(map(weight_name, shapes)))
 
     def axes(name: str, shape: tuple[int, ...]) -> Axes:
@@ -183,7 +190,7 @@ def shardings(
         return part.axes(whole, len(shape) - stack_axes(name)) if part else whole
 
     return {
-        name: NamedSharding(mesh, _spec(name, s.shape, axes(name, s.shape), mesh, name in trained))
+        name: NamedSharding(mesh, _spec(name, s.shape, axes(name, s.shape), mesh, name in gathered))
         for name, s in shapes.items()
     }
 
@@ -222,10 +229,10 @@ def stack_axes(name: str) -> int:
 
 
 def _spec(
-    name: str, shape: tuple[int, ...], axes: Axes, mesh: Mesh, trained: bool
+    name: str, shape: tuple[int, ...], axes: Axes, mesh: Mesh, gathered: bool
 ) -> PartitionSpec:
     """Makes an array's spec from its rule's `axes`, which are those of one layer, and shards
-    it over `fsdp` if it is trained.
+    it over `fsdp` if it is to be gathered where it is used.
     """
     lead = stack_axes(name)
     layer = shape[lead:]
@@ -241,7 +248,7 @@ def _spec(
             _require_small(name, shape, axis, mesh)
             spec[place] = None
     # Vectors are not sharded over fsdp: gathering each would cost a message for few bytes.
-    if trained and len(layer) > 1 and mesh.shape[FSDP] > 1:
+    if gathered and len(layer) > 1 and mesh.shape[FSDP] > 1:
         free = [
             place
             for place, axis in enumerate(spec)

@@ -15,11 +15,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flamingo_jax.distributed.process_group import ProcessGroup
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
+from flamingo_jax.interop.weight_sources import open_source, read_part
 from flamingo_jax.models.vision import vision_encoder
 from flamingo_jax.processing.normalise import normalise
 from flamingo_jax.pytrees import from_flat, to_flat
 from flamingo_jax.tasks import stages
-from flamingo_jax.training.pretrained import open_source, read_part
 from flamingo_jax.training.state import Parameters
 
 

@@ -1,0 +1,245 @@
+"""Opened folders of weights, exports and published models alike, and the reading of a model's
+part from one: straight onto the devices, with the dtypes and shardings that the caller names.
+Training, inference and the loading of a part alone all read weights through these.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from flamingo_jax.checkpointing.export import Export, open_export
+from flamingo_jax.configuring import flatten, from_json, to_json
+from flamingo_jax.distributed.process_group import ProcessGroup, SingleProcess
+from flamingo_jax.errors import UserError
+from flamingo_jax.interop.folders import ModelPart, is_published_folder, open_folder
+from flamingo_jax.models.vit import resize_positions
+from flamingo_jax.tasks import stages
+from flamingo_jax.weight_parts import is_update, stored_name
+
+Parameters = dict[str, jax.Array]
+T = TypeVar("T")
+
+
+class WeightSource(Protocol):
+    """An opened folder with a part's weights: a published model (`interop.folders`), or an
+    export.
+    """
+
+    @property
+    def tokenizer_file(self) -> pathlib.Path | None:
+        """The tokenizer in the same folder, if any."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the part's parameters, {flat name, layers stacked: shape}."""
+
+    @property
+    def dtypes(self) -> dict[str, np.dtype]:
+        """The dtypes that they have on disk, by the same names."""
+
+    def digest(self, process_group: ProcessGroup | None = None) -> str:
+        """Returns a digest of the weights. It may read all of them, once for all processes,
+        which must all call it.
+        """
+
+    def read(
+        self,
+        targets: Mapping[str, jax.ShapeDtypeStruct],
+        process_group: ProcessGroup | None = None,
+    ) -> Parameters:
+        """Reads the parameters named in `targets`, with their dtypes and shardings."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportedPart:
+    """A `WeightSource` that is a part of an export. prefix: of its parameters' names there."""
+
+    export: Export
+    prefix: str
+
+    @property
+    def tokenizer_file(self) -> pathlib.Path | None:
+        return self.export.tokenizer_file
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._within(self.export.shapes)
+
+    @property
+    def dtypes(self) -> dict[str, np.dtype]:
+        return self._within(self.export.dtypes)
+
+    def digest(self, process_group: ProcessGroup | None = None) -> str:
+        return self.export.digest
+
+    def read(
+        self,
+        targets: Mapping[str, jax.ShapeDtypeStruct],
+        process_group: ProcessGroup | None = None,
+    ) -> Parameters:
+        self.export.verify(process_group)
+        within = {self.prefix + name: target for name, target in targets.items()}
+        found = self.export.read_sharded(within, process_group)
+        return self._within(found)
+
+    def _within(self, values: Mapping[str, T]) -> dict[str, T]:
+        """Selects what belongs to the part, under the part's own names."""
+        return {
+            name.removeprefix(self.prefix): value
+            for name, value in values.items()
+            if name.startswith(self.prefix)
+        }
+
+
+def declare(
+    source: WeightSource,
+    shardings: Mapping[str, NamedSharding] | None = None,
+    dtype: DTypeLike | None = None,
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Describes all parameters of a source as the targets of `WeightSource.read`.
+
+    shardings: by name; by default the first local device. dtype: by default the ones on disk.
+    """
+    dtypes = source.dtypes
+    return {
+        name: jax.ShapeDtypeStruct(
+            shape, dtype or dtypes[name], sharding=(shardings or {}).get(name)
+        )
+        for name, shape in source.shapes.items()
+    }
+
+
+def open_source(part: stages.PretrainedPart) -> WeightSource:
+    """Opens the folder with a part's weights.
+
+    Raises: UserError where it is missing, of another kind, or its config differs from the
+      experiment's.
+    """
+    if part.field != "flamingo_from" and is_published_folder(part.folder):
+        of_text = part.field == "language_model_from"
+        kind: ModelPart = "language_model" if of_text else "vision_encoder"
+        published = open_folder(part.folder, kind)
+        _require_equal(to_json(published.config), to_json(part.config), part)
+        return published
+    export = open_export(part.folder)
+    if export.kind not in part.export_paths:
+        raise UserError(
+            f"{part.folder} holds a {export.kind} export, but config.{part.field} needs one of"
+            f" kind {' or '.join(part.export_paths)}"
+        )
+    path = part.export_paths[export.kind]
+    theirs: Any = export.config[path.config] if path.config else export.config
+    # An export of an earlier version lacks newer config keys, whose defaults are the behaviour
+    # it was trained with.
+    theirs = to_json(from_json(type(part.config), theirs, f"the config of {part.folder}"))
+    _require_equal(theirs, to_json(part.config), part)
+    return ExportedPart(export, path.prefix)
+
+
+def read_part(
+    source: WeightSource,
+    part: stages.PretrainedPart,
+    parameters: Mapping[str, jax.ShapeDtypeStruct],
+    process_group: ProcessGroup | None = None,
+) -> Parameters:
+    """Reads those of the model's `parameters` that belong to the part, with their dtypes and
+    shardings. LoRA updates are in no folder; they are initialised anew.
+
+    Raises: UserError where the folder lacks one, or has it in another shape.
+    """
+    prefix = _prefix(part.name)
+    names = {
+        stored_name(name.removeprefix(prefix)): name
+        for name in within(part, parameters)
+        if not is_update(name)
+    }
+    targets = {name: parameters[names[name]] for name in names}
+    shapes = source.shapes
+    missing = sorted(set(targets) - set(shapes))
+    if missing:
+        raise UserError(
+            f"{part.folder} lacks {len(missing)} parameters of the {part.name or 'model'},"
+            f" {prefix}{missing[0]} first: export that stage again"
+        )
+    stored = {
+        name: _as_stored(prefix + name, target, shapes[name], part.folder)
+        for name, target in targets.items()
+    }
+    return {
+        names[name]: _fitted(value, targets[name])
+        for name, value in source.read(stored, process_group or SingleProcess()).items()
+    }
+
+
+def within(
+    part: stages.PretrainedPart, parameters: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Selects the parameters of a part by the prefix of their names."""
+    return {name: s for name, s in parameters.items() if name.startswith(_prefix(part.name))}
+
+
+def _prefix(part: str) -> str:
+    return part + "/" if part else ""
+
+
+def _as_stored(
+    name: str, target: jax.ShapeDtypeStruct, shape: tuple[int, ...], folder: str
+) -> jax.ShapeDtypeStruct:
+    """Returns the target with the shape that is stored. Only a ViT's position embeddings may
+    differ from the target's, which `_fitted` interpolates to another image size.
+    """
+    if shape == target.shape:
+        return target
+    if name != "vision_encoder/position_embedding" or shape[-1] != target.shape[-1]:
+        raise UserError(
+            f"{folder}: {name} is {shape}, but this config makes it {target.shape}: make"
+            " config.flamingo that of the folder"
+        )
+    assert isinstance(target.sharding, NamedSharding)
+    return jax.ShapeDtypeStruct(
+        shape, jnp.float32, sharding=NamedSharding(target.sharding.mesh, PartitionSpec())
+    )
+
+
+def _fitted(value: jax.Array, target: jax.ShapeDtypeStruct) -> jax.Array:
+    """Interpolates a ViT's position embeddings to the target's grid, as its forward pass does;
+    returns all others as they are.
+    """
+    if value.shape == target.shape:
+        return value
+    rows, columns = target.shape[:2]
+    resized = jax.jit(
+        lambda v: resize_positions(v, rows, columns).astype(target.dtype),
+        out_shardings=target.sharding,
+    )
+    return resized(value)
+
+
+def _require_equal(
+    theirs: Mapping[str, Any], ours: Mapping[str, Any], part: stages.PretrainedPart
+) -> None:
+    """Raises UserError for a field of the part's config that differs between folder and
+    experiment, unless it is one of `FREE`.
+    """
+    prefix = part.name or "model"
+    before, now = flatten(theirs, prefix), flatten(ours, prefix)
+    for key in sorted({*before, *now}):
+        if key.split(".")[-1] not in FREE and before.get(key) != now.get(key):
+            name = key.removeprefix(f"{prefix}.")
+            raise UserError(
+                f"{part.folder} was trained with {name} = {before.get(key)!r}, but this config's"
+                f" {prefix} has {now.get(key)!r}: make them equal"
+            )
+
+
+FREE = ("image_size", "image_fit", "stochastic_depth", "gate_init", "out_scale", "bias_init")
+"""Config fields that may differ from an export's: image sizes can change between stages, and
+initialisation no longer matters. All others determine how the weights are used.
+"""
