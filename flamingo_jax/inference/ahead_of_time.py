@@ -17,7 +17,7 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.inference import programs
 from flamingo_jax.inference.placement import check_mesh, parameter_shardings
-from flamingo_jax.inference.prefill import Prefilled, PromptArrays, prefill
+from flamingo_jax.inference.prefill import Prefilled, PromptArrays
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.partitioning import rules
 from flamingo_jax.partitioning.mesh import AXES, DATA, FSDP, ROWS
@@ -48,13 +48,6 @@ class Step(NamedTuple):
     traced: jax.stages.Traced
     compiled: jax.stages.Compiled
     arguments: tuple[Any, ...]
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "slots"))
-def _prefill(
-    graph: Any, state: nnx.State, prompts: PromptArrays, media: Any, slots: int
-) -> Prefilled:
-    return prefill(nnx.merge(graph, state), prompts, media, slots)
 
 
 @functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
@@ -149,7 +142,7 @@ def compile_steps(
         array(jnp.int32, by_row, rows, size.visuals),
     )
     slots = length + size.new_tokens
-    steps["prefill"] = step(_prefill, graph, state, prompts, media, slots)
+    steps["prefill"] = step(programs.prefill_prompts, graph, state, prompts, media, slots)
     prefilled = _left_by(steps["prefill"])
     cache, prefilled = prefilled.cache, prefilled._replace(cache=None)
     steps["decode"] = step(_decode, graph, state, cache, prefilled, media)

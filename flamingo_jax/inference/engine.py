@@ -28,7 +28,7 @@ from flamingo_jax.inference.generation import (
 )
 from flamingo_jax.inference.loading import LoadedFlamingo
 from flamingo_jax.inference.placement import Placement
-from flamingo_jax.inference.prefill import Prefilled, PromptArrays, prefill
+from flamingo_jax.inference.prefill import PromptArrays
 from flamingo_jax.inference.prompts import (
     Prompt,
     PromptBatch,
@@ -38,7 +38,7 @@ from flamingo_jax.inference.prompts import (
     next_power,
     tokenise,
 )
-from flamingo_jax.inference.scoring import TreeArrays, next_log_probabilities, tree_arrays
+from flamingo_jax.inference.scoring import tree_arrays
 from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.processing.visuals import Visual
 
@@ -92,38 +92,6 @@ def _generate(
     return generate(nnx.merge(graph, state), prompts, media, keys, decoding, constraints)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "size"))
-def _prefill(
-    graph: Any, state: nnx.State, prompts: PromptArrays, media: Any, size: int
-) -> Prefilled:
-    return prefill(nnx.merge(graph, state), prompts, media, size)
-
-
-@functools.partial(jax.jit, static_argnames="graph")
-def _score(
-    graph: Any, state: nnx.State, prefilled: Prefilled, media: Any, tree: TreeArrays
-) -> Array:
-    return next_log_probabilities(nnx.merge(graph, state), prefilled, media, tree)
-
-
-@functools.partial(jax.jit, static_argnames="graph")
-def _logits(graph: Any, state: nnx.State, prompts: PromptArrays, media: Any) -> Array:
-    """Computes the logits of whole prompts, float32 [B, L, V + extra]; 0 at padding."""
-    model = nnx.merge(graph, state)
-    rows, length = prompts.tokens.shape
-    places = jnp.arange(length)
-    real = places < prompts.lengths[:, None]
-    logits, _ = model.decode(
-        prompts.tokens,
-        jnp.where(real, places, length),
-        prompts.media_index,
-        media,
-        prompts.visuals,
-        model.init_cache(rows, length),
-    )
-    return jnp.where(real[..., None], logits, 0.0)
-
-
 class Engine:
     """Runs a model on prompts, on the device or the mesh that its parameters are on. Results do
     not depend on which prompts share a batch, up to float32 rounding, nor on the mesh.
@@ -148,11 +116,6 @@ class Engine:
         self._constraints = token_constraints(loaded.tokenizer, loaded.config.extra_tokens)
         self._cached_tokens = ArrayCache(CACHED_BYTES)
         self._cached_features = ArrayCache(CACHED_BYTES)
-
-    @property
-    def model(self) -> tuple[Any, nnx.State]:
-        """Returns the model's graph and state, for `nnx.merge`."""
-        return self._graph, self._state
 
     @property
     def vocabulary(self) -> int:
@@ -267,10 +230,10 @@ class Engine:
         trees = [*trees, *trees[:1] * (len(batch.lengths) - len(trees))]
         # Rounded up to a multiple of 4, for few compiled shapes.
         size = batch.tokens.shape[1] + -(-longest // 4) * 4
-        prefilled = self._compute(_prefill, prompts, media, size)
+        prefilled = self._compute(programs.prefill_prompts, prompts, media, size)
         # One part after the other, for memory.
         parts = [
-            self.run(_score, prefilled, media, self._placement.by_row(part))
+            self.run(programs.score_tree, prefilled, media, self._placement.by_row(part))
             for part in tree_arrays(trees)
         ]
         return [tree.scores(each) for tree, each in zip(trees, np.stack(parts, 1), strict=True)]
@@ -293,10 +256,10 @@ class Engine:
         )
         arrays, media = self._to_device(batch)
         if self._placement.mesh is None:
-            logits = _logits(self._graph, self._state, arrays, media)
+            logits = programs.prompt_logits(self._graph, self._state, arrays, media)
         else:
             # Through the host, so that callers get an array of one device, as without a mesh.
-            logits = jnp.asarray(self.run(_logits, arrays, media))
+            logits = jnp.asarray(self.run(programs.prompt_logits, arrays, media))
         return logits[: len(prompts), :longest]
 
     def features(self, visuals: Sequence[Visual]) -> np.ndarray:

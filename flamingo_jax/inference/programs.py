@@ -1,4 +1,5 @@
-"""The jitted programs that bring visuals into a batch. They are module-level with the static graph
+"""The jitted programs of an engine: visuals encoded and projected, prompts read, candidates
+scored. They are module-level with the static graph
 as an argument, so that all engines of equal models share their compiled programs.
 """
 
@@ -8,6 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from flamingo_jax.inference.prefill import Prefilled, PromptArrays, prefill
+from flamingo_jax.inference.scoring import TreeArrays, next_log_probabilities
 
 Array = jax.Array
 
@@ -34,3 +38,37 @@ def prepare_media(graph: Any, state: nnx.State, visual_tokens: Array) -> Any:
     `Flamingo.prepare_media`.
     """
     return nnx.merge(graph, state).prepare_media(visual_tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "size"))
+def prefill_prompts(
+    graph: Any, state: nnx.State, prompts: PromptArrays, media: Any, size: int
+) -> Prefilled:
+    """Reads prompts into a cache of `size` slots: see `prefill`."""
+    return prefill(nnx.merge(graph, state), prompts, media, size)
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def score_tree(
+    graph: Any, state: nnx.State, prefilled: Prefilled, media: Any, tree: TreeArrays
+) -> Array:
+    """Scores a part of the trees of candidates: see `next_log_probabilities`."""
+    return next_log_probabilities(nnx.merge(graph, state), prefilled, media, tree)
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def prompt_logits(graph: Any, state: nnx.State, prompts: PromptArrays, media: Any) -> Array:
+    """Computes the logits of whole prompts, float32 [B, L, V + extra]; 0 at padding."""
+    model = nnx.merge(graph, state)
+    rows, length = prompts.tokens.shape
+    places = jnp.arange(length)
+    real = places < prompts.lengths[:, None]
+    logits, _ = model.decode(
+        prompts.tokens,
+        jnp.where(real, places, length),
+        prompts.media_index,
+        media,
+        prompts.visuals,
+        model.init_cache(rows, length),
+    )
+    return jnp.where(real[..., None], logits, 0.0)
