@@ -117,7 +117,7 @@ def compile_steps(
     graph, parameters = abstract_parameters(config, mesh, dtype, memory=memory)
     state = nnx.State(from_flat(parameters))
 
-    def array(dtype: DTypeLike, spec: PartitionSpec, *shape: int) -> jax.ShapeDtypeStruct:
+    def array(dtype: DTypeLike, spec: PartitionSpec, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
     def step(program: Any, *arguments: Any) -> Step:
