@@ -1,4 +1,4 @@
-r"""Measures how fast training runs on this machine's devices, and how fast datasets are read.
+r"""Measures how fast this machine's devices train and generate, and how fast datasets are read.
 
     python -m launch.benchmark train --config=configs/flamingo_3b.py:h200_1 [--steps=10]
     [--json] \
@@ -6,6 +6,7 @@ r"""Measures how fast training runs on this machine's devices, and how fast data
     python -m launch.benchmark train
     --sizes=layers=4,width=256,heads=4,vocab=8192,xattn_every=1,\
     vit_layers=4,vit_width=256,vit_heads=4,image=96,patch=16,interleaved=8x3x128,pairs=16x1x32
+    python -m launch.benchmark generate [--model=EXPORT | --config=... | --sizes=...] [--json]
     python -m launch.benchmark data --config=configs/own_data.py:flamingo,runs/mine \
         [--step_seconds=0.2]
     python -m launch.benchmark data --dataset=data/photos --dataset=data/site \
@@ -17,6 +18,12 @@ to a large matrix product on the same devices in the same run. `--sizes` describ
 that can also be built in PyTorch for comparison: a language model of the GPT-NeoX architecture
 (rotary positions, GELU, untied head), a ViT, a resampler of 6 layers, cross-attention with 8
 heads of width 64; `interleaved` and `pairs` are rows x images x tokens.
+
+`generate` runs an exported model, or one of random weights, on prompts of 4 shots with random
+images: captioning by beam search, beside a plain loop that runs the whole model for each token;
+ranking `--names` class names, beside one call for each of `--sample` of them; and prefill and
+greedy decoding with 1 and 64 prompts at a time. Without a model it takes sizes that run in a few
+minutes on two cores.
 
 `data` first makes rows of each dataset on one core, with a cache for tokenized texts only, and
 prints images per second beside those of a loop that only decodes and resizes the same images,
@@ -43,6 +50,7 @@ from launch import command
 
 if TYPE_CHECKING:
     from data_pipelines.benchmark import ReadingBenchmark
+    from flamingo_jax.planning.generation_timing import GenerationTiming
     from flamingo_jax.planning.timing import Timing
 
 SIZES = flags.DEFINE_string(
@@ -51,6 +59,16 @@ SIZES = flags.DEFINE_string(
     "Sizes of a model and its batches in place of a config, NAME=VALUE separated by commas.",
 )
 STEPS = flags.DEFINE_integer("steps", 10, "Steps that are timed.", lower_bound=1)
+MODEL = flags.DEFINE_string(
+    "model", "", "generate: exported folder of a Flamingo, in place of random weights."
+)
+MAX_TOKENS = flags.DEFINE_integer(
+    "max_tokens", 20, "generate: tokens that are generated for a prompt.", lower_bound=1
+)
+NAMES = flags.DEFINE_integer("names", 1000, "generate: names that are ranked.", lower_bound=1)
+SAMPLE = flags.DEFINE_integer(
+    "sample", 20, "generate: names that are scored one at a time.", lower_bound=1
+)
 TRACE = flags.DEFINE_string(
     "trace", "", "Folder for a profiler trace of three steps, for TensorBoard or Perfetto."
 )
@@ -80,8 +98,15 @@ JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
 CONFIG = command.define_config()
 
 
+MADE = (
+    "layers=4,width=256,heads=4,vocab=8192,xattn_every=1,vit_layers=4,vit_width=256,vit_heads=4,"
+    "image=96,patch=16,interleaved=1x5x128,pairs=1x1x32"
+)
+"""The sizes of a model that `generate` takes where none is named."""
+
 READS = {
     "train": ("sizes", "steps", "trace"),
+    "generate": ("sizes", "model", "max_tokens", "names", "sample"),
     "data --dataset": (
         "dataset",
         "tokenizer",
@@ -96,9 +121,11 @@ READS = {
 
 
 def main(verb: str) -> int:
-    way = verb if verb == "train" else "data --dataset" if DATASETS.value else "data --config"
+    way = verb
+    if verb == "data":
+        way = "data --dataset" if DATASETS.value else "data --config"
     command.reject_unused_flags(READS, way, command.given_flags())
-    return train() if verb == "train" else data()
+    return {"train": train, "generate": generate, "data": data}[verb]()
 
 
 def train() -> int:
@@ -124,6 +151,75 @@ def train() -> int:
     else:
         Console().print(_step_table(experiment, timing))
     return 0
+
+
+def generate() -> int:
+    """Times captioning, ranking, and prefill and decoding."""
+    if sum(map(bool, (MODEL.value, SIZES.value, CONFIG.value is not None))) > 1:
+        raise UserError("--model, --sizes and --config each name a model: give one of them")
+    from rich.console import Console
+
+    import flamingo_jax as fj
+    from flamingo_jax.planning.generation_timing import (
+        GenerationWork,
+        random_model,
+        time_generation,
+    )
+
+    if MODEL.value:
+        model = fj.load(MODEL.value)
+    else:
+        given = command.experiment(CONFIG) if CONFIG.value is not None else None
+        flamingo = (given or experiment_of(SIZES.value or MADE)).flamingo
+        if flamingo is None:
+            raise UserError("this config trains no Flamingo: choose one that does, or --sizes")
+        model = random_model(flamingo)
+    work = GenerationWork(MAX_TOKENS.value, NAMES.value, min(SAMPLE.value, NAMES.value))
+    timing = time_generation(model, work)
+    if JSON.value:
+        print(json.dumps(_generation_json(timing)))
+    else:
+        Console().print(_generation_table(timing))
+    return 0
+
+
+def _generation_json(timing: "GenerationTiming") -> dict[str, Any]:
+    return {
+        "captioning": timing.captioning._asdict() | {"ratio": timing.captioning.ratio},
+        "ranking": timing.ranking._asdict() | {"ratio": timing.ranking.ratio},
+        "rates": {count: rates._asdict() for count, rates in timing.rates.items()},
+    }
+
+
+def _generation_table(timing: "GenerationTiming") -> Table:
+    caption, rank = timing.captioning, timing.ranking
+    table = Table(
+        "",
+        title="generation after 4 shots",
+        caption=f"the plain loop wrote {'the same texts' if caption.agrees else 'OTHER texts'};"
+        f" a name's two scores differ by at most {rank.difference:.1e}",
+    )
+    for heading in ("seconds", "times as long"):
+        table.add_column(heading, justify="right")
+    wanted = f"{caption.tokens} tokens after {caption.prompt}, 3 beams"
+    table.add_row(f"a caption, {wanted}", f"{caption.seconds:.4g}", "1")
+    for way, seconds in (
+        ("everything recomputed for each token", caption.plain),
+        ("the text alone recomputed", caption.plain_text),
+    ):
+        table.add_row(f"  {way}", f"{seconds:.4g}", f"{seconds / caption.seconds:.1f}")
+    table.add_section()
+    named = f"{rank.names:,} names of {rank.name_tokens:,} tokens ranked"
+    table.add_row(named, f"{rank.seconds:.4g}", "1")
+    one = f"  one at a time, scaled from {rank.sample} of them"
+    table.add_row(one, f"{rank.one_at_a_time:.4g}", f"{rank.ratio:.1f}")
+    table.add_section()
+    for count, rates in timing.rates.items():
+        prompts = f"{count} prompt{'s' * (count > 1)} at a time"
+        table.add_row(f"{prompts}: captions, 3 beams", f"{rates.caption:.4g}", "")
+        table.add_row(f"  prefill, tokens a second: {rates.prefill:,.0f}")
+        table.add_row(f"  greedy decoding, tokens a second: {rates.decode:,.0f}")
+    return table
 
 
 def data() -> int:
@@ -218,4 +314,4 @@ def _step_table(experiment: Experiment, timing: "Timing") -> Table:
 
 
 if __name__ == "__main__":
-    command.run(main, verbs=("train", "data"))
+    command.run(main, verbs=("train", "generate", "data"))

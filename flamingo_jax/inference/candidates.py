@@ -5,7 +5,7 @@ tokens, so that parts are scored independently.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +43,11 @@ class CandidateTree:
     parts: list[TreePart]
     paths: np.ndarray
 
+    @property
+    def longest(self) -> int:
+        """Returns the number of tokens of the longest candidate."""
+        return self.paths.shape[1]
+
     def scores(self, log_probabilities: np.ndarray) -> np.ndarray:
         """Sums the log-probabilities of each candidate's tokens -> float64 [C].
 
@@ -54,11 +59,12 @@ class CandidateTree:
 
 
 def make_tree(candidates: Sequence[Sequence[int]], most: int = TREE_TOKENS) -> CandidateTree:
-    """Makes the tree of candidates, one or more lists of one token id or more. Equal candidates
-    are scored once.
+    """Makes the tree of candidates, each of one token id or more; equal ones are scored once.
 
     most: how many tokens a part has about at most.
     """
+    if not candidates:
+        return CandidateTree([], np.zeros((0, 0, 2), np.int32))
     distinct = sorted({tuple(ids) for ids in candidates})
     longest = max(map(len, distinct))
     read = 1 + len({ids[:end] for ids in distinct for end in range(1, len(ids))})
@@ -70,6 +76,24 @@ def make_tree(candidates: Sequence[Sequence[int]], most: int = TREE_TOKENS) -> C
     for row, ids in enumerate(candidates):
         paths[row, : len(ids)] = found[tuple(ids)]
     return CandidateTree(builder.finish(), paths)
+
+
+def make_trees(
+    lists: Sequence[Sequence[str]], encode: Callable[[str], list[int]]
+) -> list[CandidateTree]:
+    """Makes the tree of each list of candidates, texts that `encode` turns into ids. Equal lists
+    share a tree.
+    """
+    # By identity first: thousands of prompts may name one list of thousands of texts.
+    by_list: dict[int, CandidateTree] = {}
+    by_texts: dict[tuple[str, ...], CandidateTree] = {}
+    for texts in lists:
+        if id(texts) not in by_list:
+            key = tuple(texts)
+            if key not in by_texts:
+                by_texts[key] = make_tree([encode(text) for text in key])
+            by_list[id(texts)] = by_texts[key]
+    return [by_list[id(texts)] for texts in lists]
 
 
 class _TreeBuilder:

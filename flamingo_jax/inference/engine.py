@@ -18,7 +18,7 @@ from flax import nnx
 from flamingo_jax.errors import UserError
 from flamingo_jax.inference import programs
 from flamingo_jax.inference.array_cache import ArrayCache
-from flamingo_jax.inference.candidates import CandidateTree, make_tree
+from flamingo_jax.inference.candidates import CandidateTree, make_trees
 from flamingo_jax.inference.generation import (
     NO_TOKEN,
     DecodingConfig,
@@ -191,52 +191,42 @@ class Engine:
                 f"there are {len(prompts)} prompts and {len(candidates)} lists of candidates: "
                 "give each prompt a list of its own"
             )
-        if not any(candidates):
-            return [np.zeros(0) for _ in prompts]
-        ids = {
-            text: self.tokenizer.encode(text) + [self.tokenizer.eoc] * close
-            for texts in candidates
-            for text in texts
-        }
-        for text, tokens in ids.items():
-            if not tokens:
-                raise UserError(f"the candidate {text!r} has no tokens: leave it out")
-        # Prompts with the same candidates share their tree.
-        trees: dict[tuple[str, ...], CandidateTree] = {}
-        for texts in map(tuple, candidates):
-            if texts and texts not in trees:
-                trees[texts] = make_tree([ids[text] for text in texts])
-        longest = max(map(len, ids.values()))
-        size = max(len(part.tokens) for tree in trees.values() for part in tree.parts)
+        trees = make_trees(candidates, functools.partial(self._candidate_ids, close=close))
+        found = {n: np.zeros(0) for n, tree in enumerate(trees) if not tree.parts}
+        asked = [n for n in range(len(prompts)) if n not in found]
+        longest = max((tree.longest for tree in trees), default=0)
         columns = self.config.language_model.vocab_size + self.config.extra_tokens
-        found = {n: np.zeros(0) for n, texts in enumerate(candidates) if not texts}
-        asked = [n for n, texts in enumerate(candidates) if texts]
+        size = max((len(part.tokens) for tree in trees for part in tree.parts), default=1)
         rows = max(1, LOGITS_IN_BATCH // (columns * size))
         for part, batch in self._batches([prompts[n] for n in asked], longest, rows):
             indices = [asked[place] for place in part]
-            wanted = [trees[tuple(candidates[n])] for n in indices]
-            scores = self._score_batch(batch, wanted, longest)[: len(indices)]
+            scores = self._score_batch(batch, [trees[n] for n in indices], longest)
             found |= dict(zip(indices, scores, strict=True))
             if progress is not None:
                 progress(len(indices))
         return [found[prompt] for prompt in range(len(prompts))]
+
+    def _candidate_ids(self, text: str, close: bool) -> list[int]:
+        """Encodes a candidate; `close` adds <EOC>. Raises UserError where it has no tokens."""
+        ids = self.tokenizer.encode(text) + [self.tokenizer.eoc] * close
+        if not ids:
+            raise UserError(f"the candidate {text!r} has no tokens: leave it out")
+        return ids
 
     def _score_batch(
         self, batch: PromptBatch, trees: list[CandidateTree], longest: int
     ) -> list[np.ndarray]:
         """Scores the candidates of each prompt of a batch, of at most `longest` ids."""
         prompts, media = self._to_device(batch)
-        # Rows beyond the prompts repeat the first one.
-        trees = [*trees, *trees[:1] * (len(batch.lengths) - len(trees))]
         # Rounded up to a multiple of 4, for few compiled shapes.
         size = batch.tokens.shape[1] + -(-longest // 4) * 4
         prefilled = self._compute(programs.prefill_prompts, prompts, media, size)
         # One part after the other, for memory.
         parts = [
             self.run(programs.score_tree, prefilled, media, self._placement.by_row(part))
-            for part in tree_arrays(trees)
+            for part in tree_arrays(trees, len(batch.lengths))
         ]
-        return [tree.scores(each) for tree, each in zip(trees, np.stack(parts, 1), strict=True)]
+        return [tree.scores(each) for tree, each in zip(trees, np.stack(parts, 1), strict=False)]
 
     def logits(self, prompts: Sequence[Prompt]) -> Array:
         """Computes the next-token logits at every token of the prompts.

@@ -1,6 +1,6 @@
 """The jitted programs of an engine: visuals encoded and projected, prompts read, candidates
-scored. They are module-level with the static graph
-as an argument, so that all engines of equal models share their compiled programs.
+scored. They are module-level with the static graph as an argument, so that all engines of equal
+models share their compiled programs.
 """
 
 import functools

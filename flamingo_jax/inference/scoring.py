@@ -56,16 +56,17 @@ def next_log_probabilities(
     return logits[row, tree.sources, tree.targets] - normaliser[row, tree.sources]
 
 
-def tree_arrays(trees: Sequence[CandidateTree]) -> list[TreeArrays]:
-    """Pads the trees of a batch's prompts, and turns them into one `TreeArrays` per part."""
+def tree_arrays(trees: Sequence[CandidateTree], rows: int) -> list[TreeArrays]:
+    """Turns the trees of a batch's prompts into one `TreeArrays` of `rows` rows per part."""
     parts = [part for tree in trees for part in tree.parts]
     length = tree_length(max(len(part.tokens) for part in parts))
     most = next_power(2, max(len(part.targets) for part in parts))
-    # A tree of fewer parts than others has padding for the rest.
+    # Padding: for a tree of fewer parts than others, and for rows without a prompt.
     nothing = TreePart(*[np.zeros(0, np.int32)] * 5)
     return [
         _stack(
             [tree.parts[place] if place < len(tree.parts) else nothing for tree in trees],
+            rows,
             length,
             most,
         )
@@ -80,8 +81,7 @@ def tree_length(count: int) -> int:
     return next_power(2, count) if count <= 32 else -(-count // 32) * 32
 
 
-def _stack(parts: Sequence[TreePart], length: int, most: int) -> TreeArrays:
-    rows = len(parts)
+def _stack(parts: Sequence[TreePart], rows: int, length: int, most: int) -> TreeArrays:
     tokens, depths = np.zeros((2, rows, length), np.int32)
     # A padding token is its own subtree: it attends to itself and the prompt.
     ends = np.tile(np.arange(1, length + 1, dtype=np.int32), (rows, 1))

@@ -17,7 +17,8 @@ from flamingo_jax.experiment import (
     PositionsConfig,
     ViTConfig,
 )
-from flamingo_jax.inference import engine as engine_module
+from flamingo_jax.inference import candidates as candidates_module
+from flamingo_jax.inference import programs
 from flamingo_jax.inference.candidates import CandidateTree, make_tree
 from flamingo_jax.inference.engine import Engine
 from flamingo_jax.inference.loading import LoadedFlamingo
@@ -25,7 +26,7 @@ from flamingo_jax.inference.prefill import prefill
 from flamingo_jax.inference.prompts import Prompt, tokenise
 from flamingo_jax.inference.scoring import next_log_probabilities, tree_arrays
 from flamingo_jax.processing.visuals import Visual
-from tests.inference.test_generation import MODEL, PROMPTS, TERMS, likelihood
+from tests.inference.test_generation import MODEL, PROMPTS, TERMS, TOKENS, likelihood
 from tests.inference.test_generation import prompt as prompt_of
 from tests.inference.tiny_models import WORDS, make_loaded, make_tokenizer, tiny_config
 from tests.rounding import assert_close
@@ -68,7 +69,7 @@ def test_scores_are_the_likelihoods_of_whole_sequences(most: int) -> None:
     trees = [make_tree(some, most) for some in candidates]
     prefilled = jax.jit(lambda: prefill(MODEL, PROMPTS, None, 8))()
     score = jax.jit(lambda tree: next_log_probabilities(MODEL, prefilled, None, tree))
-    found = np.stack([score(part) for part in tree_arrays(trees)], 1)
+    found = np.stack([score(part) for part in tree_arrays(trees, len(TOKENS))], 1)
     for row, (tree, some) in enumerate(zip(trees, candidates, strict=True)):
         expected = [likelihood(prompt_of(row), ids) for ids in some]
         assert_close(tree.scores(found[row]), expected, TERMS)
@@ -157,7 +158,7 @@ def one_at_a_time(
 def test_sharing_changes_no_score(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For every kind of positions and conditioning, in parts that repeat ancestors."""
     loaded = make(name)
-    monkeypatch.setattr(engine_module, "make_tree", lambda ids: make_tree(ids, 16))
+    monkeypatch.setattr(candidates_module, "make_tree", lambda ids: make_tree(ids, 16))
     lists = [NAMES, [*NAMES[:3], NAMES[0]], NAMES]
     found = Engine(loaded).log_likelihoods(ASKED, lists)
     pairs = [(place, name) for place, names in enumerate(lists) for name in names]
@@ -173,7 +174,7 @@ def test_prompts_are_read_once_and_equal_lists_make_one_tree(
     loaded = make("transformer_xl, gated_xattn_dense")
     trees: list[list[list[int]]] = []
     read: dict[str, list[tuple[int, ...]]] = {"prompts": [], "candidates": []}
-    prefill_, score_ = engine_module._prefill, engine_module._score
+    prefill_, score_ = programs.prefill_prompts, programs.score_tree
 
     def made(ids: list[list[int]]) -> CandidateTree:
         trees.append(ids)
@@ -187,10 +188,10 @@ def test_prompts_are_read_once_and_equal_lists_make_one_tree(
         read["candidates"].append(tree.tokens.shape)
         return score_(graph, state, prefilled, media, tree)
 
-    monkeypatch.setattr(engine_module, "make_tree", made)
-    monkeypatch.setattr(engine_module, "_prefill", prefilling)
-    monkeypatch.setattr(engine_module, "_score", scoring)
-    Engine(loaded).log_likelihoods(ASKED, [NAMES] * 3)
+    monkeypatch.setattr(candidates_module, "make_tree", made)
+    monkeypatch.setattr(programs, "prefill_prompts", prefilling)
+    monkeypatch.setattr(programs, "score_tree", scoring)
+    Engine(loaded).log_likelihoods(ASKED, [NAMES, list(NAMES), NAMES])
     assert len(trees) == 1 and len(trees[0]) == len(NAMES)
     assert read["prompts"] == [(4, 32)]
     distinct = {tuple(ids[:end]) for ids in trees[0] for end in range(len(ids))}

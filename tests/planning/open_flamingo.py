@@ -1,13 +1,18 @@
-"""A training step beside open_flamingo's, both of the same sizes, in turn on the same cores.
+"""A training step, or captioning, beside open_flamingo's, both of the same sizes, in turn on the
+same cores.
 
-    pip install -e '.[interop-test]' einops einops-exts && pip install --no-deps
-    open_flamingo==2.0.1 python -m tests.planning.open_flamingo
-    --sizes=layers=4,width=256,heads=4,vocab=8192,xattn_every=1,vit_layers=4,vit_width=256,vit_heads=4,\\
-image=96,patch=16,interleaved=8x3x128,pairs=16x1x32 [--rounds=3]
+    pip install -e '.[interop-test]' einops einops-exts
+    pip install --no-deps open_flamingo==2.0.1
+    python -m tests.planning.open_flamingo [--generate] [--rounds=3] \\
+        --sizes=layers=4,width=256,heads=4,vocab=8192,xattn_every=1,vit_layers=4,vit_width=256,\\
+vit_heads=4,image=96,patch=16,interleaved=8x3x128,pairs=16x1x32
 
 open_flamingo wants torchvision, which its model does not need: hence --no-deps. Its step is as
 its train_utils.py has it: a loss and its gradient for each dataset, the embedding's gradient
 masked to the tokens that were added, clipping, AdamW; float32, as ours.
+
+--generate times `generate` of both: 1 and 64 prompts of 4 shots, 3 beams, 20 new tokens, random
+images and texts of equal numbers of tokens, as `launch.benchmark generate` makes them.
 """
 
 import importlib.util
@@ -27,11 +32,13 @@ from rich.table import Table
 from configs.benchmark import experiment_of
 from flamingo_jax.experiment import DatasetConfig, FlamingoConfig, VisionConfig
 from flamingo_jax.models.language_model_config import LanguageModelConfig
+from flamingo_jax.planning.generation_timing import BEAMS, CAPTION_TOKENS, SHOTS, GenerationWork
 from flamingo_jax.planning.timing import median_seconds
 
 SIZES = flags.DEFINE_string("sizes", None, "As launch.benchmark takes them.", required=True)
 ROUNDS = flags.DEFINE_integer("rounds", 3, "Of each, in turn.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 12, "Steps that are timed in each.", lower_bound=1)
+GENERATE = flags.DEFINE_bool("generate", False, "Time generation in place of the training step.")
 PEER = flags.DEFINE_bool(
     "peer", False, "Time open_flamingo alone, in this process, and print JSON."
 )
@@ -41,10 +48,13 @@ MATRIX = 2048
 
 def main(_: list[str]) -> None:
     if PEER.value:
-        print(json.dumps(time_peer()))
+        print(json.dumps(time_peer_generation() if GENERATE.value else time_peer()))
         return
     if importlib.util.find_spec("open_flamingo") is None:
         sys.exit("open_flamingo is not installed: pip install --no-deps open_flamingo==2.0.1")
+    if GENERATE.value:
+        compare_generation()
+        return
     given = [f"--sizes={SIZES.value}", f"--steps={STEPS.value}"]
     ours, peers = [], []
     for _round in range(ROUNDS.value):
@@ -66,6 +76,27 @@ def main(_: list[str]) -> None:
         return statistics.median(run["step"] for run in runs)
 
     table.caption = f"the median of ours takes {median(ours) / median(peers):.2f} of the peer's"
+    Console().print(table)
+
+
+def compare_generation() -> None:
+    """Prints the seconds of captioning 1 and 64 prompts, ours and the peer's in turn."""
+    given = [f"--sizes={SIZES.value}"]
+    runs: dict[str, list[dict[str, float]]] = {"flamingo_jax": [], "open_flamingo": []}
+    for _round in range(ROUNDS.value):
+        ours = _run("-m", "launch.benchmark", "generate", "--json", "--names=1", *given)
+        runs["flamingo_jax"].append({n: rates["caption"] for n, rates in ours["rates"].items()})
+        runs["open_flamingo"].append(
+            _run("-m", "tests.planning.open_flamingo", "--peer", "--generate", *given)
+        )
+    table = Table(
+        "prompts at a time", title=f"captions after {SHOTS} shots, {BEAMS} beams, seconds"
+    )
+    for heading in (*runs, "times as fast"):
+        table.add_column(heading, justify="right")
+    for count in map(str, GenerationWork().batches):
+        mine, peer = (statistics.median(run[count] for run in some) for some in runs.values())
+        table.add_row(count, f"{mine:.3f}", f"{peer:.3f}", f"{peer / mine:.2f}")
     Console().print(table)
 
 
@@ -98,28 +129,89 @@ def time_peer() -> dict[str, float]:
     }
 
 
-def peer_step(config: FlamingoConfig, datasets: list[DatasetConfig]) -> Callable[[], None]:
-    """open_flamingo's update of random weights on full rows of random content; each dataset's
-    visuals stand at equal distances.
-    """
+def time_peer_generation() -> dict[str, float]:
+    """{number of prompts: median seconds of captioning them}, of new images in each run."""
+    import torch
+
+    experiment = experiment_of(SIZES.value)
+    assert experiment.flamingo is not None
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    return {
+        str(count): median_seconds(
+            peer_generation(experiment.flamingo, count), GenerationWork().runs
+        )
+        for count in GenerationWork().batches
+    }
+
+
+def peer_generation(config: FlamingoConfig, prompts: int) -> Callable[[], None]:
+    """open_flamingo's captioning of random images by a model of random weights."""
+    import torch
+
+    image, end = _added_tokens(config)
+    shot = [image, *[0] * CAPTION_TOKENS, end]
+    lengths = GenerationWork().max_tokens + len(shot) * (SHOTS + 1)
+    model = peer_model(config, lengths).eval()
+    # As PromptMaker's: <BOS>, the shots, and the query's image and first token.
+    row = torch.tensor([0, *shot * SHOTS, image, 0])
+    size = config.vision.image_size
+
+    def caption() -> None:
+        tokens = torch.where(
+            row < end, torch.randint(4, end, (prompts, len(row))), row.expand(prompts, -1)
+        )
+        with torch.inference_mode():
+            made = model.generate(
+                torch.rand(prompts, SHOTS + 1, 1, 3, size, size),
+                tokens,
+                torch.ones_like(tokens),
+                num_beams=BEAMS,
+                max_new_tokens=GenerationWork().max_tokens,
+                # Random weights would end a text anywhere: all texts are of one length.
+                min_new_tokens=GenerationWork().max_tokens,
+                pad_token_id=0,
+            )
+        assert made.shape == (prompts, len(row) + GenerationWork().max_tokens)
+
+    return caption
+
+
+def _added_tokens(config: FlamingoConfig) -> tuple[int, int]:
+    """The ids that stand for <image> and <EOC>."""
+    vocabulary = config.language_model.vocab_size
+    return vocabulary - 1, vocabulary - 2
+
+
+def peer_model(config: FlamingoConfig, max_length: int) -> Any:
+    """An open_flamingo of the config's sizes, its weights random."""
     import torch
 
     find_open_flamingo()
     from open_flamingo.src.flamingo import Flamingo
 
-    lm = config.language_model
-    image, end = lm.vocab_size - 1, lm.vocab_size - 2
-    text = peer_language_model(lm, max(dataset.max_length for dataset in datasets))
+    image, end = _added_tokens(config)
+    text = peer_language_model(config.language_model, max_length)
     clip = torch.nn.Module()
     clip.visual = peer_vision(config.vision)
-    model = Flamingo(
+    return Flamingo(
         clip,
         text,
         end,
         image,
         vis_dim=config.vision.vit.width,
         cross_attn_every_n_layers=config.conditioning.xattn_every,
-    ).train()
+    )
+
+
+def peer_step(config: FlamingoConfig, datasets: list[DatasetConfig]) -> Callable[[], None]:
+    """open_flamingo's update of random weights on full rows of random content; each dataset's
+    visuals stand at equal distances.
+    """
+    import torch
+
+    image, end = _added_tokens(config)
+    model = peer_model(config, max(dataset.max_length for dataset in datasets)).train()
+    text = model.lang_encoder
     model.requires_grad_(False)
     embedding = text.get_input_embeddings()
     for part in (model.perceiver, text.gated_cross_attn_layers, embedding):
@@ -129,7 +221,7 @@ def peer_step(config: FlamingoConfig, datasets: list[DatasetConfig]) -> Callable
     batches = [
         (random_batch(data, config.vision.image_size, image, end), data.weight) for data in datasets
     ]
-    added = torch.zeros(lm.vocab_size, 1)
+    added = torch.zeros(config.language_model.vocab_size, 1)
     added[[image, end]] = 1
 
     def step() -> None:
@@ -173,6 +265,13 @@ def peer_language_model(lm: LanguageModelConfig, max_length: int) -> Any:
         )
     )
     extend_instance(text, FlamingoLMMixin)
+    forward = type(text).forward
+
+    # transformers leaves out a mask of ones, which open_flamingo's layers expect.
+    def with_mask(self: Any, input_ids: Any, attention_mask: Any = None, **others: Any) -> Any:
+        return forward(self, input_ids, attention_mask, **others)
+
+    type(text).forward = with_mask
     text.set_decoder_layers_attr_name("gpt_neox.layers")
     return text
 
