@@ -3,9 +3,10 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from data_pipelines.batches import make_iterator
@@ -14,8 +15,10 @@ from data_pipelines.iterators import make_iterators
 from data_pipelines.readers import Readers
 from data_pipelines.records import IMAGE_FEATURES
 from data_pipelines.timing import ReadingSpeed, time_readers, time_reading, waiting_share
+from flamingo_jax.checkpointing.export import open_export
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import DatasetConfig, Experiment
+from flamingo_jax.inference.loading import flamingo_config
 from flamingo_jax.processing.tokenizer import Tokenizer
 
 ROWS = {
@@ -100,6 +103,38 @@ def benchmark_experiment(
     pool = Readers(experiment.training.readers if readers is None else readers)
     iterators = make_iterators(experiment, tokenizer, readers=pool)
     return _benchmark(datasets, iterators, options, pool, step_seconds, batches)
+
+
+def flamingo_batches(
+    model: str, paths: Sequence[str], batches: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields batches of datasets as an exported Flamingo was trained on: each dataset's first.
+
+    Args:
+      model: the export.
+      paths: the datasets' folders; of each `batches` are read, with the rows of `ROWS`, without
+        augmentation.
+
+    Raises: UserError where the model is no Flamingo, or a dataset is missing or has no images.
+    """
+    export = open_export(model)
+    config = flamingo_config(model)
+    if export.tokenizer_file is None:
+        raise UserError(f"{model} holds no tokenizer: export the stage again with its tokenizer")
+    tokenizer = Tokenizer.load(export.tokenizer_file, config.language_model.vocab_size)
+    for path in paths:
+        dataset = dataclasses.replace(_dataset(path, 0.0), flip=False)
+        iterator = make_iterator(
+            dataclasses.replace(dataset, batch_size=min(dataset.batch_size, 8)),
+            tokenizer=tokenizer,
+            task="flamingo",
+            image_size=config.vision.image_size,
+            mean=config.vision.mean,
+            image_fit=config.vision.image_fit,
+        )
+        for _ in range(batches):
+            yield next(iterator)
+        iterator.close()
 
 
 def _benchmark(

@@ -412,8 +412,14 @@ class TrainingConfig:
     the model that they update.
     """
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Dtype of activations and frozen weights; trained parameters, losses and sums of
-    gradients are float32.
+    """Dtype of activations and, by default, frozen weights; trained parameters, losses and
+    sums of gradients are float32.
+    """
+    frozen_dtype: Literal["compute_dtype", "float32", "bfloat16", "int8"] = "compute_dtype"
+    """Dtype in which the frozen language model and vision encoder are kept. int8 takes half of
+    bfloat16's memory: every matrix, embedding and convolution has integers with a float32 scale
+    for each output channel (see `models.quantised`), and the rest is of `compute_dtype`. They
+    are quantised as they are read; launch.export writes them as they are in their folders.
     """
     use_visuals: bool = True
     """False trains the same model on the same text without any image, as a baseline."""

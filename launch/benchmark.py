@@ -1,4 +1,5 @@
-r"""Measures how fast this machine's devices train and generate, and how fast datasets are read.
+r"""Measures how fast this machine's devices train and generate, how fast datasets are read, and
+what int8 weights save and change.
 
     python -m launch.benchmark train --config=configs/flamingo_3b.py:h200_1 [--steps=10]
     [--json] \
@@ -11,6 +12,8 @@ r"""Measures how fast this machine's devices train and generate, and how fast da
         [--step_seconds=0.2]
     python -m launch.benchmark data --dataset=data/photos --dataset=data/site \
         --tokenizer=data/tokenizer [--image_size=224] [--readers=2]
+    python -m launch.benchmark int8 --model=models/SmolLM2-135M --text=book.txt [--tokens=20000]
+    python -m launch.benchmark int8 --model=runs/mine/export --dataset=data/photos
 
 `train` runs the real update on random weights and full rows of random content, and prints
 tokens and images per second, the time of each part and the model FLOPs utilisation, relative
@@ -32,6 +35,12 @@ them (config.training.readers, or one per core) in wall time, with flips and col
 in the paper. Finally it reads all datasets together as training does, with decoded images
 cached while memory allows, and prints the share of time that a step of `--step_seconds` would
 wait.
+
+`int8` loads a model as it is stored and with `frozen_dtype="int8"`, and prints the memory of its
+language model and vision encoder, and how the predictions of the next token change: perplexity,
+KL divergence and the largest difference of a logit. On `--text`, files or folders of .txt, it
+compares the language model (of a published folder or any export that has one); on `--dataset`,
+folders of datasets that were built, the whole Flamingo of an export, with their images.
 """
 
 import dataclasses
@@ -60,7 +69,10 @@ SIZES = flags.DEFINE_string(
 )
 STEPS = flags.DEFINE_integer("steps", 10, "Steps that are timed.", lower_bound=1)
 MODEL = flags.DEFINE_string(
-    "model", "", "generate: exported folder of a Flamingo, in place of random weights."
+    "model",
+    "",
+    "generate: exported folder of a Flamingo, in place of random weights. int8: folder of a"
+    " published model, or an export.",
 )
 MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", 20, "generate: tokens that are generated for a prompt.", lower_bound=1
@@ -73,7 +85,7 @@ TRACE = flags.DEFINE_string(
     "trace", "", "Folder for a profiler trace of three steps, for TensorBoard or Perfetto."
 )
 DATASETS = flags.DEFINE_multi_string(
-    "dataset", [], "data: folder of a dataset that was built, in place of a config's."
+    "dataset", [], "data, int8: folder of a dataset that was built, in place of a config's."
 )
 TOKENIZER = flags.DEFINE_string("tokenizer", "", "data: the tokenizer's folder, with --dataset.")
 IMAGE_SIZE = flags.DEFINE_integer(
@@ -92,7 +104,14 @@ READERS = flags.DEFINE_integer(
     lower_bound=0,
 )
 BATCHES = flags.DEFINE_integer(
-    "batches", 20, "data: batches of each dataset that are timed.", lower_bound=1
+    "batches", 20, "data, int8: batches of each dataset that are read.", lower_bound=1
+)
+TEXTS = flags.DEFINE_multi_string("text", [], "int8: text file, or folder of .txt files.")
+TOKENS = flags.DEFINE_integer(
+    "tokens", 20_000, "int8: tokens of all texts together at most.", lower_bound=2
+)
+ROW_LENGTH = flags.DEFINE_integer(
+    "row_length", 256, "int8: tokens of a row of text.", lower_bound=2
 )
 JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
 CONFIG = command.define_config()
@@ -116,16 +135,20 @@ READS = {
         "readers",
     ),
     "data --config": ("step_seconds", "batches", "readers"),
+    "int8": ("model", "text", "tokens", "row_length"),
+    "int8 --dataset": ("model", "dataset", "batches"),
 }
 """{mode of the command: flags that only some modes read}."""
 
 
 def main(verb: str) -> int:
     way = verb
-    if verb == "data":
-        way = "data --dataset" if DATASETS.value else "data --config"
+    if verb in ("data", "int8") and DATASETS.value:
+        way = f"{verb} --dataset"
+    elif verb == "data":
+        way = "data --config"
     command.reject_unused_flags(READS, way, command.given_flags())
-    return {"train": train, "generate": generate, "data": data}[verb]()
+    return {"train": train, "generate": generate, "data": data, "int8": int8}[verb]()
 
 
 def train() -> int:
@@ -261,6 +284,51 @@ def data() -> int:
     return 0
 
 
+def int8() -> int:
+    """Measures what int8 frozen weights save and change."""
+    if not MODEL.value:
+        raise UserError("--model is not set: name a published model's folder or an export")
+    from rich.console import Console
+
+    from flamingo_jax.inference.int8_change import flamingo_change, language_model_change
+    from flamingo_jax.planning.tables import int8_tables
+
+    if DATASETS.value:
+        from data_pipelines.benchmark import flamingo_batches
+
+        batches = flamingo_batches(MODEL.value, DATASETS.value, BATCHES.value)
+        found = flamingo_change(MODEL.value, batches)
+    else:
+        texts = [text for path in TEXTS.value for text in _texts(pathlib.Path(path))]
+        found = language_model_change(
+            MODEL.value, texts, length=ROW_LENGTH.value, most_tokens=TOKENS.value
+        )
+    if JSON.value:
+        memory = {part: m._asdict() | {"ratio": m.ratio} for part, m in found.memory.items()}
+        change = found.change and found.change._asdict() | {"rise": found.change.rise}
+        print(json.dumps({"memory": memory, "change": change}))
+        return 0
+    for table in int8_tables(f"{MODEL.value} in int8", found):
+        Console().print(table)
+    return 0
+
+
+def _texts(path: pathlib.Path) -> list[str]:
+    """Reads a text file, or the .txt files of a folder."""
+    from data_pipelines.build.text_files import decode
+
+    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"--text={path} holds no .txt file: name a text file, or such a folder")
+    try:
+        found = [decode(file.read_bytes()) for file in files]
+        for text in found:
+            text.encode()
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--text={path} cannot be read as text: {error}") from error
+    return found
+
+
 def _reading_table(
     measured: "ReadingBenchmark",
 ) -> Table:
@@ -314,4 +382,4 @@ def _step_table(experiment: Experiment, timing: "Timing") -> Table:
 
 
 if __name__ == "__main__":
-    command.run(main, verbs=("train", "generate", "data"))
+    command.run(main, verbs=("train", "generate", "data", "int8"))

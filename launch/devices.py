@@ -15,6 +15,13 @@ HELP = (
 )
 """What --help says of --mesh."""
 
+FROZEN_DTYPES = ("float32", "bfloat16", "int8")
+DTYPE_HELP = (
+    "Dtype of the language model's and the vision encoder's weights; by default as in the export."
+    " int8 takes half of bfloat16's memory; `launch.benchmark int8` says what it changes."
+)
+"""What --help says of --frozen_dtype."""
+
 
 def open_mesh(text: str) -> "Mesh | None":
     """Makes the mesh of --mesh over all devices, after joining the run's other processes if

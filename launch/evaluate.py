@@ -128,6 +128,7 @@ FEW_SHOT_LIMIT = flags.DEFINE_integer(
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Prompts in a batch at most.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the choice of examples.", lower_bound=0)
 MESH = flags.DEFINE_string("mesh", "", devices.HELP)
+FROZEN_DTYPE = flags.DEFINE_enum("frozen_dtype", None, devices.FROZEN_DTYPES, devices.DTYPE_HELP)
 SECONDS = flags.DEFINE_string("seconds", "", "JSON file {stage: seconds} for the report.")
 CURVES = flags.DEFINE_multi_string(
     "curves",
@@ -137,7 +138,7 @@ CURVES = flags.DEFINE_multi_string(
 
 _ASKING = (
     *("baseline", "output", "shots", "selection", "text_examples", "beam_size", "max_tokens"),
-    *("limit", "batch_size", "seed", "seconds", "curves", "mesh"),
+    *("limit", "batch_size", "seed", "seconds", "curves", "mesh", "frozen_dtype"),
 )
 READS = {
     "--benchmark": (
@@ -253,6 +254,7 @@ def _run() -> Any:
         baseline=BASELINE.value,
         batch_size=BATCH_SIZE.value,
         mesh=devices.open_mesh(MESH.value),
+        frozen_dtype=FROZEN_DTYPE.value,
         seconds=read_json(pathlib.Path(SECONDS.value)) if SECONDS.value else {},
         curves=curves,
     )

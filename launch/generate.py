@@ -56,6 +56,7 @@ FRAMES = flags.DEFINE_integer(
     lower_bound=1,
 )
 MESH = flags.DEFINE_string("mesh", "", devices.HELP)
+FROZEN_DTYPE = flags.DEFINE_enum("frozen_dtype", None, devices.FROZEN_DTYPES, devices.DTYPE_HELP)
 
 
 def main() -> int:
@@ -73,7 +74,8 @@ def main() -> int:
         for parts in read_prompts(file, "--prompt")
     ]
     mesh = devices.open_mesh(MESH.value)
-    completions = fj.load(MODEL.value, mesh=mesh).generate(
+    model = fj.load(MODEL.value, mesh=mesh, frozen_dtype=FROZEN_DTYPE.value)
+    completions = model.generate(
         prompts,
         max_tokens=MAX_TOKENS.value,
         beam_size=1 if TEMPERATURE.value > 0 else BEAM.value,

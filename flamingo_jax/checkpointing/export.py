@@ -255,18 +255,26 @@ class Export:
         }
 
     def read_sharded(
-        self, targets: Mapping[str, jax.ShapeDtypeStruct], process_group: ProcessGroup | None = None
+        self,
+        targets: Mapping[str, jax.ShapeDtypeStruct],
+        process_group: ProcessGroup | None = None,
+        layers: range | None = None,
     ) -> dict[str, jax.Array]:
         """Reads the parameters named in `targets` ({flat stacked name: shape, dtype,
         sharding}). `tensors.read_sharded` describes how several processes share the reading.
+
+        layers: only these layers of the stacks in `targets`; by default all.
 
         Raises: UserError when the export does not have the target's shapes, or cannot be read.
         """
         for leaf, tensor in self._stored.items():
             name, index = stacked_name(leaf)
-            if name in targets and targets[name].shape != self.shapes[name]:
+            stack = self.shapes[name]
+            if layers is not None and index:
+                stack = (len(layers), *stack[1:])
+            if name in targets and targets[name].shape != stack:
                 raise UserError(
-                    f"{self.folder}: {name} is {self.shapes[name]}, but the config makes it"
+                    f"{self.folder}: {name} is {stack}, but the config makes it"
                     f" {targets[name].shape}: the folder is damaged"
                 )
             if name in targets and tensor.shape != targets[name].shape[len(index) :]:
@@ -276,7 +284,12 @@ class Export:
                 )
         sources = {leaf: (Term(leaf),) for leaf in self._files}
         return read_sharded(
-            self._stored, sources, targets, f"reading {self.folder.name}", process_group
+            self._stored,
+            sources,
+            targets,
+            "" if layers else f"reading {self.folder.name}",
+            process_group,
+            layers,
         )
 
     def read(self, prefix: str = "") -> dict[str, np.ndarray]:

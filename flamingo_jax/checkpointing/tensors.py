@@ -35,7 +35,7 @@ from flamingo_jax.checkpointing.stored_tensors import (
 from flamingo_jax.distributed.process_group import ProcessGroup, SingleProcess
 from flamingo_jax.errors import UserError
 from flamingo_jax.progress import Bar
-from flamingo_jax.pytrees import stacked_name
+from flamingo_jax.pytrees import STACK, stacked_name
 
 Slices = tuple[slice, ...]
 
@@ -58,6 +58,7 @@ def read_sharded(
     targets: Mapping[str, jax.ShapeDtypeStruct],
     title: str = "reading",
     process_group: ProcessGroup | None = None,
+    layers: range | None = None,
 ) -> dict[str, jax.Array]:
     """Reads the arrays in `targets` with their dtypes and shardings.
 
@@ -69,11 +70,13 @@ def read_sharded(
       sources: {per-layer name of a parameter, "layers/12/attention/query": its terms}.
       targets: {stacked name: shape, dtype and sharding}; an array without a sharding is put on
         the first local device.
-      title: shown beside the progress bar.
+      title: shown beside the progress bar; "" for no bar.
       process_group: the processes of the run; by default a `SingleProcess`.
+      layers: only these layers of the stacks, whose targets then have as many; by default all.
 
     Raises: UserError when a file cannot be read any more.
     """
+    sources = sources if layers is None else _only_layers(sources, layers)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = {name: target.sharding or here for name, target in targets.items()}
     shardings = {
@@ -104,6 +107,17 @@ def read_sharded(
         if shardings[name] != wanted[name]:
             # One at a time, so that only one array is in memory twice.
             found[name] = jax.block_until_ready(_moved(wanted[name])(found[name]))
+    return found
+
+
+def _only_layers(sources: Mapping[str, Sequence[Term]], layers: range) -> dict[str, Sequence[Term]]:
+    """Returns the sources of some layers of the stacks, renumbered from 0 on."""
+    found = {}
+    for leaf, terms in sources.items():
+        name, index = stacked_name(leaf)
+        if len(index) == 1 and index[0] in layers:
+            first, _, last = name.partition(f"{STACK}/")
+            found[f"{first}{STACK}/{layers.index(index[0])}/{last}"] = terms
     return found
 
 

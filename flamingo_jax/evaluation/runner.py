@@ -40,6 +40,7 @@ class EvaluationRun:
     output: the folder that the report is written to.
     batch_size: the most prompts in a batch.
     mesh: the devices of both models; None for the default device.
+    frozen_dtype: of both models' frozen parts; None for their exports' own.
     seconds: {stage: wall seconds of training}, for the report.
     curves: {stage: lines of its metrics.jsonl}, for the report.
     began: time.monotonic() at the start.
@@ -51,6 +52,7 @@ class EvaluationRun:
     baseline: str = ""
     batch_size: int = 64
     mesh: Mesh | None = None
+    frozen_dtype: str | None = None
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     curves: Mapping[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
     began: float = dataclasses.field(default_factory=time.monotonic)
@@ -68,9 +70,10 @@ class EvaluationRun:
 
         Returns: ({name: engine}, fields of report.json that identify the models and settings).
         """
-        loaded = {MODEL: load_flamingo(self.model, mesh=self.mesh)}
+        options: Any = {"mesh": self.mesh, "frozen_dtype": self.frozen_dtype}
+        loaded = {MODEL: load_flamingo(self.model, **options)}
         if self.baseline:
-            loaded[BASELINE] = load_flamingo(self.baseline, mesh=self.mesh)
+            loaded[BASELINE] = load_flamingo(self.baseline, **options)
         engines = {
             name: Engine(one, with_visuals=name == MODEL, batch_size=self.batch_size)
             for name, one in loaded.items()
@@ -84,6 +87,7 @@ class EvaluationRun:
                 else None
             ),
             "settings": dataclasses.asdict(self.settings),
+            "frozen_dtype": self.frozen_dtype,
         }
         return engines, about
 

@@ -16,10 +16,17 @@ from flamingo_jax.distributed.process_group import ProcessGroup
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.inference.placement import check_mesh, parameter_shardings
+from flamingo_jax.interop.quantised import read_quantised
 from flamingo_jax.interop.weight_sources import ExportedPart, declare
 from flamingo_jax.models.flamingo import Flamingo
+from flamingo_jax.models.quantised import quantise_part
 from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.pytrees import from_flat, to_flat
+from flamingo_jax.tasks.stages import PARTS
+from flamingo_jax.weight_parts import float_name, is_scale
+
+FROZEN_DTYPES = ("float32", "bfloat16", "int8")
+"""The dtypes that the frozen parts can be loaded in."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +46,7 @@ def load_flamingo(
     folder: str | pathlib.Path,
     dtype: DTypeLike | None = None,
     *,
+    frozen_dtype: str | None = None,
     mesh: Mesh | None = None,
     process_group: ProcessGroup | None = None,
 ) -> LoadedFlamingo:
@@ -51,6 +59,8 @@ def load_flamingo(
 
     Args:
       dtype: compute dtype; by default float32 on CPU and bfloat16 on accelerators.
+      frozen_dtype: one of FROZEN_DTYPES for language model and vision encoder, which are cast
+        or quantised as they are read; by default their stored dtypes.
       mesh: of `partitioning.mesh.make_mesh`; by default the first local device.
       process_group: where several processes load together, what they wait for one another
         with; all of them call this.
@@ -64,20 +74,48 @@ def load_flamingo(
     if export.tokenizer_file is None:
         raise UserError(f"{folder} holds no tokenizer: export the stage again with its tokenizer")
     tokenizer = Tokenizer.load(export.tokenizer_file, config.language_model.vocab_size)
+    if frozen_dtype not in (None, *FROZEN_DTYPES):
+        raise UserError(
+            f"frozen_dtype is {frozen_dtype!r}, but must be {', '.join(FROZEN_DTYPES[:-1])} or"
+            f" {FROZEN_DTYPES[-1]}: choose one, or leave it out for the export's own"
+        )
     if mesh is not None:
         check_mesh(config, mesh)
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     # Shapes alone: parameters are read from the export, not initialised.
-    abstract = nnx.eval_shape(lambda: Flamingo(config, rngs=nnx.Rngs(0), dtype=dtype))
-    graph, shapes = nnx.split(abstract)
-    source = ExportedPart(export, "")
-    _check(str(folder), to_flat(shapes), source.shapes)
-    targets = declare(source)
+    graph, state = nnx.split(nnx.eval_shape(lambda: _build(config, dtype, frozen_dtype)))
+    source, shapes = ExportedPart(export, ""), to_flat(state)
+    _check(str(folder), shapes, source.shapes)
+    targets = _as_frozen(declare(source, shapes), frozen_dtype)
     if mesh is not None:
-        targets = declare(source, parameter_shardings(targets, mesh))
-    state = nnx.State(from_flat(source.read(targets, process_group)))
+        shardings = parameter_shardings(targets, mesh)
+        targets = _as_frozen(declare(source, shapes, shardings), frozen_dtype)
+    state = nnx.State(from_flat(read_quantised(source, targets, process_group)))
     return LoadedFlamingo(nnx.merge(graph, state), tokenizer, config, export.digest)
+
+
+def _build(config: FlamingoConfig, dtype: DTypeLike, frozen_dtype: str | None) -> Flamingo:
+    model = Flamingo(config, rngs=nnx.Rngs(0), dtype=dtype)
+    if frozen_dtype == "int8":
+        for part in PARTS:
+            quantise_part(getattr(model, part))
+    return model
+
+
+def _as_frozen(
+    targets: dict[str, jax.ShapeDtypeStruct], frozen_dtype: str | None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Gives the frozen parts' targets a float dtype."""
+    if frozen_dtype in (None, "int8"):
+        return targets
+    frozen = tuple(f"{part}/" for part in PARTS)
+    return {
+        name: jax.ShapeDtypeStruct(like.shape, frozen_dtype, sharding=like.sharding)
+        if name.startswith(frozen)
+        else like
+        for name, like in targets.items()
+    }
 
 
 def flamingo_config(folder: str | pathlib.Path) -> FlamingoConfig:
@@ -101,6 +139,7 @@ def _open(folder: str | pathlib.Path) -> Export:
 
 def _check(folder: str, wanted: dict[str, Any], found: dict[str, tuple[int, ...]]) -> None:
     """Raises UserError where the export's parameters are not those of its config."""
+    wanted = {float_name(name): like for name, like in wanted.items() if not is_scale(name)}
     missing, foreign = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     if missing or foreign:
         name, what = (missing[0], "lacks") if missing else (foreign[0], "has the unknown parameter")

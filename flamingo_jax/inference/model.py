@@ -38,6 +38,7 @@ from flamingo_jax.inference.prompts import (
     tokenise,
 )
 from flamingo_jax.models.flamingo import Flamingo
+from flamingo_jax.models.weights import make_dense
 from flamingo_jax.processing.tokenizer import Tokenizer, tokenizer_file
 from flamingo_jax.processing.visuals import Image, ImageSource, Visual, VisualSource
 from flamingo_jax.pytrees import to_flat
@@ -344,7 +345,10 @@ class Model:
 
         Raises: UserError where it exists, or cannot be written.
         """
-        parameters = to_flat(nnx.split(self.flamingo)[1])
+        # int8 weights as the floats that they stand for: exports hold floats alone.
+        model = nnx.merge(*nnx.split(self.flamingo))
+        make_dense(model)
+        parameters = to_flat(nnx.split(model)[1])
         with tempfile.TemporaryDirectory() as temporary:
             self.tokenizer.save(temporary)
             export_model(
@@ -387,7 +391,11 @@ class Model:
 
 
 def load(
-    folder: str | pathlib.Path, *, mesh: Mesh | None = None, dtype: DTypeLike | None = None
+    folder: str | pathlib.Path,
+    *,
+    mesh: Mesh | None = None,
+    dtype: DTypeLike | None = None,
+    frozen_dtype: str | None = None,
 ) -> Model:
     """Loads a Flamingo exported by `launch.export`.
 
@@ -401,11 +409,14 @@ def load(
         devices need; all of them make the same calls and get the same results.
       dtype: compute dtype; by default float32 on CPU and bfloat16 on accelerators. Parameters
         keep their stored dtypes.
+      frozen_dtype: "float32", "bfloat16" or "int8" for language model and vision encoder, which
+        are cast or quantised as they are read; by default their stored dtypes. int8 takes half
+        of bfloat16's memory; `python -m launch.benchmark int8` says what it changes.
 
     Raises: UserError where the folder is no complete export of a Flamingo, or the mesh does not
       fit the model or its weights the memory of the devices.
     """
-    loaded = load_flamingo(folder, dtype, mesh=mesh)
+    loaded = load_flamingo(folder, dtype, frozen_dtype=frozen_dtype, mesh=mesh)
     return Model(loaded.model, loaded.tokenizer, digest=loaded.digest)
 
 

@@ -93,15 +93,20 @@ class PublishedFolder:
         return found
 
     def read(
-        self, targets: Mapping[str, jax.ShapeDtypeStruct], process_group: ProcessGroup | None = None
+        self,
+        targets: Mapping[str, jax.ShapeDtypeStruct],
+        process_group: ProcessGroup | None = None,
+        layers: range | None = None,
     ) -> dict[str, jax.Array]:
         """Reads the parameters named in `targets` ({flat stacked name: shape, dtype,
         sharding}). `tensors.read_sharded` describes how several processes share the reading.
 
+        layers: only these layers of the stacks in `targets`; by default all.
+
         Raises: UserError when a file cannot be read.
         """
-        title = f"reading {self.folder.name}"
-        return read_sharded(self._stored, self._sources, targets, title, process_group)
+        title = "" if layers else f"reading {self.folder.name}"
+        return read_sharded(self._stored, self._sources, targets, title, process_group, layers)
 
     def layers(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yields (per-layer name, array in its stored dtype), one at a time in host memory."""

@@ -22,13 +22,15 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import LanguageModelConfig, VisionConfig
 from flamingo_jax.interop.documents import CONFIG
 from flamingo_jax.interop.folders import ModelPart, open_folder
+from flamingo_jax.interop.quantised import read_quantised
 from flamingo_jax.interop.weight_sources import ExportedPart, WeightSource, declare
 from flamingo_jax.models.language_model import LanguageModel
+from flamingo_jax.models.quantised import quantise_part
 from flamingo_jax.models.vision import VisionEncoder, vision_encoder
 from flamingo_jax.partitioning import rules
 from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.processing.visuals import Image, ImageSource
-from flamingo_jax.pytrees import from_flat
+from flamingo_jax.pytrees import from_flat, to_flat
 from flamingo_jax.tasks.stages import EXPORT_PATHS, FLAMINGO_PATHS
 
 
@@ -90,7 +92,8 @@ def load_language_model(
       mesh: mesh with the axes data, fsdp and model (`partitioning.mesh.make_mesh`), over which
         the parameters are sharded as in training; None for the first local device.
       dtype: dtype of the computation; by default float32 on CPU and bfloat16 on accelerators.
-      weights: dtype of the parameters; by default the one on disk.
+      weights: dtype of the parameters, by default the one on disk; or "int8" (see
+        `models.quantised`), in which they are quantised as they are read.
 
     Returns: (model, tokenizer). `model(tokens, positions, segments)`, each int32 [B, L] with
       segment 0 for padding, returns logits, float32 [B, L, V].
@@ -104,11 +107,12 @@ def load_language_model(
         if found.tokenizer_file is not None
         else None
     )
-    graph = _graph(lambda: LanguageModel(config, rngs=nnx.Rngs(0), dtype=dtype or _compute_dtype()))
-    targets = declare(found, dtype=weights)
-    if mesh is not None:
-        targets = declare(found, rules.shardings("language_modelling", targets, mesh), weights)
-    return LoadedLanguageModel(_merge(graph, found, targets), tokenizer)
+    graph, shapes = _abstract(
+        lambda: LanguageModel(config, rngs=nnx.Rngs(0), dtype=dtype or _compute_dtype()), weights
+    )
+    shardings = None if mesh is None else rules.shardings("language_modelling", shapes, mesh)
+    model = _merge(graph, found, _targets(found, shapes, shardings, weights))
+    return LoadedLanguageModel(model, tokenizer)
 
 
 def load_vision_encoder(
@@ -126,18 +130,43 @@ def load_vision_encoder(
     Raises: UserError as `load_language_model`.
     """
     found, config = _open(folder, "vision_encoder")
-    graph = _graph(lambda: vision_encoder(config, rngs=nnx.Rngs(0)))
+    graph, shapes = _abstract(lambda: vision_encoder(config, rngs=nnx.Rngs(0)), weights)
     whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    shardings = None if whole is None else dict.fromkeys(found.shapes, whole)
-    return LoadedVisionEncoder(_merge(graph, found, declare(found, shardings, weights)), config)
+    shardings = None if whole is None else dict.fromkeys(shapes, whole)
+    targets = _targets(found, shapes, shardings, weights)
+    return LoadedVisionEncoder(_merge(graph, found, targets), config)
 
 
 def _compute_dtype() -> Any:
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
-def _graph(build: Any) -> Any:
-    return nnx.split(nnx.eval_shape(build))[0]
+def _abstract(build: Any, weights: Any) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
+    """Returns the graph of a model and the shapes of its parameters, with int8 weights if that
+    is what `weights` says.
+    """
+
+    def make() -> Any:
+        model = build()
+        if _is_int8(weights):
+            quantise_part(model)
+        return model
+
+    graph, state = nnx.split(nnx.eval_shape(make))
+    return graph, to_flat(state)
+
+
+def _is_int8(weights: Any) -> bool:
+    return weights is not None and jnp.dtype(weights) == jnp.int8
+
+
+def _targets(
+    source: WeightSource,
+    shapes: dict[str, jax.ShapeDtypeStruct],
+    shardings: dict[str, NamedSharding] | None,
+    weights: Any,
+) -> dict[str, jax.ShapeDtypeStruct]:
+    return declare(source, shapes, shardings, None if _is_int8(weights) else weights)
 
 
 def _open(folder: str | pathlib.Path, part: ModelPart) -> tuple[WeightSource, Any]:
@@ -164,4 +193,4 @@ def _open(folder: str | pathlib.Path, part: ModelPart) -> tuple[WeightSource, An
 
 
 def _merge(graph: Any, source: WeightSource, targets: dict[str, jax.ShapeDtypeStruct]) -> Any:
-    return nnx.merge(graph, nnx.State(from_flat(source.read(targets))))
+    return nnx.merge(graph, nnx.State(from_flat(read_quantised(source, targets))))

@@ -19,9 +19,10 @@ from flamingo_jax.configuring import flatten, from_json, to_json
 from flamingo_jax.distributed.process_group import ProcessGroup, SingleProcess
 from flamingo_jax.errors import UserError
 from flamingo_jax.interop.folders import ModelPart, is_published_folder, open_folder
+from flamingo_jax.interop.quantised import read_quantised
 from flamingo_jax.models.vit import resize_positions
 from flamingo_jax.tasks import stages
-from flamingo_jax.weight_parts import is_update, stored_name
+from flamingo_jax.weight_parts import dtype_of, float_name, is_scale, is_update, stored_name
 
 Parameters = dict[str, jax.Array]
 T = TypeVar("T")
@@ -53,8 +54,12 @@ class WeightSource(Protocol):
         self,
         targets: Mapping[str, jax.ShapeDtypeStruct],
         process_group: ProcessGroup | None = None,
+        layers: range | None = None,
     ) -> Parameters:
-        """Reads the parameters named in `targets`, with their dtypes and shardings."""
+        """Reads the parameters named in `targets`, with their dtypes and shardings.
+
+        layers: only these layers of the stacks in `targets`; by default all.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +88,14 @@ class ExportedPart:
         self,
         targets: Mapping[str, jax.ShapeDtypeStruct],
         process_group: ProcessGroup | None = None,
+        layers: range | None = None,
     ) -> Parameters:
-        self.export.verify(process_group)
+        # The parts of a stack are read one after the other: all bytes are verified with the
+        # first.
+        if layers is None or not layers.start:
+            self.export.verify(process_group)
         within = {self.prefix + name: target for name, target in targets.items()}
-        found = self.export.read_sharded(within, process_group)
+        found = self.export.read_sharded(within, process_group, layers)
         return self._within(found)
 
     def _within(self, values: Mapping[str, T]) -> dict[str, T]:
@@ -100,19 +109,27 @@ class ExportedPart:
 
 def declare(
     source: WeightSource,
+    model: Mapping[str, jax.ShapeDtypeStruct] | None = None,
     shardings: Mapping[str, NamedSharding] | None = None,
     dtype: DTypeLike | None = None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Describes all parameters of a source as the targets of `WeightSource.read`.
+    """Describes the parameters of a model that is read from a source, as the targets of
+    `read_quantised`.
 
-    shardings: by name; by default the first local device. dtype: by default the ones on disk.
+    Args:
+      model: the model's arrays, where some weights are int8; by default those of the source.
+      shardings: by name; by default the first local device.
+      dtype: by default the ones on disk; integers and scales have their own.
     """
     dtypes = source.dtypes
+    shapes = source.shapes if model is None else {name: s.shape for name, s in model.items()}
     return {
         name: jax.ShapeDtypeStruct(
-            shape, dtype or dtypes[name], sharding=(shardings or {}).get(name)
+            shape,
+            dtype_of(name, dtype or dtypes.get(name)),
+            sharding=(shardings or {}).get(name),
         )
-        for name, shape in source.shapes.items()
+        for name, shape in shapes.items()
     }
 
 
@@ -162,19 +179,21 @@ def read_part(
     }
     targets = {name: parameters[names[name]] for name in names}
     shapes = source.shapes
-    missing = sorted(set(targets) - set(shapes))
+    missing = sorted(set(map(float_name, targets)) - set(shapes))
     if missing:
         raise UserError(
             f"{part.folder} lacks {len(missing)} parameters of the {part.name or 'model'},"
             f" {prefix}{missing[0]} first: export that stage again"
         )
     stored = {
-        name: _as_stored(prefix + name, target, shapes[name], part.folder)
+        name: target
+        if is_scale(name)
+        else _as_stored(prefix + name, target, shapes[float_name(name)], part.folder)
         for name, target in targets.items()
     }
     return {
         names[name]: _fitted(value, targets[name])
-        for name, value in source.read(stored, process_group or SingleProcess()).items()
+        for name, value in read_quantised(source, stored, process_group or SingleProcess()).items()
     }
 
 

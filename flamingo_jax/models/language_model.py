@@ -22,9 +22,11 @@ from flamingo_jax.models.language_model_config import LoRAConfig
 from flamingo_jax.models.layers import (
     fan_in_normal,
     linear,
+    lookup,
     make_norm,
     scan_layers,
     stack,
+    unembed,
 )
 from flamingo_jax.models.packing import PackedText, Packing, pack
 from flamingo_jax.models.weights import add_lora
@@ -91,7 +93,7 @@ class LanguageModel(nnx.Module):
 
     def embed(self, tokens: Array) -> Array:
         """Looks up token embeddings: int32 [B, L] -> [B, L, D], before `add_positions`."""
-        return self.embedding[...][tokens].astype(self.dtype) * self.config.embedding_scale
+        return lookup(self.embedding, tokens).astype(self.dtype) * self.config.embedding_scale
 
     def add_positions(self, x: Array, positions: Array) -> Array:
         """Adds learned position embeddings to x [B, L, D], where the model has them.
@@ -105,8 +107,9 @@ class LanguageModel(nnx.Module):
 
     def logits(self, x: Array) -> Array:
         """Applies the final norm and the head: hidden states [B, L, D] -> float32 [B, L, V]."""
-        w = self.embedding[...].T if self.head is None else self.head[...]
-        return linear(self.final_norm(x), w).astype(jnp.float32)
+        x = self.final_norm(x)
+        h = unembed(x, self.embedding) if self.head is None else linear(x, self.head)
+        return h.astype(jnp.float32)
 
     def __call__(self, tokens: Array, positions: Array, segments: Array) -> Array:
         """Computes the logits float32 [B, L, V] of packed rows, int32 [B, L]; segment 0 is

@@ -48,6 +48,31 @@ class Weight(Protocol):
         ...
 
 
+@runtime_checkable
+class Table(Protocol):
+    """An embedding table [V, D] made of several arrays: see `models.int8`."""
+
+    def rows(self, tokens: Array) -> Array:
+        """Computes `lookup(self, tokens)`."""
+        ...
+
+    def unembed(self, x: Array) -> Array:
+        """Computes `unembed(x, self)`."""
+        ...
+
+
+def lookup(table: nnx.Variable | Table, tokens: Array) -> Array:
+    """Looks up rows of an embedding table [V, D]: int32 [...] -> [..., D]."""
+    return table.rows(tokens) if isinstance(table, Table) else table[...][tokens]
+
+
+def unembed(x: Array, table: nnx.Variable | Table) -> Array:
+    """Multiplies activations with every row of an embedding table [V, D]: x [..., D] ->
+    [..., V], the output head that is tied to it.
+    """
+    return table.unembed(x) if isinstance(table, Table) else linear(x, table[...].T)
+
+
 def linear(x: Array, weight: Array | nnx.Variable | Weight, contract: int = 1) -> Array:
     """Multiplies activations with a weight: contracts the last `contract` axes of `x` with the
     first axes of the weight. Every matrix product with a weight in this library goes through
@@ -188,6 +213,26 @@ def fan_in_normal(
         jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape, jnp.float32)
         * (deviation / 0.87962566)
     )
+
+
+FILTER_AXES = (-4, -3, -2)
+"""The axes of a convolution's filters [..., h, w, inputs, outputs] that an output channel
+spans.
+"""
+
+
+def standardise(filters: Array, gain: Array | None = None) -> Array:
+    """Normalises the filters of every output channel to mean 0 and variance gain^2 / fan-in,
+    float32: scaled weight standardisation (Brock et al. 2021).
+
+    gain: [..., outputs]; by default 1.
+    """
+    w = filters.astype(jnp.float32)
+    mean, variance = w.mean(FILTER_AXES, keepdims=True), w.var(FILTER_AXES, keepdims=True)
+    factor = jax.lax.rsqrt(jnp.maximum(variance * math.prod(w.shape[-4:-1]), 1e-4))
+    if gain is not None:
+        factor = jnp.expand_dims(gain.astype(jnp.float32), FILTER_AXES) * factor
+    return (w - mean) * factor
 
 
 class LayerNorm(nnx.Module):

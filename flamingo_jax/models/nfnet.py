@@ -15,7 +15,8 @@ from jax.typing import DTypeLike
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import VisionConfig
 from flamingo_jax.models import ops
-from flamingo_jax.models.layers import broadcast_param, linear, scan_layers, stack
+from flamingo_jax.models.int8 import Int8Filters
+from flamingo_jax.models.layers import broadcast_param, linear, scan_layers, stack, standardise
 
 Array = jax.Array
 
@@ -164,7 +165,7 @@ class WSConv(nnx.Module):
         # Whether `weight` is already standardised: see NFNet.prepared.
         self.ready = False
         fan_in = size * size * inputs // groups
-        self.weight = nnx.Param(
+        self.weight: nnx.Param | Int8Filters = nnx.Param(
             jax.random.normal(rngs.params(), (size, size, inputs // groups, outputs))
             / math.sqrt(fan_in)
         )
@@ -177,25 +178,24 @@ class WSConv(nnx.Module):
         """
         if self.ready:
             return self.weight[...]
-        w = self.weight[...].astype(jnp.float32)
-        # Statistics over all axes of a filter but its output channel.
-        filters = (-4, -3, -2)
-        mean, variance = w.mean(filters, keepdims=True), w.var(filters, keepdims=True)
-        gain = jnp.expand_dims(self.gain[...].astype(jnp.float32), filters)
-        return (
-            (w - mean)
-            * (gain * jax.lax.rsqrt(jnp.maximum(variance * math.prod(w.shape[-4:-1]), 1e-4)))
-        ).astype(dtype)
+        return standardise(self.weight[...], self.gain[...]).astype(dtype)
 
     def __call__(self, x: Array) -> Array:
         """Convolves [M, H, W, inputs] -> [M, H / stride, W / stride, outputs]."""
-        # `linear` and `convolution` cast to the activations' dtype.
-        w = self.standardised(self.weight[...].dtype)
+        scale: Array | None = None
+        if isinstance(self.weight, Int8Filters):
+            # Frozen: no gradient of the filters.
+            w = jax.lax.stop_gradient(self.weight.int8[...].astype(x.dtype))
+            scale = self.weight.int8_filter_scale[...] * self.gain[...].astype(jnp.float32)
+        else:
+            # `linear` and `convolution` cast to the activations' dtype.
+            w = self.standardised(self.weight[...].dtype)
         if w.shape[:2] == (1, 1) and self.stride == 1:
             # A matrix product is five times faster than a 1x1 convolution on CPU.
             x = linear(x, w[0, 0])
         else:
             x = convolution(x, w, self.stride, self.groups)
+        x = x if scale is None else (x * scale).astype(x.dtype)
         return x + broadcast_param(self.bias[...], x)
 
 
@@ -369,7 +369,8 @@ class NFNet(nnx.Module):
         """
         copy = nnx.merge(*nnx.split(self))
         for _, module in nnx.iter_modules(copy):
-            if isinstance(module, WSConv):
+            # Integers are standardised already, and converted a layer at a time.
+            if isinstance(module, WSConv) and isinstance(module.weight, nnx.Param):
                 module.weight = nnx.Param(module.standardised(dtype))
                 module.ready = True
         return copy

@@ -15,7 +15,7 @@ from flax import nnx
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import LanguageModelConfig, RotaryScaling
-from flamingo_jax.models.layers import add_bias, fan_in_normal, linear
+from flamingo_jax.models.layers import Weight, add_bias, fan_in_normal, linear
 from flamingo_jax.partitioning.constraints import heads_first
 
 Array = jax.Array
@@ -124,13 +124,14 @@ class TransformerXL(Positions):
 
     def keys(self, attention: Any, count: int, dtype: Any) -> Array:
         """Computes W r_n, the keys of the distances n = 0 .. count - 1: [count, H, d]."""
-        return distance_keys(attention.position[...], count, dtype)
+        return distance_keys(attention.position, count, dtype)
 
     def cached_distances(self, attention: Any, slots: int, dtype: Any) -> Array:
         """Computes the keys of all distances, [layers, slots, H, d]: they cost as much as a
         forward pass of the language model over dozens of tokens.
         """
-        return jax.lax.map(lambda w: distance_keys(w, slots, dtype), attention.position[...])
+        graph, stack = nnx.split(attention.position)
+        return jax.lax.map(lambda w: distance_keys(nnx.merge(graph, w), slots, dtype), stack)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +253,7 @@ def sinusoids(count: int, width: int) -> Array:
     return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=-1))
 
 
-def distance_keys(position: Array, count: int, dtype: Any) -> Array:
+def distance_keys(position: nnx.Param | Weight, count: int, dtype: Any) -> Array:
     """Computes Transformer-XL's keys W r_n of the distances n = 0 .. count - 1: `position` is
     W, [D, H, d] -> [count, H, d].
     """

@@ -1,5 +1,5 @@
-"""Weights made of several arrays: low-rank updates (LoRA) and int8 with scales. They take the
-place of an nnx.Param, and `layers.linear` multiplies activations with either.
+"""Weights made of several arrays: low-rank updates (LoRA), and int8 with scales (`models.int8`).
+They take the place of an nnx.Param, and `layers.linear` multiplies activations with either.
 
 To add a kind: a module with the methods of `layers.Weight`, and a row for each of its arrays
 in `flamingo_jax.weight_parts`. Sharding, freezing, checkpoints and FLOPs follow from these.
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flamingo_jax.errors import UserError
+from flamingo_jax.models.int8 import Int8Filters, Int8Table, Int8Weight
 from flamingo_jax.models.language_model_config import LoRAConfig
 from flamingo_jax.models.layers import Weight, fan_in_normal, linear
 
@@ -80,49 +81,6 @@ class LoRAWeight(nnx.Module):
         return (base.astype(jnp.float32) + self.scale * update).astype(base.dtype)
 
 
-class Int8Weight(nnx.Module):
-    """A frozen matrix as int8 with a float32 scale per output channel: largest absolute value
-    of the channel / 127 (symmetric, -127 .. 127).
-
-    It has no gradient itself, but passes on that of the activations. Integers up to 127 are
-    exact in bfloat16, so that computing in bfloat16 adds only the product's own rounding.
-
-    Args:
-      weight: [inputs..., outputs...], or a stack of them with leading layer axes.
-      inputs: how many axes are inputs.
-      stacked: how many leading axes are layers.
-    """
-
-    def __init__(self, weight: Array, inputs: int, *, stacked: int = 0):
-        axes = tuple(range(stacked, stacked + inputs))
-        w = weight.astype(jnp.float32)
-        largest = jnp.abs(w).max(axes, keepdims=True)
-        scale = jnp.where(largest > 0, largest, 1.0) / 127
-        self.int8 = nnx.Param(jnp.round(w / scale).astype(jnp.int8))
-        self.int8_scale = nnx.Param(jnp.squeeze(scale, axes))
-        self.outputs = weight.ndim - stacked - inputs
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.int8.shape
-
-    def product(self, x: Array, contract: int) -> Array:
-        """Computes `linear`, x [..., inputs] -> [..., outputs] in the dtype of `x`: the
-        product with the integers, then the scales per output channel.
-        """
-        whole = linear(x, jax.lax.stop_gradient(self.int8[...].astype(x.dtype)), contract)
-        return (whole * jax.lax.stop_gradient(self.int8_scale[...])).astype(x.dtype)
-
-    def dense(self) -> Array:
-        """Returns the dequantised matrix, float32."""
-        # Scales [layers..., outputs...] -> [layers..., 1..., outputs...]
-        scale = self.int8_scale[...]
-        lead = scale.ndim - self.outputs
-        inputs = self.int8.ndim - scale.ndim
-        scale = scale.reshape(*scale.shape[:lead], *(1,) * inputs, *scale.shape[lead:])
-        return self.int8[...].astype(jnp.float32) * scale
-
-
 def dense(weight: nnx.Param | Weight) -> Array:
     """Returns a weight as one dense array."""
     return weight[...] if isinstance(weight, nnx.Variable) else weight.dense()
@@ -154,5 +112,5 @@ def make_dense(model: nnx.Module) -> None:
     """
     for _, module in list(nnx.iter_modules(model)):
         for name, value in list(vars(module).items()):
-            if isinstance(value, LoRAWeight | Int8Weight):
+            if isinstance(value, LoRAWeight | Int8Weight | Int8Table | Int8Filters):
                 setattr(module, name, nnx.Param(value.dense()))

@@ -16,7 +16,7 @@ from flamingo_jax.partitioning.rules import trainable_names
 from flamingo_jax.pytrees import to_flat
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.setup import state_shapes
-from flamingo_jax.weight_parts import is_multiplied
+from flamingo_jax.weight_parts import dtype_of, is_multiplied
 
 PARTS_IN_ORDER = (
     "vision_encoder",
@@ -88,9 +88,9 @@ def checkpoint_bytes(experiment: Experiment) -> dict[str, int]:
     """Computes the bytes of a checkpoint: "trainables" and their "moments" in float32, "rest"
     (step, key, counters) and "total".
 
-    "frozen" are bytes that are not in the checkpoint: frozen parameters in the compute dtype,
-    which stay in the exports they came from. Data positions, the clock, the config and the
-    manifest are some kilobytes more.
+    "frozen" are bytes that are not in the checkpoint: frozen parameters as they are in the
+    devices' memory (`training.frozen_dtype`), read from the exports they came from. Data
+    positions, the clock, the config and the manifest are some kilobytes more.
     """
     shapes = parameter_shapes(experiment)
     trained = trainable_names(experiment.task, shapes, stages.unfrozen(experiment))
@@ -108,9 +108,11 @@ def checkpoint_bytes(experiment: Experiment) -> dict[str, int]:
 
     total, trainables = size(state), size(state.trainable)
     moments = size([optax.tree.get(state.optimizer, name) for name in ("mu", "nu")])
-    frozen = (
-        sum(shape.size for name, shape in shapes.items() if name not in trained)
-        * jnp.dtype(experiment.training.compute_dtype).itemsize
+    dtype = stages.frozen_dtype(experiment)
+    frozen = sum(
+        shape.size * jnp.dtype(dtype_of(name, dtype)).itemsize
+        for name, shape in shapes.items()
+        if name not in trained
     )
     return {
         "trainables": trainables,

@@ -1,4 +1,4 @@
-"""Lays out plans as tables for the terminal."""
+"""Lays out plans, and the change of int8 weights, as tables for the terminal."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from flamingo_jax.experiment import Experiment
+from flamingo_jax.inference.int8_change import Int8Change
 from flamingo_jax.planning.counts import PartCount
 
 GIB = 2**30
@@ -128,6 +129,28 @@ def _largest_table(step: dict[str, Any]) -> Table:
     for tensor in step["largest"]:
         table.add_row(tensor["name"], tensor["sharding"], f"{tensor['bytes'] / GIB:.2f}")
     return table
+
+
+def int8_tables(title: str, found: Int8Change) -> list[Table]:
+    """Formats what int8 weights save and, where it was measured, what they change."""
+    memory = Table("memory of the parameters", title=title)
+    for heading in ("parameters", "bfloat16, MiB", "int8, MiB", "int8 / bfloat16"):
+        memory.add_column(heading, justify="right")
+    for part, m in found.memory.items():
+        sizes = [f"{size / 2**20:,.1f}" for size in (m.bfloat16, m.int8)]
+        memory.add_row(part.replace("_", " "), f"{m.parameters:,}", *sizes, f"{m.ratio:.3f}")
+    if found.change is None:
+        return [memory]
+    c = found.change
+    change = Table(f"predictions of {c.tokens:,} tokens", title="against the weights as stored")
+    change.add_column("", justify="right")
+    change.add_row("perplexity as stored", f"{c.perplexity:.4f}")
+    change.add_row("perplexity in int8", f"{c.int8_perplexity:.4f} ({c.rise:+.3%})")
+    change.add_row("KL divergence, mean", f"{c.divergence:.3g} nats")
+    change.add_row("KL divergence, largest", f"{c.largest_divergence:.3g} nats")
+    change.add_row("largest difference of a logit", f"{c.largest_difference:.3g}")
+    change.add_row("same most likely token", f"{c.same_choice:.2%}")
+    return [memory, change]
 
 
 def _short(count: int, units: Mapping[str, float] = NUMBERS) -> str:

@@ -110,7 +110,7 @@ def step_cost(experiment: Experiment) -> Cost:
         """Computes FLOPs per token of a language model whose weights cost `each`; with LoRA
         its own matrices cost 4 (frozen after trained ones) and the updates 6.
         """
-        head = "embedding" if f"{prefix}head" not in sizes else "head"
+        head = "head" if f"{prefix}head" in map(weight_name, sizes) else "embedding"
         return sum(
             size * (6 if is_update(name) else 4 if updated else each)
             for name, size in named(f"{_LAYER}|{head}", prefix).items()

@@ -14,6 +14,7 @@ from flamingo_jax.experiment import Experiment, LoRAConfig
 from flamingo_jax.models.dual_encoder import DualEncoder
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.models.language_model import LanguageModel
+from flamingo_jax.models.quantised import quantise_part
 from flamingo_jax.tasks.contrastive import ContrastiveTask
 from flamingo_jax.tasks.flamingo import FlamingoTask
 from flamingo_jax.tasks.language_modelling import LanguageModellingTask
@@ -90,16 +91,19 @@ def model_config(experiment: Experiment) -> Any:
 
 def build_model(experiment: Experiment, rngs: nnx.Rngs) -> nnx.Module:
     """Builds the task's model with random parameters."""
-    config = model_config(experiment)
+    config, quantised = model_config(experiment), quantised_parts(experiment)
     dtype = jnp.dtype(experiment.training.compute_dtype)
     if experiment.task == "contrastive":
         return DualEncoder(config, rngs=rngs, dtype=dtype)
     _require_positions(experiment)
     if experiment.task == "language_modelling":
-        return LanguageModel(
+        language_model = LanguageModel(
             config, rngs=rngs, dtype=dtype, remat=experiment.training.remat, lora=lora(experiment)
         )
-    return Flamingo(
+        if quantised:
+            quantise_part(language_model)
+        return language_model
+    flamingo = Flamingo(
         config,
         rngs=rngs,
         dtype=dtype,
@@ -108,6 +112,36 @@ def build_model(experiment: Experiment, rngs: nnx.Rngs) -> nnx.Module:
         encoder_trains="vision_encoder" in unfrozen(experiment),
         lora=lora(experiment),
     )
+    for part in quantised:
+        quantise_part(getattr(flamingo, part))
+    return flamingo
+
+
+def frozen_dtype(experiment: Experiment) -> str:
+    """Returns the name of the dtype of those frozen arrays that are not integers or scales."""
+    dtype = experiment.training.frozen_dtype
+    return experiment.training.compute_dtype if dtype in ("compute_dtype", "int8") else dtype
+
+
+def quantised_parts(experiment: Experiment) -> tuple[str, ...]:
+    """Returns the frozen PARTS that are kept as int8 ("language_model" where that is the whole
+    model).
+
+    Raises: UserError where nothing is frozen.
+    """
+    if experiment.training.frozen_dtype != "int8":
+        return ()
+    parts = tuple(part for part in PARTS if part not in unfrozen(experiment))
+    if experiment.task == "language_modelling":
+        parts = ("language_model",) if lora(experiment) else ()
+    elif experiment.task != "flamingo":
+        parts = ()
+    if not parts:
+        raise UserError(
+            "config.training.frozen_dtype is 'int8', but nothing of this run's model is frozen:"
+            " leave it at 'compute_dtype'"
+        )
+    return parts
 
 
 def _require_positions(experiment: Experiment) -> None:

@@ -16,11 +16,13 @@ from flamingo_jax.distributed.process_group import ProcessGroup
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.interop.weight_sources import open_source, read_part
-from flamingo_jax.models.vision import vision_encoder
+from flamingo_jax.models.quantised import quantise_part
+from flamingo_jax.models.vision import VisionEncoder, vision_encoder
 from flamingo_jax.processing.normalise import normalise
 from flamingo_jax.pytrees import from_flat, to_flat
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.state import Parameters
+from flamingo_jax.weight_parts import dtype_of
 
 
 class FrozenEncoder(NamedTuple):
@@ -67,11 +69,20 @@ def load_frozen_encoder(
             " config.vision_encoder_from"
         )
     source = open_source(part)
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: vision_encoder(config, rngs=nnx.Rngs(0))))
+    quantised = bool(stages.quantised_parts(experiment))
+
+    def build() -> VisionEncoder:
+        encoder = vision_encoder(config, rngs=nnx.Rngs(0))
+        if quantised:
+            quantise_part(encoder)
+        return encoder
+
+    graph, shapes = nnx.split(nnx.eval_shape(build))
+    frozen_dtype = stages.frozen_dtype(experiment)
     mesh, prefix = Mesh(np.asarray(jax.local_devices()), "data"), f"{part.name}/"
     whole = NamedSharding(mesh, PartitionSpec())
     wanted = {
-        prefix + name: jax.ShapeDtypeStruct(s.shape, dtype, sharding=whole)
+        prefix + name: jax.ShapeDtypeStruct(s.shape, dtype_of(name, frozen_dtype), sharding=whole)
         for name, s in to_flat(shapes).items()
     }
     parameters = {
@@ -97,4 +108,6 @@ def load_frozen_encoder(
     # The name of the features' folder: all that they depend on.
     fit = "" if config.image_fit == "pad" else f"_{config.image_fit}"
     name = f"{source.digest(process_group)[:16]}_{config.image_size}{fit}_{dtype.name}"
+    if experiment.training.frozen_dtype != "compute_dtype":
+        name += f"_{experiment.training.frozen_dtype}"
     return FrozenEncoder(name, (cells, channels), np.dtype(dtype), encode)

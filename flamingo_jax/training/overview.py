@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flamingo_jax.training.setup import TrainSetup
+from flamingo_jax.weight_parts import is_multiplied
 
 LOG_WIDTH = 140
 
@@ -54,7 +55,8 @@ def _summary(
         part,
         trained,
         len(parameters),
-        sum(math.prod(p.shape) for p in parameters.values()),
+        # The scales of int8 weights are no parameters of the model.
+        sum(math.prod(p.shape) for name, p in parameters.items() if is_multiplied(name)),
         ", ".join(sorted({p.dtype.name for p in parameters.values()})),
         sum(
             math.prod(_sharding(p).shard_shape(p.shape)) * p.dtype.itemsize

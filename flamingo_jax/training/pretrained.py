@@ -17,6 +17,7 @@ from flamingo_jax.experiment import Experiment
 from flamingo_jax.interop.weight_sources import WeightSource, open_source, read_part, within
 from flamingo_jax.tasks import stages
 from flamingo_jax.training.state import Parameters, split_model
+from flamingo_jax.weight_parts import stored_name
 
 
 def load_frozen(
@@ -47,6 +48,24 @@ def load_frozen(
         parameters |= read_part(source, part, frozen, process_group)
         digests[part.name] = {"folder": part.folder, "digest": source.digest(process_group)}
     return parameters, digests
+
+
+def in_stored_dtypes(
+    experiment: Experiment, frozen: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Gives frozen parameters (`TrainSetup.frozen`, without int8 weights) the dtypes that they
+    have in their folders; those that are random keep theirs.
+    """
+    found = dict(frozen)
+    for part in stages.frozen_parts(experiment):
+        if part.folder != "random":
+            dtypes = open_source(part).dtypes
+            for name, like in within(part, frozen).items():
+                stored = stored_name(name.removeprefix(f"{part.name}/"))
+                found[name] = jax.ShapeDtypeStruct(
+                    like.shape, dtypes[stored], sharding=like.sharding
+                )
+    return found
 
 
 def load_warm_started(

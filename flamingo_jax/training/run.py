@@ -210,6 +210,7 @@ def _meaning(experiment: Experiment) -> dict[str, Any]:
             for part in stages.PARTS
         },
         **flatten(to_json(experiment.training.lora), "training.lora"),
+        "training.frozen_dtype": experiment.training.frozen_dtype,
         "data": sorted(experiment.data),
         **model,
         **{

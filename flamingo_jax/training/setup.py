@@ -18,6 +18,7 @@ from flamingo_jax.tasks import stages
 from flamingo_jax.training.optimizer import make_optimizer, make_schedule
 from flamingo_jax.training.pretrained import load_warm_started
 from flamingo_jax.training.state import TrainState, initial_state, split_model
+from flamingo_jax.weight_parts import dtype_of
 
 
 class TrainSetup(NamedTuple):
@@ -44,13 +45,17 @@ def make_setup(experiment: Experiment, mesh: Mesh) -> TrainSetup:
     unfrozen = stages.unfrozen(experiment)
     trainable_names = rules.trainable_names(experiment.task, shapes, unfrozen)
     shardings = rules.shardings(experiment.task, shapes, mesh, unfrozen)
-    frozen_dtype = jnp.dtype(experiment.training.compute_dtype)
+    frozen_dtype = stages.frozen_dtype(experiment)
 
     def declare(name: str, dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shapes[name].shape, dtype, sharding=shardings[name])
 
     trainable = {name: declare(name, jnp.float32) for name in shapes if name in trainable_names}
-    frozen = {name: declare(name, frozen_dtype) for name in shapes if name not in trainable_names}
+    frozen = {
+        name: declare(name, jnp.dtype(dtype_of(name, frozen_dtype)))
+        for name in shapes
+        if name not in trainable_names
+    }
     optimizer, state = state_shapes(experiment, trainable)
     state = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(

@@ -18,7 +18,11 @@ from flamingo_jax.experiment import Experiment, LoRAConfig, MeshConfig
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.processing.tokenizer import FILE_NAME, tokenizer_file
 from flamingo_jax.tasks import stages
-from flamingo_jax.training.pretrained import load_frozen, require_same_pretrained
+from flamingo_jax.training.pretrained import (
+    in_stored_dtypes,
+    load_frozen,
+    require_same_pretrained,
+)
 from flamingo_jax.training.setup import TrainSetup, make_setup
 from flamingo_jax.training.state import Parameters, dense_parameters
 
@@ -62,13 +66,18 @@ def read_experiment(workdir: pathlib.Path) -> Experiment:
     return configuring.from_json(Experiment, json.loads(text))
 
 
-def load_trained_run(workdir: pathlib.Path) -> TrainedRun:
+def load_trained_run(workdir: pathlib.Path, *, original: bool = False) -> TrainedRun:
     """Reads the newest intact checkpoint in a workdir, and the frozen parts from their
     folders.
+
+    original: read int8 parts as the floats that are in their folders.
 
     Raises: UserError where there is no intact checkpoint, or frozen parts have changed since.
     """
     experiment = read_experiment(workdir)
+    floats = original and experiment.training.frozen_dtype == "int8"
+    if floats:
+        experiment = _in_floats(experiment)
     # Not the run's mesh but all devices here: a checkpoint can be read on any number of them.
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
     with jax.set_mesh(mesh):
@@ -85,7 +94,8 @@ def load_trained_run(workdir: pathlib.Path) -> TrainedRun:
             )
         log.info("taking step %d of %d%s", step, experiment.training.steps, _listed(newer))
         state = checkpoints.restore(step, setup.state)
-        frozen, digests = load_frozen(experiment, setup.frozen)
+        targets = in_stored_dtypes(experiment, setup.frozen) if floats else setup.frozen
+        frozen, digests = load_frozen(experiment, targets)
         require_same_pretrained(checkpoints.extra(step)["pretrained"], digests, workdir)
     return TrainedRun(workdir, experiment, mesh, setup, step, newer, state.trainable, frozen)
 
@@ -103,9 +113,11 @@ def load_exported_run(folder: pathlib.Path) -> TrainedRun:
         )
     document = json.loads((folder / "experiment.json").read_text())
     experiment = configuring.from_json(Experiment, document)
-    # In an export, LoRA updates are already merged.
+    # In an export, LoRA updates are already merged, and int8 weights are floats again.
     training = dataclasses.replace(experiment.training, lora=LoRAConfig())
     experiment = dataclasses.replace(experiment, training=training)
+    if training.frozen_dtype == "int8":
+        experiment = _in_floats(experiment)
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
     with jax.set_mesh(mesh):
         setup = make_setup(experiment, mesh)
@@ -123,12 +135,23 @@ def load_exported_run(folder: pathlib.Path) -> TrainedRun:
     )
 
 
+def _in_floats(experiment: Experiment) -> Experiment:
+    """Returns the experiment with frozen parts of float dtype."""
+    training = dataclasses.replace(experiment.training, frozen_dtype="compute_dtype")
+    return dataclasses.replace(experiment, training=training)
+
+
 def export_run(workdir: pathlib.Path, output: pathlib.Path) -> None:
     """Exports the model of the run in a workdir to one self-contained folder.
 
+    Frozen parts that were trained on as int8 are exported as they are in their folders, in
+    their dtypes there: the export is as good as its source, and loaded with
+    frozen_dtype="int8" it has the very integers that the run was trained on, since these are
+    computed from the same values. Low-rank updates are added to these floats as well.
+
     Raises: as `load_trained_run`; UserError where `output` already exists.
     """
-    run = load_trained_run(workdir)
+    run = load_trained_run(workdir, original=True)
     export_model(
         output,
         kind=stages.MODEL_FIELD[run.experiment.task],

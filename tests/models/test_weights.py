@@ -16,11 +16,12 @@ from flamingo_jax.experiment import (
     MeshConfig,
 )
 from flamingo_jax.models.decoder import DecoderLayer
+from flamingo_jax.models.int8 import Int8Weight
 from flamingo_jax.models.language_model import LanguageModel
 from flamingo_jax.models.language_model_config import LoRAConfig
 from flamingo_jax.models.layers import linear
 from flamingo_jax.models.packing import Packing
-from flamingo_jax.models.weights import INPUT_AXES, Int8Weight, LoRAWeight, dense, make_dense
+from flamingo_jax.models.weights import INPUT_AXES, LoRAWeight, dense, make_dense
 from flamingo_jax.partitioning import rules
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.pytrees import to_flat
