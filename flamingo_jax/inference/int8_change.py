@@ -36,7 +36,7 @@ class PartMemory(NamedTuple):
         return self.int8 / self.bfloat16
 
 
-class Change(NamedTuple):
+class PredictionChange(NamedTuple):
     """How the predictions of a model's next tokens change with int8 frozen weights.
 
     tokens: how many predictions were compared.
@@ -65,7 +65,7 @@ class Int8Change(NamedTuple):
     """The memory by part of the model, and the change on the given text or dataset."""
 
     memory: dict[str, PartMemory]
-    change: Change | None
+    change: PredictionChange | None
 
 
 def language_model_change(
@@ -132,7 +132,7 @@ def text_rows(
             }
 
 
-def compare(before: Any, after: Any, batches: Iterable[Batch]) -> Change:
+def compare(before: Any, after: Any, batches: Iterable[Batch]) -> PredictionChange:
     """Compares the predictions of two models, both language models or both Flamingos, at the
     tokens that have a loss.
     """
@@ -143,7 +143,7 @@ def compare(before: Any, after: Any, batches: Iterable[Batch]) -> Change:
         sums += np.array(found[0], np.float64)
         largest = np.maximum(largest, found[1])
     tokens, loss, int8_loss, divergence, same = sums / np.array([1, *[max(sums[0], 1)] * 4])
-    return Change(
+    return PredictionChange(
         int(tokens),
         math.exp(loss),
         math.exp(int8_loss),

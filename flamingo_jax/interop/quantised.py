@@ -52,8 +52,8 @@ def read_quantised(
     with Bar("quantising to int8", total >> 20, enabled=total >= AT_ONCE) as bar:
         done = 0
         for name, scales in weights.items():
-            target = Quantised(targets[f"{name}/int8"], targets[f"{name}/{scales}"])
-            made = _read_weight(source, process_group, name, scales, target)
+            pair = Quantised(targets[f"{name}/int8"], targets[f"{name}/{scales}"])
+            made = _read_weight(source, process_group, name, scales, pair)
             found |= {f"{name}/int8": made.int8, f"{name}/{scales}": made.scale}
             before, done = done, done + sizes[name]
             bar.advance((done >> 20) - (before >> 20), "MiB")

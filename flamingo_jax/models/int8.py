@@ -9,7 +9,7 @@ keeps the integers and converts them again.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +25,13 @@ LARGEST = 127
 
 
 class Quantised(NamedTuple):
-    """Integers and the scales of their channels.
+    """Integers and the scales of their channels: arrays, their shapes or their shardings.
 
     int8: in the shape of the weight. scale: float32, in that shape without a channel's axes.
     """
 
-    int8: Array
-    scale: Array
+    int8: Any
+    scale: Any
 
 
 def quantise(weight: Array, axes: tuple[int, ...]) -> Quantised:

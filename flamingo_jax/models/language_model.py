@@ -74,7 +74,7 @@ class LanguageModel(nnx.Module):
         self.config = config
         self.dtype = dtype
         self.remat = remat
-        self.embedding = fan_in_normal(rngs, (config.vocab_size, config.width), config.width)
+        self.embedding: Any = fan_in_normal(rngs, (config.vocab_size, config.width), config.width)
         self.layers = stack(lambda r: DecoderLayer(config, rngs=r), config.layers, rngs)
         self.final_norm = make_norm(config.norm, config.width)
         self.head = (

@@ -49,7 +49,7 @@ class Weight(Protocol):
 
 
 @runtime_checkable
-class Table(Protocol):
+class WeightTable(Protocol):
     """An embedding table [V, D] made of several arrays: see `models.int8`."""
 
     def rows(self, tokens: Array) -> Array:
@@ -61,16 +61,16 @@ class Table(Protocol):
         ...
 
 
-def lookup(table: nnx.Variable | Table, tokens: Array) -> Array:
+def lookup(table: nnx.Variable | WeightTable, tokens: Array) -> Array:
     """Looks up rows of an embedding table [V, D]: int32 [...] -> [..., D]."""
-    return table.rows(tokens) if isinstance(table, Table) else table[...][tokens]
+    return table.rows(tokens) if isinstance(table, WeightTable) else table[...][tokens]
 
 
-def unembed(x: Array, table: nnx.Variable | Table) -> Array:
+def unembed(x: Array, table: nnx.Variable | WeightTable) -> Array:
     """Multiplies activations with every row of an embedding table [V, D]: x [..., D] ->
     [..., V], the output head that is tied to it.
     """
-    return table.unembed(x) if isinstance(table, Table) else linear(x, table[...].T)
+    return table.unembed(x) if isinstance(table, WeightTable) else linear(x, table[...].T)
 
 
 def linear(x: Array, weight: Array | nnx.Variable | Weight, contract: int = 1) -> Array:

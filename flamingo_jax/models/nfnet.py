@@ -5,6 +5,7 @@ vision encoder is F6 without its classifier.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -165,7 +166,7 @@ class WSConv(nnx.Module):
         # Whether `weight` is already standardised: see NFNet.prepared.
         self.ready = False
         fan_in = size * size * inputs // groups
-        self.weight: nnx.Param | Int8Filters = nnx.Param(
+        self.weight: Any = nnx.Param(
             jax.random.normal(rngs.params(), (size, size, inputs // groups, outputs))
             / math.sqrt(fan_in)
         )

@@ -12,7 +12,7 @@ from flamingo_jax.models.layers import FeedForward
 from flamingo_jax.models.nfnet import SqueezeExcite, WSConv
 from flamingo_jax.models.vision import VisionEncoder
 from flamingo_jax.models.vit import ViT
-from flamingo_jax.models.weights import LoRAWeight
+from flamingo_jax.models.weights import LoRAWeight, dense
 from flamingo_jax.pytrees import STACK
 
 MATRICES: dict[type[nnx.Module], dict[str, int]] = {
@@ -39,7 +39,7 @@ def quantise_part(part: LanguageModel | VisionEncoder) -> None:
         for attribute, inputs in MATRICES.get(type(module), {}).items():
             weight = getattr(module, attribute, None)
             if isinstance(weight, LoRAWeight):
-                weight.base = Int8Weight(weight.base[...], inputs, stacked=stacked)
+                weight.base = Int8Weight(dense(weight.base), inputs, stacked=stacked)
             elif weight is not None:
                 setattr(module, attribute, Int8Weight(weight[...], inputs, stacked=stacked))
         if isinstance(module, LanguageModel):
