@@ -37,27 +37,10 @@ def make_mesh(config: MeshConfig | str, devices: Sequence[jax.Device] | None = N
       multiple of the number of slices.
     """
     devices = jax.devices() if devices is None else devices
-    count = len(devices)
-    name, data = "config.mesh", "config.mesh.data"
-    if isinstance(config, str):
-        config, name, data = mesh_config(config), "the mesh", "the mesh's data"
-    sizes = [config.data, config.fsdp, config.model]
-    wanted = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-        raise UserError(
-            f"{name} is {wanted}: sizes must be 1 or more, and one of them may be -1 for"
-            " all devices that are left"
-        )
-    # The sizes that are given; an axis of -1 gets the quotient.
-    fixed = math.prod(size for size in sizes if size != -1)
-    if count % fixed or (-1 not in sizes and fixed != count):
-        hint = f"choose sizes that multiply to {count}, or -1 for one of them"
-        if -1 in sizes:
-            hint = f"make the product of the other sizes a divisor of {count}"
-        raise UserError(f"{name} {wanted} does not fit {count} devices: {hint}")
-    shape = tuple(count // fixed if size == -1 else size for size in sizes)
+    shape, count = mesh_shape(config, len(devices)), len(devices)
     slices = _slices(devices)
     if slices > 1 and shape[0] % slices:
+        data = "the mesh's data" if isinstance(config, str) else "config.mesh.data"
         raise UserError(
             f"{data} is {shape[0]}, but the {count} devices are {slices} slices,"
             f" which `data` joins: make it a multiple of {slices}"
@@ -74,6 +57,33 @@ def make_mesh(config: MeshConfig | str, devices: Sequence[jax.Device] | None = N
             allow_split_physical_axes=True,
         )
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_shape(config: MeshConfig | str, count: int) -> tuple[int, int, int]:
+    """Returns the sizes of the axes data, fsdp and model of a mesh of `count` devices, which
+    need not exist; see `make_mesh`.
+
+    Raises: UserError where the sizes do not multiply to `count`.
+    """
+    name = "config.mesh"
+    if isinstance(config, str):
+        config, name = mesh_config(config), "the mesh"
+    sizes = (config.data, config.fsdp, config.model)
+    wanted = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+        raise UserError(
+            f"{name} is {wanted}: sizes must be 1 or more, and one of them may be -1 for"
+            " all devices that are left"
+        )
+    # The sizes that are given; an axis of -1 gets the quotient.
+    fixed = math.prod(size for size in sizes if size != -1)
+    if count % fixed or (-1 not in sizes and fixed != count):
+        hint = f"choose sizes that multiply to {count}, or -1 for one of them"
+        if -1 in sizes:
+            hint = f"make the product of the other sizes a divisor of {count}"
+        raise UserError(f"{name} {wanted} does not fit {count} devices: {hint}")
+    data, fsdp, model = (count // fixed if size == -1 else size for size in sizes)
+    return data, fsdp, model
 
 
 def mesh_config(text: str) -> MeshConfig:

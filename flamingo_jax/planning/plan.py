@@ -52,7 +52,7 @@ def plan_step(experiment: Experiment, name: str, search: bool = False) -> dict[s
     summary = summarise(program.hlo)
     chips, chip = len(topology.devices), topology.chip
     floor = floor_seconds(program, chips, chip.flops)
-    sent = _by_axes(summary.collectives, mesh)
+    sent = by_axes(summary.collectives, mesh)
     computing, sending = (
         summary.cycles / chip.clock,
         sum(kind["bytes"] for kind in sent) / chip.link,
@@ -130,7 +130,7 @@ def _fitting(experiment: Experiment, mesh: Mesh) -> tuple[str, Experiment, Progr
     )
 
 
-def _by_axes(collectives: Sequence[Collective], mesh: Mesh) -> list[dict[str, Any]]:
+def by_axes(collectives: Sequence[Collective], mesh: Mesh) -> list[dict[str, Any]]:
     """Sums collectives by kind and by the mesh axes that they cross, largest total first."""
     found: dict[tuple[str, str], list[int]] = {}
     for c in collectives:

@@ -161,19 +161,32 @@ def compile_held_out(experiment: Experiment, mesh: Mesh) -> dict[str, Memory]:
 
 
 def _compile(traced: jax.stages.Traced, mesh: Mesh) -> tuple[jax.stages.Compiled, Memory]:
+    compiled = compile_for(traced, mesh)
+    return compiled, memory_of(compiled)
+
+
+def compile_for(traced: jax.stages.Traced, mesh: Mesh) -> jax.stages.Compiled:
+    """Compiles a traced program for the devices of a mesh, which need not exist.
+
+    Raises: DoesNotFit if the memory of a device is too small.
+    """
     try:
         with jax.set_mesh(mesh):
-            compiled = compile_traced(traced, mesh.devices.flat[0].platform)
+            return compile_traced(traced, mesh.devices.flat[0].platform)
     except jax.errors.JaxRuntimeError as error:
         # The TPU compiler refuses programs that do not fit into the memory of a chip.
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise DoesNotFit(_needed(str(error))) from error
+
+
+def memory_of(compiled: jax.stages.Compiled) -> Memory:
+    """Reads the compiler's analysis of a program's memory on each device."""
     analysis = compiled.memory_analysis()
     assert analysis is not None, "every XLA backend has it"
     # The state is donated: its new values reuse the memory of the old ones.
     results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return compiled, Memory(analysis.argument_size_in_bytes, results, analysis.temp_size_in_bytes)
+    return Memory(analysis.argument_size_in_bytes, results, analysis.temp_size_in_bytes)
 
 
 TOP = 8

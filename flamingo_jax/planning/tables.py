@@ -1,6 +1,6 @@
 """Lays out plans, and the change of int8 weights, as tables for the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -105,14 +105,15 @@ def step_tables(step: dict[str, Any]) -> list[Table]:
         "compiled in",
         f"{step['compile_seconds']:.0f} s with {step['compiler_bytes'] / GIB:.1f} GiB",
     )
-    return [table, _largest_table(step), _sent_table(step)]
+    return [table, _largest_table(step), sent_table(step["collectives"], "a step")]
 
 
-def _sent_table(step: dict[str, Any]) -> Table:
-    table = Table("collective", "axes", title="sent between devices in a step")
+def sent_table(collectives: Sequence[dict[str, Any]], of: str) -> Table:
+    """Lays out what devices send each other in a program, as `plan.by_axes` sums it."""
+    table = Table("collective", "axes", title=f"sent between devices in {of}")
     for column in ("times", "GiB", "largest, MiB"):
         table.add_column(column, justify="right")
-    for c in step["collectives"]:
+    for c in collectives:
         table.add_row(
             c["kind"],
             c["axes"],
