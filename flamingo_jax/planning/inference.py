@@ -11,7 +11,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from flamingo_jax.tasks.flops import encoder_cost, product_flops
 
 COMPUTE = jnp.dtype(jnp.bfloat16)
 """Compute dtype of inference on accelerators, also that of the cache."""
-FrozenDtype = Literal["bfloat16", "int8"]
+
 SCALE_BYTES = 4
 """Of the float32 scale of each output channel of an int8 matrix."""
 
@@ -125,7 +125,7 @@ def plan_inference(
     load: InferenceLoad,
     *,
     mesh: str = "",
-    frozen_dtype: FrozenDtype = "bfloat16",
+    frozen_dtype: str = "bfloat16",
 ) -> dict[str, Any]:
     """Computes whether a model fits a machine for inference and what bounds it, JSON-able.
 
@@ -133,7 +133,7 @@ def plan_inference(
 
     Args:
       mesh: see `plan_mesh`.
-      frozen_dtype: of the language model's and the vision encoder's matrices.
+      frozen_dtype: "bfloat16" or "int8", of the language model's and the vision encoder's matrices.
 
     Raises: UserError for a mesh that does not fit the machine, or weights that do not fit its
       memory.
@@ -179,7 +179,7 @@ class _InferenceCost:
         machine: Machine,
         load: InferenceLoad,
         mesh: str,
-        frozen_dtype: FrozenDtype,
+        frozen_dtype: str,
     ):
         self.config, self.load = config, load
         self.lm, self.conditioning = config.language_model, config.conditioning
@@ -428,7 +428,7 @@ class _InferenceCost:
 
 
 def _weights(
-    parameters: Mapping[str, jax.ShapeDtypeStruct], frozen_dtype: FrozenDtype
+    parameters: Mapping[str, jax.ShapeDtypeStruct], frozen_dtype: str
 ) -> Iterator[tuple[str, Weight]]:
     """Yields (name, weight) of every parameter."""
     trained = rules.trainable_names("flamingo", parameters)

@@ -13,7 +13,7 @@ from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.inference.ahead_of_time import InferenceSize, compile_steps
 from flamingo_jax.partitioning.mesh import AXES
 from flamingo_jax.planning.hlo import summarise
-from flamingo_jax.planning.inference import COMPUTE, FrozenDtype, InferenceLoad
+from flamingo_jax.planning.inference import COMPUTE, InferenceLoad
 from flamingo_jax.planning.plan import GIB, by_axes
 from flamingo_jax.planning.program import DoesNotFit, compile_for, memory_of
 from flamingo_jax.planning.topology import open_topology
@@ -24,7 +24,7 @@ def compile_inference(
     machine: str,
     sizes: dict[str, int],
     load: InferenceLoad,
-    frozen_dtype: FrozenDtype = "bfloat16",
+    frozen_dtype: str = "bfloat16",
 ) -> dict[str, Any]:
     """Compiles encoding, projecting, prefill and a decoding step of as many rows as the load has
     hypotheses.
