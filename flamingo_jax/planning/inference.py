@@ -53,7 +53,7 @@ class InferenceLoad:
     beams: int = 1
 
 
-class Work(NamedTuple):
+class DeviceWork(NamedTuple):
     """What one device does in a step: FLOPs, bytes that it reads from its memory, and bytes
     that it sends.
     """
@@ -71,7 +71,7 @@ class Work(NamedTuple):
         }
 
 
-class Weight(NamedTuple):
+class HeldWeight(NamedTuple):
     """A parameter as inference holds it.
 
     elements: of the whole array. held: bytes on each device. read: bytes that each device
@@ -329,12 +329,12 @@ class _InferenceCost:
 
     # The work of each step, on one device.
 
-    def encode(self) -> Work:
+    def encode(self) -> DeviceWork:
         """Counts the work of encoding the visuals of all prompts and of projecting them to the
         keys and values of every block.
         """
         if not self.load.visuals:
-            return Work(0.0, 0.0, 0.0)
+            return DeviceWork(0.0, 0.0, 0.0)
         config, visuals = self.config, self.prompts * self.load.visuals
         resampler, latents = config.resampler, config.resampler.latents
         frame, cells = encoder_cost(self.shapes.vision_encoder, config.vision.image_size)
@@ -358,7 +358,7 @@ class _InferenceCost:
         sent += self._gathered(self._frames() / self.row_shards * cells, size)
         others = (self.row_shards - 1) / self.row_shards
         sent += others * visuals * latents * self.lm.width * size
-        return Work(flops, read, sent)
+        return DeviceWork(flops, read, sent)
 
     def _resampler_flops(self, cells: int) -> int:
         """Counts the FLOPs of resampling one visual and projecting it."""
@@ -371,7 +371,7 @@ class _InferenceCost:
         projection = self.weights["visual_projection"].elements
         return product_flops(jaxpr.jaxpr) + 2 * self.config.resampler.latents * projection
 
-    def prefill(self) -> Work:
+    def prefill(self) -> DeviceWork:
         """Counts the work of reading all prompts into the cache; their logits are not needed."""
         head = "embedding" if self.lm.tied_embeddings else "head"
         # The added tokens' columns of the head are no work either.
@@ -391,9 +391,11 @@ class _InferenceCost:
             flops += self.layers * 2 * self.slots * map_size / self.model
         read = sum(weight.read for name, weight in self.weights.items() if self.met(name))
         stream = self.rows * self.prompt * self.lm.width * COMPUTE.itemsize
-        return Work(flops, read, self._all_reduces(self._sums(), stream) + self._weights_sent())
+        return DeviceWork(
+            flops, read, self._all_reduces(self._sums(), stream) + self._weights_sent()
+        )
 
-    def token(self) -> Work:
+    def token(self) -> DeviceWork:
         """Counts the work of one decoding step, a token of every hypothesis."""
         rows, size = self.rows * self.load.beams, COMPUTE.itemsize
         token = 2 * self.elements_met
@@ -403,7 +405,7 @@ class _InferenceCost:
         read += self.rows * self.attended * self._visual_bytes()
         sent = self._all_reduces(self._sums() + 1, rows * self.lm.width * size)
         sent += self._gathered(rows * self.lm.vocab_size, 4) + self._weights_sent()
-        return Work(rows * token / self.model, read, sent)
+        return DeviceWork(rows * token / self.model, read, sent)
 
     def _sums(self) -> int:
         """Counts the sums over `model` in a pass through all layers: one after each half of a
@@ -429,7 +431,7 @@ class _InferenceCost:
 
 def _weights(
     parameters: Mapping[str, jax.ShapeDtypeStruct], frozen_dtype: str
-) -> Iterator[tuple[str, Weight]]:
+) -> Iterator[tuple[str, HeldWeight]]:
     """Yields (name, weight) of every parameter."""
     trained = rules.trainable_names("flamingo", parameters)
     for name, p in parameters.items():
@@ -444,7 +446,7 @@ def _weights(
         gathered = sharding.mesh.shape[FSDP] if FSDP in sharding.spec else 1
         read = elements * each * gathered
         cast = elements * gathered * COMPUTE.itemsize if name in trained else 0.0
-        yield name, Weight(math.prod(p.shape), elements * each, read, cast)
+        yield name, HeldWeight(math.prod(p.shape), elements * each, read, cast)
 
 
 def _operation_bytes(jaxpr: Any, min_size: int) -> Iterator[float]:
