@@ -26,7 +26,7 @@ from flamingo_jax.models.conditioning import count_blocks
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.partitioning import rules
 from flamingo_jax.partitioning.mesh import AXES, DATA, FSDP, MODEL, mesh_shape
-from flamingo_jax.planning.topology import Chip, Machine
+from flamingo_jax.planning.topology import Chip, PlannedMachine
 from flamingo_jax.tasks.flops import encoder_cost, product_flops
 
 COMPUTE = jnp.dtype(jnp.bfloat16)
@@ -85,7 +85,7 @@ class HeldWeight(NamedTuple):
     cast: float
 
 
-def plan_mesh(config: FlamingoConfig, machine: Machine, sizes: str) -> AbstractMesh:
+def plan_mesh(config: FlamingoConfig, machine: PlannedMachine, sizes: str) -> AbstractMesh:
     """Makes the mesh of a machine without devices.
 
     sizes: such as "data=2,model=4"; "" shards over `model` as far as it divides all heads,
@@ -113,7 +113,7 @@ def plan_mesh(config: FlamingoConfig, machine: Machine, sizes: str) -> AbstractM
 
 
 def _parameters(
-    config: FlamingoConfig, machine: Machine, mesh: AbstractMesh
+    config: FlamingoConfig, machine: PlannedMachine, mesh: AbstractMesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
     devices: Any = mesh  # Of which only the shape is read.
     return abstract_parameters(config, devices, COMPUTE, memory=machine.chip.memory)[1]
@@ -121,7 +121,7 @@ def _parameters(
 
 def plan_inference(
     config: FlamingoConfig,
-    machine: Machine,
+    machine: PlannedMachine,
     load: InferenceLoad,
     *,
     mesh: str = "",
@@ -176,7 +176,7 @@ class _InferenceCost:
     def __init__(
         self,
         config: FlamingoConfig,
-        machine: Machine,
+        machine: PlannedMachine,
         load: InferenceLoad,
         mesh: str,
         frozen_dtype: str,

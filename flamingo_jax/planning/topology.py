@@ -62,7 +62,7 @@ GPUS = {
 }
 
 
-class Machine(NamedTuple):
+class PlannedMachine(NamedTuple):
     """Holds what is published of a machine: its name, such as "2*v4:2x2x4" or "h200_8", its
     kind of chip, and how many chips it has in all slices or nodes.
     """
@@ -94,7 +94,7 @@ class Topology(NamedTuple):
         return make_mesh(config, self.devices)
 
 
-def find_machine(name: str) -> Machine:
+def find_machine(name: str) -> PlannedMachine:
     """Returns the machine of a name: "v4:2x2x4", a kind of TPU and the sizes of its torus;
     "h200_8", a kind of GPU and how many of them a node has; "2*v4:2x2x4", two such slices, and
     "2*h200_8", two nodes.
@@ -113,7 +113,7 @@ def find_machine(name: str) -> Machine:
         )
     slices = int(found[1] or 1)
     each = math.prod(map(int, found[3].split("x")))
-    return Machine(name, found[2], chip, slices * each, slices)
+    return PlannedMachine(name, found[2], chip, slices * each, slices)
 
 
 def has_libtpu() -> bool:
