@@ -24,7 +24,7 @@ from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.partitioning import rules
 from flamingo_jax.partitioning.mesh import AXES, DATA, FSDP, MODEL, ROWS
 
-WEIGHTS_SHARE = 0.7
+WEIGHTS_SHARE = 0.75
 """The share of a device's memory that weights may fill: caches, logits and the working memory
 of prefill need the rest.
 """

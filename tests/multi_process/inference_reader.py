@@ -27,7 +27,11 @@ def main() -> None:
         * value.addressable_shards[0].data.nbytes
         for value in to_flat(nnx.split(model.flamingo)[1]).values()
     )
-    print(json.dumps(found | {"held": held}, default=lambda array: np.asarray(array).tolist()))
+    print(
+        json.dumps(
+            {"results": found, "held": held}, default=lambda array: np.asarray(array).tolist()
+        )
+    )
 
 
 if __name__ == "__main__":
