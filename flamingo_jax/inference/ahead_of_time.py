@@ -96,6 +96,7 @@ def compile_steps(
     dtype: DTypeLike = jnp.bfloat16,
     *,
     memory: int | None = None,
+    encoder: bool = True,
 ) -> dict[str, Step]:
     """Compiles the programs of inference for a mesh, without allocating anything.
 
@@ -105,6 +106,7 @@ def compile_steps(
     Args:
       compile_traced: compiles a traced program; called with the mesh set.
       dtype, memory: as for `abstract_parameters`.
+      encoder: False leaves "encode" out, which takes the compiler the longest.
 
     Raises: UserError as `abstract_parameters`, and for rows that do not divide over the mesh.
     """
@@ -130,7 +132,9 @@ def compile_steps(
     side, listed = config.vision.image_size, -(-visuals // mesh.size) * mesh.size
     images = array(jnp.uint8, PartitionSpec(AXES), listed, size.frames, side, side, 3)
     frame_mask = array(jnp.bool_, PartitionSpec(AXES), listed, size.frames)
-    steps = {"encode": step(programs.encode_visuals, graph, state, images, frame_mask)}
+    steps: dict[str, Step] = {}
+    if encoder:
+        steps["encode"] = step(programs.encode_visuals, graph, state, images, frame_mask)
     latents, width = config.resampler.latents, config.language_model.width
     tokens = array(dtype, whole, visuals, latents, width)
     steps["prepare"] = step(programs.prepare_media, graph, state, tokens)

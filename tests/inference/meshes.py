@@ -54,13 +54,19 @@ def model_of_eight_heads(kv_heads: int = 0, positions: str = "transformer_xl") -
     )
 
 
-def exported(loaded: Any, folder: pathlib.Path) -> pathlib.Path:
+def exported(
+    loaded: Any, folder: pathlib.Path, parameters: dict[str, np.ndarray] | None = None
+) -> pathlib.Path:
+    """The export of a model; parameters: by default its own."""
+    if parameters is None:
+        flat = to_flat(nnx.split(loaded.model)[1])
+        parameters = {name: np.asarray(value) for name, value in flat.items()}
     loaded.tokenizer.save(folder)
     export_model(
         folder / "export",
         kind="flamingo",
         config=dataclasses.asdict(loaded.config),
-        parameters={k: np.asarray(v) for k, v in to_flat(nnx.split(loaded.model)[1]).items()},
+        parameters=parameters,
         tokenizer_file=folder / "tokenizer.model",
     )
     return folder / "export"
