@@ -242,27 +242,40 @@ def _spec(
             f" {layer}"
         )
     spec: list[str | None] = [*axes, *[None] * (len(layer) - len(axes))]
-    # An axis that does not divide is replicated, unless the array is too large for that.
+    # An axis that does not divide is replicated, unless the array is too large for that. Then
+    # another axis is sharded, such as the inputs of fewer key-value heads than `model`, whose
+    # partial products are summed.
     for place, axis in enumerate(spec):
         if axis is not None and layer[place] % mesh.shape[axis]:
-            _require_small(name, shape, axis, mesh)
             spec[place] = None
+            other = _largest_free(layer, spec, axis, mesh)
+            if other is None:
+                _require_small(name, shape, axis, mesh)
+            elif math.prod(shape) > LARGE:
+                spec[other] = axis
     # Vectors are not sharded over fsdp: gathering each would cost a message for few bytes.
     if gathered and len(layer) > 1 and mesh.shape[FSDP] > 1:
-        free = [
-            place
-            for place, axis in enumerate(spec)
-            if axis is None and layer[place] % mesh.shape[FSDP] == 0
-        ]
-        if free:
-            spec[max(free, key=lambda place: layer[place])] = FSDP
-        else:
+        free = _largest_free(layer, spec, FSDP, mesh)
+        if free is None:
             _require_small(name, shape, FSDP, mesh)
+        else:
+            spec[free] = FSDP
     # Mesh axes of a single device shard nothing and are left out.
     return PartitionSpec(
         *[None] * lead,
         *[axis if axis is not None and mesh.shape[axis] > 1 else None for axis in spec],
     )
+
+
+def _largest_free(
+    shape: tuple[int, ...], spec: Sequence[str | None], axis: str, mesh: Mesh
+) -> int | None:
+    """Returns the largest axis of one layer's array that is not sharded yet and that a mesh axis
+    divides; None if there is none.
+    """
+    count = mesh.shape[axis]
+    free = [p for p, taken in enumerate(spec) if taken is None and shape[p] % count == 0]
+    return max(free, key=lambda place: shape[place]) if free else None
 
 
 def _require_small(name: str, shape: tuple[int, ...], axis: str, mesh: Mesh) -> None:

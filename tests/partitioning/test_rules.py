@@ -212,6 +212,23 @@ def test_first_match_wins_and_both_kinds_of_stale_table_are_named() -> None:
         rules.match(table, ["a/b"])
 
 
+def test_the_inputs_of_fewer_key_value_heads_than_devices_are_sharded() -> None:
+    shapes = {
+        f"layers/attention/{name}": jax.ShapeDtypeStruct((80, 8192, heads, 128), np.float32)
+        for name, heads in (("query", 64), ("key", 8), ("value", 8))
+    }
+    rest = {
+        name: s
+        for name, s in parameter_shapes(load("lm_7b")).items()
+        if name not in shapes and "attention/position" not in name
+    }
+    found = specs("language_modelling", shapes | rest, mesh(1, 2, 16))
+    assert found["layers/attention/query"] == PartitionSpec(None, "fsdp", "model", None)
+    # The largest axis that divides; `fsdp` takes what is left.
+    for name in ("key", "value"):
+        assert found[f"layers/attention/{name}"] == PartitionSpec(None, "model", None, "fsdp")
+
+
 def test_a_large_array_that_an_axis_cannot_shard_is_named(shapes_80b: dict[str, Any]) -> None:
     with pytest.raises(
         UserError,
