@@ -108,6 +108,17 @@ def test_frozen_weights_that_do_not_fit_are_gathered() -> None:
 
 
 @pytest.mark.scale
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8)])
+def test_int8_weights_on_a_mesh_give_those_of_one_device(
+    folder: pathlib.Path, shape: tuple[int, int, int]
+) -> None:
+    methods = ["greedy", "candidates", "features"]
+    wanted = results(fj.load(folder, frozen_dtype="int8"), methods)
+    model = fj.load(folder, mesh=mesh_of(shape), frozen_dtype="int8")
+    require_equal(results(model, methods), wanted)
+
+
+@pytest.mark.scale
 def test_gathered_weights_give_the_same_results(alone: OneDevice, folder: pathlib.Path) -> None:
     model = fj.load(folder, mesh=mesh_of((1, 4, 2)))
     graph, state = nnx.split(model.flamingo)
