@@ -22,9 +22,11 @@ if TYPE_CHECKING:
         VisionConfig,
         ViTConfig,
     )
-    from flamingo_jax.inference.engine import Completion
+    from flamingo_jax.inference.completion import Completion
     from flamingo_jax.inference.model import CandidateScores, Model, load
     from flamingo_jax.inference.prompts import END_OF_CHUNK
+    from flamingo_jax.inference.scheduler import StreamedToken
+    from flamingo_jax.inference.streaming import TextStream
     from flamingo_jax.interop.load import load_language_model, load_vision_encoder
     from flamingo_jax.models.flamingo import Flamingo
     from flamingo_jax.models.language_model import LanguageModel
@@ -60,6 +62,8 @@ __all__ = [
     "PositionsConfig",
     "ResamplerConfig",
     "RotaryScaling",
+    "StreamedToken",
+    "TextStream",
     "Tokenizer",
     "UserError",
     "ViTConfig",
@@ -81,9 +85,11 @@ _HOMES = {
         "VisionConfig",
         "ViTConfig",
     ],
-    "inference.engine": ["Completion"],
+    "inference.completion": ["Completion"],
     "inference.model": ["CandidateScores", "Model", "load"],
     "inference.prompts": ["END_OF_CHUNK"],
+    "inference.scheduler": ["StreamedToken"],
+    "inference.streaming": ["TextStream"],
     "interop.load": ["load_language_model", "load_vision_encoder"],
     "models.flamingo": ["Flamingo"],
     "models.language_model": ["LanguageModel"],

@@ -230,7 +230,7 @@ def _run() -> Any:
     """Makes an `EvaluationRun` of the flags: the model, how it is prompted, and the report."""
     from flamingo_jax.evaluation.benchmarks.benchmark import EvaluationSettings
     from flamingo_jax.evaluation.runner import EvaluationRun, read_json, trained_prompts
-    from flamingo_jax.inference.generation import DecodingConfig
+    from flamingo_jax.inference.decoding import DecodingConfig
     from flamingo_jax.json_lines import read_lines
 
     curves = {}

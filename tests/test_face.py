@@ -22,8 +22,8 @@ from PIL import Image as PILImage
 
 import flamingo_jax as fj
 from flamingo_jax.checkpointing.export import export_model
+from flamingo_jax.inference.decoding import DecodingConfig
 from flamingo_jax.inference.engine import Engine
-from flamingo_jax.inference.generation import DecodingConfig
 from flamingo_jax.inference.loading import LoadedFlamingo
 from flamingo_jax.inference.prompts import Prompt
 from flamingo_jax.processing import images

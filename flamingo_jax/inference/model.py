@@ -25,8 +25,9 @@ from flamingo_jax.configuring import to_json
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.inference.attention_maps import AttentionMaps, attention_maps
-from flamingo_jax.inference.engine import Completion, Engine
-from flamingo_jax.inference.generation import DecodingConfig
+from flamingo_jax.inference.completion import Completion
+from flamingo_jax.inference.decoding import DecodingConfig, check_seed, stop_strings
+from flamingo_jax.inference.engine import Engine
 from flamingo_jax.inference.loading import LoadedFlamingo, load_flamingo
 from flamingo_jax.inference.prompts import (
     Prompt,
@@ -34,9 +35,11 @@ from flamingo_jax.inference.prompts import (
     SpecialToken,
     TokenisedPrompt,
     answered_batch,
-    count_image_tags,
+    as_batch,
     tokenise,
+    with_images,
 )
+from flamingo_jax.inference.streaming import TextStream
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.models.weights import make_dense
 from flamingo_jax.processing.tokenizer import Tokenizer, tokenizer_file
@@ -120,6 +123,8 @@ class Model:
         temperature: float = ...,
         top_p: float = ...,
         length_penalty: float = ...,
+        stop: str | Sequence[str] = ...,
+        n_best: int = ...,
         seed: int = ...,
     ) -> list[Completion]: ...
 
@@ -134,6 +139,8 @@ class Model:
         temperature: float = ...,
         top_p: float = ...,
         length_penalty: float = ...,
+        stop: str | Sequence[str] = ...,
+        n_best: int = ...,
         seed: int = ...,
     ) -> Completion: ...
 
@@ -147,6 +154,8 @@ class Model:
         temperature: float = 0.0,
         top_p: float = 1.0,
         length_penalty: float = 0.0,
+        stop: str | Sequence[str] = (),
+        n_best: int = 1,
         seed: int = 0,
     ) -> Completion | list[Completion]:
         """Generates the continuation of a prompt, or of each prompt of a batch, up to its
@@ -162,6 +171,10 @@ class Model:
           temperature, top_p: of nucleus sampling (Holtzman et al. 2020); temperature 0 does
             not sample.
           length_penalty: of beam search (Wu et al. 2016); 0 for none, as in the paper.
+          stop: texts that end the answer where it contains one, also across tokens; the answer
+            is cut before it.
+          n_best: how many of its answers beam search returns, at most `beam_size`: the best is
+            the completion, the others its `alternatives`.
           seed: of sampling. The result for a prompt also depends on its index in the batch,
             but not on the other prompts.
 
@@ -171,10 +184,50 @@ class Model:
           a prompt with too many tokens or images, or an option out of range.
         """
         beams = (1 if temperature > 0 else PAPER_BEAM_SIZE) if beam_size is None else beam_size
-        decoding = DecodingConfig(max_tokens, beams, temperature, top_p, length_penalty)
+        decoding = DecodingConfig(
+            max_tokens, beams, temperature, top_p, length_penalty, stop_strings(stop), n_best
+        )
+        check_seed(seed)
         prompts, several = self._prompts(prompt, images)
         completions = self._engine.generate(prompts, decoding, seed=seed)
         return completions if several else completions[0]
+
+    def stream(
+        self,
+        prompt: OnePrompt,
+        *,
+        images: Images | None = None,
+        max_tokens: int = 32,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop: str | Sequence[str] = (),
+        seed: int = 0,
+    ) -> TextStream:
+        """Generates the continuation of a prompt token by token, greedily or by sampling: the
+        same text as `generate` with `beam_size=1`.
+
+        Several threads may have streams at once: they share the device, token by token, in one
+        further thread, and up to 16 share a batch. The texts do not depend on each other.
+
+            for token in model.stream([fj.Image("a.png"), "Output:"]):
+                print(token.text, end="", flush=True)
+
+        Args: see `generate`.
+
+        Returns: an iterator over `StreamedToken`s; `cancel()` ends it early, and `completion` is
+          the whole answer, after its end.
+
+        Raises: UserError as `generate`, at once and not from the iterator.
+        """
+        decoding = DecodingConfig(max_tokens, 1, temperature, top_p, stop=stop_strings(stop))
+        check_seed(seed)
+        prompts, several = self._prompts(prompt, images)
+        if several:
+            raise UserError(
+                "a stream is of one prompt, but a list of prompts was given: call stream once for"
+                " each"
+            )
+        return self._engine.stream(prompts[0], decoding, seed=seed)
 
     @overload
     def score(
@@ -370,7 +423,7 @@ class Model:
         """Returns the prompts with their images preprocessed, and whether they are a batch."""
         batch, several = as_batch(prompt)
         if images is not None:
-            batch = _with_images(batch, images)
+            batch = with_images(batch, images)
         return [[self._part(part) for part in parts] for parts in batch], several
 
     def _part(self, part: Any) -> PromptPart:
@@ -418,52 +471,3 @@ def load(
     """
     loaded = load_flamingo(folder, dtype, frozen_dtype=frozen_dtype, mesh=mesh)
     return Model(loaded.model, loaded.tokenizer, digest=loaded.digest)
-
-
-def as_batch(prompt: Any) -> tuple[list[list[Any]], bool]:
-    """Normalises a prompt, or a list of prompts, to a list of lists of parts; also returns
-    whether it was a list of prompts.
-
-    Raises: UserError for an empty prompt, and for a list that mixes parts and prompts.
-    """
-    if isinstance(prompt, (str, VisualSource, Visual, SpecialToken)):
-        return [[prompt]], False
-    if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)) or not prompt:
-        what = "empty" if isinstance(prompt, Sequence) else f"a {type(prompt).__name__}"
-        raise UserError(f'a prompt is {what}: give a list such as [fj.Image("a.png"), "Output:"]')
-    lists = [isinstance(one, (list, tuple)) for one in prompt]
-    if not any(lists):
-        return [list(prompt)], False
-    if not all(lists):
-        raise UserError(
-            "a list of prompts holds a part beside whole prompts: give one prompt as a list of"
-            " parts, or several as a list of such lists"
-        )
-    if not all(prompt):
-        raise UserError("a prompt of the batch is empty: leave it out")
-    return [list(one) for one in prompt], True
-
-
-def _with_images(batch: list[list[Any]], images: Images) -> list[list[Any]]:
-    """Appends to each prompt as many of `images` as its texts have image tags."""
-    if any(isinstance(part, (VisualSource, Visual)) for parts in batch for part in parts):
-        raise UserError(
-            "prompts hold images, and images= gives more: give them in the prompts alone, or all"
-            " as images= with an <image> for each in the texts"
-        )
-    given: list[Any] = list(images)
-    if given and all(isinstance(some, (list, tuple)) for some in given):
-        given = [image for some in given for image in some]
-    counts = [count_image_tags(parts) for parts in batch]
-    if sum(counts) != len(given):
-        raise UserError(
-            f"images= has {len(given)} images, but the prompts have {sum(counts)} <image> tags:"
-            " give one for each tag"
-        )
-    left = iter(
-        [image if isinstance(image, (VisualSource, Visual)) else Image(image) for image in given]
-    )
-    return [
-        [*parts, *(next(left) for _ in range(count))]
-        for parts, count in zip(batch, counts, strict=True)
-    ]

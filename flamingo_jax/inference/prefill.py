@@ -29,6 +29,8 @@ class DecodingModel(Protocol):
         visuals: Array | None,
         cache: Any,
         branches: Branches | None = None,
+        *,
+        rows_own_visuals: bool = False,
     ) -> tuple[Array, Any]:
         """Decodes tokens int32 [B, L] at `positions` -> logits float32 [B, L, V], and the
         cache with these tokens added, unless they are a tree. See `Flamingo.decode`.

@@ -1,6 +1,5 @@
-"""The jitted programs of an engine: visuals encoded and projected, prompts read, candidates
-scored. They are module-level with the static graph as an argument, so that all engines of equal
-models share their compiled programs.
+"""The jitted programs of an engine. They are module-level with the static graph as an argument,
+so that all engines of equal models share their compiled programs.
 """
 
 import functools
@@ -10,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from flamingo_jax.inference import rows
+from flamingo_jax.inference.decoding import TokenConstraints
 from flamingo_jax.inference.prefill import Prefilled, PromptArrays, prefill
 from flamingo_jax.inference.scoring import TreeArrays, next_log_probabilities
 
@@ -72,3 +73,54 @@ def prompt_logits(graph: Any, state: nnx.State, prompts: PromptArrays, media: An
         model.init_cache(rows, length),
     )
     return jnp.where(real[..., None], logits, 0.0)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "size"))
+def start_rows(
+    graph: Any,
+    state: nnx.State,
+    prompts: PromptArrays,
+    media: Any,
+    options: rows.RowOptions,
+    size: int,
+) -> rows.Rows:
+    """Reads prompts into new rows: see `rows.start`."""
+    return rows.start(nnx.merge(graph, state), prompts, media, options, size)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "count", "size"))
+def empty_rows(graph: Any, state: nnx.State, like: rows.Rows, count: int, size: int) -> rows.Rows:
+    """Makes closed rows: see `rows.empty`."""
+    return rows.empty(nnx.merge(graph, state), like, count, size)
+
+
+@functools.partial(jax.jit, static_argnames="graph", donate_argnames="old")
+def insert_rows(
+    graph: Any, state: nnx.State, old: rows.Rows, new: rows.Rows, places: Array
+) -> rows.Rows:
+    """Replaces rows, in place: see `rows.insert`."""
+    return rows.insert(old, new, places)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("graph", "constraints", "width"), donate_argnames="old"
+)
+def advance_rows(
+    graph: Any,
+    state: nnx.State,
+    old: rows.Rows,
+    cancelled: Array,
+    steps: Array,
+    constraints: TokenConstraints,
+    width: int,
+) -> tuple[rows.Rows, rows.Chunk]:
+    """Decodes the next tokens of rows, whose cache is updated in place: see `rows.advance`."""
+    model = nnx.merge(graph, state)
+    return rows.advance(model, old, cancelled, steps, constraints, width)
+
+
+@jax.jit
+def sampling_keys(seed: Array, numbers: Array) -> Array:
+    """Makes the data of the PRNG keys of the prompts' `numbers`, uint32 [B] -> [B, ...]."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
+    return jax.random.key_data(keys)

@@ -15,7 +15,7 @@ import numpy as np
 from flamingo_jax.errors import UserError
 from flamingo_jax.processing.sequences import media_index
 from flamingo_jax.processing.tokenizer import Tokenizer
-from flamingo_jax.processing.visuals import Visual, VisualSource
+from flamingo_jax.processing.visuals import Image, Visual, VisualSource
 
 LENGTH_STEP = 32
 """Prompts are padded to certain multiples of this, so that few shapes are compiled."""
@@ -145,6 +145,55 @@ def _joined(prompt: Prompt) -> list[PromptPart]:
         else:
             parts.append(part)
     return parts
+
+
+def as_batch(prompt: Any) -> tuple[list[list[Any]], bool]:
+    """Normalises a prompt, or a list of prompts, to a list of lists of parts; also returns
+    whether it was a list of prompts.
+
+    Raises: UserError for an empty prompt, and for a list that mixes parts and prompts.
+    """
+    if isinstance(prompt, (str, VisualSource, Visual, SpecialToken)):
+        return [[prompt]], False
+    if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)) or not prompt:
+        what = "empty" if isinstance(prompt, Sequence) else f"a {type(prompt).__name__}"
+        raise UserError(f'a prompt is {what}: give a list such as [fj.Image("a.png"), "Output:"]')
+    lists = [isinstance(one, (list, tuple)) for one in prompt]
+    if not any(lists):
+        return [list(prompt)], False
+    if not all(lists):
+        raise UserError(
+            "a list of prompts holds a part beside whole prompts: give one prompt as a list of"
+            " parts, or several as a list of such lists"
+        )
+    if not all(prompt):
+        raise UserError("a prompt of the batch is empty: leave it out")
+    return [list(one) for one in prompt], True
+
+
+def with_images(batch: list[list[Any]], images: Sequence[Any]) -> list[list[Any]]:
+    """Appends to each prompt as many of `images` as its texts have image tags."""
+    if any(isinstance(part, (VisualSource, Visual)) for parts in batch for part in parts):
+        raise UserError(
+            "prompts hold images, and images= gives more: give them in the prompts alone, or all"
+            " as images= with an <image> for each in the texts"
+        )
+    given: list[Any] = list(images)
+    if given and all(isinstance(some, (list, tuple)) for some in given):
+        given = [image for some in given for image in some]
+    counts = [count_image_tags(parts) for parts in batch]
+    if sum(counts) != len(given):
+        raise UserError(
+            f"images= has {len(given)} images, but the prompts have {sum(counts)} <image> tags:"
+            " give one for each tag"
+        )
+    left = iter(
+        [image if isinstance(image, (VisualSource, Visual)) else Image(image) for image in given]
+    )
+    return [
+        [*parts, *(next(left) for _ in range(count))]
+        for parts, count in zip(batch, counts, strict=True)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

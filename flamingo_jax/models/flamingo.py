@@ -71,6 +71,15 @@ class PreparedVisuals(NamedTuple):
     media: Media
     broken: Array
 
+    def of_rows(self, visuals: Array) -> tuple["PreparedVisuals", Array]:
+        """Lists the visuals row by row, so that no decoding step gathers them: `visuals`, int32
+        [B, N] with -1 for none -> M = B * N visuals and their numbers, int32 [B, N].
+        """
+        listed = jnp.maximum(visuals, 0).reshape(-1)
+        numbers = jnp.arange(listed.size).reshape(visuals.shape)
+        media = jax.tree.map(lambda a: jnp.take(a, listed, axis=1), self.media)
+        return PreparedVisuals(media, self.broken[listed]), jnp.where(visuals >= 0, numbers, -1)
+
 
 class HiddenStates(NamedTuple):
     """The last hidden states x [S, T, D] of a stream, before the final norm.
@@ -390,6 +399,8 @@ class Flamingo(nnx.Module):
         visuals: Array | None,
         cache: DecodingCache,
         branches: Branches | None = None,
+        *,
+        rows_own_visuals: bool = False,
     ) -> tuple[Array, DecodingCache]:
         """Decodes L more tokens of each row: one at a step of generation, or a whole prompt.
 
@@ -402,6 +413,8 @@ class Flamingo(nnx.Module):
           cache: the tokens so far.
           branches: the tree that the L tokens form, at positions by their depth; by default a
             line. A tree is not added to the cache.
+          rows_own_visuals: `media` and `visuals` are of `PreparedVisuals.of_rows`, of these
+            rows or of as many times fewer, each of which the same number of adjacent rows share.
 
         Returns: logits float32 [B, L, V + extra], and the cache with these tokens added. The
           logits of a token that attends to a broken visual are NaN, and so are those of all
@@ -422,6 +435,9 @@ class Flamingo(nnx.Module):
             # NaN on purpose: the cache carries it to the row's later tokens.
             x = jnp.where(looks[..., None], jnp.nan, x)
             view = MediaView((mask,), visuals)
+            if rows_own_visuals:
+                beams = visuals.size // media.broken.shape[0]
+                view = view._replace(visuals=None, beams=beams)
             if cache.windows is not None:
                 window, slots = self.config.conditioning.text_window, cache.windows.key.shape[2]
                 mask_of = cached_mask if branches is None else branches.mask

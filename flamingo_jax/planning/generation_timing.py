@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from flamingo_jax.experiment import FlamingoConfig
-from flamingo_jax.inference.engine import token_constraints
+from flamingo_jax.inference.device_model import token_constraints
 from flamingo_jax.inference.model import Model
 from flamingo_jax.inference.prompts import Prompt, TokenisedPrompt
 from flamingo_jax.models.flamingo import Flamingo

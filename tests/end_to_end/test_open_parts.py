@@ -19,8 +19,8 @@ from flamingo_jax import configuring
 from flamingo_jax.checkpointing.export import Export, open_export
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment, FlamingoConfig, PositionsConfig
+from flamingo_jax.inference.decoding import DecodingConfig
 from flamingo_jax.inference.engine import Engine
-from flamingo_jax.inference.generation import DecodingConfig
 from flamingo_jax.inference.loading import load_flamingo
 from flamingo_jax.interop.folders import open_folder, read_config
 from flamingo_jax.json_lines import read_lines

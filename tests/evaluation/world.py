@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from flamingo_jax.evaluation.examples import BenchmarkExample, InterleavedPage
-from flamingo_jax.inference.engine import Completion
+from flamingo_jax.inference.completion import Completion
 from flamingo_jax.inference.prompts import Prompt
 from flamingo_jax.processing.visuals import Visual
 

@@ -14,7 +14,8 @@ from flax import nnx
 from configs import flamingo_3b, flamingo_80b
 from flamingo_jax.configuring import from_config
 from flamingo_jax.experiment import Experiment, FlamingoConfig
-from flamingo_jax.inference.generation import DecodingConfig, TokenConstraints, generate
+from flamingo_jax.inference.beam_search import beam_search
+from flamingo_jax.inference.decoding import DecodingConfig, TokenConstraints
 from flamingo_jax.inference.prefill import PromptArrays, prefill
 from flamingo_jax.models.attention import SharedCache, map_cache
 from flamingo_jax.models.flamingo import Flamingo
@@ -80,28 +81,18 @@ def test_distances_are_projected_once_for_all_rows_and_tokens(
     asked: list[tuple[int, ...]] = []
     monkeypatch.setattr(TransformerXL, "keys", lambda *_: pytest.fail("computed again"))
 
-    def run(state: Any, keys: jax.Array, beam_size: int) -> Any:
+    def run(state: Any, beam_size: int) -> Any:
         model = nnx.merge(graph, state)
         tokens = jnp.ones((2, 5), jnp.int32)
         prompts = PromptArrays(tokens, tokens - 2, jnp.array([5, 3]), None)
         started = prefill(model, prompts, None, 12).repeat(3)
         asked.append(started.cache.text.distances.value.shape)
         asked.append(started.cache.text.key.shape)
-        return generate(
-            model,
-            prompts,
-            None,
-            keys,
-            DecodingConfig(7, beam_size=beam_size),
-            TokenConstraints((3,)),
-        )
+        decoding = DecodingConfig(7, beam_size=beam_size)
+        return beam_search(model, prompts, None, decoding, TokenConstraints((3,)))
 
     for beam_size in (1, 3):
-        jax.eval_shape(
-            functools.partial(run, beam_size=beam_size),
-            state,
-            jax.random.split(jax.random.key(0), 2),
-        )
+        jax.eval_shape(functools.partial(run, beam_size=beam_size), state)
     assert asked == [(2, 12, 2, 16), (2, 6, 12, 2, 16)] * 2
 
 

@@ -8,8 +8,8 @@ from flax import nnx
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.inference.array_cache import ArrayCache
+from flamingo_jax.inference.decoding import DecodingConfig
 from flamingo_jax.inference.engine import Engine
-from flamingo_jax.inference.generation import DecodingConfig
 from flamingo_jax.inference.loading import LoadedFlamingo
 from flamingo_jax.inference.prompts import Prompt, tokenise
 from flamingo_jax.processing.visuals import Visual
@@ -162,13 +162,13 @@ def test_answers_do_not_depend_on_the_batch(engine: Engine) -> None:
 def test_each_different_image_is_encoded_once(
     loaded: LoadedFlamingo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flamingo_jax.inference import engine as module
+    from flamingo_jax.inference import programs as module
 
     counted = []
-    encode = module._encode
+    encode = module.encode_visuals
     monkeypatch.setattr(
         module,
-        "_encode",
+        "encode_visuals",
         lambda graph, state, images, mask: (
             counted.append(int(mask.any(1).sum())) or encode(graph, state, images, mask)
         ),
@@ -195,15 +195,15 @@ def test_each_features_are_computed_once(
     loaded: LoadedFlamingo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For every number of shots the same support is asked for again."""
-    from flamingo_jax.inference import engine as module
+    from flamingo_jax.inference import programs as module
 
-    counted, features = [], module._features
+    counted, features = [], module.mean_features
 
     def counting(graph, state, images, mask):
         counted.append(int(mask.any(1).sum()))
         return features(graph, state, images, mask)
 
-    monkeypatch.setattr(module, "_features", counting)
+    monkeypatch.setattr(module, "mean_features", counting)
     engine = Engine(loaded)
     first = engine.features([*IMAGES, CLIP])
     again = engine.features([CLIP, Visual(IMAGES[0].frames.copy()), CLIP])

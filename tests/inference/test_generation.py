@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flamingo_jax.inference.generation import DecodingConfig, TokenConstraints, generate, nucleus
+from flamingo_jax.inference import rows
+from flamingo_jax.inference.beam_search import beam_search
+from flamingo_jax.inference.decoding import DecodingConfig, TokenConstraints
 from flamingo_jax.inference.prefill import PromptArrays
 from tests.inference.tiny_models import TableModel
 from tests.rounding import assert_close
@@ -44,10 +46,35 @@ def likelihood(before: list[int], after: list[int]) -> float:
     return float(sum(rows[i, token] for i, token in enumerate(after)))
 
 
+def continued(
+    prompts: PromptArrays, keys: jax.Array, decoding: DecodingConfig, vocabulary: TokenConstraints
+) -> rows.Chunk:
+    count, length = prompts.tokens.shape
+    options = rows.RowOptions(
+        jax.random.key_data(keys),
+        jnp.full(count, decoding.max_tokens),
+        jnp.full(count, decoding.temperature),
+        jnp.full(count, decoding.top_p),
+    )
+    started = rows.start(MODEL, prompts, None, options, length + decoding.max_tokens)
+    none, steps = jnp.zeros(count, bool), jnp.int32(decoding.max_tokens)
+    return rows.advance(MODEL, started, none, steps, vocabulary, decoding.max_tokens)[1]
+
+
 def run(
     decoding: DecodingConfig, vocabulary: TokenConstraints = VOCABULARY
 ) -> list[tuple[list[int], float, bool]]:
-    made = jax.jit(lambda: generate(MODEL, PROMPTS, None, KEYS, decoding, vocabulary))()
+    if decoding.beam_size == 1:
+        chunk = jax.jit(lambda: continued(PROMPTS, KEYS, decoding, vocabulary))()
+        return [
+            (
+                [t for t in row.tolist() if t >= 0 and t not in vocabulary.stop],
+                float(gains.sum()),
+                bool(np.isin(row, vocabulary.stop).any()),
+            )
+            for row, gains in zip(*map(np.asarray, chunk[:2]), strict=True)
+        ]
+    made = jax.jit(lambda: beam_search(MODEL, PROMPTS, None, decoding, vocabulary))()
     return [
         ([t for t in row.tolist() if t >= 0], float(s), bool(f))
         for row, s, f in zip(*map(np.asarray, made), strict=True)
@@ -121,21 +148,19 @@ def test_what_is_never_written_is_not_written() -> None:
 
 def test_nucleus_keeps_the_smallest_set_that_reaches_the_share() -> None:
     probabilities = np.array([[0.5, 0.1, 0.3, 0.06, 0.04], [0.2, 0.2, 0.2, 0.2, 0.2]])
-    kept = np.isfinite(nucleus(jnp.log(probabilities), 0.75))
+    logits = jnp.log(jnp.concatenate([probabilities] * 2))
+    kept = np.isfinite(rows.nucleus(logits, jnp.array([0.75, 1.0, 0.85, 0.3])))
     np.testing.assert_array_equal(kept[0], [True, False, True, False, False])
-    np.testing.assert_array_equal(
-        np.isfinite(nucleus(jnp.log(probabilities), 0.85))[0], [True, True, True, False, False]
-    )
+    np.testing.assert_array_equal(kept[1], [True] * 5)
+    np.testing.assert_array_equal(kept[2], [True, True, True, False, False])
 
 
 def test_sampling_follows_the_models_distribution_and_its_keys() -> None:
     count = 4000
     prompts = PromptArrays(*(jnp.repeat(a[:1], count, axis=0) for a in PROMPTS[:3]), None)
     sample = jax.jit(
-        lambda keys: generate(
-            MODEL,
+        lambda keys: continued(
             prompts,
-            None,
             keys,
             DecodingConfig(max_tokens=1, temperature=1.5),
             TokenConstraints(stop=()),

@@ -63,6 +63,8 @@ class TableModel:
         visuals: Any,
         cache: Any,
         branches: Any = None,
+        *,
+        rows_own_visuals: bool = False,
     ) -> tuple[Any, Any]:
         if branches is not None:
             places = branches.places(positions, cache.shape[2])

@@ -8,7 +8,7 @@ import sentencepiece
 import tokenizers
 
 from flamingo_jax.errors import UserError
-from flamingo_jax.inference.engine import token_constraints
+from flamingo_jax.inference.device_model import token_constraints
 from flamingo_jax.processing.tokenizer import JSONTokenizer, SentencePieceTokenizer, Tokenizer
 
 

@@ -6,8 +6,8 @@ from typing import Protocol
 
 import numpy as np
 
+from flamingo_jax.inference.decoding import DecodingConfig
 from flamingo_jax.inference.engine import Engine
-from flamingo_jax.inference.generation import DecodingConfig
 from flamingo_jax.inference.prompts import Prompt
 from flamingo_jax.processing.visuals import Visual
 

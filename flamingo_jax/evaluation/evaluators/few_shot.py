@@ -19,8 +19,8 @@ from flamingo_jax.evaluation.evaluators.embedding import Parameters
 from flamingo_jax.evaluation.examples import BenchmarkExample, read_examples
 from flamingo_jax.evaluation.shots import draw
 from flamingo_jax.experiment import Experiment
+from flamingo_jax.inference.decoding import DecodingConfig
 from flamingo_jax.inference.engine import Engine
-from flamingo_jax.inference.generation import DecodingConfig
 from flamingo_jax.inference.loading import LoadedFlamingo
 from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.pytrees import from_flat
