@@ -119,12 +119,13 @@ class RowPool:
         rows.
         """
         given = [*answers, *[answers[0]] * (batch - len(answers))]
-        options = RowOptions(
+        fields: list[Any] = [
             np.stack([answer.key for answer in given]),
             np.array([answer.max_tokens for answer in given], np.int32),
             np.array([answer.temperature for answer in given], np.float32),
             np.array([answer.top_p for answer in given], np.float32),
-        )
+        ]
+        options = RowOptions(*fields)
         new = self.programs.start_rows(
             [answer.prompt for answer in answers], options, slots=self.slots, size=self.size
         )
