@@ -51,6 +51,26 @@ class Media(NamedTuple):
     value: Array
 
 
+class PreparedVisuals(NamedTuple):
+    """M visuals, encoded and projected once for decoding.
+
+    media: the keys and values of every cross-attention block, leaves [blocks, M, R, H, d].
+    broken: bool [M], visuals with a NaN or infinity; their tokens are replaced by zeros.
+    """
+
+    media: Media
+    broken: Array
+
+    def of_rows(self, visuals: Array) -> tuple["PreparedVisuals", Array]:
+        """Lists the visuals row by row, so that no decoding step gathers them: `visuals`, int32
+        [B, N] with -1 for none -> M = B * N visuals and their numbers, int32 [B, N].
+        """
+        listed = jnp.maximum(visuals, 0).reshape(-1)
+        numbers = jnp.arange(listed.size).reshape(visuals.shape)
+        media = jax.tree.map(lambda a: jnp.take(a, listed, axis=1), self.media)
+        return PreparedVisuals(media, self.broken[listed]), jnp.where(visuals >= 0, numbers, -1)
+
+
 def media_mask(
     media_index: Array,
     segments: Array | None,
