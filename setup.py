@@ -66,6 +66,10 @@ setuptools.setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         # The compiler alone, for `launch.plan --topology`: it needs no TPU.
         "plan": ["jax[tpu]>=0.10.2"],
+        # METEOR of captions: its Java program.
+        "meteor": ["pycocoevalcap>=1.2"],
+        # The owners' scorers that `make test-scale` compares with.
+        "score-test": ["nltk>=3.9", "pycocoevalcap>=1.2", "scikit-learn>=1.5"],
         "interop-test": ["torch>=2.4", "transformers>=4.50"],
     },
 )
