@@ -5,7 +5,7 @@ Several questions about one image do not count as independent: give their image 
 All functions are deterministic for a seed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -170,7 +170,9 @@ def seed_spread(scores: Sequence[float], confidence: float = CONFIDENCE) -> Spre
     return Spread(estimate, deviation, float(values.min()), float(values.max()))
 
 
-def _draws(items: int, clusters: Sequence[object] | None, resamples: int, seed: int):  # type: ignore[no-untyped-def]
+def _draws(
+    items: int, clusters: Sequence[object] | None, resamples: int, seed: int
+) -> Iterator[np.ndarray]:
     """Yields how often each item is drawn, int [items], for each resample."""
     numbers = _numbers(clusters, items)
     groups = int(numbers.max()) + 1

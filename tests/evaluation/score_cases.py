@@ -2,7 +2,7 @@
 
 import random
 
-HARD = r"""The U.S. A man in the U.S.
+_LINES = r"""The U.S. A man in the U.S.
 A man in the U.S. The dog lives there.
 He can't, won't and shouldn't; they're "here" and it's 'there'.
 I'm gonna wanna gimme lemme gotta cannot 'twas 'tis y'all o'clock
@@ -23,16 +23,21 @@ http://www.example.com/a?b=c*d https://x.org. www.foo.org/bar foo.com a@b.com @u
 * ** \* / \ \/ and/or he/she/it a_b _ __ | ~ ^ = ==
 naïve café coöperate Größe 日本語 Привет العربية १२ हिन्दी é
 emoji 😀 👍🏽 ☃ ♥ → ★ ™ © ° ²
-soft­hyphen ­ no break thin zero​width ﻿bom
 file.txt photo.jpg. x.py, C++ C# F# colour grey favourite
 5'10" 6'2 9-year-old mother-in-law's -LRB- -RRB-
 aaaa'aa d'oh cont'd cont'd. s'mores e'er nor'easter Cap'n pro-choice anti-war
 ſuper İstanbul ıIi K end
  leading and trailing
-""".split("\n")
-"""Lines that a tokenizer of words and spaces gets wrong; the last is empty."""
-_FRAGMENTS = """A man dog the a riding red bike. on street , and . U.S. isn't "quoted" two-wheeled $5
-3.5 10 (left) café 日本 😀 Mr. etc. it's — … ! ? 's""".split()
+"""
+HARD = [
+    *_LINES.split("\n"),
+    "soft\u00adhyphen \u00ad no\u00a0break thin\u2009space zero\u200bwidth \ufeffmark",
+    "controls \u0085 \u0091 \u0093 \u0096 \u007f \u0001",
+    "",
+]
+"""Lines that a tokenizer of words and spaces gets wrong."""
+_FRAGMENTS = """A man dog the a riding red bike. on street , and . U.S. isn't "quoted" two-wheeled
+$5 3.5 10 (left) café 日本 😀 Mr. etc. it's — … ! ? 's""".split()
 
 
 def captions(images: int, references: int, seed: int) -> tuple[list[str], list[list[str]]]:
@@ -55,7 +60,8 @@ def captions(images: int, references: int, seed: int) -> tuple[list[str], list[l
 
 
 _ANSWERS = """a the Two none yes No dont didn't yall couldn'tve im 1,000 3.5 U.S. a.m. left/right
-it's dog's ? ! - t-shirt red. (blue) é ten 10 @ a,b ow's'at somebody'd "q" {curly} back\\slash""".split()
+it's dog's ? ! - t-shirt red. (blue) é ten 10 @ a,b ow's'at somebody'd "q"
+{curly} back\\slash""".split()
 
 
 def answers(questions: int, seed: int) -> list[tuple[str, list[str]]]:

@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -263,3 +265,12 @@ def test_a_missing_flag_or_file_is_told(tmp_path: pathlib.Path) -> None:
         command.ANNOTATIONS.value = command.PREDICTIONS.value = str(tmp_path / "none.json")
         with pytest.raises(UserError, match="there is no file"):
             command.main("auc")
+
+
+def test_scoring_needs_no_jax() -> None:
+    code = (
+        "import sys; from launch import score;"
+        "from flamingo_jax.evaluation.scoring import captions, questions, ranked, wups;"
+        "sys.exit('jax' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,7 +8,7 @@ than the reference has it and lowers the score of other lengths.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -52,7 +52,11 @@ def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np
     return _scores(predictions, references, _similarity)
 
 
-def _scores(predictions, references, similarity) -> np.ndarray:  # type: ignore[no-untyped-def]
+def _scores(
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    similarity: Callable[[_Vector, _Vector], float],
+) -> np.ndarray:
     """Averages `similarity` over n and the references of each image."""
     counted = [[ngram_counts(caption.split()) for caption in captions] for captions in references]
     in_images: Counter[tuple[str, ...]] = Counter()
