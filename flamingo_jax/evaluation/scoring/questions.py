@@ -18,12 +18,14 @@ class Annotated(NamedTuple):
 
     image: its image's id; several questions may have the same.
     answers: one per annotator.
-    records: what else the file says of each answer, or None if nothing.
+    raw_answers: OK-VQA's answers before they were reduced to stems; none of other sets.
+    records: what tells annotators apart where they have no distinct ids, else None.
     types: {"answer_type" or "question_type": the question's}.
     """
 
     image: Any
     answers: list[str]
+    raw_answers: list[str]
     records: list[Any] | None
     types: dict[str, str]
 
@@ -113,16 +115,19 @@ def _annotated(entry: dict[str, Any], question: Any, where: str) -> Annotated:
     if not answers:
         raise UserError(f"{where} has no answers: only annotated questions can be scored")
     types = {kind: str(entry[kind]) for kind in ("answer_type", "question_type") if entry.get(kind)}
-    image = entry.get("image_id", question)
+    image = files.field(entry, "image_id", where, int, str) if "image_id" in entry else question
     if all(isinstance(answer, str) for answer in answers):
-        return Annotated(image, answers, None, types)
+        return Annotated(image, answers, [], None, types)
     texts = [files.field(answer, "answer", where, str) for answer in answers]
+    raw = [files.field(a, "raw_answer", where, str) for a in answers if "raw_answer" in a]
+    ids = {str(answer.get("answer_id", "")) for answer in answers}
+    if len(ids) == len(answers) or "image" in entry:
+        # VizWiz's own evaluation tells annotators apart by their place.
+        return Annotated(image, texts, raw, None, types)
     records = [
         {name: value for name, value in answer.items() if name != "answer"} for answer in answers
     ]
-    # VizWiz's own evaluation tells annotators apart by their place.
-    by_place = "answer_id" not in answers[0] and "image" in entry
-    return Annotated(image, texts, None if by_place else records, types)
+    return Annotated(image, texts, raw, records, types)
 
 
 def _stemmed(
@@ -130,10 +135,7 @@ def _stemmed(
 ) -> dict[Any, str]:
     """Reduces predictions to stems."""
     stems = okvqa_stems.learn_stems(
-        (record["raw_answer"], answer)
-        for truth in truths.values()
-        for record, answer in zip(truth.records or (), truth.answers)
-        if isinstance(record.get("raw_answer"), str)
+        pair for truth in truths.values() for pair in zip(truth.raw_answers, truth.answers)
     )
     if not stems:
         raise UserError(f"{place} has no raw_answer, as OK-VQA's do: leave out --stems")
