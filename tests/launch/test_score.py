@@ -11,7 +11,7 @@ import pytest
 
 from flamingo_jax.errors import UserError
 from tests.evaluation import small_wordnet
-from tests.launch.commands import load
+from tests.launch.commands import flag, load
 
 
 def score(
@@ -35,7 +35,7 @@ def score(
         command = load("score")
         patch.setattr(command.command, "given_flags", lambda: set())
         for name, value in {**paths, "per_item": str(tmp_path / "items.json"), **values}.items():
-            getattr(command, name.upper()).value = value
+            patch.setattr(command, name.upper(), flag(value))
         assert command.main(task) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["task"] == task
@@ -262,7 +262,8 @@ def test_a_missing_flag_or_file_is_told(tmp_path: pathlib.Path) -> None:
         patch.setattr(command.command, "given_flags", lambda: set())
         with pytest.raises(UserError, match="--annotations is not set"):
             command.main("auc")
-        command.ANNOTATIONS.value = command.PREDICTIONS.value = str(tmp_path / "none.json")
+        for name in ("ANNOTATIONS", "PREDICTIONS"):
+            patch.setattr(command, name, flag(str(tmp_path / "none.json")))
         with pytest.raises(UserError, match="there is no file"):
             command.main("auc")
 
