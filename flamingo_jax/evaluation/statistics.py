@@ -122,7 +122,9 @@ def paired_difference(
 
     Raises: ValueError if there are not equally many.
     """
-    differences = np.subtract(*map(np.asarray, _same_length(second, first)))
+    if len(first) != len(second):
+        raise ValueError(f"runs of {len(first)} and {len(second)} items cannot be paired")
+    differences = np.asarray(second, np.float64) - np.asarray(first, np.float64)
     estimate = mean_estimate(differences, clusters, confidence)
     groups = len(np.unique(_numbers(clusters, len(differences))))
     if estimate.standard_error:
@@ -192,14 +194,6 @@ def _numbers(clusters: Sequence[object] | None, items: int) -> np.ndarray:
         raise ValueError(f"{items} items have {len(clusters)} clusters")
     known: dict[object, int] = {}
     return np.array([known.setdefault(cluster, len(known)) for cluster in clusters], np.int64)
-
-
-def _same_length(
-    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray
-) -> tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]:
-    if len(first) != len(second):
-        raise ValueError(f"runs of {len(first)} and {len(second)} items cannot be paired")
-    return first, second
 
 
 def _percentiles(drawn: np.ndarray, confidence: float) -> tuple[float, float]:

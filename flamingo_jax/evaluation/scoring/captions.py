@@ -17,6 +17,7 @@ from flamingo_jax.evaluation.scoring.report import ScoreReport, match
 from flamingo_jax.evaluation.statistics import (
     RESAMPLES,
     Estimate,
+    Statistic,
     bootstrap_estimate,
     mean_estimate,
 )
@@ -92,9 +93,7 @@ def score_captions(
     metrics = {name: mean_estimate(scores) for name, scores in per_image.items()}
     for n in range(ORDERS):
         metrics[f"BLEU-{n + 1}"] = bootstrap_estimate(
-            lambda counts, n=n: float(bleu(counts @ statistics)[n]),  # type: ignore[misc]
-            len(found),
-            resamples=resamples,
+            _corpus_bleu(statistics, n), len(found), resamples=resamples
         )
     if with_meteor:
         score, scores = meteor(found, truths)
@@ -107,6 +106,11 @@ def score_captions(
         )
     rows = zip(*(scores.tolist() for scores in per_image.values()), strict=True)
     return metrics, [dict(zip(per_image, row, strict=True)) for row in rows]
+
+
+def _corpus_bleu(statistics: np.ndarray, n: int) -> Statistic:
+    """Returns BLEU-(n + 1) of images drawn so many times each."""
+    return lambda counts: float(bleu(counts @ statistics)[n])
 
 
 def tokenize_groups(groups: Sequence[Sequence[str]]) -> list[list[str]]:

@@ -99,11 +99,12 @@ class WordNet:
         deepest = max([*depths.values(), *([0] if rooted else [])], default=None)
         if deepest is None:
             return 0.0
-        candidates = sorted(
+        candidates: list[tuple[str, tuple[str, int] | None]] = [
             (self._synset(key).name, key) for key in common if depths[key] == deepest
-        )
-        names = [("*ROOT*", None)] if rooted and deepest == 0 else []
-        _, chosen = min([*names, *candidates], key=lambda pair: pair[0])
+        ]
+        if rooted and deepest == 0:
+            candidates.append(("*ROOT*", None))
+        _, chosen = min(candidates, key=lambda pair: pair[0])
         if any(key == first for _, key in candidates):
             chosen = first
         if chosen is None:
