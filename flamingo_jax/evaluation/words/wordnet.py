@@ -148,7 +148,13 @@ class WordNet:
 
     def _synset(self, key: tuple[str, int]) -> Synset:
         if key not in self._synsets:
-            self._synsets[key] = self._parse(*key)
+            try:
+                self._synsets[key] = self._parse(*key)
+            except (ValueError, IndexError, KeyError):
+                raise UserError(
+                    f"{self._folder}/data.{POS[key[0]]} does not fit its index: give the files of"
+                    " one WordNet 3.0"
+                ) from None
         return self._synsets[key]
 
     def _parse(self, pos: str, offset: int) -> Synset:
@@ -156,7 +162,7 @@ class WordNet:
         data = self._data[pos]
         fields = data[offset : data.index(b"\n", offset)].decode("latin-1").split(" | ")[0].split()
         if int(fields[0]) != offset:
-            raise UserError(f"{self._folder}/data.{POS[pos]} does not fit its index")
+            raise ValueError("the index points elsewhere")
         words, kind = int(fields[3], 16), fields[2]
         lemma = fields[4].partition("(")[0].lower()
         pointers = fields[4 + 2 * words + 1 :]
