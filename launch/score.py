@@ -65,10 +65,10 @@ _READS = {
 def main(task: str) -> int:
     """Scores by the flags."""
     command.reject_unused_flags(_READS, task, command.given_flags())
-    truths = REFERENCES if task == "captions" else ANNOTATIONS
-    for flag in (truths, PREDICTIONS):
+    truths = ("references", REFERENCES) if task == "captions" else ("annotations", ANNOTATIONS)
+    for name, flag in (truths, ("predictions", PREDICTIONS)):
         if not flag.value:
-            raise UserError(f"--{flag.name} is not set: name the file")
+            raise UserError(f"--{name} is not set: name the file")
     report = score(task)
     if PER_ITEM.value:
         path = paths.as_path(PER_ITEM.value)
