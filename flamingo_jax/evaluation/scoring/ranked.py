@@ -75,7 +75,7 @@ def score_ndcg_files(
     truths = _rounds(annotations, ("gt_relevance", "relevance"))
     found = _rounds(predictions, ("ranks", "scores"))
     matched = match(truths, found, "round", skip_incomplete)
-    items = []
+    items: list[dict[str, Any]] = []
     for key in matched.scored:
         (_, relevance), (name, values) = truths[key], found[key]
         where = f"{predictions}, image {key[0]}, round {key[1]},"
