@@ -28,7 +28,7 @@ class Estimate(NamedTuple):
     high: float
 
 
-class Comparison(NamedTuple):
+class RunDifference(NamedTuple):
     """The difference of two runs on the same items: second less first.
 
     p: two-sided, the probability of such a difference where there is none.
@@ -113,7 +113,7 @@ def paired_difference(
     second: Sequence[float] | np.ndarray,
     clusters: Sequence[object] | None = None,
     confidence: float = CONFIDENCE,
-) -> Comparison:
+) -> RunDifference:
     """Compares the means of two runs on the same items, by the t test of their differences.
 
     Args:
@@ -131,7 +131,7 @@ def paired_difference(
         p = _t_test(estimate.score / estimate.standard_error, groups - 1)
     else:
         p = 0.0 if estimate.score else 1.0
-    return Comparison(*estimate, p)
+    return RunDifference(*estimate, p)
 
 
 def paired_bootstrap(
@@ -143,7 +143,7 @@ def paired_bootstrap(
     resamples: int = RESAMPLES,
     confidence: float = CONFIDENCE,
     seed: int = 0,
-) -> Comparison:
+) -> RunDifference:
     """Compares two runs on the same items by a score that is no mean of items: both are scored
     on the same resamples (Koehn 2004).
 
@@ -159,7 +159,7 @@ def paired_bootstrap(
     every = np.ones(items, np.int64)
     rarer = min(np.sum(drawn <= 0), np.sum(drawn >= 0))
     p = min(1.0, 2.0 * float(rarer + 1) / (len(drawn) + 1))
-    return Comparison(
+    return RunDifference(
         float(second(every) - first(every)), float(np.nanstd(drawn, ddof=1)), low, high, p
     )
 

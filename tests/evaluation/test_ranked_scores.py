@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flamingo_jax.evaluation.metrics.average_precision import average_precision, roc_auc
-from flamingo_jax.evaluation.metrics.mwap import Segment, weighted_average_precisions
+from flamingo_jax.evaluation.metrics.mwap import RareActSegment, weighted_average_precisions
 from flamingo_jax.evaluation.metrics.ndcg import ndcg
 
 RNG = np.random.default_rng(3)
@@ -59,7 +59,7 @@ def test_mwap_groups_segments_as_rareact_does() -> None:
     verbs, nouns = ["cut", "hammer", "blend"], ["phone", "egg"]
     actions = list(itertools.product(verbs, nouns))
     rows = [
-        Segment(f"v{RNG.integers(12)}", actions.index(action), *action, int(RNG.integers(5)))
+        RareActSegment(f"v{RNG.integers(12)}", actions.index(action), *action, int(RNG.integers(5)))
         for action in actions
         for _ in range(12)
     ]
@@ -88,7 +88,7 @@ def test_mwap_groups_segments_as_rareact_does() -> None:
 
 
 def test_an_action_without_a_positive_is_left_out() -> None:
-    rows = [Segment("a", 0, "cut", "egg", 1), Segment("b", 1, "blend", "phone", 0)]
+    rows = [RareActSegment("a", 0, "cut", "egg", 1), RareActSegment("b", 1, "blend", "phone", 0)]
     found = weighted_average_precisions(rows, np.array([[0.9, 0.1], [0.2, 0.3]]))
     assert found == {("cut", "egg"): 1.0}
 

@@ -16,7 +16,7 @@ and 4: the verb alone, the noun alone, both but not together) are hard negatives
 """
 
 
-class Segment(NamedTuple):
+class RareActSegment(NamedTuple):
     """A row of rareact.csv."""
 
     video: str
@@ -27,7 +27,7 @@ class Segment(NamedTuple):
 
 
 def weighted_average_precisions(
-    segments: Sequence[Segment], scores: np.ndarray
+    segments: Sequence[RareActSegment], scores: np.ndarray
 ) -> dict[tuple[str, str], float]:
     """Computes the average precision of each action with a positive segment.
 
@@ -62,7 +62,7 @@ def weighted_average_precisions(
     return found
 
 
-def _video_weights(segments: Sequence[Segment], places: np.ndarray) -> np.ndarray:
+def _video_weights(segments: Sequence[RareActSegment], places: np.ndarray) -> np.ndarray:
     """Returns 1 over the number of rows among `places` of the same video."""
     count = Counter(segments[place].video for place in places)
     return np.array([1.0 / count[segments[place].video] for place in places])

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from flamingo_jax.evaluation.ptb.longest_match import Node, Scanner
-from flamingo_jax.evaluation.ptb.rules import RULES, Rule, parsed
+from flamingo_jax.evaluation.ptb.rules import RULES, TokenRule, parsed
 
 PUNCTUATION = frozenset("'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;".split())
 """Tokens that are removed. Brackets are in lower case by then, so that -lrb- stays: as in
@@ -72,7 +72,7 @@ def _tokens(text: str) -> Iterator[str]:
         place = max(end, place + 1)
 
 
-def _start_of_context(rule: Rule, text: str, start: int, end: int) -> int:
+def _start_of_context(rule: TokenRule, text: str, start: int, end: int) -> int:
     """Returns where the token of a rule ends whose match, context included, is text[start:end]:
     as late as its pattern and its context allow.
     """

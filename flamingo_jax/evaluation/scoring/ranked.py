@@ -8,7 +8,7 @@ import numpy as np
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation.metrics.average_precision import roc_auc
-from flamingo_jax.evaluation.metrics.mwap import Segment, weighted_average_precisions
+from flamingo_jax.evaluation.metrics.mwap import RareActSegment, weighted_average_precisions
 from flamingo_jax.evaluation.metrics.ndcg import ndcg
 from flamingo_jax.evaluation.scoring import files
 from flamingo_jax.evaluation.scoring.report import ScoreReport, match
@@ -30,7 +30,7 @@ def score_mwap_files(annotations: str, predictions: str) -> ScoreReport:
     for number, row in enumerate(files.read_csv(annotations, _RAREACT), 2):
         try:
             segments.append(
-                Segment(
+                RareActSegment(
                     row["video_id"],
                     int(row["class_id"]),
                     row["verb"],
