@@ -117,3 +117,29 @@ def experiment_of(sizes: str) -> Experiment:
         language_model_from="random",
     )
     return from_config(Experiment, dataclasses.asdict(experiment), "sizes")
+
+
+def sized(gigabytes: float) -> Experiment:
+    """Makes the experiment of a model whose export takes about so many gigabytes, of which a
+    quarter is trained.
+    """
+    # With a cross-attention block in float32 for every fourth layer in bfloat16, a layer takes
+    # 35 width^2 bytes; the width is one that gives some tens of layers.
+    width = 64 * max(1, round((gigabytes * 1e9 / (35 * 30)) ** 0.5 / 64))
+    vocabulary = 32 * width
+    layers = max(4, round((gigabytes * 1e9 - 4 * vocabulary * width) / (35 * width**2)))
+    sizes = {
+        "layers": layers,
+        "width": width,
+        "heads": max(1, width // 64),
+        "vocab": vocabulary,
+        "xattn_every": 4,
+        **dict.fromkeys(("vit_layers", "vit_heads"), 2),
+        "vit_width": 128,
+        "image": 32,
+        "patch": 16,
+        **dict.fromkeys(BATCHES, "1x1x32"),
+    }
+    experiment = experiment_of(",".join(f"{name}={value}" for name, value in sizes.items()))
+    training = dataclasses.replace(experiment.training, compute_dtype="bfloat16")
+    return dataclasses.replace(experiment, training=training)

@@ -11,7 +11,6 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 from flax import nnx
 
 STACK = "layers"
@@ -65,25 +64,19 @@ def from_flat(flat: Mapping[str, Any]) -> dict[Any, Any]:
     return nested
 
 
-def unstack_names(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Splits stacked arrays into one array per layer, under per-layer names. Slices of numpy
-    arrays are views.
+def stack_axes(name: str) -> int:
+    """Returns how many leading layer axes an array of this stacked name has."""
+    return name.split("/").count(STACK)
+
+
+def leaf_name(name: str, index: tuple[int, ...]) -> str:
+    """Returns the per-layer name of a layer of a stack: ("a/layers/b", (12,)) ->
+    "a/layers/12/b", the inverse of `stacked_name`.
     """
-    return dict(
-        leaf for name, value in flat.items() for leaf in _unstacked(name.split("/"), 0, value)
+    numbers = iter(index)
+    return "/".join(
+        f"{part}/{next(numbers)}" if part == STACK else part for part in name.split("/")
     )
-
-
-def _unstacked(parts: list[str], start: int, value: Any) -> Iterator[tuple[str, Any]]:
-    try:
-        place = parts.index(STACK, start)
-    except ValueError:
-        yield "/".join(parts), value
-        return
-    for layer in range(value.shape[0]):
-        yield from _unstacked(
-            [*parts[: place + 1], str(layer), *parts[place + 1 :]], place + 2, value[layer]
-        )
 
 
 def stacked_name(name: str) -> tuple[str, tuple[int, ...]]:
@@ -104,36 +97,3 @@ def stacked_name(name: str) -> tuple[str, tuple[int, ...]]:
     if len(index) < kept.count(STACK):
         raise ValueError(f"{name!r}: a layer's number should follow {STACK!r}")
     return "/".join(kept), tuple(index)
-
-
-def restack(flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Stacks per-layer arrays: the inverse of `unstack_names`, in numpy.
-
-    Raises: ValueError where a stack lacks a layer, or its layers differ in shape or dtype.
-    """
-    groups: dict[str, dict[tuple[int, ...], Any]] = {}
-    for name, value in flat.items():
-        stack, index = stacked_name(name)
-        groups.setdefault(stack, {})[index] = value
-    return {name: _restacked(name, layers) for name, layers in groups.items()}
-
-
-def _restacked(name: str, layers: dict[tuple[int, ...], Any]) -> np.ndarray:
-    """Stacks the layers of one parameter, given by index."""
-    first = np.asarray(next(iter(layers.values())))
-    counts = tuple(
-        1 + max(index[axis] for index in layers) for axis in range(len(next(iter(layers))))
-    )
-    # Filled in place: np.stack would need a list of all layers besides the result.
-    whole = np.empty((*counts, *first.shape), first.dtype)
-    for index in np.ndindex(counts):
-        if index not in layers:
-            raise ValueError(f"the stack {name!r} of {counts} layers lacks layer {index}")
-        layer = np.asarray(layers[index])
-        if layer.shape != first.shape or layer.dtype != first.dtype:
-            raise ValueError(
-                f"the layers of {name!r} differ: {first.dtype} {first.shape} and {layer.dtype}"
-                f" {layer.shape}"
-            )
-        whole[index] = layer
-    return whole

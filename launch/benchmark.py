@@ -1,5 +1,5 @@
 r"""Measures how fast this machine's devices train and generate, how fast datasets are read, and
-what int8 weights save and change.
+how fast and in how little memory a run is exported, and what int8 weights save and change.
 
     python -m launch.benchmark train --config=configs/flamingo_3b.py:h200_1 [--steps=10]
     [--json] \
@@ -14,6 +14,7 @@ what int8 weights save and change.
         --tokenizer=data/tokenizer [--image_size=224] [--readers=2]
     python -m launch.benchmark int8 --model=models/SmolLM2-135M --text=book.txt [--tokens=20000]
     python -m launch.benchmark int8 --model=runs/mine/export --dataset=data/photos
+    python -m launch.benchmark export --folder=runs/made [--gigabytes=8]
 
 `train` runs the real update on random weights and full rows of random content, and prints
 tokens and images per second, the time of each part and the model FLOPs utilisation, relative
@@ -41,6 +42,11 @@ language model and vision encoder, and how the predictions of the next token cha
 KL divergence and the largest difference of a logit. On `--text`, files or folders of .txt, it
 compares the language model (of a published folder or any export that has one); on `--dataset`,
 folders of datasets that were built, the whole Flamingo of an export, with their images.
+
+`export` makes a run of about `--gigabytes` in a new folder, most of it frozen, and exports
+it: in one go, and killed after half of its files and continued. It prints the rate beside that of
+a bare copy of the same bytes, and how much the process grew. The folder takes about four times
+that size while it runs, and is removed.
 """
 
 import dataclasses
@@ -52,7 +58,7 @@ from absl import flags
 from rich.table import Table
 
 from configs.base import COLOUR
-from configs.benchmark import experiment_of
+from configs.benchmark import experiment_of, sized
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
 from launch import command
@@ -113,6 +119,10 @@ TOKENS = flags.DEFINE_integer(
 ROW_LENGTH = flags.DEFINE_integer(
     "row_length", 256, "int8: tokens of a row of text.", lower_bound=2
 )
+FOLDER = flags.DEFINE_string("folder", "", "export: folder that is made, and removed again.")
+GIGABYTES = flags.DEFINE_float(
+    "gigabytes", 8.0, "export: size of the export, about.", lower_bound=0.001, upper_bound=1000.0
+)
 JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
 CONFIG = command.define_config()
 
@@ -126,6 +136,7 @@ MADE = (
 READS = {
     "train": ("sizes", "steps", "trace"),
     "generate": ("sizes", "model", "max_tokens", "names", "sample"),
+    "export": ("folder", "gigabytes"),
     "data --dataset": (
         "dataset",
         "tokenizer",
@@ -148,7 +159,13 @@ def main(verb: str) -> int:
     elif verb == "data":
         way = "data --config"
     command.reject_unused_flags(READS, way, command.given_flags())
-    return {"train": train, "generate": generate, "data": data, "int8": int8}[verb]()
+    return {
+        "train": train,
+        "generate": generate,
+        "data": data,
+        "int8": int8,
+        "export": export,
+    }[verb]()
 
 
 def train() -> int:
@@ -329,6 +346,35 @@ def _texts(path: pathlib.Path) -> list[str]:
     return found
 
 
+def export() -> int:
+    """Times the export of a run that is made for it."""
+    if not FOLDER.value:
+        raise UserError("--folder is not set: name a folder that is made, and removed again")
+    from rich.console import Console
+
+    from flamingo_jax.planning.export_timing import time_export
+
+    timing = time_export(sized(GIGABYTES.value), pathlib.Path(FOLDER.value))
+    if JSON.value:
+        print(json.dumps(timing._asdict() | {"share": timing.share}))
+        return 0
+    table = Table("", title=f"export of {timing.bytes / 1e9:.3g} GB")
+    table.add_column("", justify="right")
+    for what, value in (
+        ("bare copy of the files, flushed", f"{timing.copy:.1f} s"),
+        ("export", f"{timing.seconds:.1f} s"),
+        ("rate of the export / of the copy", f"{timing.share:.0%}"),
+        ("largest parameter", f"{timing.largest / 2**20:,.0f} MiB"),
+        ("the process grew by at most", f"{timing.grown / 2**20:,.0f} MiB"),
+        ("whole files of the killed export", f"{timing.kept} of {timing.files}"),
+        ("export continued", f"{timing.resumed:.1f} s"),
+        ("the same files as in one go", "yes" if timing.equal else "NO"),
+    ):
+        table.add_row(what, value)
+    Console().print(table)
+    return 0
+
+
 def _reading_table(
     measured: "ReadingBenchmark",
 ) -> Table:
@@ -382,4 +428,4 @@ def _step_table(experiment: Experiment, timing: "Timing") -> Table:
 
 
 if __name__ == "__main__":
-    command.run(main, verbs=("train", "generate", "data", "int8"))
+    command.run(main, verbs=("train", "generate", "data", "int8", "export"))

@@ -56,6 +56,27 @@ def define_config() -> flags.FlagHolder:
     )
 
 
+def define_parts() -> flags.FlagHolder:
+    """Defines the flag `--parts=PART=FOLDER`, which may be repeated."""
+    return flags.DEFINE_multi_string(
+        "parts",
+        [],
+        "PART=FOLDER of a frozen part that the model's export names but does not contain"
+        " (language_model, vision_encoder), where it is elsewhere now than in training.",
+    )
+
+
+def parts(flag: flags.FlagHolder) -> dict[str, str]:
+    """Returns {part: folder} of the flag. Raises UserError for what is not PART=FOLDER."""
+    found: dict[str, str] = {}
+    for text in flag.value:
+        name, _, folder = text.partition("=")
+        if not name or not folder:
+            raise UserError(f"--parts={text} must be PART=FOLDER, as language_model=models/lm")
+        found[name] = folder
+    return found
+
+
 def experiment(flag: flags.FlagHolder) -> Experiment:
     """Returns the config of the flag with its overrides, checked against the schema.
 

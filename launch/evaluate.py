@@ -129,6 +129,7 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Prompts in a batch at most.
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the choice of examples.", lower_bound=0)
 MESH = flags.DEFINE_string("mesh", "", devices.HELP)
 FROZEN_DTYPE = flags.DEFINE_enum("frozen_dtype", None, devices.FROZEN_DTYPES, devices.DTYPE_HELP)
+PARTS = command.define_parts()
 SECONDS = flags.DEFINE_string("seconds", "", "JSON file {stage: seconds} for the report.")
 CURVES = flags.DEFINE_multi_string(
     "curves",
@@ -138,7 +139,7 @@ CURVES = flags.DEFINE_multi_string(
 
 _ASKING = (
     *("baseline", "output", "shots", "selection", "text_examples", "beam_size", "max_tokens"),
-    *("limit", "batch_size", "seed", "seconds", "curves", "mesh", "frozen_dtype"),
+    *("limit", "batch_size", "seed", "seconds", "curves", "mesh", "frozen_dtype", "parts"),
 )
 READS = {
     "--benchmark": (
@@ -146,7 +147,7 @@ READS = {
         *("support_limit", "frames", "fps"),
     ),
     "--suite": ("suite", *_ASKING, "data", "few_shot_limit"),
-    "--evaluator": ("evaluator", "workdir"),
+    "--evaluator": ("evaluator", "workdir", "parts"),
 }
 """{mode of the command: flags that only some modes read}."""
 
@@ -222,7 +223,16 @@ def run_evaluators() -> int:
         raise UserError("name what is measured: --workdir=FOLDER of a run, or --model=EXPORT")
     from launch.evaluators import measure
 
-    print(json.dumps(measure(EVALUATOR.value, model=MODEL.value, workdir=WORKDIR.value)))
+    print(
+        json.dumps(
+            measure(
+                EVALUATOR.value,
+                model=MODEL.value,
+                workdir=WORKDIR.value,
+                parts=command.parts(PARTS),
+            )
+        )
+    )
     return 0
 
 
@@ -255,6 +265,7 @@ def _run() -> Any:
         batch_size=BATCH_SIZE.value,
         mesh=devices.open_mesh(MESH.value),
         frozen_dtype=FROZEN_DTYPE.value,
+        parts=command.parts(PARTS),
         seconds=read_json(pathlib.Path(SECONDS.value)) if SECONDS.value else {},
         curves=curves,
     )

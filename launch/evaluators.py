@@ -3,7 +3,7 @@
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,9 +24,16 @@ from flamingo_jax.training import evaluator, held_out
 from flamingo_jax.training.trained_run import TrainedRun, load_exported_run, load_trained_run
 
 
-def measure(asked: Sequence[str], *, model: str = "", workdir: str = "") -> dict[str, float]:
+def measure(
+    asked: Sequence[str],
+    *,
+    model: str = "",
+    workdir: str = "",
+    parts: Mapping[str, str] | None = None,
+) -> dict[str, float]:
     """Runs evaluators on the export `model`, or on the newest checkpoint in `workdir`.
 
+    parts: folders of frozen parts that the export does not contain, see `fj.load`.
     asked: names of evaluators in the run's config, or descriptions such as
       "kind=retrieval,path=data/photos".
 
@@ -34,7 +41,7 @@ def measure(asked: Sequence[str], *, model: str = "", workdir: str = "") -> dict
     Raises: UserError for a name that is not in the config, or an evaluator that cannot run.
     """
     folder = as_path(model or workdir)
-    run = load_exported_run(folder) if model else load_trained_run(folder)
+    run = load_exported_run(folder, parts) if model else load_trained_run(folder)
     with jax.set_mesh(run.mesh):
         tokenizer = _tokenizer(run)
         evaluators = dict(_make(text, run, tokenizer) for text in asked)

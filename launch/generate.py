@@ -57,6 +57,7 @@ FRAMES = flags.DEFINE_integer(
 )
 MESH = flags.DEFINE_string("mesh", "", devices.HELP)
 FROZEN_DTYPE = flags.DEFINE_enum("frozen_dtype", None, devices.FROZEN_DTYPES, devices.DTYPE_HELP)
+PARTS = command.define_parts()
 
 
 def main() -> int:
@@ -74,7 +75,9 @@ def main() -> int:
         for parts in read_prompts(file, "--prompt")
     ]
     mesh = devices.open_mesh(MESH.value)
-    model = fj.load(MODEL.value, mesh=mesh, frozen_dtype=FROZEN_DTYPE.value)
+    model = fj.load(
+        MODEL.value, mesh=mesh, frozen_dtype=FROZEN_DTYPE.value, parts=command.parts(PARTS)
+    )
     completions = model.generate(
         prompts,
         max_tokens=MAX_TOKENS.value,

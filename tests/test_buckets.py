@@ -14,7 +14,8 @@ import pytest
 from flamingo_jax import bucket_path, folder_lock, json_lines, paths
 from flamingo_jax.checkpointing import bucket_arrays, manifest
 from flamingo_jax.checkpointing.checkpoints import Checkpoints
-from flamingo_jax.checkpointing.export import BEGUN, export_model, open_export
+from flamingo_jax.checkpointing.export import export_model, open_export
+from flamingo_jax.checkpointing.shard_writer import PLAN
 from flamingo_jax.errors import UserError
 from flamingo_jax.folder_lock import FolderLock, FolderLockedError
 from tests.object_store import ObjectStore, object_store, s3_server  # noqa: F401
@@ -251,8 +252,10 @@ def test_an_export_is_written_and_read_where_it_lies(
         np.testing.assert_array_equal(np.asarray(array), parameters[name].astype(np.float32))
     with pytest.raises(UserError, match="is there already"):
         export(folder / "export")
-    # What a killed export leaves has no manifest, and is written anew.
+    # What a killed export leaves has a plan and no manifest, and is written anew.
+    assert PLAN not in [file.name for file in (folder / "export").iterdir()]
     (folder / "export" / manifest.NAME).unlink()
+    (folder / "export" / PLAN).write_text("{}")
     with pytest.raises(UserError, match="lacks its manifest"):
         open_export(folder / "export")
     export(folder / "export")
@@ -261,18 +264,17 @@ def test_an_export_is_written_and_read_where_it_lies(
     (folder / "other" / "work.txt").write_text("mine")
     with pytest.raises(UserError, match="is there already"):
         export(folder / "other")
-    assert BEGUN in [file.name for file in (folder / "export").iterdir()]
 
 
 def test_a_damaged_export_is_named(folder: pathlib.Path) -> None:
     export_model(
         folder / "e", kind="flamingo", config={}, parameters={"a": np.arange(9, dtype=np.float32)}
     )
-    flip(folder / "e" / "model-00001.safetensors")
-    with pytest.raises(UserError, match="model-00001.safetensors has other content"):
+    flip(folder / "e" / "model-00001-of-00001.safetensors")
+    with pytest.raises(UserError, match="model-00001-of-00001.safetensors has other content"):
         open_export(folder / "e").verify()
-    content = (folder / "e" / "model-00001.safetensors").read_bytes()
-    (folder / "e" / "model-00001.safetensors").write_bytes(content[:-4])
+    content = (folder / "e" / "model-00001-of-00001.safetensors").read_bytes()
+    (folder / "e" / "model-00001-of-00001.safetensors").write_bytes(content[:-4])
     with pytest.raises(UserError, match="bytes instead of"):
         open_export(folder / "e")
 

@@ -2,11 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
-from flamingo_jax.pytrees import from_flat, restack, stacked_name, to_flat, unstack_names
+from flamingo_jax.pytrees import from_flat, leaf_name, stack_axes, stacked_name, to_flat
 
 
 class Leaf(nnx.Module):
@@ -49,41 +48,16 @@ def test_nested_dicts_come_back_equal() -> None:
     assert from_flat(to_flat(nested)) == nested
 
 
-def test_stacks_are_split_by_layer_and_joined_again() -> None:
-    flat = {
-        "lm/layers/attn/q": np.arange(24.0).reshape(12, 2),
-        "lm/norm": np.ones(3),
-        "enc/layers/layers/w": np.arange(12).reshape(2, 3, 2),
-    }
-    split = unstack_names(flat)
-    assert len(split) == 12 + 1 + 6
-    np.testing.assert_array_equal(split["lm/layers/11/attn/q"], flat["lm/layers/attn/q"][11])
-    np.testing.assert_array_equal(
-        split["enc/layers/1/layers/2/w"], flat["enc/layers/layers/w"][1, 2]
-    )
-    joined = restack({name: split[name] for name in sorted(split)})
-    assert set(joined) == set(flat)
-    for name, value in flat.items():
-        np.testing.assert_array_equal(joined[name], value)
-
-
-def test_stacked_name() -> None:
-    assert stacked_name("a/layers/12/b/3") == ("a/layers/b/3", (12,))
-    assert stacked_name("a/layers/1/layers/2/w") == ("a/layers/layers/w", (1, 2))
-    assert stacked_name("a/b") == ("a/b", ())
-
-
-@pytest.mark.parametrize(
-    ("flat", "words"),
-    [
-        ({"layers/0/w": np.ones(1), "layers/2/w": np.ones(1)}, "lacks layer"),
-        ({"layers/0/w": np.ones(1), "layers/1/w": np.ones(2)}, "differ"),
-        ({"layers/w": np.ones(1)}, "number should follow"),
-    ],
-)
-def test_broken_stacks_are_refused(flat: dict[str, np.ndarray], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        restack(flat)
+def test_a_layers_name_is_that_of_its_stack_and_its_number() -> None:
+    for name, index, leaf in (
+        ("a/layers/b/3", (12,), "a/layers/12/b/3"),
+        ("enc/layers/layers/w", (1, 2), "enc/layers/1/layers/2/w"),
+        ("a/b", (), "a/b"),
+    ):
+        assert leaf_name(name, index) == leaf and stacked_name(leaf) == (name, index)
+        assert stack_axes(name) == len(index)
+    with pytest.raises(ValueError, match="number should follow"):
+        stacked_name("layers/w")
 
 
 def test_conflicting_names_are_refused() -> None:

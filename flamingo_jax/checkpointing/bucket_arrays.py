@@ -21,19 +21,23 @@ import jax
 import numpy as np
 import tensorstore as ts
 
+from flamingo_jax.checkpointing.stored_arrays import StoredArrays
+
 CHUNK_BYTES = 256 << 20
 """The largest size of an object: larger ones would need several requests."""
 RETRIES = {"max_retries": 10, "initial_delay": "200ms", "max_delay": "10s"}
 """Retries of a request that failed: about a minute in all."""
+SETTINGS = {"s3_request_retries": RETRIES, "gcs_request_retries": RETRIES}
+"""Of tensorstore's context."""
 THREADS = 8
 _Index = tuple[slice, ...]
 
 
 class BucketArrays:
-    """Saves and restores arrays by name, as orbax's StandardCheckpointer does on a disk."""
+    """Saves and restores arrays by name, as `DiskArrays` does on a disk."""
 
     def __init__(self) -> None:
-        self._context = ts.Context({"s3_request_retries": RETRIES, "gcs_request_retries": RETRIES})
+        self._context = ts.Context(SETTINGS)
         self._writing: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -102,6 +106,10 @@ class BucketArrays:
                 return dict(zip(targets, pool.map(one, targets), strict=True))
         except ValueError as error:
             raise OSError(f"the bucket does not give it: {_first_line(error)}") from error
+
+    def open(self, folder: pathlib.Path) -> StoredArrays:
+        """Opens arrays for reading a piece at a time."""
+        return StoredArrays({"driver": "zarr3"}, _kvstore(folder), SETTINGS)
 
     def close(self) -> None:
         """Waits for the save in flight."""

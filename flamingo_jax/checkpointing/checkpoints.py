@@ -1,7 +1,7 @@
 """Saves and restores the checkpoints of a run: asynchronously, atomically, and verified before
-use. This is the only file that imports orbax.
+use.
 
-    <folder>/<step>/state/          the arrays, by flat name, in orbax's format
+    <folder>/<step>/state/          the arrays, by flat name (`disk_arrays`)
     <folder>/<step>/contents.json   names, dtypes and shapes of the arrays, and the extra data
     <folder>/<step>/manifest.json   size and digest of every file; written last
 
@@ -14,18 +14,15 @@ is renamed to `manifest.json.damaged` instead.
 import contextlib
 import json
 import logging
-import os
 import pathlib
-import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from flamingo_jax import paths, renamed
@@ -37,6 +34,10 @@ from flamingo_jax.checkpointing.contents import (
     require_same_arrays,
     require_saveable,
 )
+from flamingo_jax.checkpointing.damaged import DAMAGED, damaged_steps, is_damaged, mark_damaged
+from flamingo_jax.checkpointing.disk_arrays import OTHER, DiskArrays
+from flamingo_jax.checkpointing.stored_arrays import PARAMETERS
+from flamingo_jax.checkpointing.streaming import StreamedTensor
 from flamingo_jax.distributed.coordinator import SAVING
 from flamingo_jax.distributed.process_group import ProcessGroup, SingleProcess
 from flamingo_jax.errors import StorageError, UserError
@@ -45,9 +46,6 @@ log = logging.getLogger(__name__)
 
 CONTENTS = "contents.json"
 STATE = "state"
-DAMAGED = manifest.NAME + ".damaged"
-"""The manifest of a damaged step in a bucket."""
-_ASIDE = re.compile(r"([0-9]{1,18})\.damaged(\.[0-9]+)?")
 
 
 class SaveError(StorageError):
@@ -94,12 +92,13 @@ class Checkpoints:
         self._folder = paths.as_path(folder).absolute()
         self._in_bucket = paths.is_bucket(self._folder)
         self._keep_last, self._keep_every = keep_last, keep_every
-        self._arrays = BucketArrays() if self._in_bucket else ocp.StandardCheckpointer()
+        self._arrays = BucketArrays() if self._in_bucket else DiskArrays()
         self._primary, self._group = jax.process_index() == 0, process_group or SingleProcess()
         self._ending: threading.Thread | None = None
         self._failure: tuple[int, BaseException] | None = None
         self._saved: set[int] = set()
         self._verified: set[int] = set()
+        self._verified_parameters: set[int] = set()
         self._cleaned = False
 
     def save(self, step: int, state: Any, extra: dict[str, Any]) -> None:
@@ -135,10 +134,11 @@ class Checkpoints:
             if self._primary:
                 if not self._cleaned:
                     self._remove_leftovers()
-                if self._in_bucket:
-                    self._remove_damaged(step)
-                else:
+                if not self._in_bucket:
                     self._path(step).mkdir(parents=True)
+                elif is_damaged(self._path(step)):
+                    log.warning("removing %s, which was damaged: saved anew", self._path(step))
+                    self._remove(self._path(step))
                 # Written first: a folder with this file is recognised as an unfinished save of
                 # ours.
                 manifest.write_atomically(self._path(step) / CONTENTS, text)
@@ -184,17 +184,20 @@ class Checkpoints:
             self._verified.add(step)
         return step
 
-    def newest(self) -> FoundCheckpoint:
+    def newest(self, *, parameters_only: bool = False) -> FoundCheckpoint:
         """Finds the newest complete step like `latest`, without changing the folder, and also
         returns the steps that were skipped. Only for a single process.
+
+        parameters_only: reads and verifies only what `parameters` and `extra` read; of other
+          files, moments among them, only the sizes are compared.
         """
         with self._reading():
-            found = self._find_newest(set_aside=False)
-            for step, where in self._damaged():
+            found = self._find_newest(set_aside=False, parameters_only=parameters_only)
+            for step, where in damaged_steps(self._folder):
                 if step > (found.step or 0):
                     found.skipped.setdefault(step, f"it was damaged and is {where} now")
         if found.step is not None:
-            self._verified.add(found.step)
+            (self._verified_parameters if parameters_only else self._verified).add(found.step)
         return found
 
     def restore(self, step: int, template: Any) -> Any:
@@ -234,13 +237,37 @@ class Checkpoints:
                 )
         return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in wanted])
 
+    def parameters(
+        self, step: int, targets: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> list[StreamedTensor]:
+        """Describes parameters of a saved state for reading one layer at a time; moments are
+        not read. targets: {name without "trainable/": shape, dtype}.
+
+        Raises: UserError as `restore`.
+        """
+        if step not in self._verified_parameters:
+            self._require_verified(step)
+        saved = self._contents(step)["arrays"]
+        prefix = f"{PARAMETERS}/"
+        require_same_arrays(
+            {name: kind for name, kind in saved.items() if name.startswith(prefix)},
+            {prefix + name: target for name, target in targets.items()},
+            self._path(step),
+        )
+        stored = self._arrays.open(self._path(step) / STATE)
+        try:
+            return stored.stream(targets, prefix)
+        except ValueError as error:
+            raise manifest.unreadable(self._path(step), error) from error
+
     def extra(self, step: int) -> dict[str, Any]:
         """Returns the JSON data that were saved with a step, with renamed fields translated.
 
         Raises UserError when there is no such step or it is damaged.
         """
         self.wait()
-        self._require_verified(step)
+        if step not in self._verified_parameters:
+            self._require_verified(step)
         return renamed.with_new_names("Checkpoint", self._contents(step)["extra"])
 
     def wait(self) -> None:
@@ -366,7 +393,7 @@ class Checkpoints:
         """Lists the steps that have a manifest, newest first."""
         return [step for step in self._folders() if self._has_manifest(step)]
 
-    def _find_newest(self, *, set_aside: bool) -> FoundCheckpoint:
+    def _find_newest(self, *, set_aside: bool, parameters_only: bool = False) -> FoundCheckpoint:
         """Finds the newest complete checkpoint.
 
         Raises OSError for a read error, which is not damage: only different bytes are.
@@ -375,7 +402,7 @@ class Checkpoints:
         for step in skipped:
             log.warning("passing over %s: %s", self._path(step), skipped[step])
         for step in self._steps():
-            damage = self._damage(step)
+            damage = self._damage(step, parameters_only)
             if damage is None:
                 return FoundCheckpoint(
                     step, {other: why for other, why in skipped.items() if other > step}
@@ -384,18 +411,25 @@ class Checkpoints:
                 # A run that is still training has just removed it.
                 continue
             skipped[step] = f"it is damaged: {damage}"
-            where = self._set_aside(step) if set_aside else self._path(step)
+            where = mark_damaged(self._path(step)) if set_aside else self._path(step)
             log.warning("checkpoint %s is damaged: %s; trying the one before", where, damage)
         return FoundCheckpoint(None, skipped)
 
-    def _damage(self, step: int) -> str | None:
+    def _damage(self, step: int, parameters_only: bool = False) -> str | None:
         """Describes the first difference from the manifest, None if there is none. Raises
         OSError.
         """
         with self._working(f"verifying step {step}") as progress:
             try:
                 listing = manifest.read_manifest(self._path(step))
-                manifest.check_digests(self._path(step), listing, progress)
+                wanted = set(listing.files)
+                if parameters_only:
+                    # Earlier versions saved parameters and moments to the same files.
+                    other = f"{STATE}/{OTHER}/", f"{STATE}/optimizer/"
+                    wanted = {name for name in wanted if not name.startswith(other)}
+                manifest.check_digests(
+                    self._path(step), listing, progress, wanted=wanted.__contains__
+                )
             except (manifest.DamageError, FileNotFoundError) as error:
                 return str(error)
         return None
@@ -417,36 +451,6 @@ class Checkpoints:
             yield
         except OSError as error:
             raise manifest.unreadable(self._folder, error) from error
-
-    def _damaged(self) -> list[tuple[int, pathlib.Path]]:
-        """Lists the damaged steps that were renamed, each with its present path."""
-        if self._in_bucket:
-            steps = [step for step in self._folders() if self._is_damaged(step)]
-            return [(step, self._path(step) / DAMAGED) for step in steps]
-        names = os.listdir(self._folder) if manifest.is_there(self._folder) else []
-        found = [(_ASIDE.fullmatch(name), self._folder / name) for name in names]
-        return [(int(aside[1]), path) for aside, path in found if aside]
-
-    def _is_damaged(self, step: int) -> bool:
-        return manifest.is_there(self._path(step) / DAMAGED)
-
-    def _remove_damaged(self, step: int) -> None:
-        """Removes the damaged files of a step in a bucket before it is saved again."""
-        if self._is_damaged(step):
-            log.warning("removing %s, which was damaged: it is saved again", self._path(step))
-            self._remove(self._path(step))
-
-    def _set_aside(self, step: int) -> pathlib.Path:
-        if self._in_bucket:
-            text = (self._path(step) / manifest.NAME).read_bytes()
-            (self._path(step) / DAMAGED).write_bytes(text)
-            (self._path(step) / manifest.NAME).unlink()
-            return self._path(step) / DAMAGED
-        number, target = 1, self._folder / f"{step}.damaged"
-        while target.exists():
-            number, target = number + 1, self._folder / f"{step}.damaged.{number + 1}"
-        self._path(step).rename(target)
-        return target
 
     def _require_verified(self, step: int) -> None:
         if step in self._verified:

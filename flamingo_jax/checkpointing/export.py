@@ -10,26 +10,33 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import safetensors
-from safetensors.numpy import save_file
 
 from flamingo_jax import paths
 from flamingo_jax.checkpointing import manifest
-from flamingo_jax.checkpointing.stored_tensors import (
-    DTYPES,
-    StoredTensor,
-    Term,
-    read_headers,
-    read_whole,
+from flamingo_jax.checkpointing.shard_writer import (
+    PLAN,
+    ExportFile,
+    plan_files,
+    plan_shards,
+    remove_plan,
+    write_shards,
 )
+from flamingo_jax.checkpointing.stored_tensors import DTYPES, StoredTensor, Term, read_headers
+from flamingo_jax.checkpointing.streaming import (
+    HashingReader,
+    StreamedTensor,
+    TensorStream,
+    stream_arrays,
+)
+from flamingo_jax.checkpointing.tensor_streams import stream_tensors
 from flamingo_jax.checkpointing.tensors import read_sharded
 from flamingo_jax.checkpointing.verification import verify
 from flamingo_jax.distributed.process_group import ProcessGroup
@@ -37,16 +44,27 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.json_lines import read_bytes
 from flamingo_jax.processing.tokenizer import FILE_NAME, JSON_NAME, SPECIALS_NAME, Tokenizer
 from flamingo_jax.processing.tokenizer import tokenizer_file as find_tokenizer
-from flamingo_jax.pytrees import restack, stacked_name, unstack_names
+from flamingo_jax.pytrees import stack_axes, stacked_name
 
 FORMAT = "flamingo_jax"
-VERSION = 1
+VERSION = 2
+"""Exports that are complete in themselves have version 1."""
 KINDS = ("contrastive", "language_model", "vision_encoder", "flamingo")
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
-BEGUN = ".export-begun"
-"""The first file of an export in a bucket: marks a folder without a manifest as an unfinished
-export, which may be removed."""
+CARD = "README.md"
+
+
+class PartReference(NamedTuple):
+    """Names a frozen part that an export does not contain.
+
+    folder: where it was in training, a published model or an export. digest: of its weights
+      there. dtype: of its parameters in training, "" for the one on disk.
+    """
+
+    folder: str
+    digest: str
+    dtype: str = ""
 
 
 def export_model(
@@ -54,76 +72,117 @@ def export_model(
     *,
     kind: str,
     config: dict[str, Any],
-    parameters: Mapping[str, Any] | Iterable[tuple[str, np.ndarray]],
+    parameters: Mapping[str, Any] | TensorStream,
     tokenizer_file: pathlib.Path | str | None = None,
     extra_files: Mapping[str, pathlib.Path | str] | None = None,
-    shard_bytes: int = 2_000_000_000,
+    card: str = "",
+    parts: Mapping[str, PartReference] | None = None,
+    lora: Mapping[str, Any] | None = None,
+    shard_bytes: int = 1_000_000_000,
 ) -> None:
     """Writes an export folder atomically: it appears complete or not at all.
+
+    Host memory holds a piece of a tensor at a time. If the parameters are a stream whose
+    identity is known, what a killed export has written is kept until the same export is made
+    again, which continues it.
 
     Args:
       folder: must not exist yet.
       kind: one of KINDS.
       config: the model's config, JSON-able.
       parameters: {flat stacked name: array of any dtype}, each fully addressable from this
-        process; or an iterable of (per-layer name, array).
+        process; or a stream of tensors with per-layer names.
       tokenizer_file: a SentencePiece model, copied as tokenizer.model, or a tokenizer.json,
         copied with the special tokens that go with it.
       extra_files: further files to copy, {name in the folder: path}.
-      shard_bytes: the largest size of one safetensors file; a larger array gets a file of its
+      card: the text of the model card, written as README.md; "" for none.
+      parts: frozen parts that are not among the parameters, {part: where they are}.
+      lora: the LoRAConfig as JSON, where the parameters hold updates of a part that is not
+        among them.
+      shard_bytes: the largest size of one safetensors file; a larger tensor gets a file of its
         own.
     Raises: UserError when the folder exists, a file is missing or the storage cannot be
-      written.
+      written; what reading the stream raises.
     """
     folder = paths.as_path(folder).absolute()
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, not one of {', '.join(KINDS)}")
-    if _is_taken(folder):
-        raise UserError(f"{folder} is there already: name another folder or remove it")
+    require_free(folder)
     copies = {name: paths.as_path(path) for name, path in (extra_files or {}).items()}
-    taken = {CONFIG, INDEX, FILE_NAME, JSON_NAME, SPECIALS_NAME, manifest.NAME} & set(copies)
+    taken = {CONFIG, INDEX, CARD, FILE_NAME, JSON_NAME, SPECIALS_NAME, manifest.NAME} & set(copies)
     if taken:
         raise ValueError(f"extra_files may not be named {taken}: the export itself writes that")
     tokenizer = None if tokenizer_file is None else paths.as_path(tokenizer_file)
     for path in (*copies.values(), *([tokenizer] if tokenizer else [])):
         if not path.is_file():
             raise UserError(f"{path} is missing, but the export should hold a copy of it")
-    written: dict[str, bytes] = {}
+    document: dict[str, Any] = {"format": FORMAT, "version": 1, "kind": kind, "config": config}
+    if parts:
+        # Earlier versions of the project cannot read it, and say so by its version.
+        references = {name: reference._asdict() for name, reference in parts.items()}
+        document |= {"version": VERSION, "parts": references, "lora": dict(lora or {})}
+    written = {CONFIG: (json.dumps(document, indent=2) + "\n").encode()}
     if tokenizer is not None:
-        written = (
+        written |= (
             Tokenizer.load(tokenizer).files()
             if tokenizer.suffix == ".json"
             else {FILE_NAME: tokenizer.read_bytes()}
         )
-    document = {"format": FORMAT, "version": VERSION, "kind": kind, "config": config}
-    written[CONFIG] = (json.dumps(document, indent=2) + "\n").encode()
+    if card:
+        written[CARD] = card.encode()
+    stream = stream_arrays(parameters) if isinstance(parameters, Mapping) else parameters
+    _write(folder, stream, plan_shards(stream.tensors, shard_bytes), document, written, copies)
 
+
+def _write(
+    folder: pathlib.Path,
+    stream: TensorStream,
+    shards: Sequence[ExportFile],
+    document: Mapping[str, Any],
+    written: Mapping[str, bytes],
+    copies: Mapping[str, pathlib.Path],
+) -> None:
+    """Writes all files of an export, and then commits it."""
     in_bucket = paths.is_bucket(folder)
     target = folder if in_bucket else folder.with_name(manifest.unfinished(folder.name))
+    weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
+    total = sum(shard.bytes for shard in shards)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     try:
-        _begin(target)
-        _write_shards(target, parameters, shard_bytes)
+        digests = write_shards(target, shards, stream, document)
+        (target / INDEX).write_text(json.dumps(index, indent=1) + "\n")
         for name, data in written.items():
             (target / name).write_bytes(data)
         for name, path in copies.items():
             paths.make_folder((target / name).parent)
             _copy(path, target / name)
-        manifest.write_manifest(target)
+        plan = {path.name for path in plan_files(target)}
+        manifest.write_manifest(target, known=digests, besides=plan)
+        # In a bucket the manifest is the commit.
+        remove_plan(target)
         if not in_bucket:
             target.rename(folder)
             manifest.sync_folder(folder.parent)
-    except (OSError, safetensors.SafetensorError) as error:
-        if not in_bucket:
+    except OSError as error:
+        kept = ""
+        if stream.identity:
+            kept = "; what is written is kept, and the same command continues it"
+        elif not in_bucket:
             shutil.rmtree(target, ignore_errors=True)
-        raise UserError(f"{folder} could not be written: {error}") from error
+        raise UserError(f"{folder} could not be written: {error}{kept}") from error
 
 
-def _is_taken(folder: pathlib.Path) -> bool:
-    """Checks whether the folder exists; an unfinished export in a bucket does not count."""
+def require_free(folder: pathlib.Path) -> None:
+    """Raises UserError where the folder of an export exists; an unfinished export in a bucket
+    does not count.
+    """
     if not paths.is_bucket(folder):
-        return folder.exists()
-    files = {file.name for file in paths.files_below(folder)}
-    return bool(files) and (manifest.NAME in files or BEGUN not in files)
+        taken = folder.exists()
+    else:
+        files = {file.name for file in paths.files_below(folder)}
+        taken = bool(files) and (manifest.NAME in files or PLAN not in files)
+    if taken:
+        raise UserError(f"{folder} is there already: name another folder or remove it")
 
 
 def _copy(path: pathlib.Path, target: pathlib.Path) -> None:
@@ -131,79 +190,6 @@ def _copy(path: pathlib.Path, target: pathlib.Path) -> None:
         shutil.copyfile(path, target)
     else:
         target.write_bytes(read_bytes(path))
-
-
-def _begin(folder: pathlib.Path) -> None:
-    """Empties the folder to write to, which can only hold an unfinished export."""
-    if not paths.is_bucket(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        return
-    if manifest.is_there(folder / BEGUN):
-        paths.remove_folder(folder)
-    (folder / BEGUN).write_text("its export has begun; it is whole once manifest.json is there\n")
-
-
-def _write_shards(
-    folder: pathlib.Path,
-    parameters: Mapping[str, Any] | Iterable[tuple[str, np.ndarray]],
-    shard_bytes: int,
-) -> None:
-    """Writes the safetensors files and their index. For a bucket, each file is written on this
-    machine first and then uploaded.
-    """
-    places: list[list[str]] = []
-    total = 0
-    layers = _layers(parameters) if isinstance(parameters, Mapping) else parameters
-    weight_map: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as local:
-        for number, shard in enumerate(_shards(layers, shard_bytes)):
-            places.append(list(shard))
-            total += sum(value.nbytes for value in shard.values())
-            if paths.is_bucket(folder):
-                name = f"model-{number + 1:05d}.safetensors"
-                file = pathlib.Path(local, name)
-                save_file(shard, file, metadata={"format": "np"})
-                paths.upload(file, folder / name)
-                file.unlink()
-                weight_map |= dict.fromkeys(shard, name)
-            else:
-                save_file(shard, folder / f"{number}.safetensors", metadata={"format": "np"})
-    # The number of files, which is part of their names, is known only now. Files in a bucket
-    # cannot be renamed, so their names do not contain it.
-    for number, names in enumerate([] if paths.is_bucket(folder) else places):
-        final = f"model-{number + 1:05d}-of-{len(places):05d}.safetensors"
-        (folder / f"{number}.safetensors").rename(folder / final)
-        weight_map |= dict.fromkeys(names, final)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-
-
-def _layers(parameters: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (per-layer name, array), with one stack at a time in host memory."""
-    for name in sorted(parameters):
-        value = parameters[name]
-        if isinstance(value, jax.Array) and not value.is_fully_addressable:
-            raise ValueError(f"{name} lies partly on other processes: gather it before the export")
-        yield from unstack_names({name: np.asarray(value)}).items()
-
-
-def _shards(
-    layers: Iterable[tuple[str, np.ndarray]], shard_bytes: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """Groups arrays into files of at most `shard_bytes`."""
-    shard: dict[str, np.ndarray] = {}
-    size = 0
-    for leaf, array in layers:
-        array = np.asarray(array, order="C")
-        # Start another file when this array would not fit; a larger one gets a file of its
-        # own.
-        if shard and size + array.nbytes > shard_bytes:
-            yield shard
-            shard, size = {}, 0
-        shard[leaf] = array
-        size += array.nbytes
-    yield shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,8 +205,17 @@ class Export:
     """SHA-256 over the digests of all files: identifies the content of the export."""
     names: tuple[str, ...]
     """Flat stacked names of the parameters, sorted."""
+    parts: Mapping[str, PartReference]
+    """Frozen parts that are not in the folder: `interop.weight_sources` finds them."""
+    lora: Mapping[str, Any]
+    """The LoRAConfig of updates of these parts, as JSON; {} for none."""
     _files: dict[str, str] = dataclasses.field(repr=False)
     _manifest: manifest.Manifest = dataclasses.field(repr=False)
+
+    @property
+    def files(self) -> Mapping[str, manifest.FileDigest]:
+        """Returns {file: size and digest} of all that was exported."""
+        return self._manifest.files
 
     @functools.cached_property
     def _stored(self) -> dict[str, StoredTensor]:
@@ -292,58 +287,78 @@ class Export:
             layers,
         )
 
+    def stream(self, targets: Mapping[str, jax.ShapeDtypeStruct]) -> list[StreamedTensor]:
+        """Describes the parameters in `targets` for reading one layer at a time, cast to the
+        targets' dtypes, in the order of the files.
+        """
+        sources = {leaf: (Term(leaf),) for leaf in self._files}
+        return stream_tensors(self._stored, sources, targets)
+
+    def check(self, reader: HashingReader) -> str:
+        """Compares the files of all parameters with the manifest, and reads what `reader` has
+        not read of them; returns the export's digest.
+
+        Raises: UserError naming the first that differs; StorageError for one that cannot be
+          read at the moment.
+        """
+        with self._reading():
+            for name in sorted(set(self._files.values())):
+                if reader.digest(self.folder / name) != self._manifest.files.get(name):
+                    raise manifest.DamageError(
+                        self.folder, name, "has other content than its manifest says"
+                    )
+        return self.digest
+
     def read(self, prefix: str = "") -> dict[str, np.ndarray]:
         """Reads the parameters whose flat stacked name starts with `prefix`, with layers
-        stacked, in the dtype on disk.
+        stacked, in the dtype on disk. Each layer is read straight into its stack.
 
         Raises: UserError when a file is missing or damaged, StorageError when one cannot be
           read at the moment.
         """
-        if paths.is_bucket(self.folder):
-            return self._read_tensors(prefix)
-        stacks: dict[str, list[str]] = {}
+        values = {
+            name: np.empty(self.shapes[name], self.dtypes[name])
+            for name in self.names
+            if name.startswith(prefix)
+        }
+        seen = dict.fromkeys(values, 0)
         for leaf in self._files:
-            stack = stacked_name(leaf)[0]
-            if stack.startswith(prefix):
-                stacks.setdefault(stack, []).append(leaf)
-        values: dict[str, np.ndarray] = {}
-        opened: dict[str, Any] = {}
+            name, index = stacked_name(leaf)
+            if name not in values:
+                continue
+            tensor, target = self._stored[leaf], values[name][index]
+            if tensor.shape != target.shape or DTYPES[tensor.dtype] != target.dtype:
+                raise UserError(
+                    f"{self.folder}: {leaf} has another shape or type than the other layers: copy"
+                    " or export it again"
+                )
+            place: Any = (*index, ...)
+            memory = values[name][place].reshape(-1).view(np.uint8)
+            with self._reading():
+                manifest.retry_read(
+                    lambda tensor=tensor, memory=memory: paths.read_into(  # type: ignore[misc]
+                        tensor.file, tensor.start, memory
+                    )
+                )
+            seen[name] += 1
+        for name, count in seen.items():
+            if count < math.prod(self.shapes[name][: stack_axes(name)]):
+                raise UserError(f"{self.folder} lacks layers of {name}: copy or export it again")
+        return values
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turns what reading a file raises into what the caller should know."""
         try:
-            with contextlib.ExitStack() as files:
-                for stack in sorted(stacks):
-                    leaves = {}
-                    for leaf in stacks[stack]:
-                        file = self._files[leaf]
-                        if file not in opened:
-                            manifest.require_readable(self.folder / file)
-                            opened[file] = files.enter_context(
-                                safetensors.safe_open(self.folder / file, framework="numpy")
-                            )
-                        leaves[leaf] = opened[file].get_tensor(leaf)
-                    values |= restack(leaves)
-        except (FileNotFoundError, ValueError, safetensors.SafetensorError) as error:
+            yield
+        except manifest.DamageError as error:
+            raise UserError(f"{error}: copy or export {self.folder} again") from error
+        except (EOFError, FileNotFoundError) as error:
             raise UserError(
                 f"{self.folder} cannot be read ({error}): copy or export it again"
             ) from error
         except OSError as error:
             raise manifest.unreadable(self.folder, error) from error
-        return values
-
-    def _read_tensors(self, prefix: str) -> dict[str, np.ndarray]:
-        """Does what `read` does in a bucket, with byte ranges, since safetensors reads only
-        disks.
-        """
-        try:
-            leaves = {
-                leaf: manifest.retry_read(lambda leaf=leaf: read_whole(self._stored[leaf]))  # type: ignore[misc]
-                for leaf in self._files
-                if stacked_name(leaf)[0].startswith(prefix)
-            }
-        except EOFError as error:
-            raise UserError(f"{error}: copy or export {self.folder} again") from error
-        except OSError as error:
-            raise manifest.unreadable(self.folder, error) from error
-        return restack(leaves)
 
     def verify(self, process_group: ProcessGroup | None = None) -> None:
         """Compares every byte with the manifest. All processes of a run must call it together
@@ -354,12 +369,8 @@ class Export:
         Raises: UserError naming the first file that differs from what was exported,
           StorageError for one that cannot be read at the moment.
         """
-        try:
+        with self._reading():
             verify(self.folder, self._manifest, process_group)
-        except manifest.DamageError as error:
-            raise UserError(f"{error}: copy or export {self.folder} again") from error
-        except OSError as error:
-            raise manifest.unreadable(self.folder, error) from error
 
 
 def open_export(folder: pathlib.Path | str) -> Export:
@@ -383,12 +394,13 @@ def _opened(folder: pathlib.Path) -> Export:
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r}")
         kind, version, config = content["kind"], content["version"], content["config"]
+        parts = {name: PartReference(**part) for name, part in content.get("parts", {}).items()}
     except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{folder} is no export of this project: its {CONFIG} is missing or foreign; name a"
             " folder that launch.export wrote"
         ) from error
-    if version != VERSION or kind not in KINDS:
+    if version not in (1, VERSION) or kind not in KINDS:
         raise UserError(
             f"{folder} is a {kind!r} export of version {version}, which this version of the"
             " project cannot read: export it again"
@@ -404,6 +416,7 @@ def _opened(folder: pathlib.Path) -> Export:
         raise UserError(
             f"{folder} lacks its {manifest.NAME} or {INDEX}: copy or export it again"
         ) from error
+    tokenizer, lora = find_tokenizer(folder), content.get("lora", {})
     return Export(
-        folder, kind, config, find_tokenizer(folder), listing.digest, names, files, listing
+        folder, kind, config, tokenizer, listing.digest, names, parts, lora, files, listing
     )

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from flamingo_jax import paths
@@ -103,17 +103,32 @@ def is_there(path: pathlib.Path) -> bool:
     return True
 
 
-def write_manifest(folder: pathlib.Path, progress: Progress = lambda: None) -> Manifest:
+def write_manifest(
+    folder: pathlib.Path,
+    progress: Progress = lambda: None,
+    *,
+    known: Mapping[str, FileDigest] | None = None,
+    besides: Container[str] = (),
+) -> Manifest:
     """Hashes every file below `folder`, flushes it to the disk, and then writes the manifest
     atomically.
+
+    known: digests of files that were flushed and hashed as they were written. besides: names of
+    files that do not belong to the content.
     """
-    sizes = {name: size for name, size in paths.sizes_below(folder).items() if name != NAME}
+    known = known or {}
+    listed = paths.sizes_below(folder).items()
+    sizes = {
+        name: size
+        for name, size in listed
+        if name != NAME and name not in known and name not in besides
+    }
     with concurrent.futures.ThreadPoolExecutor(_threads(folder)) as pool:
         made = pool.map(
             lambda name: _entry(folder / name, progress, sync=True, total=sizes[name]),
             sorted(sizes),
         )
-        entries = dict(zip(sorted(sizes), made, strict=True))
+        entries = dict(zip(sorted(sizes), made, strict=True)) | dict(known)
     manifest = Manifest(_digest(entries), entries)
     write_atomically(folder / NAME, _canonical(manifest))
     return manifest
@@ -164,22 +179,28 @@ def _size(folder: pathlib.Path, name: str) -> int | None:
 
 
 def check_digests(
-    folder: pathlib.Path, manifest: Manifest, progress: Progress = lambda: None
+    folder: pathlib.Path,
+    manifest: Manifest,
+    progress: Progress = lambda: None,
+    *,
+    wanted: Callable[[str], bool] = lambda name: True,
 ) -> None:
-    """Compares every byte of the files with the manifest.
+    """Compares every byte of the files with the manifest; of files that are not `wanted`, only
+    the sizes.
 
     Raises: DamageError for the first file whose size or content differs, OSError for one that
       cannot be read at the moment.
     """
     check_sizes(folder, manifest)
+    names = [name for name in manifest.files if wanted(name)]
     with concurrent.futures.ThreadPoolExecutor(_threads(folder)) as pool:
         found = pool.map(
             lambda name: retry_read(
                 lambda: _entry(folder / name, progress, total=manifest.files[name].bytes)
             ),
-            manifest.files,
+            names,
         )
-        for name, digest in zip(manifest.files, found, strict=True):
+        for name, digest in zip(names, found, strict=True):
             if digest != manifest.files[name]:
                 raise DamageError(folder, name, "has other content than its manifest says")
 
@@ -217,6 +238,12 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
 def unfinished(name: str) -> str:
     """Returns the name that a file or folder has until it is complete."""
     return name + ".writing"
+
+
+def sync_file(path: pathlib.Path) -> None:
+    """Flushes a file to the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: pathlib.Path) -> None:

@@ -93,7 +93,7 @@ def read_sharded(
             target = targets[name]
             if name not in shards:
                 shards[name] = _shards(target, shardings[name], len(index))
-            pieces += _pieces(stored, terms, index, target.shape[len(index) :], shards[name])
+            pieces += layer_pieces(stored, terms, index, target.shape[len(index) :], shards[name])
     _run(pieces, title)
     # The all-gathers below have time limits, so all processes finish reading before them.
     if any(shardings[name] != wanted[name] for name in targets):
@@ -160,27 +160,6 @@ def _spread(
     return NamedSharding(mesh, PartitionSpec(*(axes or None for axes in spec)))
 
 
-def read_layers(
-    stored: Mapping[str, StoredTensor],
-    sources: Mapping[str, Sequence[Term]],
-    shapes: Mapping[str, tuple[int, ...]],
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (per-layer name, array in its stored dtype) in the order of `sources`, with one
-    array at a time in host memory. shapes: {stacked name: shape}.
-    """
-    for leaf, terms in sources.items():
-        name, index = stacked_name(leaf)
-        shape = shapes[name][len(index) :]
-        shard = HostBuffer(
-            np.dtype(DTYPES[stored[terms[0].name].dtype]),
-            (),
-            tuple(slice(0, size) for size in shape),
-            [],
-        )
-        _run(list(_pieces(stored, terms, (), shape, [shard])), "")
-        yield leaf, shard.buffer
-
-
 class HostBuffer:
     """Collects one shard of an array on the CPU: memory that is filled in place and then
     becomes a jax.Array without a copy.
@@ -219,7 +198,7 @@ class HostBuffer:
             if np.may_share_memory(flat, target):
                 _transpose(flat, matrix)
                 return
-        _cast(target, rows.transpose(order))
+        cast_into(target, rows.transpose(order))
 
     def arrays(self) -> list[jax.Array]:
         """Returns the buffer as one array per device, without a copy where JAX allows it."""
@@ -309,7 +288,7 @@ class _Piece(NamedTuple):
     put: Callable[[np.ndarray], None]
 
 
-def _pieces(
+def layer_pieces(
     stored: Mapping[str, StoredTensor],
     terms: Sequence[Term],
     layer: tuple[int, ...],
@@ -470,11 +449,11 @@ def _transpose(target: np.ndarray, matrix: np.ndarray) -> None:
         for column in range(0, matrix.shape[1], columns):
             part = matrix[row : row + rows, column : column + columns]
             near = tile[: part.shape[0], : part.shape[1]]
-            _cast(near, part)
+            cast_into(near, part)
             _bits(target)[column : column + columns, row : row + rows] = _bits(near).T
 
 
-def _cast(target: np.ndarray, source: np.ndarray) -> None:
+def cast_into(target: np.ndarray, source: np.ndarray) -> None:
     """Computes target[...] = source.astype(target.dtype).
 
     Copies and bfloat16 to float32 are done on integer views, since numpy is slow with

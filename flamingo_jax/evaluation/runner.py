@@ -41,6 +41,7 @@ class EvaluationRun:
     batch_size: the most prompts in a batch.
     mesh: the devices of both models; None for the default device.
     frozen_dtype: of both models' frozen parts; None for their exports' own.
+    parts: {part: folder} of frozen parts that the model's export names, see `fj.load`.
     seconds: {stage: wall seconds of training}, for the report.
     curves: {stage: lines of its metrics.jsonl}, for the report.
     began: time.monotonic() at the start.
@@ -53,6 +54,7 @@ class EvaluationRun:
     batch_size: int = 64
     mesh: Mesh | None = None
     frozen_dtype: str | None = None
+    parts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     curves: Mapping[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
     began: float = dataclasses.field(default_factory=time.monotonic)
@@ -71,7 +73,7 @@ class EvaluationRun:
         Returns: ({name: engine}, fields of report.json that identify the models and settings).
         """
         options: Any = {"mesh": self.mesh, "frozen_dtype": self.frozen_dtype}
-        loaded = {MODEL: load_flamingo(self.model, **options)}
+        loaded = {MODEL: load_flamingo(self.model, parts=self.parts, **options)}
         if self.baseline:
             loaded[BASELINE] = load_flamingo(self.baseline, **options)
         engines = {

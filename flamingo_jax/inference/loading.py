@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.inference.placement import check_mesh, parameter_shardings
 from flamingo_jax.interop.quantised import read_quantised
-from flamingo_jax.interop.weight_sources import ExportedPart, declare
+from flamingo_jax.interop.weight_sources import ExportedPart, declare, open_model
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.models.quantised import quantise_part
 from flamingo_jax.processing.tokenizer import Tokenizer
@@ -49,6 +50,7 @@ def load_flamingo(
     frozen_dtype: str | None = None,
     mesh: Mesh | None = None,
     process_group: ProcessGroup | None = None,
+    parts: Mapping[str, str | pathlib.Path] | None = None,
 ) -> LoadedFlamingo:
     """Loads the model of an exported folder. Weights keep their stored dtypes and are cast
     where they are used.
@@ -64,12 +66,16 @@ def load_flamingo(
       mesh: of `partitioning.mesh.make_mesh`; by default the first local device.
       process_group: where several processes load together, what they wait for one another
         with; all of them call this.
+      parts: {part: folder} of frozen parts that the export names but does not contain, where
+        they are elsewhere now ("language_model", "vision_encoder").
 
     Raises:
-      UserError: the folder is no export, or one of another kind; parameters are missing,
-        unknown or of another shape; or the mesh does not fit the model.
+      UserError: the folder is no export, or one of another kind; a part that it names is
+        missing or another one; parameters are missing, unknown or of another shape; or the
+        mesh does not fit the model.
     """
-    export = _open(folder)
+    model = open_model(folder, parts)
+    export = _flamingo(model.export)
     config = from_json(FlamingoConfig, export.config)
     if export.tokenizer_file is None:
         raise UserError(f"{folder} holds no tokenizer: export the stage again with its tokenizer")
@@ -85,7 +91,7 @@ def load_flamingo(
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     # Shapes alone: parameters are read from the export, not initialised.
     graph, state = nnx.split(nnx.eval_shape(lambda: _build(config, dtype, frozen_dtype)))
-    source, shapes = ExportedPart(export, ""), to_flat(state)
+    source, shapes = ExportedPart(model, ""), to_flat(state)
     _check(str(folder), shapes, source.shapes)
     targets = _as_frozen(declare(source, shapes), frozen_dtype)
     if mesh is not None:
@@ -123,16 +129,15 @@ def flamingo_config(folder: str | pathlib.Path) -> FlamingoConfig:
 
     Raises: UserError where the folder is none.
     """
-    return from_json(FlamingoConfig, _open(folder).config)
+    return from_json(FlamingoConfig, _flamingo(open_export(folder)).config)
 
 
-def _open(folder: str | pathlib.Path) -> Export:
-    """Opens an export, and raises UserError if it is not of a Flamingo."""
-    export = open_export(folder)
+def _flamingo(export: Export) -> Export:
+    """Returns an export, and raises UserError if it is not of a Flamingo."""
     if export.kind != "flamingo":
         raise UserError(
-            f"{folder} holds a {export.kind} export, but a Flamingo is needed: name the folder"
-            " exported from its Flamingo stage"
+            f"{export.folder} holds a {export.kind} export, but a Flamingo is needed: name the"
+            " folder exported from its Flamingo stage"
         )
     return export
 

@@ -11,7 +11,7 @@ import math
 import os
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
 import jax
@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from flamingo_jax.checkpointing.export import export_model
+from flamingo_jax.checkpointing.model_card import LOAD_FLAMINGO, ModelCard, render
 from flamingo_jax.configuring import to_json
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import FlamingoConfig
@@ -410,6 +411,7 @@ class Model:
                 config=to_json(self.config),
                 parameters=parameters,
                 tokenizer_file=tokenizer_file(temporary),
+                card=_card(parameters),
             )
 
     def _visual(self, image: Any) -> Visual:
@@ -449,11 +451,13 @@ def load(
     mesh: Mesh | None = None,
     dtype: DTypeLike | None = None,
     frozen_dtype: str | None = None,
+    parts: Mapping[str, str | pathlib.Path] | None = None,
 ) -> Model:
     """Loads a Flamingo exported by `launch.export`.
 
     Args:
-      folder: the export; nothing else is read.
+      folder: the export. Nothing else is read, except the frozen parts that an export of
+        `launch.export --trained_only` names.
       mesh: the devices, as `flamingo_jax.make_mesh` makes it; None for the default device. Each
         parameter is read straight into its shards, and all methods of the model run on the
         mesh, with the results of one device: rows over `data` and `fsdp`, heads over `model`.
@@ -465,9 +469,23 @@ def load(
       frozen_dtype: "float32", "bfloat16" or "int8" for language model and vision encoder, which
         are cast or quantised as they are read; by default their stored dtypes. int8 takes half
         of bfloat16's memory; `python -m launch.benchmark int8` says what it changes.
+      parts: the folders of such parts, where they are elsewhere now than in training, as
+        {"language_model": FOLDER, "vision_encoder": FOLDER}. Their digests must be the same.
 
-    Raises: UserError where the folder is no complete export of a Flamingo, or the mesh does not
-      fit the model or its weights the memory of the devices.
+    Raises: UserError where the folder is no complete export of a Flamingo, a part is missing or
+      is another one, or the mesh does not fit the model or its weights the memory of the
+      devices.
     """
-    loaded = load_flamingo(folder, dtype, frozen_dtype=frozen_dtype, mesh=mesh)
+    loaded = load_flamingo(folder, dtype, frozen_dtype=frozen_dtype, mesh=mesh, parts=parts)
     return Model(loaded.model, loaded.tokenizer, digest=loaded.digest)
+
+
+def _card(parameters: Mapping[str, jax.Array]) -> str:
+    """Writes the model card of a model that was saved from Python."""
+    counts: dict[str, int] = {}
+    for name, value in parameters.items():
+        part = name.split("/")[0].replace("_", " ")
+        counts[part] = counts.get(part, 0) + value.size
+    summary = "A Flamingo, saved with `Model.save`; what it was trained on is not recorded."
+    loading = LOAD_FLAMINGO.format(parts="", flags="")
+    return render(ModelCard("Flamingo", summary, counts, loading=loading))

@@ -1,13 +1,17 @@
 """Converts the folder of a published model to an export, or compares it with its original."""
 
 import logging
-import math
 import pathlib
-from collections.abc import Iterator
-
-import numpy as np
 
 from flamingo_jax.checkpointing.export import export_model
+from flamingo_jax.checkpointing.model_card import (
+    LOAD_PART,
+    ModelCard,
+    count_parameters,
+    describe_part,
+    render,
+)
+from flamingo_jax.checkpointing.streaming import TensorStream
 from flamingo_jax.configuring import to_json
 from flamingo_jax.errors import UserError
 from flamingo_jax.interop.folders import ModelPart, PublishedFolder, open_folder
@@ -16,13 +20,11 @@ from flamingo_jax.interop.verify import (
     verify_language_model,
     verify_vision_encoder,
 )
+from flamingo_jax.interop.weight_sources import declare
 from flamingo_jax.processing.tokenizer import Tokenizer
-from flamingo_jax.progress import Bar
 
 log = logging.getLogger(__name__)
 
-SHARD_BYTES = 500_000_000
-"""Size of each file of the export. Host memory holds a file twice while it is written."""
 DIFFERENT = 1e-3
 """A relative error above this is more than rounding."""
 
@@ -46,10 +48,10 @@ def convert(folder: pathlib.Path, part: ModelPart, output: pathlib.Path) -> None
         output,
         kind=part,
         config=to_json(found.config),
-        parameters=_with_progress(found),
+        parameters=TensorStream(found.stream(declare(found)), found.stamp()),
         tokenizer_file=found.tokenizer_file,
         extra_files={"original_config.json": folder / "config.json"},
-        shard_bytes=SHARD_BYTES,
+        card=_card(found, folder),
     )
     log.info("wrote the %s of %s to %s", part.replace("_", " "), folder, output)
 
@@ -71,13 +73,15 @@ def require_equal(comparison: Comparison, folder: pathlib.Path) -> None:
         )
 
 
-def _with_progress(found: PublishedFolder) -> Iterator[tuple[str, np.ndarray]]:
-    with Bar(
-        f"converting {found.folder.name}",
-        sum(math.prod(shape) for shape in found.shapes.values()) // 10**6,
-    ) as bar:
-        done = 0
-        for name, array in found.layers():
-            yield name, array
-            before, done = done, done + array.size
-            bar.advance(done // 10**6 - before // 10**6, "million parameters")
+def _card(found: PublishedFolder, folder: pathlib.Path) -> str:
+    """Writes the model card of a converted model."""
+    name = found.part.replace("_", " ")
+    return render(
+        ModelCard(
+            f"The {name} {folder.name}",
+            f"A published {name} in the format of flamingo_jax, its values as they were.",
+            parameters={found.part: count_parameters(found.shapes)},
+            parts=(describe_part(found.part, folder),),
+            loading=LOAD_PART.format(part=found.part),
+        )
+    )

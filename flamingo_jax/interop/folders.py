@@ -7,7 +7,7 @@ import difflib
 import json
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,9 @@ from flamingo_jax.checkpointing.stored_tensors import (
     layout,
     read_headers,
 )
-from flamingo_jax.checkpointing.tensors import read_layers, read_sharded
+from flamingo_jax.checkpointing.streaming import HashingReader, StreamedTensor
+from flamingo_jax.checkpointing.tensor_streams import stream_tensors
+from flamingo_jax.checkpointing.tensors import read_sharded
 from flamingo_jax.checkpointing.verification import file_digests
 from flamingo_jax.distributed.process_group import ProcessGroup
 from flamingo_jax.errors import UserError
@@ -64,10 +66,8 @@ class PublishedFolder:
         Every file is read, once per run. process_group: the processes of the run; by default a
         `SingleProcess`.
         """
-        files = {self.folder / CONFIG, *(tensor.file for tensor in self._stored.values())}
-        names = sorted(file.relative_to(self.folder).as_posix() for file in files)
         try:
-            return manifest.digest_of(file_digests(self.folder, names, process_group))
+            return manifest.digest_of(file_digests(self.folder, self._names(), process_group))
         except OSError as error:
             raise manifest.unreadable(self.folder, error) from error
 
@@ -108,9 +108,34 @@ class PublishedFolder:
         title = "" if layers else f"reading {self.folder.name}"
         return read_sharded(self._stored, self._sources, targets, title, process_group, layers)
 
-    def layers(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields (per-layer name, array in its stored dtype), one at a time in host memory."""
-        return read_layers(self._stored, self._sources, self.shapes)
+    def stream(self, targets: Mapping[str, jax.ShapeDtypeStruct]) -> list[StreamedTensor]:
+        """Describes the parameters in `targets` for reading one layer at a time, cast to the
+        targets' dtypes, in the order of the files.
+        """
+        return stream_tensors(self._stored, self._sources, targets)
+
+    def check(self, reader: HashingReader) -> str:
+        """Returns the same as `digest`, from what `reader` has read, and reads the rest."""
+        try:
+            names = self._names()
+            return manifest.digest_of({name: reader.digest(self.folder / name) for name in names})
+        except OSError as error:
+            raise manifest.unreadable(self.folder, error) from error
+
+    def stamp(self) -> str:
+        """Returns what identifies the content of the files without reading them, as long as
+        they are not moved.
+        """
+        try:
+            versions = [paths.version(self.folder / name) for name in self._names()]
+        except OSError as error:
+            raise manifest.unreadable(self.folder, error) from error
+        return f"{self.folder.absolute()} {[list(version) for version in versions]}"
+
+    def _names(self) -> list[str]:
+        """Lists the files that determine the weights, relative to the folder."""
+        files = {self.folder / CONFIG, *(tensor.file for tensor in self._stored.values())}
+        return sorted(file.relative_to(self.folder).as_posix() for file in files)
 
 
 def is_published_folder(folder: str | pathlib.Path) -> bool:

@@ -16,14 +16,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flamingo_jax import paths
-from flamingo_jax.checkpointing.export import open_export
 from flamingo_jax.configuring import from_json
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import LanguageModelConfig, VisionConfig
 from flamingo_jax.interop.documents import CONFIG
 from flamingo_jax.interop.folders import ModelPart, open_folder
 from flamingo_jax.interop.quantised import read_quantised
-from flamingo_jax.interop.weight_sources import ExportedPart, WeightSource, declare
+from flamingo_jax.interop.weight_sources import ExportedPart, WeightSource, declare, open_model
 from flamingo_jax.models.language_model import LanguageModel
 from flamingo_jax.models.quantised import quantise_part
 from flamingo_jax.models.vision import VisionEncoder, vision_encoder
@@ -178,7 +177,8 @@ def _open(folder: str | pathlib.Path, part: ModelPart) -> tuple[WeightSource, An
     if not ours:
         published = open_folder(folder, part)
         return published, published.config
-    export = open_export(folder)
+    model = open_model(folder)
+    export = model.export
     held_by = EXPORT_PATHS[part] | {"flamingo": FLAMINGO_PATHS[part]}
     path = held_by.get(export.kind)
     if path is None:
@@ -189,7 +189,7 @@ def _open(folder: str | pathlib.Path, part: ModelPart) -> tuple[WeightSource, An
     config = export.config[path.config] if path.config else export.config
     kind = LanguageModelConfig if part == "language_model" else VisionConfig
     parsed = from_json(kind, config, f"the config of {folder}")
-    return ExportedPart(export, path.prefix), parsed
+    return ExportedPart(model, path.prefix), parsed
 
 
 def _merge(graph: Any, source: WeightSource, targets: dict[str, jax.ShapeDtypeStruct]) -> Any:

@@ -5,7 +5,7 @@ Training, inference and the loading of a part alone all read weights through the
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -14,17 +14,22 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from flamingo_jax.checkpointing.export import Export, open_export
+from flamingo_jax import paths
+from flamingo_jax.checkpointing.export import open_export
+from flamingo_jax.checkpointing.streaming import HashingReader, StreamedTensor, whole
 from flamingo_jax.configuring import flatten, from_json, to_json
 from flamingo_jax.distributed.process_group import ProcessGroup, SingleProcess
 from flamingo_jax.errors import UserError
+from flamingo_jax.experiment import LanguageModelConfig, VisionConfig
+from flamingo_jax.interop.exported_model import ExportedModel, Parameters, require_digest
 from flamingo_jax.interop.folders import ModelPart, is_published_folder, open_folder
 from flamingo_jax.interop.quantised import read_quantised
 from flamingo_jax.models.vit import resize_positions
+from flamingo_jax.pytrees import stacked_name
 from flamingo_jax.tasks import stages
+from flamingo_jax.tasks.stages import EXPORT_PATHS, FLAMINGO_PATHS
 from flamingo_jax.weight_parts import dtype_of, float_name, is_scale, is_update, stored_name
 
-Parameters = dict[str, jax.Array]
 T = TypeVar("T")
 
 
@@ -61,28 +66,40 @@ class WeightSource(Protocol):
         layers: only these layers of the stacks in `targets`; by default all.
         """
 
+    def stream(self, targets: Mapping[str, jax.ShapeDtypeStruct]) -> list[StreamedTensor]:
+        """Describes the parameters named in `targets` for reading one layer at a time, with
+        per-layer names, cast to the targets' dtypes.
+        """
+
+    def check(self, reader: HashingReader) -> str:
+        """Verifies the files that `reader` has read for `stream`; returns the same as
+        `digest`. Files that had to be read are not read again.
+        """
+
 
 @dataclasses.dataclass(frozen=True)
 class ExportedPart:
-    """A `WeightSource` that is a part of an export. prefix: of its parameters' names there."""
+    """A `WeightSource` that is a part of an exported model. prefix: of its parameters' names
+    there, "" for the whole model.
+    """
 
-    export: Export
+    model: ExportedModel
     prefix: str
 
     @property
     def tokenizer_file(self) -> pathlib.Path | None:
-        return self.export.tokenizer_file
+        return self.model.tokenizer_file
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self._within(self.export.shapes)
+        return self._within(self.model.shapes)
 
     @property
     def dtypes(self) -> dict[str, np.dtype]:
-        return self._within(self.export.dtypes)
+        return self._within(self.model.dtypes)
 
     def digest(self, process_group: ProcessGroup | None = None) -> str:
-        return self.export.digest
+        return self.model.export.digest
 
     def read(
         self,
@@ -90,13 +107,18 @@ class ExportedPart:
         process_group: ProcessGroup | None = None,
         layers: range | None = None,
     ) -> Parameters:
-        # The parts of a stack are read one after the other: all bytes are verified with the
-        # first.
-        if layers is None or not layers.start:
-            self.export.verify(process_group)
         within = {self.prefix + name: target for name, target in targets.items()}
-        found = self.export.read_sharded(within, process_group, layers)
-        return self._within(found)
+        return self._within(self.model.read(within, process_group, layers))
+
+    def stream(self, targets: Mapping[str, jax.ShapeDtypeStruct]) -> list[StreamedTensor]:
+        within = {self.prefix + name: target for name, target in targets.items()}
+        return [
+            tensor._replace(name=tensor.name.removeprefix(self.prefix))
+            for tensor in self.model.stream(within)
+        ]
+
+    def check(self, reader: HashingReader) -> str:
+        return self.model.check(reader)
 
     def _within(self, values: Mapping[str, T]) -> dict[str, T]:
         """Selects what belongs to the part, under the part's own names."""
@@ -133,6 +155,47 @@ def declare(
     }
 
 
+def open_model(
+    folder: str | pathlib.Path, parts: Mapping[str, str | pathlib.Path] | None = None
+) -> ExportedModel:
+    """Opens an export, and the folders of the frozen parts that it does not contain.
+
+    Args:
+      parts: {part: folder} of parts that are elsewhere now than when they were exported.
+
+    Raises: UserError where the folder is no export, a part is missing or another than the
+      model was trained on, or `parts` names one that the export does not need.
+    """
+    export, parts = open_export(folder), parts or {}
+    for part in parts:
+        if part not in export.parts:
+            needs = " and ".join(export.parts) or "no part from elsewhere"
+            raise UserError(f"parts names a folder for {part!r}, but {folder} needs {needs}")
+    found: dict[str, tuple[str, WeightSource]] = {}
+    for part, reference in export.parts.items():
+        place = paths.as_path(parts.get(part, reference.folder))
+        if not place.is_dir():
+            raise UserError(
+                f"{folder} needs the {part.replace('_', ' ')} of {place}, which is no folder: name"
+                f" the one it is in now, as --parts={part}=FOLDER or parts={{{part!r}: FOLDER}}"
+            )
+        whole_model = export.kind == part
+        config = export.config if whole_model else export.config[FLAMINGO_PATHS[part].config]
+        kind = LanguageModelConfig if part == "language_model" else VisionConfig
+        described = stages.PretrainedPart(
+            part,
+            str(place),
+            from_json(kind, config, f"the config of {folder}"),
+            f"{part}_from",
+            EXPORT_PATHS[part] | {"flamingo": FLAMINGO_PATHS[part]},
+        )
+        source = open_source(described)
+        if isinstance(source, ExportedPart):
+            require_digest(export, part, source.digest())
+        found[part] = ("" if whole_model else f"{part}/", source)
+    return ExportedModel(export, found)
+
+
 def open_source(part: stages.PretrainedPart) -> WeightSource:
     """Opens the folder with a part's weights.
 
@@ -145,7 +208,8 @@ def open_source(part: stages.PretrainedPart) -> WeightSource:
         published = open_folder(part.folder, kind)
         _require_equal(to_json(published.config), to_json(part.config), part)
         return published
-    export = open_export(part.folder)
+    model = open_model(part.folder)
+    export = model.export
     if export.kind not in part.export_paths:
         raise UserError(
             f"{part.folder} holds a {export.kind} export, but config.{part.field} needs one of"
@@ -157,7 +221,7 @@ def open_source(part: stages.PretrainedPart) -> WeightSource:
     # it was trained with.
     theirs = to_json(from_json(type(part.config), theirs, f"the config of {part.folder}"))
     _require_equal(theirs, to_json(part.config), part)
-    return ExportedPart(export, path.prefix)
+    return ExportedPart(model, path.prefix)
 
 
 def read_part(
@@ -170,6 +234,50 @@ def read_part(
     shardings. LoRA updates are in no folder; they are initialised anew.
 
     Raises: UserError where the folder lacks one, or has it in another shape.
+    """
+    names, stored = _targets(source, part, parameters)
+    return {
+        names[name]: _fitted(value, parameters[names[name]])
+        for name, value in read_quantised(source, stored, process_group or SingleProcess()).items()
+    }
+
+
+def stream_part(
+    source: WeightSource,
+    part: stages.PretrainedPart,
+    parameters: Mapping[str, jax.ShapeDtypeStruct],
+) -> list[StreamedTensor]:
+    """Describes what `read_part` reads for reading one layer at a time, with the per-layer
+    names of the model.
+
+    Raises: as `read_part`.
+    """
+    names, stored = _targets(source, part, parameters)
+    found: list[StreamedTensor] = []
+    for tensor in source.stream(stored):
+        name = stacked_name(tensor.name)[0]
+        target = parameters[names[name]]
+        if stored[name].shape != target.shape:
+
+            def pieces(
+                reader: HashingReader,
+                tensor: StreamedTensor = tensor,
+                target: jax.ShapeDtypeStruct = target,
+            ) -> Iterator[np.ndarray]:
+                yield np.asarray(_fitted(jnp.asarray(whole(tensor, reader)), target))
+
+            tensor = tensor._replace(shape=target.shape, dtype=target.dtype, pieces=pieces)
+        found.append(tensor._replace(name=_prefix(part.name) + tensor.name))
+    return found
+
+
+def _targets(
+    source: WeightSource,
+    part: stages.PretrainedPart,
+    parameters: Mapping[str, jax.ShapeDtypeStruct],
+) -> tuple[dict[str, str], dict[str, jax.ShapeDtypeStruct]]:
+    """Finds a part's parameters in its source: {name there: name in the model}, and their
+    targets there. Raises UserError where the source lacks one, or has it in another shape.
     """
     prefix = _prefix(part.name)
     names = {
@@ -191,10 +299,7 @@ def read_part(
         else _as_stored(prefix + name, target, shapes[float_name(name)], part.folder)
         for name, target in targets.items()
     }
-    return {
-        names[name]: _fitted(value, targets[name])
-        for name, value in read_quantised(source, stored, process_group or SingleProcess()).items()
-    }
+    return names, stored
 
 
 def within(

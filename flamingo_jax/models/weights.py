@@ -71,14 +71,24 @@ class LoRAWeight(nnx.Module):
 
     def dense(self) -> Array:
         """Merges base and update into one matrix in the base's dtype, summed in float32."""
-        base = dense(self.base)
-        down = self.lora_down[...].astype(jnp.float32)
-        up = self.lora_up[...].astype(jnp.float32)
-        lead, rank = down.shape[: down.ndim - self.inputs - 1], down.shape[-1]
-        # [layers..., inputs, rank] @ [layers..., rank, outputs]
-        down, up = down.reshape(*lead, -1, rank), up.reshape(*lead, rank, -1)
-        update = jnp.matmul(down, up, precision="highest").reshape(base.shape)
-        return (base.astype(jnp.float32) + self.scale * update).astype(base.dtype)
+        return merge_lora(
+            dense(self.base), self.lora_down[...], self.lora_up[...], self.scale, self.inputs
+        )
+
+
+def merge_lora(base: Array, down: Array, up: Array, scale: float, inputs: int) -> Array:
+    """Adds a low-rank update to a matrix, base + scale * down @ up, in the base's dtype, summed
+    in float32.
+
+    base: [layers..., inputs..., outputs...] with `inputs` axes of inputs. down: [layers...,
+    inputs..., rank]. up: [layers..., rank, outputs...].
+    """
+    down, up = down.astype(jnp.float32), up.astype(jnp.float32)
+    lead, rank = down.shape[: down.ndim - inputs - 1], down.shape[-1]
+    # [layers..., inputs, rank] @ [layers..., rank, outputs]
+    down, up = down.reshape(*lead, -1, rank), up.reshape(*lead, rank, -1)
+    update = jnp.matmul(down, up, precision="highest").reshape(base.shape)
+    return (base.astype(jnp.float32) + scale * update).astype(base.dtype)
 
 
 def dense(weight: nnx.Param | Weight) -> Array:

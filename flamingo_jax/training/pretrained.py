@@ -41,7 +41,7 @@ def load_frozen(
     digests: dict[str, dict[str, str]] = {}
     for part in stages.frozen_parts(experiment):
         if part.folder == "random":
-            parameters |= _random_parameters(experiment, within(part, frozen))
+            parameters |= random_parameters(experiment, within(part, frozen))
             digests[part.name] = {"folder": "random", "digest": f"seed {experiment.seed}"}
             continue
         source = open_source(part)
@@ -81,7 +81,7 @@ def load_warm_started(
 
 
 def require_same_pretrained(
-    saved: dict[str, Any], current: dict[str, Any], workdir: pathlib.Path
+    saved: Mapping[str, Any], current: Mapping[str, Any], workdir: pathlib.Path
 ) -> None:
     """Raises UserError where a frozen part has changed since the checkpoint in `workdir` was
     saved. saved, current: as `load_frozen` returns them.
@@ -109,7 +109,7 @@ def open_frozen_sources(experiment: Experiment) -> dict[str, WeightSource]:
     }
 
 
-def _random_parameters(
+def random_parameters(
     experiment: Experiment, wanted: dict[str, jax.ShapeDtypeStruct]
 ) -> Parameters:
     """Initialises frozen parameters randomly, for benchmarks and tests."""

@@ -7,9 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from flamingo_jax.models.weights import make_dense
 from flamingo_jax.pytrees import from_flat, to_flat
-from flamingo_jax.weight_parts import weight_part
 
 Array = jax.Array
 Parameters = dict[str, Array]
@@ -47,17 +45,6 @@ def merge_model(graph: Any, *parameters: Parameters) -> Any:
     for part in parameters:
         merged |= part
     return nnx.merge(graph, nnx.State(from_flat(merged)))
-
-
-def dense_parameters(graph: Any, parameters: Parameters) -> Parameters:
-    """Merges weights of several arrays (LoRA, int8) into one dense array each, as exports
-    store them.
-    """
-    if not any(weight_part(name) for name in parameters):
-        return parameters
-    model = merge_model(graph, parameters)
-    make_dense(model)
-    return split_model(model)[1]
 
 
 def initial_state(

@@ -1,4 +1,4 @@
-"""Loads the newest intact checkpoint of a run, without changing its workdir, and exports it."""
+"""Loads the newest intact checkpoint of a run, without changing its workdir."""
 
 import dataclasses
 import json
@@ -13,18 +13,13 @@ from jax.sharding import Mesh
 from flamingo_jax import configuring, errors
 from flamingo_jax.checkpointing import manifest
 from flamingo_jax.checkpointing.checkpoints import Checkpoints
-from flamingo_jax.checkpointing.export import export_model, open_export
 from flamingo_jax.experiment import Experiment, LoRAConfig, MeshConfig
+from flamingo_jax.interop.weight_sources import open_model
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.processing.tokenizer import FILE_NAME, tokenizer_file
-from flamingo_jax.tasks import stages
-from flamingo_jax.training.pretrained import (
-    in_stored_dtypes,
-    load_frozen,
-    require_same_pretrained,
-)
+from flamingo_jax.training.pretrained import load_frozen, require_same_pretrained
 from flamingo_jax.training.setup import TrainSetup, make_setup
-from flamingo_jax.training.state import Parameters, dense_parameters
+from flamingo_jax.training.state import Parameters
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +42,12 @@ class TrainedRun(NamedTuple):
     @property
     def tokenizer_file(self) -> pathlib.Path:
         """The tokenizer that the run was trained with."""
-        return tokenizer_file(self.workdir) or self.workdir / FILE_NAME
+        return run_tokenizer(self.workdir)
+
+
+def run_tokenizer(workdir: pathlib.Path) -> pathlib.Path:
+    """Returns the tokenizer in a workdir, or where it should be."""
+    return tokenizer_file(workdir) or workdir / FILE_NAME
 
 
 def read_experiment(workdir: pathlib.Path) -> Experiment:
@@ -66,46 +66,51 @@ def read_experiment(workdir: pathlib.Path) -> Experiment:
     return configuring.from_json(Experiment, json.loads(text))
 
 
-def load_trained_run(workdir: pathlib.Path, *, original: bool = False) -> TrainedRun:
+def open_newest(
+    workdir: pathlib.Path, experiment: Experiment, *, parameters_only: bool = False
+) -> tuple[Checkpoints, int, Mapping[int, str]]:
+    """Opens the checkpoints in a workdir; returns them, the newest intact step, and the newer
+    ones that are not intact with the reason. parameters_only: as `Checkpoints.newest`.
+
+    Raises: UserError where there is no intact checkpoint.
+    """
+    checkpoints = Checkpoints(
+        workdir / "checkpoints",
+        keep_last=experiment.training.keep_last,
+        keep_every=experiment.training.keep_every,
+    )
+    step, newer = checkpoints.newest(parameters_only=parameters_only)
+    if step is None:
+        raise errors.UserError(f"{workdir} has no whole checkpoint{listed(newer)}: train first")
+    log.info("taking step %d of %d%s", step, experiment.training.steps, listed(newer))
+    return checkpoints, step, newer
+
+
+def load_trained_run(workdir: pathlib.Path) -> TrainedRun:
     """Reads the newest intact checkpoint in a workdir, and the frozen parts from their
     folders.
-
-    original: read int8 parts as the floats that are in their folders.
 
     Raises: UserError where there is no intact checkpoint, or frozen parts have changed since.
     """
     experiment = read_experiment(workdir)
-    floats = original and experiment.training.frozen_dtype == "int8"
-    if floats:
-        experiment = _in_floats(experiment)
     # Not the run's mesh but all devices here: a checkpoint can be read on any number of them.
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
     with jax.set_mesh(mesh):
         setup = make_setup(experiment, mesh)
-        checkpoints = Checkpoints(
-            workdir / "checkpoints",
-            keep_last=experiment.training.keep_last,
-            keep_every=experiment.training.keep_every,
-        )
-        step, newer = checkpoints.newest()
-        if step is None:
-            raise errors.UserError(
-                f"{workdir} has no whole checkpoint{_listed(newer)}: train first"
-            )
-        log.info("taking step %d of %d%s", step, experiment.training.steps, _listed(newer))
+        checkpoints, step, newer = open_newest(workdir, experiment)
         state = checkpoints.restore(step, setup.state)
-        targets = in_stored_dtypes(experiment, setup.frozen) if floats else setup.frozen
-        frozen, digests = load_frozen(experiment, targets)
+        frozen, digests = load_frozen(experiment, setup.frozen)
         require_same_pretrained(checkpoints.extra(step)["pretrained"], digests, workdir)
     return TrainedRun(workdir, experiment, mesh, setup, step, newer, state.trainable, frozen)
 
 
-def load_exported_run(folder: pathlib.Path) -> TrainedRun:
-    """Reads the run that an export came from: its config, and the exported parameters.
+def load_exported_run(folder: pathlib.Path, parts: Mapping[str, str] | None = None) -> TrainedRun:
+    """Reads the run that an export came from: its config, and the exported parameters. parts:
+    folders of the parts that the export does not contain, as `interop.weight_sources` takes.
 
     Raises: UserError where the folder is no export of a run.
     """
-    export = open_export(folder)
+    model = open_model(folder, parts)
     if not (folder / "experiment.json").is_file():
         raise errors.UserError(
             f"{folder} does not say which run it came from (experiment.json): name an export of"
@@ -117,12 +122,11 @@ def load_exported_run(folder: pathlib.Path) -> TrainedRun:
     training = dataclasses.replace(experiment.training, lora=LoRAConfig())
     experiment = dataclasses.replace(experiment, training=training)
     if training.frozen_dtype == "int8":
-        experiment = _in_floats(experiment)
+        experiment = in_floats(experiment)
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
     with jax.set_mesh(mesh):
         setup = make_setup(experiment, mesh)
-        export.verify()
-        read = export.read_sharded(setup.trainable | setup.frozen)
+        read = model.read(setup.trainable | setup.frozen)
     return TrainedRun(
         folder,
         experiment,
@@ -135,37 +139,12 @@ def load_exported_run(folder: pathlib.Path) -> TrainedRun:
     )
 
 
-def _in_floats(experiment: Experiment) -> Experiment:
+def in_floats(experiment: Experiment) -> Experiment:
     """Returns the experiment with frozen parts of float dtype."""
     training = dataclasses.replace(experiment.training, frozen_dtype="compute_dtype")
     return dataclasses.replace(experiment, training=training)
 
 
-def export_run(workdir: pathlib.Path, output: pathlib.Path) -> None:
-    """Exports the model of the run in a workdir to one self-contained folder.
-
-    Frozen parts that were trained on as int8 are exported as they are in their folders, in
-    their dtypes there: the export is as good as its source, and loaded with
-    frozen_dtype="int8" it has the very integers that the run was trained on, since these are
-    computed from the same values. Low-rank updates are added to these floats as well.
-
-    Raises: as `load_trained_run`; UserError where `output` already exists.
-    """
-    run = load_trained_run(workdir, original=True)
-    export_model(
-        output,
-        kind=stages.MODEL_FIELD[run.experiment.task],
-        config=configuring.to_json(stages.model_config(run.experiment)),
-        parameters=dense_parameters(run.setup.graph, run.trainable | run.frozen),
-        tokenizer_file=run.tokenizer_file,
-        extra_files={
-            "metrics.jsonl": workdir / "metrics.jsonl",
-            "experiment.json": workdir / "config.json",
-        },
-    )
-    log.info("exported step %d of %s to %s%s", run.step, workdir, output, _listed(run.newer))
-
-
-def _listed(newer: Mapping[int, str]) -> str:
+def listed(newer: Mapping[int, str]) -> str:
     """Formats the newer checkpoints that were not used, for messages."""
     return "".join(f"; not step {step}: {why}" for step, why in sorted(newer.items()))

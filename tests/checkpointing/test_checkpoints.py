@@ -206,7 +206,7 @@ def test_a_storage_that_fails_after_the_check_is_told_too(tmp_path: pathlib.Path
     saved(tmp_path, [1]).close()
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     assert checkpoints.latest() == 1
-    for path in list((tmp_path / "1" / "state" / "d").iterdir()):
+    for path in list((tmp_path / "1" / "state").rglob("d/*")):
         unreadable(path)
     with pytest.raises(StorageError, match=r"1 cannot be read just now .*Error reading"):
         checkpoints.restore(1, template(make_state(1)))

@@ -12,7 +12,9 @@ from safetensors.numpy import save_file
 
 from flamingo_jax.checkpointing import stored_tensors, tensors
 from flamingo_jax.checkpointing.stored_tensors import Term, layout, read_headers
-from flamingo_jax.checkpointing.tensors import read_layers, read_sharded
+from flamingo_jax.checkpointing.streaming import HashingReader, whole
+from flamingo_jax.checkpointing.tensor_streams import stream_tensors
+from flamingo_jax.checkpointing.tensors import read_sharded
 from flamingo_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -103,10 +105,13 @@ def test_layer_by_layer(form: str, tmp_path: pathlib.Path) -> None:
     text, shape, target, expected = FORMS[form]
     layers = {f"t{n}": RNG.normal(size=shape).astype(np.float32) for n in range(2)}
     sources = {f"layers/{n}/w": (Term(f"t{n}", text, **OPTIONS.get(form, {})),) for n in range(2)}
-    made = list(read_layers(stored(tmp_path, layers), sources, {"layers/w": (2, *target)}))
-    assert [name for name, _ in made] == ["layers/0/w", "layers/1/w"]
-    for (_, found), array in zip(made, layers.values(), strict=True):
-        np.testing.assert_array_equal(found, expected(array))
+    targets = {"layers/w": jax.ShapeDtypeStruct((2, *target), np.float32)}
+    made = stream_tensors(stored(tmp_path, layers), sources, targets)
+    assert [tensor.name for tensor in made] == ["layers/0/w", "layers/1/w"]
+    reader = HashingReader()
+    for tensor, array in zip(made, layers.values(), strict=True):
+        assert tensor.shape == target
+        np.testing.assert_array_equal(whole(tensor, reader), expected(array))
 
 
 def test_types_are_cast(tmp_path: pathlib.Path) -> None:

@@ -25,6 +25,7 @@ from flamingo_jax.inference.loading import load_flamingo
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.processing.tokenizer import Tokenizer
+from flamingo_jax.training.exporting import export_run
 from flamingo_jax.training.pretrained import load_frozen
 from flamingo_jax.training.setup import initialise, make_setup
 from flamingo_jax.training.state import merge_model
@@ -172,8 +173,37 @@ def test_an_export_says_which_step_it_takes_and_changes_nothing_in_the_workdir(
     assert f"taking step 3 of 4; not step 4: {told}" in caplog.text
     assert {path.relative_to(workdir) for path in workdir.rglob("*")} == before
     shutil.rmtree(workdir / "checkpoints" / "3")
+    shutil.rmtree(tmp_path / "export")
     with pytest.raises(UserError, match=f"has no whole checkpoint; not step 4: {told}"):
         export.main()
+
+
+def test_an_export_reads_no_moments_and_has_a_card(
+    stages: tuple[Experiment, Export, Export, Export], tmp_path: pathlib.Path
+) -> None:
+    _, contrastive, _, flamingo = stages
+    workdir = tmp_path / "run"
+    ignore = shutil.ignore_patterns("export", "compiled")
+    shutil.copytree(flamingo.folder.parent, workdir, ignore=ignore)
+    state = workdir / "checkpoints" / "4" / "state"
+    moments = [file for file in (state / "other").rglob("d/*") if file.is_file()]
+    for file in moments:
+        file.write_bytes(bytes(file.stat().st_size))
+    export_run(workdir, tmp_path / "export")
+    found, expected = open_export(tmp_path / "export").read(), flamingo.read()
+    assert moments and list(found) == list(expected)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value)
+    # A damaged parameter is another matter: the step before is taken.
+    for file in (state / "trainable").rglob("d/*"):
+        file.write_bytes(bytes(file.stat().st_size))
+    export_run(workdir, tmp_path / "before")
+    card = (tmp_path / "before" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name:") and "| exported step | 3 of 4 |" in card
+    for said in (str(contrastive.folder), contrastive.digest, "| m3w | pages |", "fj.load"):
+        assert said in card
+    count = sum(value.size for value in expected.values())
+    assert f"| total | {count:,} |" in card
 
 
 def test_with_kept_features_the_losses_are_those_of_the_images(

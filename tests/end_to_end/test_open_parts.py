@@ -23,6 +23,7 @@ from flamingo_jax.inference.decoding import DecodingConfig
 from flamingo_jax.inference.engine import Engine
 from flamingo_jax.inference.loading import load_flamingo
 from flamingo_jax.interop.folders import open_folder, read_config
+from flamingo_jax.interop.weight_sources import declare
 from flamingo_jax.json_lines import read_lines
 from flamingo_jax.processing.tokenizer import JSONTokenizer, Tokenizer
 from flamingo_jax.training.pretrained import open_frozen_sources
@@ -273,16 +274,9 @@ def test_the_export_stands_alone(
         found = open_folder(folder, part)  # type: ignore[arg-type]
         exported = direct.read(f"{part}/")
         assert len(exported) == len(found.shapes)
-        for leaf, array in found.layers():
-            stack, layer = (
-                (leaf.replace("layers/1/", "layers/"), 1)
-                if "layers/1/" in leaf
-                else (leaf.replace("layers/0/", "layers/"), 0)
-            )
-            whole = exported[f"{part}/{stack}"]
-            np.testing.assert_array_equal(
-                whole[layer] if stack != leaf else whole, array.astype(np.float32)
-            )
+        for name, array in found.read(declare(found)).items():
+            expected = np.asarray(array).astype(np.float32)
+            np.testing.assert_array_equal(exported[f"{part}/{name}"], expected)
     loaded = load_flamingo(direct.folder)
     assert (
         isinstance(loaded.tokenizer, JSONTokenizer)
