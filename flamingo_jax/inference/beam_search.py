@@ -22,11 +22,11 @@ Array = jax.Array
 
 
 class Generated(NamedTuple):
-    """The continuations of B prompts.
+    """The n best continuations of B prompts, the best first.
 
-    tokens: int32 [B, T], without the stop token, padded with NO_TOKEN.
-    score: float32 [B], log-probability, including the stop token.
-    finished: bool [B], whether a stop token came within T tokens.
+    tokens: int32 [B, n, T], without the stop token, padded with NO_TOKEN.
+    score: float32 [B, n], log-probability, including the stop token; -inf where there is none.
+    finished: bool [B, n], whether a stop token came within T tokens.
     """
 
     tokens: Array
@@ -39,8 +39,8 @@ class _BeamState(NamedTuple):
 
     token: int32 [B * beams], the next inputs. cache: of B * beams rows.
     tokens, score: [B, beams, T] and [B, beams], the open hypotheses, the likeliest first.
-    best, best_score, best_rank: [B, T], [B], [B], the best closed hypothesis, its
-      log-probability and its length-normalised rank.
+    closed, closed_score, closed_rank: [B, n, T], [B, n], [B, n], the n best closed hypotheses,
+      their log-probabilities and their length-normalised ranks; -inf for none.
     """
 
     step: Array
@@ -48,9 +48,9 @@ class _BeamState(NamedTuple):
     cache: Any
     tokens: Array
     score: Array
-    best: Array
-    best_score: Array
-    best_rank: Array
+    closed: Array
+    closed_score: Array
+    closed_rank: Array
 
 
 def beam_search(
@@ -61,12 +61,12 @@ def beam_search(
     constraints: TokenConstraints,
 ) -> Generated:
     """Generates by beam search: keeps the `beam_size` likeliest open hypotheses of every row,
-    and the best closed one (which has ended with a stop token).
+    and the `n_best` best closed ones (which have ended with a stop token).
 
     As is common, a hypothesis closes only if its stop token is among the `beam_size` likeliest
     continuations, so that a beam of one is greedy search. A row is done when no open
-    hypothesis can still outrank the closed one. A row without a closed hypothesis at the end
-    returns its likeliest open one.
+    hypothesis can still outrank the closed ones. A row with too few closed hypotheses at the
+    end returns its likeliest open ones after them.
 
     Args:
       media: of `Flamingo.prepare_media`; None without visuals.
@@ -90,7 +90,7 @@ def beam_search(
         )
         allowed = suppress(log_probabilities, constraints.suppressed)
         continuations = _continuations(s, allowed.reshape(rows, beams, -1), constraints.stop)
-        s = _keep_best_closed(s, continuations, beams, decoding.length_penalty)
+        s = _keep_closed(s, continuations, beams, decoding.length_penalty)
         return _keep_open(s, continuations, beams, cache)
 
     def goes_on(s: _BeamState) -> Array:
@@ -98,10 +98,9 @@ def beam_search(
         # fall, and a positive length penalty favours the longest.
         tokens = length if decoding.length_penalty > 0 else s.step + 1
         reach = s.score[:, 0] / _length_norm(tokens, decoding.length_penalty)
-        return (s.step < length) & jnp.any(reach > s.best_rank)
+        return (s.step < length) & jnp.any(reach > s.closed_rank[:, -1])
 
-    nothing = jnp.full((rows, length), NO_TOKEN, jnp.int32)
-    none = jnp.full(rows, -jnp.inf)
+    none = jnp.full((rows, decoding.n_best), -jnp.inf)
     # At first all hypotheses are the same prompt: all but one get -inf, or they would branch
     # into the same continuations.
     score = jnp.tile(jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf), (rows, 1))
@@ -109,18 +108,28 @@ def beam_search(
         jnp.int32(0),
         prefilled.last,
         prefilled.cache,
-        jnp.tile(nothing[:, None], (1, beams, 1)),
+        jnp.full((rows, beams, length), NO_TOKEN, jnp.int32),
         score,
-        nothing,
+        jnp.full((rows, decoding.n_best, length), NO_TOKEN, jnp.int32),
         none,
         none,
     )
     last = jax.lax.while_loop(goes_on, body, first)
-    finished = last.best_score > -jnp.inf
+    # The closed hypotheses, then the open ones in the places that are left.
+    finished = last.closed_rank > -jnp.inf
+    left = jnp.arange(decoding.n_best) - finished.sum(1, keepdims=True)
+    opened = jnp.maximum(left, 0)
     return Generated(
-        jnp.where(finished[:, None], last.best, last.tokens[:, 0]),
-        jnp.where(finished, last.best_score, last.score[:, 0]),
+        jnp.where(finished[..., None], last.closed, _pick(last.tokens, opened)),
+        jnp.where(finished, last.closed_score, _pick(last.score, opened)),
         finished,
+    )
+
+
+def _pick(arrays: Array, which: Array) -> Array:
+    """Picks hypotheses of every row: arrays [B, beams, ...], which int32 [B, n] -> [B, n, ...]."""
+    return jnp.take_along_axis(
+        arrays, which.reshape(*which.shape, *[1] * (arrays.ndim - 2)), axis=1
     )
 
 
@@ -151,27 +160,23 @@ def _continuations(s: _BeamState, allowed: Array, stop: tuple[int, ...]) -> _Con
     return _Continuations(score, flat // size, token, jnp.isin(token, jnp.array(stop)))
 
 
-def _keep_best_closed(
+def _keep_closed(
     s: _BeamState, found: _Continuations, beams: int, length_penalty: float
 ) -> _BeamState:
-    """Replaces the best closed hypothesis by the best closing continuation, where that ranks
-    higher.
-    """
+    """Keeps the best of the closed hypotheses and of the closing continuations."""
     # Only a stop token among the `beams` best continuations may close a hypothesis.
-    among_beams = jnp.arange(found.score.shape[1]) < beams
-    rank = jnp.where(
-        found.stops & among_beams, found.score / _length_norm(s.step + 1, length_penalty), -jnp.inf
-    )
-    which = jnp.argmax(rank, axis=1, keepdims=True)
-    rank = jnp.take_along_axis(rank, which, axis=1)[:, 0]
-    score = jnp.take_along_axis(found.score, which, axis=1)[:, 0]
-    parent = jnp.take_along_axis(found.parent, which, axis=1)
-    tokens = jnp.take_along_axis(s.tokens, parent[:, :, None], axis=1)[:, 0]
-    better = rank > s.best_rank
+    score, parent, stops = (a[:, :beams] for a in (found.score, found.parent, found.stops))
+    # Of a hypothesis that two stop tokens close, the likelier: the text is the same.
+    same = (parent[:, :, None] == parent[:, None, :]) & stops[:, None, :]
+    repeated = jnp.tril(same, -1).any(-1)
+    rank = jnp.where(stops & ~repeated, score / _length_norm(s.step + 1, length_penalty), -jnp.inf)
+    # Those of before come first, and stay where ranks are equal.
+    ranks = jnp.concatenate([s.closed_rank, rank], 1)
+    ranks, which = jax.lax.top_k(ranks, s.closed_rank.shape[1])
     return s._replace(
-        best=jnp.where(better[:, None], tokens, s.best),
-        best_score=jnp.where(better, score, s.best_score),
-        best_rank=jnp.where(better, rank, s.best_rank),
+        closed=_pick(jnp.concatenate([s.closed, _pick(s.tokens, parent)], 1), which),
+        closed_score=_pick(jnp.concatenate([s.closed_score, score], 1), which),
+        closed_rank=ranks,
     )
 
 
@@ -180,15 +185,19 @@ def _keep_open(s: _BeamState, found: _Continuations, beams: int, cache: Any) -> 
     parents' rows of the cache.
     """
     score, kept = jax.lax.top_k(jnp.where(found.stops, -jnp.inf, found.score), beams)
-    parent, token = (jnp.take_along_axis(a, kept, axis=1) for a in (found.parent, found.token))
-    tokens = jnp.take_along_axis(s.tokens, parent[:, :, None], axis=1)
-    # The parents' rows in the cache of B * beams rows.
-    row = (jnp.arange(parent.shape[0])[:, None] * beams + parent).reshape(-1)
+    parent, token = _pick(found.parent, kept), _pick(found.token, kept)
+
+    def reorder(a: Array) -> Array:
+        # [layers, B * beams, ...]; within each prompt, so that on a mesh no row moves.
+        grouped = a.reshape(a.shape[0], parent.shape[0], beams, *a.shape[2:])
+        which = parent.reshape(1, *parent.shape, *[1] * (grouped.ndim - 3))
+        return jnp.take_along_axis(grouped, which, axis=2).reshape(a.shape)
+
     return s._replace(
         step=s.step + 1,
         token=token.reshape(-1),
-        cache=map_cache(lambda a: jnp.take(a, row, axis=1), cache),
-        tokens=tokens.at[:, :, s.step].set(token),
+        cache=map_cache(reorder, cache),
+        tokens=_pick(s.tokens, parent).at[:, :, s.step].set(token),
         score=score,
     )
 

@@ -2,6 +2,7 @@
 search, and of single ones as streams.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -103,16 +104,21 @@ class Generator(DeviceModel):
             prepared, media = self._to_device(batch)
             made = self.run(_beam_search, prepared, media, decoding, self._constraints)
             for row, prompt in enumerate(indices):
-                ids = [number for number in made.tokens[row].tolist() if number != NO_TOKEN]
-                yield (
-                    prompt,
-                    Completion(
-                        self.tokenizer.decode(ids),
-                        float(made.score[row]),
-                        bool(made.finished[row]),
-                        tuple(ids),
-                    ),
-                )
+                found = [
+                    self._cut(tokens[tokens != NO_TOKEN].tolist(), score, finished, decoding.stop)
+                    for tokens, score, finished in zip(*(a[row] for a in made), strict=True)
+                    if score > -np.inf
+                ]
+                yield prompt, dataclasses.replace(found[0], alternatives=tuple(found[1:]))
+
+    def _cut(self, ids: list[int], score: Any, finished: Any, stop: Sequence[str]) -> Completion:
+        """Returns the completion of a hypothesis, cut at its first stop string."""
+        text = AnswerText(self.tokenizer, stop)
+        for number in ids:
+            text.add(number)
+            if text.stopped:
+                break
+        return Completion(text.text, float(score), bool(finished) or text.stopped, text.tokens)
 
     def _continued(
         self, prompts: Sequence[Prompt], decoding: DecodingConfig, seed: int

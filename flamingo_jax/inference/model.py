@@ -173,7 +173,8 @@ class Model:
             not sample.
           length_penalty: of beam search (Wu et al. 2016); 0 for none, as in the paper.
           stop: texts that end the answer where it contains one, also across tokens; the answer
-            is cut before it.
+            is cut before it. Beam search searches to the <EOC> and cuts what it has found: the
+            score is then still of the whole hypothesis.
           n_best: how many of its answers beam search returns, at most `beam_size`: the best is
             the completion, the others its `alternatives`.
           seed: of sampling. The result for a prompt also depends on its index in the batch,

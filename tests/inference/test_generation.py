@@ -74,10 +74,19 @@ def run(
             )
             for row, gains in zip(*map(np.asarray, chunk[:2]), strict=True)
         ]
+    return [found[0] for found in search(decoding, vocabulary)]
+
+
+def search(
+    decoding: DecodingConfig, vocabulary: TokenConstraints = VOCABULARY
+) -> list[list[tuple[list[int], float, bool]]]:
     made = jax.jit(lambda: beam_search(MODEL, PROMPTS, None, decoding, vocabulary))()
     return [
-        ([t for t in row.tolist() if t >= 0], float(s), bool(f))
-        for row, s, f in zip(*map(np.asarray, made), strict=True)
+        [
+            ([t for t in tokens.tolist() if t >= 0], float(score), bool(finished))
+            for tokens, score, finished in zip(*row, strict=True)
+        ]
+        for row in zip(*map(np.asarray, made), strict=True)
     ]
 
 
@@ -115,6 +124,35 @@ def test_a_length_penalty_ranks_by_mean_like_scores() -> None:
             key=lambda tokens: likelihood(prompt(row), tokens) / ((5 + len(tokens)) / 6) ** 2,
         )
         assert tokens == best[:-1]
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.5])
+def test_n_best_are_the_best_of_all_sequences_in_their_order(length_penalty: float) -> None:
+    made = search(DecodingConfig(T, beam_size=V**3, length_penalty=length_penalty, n_best=4))
+    for row, found in enumerate(made):
+        closed = [
+            [*body, STOP] for n in range(T) for body in itertools.product(range(STOP), repeat=n)
+        ]
+        ranks = {
+            tuple(tokens[:-1]): likelihood(prompt(row), tokens)
+            / ((5 + len(tokens)) / 6) ** length_penalty
+            for tokens in closed
+        }
+        best = sorted(ranks, key=lambda tokens: -ranks[tokens])[:4]
+        assert [tuple(tokens) for tokens, _, _ in found] == best
+        assert all(finished for *_, finished in found)
+        for tokens, score, _ in found:
+            assert_close(score, likelihood(prompt(row), [*tokens, STOP]), TERMS)
+
+
+def test_too_few_ended_hypotheses_are_followed_by_open_ones_without_repeats() -> None:
+    """Two tokens that end a text end each hypothesis once."""
+    two = TokenConstraints(stop=(STOP, 0))
+    for found in search(DecodingConfig(T, beam_size=6, n_best=6), two):
+        texts = [tuple(tokens) for tokens, _, _ in found]
+        assert len(set(texts)) == len(texts)
+        flags = [finished for *_, finished in found]
+        assert flags == sorted(flags, reverse=True) and all(np.isfinite(s) for _, s, _ in found)
 
 
 @pytest.mark.parametrize("beam_size", [2, 3])
