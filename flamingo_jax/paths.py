@@ -95,8 +95,13 @@ def compilation_cache(workdir: pathlib.Path) -> pathlib.Path:
     machine if that is in a bucket, which is too slow for many small files.
     """
     if is_bucket(workdir):
-        return pathlib.Path.home() / ".cache" / "flamingo_jax" / "compiled"
+        return machine_compilation_cache()
     return workdir.absolute() / "compiled"
+
+
+def machine_compilation_cache() -> pathlib.Path:
+    """Returns the folder of JAX's compilation cache on this machine, for what has no workdir."""
+    return pathlib.Path.home() / ".cache" / "flamingo_jax" / "compiled"
 
 
 def create(path: pathlib.Path, content: bytes) -> bool:

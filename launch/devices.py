@@ -56,3 +56,15 @@ def is_first_process() -> bool:
     import jax
 
     return jax.process_index() == 0
+
+
+def keep_compiled_programs() -> None:
+    """Keeps compiled programs on this machine's disk, so that a later command of the same shapes
+    does not compile them again; a cache that JAX's own settings name is used as it is.
+    """
+    import jax
+
+    from flamingo_jax.paths import machine_compilation_cache
+
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        jax.config.update("jax_compilation_cache_dir", str(machine_compilation_cache()))

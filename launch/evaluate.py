@@ -252,6 +252,8 @@ def _run() -> Any:
     text_examples = TEXT_EXAMPLES.value
     if text_examples is None:
         text_examples = 0 if trained_prompts(MODEL.value) else EvaluationSettings.text_examples
+    mesh = devices.open_mesh(MESH.value)
+    devices.keep_compiled_programs()
     return EvaluationRun(
         MODEL.value,
         pathlib.Path(OUTPUT.value),
@@ -263,7 +265,7 @@ def _run() -> Any:
         ),
         baseline=BASELINE.value,
         batch_size=BATCH_SIZE.value,
-        mesh=devices.open_mesh(MESH.value),
+        mesh=mesh,
         frozen_dtype=FROZEN_DTYPE.value,
         parts=command.parts(PARTS),
         seconds=read_json(pathlib.Path(SECONDS.value)) if SECONDS.value else {},

@@ -1,7 +1,8 @@
 r"""Continues prompts of texts, images and videos with an exported Flamingo.
 
     python -m launch.generate --model=runs/quickstart/flamingo/export --prompt=prompt.json \
-        [--beam_size=3 | --temperature=0.7 --top_p=0.9] [--mesh=data=2,model=4]
+        [--beam_size=3 [--n_best=3] | --temperature=0.7 --top_p=0.9] [--stop=TEXT] [--stream] \
+        [--mesh=data=2,model=4]
 
 The prompt file is a JSON list of parts in any order, {"text": "Output:"}, {"image":
 "photo.jpg"} or {"video": "clip.mp4"}, or one such list per line (JSONL) for several prompts.
@@ -15,6 +16,7 @@ needs a backslash before it.
 """
 
 import pathlib
+from typing import Any
 
 from absl import flags
 
@@ -42,6 +44,19 @@ TOP_P = flags.DEFINE_float(
     upper_bound=1.0,
 )
 SEED = flags.DEFINE_integer("seed", 0, "Seed of sampling.", lower_bound=0)
+STOP = flags.DEFINE_multi_string(
+    "stop", [], "Ends an answer before this text; may be given several times."
+)
+N_BEST = flags.DEFINE_integer(
+    "n_best",
+    1,
+    "Answers of beam search for each prompt, the best first, each in a line after its"
+    " log-probability; an empty line follows a prompt's answers.",
+    lower_bound=1,
+)
+STREAM = flags.DEFINE_bool(
+    "stream", False, "Write the answers token by token as they come; greedy, or sampled."
+)
 FPS = flags.DEFINE_float(
     "fps",
     1.0,
@@ -69,27 +84,54 @@ def main() -> int:
             "--top_p is 0, which allows no token: use a number above 0, or --temperature=0 for"
             " the likeliest token"
         )
+    if STREAM.value and (N_BEST.value > 1 or (BEAM.present and BEAM.value > 1)):
+        raise fj.UserError(
+            "--stream writes every token as it comes, but beam search knows its answer only at"
+            " the end: leave out --stream, or --beam_size and --n_best"
+        )
     file = pathlib.Path(PROMPT.value)
     prompts = [
         prompt_of(parts, file.parent, fps=FPS.value, frames=FRAMES.value)
         for parts in read_prompts(file, "--prompt")
     ]
     mesh = devices.open_mesh(MESH.value)
+    devices.keep_compiled_programs()
     model = fj.load(
         MODEL.value, mesh=mesh, frozen_dtype=FROZEN_DTYPE.value, parts=command.parts(PARTS)
     )
+    sampling: dict[str, Any] = {
+        "max_tokens": MAX_TOKENS.value,
+        "temperature": TEMPERATURE.value,
+        "top_p": TOP_P.value,
+        "stop": STOP.value,
+        "seed": SEED.value,
+    }
+    if STREAM.value:
+        for prompt in prompts:
+            for token in model.stream(prompt, **sampling):
+                print(token.text, end="", flush=True)
+            print(flush=True)
+        return 0
     completions = model.generate(
         prompts,
-        max_tokens=MAX_TOKENS.value,
         beam_size=1 if TEMPERATURE.value > 0 else BEAM.value,
-        temperature=TEMPERATURE.value,
-        top_p=TOP_P.value,
-        seed=SEED.value,
+        n_best=N_BEST.value,
+        **sampling,
     )
     if devices.is_first_process():
         for completion in completions:
-            print(completion.text, flush=True)
+            print(shown(completion, N_BEST.value), flush=True)
     return 0
+
+
+def shown(completion: "fj.Completion", n_best: int) -> str:
+    """Returns what is printed of a prompt's answers: the text, or for several each in a line
+    after its log-probability, and an empty line.
+    """
+    if n_best == 1:
+        return completion.text
+    answers = [completion, *completion.alternatives]
+    return "".join(f"{answer.score:.3f}\t{answer.text}\n" for answer in answers)
 
 
 if __name__ == "__main__":

@@ -113,6 +113,14 @@ def test_the_command_continues_every_prompt_of_a_file(tmp_path: pathlib.Path) ->
     )
     assert made.returncode == 0, made.stderr
     assert len(made.stdout.splitlines()) == 2
+    streamed = run(
+        f"--model={folder}", f"--prompt={tmp_path}/prompts.jsonl", "--max_tokens=2", "--stream"
+    )
+    assert streamed.stdout == made.stdout, streamed.stderr
+    refused = run(
+        f"--model={folder}", f"--prompt={tmp_path}/prompts.jsonl", "--stream", "--n_best=2"
+    )
+    assert refused.returncode == 2 and refused.stderr.startswith("error: --stream writes every")
 
     (tmp_path / "wrong.json").write_text('[{"text": "<image><image>Output:"}, {"image": "a.png"}]')
     refused = run(f"--model={folder}", f"--prompt={tmp_path}/wrong.json")
