@@ -48,7 +48,7 @@ class DecodingConfig:
         for name in ("max_tokens", "beam_size", "n_best"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise UserError(f"{name} is {value!r}: it must be a whole number, 1 or more")
+                raise UserError(f"{name} is {value!r}: it must be 1 or more, a whole number")
         if not 0.0 <= self.temperature < math.inf or not math.isfinite(self.length_penalty):
             raise UserError(
                 f"temperature is {self.temperature} and length_penalty {self.length_penalty}:"

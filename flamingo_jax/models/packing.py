@@ -163,13 +163,13 @@ class MediaView(NamedTuple):
                 k, v = (jnp.repeat(a, self.beams, axis=0) for a in (k, v))
                 both = zip((k, v, mask), text, (1, 1, -1), strict=True)
                 k, v, mask = (jnp.concatenate([a, b], axis) for a, b, axis in both)
-            shape = q.shape
-            if k.shape[0] < q.shape[0]:
-                # Rows with the same visuals are more queries of one row: [B, L, H, d] ->
-                # [B / beams, beams * L, H, d], so that the visuals are not copied.
-                q = q.reshape(k.shape[0], -1, *shape[2:])
-                mask = mask.reshape(k.shape[0], 1, -1, mask.shape[-1])
-            return attend(q, k, v, mask).reshape(shape)
+            if k.shape[0] == q.shape[0]:
+                return attend(q, k, v, mask)
+            # Rows with the same visuals are more queries of one row: [B, L, H, d] ->
+            # [B / beams, beams * L, H, d], so that the visuals are not copied.
+            more = q.reshape(k.shape[0], -1, *q.shape[2:])
+            mask = mask.reshape(k.shape[0], 1, -1, mask.shape[-1])
+            return attend(more, k, v, mask).reshape(q.shape)
 
         parts: list[Parts] = [queries, split(key, owned), split(value, owned), self.masks]
         if text is not None:
