@@ -53,6 +53,9 @@ setuptools.setup(
         "parquet": ["pyarrow>=16"],
         "wandb": ["wandb>=0.31"],
         "trackio": ["trackio>=0.43"],
+        # The page to try a model on, and its test in a headless Chromium of the system's.
+        "playground": ["gradio>=6.31"],
+        "playground-test": ["selenium>=4.30"],
         "test": [
             "kubernetes-validate>=1.30",
             "mypy>=1.15",

@@ -68,3 +68,10 @@ def keep_compiled_programs() -> None:
 
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(machine_compilation_cache()))
+
+
+def is_only_process() -> bool:
+    """Returns whether no other process takes part."""
+    import jax
+
+    return jax.process_count() == 1

@@ -27,8 +27,13 @@ FORBIDDEN = {
     ),
     "flamingo_jax/tasks": ("flamingo_jax/training", "flamingo_jax/inference"),
     "flamingo_jax/training": ("flamingo_jax/inference", "flamingo_jax/evaluation"),
-    "flamingo_jax/inference": ("flamingo_jax/training", "flamingo_jax/evaluation"),
-    "flamingo_jax/evaluation": ("flamingo_jax/training",),
+    "flamingo_jax/inference": (
+        "flamingo_jax/training",
+        "flamingo_jax/evaluation",
+        "flamingo_jax/playground",
+    ),
+    "flamingo_jax/evaluation": ("flamingo_jax/training", "flamingo_jax/playground"),
+    "flamingo_jax/playground": ("flamingo_jax/training",),
     "flamingo_jax/processing": ("flamingo_jax/models", "flamingo_jax/training"),
     "flamingo_jax/partitioning": ("flamingo_jax/models", "flamingo_jax/training"),
 }
