@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from flamingo_jax.errors import UserError
 from flamingo_jax.inference.loading import load_flamingo
 from flamingo_jax.interop.load import load_language_model
 from flamingo_jax.models.language_model import LanguageModel
@@ -41,8 +42,8 @@ class PredictionChange(NamedTuple):
 
     tokens: how many predictions were compared.
     perplexity, int8_perplexity: exp of the mean negative log-likelihood.
-    divergence, largest_divergence: KL(before || after) in nats, the mean and the largest of a
-      token.
+    divergence: KL(before || after) in nats, the mean; divergence_99: the 99th percentile of
+      tokens. largest_divergence: of a token.
     largest_difference: the largest absolute difference of a logit.
     same_choice: the share of tokens whose most likely next token is the same.
     """
@@ -51,6 +52,7 @@ class PredictionChange(NamedTuple):
     perplexity: float
     int8_perplexity: float
     divergence: float
+    divergence_99: float
     largest_divergence: float
     largest_difference: float
     same_choice: float
@@ -137,27 +139,29 @@ def compare(before: Any, after: Any, batches: Iterable[Batch]) -> PredictionChan
     tokens that have a loss.
     """
     graphs, states = zip(*(nnx.split(model) for model in (before, after)), strict=True)
-    sums, largest = np.zeros(5), np.zeros(2)
-    for batch in batches:
-        found = jax.device_get(_compare(graphs, states, dict(batch)))
-        sums += np.array(found[0], np.float64)
-        largest = np.maximum(largest, found[1])
-    tokens, loss, int8_loss, divergence, same = sums / np.array([1, *[max(sums[0], 1)] * 4])
+    found = [jax.device_get(_compare(graphs, states, dict(batch))) for batch in batches]
+    kept: dict[str, np.ndarray] = {
+        name: np.concatenate([np.asarray(part[name])[part["counts"]] for part in found])
+        for name in (found[0] if found else ())
+    }
+    if not found or not kept["counts"].size:
+        raise UserError("the text or dataset has no token to predict: name a longer one")
     return PredictionChange(
-        int(tokens),
-        math.exp(loss),
-        math.exp(int8_loss),
-        float(divergence),
-        float(largest[0]),
-        float(largest[1]),
-        float(same),
+        kept["counts"].size,
+        math.exp(kept["loss"].mean(dtype=np.float64)),
+        math.exp(kept["int8_loss"].mean(dtype=np.float64)),
+        float(kept["divergence"].mean(dtype=np.float64)),
+        float(np.quantile(kept["divergence"], 0.99)),
+        float(kept["divergence"].max()),
+        float(kept["difference"].max()),
+        float(kept["same"].mean(dtype=np.float64)),
     )
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _compare(graphs: Any, states: Any, batch: Any) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Returns sums over the targets (how many, both losses, divergence, equal choices), and the
-    largest (divergence, difference of logits).
+def _compare(graphs: Any, states: Any, batch: Any) -> dict[str, jax.Array]:
+    """Compares each prediction [B, L - 1]: both losses, the divergence, the largest difference
+    of a logit, whether the choice is the same; `counts` says where there is a target.
     """
     if "frame_mask" in batch:
         batch = masked_batch(batch)
@@ -165,19 +169,17 @@ def _compare(graphs: Any, states: Any, batch: Any) -> tuple[list[jax.Array], lis
         _logits(nnx.merge(graph, state), batch)[:, :-1]
         for graph, state in zip(graphs, states, strict=True)
     )
-    counts = target_mask(batch)
     p, q = jax.nn.log_softmax(before), jax.nn.log_softmax(after)
-    divergence = jnp.where(counts, (jnp.exp(p) * (p - q)).sum(-1), 0.0)
     targets = batch["tokens"][:, 1:, None]
-    losses = [
-        jnp.where(counts, -jnp.take_along_axis(x, targets, -1)[..., 0], 0.0).sum() for x in (p, q)
-    ]
-    same = (before.argmax(-1) == after.argmax(-1)) & counts
-    difference = jnp.where(counts[..., None], jnp.abs(before - after), 0.0)
-    return (
-        [counts.sum().astype(jnp.float32), *losses, divergence.sum(), same.sum() * 1.0],
-        [divergence.max(), difference.max()],
-    )
+    loss, int8_loss = (-jnp.take_along_axis(x, targets, -1)[..., 0] for x in (p, q))
+    return {
+        "counts": target_mask(batch),
+        "loss": loss,
+        "int8_loss": int8_loss,
+        "divergence": (jnp.exp(p) * (p - q)).sum(-1),
+        "difference": jnp.abs(before - after).max(-1),
+        "same": before.argmax(-1) == after.argmax(-1),
+    }
 
 
 def _logits(model: Any, batch: Batch) -> jax.Array:

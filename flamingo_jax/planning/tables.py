@@ -148,6 +148,7 @@ def int8_tables(title: str, found: Int8Change) -> list[Table]:
     change.add_row("perplexity as stored", f"{c.perplexity:.4f}")
     change.add_row("perplexity in int8", f"{c.int8_perplexity:.4f} ({c.rise:+.3%})")
     change.add_row("KL divergence, mean", f"{c.divergence:.3g} nats")
+    change.add_row("KL divergence, 99 % of tokens below", f"{c.divergence_99:.3g} nats")
     change.add_row("KL divergence, largest", f"{c.largest_divergence:.3g} nats")
     change.add_row("largest difference of a logit", f"{c.largest_difference:.3g}")
     change.add_row("same most likely token", f"{c.same_choice:.2%}")

@@ -23,14 +23,17 @@ from flamingo_jax.experiment import (
     VisionConfig,
     ViTConfig,
 )
+from flamingo_jax.interop.load import load_vision_encoder
 from flamingo_jax.models.language_model import LanguageModel
 from flamingo_jax.models.vision import vision_encoder
 from flamingo_jax.partitioning.mesh import make_mesh
 from flamingo_jax.planning.counts import checkpoint_bytes, count_parameters
+from flamingo_jax.processing.normalise import normalise
 from flamingo_jax.pytrees import to_flat
 from flamingo_jax.tasks import stages
 from flamingo_jax.tasks.flops import step_cost
 from flamingo_jax.training import overview
+from flamingo_jax.training.frozen_encoder import load_frozen_encoder
 from flamingo_jax.training.pretrained import load_frozen
 from flamingo_jax.training.setup import make_setup
 from flamingo_jax.training.trained_run import load_trained_run
@@ -156,6 +159,22 @@ def test_bytes_parameters_and_flops_are_asked_of_the_weights(
     assert sum(s.bytes_per_device for s in shown) == held
     assert sum(s.parameters for s in shown) == sum(
         a.size for name, a in frozen.items() if is_multiplied(name)
+    )
+
+
+def test_features_are_kept_of_the_encoder_in_integers(
+    data: pathlib.Path, parts: dict[str, str]
+) -> None:
+    kept, floats = (
+        load_frozen_encoder(experiment_of(data, parts, training)) for training in (TRAINING, FLOATS)
+    )
+    assert kept.digest == f"{floats.digest}_int8"
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    encoder = load_vision_encoder(parts["vision_encoder_from"], weights="int8").model
+    pixels = normalise(jnp.asarray(images), VISION.mean, VISION.std, jnp.float32)
+    expected = jax.jit(lambda model: model(pixels))(encoder)
+    np.testing.assert_allclose(
+        kept.encode(images), expected.reshape(2, -1, 16), rtol=1e-4, atol=1e-4
     )
 
 

@@ -46,8 +46,8 @@ def test_it_is_the_change_of_the_distributions() -> None:
         rtol=1e-5,
     )
     np.testing.assert_allclose(
-        [found.divergence, found.largest_divergence],
-        [divergence.mean(), divergence.max()],
+        [found.divergence, found.divergence_99, found.largest_divergence],
+        [divergence.mean(), np.quantile([*divergence] * 2, 0.99), divergence.max()],
         rtol=1e-2,
         atol=1e-6,
     )
@@ -99,5 +99,8 @@ def test_the_command_prints_what_it_measured(
     assert found["change"]["tokens"] == 35 and abs(found["change"]["rise"]) < 0.05
     assert call(TEXTS=[str(tmp_path)], ROW_LENGTH=8, TOKENS=40) == 0
     assert "perplexity in int8" in capsys.readouterr().out
+    (tmp_path / "short").write_text("a red")
+    with pytest.raises(UserError, match="has no token to predict"):
+        call(TEXTS=[str(tmp_path / "short")], ROW_LENGTH=8, TOKENS=40)
     with pytest.raises(UserError, match="cannot be read as text"):
         call(TEXTS=[str(tmp_path / "missing.txt")])
