@@ -117,7 +117,7 @@ def test_it_trains_nearly_as_on_floats(
 
 
 def test_an_export_has_the_floats_of_the_folders_and_loads_as_the_integers_trained_on(
-    data: pathlib.Path, parts: dict[str, str], flamingo: Export
+    data: pathlib.Path, parts: dict[str, str], flamingo: Export, tmp_path: pathlib.Path
 ) -> None:
     for part in ("language_model", "vision_encoder"):
         source = open_export(parts[f"{part}_from"]).read()
@@ -134,6 +134,13 @@ def test_an_export_has_the_floats_of_the_folders_and_loads_as_the_integers_train
     assert len(integers) == 15
     for name, value in trained.items():
         np.testing.assert_array_equal(arrays[name], value, err_msg=name)
+    # Saved as the floats that they stand for, they are the same integers again.
+    loaded.save(tmp_path / "saved")
+    again = to_flat(nnx.state(fj.load(tmp_path / "saved", frozen_dtype="int8").flamingo))
+    for name, value in arrays.items():
+        np.testing.assert_allclose(again[name], value, rtol=3e-7, err_msg=name)
+    with pytest.raises(UserError, match="frozen_dtype is 'int4', but must be float32"):
+        fj.load(flamingo.folder, frozen_dtype="int4")
 
 
 def test_bytes_parameters_and_flops_are_asked_of_the_weights(
