@@ -20,10 +20,12 @@ from flamingo_jax.weight_parts import float_name, is_scale, weight_and_part
 if TYPE_CHECKING:
     from flamingo_jax.interop.weight_sources import WeightSource
 
-AT_ONCE = 2**28
+AT_ONCE = 2**26
 """Bytes of float weights that are read at a time, over all devices: as many layers as fit, but
-at least one.
+at least one. Quantising them takes several times as much, in float32.
 """
+SHORT = 2**28
+"""Below this number of bytes no progress bar is shown, since reading is over at once."""
 
 
 def read_quantised(
@@ -49,7 +51,7 @@ def read_quantised(
         name: math.prod(source.shapes[name]) * np.dtype(dtypes[name]).itemsize for name in weights
     }
     total = sum(sizes.values())
-    with Bar("quantising to int8", total >> 20, enabled=total >= AT_ONCE) as bar:
+    with Bar("quantising to int8", total >> 20, enabled=total >= SHORT) as bar:
         done = 0
         for name, scales in weights.items():
             pair = Quantised(targets[f"{name}/int8"], targets[f"{name}/{scales}"])
