@@ -9,8 +9,7 @@ cross-attention with 8 heads of width 64.
 
 import dataclasses
 import re
-
-import ml_collections
+from typing import TYPE_CHECKING
 
 from configs.base import arguments
 from flamingo_jax.configuring import from_config, to_config
@@ -30,6 +29,9 @@ from flamingo_jax.experiment import (
     ViTConfig,
 )
 
+if TYPE_CHECKING:
+    import ml_collections
+
 NUMBERS = (
     "layers",
     "width",
@@ -47,7 +49,7 @@ BATCHES = ("interleaved", "pairs")
 NUMBER = "[1-9][0-9]{0,8}"
 
 
-def get_config(arg: str = "") -> ml_collections.ConfigDict:
+def get_config(arg: str = "") -> "ml_collections.ConfigDict":
     """Returns the config of an argument like that of `experiment_of`."""
     return to_config(experiment_of(arg))
 

@@ -6,11 +6,14 @@ or a machine of `MACHINES`. The batch sizes are those of the ablation study (M3W
 512, LTIP 512, VTP 64). The paper uses no model sharding at this size.
 """
 
-import ml_collections
+from typing import TYPE_CHECKING
 
 from configs import base
 from flamingo_jax.configuring import to_config
-from flamingo_jax.experiment import MeshConfig
+from flamingo_jax.experiment import Experiment, MeshConfig
+
+if TYPE_CHECKING:
+    import ml_collections
 
 # MeshConfig(data, fsdp, model)
 MACHINES = {
@@ -22,7 +25,12 @@ MACHINES = {
 }
 
 
-def get_config(arg: str = "") -> ml_collections.ConfigDict:
+def get_config(arg: str = "") -> "ml_collections.ConfigDict":
     """Returns the config of the argument `form,root`."""
-    experiment = base.flamingo("flamingo 3B", base.LM_1B4, every=1, lm_export="lm_1b4")
-    return to_config(base.apply_form(experiment, arg, "flamingo_3b", MACHINES))
+    return to_config(experiment(arg))
+
+
+def experiment(arg: str = "") -> Experiment:
+    """Makes the experiment of the argument `form,root`, without ml_collections."""
+    made = base.flamingo("flamingo 3B", base.LM_1B4, every=1, lm_export="lm_1b4")
+    return base.apply_form(made, arg, "flamingo_3b", MACHINES)

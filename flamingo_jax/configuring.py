@@ -13,25 +13,30 @@ import functools
 import inspect
 import itertools
 import re
+import sys
 import textwrap
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeVar
-
-import ml_collections
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flamingo_jax import renamed
 from flamingo_jax.errors import UserError
 from flamingo_jax.ranges import Range
 
+if TYPE_CHECKING:
+    import ml_collections
+
 T = TypeVar("T")
 
 
-def to_config(value: Any) -> ml_collections.ConfigDict:
+def to_config(value: Any) -> "ml_collections.ConfigDict":
     """Converts a dataclass, with nested ones, to a ConfigDict. None and tuples stay as they
     are; ints in float fields become floats.
     """
+    # Imported here: a machine that only runs the device check need not have it.
+    import ml_collections
+
     return ml_collections.ConfigDict(
         dataclasses.asdict(from_config(type(value), dataclasses.asdict(value)))
     )
@@ -51,6 +56,14 @@ def from_config(cls: type[T], config: Mapping[str, Any], name: str = "config") -
 def to_json(value: Any) -> dict[str, Any]:
     """Converts a dataclass to JSON-able dicts and lists; `from_json` is the inverse."""
     return _plain(dataclasses.asdict(value))
+
+
+def _is_mapping(value: Any) -> bool:
+    """Returns whether a value is a mapping, as a ConfigDict is without being one by type."""
+    module = sys.modules.get("ml_collections")
+    return isinstance(value, Mapping) or (
+        module is not None and isinstance(value, module.ConfigDict)
+    )
 
 
 def from_json(cls: type[T], document: Mapping[str, Any], name: str = "config") -> T:
@@ -201,7 +214,7 @@ def _build(kind: Any, value: Any, name: str, stored: bool) -> Any:
         return _within(arguments[1], _build(arguments[0], value, name, stored), name)
     if origin in (types.UnionType, typing.Union):
         return None if value is None else _build(_without_none(kind), value, name, stored)
-    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping | ml_collections.ConfigDict):
+    if dataclasses.is_dataclass(kind) and _is_mapping(value):
         hints = typing.get_type_hints(kind, include_extras=True)
         if stored:
             value = renamed.with_new_names(kind.__name__, value)  # type: ignore[union-attr]
@@ -212,7 +225,7 @@ def _build(kind: Any, value: Any, name: str, stored: bool) -> Any:
                 raise UserError(_unknown_key(name, key, hints))
         built = {key: _build(hints[key], value[key], f"{name}.{key}", stored) for key in value}
         return kind(**built)  # type: ignore[operator]
-    if origin is dict and isinstance(value, Mapping | ml_collections.ConfigDict):
+    if origin is dict and _is_mapping(value):
         return {key: _build(arguments[1], value[key], f"{name}.{key}", stored) for key in value}
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(

@@ -1,5 +1,6 @@
 r"""Measures how fast this machine's devices train and generate, how fast datasets are read, and
-how fast and in how little memory a run is exported, and what int8 weights save and change.
+how fast and in how little memory a run is exported, and what int8 weights save and change; checks
+a machine with one GPU or a TPU host.
 
     python -m launch.benchmark train --config=configs/flamingo_3b.py:h200_1 [--steps=10]
     [--json] \
@@ -15,6 +16,7 @@ how fast and in how little memory a run is exported, and what int8 weights save 
     python -m launch.benchmark int8 --model=models/SmolLM2-135M --text=book.txt [--tokens=20000]
     python -m launch.benchmark int8 --model=runs/mine/export --dataset=data/photos
     python -m launch.benchmark export --folder=runs/made [--gigabytes=8]
+    python -m launch.benchmark device --minutes=8 --output=runs/device [--size=tiny]
 
 `train` runs the real update on random weights and full rows of random content, and prints
 tokens and images per second, the time of each part and the model FLOPs utilisation, relative
@@ -47,6 +49,13 @@ folders of datasets that were built, the whole Flamingo of an export, with their
 it: in one go, and killed after half of its files and continued. It prints the rate beside that of
 a bare copy of the same bytes, and how much the process grew. The folder takes about four times
 that size while it runs, and is removed.
+
+`device` is one command for a bare machine, which needs jax, flax, optax, numpy, pillow and
+safetensors alone (and this repository as the working folder): fast attention against float32,
+Flamingo-3B's step on decoded photos with several numbers of microbatches, generation, a run that is
+stopped and resumed to the bit, and the decoding of images. Each section has a process of its own
+and a share of `--minutes`; results are in `--output` as they come, in device.json and a file for
+each section. A section that fails is told, the rest goes on, and the exit code is 1.
 """
 
 import dataclasses
@@ -61,7 +70,7 @@ from configs.base import COLOUR
 from configs.benchmark import experiment_of, sized
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import Experiment
-from launch import command
+from launch import command, device_check
 
 if TYPE_CHECKING:
     from data_pipelines.benchmark import ReadingBenchmark
@@ -123,6 +132,17 @@ FOLDER = flags.DEFINE_string("folder", "", "export: folder that is made, and rem
 GIGABYTES = flags.DEFINE_float(
     "gigabytes", 8.0, "export: size of the export, about.", lower_bound=0.001, upper_bound=1000.0
 )
+MINUTES = flags.DEFINE_float("minutes", 8.0, "device: for all sections together.", lower_bound=0.05)
+OUTPUT = flags.DEFINE_string("output", "", "device: folder for the results.")
+SIZE = flags.DEFINE_enum(
+    "size", "full", device_check.SIZES, "device: full for an accelerator, tiny for a CPU."
+)
+SECTION = flags.DEFINE_enum(
+    "section",
+    "",
+    ["", *(section.name for section in device_check.SECTIONS)],
+    "device: the only section to run, in this process, for --minutes.",
+)
 JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
 CONFIG = command.define_config()
 
@@ -137,6 +157,7 @@ READS = {
     "train": ("sizes", "steps", "trace"),
     "generate": ("sizes", "model", "max_tokens", "names", "sample"),
     "export": ("folder", "gigabytes"),
+    "device": ("minutes", "output", "size", "section"),
     "data --dataset": (
         "dataset",
         "tokenizer",
@@ -165,6 +186,7 @@ def main(verb: str) -> int:
         "data": data,
         "int8": int8,
         "export": export,
+        "device": device,
     }[verb]()
 
 
@@ -260,6 +282,24 @@ def _generation_table(timing: "GenerationTiming") -> Table:
         table.add_row(f"  prefill, tokens a second: {rates.prefill:,.0f}")
         table.add_row(f"  greedy decoding, tokens a second: {rates.decode:,.0f}")
     return table
+
+
+def device() -> int:
+    """Checks this machine's devices."""
+    if CONFIG.value is not None:
+        raise UserError("device checks Flamingo-3B, whatever the config: leave --config out")
+    from rich.console import Console
+
+    from flamingo_jax.planning.device_check.tables import section_table
+
+    def on_end(name: str, found: dict[str, Any]) -> None:
+        # JSON is printed once, at the end.
+        Console(stderr=JSON.value).print(section_table(name, found))
+
+    passed = device_check.run(OUTPUT.value, MINUTES.value, SIZE.value, SECTION.value, on_end)
+    if JSON.value and not SECTION.value:
+        print((pathlib.Path(OUTPUT.value) / device_check.SUMMARY).read_text())
+    return 0 if passed else 1
 
 
 def data() -> int:
@@ -428,4 +468,4 @@ def _step_table(experiment: Experiment, timing: "Timing") -> Table:
 
 
 if __name__ == "__main__":
-    command.run(main, verbs=("train", "generate", "data", "int8", "export"))
+    command.run(main, verbs=("train", "generate", "data", "int8", "export", "device"))

@@ -20,10 +20,8 @@ import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-import ml_collections
 from absl import flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
 
 from flamingo_jax import configuring
 from flamingo_jax.bucket_path import STORE_LIBRARIES
@@ -35,6 +33,13 @@ from flamingo_jax.paths import is_bucket
 from flamingo_jax.ranges import MAX_SEED
 from flamingo_jax.storage import raise_open_files
 
+try:
+    import ml_collections
+    from ml_collections import config_flags
+except ImportError:
+    # Of all commands `launch.benchmark device` alone takes no config, and runs without it.
+    ml_collections = config_flags = None  # type: ignore[assignment]
+
 CONFIG = "config"
 EXIT_SECONDS = 120.0
 """How long the interpreter may take to exit after `main`: it joins threads, one of which may
@@ -43,11 +48,16 @@ hang on storage. Longer than the processes of a run wait for one another
 """
 _INTERRUPTED = 130
 """Exit code of a command that was stopped by Ctrl-C, as in shells."""
+_BAD_FLAGS: tuple[type[Exception], ...] = (flags.Error, ValueError, TypeError)
+if config_flags is not None:
+    _BAD_FLAGS += (config_flags.UnsupportedOperationError,)
 _OVERRIDE = re.compile(rf"^--?(?:no)?{CONFIG}\.([^=]*)")
 
 
 def define_config() -> flags.FlagHolder:
     """Defines the flag `--config=FILE[:argument]`; `--config.key=value` overrides a field."""
+    if config_flags is None:
+        return flags.DEFINE_string(CONFIG, None, "Needs ml_collections, which is not installed.")
     return config_flags.DEFINE_config_file(
         CONFIG,
         None,
@@ -175,13 +185,15 @@ def _end_by(code: int) -> None:
     threading.Thread(target=end, daemon=True, name="end").start()
 
 
-def load_config(location: str) -> ml_collections.ConfigDict:
+def load_config(location: str) -> "ml_collections.ConfigDict":
     """Loads the config of FILE or FILE:argument.
 
     Raises: UserError for a missing file, a file that fails, or a get_config that does not
       return a ConfigDict.
     """
     path, _, argument = location.partition(":")
+    if ml_collections is None:
+        raise UserError(f"--{CONFIG}={location} needs ml_collections: pip install ml_collections")
     if not pathlib.Path(path).is_file():
         raise UserError(f"--{CONFIG}={location}: there is no file {path}")
     spec = importlib.util.spec_from_file_location("config_file", path)
@@ -276,12 +288,7 @@ def _parse(argv: Sequence[str]) -> None:
         if wrong is None or config is None:
             raise UserError(" ".join(str(error).split())) from None
         raise _wrong_type(wrong[1], wrong[2], config) from None
-    except (
-        flags.Error,
-        config_flags.UnsupportedOperationError,
-        ValueError,
-        TypeError,
-    ) as error:
+    except _BAD_FLAGS as error:
         raise UserError(" ".join(str(error).split())) from None
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is no flag: write --name=value; --help lists the flags")
@@ -304,7 +311,7 @@ def _check_numbers() -> None:
 
 def _checked_config(
     argv: Sequence[str], overrides: Sequence[str]
-) -> ml_collections.ConfigDict | None:
+) -> "ml_collections.ConfigDict | None":
     """Loads the --config of a command line without its overrides, and checks their keys, for
     which config_flags would print a traceback.
     """
@@ -329,7 +336,7 @@ def _checked_config(
     return config
 
 
-def config_value(config: ml_collections.ConfigDict, key: str) -> Any:
+def config_value(config: "ml_collections.ConfigDict", key: str) -> Any:
     """Returns the value of a dotted key."""
     for part in key.split("."):
         config = config[part]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from flamingo_jax.experiment import Experiment
@@ -47,6 +48,56 @@ class Timing(NamedTuple):
         return self.flops / self.step / self.matrix_rate
 
 
+class RunningStep:
+    """An experiment's compiled update with its state, on full rows of random content.
+
+    To be made and called within `jax.set_mesh(mesh)`. `made` are the batches on the host.
+
+    Raises: UserError if batches do not divide over the mesh.
+    """
+
+    def __init__(self, experiment: Experiment, mesh: Mesh):
+        check_batches(experiment, mesh)
+        self.experiment = experiment
+        self.setup = make_setup(experiment, mesh)
+        frozen, _ = load_frozen(experiment, self.setup.frozen)
+        self.state = initialise(experiment, self.setup)
+        update = make_update(
+            self.setup.graph,
+            stages.make_task(experiment),
+            self.setup.optimizer,
+            experiment.data,
+            experiment.training.round_robin,
+            self.setup.gradient_shardings,
+            self.setup.schedule,
+        )
+        self.made = full_batches(experiment, HostShard.of(mesh))
+        self.batches = {name: shard_batch(batch, mesh) for name, batch in self.made.items()}
+        began = time.monotonic()
+        self.compiled = compile_update(update, self.state, frozen, self.batches)
+        self.compile_seconds = time.monotonic() - began
+        # Bring frozen weights into the layout that the compiled step wants, once.
+        self.frozen = laid_out(self.compiled, frozen)
+
+    def __call__(self, batches: Any = None) -> Any:
+        """Runs a step, by default on the batches that were made, and returns its metrics."""
+        given = self.batches if batches is None else batches
+        self.state, metrics = self.compiled(self.state, self.frozen, given)
+        return metrics
+
+    def work(self) -> Work:
+        """Counts the work of a step."""
+        return Work(*map(int, work_in(self.made.values())))
+
+    def flops(self) -> int:
+        """Counts the FLOPs of a step by the formula."""
+        return step_cost(self.experiment).of(self.work())
+
+    def time_parts(self, steps: int) -> dict[str, float]:
+        """Times the parts of the step, each compiled and timed alone: {part: seconds}."""
+        return _parts(self.experiment, self.setup, self.state, self.frozen, self.batches, steps)
+
+
 def time_step(experiment: Experiment, *, steps: int = 10, trace: str = "") -> Timing:
     """Times the experiment's real update on full rows of random content.
 
@@ -56,50 +107,18 @@ def time_step(experiment: Experiment, *, steps: int = 10, trace: str = "") -> Ti
     Raises: UserError if batches do not divide over the mesh.
     """
     mesh = make_mesh(experiment.mesh)
-    check_batches(experiment, mesh)
     with jax.set_mesh(mesh):
-        setup = make_setup(experiment, mesh)
-        frozen, _ = load_frozen(experiment, setup.frozen)
-        state = initialise(experiment, setup)
-        task = stages.make_task(experiment)
-        update = make_update(
-            setup.graph,
-            task,
-            setup.optimizer,
-            experiment.data,
-            experiment.training.round_robin,
-            setup.gradient_shardings,
-            setup.schedule,
-        )
-        made = full_batches(experiment, HostShard.of(mesh))
-        batches = {name: shard_batch(batch, mesh) for name, batch in made.items()}
-        began = time.monotonic()
-        compiled = compile_update(update, state, frozen, batches)
-        compile_seconds = time.monotonic() - began
-        # Bring frozen weights into the layout that the compiled step wants, once.
-        frozen = laid_out(compiled, frozen)
-        parts = _parts(experiment, setup, state, frozen, batches, steps)
-
-        def step() -> Any:
-            nonlocal state
-            state, metrics = compiled(state, frozen, batches)
-            return metrics
-
+        step = RunningStep(experiment, mesh)
+        parts = step.time_parts(steps)
         seconds = median_seconds(step, steps)
         if trace:
             with jax.profiler.trace(trace):
                 jax.block_until_ready([step() for _ in range(3)])
-        work = Work(*map(int, work_in(made.values())))
+        work = step.work()
         parts["gated blocks and the rest"] = max(seconds - sum(parts.values()), 0.0)
     rate = matrix_rate(jnp.dtype(experiment.training.compute_dtype), steps) * mesh.size
     return Timing(
-        seconds,
-        parts,
-        work.tokens,
-        work.frames,
-        step_cost(experiment).of(work),
-        rate,
-        compile_seconds,
+        seconds, parts, work.tokens, work.frames, step.flops(), rate, step.compile_seconds
     )
 
 

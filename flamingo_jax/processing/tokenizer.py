@@ -10,11 +10,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import sentencepiece
-import tokenizers
-from google.protobuf.message import DecodeError
-from sentencepiece import sentencepiece_model_pb2
-
 from flamingo_jax import paths
 from flamingo_jax.errors import UserError
 
@@ -143,6 +138,11 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, model: bytes):
         """Loads a serialised model; raises UserError if it is none or lacks <BOS> or <EOS>."""
+        # Imported here: a machine that loads no tokenizer need not have these libraries.
+        import sentencepiece
+        from google.protobuf.message import DecodeError
+        from sentencepiece import sentencepiece_model_pb2
+
         self._model = model
         proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
         try:
@@ -188,6 +188,8 @@ class JSONTokenizer(Tokenizer):
         specials: {role: token} of `special_tokens`.
         Raises: UserError where `content` is not a tokenizer, or has no eos_token.
         """
+        import tokenizers  # Imported here, as sentencepiece is.
+
         self._content = content
         try:
             document = json.loads(content)

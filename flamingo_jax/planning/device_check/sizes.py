@@ -1,0 +1,104 @@
+"""The sizes of a device check: the paper's smallest model for an accelerator, and a tiny one that
+runs on a laptop's CPU in seconds.
+"""
+
+import dataclasses
+
+from flamingo_jax.experiment import Experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionCase:
+    """Arrays of attention: queries [rows, length, heads, width], keys [rows, keys, kv_heads,
+    width].
+
+    mask: packed, two segments and padding in each row; visuals, each query sees one of the
+    blocks of `block` keys, the first queries none; cache, the first keys of each row.
+    """
+
+    name: str
+    mask: str
+    rows: int
+    length: int
+    keys: int
+    heads: int
+    kv_heads: int
+    width: int
+    block: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceCheckSize:
+    """What the sections work on.
+
+    train: the experiment whose step is timed. microbatches: of its datasets, tried in this order.
+    resume: the experiment that is stopped and resumed.
+    prompt_tokens, new_tokens, visuals: of each prompt of generation. batches: how many prompts at
+    a time. beams: hypotheses of beam search.
+    photos: made JPEGs; photo: their width and height.
+    """
+
+    train: Experiment
+    resume: Experiment
+    attention: tuple[AttentionCase, ...]
+    microbatches: tuple[int, ...]
+    prompt_tokens: int
+    new_tokens: int
+    visuals: int
+    batches: tuple[int, ...]
+    beams: int
+    photos: int
+    photo: tuple[int, int]
+    steps: int
+
+
+FULL_ATTENTION = (
+    AttentionCase("packed rows", "packed", 16, 256, 256, 16, 16, 128),
+    AttentionCase("grouped queries", "packed", 4, 512, 512, 32, 8, 128),
+    AttentionCase("cross-attention", "visuals", 16, 256, 320, 16, 16, 128),
+    AttentionCase("a prompt's prefill", "cache", 8, 512, 576, 16, 16, 128),
+    AttentionCase("a decoded token", "cache", 64, 1, 1056, 16, 16, 128),
+)
+TINY_ATTENTION = (
+    AttentionCase("packed rows", "packed", 2, 16, 16, 4, 2, 8),
+    AttentionCase("cross-attention", "visuals", 2, 16, 24, 2, 2, 8, block=8),
+    AttentionCase("a decoded token", "cache", 2, 1, 24, 2, 2, 8),
+)
+
+
+def full_size(train: Experiment, resume: Experiment) -> DeviceCheckSize:
+    """Makes the size for a GPU or a TPU host."""
+    return DeviceCheckSize(
+        train,
+        resume,
+        FULL_ATTENTION,
+        # First the number of the config's form for one GPU of 141 GB, then larger parts, which
+        # are faster if they fit, then smaller ones for smaller memories.
+        microbatches=(4, 2, 8, 16),
+        prompt_tokens=512,
+        new_tokens=32,
+        visuals=5,
+        batches=(1, 64),
+        beams=3,
+        photos=256,
+        photo=(640, 480),
+        steps=8,
+    )
+
+
+def tiny_size(train: Experiment, resume: Experiment) -> DeviceCheckSize:
+    """Makes the size for the tests, and for a first look on a CPU."""
+    return DeviceCheckSize(
+        train,
+        resume,
+        TINY_ATTENTION,
+        microbatches=(2, 1),
+        prompt_tokens=32,
+        new_tokens=4,
+        visuals=1,
+        batches=(1, 2),
+        beams=2,
+        photos=4,
+        photo=(96, 64),
+        steps=2,
+    )
