@@ -158,7 +158,7 @@ def time_generation(model: Model, work: GenerationWork = GenerationWork()) -> Ge
     return GenerationTiming(
         _time_captioning(model, prompts, work),
         _time_ranking(model, prompts, work),
-        {count: _time_rates(model, prompts, count, work) for count in work.batches},
+        {count: time_rates(model, prompts, count, work) for count in work.batches},
     )
 
 
@@ -236,9 +236,10 @@ def _time_ranking(model: Model, prompts: PromptMaker, work: GenerationWork) -> R
     )
 
 
-def _time_rates(
+def time_rates(
     model: Model, prompts: PromptMaker, count: int, work: GenerationWork
 ) -> GenerationRates:
+    """Times `count` prompts at a time: see `GenerationRates`."""
     # New images in each run, and the last ones again where encoding is not timed.
     asked = [[prompts.prompt() for _ in range(count)] for _ in range(work.runs + 1)]
     _, caption = _each(

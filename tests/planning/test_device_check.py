@@ -123,13 +123,12 @@ def test_the_step_is_measured_on_made_images_and_on_photos(checked: pathlib.Path
     assert operations[0]["share"] >= operations[-1]["share"] > 0
 
 
-def test_generation_is_timed_by_batch_and_beam(checked: pathlib.Path) -> None:
+def test_generation_is_timed_by_batch(checked: pathlib.Path) -> None:
     found = _found(checked, "generation")
-    for name in ("batch 1", "batch 2", "batch 1, 2 beams", "batch 2, 2 beams"):
+    for name in ("batch 1", "batch 2"):
         made = found[name]
-        assert isinstance(made, dict)
-        assert set(made["seconds"]) == {"encode", "prepare", "prefill", "generate"}
-        assert made["tokens_per_second"] > 0
+        assert isinstance(made, dict) and len(made) == 3
+        assert made["prefill_tokens_per_second"] > 0 and made["caption_seconds_3_beams"] > 0
 
 
 def test_resuming_is_exact_and_would_be_seen_if_not(checked: pathlib.Path) -> None:

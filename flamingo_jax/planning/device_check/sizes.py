@@ -33,20 +33,18 @@ class DeviceCheckSize:
 
     train: the experiment whose step is timed. microbatches: of its datasets, tried in this order.
     resume: the experiment that is stopped and resumed.
-    prompt_tokens, new_tokens, visuals: of each prompt of generation. batches: how many prompts at
-    a time. beams: hypotheses of beam search.
-    photos: made JPEGs; photo: their width and height.
+    new_tokens: that are generated for each prompt. batches: how many prompts at a time. runs: of
+    each, of which the median counts.
+    photos: made JPEGs; photo: their width and height. steps: of the training step, at most.
     """
 
     train: Experiment
     resume: Experiment
     attention: tuple[AttentionCase, ...]
     microbatches: tuple[int, ...]
-    prompt_tokens: int
     new_tokens: int
-    visuals: int
     batches: tuple[int, ...]
-    beams: int
+    runs: int
     photos: int
     photo: tuple[int, int]
     steps: int
@@ -75,11 +73,9 @@ def full_size(train: Experiment, resume: Experiment) -> DeviceCheckSize:
         # First the number of the config's form for one GPU of 141 GB, then larger parts, which
         # are faster if they fit, then smaller ones for smaller memories.
         microbatches=(4, 2, 8, 16),
-        prompt_tokens=512,
         new_tokens=32,
-        visuals=5,
         batches=(1, 64),
-        beams=3,
+        runs=3,
         photos=256,
         photo=(640, 480),
         steps=8,
@@ -93,11 +89,9 @@ def tiny_size(train: Experiment, resume: Experiment) -> DeviceCheckSize:
         resume,
         TINY_ATTENTION,
         microbatches=(2, 1),
-        prompt_tokens=32,
         new_tokens=4,
-        visuals=1,
         batches=(1, 2),
-        beams=2,
+        runs=1,
         photos=4,
         photo=(96, 64),
         steps=2,
