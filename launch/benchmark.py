@@ -132,7 +132,7 @@ FOLDER = flags.DEFINE_string("folder", "", "export: folder that is made, and rem
 GIGABYTES = flags.DEFINE_float(
     "gigabytes", 8.0, "export: size of the export, about.", lower_bound=0.001, upper_bound=1000.0
 )
-MINUTES = flags.DEFINE_float("minutes", 8.0, "device: for all sections together.", lower_bound=0.05)
+MINUTES = flags.DEFINE_float("minutes", 8.0, "device: for all sections together.", lower_bound=0.01)
 OUTPUT = flags.DEFINE_string("output", "", "device: folder for the results.")
 SIZE = flags.DEFINE_enum(
     "size", "full", device_check.SIZES, "device: full for an accelerator, tiny for a CPU."

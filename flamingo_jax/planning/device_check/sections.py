@@ -32,14 +32,14 @@ class Section(NamedTuple):
 
 
 SECTIONS = (
-    Section("attention", 0.12),
+    Section("attention", 0.10),
     # XLA's compiler and autotuner need memory besides; by default a quarter is left free.
-    Section("step", 0.45, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}),
-    Section("generation", 0.25, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.85"}),
+    Section("step", 0.50, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}),
+    Section("generation", 0.24, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.85"}),
     # Sums in a fixed order, and no choice of kernels by their time, which may differ at the
     # next start.
-    Section("resume", 0.12, {"XLA_FLAGS": "--xla_gpu_deterministic_ops=true"}),
-    Section("images", 0.06, {"JAX_PLATFORMS": "cpu"}),
+    Section("resume", 0.11, {"XLA_FLAGS": "--xla_gpu_deterministic_ops=true"}),
+    Section("images", 0.05, {"JAX_PLATFORMS": "cpu"}),
 )
 """In the order in which they run: what is left of a section's time passes on to those after it."""
 

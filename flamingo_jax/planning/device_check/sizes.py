@@ -78,7 +78,7 @@ def full_size(train: Experiment, resume: Experiment) -> DeviceCheckSize:
         runs=3,
         photos=256,
         photo=(640, 480),
-        steps=8,
+        steps=4,
     )
 
 

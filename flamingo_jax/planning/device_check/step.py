@@ -5,13 +5,14 @@ with decoded photos, part by part, and where its time goes by the profiler's tra
 import concurrent.futures
 import dataclasses
 import gc
-import pathlib
+import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.partitioning.mesh import make_mesh
@@ -25,42 +26,51 @@ from flamingo_jax.training.prefetcher import Prefetcher
 
 TOP = 15
 """Operations of the trace that are listed."""
-MEASURED_SHARE = 0.4
-"""The share of what is left of the section's time that further microbatch sizes may take; the
-rest is for photos, the trace and the parts.
-"""
+RATE_STEPS = 10
+"""Matrix products that are timed."""
 
 
 def check_step(size: DeviceCheckSize, results: Results, budget: Budget) -> None:
     """Measures the step's time and its share of the matrix rate of the same run (MFU).
 
+    The first number of microbatches that fits is looked at closely: on photos, by the profiler and
+    part by part. Further numbers are timed as long as time is left.
+
     Raises: CheckFailed where no number of microbatches fits the memory, or a loss is not finite.
     """
     device = jax.devices()[0]
     dtype = jnp.dtype(size.train.training.compute_dtype)
-    mesh_size = make_mesh(size.train.mesh).size
-    rate = matrix_rate(dtype, size.steps) * mesh_size
-    published = (peak_flops(device.device_kind) or 0.0) * mesh_size
-    results.put("device", f"{mesh_size} x {device.device_kind}")
+    devices = make_mesh(size.train.mesh).size
+    rate = matrix_rate(dtype, RATE_STEPS) * devices
+    published = (peak_flops(device.device_kind) or 0.0) * devices
+    results.put("device", f"{devices} x {device.device_kind}")
     results.put("matrix_rate", rate)
     results.put("published_rate", published or None)
-    found: dict[int, dict[str, Any]] = {}
+    timed: dict[int, dict[str, Any]] = {}
+    slowest = 0.0
     for microbatches in size.microbatches:
-        slowest = max((one["all_seconds"] for one in found.values()), default=0.0)
-        if found and slowest > MEASURED_SHARE * budget.left:
+        if timed and slowest > budget.left:
             break
         began = time.monotonic()
-        made = _measure(in_parts(size.train, microbatches), size, budget, rate)
-        found[microbatches] = made | {"all_seconds": time.monotonic() - began}
-        results.put("microbatches", {str(number): one for number, one in found.items()})
-        gc.collect()
-    timed = {number: one for number, one in found.items() if "mfu" in one}
+        experiment = in_parts(size.train, microbatches)
+        try:
+            found = _measure(experiment, size, results, budget, rate, closely=not timed)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            # Told, since the next number may fit.
+            results.put(f"{microbatches}_microbatches", f"no room: {str(error)[:200]}")
+            continue
+        finally:
+            gc.collect()
+        slowest = max(slowest, time.monotonic() - began)
+        timed[microbatches] = found
+        results.put(f"{microbatches}_microbatches", found)
+        best = max(timed, key=lambda number: timed[number]["mfu"])
+        results.put("best_microbatches", best)
+        results.put("mfu", timed[best]["mfu"])
     if not timed:
         raise CheckFailed("the step fits the device's memory with none of the microbatch sizes")
-    best = max(timed, key=lambda number: timed[number]["mfu"])
-    results.put("best_microbatches", best)
-    results.put("mfu", timed[best]["mfu"])
-    _look_closely(in_parts(size.train, best), size, results, budget)
 
 
 def in_parts(experiment: Experiment, microbatches: int) -> Experiment:
@@ -82,31 +92,41 @@ def in_parts(experiment: Experiment, microbatches: int) -> Experiment:
 
 
 def _measure(
-    experiment: Experiment, size: DeviceCheckSize, budget: Budget, rate: float
+    experiment: Experiment,
+    size: DeviceCheckSize,
+    results: Results,
+    budget: Budget,
+    rate: float,
+    *,
+    closely: bool,
 ) -> dict[str, Any]:
-    """Times the step of one number of microbatches; what does not fit is told, not raised."""
+    """Times the step of one number of microbatches.
+
+    closely: also on photos, under the profiler, and part by part, as results of their own.
+    """
     mesh = make_mesh(experiment.mesh)
-    try:
-        with jax.set_mesh(mesh):
-            step = RunningStep(experiment, mesh)
-            loss = float(jax.block_until_ready(step())["loss"])
-            seconds = _median(step, size.steps, budget)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return {"does_not_fit": str(error).splitlines()[0][:200]}
-    if not jnp.isfinite(loss):
-        raise CheckFailed(f"the loss of a step is {loss}")
-    work = step.work()
-    return {
-        "step_seconds": seconds,
-        "mfu": step.flops() / seconds / rate,
-        "flops": step.flops(),
-        "tokens_per_second": work.tokens / seconds,
-        "images_per_second": work.frames / seconds,
-        "compile_seconds": step.compile_seconds,
-        "peak_bytes": peak_bytes(),
-    }
+    with jax.set_mesh(mesh):
+        step = RunningStep(experiment, mesh)
+        loss = float(jax.block_until_ready(step())["loss"])
+        if not math.isfinite(loss):
+            raise CheckFailed(f"the loss of a step is {loss}")
+        seconds = _median(step, size.steps, budget)
+        work, flops = step.work(), step.flops()
+        found = {
+            "mfu": flops / seconds / rate,
+            "step_seconds": seconds,
+            "flops": flops,
+            "tokens_per_second": work.tokens / seconds,
+            "images_per_second": work.frames / seconds,
+            "compile_seconds": step.compile_seconds,
+            # Of the process: the first number is the one that it belongs to.
+            **({"peak_bytes": peak_bytes()} if closely else {}),
+        }
+        if closely:
+            results.put("mfu", found["mfu"])
+            results.put("first", found)
+            _look_closely(step, size, mesh, results, budget)
+    return found
 
 
 def _median(run: Callable[[], Any], steps: int, budget: Budget) -> float:
@@ -127,26 +147,22 @@ def peak_bytes() -> int | None:
 
 
 def _look_closely(
-    experiment: Experiment, size: DeviceCheckSize, results: Results, budget: Budget
+    step: RunningStep, size: DeviceCheckSize, mesh: Mesh, results: Results, budget: Budget
 ) -> None:
-    """Runs the best form again: on photos, under the profiler, and part by part."""
-    mesh = make_mesh(experiment.mesh)
-    with jax.set_mesh(mesh):
-        step = RunningStep(experiment, mesh)
-        jax.block_until_ready(step())
-        if budget.left > 0:
-            results.put("photos", _on_photos(step, size, mesh, budget))
-        if budget.left > 0:
-            folder = results.folder / "trace"
-            with jax.profiler.trace(str(folder)):
-                jax.block_until_ready(step())
-            results.put("trace", top_operations(pathlib.Path(folder), TOP))
-        if budget.left > 0:
-            results.put("parts", step.time_parts(2))
+    """Runs the step on photos, under the profiler, and part by part."""
+    if budget.left > 0:
+        results.put("photos", _on_photos(step, size, mesh, budget))
+    if budget.left > 0:
+        folder = results.folder / "trace"
+        with jax.profiler.trace(str(folder)):
+            jax.block_until_ready(step())
+        results.put("trace", top_operations(folder, TOP))
+    if budget.left > 0:
+        results.put("parts_seconds", step.time_parts(2))
 
 
 def _on_photos(
-    step: RunningStep, size: DeviceCheckSize, mesh: jax.sharding.Mesh, budget: Budget
+    step: RunningStep, size: DeviceCheckSize, mesh: Mesh, budget: Budget
 ) -> dict[str, Any]:
     """Times steps whose images are decoded meanwhile, as in training from a folder of JPEGs."""
     photos = make_photos(size.photos, size.photo)
@@ -166,7 +182,7 @@ def _on_photos(
         finally:
             prefetcher.close()
     loss = float(metrics["loss"])
-    if not jnp.isfinite(loss):
+    if not math.isfinite(loss):
         raise CheckFailed(f"the loss of a step on photos is {loss}")
     return {
         "step_seconds": seconds / count,
