@@ -140,7 +140,7 @@ def inference(experiment: Experiment) -> int:
     )
     compiles = COMPILE.value
     if compiles is None:
-        compiles = machine.has_compiler and has_libtpu() and FROZEN_DTYPE.value == "bfloat16"
+        compiles = machine.has_compiler and has_libtpu()
     if compiles:
         from flamingo_jax.planning.inference_program import compile_inference
 

@@ -16,12 +16,13 @@ from jax.typing import DTypeLike
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.inference import programs
+from flamingo_jax.inference.loading import build_model
 from flamingo_jax.inference.placement import check_mesh, parameter_shardings
 from flamingo_jax.inference.prefill import Prefilled, PromptArrays
-from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.partitioning import rules
 from flamingo_jax.partitioning.mesh import AXES, DATA, FSDP, ROWS
 from flamingo_jax.pytrees import from_flat, to_flat
+from flamingo_jax.weight_parts import weight_part
 
 Array = jax.Array
 Compile = Callable[[jax.stages.Traced], jax.stages.Compiled]
@@ -64,6 +65,7 @@ def abstract_parameters(
     dtype: DTypeLike = jnp.bfloat16,
     *,
     memory: int | None = None,
+    frozen_dtype: str | None = None,
 ) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
     """Describes a model's parameters as `load` would read them: (graph, {flat name: shape,
     dtype and sharding}). Trained parameters are float32 and frozen ones of the compute dtype, as
@@ -72,17 +74,22 @@ def abstract_parameters(
     Args:
       dtype: the compute dtype.
       memory: bytes of each device, which decide whether frozen weights are gathered.
+      frozen_dtype: "int8" for integers in language model and vision encoder.
 
     Raises: UserError where the mesh does not fit the model, or the weights the memory.
     """
     check_mesh(config, mesh)
-    model = nnx.eval_shape(lambda: Flamingo(config, rngs=nnx.Rngs(0), dtype=dtype))
+    model = nnx.eval_shape(lambda: build_model(config, dtype, frozen_dtype))
     graph, state = nnx.split(model)
     found = to_flat(state)
     trained = rules.trainable_names("flamingo", found)
+
+    def stored(name: str, made: DTypeLike) -> DTypeLike:
+        # Integers and their scales are as they are made.
+        return made if weight_part(name) else jnp.float32 if name in trained else dtype
+
     declared = {
-        name: jax.ShapeDtypeStruct(s.shape, jnp.float32 if name in trained else dtype)
-        for name, s in found.items()
+        name: jax.ShapeDtypeStruct(s.shape, stored(name, s.dtype)) for name, s in found.items()
     }
     shardings = parameter_shardings(declared, mesh, memory)
     return graph, {name: s.update(sharding=shardings[name]) for name, s in declared.items()}
@@ -96,6 +103,7 @@ def compile_steps(
     dtype: DTypeLike = jnp.bfloat16,
     *,
     memory: int | None = None,
+    frozen_dtype: str | None = None,
     encoder: bool = True,
 ) -> dict[str, Step]:
     """Compiles the programs of inference for a mesh, without allocating anything.
@@ -105,7 +113,7 @@ def compile_steps(
 
     Args:
       compile_traced: compiles a traced program; called with the mesh set.
-      dtype, memory: as for `abstract_parameters`.
+      dtype, memory, frozen_dtype: as for `abstract_parameters`.
       encoder: False leaves "encode" out, which takes the compiler the longest.
 
     Raises: UserError as `abstract_parameters`, and for rows that do not divide over the mesh.
@@ -116,7 +124,9 @@ def compile_steps(
             f"{size.rows} rows do not divide over the {shards} row shards of the mesh (data x"
             f" fsdp): make them a multiple of {shards}"
         )
-    graph, parameters = abstract_parameters(config, mesh, dtype, memory=memory)
+    graph, parameters = abstract_parameters(
+        config, mesh, dtype, memory=memory, frozen_dtype=frozen_dtype
+    )
     state = nnx.State(from_flat(parameters))
 
     def array(dtype: DTypeLike, spec: PartitionSpec, *shape: int) -> Any:

@@ -90,7 +90,7 @@ def load_flamingo(
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     # Shapes alone: parameters are read from the export, not initialised.
-    graph, state = nnx.split(nnx.eval_shape(lambda: _build(config, dtype, frozen_dtype)))
+    graph, state = nnx.split(nnx.eval_shape(lambda: build_model(config, dtype, frozen_dtype)))
     source, shapes = ExportedPart(model, ""), to_flat(state)
     _check(str(folder), shapes, source.shapes)
     targets = _as_frozen(declare(source, shapes), frozen_dtype)
@@ -101,7 +101,8 @@ def load_flamingo(
     return LoadedFlamingo(nnx.merge(graph, state), tokenizer, config, export.digest)
 
 
-def _build(config: FlamingoConfig, dtype: DTypeLike, frozen_dtype: str | None) -> Flamingo:
+def build_model(config: FlamingoConfig, dtype: DTypeLike, frozen_dtype: str | None) -> Flamingo:
+    """Builds a model, with integers in its frozen parts for "int8"; see `load_flamingo`."""
     model = Flamingo(config, rngs=nnx.Rngs(0), dtype=dtype)
     if frozen_dtype == "int8":
         for part in PARTS:

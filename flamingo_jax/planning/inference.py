@@ -28,12 +28,10 @@ from flamingo_jax.partitioning import rules
 from flamingo_jax.partitioning.mesh import AXES, DATA, FSDP, MODEL, mesh_shape
 from flamingo_jax.planning.topology import Chip, PlannedMachine
 from flamingo_jax.tasks.flops import encoder_cost, product_flops
+from flamingo_jax.weight_parts import is_multiplied
 
 COMPUTE = jnp.dtype(jnp.bfloat16)
 """Compute dtype of inference on accelerators, also that of the cache."""
-
-SCALE_BYTES = 4
-"""Of the float32 scale of each output channel of an int8 matrix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +72,10 @@ class DeviceWork(NamedTuple):
 class HeldWeight(NamedTuple):
     """A parameter as inference holds it.
 
-    elements: of the whole array. held: bytes on each device. read: bytes that each device
-    multiplies with, after gathering what `fsdp` shards. cast: bytes of the copy in the compute
-    dtype that the compiler may keep of a float32 parameter, for all layers at once.
+    elements: of the whole array, 0 for the scales of integers. held: bytes on each device. read:
+    bytes that each device multiplies with, after gathering what `fsdp` shards. cast: bytes of the
+    copy in the compute dtype that the compiler may keep of a float32 parameter, for all layers at
+    once.
     """
 
     elements: int
@@ -85,7 +84,9 @@ class HeldWeight(NamedTuple):
     cast: float
 
 
-def plan_mesh(config: FlamingoConfig, machine: PlannedMachine, sizes: str) -> AbstractMesh:
+def plan_mesh(
+    config: FlamingoConfig, machine: PlannedMachine, sizes: str, frozen_dtype: str = "bfloat16"
+) -> AbstractMesh:
     """Makes the mesh of a machine without devices.
 
     sizes: such as "data=2,model=4"; "" shards over `model` as far as it divides all heads,
@@ -106,17 +107,19 @@ def plan_mesh(config: FlamingoConfig, machine: PlannedMachine, sizes: str) -> Ab
     model = math.gcd(machine.chips, *(part.heads for part in parts))
     try:
         mesh = make(f"model={model}")
-        _parameters(config, machine, mesh)
+        _parameters(config, machine, mesh, frozen_dtype)
     except UserError:
         mesh = make(f"data=1,fsdp=-1,model={model}")
     return mesh
 
 
 def _parameters(
-    config: FlamingoConfig, machine: PlannedMachine, mesh: AbstractMesh
+    config: FlamingoConfig, machine: PlannedMachine, mesh: AbstractMesh, frozen_dtype: str
 ) -> dict[str, jax.ShapeDtypeStruct]:
     devices: Any = mesh  # Of which only the shape is read.
-    return abstract_parameters(config, devices, COMPUTE, memory=machine.chip.memory)[1]
+    return abstract_parameters(
+        config, devices, COMPUTE, memory=machine.chip.memory, frozen_dtype=frozen_dtype
+    )[1]
 
 
 def plan_inference(
@@ -183,7 +186,7 @@ class _InferenceCost:
     ):
         self.config, self.load = config, load
         self.lm, self.conditioning = config.language_model, config.conditioning
-        self.mesh = plan_mesh(config, machine, mesh)
+        self.mesh = plan_mesh(config, machine, mesh, frozen_dtype)
         self.model = self.mesh.shape[MODEL]
         shards = self.mesh.shape[DATA] * self.mesh.shape[FSDP]
         # The engine pads a batch to a multiple of the row shards.
@@ -191,7 +194,7 @@ class _InferenceCost:
         self.prompts, self.row_shards = self.rows * shards, shards
         self.prompt = bucket_length(load.prompt_tokens)
         self.slots = self.prompt + load.new_tokens
-        self.weights = dict(_weights(_parameters(config, machine, self.mesh), frozen_dtype))
+        self.weights = dict(_weights(_parameters(config, machine, self.mesh, frozen_dtype)))
         self.shapes: Any = nnx.eval_shape(lambda: Flamingo(config, rngs=nnx.Rngs(0), dtype=COMPUTE))
         grafting = self.conditioning.kind == "grafting"
         self.layers = self.lm.layers + (self.conditioning.grafted_layers if grafting else 0)
@@ -220,7 +223,7 @@ class _InferenceCost:
     @property
     def elements_met(self) -> int:
         """Counts the parameters that a token meets."""
-        return sum(weight.elements for name, weight in self.weights.items() if self.met(name))
+        return sum(w.elements for name, w in self.weights.items() if self.met(name))
 
     def attention_flops(self, slots: int) -> int:
         """Counts the FLOPs of a token's self-attention over a cache: scores and values, and the
@@ -430,23 +433,20 @@ class _InferenceCost:
 
 
 def _weights(
-    parameters: Mapping[str, jax.ShapeDtypeStruct], frozen_dtype: str
+    parameters: Mapping[str, jax.ShapeDtypeStruct],
 ) -> Iterator[tuple[str, HeldWeight]]:
     """Yields (name, weight) of every parameter."""
     trained = rules.trainable_names("flamingo", parameters)
     for name, p in parameters.items():
         sharding = p.sharding
         assert isinstance(sharding, NamedSharding)
-        shard, lead = sharding.shard_shape(p.shape), rules.stack_axes(name)
+        shard = sharding.shard_shape(p.shape)
         elements, each = math.prod(shard), float(p.dtype.itemsize)
-        if frozen_dtype == "int8" and name not in trained and len(shard) - lead > 1:
-            # A byte each, and a scale for each output channel.
-            inputs = shard[lead] * (shard[lead + 1] if name.endswith("attention/out") else 1)
-            each = 1 + SCALE_BYTES / inputs
         gathered = sharding.mesh.shape[FSDP] if FSDP in sharding.spec else 1
         read = elements * each * gathered
         cast = elements * gathered * COMPUTE.itemsize if name in trained else 0.0
-        yield name, HeldWeight(math.prod(p.shape), elements * each, read, cast)
+        multiplied = math.prod(p.shape) if is_multiplied(name) else 0
+        yield name, HeldWeight(multiplied, elements * each, read, cast)
 
 
 def _operation_bytes(jaxpr: Any, min_size: int) -> Iterator[float]:

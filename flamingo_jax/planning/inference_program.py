@@ -38,8 +38,6 @@ def compile_inference(
 
     Raises: UserError where libtpu is missing, or a program does not fit the chip's memory.
     """
-    if frozen_dtype != "bfloat16":
-        raise UserError("--frozen_dtype=int8 is counted, not compiled: add --nocompile")
     topology = open_topology(machine)
     mesh = topology.mesh(",".join(f"{axis}={sizes[axis]}" for axis in AXES))
     shards = mesh.size // sizes["model"]
@@ -67,7 +65,15 @@ def compile_inference(
         began = time.monotonic()
         return compiled
 
-    steps = compile_steps(config, mesh, size, compile_one, COMPUTE, memory=topology.chip.memory)
+    steps = compile_steps(
+        config,
+        mesh,
+        size,
+        compile_one,
+        COMPUTE,
+        memory=topology.chip.memory,
+        frozen_dtype=frozen_dtype,
+    )
     return dict(zip(steps, found.values(), strict=True))
 
 

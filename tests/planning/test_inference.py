@@ -141,6 +141,7 @@ def test_int8_halves_the_frozen_matrices_and_beams_share_the_prompt() -> None:
     saved = plain["bytes"]["weights"] - int8["bytes"]["weights"]
     # Vectors of a stack of layers have two axes and stay; scales come in addition.
     assert 0.85 * half < saved < half
+    assert int8["flops"] == plain["flops"]
     beams = plan_inference(FLAMINGO, machine, dataclasses.replace(LOAD, beams=3))
     text = 5 * 2 * 8 * 16 * 2
     assert beams["bytes"]["cache"] - plain["bytes"]["cache"] == 2 * 3 * 8 * text
