@@ -13,6 +13,7 @@ from flamingo_jax.experiment import Experiment, MeshConfig
 from flamingo_jax.planning.device_check.sections import (
     SECTIONS,
     Section,
+    make_folder,
     run_sections,
 )
 from flamingo_jax.planning.device_check.sections import (
@@ -66,6 +67,7 @@ def run(output: str, minutes: float, size: str, section: str, on_end: Any) -> bo
     if section:
         from flamingo_jax.planning.device_check.check import run_section
 
+        make_folder(folder)
         run_section(section, check_size(size), folder, 60 * minutes)
         return True
 

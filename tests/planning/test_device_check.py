@@ -3,6 +3,7 @@ its sections' processes, which may fail or hang.
 """
 
 import gzip
+import io
 import json
 import os
 import pathlib
@@ -14,8 +15,11 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
+from flamingo_jax.errors import UserError
 from flamingo_jax.planning.device_check import attention
+from flamingo_jax.planning.device_check.check import run_section
 from flamingo_jax.planning.device_check.photos import make_photos
 from flamingo_jax.planning.device_check.sections import (
     Budget,
@@ -24,6 +28,7 @@ from flamingo_jax.planning.device_check.sections import (
     Section,
     run_sections,
 )
+from flamingo_jax.planning.device_check.tables import section_table
 from flamingo_jax.planning.device_check.trace import top_operations
 from launch.device_check import check_size
 
@@ -224,6 +229,30 @@ def test_the_top_of_a_trace_is_that_of_the_devices(tmp_path: pathlib.Path) -> No
     assert (second["name"], second["share"]) == ("fusion", 0.4)
     assert top_operations(tmp_path / "plugins", 1) == [first]
     assert top_operations(tmp_path / "none", 5) == []
+
+
+def test_the_full_size_wants_an_accelerator(tmp_path: pathlib.Path) -> None:
+    size = check_size("full")
+    # Each number of microbatches divides every dataset's rows.
+    for dataset in size.train.data.values():
+        assert all(dataset.batch_size % count == 0 for count in size.microbatches)
+    with pytest.raises(UserError, match="--size=tiny"):
+        run_section("attention", size, tmp_path, 60.0)
+
+
+def test_results_are_laid_out_with_their_units() -> None:
+    results = {
+        "mfu": 0.456,
+        "first": {"peak_bytes": 3 * 2**30, "step_seconds": 7.25, "agrees": True},
+        "trace": [{"name": "gemm", "milliseconds": 1.5, "times": 2, "share": 0.5}],
+        "arrays_that_differ": [],
+    }
+    found = {"status": "failed", "seconds": 3.0, "error": "it is broken", "results": results}
+    console = Console(width=120, file=io.StringIO())
+    console.print(section_table("step", found))
+    shown = console.file.getvalue()
+    for text in ("45.6%", "3.00 GiB", "7.25", "1.50 ms, 50.0%", "none", "it is broken"):
+        assert text in shown
 
 
 def test_photos_are_as_large_as_photos() -> None:

@@ -80,6 +80,14 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     temporary.replace(path)
 
 
+def make_folder(folder: pathlib.Path) -> None:
+    """Makes the folder of the results. Raises UserError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output={folder} cannot be made: {error}") from error
+
+
 def run_sections(
     folder: pathlib.Path,
     minutes: float,
@@ -100,11 +108,8 @@ def run_sections(
 
     Raises: UserError where the folder cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / SUMMARY, {"sections": {}, "passed": False})
-    except OSError as error:
-        raise UserError(f"--output={folder} cannot be written: {error}") from error
+    make_folder(folder)
+    write_json(folder / SUMMARY, {"sections": {}, "passed": False})
     end = time.monotonic() + 60 * minutes
     found: dict[str, Any] = {}
     for place, section in enumerate(sections):

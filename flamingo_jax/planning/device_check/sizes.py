@@ -48,6 +48,7 @@ class DeviceCheckSize:
     photos: int
     photo: tuple[int, int]
     steps: int
+    needs_accelerator: bool
 
 
 FULL_ATTENTION = (
@@ -79,6 +80,7 @@ def full_size(train: Experiment, resume: Experiment) -> DeviceCheckSize:
         photos=256,
         photo=(640, 480),
         steps=4,
+        needs_accelerator=True,
     )
 
 
@@ -95,4 +97,5 @@ def tiny_size(train: Experiment, resume: Experiment) -> DeviceCheckSize:
         photos=4,
         photo=(96, 64),
         steps=2,
+        needs_accelerator=False,
     )
