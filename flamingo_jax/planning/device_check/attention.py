@@ -62,8 +62,8 @@ def _compare(case: AttentionCase, dtype: DTypeLike, steps: int) -> dict[str, Any
         seen = made[0] if name == "fast" else seen
         errors[name] = [_error(a, b) for a, b in zip(made, exact, strict=True)]
         seconds[name] = median_seconds(lambda run=run: run(query, key, value), steps)
-    # Rounding of the result alone is no difference.
-    least = 4 * float(jnp.finfo(dtype).eps)
+    # Rounding of the results alone, or another order of sums in float32, is no difference.
+    least = 1e-5 if dtype == jnp.float32 else 4 * float(jnp.finfo(dtype).eps)
     limits = [max(WORSE * error, least) for error in errors["plain"]]
     sees = np.asarray(mask.any(-1)).swapaxes(1, 2)[..., None]
     zero = bool((np.asarray(seen, np.float32) * ~sees == 0).all())

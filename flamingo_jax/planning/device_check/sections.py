@@ -60,6 +60,9 @@ class Results:
         self._values[name] = value
         write_json(self._path, self._values)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
 
 class Budget:
     """The time of a section. seconds: how long it may run."""

@@ -71,6 +71,13 @@ def check_step(size: DeviceCheckSize, results: Results, budget: Budget) -> None:
         results.put("mfu", timed[best]["mfu"])
     if not timed:
         raise CheckFailed("the step fits the device's memory with none of the microbatch sizes")
+    if "closer_look" in results:
+        raise CheckFailed("the step was timed, but the closer look at it broke off")
+
+
+def experiment_parts(experiment: Experiment) -> int:
+    """Returns the number of microbatches, which all datasets share."""
+    return next(iter(experiment.data.values())).microbatches
 
 
 def in_parts(experiment: Experiment, microbatches: int) -> Experiment:
@@ -123,9 +130,13 @@ def _measure(
             **({"peak_bytes": peak_bytes()} if closely else {}),
         }
         if closely:
+            results.put(f"{experiment_parts(experiment)}_microbatches", found)
             results.put("mfu", found["mfu"])
-            results.put("first", found)
-            _look_closely(step, size, mesh, results, budget)
+            try:
+                _look_closely(step, size, mesh, results, budget)
+            except RuntimeError as error:
+                # The step itself was timed: a profiler that fails, or no room for a part.
+                results.put("closer_look", f"broke off: {str(error)[:200]}")
     return found
 
 
