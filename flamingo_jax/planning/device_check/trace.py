@@ -38,7 +38,8 @@ def top_operations(folder: pathlib.Path, count: int) -> list[dict[str, Any]]:
         if process.startswith(OF_DEVICES):
             # TPUs have lines of modules and steps beside that of operations; GPUs streams.
             return "XLA Ops" in thread or "Stream" in thread
-        return process == OF_HOST and "XLA" in thread
+        # The executor's own events span those of the operations that it runs.
+        return process == OF_HOST and "XLA" in thread and "Executor" not in event["name"]
 
     durations: collections.Counter[str] = collections.Counter()
     times: collections.Counter[str] = collections.Counter()
