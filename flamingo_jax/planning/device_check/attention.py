@@ -1,5 +1,6 @@
 """Checks the backend's fast attention against attention in float32, in value and gradient."""
 
+import functools
 from typing import Any
 
 import jax
@@ -61,7 +62,7 @@ def _compare(case: AttentionCase, dtype: DTypeLike, steps: int) -> dict[str, Any
         made = jax.device_get((h, *grads))
         seen = made[0] if name == "fast" else seen
         errors[name] = [_error(a, b) for a, b in zip(made, exact, strict=True)]
-        seconds[name] = median_seconds(lambda run=run: run(query, key, value), steps)
+        seconds[name] = median_seconds(functools.partial(run, query, key, value), steps)
     # Rounding of the results alone, or another order of sums in float32, is no difference.
     least = 1e-5 if dtype == jnp.float32 else 4 * float(jnp.finfo(dtype).eps)
     limits = [max(WORSE * error, least) for error in errors["plain"]]
