@@ -48,9 +48,6 @@ hang on storage. Longer than the processes of a run wait for one another
 """
 _INTERRUPTED = 130
 """Exit code of a command that was stopped by Ctrl-C, as in shells."""
-_BAD_FLAGS: tuple[type[Exception], ...] = (flags.Error, ValueError, TypeError)
-if config_flags is not None:
-    _BAD_FLAGS += (config_flags.UnsupportedOperationError,)
 _OVERRIDE = re.compile(rf"^--?(?:no)?{CONFIG}\.([^=]*)")
 
 
@@ -288,7 +285,7 @@ def _parse(argv: Sequence[str]) -> None:
         if wrong is None or config is None:
             raise UserError(" ".join(str(error).split())) from None
         raise _wrong_type(wrong[1], wrong[2], config) from None
-    except _BAD_FLAGS as error:
+    except (flags.Error, ValueError, TypeError) as error:
         raise UserError(" ".join(str(error).split())) from None
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is no flag: write --name=value; --help lists the flags")
