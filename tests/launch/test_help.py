@@ -61,6 +61,7 @@ def test_help_is_there_at_once(command: str) -> None:
         (("launch.train", "--config=configs/flamingo_3b.py:big"), "has no form 'big'"),
         (("launch.plan", "--config=configs/flamingo_9b.py"), "nothing to plan"),
         (("launch.export", "--workdir=runs/a"), "--output is not set"),
+        (("launch.playground",), "--model is not set"),
         (("launch.convert",), "name the folder of one model"),
         (("launch.benchmark", "data"), "data to read: name a config"),
         (("launch.evaluate",), "name one of --benchmark, --suite or --evaluator"),

@@ -34,7 +34,7 @@ pytestmark = [
     ),
 ]
 ROOT = pathlib.Path(__file__).parents[2]
-PATIENCE = 40
+PATIENCE = 150
 """Seconds that a page may take, first compilations included."""
 
 
@@ -112,7 +112,7 @@ def wait(browser: Any, what: Callable[[], Any]) -> Any:
         if found := what():
             return found
         time.sleep(0.05)
-    browser.save_screenshot("/tmp/playground_timeout.png")
+    save(browser, "timeout")
     raise AssertionError(f"it did not happen; the page says {said(browser)!r}")
 
 

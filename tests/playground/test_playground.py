@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 import types
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from flamingo_jax.playground.playground import BEAM, SAMPLING, DecodingChoice, P
 from flamingo_jax.playground.session import Example, Session
 from flamingo_jax.playground.uploads import UploadLimits, read_upload
 from flamingo_jax.processing.visuals import Visual
-from tests.inference.tiny_models import tiny_config
+from tests.inference.tiny_models import make_loaded, tiny_config
 
 CONFIG = tiny_config(90)
 RNG = np.random.default_rng(0)
@@ -363,3 +364,31 @@ def test_examples_come_from_prompt_files(tmp_path: pathlib.Path) -> None:
     first, second = prompt_examples(prompts, CONFIG, 5)
     assert isinstance(first.parts[0], Visual) and first.parts[1] == "Output:"
     assert second.shot == ["more"] and "more" in fragments.gallery(Session(), [first, second])
+
+
+@pytest.mark.scale
+def test_fifty_prompts_from_eight_threads_are_answered_as_each_alone(
+    tmp_path: pathlib.Path,
+) -> None:
+    loaded = make_loaded()
+    model = fj.Model(loaded.model, loaded.tokenizer)
+    playground = Playground(model, EXAMPLES, tmp_path)
+    words = ("a red circle", "this is a", "Output:", "", "Question: what colour is this? Answer:")
+    prompts = [[IMAGES[n % 3], words[n % 5]] if n % 10 != 9 else [""] for n in range(50)]
+
+    def run(parts: list[Any]) -> tuple[str, tuple[int, ...]]:
+        session = Session(parts=list(parts))
+        *_, last = playground.answer(session, DecodingChoice(max_tokens=6))
+        tokens = session.maps.tokens if session.maps is not None else ()
+        return last.status, tuple(token.token for token in tokens)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(run, prompts))
+    for parts, (status, tokens) in zip(prompts, found, strict=True):
+        if parts == [""]:
+            assert "the prompt is empty" in status and not tokens
+            continue
+        alone = model.generate(
+            [part for part in parts if not isinstance(part, str) or part], max_tokens=6, beam_size=1
+        )
+        assert tokens == alone.tokens, status
