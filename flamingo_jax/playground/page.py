@@ -82,11 +82,11 @@ def _decoding_fields() -> list[Any]:
     """Makes the fields of `choice_of`, in its order."""
     kind = gr.Radio(list(DECODINGS), value=DECODINGS[0], label="Method", elem_id="method")
     with gr.Row():
-        most = gr.Slider(1, 1024, value=32, step=1, label="Tokens at most", elem_id="most")
-        seed = gr.Number(0, precision=0, label="Seed of sampling")
+        most = gr.Slider(1, 1024, value=32, step=1, label="Most tokens", elem_id="most")
+        seed = gr.Number(0, precision=0, label="Seed")
     with gr.Row():
-        temperature = gr.Slider(0.05, 2.0, value=1.0, step=0.05, label="Temperature of sampling")
-        top_p = gr.Slider(0.05, 1.0, value=0.9, step=0.05, label="Nucleus (top p) of sampling")
+        temperature = gr.Slider(0.05, 2.0, value=1.0, step=0.05, label="Temperature")
+        top_p = gr.Slider(0.05, 1.0, value=0.9, step=0.05, label="Top p (nucleus)")
     stop = gr.Textbox("", lines=1, label="Stop at these texts, one a line")
     return [kind, most, temperature, top_p, seed, stop]
 
