@@ -61,6 +61,7 @@ each section. A section that fails is told, the rest goes on, and the exit code 
 import dataclasses
 import json
 import pathlib
+import re
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -91,6 +92,9 @@ MODEL = flags.DEFINE_string(
 )
 MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", 20, "generate: tokens that are generated for a prompt.", lower_bound=1
+)
+PROMPTS = flags.DEFINE_list(
+    "prompts", ["1", "64"], "generate: prompts at a time, numbers separated by commas."
 )
 NAMES = flags.DEFINE_integer("names", 1000, "generate: names that are ranked.", lower_bound=1)
 SAMPLE = flags.DEFINE_integer(
@@ -155,7 +159,7 @@ MADE = (
 
 READS = {
     "train": ("sizes", "steps", "trace"),
-    "generate": ("sizes", "model", "max_tokens", "names", "sample"),
+    "generate": ("sizes", "model", "max_tokens", "prompts", "names", "sample"),
     "export": ("folder", "gigabytes"),
     "device": ("minutes", "output", "size", "section"),
     "data --dataset": (
@@ -219,6 +223,8 @@ def generate() -> int:
     """Times captioning, ranking, and prefill and decoding."""
     if sum(map(bool, (MODEL.value, SIZES.value, CONFIG.value is not None))) > 1:
         raise UserError("--model, --sizes and --config each name a model: give one of them")
+    if not PROMPTS.value or not all(re.fullmatch("[1-9][0-9]{0,4}", n) for n in PROMPTS.value):
+        raise UserError(f"--prompts={','.join(PROMPTS.value)} must be numbers such as 1,64")
     from rich.console import Console
 
     import flamingo_jax as fj
@@ -236,7 +242,12 @@ def generate() -> int:
         if flamingo is None:
             raise UserError("this config trains no Flamingo: choose one that does, or --sizes")
         model = random_model(flamingo)
-    work = GenerationWork(MAX_TOKENS.value, NAMES.value, min(SAMPLE.value, NAMES.value))
+    work = GenerationWork(
+        MAX_TOKENS.value,
+        NAMES.value,
+        min(SAMPLE.value, NAMES.value),
+        tuple(map(int, PROMPTS.value)),
+    )
     timing = time_generation(model, work)
     if JSON.value:
         print(json.dumps(_generation_json(timing)))

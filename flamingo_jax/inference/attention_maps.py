@@ -18,8 +18,8 @@ from flamingo_jax.inference.prompts import (
     Prompt,
     TokenisedPrompt,
     bucket_length,
-    next_power,
     tokenise,
+    visual_slots,
 )
 from flamingo_jax.models.packing import PackedText
 from flamingo_jax.processing.tokenizer import Tokenizer
@@ -179,7 +179,7 @@ def _padded(
     tokens[0, :start], tokens[0, start:end] = prompt.tokens, answer
     index[0, :start], index[0, start:end] = prompt.media_index, prompt.media_index[-1]
     segments = (np.arange(length) < end).astype(np.int32)[None]
-    visuals = np.full((1, next_power(4, max(len(prompt.visuals), 1))), -1, np.int32)
+    visuals = np.full((1, visual_slots(max(len(prompt.visuals), 1))), -1, np.int32)
     visuals[0, : len(prompt.visuals)] = range(len(prompt.visuals))
     places = np.minimum(start - 1 + np.arange(bucket_length(len(answer))), length - 1)
     positions = np.where(segments, np.arange(length, dtype=np.int32), 0)

@@ -25,6 +25,7 @@ from flamingo_jax.inference.prompts import (
     collate,
     next_power,
     tokenise,
+    visual_slots,
 )
 from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.processing.visuals import Visual
@@ -115,9 +116,7 @@ class DeviceModel:
             return
         tokenised = [tokenise(prompt, self.tokenizer) for prompt in prompts]
         self.check(tokenised, further)
-        # Slots for visuals: 1, 4, 16, 64, ... Each further shape costs a compilation, an empty
-        # slot hardly anything.
-        slots = next_power(4, max(len(p.visuals) for p in tokenised))
+        slots = visual_slots(max(len(p.visuals) for p in tokenised))
         rows = self._batch_rows(tokenised, slots, most_rows)
         # By length, so that a batch has little padding.
         order = sorted(range(len(prompts)), key=lambda prompt: len(tokenised[prompt].tokens))
@@ -168,14 +167,16 @@ class DeviceModel:
         tokens, index, lengths = put((batch.tokens, batch.media_index, batch.lengths))
         if not batch.distinct:
             return PromptArrays(tokens, index, lengths, None), None
+        # Visuals that prompts share are projected once; few sizes, each of which is compiled.
+        size = min(next_power(4, len(batch.distinct)), batch.visuals.size)
         if self.with_visuals:
             prompts = PromptArrays(tokens, index, lengths, put(batch.visuals))
-            return prompts, self._prepare_media(batch.distinct, batch.visuals.size)
+            return prompts, self._prepare_media(batch.distinct, size)
         # Without visuals no token attends to any, which adds exactly zero. Shapes stay the
         # same, so that engines with and without visuals share compiled programs.
         blank = np.zeros(
             (
-                batch.visuals.size,
+                size,
                 self.config.resampler.latents,
                 self.config.language_model.width,
             ),

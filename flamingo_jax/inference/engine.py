@@ -18,8 +18,8 @@ from flamingo_jax.inference.prompts import (
     PromptBatch,
     bucket_length,
     collate,
-    next_power,
     tokenise,
+    visual_slots,
 )
 from flamingo_jax.inference.scoring import tree_arrays
 from flamingo_jax.processing.visuals import Visual
@@ -109,7 +109,7 @@ class Engine(Generator):
             tokenised,
             rows=self._rows(len(prompts)),
             length=bucket_length(longest),
-            slots=next_power(4, max(len(prompt.visuals) for prompt in tokenised)),
+            slots=visual_slots(max(len(prompt.visuals) for prompt in tokenised)),
             pad_token=self.tokenizer.pad,
         )
         arrays, media = self._to_device(batch)

@@ -25,8 +25,8 @@ from flamingo_jax.inference.prompts import (
     TokenisedPrompt,
     bucket_length,
     collate,
-    next_power,
     tokenise,
+    visual_slots,
 )
 from flamingo_jax.inference.rows import Chunk, RowOptions, Rows
 from flamingo_jax.inference.scheduler import WIDTH, Answer, complete
@@ -140,7 +140,7 @@ class Generator(DeviceModel):
         number = {id(answer): place for place, answer in enumerate(answers)}
         # By length, so that prompts that are read together have little padding.
         answers.sort(key=lambda answer: len(answer.prompt.tokens))
-        slots = next_power(4, max(len(prompt.visuals) for prompt in tokenised))
+        slots = visual_slots(max(len(prompt.visuals) for prompt in tokenised))
         rows = self._batch_rows(tokenised, slots)
         batch = rows if len(answers) <= rows else self._rows(max(rows // 4, 1))
         for answer in complete(self, answers, rows=rows, batch=batch, slots=slots):

@@ -299,6 +299,14 @@ def bucket_length(count: int) -> int:
     return length * 3 // 4 if length >= 4 * LENGTH_STEP and length * 3 // 4 >= count else length
 
 
+def visual_slots(count: int) -> int:
+    """Rounds a number of visuals up to one of 0, 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: each further
+    shape costs a compilation, an empty slot as much as a visual's cross-attention.
+    """
+    power = next_power(2, count)
+    return power * 3 // 4 if power >= 4 and power * 3 // 4 >= count else power
+
+
 def next_power(base: int, count: int) -> int:
     """Rounds `count` up to a power of `base`; 0 stays 0."""
     power = min(count, 1)

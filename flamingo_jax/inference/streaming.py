@@ -15,7 +15,7 @@ from typing import Any
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.inference.completion import Completion
-from flamingo_jax.inference.prompts import bucket_length, next_power
+from flamingo_jax.inference.prompts import bucket_length, next_power, visual_slots
 from flamingo_jax.inference.scheduler import CHUNK, Answer, RowPool, RowPrograms, StreamedToken
 
 MOST_ROWS = 16
@@ -150,7 +150,7 @@ class StreamScheduler:
                 # As many slots for visuals as the prompts of such a pool have.
                 key = (
                     max(LEAST_SLOTS, next_power(2, length)),
-                    next_power(4, len(answer.prompt.visuals)),
+                    visual_slots(len(answer.prompt.visuals)),
                 )
                 if key not in pools:
                     pools[key] = _Streams(self._programs, *key)

@@ -10,6 +10,7 @@ from flamingo_jax.inference.prompts import (
     fill_image_tags,
     next_power,
     tokenise,
+    visual_slots,
 )
 from flamingo_jax.processing.sequences import media_index as page_media_index
 from flamingo_jax.processing.sequences import page_sequence
@@ -150,4 +151,6 @@ def test_sizes_are_rounded_up() -> None:
         512,
     ]
     assert [next_power(2, n) for n in (0, 1, 2, 3, 64, 65)] == [0, 1, 2, 4, 64, 128]
+    assert [visual_slots(n) for n in range(8)] == [0, 1, 2, 3, 4, 6, 6, 8]
+    assert [visual_slots(n) for n in (9, 13, 320)] == [12, 16, 384]
     assert [next_power(4, n) for n in (0, 1, 2, 5, 16, 17)] == [0, 1, 4, 16, 16, 64]

@@ -239,6 +239,8 @@ def find_open_flamingo() -> None:
     """Makes the package's modules importable without its own __init__, which imports open_clip
     and with it torchvision.
     """
+    if "open_flamingo" in sys.modules:
+        return
     found = importlib.util.find_spec("open_flamingo")
     assert found is not None and found.submodule_search_locations is not None
     package = types.ModuleType("open_flamingo")
