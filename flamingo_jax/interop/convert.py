@@ -11,7 +11,7 @@ from flamingo_jax.checkpointing.model_card import (
     describe_part,
     render,
 )
-from flamingo_jax.checkpointing.streaming import TensorStream
+from flamingo_jax.checkpointing.streaming import HashingReader, TensorStream
 from flamingo_jax.configuring import to_json
 from flamingo_jax.errors import UserError
 from flamingo_jax.interop.folders import ModelPart, PublishedFolder, open_folder
@@ -44,11 +44,17 @@ def convert(folder: pathlib.Path, part: ModelPart, output: pathlib.Path) -> None
                 " copy it there"
             )
         Tokenizer.load(found.tokenizer_file, found.config.vocab_size)
+    stamp = found.stamp()
+
+    def check(reader: HashingReader) -> None:
+        if found.stamp() != stamp:
+            raise UserError(f"{folder} changed while it was converted: convert it again")
+
     export_model(
         output,
         kind=part,
         config=to_json(found.config),
-        parameters=TensorStream(found.stream(declare(found)), found.stamp()),
+        parameters=TensorStream(found.stream(declare(found)), stamp, check),
         tokenizer_file=found.tokenizer_file,
         extra_files={"original_config.json": folder / "config.json"},
         card=_card(found, folder),
