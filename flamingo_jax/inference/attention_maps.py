@@ -28,7 +28,8 @@ from flamingo_jax.processing.visuals import Visual
 Array = jax.Array
 ALTERNATIVES = 8
 """How many of the likeliest tokens are listed at each place."""
-EOC = "<EOC>"
+EOC, EOS = "<EOC>", "<EOS>"
+"""What tokens without a text are called."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,5 +237,5 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
 def _text_of(number: int, tokenizer: Tokenizer) -> str:
     """Returns the text of a token alone, or the name of a special one."""
     if number in (tokenizer.eoc, tokenizer.eos):
-        return EOC if number == tokenizer.eoc else "<EOS>"
+        return EOC if number == tokenizer.eoc else EOS
     return tokenizer.decode([number])

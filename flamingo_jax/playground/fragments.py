@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from flamingo_jax.inference.attention_maps import EOC, AttentionMaps, TokenProbability
+from flamingo_jax.inference.attention_maps import EOC, EOS, AttentionMaps, TokenProbability
 from flamingo_jax.playground.heat_map import enlarge, overlay
 from flamingo_jax.playground.session import Example, Part, Session
 from flamingo_jax.processing.visuals import Visual
@@ -17,6 +17,8 @@ THUMBNAIL, SMALL, LARGE = 72, 56, 232
 MOST_SMALL = 48
 """The most tokens that get a heat map each below them."""
 SHOT_COUNTS = (0, 2, 4, 8)
+ENDS = {EOC: "end of the answer", EOS: "end of the document"}
+"""Special tokens that may be predicted -> how they are called on the page."""
 
 
 def editor(session: Session, examples: Sequence[Example]) -> str:
@@ -95,7 +97,8 @@ def tokens(
         else ""
     )
     return (
-        f'<div class="fj-answer" data-done="{int(not running)}">{found}{cursor}{known}{hint}</div>'
+        f'<div class="fj-label">Answer</div><div class="fj-answer" data-done="{int(not running)}">'
+        f"{found}{cursor}{known}{hint}</div>"
     )
 
 
@@ -255,7 +258,7 @@ def _alternatives(maps: AttentionMaps, token: int) -> str:
 
 
 def _alternative(other: TokenProbability, chosen: bool) -> str:
-    text = "end of the answer" if other.text == EOC else _visible(other.text)
+    text = ENDS.get(other.text) or _visible(other.text)
     width = 100 * math.exp(other.log_probability)
     return (
         f"<tr{' class=fj-on' if chosen else ''}><td>{html.escape(text)}</td>"
