@@ -16,9 +16,11 @@ from jax.typing import DTypeLike
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.inference import programs
+from flamingo_jax.inference.decoding import next_log_probabilities
 from flamingo_jax.inference.loading import build_model
 from flamingo_jax.inference.placement import check_mesh, parameter_shardings
-from flamingo_jax.inference.prefill import Prefilled, PromptArrays
+from flamingo_jax.inference.prefill import PromptArrays
+from flamingo_jax.inference.rows import RowOptions, Rows
 from flamingo_jax.partitioning import rules
 from flamingo_jax.partitioning.mesh import AXES, DATA, FSDP, ROWS
 from flamingo_jax.pytrees import from_flat, to_flat
@@ -52,11 +54,17 @@ class Step(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
-def _decode(graph: Any, state: nnx.State, cache: Any, rows: Prefilled, media: Any) -> Any:
+def _decode(graph: Any, state: nnx.State, cache: Any, rows: Rows) -> Any:
     """Decodes one token of every row; the cache is updated in place."""
-    tokens, positions, index = (a[:, None] for a in (rows.last, rows.position, rows.media_index))
-    model = nnx.merge(graph, state)
-    return model.decode(tokens, positions, index, media, rows.visuals, cache)
+    return next_log_probabilities(
+        nnx.merge(graph, state),
+        rows.token,
+        rows.position,
+        rows.media_index,
+        rows.media,
+        rows.visuals,
+        cache,
+    )
 
 
 def abstract_parameters(
@@ -155,11 +163,16 @@ def compile_steps(
         array(jnp.int32, by_row, rows),
         array(jnp.int32, by_row, rows, size.visuals),
     )
+    options = RowOptions(
+        array(jnp.uint32, by_row, rows, 2),
+        array(jnp.int32, by_row, rows),
+        array(jnp.float32, by_row, rows),
+        array(jnp.float32, by_row, rows),
+    )
     slots = length + size.new_tokens
-    steps["prefill"] = step(programs.prefill_prompts, graph, state, prompts, media, slots)
-    prefilled = _left_by(steps["prefill"])
-    cache, prefilled = prefilled.cache, prefilled._replace(cache=None)
-    steps["decode"] = step(_decode, graph, state, cache, prefilled, media)
+    steps["prefill"] = step(programs.start_rows, graph, state, prompts, media, options, slots)
+    read = _left_by(steps["prefill"])
+    steps["decode"] = step(_decode, graph, state, read.cache, read._replace(cache=None))
     return steps
 
 

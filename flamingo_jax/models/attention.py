@@ -158,8 +158,13 @@ def write_slots(cached: Array, new: Array, positions: Array) -> Array:
     """Writes new [B, L, ...] into the slots `positions` [B, L] of cached [B, S, ...];
     positions of S and more (padding) are dropped.
     """
-    row = jnp.arange(new.shape[0])[:, None]
-    return cached.at[row, positions].set(new.astype(cached.dtype), mode="drop")
+
+    def write(cached: Array, new: Array, positions: Array) -> Array:
+        return cached.at[positions].set(new, mode="drop")
+
+    # Row by row, not with numbers of rows: on a mesh these would need all rows' new keys and
+    # values on every device.
+    return jax.vmap(write)(cached, new.astype(cached.dtype), positions)
 
 
 def append_slots(cached: Array, new: Array) -> Array:

@@ -35,7 +35,13 @@ from flamingo_jax.models.layers import (
     stack,
 )
 from flamingo_jax.models.packing import MediaView, Packing
-from flamingo_jax.partitioning.constraints import all_gather, reduce_scatter, residual
+from flamingo_jax.partitioning.constraints import (
+    all_gather,
+    constrain,
+    reduce_scatter,
+    residual,
+)
+from flamingo_jax.partitioning.mesh import MODEL, ROWS
 
 Array = jax.Array
 Between = Callable[[Array], Array]
@@ -67,7 +73,10 @@ class PreparedVisuals(NamedTuple):
         """
         listed = jnp.maximum(visuals, 0).reshape(-1)
         numbers = jnp.arange(listed.size).reshape(visuals.shape)
-        media = jax.tree.map(lambda a: jnp.take(a, listed, axis=1), self.media)
+        # [blocks, M, R, H, d], each row's visuals where the row is.
+        media = jax.tree.map(
+            lambda a: constrain(jnp.take(a, listed, axis=1), None, ROWS, None, MODEL), self.media
+        )
         return PreparedVisuals(media, self.broken[listed]), jnp.where(visuals >= 0, numbers, -1)
 
 

@@ -35,7 +35,7 @@ def test_the_cache_is_sharded_by_rows_and_heads_and_updated_in_place() -> None:
     assert list(steps) == ["prepare", "prefill", "decode"]
     memory = steps["decode"].compiled.memory_analysis()
     assert memory is not None
-    _, _, cache, _, media = steps["decode"].arguments
+    _, _, cache, rows = steps["decode"].arguments
     whole, on_one = held(cache)
     # Over 4 row shards and 2 of the heads, but for the distances' keys, which all rows share.
     lm = CONFIG.language_model
@@ -47,7 +47,7 @@ def test_the_cache_is_sharded_by_rows_and_heads_and_updated_in_place() -> None:
     # Donated: the new cache takes no further memory.
     assert memory.alias_size_in_bytes >= keys_and_values // 8
     parameters = abstract_parameters(CONFIG, mesh, jnp.float32)[1]
-    taken = held(parameters)[1] + on_one + held(media)[1]
+    taken = held(parameters)[1] + on_one + held(rows)[1]
     # Programs lack the parameters that they do not use: the encoder and the resampler.
     assert memory.argument_size_in_bytes < taken + 1000
 
