@@ -5,7 +5,8 @@ Paragraphs are separated by blank lines. Text of one file belongs together, and 
 should not be adjacent to training text. With many files per split, each file is put into one
 split by a hash of its name. With few, such as some books, each file that is long enough gives
 every split a contiguous part, at a position by a hash of its name (not always the end: books
-end alike); a document at each border between splits is dropped and counted.
+end alike); a document at each border between splits is dropped and counted. The shorter ones are
+ranked by that hash, and the first of them are held out, so that each split gets a file.
 """
 
 import dataclasses
@@ -62,8 +63,10 @@ class PlainText:
     def options(self) -> dict[str, Any]:
         return {"source": type(self).__name__, **dataclasses.asdict(self)}
 
-    def entries(self) -> Sequence[tuple[bool, FileEntry]]:
-        """Lists the files as (whether the whole file goes into one split, file)."""
+    def entries(self) -> Sequence[tuple[bool, str, FileEntry]]:
+        """Lists the files as (whether the whole file goes into one split, that split or the one
+        of a file that is too short to be divided, file).
+        """
         found = file_entries(self.folders, (".txt",), ".txt file")
         for entry in found:
             path = os.path.join(entry.folder, entry.name)
@@ -73,12 +76,21 @@ class PlainText:
                     "`split --line-bytes=500M --additional-suffix=.txt`"
                 )
         least = min((part for part in self._held_out() if part), default=1.0)
+        ids = [record_id(self.folders, pathlib.Path(file.folder), file.name) for file in found]
         whole = len(found) * least >= MANY
-        return [(whole, entry) for entry in found]
+        if whole:
+            splits = {file_id: self.shares.split(file_id) for file_id in ids}
+        else:
+            readable = [file_id for file_id, file in zip(ids, found, strict=True) if not file.bad]
+            splits = splits_by_rank(readable, self.shares)
+        return [
+            (whole, splits.get(file_id, TRAIN), file)
+            for file_id, file in zip(ids, found, strict=True)
+        ]
 
-    def convert(self, entry: tuple[bool, FileEntry]) -> list[Converted]:
+    def convert(self, entry: tuple[bool, str, FileEntry]) -> list[Converted]:
         """Splits one file into documents, each with its split."""
-        whole, file = entry
+        whole, split_of_file, file = entry
         if file.bad:
             return [DroppedRecord(file.bad)]
         folder, name = pathlib.Path(file.folder), file.name
@@ -95,7 +107,7 @@ class PlainText:
         made = list(documents(text, self.document_characters))
         splits = None if whole else stretches(len(made), self.shares, file_id)
         if splits is None:
-            splits = [self.shares.split(file_id)] * len(made)
+            splits = [split_of_file] * len(made)
         outcomes: list[Converted] = []
         for number, (document, split) in enumerate(zip(made, splits, strict=True)):
             if split is None:
@@ -106,6 +118,21 @@ class PlainText:
 
     def _held_out(self) -> tuple[float, float]:
         return self.shares.validation, self.shares.test
+
+
+def splits_by_rank(ids: Sequence[str], shares: SplitFractions) -> dict[str, str]:
+    """Chooses the splits of a few files, ranked by a hash of their ids: {id: split}.
+
+    Each wanted split gets its share, rounded, but at least one file if there are as many files
+    as splits; with fewer, training and validation come first.
+    """
+    ranked = sorted(ids, key=lambda name: hashlib.blake2b(f"rank {name}".encode()).digest())
+    parts = {VALIDATION: shares.validation, TEST: shares.test}
+    first, *others = shares.wanted()
+    further = [split for split in others for _ in range(1, round(parts[split] * len(ranked)))]
+    # At least one is left for the first split.
+    held_out = [*others, *further][: max(0, len(ranked) - 1)]
+    return dict.fromkeys(ranked, first) | dict(zip(ranked, held_out, strict=False))
 
 
 def stretches(count: int, shares: SplitFractions, key: str) -> list[str | None] | None:

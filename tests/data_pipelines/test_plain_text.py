@@ -7,14 +7,21 @@ import pathlib
 import numpy as np
 import pytest
 
-from data_pipelines.build.plain_text import BORDER, NULLS, PlainText, documents, stretches
+from data_pipelines.build.plain_text import (
+    BORDER,
+    NULLS,
+    PlainText,
+    documents,
+    splits_by_rank,
+    stretches,
+)
 from data_pipelines.build.sentencepiece_trainer import (
     MAX_SENTENCE,
     cut,
     texts_in,
     train_tokenizer,
 )
-from data_pipelines.build.source import SplitFractions
+from data_pipelines.build.source import SplitFractions, SplitRecord
 from data_pipelines.build.writer import write_dataset
 from flamingo_jax.errors import UserError
 from flamingo_jax.processing.tokenizer import Tokenizer
@@ -83,6 +90,41 @@ def test_many_files_are_dealt_as_wholes(tmp_path: pathlib.Path) -> None:
     }
     assert names["train"].isdisjoint(names["validation"]) and statistics["dropped"] == {}
     assert statistics["used"] == 1800 and 4 <= len(names["validation"]) <= 24
+
+
+def test_a_few_short_files_leave_one_for_each_split(tmp_path: pathlib.Path) -> None:
+    for start in range(12):
+        root = tmp_path / f"notes{start}"
+        root.mkdir()
+        for number in range(start, start + 4):
+            (root / f"{number}.txt").write_text("\n\n".join("x" * 90 for _ in range(3)))
+        source = PlainText((str(root),), document_characters=100)
+        outcomes = [outcome for entry in source.entries() for outcome in source.convert(entry)]
+        assert len(outcomes) == 12
+        splits = {
+            outcome.fields["id"]: outcome.split
+            for outcome in outcomes
+            if isinstance(outcome, SplitRecord)
+        }
+        assert list(splits.values()).count("validation") == 3
+        assert len({name[0] for name, split in splits.items() if split == "validation"}) == 1
+
+
+def test_a_rank_gives_each_split_its_share_and_at_least_one() -> None:
+    for validation, test in itertools.product((0.0, 0.1, 0.3, 0.45), repeat=2):
+        shares = SplitFractions(validation, test)
+        for count in range(1, 40):
+            ids = [f"{number}.txt" for number in range(count)]
+            found = splits_by_rank(ids, shares)
+            assert set(found) == set(ids) and "train" in found.values()
+            splits = list(found.values())
+            assert len(set(splits)) == min(count, len(shares.wanted()))
+            for split, share in (("validation", validation), ("test", test)):
+                assert splits.count(split) <= max(1, round(share * count))
+                if count >= 10:
+                    assert splits.count(split) == max(share > 0, round(share * count))
+    assert splits_by_rank(["a", "b"], SplitFractions.whole("test")) == {"a": "test", "b": "test"}
+    assert splits_by_rank([], SplitFractions()) == {}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,25 @@
+"""Runs `launch.build_data` with a synthetic world of few records: for tests of the READMEs, which
+build the whole of it.
+
+    python -m tests.small_build_data quickstart --output=FOLDER
+"""
+
+import dataclasses
+import runpy
+
+from data_pipelines.synthetic_world.datasets import DATASETS
+
+RECORDS = 40
+"""The most records of each split."""
+
+
+def main() -> None:
+    """Makes the datasets small and runs the command with the arguments of this one."""
+    for name, dataset in DATASETS.items():
+        sizes = {split: min(size, RECORDS) for split, size in dataset.sizes.items()}
+        DATASETS[name] = dataclasses.replace(dataset, sizes=sizes)
+    runpy.run_module("launch.build_data", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
