@@ -76,7 +76,7 @@ def test_readmes_lines_run_as_they_are_written(
     assert isinstance(names["flamingo"], fj.Flamingo)
     assert isinstance(names["lm"], fj.LanguageModel)
     assert names["tokenizer"].decode(names["tokenizer"].encode(" a star")) == " a star"
-    assert " a red circle" in capsys.readouterr().out
+    assert " a red square" in capsys.readouterr().out
 
 
 def test_the_rooms_lines_run_as_they_are_written(
