@@ -64,6 +64,7 @@ def test_a_command_has_the_flags_and_the_config_that_it_is_given(
     monkeypatch.chdir(ROOT)
     source = (ROOT / (module.replace(".", "/") + ".py")).read_text()
     names = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)) | {"help"}
+    names |= {f"no{name}" for name in re.findall(r'DEFINE_bool(?:ean)?\(\s*"(\w+)"', source)}
     if module == "launch.build_data" and arguments[0] in SOURCES:
         names |= set(SOURCES[arguments[0]].options)
     for argument in arguments:
