@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from flamingo_jax.experiment import ResamplerConfig
 from flamingo_jax.models.attention import attend, mean_weights
@@ -26,6 +27,8 @@ from flamingo_jax.models.layers import (
     stack,
     zero_nonfinite,
 )
+from flamingo_jax.partitioning.constraints import constrain
+from flamingo_jax.partitioning.mesh import ROWS
 
 Array = jax.Array
 
@@ -54,14 +57,17 @@ class AttentionLayer(nnx.Module):
         """Updates x [M, Q, D] by attention of `queries` [M, Q, D] to `media` [M, S, D], both
         normalised, and by the feed-forward -> [M, Q, D]. mask: bool [M, 1, 1, S].
         """
+        # Stated here and at every sum: the compiler would otherwise lay the latents, which are
+        # the same for all visuals, out by their width, and gather all visuals on every device.
+        queries, media = constrain(queries, ROWS), constrain(media, ROWS)
         query, key, value = (
             save_for_backward(linear(queries, self.query[...])),
             save_for_backward(linear(media, self.key[...])),
             save_for_backward(linear(media, self.value[...])),
         )
         h = attend(query, key, value, mask)  # [M, Q, H, d]
-        x = x + linear(h, self.out[...], 2)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        x = constrain(x + linear(h, self.out[...], 2), ROWS)
+        return constrain(x + self.feed_forward(self.feed_forward_norm(x)), ROWS)
 
     def weights(self, queries: Array, media: Array, mask: Array) -> Array:
         """Computes the attention weights of `update`, averaged over heads: float32 [M, Q, S]."""
@@ -256,6 +262,11 @@ def _key_mask(frame_mask: Array, cells: int, latents: int) -> Array:
     return jnp.concatenate(keys, axis=1)[:, None, None, :]
 
 
+def _repeated(latents: nnx.Param, visuals: int, dtype: DTypeLike) -> Array:
+    """Repeats the learned latents [R, D] for every visual -> [M, R, D]."""
+    return jnp.broadcast_to(latents[...], (visuals, *latents.shape)).astype(dtype)
+
+
 class PerceiverResampler(Resampler):
     """The paper's resampler: learned latents cross-attend to the features, which stay the same
     at every layer (A.1.1).
@@ -297,9 +308,7 @@ class PerceiverResampler(Resampler):
         """
         visuals, frames, cells, width = x.shape
         x = x.reshape(visuals, frames * cells, width)
-        latents = jnp.broadcast_to(self.latents[...], (visuals, *self.latents.shape)).astype(
-            x.dtype
-        )
+        latents = constrain(_repeated(self.latents, visuals, x.dtype), ROWS)
         return x, latents, _key_mask(frame_mask, cells, self.config.latents)
 
 
@@ -344,11 +353,9 @@ class TransformerResampler(Resampler):
     def _sequence(self, x: Array, frame_mask: Array) -> tuple[Array, Array]:
         """Returns the sequence of cells and latents [M, T * S + R, D], and its mask."""
         visuals, frames, cells, width = x.shape
-        latents = jnp.broadcast_to(self.latents[...], (visuals, *self.latents.shape)).astype(
-            x.dtype
-        )
+        latents = _repeated(self.latents, visuals, x.dtype)
         x = jnp.concatenate([x.reshape(visuals, frames * cells, width), latents], axis=1)
-        return x, _key_mask(frame_mask, cells, self.config.latents)
+        return constrain(x, ROWS), _key_mask(frame_mask, cells, self.config.latents)
 
 
 class MLPResampler(Resampler):
