@@ -39,6 +39,7 @@ SIZES = flags.DEFINE_string("sizes", None, "As launch.benchmark takes them.", re
 ROUNDS = flags.DEFINE_integer("rounds", 3, "Of each, in turn.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 12, "Steps that are timed in each.", lower_bound=1)
 GENERATE = flags.DEFINE_bool("generate", False, "Time generation in place of the training step.")
+PROMPTS = flags.DEFINE_list("prompts", ["1", "64"], "Of --generate: prompts at a time.")
 PEER = flags.DEFINE_bool(
     "peer", False, "Time open_flamingo alone, in this process, and print JSON."
 )
@@ -81,7 +82,7 @@ def main(_: list[str]) -> None:
 
 def compare_generation() -> None:
     """Prints the seconds of captioning 1 and 64 prompts, ours and the peer's in turn."""
-    given = [f"--sizes={SIZES.value}"]
+    given = [f"--sizes={SIZES.value}", f"--prompts={','.join(PROMPTS.value)}"]
     runs: dict[str, list[dict[str, float]]] = {"flamingo_jax": [], "open_flamingo": []}
     for _round in range(ROUNDS.value):
         ours = _run("-m", "launch.benchmark", "generate", "--json", "--names=1", *given)
@@ -94,7 +95,7 @@ def compare_generation() -> None:
     )
     for heading in (*runs, "times as fast"):
         table.add_column(heading, justify="right")
-    for count in map(str, GenerationWork().batches):
+    for count in PROMPTS.value:
         mine, peer = (statistics.median(run[count] for run in some) for some in runs.values())
         table.add_row(count, f"{mine:.3f}", f"{peer:.3f}", f"{peer / mine:.2f}")
     Console().print(table)
@@ -140,7 +141,7 @@ def time_peer_generation() -> dict[str, float]:
         str(count): median_seconds(
             peer_generation(experiment.flamingo, count), GenerationWork().runs
         )
-        for count in GenerationWork().batches
+        for count in map(int, PROMPTS.value)
     }
 
 
