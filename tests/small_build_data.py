@@ -9,14 +9,19 @@ import runpy
 
 from data_pipelines.synthetic_world.datasets import DATASETS
 
-RECORDS = 40
-"""The most records of each split."""
+TRAINING_RECORDS = 200
+"""The most records to train on; a batch of the contrastive stage takes more than half of them."""
+OTHER_RECORDS = 40
+"""The most records of each other split."""
 
 
 def main() -> None:
     """Makes the datasets small and runs the command with the arguments of this one."""
     for name, dataset in DATASETS.items():
-        sizes = {split: min(size, RECORDS) for split, size in dataset.sizes.items()}
+        sizes = {
+            split: min(size, TRAINING_RECORDS if split == "train" else OTHER_RECORDS)
+            for split, size in dataset.sizes.items()
+        }
         DATASETS[name] = dataclasses.replace(dataset, sizes=sizes)
     runpy.run_module("launch.build_data", run_name="__main__", alter_sys=True)
 
