@@ -70,8 +70,9 @@ SHOTS = flags.DEFINE_list(
 SELECTION = flags.DEFINE_enum(
     "selection",
     "random",
-    ["random", "rices"],
-    "How few-shot examples are chosen: at random, or by similarity of their images.",
+    ["random", "random_per_query", "rices"],
+    "How few-shot examples are chosen: one random draw for all queries, a draw for each query, or "
+    "by similarity of their images to the query's.",
 )
 TEXT_EXAMPLES = flags.DEFINE_integer(
     "text_examples",
@@ -260,6 +261,7 @@ def _run() -> Any:
         EvaluationSettings(
             text_examples=text_examples,
             selection=SELECTION.value,
+            folder=OUTPUT.value if devices.is_only_process() else "",
             seed=SEED.value,
             decoding=DecodingConfig(max_tokens=MAX_TOKENS.value, beam_size=BEAM.value),
         ),

@@ -26,7 +26,7 @@ from flamingo_jax.evaluation.examples import (
     read_examples,
     read_pages,
 )
-from flamingo_jax.evaluation.shots import draw
+from flamingo_jax.evaluation.selection.shots import draw
 from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.processing.text import text_of
 from flamingo_jax.progress import Bar

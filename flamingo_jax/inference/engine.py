@@ -2,7 +2,10 @@
 logits or image features.
 """
 
+import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Sequence
 
 import jax
@@ -23,6 +26,7 @@ from flamingo_jax.inference.prompts import (
 )
 from flamingo_jax.inference.scoring import tree_arrays
 from flamingo_jax.processing.visuals import Visual
+from flamingo_jax.pytrees import to_flat
 
 Array = jax.Array
 LOGITS_IN_BATCH = 1 << 26
@@ -119,6 +123,19 @@ class Engine(Generator):
             # Through the host, so that callers get an array of one device, as without a mesh.
             logits = jnp.asarray(self.run(programs.prompt_logits, arrays, media))
         return logits[: len(prompts), :longest]
+
+    @functools.cached_property
+    def encoder_digest(self) -> str:
+        """Identifies the vision encoder by its parameters, config and compute dtype: equal
+        digests are equal `features`, up to the rounding of devices.
+        """
+        told = json.dumps([dataclasses.asdict(self.config.vision), str(self.dtype)], default=str)
+        content = hashlib.blake2b(told.encode(), digest_size=16)
+        for name, value in sorted(to_flat(self._state).items()):
+            if name.startswith("vision_encoder/"):
+                array = np.asarray(jax.device_get(value))
+                content.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+        return content.hexdigest()
 
     def features(self, visuals: Sequence[Visual]) -> np.ndarray:
         """Computes the vision encoder's features of visuals, for RICES: float32 [M, C] of

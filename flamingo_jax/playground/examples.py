@@ -7,7 +7,7 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation import prompts
 from flamingo_jax.evaluation.datasets import DatasetReader
 from flamingo_jax.evaluation.examples import read_examples, read_pages
-from flamingo_jax.evaluation.shots import draw
+from flamingo_jax.evaluation.selection.shots import draw
 from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.inference.prompts import escape_image_tags
 from flamingo_jax.playground.session import Example, Part

@@ -39,6 +39,7 @@ class ScriptedEngine:
     ):
         self.says, self.likes = says, likes
         self.prompts: list[Prompt] = []
+        self.encoder_digest = "e" * 32
 
     def generate(
         self, prompts: Sequence[Prompt], decoding: Any, *, seed: int = 0, progress: Any = None

@@ -22,16 +22,24 @@ class EvaluationSettings:
     shots: number of support examples before each query.
     text_examples: examples without their images that open-ended zero-shot prompts start with
       (paper 3.3: 2).
-    selection: how shots are chosen, "random" or "rices" (by image similarity, paper A.2).
+    selection: how shots are chosen: one of `selection.shots.SELECTIONS`.
+    shot_images: False takes the images of the shots away and leaves their texts: the control
+      for what a model learns from the images of its shots rather than from their answers.
+    permutations: of close-ended tasks' shots, over which log-likelihoods are averaged (prompt
+      ensembling, paper: 6); 1 for the shots in their own order.
     decoding: how open-ended answers are generated.
     seed: of the choice of shots and of sampling.
+    folder: where the chosen shots and the features of RICES are kept; "" for nowhere.
     """
 
     shots: int = 0
     text_examples: int = 2
     selection: str = "random"
+    shot_images: bool = True
+    permutations: int = 1
     decoding: DecodingConfig = PAPER_DECODING
     seed: int = 0
+    folder: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,8 @@ from flamingo_jax.progress import Bar
 
 @dataclasses.dataclass(frozen=True)
 class Classification:
-    """Predicts the class whose name has the highest log-likelihood after the prompt.
+    """Predicts the class whose name has the highest log-likelihood after the prompt, or the
+    highest mean over several orders of the shots (`EvaluationSettings.permutations`).
 
     queries: examples to classify; their answers are the true class.
     support: examples that shots are chosen from.
@@ -46,13 +47,20 @@ class Classification:
     def run(self, engine: Engine, settings: EvaluationSettings) -> BenchmarkResult:
         """Scores every class for every query and predicts the most likely one."""
         self.check(settings)
-        asked = few_shot_prompts(self, engine, settings, 0)
+        ensembled = settings.shots > 1 and settings.permutations > 1
+        orders = list(range(settings.permutations)) if ensembled else [None]
         # The prompt ends without a space: it belongs to the first token of the class name.
-        candidates = [[f" {name}" for name in self.classes]] * len(asked)
-        with Bar(title_of(self.name, settings.shots), len(asked)) as bar:
-            rankings = engine.log_likelihoods(asked, candidates, progress=bar.advance)
+        candidates = [[f" {name}" for name in self.classes]] * len(self.queries)
+        total = len(self.queries) * len(orders)
+        asked = [few_shot_prompts(self, engine, settings, 0, order) for order in orders]
+        with Bar(title_of(self.name, settings.shots), total) as bar:
+            found = [
+                engine.log_likelihoods(written, candidates, progress=bar.advance)
+                for written in asked
+            ]
+        rankings = [np.mean(rows, axis=0) for rows in zip(*found, strict=True)]
         predictions = []
-        for query, prompt, ranking in zip(self.queries, asked, rankings, strict=True):
+        for query, prompt, ranking in zip(self.queries, asked[0], rankings, strict=True):
             text = self.classes[int(np.argmax(ranking))]
             predictions.append(prediction_of(query, prompt, text, exact_match(text, query.answers)))
         return summarise(self.name, settings.shots, predictions)

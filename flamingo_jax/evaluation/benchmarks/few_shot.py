@@ -7,9 +7,10 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation import prompts
 from flamingo_jax.evaluation.benchmarks.benchmark import EvaluationSettings, Prediction, as_text
 from flamingo_jax.evaluation.examples import BenchmarkExample
-from flamingo_jax.evaluation.shots import keyed_rng, make_shot_selector
+from flamingo_jax.evaluation.selection.shots import choose_shots, keyed_rng
 from flamingo_jax.inference.engine import Engine
 from flamingo_jax.inference.prompts import PromptPart
+from flamingo_jax.paths import as_path
 
 
 class HasSupport(Protocol):
@@ -49,18 +50,38 @@ def check_examples(benchmark: HasSupport, settings: EvaluationSettings, text_exa
 
 
 def few_shot_prompts(
-    benchmark: HasSupport, engine: Engine, settings: EvaluationSettings, text_examples: int
+    benchmark: HasSupport,
+    engine: Engine,
+    settings: EvaluationSettings,
+    text_examples: int,
+    permutation: int | None = None,
 ) -> list[list[PromptPart]]:
     """Writes each query's prompt: its shots, or `text_examples` text-only examples if it has
     none, then the query up to its answer.
+
+    permutation: the number of a random order of each query's shots; None for their own order.
     """
     support, queries, template = benchmark.support, benchmark.queries, benchmark.template
     if settings.shots:
-        select = make_shot_selector(settings.selection, support, queries, settings.seed, engine)
-        return [
-            prompts.few_shot(query, select(query, settings.shots), [], template)
-            for query in queries
-        ]
+        chosen = choose_shots(
+            settings.selection,
+            support,
+            queries,
+            engine,
+            name=benchmark.name,
+            seed=settings.seed,
+            count=settings.shots,
+            folder=as_path(settings.folder) if settings.folder else None,
+        )
+        written = []
+        for place, query in enumerate(queries):
+            shots = chosen.of(place, settings.shots)
+            if permutation is not None:
+                rng = keyed_rng(settings.seed, f"{query.id}/permutation {permutation}")
+                shots = [shots[shot] for shot in rng.permutation(len(shots))]
+            with_images, texts = (shots, []) if settings.shot_images else ([], shots)
+            written.append(prompts.few_shot(query, with_images, texts, template))
+        return written
     # All zero-shot prompts start with the same text-only examples.
     order = keyed_rng(settings.seed, benchmark.name).permutation(len(support))
     text_only = [support[place] for place in order[:text_examples]]

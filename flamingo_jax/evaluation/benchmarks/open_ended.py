@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation import prompts
 from flamingo_jax.evaluation.benchmarks.benchmark import (
     BenchmarkResult,
@@ -46,7 +47,12 @@ class OpenEnded:
     majority_answer: str = ""
 
     def check(self, settings: EvaluationSettings) -> None:
-        """Raises UserError where there are too few examples."""
+        """Raises UserError where there are too few examples, or several orders of shots."""
+        if settings.permutations > 1:
+            raise UserError(
+                f"{self.name} is open-ended, and only log-likelihoods of given answers are averaged"
+                " over permutations of the shots: set permutations to 1"
+            )
         check_examples(self, settings, settings.text_examples)
 
     def run(self, engine: Engine, settings: EvaluationSettings) -> BenchmarkResult:

@@ -17,7 +17,7 @@ from flamingo_jax.evaluation.datasets import DatasetReader
 from flamingo_jax.evaluation.evaluator_config import EvaluatorConfig
 from flamingo_jax.evaluation.evaluators.embedding import Parameters
 from flamingo_jax.evaluation.examples import BenchmarkExample, read_examples
-from flamingo_jax.evaluation.shots import draw
+from flamingo_jax.evaluation.selection.shots import draw
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.inference.decoding import DecodingConfig
 from flamingo_jax.inference.engine import Engine

@@ -7,7 +7,7 @@ import numpy as np
 
 from flamingo_jax.evaluation.datasets import DatasetReader
 from flamingo_jax.evaluation.evaluator_config import EvaluatorConfig
-from flamingo_jax.evaluation.shots import draw
+from flamingo_jax.evaluation.selection.shots import draw
 from flamingo_jax.experiment import VisionConfig
 from flamingo_jax.processing.text import text_of
 from flamingo_jax.processing.visuals import read_visual
