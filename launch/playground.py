@@ -105,7 +105,7 @@ def _title(folder: str) -> str:
     return path.parent.name if path.name == "export" else path.name
 
 
-def _examples(model: fj.Model) -> list[Any]:
+def _examples(model: "fj.Model") -> list[Any]:
     """Reads the examples of --examples.
 
     Raises: UserError for one that is neither a dataset nor a prompt file.
