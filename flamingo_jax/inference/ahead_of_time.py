@@ -58,8 +58,8 @@ def _decode(graph: Any, state: nnx.State, cache: Any, rows: Rows) -> Any:
     """Decodes one token of every row; the cache is updated in place."""
     return next_log_probabilities(
         nnx.merge(graph, state),
-        rows.token,
-        rows.position,
+        rows.token[:, None],
+        rows.position[:, None],
         rows.media_index,
         rows.media,
         rows.visuals,

@@ -1,4 +1,5 @@
-"""Beam search: a jittable `lax.while_loop` over a cache of fixed size.
+"""Beam search: a jittable `lax.while_loop` over a cache of fixed size, which the hypotheses of a
+prompt share.
 
 A row ends at its first stop token (paper: the first <EOC>), the loop when every row has ended.
 """
@@ -15,8 +16,8 @@ from flamingo_jax.inference.decoding import (
     next_log_probabilities,
     suppress,
 )
-from flamingo_jax.inference.prefill import DecodingModel, PromptArrays, prefill
-from flamingo_jax.models.attention import map_cache
+from flamingo_jax.inference.prefill import DecodingModel, Prefilled, PromptArrays, prefill
+from flamingo_jax.models.cache import Beams
 
 Array = jax.Array
 
@@ -37,7 +38,8 @@ class Generated(NamedTuple):
 class _BeamState(NamedTuple):
     """The carry of beam search.
 
-    token: int32 [B * beams], the next inputs. cache: of B * beams rows.
+    token: int32 [B, beams], the next inputs. cache: of B rows, see `_beams`.
+    path: bool [B, beams, T * beams], which of the new tokens' slots are of each hypothesis.
     tokens, score: [B, beams, T] and [B, beams], the open hypotheses, the likeliest first.
     closed, closed_score, closed_rank: [B, n, T], [B, n], [B, n], the n best closed hypotheses,
       their log-probabilities and their length-normalised ranks; -inf for none.
@@ -46,6 +48,7 @@ class _BeamState(NamedTuple):
     step: Array
     token: Array
     cache: Any
+    path: Array
     tokens: Array
     score: Array
     closed: Array
@@ -72,26 +75,29 @@ def beam_search(
       media: of `Flamingo.prepare_media`; None without visuals.
     """
     rows, beams, length = prompts.tokens.shape[0], decoding.beam_size, decoding.max_tokens
-    prefilled = prefill(model, prompts, media, prompts.tokens.shape[1] + length)
+    read = prompts.tokens.shape[1]
+    prefilled = prefill(model, prompts, media, read + length * beams, read + length)
     if prefilled.visuals is not None:
         media, visuals = media.of_rows(prefilled.visuals)
         prefilled = prefilled._replace(visuals=visuals)
-    prefilled = prefilled.repeat(beams)
 
     def body(s: _BeamState) -> _BeamState:
+        positions = jnp.broadcast_to((prefilled.position + s.step)[:, None], s.token.shape)
+        now = _beams(prefilled, s.step, s.path, read)
         log_probabilities, cache = next_log_probabilities(
             model,
             s.token,
-            prefilled.position + s.step,
+            positions,
             prefilled.media_index,
             media,
             prefilled.visuals,
             s.cache,
+            now,
         )
         allowed = suppress(log_probabilities, constraints.suppressed)
-        continuations = _continuations(s, allowed.reshape(rows, beams, -1), constraints.stop)
+        continuations = _continuations(s, allowed, constraints.stop)
         s = _keep_closed(s, continuations, beams, decoding.length_penalty)
-        return _keep_open(s, continuations, beams, cache)
+        return _keep_open(s._replace(cache=cache, path=now.seen[..., read:]), continuations)
 
     def goes_on(s: _BeamState) -> Array:
         # An upper bound on the rank that an open hypothesis can reach: log-probabilities only
@@ -106,8 +112,9 @@ def beam_search(
     score = jnp.tile(jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf), (rows, 1))
     first = _BeamState(
         jnp.int32(0),
-        prefilled.last,
+        jnp.broadcast_to(prefilled.last[:, None], (rows, beams)),
         prefilled.cache,
+        jnp.zeros((rows, beams, length * beams), bool),
         jnp.full((rows, beams, length), NO_TOKEN, jnp.int32),
         score,
         jnp.full((rows, decoding.n_best, length), NO_TOKEN, jnp.int32),
@@ -123,6 +130,23 @@ def beam_search(
         jnp.where(finished[..., None], last.closed, _pick(last.tokens, opened)),
         jnp.where(finished, last.closed_score, _pick(last.score, opened)),
         finished,
+    )
+
+
+def _beams(prefilled: Prefilled, step: Array, path: Array, read: int) -> Beams:
+    """Describes how the next tokens of all hypotheses continue their prompts, whose tokens are in
+    the first `read` slots: the tokens of step t are in the slots from read + t * beams on.
+    """
+    rows, beams, count = path.shape
+    own = step * beams + jnp.arange(beams)
+    path = path | (jnp.arange(count) == own[:, None])
+    start = prefilled.position[:, None]
+    before = jnp.broadcast_to(jnp.arange(read), (rows, read))
+    seen = jnp.broadcast_to((before < start)[:, None], (rows, beams, read))
+    return Beams(
+        jnp.broadcast_to(read + own, (rows, beams)),
+        jnp.concatenate([before, start + jnp.arange(count) // beams], axis=1),
+        jnp.concatenate([seen, path], axis=-1),
     )
 
 
@@ -180,23 +204,16 @@ def _keep_closed(
     )
 
 
-def _keep_open(s: _BeamState, found: _Continuations, beams: int, cache: Any) -> _BeamState:
+def _keep_open(s: _BeamState, found: _Continuations) -> _BeamState:
     """Makes the likeliest continuations without a stop token the open hypotheses, with their
-    parents' rows of the cache.
+    parents' paths.
     """
-    score, kept = jax.lax.top_k(jnp.where(found.stops, -jnp.inf, found.score), beams)
+    score, kept = jax.lax.top_k(jnp.where(found.stops, -jnp.inf, found.score), s.score.shape[1])
     parent, token = _pick(found.parent, kept), _pick(found.token, kept)
-
-    def reorder(a: Array) -> Array:
-        # [layers, B * beams, ...]; within each prompt, so that on a mesh no row moves.
-        grouped = a.reshape(a.shape[0], parent.shape[0], beams, *a.shape[2:])
-        which = parent.reshape(1, *parent.shape, *[1] * (grouped.ndim - 3))
-        return jnp.take_along_axis(grouped, which, axis=2).reshape(a.shape)
-
     return s._replace(
         step=s.step + 1,
-        token=token.reshape(-1),
-        cache=map_cache(reorder, cache),
+        token=token,
+        path=_pick(s.path, parent),
         tokens=_pick(s.tokens, parent).at[:, :, s.step].set(token),
         score=score,
     )

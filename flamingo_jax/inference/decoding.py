@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.inference.prefill import DecodingModel
+from flamingo_jax.models.cache import LINE, Continuation
 from flamingo_jax.ranges import MAX_SEED
 
 Array = jax.Array
@@ -105,32 +106,34 @@ class TokenConstraints:
 
 def next_log_probabilities(
     model: DecodingModel,
-    token: Array,
-    position: Array,
+    tokens: Array,
+    positions: Array,
     media_index: Array,
     media: Any,
     visuals: Array | None,
     cache: Any,
+    continuation: Continuation = LINE,
 ) -> tuple[Array, Any]:
-    """Decodes `token` int32 [B] at `position` [B] -> log-probabilities of the next token,
-    float32 [B, V], and the cache with it added.
+    """Decodes `tokens` int32 [B, L] at `positions` [B, L] -> log-probabilities of the tokens
+    after them, float32 [B, L, V], and the cache with them added.
 
-    media, visuals: of `PreparedVisuals.of_rows`; None without visuals.
+    media_index: int32 [B]. media, visuals: of `PreparedVisuals.of_rows`; None without visuals.
     """
     logits, cache = model.decode(
-        token[:, None],
-        position[:, None],
-        media_index[:, None],
+        tokens,
+        positions,
+        jnp.broadcast_to(media_index[:, None], tokens.shape),
         media,
         visuals,
         cache,
+        continuation,
         rows_own_visuals=True,
     )
-    return jax.nn.log_softmax(logits[:, 0]), cache
+    return jax.nn.log_softmax(logits), cache
 
 
 def suppress(log_probabilities: Array, suppressed: tuple[int, ...]) -> Array:
-    """Sets the log-probabilities [B, V] of tokens that may not be generated to -inf."""
+    """Sets the log-probabilities [..., V] of tokens that may not be generated to -inf."""
     if not suppressed:
         return log_probabilities
-    return log_probabilities.at[:, jnp.array(suppressed, jnp.int32)].set(-jnp.inf)
+    return log_probabilities.at[..., jnp.array(suppressed, jnp.int32)].set(-jnp.inf)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from flamingo_jax.models.attention import Branches, map_cache
+from flamingo_jax.models.cache import LINE, Continuation
 
 Array = jax.Array
 
@@ -17,8 +17,10 @@ class DecodingModel(Protocol):
 
     config: Any
 
-    def init_cache(self, batch: int, max_length: int) -> Any:
-        """Allocates a cache; the batch is axis 1 of every array that is not `attention.Shared`."""
+    def init_cache(self, batch: int, slots: int, length: int | None = None) -> Any:
+        """Allocates a cache for rows of `length` positions, by default as many as slots; the
+        batch is axis 1 of every array that is not a `cache.SharedCache`.
+        """
 
     def decode(
         self,
@@ -28,12 +30,12 @@ class DecodingModel(Protocol):
         media: Any,
         visuals: Array | None,
         cache: Any,
-        branches: Branches | None = None,
+        continuation: Continuation = LINE,
         *,
         rows_own_visuals: bool = False,
     ) -> tuple[Array, Any]:
         """Decodes tokens int32 [B, L] at `positions` -> logits float32 [B, L, V], and the
-        cache with these tokens added, unless they are a tree. See `Flamingo.decode`.
+        cache with these tokens added, unless they are `Branches`. See `Flamingo.decode`.
         """
 
 
@@ -66,26 +68,25 @@ class Prefilled(NamedTuple):
     media_index: Array
     visuals: Array | None
 
-    def repeat(self, times: int) -> "Prefilled":
-        """Repeats every row `times` times, for a prompt's beams or candidates; copies of a row
-        are adjacent.
-        """
-        cache = map_cache(lambda a: jnp.repeat(a, times, axis=1), self.cache)
-        rows = jax.tree.map(lambda a: jnp.repeat(a, times, axis=0), self._replace(cache=None))
-        return rows._replace(cache=cache)
 
-
-def prefill(model: DecodingModel, prompts: PromptArrays, media: Any, size: int) -> Prefilled:
-    """Reads all but the last token of every prompt into a cache of `size` slots.
+def prefill(
+    model: DecodingModel,
+    prompts: PromptArrays,
+    media: Any,
+    size: int,
+    length: int | None = None,
+) -> Prefilled:
+    """Reads all but the last token of every prompt into a cache of `size` slots, for rows of
+    `length` positions in all, by default as many.
 
     The last token is left to the first decoding step, so that the logits here are not used and
     XLA removes their computation: prompt times vocabulary would be large.
     """
-    rows, length = prompts.tokens.shape
-    slots = jnp.arange(length)
+    rows, read = prompts.tokens.shape
+    slots = jnp.arange(read)
     # Position `size` is padding: not written to the cache.
     positions = jnp.where(slots < prompts.lengths[:, None] - 1, slots, size)
-    cache = model.init_cache(rows, size)
+    cache = model.init_cache(rows, size, length)
     _, cache = model.decode(
         prompts.tokens, positions, prompts.media_index, media, prompts.visuals, cache
     )

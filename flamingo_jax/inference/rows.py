@@ -18,7 +18,7 @@ from flamingo_jax.inference.decoding import (
     suppress,
 )
 from flamingo_jax.inference.prefill import DecodingModel, PromptArrays, prefill
-from flamingo_jax.models.attention import map_cache
+from flamingo_jax.models.cache import map_cache
 
 Array = jax.Array
 
@@ -177,13 +177,14 @@ def advance(
         step, s, tokens, gains = carry
         log_probabilities, cache = next_log_probabilities(
             model,
-            s.token,
-            s.position,
+            s.token[:, None],
+            s.position[:, None],
             s.media_index,
             s.media,
             s.visuals,
             s.cache,
         )
+        log_probabilities = log_probabilities[:, 0]
         token = _pick(suppress(log_probabilities, constraints.suppressed), s)
         gained = jnp.take_along_axis(log_probabilities, token[:, None], axis=1)[:, 0]
         # Rows that have ended are decoded too, without effect.

@@ -12,7 +12,7 @@ import numpy as np
 from flamingo_jax.inference.candidates import CandidateTree, TreePart
 from flamingo_jax.inference.prefill import DecodingModel, Prefilled
 from flamingo_jax.inference.prompts import next_power
-from flamingo_jax.models.attention import Branches
+from flamingo_jax.models.cache import Branches
 
 Array = jax.Array
 

@@ -1,12 +1,9 @@
 """Attention: the softmax over keys that all models share, its masks, and the language model's
-self-attention with positions and a key-value cache.
+self-attention with positions and a key-value cache (see `cache`).
 
 Shapes: B rows, L queries, S keys, H query heads, K key-value heads, d head width, D model
 width. Scores and softmax are float32 whatever the compute dtype.
 """
-
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +12,7 @@ from flax import nnx
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import LanguageModelConfig
 from flamingo_jax.models import ops
+from flamingo_jax.models.cache import Cache, Continuation
 from flamingo_jax.models.layers import (
     LayerNorm,
     RMSNorm,
@@ -102,112 +100,6 @@ def causal_mask(segments: Array, window: int = 0) -> Array:
     return (same & seen)[:, None]
 
 
-class Branches(NamedTuple):
-    """L tokens that continue each row of a cache as a tree, in place of a line: a token
-    attends to the row's tokens before the tree, to its ancestors and to itself.
-
-    Continuations with a common beginning share its tokens, and all share the row's cache. Tokens
-    are in depth-first order, those of the subtree of token i being i .. ends[i] - 1.
-
-    start: int32 [B], the position of the tree's first level; the tokens before are in the cache.
-    ends: int32 [B, L].
-    """
-
-    start: Array
-    ends: Array
-
-    def places(self, positions: Array, slots: int) -> Array:
-        """Returns the positions of a cache's `slots` and behind them of the tree's tokens,
-        themselves at `positions`, int32 [B, L] -> [B, slots + L].
-        """
-        cached = jnp.broadcast_to(jnp.arange(slots), (positions.shape[0], slots))
-        return jnp.concatenate([cached, positions], axis=1)
-
-    def mask(self, positions: Array, slots: int, window: int = 0) -> Array:
-        """Makes the mask of the tree's tokens at `positions`, int32 [B, L], over the keys of
-        `places` -> bool [B, 1, L, slots + L].
-
-        window: see `causal_mask`.
-        """
-        rows, length = positions.shape
-        before = jnp.arange(slots) < self.start[:, None]
-        order = jnp.arange(length)
-        # Of two tokens in depth-first order, i is in the subtree of j where j <= i < ends[j].
-        above = (order <= order[:, None]) & (order[:, None] < self.ends[:, None, :])
-        before = jnp.broadcast_to(before[:, None], (rows, length, slots))
-        seen = jnp.concatenate([before, above], axis=-1)
-        if window:
-            seen &= self.places(positions, slots)[:, None] > positions[:, :, None] - window
-        return seen[:, None]
-
-
-def cached_mask(positions: Array, slots: int, window: int = 0) -> Array:
-    """Makes the causal mask of decoding: tokens at `positions`, int32 [B, L], over a cache
-    whose slot s holds the token at position s -> bool [B, 1, L, slots].
-
-    window: see `causal_mask`.
-    """
-    places = jnp.arange(slots)
-    seen = places <= positions[:, :, None]
-    if 0 < window < slots:
-        seen &= places > positions[:, :, None] - window
-    return seen[:, None]
-
-
-def write_slots(cached: Array, new: Array, positions: Array) -> Array:
-    """Writes new [B, L, ...] into the slots `positions` [B, L] of cached [B, S, ...];
-    positions of S and more (padding) are dropped.
-    """
-
-    def write(cached: Array, new: Array, positions: Array) -> Array:
-        return cached.at[positions].set(new, mode="drop")
-
-    # Row by row, not with numbers of rows: on a mesh these would need all rows' new keys and
-    # values on every device.
-    return jax.vmap(write)(cached, new.astype(cached.dtype), positions)
-
-
-def append_slots(cached: Array, new: Array) -> Array:
-    """Puts new [B, L, ...] behind cached [B, S, ...], for tokens that are not to be cached."""
-    return jnp.concatenate([cached, new.astype(cached.dtype)], axis=1)
-
-
-class SharedCache(NamedTuple):
-    """A cache array without a batch axis: the same for every row, and never updated."""
-
-    value: Array
-
-
-class Cache(NamedTuple):
-    """The key-value cache of a layer; slot s holds the token at position s.
-
-    key, value: [B, S, K, d].
-    distances: Transformer-XL's keys of the distances 0 .. S - 1, [S, H, d]; None for other
-      kinds of positions.
-
-    For a stack of layers every array has a leading layer axis.
-    """
-
-    key: Array
-    value: Array
-    distances: SharedCache | None = None
-
-
-def map_cache(change: Callable[..., Array], cache: Any, *others: Any) -> Any:
-    """Applies `change` to every array of a cache that has a batch axis, as `jax.tree.map`
-    does; `SharedCache` arrays stay as they are.
-
-    others: caches of the same structure, whose arrays `change` gets as further arguments.
-    """
-
-    def is_shared(leaf: Any) -> bool:
-        return isinstance(leaf, SharedCache)
-
-    return jax.tree.map(
-        lambda a, *b: a if is_shared(a) else change(a, *b), cache, *others, is_leaf=is_shared
-    )
-
-
 class FullAttention(nnx.Module):
     """Bidirectional multi-head self-attention with biases, as in BERT and ViT."""
 
@@ -264,7 +156,7 @@ class SelfAttention(nnx.Module):
         self,
         x: Array,
         positions: Array,
-        packing: Packing | Branches | None,
+        packing: Packing | Continuation,
         cache: Cache | None,
     ) -> tuple[Array, Cache | None]:
         """Attends within the rows of a stream x [S, T, D] with positions int32 [S, T] ->
@@ -272,7 +164,7 @@ class SelfAttention(nnx.Module):
         segment each -> [B, L, D] and the cache with these tokens added.
 
         Tokens at positions past the cache's end are padding and are not added, nor are those of
-        `Branches`.
+        `Branches`: see `Continuation`.
         """
         # [S, T, D] -> query [S, T, H, d], key and value [S, T, K, d]
         query = _to_heads(x, self.query, self.query_bias, self.query_norm)
@@ -302,24 +194,20 @@ class SelfAttention(nnx.Module):
         value: Array,
         positions: Array,
         cache: Cache,
-        branches: Branches | None,
+        continuation: Continuation,
     ) -> tuple[Array, Cache]:
         """Adds the new keys and values [B, L, K, d] to the cache and attends from the queries
         [B, L, H, d] at `positions`, int32 [B, L], to all of it -> [B, L, H, d] and the cache.
         """
-        slots = cache.key.shape[1]
-        if branches is None:
-            key = write_slots(cache.key, key, positions)
-            value = write_slots(cache.value, value, positions)
-            places, seen = jnp.arange(slots)[None], cached_mask(positions, slots, self.window)
-            cache = cache._replace(key=key, value=value)
-        else:
-            key, value = append_slots(cache.key, key), append_slots(cache.value, value)
-            places = branches.places(positions, slots)
-            seen = branches.mask(positions, slots, self.window)
+        slots = cache.key.shape[2]
+        keys, kept_keys = continuation.extend(cache.key, key, positions)
+        values, kept_values = continuation.extend(cache.value, value, positions)
+        places = continuation.places(positions, slots)
+        seen = continuation.mask(positions, slots, self.window)
         distances = None if cache.distances is None else cache.distances.value
         query, scores = self.positions.score_cached(self, query, positions, places, distances)
-        return attend(query, key, value, seen, scores), cache
+        h = attend(query, keys, values, seen, scores)
+        return h, Cache(kept_keys, kept_values, cache.distances)
 
 
 def _bias(wanted: bool, *shape: int) -> nnx.Param | None:

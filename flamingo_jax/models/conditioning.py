@@ -21,7 +21,8 @@ from flax import nnx
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import ConditioningConfig, LanguageModelConfig
 from flamingo_jax.models import ops
-from flamingo_jax.models.attention import Branches, Cache, attend, map_cache, mean_weights
+from flamingo_jax.models.attention import attend, mean_weights
+from flamingo_jax.models.cache import Cache, Continuation, map_cache
 from flamingo_jax.models.decoder import DecoderLayer
 from flamingo_jax.models.layers import (
     FeedForward,
@@ -73,9 +74,11 @@ class PreparedVisuals(NamedTuple):
         """
         listed = jnp.maximum(visuals, 0).reshape(-1)
         numbers = jnp.arange(listed.size).reshape(visuals.shape)
-        # [blocks, M, R, H, d], each row's visuals where the row is.
+        # Heads first, [blocks, M, H, R, d], as keys and values in a `cache`, and each row's
+        # visuals where the row is.
         media = jax.tree.map(
-            lambda a: constrain(jnp.take(a, listed, axis=1), None, ROWS, None, MODEL), self.media
+            lambda a: constrain(jnp.take(a, listed, axis=1).swapaxes(2, 3), None, ROWS, MODEL),
+            self.media,
         )
         return PreparedVisuals(media, self.broken[listed]), jnp.where(visuals >= 0, numbers, -1)
 
@@ -265,7 +268,7 @@ class GraftedLayer(DecoderLayer):
         self,
         x: Array,
         positions: Array,
-        packing: Packing | Branches | None,
+        packing: Packing | Continuation,
         cache: Cache | None,
         between: Between | None = None,
     ) -> tuple[Array, Cache | None]:
@@ -288,8 +291,8 @@ class DecodingCache(NamedTuple):
 
     text: keys and values of the decoder layers, the grafted ones last on the layer axis.
     windows: with `text_window`, the cross-attention blocks' keys and values of the text,
-      [blocks, B, S, H, d]; slot s holds the token at position s. More generally what the blocks
-      keep, any arrays [blocks, ...].
+      [blocks, B, H, S, d], in the same slots. More generally what the blocks keep, any arrays
+      [blocks, ...].
     """
 
     text: Cache | None

@@ -11,7 +11,8 @@ import jax
 from flax import nnx
 
 from flamingo_jax.experiment import LanguageModelConfig
-from flamingo_jax.models.attention import Branches, Cache, SelfAttention
+from flamingo_jax.models.attention import SelfAttention
+from flamingo_jax.models.cache import Cache, Continuation
 from flamingo_jax.models.layers import FeedForward, make_norm, save_for_backward
 from flamingo_jax.models.packing import Packing
 from flamingo_jax.partitioning.constraints import all_gather, reduce_scatter, residual
@@ -50,7 +51,7 @@ class DecoderLayer(nnx.Module):
         self,
         x: Array,
         positions: Array,
-        packing: Packing | Branches | None,
+        packing: Packing | Continuation,
         cache: Cache | None,
         between: Callable[[Array], Array] | None = None,
     ) -> tuple[Array, Cache | None]:
@@ -59,8 +60,8 @@ class DecoderLayer(nnx.Module):
 
         Args:
           positions: int32 [S, T].
-          packing: which tokens of the stream form a row; when decoding, the tree that they form,
-            or None for a line.
+          packing: which tokens of the stream form a row; when decoding, how they continue the
+            rows of the cache.
           cache: of decoding, in place of the packing (see SelfAttention).
           between: updates the residual stream [S, T, D] between the halves of a sequential
             layer: `vanilla_xattn` runs its cross-attention there.
@@ -78,7 +79,7 @@ class DecoderLayer(nnx.Module):
         self,
         x: Array,
         positions: Array,
-        packing: Packing | Branches | None,
+        packing: Packing | Continuation,
         cache: Cache | None,
     ) -> tuple[Array, Cache | None]:
         """Computes what the attention half adds to x [S, T, D]; arguments as for `__call__`."""

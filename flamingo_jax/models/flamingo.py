@@ -18,14 +18,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from flamingo_jax.experiment import FlamingoConfig, LoRAConfig
-from flamingo_jax.models.attention import (
-    Branches,
-    Cache,
-    append_slots,
-    cached_mask,
-    causal_mask,
-    write_slots,
-)
+from flamingo_jax.models.attention import causal_mask
+from flamingo_jax.models.cache import LINE, Cache, Continuation
 from flamingo_jax.models.conditioning import (
     ConditionedLayers,
     CrossAttentionBlock,
@@ -355,20 +349,22 @@ class Flamingo(nnx.Module):
         """
         return constrain(self.language_model.logits(x), ROWS, None, MODEL), self._extra_logits(x)
 
-    def init_cache(self, batch: int, max_length: int) -> DecodingCache:
-        """Allocates a decoding cache; axis 1 of all arrays but `SharedCache` is the batch."""
-        cache = self.language_model.init_cache(batch, max_length)
+    def init_cache(self, batch: int, slots: int, length: int | None = None) -> DecodingCache:
+        """Allocates a decoding cache; axis 1 of all arrays but `SharedCache` is the batch.
+
+        length: the positions of the longest row, by default as many as slots.
+        """
+        lm, conditioning = self.config.language_model, self.config.conditioning
+        cache = empty_cache(self.language_model.layers, lm, batch, slots, self.dtype, length)
         if self.grafted is not None:
             # The grafted layers' caches follow the language model's on the layer axis.
-            lm = self.config.language_model
-            grafted = empty_cache(self.grafted.layers, lm, batch, max_length, self.dtype)
+            grafted = empty_cache(self.grafted.layers, lm, batch, slots, self.dtype, length)
             cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), cache, grafted)
-        conditioning = self.config.conditioning
         if not conditioning.text_window:
             return DecodingCache(cache)
-        blocks = count_blocks(conditioning, self.config.language_model)
-        shape = (blocks, batch, max_length, conditioning.heads, conditioning.head_width)
-        empty = constrain(jnp.zeros(shape, self.dtype), None, ROWS, None, MODEL)
+        blocks = count_blocks(conditioning, lm)
+        shape = (blocks, batch, conditioning.heads, slots, conditioning.head_width)
+        empty = constrain(jnp.zeros(shape, self.dtype), None, ROWS, MODEL)
         return DecodingCache(cache, Media(empty, empty))
 
     def decode(
@@ -379,23 +375,21 @@ class Flamingo(nnx.Module):
         media: PreparedVisuals | None,
         visuals: Array | None,
         cache: DecodingCache,
-        branches: Branches | None = None,
+        continuation: Continuation = LINE,
         *,
         rows_own_visuals: bool = False,
     ) -> tuple[Array, DecodingCache]:
         """Decodes L more tokens of each row: one at a step of generation, or a whole prompt.
 
         Args:
-          tokens, positions: int32 [B, L]. The position is the token's cache slot; position
-            max_length is padding: the token is not cached and its logits are meaningless.
+          tokens, positions: int32 [B, L]. The position is the token's cache slot, and one past
+            the last slot is padding: the token is not cached and its logits are meaningless.
           media_index: int32 [B, L], phi: an index into the row's `visuals`, -1 for none.
           media: of `prepare_media`; None decodes without any visual.
           visuals: int32 [B, N], each row's visuals as indices into M, -1 for none.
           cache: the tokens so far.
-          branches: the tree that the L tokens form, at positions by their depth; by default a
-            line. A tree is not added to the cache.
-          rows_own_visuals: `media` and `visuals` are of `PreparedVisuals.of_rows`, of these
-            rows or of as many times fewer, each of which the same number of adjacent rows share.
+          continuation: how the L tokens continue their row: by default one after the other.
+          rows_own_visuals: `media` and `visuals` are of `PreparedVisuals.of_rows`.
 
         Returns: logits float32 [B, L, V + extra], and the cache with these tokens added. The
           logits of a token that attends to a broken visual are NaN, and so are those of all
@@ -404,7 +398,7 @@ class Flamingo(nnx.Module):
         x, view = self._embed(tokens, positions), None
         if media is not None:
             assert visuals is not None
-            tokens_per_visual = media.media.key.shape[2]
+            tokens_per_visual = media.media.key.shape[3 if rows_own_visuals else 2]
             mask = media_mask(
                 media_index,
                 None,
@@ -415,32 +409,27 @@ class Flamingo(nnx.Module):
             looks = (mask[:, 0, :, ::tokens_per_visual] & media.broken[visuals][:, None]).any(-1)
             # NaN on purpose: the cache carries it to the row's later tokens.
             x = jnp.where(looks[..., None], jnp.nan, x)
-            view = MediaView((mask,), visuals)
-            if rows_own_visuals:
-                beams = visuals.size // media.broken.shape[0]
-                view = view._replace(visuals=None, beams=beams)
+            view = MediaView((mask,), None if rows_own_visuals else visuals)
             if cache.windows is not None:
-                window, slots = self.config.conditioning.text_window, cache.windows.key.shape[2]
-                mask_of = cached_mask if branches is None else branches.mask
-                seen = mask_of(positions, slots, window)
+                window, slots = self.config.conditioning.text_window, cache.windows.key.shape[3]
+                seen = continuation.mask(positions, slots, window)
                 view = view._replace(text_masks=_where_something_is_seen([seen], [mask]))
 
         def read_visuals(
             block: CrossAttentionBlock, x: Array, own: Media | None, window: Media | None
         ) -> tuple[Array, Media | None]:
+            if own is not None and rows_own_visuals:
+                own = Media(*(a.swapaxes(1, 2) for a in own))  # They are heads first.
             if window is None:
                 return block.attend(x, own, view), None
-            new = list(zip(window, block.project_text(x) or (), strict=True))
-            if branches is not None:
-                texts = Media(*(append_slots(cached, text) for cached, text in new))
-                return block.attend(x, own, view, texts), window
-            window = Media(*(write_slots(cached, text, positions) for cached, text in new))
-            return block.attend(x, own, view, window), window
+            new = zip(window, block.project_text(x) or (), strict=True)
+            texts, kept = zip(*(continuation.extend(*pair, positions) for pair in new), strict=True)
+            return block.attend(x, own, view, Media(*texts)), Media(*kept)
 
         def read_text(
             layer: Any, x: Array, layer_cache: Cache, between: Any
         ) -> tuple[Array, Cache]:
-            return layer(x, positions, branches, layer_cache, between)
+            return layer(x, positions, continuation, layer_cache, between)
 
         own = None if media is None else media.media
         x, cache = self._run_layers(x, cache, read_text, read_visuals, own)

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from flamingo_jax.experiment import LanguageModelConfig
-from flamingo_jax.models.attention import Cache, SharedCache
+from flamingo_jax.models.cache import LINE, Cache, SharedCache
 from flamingo_jax.models.decoder import DecoderLayer
 from flamingo_jax.models.language_model_config import LoRAConfig
 from flamingo_jax.models.layers import (
@@ -37,21 +37,29 @@ Array = jax.Array
 
 
 def empty_cache(
-    layers: Any, config: LanguageModelConfig, batch: int, max_length: int, dtype: DTypeLike
+    layers: Any,
+    config: LanguageModelConfig,
+    batch: int,
+    slots: int,
+    dtype: DTypeLike,
+    length: int | None = None,
 ) -> Cache:
     """Allocates the key-value cache of a stack of decoder layers; leaves
-    [layers, B, max_length, H, d], H being the key-value heads.
+    [layers, B, K, slots, d], K being the key-value heads.
 
-    Transformer-XL's keys of the distances, [layers, max_length, H, d], are computed here once:
-    they cost as much as a forward pass of the language model over dozens of tokens.
+    Transformer-XL's keys of the distances, [layers, length, H, d], are computed here once: they
+    cost as much as a forward pass of the language model over dozens of tokens.
+
+    length: the positions of the longest row, by default as many as slots.
     """
     attention = config.attention
     count = layers.attention_norm.scale.shape[0]
     heads = attention.kv_heads or attention.heads
-    empty = jnp.zeros((count, batch, max_length, heads, attention.head_width), dtype)
+    empty = jnp.zeros((count, batch, heads, slots, attention.head_width), dtype)
     # Over `model` only where it divides the key-value heads.
-    empty = constrain(empty, None, ROWS, None, MODEL)
-    distances = layers.attention.positions.cached_distances(layers.attention, max_length, dtype)
+    empty = constrain(empty, None, ROWS, MODEL)
+    positions = layers.attention.positions
+    distances = positions.cached_distances(layers.attention, length or slots, dtype)
     return Cache(empty, empty, None if distances is None else SharedCache(distances))
 
 
@@ -156,7 +164,7 @@ class LanguageModel(nnx.Module):
         """
 
         def body(layer: DecoderLayer, x: Array, layer_cache: Cache) -> tuple[Array, Cache]:
-            x, new = layer(x, positions, None, layer_cache)
+            x, new = layer(x, positions, LINE, layer_cache)
             assert new is not None
             # No token changes the distances: as an output of the scan they would be copied.
             return x, new._replace(distances=None)

@@ -116,14 +116,11 @@ class MediaView(NamedTuple):
       gradient of a gather is a scatter, slow on every backend).
     text_masks: bool [B_p, 1, L_p, S_p], the text tokens of its row that each token also
       attends to (`text_window`); empty without a window.
-    beams: where `visuals` is None, how many adjacent rows share each row of visuals, as the
-      hypotheses of a prompt do; of a stream of a single part.
     """
 
     masks: tuple[Array, ...]
     visuals: Array | None = None
     text_masks: tuple[Array, ...] = ()
-    beams: int = 1
 
     def over_rows(
         self,
@@ -156,20 +153,13 @@ class MediaView(NamedTuple):
             if not mask.shape[-1]:
                 return jnp.zeros_like(q)
             # [B, N, R, H, d] -> [B, N * R, H, d]
-            k, v = (a.reshape(q.shape[0] // self.beams, -1, *a.shape[-2:]) for a in (k, v))
+            k, v = (a.reshape(q.shape[0], -1, *a.shape[-2:]) for a in (k, v))
             if text:
                 # Text keys behind the visual ones: [B, N * R + S, H, d], one softmax over
                 # both.
-                k, v = (jnp.repeat(a, self.beams, axis=0) for a in (k, v))
                 both = zip((k, v, mask), text, (1, 1, -1), strict=True)
                 k, v, mask = (jnp.concatenate([a, b], axis) for a, b, axis in both)
-            if k.shape[0] == q.shape[0]:
-                return attend(q, k, v, mask)
-            # Rows with the same visuals are more queries of one row: [B, L, H, d] ->
-            # [B / beams, beams * L, H, d], so that the visuals are not copied.
-            more = q.reshape(k.shape[0], -1, *q.shape[2:])
-            mask = mask.reshape(k.shape[0], 1, -1, mask.shape[-1])
-            return attend(more, k, v, mask).reshape(q.shape)
+            return attend(q, k, v, mask)
 
         parts: list[Parts] = [queries, split(key, owned), split(value, owned), self.masks]
         if text is not None:

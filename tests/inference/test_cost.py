@@ -16,8 +16,8 @@ from flamingo_jax.configuring import from_config
 from flamingo_jax.experiment import Experiment, FlamingoConfig
 from flamingo_jax.inference.beam_search import beam_search
 from flamingo_jax.inference.decoding import DecodingConfig, TokenConstraints
-from flamingo_jax.inference.prefill import PromptArrays, prefill
-from flamingo_jax.models.attention import SharedCache, map_cache
+from flamingo_jax.inference.prefill import PromptArrays
+from flamingo_jax.models.cache import SharedCache, map_cache
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.models.language_model import LanguageModel
 from flamingo_jax.models.positions import TransformerXL
@@ -73,27 +73,37 @@ def test_a_decoded_token_costs_little_more_than_the_parameters_that_it_meets(
     assert 1 <= flops / (2 * met) <= 1.15
 
 
-def test_distances_are_projected_once_for_all_rows_and_tokens(
+def test_beams_share_the_prompts_cache_and_distances_are_projected_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Beams share them, and the loop over tokens has no product with their map."""
+    """A prompt of 5 tokens has 5 slots, and each of 7 new ones a slot for every beam. The loop
+    over tokens has no product with the distances' map.
+    """
     graph, state = abstract(tiny_config(20))
-    asked: list[tuple[int, ...]] = []
+    asked: list[Any] = []
+    decode = Flamingo.decode
     monkeypatch.setattr(TransformerXL, "keys", lambda *_: pytest.fail("computed again"))
+
+    def spy(self: Flamingo, *given: Any, **options: Any) -> Any:
+        cache = given[5].text
+        asked.append((given[0].shape, cache.key.shape, cache.distances.value.shape))
+        return decode(self, *given, **options)
 
     def run(state: Any, beam_size: int) -> Any:
         model = nnx.merge(graph, state)
         tokens = jnp.ones((2, 5), jnp.int32)
         prompts = PromptArrays(tokens, tokens - 2, jnp.array([5, 3]), None)
-        started = prefill(model, prompts, None, 12).repeat(3)
-        asked.append(started.cache.text.distances.value.shape)
-        asked.append(started.cache.text.key.shape)
         decoding = DecodingConfig(7, beam_size=beam_size)
         return beam_search(model, prompts, None, decoding, TokenConstraints((3,)))
 
+    monkeypatch.setattr(Flamingo, "decode", spy)
     for beam_size in (1, 3):
         jax.eval_shape(functools.partial(run, beam_size=beam_size), state)
-    assert asked == [(2, 12, 2, 16), (2, 6, 12, 2, 16)] * 2
+        cache = ((2, 2, 2, 5 + 7 * beam_size, 16), (2, 12, 2, 16))
+        # Once for the prompt and once for the loop's step, which is traced several times.
+        assert asked[0] == ((2, 5), *cache)
+        assert set(asked[1:]) == {((2, beam_size), *cache)}
+        asked.clear()
 
 
 def test_a_cache_changed_row_by_row_keeps_what_rows_share() -> None:
@@ -102,7 +112,7 @@ def test_a_cache_changed_row_by_row_keeps_what_rows_share() -> None:
     cache = model.init_cache(2, 6)
     doubled = map_cache(lambda a: jnp.repeat(a, 2, axis=1), cache)
     assert isinstance(doubled.distances, SharedCache) and doubled.distances is cache.distances
-    assert doubled.key.shape == (2, 4, 6, 2, 16)
+    assert doubled.key.shape == (2, 4, 2, 6, 16)
     graph, state = nnx.split(model)
     decode = jax.jit(lambda state, *given: nnx.merge(graph, state).decode(*given)[1])
     after = decode(state, jnp.ones((4, 1), jnp.int32), jnp.zeros((4, 1), jnp.int32), doubled)

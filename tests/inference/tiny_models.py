@@ -25,6 +25,7 @@ from flamingo_jax.experiment import (
     ViTConfig,
 )
 from flamingo_jax.inference.loading import LoadedFlamingo
+from flamingo_jax.models.cache import LINE, Continuation
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.processing.tokenizer import SentencePieceTokenizer, Tokenizer
 from flamingo_jax.pytrees import from_flat, to_flat
@@ -50,9 +51,9 @@ class TableModel:
         )
         self.weights = jnp.asarray(rng.integers(1, self.buckets, 64), jnp.int32)
 
-    def init_cache(self, batch: int, max_length: int) -> Any:
-        """Tokens by position, counted from 1; [1, B, S]."""
-        return jnp.zeros((1, batch, max_length), jnp.int32)
+    def init_cache(self, batch: int, slots: int, length: int | None = None) -> Any:
+        """Tokens, counted from 1: [1, B, 1, S, 1]."""
+        return jnp.zeros((1, batch, 1, slots, 1), jnp.int32)
 
     def decode(
         self,
@@ -62,23 +63,17 @@ class TableModel:
         media: Any,
         visuals: Any,
         cache: Any,
-        branches: Any = None,
+        continuation: Continuation = LINE,
         *,
         rows_own_visuals: bool = False,
     ) -> tuple[Any, Any]:
-        if branches is not None:
-            places = branches.places(positions, cache.shape[2])
-            tree = jnp.concatenate([cache[0], tokens + 1], 1)
-            mixed = (tree * self.weights[places]) ** 2 % 7919
-            seen = branches.mask(positions, cache.shape[2])[:, 0]
-            return self.table[jnp.where(seen, mixed[:, None], 0).sum(-1) % self.buckets], cache
-        rows = jnp.arange(tokens.shape[0])[:, None]
-        cache = cache.at[0, rows, positions].set(tokens + 1, mode="drop")
-        seen = jnp.arange(cache.shape[2]) <= positions[:, :, None]
+        new, slots = tokens[..., None, None] + 1, cache.shape[3]
+        held, kept = continuation.extend(cache[0], new, positions)
         # Every prefix is a number, mixed so that similar prefixes lie apart.
-        mixed = (cache[0, :, None] * self.weights[: cache.shape[2]]) ** 2 % 7919
-        place = jnp.where(seen, mixed, 0).sum(-1) % self.buckets
-        return self.table[place], cache
+        weights = self.weights[continuation.places(positions, slots)]
+        mixed = (held[:, None, :, 0, 0] * weights[:, None]) ** 2 % 7919
+        place = jnp.where(continuation.mask(positions, slots)[:, 0], mixed, 0).sum(-1)
+        return self.table[place % self.buckets], kept[None]
 
 
 def make_tokenizer() -> Tokenizer:

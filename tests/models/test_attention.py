@@ -19,6 +19,7 @@ from flamingo_jax.experiment import (
     RotaryScaling,
 )
 from flamingo_jax.models import attention, ops
+from flamingo_jax.models.cache import LINE, Beams, Cache
 from flamingo_jax.models.packing import Packing
 from flamingo_jax.models.positions import alibi_slopes, sinusoids
 from tests.models.filling import filled
@@ -126,19 +127,52 @@ def test_decoding_with_a_cache_equals_the_whole_row(positions: str) -> None:
     x = jax.random.normal(jax.random.key(0), (2, 6, 8))
     places = jnp.tile(jnp.arange(6), (2, 1))
     whole, _ = module(x, places, Packing((jnp.ones((2, 6), jnp.int32),)), None)
-    cache = attention.Cache(jnp.zeros((2, 9, 2, 4)), jnp.zeros((2, 9, 2, 4)))
+    cache = Cache(jnp.zeros((2, 2, 9, 4)), jnp.zeros((2, 2, 9, 4)))
     parts = []
     for start, stop in ((0, 3), (3, 4), (4, 6)):
-        part, cache = module(x[:, start:stop], places[:, start:stop], None, cache)
+        part, cache = module(x[:, start:stop], places[:, start:stop], LINE, cache)
         parts.append(part)
     assert_close(jnp.concatenate(parts, 1), whole, TERMS)
 
 
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("positions", ["transformer_xl", "rotary", "alibi", "learned"])
+def test_beams_over_one_cache_equal_whole_rows(positions: str, window: int) -> None:
+    """Rows of 3 and of 2 tokens, and three tokens of each of two continuations: at the second
+    both follow what was the last one, at the third they change places.
+    """
+    config = changed(CONFIG, {"attention.window": window, "positions.kind": positions})
+    module = attention.SelfAttention(config, out_scale=1.0, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 3 + 3 * 2, 8))
+    lengths = jnp.array([3, 2])
+    before = jnp.tile(jnp.arange(3), (2, 1))
+    cache = Cache(jnp.zeros((2, 2, 9, 4)), jnp.zeros((2, 2, 9, 4)))
+    _, cache = module(x[:, :3], jnp.where(before < lengths[:, None], before, 9), LINE, cache)
+    held = jnp.concatenate([before, lengths[:, None] + jnp.arange(6) // 2], 1)
+    paths = [[[0], [1]], [[1, 2], [1, 3]], [[1, 3, 4], [1, 2, 5]]]
+    for step, of_step in enumerate(paths):
+        seen = np.zeros((2, 2, 9), bool)
+        seen[:, :, :3] = (before < lengths[:, None])[:, None]
+        for beam, path in enumerate(of_step):
+            seen[:, beam, [3 + slot for slot in path]] = True
+        slots = jnp.tile(3 + 2 * step + jnp.arange(2), (2, 1))
+        places = jnp.broadcast_to(lengths[:, None] + step, (2, 2))
+        new = x[:, 3 + 2 * step : 5 + 2 * step]
+        found, cache = module(new, places, Beams(slots, held, jnp.asarray(seen)), cache)
+        for row, length in enumerate([3, 2]):
+            for beam, path in enumerate(of_step):
+                text = jnp.concatenate([x[row, :length], x[row, jnp.array(path) + 3]])[None]
+                count = text.shape[1]
+                packing = Packing((jnp.ones((1, count), jnp.int32),))
+                whole, _ = module(text, jnp.arange(count)[None], packing, None)
+                assert_close(found[row, beam], whole[0, -1], TERMS)
+
+
 def test_padding_never_enters_a_cache() -> None:
     module = make(kind="rotary")
-    cache = attention.Cache(jnp.zeros((1, 4, 2, 4)), jnp.zeros((1, 4, 2, 4)))
-    _, cache = module(jnp.ones((1, 3, 8)), jnp.array([[0, 4, 4]]), None, cache)
-    assert np.asarray(cache.key[0, 0]).any() and not np.asarray(cache.key[0, 1:]).any()
+    cache = Cache(jnp.zeros((1, 2, 4, 4)), jnp.zeros((1, 2, 4, 4)))
+    _, cache = module(jnp.ones((1, 3, 8)), jnp.array([[0, 4, 4]]), LINE, cache)
+    assert np.asarray(cache.key[0, :, 0]).any() and not np.asarray(cache.key[0, :, 1:]).any()
 
 
 def test_a_fully_masked_query_gets_exactly_zero() -> None:
@@ -254,11 +288,11 @@ def test_the_open_families_attention_equals_its_equation(family: str) -> None:
     )
     for row, text in enumerate(x):
         assert_close(whole[row], reference_open(module, config, text), TERMS)
-    empty = jnp.zeros((2, 8, config.attention.kv_heads, 4))
+    empty = jnp.zeros((2, config.attention.kv_heads, 8, 4))
     first, cache = module(
-        jnp.asarray(x[:, :4], jnp.float32), places[:, :4], None, attention.Cache(empty, empty)
+        jnp.asarray(x[:, :4], jnp.float32), places[:, :4], LINE, Cache(empty, empty)
     )
-    second, _ = module(jnp.asarray(x[:, 4:], jnp.float32), places[:, 4:], None, cache)
+    second, _ = module(jnp.asarray(x[:, 4:], jnp.float32), places[:, 4:], LINE, cache)
     assert_close(jnp.concatenate([first, second], 1), whole, TERMS)
 
 

@@ -24,6 +24,7 @@ from flamingo_jax.experiment import (
     ViTConfig,
 )
 from flamingo_jax.models.attention import causal_mask
+from flamingo_jax.models.cache import Beams
 from flamingo_jax.models.conditioning import CrossAttentionBlock, Media, media_mask
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.models.packing import MediaView, PackedText, Packing
@@ -223,16 +224,31 @@ def test_with_gates_at_zero_the_logits_are_the_language_models_to_the_last_bit(
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
-def test_decoding_in_pieces_equals_the_whole_row(name: str) -> None:
+def test_decoding_in_pieces_and_in_beams_equals_the_whole_row(name: str) -> None:
+    """The last two tokens in beams of two, of which the second and then the first has the
+    row's own token, and the others another one.
+    """
     model = make(name)
     media, cache = model.prepare_media(VISUAL_TOKENS), model.init_cache(ROWS, 8)
     graph, state = nnx.split(model)
-    step = jax.jit(lambda s, t, p, m, c: nnx.merge(graph, s).decode(t, p, m, media, VISUALS, c))
+    step = jax.jit(lambda s, t, p, m, *c: nnx.merge(graph, s).decode(t, p, m, media, VISUALS, *c))
     found = []
-    for piece in (slice(0, 3), slice(3, 4), slice(4, 5), slice(5, 6)):
+    for piece in (slice(0, 3), slice(3, 4)):
         given = (TOKENS[:, piece], POSITIONS[:, piece], MEDIA_INDEX[:, piece])
         logits, cache = step(state, *given, cache)
         found.append(logits)
+    held = jnp.tile(jnp.array([0, 1, 2, 3, 4, 4, 5, 5]), (ROWS, 1))
+    paths = [[[4], [5]], [[5, 6], [5, 7]]]
+    for place, own, of_step in ((4, 1, paths[0]), (5, 0, paths[1])):
+        tokens = (TOKENS[:, place, None] + jnp.arange(2) - own) % 20
+        seen = np.tile(np.arange(8) < 4, (ROWS, 2, 1))
+        for beam, path in enumerate(of_step):
+            seen[:, beam, path] = True
+        slots = jnp.tile(jnp.array([path[-1] for path in of_step]), (ROWS, 1))
+        beams = Beams(slots, held, jnp.asarray(seen))
+        given = (tokens, *(jnp.repeat(a[:, place, None], 2, 1) for a in (POSITIONS, MEDIA_INDEX)))
+        logits, cache = step(state, *given, cache, beams)
+        found.append(logits[:, own, None])
     expected = whole_rows(name)
     assert_close(jnp.concatenate(found, 1), expected, TERMS, size=np.abs(expected).max())
 
