@@ -75,7 +75,7 @@ def beam_search(
       media: of `Flamingo.prepare_media`; None without visuals.
     """
     rows, beams, length = prompts.tokens.shape[0], decoding.beam_size, decoding.max_tokens
-    read = prompts.tokens.shape[1]
+    read = prompts.slots
     prefilled = prefill(model, prompts, media, read + length * beams, read + length)
     if prefilled.visuals is not None:
         media, visuals = media.of_rows(prefilled.visuals)

@@ -21,8 +21,10 @@ from flamingo_jax.inference.prompts import (
     Prompt,
     PromptBatch,
     TokenisedPrompt,
+    after_prefix,
     bucket_length,
     collate,
+    common_prefix,
     next_power,
     tokenise,
     visual_slots,
@@ -33,6 +35,8 @@ from flamingo_jax.processing.visuals import Visual
 TOKENS_IN_BATCH = 16_384
 VISUALS_IN_BATCH = 512
 """Limits on the tokens and visuals of a batch, padding included, for memory."""
+LEAST_PREFIX = 32
+"""The fewest tokens that all prompts must begin with to have them read apart."""
 FRAMES_IN_BATCH = 64
 """Frames that the vision encoder takes at a time."""
 CACHED_BYTES = 512 << 20
@@ -116,6 +120,7 @@ class DeviceModel:
             return
         tokenised = [tokenise(prompt, self.tokenizer) for prompt in prompts]
         self.check(tokenised, further)
+        tokenised = self._read_prefix(tokenised)
         slots = visual_slots(max(len(p.visuals) for p in tokenised))
         rows = self._batch_rows(tokenised, slots, most_rows)
         # By length, so that a batch has little padding.
@@ -131,13 +136,34 @@ class DeviceModel:
                 ),
             )
 
+    def _read_prefix(self, prompts: list[TokenisedPrompt]) -> list[TokenisedPrompt]:
+        """Reads what all prompts begin with, such as the same shots, once; returns the rest of
+        each. Prompts with little in common stay whole.
+        """
+        count = common_prefix(prompts) if len(prompts) > 1 else 0
+        if count < LEAST_PREFIX:
+            return prompts
+        first = prompts[0]
+        index = first.media_index[:count]
+        seen = first.visuals[: int(index.max()) + 1]
+        batch = collate(
+            [TokenisedPrompt(first.tokens[:count], index, seen)],
+            rows=self._rows(1),
+            length=bucket_length(count),
+            slots=visual_slots(len(seen)),
+            pad_token=self.tokenizer.pad,
+        )
+        prefix = self._compute(programs.read_prompts_prefix, *self._to_device(batch))
+        attend = self.config.conditioning.attend_to_media
+        return [after_prefix(prompt, count, prefix, attend_to_media=attend) for prompt in prompts]
+
     def _batch_rows(
         self, prompts: Sequence[TokenisedPrompt], slots: int, most: int = TOKENS_IN_BATCH
     ) -> int:
         """Returns how many rows of a batch, at most `most`, prompts with `slots` slots for
         visuals get.
         """
-        longest = bucket_length(max(len(prompt.tokens) for prompt in prompts))
+        longest = max(prompt.padded_length for prompt in prompts)
         in_memory = min(most, TOKENS_IN_BATCH // longest, VISUALS_IN_BATCH // max(slots, 1))
         rows = min(self._batch_size, in_memory * self._placement.row_shards)
         # Rounded down to a power of 2, and no more than the prompts need.
@@ -166,11 +192,11 @@ class DeviceModel:
         put = self._placement.by_row
         tokens, index, lengths = put((batch.tokens, batch.media_index, batch.lengths))
         if not batch.distinct:
-            return PromptArrays(tokens, index, lengths, None), None
+            return PromptArrays(tokens, index, lengths, None, batch.prefix), None
         # Visuals that prompts share are projected once; few sizes, each of which is compiled.
         size = min(next_power(4, len(batch.distinct)), batch.visuals.size)
         if self.with_visuals:
-            prompts = PromptArrays(tokens, index, lengths, put(batch.visuals))
+            prompts = PromptArrays(tokens, index, lengths, put(batch.visuals), batch.prefix)
             return prompts, self._prepare_media(batch.distinct, size)
         # Without visuals no token attends to any, which adds exactly zero. Shapes stay the
         # same, so that engines with and without visuals share compiled programs.
@@ -183,7 +209,7 @@ class DeviceModel:
             np.float32,
         )
         none = put((np.full_like(batch.media_index, -1), np.full_like(batch.visuals, -1)))
-        prompts = PromptArrays(tokens, none[0], lengths, none[1])
+        prompts = PromptArrays(tokens, none[0], lengths, none[1], batch.prefix)
         return prompts, self._prepared(blank.astype(self.dtype))
 
     def _prepare_media(self, distinct: list[Visual], size: int) -> Any:

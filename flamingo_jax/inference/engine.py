@@ -91,7 +91,7 @@ class Engine(Generator):
         """Scores the candidates of each prompt of a batch, of at most `longest` ids."""
         prompts, media = self._to_device(batch)
         # Rounded up to a multiple of 4, for few compiled shapes.
-        size = batch.tokens.shape[1] + -(-longest // 4) * 4
+        size = prompts.slots + -(-longest // 4) * 4
         prefilled = self._compute(programs.prefill_prompts, prompts, media, size)
         # One part after the other, for memory.
         parts = [

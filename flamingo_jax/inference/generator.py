@@ -130,6 +130,7 @@ class Generator(DeviceModel):
         if not tokenised:
             return
         self.check(tokenised, decoding.max_tokens)
+        tokenised = self._read_prefix(tokenised)
         # Keys by the prompt's index in the list, so that sampling does not depend on how
         # prompts are batched.
         numbers = np.arange(len(prompts), dtype=np.uint32)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from flamingo_jax.models.cache import LINE, Continuation
+from flamingo_jax.models.cache import LINE, Continuation, map_cache
 
 Array = jax.Array
 
@@ -39,18 +39,40 @@ class DecodingModel(Protocol):
         """
 
 
+class Prefix(NamedTuple):
+    """The tokens that all prompts of a batch begin with, which are read once.
+
+    cache: of one row, whose first slots have them. length: int32 [], how many they are.
+    """
+
+    cache: Any
+    length: Array
+
+    @property
+    def slots(self) -> int:
+        """Returns the slots of the cache: `length`, or a few more."""
+        return jax.tree.leaves(self.cache)[0].shape[3]
+
+
 class PromptArrays(NamedTuple):
     """Right-padded prompts on the device.
 
     tokens, media_index: int32 [B, L].
     lengths: int32 [B], tokens of each prompt.
     visuals: int32 [B, N], indices into the media, -1 for none; None without visuals.
+    prefix: what comes before `tokens` in every prompt; None for nothing.
     """
 
     tokens: Array
     media_index: Array
     lengths: Array
     visuals: Array | None
+    prefix: Prefix | None = None
+
+    @property
+    def slots(self) -> int:
+        """Returns how many slots of a cache the prompts take."""
+        return self.tokens.shape[1] + (0 if self.prefix is None else self.prefix.slots)
 
 
 class Prefilled(NamedTuple):
@@ -83,10 +105,15 @@ def prefill(
     XLA removes their computation: prompt times vocabulary would be large.
     """
     rows, read = prompts.tokens.shape
-    slots = jnp.arange(read)
+    cache, first = model.init_cache(rows, size, length), jnp.int32(0)
+    if prompts.prefix is not None:
+        first, slots = prompts.prefix.length, prompts.prefix.slots
+        cache = map_cache(
+            lambda a, one: a.at[:, :, :, :slots].set(one), cache, prompts.prefix.cache
+        )
+    places = jnp.arange(read)
     # Position `size` is padding: not written to the cache.
-    positions = jnp.where(slots < prompts.lengths[:, None] - 1, slots, size)
-    cache = model.init_cache(rows, size, length)
+    positions = jnp.where(places < prompts.lengths[:, None] - 1, first + places, size)
     _, cache = model.decode(
         prompts.tokens, positions, prompts.media_index, media, prompts.visuals, cache
     )
@@ -104,4 +131,20 @@ def prefill(
             -1,
         )
         index = jnp.minimum(index, 0)
-    return Prefilled(cache, last(prompts.tokens), prompts.lengths - 1, index, visuals)
+    return Prefilled(cache, last(prompts.tokens), first + prompts.lengths - 1, index, visuals)
+
+
+def read_prefix(model: DecodingModel, prompts: PromptArrays, media: Any) -> Prefix:
+    """Reads the first of `prompts`, all of its tokens, for prompts that begin with it."""
+    rows, length = prompts.tokens.shape
+    places = jnp.arange(length)
+    positions = jnp.where(places < prompts.lengths[:, None], places, length)
+    _, cache = model.decode(
+        prompts.tokens,
+        positions,
+        prompts.media_index,
+        media,
+        prompts.visuals,
+        model.init_cache(rows, length),
+    )
+    return Prefix(map_cache(lambda a: a[:, :1], cache), prompts.lengths[0])

@@ -11,7 +11,13 @@ from flax import nnx
 
 from flamingo_jax.inference import rows
 from flamingo_jax.inference.decoding import TokenConstraints
-from flamingo_jax.inference.prefill import Prefilled, PromptArrays, prefill
+from flamingo_jax.inference.prefill import (
+    Prefilled,
+    Prefix,
+    PromptArrays,
+    prefill,
+    read_prefix,
+)
 from flamingo_jax.inference.scoring import TreeArrays, next_log_probabilities
 
 Array = jax.Array
@@ -47,6 +53,12 @@ def prefill_prompts(
 ) -> Prefilled:
     """Reads prompts into a cache of `size` slots: see `prefill`."""
     return prefill(nnx.merge(graph, state), prompts, media, size)
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def read_prompts_prefix(graph: Any, state: nnx.State, prompts: PromptArrays, media: Any) -> Prefix:
+    """Reads what prompts begin with: see `read_prefix`."""
+    return read_prefix(nnx.merge(graph, state), prompts, media)
 
 
 @functools.partial(jax.jit, static_argnames="graph")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from flamingo_jax.errors import UserError
+from flamingo_jax.inference.prefill import Prefix
 from flamingo_jax.processing.sequences import media_index
 from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.processing.visuals import Image, Visual, VisualSource
@@ -42,11 +43,18 @@ class TokenisedPrompt:
 
     tokens: int32 [n], beginning with <BOS>.
     media_index: int32 [n], which of `visuals` each token attends to, -1 for none.
+    prefix: what comes before `tokens` and was read already; None for nothing.
     """
 
     tokens: np.ndarray
     media_index: np.ndarray
     visuals: list[Visual]
+    prefix: Prefix | None = None
+
+    @property
+    def padded_length(self) -> int:
+        """Returns how many slots of a cache the prompt takes in a batch of its own."""
+        return bucket_length(len(self.tokens)) + (0 if self.prefix is None else self.prefix.slots)
 
 
 def fill_image_tags(
@@ -204,6 +212,7 @@ class PromptBatch:
     lengths: int32 [B], tokens of each prompt.
     visuals: int32 [B, N], indices into `distinct`, -1 for none.
     distinct: the distinct visuals of the batch.
+    prefix: what comes before `tokens` in every prompt; None for nothing.
     """
 
     tokens: np.ndarray
@@ -211,6 +220,7 @@ class PromptBatch:
     lengths: np.ndarray
     visuals: np.ndarray
     distinct: list[Visual]
+    prefix: Prefix | None = None
 
 
 def collate(
@@ -219,7 +229,7 @@ def collate(
     """Pads prompts to a batch of `rows` rows of `length` tokens and `slots` visuals.
 
     Rows beyond the prompts repeat the first one: they end generation when it does, and no
-    further visual is encoded for them.
+    further visual is encoded for them. All prompts have the same prefix.
     """
     tokens = np.full((rows, length), pad_token, np.int32)
     index = np.full((rows, length), -1, np.int32)
@@ -240,7 +250,37 @@ def collate(
                 number[visual.digest] = len(distinct)
                 distinct.append(visual)
             visuals[row, slot] = number[visual.digest]
-    return PromptBatch(tokens, index, lengths, visuals, distinct)
+    return PromptBatch(tokens, index, lengths, visuals, distinct, prompts[0].prefix)
+
+
+def common_prefix(prompts: Sequence[TokenisedPrompt]) -> int:
+    """Counts the tokens that all prompts begin with, each with the same visual. At least one
+    token of every prompt is left.
+    """
+    first, *others = prompts
+    count = min(len(prompt.tokens) for prompt in prompts) - 1
+    for prompt in others:
+        pairs = zip(first.visuals, prompt.visuals, strict=False)
+        alike = [a.digest == b.digest for a, b in pairs] + [False]
+        same = (
+            (prompt.tokens[:count] == first.tokens[:count])
+            & (prompt.media_index[:count] == first.media_index[:count])
+            & (first.media_index[:count] < alike.index(False))
+        )
+        count = int(np.append(same, False).argmin())
+    return count
+
+
+def after_prefix(
+    prompt: TokenisedPrompt, count: int, prefix: Prefix, *, attend_to_media: str
+) -> TokenisedPrompt:
+    """Cuts the first `count` tokens, which are in `prefix`, from a prompt, and the visuals that
+    no token attends to any more.
+    """
+    index, visuals = prompt.media_index[count:], prompt.visuals
+    if attend_to_media == "last" and (unseen := max(int(index.min()), 0)):
+        index, visuals = index - unseen, visuals[unseen:]
+    return TokenisedPrompt(prompt.tokens[count:], index, visuals, prefix)
 
 
 def answered_batch(

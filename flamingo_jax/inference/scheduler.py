@@ -11,7 +11,7 @@ import numpy as np
 
 from flamingo_jax.inference.answer_text import AnswerText
 from flamingo_jax.inference.decoding import NO_TOKEN
-from flamingo_jax.inference.prompts import TokenisedPrompt, bucket_length
+from flamingo_jax.inference.prompts import TokenisedPrompt
 from flamingo_jax.inference.rows import Chunk, RowOptions, Rows
 
 CHUNK = 8
@@ -198,7 +198,7 @@ def complete(
 
     batch: how many prompts are read at a time, at most `rows`.
     """
-    longest = max(bucket_length(len(a.prompt.tokens)) + a.max_tokens for a in answers)
+    longest = max(a.prompt.padded_length + a.max_tokens for a in answers)
     pool = RowPool(programs, rows, size=longest, slots=slots)
     waiting = collections.deque(answers)
     watched = any(answer.text.watches for answer in answers)

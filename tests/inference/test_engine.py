@@ -7,11 +7,12 @@ import pytest
 from flax import nnx
 
 from flamingo_jax.errors import UserError
+from flamingo_jax.inference import device_model, programs
 from flamingo_jax.inference.array_cache import ArrayCache
 from flamingo_jax.inference.decoding import DecodingConfig
 from flamingo_jax.inference.engine import Engine
 from flamingo_jax.inference.loading import LoadedFlamingo
-from flamingo_jax.inference.prompts import Prompt, tokenise
+from flamingo_jax.inference.prompts import Prompt, bucket_length, common_prefix, tokenise
 from flamingo_jax.processing.visuals import Visual
 from tests.inference.tiny_models import make_loaded
 
@@ -181,6 +182,48 @@ def test_each_different_image_is_encoded_once(
     engine.generate([*PROMPTS, *copies], DecodingConfig(max_tokens=2, beam_size=3))
     engine.log_likelihoods(PROMPTS, [[" a", " red"]] * 3)
     assert sum(counted) == 4
+
+
+def test_shots_that_all_prompts_begin_with_are_read_once(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the texts and scores of prompts that are read whole."""
+    shots = [
+        part
+        for number, colour in enumerate(["red", "blue", "green", "blue"])
+        for part in (IMAGES[number % 3], f"Output: a {colour} circle at the top left")
+    ]
+    ends = [[IMAGES[0], "Output:"], [IMAGES[1], "Output: a"], [IMAGES[1], "Question: what"]]
+    prompts = [[*shots, *end] for end in ends]
+    shared = common_prefix([tokenise(prompt, engine.tokenizer) for prompt in prompts])
+    alone = tokenise(shots, engine.tokenizer)
+    # The <EOC> before the next image, too.
+    assert shared == len(alone.tokens) + 1 > device_model.LEAST_PREFIX
+    read: list[tuple[int, ...]] = []
+    inner = programs.read_prompts_prefix
+
+    def spy(graph, state, prompts, media):
+        read.append((*prompts.tokens.shape, int(prompts.lengths[0])))
+        return inner(graph, state, prompts, media)
+
+    monkeypatch.setattr(programs, "read_prompts_prefix", spy)
+
+    def ask() -> tuple[list[str], list[float]]:
+        made = [
+            *engine.generate(prompts, DecodingConfig(max_tokens=4)),
+            *engine.generate(prompts, DecodingConfig(max_tokens=4, beam_size=3)),
+        ]
+        scores = engine.log_likelihoods(prompts, [[" red", " a star"]] * 3)
+        return [one.text for one in made], [one.score for one in made] + np.concatenate(
+            scores
+        ).tolist()
+
+    texts, scores = ask()
+    assert read == [(1, bucket_length(shared), shared)] * 3
+    monkeypatch.setattr(device_model, "LEAST_PREFIX", 1000)
+    whole_texts, whole_scores = ask()
+    assert len(read) == 3 and texts == whole_texts
+    np.testing.assert_allclose(scores, whole_scores, atol=1e-4)
 
 
 def test_features_are_unit_vectors_that_do_not_depend_on_padding(

@@ -2,10 +2,13 @@ import numpy as np
 import pytest
 
 from flamingo_jax.errors import UserError
+from flamingo_jax.inference.prefill import Prefix
 from flamingo_jax.inference.prompts import (
     END_OF_CHUNK,
+    after_prefix,
     bucket_length,
     collate,
+    common_prefix,
     escape_image_tags,
     fill_image_tags,
     next_power,
@@ -154,3 +157,28 @@ def test_sizes_are_rounded_up() -> None:
     assert [visual_slots(n) for n in range(8)] == [0, 1, 2, 3, 4, 6, 6, 8]
     assert [visual_slots(n) for n in (9, 13, 320)] == [12, 16, 384]
     assert [next_power(4, n) for n in (0, 1, 2, 5, 16, 17)] == [0, 1, 4, 16, 16, 64]
+
+
+def test_a_common_prefix_ends_where_a_token_or_its_visual_differs() -> None:
+    made = [
+        tokenise(parts, TOKENIZER)
+        for parts in (
+            [FIRST, "Output: a red circle", SECOND, "Output:"],
+            [FIRST, "Output: a red circle", THIRD, "Output: a"],
+            [FIRST, "Output: a red star", SECOND, "Output:"],
+            [SECOND, "Output: a red circle", SECOND, "Output:"],
+        )
+    ]
+    tag = int(np.flatnonzero(made[0].tokens == TOKENIZER.image_tag_ids[0])[1])
+    assert common_prefix(made[:2]) == tag
+    assert common_prefix(made[:3]) == len(tokenise([FIRST, "Output: a red"], TOKENIZER).tokens)
+    assert common_prefix(made) == 1
+    # The last token of a prompt is never part of it.
+    assert common_prefix([made[0], made[0]]) == len(made[0].tokens) - 1
+    prefix = Prefix(np.zeros((1, 1, 1, 64, 1)), np.int32(tag))
+    rest = after_prefix(made[0], tag, prefix, attend_to_media="last")
+    assert rest.tokens.tolist() == made[0].tokens[tag:].tolist()
+    assert rest.visuals == [SECOND] and not rest.media_index.any()
+    assert rest.padded_length == 32 + 64
+    rest = after_prefix(made[0], tag, prefix, attend_to_media="all_previous")
+    assert rest.visuals == [FIRST, SECOND] and (rest.media_index == 1).all()
