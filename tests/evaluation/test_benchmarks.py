@@ -309,3 +309,38 @@ def test_samples_keep_what_was_shown() -> None:
     )
     assert result.predictions[0].prompt == "<image>Output:"
     np.testing.assert_array_equal(result.predictions[0].visual.frames, visual(1).frames)
+
+
+def test_the_control_has_the_same_shots_without_their_images() -> None:
+    def texts(settings: EvaluationSettings) -> tuple[list[list[str]], list[int]]:
+        engine = ScriptedEngine()
+        captioning("captions", QUERIES, SUPPORT).run(engine, settings)
+        written = [[part for part in prompt if isinstance(part, str)] for prompt in engine.prompts]
+        visuals = [sum(isinstance(part, Visual) for part in prompt) for prompt in engine.prompts]
+        return written, visuals
+
+    shown, images = texts(EvaluationSettings(shots=4))
+    hidden, left = texts(EvaluationSettings(shots=4, shot_images=False))
+    assert shown == hidden
+    assert set(images) == {5} and set(left) == {1}
+
+
+def test_log_likelihoods_are_averaged_over_orders_of_the_shots() -> None:
+    """The score is that of the shot next to the query, so that the mean tells the orders."""
+
+    def likes(prompt: Prompt, text: str) -> float:
+        last = [part for part in prompt if isinstance(part, Visual)][-2]
+        return float(last.frames.flat[0]) if text == " circle" else 3.2
+
+    support = [example(n, "circle") for n in range(1, 6)]
+    engine = ScriptedEngine(likes=likes)
+    settings = EvaluationSettings(shots=5, permutations=6)
+    task = Classification("shapes", [example(100, "circle")], support, ["circle", "star"])
+    result = task.run(engine, settings)
+    last = [likes(prompt, " circle") for prompt in engine.prompts]
+    assert len(last) == 6 and len(set(last)) > 1
+    assert result.predictions[0].text == ("circle" if sum(last) / 6 > 3.2 else "star")
+    orders = [[p.frames.flat[0] for p in x if isinstance(p, Visual)] for x in engine.prompts]
+    assert all(sorted(order[:-1]) == [1, 2, 3, 4, 5] for order in orders)
+    with pytest.raises(UserError, match="is open-ended"):
+        captioning("captions", QUERIES, SUPPORT).check(settings)
