@@ -1,5 +1,7 @@
 """The engine and a real, tiny Flamingo against its plain forward pass on whole rows."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from flamingo_jax.inference.engine import Engine
 from flamingo_jax.inference.loading import LoadedFlamingo
 from flamingo_jax.inference.prompts import Prompt, bucket_length, common_prefix, tokenise
 from flamingo_jax.processing.visuals import Visual
+from flamingo_jax.pytrees import from_flat, to_flat
 from tests.inference.tiny_models import make_loaded
 
 RNG = np.random.default_rng(0)
@@ -232,6 +235,21 @@ def test_features_are_unit_vectors_that_do_not_depend_on_padding(
     features = engine.features([*IMAGES, CLIP])
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1.0, atol=1e-5)
     np.testing.assert_allclose(Engine(loaded).features([CLIP])[0], features[3], atol=1e-5)
+
+
+def test_an_encoders_digest_is_of_its_own_parameters(loaded: LoadedFlamingo) -> None:
+    def changed(part: str) -> str:
+        """The digest where one number of the first parameter of `part` is another."""
+        graph, state = nnx.split(loaded.model)
+        flat = to_flat(state)
+        name = min(name for name in flat if name.startswith(f"{part}/"))
+        flat[name] = flat[name].at[(0,) * flat[name].ndim].add(1.0)
+        model = nnx.merge(graph, nnx.State(from_flat(flat)))
+        return Engine(dataclasses.replace(loaded, model=model)).encoder_digest
+
+    own = Engine(loaded).encoder_digest
+    assert changed("language_model") == own and changed("resampler") == own
+    assert changed("vision_encoder") != own
 
 
 def test_each_features_are_computed_once(
