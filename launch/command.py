@@ -40,6 +40,9 @@ except ImportError:
     # Of all commands `launch.benchmark device` alone takes no config, and runs without it.
     ml_collections = config_flags = None  # type: ignore[assignment]
 
+# The flags that are defined here are of the command that asks for them, in its --help too.
+flags.disclaim_key_flags()
+
 CONFIG = "config"
 EXIT_SECONDS = 120.0
 """How long the interpreter may take to exit after `main`: it joins threads, one of which may

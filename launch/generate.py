@@ -22,7 +22,7 @@ from absl import flags
 
 import flamingo_jax as fj
 from launch import command, devices
-from launch.prompt_files import prompt_of, read_prompts
+from launch.prompt_files import define_frames, prompt_of, read_prompts
 
 MODEL = flags.DEFINE_string("model", "", "Exported folder of a Flamingo.")
 PROMPT = flags.DEFINE_string("prompt", "", "JSON or JSONL file of prompts.")
@@ -57,19 +57,7 @@ N_BEST = flags.DEFINE_integer(
 STREAM = flags.DEFINE_bool(
     "stream", False, "Write the answers token by token as they come; greedy, or sampled."
 )
-FPS = flags.DEFINE_float(
-    "fps",
-    1.0,
-    "Frames a second that are read from videos (paper: 1 in training).",
-    lower_bound=1e-3,
-)
-FRAMES = flags.DEFINE_integer(
-    "frames",
-    None,
-    "Frames of a video at most, from its middle; by default as many as the model was trained"
-    " with (paper: 30 with --fps=3).",
-    lower_bound=1,
-)
+FPS, FRAMES = define_frames()
 MESH = flags.DEFINE_string("mesh", "", devices.HELP)
 FROZEN_DTYPE = flags.DEFINE_enum("frozen_dtype", None, devices.FROZEN_DTYPES, devices.DTYPE_HELP)
 PARTS = command.define_parts()

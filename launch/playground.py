@@ -23,6 +23,7 @@ from absl import flags
 
 import flamingo_jax as fj
 from launch import command, devices
+from launch.prompt_files import define_frames, prompt_of, read_prompts
 
 MODEL = flags.DEFINE_string("model", "", "Exported folder of a Flamingo.")
 MESH = flags.DEFINE_string("mesh", "", devices.HELP)
@@ -42,19 +43,7 @@ PORT = flags.DEFINE_integer(
 MEGABYTES = flags.DEFINE_integer(
     "max_upload_megabytes", 32, "Largest file to upload.", lower_bound=1, upper_bound=1024
 )
-FPS = flags.DEFINE_float(
-    "fps",
-    1.0,
-    "Frames a second that are read from videos (paper: 1 in training).",
-    lower_bound=1e-3,
-)
-FRAMES = flags.DEFINE_integer(
-    "frames",
-    None,
-    "Frames of a video at most, from its middle; by default as many as the model was trained"
-    " with (paper: 30 with --fps=3).",
-    lower_bound=1,
-)
+FPS, FRAMES = define_frames()
 
 
 def main() -> int:
@@ -112,7 +101,6 @@ def _examples(model: "fj.Model") -> list[Any]:
     """
     from data_pipelines.evaluation_data import PreparedDatasets
     from flamingo_jax.playground.examples import dataset_examples, prompt_examples
-    from launch.prompt_files import prompt_of, read_prompts
 
     found = []
     for name in EXAMPLES.value:

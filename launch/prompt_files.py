@@ -6,10 +6,33 @@ import json
 import pathlib
 from typing import Any
 
+from absl import flags
+
 import flamingo_jax as fj
 from data_pipelines.build.text_files import decode
 
+# The flags that are defined here are of the command that asks for them, in its --help too.
+flags.disclaim_key_flags()
+
 EXAMPLE = '[{"image": "a.png"}, {"text": "Output:"}]'
+
+
+def define_frames() -> tuple[flags.FlagHolder, flags.FlagHolder]:
+    """Defines the flags `--fps` and `--frames`, how a prompt's videos are read."""
+    fps = flags.DEFINE_float(
+        "fps",
+        1.0,
+        "Frames a second that are read from videos (paper: 1 in training).",
+        lower_bound=1e-3,
+    )
+    frames = flags.DEFINE_integer(
+        "frames",
+        None,
+        "Frames of a video at most, from its middle; by default as many as the model was trained"
+        " with (paper: 30 with --fps=3).",
+        lower_bound=1,
+    )
+    return fps, frames
 
 
 def read_prompts(path: pathlib.Path, flag: str) -> list[list[Any]]:

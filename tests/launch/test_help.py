@@ -51,6 +51,21 @@ def test_help_is_there_at_once(command: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("command", "shared"),
+    [
+        ("generate", ("parts", "fps", "frames")),
+        ("playground", ("fps", "frames")),
+        ("evaluate", ("parts",)),
+    ],
+)
+def test_flags_that_commands_share_are_in_the_help_of_each(
+    command: str, shared: tuple[str, ...]
+) -> None:
+    printed = run(f"launch.{command}", "--help")[0].splitlines()
+    assert not [name for name in shared if f"  --{name}" not in printed]
+
+
+@pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (("launch.train",), "--config is not set"),
