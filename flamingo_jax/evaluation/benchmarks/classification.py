@@ -15,6 +15,7 @@ from flamingo_jax.evaluation.benchmarks.benchmark import (
 from flamingo_jax.evaluation.benchmarks.few_shot import (
     check_examples,
     few_shot_prompts,
+    permuted_prompts,
     prediction_of,
 )
 from flamingo_jax.evaluation.examples import BenchmarkExample
@@ -47,12 +48,13 @@ class Classification:
     def run(self, engine: Engine, settings: EvaluationSettings) -> BenchmarkResult:
         """Scores every class for every query and predicts the most likely one."""
         self.check(settings)
-        ensembled = settings.shots > 1 and settings.permutations > 1
-        orders = list(range(settings.permutations)) if ensembled else [None]
+        if settings.shots > 1 and settings.permutations > 1:
+            asked = permuted_prompts(self, engine, settings)
+        else:
+            asked = [few_shot_prompts(self, engine, settings, 0)]
         # The prompt ends without a space: it belongs to the first token of the class name.
         candidates = [[f" {name}" for name in self.classes]] * len(self.queries)
-        total = len(self.queries) * len(orders)
-        asked = [few_shot_prompts(self, engine, settings, 0, order) for order in orders]
+        total = len(self.queries) * len(asked)
         with Bar(title_of(self.name, settings.shots), total) as bar:
             found = [
                 engine.log_likelihoods(written, candidates, progress=bar.advance)

@@ -50,42 +50,65 @@ def check_examples(benchmark: HasSupport, settings: EvaluationSettings, text_exa
 
 
 def few_shot_prompts(
-    benchmark: HasSupport,
-    engine: Engine,
-    settings: EvaluationSettings,
-    text_examples: int,
-    permutation: int | None = None,
+    benchmark: HasSupport, engine: Engine, settings: EvaluationSettings, text_examples: int
 ) -> list[list[PromptPart]]:
     """Writes each query's prompt: its shots, or `text_examples` text-only examples if it has
     none, then the query up to its answer.
-
-    permutation: the number of a random order of each query's shots; None for their own order.
     """
-    support, queries, template = benchmark.support, benchmark.queries, benchmark.template
+    support, template = benchmark.support, benchmark.template
     if settings.shots:
-        chosen = choose_shots(
-            settings.selection,
-            support,
-            queries,
-            engine,
-            name=benchmark.name,
-            seed=settings.seed,
-            count=settings.shots,
-            folder=as_path(settings.folder) if settings.folder else None,
-        )
-        written = []
-        for place, query in enumerate(queries):
-            shots = chosen.of(place, settings.shots)
-            if permutation is not None:
-                rng = keyed_rng(settings.seed, f"{query.id}/permutation {permutation}")
-                shots = [shots[shot] for shot in rng.permutation(len(shots))]
-            with_images, texts = (shots, []) if settings.shot_images else ([], shots)
-            written.append(prompts.few_shot(query, with_images, texts, template))
-        return written
+        return _written(benchmark, settings, _chosen(benchmark, engine, settings))
     # All zero-shot prompts start with the same text-only examples.
     order = keyed_rng(settings.seed, benchmark.name).permutation(len(support))
     text_only = [support[place] for place in order[:text_examples]]
-    return [prompts.few_shot(query, [], text_only, template) for query in queries]
+    return [prompts.few_shot(query, [], text_only, template) for query in benchmark.queries]
+
+
+def permuted_prompts(
+    benchmark: HasSupport, engine: Engine, settings: EvaluationSettings
+) -> list[list[list[PromptPart]]]:
+    """Writes each query's prompt with its shots in `settings.permutations` random orders: for
+    each order the prompts of all queries.
+    """
+    chosen = _chosen(benchmark, engine, settings)
+
+    def permuted(number: int) -> list[list[BenchmarkExample]]:
+        found = []
+        for query, shots in zip(benchmark.queries, chosen, strict=True):
+            rng = keyed_rng(settings.seed, f"{query.id}/permutation {number}")
+            found.append([shots[shot] for shot in rng.permutation(len(shots))])
+        return found
+
+    numbers = range(settings.permutations)
+    return [_written(benchmark, settings, permuted(number)) for number in numbers]
+
+
+def _chosen(
+    benchmark: HasSupport, engine: Engine, settings: EvaluationSettings
+) -> list[list[BenchmarkExample]]:
+    """Chooses every query's shots."""
+    chosen = choose_shots(
+        settings.selection,
+        benchmark.support,
+        benchmark.queries,
+        engine,
+        name=benchmark.name,
+        seed=settings.seed,
+        count=settings.shots,
+        folder=as_path(settings.folder) if settings.folder else None,
+    )
+    return [chosen.of(place, settings.shots) for place in range(len(benchmark.queries))]
+
+
+def _written(
+    benchmark: HasSupport, settings: EvaluationSettings, chosen: Sequence[list[BenchmarkExample]]
+) -> list[list[PromptPart]]:
+    """Writes every query's prompt with its shots, whose images may be taken away."""
+    written = []
+    for query, shots in zip(benchmark.queries, chosen, strict=True):
+        with_images, texts = (shots, []) if settings.shot_images else ([], shots)
+        written.append(prompts.few_shot(query, with_images, texts, benchmark.template))
+    return written
 
 
 def prediction_of(
