@@ -2,13 +2,14 @@
 speak over gloo.
 """
 
+import json
 import pathlib
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -33,6 +34,32 @@ class Ended(NamedTuple):
         return [
             [line for line in log.splitlines() if line.startswith("error: ")] for log in self.logs
         ]
+
+
+def results(
+    commands: Sequence[Sequence[str]], environment: dict[str, str], *, seconds: float
+) -> list[Any]:
+    """Runs commands side by side to their ends, within so many seconds: the JSON in the last
+    line that each prints.
+    """
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for command in commands
+    ]
+    try:
+        ended = [process.communicate(timeout=seconds) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert not any(process.returncode for process in processes), "\n".join(e for _, e in ended)
+    return [json.loads(out.splitlines()[-1]) for out, _ in ended]
 
 
 class RunProcesses:

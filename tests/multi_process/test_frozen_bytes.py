@@ -1,10 +1,8 @@
 """Frozen bytes are checked and read once a run, whatever the number of processes."""
 
-import json
 import os
 import pathlib
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +18,7 @@ from flamingo_jax.experiment import AttentionConfig, FeedForwardConfig, Language
 from flamingo_jax.models.language_model import LanguageModel
 from flamingo_jax.models.vision import vision_encoder
 from flamingo_jax.pytrees import to_flat
-from tests.multi_process.run_processes import ROOT, free_port, run
+from tests.multi_process.run_processes import free_port, results, run
 from tests.processes import one_device
 from tests.training import world
 
@@ -75,24 +73,11 @@ def load(export: pathlib.Path, other: str, count: int, mesh: str) -> list[dict]:
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     port, encoder = free_port(), str(export.with_name("encoder"))
     module = [sys.executable, "-m", "tests.multi_process.frozen_reader"]
-    processes = [
-        subprocess.Popen(
-            [*module, str(index), str(count), str(port), str(export), encoder, other, mesh],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    commands = [
+        [*module, str(index), str(count), str(port), str(export), encoder, other, mesh]
         for index in range(count)
     ]
-    try:
-        ended = [process.communicate(timeout=200) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(process.returncode for process in processes), "\n".join(e for _, e in ended)
-    return [json.loads(out.splitlines()[-1]) for out, _ in ended]
+    return results(commands, environment, seconds=200)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,7 @@
 """Two processes that share a mesh load what their devices need, and get the results of one."""
 
 import dataclasses
-import json
 import pathlib
-import subprocess
 import sys
 from typing import Any
 
@@ -15,7 +13,7 @@ from flamingo_jax.experiment import FeedForwardConfig
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.pytrees import to_flat
 from tests.inference.meshes import exported, model_of_eight_heads, require_equal
-from tests.multi_process.run_processes import ROOT, free_port
+from tests.multi_process.run_processes import free_port, results
 from tests.processes import one_device
 
 READER = [sys.executable, "-m", "tests.multi_process.inference_reader"]
@@ -31,24 +29,11 @@ def use(
         " --xla_cpu_collective_call_terminate_timeout_seconds=600"
     }
     port = free_port()
-    processes = [
-        subprocess.Popen(
-            [*READER, str(index), str(count), str(port), str(export), mesh, *only],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    commands = [
+        [*READER, str(index), str(count), str(port), str(export), mesh, *only]
         for index in range(count)
     ]
-    try:
-        ended = [process.communicate(timeout=220) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(process.returncode for process in processes), "\n".join(e for _, e in ended)
-    return [json.loads(out.splitlines()[-1]) for out, _ in ended]
+    return results(commands, environment, seconds=220)
 
 
 @pytest.mark.scale
