@@ -194,15 +194,14 @@ def run_benchmarks() -> int:
     from flamingo_jax.evaluation.runner import evaluate_benchmarks, trained_prompts
 
     run = _run()
+    run.config()
     drawn: dict[str, Any] = {
         "limit": LIMIT.value,
         "support_limit": SUPPORT_LIMIT.value,
-        "frames": FRAMES.value,
-        "fps": FPS.value,
     }
     reader = BenchmarkReader(
         PreparedDatasets(),
-        run.config(),
+        fps=FPS.value,
         seed=SEED.value,
         caption_prompt=CAPTION_PROMPT.value,
         question_prompt=QUESTION_PROMPT.value,
@@ -239,7 +238,7 @@ def run_evaluators() -> int:
 
 def _run() -> Any:
     """Makes an `EvaluationRun` of the flags: the model, how it is prompted, and the report."""
-    from flamingo_jax.evaluation.benchmarks.benchmark import EvaluationSettings
+    from flamingo_jax.evaluation.protocol.benchmark import EvaluationSettings
     from flamingo_jax.evaluation.runner import EvaluationRun, read_json, trained_prompts
     from flamingo_jax.inference.decoding import DecodingConfig
     from flamingo_jax.json_lines import read_lines
@@ -263,6 +262,8 @@ def _run() -> Any:
             selection=SELECTION.value,
             folder=OUTPUT.value if devices.is_only_process() else "",
             seed=SEED.value,
+            frames=FRAMES.value,
+            fps=FPS.value,
             decoding=DecodingConfig(max_tokens=MAX_TOKENS.value, beam_size=BEAM.value),
         ),
         baseline=BASELINE.value,

@@ -10,15 +10,7 @@ from typing import Any
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation import prompts
-from flamingo_jax.evaluation.benchmarks.benchmark import Benchmark
-from flamingo_jax.evaluation.benchmarks.classification import Classification
-from flamingo_jax.evaluation.benchmarks.fast_concept_binding import FastConceptBinding
-from flamingo_jax.evaluation.benchmarks.open_ended import (
-    captioning,
-    most_frequent_answer,
-    question_answering,
-)
-from flamingo_jax.evaluation.datasets import DatasetReader
+from flamingo_jax.evaluation.datasets import DatasetReader, DrawnRecords
 from flamingo_jax.evaluation.description import BenchmarkDescription
 from flamingo_jax.evaluation.examples import (
     BenchmarkExample,
@@ -26,8 +18,15 @@ from flamingo_jax.evaluation.examples import (
     read_examples,
     read_pages,
 )
+from flamingo_jax.evaluation.protocol.benchmark import Benchmark
+from flamingo_jax.evaluation.protocol.classification import Classification
+from flamingo_jax.evaluation.protocol.fast_concept_binding import FastConceptBinding
+from flamingo_jax.evaluation.protocol.open_ended import (
+    captioning,
+    most_frequent_answer,
+    question_answering,
+)
 from flamingo_jax.evaluation.selection.shots import draw
-from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.processing.text import text_of
 from flamingo_jax.progress import Bar
 
@@ -36,10 +35,9 @@ from flamingo_jax.progress import Bar
 class BenchmarkReader:
     """Reads benchmarks for a model.
 
-    config: the model's, for the image size and the number of frames.
     limit, support_limit: the most queries and support examples, drawn at random by `seed`; 0
       for all.
-    frames, fps: how clips are sampled; by default as in the model's training.
+    fps: frames a second of clips; by default as in the model's training.
     caption_prompt: the prompt before a caption.
     question_prompt: the prompt with {question}; None for the one of `trained_prompts`, or the
       paper's where that is empty.
@@ -48,11 +46,9 @@ class BenchmarkReader:
     """
 
     datasets: DatasetReader
-    config: FlamingoConfig
     limit: int = 0
     support_limit: int = 2048
     seed: int = 0
-    frames: int | None = None
     fps: float | None = None
     caption_prompt: str = prompts.CAPTION.text
     question_prompt: str | None = None
@@ -67,7 +63,7 @@ class BenchmarkReader:
         kind, name, path, split, support_path, support_split, names_support = description
         if kind == "binding":
             records = self.datasets.records(path, split, "pages")
-            pages = read_pages(self._drawn(records, path, split, self.limit), self.config)
+            pages = read_pages(self._drawn(records, path, split, self.limit))
             return FastConceptBinding(name, pages)
         queries = self._examples(path, split, self.limit)
         support: list[BenchmarkExample] = []
@@ -115,7 +111,7 @@ class BenchmarkReader:
     def _examples(self, path: str, split: str, limit: int) -> list[BenchmarkExample]:
         kind, records = self._open(path, split)
         drawn = self._drawn(records, path, split, limit)
-        return read_examples(drawn, kind, self.config, frames=self.frames, fps=self.fps)
+        return read_examples(drawn, kind, fps=self.fps, name=f"{path}:{split}")
 
     def _open(self, path: str, split: str) -> tuple[str, Sequence[Any]]:
         kind = self.datasets.kind(path)
@@ -125,9 +121,8 @@ class BenchmarkReader:
             )
         return kind, self.datasets.records(path, split, kind)
 
-    def _drawn(self, records: Sequence[Any], path: str, split: str, limit: int) -> list[Any]:
-        places = draw(self.seed, f"{path}:{split}", len(records), limit)
-        return [records[place] for place in places]
+    def _drawn(self, records: Sequence[Any], path: str, split: str, limit: int) -> Sequence[Any]:
+        return DrawnRecords(records, draw(self.seed, f"{path}:{split}", len(records), limit))
 
     def _classes(self, path: str, split: str, support: Sequence[BenchmarkExample]) -> list[str]:
         """Lists all classes of the split, also those of records beyond `limit`: with fewer

@@ -6,6 +6,22 @@ from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 
+class DrawnRecords(Sequence[Any]):
+    """Some of a split's records, read when they are indexed.
+
+    places: of the records among all of the split.
+    """
+
+    def __init__(self, records: Sequence[Any], places: Sequence[int]):
+        self._records, self._places = records, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._records[self._places[place]]
+
+
 class DatasetReader(Protocol):
     """Reads datasets by the path of their folder."""
 

@@ -10,9 +10,14 @@ import re
 from collections.abc import Sequence
 
 from flamingo_jax.evaluation.examples import BenchmarkExample, InterleavedPage
+from flamingo_jax.evaluation.media import MediaRef
 from flamingo_jax.experiment import CAPTION_PROMPT, QUESTION_PROMPT
-from flamingo_jax.inference.prompts import END_OF_CHUNK, PromptPart, escape_image_tags
+from flamingo_jax.inference.prompts import END_OF_CHUNK, SpecialToken, escape_image_tags
 from flamingo_jax.processing.sequences import fill_prompt
+
+WrittenPart = str | SpecialToken | MediaRef
+WrittenPrompt = list[WrittenPart]
+"""A prompt whose images and clips are not read yet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,29 +49,29 @@ def few_shot(
     shots: Sequence[BenchmarkExample],
     text_only: Sequence[BenchmarkExample],
     template: PromptTemplate,
-) -> list[PromptPart]:
+) -> WrittenPrompt:
     """Writes a prompt: `text_only` examples without their images, `shots` with theirs, and the
     query up to its answer.
 
     The paper's zero-shot prompts of open-ended tasks have two text-only examples and no shots
     (paper 3.3: one hurts, more help little).
     """
-    parts: list[PromptPart] = []
+    parts: WrittenPrompt = []
     for example in text_only:
         parts += [template.whole(example), END_OF_CHUNK]
     for shot in shots:
-        parts += [shot.visual, template.whole(shot)]
+        parts += [shot.media, template.whole(shot)]
     opening = template.opening(query)
-    return [*parts, query.visual, *([opening] if opening else [])]
+    return [*parts, query.media, *([opening] if opening else [])]
 
 
-def concept_binding(page: InterleavedPage, shots: int) -> list[PromptPart]:
+def concept_binding(page: InterleavedPage, shots: int) -> WrittenPrompt:
     """Writes a prompt of fast concept binding: the `shots` images before the page's last one
     with their texts, then the last image with its text up to the word to predict.
     """
-    parts: list[PromptPart] = []
-    for place in range(len(page.visuals) - 1 - shots, len(page.visuals)):
-        parts += [page.visuals[place], escape_image_tags(page.texts[place + 1])]
+    parts: WrittenPrompt = []
+    for place in range(len(page.media) - 1 - shots, len(page.media)):
+        parts += [page.media[place], escape_image_tags(page.texts[place + 1])]
     parts[-1] = escape_image_tags(split_last_word(page.texts[-1])[0])
     return parts
 

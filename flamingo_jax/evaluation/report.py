@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 
-from flamingo_jax.evaluation.benchmarks.benchmark import BenchmarkResult, Prediction
 from flamingo_jax.evaluation.charts import Series, chart, training_charts
+from flamingo_jax.evaluation.media import Preprocessing
+from flamingo_jax.evaluation.protocol.benchmark import BenchmarkResult, Prediction
 from flamingo_jax.web_page import Table, page, strip, table
 
 PREDICTIONS_SHOWN = 12
@@ -56,6 +57,7 @@ def write_report(
     title: str,
     tables: Sequence[Table],
     results: Sequence[tuple[str, BenchmarkResult]],
+    how: Preprocessing,
     training: Mapping[str, Sequence[Mapping[str, Any]]],
     highlights: Sequence[Highlight] = (),
     lines: Mapping[str, Mapping[str, Series]] | None = None,
@@ -66,6 +68,7 @@ def write_report(
     Args:
       report: the content of report.json.
       results: the benchmarks of which predictions are shown, as (heading, result).
+      how: the model's preprocessing of the images that are shown.
       training: {stage: lines of its metrics.jsonl}, drawn as loss curves and gates by layer.
       highlights: metrics at the top of the page.
       lines: charts of accuracy by number of shots, {title: {line: (x, y)}}.
@@ -87,7 +90,7 @@ def write_report(
         )
     if results:
         shown = "".join(
-            _predictions(heading, result, opened=not number)
+            _predictions(heading, result, how, opened=not number)
             for number, (heading, result) in enumerate(results)
         )
         parts.append(f"<section><h2>What it answers</h2>{shown}</section>")
@@ -100,11 +103,12 @@ def write_report(
     (folder / "report.html").write_text(page(title, parts, style=STYLE))
 
 
-def image(prediction: Prediction) -> str:
+def image(prediction: Prediction, how: Preprocessing) -> str:
     """Returns a prediction's visual as a data: URI: the image, or a clip's frames side by
     side.
     """
-    return strip(prediction.visual.frames, IMAGE_SIDE)
+    assert prediction.media is not None
+    return strip(prediction.media.read(how).frames, IMAGE_SIDE)
 
 
 def _highlight(one: Highlight) -> str:
@@ -121,13 +125,13 @@ def _highlight(one: Highlight) -> str:
     )
 
 
-def _predictions(heading: str, result: BenchmarkResult, opened: bool) -> str:
+def _predictions(heading: str, result: BenchmarkResult, how: Preprocessing, opened: bool) -> str:
     """Writes the HTML of some predictions of one benchmark."""
     # Half are simply the first predictions, half are wrong ones, which tell a reader more.
     half = PREDICTIONS_SHOWN // 2
     wrong = [one for one in result.predictions[half:] if one.score < 0.5]
     chosen = result.predictions[:half] + wrong[: PREDICTIONS_SHOWN - half]
-    cards = "".join(map(_card, chosen))
+    cards = "".join(_card(one, how) for one in chosen)
     summary = f"{100 * result.accuracy:.1f} % of {len(result.predictions)}"
     return (
         f"<details{' open' if opened else ''}><summary><h3>{html.escape(heading)}</h3>"
@@ -135,14 +139,14 @@ def _predictions(heading: str, result: BenchmarkResult, opened: bool) -> str:
     )
 
 
-def _card(prediction: Prediction) -> str:
+def _card(prediction: Prediction, how: Preprocessing) -> str:
     """Writes the HTML of one prediction."""
     prompt = prediction.prompt
     shown = prompt if len(prompt) <= 160 else "… " + prompt[-160:]
     kind = "sample right" if prediction.score >= 0.5 else "sample"
     truths = html.escape(" | ".join(sorted(set(prediction.answers))))
     return (
-        f'<div class="{kind}"><img src="{image(prediction)}" alt="">'
+        f'<div class="{kind}"><img src="{image(prediction, how)}" alt="">'
         f'<div class="prompt">{html.escape(shown)}</div>'
         f"<div><b>{html.escape(prediction.text) or '(nothing)'}</b></div>"
         f"<div>should be: {truths}</div></div>"

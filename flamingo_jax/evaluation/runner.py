@@ -11,12 +11,13 @@ from jax.sharding import Mesh
 
 from flamingo_jax.configuring import from_json
 from flamingo_jax.errors import UserError
-from flamingo_jax.evaluation.benchmarks.benchmark import (
+from flamingo_jax.evaluation.media import Preprocessing
+from flamingo_jax.evaluation.protocol.benchmark import (
     Benchmark,
     BenchmarkResult,
     EvaluationSettings,
 )
-from flamingo_jax.evaluation.benchmarks.open_ended import OpenEnded
+from flamingo_jax.evaluation.protocol.open_ended import OpenEnded
 from flamingo_jax.evaluation.report import write_report
 from flamingo_jax.experiment import Experiment, FlamingoConfig
 from flamingo_jax.inference.engine import Engine
@@ -171,6 +172,7 @@ def evaluate_benchmarks(
         title=f"Evaluation of {run.model}",
         tables=[table],
         results=[(result.title, result) for result in results[MODEL]],
+        how=Preprocessing.of(run.config(), run.settings.frames, run.settings.fps),
         training=run.all_curves(),
     )
     return table

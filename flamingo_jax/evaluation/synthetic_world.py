@@ -9,18 +9,6 @@ from typing import Any
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation import prompts
-from flamingo_jax.evaluation.benchmarks.benchmark import (
-    Benchmark,
-    BenchmarkResult,
-    EvaluationSettings,
-)
-from flamingo_jax.evaluation.benchmarks.classification import Classification
-from flamingo_jax.evaluation.benchmarks.fast_concept_binding import FastConceptBinding
-from flamingo_jax.evaluation.benchmarks.open_ended import (
-    OpenEnded,
-    captioning,
-    question_answering,
-)
 from flamingo_jax.evaluation.examples import (
     BenchmarkExample,
     page_examples,
@@ -28,7 +16,18 @@ from flamingo_jax.evaluation.examples import (
     read_pages,
 )
 from flamingo_jax.evaluation.metrics.exact_match import normalise
-from flamingo_jax.experiment import FlamingoConfig
+from flamingo_jax.evaluation.protocol.benchmark import (
+    Benchmark,
+    BenchmarkResult,
+    EvaluationSettings,
+)
+from flamingo_jax.evaluation.protocol.classification import Classification
+from flamingo_jax.evaluation.protocol.fast_concept_binding import FastConceptBinding
+from flamingo_jax.evaluation.protocol.open_ended import (
+    OpenEnded,
+    captioning,
+    question_answering,
+)
 from flamingo_jax.inference.engine import Engine
 
 SPLITS = {"seen": "test", "unseen": "unseen"}
@@ -67,9 +66,7 @@ class SuiteResult:
     few_shot: dict[tuple[str, int], BenchmarkResult]
 
 
-def read_suite(
-    records: ReadRecords, config: FlamingoConfig, *, limit: int, few_shot_limit: int
-) -> SyntheticWorldSuite:
+def read_suite(records: ReadRecords, *, limit: int, few_shot_limit: int) -> SyntheticWorldSuite:
     """Reads queries from the evaluation sets, and support examples from the validation splits
     of the training sets.
 
@@ -77,9 +74,9 @@ def read_suite(
       limit: the most queries of a headline benchmark; 0 for all.
       few_shot_limit: the most queries of a few-shot benchmark; 0 for all.
     """
-    pairs = read_examples(records("ltip", "validation", "pairs"), "pairs", config)
-    clips = read_examples(records("vtp", "validation", "videos"), "videos", config)
-    pages = read_pages(records("m3w", "validation", "pages"), config)
+    pairs = read_examples(records("ltip", "validation", "pairs"), "pairs")
+    clips = read_examples(records("vtp", "validation", "videos"), "videos")
+    pages = read_pages(records("m3w", "validation", "pages"))
     asked = [example for example in page_examples(pages) if example.question]
     one, two = _matching(pairs, r" at the "), _matching(pairs, r" (left of|above) ")
     headline: dict[tuple[str, str], OpenEnded] = {}
@@ -87,7 +84,7 @@ def read_suite(
 
         def examples(dataset: str, kind: str, split: str = split) -> list[BenchmarkExample]:
             found = _first(records(dataset, split, kind), limit)
-            return _first(read_examples(found, kind, config), limit)
+            return _first(read_examples(found, kind), limit)
 
         headline |= {
             (name, "caption_one_object"): captioning(
@@ -116,7 +113,7 @@ def read_suite(
         few_shot["classification"] = Classification(
             "shapes", _first(shapes, few_shot_limit), support, classes, prompts.QUESTION
         )
-    binding = read_pages(_first(records("binding", "test", "pages"), limit), config)
+    binding = read_pages(_first(records("binding", "test", "pages"), limit))
     return SyntheticWorldSuite(headline, FastConceptBinding("new words", binding), few_shot)
 
 

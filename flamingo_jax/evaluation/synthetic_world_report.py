@@ -8,6 +8,7 @@ from typing import Any
 from flamingo_jax.evaluation import synthetic_world
 from flamingo_jax.evaluation.charts import Series
 from flamingo_jax.evaluation.datasets import DatasetReader
+from flamingo_jax.evaluation.media import Preprocessing
 from flamingo_jax.evaluation.report import Highlight, write_report
 from flamingo_jax.evaluation.runner import BASELINE, MODEL, EvaluationRun
 from flamingo_jax.evaluation.synthetic_world import BINDING_SHOTS, SPLITS
@@ -44,9 +45,8 @@ def evaluate_synthetic_world(
 
     Raises: UserError, before any weights are loaded, where there are too few examples.
     """
-    suite = synthetic_world.read_suite(
-        datasets.records, run.config(), limit=limit, few_shot_limit=few_shot_limit
-    )
+    config = run.config()
+    suite = synthetic_world.read_suite(datasets.records, limit=limit, few_shot_limit=few_shot_limit)
     synthetic_world.check_suite(suite, run.settings, few_shots)
     engines, about = run.load()
     results = {
@@ -74,6 +74,7 @@ def evaluate_synthetic_world(
             *shown,
             (f"New words, {BINDING_SHOWN} shots", results[MODEL].concept_binding[BINDING_SHOWN]),
         ],
+        how=Preprocessing.of(config),
         training=run.all_curves(),
         highlights=_highlights(metrics),
         lines={"A new word bound in the prompt: accuracy": _binding_lines(metrics)},

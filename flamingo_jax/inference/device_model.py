@@ -64,7 +64,7 @@ class DeviceModel:
         self._graph, self._state = nnx.split(loaded.model)
         self.dtype = loaded.model.dtype
         self._placement = Placement.of(self._state)
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._constraints = token_constraints(loaded.tokenizer, loaded.config.extra_tokens)
         self._cached_tokens = ArrayCache(CACHED_BYTES)
         self._cached_features = ArrayCache(CACHED_BYTES)
@@ -165,7 +165,7 @@ class DeviceModel:
         """
         longest = max(prompt.padded_length for prompt in prompts)
         in_memory = min(most, TOKENS_IN_BATCH // longest, VISUALS_IN_BATCH // max(slots, 1))
-        rows = min(self._batch_size, in_memory * self._placement.row_shards)
+        rows = min(self.batch_size, in_memory * self._placement.row_shards)
         # Rounded down to a power of 2, and no more than the prompts need.
         return self._rows(min(max(next_power(2, rows + 1) // 2, 1), next_power(2, len(prompts))))
 

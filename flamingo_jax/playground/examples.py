@@ -7,6 +7,7 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation import prompts
 from flamingo_jax.evaluation.datasets import DatasetReader
 from flamingo_jax.evaluation.examples import read_examples, read_pages
+from flamingo_jax.evaluation.media import Preprocessing
 from flamingo_jax.evaluation.selection.shots import draw
 from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.inference.prompts import escape_image_tags
@@ -34,18 +35,25 @@ def dataset_examples(
         raise UserError(f"the dataset {folder} holds text alone: name one with images or clips")
     records = datasets.records(folder, split, kind)
     drawn = [records[place] for place in draw(seed, f"{folder}:{split}", len(records), count)]
+    how = Preprocessing.of(config)
     if kind == "pages":
         return [
-            _continued([part for pair in zip(page.visuals, page.texts[1:]) for part in pair])
-            for page in read_pages(drawn, config)
+            _continued(
+                [
+                    part
+                    for pair in zip([one.read(how) for one in page.media], page.texts[1:])
+                    for part in pair
+                ]
+            )
+            for page in read_pages(drawn)
         ]
     template = prompts.QUESTION if kind == "questions" else prompts.CAPTION
     return [
         Example(
-            (example.visual, template.opening(example)),
+            (example.media.read(how), template.opening(example)),
             f" {escape_image_tags(example.answers[0])}",
         )
-        for example in read_examples(drawn, kind, config)
+        for example in read_examples(drawn, kind)
     ]
 
 

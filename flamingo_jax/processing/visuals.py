@@ -9,6 +9,7 @@ import abc
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 import pathlib
 import tempfile
@@ -155,14 +156,23 @@ class Video(VisualSource):
         you want.
       frames: the most frames, from the middle; by default as many as the model was trained
         with. For more, temporal embeddings are interpolated (paper 3.2).
+      start, end: seconds of the part of a file that is taken; by default all of it.
 
     Raises: UserError where a file cannot be read or is not a video, a frame has a wrong dtype
       or shape, or `fps` is given with frames.
     """
 
-    def __init__(self, source: VideoSource, *, fps: float | None = None, frames: int | None = None):
+    def __init__(
+        self,
+        source: VideoSource,
+        *,
+        fps: float | None = None,
+        frames: int | None = None,
+        start: float | None = None,
+        end: float | None = None,
+    ):
         super().__init__()
-        self._most = frames
+        self._most, self._start, self._end = frames, start or 0.0, end
         self._fps = TRAINED_FPS if fps is None else fps
         self._name = "a video"
         self._source: pathlib.Path | bytes | list[Image]
@@ -203,8 +213,15 @@ class Video(VisualSource):
                 path, fps=self._fps, resize=lambda frame: images.fit(frame, size, how)
             )
         )
+        found = self._part(found)
         kept = middle_clip(len(found), most)
         return np.stack([images.pad(found[n], size, vision.mean) for n in kept])
+
+    def _part(self, frames: list[np.ndarray]) -> list[np.ndarray]:
+        """Returns the frames from `start` to `end`, or the nearest one where none is between."""
+        first = math.ceil(self._start * self._fps - 1e-6)
+        stop = len(frames) if self._end is None else math.ceil(self._end * self._fps - 1e-6)
+        return frames[first:stop] or [frames[min(first, len(frames) - 1)]]
 
     def _with_file(self, use: Callable[[pathlib.Path], Any]) -> Any:
         """Calls `use` with the path of the video; bytes are written to a temporary file."""
@@ -228,6 +245,20 @@ class Video(VisualSource):
             else:
                 said = f"{given} is not a readable video ({why})"
             raise UserError(f"{said}: give a whole video file, such as an MP4") from error
+
+
+def check_visual(encoded: Sequence[bytes], name: str) -> None:
+    """Checks by their headers that encoded frames are images of a size that is read.
+
+    Raises: UserError that mentions `name`.
+    """
+    try:
+        for data in encoded:
+            images.check(data)
+    except images.ImageError as error:
+        raise UserError(
+            f"{name}: unreadable image ({error}): replace it by a whole PNG or JPEG file"
+        ) from error
 
 
 def read_visual(encoded: Sequence[bytes], vision: VisionConfig, name: str) -> Visual:

@@ -6,6 +6,7 @@ import pytest
 from data_pipelines.transforms.lengths import load_or_measure, measure
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation.examples import BenchmarkExample
+from flamingo_jax.evaluation.media import LoadedMedia
 from flamingo_jax.evaluation.prompts import QUESTION, few_shot
 from flamingo_jax.inference.prompts import tokenise
 from flamingo_jax.processing.visuals import Visual
@@ -35,13 +36,17 @@ def test_of_a_question_the_answer_and_its_end_alone_are_learned(tokenizer):
                 batch[name][0][mask] for name in ("tokens", "loss_mask", "media_index")
             )
             number = int(tokenizer.decode(tokens.tolist()).split(" n")[1].split()[0])
+            visual = Visual(np.zeros((1, SIZE, SIZE, 3), np.uint8))
             example = BenchmarkExample(
                 "",
-                Visual(np.zeros((1, SIZE, SIZE, 3), np.uint8)),
+                LoadedMedia(visual),
                 ("",),
                 questions(6)[number]["question"],
             )
-            prompt = tokenise(few_shot(example, [], [], QUESTION), tokenizer)
+            written = few_shot(example, [], [], QUESTION)
+            prompt = tokenise(
+                [visual if part is example.media else part for part in written], tokenizer
+            )
             answer = tokens[len(prompt.tokens) : -2]
             np.testing.assert_array_equal(tokens[: len(prompt.tokens)], prompt.tokens)
             np.testing.assert_array_equal(index[: len(prompt.tokens)] >= 0, prompt.media_index >= 0)

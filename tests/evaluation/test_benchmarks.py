@@ -6,16 +6,22 @@ import pytest
 from PIL import Image
 
 from flamingo_jax.errors import UserError
-from flamingo_jax.evaluation.benchmarks.benchmark import EvaluationSettings
-from flamingo_jax.evaluation.benchmarks.classification import Classification
-from flamingo_jax.evaluation.benchmarks.fast_concept_binding import FastConceptBinding
-from flamingo_jax.evaluation.benchmarks.open_ended import (
+from flamingo_jax.evaluation.examples import (
+    BenchmarkExample,
+    page_examples,
+    read_examples,
+    read_pages,
+)
+from flamingo_jax.evaluation.media import Preprocessing
+from flamingo_jax.evaluation.prompts import QUESTION, PromptTemplate, clean
+from flamingo_jax.evaluation.protocol.benchmark import EvaluationSettings
+from flamingo_jax.evaluation.protocol.classification import Classification
+from flamingo_jax.evaluation.protocol.fast_concept_binding import FastConceptBinding
+from flamingo_jax.evaluation.protocol.open_ended import (
     captioning,
     most_frequent_answer,
     question_answering,
 )
-from flamingo_jax.evaluation.examples import page_examples, read_examples, read_pages
-from flamingo_jax.evaluation.prompts import QUESTION, PromptTemplate, clean
 from flamingo_jax.evaluation.synthetic_world import direction_match
 from flamingo_jax.inference.prompts import END_OF_CHUNK, Prompt, tokenise
 from flamingo_jax.processing.visuals import Visual
@@ -25,6 +31,12 @@ from tests.inference.tiny_models import make_tokenizer, tiny_config
 QUERIES = [example(1, "a red circle"), example(2, "a blue star")]
 SUPPORT = [example(n, f"a thing {n}") for n in range(10, 20)]
 TOKENIZER = make_tokenizer()
+CONFIG = tiny_config(40)
+HOW = Preprocessing.of(CONFIG)
+
+
+def shown_of(example: BenchmarkExample) -> Visual:
+    return example.media.read(HOW)
 
 
 def image_of(prompt: Prompt) -> int:
@@ -55,7 +67,7 @@ def test_few_shot_prompts_show_their_examples_images_and_no_text_only_ones() -> 
         assert [type(part) for part in prompt] == [Visual, str] * 5
         for shown, text in zip(prompt[:8:2], prompt[1:8:2], strict=True):
             assert text == f"Output: a thing {shown.frames.flat[0]}"
-        assert prompt[8:] == [query.visual, "Output:"]
+        assert prompt[8:] == [shown_of(query), "Output:"]
 
 
 def test_questions_are_scored_by_type() -> None:
@@ -136,7 +148,7 @@ def test_classification_takes_the_likeliest_class_and_no_text_only_examples() ->
         engine, EvaluationSettings()
     )
     assert result.accuracy == 1.0
-    assert engine.prompts[0] == [queries[0].visual, "Question: what shape is it? Answer:"]
+    assert engine.prompts[0] == [shown_of(queries[0]), "Question: what shape is it? Answer:"]
 
 
 def test_binding_shows_the_last_images_and_asks_between_the_pages_words() -> None:
@@ -150,12 +162,13 @@ def test_binding_shows_the_last_images_and_asks_between_the_pages_words() -> Non
     result = FastConceptBinding("new words", pages).run(engine, EvaluationSettings(shots=2))
     assert result.accuracy == 0.5
     assert [one.text for one in result.predictions] == ["dax", "fep"]
-    assert engine.prompts[0] == [
-        pages[0].visuals[2],
+    shown = [part.digest if isinstance(part, Visual) else part for part in engine.prompts[0]]
+    assert shown == [
+        pages[0].media[2].read(HOW).digest,
         "This is a wug",
-        pages[0].visuals[3],
+        pages[0].media[3].read(HOW).digest,
         "This is a dax",
-        pages[0].visuals[4],
+        pages[0].media[4].read(HOW).digest,
         "This is a",
     ]
 
@@ -208,21 +221,17 @@ def png(value: int) -> bytes:
     return buffer.getvalue()
 
 
-CONFIG = tiny_config(40)
-
-
 def test_records_become_examples_at_the_models_size() -> None:
     (pair,) = read_examples(
-        [{"id": b"a", "image": png(9), "captions": [b"Output: one", "two"]}], "pairs", CONFIG
+        [{"id": b"a", "image": png(9), "captions": [b"Output: one", "two"]}], "pairs"
     )
-    assert pair.visual.frames.shape == (1, 32, 32, 3)
+    assert shown_of(pair).frames.shape == (1, 32, 32, 3)
     assert pair.answers == ("one", "two")
     (clip,) = read_examples(
         [{"id": b"v", "frames": [png(v) for v in range(9)], "captions": [b"x"]}],
         "videos",
-        CONFIG,
     )
-    assert clip.visual.frames[:, 16, 16, 0].tolist() == [3, 4, 5, 6]
+    assert shown_of(clip).frames[:, 16, 16, 0].tolist() == [3, 4, 5, 6]
     (asked,) = read_examples(
         [
             {
@@ -234,7 +243,6 @@ def test_records_become_examples_at_the_models_size() -> None:
             }
         ],
         "questions",
-        CONFIG,
     )
     assert (asked.question, asked.answers, asked.question_type) == ("why?", ("so",), "one/why")
 
@@ -243,8 +251,8 @@ def test_a_clips_rate_is_what_was_asked_for() -> None:
     record = {"id": b"v", "frames": [png(v) for v in range(40)], "fps": 6.0, "captions": [b"x"]}
 
     def shown(**options: float) -> list[int]:
-        (made,) = read_examples([record], "videos", CONFIG, **options)  # type: ignore[arg-type]
-        return made.visual.frames[:, 16, 16, 0].tolist()
+        (made,) = read_examples([record], "videos", fps=options.get("fps"))  # type: ignore[arg-type]
+        return made.media.read(Preprocessing.of(CONFIG, **options)).frames[:, 16, 16, 0].tolist()
 
     assert shown() == [18, 19, 20, 21]
     assert shown(fps=3.0, frames=10) == list(range(11, 30, 2))
@@ -259,9 +267,9 @@ def test_a_clips_rate_is_what_was_asked_for() -> None:
         "type": b"",
     }
     with pytest.raises(UserError, match="q does not say its frame rate"):
-        read_examples([asked], "questions", CONFIG, fps=3.0)
+        read_examples([asked], "questions", fps=3.0)
     # A rate is nothing to an image.
-    assert len(read_examples([asked | {"frames": [png(1)]}], "questions", CONFIG, fps=3.0)) == 1
+    assert len(read_examples([asked | {"frames": [png(1)]}], "questions", fps=3.0)) == 1
 
 
 def test_pages_give_support_examples() -> None:
@@ -271,13 +279,13 @@ def test_pages_give_support_examples() -> None:
         b"Question: what is it? Answer: a star",
         b"This is a dax",
     ]
-    pages = read_pages([{"id": b"p", "texts": texts, "images": [png(1), png(2), png(3)]}], CONFIG)
+    pages = read_pages([{"id": b"p", "texts": texts, "images": [png(1), png(2), png(3)]}])
     made = page_examples(pages)
     assert [(e.question, e.answers) for e in made] == [
         ("", ("a red star",)),
         ("what is it?", ("a star",)),
     ]
-    assert [int(e.visual.frames[0, 16, 16, 0]) for e in made] == [1, 2]
+    assert [int(shown_of(e).frames[0, 16, 16, 0]) for e in made] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -289,7 +297,7 @@ def test_pages_give_support_examples() -> None:
 )
 def test_a_record_that_cannot_be_used_is_named(record: dict, said: str) -> None:  # type: ignore[type-arg]
     with pytest.raises(UserError, match="bad/7") as error:
-        read_examples([{"id": b"bad/7", **record}], "pairs", CONFIG)
+        read_examples([{"id": b"bad/7", **record}], "pairs")
     assert said in str(error.value)
 
 
@@ -300,7 +308,7 @@ def test_captions_may_follow_their_images_at_once() -> None:
     )
     for (shown, text, last), query in zip(engine.prompts, QUERIES, strict=True):
         assert isinstance(shown, Visual) and text == f" a thing {shown.frames.flat[0]}"
-        assert last is query.visual
+        assert last is shown_of(query)
 
 
 def test_samples_keep_what_was_shown() -> None:
@@ -308,7 +316,7 @@ def test_samples_keep_what_was_shown() -> None:
         ScriptedEngine(), EvaluationSettings(text_examples=0)
     )
     assert result.predictions[0].prompt == "<image>Output:"
-    np.testing.assert_array_equal(result.predictions[0].visual.frames, visual(1).frames)
+    np.testing.assert_array_equal(result.predictions[0].media.read(HOW).frames, visual(1).frames)
 
 
 def test_the_control_has_the_same_shots_without_their_images() -> None:

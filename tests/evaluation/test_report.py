@@ -2,12 +2,14 @@ import json
 import pathlib
 from html.parser import HTMLParser
 
-from flamingo_jax.evaluation.benchmarks.benchmark import Prediction, summarise
 from flamingo_jax.evaluation.charts import last_gates, training_charts
+from flamingo_jax.evaluation.media import LoadedMedia, Preprocessing
+from flamingo_jax.evaluation.protocol.benchmark import Prediction, summarise
 from flamingo_jax.evaluation.report import Highlight, write_report
 from flamingo_jax.json_lines import read_lines
 from flamingo_jax.web_page import Table
 from tests.evaluation.world import visual
+from tests.inference.tiny_models import tiny_config
 
 METRICS = [
     {
@@ -57,10 +59,10 @@ def test_the_report_is_one_whole_file(tmp_path: pathlib.Path) -> None:
         Prediction(
             str(n),
             "<image>Output:",
-            visual(n, 1 + 7 * (n % 2)),
             "a <b>red</b> star",
             ("a star",),
             float(n % 3 == 0),
+            media=LoadedMedia(visual(n, 1 + 7 * (n % 2))),
         )
         for n in range(30)
     ]
@@ -70,6 +72,7 @@ def test_the_report_is_one_whole_file(tmp_path: pathlib.Path) -> None:
         title="A & B",
         tables=[Table("Results", ["", "seen"], [["x", 0.5], ["y", None], ["z", 12]])],
         results=[("captions", summarise("captions", 0, predictions))],
+        how=Preprocessing.of(tiny_config(40)),
         training={"flamingo": METRICS, "none": []},
         highlights=[Highlight("captions & more", 0.75, "by chance", 0.5), Highlight("all", 1.0)],
         lines={"binding": {"model": ([1, 2], [0.5, 0.9])}},

@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 
 from flamingo_jax.evaluation.examples import BenchmarkExample, InterleavedPage
+from flamingo_jax.evaluation.media import LoadedMedia
 from flamingo_jax.inference.completion import Completion
 from flamingo_jax.inference.prompts import Prompt
 from flamingo_jax.processing.visuals import Visual
+from tests.inference.tiny_models import tiny_config
 
 
 def visual(value: int, frames: int = 1) -> Visual:
@@ -18,14 +20,16 @@ def visual(value: int, frames: int = 1) -> Visual:
 def example(
     number: int, answer: str = "a red circle", question: str = "", question_type: str = ""
 ) -> BenchmarkExample:
-    return BenchmarkExample(f"e{number}", visual(number % 256), (answer,), question, question_type)
+    return BenchmarkExample(
+        f"e{number}", LoadedMedia(visual(number % 256)), (answer,), question, question_type
+    )
 
 
 def page(number: int, words: Sequence[str]) -> InterleavedPage:
     return InterleavedPage(
         f"p{number}",
         ("", *(f"This is a {word}" for word in words)),
-        tuple(visual(n) for n in range(len(words))),
+        tuple(LoadedMedia(visual(n)) for n in range(len(words))),
     )
 
 
@@ -40,6 +44,7 @@ class ScriptedEngine:
         self.says, self.likes = says, likes
         self.prompts: list[Prompt] = []
         self.encoder_digest = "e" * 32
+        self.config, self.batch_size = tiny_config(40), 4
 
     def generate(
         self, prompts: Sequence[Prompt], decoding: Any, *, seed: int = 0, progress: Any = None

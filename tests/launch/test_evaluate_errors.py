@@ -102,9 +102,7 @@ def test_a_limit_leaves_every_class_to_choose_from(
     folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     """Three records' own classes are right by construction."""
-    reader = BenchmarkReader(
-        PreparedDatasets(), make_loaded().config, limit=3, support_limit=2, caption_prompt="Output:"
-    )
+    reader = BenchmarkReader(PreparedDatasets(), limit=3, support_limit=2, caption_prompt="Output:")
     text = f"classification:colours={folder}/data/vqa:test"
 
     def classes(classes_file: pathlib.Path) -> list[str]:

@@ -10,13 +10,13 @@ from jax.sharding import Mesh
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation import prompts
-from flamingo_jax.evaluation.benchmarks.benchmark import Benchmark, EvaluationSettings
-from flamingo_jax.evaluation.benchmarks.classification import Classification
-from flamingo_jax.evaluation.benchmarks.open_ended import captioning, question_answering
-from flamingo_jax.evaluation.datasets import DatasetReader
+from flamingo_jax.evaluation.datasets import DatasetReader, DrawnRecords
 from flamingo_jax.evaluation.evaluator_config import EvaluatorConfig
 from flamingo_jax.evaluation.evaluators.embedding import Parameters
 from flamingo_jax.evaluation.examples import BenchmarkExample, read_examples
+from flamingo_jax.evaluation.protocol.benchmark import Benchmark, EvaluationSettings
+from flamingo_jax.evaluation.protocol.classification import Classification
+from flamingo_jax.evaluation.protocol.open_ended import captioning, question_answering
 from flamingo_jax.evaluation.selection.shots import draw
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.inference.decoding import DecodingConfig
@@ -98,13 +98,11 @@ def _read(config: EvaluatorConfig, experiment: Experiment, datasets: DatasetRead
             f"the dataset {config.path} holds {kind}, but few-shot evaluation wants pairs, videos"
             " or questions"
         )
-    flamingo = experiment.flamingo
-    assert flamingo is not None
 
     def examples(split: str, limit: int) -> list[BenchmarkExample]:
         records = datasets.records(config.path, split, kind)
         places = draw(experiment.seed, f"{config.path}:{split}", len(records), limit)
-        return read_examples([records[place] for place in places], kind, flamingo)
+        return read_examples(DrawnRecords(records, places), kind)
 
     queries = examples(config.split, config.limit)
     support = examples(config.support_split, config.support_limit)

@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from flamingo_jax.evaluation.examples import BenchmarkExample
+from flamingo_jax.evaluation.media import MediaPool, MediaRef
 from flamingo_jax.evaluation.selection.feature_store import FeatureSet, FeatureStore, set_identity
 from flamingo_jax.evaluation.selection.kept_choice import Orders, keep_choice
 from flamingo_jax.evaluation.selection.nearest import search
@@ -47,6 +48,33 @@ class HasFeatures(Protocol):
         """Encodes visuals with the frozen vision encoder: float32 [M, C], unit vectors."""
 
 
+class MediaEncoder:
+    """Computes the features of images and clips by an engine.
+
+    pool: decodes them.
+    """
+
+    def __init__(self, engine: HasFeatures, pool: MediaPool):
+        self._engine, self._pool = engine, pool
+
+    @property
+    def digest(self) -> str:
+        """Identifies the encoder."""
+        return self._engine.encoder_digest
+
+    def features(self, media: Sequence[MediaRef]) -> np.ndarray:
+        """Encodes media, some at a time: float32 [M, C], unit vectors."""
+        parts = []
+        for first in range(0, len(media), ENCODED_AT_A_TIME):
+            part = media[first : first + ENCODED_AT_A_TIME]
+            visuals = self._pool.read(part)
+            following = media[first + ENCODED_AT_A_TIME : first + 2 * ENCODED_AT_A_TIME]
+            self._pool.prefetch(following)
+            parts.append(self._engine.features(visuals))
+            self._pool.drop_unused(following)
+        return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+
+
 class ChosenShots:
     """The shots that were chosen for each query.
 
@@ -68,11 +96,11 @@ class ChosenShots:
 
     def of(self, query: int, count: int) -> list[BenchmarkExample]:
         """Returns `count` shots of the query with this number, in their order in the prompt. A
-        query is never its own example.
+        query is never its own example, nor is one of its cluster.
         """
         order = self._orders[query if len(self._orders) > 1 else 0]
-        asked = self._queries[query].id
-        others = [place for place in order if self._support[place].id != asked][:count]
+        asked = group_of(self._queries[query])
+        others = [place for place in order if group_of(self._support[place]) != asked][:count]
         return [self._support[place] for place in (others[::-1] if self._nearest_last else others)]
 
 
@@ -80,7 +108,7 @@ def choose_shots(
     selection: str,
     support: Sequence[BenchmarkExample],
     queries: Sequence[BenchmarkExample],
-    engine: HasFeatures,
+    encoder: MediaEncoder,
     *,
     name: str = "",
     seed: int = 0,
@@ -99,17 +127,17 @@ def choose_shots(
     """
     if selection not in SELECTIONS:
         raise ValueError(f"selection is {selection!r}, but must be one of {', '.join(SELECTIONS)}")
-    # A query that is in the support set is skipped, as often as its id is there.
-    ids = Counter(example.id for example in support)
-    own = max((ids[query.id] for query in queries), default=0)
+    # Examples of a query's own cluster are skipped, as many as are in the support set.
+    alike = Counter(map(group_of, support))
+    own = max((alike[group_of(query)] for query in queries), default=0)
     most = min(max(count, MOST_SHOTS) + own, len(support))
     about: dict[str, int | str]
     if selection == "rices":
         stored_in = folder and folder / "features"
-        about = {"encoder": engine.encoder_digest if folder else ""}
+        about = {"encoder": encoder.digest if folder else ""}
 
         def choose() -> Orders:
-            return _nearest(support, queries, engine, most, stored_in)
+            return _nearest(support, queries, encoder, most, stored_in)
     else:
         about = {"seed": seed, "benchmark": name}
         names = [name] if selection == "random" else [query.id for query in queries]
@@ -148,7 +176,7 @@ def _identity(examples: Sequence[BenchmarkExample], pixels: bool) -> str:
     """Identifies examples by their ids, and for RICES by their pixels."""
     return set_identity(
         hashlib.blake2b(example.id.encode(), digest_size=16).digest()
-        + (example.visual.digest if pixels else b"")
+        + (example.media.key.encode() if pixels else b"")
         for example in examples
     )
 
@@ -156,33 +184,38 @@ def _identity(examples: Sequence[BenchmarkExample], pixels: bool) -> str:
 def _nearest(
     support: Sequence[BenchmarkExample],
     queries: Sequence[BenchmarkExample],
-    engine: HasFeatures,
+    encoder: MediaEncoder,
     count: int,
     folder: pathlib.Path | None,
 ) -> Orders:
     if folder is None:
-        asked = engine.features([query.visual for query in queries])
-        features = engine.features([example.visual for example in support])
+        asked = encoder.features([query.media for query in queries])
+        features = encoder.features([example.media for example in support])
         return search(asked, [features] if len(support) else [], count).rows.tolist()
-    stores = [_stored(examples, engine, folder) for examples in (support, queries)]
+    stores = [_stored(examples, encoder, folder) for examples in (support, queries)]
     return search(stores[1].rows(), stores[0].blocks(), count).rows.tolist()
 
 
 def _stored(
-    examples: Sequence[BenchmarkExample], engine: HasFeatures, folder: pathlib.Path
+    examples: Sequence[BenchmarkExample], encoder: MediaEncoder, folder: pathlib.Path
 ) -> FeatureStore:
     """Opens the stored features of examples, and computes those that are missing."""
-    identity = set_identity(example.visual.digest for example in examples)
-    features = FeatureSet(engine.encoder_digest, identity, len(examples))
+    identity = set_identity(example.media.key.encode() for example in examples)
+    features = FeatureSet(encoder.digest, identity, len(examples))
     store = FeatureStore(folder / features.encoder / features.dataset, features)
     if not store.complete:
         with Bar("features", len(examples), start=store.index.rows) as bar:
             store.fill(
-                lambda first, stop: engine.features([one.visual for one in examples[first:stop]]),
+                lambda first, stop: encoder.features([one.media for one in examples[first:stop]]),
                 batch=ENCODED_AT_A_TIME,
                 progress=bar.advance,
             )
     return store
+
+
+def group_of(example: BenchmarkExample) -> str:
+    """Returns what no shot may have in common with its query."""
+    return example.cluster or example.id
 
 
 def _drawn(seed: int, name: str, size: int, count: int) -> list[int]:

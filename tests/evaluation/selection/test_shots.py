@@ -7,12 +7,18 @@ import pytest
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation.examples import BenchmarkExample
-from flamingo_jax.evaluation.selection.shots import ChosenShots, choose_shots, draw
+from flamingo_jax.evaluation.media import MediaPool, Preprocessing
+from flamingo_jax.evaluation.selection.shots import ChosenShots, MediaEncoder, choose_shots, draw
 from flamingo_jax.processing.visuals import Visual
 from tests.evaluation.world import ScriptedEngine, example
+from tests.inference.tiny_models import tiny_config
 
 SUPPORT = [example(n) for n in range(40)]
 SELECTIONS = ["random", "random_per_query", "rices"]
+
+
+def encoder(engine: ScriptedEngine | None = None) -> MediaEncoder:
+    return MediaEncoder(engine or ScriptedEngine(), MediaPool(Preprocessing.of(tiny_config(40))))
 
 
 def ids(examples: list[BenchmarkExample]) -> list[str]:
@@ -22,7 +28,7 @@ def ids(examples: list[BenchmarkExample]) -> list[str]:
 def random_shots(
     queries: list[BenchmarkExample], seed: int = 0, selection: str = "random_per_query"
 ) -> ChosenShots:
-    return choose_shots(selection, SUPPORT, queries, ScriptedEngine(), seed=seed)
+    return choose_shots(selection, SUPPORT, queries, encoder(), seed=seed)
 
 
 def test_random_shots_per_query_depend_on_seed_and_query_alone() -> None:
@@ -42,7 +48,7 @@ def test_random_shots_are_one_draw_for_all_queries() -> None:
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_a_query_is_never_its_own_example(selection: str) -> None:
-    shots = choose_shots(selection, SUPPORT, SUPPORT, ScriptedEngine(), count=39)
+    shots = choose_shots(selection, SUPPORT, SUPPORT, encoder(), count=39)
     for number, query in enumerate(SUPPORT):
         shown = ids(shots.of(number, 39))
         assert query.id not in shown and len(set(shown)) == 39
@@ -53,8 +59,8 @@ def test_fewer_shots_are_a_part_of_more(selection: str) -> None:
     queries = [example(100), SUPPORT[3]]
     large = [example(n) for n in range(5000)]  # Drawn one by one, not permuted as a whole.
     for support in (SUPPORT, large):
-        shots = choose_shots(selection, support, queries, ScriptedEngine())
-        more = choose_shots(selection, support, queries, ScriptedEngine(), count=38)
+        shots = choose_shots(selection, support, queries, encoder())
+        more = choose_shots(selection, support, queries, encoder(), count=38)
         for query in (0, 1):
             eight, all_ = ids(shots.of(query, 8)), ids(more.of(query, 38))
             assert eight == (all_[-8:] if selection == "rices" else all_[:8])
@@ -68,7 +74,7 @@ def test_random_shots_use_the_whole_support() -> None:
 
 
 def test_rices_takes_the_nearest_with_the_most_similar_last() -> None:
-    shots = choose_shots("rices", SUPPORT, [SUPPORT[20], example(41)], ScriptedEngine())
+    shots = choose_shots("rices", SUPPORT, [SUPPORT[20], example(41)], encoder())
     assert ids(shots.of(1, 3)) == ["e37", "e38", "e39"]
     assert set(ids(shots.of(0, 2))) == {"e19", "e21"}
 
@@ -86,17 +92,17 @@ class CountingEngine(ScriptedEngine):
 def test_features_are_computed_once_for_all_numbers_of_shots(tmp_path: pathlib.Path) -> None:
     queries = [example(n) for n in (50, 60)]
     engine = CountingEngine()
-    kept = choose_shots("rices", SUPPORT, queries, engine, count=4, folder=tmp_path)
+    kept = choose_shots("rices", SUPPORT, queries, encoder(engine), count=4, folder=tmp_path)
     assert engine.encoded == 42
-    more = choose_shots("rices", SUPPORT, queries, engine, count=39, folder=tmp_path)
+    more = choose_shots("rices", SUPPORT, queries, encoder(engine), count=39, folder=tmp_path)
     assert engine.encoded == 42
-    in_memory = choose_shots("rices", SUPPORT, queries, engine, count=39)
+    in_memory = choose_shots("rices", SUPPORT, queries, encoder(engine), count=39)
     for query in (0, 1):
         assert ids(more.of(query, 39)) == ids(in_memory.of(query, 39))
         assert ids(kept.of(query, 4)) == ids(in_memory.of(query, 4))
     other = CountingEngine()
     other.encoder_digest = "f" * 32
-    choose_shots("rices", SUPPORT, queries, other, folder=tmp_path)
+    choose_shots("rices", SUPPORT, queries, encoder(other), folder=tmp_path)
     assert other.encoded == 42
 
 
@@ -105,9 +111,7 @@ def test_a_repeated_run_has_the_kept_shots(selection: str, tmp_path: pathlib.Pat
     queries = [example(100), example(101)]
 
     def choose(support: list[BenchmarkExample]) -> ChosenShots:
-        return choose_shots(
-            selection, support, queries, ScriptedEngine(), name="a/b", folder=tmp_path
-        )
+        return choose_shots(selection, support, queries, encoder(), name="a/b", folder=tmp_path)
 
     choose(SUPPORT)
     (file,) = (tmp_path / "shots").iterdir()
@@ -143,4 +147,4 @@ def test_what_is_drawn_comes_from_the_whole_set(seed: int) -> None:
 
 def test_another_selection_is_refused() -> None:
     with pytest.raises(ValueError, match="nearest"):
-        choose_shots("nearest", SUPPORT, [], ScriptedEngine())
+        choose_shots("nearest", SUPPORT, [], encoder())

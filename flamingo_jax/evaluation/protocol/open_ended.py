@@ -10,28 +10,30 @@ import numpy as np
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation import prompts
-from flamingo_jax.evaluation.benchmarks.benchmark import (
+from flamingo_jax.evaluation.examples import BenchmarkExample
+from flamingo_jax.evaluation.media import MediaPool, Preprocessing
+from flamingo_jax.evaluation.metrics.exact_match import Metric, exact_match
+from flamingo_jax.evaluation.metrics.vqa_accuracy import vqa_accuracy
+from flamingo_jax.evaluation.protocol.asking import Asked, ask_all
+from flamingo_jax.evaluation.protocol.benchmark import (
     BenchmarkResult,
     EvaluationSettings,
+    Prediction,
     summarise,
     title_of,
 )
-from flamingo_jax.evaluation.benchmarks.few_shot import (
-    check_examples,
-    few_shot_prompts,
-    prediction_of,
-)
-from flamingo_jax.evaluation.examples import BenchmarkExample
-from flamingo_jax.evaluation.metrics.exact_match import Metric, exact_match
-from flamingo_jax.evaluation.metrics.vqa_accuracy import vqa_accuracy
+from flamingo_jax.evaluation.protocol.few_shot import check_examples, few_shot_prompts
+from flamingo_jax.evaluation.protocol.journal import NOT_KEPT, Journal
+from flamingo_jax.evaluation.selection.shots import MediaEncoder
 from flamingo_jax.inference.engine import Engine
-from flamingo_jax.progress import Bar
+from flamingo_jax.inference.prompts import Prompt
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenEnded:
     """Generates an answer to every query and scores it by `metric`.
 
+    metric: of one answer; None where predictions are scored together, by another.
     queries: examples to answer.
     support: examples that shots are chosen from.
     template: the prompt format.
@@ -43,7 +45,7 @@ class OpenEnded:
     queries: Sequence[BenchmarkExample]
     support: Sequence[BenchmarkExample]
     template: prompts.PromptTemplate
-    metric: Metric
+    metric: Metric | None
     majority_answer: str = ""
 
     def check(self, settings: EvaluationSettings) -> None:
@@ -55,19 +57,33 @@ class OpenEnded:
             )
         check_examples(self, settings, settings.text_examples)
 
-    def run(self, engine: Engine, settings: EvaluationSettings) -> BenchmarkResult:
+    def run(
+        self, engine: Engine, settings: EvaluationSettings, journal: Journal = NOT_KEPT
+    ) -> BenchmarkResult:
         """Generates every answer with `settings.decoding` and scores it."""
         self.check(settings)
-        asked = few_shot_prompts(self, engine, settings, settings.text_examples)
-        with Bar(title_of(self.name, settings.shots), len(asked)) as bar:
-            completions = engine.generate(
-                asked, settings.decoding, seed=settings.seed, progress=bar.advance
+
+        def answer(asked: Sequence[Asked], orders: list[list[Prompt]]) -> list[Prediction]:
+            found = engine.generate(orders[0], settings.decoding, seed=settings.seed)
+            return [
+                one.predict(prompts.clean(completion.text))
+                for one, completion in zip(asked, found, strict=True)
+            ]
+
+        how = Preprocessing.of(engine.config, settings.frames, settings.fps)
+        with MediaPool(how) as pool:
+            asked = few_shot_prompts(
+                self, MediaEncoder(engine, pool), settings, settings.text_examples
             )
-        predictions = []
-        for query, prompt, completion in zip(self.queries, asked, completions, strict=True):
-            text = prompts.clean(completion.text)
-            predictions.append(prediction_of(query, prompt, text, self.metric(text, query.answers)))
-        result = summarise(self.name, settings.shots, predictions)
+            title = title_of(self.name, settings.shots)
+            predictions = ask_all(title, asked, answer, pool, journal, engine.batch_size)
+        if self.metric is None:
+            return BenchmarkResult(self.name, settings.shots, {}, predictions, pool.waited)
+        predictions = [
+            dataclasses.replace(one, score=self.metric(one.text, one.answers))
+            for one in predictions
+        ]
+        result = summarise(self.name, settings.shots, predictions, pool.waited)
         if not self.majority_answer:
             return result
         majority = float(

@@ -1,0 +1,133 @@
+"""Few-shot prompts for benchmarks with a support set (paper 3.1)."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Protocol
+
+from flamingo_jax.errors import UserError
+from flamingo_jax.evaluation import prompts
+from flamingo_jax.evaluation.examples import BenchmarkExample
+from flamingo_jax.evaluation.protocol.asking import Asked
+from flamingo_jax.evaluation.protocol.benchmark import EvaluationSettings
+from flamingo_jax.evaluation.selection.shots import MediaEncoder, choose_shots, group_of, keyed_rng
+from flamingo_jax.paths import as_path
+
+
+class HasSupport(Protocol):
+    """A benchmark that chooses shots for its queries from a support set."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def queries(self) -> Sequence[BenchmarkExample]: ...
+    @property
+    def support(self) -> Sequence[BenchmarkExample]: ...
+    @property
+    def template(self) -> prompts.PromptTemplate: ...
+
+
+def check_examples(benchmark: HasSupport, settings: EvaluationSettings, text_examples: int) -> None:
+    """Checks that there are queries, and enough support examples for their prompts.
+
+    text_examples: number of text-only examples of a zero-shot prompt.
+    Raises: UserError that says how many support examples are needed.
+    """
+    support, name = benchmark.support, benchmark.name
+    if not benchmark.queries:
+        raise UserError(
+            f"{name} has no examples to evaluate on: name another split or a higher --limit"
+        )
+    twice = [
+        key for key, count in Counter(query.id for query in benchmark.queries).items() if count > 1
+    ]
+    if twice:
+        raise UserError(
+            f"{name} has {len(twice):,} ids of several queries, such as {twice[0]!r}: give each"
+            " query an id of its own"
+        )
+    asked = [query for query in benchmark.queries if query.context is None]
+    short = [query for query in benchmark.queries if query.context is not None]
+    if short and (fewest := min(len(query.context or ()) for query in short)) < settings.shots:
+        raise UserError(
+            f"{name} gives each query its own shots, and no more than {fewest} to some: ask for"
+            " fewer shots"
+        )
+    need = max(settings.shots, 0 if settings.shots else text_examples) if asked else 0
+    # A query is never its own example, nor is one of its cluster.
+    alike = Counter(group_of(example) for example in support) if settings.shots else Counter()
+    left = len(support) - max((alike[group_of(query)] for query in asked), default=0)
+    if left < need:
+        own = ", besides the query itself" if left < len(support) else ""
+        raise UserError(
+            f"{name} needs {need} support examples for its prompts, but there are {left}{own}: "
+            "ask for fewer shots or name a larger set"
+        )
+
+
+def few_shot_prompts(
+    benchmark: HasSupport, encoder: MediaEncoder, settings: EvaluationSettings, text_examples: int
+) -> list[Asked]:
+    """Writes each query's prompt: its shots, or `text_examples` text-only examples if it has
+    none, then the query up to its answer. With `settings.permutations` > 1 it is written with
+    its shots in as many random orders.
+    """
+    support, template = benchmark.support, benchmark.template
+    if not settings.shots:
+        # All zero-shot prompts start with the same text-only examples.
+        order = keyed_rng(settings.seed, benchmark.name).permutation(len(support))
+        text_only = [support[place] for place in order[:text_examples]]
+        return [
+            Asked(query, (prompts.few_shot(query, [], text_only, template),), ())
+            for query in benchmark.queries
+        ]
+    shown = _shots(benchmark, encoder, settings)
+    return [
+        _asked(query, shots, template, settings)
+        for query, shots in zip(benchmark.queries, shown, strict=True)
+    ]
+
+
+def _shots(
+    benchmark: HasSupport, encoder: MediaEncoder, settings: EvaluationSettings
+) -> list[Sequence[BenchmarkExample]]:
+    """Returns every query's shots: its own, or those chosen from the support set."""
+    count, found = settings.shots, {}
+    asked = [query for query in benchmark.queries if query.context is None]
+    if asked:
+        chosen = choose_shots(
+            settings.selection,
+            benchmark.support,
+            asked,
+            encoder,
+            name=benchmark.name,
+            seed=settings.seed,
+            count=count,
+            folder=as_path(settings.folder) if settings.folder else None,
+        )
+        found = {query.id: chosen.of(place, count) for place, query in enumerate(asked)}
+    return [
+        found[query.id] if query.context is None else query.context[len(query.context) - count :]
+        for query in benchmark.queries
+    ]
+
+
+def _asked(
+    query: BenchmarkExample,
+    shots: Sequence[BenchmarkExample],
+    template: prompts.PromptTemplate,
+    settings: EvaluationSettings,
+) -> Asked:
+    """Writes a query's prompts; the images of its shots may be taken away."""
+    orders = [list(shots)]
+    if settings.permutations > 1:
+        orders = []
+        for number in range(settings.permutations):
+            rng = keyed_rng(settings.seed, f"{query.id}/permutation {number}")
+            orders.append([shots[place] for place in rng.permutation(len(shots))])
+    written = tuple(
+        prompts.few_shot(query, order, [], template)
+        if settings.shot_images
+        else prompts.few_shot(query, [], order, template)
+        for order in orders
+    )
+    return Asked(query, written, tuple(shot.id for shot in shots))
