@@ -163,7 +163,7 @@ def _page(records: Sequence[Any], place: int) -> InterleavedPage:
     record = records[place]
     name = text_of(record["id"])
 
-    def media(number: int, image: bytes) -> Media:
+    def media(number: int, image: bytes) -> MediaRef:
         check_visual([image], name)
 
         def read(how: Preprocessing) -> Visual:

@@ -1,6 +1,6 @@
 """Images and clips of examples, read when they are needed.
 
-An example names its image or clip (`Media`); a pool of threads decodes those of the next queries
+An example names its image or clip (`MediaRef`); a pool of threads decodes those of the next queries
 while the model answers the current ones (`MediaPool`), so that memory does not grow with the set.
 """
 
