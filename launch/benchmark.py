@@ -1,6 +1,6 @@
 r"""Measures how fast this machine's devices train and generate, how fast datasets are read, and
-how fast and in how little memory a run is exported, and what int8 weights save and change; checks
-a machine with one GPU or a TPU host.
+how fast and in how little memory a run is exported, what int8 weights save and change, and how fast
+the most similar of many images are found; checks a machine with one GPU or a TPU host.
 
     python -m launch.benchmark train --config=configs/flamingo_3b.py:h200_1 [--steps=10]
     [--json] \
@@ -16,6 +16,7 @@ a machine with one GPU or a TPU host.
     python -m launch.benchmark int8 --model=models/SmolLM2-135M --text=book.txt [--tokens=20000]
     python -m launch.benchmark int8 --model=runs/mine/export --dataset=data/photos
     python -m launch.benchmark export --folder=runs/made [--gigabytes=8]
+    python -m launch.benchmark rices --rows=1000000 --queries=1000 --width=1024 [--processes=1]
     python -m launch.benchmark device --minutes=8 --output=runs/device [--size=tiny]
 
 `train` runs the real update on random weights and full rows of random content, and prints
@@ -50,6 +51,12 @@ it: in one go, and killed after half of its files and continued. It prints the r
 a bare copy of the same bytes, and how much the process grew. The folder takes about four times
 that size while it runs, and is removed.
 
+`rices` makes embeddings in the place of an encoder, stores them on disk and searches them for the
+32 most similar to each query, as RICES does for shots, in processes of their own. It prints
+seconds, bytes a second and the peak of memory, and for how many of the first `--sample` queries
+the choice is that of sorting all similarities in float64; if not for all of them, the exit code is
+1. `--folder` is by default a temporary one.
+
 `device` is one command for a bare machine, which needs jax, flax, optax, numpy, pillow and
 safetensors alone (and this repository as the working folder): fast attention against float32,
 Flamingo-3B's step on decoded photos with several numbers of microbatches, generation, a run that is
@@ -62,21 +69,23 @@ import dataclasses
 import json
 import pathlib
 import re
-from typing import TYPE_CHECKING, Any
+import tempfile
+from typing import Any
 
 from absl import flags
-from rich.table import Table
 
 from configs.base import COLOUR
 from configs.benchmark import experiment_of, sized
 from flamingo_jax.errors import UserError
-from flamingo_jax.experiment import Experiment
 from launch import command, device_check
-
-if TYPE_CHECKING:
-    from data_pipelines.benchmark import ReadingBenchmark
-    from flamingo_jax.planning.generation_timing import GenerationTiming
-    from flamingo_jax.planning.timing import Timing
+from launch.benchmark_tables import (
+    export_table,
+    generation_json,
+    generation_table,
+    reading_table,
+    rices_table,
+    step_table,
+)
 
 SIZES = flags.DEFINE_string(
     "sizes",
@@ -98,7 +107,10 @@ PROMPTS = flags.DEFINE_list(
 )
 NAMES = flags.DEFINE_integer("names", 1000, "generate: names that are ranked.", lower_bound=1)
 SAMPLE = flags.DEFINE_integer(
-    "sample", 20, "generate: names that are scored one at a time.", lower_bound=1
+    "sample",
+    20,
+    "generate: names that are scored one at a time. rices: queries that are searched in float64.",
+    lower_bound=1,
 )
 TRACE = flags.DEFINE_string(
     "trace", "", "Folder for a profiler trace of three steps, for TensorBoard or Perfetto."
@@ -132,9 +144,25 @@ TOKENS = flags.DEFINE_integer(
 ROW_LENGTH = flags.DEFINE_integer(
     "row_length", 256, "int8: tokens of a row of text.", lower_bound=2
 )
-FOLDER = flags.DEFINE_string("folder", "", "export: folder that is made, and removed again.")
+FOLDER = flags.DEFINE_string("folder", "", "export, rices: folder that is made, and removed.")
 GIGABYTES = flags.DEFINE_float(
     "gigabytes", 8.0, "export: size of the export, about.", lower_bound=0.001, upper_bound=1000.0
+)
+ROWS = flags.DEFINE_integer(
+    "rows", 1_000_000, "rices: images that are searched.", lower_bound=1, upper_bound=10**9
+)
+QUERIES = flags.DEFINE_integer(
+    "queries", 1000, "rices: images that similar ones are searched for.", lower_bound=1
+)
+WIDTH = flags.DEFINE_integer(
+    "width",
+    1024,
+    "rices: numbers of an embedding, as many as the vision encoder is wide.",
+    lower_bound=1,
+    upper_bound=1 << 16,
+)
+PROCESSES = flags.DEFINE_integer(
+    "processes", 1, "rices: processes that share the images.", lower_bound=1, upper_bound=64
 )
 MINUTES = flags.DEFINE_float("minutes", 8.0, "device: for all sections together.", lower_bound=0.01)
 OUTPUT = flags.DEFINE_string("output", "", "device: folder for the results.")
@@ -161,6 +189,7 @@ READS = {
     "train": ("sizes", "steps", "trace"),
     "generate": ("sizes", "model", "max_tokens", "prompts", "names", "sample"),
     "export": ("folder", "gigabytes"),
+    "rices": ("rows", "queries", "width", "processes", "sample", "folder"),
     "device": ("minutes", "output", "size", "section"),
     "data --dataset": (
         "dataset",
@@ -190,6 +219,7 @@ def main(verb: str) -> int:
         "data": data,
         "int8": int8,
         "export": export,
+        "rices": rices,
         "device": device,
     }[verb]()
 
@@ -215,7 +245,7 @@ def train() -> int:
     if JSON.value:
         print(json.dumps(timing._asdict() | {"mfu": timing.mfu}))
     else:
-        Console().print(_step_table(experiment, timing))
+        Console().print(step_table(experiment, timing))
     return 0
 
 
@@ -250,49 +280,10 @@ def generate() -> int:
     )
     timing = time_generation(model, work)
     if JSON.value:
-        print(json.dumps(_generation_json(timing)))
+        print(json.dumps(generation_json(timing)))
     else:
-        Console().print(_generation_table(timing))
+        Console().print(generation_table(timing))
     return 0
-
-
-def _generation_json(timing: "GenerationTiming") -> dict[str, Any]:
-    return {
-        "captioning": timing.captioning._asdict() | {"ratio": timing.captioning.ratio},
-        "ranking": timing.ranking._asdict() | {"ratio": timing.ranking.ratio},
-        "rates": {count: rates._asdict() for count, rates in timing.rates.items()},
-    }
-
-
-def _generation_table(timing: "GenerationTiming") -> Table:
-    caption, rank = timing.captioning, timing.ranking
-    table = Table(
-        "",
-        title="generation after 4 shots",
-        caption=f"the plain loop wrote {'the same texts' if caption.agrees else 'OTHER texts'};"
-        f" a name's two scores differ by at most {rank.difference:.1e}",
-    )
-    for heading in ("seconds", "times as long"):
-        table.add_column(heading, justify="right")
-    wanted = f"{caption.tokens} tokens after {caption.prompt}, 3 beams"
-    table.add_row(f"a caption, {wanted}", f"{caption.seconds:.4g}", "1")
-    for way, seconds in (
-        ("everything recomputed for each token", caption.plain),
-        ("the text alone recomputed", caption.plain_text),
-    ):
-        table.add_row(f"  {way}", f"{seconds:.4g}", f"{seconds / caption.seconds:.1f}")
-    table.add_section()
-    named = f"{rank.names:,} names of {rank.name_tokens:,} tokens ranked"
-    table.add_row(named, f"{rank.seconds:.4g}", "1")
-    one = f"  one at a time, scaled from {rank.sample} of them"
-    table.add_row(one, f"{rank.one_at_a_time:.4g}", f"{rank.ratio:.1f}")
-    table.add_section()
-    for count, rates in timing.rates.items():
-        prompts = f"{count} prompt{'s' * (count > 1)} at a time"
-        table.add_row(f"{prompts}: captions, 3 beams", f"{rates.caption:.4g}", "")
-        table.add_row(f"  prefill, tokens a second: {rates.prefill:,.0f}")
-        table.add_row(f"  greedy decoding, tokens a second: {rates.decode:,.0f}")
-    return table
 
 
 def device() -> int:
@@ -348,7 +339,7 @@ def data() -> int:
         }
         print(json.dumps({"datasets": datasets, "waiting": measured.waiting}))
     else:
-        Console().print(_reading_table(measured))
+        Console().print(reading_table(measured, STEP_SECONDS.value))
     return 0
 
 
@@ -409,74 +400,32 @@ def export() -> int:
     if JSON.value:
         print(json.dumps(timing._asdict() | {"share": timing.share}))
         return 0
-    table = Table("", title=f"export of {timing.bytes / 1e9:.3g} GB")
-    table.add_column("", justify="right")
-    for what, value in (
-        ("bare copy of the files, flushed", f"{timing.copy:.1f} s"),
-        ("export", f"{timing.seconds:.1f} s"),
-        ("rate of the export / of the copy", f"{timing.share:.0%}"),
-        ("largest parameter", f"{timing.largest / 2**20:,.0f} MiB"),
-        ("the process grew by at most", f"{timing.grown / 2**20:,.0f} MiB"),
-        ("whole files of the killed export", f"{timing.kept} of {timing.files}"),
-        ("export continued", f"{timing.resumed:.1f} s"),
-        ("the same files as in one go", "yes" if timing.equal else "NO"),
-    ):
-        table.add_row(what, value)
-    Console().print(table)
+    Console().print(export_table(timing))
     return 0
 
 
-def _reading_table(
-    measured: "ReadingBenchmark",
-) -> Table:
-    table = Table(
-        "dataset",
-        title=f"reading; a step of {STEP_SECONDS.value:g} s waits"
-        f" {measured.waiting:.2%} of the time",
+def rices() -> int:
+    """Times the search for the most similar images."""
+    from rich.console import Console
+
+    from flamingo_jax.planning.rices_timing import RicesWork, time_rices
+
+    work = RicesWork(
+        ROWS.value,
+        QUERIES.value,
+        WIDTH.value,
+        sample=min(SAMPLE.value, QUERIES.value),
+        processes=PROCESSES.value,
     )
-    counts = [
-        f"by the clock, {count} reader{'s' * (count > 1)}"
-        for count in next(iter(measured.rates.values()), {})
-    ]
-    for heading in (
-        "images a second, rows",
-        "bare loop",
-        "rows / bare",
-        *counts,
-        "tokens that are no padding",
-        "images met",
-    ):
-        table.add_column(heading, justify="right")
-    for name, made in measured.readings.items():
-        clock = [f"{rate:,.0f}" for rate in measured.rates[name].values()]
-        table.add_row(
-            name,
-            f"{made.rows:,.0f}",
-            f"{made.bare:,.0f}",
-            f"{made.share:.1%}",
-            *clock,
-            f"{made.fill:.1%}",
-            f"{made.images:,}",
-        )
-    return table
-
-
-def _step_table(experiment: Experiment, timing: "Timing") -> Table:
-    table = Table("", title=f"{experiment.name or experiment.task}: one training step")
-    table.add_column("", justify="right")
-    table.add_row("whole step", f"{timing.step:.4g} s")
-    for part, seconds in timing.parts.items():
-        table.add_row(f"  {part}", f"{seconds:.4g} s")
-    table.add_section()
-    table.add_row("tokens a second", f"{timing.tokens / timing.step:,.0f}")
-    if timing.frames:
-        table.add_row("images a second", f"{timing.frames / timing.step:,.1f}")
-    table.add_row("model FLOPs of a step", f"{timing.flops:.4g}")
-    table.add_row("measured matrix rate", f"{timing.matrix_rate / 1e9:,.0f} GFLOP/s")
-    table.add_row("model FLOPs utilisation of it", f"{timing.mfu:.1%}")
-    table.add_row("compiled in", f"{timing.compile_seconds:.0f} s")
-    return table
+    with tempfile.TemporaryDirectory() as folder:
+        timing = time_rices(work, pathlib.Path(FOLDER.value or f"{folder}/rices"))
+    if JSON.value:
+        rates = {"fill_rate": timing.fill_rate, "search_rate": timing.search_rate}
+        print(json.dumps(work._asdict() | timing._asdict() | rates))
+    else:
+        Console().print(rices_table(work, timing))
+    return 0 if timing.equal == timing.compared else 1
 
 
 if __name__ == "__main__":
-    command.run(main, verbs=("train", "generate", "data", "int8", "export", "device"))
+    command.run(main, verbs=("train", "generate", "data", "int8", "export", "rices", "device"))

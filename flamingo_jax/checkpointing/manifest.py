@@ -217,18 +217,21 @@ def digest_of(entries: dict[str, FileDigest]) -> str:
     return _digest(entries)
 
 
-def write_atomically(path: pathlib.Path, content: bytes) -> None:
+def write_atomically(path: pathlib.Path, *content: bytes | memoryview) -> None:
     """Writes a file atomically: at any moment it is either absent or complete, and when this
     returns it is on the disk.
+
+    content: its bytes; several parts follow each other without being copied together.
     """
     if paths.is_bucket(path):
         # An object of a bucket appears only when it is complete.
-        path.write_bytes(content)
+        path.write_bytes(b"".join(content))
         return
     # Write to a temporary name, flush to the disk, and rename, which is atomic.
     temporary = path.with_name(unfinished(path.name))
     with open(temporary, "wb") as file:
-        file.write(content)
+        for part in content:
+            file.write(part)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

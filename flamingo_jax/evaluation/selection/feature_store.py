@@ -5,7 +5,7 @@
 
 Each shard is written before the index names it. A process that is killed loses what it had
 computed since the last shard, at most `SHARD_BYTES` or `SHARD_SECONDS`; the next one goes on
-from there.
+from there. Processes that share the work each have a store of their own rows.
 """
 
 import dataclasses
@@ -15,9 +15,11 @@ import json
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from flamingo_jax import paths
 from flamingo_jax.checkpointing.manifest import write_atomically
 from flamingo_jax.configuring import from_json
 from flamingo_jax.errors import UserError
@@ -27,11 +29,13 @@ from flamingo_jax.storage import LASTING, read_with_retries
 FORMAT = 1
 INDEX_FILE = "index.json"
 SHARD_BYTES = 64 << 20
-"""Size at which a shard is written; it is read whole."""
+"""The most bytes of a shard's rows, of which there is at least one; it is read whole."""
 SHARD_SECONDS = 60.0
 """Seconds after which a shard is written, however few rows it has."""
 MOST_INDEX_BYTES = 64 << 20
 MOST_SHARD_BYTES = 4 * SHARD_BYTES
+MOST_HEADER_BYTES = 4096
+"""More than the header of a shard has, in whichever version of NumPy's format."""
 DTYPES = ("float16", "float32")
 
 
@@ -112,26 +116,44 @@ class FeatureStore:
             # Another process may have filled it meanwhile.
             self.index = self._read_index()
             done = self.index.rows
-            waiting: list[np.ndarray] = []
-            began, size = time.monotonic(), 0
+            shard, held = np.empty((0, 0), self.features.dtype), 0
+            began = time.monotonic()
             while done < self.features.rows:
                 stop = min(done + batch, self.features.rows)
-                waiting.append(self._checked(encode(done, stop), done, stop))
-                size += waiting[-1].nbytes
+                features = self._checked(encode(done, stop), done, stop)
                 done = stop
-                progress(len(waiting[-1]))
-                full = size >= SHARD_BYTES or time.monotonic() - began >= SHARD_SECONDS
-                if full or done == self.features.rows:
-                    self._write(np.concatenate(waiting))
-                    waiting, began, size = [], time.monotonic(), 0
+                progress(len(features))
+                while len(features):
+                    if not shard.size:
+                        shard = np.empty(self._shard_shape(), self.features.dtype)
+                    taken = min(len(features), len(shard) - held)
+                    shard[held : held + taken] = features[:taken]
+                    held, features = held + taken, features[taken:]
+                    late = time.monotonic() - began >= SHARD_SECONDS
+                    if held == len(shard) or late or done == self.features.rows:
+                        self._write(shard[:held])
+                        held, began = 0, time.monotonic()
+
+    def _shard_shape(self) -> tuple[int, int]:
+        """Returns (rows, C) of a full shard."""
+        width = self.index.width
+        full = max(1, SHARD_BYTES // (width * np.dtype(self.features.dtype).itemsize))
+        return min(full, self.features.rows), width
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """Reads the features [n, C] shard by shard, in the order of the set.
+        """Reads the features [n, C] shard by shard, in the order of the set, one shard ahead.
 
         Raises: UserError for a shard that is missing or damaged.
         """
-        for shard in self.index.shards:
-            yield self._read(shard)
+        with ThreadPoolExecutor(1) as reader:
+            ahead: Future[np.ndarray] | None = None
+            for shard in self.index.shards:
+                following = reader.submit(self._read, shard)
+                if ahead is not None:
+                    yield ahead.result()
+                ahead = following
+            if ahead is not None:
+                yield ahead.result()
 
     def rows(self) -> np.ndarray:
         """Reads all features at once, [S, C]."""
@@ -153,15 +175,20 @@ class FeatureStore:
                 f"the features of image {bad} are not finite, so that nothing is similar to it:"
                 " load the model in float32, or export a checkpoint from before it diverged"
             )
-        return features.astype(self.features.dtype)
+        return features
 
     def _write(self, features: np.ndarray) -> None:
-        content = io.BytesIO()
-        np.save(content, features, allow_pickle=False)
         name = f"shard-{self.index.rows:012}.npy"
-        stored = content.getvalue()
-        write_atomically(self.folder / name, stored)
-        shard = FeatureShard(name, len(features), _digest(stored))
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            header, np.lib.format.header_data_from_array_1_0(features)
+        )
+        # Neither copies the array, and both let the other run.
+        stored = header.getvalue(), memoryview(features).cast("B")
+        with ThreadPoolExecutor(1) as hasher:
+            digest = hasher.submit(_digest, *stored)
+            write_atomically(self.folder / name, *stored)
+        shard = FeatureShard(name, len(features), digest.result())
         index = dataclasses.replace(self.index, shards=(*self.index.shards, shard))
         text = json.dumps(dataclasses.asdict(index), indent=1)
         write_atomically(self.folder / INDEX_FILE, text.encode())
@@ -191,17 +218,18 @@ class FeatureStore:
         try:
             if file.stat().st_size > MOST_SHARD_BYTES:
                 raise ValueError(f"it has more than {MOST_SHARD_BYTES} bytes")
-            content = read_with_retries(file.read_bytes, file, LASTING)
-            if _digest(content) != shard.digest:
+            content = read_with_retries(lambda: _content(file), file, LASTING)
+            if _digest(memoryview(content)) != shard.digest:
                 raise ValueError("its bytes have another digest than the index says")
-            features = np.load(io.BytesIO(content), allow_pickle=False)
-            if features.shape != (shard.rows, self.index.width) or (
-                str(features.dtype) != self.features.dtype
-            ):
+            header = io.BytesIO(content[:MOST_HEADER_BYTES].tobytes())
+            np.lib.format.read_magic(header)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+            if shape != (shard.rows, self.index.width) or str(dtype) != self.features.dtype:
                 raise ValueError("it has another shape or dtype than the index says")
+            # A view: the array is not copied.
+            return content[header.tell() :].view(dtype).reshape(shape)
         except (ValueError, OSError) as error:
             raise self._damage(shard.file, str(error)) from error
-        return features
 
     def _damage(self, name: str, reason: str) -> UserError:
         return UserError(
@@ -215,8 +243,18 @@ def set_identity(digests: Iterable[bytes]) -> str:
     return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+def _content(file: pathlib.Path) -> np.ndarray:
+    """Reads the bytes of a file, uint8 [n]."""
+    if paths.is_bucket(file):
+        return np.frombuffer(file.read_bytes(), np.uint8)
+    return np.fromfile(file, np.uint8)
+
+
+def _digest(*content: bytes | memoryview) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in content:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def _require_sound(index: FeatureIndex) -> None:

@@ -5,7 +5,7 @@ bounded, so that whatever could be among the nearest is known; only that is comp
 float64, and decides.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +27,9 @@ class Nearest(NamedTuple):
     similarities: np.ndarray
 
 
-def search(queries: np.ndarray, blocks: Iterable[np.ndarray], count: int) -> Nearest:
+def search(
+    queries: np.ndarray, blocks: Iterable[np.ndarray], count: int, *, first: int = 0
+) -> Nearest:
     """Finds the `count` embeddings with the largest inner product with each query: with the
     cosine similarity, where all have length 1.
 
@@ -40,6 +42,7 @@ def search(queries: np.ndarray, blocks: Iterable[np.ndarray], count: int) -> Nea
       blocks: the embeddings [S, C] in order, each block [n, C] of any length, float16 or
         float32.
       count: K; where there are fewer embeddings, all are returned.
+      first: the number of the first embedding, where others are searched elsewhere (`merge`).
 
     Raises: ValueError where a block has another width than the queries.
     """
@@ -48,7 +51,7 @@ def search(queries: np.ndarray, blocks: Iterable[np.ndarray], count: int) -> Nea
         _Search(queries[start : start + QUERIES_AT_A_TIME], count)
         for start in range(0, len(queries), QUERIES_AT_A_TIME)
     ]
-    first = 0
+    beyond = first
     for block in blocks:
         if block.shape[1:] != queries.shape[1:]:
             raise ValueError(
@@ -56,12 +59,25 @@ def search(queries: np.ndarray, blocks: Iterable[np.ndarray], count: int) -> Nea
             )
         for piece in _pieces(block, max((len(part.queries) for part in parts), default=1)):
             for part in parts:
-                part.add(first, piece)
-            first += len(piece)
-    width = min(count, first)
+                part.add(beyond, piece)
+            beyond += len(piece)
+    width = min(count, beyond - first)
     return Nearest(
         np.concatenate([part.rows[:, :width] for part in parts] or [np.zeros((0, width), int)]),
         np.concatenate([part.similarities[:, :width] for part in parts] or [np.zeros((0, width))]),
+    )
+
+
+def merge(parts: Sequence[Nearest], count: int) -> Nearest:
+    """Merges the nearest [Q, K_i] of several parts of the embeddings, which are searched each
+    with its own `first`, by one process or by several: to the same result as one search for
+    `count` of all, where each part was searched for as many.
+    """
+    rows = np.concatenate([part.rows for part in parts], axis=1)
+    similarities = np.concatenate([part.similarities for part in parts], axis=1)
+    order = np.lexsort((rows, -similarities))[:, :count]
+    return Nearest(
+        np.take_along_axis(rows, order, axis=1), np.take_along_axis(similarities, order, axis=1)
     )
 
 
@@ -89,7 +105,7 @@ class _Search:
         approximate = self.queries @ block.T  # [Q, n]
         # A sum of C products, in whatever order, is wrong by less than C units of rounding of
         # the sum of magnitudes, which is at most the product of lengths; twice that is taken.
-        longest = np.sqrt(np.square(block).sum(axis=1).max(initial=0.0))
+        longest = np.sqrt(np.einsum("nc,nc->n", block, block).max(initial=0.0))
         margin = 2 * (block.shape[1] + 1) * 2.0**-24 * self._lengths * longest
         least = self.similarities[:, -1] - margin
         if len(block) >= count and np.isneginf(least).any():
@@ -97,8 +113,9 @@ class _Search:
             least = np.maximum(least, kth - 2 * margin)
         # Rounded down, since the comparison is in float32.
         least = np.nextafter(least.astype(np.float32), np.float32(-np.inf))
-        found, places = np.nonzero(approximate >= least[:, None])
+        near = np.flatnonzero(approximate >= least[:, None])
         del approximate
+        found, places = np.divmod(near, len(block))
         exact = self._exactly(found, places, block)
         edges = np.searchsorted(found, np.arange(len(self.queries) + 1))
         for query in np.flatnonzero(np.diff(edges)):

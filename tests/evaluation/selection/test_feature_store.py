@@ -1,3 +1,4 @@
+import io
 import json
 import pathlib
 
@@ -55,6 +56,33 @@ def test_a_shard_without_an_entry_is_written_again(tmp_path: pathlib.Path) -> No
     store = FeatureStore(tmp_path, SET)
     store.fill(Encoder(), batch=7)
     assert (FeatureStore(tmp_path, SET).rows() == ROWS).all()
+
+
+@pytest.mark.parametrize("batch", [5, 13, 50])
+def test_a_shard_is_full_whatever_the_batch(batch: int, tmp_path: pathlib.Path) -> None:
+    store = FeatureStore(tmp_path, SET)
+    store.fill(Encoder(), batch=batch)
+    assert [len(block) for block in store.blocks()] == [12, 12, 12, 12, 2]
+    assert (store.rows() == ROWS).all()
+
+
+def test_a_shard_is_an_array_file_of_numpy(tmp_path: pathlib.Path) -> None:
+    filled(tmp_path)
+    shard = np.load(tmp_path / "shard-000000000012.npy", allow_pickle=False)
+    assert shard.dtype == np.float32 and (shard == ROWS[12:24]).all()
+    saved = io.BytesIO()
+    np.save(saved, ROWS[12:24])
+    assert saved.getvalue() == (tmp_path / "shard-000000000012.npy").read_bytes()
+
+
+def test_a_slow_computation_is_stored_as_it_goes(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_store, "SHARD_SECONDS", 0.0)
+    store = FeatureStore(tmp_path, SET)
+    store.fill(Encoder(), batch=5)
+    assert [len(block) for block in store.blocks()] == [5] * 10
+    assert (store.rows() == ROWS).all()
 
 
 def test_float16_is_stored_as_such(tmp_path: pathlib.Path) -> None:

@@ -1,5 +1,6 @@
 """The exact search against brute force in float64."""
 
+import itertools
 import math
 import re
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from flamingo_jax.evaluation.selection import nearest
-from flamingo_jax.evaluation.selection.nearest import search
+from flamingo_jax.evaluation.selection.nearest import merge, search
 
 
 def brute_force(queries: np.ndarray, embeddings: np.ndarray, count: int) -> np.ndarray:
@@ -71,6 +72,22 @@ def test_what_float32_cannot_tell_apart_is_decided_in_float64() -> None:
     assert (found.rows == brute_force(query, support, 20)).all()
     in_float32 = np.argsort(-(support @ query[0]), kind="stable")[:20]
     assert (found.rows != in_float32).any()
+
+
+@pytest.mark.parametrize("edges", [[0, 300], [0, 7, 300], [0, 0, 5, 130, 131, 300]])
+def test_parts_that_are_searched_apart_are_merged_to_one_search(edges: list[int]) -> None:
+    rng = np.random.default_rng(5)
+    # Each embedding is there three times, mostly in different parts.
+    support = np.tile(unit(rng, 100, 24, "float32"), (3, 1))
+    queries = unit(rng, 6, 24, "float32")
+    parts = [
+        search(queries, [support[first:stop]], 20, first=first)
+        for first, stop in itertools.pairwise(edges)
+    ]
+    merged, whole = merge(parts, 20), search(queries, [support], 20)
+    assert (merged.rows == brute_force(queries, support, 20)).all()
+    assert (merged.similarities == whole.similarities).all()
+    assert merge(parts, 400).rows.shape[1] == min(300, sum(part.rows.shape[1] for part in parts))
 
 
 def test_few_or_no_embeddings() -> None:
