@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.inference import programs
-from flamingo_jax.inference.decoding import next_log_probabilities
+from flamingo_jax.inference.decoding import next_logits
 from flamingo_jax.inference.loading import build_model
 from flamingo_jax.inference.placement import check_mesh, parameter_shardings
 from flamingo_jax.inference.prefill import PromptArrays
@@ -56,7 +56,7 @@ class Step(NamedTuple):
 @functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
 def _decode(graph: Any, state: nnx.State, cache: Any, rows: Rows) -> Any:
     """Decodes one token of every row; the cache is updated in place."""
-    return next_log_probabilities(
+    return next_logits(
         nnx.merge(graph, state),
         rows.token[:, None],
         rows.position[:, None],

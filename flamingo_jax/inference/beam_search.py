@@ -13,10 +13,11 @@ from flamingo_jax.inference.decoding import (
     NO_TOKEN,
     DecodingConfig,
     TokenConstraints,
-    next_log_probabilities,
+    next_logits,
     suppress,
 )
 from flamingo_jax.inference.prefill import DecodingModel, Prefilled, PromptArrays, prefill
+from flamingo_jax.models import ops
 from flamingo_jax.models.cache import Beams
 
 Array = jax.Array
@@ -84,7 +85,7 @@ def beam_search(
     def body(s: _BeamState) -> _BeamState:
         positions = jnp.broadcast_to((prefilled.position + s.step)[:, None], s.token.shape)
         now = _beams(prefilled, s.step, s.path, read)
-        log_probabilities, cache = next_log_probabilities(
+        logits, cache = next_logits(
             model,
             s.token,
             positions,
@@ -94,8 +95,7 @@ def beam_search(
             s.cache,
             now,
         )
-        allowed = suppress(log_probabilities, constraints.suppressed)
-        continuations = _continuations(s, allowed, constraints.stop)
+        continuations = _continuations(s, logits, constraints)
         s = _keep_closed(s, continuations, beams, decoding.length_penalty)
         return _keep_open(s._replace(cache=cache, path=now.seen[..., read:]), continuations)
 
@@ -168,20 +168,23 @@ class _Continuations(NamedTuple):
     """Whether the token is a stop token."""
 
 
-def _continuations(s: _BeamState, allowed: Array, stop: tuple[int, ...]) -> _Continuations:
+def _continuations(s: _BeamState, logits: Array, constraints: TokenConstraints) -> _Continuations:
     """Finds the likeliest continuations of all hypotheses.
 
     Each hypothesis has one continuation per stop token, so beams * (1 + stop tokens) are
     taken: enough for `beams` open ones to remain.
 
-    allowed: log-probabilities of the next tokens, float32 [B, beams, V].
+    logits: of the next tokens, float32 [B, beams, V].
     """
-    rows, beams, size = allowed.shape
-    count = min(beams * (1 + len(stop)), beams * size)
-    # The top over beams and vocabulary at once: index = beam * V + token.
-    score, flat = jax.lax.top_k((s.score[:, :, None] + allowed).reshape(rows, -1), count)
-    token = (flat % size).astype(jnp.int32)
-    return _Continuations(score, flat // size, token, jnp.isin(token, jnp.array(stop)))
+    rows, beams, size = logits.shape
+    count = min(beams * (1 + len(constraints.stop)), beams * size)
+    # Of each hypothesis first: by its logits, of which only those found become log-probabilities.
+    best, token = ops.top_k(suppress(logits, constraints.suppressed), min(count, size))
+    best += (s.score - jax.nn.logsumexp(logits, axis=-1))[..., None]
+    score, place = ops.top_k(best.reshape(rows, -1), count)
+    token = jnp.take_along_axis(token.reshape(rows, -1), place, axis=1)
+    stops = jnp.isin(token, jnp.array(constraints.stop))
+    return _Continuations(score, place // best.shape[-1], token, stops)
 
 
 def _keep_closed(
@@ -196,7 +199,7 @@ def _keep_closed(
     rank = jnp.where(stops & ~repeated, score / _length_norm(s.step + 1, length_penalty), -jnp.inf)
     # Those of before come first, and stay where ranks are equal.
     ranks = jnp.concatenate([s.closed_rank, rank], 1)
-    ranks, which = jax.lax.top_k(ranks, s.closed_rank.shape[1])
+    ranks, which = ops.top_k(ranks, s.closed_rank.shape[1])
     return s._replace(
         closed=_pick(jnp.concatenate([s.closed, _pick(s.tokens, parent)], 1), which),
         closed_score=_pick(jnp.concatenate([s.closed_score, score], 1), which),
@@ -208,7 +211,7 @@ def _keep_open(s: _BeamState, found: _Continuations) -> _BeamState:
     """Makes the likeliest continuations without a stop token the open hypotheses, with their
     parents' paths.
     """
-    score, kept = jax.lax.top_k(jnp.where(found.stops, -jnp.inf, found.score), s.score.shape[1])
+    score, kept = ops.top_k(jnp.where(found.stops, -jnp.inf, found.score), s.score.shape[1])
     parent, token = _pick(found.parent, kept), _pick(found.token, kept)
     return s._replace(
         step=s.step + 1,

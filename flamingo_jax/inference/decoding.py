@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.inference.prefill import DecodingModel
@@ -104,7 +105,7 @@ class TokenConstraints:
     suppressed: tuple[int, ...] = ()
 
 
-def next_log_probabilities(
+def next_logits(
     model: DecodingModel,
     tokens: Array,
     positions: Array,
@@ -114,12 +115,12 @@ def next_log_probabilities(
     cache: Any,
     continuation: Continuation = LINE,
 ) -> tuple[Array, Any]:
-    """Decodes `tokens` int32 [B, L] at `positions` [B, L] -> log-probabilities of the tokens
-    after them, float32 [B, L, V], and the cache with them added.
+    """Decodes `tokens` int32 [B, L] at `positions` [B, L] -> logits of the tokens after them,
+    float32 [B, L, V], and the cache with them added.
 
     media_index: int32 [B]. media, visuals: of `PreparedVisuals.of_rows`; None without visuals.
     """
-    logits, cache = model.decode(
+    return model.decode(
         tokens,
         positions,
         jnp.broadcast_to(media_index[:, None], tokens.shape),
@@ -129,11 +130,12 @@ def next_log_probabilities(
         continuation,
         rows_own_visuals=True,
     )
-    return jax.nn.log_softmax(logits), cache
 
 
-def suppress(log_probabilities: Array, suppressed: tuple[int, ...]) -> Array:
-    """Sets the log-probabilities [..., V] of tokens that may not be generated to -inf."""
+def suppress(logits: Array, suppressed: tuple[int, ...]) -> Array:
+    """Sets the logits or log-probabilities [..., V] of tokens that may not be generated to -inf."""
     if not suppressed:
-        return log_probabilities
-    return log_probabilities.at[..., jnp.array(suppressed, jnp.int32)].set(-jnp.inf)
+        return logits
+    never = np.zeros(logits.shape[-1], bool)
+    never[list(suppressed)] = True
+    return jnp.where(never, -jnp.inf, logits)

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from flamingo_jax.inference.decoding import (
     NO_TOKEN,
     TokenConstraints,
-    next_log_probabilities,
+    next_logits,
     suppress,
 )
 from flamingo_jax.inference.prefill import DecodingModel, PromptArrays, prefill
+from flamingo_jax.models import ops
 from flamingo_jax.models.cache import map_cache
 
 Array = jax.Array
@@ -175,7 +176,7 @@ def advance(
 
     def body(carry: tuple[Array, Rows, Array, Array]) -> tuple[Array, Rows, Array, Array]:
         step, s, tokens, gains = carry
-        log_probabilities, cache = next_log_probabilities(
+        logits, cache = next_logits(
             model,
             s.token[:, None],
             s.position[:, None],
@@ -184,9 +185,10 @@ def advance(
             s.visuals,
             s.cache,
         )
-        log_probabilities = log_probabilities[:, 0]
-        token = _pick(suppress(log_probabilities, constraints.suppressed), s)
-        gained = jnp.take_along_axis(log_probabilities, token[:, None], axis=1)[:, 0]
+        logits = logits[:, 0]
+        token = _pick(suppress(logits, constraints.suppressed), s)
+        gained = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+        gained -= jax.nn.logsumexp(logits, axis=-1)
         # Rows that have ended are decoded too, without effect.
         done = s.step + s.open
         goes_on = s.open & ~jnp.isin(token, jnp.array(constraints.stop, jnp.int32))
@@ -216,20 +218,20 @@ def advance(
     return rows, Chunk(tokens, gains, rows.open)
 
 
-def _pick(log_probabilities: Array, rows: Rows) -> Array:
+def _pick(logits: Array, rows: Rows) -> Array:
     """Picks every row's next token, the likeliest or a sampled one: [B, V] -> int32 [B]."""
     options = rows.options
-    likeliest = jnp.argmax(log_probabilities, axis=-1).astype(jnp.int32)
+    likeliest = ops.argmax(logits)
     samples = options.temperature > 0
 
     def sample() -> Array:
-        logits = log_probabilities / jnp.where(samples, options.temperature, 1.0)[:, None]
-        logits = jax.lax.cond(
-            (options.top_p < 1).any(), lambda: nucleus(logits, options.top_p), lambda: logits
+        scaled = logits / jnp.where(samples, options.temperature, 1.0)[:, None]
+        scaled = jax.lax.cond(
+            (options.top_p < 1).any(), lambda: nucleus(scaled, options.top_p), lambda: scaled
         )
         # The key is of the row and its step, so that other rows do not matter.
         keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(options.key), rows.step)
-        drawn = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+        drawn = jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32)
         return jnp.where(samples, drawn, likeliest)
 
     # Conditions at run time: rows of all options share one compiled program.

@@ -69,6 +69,26 @@ def scan_unroll(count: int) -> int:
     return count if platform() == "cpu" and 4 <= count <= 8 else 1
 
 
+def top_k(x: Array, count: int) -> tuple[Array, Array]:
+    """Finds the `count` largest values along the last axis, and their indices, int32: the largest
+    first, of equal ones the earlier first.
+    """
+    values, places = jax.lax.top_k(x, count)
+    if platform() != "cpu":
+        return values, places
+    # XLA's CPU backend makes a full sort of it, 100 times as slow for a vocabulary, where what
+    # follows takes a part of the results: barriers keep that apart. Each has its own: the
+    # partitioner of a mesh fails on one for both.
+    return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(places)
+
+
+def argmax(x: Array) -> Array:
+    """Finds the index of the largest value along the last axis, int32; the first of equal ones."""
+    # On CPUs XLA's own takes five times as long: its reduction of pairs is not vectorised.
+    found = top_k(x, 1)[1][..., 0] if platform() == "cpu" else jnp.argmax(x, axis=-1)
+    return found.astype(jnp.int32)
+
+
 def attention_kernel(
     query: Array, key: Array, value: Array, extra_scores: Array | None
 ) -> AttentionKernel | None:
