@@ -47,6 +47,8 @@ class BenchmarkSet:
     per_class: the most support examples of each class; 0 for a limit on their sum alone.
     text_examples: of zero-shot prompts; None for two where answers are generated, none where
       candidates are ranked (paper 3.1).
+    submission: name of the form in which the owners score predictions
+      (`scoring.submission.FORMS`); "" for none.
     """
 
     name: str
@@ -64,6 +66,7 @@ class BenchmarkSet:
     video: bool = False
     per_class: int = 0
     text_examples: int | None = None
+    submission: str = ""
 
     def __post_init__(self) -> None:
         if self.support not in self.splits:

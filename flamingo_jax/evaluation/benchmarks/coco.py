@@ -51,4 +51,5 @@ COCO = BenchmarkSet(
     read=read,
     splits=tuple(SPLITS),
     support="train",
+    submission="captions",
 )

@@ -15,6 +15,7 @@ from flamingo_jax.evaluation.media import ClipFile, ImageFile
 from flamingo_jax.evaluation.protocol.classification import Classification
 from flamingo_jax.evaluation.protocol.open_ended import OpenEnded
 from flamingo_jax.evaluation.scoring import files
+from flamingo_jax.evaluation.scoring.predictions import check_scorer
 from flamingo_jax.evaluation.selection.shots import draw
 
 MissingMedia = Literal["error", "skip"]
@@ -50,6 +51,7 @@ def open_benchmark(
     support_limit: int = 2048,
     seed: int = 0,
     missing_media: MissingMedia = "error",
+    wordnet: str = "",
 ) -> OpenedBenchmark:
     """Reads a benchmark's annotations, and draws its queries and support set.
 
@@ -57,9 +59,13 @@ def open_benchmark(
       split, support_split: by default those of the paper.
       limit, support_limit: the most queries and support examples, drawn by `seed`; 0 for all.
       missing_media: "skip" leaves examples without their image out, and counts them.
+      wordnet: folder of WordNet 3.0's files, where the metric reads them; by default one that is
+        found.
 
-    Raises: UserError for a missing or malformed file, an unknown split, or a missing image.
+    Raises: UserError for a missing or malformed file, an unknown split, or a missing image, and
+      where the metric's files are not there.
     """
+    check_scorer(benchmark.scorer, wordnet=wordnet)
     split, support_split = split or benchmark.splits[0], support_split or benchmark.support
     contents: dict[str, SplitContent] = {}
     for name in dict.fromkeys((split, support_split)):
@@ -104,7 +110,10 @@ def open_benchmark(
 def _support(
     benchmark: BenchmarkSet, examples: list[BenchmarkExample], split: str, limit: int, seed: int
 ) -> list[BenchmarkExample]:
-    """Draws the support set, with at most `per_class` examples of each class."""
+    """Draws the support set, with at most `per_class` examples of each class, of the examples
+    that have an answer to show.
+    """
+    examples = [one for one in examples if one.answers and one.answers[0].strip()]
     if benchmark.per_class:
         by_class: dict[str, list[BenchmarkExample]] = defaultdict(list)
         for one in examples:

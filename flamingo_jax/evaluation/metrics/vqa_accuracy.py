@@ -2,6 +2,7 @@
 scores under the same name.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -98,14 +99,15 @@ def score_answers(
     equal = [truth == found for truth in truths]
     if not variant.leaves_out:
         return min(1.0, sum(equal) / AGREEMENT)
-    total = 0.0
+    left_out = []
     for place, is_equal in enumerate(equal):
         left = 1
         if records is not None:
             own = (truths[place], records[place])
             left = sum(own == twin for twin in zip(truths, records, strict=True))
-        total += min(1.0, (sum(equal) - left * is_equal) / AGREEMENT)
-    return total / len(equal)
+        left_out.append(min(1.0, (sum(equal) - left * is_equal) / AGREEMENT))
+    # An exact sum, so that the annotators' order says nothing.
+    return math.fsum(left_out) / len(equal)
 
 
 def normalise_vqa(text: str) -> str:

@@ -9,21 +9,56 @@ from typing import Any
 import numpy as np
 
 from flamingo_jax.evaluation.metrics.exact_match import exact_match
-from flamingo_jax.evaluation.metrics.vqa_accuracy import VARIANTS, score_answers
+from flamingo_jax.evaluation.metrics.vqa_accuracy import ivqa_accuracy
 from flamingo_jax.evaluation.protocol.benchmark import Prediction
 from flamingo_jax.evaluation.scoring.captions import score_captions
+from flamingo_jax.evaluation.scoring.questions import (
+    Annotated,
+    score_questions,
+    stem_predictions,
+)
 from flamingo_jax.evaluation.scoring.report import ScoreReport
+from flamingo_jax.evaluation.scoring.wups import VideoAnswer, score_video_answers
 from flamingo_jax.evaluation.statistics import mean_estimate
+from flamingo_jax.evaluation.words import okvqa_stems
+from flamingo_jax.evaluation.words.wordnet import WordNet, read_wordnet
 
 PredictionScorer = Callable[..., ScoreReport]
 """(predictions, **options) -> scores. The first metric is the one that reports show."""
 
 
 def score_predictions(
-    scorer: str, predictions: Sequence[Prediction], options: Mapping[str, Any] | None = None
+    scorer: str,
+    predictions: Sequence[Prediction],
+    options: Mapping[str, Any] | None = None,
+    *,
+    wordnet: str = "",
 ) -> ScoreReport:
-    """Scores predictions by the scorer of this name; the report's items are in their order."""
-    return SCORERS[scorer](predictions, **(options or {}))
+    """Scores predictions by the scorer of this name; the report's items are in their order.
+
+    Predictions without ground truths, such as of a test split that the owners score, have a
+    report without metrics.
+
+    Args:
+      options: of the metric.
+      wordnet: folder of WordNet 3.0's files, for scorers that read them (`READ_WORDNET`); by
+        default one that is found. It is no option: no score depends on where the files lie.
+
+    Raises: UserError without WordNet.
+    """
+    if not any(one.answers or one.ranking for one in predictions):
+        return ScoreReport({}, _with_ids(predictions, [{}] * len(predictions)), {"unscored": True})
+    read = {"wordnet": read_wordnet(wordnet)} if scorer in READ_WORDNET else {}
+    return SCORERS[scorer](predictions, **(options or {}), **read)
+
+
+def check_scorer(scorer: str, *, wordnet: str = "") -> None:
+    """Checks that the files that a scorer reads are there, before predictions are made.
+
+    Raises: UserError where they are not.
+    """
+    if scorer in READ_WORDNET:
+        read_wordnet(wordnet)
 
 
 def captions(predictions: Sequence[Prediction]) -> ScoreReport:
@@ -37,10 +72,36 @@ def captions(predictions: Sequence[Prediction]) -> ScoreReport:
 
 def vqa(predictions: Sequence[Prediction], *, variant: str = "official") -> ScoreReport:
     """Scores answers by VQA accuracy, with errors over images."""
-    rules = VARIANTS[variant]
-    scores = [score_answers(one.text, list(one.answers), rules, None) for one in predictions]
-    about = {"variant": variant, "rules": rules.about, **_by_type(predictions, scores)}
-    return _mean("accuracy", predictions, scores, about)
+    truths = [_annotated(one, one.answers) for one in predictions]
+    texts = [one.text for one in predictions]
+    return ScoreReport(*score_questions([one.id for one in predictions], texts, truths, variant))
+
+
+def okvqa(
+    predictions: Sequence[Prediction], *, wordnet: WordNet, variant: str = "official"
+) -> ScoreReport:
+    """Scores the stems of answers by VQA accuracy against OK-VQA's, with errors over images."""
+    truths = [_annotated(one, one.details["stems"], one.answers) for one in predictions]
+    texts = stem_predictions([one.text for one in predictions], truths, wordnet)
+    ids = [one.id for one in predictions]
+    metrics, items, about = score_questions(ids, texts, truths, variant)
+    return ScoreReport(metrics, items, about | {"stems": okvqa_stems.ABOUT})
+
+
+def wups(predictions: Sequence[Prediction], *, wordnet: WordNet) -> ScoreReport:
+    """Scores answers by WUPS, with errors over videos."""
+    answers = [
+        VideoAnswer(one.cluster, one.text, one.answers, one.question_type) for one in predictions
+    ]
+    return ScoreReport(*score_video_answers([one.id for one in predictions], answers, wordnet))
+
+
+def ivqa(predictions: Sequence[Prediction]) -> ScoreReport:
+    """Scores answers by iVQA's accuracy: 1 where two of the annotators gave one, 0.5 where one
+    did.
+    """
+    scores = [ivqa_accuracy(one.text, one.answers) for one in predictions]
+    return _mean("accuracy", predictions, scores, _by_type(predictions, scores))
 
 
 def exact(predictions: Sequence[Prediction]) -> ScoreReport:
@@ -66,9 +127,28 @@ def top_k(predictions: Sequence[Prediction]) -> ScoreReport:
 SCORERS: dict[str, PredictionScorer] = {
     "captions": captions,
     "vqa": vqa,
+    "okvqa": okvqa,
     "exact": exact,
+    "ivqa": ivqa,
+    "wups": wups,
     "top_k": top_k,
 }
+READ_WORDNET = ("okvqa", "wups")
+"""Scorers that are given `wordnet`."""
+
+
+def _annotated(
+    prediction: Prediction, answers: Sequence[str], raw_answers: Sequence[str] = ()
+) -> Annotated:
+    """Returns the ground truths of a prediction, see `benchmarks.annotators`."""
+    details = prediction.details
+    return Annotated(
+        prediction.cluster or prediction.id,
+        list(answers),
+        list(raw_answers),
+        details.get("records"),
+        details.get("types", {}),
+    )
 
 
 def _mean(

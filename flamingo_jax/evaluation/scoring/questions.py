@@ -1,16 +1,16 @@
 """Scores answers to questions in the forms of VQAv2, OK-VQA, TextVQA and VizWiz."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation.metrics.vqa_accuracy import VARIANTS, score_answers
 from flamingo_jax.evaluation.scoring import files
 from flamingo_jax.evaluation.scoring.report import ScoreReport, match
-from flamingo_jax.evaluation.statistics import mean_estimate
+from flamingo_jax.evaluation.statistics import Estimate, mean_estimate
 from flamingo_jax.evaluation.words import okvqa_stems
-from flamingo_jax.evaluation.words.wordnet import WordNet, find_wordnet
+from flamingo_jax.evaluation.words.wordnet import WordNet, read_wordnet
 
 
 class Annotated(NamedTuple):
@@ -56,43 +56,74 @@ def score_answer_files(
 
     Raises: UserError for a malformed file, and for missing or surplus predictions.
     """
-    key, truths = _annotations(annotations)
+    key, truths = read_annotations(annotations)
     if questions:
         _check_questions(questions, truths)
-    rules = VARIANTS[variant]
     found = _predictions(predictions, key)
     matched = match(truths, found, "question", skip_incomplete)
+    asked = [truths[question] for question in matched.scored]
+    texts = [found[question] for question in matched.scored]
     if stems:
-        found = _stemmed(found, truths, wordnet, annotations)
+        if not any(one.raw_answers for one in asked):
+            raise UserError(f"{annotations} has no raw_answer, as OK-VQA's do: leave out --stems")
+        texts = stem_predictions(texts, asked, read_wordnet(wordnet))
+    metrics, items, about = score_questions(matched.scored, texts, asked, variant)
+    about |= {
+        **({"stems": okvqa_stems.ABOUT} if stems else {}),
+        "annotations_sha256": files.digest(annotations),
+    }
+    return ScoreReport(metrics, items, about, matched.missing, matched.surplus)
+
+
+def score_questions(
+    ids: Sequence[Any], predictions: Sequence[str], truths: Sequence[Annotated], variant: str
+) -> tuple[dict[str, Estimate], list[dict[str, Any]], dict[str, Any]]:
+    """Scores answers by VQA accuracy, with errors over images.
+
+    Args:
+      ids: of the questions.
+      predictions, truths: of each question.
+      variant: one of `VARIANTS`.
+
+    Returns: the metrics, items and rules of a `ScoreReport`, with the mean of each type.
+    """
+    rules = VARIANTS[variant]
     scores = [
-        score_answers(found[question], truths[question].answers, rules, truths[question].records)
-        for question in matched.scored
+        score_answers(text, truth.answers, rules, truth.records)
+        for text, truth in zip(predictions, truths, strict=True)
     ]
     by_type: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for question, score in zip(matched.scored, scores, strict=True):
-        for kind, name in truths[question].types.items():
+    for truth, score in zip(truths, scores, strict=True):
+        for kind, name in truth.types.items():
             by_type[kind][name].append(score)
     about = {
         "variant": variant,
         "rules": rules.about,
-        **({"stems": okvqa_stems.ABOUT} if stems else {}),
-        "annotations_sha256": files.digest(annotations),
         **{
             f"by_{kind}": {name: sum(some) / len(some) for name, some in sorted(types.items())}
             for kind, types in by_type.items()
         },
     }
-    images = [truths[question].image for question in matched.scored]
-    items = [
-        {"id": question, "accuracy": score}
-        for question, score in zip(matched.scored, scores, strict=True)
-    ]
-    metrics = {"accuracy": mean_estimate(scores, images)}
-    return ScoreReport(metrics, items, about, matched.missing, matched.surplus)
+    items = [{"id": one, "accuracy": score} for one, score in zip(ids, scores, strict=True)]
+    return {"accuracy": mean_estimate(scores, [truth.image for truth in truths])}, items, about
 
 
-def _annotations(place: str) -> tuple[str, dict[Any, Annotated]]:
-    """Reads the name of the field that identifies a question, and {its id: ground truths}."""
+def stem_predictions(
+    predictions: Sequence[str], truths: Sequence[Annotated], wordnet: WordNet
+) -> list[str]:
+    """Reduces OK-VQA's predictions to stems, as the scored questions' own answers are."""
+    stems = okvqa_stems.learn_stems(
+        pair for truth in truths for pair in zip(truth.raw_answers, truth.answers)
+    )
+    return [okvqa_stems.stem_answer(text, stems, wordnet) for text in predictions]
+
+
+def read_annotations(place: str) -> tuple[str, dict[Any, Annotated]]:
+    """Reads the name of the field that identifies a question, and {its id: ground truths}, from
+    a file in the form of `score_answer_files`.
+
+    Raises: UserError for a malformed file, and for a question without answers.
+    """
     content = files.read_json(place)
     if isinstance(content, dict):
         name = "data" if "data" in content else "annotations"
@@ -105,12 +136,20 @@ def _annotations(place: str) -> tuple[str, dict[Any, Annotated]]:
         for number, entry in enumerate(entries):
             where = f"{place}, entry {number},"
             question = files.field(entry, key, where, int, str)
-            yield question, _annotated(entry, question, where)
+            yield question, read_annotated(entry, question, where)
 
     return key, files.by_id(read(), place)
 
 
-def _annotated(entry: dict[str, Any], question: Any, where: str) -> Annotated:
+def read_annotated(entry: dict[str, Any], question: Any, where: str) -> Annotated:
+    """Reads the ground truths of one entry of a file.
+
+    Args:
+      question: its id, which is also the image's where the entry has no image_id.
+      where: how an error names the entry.
+
+    Raises: UserError for a malformed entry.
+    """
     answers = files.field(entry, "answers", where, list)
     if not answers:
         raise UserError(f"{where} has no answers: only annotated questions can be scored")
@@ -119,7 +158,9 @@ def _annotated(entry: dict[str, Any], question: Any, where: str) -> Annotated:
     if all(isinstance(answer, str) for answer in answers):
         return Annotated(image, answers, [], None, types)
     texts = [files.field(answer, "answer", where, str) for answer in answers]
-    raw = [files.field(a, "raw_answer", where, str) for a in answers if "raw_answer" in a]
+    raw = []
+    if all("raw_answer" in answer for answer in answers):
+        raw = [files.field(answer, "raw_answer", where, str) for answer in answers]
     ids = {str(answer.get("answer_id", "")) for answer in answers}
     if len(ids) == len(answers) or "image" in entry:
         # VizWiz's own evaluation tells annotators apart by their place.
@@ -128,22 +169,6 @@ def _annotated(entry: dict[str, Any], question: Any, where: str) -> Annotated:
         {name: value for name, value in answer.items() if name != "answer"} for answer in answers
     ]
     return Annotated(image, texts, raw, records, types)
-
-
-def _stemmed(
-    predictions: dict[Any, str], truths: dict[Any, Annotated], wordnet: str, place: str
-) -> dict[Any, str]:
-    """Reduces predictions to stems."""
-    stems = okvqa_stems.learn_stems(
-        pair for truth in truths.values() for pair in zip(truth.raw_answers, truth.answers)
-    )
-    if not stems:
-        raise UserError(f"{place} has no raw_answer, as OK-VQA's do: leave out --stems")
-    words = WordNet(find_wordnet(wordnet))
-    return {
-        question: okvqa_stems.stem_answer(answer, stems, words)
-        for question, answer in predictions.items()
-    }
 
 
 def _check_questions(place: str, truths: dict[Any, Annotated]) -> None:

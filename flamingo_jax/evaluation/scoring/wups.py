@@ -1,16 +1,20 @@
 """Scores open-ended answers about videos by WUPS, as NExT-OE's eval_oe.py does."""
 
 from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from flamingo_jax.evaluation.metrics.wups import STOPWORDS, wups
 from flamingo_jax.evaluation.scoring import files
 from flamingo_jax.evaluation.scoring.report import ScoreReport, match
-from flamingo_jax.evaluation.statistics import mean_estimate
+from flamingo_jax.evaluation.statistics import Estimate, mean_estimate
 from flamingo_jax.evaluation.words.lemmas import TAGGER, Lemmatiser, split_words
-from flamingo_jax.evaluation.words.wordnet import WordNet, find_wordnet
+from flamingo_jax.evaluation.words.wordnet import WordNet, read_wordnet
 
 EXACT = ("DB", "DC")
 """Types of question, yes or no and counts, whose answers must be equal."""
+MERGED = {"TP": "TN"}
+"""Types that count as others: what came before an event, and what after."""
 THRESHOLDS = {"WUPS@0": 0.0, "WUPS@0.9": 0.9}
 _COLUMNS = ("video", "qid", "answer", "type")
 
@@ -36,40 +40,71 @@ def score_wups_files(
     """
     rows = files.by_id(
         (
-            (
-                (row["video"], row["qid"]),
-                (row["answer"], "TN" if row["type"] == "TP" else row["type"]),
-            )
+            ((row["video"], row["qid"]), (row["answer"], row["type"]))
             for row in files.read_csv(annotations, _COLUMNS)
         ),
         annotations,
     )
-    found, second = _answers(predictions), _answers(more_references) if more_references else {}
+    found = read_video_answers(predictions)
+    second = read_video_answers(more_references) if more_references else {}
     matched = match(rows, found, "question", skip_incomplete)
-    scorer = WupsScorer(WordNet(find_wordnet(wordnet)))
+    asked = [
+        VideoAnswer(
+            video,
+            found[video, qid],
+            [rows[video, qid][0], *([second[video, qid]] if (video, qid) in second else [])],
+            rows[video, qid][1],
+        )
+        for video, qid in matched.scored
+    ]
+    metrics, items, about = score_video_answers(
+        [list(key) for key in matched.scored], asked, read_wordnet(wordnet)
+    )
+    about["annotations_sha256"] = files.digest(annotations)
+    return ScoreReport(metrics, items, about, matched.missing, matched.surplus)
+
+
+class VideoAnswer(NamedTuple):
+    """A predicted answer about a video.
+
+    truths: one or more; the better match counts.
+    kind: the type of the question.
+    """
+
+    video: str
+    prediction: str
+    truths: Sequence[str]
+    kind: str
+
+
+def score_video_answers(
+    ids: Sequence[Any], answers: Sequence[VideoAnswer], wordnet: WordNet
+) -> tuple[dict[str, Estimate], list[dict[str, Any]], dict[str, Any]]:
+    """Scores answers by WUPS, with errors over videos.
+
+    Returns: the metrics, items and rules of a `ScoreReport`, with the mean of each type.
+    """
+    scorer = WupsScorer(wordnet)
     scores: dict[str, list[float]] = defaultdict(list)
     types: dict[str, list[float]] = defaultdict(list)
     items = []
-    for key in matched.scored:
-        answer, kind = rows[key]
-        truths = [answer, second[key]] if key in second else [answer]
+    for one, answer in zip(ids, answers, strict=True):
+        kind = MERGED.get(answer.kind, answer.kind)
         scored = {
-            name: scorer.score(found[key], truths, kind, threshold)
+            name: scorer.score(answer.prediction, list(answer.truths), kind, threshold)
             for name, threshold in THRESHOLDS.items()
         }
         for name, score in scored.items():
             scores[name].append(score)
         for group in (kind, kind[:1]):
             types[group].append(scored["WUPS@0"])
-        items.append({"id": list(key), "type": kind, **scored})
+        items.append({"id": one, "type": kind, **scored})
     about = {
         "part_of_speech": TAGGER,
         "by_type": {kind: sum(some) / len(some) for kind, some in sorted(types.items())},
-        "annotations_sha256": files.digest(annotations),
     }
-    videos = [video for video, _ in matched.scored]
-    metrics = {name: mean_estimate(some, videos) for name, some in scores.items()}
-    return ScoreReport(metrics, items, about, matched.missing, matched.surplus)
+    videos = [answer.video for answer in answers]
+    return {name: mean_estimate(some, videos) for name, some in scores.items()}, items, about
 
 
 class WupsScorer:
@@ -99,7 +134,7 @@ class WupsScorer:
         return " ".join(w for w in self._lemmatiser.sentence(text) if w not in STOPWORDS)
 
 
-def _answers(place: str) -> dict[tuple[str, str], str]:
+def read_video_answers(place: str) -> dict[tuple[str, str], str]:
     """Reads {(video, qid): answer}."""
     videos = files.as_dict(files.read_json(place), place)
     return {

@@ -14,8 +14,9 @@ ABOUT = "the stems of the annotations' own raw answers; of other words, WordNet'
 
 
 def learn_stems(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Finds the stem of each word in (raw answer, stemmed answer) pairs: the most frequent one,
-    of equally frequent ones the first. Pairs with unequal numbers of words tell nothing.
+    """Finds the stem of each word in (raw answer, stemmed answer) pairs, in any order: the most
+    frequent one, of equally frequent ones the shortest. Pairs with unequal numbers of words tell
+    nothing.
     """
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for raw, stemmed in pairs:
@@ -23,7 +24,10 @@ def learn_stems(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
         if len(words) == len(stems):
             for word, stem in zip(words, stems, strict=True):
                 counts[word][stem] += 1
-    return {word: found.most_common(1)[0][0] for word, found in counts.items()}
+    return {
+        word: min(found, key=lambda stem: (-found[stem], len(stem), stem))
+        for word, found in counts.items()
+    }
 
 
 def stem_answer(text: str, stems: Mapping[str, str], wordnet: WordNet) -> str:

@@ -227,3 +227,12 @@ def find_wordnet(folder: str = "") -> pathlib.Path:
         "WordNet 3.0 was not found: install it (Debian: wordnet-base) or name its folder with"
         " --wordnet"
     )
+
+
+@functools.cache
+def read_wordnet(folder: str = "") -> WordNet:
+    """Reads WordNet from the folder given, or the first of `PLACES`; each folder once.
+
+    Raises: UserError as `WordNet` and `find_wordnet` do.
+    """
+    return WordNet(find_wordnet(folder))
