@@ -6,9 +6,11 @@
     python -m launch.score mwap --annotations=rareact.csv --predictions=P.npy
     python -m launch.score ndcg --annotations=A.json --predictions=P.json
     python -m launch.score auc --annotations=A.jsonl --predictions=P.json
+    python -m launch.score rescore --predictions=OUTPUT/predictions/RUN.jsonl
 
 References and predictions are in the forms of COCO, VQAv2 (also TextVQA's and VizWiz's), NExT-OE,
-RareAct, VisDial and HatefulMemes. Every score comes with its standard error and 95 % interval.
+RareAct, VisDial and HatefulMemes; `rescore` reads what `launch.evaluate --suite` stored, which has
+the references in it. Every score comes with its standard error and 95 % interval.
 Scores are from 0 to 1, CIDEr from 0 to 10. Neither a GPU nor a model is needed.
 flamingo_jax/evaluation/README.md says whose scorer each metric agrees with.
 """
@@ -23,7 +25,7 @@ from flamingo_jax.evaluation.metrics.vqa_accuracy import VARIANTS
 from flamingo_jax.evaluation.scoring.report import ScoreReport
 from launch import command
 
-TASKS = ("captions", "vqa", "wups", "mwap", "ndcg", "auc")
+TASKS = ("captions", "vqa", "wups", "mwap", "ndcg", "auc", "rescore")
 REFERENCES = flags.DEFINE_string("references", "", "Captions in COCO's annotation form.")
 ANNOTATIONS = flags.DEFINE_string("annotations", "", "Ground truths in their official form.")
 QUESTIONS = flags.DEFINE_string(
@@ -59,6 +61,7 @@ _READS = {
     "mwap": ("annotations",),
     "ndcg": ("annotations", "skip_incomplete"),
     "auc": ("annotations", "skip_incomplete"),
+    "rescore": (),
 }
 
 
@@ -66,7 +69,8 @@ def main(task: str) -> int:
     """Scores by the flags."""
     command.reject_unused_flags(_READS, task, command.given_flags())
     truths = ("references", REFERENCES) if task == "captions" else ("annotations", ANNOTATIONS)
-    for name, flag in (truths, ("predictions", PREDICTIONS)):
+    needed = (*(() if task == "rescore" else (truths,)), ("predictions", PREDICTIONS))
+    for name, flag in needed:
         if not flag.value:
             raise UserError(f"--{name} is not set: name the file")
     report = score(task)
@@ -112,6 +116,10 @@ def score(task: str) -> ScoreReport:
             wordnet=WORDNET.value,
             skip_incomplete=skip,
         )
+    if task == "rescore":
+        from flamingo_jax.evaluation.results.stored_predictions import rescore_file
+
+        return rescore_file(paths.as_path(PREDICTIONS.value))
     from flamingo_jax.evaluation.scoring import ranked
 
     if task == "mwap":

@@ -92,6 +92,7 @@ def test_flags_that_commands_share_are_in_the_help_of_each(
             ("launch.evaluate", "--benchmark=reading:a=b", "--model=m", "--output=o"),
             "with KIND one of captioning",
         ),
+        (("launch.compare", "only_one"), "name two runs or more"),
         (("launch.evaluate", "--evaluator=held_out"), "name what is measured: --workdir=FOLDER"),
     ],
 )
