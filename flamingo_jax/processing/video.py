@@ -2,11 +2,12 @@
 8 frames at 1 fps in training, 30 frames at 3 fps at inference).
 """
 
+import copy
 import dataclasses
 import logging
 import math
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import av
@@ -16,7 +17,6 @@ from av.sidedata.sidedata import Type
 from av.video.reformatter import Interpolation
 
 from flamingo_jax.processing.images import MAX_PIXELS
-from flamingo_jax.processing.video_clock import FrameClock
 from flamingo_jax.processing.video_file import (
     BROKEN,
     DAMAGED,
@@ -24,7 +24,9 @@ from flamingo_jax.processing.video_file import (
     declared_duration,
     decoded_frames,
     opened,
+    stated_duration,
 )
+from flamingo_jax.processing.video_index import KeyFrame, clock_of, index_frames
 from flamingo_jax.storage import LASTING, read_with_retries
 
 MAX_FRAMES = 3_600
@@ -33,8 +35,6 @@ CLOCK = 5e-4
 """Seconds. Tolerance for timestamps rounded to the container's time base."""
 UNSURE = 1.0
 """Seconds. Tolerance for the duration that a file's header declares."""
-TRUSTED = ("gif", "apng")
-"""Formats that store the duration of each frame instead of timestamps."""
 MAX_STRETCH = 8
 """A pixel aspect ratio beyond this is taken for an error in the file and ignored."""
 GAP = "gap in a video of a steady rate"
@@ -78,8 +78,65 @@ def read_video(
       StorageError: the storage kept failing.
     """
     film = read_with_retries(
-        lambda: _read_once(path, fps, resize, max_frames, max_pixels), path, LASTING
+        lambda: _read_once(path, fps, resize, range(max_frames), max_pixels), path, LASTING
     )
+    return _checked(path, film)
+
+
+def read_middle(
+    path: str | pathlib.Path,
+    *,
+    fps: float,
+    frames: int,
+    start: float = 0.0,
+    end: float | None = None,
+    resize: Callable[[np.ndarray], np.ndarray] = lambda frame: frame,
+    max_pixels: int = MAX_PIXELS,
+) -> SampledVideo:
+    """Reads the `frames` in the middle (`middle_clip`) of those that `read_video` samples from
+    `start` until before `end`, or the nearest one where it samples none there.
+
+    Where the file's packets tell when its frames are shown, decoding begins at the last key frame
+    before the first of these frames and ends with the last of them; else the file is decoded
+    from its beginning, twice. No other frames are converted or kept in memory.
+
+    Args:
+      frames: at most.
+      start, end: seconds from the video's first frame; None for the video's end.
+      resize, max_pixels: see `read_video`.
+
+    Raises: VideoError, StorageError.
+    """
+    first = math.ceil(start * fps - 1e-6)
+    stop = None if end is None else max(math.ceil(end * fps - 1e-6), first + 1)
+    until = math.inf if stop is None else stop / fps
+
+    def wanted(shown_until: float) -> list[int]:
+        """Returns the numbers of the frames among those sampled from a video of this length."""
+        count = _samples(shown_until, fps)
+        if not count:
+            return []
+        stop_at = count if stop is None else min(stop, count)
+        part = range(first, stop_at) or range(count - 1, count)
+        return [part[place] for place in middle_clip(len(part), frames)]
+
+    def read() -> SampledVideo:
+        index = index_frames(path, until)
+        if index is not None and (numbers := wanted(index.end)):
+            key = index.key_at(numbers[0] / fps + CLOCK)
+            film = _read_once(path, fps, resize, numbers, max_pixels, key)
+            if len(film.frames) == len(numbers):
+                return film
+        numbers = wanted(_decoded_until(path, until, max_pixels))
+        return _read_once(path, fps, resize, numbers, max_pixels)
+
+    return _checked(path, read_with_retries(read, path, LASTING))
+
+
+def _checked(path: str | pathlib.Path, film: SampledVideo) -> SampledVideo:
+    """Returns a video that has frames, and logs its damage; raises VideoError."""
+    if not film.frames:
+        raise VideoError(f"{path} is not a readable video: it has no frames")
     if film.lost:
         logging.warning("%s is damaged: %s", path, ", ".join(dict.fromkeys(film.lost)))
     return film
@@ -89,35 +146,67 @@ def _read_once(
     path: str | pathlib.Path,
     fps: float,
     resize: Callable[[np.ndarray], np.ndarray],
-    max_frames: int,
+    wanted: Sequence[int],
     max_pixels: int,
+    key: KeyFrame | None = None,
 ) -> SampledVideo:
-    """Reads the video once; raises OSError for storage errors that may be transient."""
+    """Reads the frames at `wanted` / fps seconds, in increasing order, as far as there are such;
+    raises OSError for storage errors that may be transient.
+    """
     frames: list[np.ndarray] = []
     lost: list[str] = []
     try:
         with opened(path) as (container, stream):
             _check(path, stream, max_pixels)
-            for frame, end in _shown(container, stream, lost):
+            for frame, end in _shown(container, stream, lost, key):
                 _check(path, frame, max_pixels)  # Sizes may change within a film.
                 # A frame that is shown for long is sampled several times, one shown for less
                 # than 1/fps perhaps never: then it is not converted to RGB.
                 pixels = None
-                while len(frames) < max_frames and len(frames) / fps < end - CLOCK:
+                while len(frames) < len(wanted) and wanted[len(frames)] / fps < end - CLOCK:
                     if pixels is None:
                         pixels = resize(_upright(frame, stream, max_pixels))
                     frames.append(pixels)
-                if len(frames) == max_frames:
+                if len(frames) == len(wanted):
                     break
     except (av.FFmpegError, OSError) as error:
-        if not isinstance(error, av.FFmpegError) and error.errno not in (None, *LASTING):
-            raise
-        if not frames:
-            raise VideoError(f"{path} is not a readable video: {error}") from error
+        _raise_lasting(path, error, bool(frames))
         lost.append(BROKEN)
-    if not frames:
-        raise VideoError(f"{path} is not a readable video: it has no frames")
     return SampledVideo(frames, tuple(lost))
+
+
+def _decoded_until(path: str | pathlib.Path, until: float, max_pixels: int) -> float:
+    """Decodes a video until it has passed a time; returns until when its frames are shown."""
+    end = 0.0
+    try:
+        with opened(path) as (container, stream):
+            _check(path, stream, max_pixels)
+            for _, end in _shown(container, stream, []):
+                if end > until:
+                    break
+    except (av.FFmpegError, OSError) as error:
+        _raise_lasting(path, error, end > 0)
+    return end
+
+
+def _samples(end: float, fps: float) -> int:
+    """Returns how many frames are sampled from a video whose last one is shown until `end`."""
+    count = max(0, math.floor(end * fps) - 1)
+    while count / fps < end - CLOCK:
+        count += 1
+    return count
+
+
+def _raise_lasting(path: str | pathlib.Path, error: Exception, some: bool) -> None:
+    """Raises an error of reading a video, unless it comes after some frames.
+
+    Raises: OSError for a failure of the storage; else VideoError.
+    """
+    of_storage = isinstance(error, OSError) and not isinstance(error, av.FFmpegError)
+    if of_storage and error.errno not in (None, *LASTING):  # type: ignore[attr-defined]
+        raise error
+    if not some:
+        raise VideoError(f"{path} is not a readable video: {error}") from error
 
 
 def read_frames(
@@ -163,22 +252,30 @@ def middle_clip(count: int, frames: int, *, every: float = 1.0) -> list[int]:
 
 
 def _shown(
-    container: av.container.InputContainer, stream: av.VideoStream, lost: list[str]
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    lost: list[str],
+    key: KeyFrame | None = None,
 ) -> Iterator[tuple[av.VideoFrame, float]]:
     """Yields each decoded frame with the time, in seconds from the first frame, until which it
     is shown.
+
+    key: where to begin; None for the video's first frame.
     """
-    rates = float(stream.guessed_rate or 0), float(stream.average_rate or 0)
-    clock = FrameClock(*rates, trusted=container.format.name in TRUSTED)
+    clock = copy.copy(key.clock) if key else clock_of(container, stream)
+    lasted = key.lasted if key else None
     last: av.VideoFrame | None = None
-    for frame in decoded_frames(container, stream, lost):
-        time = clock(frame.time, _seconds(last) if last is not None else None)
+    for frame in decoded_frames(container, stream, lost, key.packet if key else 0):
+        if key and (frame.pts is None or frame.pts < key.stamp):
+            continue  # It is shown before the key frame, and needs frames that were not decoded.
+        time = clock(frame.time, lasted)
+        lasted = stated_duration(frame)
         if last is not None:
             yield last, time
         last = frame
     if last is None:
         return
-    end = clock.last(_seconds(last))
+    end = clock.last(lasted)
     # A damaged frame leaves a gap in the timestamps, too: do not count it twice.
     lost += [GAP] * (clock.gaps - lost.count(DAMAGED))
     if BROKEN not in lost and max(end, clock.stamp) + UNSURE < declared_duration(container, stream):
@@ -193,13 +290,6 @@ def _check(
     if sized.width * sized.height > max_pixels:
         text = f"{path}: {sized.width} x {sized.height} pixels are more than {max_pixels}"
         raise VideoError(text, TOO_MANY_PIXELS)
-
-
-def _seconds(frame: av.VideoFrame) -> float | None:
-    """Returns a frame's duration in seconds as the file states it; None where it does not."""
-    if not frame.duration or not frame.time_base:
-        return None
-    return float(frame.duration * frame.time_base)
 
 
 def _upright(frame: av.VideoFrame, stream: av.VideoStream, max_pixels: int) -> np.ndarray:

@@ -4,6 +4,7 @@ damage.
 
 import contextlib
 import errno
+import itertools
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -145,16 +146,21 @@ def _choose_stream(container: av.container.InputContainer, streams: list[av.Vide
 
 
 def decoded_frames(
-    container: av.container.InputContainer, stream: av.VideoStream, lost: list[str]
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    lost: list[str],
+    skip: int = 0,
 ) -> Iterator[av.VideoFrame]:
     """Yields the stream's frames in presentation order, skipping damage.
 
-    lost: gets DAMAGED for each damaged frame, and BROKEN where the file ends early.
+    Args:
+      lost: gets DAMAGED for each damaged frame, and BROKEN where the file ends early.
+      skip: the number of `packets` that are not decoded: those before a key frame.
     """
     # Slice threading only: with frame threading FFmpeg reports an error at a later frame, and
     # drops intact frames with it.
     stream.thread_type = "SLICE"
-    for packet in _packets(container, stream, lost):
+    for packet in itertools.islice(packets(container, stream, lost), skip, None):
         try:
             frames = packet.decode()
         except av.EOFError:
@@ -169,20 +175,20 @@ def decoded_frames(
                 yield frame
 
 
-def _packets(
+def packets(
     container: av.container.InputContainer, stream: av.VideoStream, lost: list[str]
 ) -> Iterator[av.Packet]:
     """Yields all readable packets, then the empty packet that flushes the decoder."""
     failures = 0
-    packets = container.demux(stream)
+    read = container.demux(stream)
     while failures < FAILURES:
         try:
-            packet = next(packets)
+            packet = next(read)
         except StopIteration:
             return
         except av.FFmpegError:
             failures += 1
-            packets = container.demux(stream)
+            read = container.demux(stream)
             continue
         flush = packet.size == 0 and packet.dts is None
         if failures:
@@ -191,6 +197,15 @@ def _packets(
         if packet.size or flush:  # Other empty packets mean that the frame did not change.
             yield packet
     lost.append(BROKEN)
+
+
+def stated_duration(part: av.VideoFrame | av.Packet) -> float | None:
+    """Returns the duration of a frame in seconds as the file states it; None where it does
+    not.
+    """
+    if not part.duration or not part.time_base:
+        return None
+    return float(part.duration * part.time_base)
 
 
 def declared_duration(container: av.container.InputContainer, stream: av.VideoStream) -> float:

@@ -9,7 +9,6 @@ import abc
 import dataclasses
 import functools
 import hashlib
-import math
 import os
 import pathlib
 import tempfile
@@ -200,28 +199,24 @@ class Video(VisualSource):
         return f"Video({self._name!r})"
 
     def _frames(self, vision: VisionConfig, frames: int) -> np.ndarray:
-        from flamingo_jax.processing.video import middle_clip, read_frames
+        from flamingo_jax.processing.video import middle_clip, read_middle
 
         most = self._most or frames
         if isinstance(self._source, list):
             kept = middle_clip(len(self._source), most)
             return np.concatenate([self._source[n].visual(vision, 1).frames for n in kept])
-        # Resize each frame as it is decoded, so that a long video needs little memory.
         size, how = vision.image_size, vision.image_fit
         found = self._with_file(
-            lambda path: read_frames(
-                path, fps=self._fps, resize=lambda frame: images.fit(frame, size, how)
+            lambda path: read_middle(
+                path,
+                fps=self._fps,
+                frames=most,
+                start=self._start,
+                end=self._end,
+                resize=lambda frame: images.fit(frame, size, how),
             )
         )
-        found = self._part(found)
-        kept = middle_clip(len(found), most)
-        return np.stack([images.pad(found[n], size, vision.mean) for n in kept])
-
-    def _part(self, frames: list[np.ndarray]) -> list[np.ndarray]:
-        """Returns the frames from `start` to `end`, or the nearest one where none is between."""
-        first = math.ceil(self._start * self._fps - 1e-6)
-        stop = len(frames) if self._end is None else math.ceil(self._end * self._fps - 1e-6)
-        return frames[first:stop] or [frames[min(first, len(frames) - 1)]]
+        return np.stack([images.pad(frame, size, vision.mean) for frame in found.frames])
 
     def _with_file(self, use: Callable[[pathlib.Path], Any]) -> Any:
         """Calls `use` with the path of the video; bytes are written to a temporary file."""

@@ -26,11 +26,15 @@ def write(
     aspect: Fraction | None = None,
     matrix: Sequence[int] | None = None,
     options: dict[str, str] | None = None,
+    size: int = 64,
 ) -> None:
-    """Each frame is grey of a level, or uint8 [H, W, 3]. stamp: frame i's time in 1/rate s.
+    """Each frame is grey of a level, of size x size, or uint8 [H, W, 3]. stamp: frame i's time
+    in 1/rate s.
     matrix: an .mp4's or .mov's display matrix."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    frames = [np.full((64, 64, 3), one, np.uint8) if isinstance(one, int) else one for one in shown]
+    frames = [
+        np.full((size, size, 3), one, np.uint8) if isinstance(one, int) else one for one in shown
+    ]
     with av.open(str(path), "w", format=form) as container:
         stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.height, stream.width = frames[0].shape[:2]

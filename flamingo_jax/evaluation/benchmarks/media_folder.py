@@ -13,11 +13,13 @@ VIDEO_ENDINGS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".gif")
 class MediaFolder:
     """A folder of images or videos.
 
+    nested: whether its videos lie in folders of it, with names that are in one of them alone.
+
     Raises: UserError where it is not there.
     """
 
-    def __init__(self, path: pathlib.Path):
-        self.path = path
+    def __init__(self, path: pathlib.Path, *, nested: bool = False):
+        self.path, self._nested = path, nested
         if not path.is_dir():
             raise UserError(f"there is no folder {path} of images or videos: name its parent")
 
@@ -29,8 +31,12 @@ class MediaFolder:
 
     @functools.cached_property
     def _by_stem(self) -> dict[str, str]:
-        found = sorted(name for name in self.names if name.lower().endswith(VIDEO_ENDINGS))
-        return {os.path.splitext(name)[0]: name for name in found}
+        names = list(self.names)
+        if self._nested:
+            folders = [name for name in names if (self.path / name).is_dir()]
+            names += [f"{one}/{name}" for one in folders for name in os.listdir(self.path / one)]
+        found = sorted(name for name in names if name.lower().endswith(VIDEO_ENDINGS))
+        return {os.path.splitext(os.path.basename(name))[0]: name for name in found}
 
     def image(self, name: str) -> ImageFile:
         """Returns the image of this file name; its file may be missing."""

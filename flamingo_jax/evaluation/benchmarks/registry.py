@@ -4,19 +4,29 @@ from flamingo_jax.configuring import did_you_mean
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation.benchmarks.benchmark_set import BenchmarkSet
 from flamingo_jax.evaluation.benchmarks.coco import COCO
+from flamingo_jax.evaluation.benchmarks.flickr30k import FLICKR30K
 from flamingo_jax.evaluation.benchmarks.ivqa import IVQA
 from flamingo_jax.evaluation.benchmarks.msrvttqa import MSRVTTQA
 from flamingo_jax.evaluation.benchmarks.msvdqa import MSVDQA
 from flamingo_jax.evaluation.benchmarks.nextqa import NEXTQA
+from flamingo_jax.evaluation.benchmarks.nocaps import NOCAPS
 from flamingo_jax.evaluation.benchmarks.okvqa import OKVQA
+from flamingo_jax.evaluation.benchmarks.textcaps import TEXTCAPS
 from flamingo_jax.evaluation.benchmarks.textvqa import TEXTVQA
+from flamingo_jax.evaluation.benchmarks.vatex import VATEX
 from flamingo_jax.evaluation.benchmarks.vizwiz import VIZWIZ
 from flamingo_jax.evaluation.benchmarks.vqav2 import VQAV2
+from flamingo_jax.evaluation.benchmarks.youcook2 import YOUCOOK2
 
 BENCHMARKS: dict[str, BenchmarkSet] = {
     one.name: one
     for one in (
         COCO,
+        FLICKR30K,
+        NOCAPS,
+        TEXTCAPS,
+        VATEX,
+        YOUCOOK2,
         OKVQA,
         VQAV2,
         MSVDQA,
@@ -29,8 +39,14 @@ BENCHMARKS: dict[str, BenchmarkSet] = {
 }
 
 SUITES: dict[str, tuple[str, ...]] = {
-    "captions": ("coco",),
+    "paper": (
+        *("okvqa", "vqav2", "coco", "msvdqa", "vatex", "vizwiz", "flickr30k", "msrvttqa", "ivqa"),
+        *("youcook2", "textvqa", "nextqa"),
+    ),
+    "open_flamingo": ("coco", "flickr30k", "vqav2", "okvqa", "textvqa", "vizwiz"),
+    "captions": ("coco", "flickr30k", "nocaps", "textcaps", "vatex", "youcook2"),
     "vqa": ("okvqa", "vqav2", "vizwiz", "textvqa"),
+    "video": ("vatex", "youcook2", "msvdqa", "msrvttqa", "ivqa", "nextqa"),
     "video_questions": ("msvdqa", "msrvttqa", "ivqa", "nextqa"),
 }
 """Names of the benchmarks of a suite, in the order in which they are run."""

@@ -37,7 +37,7 @@ def score_caption_files(
 
     Raises: UserError for a malformed file, and for missing or surplus predictions.
     """
-    truths = _references(references)
+    truths = read_references(references)
     found = files.by_id(
         (
             (
@@ -69,6 +69,8 @@ def score_captions(
     *,
     with_meteor: bool = False,
     resamples: int = RESAMPLES,
+    clusters: Sequence[object] | None = None,
+    types: Sequence[str] = (),
 ) -> tuple[dict[str, Estimate], list[dict[str, Any]]]:
     """Scores captions, untokenized.
 
@@ -78,6 +80,10 @@ def score_captions(
       with_meteor: whether to compute METEOR.
       resamples: of the images, for BLEU's errors. The errors of CIDEr are those of a mean: the
         images' weights of n-grams are taken as given.
+      clusters: what each image belongs to, such as its video, for errors; by default each is
+        alone.
+      types: of each image; the CIDEr-D of each type is added, whose weights of n-grams are those
+        of the type's own references, as NoCaps' domains are scored.
 
     Returns: {metric: score of the set with its error}, and {metric: score} of each image.
     """
@@ -90,16 +96,21 @@ def score_captions(
         **{f"BLEU-{n + 1}": scores for n, scores in enumerate(bleu(statistics).T)},
         "ROUGE-L": np.array([rouge_l(*pair) for pair in zip(found, truths, strict=True)]),
     }
-    metrics = {name: mean_estimate(scores) for name, scores in per_image.items()}
+    metrics = {name: mean_estimate(scores, clusters) for name, scores in per_image.items()}
     for n in range(ORDERS):
         metrics[f"BLEU-{n + 1}"] = bootstrap_estimate(
-            _corpus_bleu(statistics, n), len(found), resamples=resamples
+            _corpus_bleu(statistics, n), len(found), clusters, resamples=resamples
         )
+    for name in sorted(set(types)):
+        some = [place for place, one in enumerate(types) if one == name]
+        scores = cider_d([found[place] for place in some], [truths[place] for place in some])
+        own = [clusters[place] for place in some] if clusters is not None else None
+        metrics[f"CIDEr-D, {name}"] = mean_estimate(scores, own)
     if with_meteor:
         score, scores = meteor(found, truths)
         per_image["METEOR"] = np.array(scores)
         # The set's score is made of all images' matches; its error is taken as that of the mean.
-        mean = mean_estimate(scores)
+        mean = mean_estimate(scores, clusters)
         shift = score - mean.score
         metrics["METEOR"] = Estimate(
             score, mean.standard_error, mean.low + shift, mean.high + shift
@@ -119,8 +130,11 @@ def tokenize_groups(groups: Sequence[Sequence[str]]) -> list[list[str]]:
     return [[next(tokens) for _ in group] for group in groups]
 
 
-def _references(place: str) -> dict[Any, list[str]]:
-    """Reads {image id: captions} in the order of the file's images."""
+def read_references(place: str) -> dict[Any, list[str]]:
+    """Reads COCO's annotation form: {image id: captions} in the order of the file's images.
+
+    Raises: UserError for a malformed file, and for an image without a caption.
+    """
     content = files.as_dict(files.read_json(place), place)
     captions: dict[Any, list[str]] = {}
     for number, entry in enumerate(files.field(content, "images", place, list)):

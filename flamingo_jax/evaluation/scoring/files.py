@@ -145,6 +145,14 @@ def field(record: Any, name: str, where: str, *kinds: type) -> Any:
     return value
 
 
+def texts(record: Any, name: str, where: str) -> tuple[str, ...]:
+    """Returns a field that must be a list of one text or more. Raises UserError."""
+    found = field(record, name, where, list)
+    if not found:
+        raise UserError(f"{where} has {name!r} that is empty: it needs a text or more")
+    return tuple(field({name: one}, name, where, str) for one in found)
+
+
 def by_id(pairs: Iterable[tuple[Any, Any]], where: str) -> dict[Any, Any]:
     """Makes a dictionary of (id, value). Raises UserError if an id comes twice."""
     found: dict[Any, Any] = {}

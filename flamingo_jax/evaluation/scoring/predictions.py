@@ -61,10 +61,21 @@ def check_scorer(scorer: str, *, wordnet: str = "") -> None:
         read_wordnet(wordnet)
 
 
-def captions(predictions: Sequence[Prediction]) -> ScoreReport:
-    """Scores captions by CIDEr-D, BLEU and ROUGE-L, as pycocoevalcap does."""
+def captions(
+    predictions: Sequence[Prediction], *, meteor: bool = False, by_type: bool = False
+) -> ScoreReport:
+    """Scores captions by CIDEr-D, BLEU and ROUGE-L, as pycocoevalcap does.
+
+    Args:
+      meteor: whether to add METEOR, which needs Java.
+      by_type: whether to add the CIDEr-D of each type among the references of the type.
+    """
     metrics, items = score_captions(
-        [one.text for one in predictions], [one.answers for one in predictions]
+        [one.text for one in predictions],
+        [one.answers for one in predictions],
+        with_meteor=meteor,
+        clusters=_clusters(predictions),
+        types=[one.question_type for one in predictions] if by_type else (),
     )
     about = {"tokenizer": "Penn Treebank, as pycocoevalcap's"}
     return ScoreReport(metrics, _with_ids(predictions, items), about)
