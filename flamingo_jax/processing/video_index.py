@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import math
 import pathlib
+from typing import NamedTuple
 
 import av
 import av.container
@@ -61,8 +62,7 @@ class FrameIndex:
         return self.keys[place - 1] if place else None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Packet:
+class _Packet(NamedTuple):
     """Of one frame. number: in the file's order. stamp: in units of the stream."""
 
     number: int

@@ -9,6 +9,7 @@ import abc
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 import pathlib
 import tempfile
@@ -155,7 +156,8 @@ class Video(VisualSource):
         you want.
       frames: the most frames, from the middle; by default as many as the model was trained
         with. For more, temporal embeddings are interpolated (paper 3.2).
-      start, end: seconds of the part of a file that is taken; by default all of it.
+      start, end: seconds of the part of a file that is taken; by default all of it. Only this
+        part is decoded, where the file says when its frames are shown.
 
     Raises: UserError where a file cannot be read or is not a video, a frame has a wrong dtype
       or shape, or `fps` is given with frames.
@@ -179,6 +181,11 @@ class Video(VisualSource):
             raise UserError(f"fj.Video was asked for {frames} frames: ask for 1 or more")
         if not 1e-3 <= self._fps <= 1e3:
             raise UserError(f"fj.Video was asked for {fps} frames a second: ask for 0.001 to 1000")
+        if not 0 <= self._start < math.inf or (end is not None and not end >= self._start):
+            raise UserError(
+                f"fj.Video was asked for the part from {start} to {end} seconds: give a start of 0"
+                " or more, and an end after it"
+            )
         if isinstance(source, (str, os.PathLike)):
             self._source = pathlib.Path(source)
             self._name = str(self._source)

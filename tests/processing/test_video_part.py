@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flamingo_jax.errors import UserError
 from flamingo_jax.processing import video
 from flamingo_jax.processing.video import middle_clip, read_frames, read_middle
 from flamingo_jax.processing.video_index import index_frames
@@ -136,3 +137,6 @@ def test_a_clip_in_a_prompt_is_the_middle_of_its_part(films: pathlib.Path) -> No
     # 21 frames from number 6 on: the middle six are numbers 14 to 19.
     np.testing.assert_array_equal(clip.visual(config.vision, 4).frames, whole[14:20])
     assert len(whole) == 36
+    for start, end in ((-1.0, 2.0), (3.0, 2.0), (math.nan, None)):
+        with pytest.raises(UserError, match=f"from {start} to {end} seconds: give a start of 0"):
+            Video(films / "b_frames.mp4", start=start, end=end)

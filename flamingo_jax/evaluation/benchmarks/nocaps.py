@@ -15,34 +15,35 @@ from flamingo_jax.evaluation.prompts import CAPTION
 from flamingo_jax.evaluation.scoring import files
 from flamingo_jax.evaluation.scoring.captions import read_references
 
-ANNOTATIONS = "nocaps_val_4500_captions.json"
+FILES = {"val": "nocaps_val_4500_captions.json", "test": "nocaps_test_image_info.json"}
 DOMAINS = ("in-domain", "near-domain", "out-domain")
 SHOTS = "coco-train"
 
 
 def read(folder: pathlib.Path, split: str) -> SplitContent:
     """Reads the 4,500 images of `val` with 10 captions each, in COCO's form, whose images have a
-    file_name and a domain besides; or COCO's training split. The captions of `test` are kept by
-    the authors.
+    file_name and a domain besides; or COCO's training split. The captions and domains of the
+    10,600 images of `test` are kept by the authors, whose server scores it.
     """
     if split == SHOTS:
         return COCO.read(coco_folder(folder), COCO.support)
-    place = str(folder / ANNOTATIONS)
-    captions = read_references(place)
-    images = MediaFolder(folder / "val")
+    path = folder / FILES[split]
+    place = str(path)
+    captions = read_references(place) if split == "val" else {}
+    images = MediaFolder(folder / split)
     examples = []
     content = files.as_dict(files.read_json(place), place)
     for number, record in enumerate(files.field(content, "images", place, list)):
         where = f"{place}, image {number},"
-        domain = files.field(record, "domain", where, str)
-        if domain not in DOMAINS:
+        domain = files.field(record, "domain", where, str) if captions else ""
+        if captions and domain not in DOMAINS:
             raise UserError(f"{where} is of domain {domain!r}, not one of {', '.join(DOMAINS)}")
         key = files.field(record, "id", where, int)
         media = images.image(files.field(record, "file_name", where, str))
         examples.append(
-            BenchmarkExample(str(key), media, tuple(captions[key]), question_type=domain)
+            BenchmarkExample(str(key), media, tuple(captions.get(key, ())), question_type=domain)
         )
-    return SplitContent(examples, [folder / ANNOTATIONS])
+    return SplitContent(examples, [path])
 
 
 def coco_folder(folder: pathlib.Path) -> pathlib.Path:
@@ -64,8 +65,9 @@ NOCAPS = BenchmarkSet(
     name="nocaps",
     title="NoCaps",
     layout={
-        ANNOTATIONS: "captions of the validation images",
-        "val/": "images 0013ea2087020901.jpg, ...",
+        FILES["val"]: "captions of the validation images",
+        FILES["test"]: "the test images",
+        "val/, test/": "images 0013ea2087020901.jpg, ...",
         f"{COCO.name}/": "the files of the benchmark coco, or a link to them; beside this folder,"
         " it is found too",
     },
@@ -73,7 +75,8 @@ NOCAPS = BenchmarkSet(
     template=CAPTION,
     scorer="captions",
     read=read,
-    splits=("val", SHOTS),
+    splits=(*FILES, SHOTS),
     support=SHOTS,
+    submission="captions",
     scorer_options={"by_type": True},
 )

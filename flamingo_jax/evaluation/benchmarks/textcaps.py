@@ -10,9 +10,9 @@ from flamingo_jax.evaluation.examples import BenchmarkExample
 from flamingo_jax.evaluation.prompts import CAPTION
 from flamingo_jax.evaluation.scoring import files
 
-SPLITS = {"val": "train_images", "train": "train_images"}
+SPLITS = {"val": "train_images", "train": "train_images", "test": "test_images"}
 """Split -> the folder of its images: those of val are among the training images, as in TextVQA.
-The captions of test are kept by the authors.
+The captions of test are kept by the authors, whose server scores it.
 """
 
 
@@ -27,7 +27,9 @@ def read(folder: pathlib.Path, split: str) -> SplitContent:
     for number, record in enumerate(files.field(content, "data", place, list)):
         where = f"{place}, entry {number},"
         image = files.field(record, "image_id", where, str)
-        captions.setdefault(image, []).append(files.field(record, "caption_str", where, str))
+        some = captions.setdefault(image, [])
+        if split != "test" or record.get("caption_str"):
+            some.append(files.field(record, "caption_str", where, str))
     images = MediaFolder(folder / SPLITS[split])
     examples = [
         BenchmarkExample(image, images.image(f"{image}.jpg"), tuple(some))
@@ -40,8 +42,9 @@ TEXTCAPS = BenchmarkSet(
     name="textcaps",
     title="TextCaps",
     layout={
-        "TextCaps_0.1_val.json, TextCaps_0.1_train.json": "captions",
-        "train_images/": "images of both, 0000599864fd15b3.jpg, ...",
+        "TextCaps_0.1_{val,train,test}.json": "captions; of test the images alone",
+        "train_images/": "images of val and train, 0000599864fd15b3.jpg, ...",
+        "test_images/": "images of test",
     },
     kind="generate",
     template=CAPTION,
@@ -49,4 +52,5 @@ TEXTCAPS = BenchmarkSet(
     read=read,
     splits=tuple(SPLITS),
     support="train",
+    submission="textcaps",
 )

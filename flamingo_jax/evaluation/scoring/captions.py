@@ -103,9 +103,9 @@ def score_captions(
         )
     for name in sorted(set(types)):
         some = [place for place, one in enumerate(types) if one == name]
-        scores = cider_d([found[place] for place in some], [truths[place] for place in some])
+        alone = cider_d([found[place] for place in some], [truths[place] for place in some])
         own = [clusters[place] for place in some] if clusters is not None else None
-        metrics[f"CIDEr-D, {name}"] = mean_estimate(scores, own)
+        metrics[f"CIDEr-D, {name}"] = mean_estimate(alone, own)
     if with_meteor:
         score, scores = meteor(found, truths)
         per_image["METEOR"] = np.array(scores)

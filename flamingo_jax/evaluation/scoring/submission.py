@@ -59,6 +59,11 @@ def _captions(texts: dict[str, str]) -> list[dict[str, Any]]:
     return [{"image_id": _number(key), "caption": text} for key, text in texts.items()]
 
 
+def _textcaps(texts: dict[str, str]) -> list[dict[str, Any]]:
+    """TextCaps' results: ids are of 16 hexadecimal digits, texts even where all are decimal."""
+    return [{"image_id": key, "caption": text} for key, text in texts.items()]
+
+
 def _nextqa(texts: dict[str, str]) -> dict[str, dict[str, str]]:
     """NExT-OE's results, by video and question."""
     videos: dict[str, dict[str, str]] = {}
@@ -72,6 +77,7 @@ FORMS: dict[str, Callable[[dict[str, str]], Any]] = {
     "vqa": _vqa,
     "vizwiz": _vizwiz,
     "captions": _captions,
+    "textcaps": _textcaps,
     "nextqa": _nextqa,
 }
 """{name: {id: text} -> what a file of the owners' form holds}."""

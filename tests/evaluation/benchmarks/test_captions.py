@@ -24,6 +24,7 @@ from flamingo_jax.evaluation.protocol.benchmark import EvaluationSettings, Predi
 from flamingo_jax.evaluation.ptb.tokenizer import tokenize
 from flamingo_jax.evaluation.scoring.captions import score_caption_files
 from flamingo_jax.evaluation.scoring.predictions import score_predictions
+from flamingo_jax.evaluation.scoring.submission import submission
 from flamingo_jax.evaluation.statistics import mean_estimate
 from flamingo_jax.inference.prompts import END_OF_CHUNK, Prompt
 from flamingo_jax.processing.visuals import Visual
@@ -324,6 +325,20 @@ def test_videos_that_are_gone_are_counted(made: pathlib.Path, tmp_path: pathlib.
     )  # fmt: skip
     opened = open_benchmark(YOUCOOK2, folder, missing_media="skip")
     assert opened.missing == {"queries": ["gone/0", "gone/1", "gone/2"], "support": []}
+
+
+def test_splits_without_captions_are_asked_for_the_owners_servers(made: pathlib.Path) -> None:
+    found = {}
+    for benchmark in (NOCAPS, TEXTCAPS):
+        opened: Any = open_benchmark(benchmark, made / benchmark.name, split="test").asked
+        engine = ScriptedEngine(lambda prompt: " a thing")
+        predictions = opened.run(engine, EvaluationSettings(shots=4)).predictions
+        assert not score_predictions("captions", predictions, benchmark.scorer_options).metrics
+        found[benchmark.name] = submission(predictions, benchmark)
+    assert found == {
+        "nocaps": [{"image_id": 7, "caption": "a thing"}],
+        "textcaps": [{"image_id": "0000000000000099", "caption": "a thing"}],
+    }
 
 
 def test_suites_name_benchmarks() -> None:

@@ -96,6 +96,9 @@ def make_nocaps(folder: pathlib.Path) -> None:
     ]
     content = {"licenses": [], "info": {}, "images": images, "annotations": annotations}
     save_json(folder / "nocaps_val_4500_captions.json", content)
+    save_image(folder / "test" / "00000000000000ff.jpg", 255)
+    image = {"id": 7, "file_name": "00000000000000ff.jpg", "open_images_id": "00000000000000ff"}
+    save_json(folder / "nocaps_test_image_info.json", {"images": [image]})
 
 
 def make_textcaps(folder: pathlib.Path) -> None:
@@ -112,6 +115,8 @@ def make_textcaps(folder: pathlib.Path) -> None:
             ]
         content = {"dataset_type": split, "dataset_version": "0.1", "data": data}
         save_json(folder / f"TextCaps_0.1_{split}.json", content)
+    save_image(folder / "test_images" / f"{99:016d}.jpg", 99)
+    save_json(folder / "TextCaps_0.1_test.json", {"data": [{"image_id": f"{99:016d}"}]})
 
 
 def make_vatex(folder: pathlib.Path) -> None:
