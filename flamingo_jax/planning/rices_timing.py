@@ -51,7 +51,7 @@ class RicesWork(NamedTuple):
     rows: int
     queries: int
     width: int
-    count: int = 32
+    count: int = 32  # type: ignore[assignment]
     sample: int = 20
     processes: int = 1
 

@@ -184,7 +184,7 @@ class FeatureStore:
             header, np.lib.format.header_data_from_array_1_0(features)
         )
         # Neither copies the array, and both let the other run.
-        stored = header.getvalue(), memoryview(features).cast("B")
+        stored = header.getvalue(), features.data.cast("B")
         with ThreadPoolExecutor(1) as hasher:
             digest = hasher.submit(_digest, *stored)
             write_atomically(self.folder / name, *stored)
@@ -219,7 +219,7 @@ class FeatureStore:
             if file.stat().st_size > MOST_SHARD_BYTES:
                 raise ValueError(f"it has more than {MOST_SHARD_BYTES} bytes")
             content = read_with_retries(lambda: _content(file), file, LASTING)
-            if _digest(memoryview(content)) != shard.digest:
+            if _digest(content.data) != shard.digest:
                 raise ValueError("its bytes have another digest than the index says")
             header = io.BytesIO(content[:MOST_HEADER_BYTES].tobytes())
             np.lib.format.read_magic(header)
