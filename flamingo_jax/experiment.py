@@ -10,6 +10,7 @@ import dataclasses
 from typing import Literal
 
 from flamingo_jax.evaluation.evaluator_config import EvaluatorConfig
+from flamingo_jax.fine_tuning.config import FineTuningConfig
 from flamingo_jax.models.language_model_config import AttentionConfig as AttentionConfig
 from flamingo_jax.models.language_model_config import FeedForwardConfig as FeedForwardConfig
 from flamingo_jax.models.language_model_config import LanguageModelConfig as LanguageModelConfig
@@ -466,6 +467,8 @@ class Experiment:
     """
     evaluators: dict[str, EvaluatorConfig] = dataclasses.field(default_factory=dict)
     """Further evaluators by name; their metrics are logged as <name>/<metric>."""
+    fine_tuning: FineTuningConfig = FineTuningConfig()
+    """How launch.fine_tune scores the task."""
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     training: TrainingConfig = TrainingConfig()

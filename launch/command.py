@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from absl import flags
 from absl import logging as absl_logging
@@ -32,6 +32,9 @@ from flamingo_jax.partitioning.cpu_devices import configure_cpu_devices
 from flamingo_jax.paths import is_bucket
 from flamingo_jax.ranges import MAX_SEED
 from flamingo_jax.storage import raise_open_files
+
+if TYPE_CHECKING:
+    from flamingo_jax.web_page import Table
 
 try:
     import ml_collections
@@ -235,6 +238,19 @@ def reject_unused_flags(
                 f"--{name} is not read by {chosen} but by {', '.join(readers)}: "
                 "leave it out, or choose one of these"
             )
+
+
+def print_table(table: "Table") -> None:
+    """Prints a table, 120 columns wide where the output is no terminal."""
+    import rich.table
+    from rich.console import Console
+
+    from flamingo_jax.web_page import cell
+
+    shown = rich.table.Table(*table.header)
+    for row in table.rows:
+        shown.add_row(*map(cell, row))
+    Console(width=None if sys.stdout.isatty() else 120).print(shown)
 
 
 def given_flags() -> set[str]:

@@ -34,7 +34,6 @@ training. It is named (config.evaluators.NAME of the run's config) or described 
 
 import json
 import pathlib
-import sys
 from typing import Any
 
 from absl import flags
@@ -213,7 +212,9 @@ def run_benchmarks() -> int:
         reader.read(description, max(shots), run.settings.text_examples)
         for description in descriptions
     ]
-    _print_table(evaluate_benchmarks(run, benchmarks, shots, drawn))
+    table = evaluate_benchmarks(run, benchmarks, shots, drawn)
+    if devices.is_first_process():
+        command.print_table(table)
     return _wrote()
 
 
@@ -274,20 +275,6 @@ def _run() -> Any:
         seconds=read_json(pathlib.Path(SECONDS.value)) if SECONDS.value else {},
         curves=curves,
     )
-
-
-def _print_table(table: Any) -> None:
-    if not devices.is_first_process():
-        return
-    import rich.table
-    from rich.console import Console
-
-    from flamingo_jax.web_page import cell
-
-    shown = rich.table.Table(*table.header)
-    for row in table.rows:
-        shown.add_row(*map(cell, row))
-    Console(width=None if sys.stdout.isatty() else 120).print(shown)
 
 
 def _wrote() -> int:

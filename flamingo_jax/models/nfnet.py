@@ -45,6 +45,11 @@ class Variant:
     bottleneck: float = 0.5
     squeeze: float = 0.5
 
+    @property
+    def stride(self) -> int:
+        """Side of a grid cell in pixels."""
+        return math.prod(self.stem_strides) * math.prod(self.strides)
+
 
 def _family(scale: int) -> Variant:
     """Makes NFNet-F(scale - 1), whose stages are `scale` times as deep as F0's."""
@@ -339,8 +344,7 @@ class NFNet(nnx.Module):
         )
         self.final = WSConv(shape.widths[-1], shape.final_width, 1, rngs=rngs)
         self.width = shape.final_width
-        stride = math.prod(shape.stem_strides) * math.prod(shape.strides)
-        self.grid = -(-config.image_size // stride)
+        self.grid = -(-config.image_size // shape.stride)
 
     def __call__(self, images: Array, *, train: bool = False, key: Array | None = None) -> Array:
         """Encodes images [M, H, W, 3] -> [M, h, w, C]. key: randomness of stochastic depth in

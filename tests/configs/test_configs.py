@@ -39,8 +39,9 @@ def forms(name: str) -> list[str]:
         sizes = ("", "tiny", *module.MACHINES)
         rows = [f"form={row},size=tiny" for row in module.ABLATIONS]
         return rows + [f"size={size}" if size else "" for size in sizes]
-    if hasattr(module, "STAGES"):
-        return ["", *module.STAGES]
+    for choices in ("STAGES", "TASKS"):
+        if hasattr(module, choices):
+            return ["", *getattr(module, choices)]
     return ["", "tiny", *module.MACHINES]
 
 
@@ -101,9 +102,10 @@ def test_every_parameter_has_its_rule(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "benchmark"])
 def test_an_argument_has_one_grammar(name: str) -> None:
     """KEY=VALUE pairs, or values in their order; root= moves every path."""
-    first = "stage" if hasattr(importlib.import_module(f"configs.{name}"), "STAGES") else "form"
+    module = importlib.import_module(f"configs.{name}")
+    first = next((k for k in ("stage", "task") if hasattr(module, f"{k.upper()}S")), "form")
     form = next(form for form in forms(name) if form).partition(",")[0].partition("=")[2] or "tiny"
-    form = form if first == "form" else "contrastive"
+    form = {"form": form, "stage": "contrastive", "task": "coco"}[first]
     made = experiment(name, f"{first}={form},root=/shared")
     assert all(d.path.startswith("/shared/") for d in made.data.values())
     with pytest.raises(UserError, match=f"configs/{name}.py"):
