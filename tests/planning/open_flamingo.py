@@ -3,7 +3,7 @@ same cores.
 
     pip install -e '.[interop-test]' einops einops-exts
     pip install --no-deps open_flamingo==2.0.1
-    python -m tests.planning.open_flamingo [--generate] [--rounds=3] \\
+    python -m tests.planning.open_flamingo [--generate] [--rounds=3] [--runs=3] \\
         --sizes=layers=4,width=256,heads=4,vocab=8192,xattn_every=1,vit_layers=4,vit_width=256,\\
 vit_heads=4,image=96,patch=16,interleaved=8x3x128,pairs=16x1x32
 
@@ -12,15 +12,22 @@ its train_utils.py has it: a loss and its gradient for each dataset, the embeddi
 masked to the tokens that were added, clipping, AdamW; float32, as ours.
 
 --generate times `generate` of both: 1 and 64 prompts of 4 shots, 3 beams, 20 new tokens, random
-images and texts of equal numbers of tokens, as `launch.benchmark generate` makes them.
+images and texts of equal numbers of tokens, as `launch.benchmark generate` makes them. Both get
+as many threads as this process may use: `taskset -c 0 python -m ...` compares one core. On a
+machine that computes something else torch's threads wait for each other at every operation, and
+the figures mean nothing: each line says how much of the machine was others'.
 """
 
 import importlib.util
+import itertools
 import json
 import os
+import pathlib
+import resource
 import statistics
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +39,14 @@ from rich.table import Table
 from configs.benchmark import experiment_of
 from flamingo_jax.experiment import DatasetConfig, FlamingoConfig, VisionConfig
 from flamingo_jax.models.language_model_config import LanguageModelConfig
-from flamingo_jax.planning.generation_timing import BEAMS, CAPTION_TOKENS, SHOTS, GenerationWork
+from flamingo_jax.planning.generation_timing import (
+    BEAMS,
+    CAPTION_TOKENS,
+    SHOTS,
+    GenerationWork,
+    PromptMaker,
+    random_model,
+)
 from flamingo_jax.planning.timing import median_seconds
 
 SIZES = flags.DEFINE_string("sizes", None, "As launch.benchmark takes them.", required=True)
@@ -40,16 +54,24 @@ ROUNDS = flags.DEFINE_integer("rounds", 3, "Of each, in turn.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 12, "Steps that are timed in each.", lower_bound=1)
 GENERATE = flags.DEFINE_bool("generate", False, "Time generation in place of the training step.")
 PROMPTS = flags.DEFINE_list("prompts", ["1", "64"], "Of --generate: prompts at a time.")
-PEER = flags.DEFINE_bool(
-    "peer", False, "Time open_flamingo alone, in this process, and print JSON."
+RUNS = flags.DEFINE_integer("runs", 3, "Of --generate: runs of each in a round.", lower_bound=1)
+PEER_BATCH = flags.DEFINE_integer(
+    "peer_batch",
+    16,
+    "Of --generate: prompts that open_flamingo takes at a time. On two cores 64 at once took half"
+    " as long again.",
+    lower_bound=1,
+)
+ONLY = flags.DEFINE_enum(
+    "only", None, ["ours", "peer"], "Time one of the two, in this process, and print JSON."
 )
 
 MATRIX = 2048
 
 
 def main(_: list[str]) -> None:
-    if PEER.value:
-        print(json.dumps(time_peer_generation() if GENERATE.value else time_peer()))
+    if ONLY.value:
+        print(json.dumps(time_generations() if GENERATE.value else time_peer()))
         return
     if importlib.util.find_spec("open_flamingo") is None:
         sys.exit("open_flamingo is not installed: pip install --no-deps open_flamingo==2.0.1")
@@ -60,7 +82,7 @@ def main(_: list[str]) -> None:
     ours, peers = [], []
     for _round in range(ROUNDS.value):
         ours.append(_run("-m", "launch.benchmark", "train", "--json", *given))
-        peers.append(_run("-m", "tests.planning.open_flamingo", "--peer", *given))
+        peers.append(_run("-m", "tests.planning.open_flamingo", "--only=peer", *given))
     table = Table("", title="one training step, runs in turn")
     for heading in ("seconds", "matrix rate, GFLOP/s", "share of it"):
         table.add_column(heading, justify="right")
@@ -81,24 +103,43 @@ def main(_: list[str]) -> None:
 
 
 def compare_generation() -> None:
-    """Prints the seconds of captioning 1 and 64 prompts, ours and the peer's in turn."""
-    given = [f"--sizes={SIZES.value}", f"--prompts={','.join(PROMPTS.value)}"]
-    runs: dict[str, list[dict[str, float]]] = {"flamingo_jax": [], "open_flamingo": []}
-    for _round in range(ROUNDS.value):
-        ours = _run("-m", "launch.benchmark", "generate", "--json", "--names=1", *given)
-        runs["flamingo_jax"].append({n: rates["caption"] for n, rates in ours["rates"].items()})
-        runs["open_flamingo"].append(
-            _run("-m", "tests.planning.open_flamingo", "--peer", "--generate", *given)
-        )
+    """Prints the seconds of captioning 1 and 64 prompts, ours and the peer's in turn, each as it
+    comes.
+    """
+    console = Console()
+    given = ["--generate", f"--sizes={SIZES.value}", f"--runs={RUNS.value}"]
+    given.append(f"--peer_batch={PEER_BATCH.value}")
+    runs: dict[str, dict[str, list[float]]] = {
+        count: {"ours": [], "peer": []} for count in PROMPTS.value
+    }
+    for place, (count, sides) in itertools.product(range(ROUNDS.value), runs.items()):
+        for side, found in sides.items():
+            began, others = time.perf_counter(), _others_seconds()
+            command = ("-m", "tests.planning.open_flamingo", f"--only={side}", *given)
+            found.append(_run(*command, f"--prompts={count}")[count])
+            taken = time.perf_counter() - began
+            share = (_others_seconds() - others) / (taken * (os.cpu_count() or 1))
+            console.print(
+                f"round {place + 1}, {count} prompts, {side}: {found[-1]:.3f} s ({taken:.0f} s in"
+                f" all; {share:.0%} of the machine was others')"
+            )
     table = Table(
         "prompts at a time", title=f"captions after {SHOTS} shots, {BEAMS} beams, seconds"
     )
-    for heading in (*runs, "times as fast"):
+    for heading in ("flamingo_jax", "open_flamingo", "times as fast"):
         table.add_column(heading, justify="right")
-    for count in PROMPTS.value:
-        mine, peer = (statistics.median(run[count] for run in some) for some in runs.values())
+    for count, sides in runs.items():
+        mine, peer = (statistics.median(sides[side]) for side in ("ours", "peer"))
         table.add_row(count, f"{mine:.3f}", f"{peer:.3f}", f"{peer / mine:.2f}")
-    Console().print(table)
+    console.print(table)
+
+
+def _others_seconds() -> float:
+    """CPU seconds since the start of the machine that no child of this process, ended, used."""
+    ticks = [int(n) for n in pathlib.Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # user, nice and system; not idle.
+    return sum(ticks[:3]) / os.sysconf("SC_CLK_TCK") - used.ru_utime - used.ru_stime
 
 
 def _run(*command: str) -> dict[str, Any]:
@@ -130,25 +171,37 @@ def time_peer() -> dict[str, float]:
     }
 
 
-def time_peer_generation() -> dict[str, float]:
-    """{number of prompts: median seconds of captioning them}, of new images in each run."""
-    import torch
-
+def time_generations() -> dict[str, float]:
+    """{number of prompts: median seconds of captioning them}, of new images in each run, of the
+    side that --only names.
+    """
     experiment = experiment_of(SIZES.value)
     assert experiment.flamingo is not None
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    make = own_generation if ONLY.value == "ours" else peer_generation
     return {
-        str(count): median_seconds(
-            peer_generation(experiment.flamingo, count), GenerationWork().runs
-        )
-        for count in map(int, PROMPTS.value)
+        count: median_seconds(make(experiment.flamingo, int(count)), RUNS.value)
+        for count in PROMPTS.value
     }
+
+
+def own_generation(config: FlamingoConfig, prompts: int) -> Callable[[], None]:
+    """Our captioning of random images by a model of random weights."""
+    model = random_model(config)
+    maker, tokens = PromptMaker(model), GenerationWork().max_tokens
+
+    def caption() -> None:
+        asked = [maker.prompt() for _ in range(prompts)]
+        made = model.generate(asked, max_tokens=tokens, beam_size=BEAMS)
+        assert all(len(one.tokens) == tokens for one in made)
+
+    return caption
 
 
 def peer_generation(config: FlamingoConfig, prompts: int) -> Callable[[], None]:
     """open_flamingo's captioning of random images by a model of random weights."""
     import torch
 
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     image, end = _added_tokens(config)
     shot = [image, *[0] * CAPTION_TOKENS, end]
     lengths = GenerationWork().max_tokens + len(shot) * (SHOTS + 1)
@@ -158,6 +211,10 @@ def peer_generation(config: FlamingoConfig, prompts: int) -> Callable[[], None]:
     size = config.vision.image_size
 
     def caption() -> None:
+        for start in range(0, prompts, PEER_BATCH.value):
+            some(min(PEER_BATCH.value, prompts - start))
+
+    def some(prompts: int) -> None:
         tokens = torch.where(
             row < end, torch.randint(4, end, (prompts, len(row))), row.expand(prompts, -1)
         )
