@@ -11,6 +11,8 @@ from flamingo_jax.evaluation.examples import BenchmarkExample
 from flamingo_jax.evaluation.prompts import PromptTemplate
 
 PAPER_SHOTS = (0, 4, 8, 16, 32)
+NO_SUPPORT = "none"
+"""The support split where there are no examples to choose shots from: every benchmark has it."""
 
 
 class SplitContent(NamedTuple):
@@ -39,7 +41,8 @@ class BenchmarkSet:
     read: (folder, split) -> its content; raises UserError that names the file that is missing or
       malformed.
     splits: names of the splits; the first has the queries, by default.
-    support: the split that shots are chosen from, by default.
+    support: the split that shots are chosen from, by default; `NO_SUPPORT` where a benchmark is
+      zero-shot, or gives each query its own shots.
     scorer_options: of the metric.
     max_tokens: of a generated answer at most.
     shots: the numbers of shots that the paper reports.
@@ -69,5 +72,5 @@ class BenchmarkSet:
     submission: str = ""
 
     def __post_init__(self) -> None:
-        if self.support not in self.splits:
+        if self.support not in (*self.splits, NO_SUPPORT):
             raise ValueError(f"{self.name}: {self.support!r} is not one of {self.splits}")

@@ -9,7 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from flamingo_jax.errors import UserError
-from flamingo_jax.evaluation.benchmarks.benchmark_set import BenchmarkSet, SplitContent
+from flamingo_jax.evaluation.benchmarks.benchmark_set import (
+    NO_SUPPORT,
+    BenchmarkSet,
+    SplitContent,
+)
 from flamingo_jax.evaluation.examples import BenchmarkExample
 from flamingo_jax.evaluation.media import ClipFile, ImageFile
 from flamingo_jax.evaluation.protocol.classification import Classification
@@ -69,6 +73,9 @@ def open_benchmark(
     split, support_split = split or benchmark.splits[0], support_split or benchmark.support
     contents: dict[str, SplitContent] = {}
     for name in dict.fromkeys((split, support_split)):
+        if name == NO_SUPPORT:
+            contents[name] = SplitContent([], [])
+            continue
         if name not in benchmark.splits:
             raise UserError(
                 f"{benchmark.name} has no split {name!r}: name one of {', '.join(benchmark.splits)}"

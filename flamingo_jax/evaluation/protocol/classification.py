@@ -73,7 +73,9 @@ class Classification:
         def answer(asked: Sequence[Asked], orders: list[list[Prompt]]) -> list[Prediction]:
             names = [self._candidates(one.query) for one in asked]
             # The prompt ends without a space: it belongs to the first token of the class name.
-            candidates = [[f" {name}" for name in some] for some in names]
+            # Queries with the same classes share one list, which is tokenised once.
+            spaced = {id(some): [f" {name}" for name in some] for some in names}
+            candidates = [spaced[id(some)] for some in names]
             found = [engine.log_likelihoods(prompts, candidates) for prompts in orders]
             means = [np.mean(rows, axis=0) for rows in zip(*found, strict=True)]
             return list(map(ranked, asked, names, means))

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -151,6 +151,25 @@ def texts(record: Any, name: str, where: str) -> tuple[str, ...]:
     if not found:
         raise UserError(f"{where} has {name!r} that is empty: it needs a text or more")
     return tuple(field({name: one}, name, where, str) for one in found)
+
+
+def whole_number(row: Mapping[str, str], column: str, where: str) -> int:
+    """Returns a cell of a CSV file as a whole number. Raises UserError."""
+    try:
+        return int(row[column])
+    except ValueError:
+        raise UserError(f"{where} has a {column} that is no whole number") from None
+
+
+def number(row: Mapping[str, str], column: str, where: str) -> float:
+    """Returns a cell of a CSV file as a finite number. Raises UserError."""
+    try:
+        value = float(row[column])
+    except ValueError:
+        value = float("nan")
+    if not np.isfinite(value):
+        raise UserError(f"{where} has a {column} that is no number")
+    return value
 
 
 def by_id(pairs: Iterable[tuple[Any, Any]], where: str) -> dict[Any, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 from flamingo_jax.evaluation.metrics.exact_match import exact_match
 from flamingo_jax.evaluation.metrics.vqa_accuracy import ivqa_accuracy
 from flamingo_jax.evaluation.protocol.benchmark import Prediction
+from flamingo_jax.evaluation.scoring import ranked_predictions
 from flamingo_jax.evaluation.scoring.captions import score_captions
 from flamingo_jax.evaluation.scoring.questions import (
     Annotated,
@@ -34,7 +35,8 @@ def score_predictions(
     *,
     wordnet: str = "",
 ) -> ScoreReport:
-    """Scores predictions by the scorer of this name; the report's items are in their order.
+    """Scores predictions by the scorer of this name; the report's items are in their order, but
+    for mWAP, whose items are the actions.
 
     Predictions without ground truths, such as of a test split that the owners score, have a
     report without metrics.
@@ -121,8 +123,11 @@ def exact(predictions: Sequence[Prediction]) -> ScoreReport:
     return _mean("accuracy", predictions, scores, _by_type(predictions, scores))
 
 
-def top_k(predictions: Sequence[Prediction]) -> ScoreReport:
-    """Scores rankings by whether a true class is the first, or among the first five."""
+def top_k(predictions: Sequence[Prediction], *, headline: str = "top-1") -> ScoreReport:
+    """Scores rankings by whether a true class is the first, or among the first five.
+
+    headline: the metric that is put first.
+    """
     ranks = np.array([one.rank for one in predictions])
     clusters = _clusters(predictions)
     first, five = (ranks < 1).astype(float), (ranks < 5).astype(float)
@@ -131,6 +136,7 @@ def top_k(predictions: Sequence[Prediction]) -> ScoreReport:
         "top-5": mean_estimate(five, clusters),
         "mean of top-1 and top-5": mean_estimate((first + five) / 2, clusters),
     }
+    metrics = {headline: metrics[headline], **metrics}
     items = [{"top-1": a, "top-5": b} for a, b in zip(first.tolist(), five.tolist(), strict=True)]
     return ScoreReport(metrics, _with_ids(predictions, items), {})
 
@@ -143,6 +149,7 @@ SCORERS: dict[str, PredictionScorer] = {
     "ivqa": ivqa,
     "wups": wups,
     "top_k": top_k,
+    **ranked_predictions.SCORERS,
 }
 READ_WORDNET = ("okvqa", "wups")
 """Scorers that are given `wordnet`."""

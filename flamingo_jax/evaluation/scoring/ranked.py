@@ -2,6 +2,8 @@
 under the ROC curve).
 """
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from flamingo_jax.evaluation.scoring import files
 from flamingo_jax.evaluation.scoring.report import ScoreReport, match
 from flamingo_jax.evaluation.statistics import bootstrap_estimate, mean_estimate
 
-_RAREACT = ("video_id", "class_id", "verb", "noun", "annotation")
+RAREACT = ("video_id", "class_id", "verb", "noun", "annotation")
 
 
 def score_mwap_files(annotations: str, predictions: str) -> ScoreReport:
@@ -26,22 +28,7 @@ def score_mwap_files(annotations: str, predictions: str) -> ScoreReport:
 
     Raises: UserError for a malformed file or an array of another shape.
     """
-    segments = []
-    for number, row in enumerate(files.read_csv(annotations, _RAREACT), 2):
-        try:
-            segments.append(
-                RareActSegment(
-                    row["video_id"],
-                    int(row["class_id"]),
-                    row["verb"],
-                    row["noun"],
-                    int(row["annotation"]),
-                )
-            )
-        except ValueError:
-            raise UserError(
-                f"{annotations}, row {number}, has a class_id or annotation that is no whole number"
-            ) from None
+    segments = read_rareact(annotations)
     scores = files.read_array(predictions)
     classes = max((row.class_id for row in segments), default=-1) + 1
     if scores.ndim != 2 or scores.shape[0] != len(segments) or scores.shape[1] < classes:
@@ -49,13 +36,40 @@ def score_mwap_files(annotations: str, predictions: str) -> ScoreReport:
             f"{predictions} has the shape {list(scores.shape)}, but {annotations} needs"
             f" [{len(segments)}, {classes}]: a row for each of its rows, a column for each class"
         )
-    if min((row.class_id for row in segments), default=0) < 0:
-        raise UserError(f"{annotations} has a negative class_id")
+    return mwap_report(
+        segments, scores, annotations, {"annotations_sha256": files.digest(annotations)}
+    )
+
+
+def read_rareact(annotations: str) -> list[RareActSegment]:
+    """Reads the rows of rareact.csv.
+
+    Raises: UserError for a malformed row.
+    """
+    segments = []
+    for number, row in enumerate(files.read_csv(annotations, RAREACT), 2):
+        where = f"{annotations}, row {number},"
+        class_id = files.whole_number(row, "class_id", where)
+        if class_id < 0:
+            raise UserError(f"{where} has a negative class_id")
+        annotation = files.whole_number(row, "annotation", where)
+        segments.append(
+            RareActSegment(row["video_id"], class_id, row["verb"], row["noun"], annotation)
+        )
+    return segments
+
+
+def mwap_report(
+    segments: Sequence[RareActSegment], scores: np.ndarray, where: str, about: dict[str, Any]
+) -> ScoreReport:
+    """Scores actions by mWAP; the report's items are the actions.
+
+    Raises: UserError where no segment is positive.
+    """
     found = weighted_average_precisions(segments, scores)
     if not found:
-        raise UserError(f"{annotations} has no row with annotation 1: no action can be scored")
+        raise UserError(f"{where} has no row with annotation 1: no action can be scored")
     items = [{"id": " ".join(action), "mWAP": score} for action, score in found.items()]
-    about = {"annotations_sha256": files.digest(annotations)}
     return ScoreReport({"mWAP": mean_estimate(list(found.values()))}, items, about)
 
 
@@ -116,17 +130,34 @@ def score_auc_files(
         truths[str(files.field(entry, "id", where, int, str))] = label
     found = _probabilities(predictions)
     matched = match(truths, found, "example", skip_incomplete)
-    labels = np.array([truths[key] for key in matched.scored]) == 1
-    scores = np.array([found[key] for key in matched.scored])
+    report = auc_report(
+        matched.scored,
+        np.array([truths[key] for key in matched.scored]) == 1,
+        np.array([found[key] for key in matched.scored]),
+        {"annotations_sha256": files.digest(annotations)},
+    )
+    return dataclasses.replace(report, missing=matched.missing, surplus=matched.surplus)
+
+
+def auc_report(
+    ids: Sequence[str], labels: np.ndarray, scores: np.ndarray, about: dict[str, Any]
+) -> ScoreReport:
+    """Scores by the area under the ROC curve, with its error over resamples.
+
+    Args:
+      labels: bool [N].
+      scores: float [N], higher for True.
+
+    Raises: UserError where all labels are equal.
+    """
     if labels.all() or not labels.any():
         raise UserError(f"all examples scored have the label {int(labels[0])}: both are needed")
     estimate = bootstrap_estimate(lambda counts: roc_auc(labels, scores, counts), len(labels))
     items = [
         {"id": key, "label": int(label), "score": float(score)}
-        for key, label, score in zip(matched.scored, labels, scores, strict=True)
+        for key, label, score in zip(ids, labels, scores, strict=True)
     ]
-    about = {"annotations_sha256": files.digest(annotations)}
-    return ScoreReport({"ROC AUC": estimate}, items, about, matched.missing, matched.surplus)
+    return ScoreReport({"ROC AUC": estimate}, items, about)
 
 
 def _rounds(place: str, names: tuple[str, str]) -> dict[tuple[Any, Any], tuple[str, np.ndarray]]:
