@@ -1,13 +1,22 @@
-r"""Evaluates an exported Flamingo and writes report.json and report.html, or runs the
-evaluators of a training run. All metrics are fractions between 0 and 1.
+r"""Evaluates an exported Flamingo on benchmarks, and writes report.html, report.md and report.json,
+or runs the evaluators of a training run.
+
+    python -m launch.evaluate --model=EXPORT --output=FOLDER --suite=coco,vqav2 --data=benchmarks \
+        --shots=0,4,32 --selection=rices
+
+runs benchmarks in their official files, which lie in --data/NAME or --folder=NAME=FOLDER;
+`--layout` prints which files those are. Suites: paper, open_flamingo, captions, vqa, video,
+ranking. Beside every few-shot figure stands its control, the same shots without their images.
+Results and predictions are kept in --output as they are made; the same command goes on where it
+was killed.
 
     python -m launch.evaluate --model=EXPORT --output=FOLDER \
         --benchmark=captioning:photos=data/photos:test --shots=0,4,8
 
-A benchmark is KIND:NAME=DATASET[:SPLIT][,support=DATASET[:SPLIT]], with KIND one of
-  captioning      pairs or videos; a caption scores 1 if it equals one of the record's captions
-  vqa             questions; VQA accuracy, and that of always giving the most frequent answer
-  of
+runs benchmarks on own datasets. A benchmark is KIND:NAME=DATASET[:SPLIT][,support=DATASET[:SPLIT]],
+with KIND one of
+  captioning      pairs or videos; CIDEr-D, BLEU, ROUGE-L, and the share that equals a caption
+  vqa             questions; VQA accuracy, and that of always giving the most frequent answer of
                   the training split
   classification  pairs, videos or questions whose answers are class names, ranked by
                   log-likelihood
@@ -32,6 +41,7 @@ training. It is named (config.evaluators.NAME of the run's config) or described 
 `held_out` gives the losses of config.held_out. Prints one JSON object.
 """
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -40,7 +50,7 @@ from absl import flags
 
 from flamingo_jax import experiment
 from flamingo_jax.errors import UserError
-from flamingo_jax.evaluation.description import BenchmarkDescription, parse_shots
+from flamingo_jax.evaluation.description import BenchmarkDescription, parse_numbers, parse_shots
 from flamingo_jax.paths import as_path
 from launch import command, devices
 
@@ -55,16 +65,37 @@ OUTPUT = flags.DEFINE_string("output", "", "Folder for report.json and report.ht
 BENCHMARK = flags.DEFINE_multi_string(
     "benchmark", [], "KIND:NAME=DATASET[:SPLIT][,support=DATASET[:SPLIT]]."
 )
-SUITE = flags.DEFINE_enum("suite", None, ["quickstart"], "A set of benchmarks with its own report.")
+SUITE = flags.DEFINE_list(
+    "suite", [], "Benchmarks or suites of them, with commas between them; or quickstart."
+)
+LAYOUT = flags.DEFINE_bool(
+    "layout", False, "suite: print where the official files of its benchmarks must lie, and end."
+)
 EVALUATOR = flags.DEFINE_multi_string(
     "evaluator", [], "Name of one of config.evaluators, held_out, or KEY=VALUE,... of its fields."
 )
-DATA = flags.DEFINE_string("data", "", "suite: the folder that holds its datasets.")
+DATA = flags.DEFINE_string(
+    "data", "", "suite: the folder that holds its datasets, each in a folder of its name."
+)
+FOLDER = flags.DEFINE_multi_string(
+    "folder", [], "suite: NAME=FOLDER of a benchmark whose files are elsewhere."
+)
+SPLIT = flags.DEFINE_string("split", "", "suite: the queries' split; by default the paper's.")
+SUPPORT_SPLIT = flags.DEFINE_string(
+    "support_split", "", "suite: the split that shots are chosen from; by default the paper's."
+)
+MISSING_MEDIA = flags.DEFINE_enum(
+    "missing_media",
+    "error",
+    ["error", "skip"],
+    "suite: whether an example whose image or video is not there is an error, or left out and"
+    " counted.",
+)
 SHOTS = flags.DEFINE_list(
     "shots",
     None,
-    "Numbers of examples before the query; by default 0 for --benchmark, and 0, 4, 8, 16 and 32"
-    " for the suite.",
+    "Numbers of examples before the query; by default 0 for --benchmark, and for a suite those of"
+    " the paper: 0, 4, 8, 16 and 32.",
 )
 SELECTION = flags.DEFINE_enum(
     "selection",
@@ -93,10 +124,27 @@ CAPTION_PROMPT = flags.DEFINE_string(
     f" {experiment.CAPTION_PROMPT}); empty for models that have met captions right after their"
     " images alone, as in plain pairs.",
 )
+SEEDS = flags.DEFINE_list(
+    "seeds", None, "Seeds of the shots, each a run of its own; by default --seed alone."
+)
+CONTROL = flags.DEFINE_bool(
+    "control", True, "Run few-shot evaluations again with the images of the shots taken away."
+)
+PERMUTATIONS = flags.DEFINE_integer(
+    "permutations",
+    1,
+    "Orders of the shots over which the log-likelihoods of candidates are averaged (paper: 6).",
+    lower_bound=1,
+)
 BEAM = flags.DEFINE_integer(
     "beam_size", 3, "Hypotheses of beam search (paper: 3); 1 is greedy.", lower_bound=1
 )
-MAX_TOKENS = flags.DEFINE_integer("max_tokens", 24, "Tokens of an answer at most.", lower_bound=1)
+MAX_TOKENS = flags.DEFINE_integer(
+    "max_tokens",
+    None,
+    "Tokens of an answer at most; by default 24, or as many as the benchmark needs.",
+    lower_bound=1,
+)
 LIMIT = flags.DEFINE_integer(
     "limit", 0, "Records of each benchmark at most, drawn by --seed; 0 for all.", lower_bound=0
 )
@@ -106,6 +154,7 @@ SUPPORT_LIMIT = flags.DEFINE_integer(
     "Records of a support set at most, drawn by --seed (paper: 2048); 0 for all.",
     lower_bound=0,
 )
+DEFAULT_TOKENS = 24
 CLASSES = flags.DEFINE_string(
     "classes", "", "classification: text file of the class names, one a line."
 )
@@ -126,7 +175,9 @@ FEW_SHOT_LIMIT = flags.DEFINE_integer(
     "few_shot_limit", 64, "suite: records of each few-shot metric at most.", lower_bound=1
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Prompts in a batch at most.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the choice of examples.", lower_bound=0)
+SEED = flags.DEFINE_integer(
+    "seed", 0, "Seed of the choice of queries, support set and shots.", lower_bound=0
+)
 MESH = flags.DEFINE_string("mesh", "", devices.HELP)
 FROZEN_DTYPE = flags.DEFINE_enum("frozen_dtype", None, devices.FROZEN_DTYPES, devices.DTYPE_HELP)
 PARTS = command.define_parts()
@@ -138,15 +189,18 @@ CURVES = flags.DEFINE_multi_string(
 )
 
 _ASKING = (
-    *("baseline", "output", "shots", "selection", "text_examples", "beam_size", "max_tokens"),
-    *("limit", "batch_size", "seed", "seconds", "curves", "mesh", "frozen_dtype", "parts"),
+    *("output", "shots", "selection", "text_examples", "beam_size", "max_tokens", "limit"),
+    *("batch_size", "seed", "mesh", "frozen_dtype", "parts"),
 )
+_SHOWN = ("baseline", "seconds", "curves")
+_CELLS = ("seeds", "control", "permutations", "question_prompt", "support_limit", "frames", "fps")
 READS = {
-    "--benchmark": (
-        *("benchmark", *_ASKING, "question_prompt", "caption_prompt", "classes"),
-        *("support_limit", "frames", "fps"),
+    "--benchmark": ("benchmark", *_ASKING, *_CELLS, "caption_prompt", "classes"),
+    "--suite": (
+        *("suite", *_ASKING, *_CELLS, "data", "folder", "split", "support_split"),
+        *("missing_media", "layout"),
     ),
-    "--suite": ("suite", *_ASKING, "data", "few_shot_limit"),
+    "--suite=quickstart": ("suite", *_ASKING, *_SHOWN, "data", "few_shot_limit"),
     "--evaluator": ("evaluator", "workdir", "parts"),
 }
 """{mode of the command: flags that only some modes read}."""
@@ -157,16 +211,29 @@ def main() -> int:
     chosen = [way for way, value in ways.items() if value]
     if len(chosen) != 1:
         raise UserError("name one of --benchmark, --suite or --evaluator, and no other of them")
-    command.reject_unused_flags(READS, chosen[0], command.given_flags())
+    quickstart = SUITE.value == ["quickstart"]
+    way = "--suite=quickstart" if quickstart else chosen[0]
+    command.reject_unused_flags(READS, way, command.given_flags())
     if EVALUATOR.value:
         return run_evaluators()
+    if LAYOUT.value:
+        return print_layout()
     for name, value in (("model", MODEL.value), ("output", OUTPUT.value)):
         if not value:
             raise UserError(f"--{name} is not set: see `python -m launch.evaluate --help`")
-    return run_suite() if SUITE.value else run_benchmarks()
+    return run_quickstart_suite() if quickstart else run_benchmarks()
 
 
-def run_suite() -> int:
+def print_layout() -> int:
+    """Prints the official files of the suite's benchmarks."""
+    for benchmark in _named_benchmarks():
+        print(f"{benchmark.title}: --data/{benchmark.name}/, splits {', '.join(benchmark.splits)}")
+        for path, what in benchmark.layout.items():
+            print(f"  {path:<40} {what}")
+    return 0
+
+
+def run_quickstart_suite() -> int:
     """Runs the quickstart's suite on the model and, if given, the baseline."""
     if not DATA.value:
         raise UserError("--data is not set: name the folder that holds the suite's datasets")
@@ -185,37 +252,110 @@ def run_suite() -> int:
 
 
 def run_benchmarks() -> int:
-    """Runs every --benchmark at every number of --shots."""
+    """Runs the suite, or every --benchmark, at every number of --shots."""
+    shots = None if SUITE.value and SHOTS.value is None else parse_shots(SHOTS.value, [0])
+    seeds = parse_numbers("seeds", SEEDS.value, [SEED.value])
     descriptions = [BenchmarkDescription.parse(text) for text in BENCHMARK.value]
-    shots = parse_shots(SHOTS.value, [0])
-    from data_pipelines.evaluation_data import PreparedDatasets
-    from flamingo_jax.evaluation.benchmark_reader import BenchmarkReader
-    from flamingo_jax.evaluation.runner import evaluate_benchmarks, trained_prompts
-
+    official = _named_benchmarks() if SUITE.value else []
     run = _run()
     run.config()
-    drawn: dict[str, Any] = {
-        "limit": LIMIT.value,
-        "support_limit": SUPPORT_LIMIT.value,
-    }
+    if SUITE.value:
+        benchmarks = _official(official)
+    else:
+        benchmarks = _described(descriptions, max(shots or [0]))
+    from flamingo_jax.evaluation.suite import SuiteOptions
+    from flamingo_jax.evaluation.suite_runner import evaluate_suite
+
+    settings = dataclasses.replace(
+        run.settings,
+        permutations=PERMUTATIONS.value,
+        frames=FRAMES.value,
+        fps=FPS.value,
+    )
+    results = evaluate_suite(
+        dataclasses.replace(run, settings=settings),
+        benchmarks,
+        SuiteOptions(settings, shots, seeds, CONTROL.value),
+    )
+    if devices.is_first_process():
+        print_results(results)
+    return _wrote()
+
+
+def _named_benchmarks() -> Any:
+    """Returns the benchmarks of --suite; imports no jax, so that a wrong name is told at once."""
+    from flamingo_jax.evaluation.benchmarks.registry import find_benchmarks
+
+    return find_benchmarks(SUITE.value)
+
+
+def _official(benchmarks: Any) -> Any:
+    """Opens the official files of the suite's benchmarks."""
+    from flamingo_jax.evaluation.suite_reader import OpeningOptions, open_official
+
+    folders = {}
+    for text in FOLDER.value:
+        name, _, folder = text.partition("=")
+        if name not in {one.name for one in benchmarks} or not folder:
+            raise UserError(
+                f"--folder={text} must be NAME=FOLDER with a benchmark of the suite:"
+                f" {', '.join(one.name for one in benchmarks)}"
+            )
+        folders[name] = folder
+    if not DATA.value and len(folders) < len(benchmarks):
+        raise UserError("--data is not set: name the folder that holds the suite's datasets")
+    return open_official(
+        benchmarks,
+        OpeningOptions(
+            root=DATA.value,
+            folders=folders,
+            split=SPLIT.value,
+            support_split=SUPPORT_SPLIT.value,
+            limit=LIMIT.value,
+            support_limit=SUPPORT_LIMIT.value,
+            seed=SEED.value,
+            missing_media="skip" if MISSING_MEDIA.value == "skip" else "error",
+            text_examples=_text_examples(None),
+            question_prompt=QUESTION_PROMPT.value,
+            max_tokens=MAX_TOKENS.value,
+        ),
+    )
+
+
+def _described(descriptions: Any, shots: int) -> Any:
+    """Opens the datasets of --benchmark."""
+    from data_pipelines.evaluation_data import PreparedDatasets
+    from flamingo_jax.evaluation.benchmark_reader import BenchmarkReader
+    from flamingo_jax.evaluation.runner import trained_prompts
+    from flamingo_jax.evaluation.suite_reader import OPEN_TEXT_EXAMPLES, open_described
+
     reader = BenchmarkReader(
         PreparedDatasets(),
+        limit=LIMIT.value,
+        support_limit=SUPPORT_LIMIT.value,
         fps=FPS.value,
         seed=SEED.value,
         caption_prompt=CAPTION_PROMPT.value,
         question_prompt=QUESTION_PROMPT.value,
         trained_prompts=trained_prompts(MODEL.value),
         classes_file=CLASSES.value,
-        **drawn,
     )
-    benchmarks = [
-        reader.read(description, max(shots), run.settings.text_examples)
-        for description in descriptions
-    ]
-    table = evaluate_benchmarks(run, benchmarks, shots, drawn)
-    if devices.is_first_process():
-        command.print_table(table)
-    return _wrote()
+    return open_described(
+        descriptions,
+        reader,
+        shots=shots,
+        text_examples=_text_examples(OPEN_TEXT_EXAMPLES),
+        max_tokens=MAX_TOKENS.value or DEFAULT_TOKENS,
+    )
+
+
+def _text_examples(default: int | None) -> Any:
+    """Returns --text_examples; by default 0 for a model that was trained on questions."""
+    from flamingo_jax.evaluation.runner import trained_prompts
+
+    if TEXT_EXAMPLES.value is not None:
+        return TEXT_EXAMPLES.value
+    return 0 if trained_prompts(MODEL.value) else default
 
 
 def run_evaluators() -> int:
@@ -240,7 +380,7 @@ def run_evaluators() -> int:
 def _run() -> Any:
     """Makes an `EvaluationRun` of the flags: the model, how it is prompted, and the report."""
     from flamingo_jax.evaluation.protocol.benchmark import EvaluationSettings
-    from flamingo_jax.evaluation.runner import EvaluationRun, read_json, trained_prompts
+    from flamingo_jax.evaluation.runner import EvaluationRun, read_json
     from flamingo_jax.inference.decoding import DecodingConfig
     from flamingo_jax.json_lines import read_lines
 
@@ -250,9 +390,7 @@ def _run() -> Any:
         if not as_path(path).is_file():
             raise UserError(f"--curves={text} must be NAME=FILE with a metrics.jsonl that is there")
         curves[name] = read_lines(as_path(path))
-    text_examples = TEXT_EXAMPLES.value
-    if text_examples is None:
-        text_examples = 0 if trained_prompts(MODEL.value) else EvaluationSettings.text_examples
+    text_examples = _text_examples(EvaluationSettings.text_examples)
     mesh = devices.open_mesh(MESH.value)
     devices.keep_compiled_programs()
     return EvaluationRun(
@@ -263,9 +401,9 @@ def _run() -> Any:
             selection=SELECTION.value,
             folder=OUTPUT.value if devices.is_only_process() else "",
             seed=SEED.value,
-            frames=FRAMES.value,
-            fps=FPS.value,
-            decoding=DecodingConfig(max_tokens=MAX_TOKENS.value, beam_size=BEAM.value),
+            decoding=DecodingConfig(
+                max_tokens=MAX_TOKENS.value or DEFAULT_TOKENS, beam_size=BEAM.value
+            ),
         ),
         baseline=BASELINE.value,
         batch_size=BATCH_SIZE.value,

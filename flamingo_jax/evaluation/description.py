@@ -54,14 +54,22 @@ def parse_shots(texts: list[str] | None, default: list[int]) -> list[int]:
 
     Raises: UserError for a value that is not a number from 0 up.
     """
+    return parse_numbers("shots", texts, default)
+
+
+def parse_numbers(flag: str, texts: list[str] | None, default: list[int]) -> list[int]:
+    """Parses the numbers of a flag; `default` where it was not given.
+
+    Raises: UserError for a value that is not a number from 0 up.
+    """
     if texts is None:
         return default
     try:
-        shots = [int(text) for text in texts]
+        numbers = [int(text) for text in texts]
     except ValueError as error:
         raise UserError(
-            f"--shots={','.join(texts)} must be numbers with commas between them, as in 0,4,8"
+            f"--{flag}={','.join(texts)} must be numbers with commas between them, as in 0,4,8"
         ) from error
-    if not shots or min(shots) < 0:
-        raise UserError(f"--shots={','.join(texts)} must be numbers from 0 up")
-    return shots
+    if not numbers or min(numbers) < 0:
+        raise UserError(f"--{flag}={','.join(texts)} must be numbers from 0 up")
+    return numbers

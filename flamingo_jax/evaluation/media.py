@@ -8,6 +8,7 @@ import abc
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
@@ -92,8 +93,8 @@ class ImageFile(MediaRef):
     path: pathlib.Path
     there: bool = True
 
-    @property
-    def key(self) -> str:
+    @functools.cached_property
+    def key(self) -> str:  # type: ignore[override]
         """Returns a digest of the file's name, size and time of change."""
         return _file_key(self.path)
 
@@ -115,8 +116,8 @@ class ClipFile(MediaRef):
     end: float | None = None
     there: bool = True
 
-    @property
-    def key(self) -> str:
+    @functools.cached_property
+    def key(self) -> str:  # type: ignore[override]
         """Returns a digest of the file's name, size and time of change, and the part."""
         return f"{_file_key(self.path)}:{self.start}-{self.end}"
 

@@ -1,31 +1,25 @@
-"""Runs benchmarks on a model and on a baseline trained without images; writes the report."""
+"""One call of `launch.evaluate`: the models, how they are asked, and where the report goes."""
 
 import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from jax.sharding import Mesh
 
 from flamingo_jax.configuring import from_json
 from flamingo_jax.errors import UserError
-from flamingo_jax.evaluation.media import Preprocessing
 from flamingo_jax.evaluation.protocol.benchmark import (
-    Benchmark,
-    BenchmarkResult,
     EvaluationSettings,
 )
-from flamingo_jax.evaluation.protocol.open_ended import OpenEnded
-from flamingo_jax.evaluation.report import write_report
 from flamingo_jax.experiment import Experiment, FlamingoConfig
 from flamingo_jax.inference.engine import Engine
 from flamingo_jax.inference.loading import flamingo_config, load_flamingo
 from flamingo_jax.json_lines import read_lines
 from flamingo_jax.paths import as_path
 from flamingo_jax.progress import TOTAL_SECONDS
-from flamingo_jax.web_page import Table
 
 MODEL, BASELINE = "model", "without_images"
 """Their names in reports."""
@@ -115,98 +109,6 @@ class EvaluationRun:
         return dict(self.curves) | {
             name: read_lines(as_path(folder) / "metrics.jsonl") for name, folder in own.items()
         }
-
-
-def evaluate_benchmarks(
-    run: EvaluationRun,
-    benchmarks: Sequence[Benchmark],
-    shots: Sequence[int],
-    details: Mapping[str, Any],
-) -> Table:
-    """Runs every benchmark at every number of shots, writes report.json and report.html, and
-    returns the report's table.
-
-    Args:
-      shots: the numbers of shots.
-      details: how examples were drawn, for report.json.
-
-    Raises: UserError, before any weights are loaded, where two benchmarks have the same name
-      or one has too few examples.
-    """
-    _check(benchmarks, run.settings, shots)
-    engines, about = run.load()
-    results = {
-        name: [
-            benchmark.run(engine, dataclasses.replace(run.settings, shots=n))
-            for benchmark in benchmarks
-            for n in shots
-        ]
-        for name, engine in engines.items()
-    }
-
-    def by_benchmark(name: str, value: Any) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = {benchmark.name: {} for benchmark in benchmarks}
-        for result in results[name]:
-            found[result.name][str(result.shots)] = value(result)
-        return found
-
-    report = {
-        "benchmarks": by_benchmark(MODEL, lambda result: result.metrics),
-        BASELINE: (
-            by_benchmark(BASELINE, lambda result: result.metrics) if BASELINE in results else None
-        ),
-        "majority_answers": {
-            benchmark.name: benchmark.majority_answer
-            for benchmark in benchmarks
-            if isinstance(benchmark, OpenEnded) and benchmark.majority_answer
-        },
-        "counts": by_benchmark(MODEL, lambda result: len(result.predictions)),
-        "seconds": run.all_seconds(),
-        "drawn": dict(details),
-        **about,
-    }
-    table = _table(results)
-    write_report(
-        run.output,
-        report,
-        title=f"Evaluation of {run.model}",
-        tables=[table],
-        results=[(result.title, result) for result in results[MODEL]],
-        how=Preprocessing.of(run.config(), run.settings.frames, run.settings.fps),
-        training=run.all_curves(),
-    )
-    return table
-
-
-def _table(results: Mapping[str, Sequence[BenchmarkResult]]) -> Table:
-    """Makes a table with one row per model, benchmark and number of shots."""
-    rows = [
-        [
-            f"{result.name}, {name.replace('_', ' ')}",
-            result.shots,
-            result.accuracy,
-            result.metrics.get("majority_answer"),
-            len(result.predictions),
-        ]
-        for name, some in results.items()
-        for result in some
-    ]
-    header = ["benchmark", "shots", "accuracy", "majority answer", "queries"]
-    return Table("Accuracy", header, rows)
-
-
-def _check(
-    benchmarks: Sequence[Benchmark], settings: EvaluationSettings, shots: Sequence[int]
-) -> None:
-    """Checks all benchmarks at all numbers of shots; raises UserError."""
-    for place, benchmark in enumerate(benchmarks):
-        if benchmark.name in (other.name for other in benchmarks[:place]):
-            raise UserError(
-                f"two benchmarks are named {benchmark.name!r}, under which the report has one:"
-                " give each --benchmark its own NAME"
-            )
-        for n in shots:
-            benchmark.check(dataclasses.replace(settings, shots=n))
 
 
 def trained_prompts(model: str) -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from flamingo_jax.errors import UserError
+from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.inference import programs
 from flamingo_jax.inference.array_cache import ArrayCache
 from flamingo_jax.inference.decoding import TokenConstraints
@@ -95,9 +96,7 @@ class DeviceModel:
         model allows, or that has too many visuals.
         """
         self._check_size(visual for prompt in prompts for visual in prompt.visuals)
-        positions = self.config.language_model.positions
-        learned = positions.max_length if positions.kind == "learned" else TOKENS_IN_BATCH
-        most = min(learned, TOKENS_IN_BATCH)
+        most = most_tokens(self.config)
         for prompt in prompts:
             if len(prompt.tokens) + further > most:
                 raise UserError(
@@ -301,3 +300,10 @@ def token_constraints(tokenizer: Tokenizer, extra_tokens: int = 1) -> TokenConst
     if len(tokenizer.image_tag_ids) == 1:
         suppressed.add(tokenizer.image_tag_ids[0])
     return TokenConstraints(stop, tuple(sorted(suppressed - set(stop))))
+
+
+def most_tokens(config: FlamingoConfig) -> int:
+    """Returns how many tokens a prompt and its answer may have in all."""
+    positions = config.language_model.positions
+    learned = positions.max_length if positions.kind == "learned" else TOKENS_IN_BATCH
+    return min(learned, TOKENS_IN_BATCH)

@@ -17,6 +17,7 @@ from flamingo_jax.distributed.process_group import ProcessGroup
 from flamingo_jax.errors import UserError
 from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.inference.placement import check_mesh, parameter_shardings
+from flamingo_jax.interop.exported_model import ExportedModel
 from flamingo_jax.interop.quantised import read_quantised
 from flamingo_jax.interop.weight_sources import ExportedPart, declare, open_model
 from flamingo_jax.models.flamingo import Flamingo
@@ -41,6 +42,29 @@ class LoadedFlamingo:
     tokenizer: Tokenizer
     config: FlamingoConfig
     digest: str = ""
+
+
+def open_flamingo(
+    folder: str | pathlib.Path, parts: Mapping[str, str | pathlib.Path] | None = None
+) -> tuple[FlamingoConfig, Tokenizer, str]:
+    """Returns an exported model's config, tokenizer and digest, without reading its parameters.
+
+    Raises: UserError as `load_flamingo` does for the folder.
+    """
+    model, config, tokenizer = _open(folder, parts)
+    return config, tokenizer, model.export.digest
+
+
+def _open(
+    folder: str | pathlib.Path, parts: Mapping[str, str | pathlib.Path] | None
+) -> tuple[ExportedModel, FlamingoConfig, Tokenizer]:
+    model = open_model(folder, parts)
+    export = _flamingo(model.export)
+    config = from_json(FlamingoConfig, export.config)
+    if export.tokenizer_file is None:
+        raise UserError(f"{folder} holds no tokenizer: export the stage again with its tokenizer")
+    tokenizer = Tokenizer.load(export.tokenizer_file, config.language_model.vocab_size)
+    return model, config, tokenizer
 
 
 def load_flamingo(
@@ -74,12 +98,8 @@ def load_flamingo(
         missing or another one; parameters are missing, unknown or of another shape; or the
         mesh does not fit the model.
     """
-    model = open_model(folder, parts)
-    export = _flamingo(model.export)
-    config = from_json(FlamingoConfig, export.config)
-    if export.tokenizer_file is None:
-        raise UserError(f"{folder} holds no tokenizer: export the stage again with its tokenizer")
-    tokenizer = Tokenizer.load(export.tokenizer_file, config.language_model.vocab_size)
+    model, config, tokenizer = _open(folder, parts)
+    export = model.export
     if frozen_dtype not in (None, *FROZEN_DTYPES):
         raise UserError(
             f"frozen_dtype is {frozen_dtype!r}, but must be {', '.join(FROZEN_DTYPES[:-1])} or"

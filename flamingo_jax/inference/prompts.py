@@ -8,15 +8,18 @@ import dataclasses
 import enum
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flamingo_jax.errors import UserError
-from flamingo_jax.inference.prefill import Prefix
 from flamingo_jax.processing.sequences import media_index
 from flamingo_jax.processing.tokenizer import Tokenizer
 from flamingo_jax.processing.visuals import Image, Visual, VisualSource
+
+if TYPE_CHECKING:
+    # Importing it takes jax, which a user's mistake must not wait for.
+    from flamingo_jax.inference.prefill import Prefix
 
 LENGTH_STEP = 32
 """Prompts are padded to certain multiples of this, so that few shapes are compiled."""
@@ -49,7 +52,7 @@ class TokenisedPrompt:
     tokens: np.ndarray
     media_index: np.ndarray
     visuals: list[Visual]
-    prefix: Prefix | None = None
+    prefix: "Prefix | None" = None
 
     @property
     def padded_length(self) -> int:
@@ -220,7 +223,7 @@ class PromptBatch:
     lengths: np.ndarray
     visuals: np.ndarray
     distinct: list[Visual]
-    prefix: Prefix | None = None
+    prefix: "Prefix | None" = None
 
 
 def collate(
@@ -272,7 +275,7 @@ def common_prefix(prompts: Sequence[TokenisedPrompt]) -> int:
 
 
 def after_prefix(
-    prompt: TokenisedPrompt, count: int, prefix: Prefix, *, attend_to_media: str
+    prompt: TokenisedPrompt, count: int, prefix: "Prefix", *, attend_to_media: str
 ) -> TokenisedPrompt:
     """Cuts the first `count` tokens, which are in `prefix`, from a prompt, and the visuals that
     no token attends to any more.

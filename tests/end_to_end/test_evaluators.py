@@ -105,7 +105,7 @@ def test_the_command_measures_the_same(
     evaluate = commands.load("evaluate")
     for name, value in {
         "BENCHMARK": [],
-        "SUITE": None,
+        "SUITE": [],
         "EVALUATOR": [described],
         "MODEL": str(folder / "export"),
         "WORKDIR": "",

@@ -187,7 +187,11 @@ def test_evaluation_asks_as_training_did(
         "BENCHMARK": [f"vqa:shapes={data}/vqa:unseen,support={data}/vqa:test"],
         "SHOTS": None,
         "BASELINE": "",
-        "SUITE": None,
+        "SUITE": [],
+        "LAYOUT": False,
+        "SEEDS": None,
+        "CONTROL": True,
+        "PERMUTATIONS": 1,
         "TEXT_EXAMPLES": None,
         "QUESTION_PROMPT": None,
         "SELECTION": "random",
@@ -211,10 +215,11 @@ def test_evaluation_asks_as_training_did(
         assert evaluate.main() == 0
     report = json.loads((tmp_path / "report.json").read_text())
     metrics = report["benchmarks"]["shapes"]["0"]
-    assert {"accuracy", "majority_answer"} <= set(metrics) and report["settings"][
-        "text_examples"
-    ] == 0
-    assert report["majority_answers"]["shapes"] and "majority answer" in capsys.readouterr().out
+    assert {"accuracy", "majority answer"} <= set(metrics)
+    (result,) = (tmp_path / "results").glob("*.json")
+    protocol = json.loads(result.read_text())["protocol"]
+    assert protocol["text_examples"] == 0 and protocol["scorer_options"]["majority_answer"]
+    assert "shapes" in capsys.readouterr().out
 
 
 @pytest.mark.scale

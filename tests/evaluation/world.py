@@ -10,7 +10,9 @@ from flamingo_jax.evaluation.media import LoadedMedia
 from flamingo_jax.inference.completion import Completion
 from flamingo_jax.inference.prompts import Prompt
 from flamingo_jax.processing.visuals import Visual
-from tests.inference.tiny_models import tiny_config
+from tests.inference.tiny_models import make_tokenizer, tiny_config
+
+TOKENIZER = make_tokenizer()
 
 
 def visual(value: int, frames: int = 1) -> Visual:
@@ -45,6 +47,7 @@ class ScriptedEngine:
         self.prompts: list[Prompt] = []
         self.encoder_digest = "e" * 32
         self.config, self.batch_size = tiny_config(40), 4
+        self.tokenizer = TOKENIZER
 
     def generate(
         self, prompts: Sequence[Prompt], decoding: Any, *, seed: int = 0, progress: Any = None

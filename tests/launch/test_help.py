@@ -82,17 +82,21 @@ def test_flags_that_commands_share_are_in_the_help_of_each(
         (("launch.evaluate",), "name one of --benchmark, --suite or --evaluator"),
         (
             ("launch.evaluate", "--evaluator=held_out", "--shots=4"),
-            "--shots is not read by --evaluator but by --benchmark, --suite",
+            "--shots is not read by --evaluator but by --benchmark, --suite, --suite=quickstart",
         ),
         (
             ("launch.evaluate", "--suite=quickstart", "--fps=3"),
-            "--fps is not read by --suite but by --benchmark",
+            "--fps is not read by --suite=quickstart but by --benchmark, --suite",
         ),
         (
             ("launch.evaluate", "--benchmark=reading:a=b", "--model=m", "--output=o"),
             "with KIND one of captioning",
         ),
         (("launch.compare", "only_one"), "name two runs or more"),
+        (
+            ("launch.evaluate", "--suite=coko", "--data=d", "--model=m", "--output=o"),
+            "there is no benchmark or suite 'coko', did you mean coco?",
+        ),
         (("launch.evaluate", "--evaluator=held_out"), "name what is measured: --workdir=FOLDER"),
     ],
 )

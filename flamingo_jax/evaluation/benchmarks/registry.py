@@ -93,9 +93,7 @@ def find_benchmarks(names: list[str]) -> list[BenchmarkSet]:
     for name in names:
         if name not in BENCHMARKS and name not in SUITES:
             known = [*SUITES, *BENCHMARKS]
-            raise UserError(
-                f"there is no benchmark or suite {name!r}{did_you_mean(name, known)}: name one of"
-                f" {', '.join(known)}"
-            )
+            hint = did_you_mean(name, known) or f": name one of {', '.join(known)}"
+            raise UserError(f"there is no benchmark or suite {name!r}{hint}")
         found |= {one: BENCHMARKS[one] for one in SUITES.get(name, (name,))}
     return list(found.values())

@@ -23,9 +23,12 @@ from flamingo_jax.evaluation.protocol.benchmark import (
 )
 from flamingo_jax.evaluation.protocol.few_shot import check_examples, few_shot_prompts
 from flamingo_jax.evaluation.protocol.journal import NOT_KEPT, Journal
+from flamingo_jax.evaluation.protocol.lengths import check_lengths, longest_candidate
 from flamingo_jax.evaluation.selection.shots import MediaEncoder
+from flamingo_jax.inference.device_model import most_tokens
 from flamingo_jax.inference.engine import Engine
 from flamingo_jax.inference.prompts import Prompt
+from flamingo_jax.processing.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,11 @@ class Classification:
             if not self._candidates(query):
                 raise UserError(f"{self.name} has no candidate answers for the query {query.id}")
 
+    def further(self, tokenizer: Tokenizer) -> int:
+        """Returns the number of tokens of the longest candidate."""
+        texts = {text for query in self.queries for text in self._candidates(query)}
+        return longest_candidate(texts, tokenizer)
+
     def _candidates(self, query: BenchmarkExample) -> Sequence[str]:
         return query.candidates or self.classes
 
@@ -86,6 +94,8 @@ class Classification:
                 settings if settings.shots > 1 else dataclasses.replace(settings, permutations=1)
             )
             asked = few_shot_prompts(self, MediaEncoder(engine, pool), settings, 0)
+            further = self.further(engine.tokenizer)
+            check_lengths(self.name, asked, further, engine.tokenizer, most_tokens(engine.config))
             title = title_of(self.name, settings.shots)
             predictions = ask_all(title, asked, answer, pool, journal, engine.batch_size)
         if not self.scored:

@@ -65,7 +65,10 @@ def check_examples(benchmark: HasSupport, settings: EvaluationSettings, text_exa
 
 
 def few_shot_prompts(
-    benchmark: HasSupport, encoder: MediaEncoder, settings: EvaluationSettings, text_examples: int
+    benchmark: HasSupport,
+    encoder: MediaEncoder | None,
+    settings: EvaluationSettings,
+    text_examples: int,
 ) -> list[Asked]:
     """Writes each query's prompt: its shots, or `text_examples` text-only examples if it has
     none, then the query up to its answer. With `settings.permutations` > 1 it is written with
@@ -88,7 +91,7 @@ def few_shot_prompts(
 
 
 def _shots(
-    benchmark: HasSupport, encoder: MediaEncoder, settings: EvaluationSettings
+    benchmark: HasSupport, encoder: MediaEncoder | None, settings: EvaluationSettings
 ) -> list[Sequence[BenchmarkExample]]:
     """Returns every query's shots: its own, or those chosen from the support set."""
     count, found = settings.shots, {}

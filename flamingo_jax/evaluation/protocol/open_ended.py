@@ -24,7 +24,9 @@ from flamingo_jax.evaluation.protocol.benchmark import (
 )
 from flamingo_jax.evaluation.protocol.few_shot import check_examples, few_shot_prompts
 from flamingo_jax.evaluation.protocol.journal import NOT_KEPT, Journal
+from flamingo_jax.evaluation.protocol.lengths import check_lengths
 from flamingo_jax.evaluation.selection.shots import MediaEncoder
+from flamingo_jax.inference.device_model import most_tokens
 from flamingo_jax.inference.engine import Engine
 from flamingo_jax.inference.prompts import Prompt
 
@@ -75,6 +77,8 @@ class OpenEnded:
             asked = few_shot_prompts(
                 self, MediaEncoder(engine, pool), settings, settings.text_examples
             )
+            further = settings.decoding.max_tokens
+            check_lengths(self.name, asked, further, engine.tokenizer, most_tokens(engine.config))
             title = title_of(self.name, settings.shots)
             predictions = ask_all(title, asked, answer, pool, journal, engine.batch_size)
         if self.metric is None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from flamingo_jax.evaluation.metrics.exact_match import exact_match
-from flamingo_jax.evaluation.metrics.vqa_accuracy import ivqa_accuracy
+from flamingo_jax.evaluation.metrics.vqa_accuracy import ivqa_accuracy, vqa_accuracy
 from flamingo_jax.evaluation.protocol.benchmark import Prediction
 from flamingo_jax.evaluation.scoring import ranked_predictions
 from flamingo_jax.evaluation.scoring.captions import score_captions
@@ -64,13 +64,18 @@ def check_scorer(scorer: str, *, wordnet: str = "") -> None:
 
 
 def captions(
-    predictions: Sequence[Prediction], *, meteor: bool = False, by_type: bool = False
+    predictions: Sequence[Prediction],
+    *,
+    meteor: bool = False,
+    by_type: bool = False,
+    exact: bool = False,
 ) -> ScoreReport:
     """Scores captions by CIDEr-D, BLEU and ROUGE-L, as pycocoevalcap does.
 
     Args:
       meteor: whether to add METEOR, which needs Java.
       by_type: whether to add the CIDEr-D of each type among the references of the type.
+      exact: whether to add the share that equals a reference, as synthetic data allows.
     """
     metrics, items = score_captions(
         [one.text for one in predictions],
@@ -79,6 +84,10 @@ def captions(
         clusters=_clusters(predictions),
         types=[one.question_type for one in predictions] if by_type else (),
     )
+    if exact:
+        equal = [exact_match(one.text, one.answers) for one in predictions]
+        metrics["exact match"] = mean_estimate(equal, _clusters(predictions))
+        items = [item | {"exact match": x} for item, x in zip(items, equal, strict=True)]
     about = {"tokenizer": "Penn Treebank, as pycocoevalcap's"}
     return ScoreReport(metrics, _with_ids(predictions, items), about)
 
@@ -141,6 +150,19 @@ def top_k(predictions: Sequence[Prediction], *, headline: str = "top-1") -> Scor
     return ScoreReport(metrics, _with_ids(predictions, items), {})
 
 
+def own_answers(predictions: Sequence[Prediction], *, majority_answer: str = "") -> ScoreReport:
+    """Scores answers to own questions: VQA accuracy, or exact match where there is one answer.
+
+    majority_answer: the training split's most frequent answer, whose score is given beside.
+    """
+    scores = [vqa_accuracy(one.text, one.answers) for one in predictions]
+    report = _mean("accuracy", predictions, scores, _by_type(predictions, scores))
+    if majority_answer:
+        given = [vqa_accuracy(majority_answer, one.answers) for one in predictions]
+        report.metrics["majority answer"] = mean_estimate(given, _clusters(predictions))
+    return report
+
+
 SCORERS: dict[str, PredictionScorer] = {
     "captions": captions,
     "vqa": vqa,
@@ -148,6 +170,7 @@ SCORERS: dict[str, PredictionScorer] = {
     "exact": exact,
     "ivqa": ivqa,
     "wups": wups,
+    "own_answers": own_answers,
     "top_k": top_k,
     **ranked_predictions.SCORERS,
 }

@@ -108,7 +108,7 @@ def choose_shots(
     selection: str,
     support: Sequence[BenchmarkExample],
     queries: Sequence[BenchmarkExample],
-    encoder: MediaEncoder,
+    encoder: MediaEncoder | None,
     *,
     name: str = "",
     seed: int = 0,
@@ -134,6 +134,8 @@ def choose_shots(
     about: dict[str, int | str]
     if selection == "rices":
         stored_in = folder and folder / "features"
+        if encoder is None:
+            raise ValueError("rices needs an encoder")
         about = {"encoder": encoder.digest if folder else ""}
 
         def choose() -> Orders:

@@ -1,0 +1,272 @@
+"""Runs a suite of benchmarks on a model. Each run (`suite.Cell`) keeps its predictions as they
+are made; a suite that was killed goes on where it was.
+
+    OUTPUT/results/<cell>.json          scores with error bars, and what they are of
+    OUTPUT/predictions/<cell>.jsonl     every prediction, with its prompt
+    OUTPUT/shots, OUTPUT/features       the chosen shots; the encoder's features for RICES
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from flamingo_jax.errors import UserError
+from flamingo_jax.evaluation.media import Preprocessing
+from flamingo_jax.evaluation.protocol.classification import Classification
+from flamingo_jax.evaluation.protocol.few_shot import few_shot_prompts
+from flamingo_jax.evaluation.protocol.journal import JournalFile
+from flamingo_jax.evaluation.protocol.lengths import check_lengths
+from flamingo_jax.evaluation.protocol.open_ended import OpenEnded
+from flamingo_jax.evaluation.results.result_file import CellResult, read_result
+from flamingo_jax.evaluation.results.suite_report import write_suite_report
+from flamingo_jax.evaluation.runner import EvaluationRun
+from flamingo_jax.evaluation.scoring.predictions import score_predictions
+from flamingo_jax.evaluation.suite import Cell, SuiteBenchmark, SuiteOptions, cells, digest
+from flamingo_jax.experiment import FlamingoConfig
+from flamingo_jax.inference.device_model import most_tokens
+from flamingo_jax.inference.engine import Engine
+from flamingo_jax.inference.loading import load_flamingo, open_flamingo
+from flamingo_jax.paths import make_folder
+from flamingo_jax.processing.tokenizer import Tokenizer
+from flamingo_jax.processing.visuals import Visual
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluatedModel:
+    """What a suite is run on.
+
+    folder: of the export. digest: of its parameters.
+    frozen_dtype: of its frozen parts; None for the export's own.
+    """
+
+    folder: str
+    digest: str
+    frozen_dtype: str | None = None
+
+
+def evaluate_suite(
+    run: EvaluationRun, benchmarks: Sequence[SuiteBenchmark], options: SuiteOptions
+) -> list[CellResult]:
+    """Runs benchmarks on a model, and writes report.html, report.md and report.json.
+
+    What an earlier run with the same output finished is not run again.
+
+    Raises: UserError, before any weights are loaded, where a benchmark has too few examples, a
+      prompt does not fit in the model's context, or the output holds results of something else.
+    """
+    config, tokenizer, model_digest = open_flamingo(run.model, run.parts)
+    listed = [cell for one in benchmarks for cell in cells(one, options)]
+    check_prompts(listed, config, tokenizer)
+
+    def load() -> tuple[Engine, EvaluatedModel]:
+        loaded = load_flamingo(
+            run.model, parts=run.parts, mesh=run.mesh, frozen_dtype=run.frozen_dtype
+        )
+        model = EvaluatedModel(run.model, loaded.digest, run.frozen_dtype)
+        return Engine(loaded, batch_size=run.batch_size), model
+
+    results = run_cells(listed, load, run.output, model_digest=model_digest)
+    if jax.process_index() == 0:
+        write_reports(run, listed, results)
+    return results
+
+
+def write_reports(
+    run: EvaluationRun, listed: Sequence[Cell], results: Sequence[CellResult]
+) -> None:
+    """Writes report.json, which the model card reads, and the pages that people read."""
+    by_benchmark: dict[str, dict[str, dict[str, Any]]] = {}
+    counts: dict[str, dict[str, int]] = {}
+    for one in results:
+        if not one.control and one.seed == results[0].seed:
+            scores = {name: metric["score"] for name, metric in one.metrics.items()}
+            by_benchmark.setdefault(one.benchmark, {})[str(one.shots)] = scores
+            counts.setdefault(one.benchmark, {})[str(one.shots)] = one.n
+    report = {
+        "metrics_are": "fractions between 0 and 1; CIDEr from 0 to 10",
+        "benchmarks": by_benchmark,
+        "counts": counts,
+        "model": {"folder": run.model, "digest": results[0].model["digest"]},
+        "settings": dataclasses.asdict(run.settings),
+        "frozen_dtype": run.frozen_dtype,
+        "results": [f"results/{cell.name}.json" for cell in listed],
+    }
+    (run.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    how = Preprocessing.of(run.config())
+    media = {
+        (cell.benchmark.asked.name, query.id): query.media
+        for cell in listed
+        for query in getattr(cell.benchmark.asked, "queries", ())
+    }
+
+    def image(benchmark: str, query: str) -> Visual | None:
+        found = media.get((benchmark, query))
+        return found.read(how) if found else None
+
+    write_suite_report(run.output, results, image)
+
+
+def run_cells(
+    listed: Sequence[Cell],
+    load: Callable[[], tuple[Engine, EvaluatedModel]],
+    output: pathlib.Path,
+    *,
+    model_digest: str,
+    finished: Callable[[CellResult], None] = lambda result: None,
+) -> list[CellResult]:
+    """Runs what is not finished, and writes its results.
+
+    Args:
+      load: loads the model; it is called where anything is left to run.
+      output: the folder of results.
+      model_digest: of the export, as `load` will find it.
+      finished: is called with each result, of an earlier run too.
+
+    Raises: UserError where `output` holds results of another protocol, files or model.
+    """
+    earlier = {cell.name: _earlier(cell, output, model_digest) for cell in listed}
+    loaded: tuple[Engine, EvaluatedModel] | None = None
+    results = []
+    for cell in listed:
+        result = earlier[cell.name]
+        if result is None:
+            loaded = loaded or load()
+            result = run_cell(cell, *loaded, output)
+        finished(result)
+        results.append(result)
+    return results
+
+
+def run_cell(cell: Cell, engine: Engine, model: EvaluatedModel, output: pathlib.Path) -> CellResult:
+    """Runs one benchmark at one number of shots, and writes its result and predictions."""
+    began = time.monotonic()
+    benchmark, how = cell.benchmark, cell.settings
+    first = jax.process_index() == 0
+    relative = f"predictions/{cell.name}.jsonl"
+    about = {
+        **identity(cell, model.digest),
+        "frozen_dtype": model.frozen_dtype,
+        "scorer": benchmark.scorer,
+        "scorer_options": dict(benchmark.scorer_options),
+    }
+    journal = JournalFile(output / relative, about, writes=first)
+    try:
+        found = benchmark.asked.run(engine, how, journal)
+    finally:
+        journal.close()
+    report = score_predictions(benchmark.scorer, found.predictions, benchmark.scorer_options)
+    content = report.to_json()
+    result = CellResult(
+        benchmark=benchmark.asked.name,
+        title=benchmark.title,
+        split=str(benchmark.drawn["split"]),
+        support_split=str(benchmark.drawn["support_split"]),
+        shots=how.shots,
+        selection=how.selection if how.shots else "",
+        control=not how.shot_images,
+        seed=how.seed,
+        permutations=how.permutations,
+        headline=next(iter(report.metrics)),
+        metrics=content["metrics"],
+        about=report.about,
+        n=len(found.predictions),
+        missing_media=dict(benchmark.missing),
+        references=dict(benchmark.references),
+        protocol=cell.protocol,
+        protocol_hash=digest(cell.protocol),
+        model={"folder": model.folder, "digest": model.digest, "frozen_dtype": model.frozen_dtype},
+        code=code_identity(),
+        device=jax.devices()[0].device_kind,
+        batch_size=engine.batch_size,
+        seconds=round(time.monotonic() - began, 3),
+        seconds_waiting_for_media=round(found.waited, 3),
+        predictions=relative,
+    )
+    if first:
+        make_folder(output / "results")
+        result.write(output / "results" / f"{cell.name}.json")
+    return result
+
+
+def identity(cell: Cell, model_digest: str) -> dict[str, Any]:
+    """Returns what the predictions of a cell depend on."""
+    benchmark = cell.benchmark
+    return {
+        "protocol": cell.protocol,
+        "model": model_digest,
+        "references": dict(benchmark.references),
+        "examples": _examples(benchmark.asked),
+    }
+
+
+def _examples(asked: Any) -> str:
+    """Identifies a benchmark's queries and support set by their ids, in order."""
+    content = hashlib.blake2b(digest_size=16)
+    for examples in (getattr(asked, name, ()) for name in ("queries", "support", "pages")):
+        for one in examples:
+            content.update(f"{len(one.id)} {one.id}".encode())
+        content.update(b"/")
+    return content.hexdigest()
+
+
+def _earlier(cell: Cell, output: pathlib.Path, model_digest: str) -> CellResult | None:
+    """Reads the result of an earlier run, if it is finished."""
+    file = output / "results" / f"{cell.name}.json"
+    if not file.is_file():
+        return None
+    found = read_result(file)
+    same = {
+        "protocol": found.protocol_hash == digest(cell.protocol),
+        "model": found.model["digest"] == model_digest,
+        "references": dict(found.references) == dict(cell.benchmark.references),
+    }
+    if all(same.values()):
+        return found
+    differing = ", ".join(name for name, equal in same.items() if not equal)
+    raise UserError(
+        f"{file} is of another {differing}: remove it and {output / found.predictions}, or name"
+        " another --output"
+    )
+
+
+def check_prompts(listed: Sequence[Cell], config: FlamingoConfig, tokenizer: Tokenizer) -> None:
+    """Checks, before the model is loaded, that the prompts fit in its context; those of RICES
+    are checked when their shots are known.
+
+    Raises: UserError that names the benchmark.
+    """
+    for cell in listed:
+        asked, how = cell.benchmark.asked, cell.settings
+        if not isinstance(asked, OpenEnded | Classification):
+            continue
+        if how.shots and how.selection == "rices":
+            continue
+        if isinstance(asked, OpenEnded):
+            texts, further = how.text_examples, how.decoding.max_tokens
+        else:
+            texts, further = 0, asked.further(tokenizer)
+        written = few_shot_prompts(asked, None, how, texts)
+        check_lengths(asked.name, written, further, tokenizer, most_tokens(config))
+
+
+@functools.cache
+def code_identity() -> dict[str, str]:
+    """Identifies the library: its version, and a digest of its source files."""
+    import importlib.metadata
+
+    root = pathlib.Path(__file__).parent.parent
+    content = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        content.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+    try:
+        version = importlib.metadata.version("flamingo_jax")
+    except importlib.metadata.PackageNotFoundError:
+        version = ""
+    return {"version": version, "digest": content.hexdigest()[:32]}

@@ -1,0 +1,194 @@
+"""Every benchmark, end to end: made files in their official layout, and a tiny model."""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from flamingo_jax.errors import UserError
+from flamingo_jax.evaluation.benchmarks.registry import BENCHMARKS
+from flamingo_jax.evaluation.protocol import journal
+from flamingo_jax.evaluation.protocol.benchmark import EvaluationSettings
+from flamingo_jax.evaluation.results.result_file import CellResult
+from flamingo_jax.evaluation.runner import EvaluationRun
+from flamingo_jax.evaluation.suite import SuiteOptions
+from flamingo_jax.evaluation.suite_reader import OpeningOptions, open_official
+from flamingo_jax.evaluation.suite_runner import evaluate_suite
+from flamingo_jax.inference.decoding import DecodingConfig
+from tests.evaluation import made_sets
+from tests.inference.tiny_models import make_export
+
+MADE: dict[str, Callable[[pathlib.Path], None]] = {}
+for module in pkgutil.iter_modules(made_sets.__path__):
+    MADE |= getattr(importlib.import_module(f"{made_sets.__name__}.{module.name}"), "MADE", {})
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("suite") / "export"
+    make_export(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    root = tmp_path_factory.mktemp("sets")
+    for name, make in MADE.items():
+        (root / name).mkdir()
+        make(root / name)
+    return root
+
+
+def evaluate(
+    export: pathlib.Path,
+    data: pathlib.Path,
+    output: pathlib.Path,
+    name: str,
+    *,
+    batch_size: int = 4,
+    selection: str = "random",
+    shots: tuple[int, ...] = (0, 4),
+    **options: Any,
+) -> dict[str, CellResult]:
+    """Runs one benchmark; returns its results by the names of their files."""
+    settings = EvaluationSettings(
+        selection=selection,
+        folder=str(output),
+        decoding=DecodingConfig(beam_size=1),
+    )
+    run = EvaluationRun(str(export), output, settings, batch_size=batch_size)
+    benchmarks = open_official([BENCHMARKS[name]], opening(data, **options))
+    benchmarks = [dataclasses.replace(one, max_tokens=3) for one in benchmarks]
+    found = evaluate_suite(run, benchmarks, SuiteOptions(settings, shots))
+    return {one.name: one for one in found}
+
+
+def opening(data: pathlib.Path, **options: Any) -> OpeningOptions:
+    return OpeningOptions(root=str(data), **{"limit": 6, "max_tokens": 3, **options})
+
+
+def predictions(output: pathlib.Path, cell: CellResult) -> list[dict[str, Any]]:
+    return journal.read_journal(output / cell.predictions)[1]
+
+
+def test_every_benchmark_has_a_made_set() -> None:
+    assert set(MADE) == set(BENCHMARKS)
+
+
+@pytest.mark.parametrize("name", sorted(MADE))
+def test_a_benchmark_runs_from_its_official_files(
+    name: str, export: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """A killed run goes on to the same digits, and batches of 1 answer as larger ones."""
+    whole = evaluate(export, data, tmp_path / "whole", name)
+    killed = tmp_path / "killed"
+    for cell in whole.values():
+        assert cell.n == len(predictions(tmp_path / "whole", cell)) > 0
+        # What a killed run leaves: half of the predictions, the last line torn, and no result.
+        lines = (tmp_path / "whole" / cell.predictions).read_text().splitlines(keepends=True)
+        kept = lines[: 1 + len(lines) // 2]
+        (killed / cell.predictions).parent.mkdir(parents=True, exist_ok=True)
+        (killed / cell.predictions).write_text("".join(kept) + lines[-1][:9])
+    resumed = evaluate(export, data, killed, name)
+    for key, cell in whole.items():
+        assert cell.metrics == resumed[key].metrics
+        ours, theirs = predictions(tmp_path / "whole", cell), predictions(killed, resumed[key])
+        assert sorted(ours, key=_id) == sorted(theirs, key=_id)
+    one_by_one = evaluate(export, data, tmp_path / "single", name, batch_size=1)
+    for key in whole:
+        ours, theirs = (
+            {one["id"]: one["text"] for one in predictions(tmp_path / folder, some[key])}
+            for folder, some in (("whole", whole), ("single", one_by_one))
+        )
+        assert ours == theirs
+
+
+def _id(line: dict[str, Any]) -> str:
+    return line["id"]
+
+
+FIRST = sorted(MADE)[:1]
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_results_say_what_they_are_of(
+    name: str, export: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    found = evaluate(export, data, tmp_path, name, selection="rices", shots=(0, 4))
+    assert set(found) == {
+        f"{name}.0_shots",
+        f"{name}.4_shots.rices",
+        f"{name}.4_shots.rices.control",
+    }
+    for key, cell in found.items():
+        written = json.loads((tmp_path / "results" / f"{key}.json").read_text())
+        assert written["protocol_hash"] == cell.protocol_hash and len(cell.references) >= 1
+        assert cell.control == key.endswith("control")
+        for line in predictions(tmp_path, cell):
+            assert len(line["shots"]) == cell.shots
+            images = 1 if cell.control else 1 + cell.shots
+            assert line["prompt"].count("<image>") == images
+    assert len({cell.protocol_hash for cell in found.values()}) == 3
+    # What is finished is not run again, and other settings are refused.
+    for cell in found.values():
+        (tmp_path / cell.predictions).unlink()
+    again = evaluate(export, data, tmp_path, name, selection="rices", shots=(0, 4))
+    assert {key: one.metrics for key, one in again.items()} == {
+        key: one.metrics for key, one in found.items()
+    }
+    assert not any((tmp_path / cell.predictions).exists() for cell in found.values())
+    with pytest.raises(UserError, match="is of another protocol: remove it"):
+        evaluate(export, data, tmp_path, name, selection="rices", limit=5)
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_a_missing_image_is_an_error_or_counted(
+    name: str, export: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    import shutil
+
+    copied = tmp_path / "data"
+    shutil.copytree(data / name, copied / name)
+    (benchmark,) = open_official([BENCHMARKS[name]], opening(copied, limit=0))
+    asked: Any = benchmark.asked
+    lost = asked.queries[0].media.path
+    lost.unlink()
+    with pytest.raises(UserError, match=f"1 of .* images or videos .*{lost.name}.*--missing_media"):
+        evaluate(export, copied, tmp_path / "out", name)
+    found = evaluate(
+        export, copied, tmp_path / "out", name, shots=(0,), limit=0, missing_media="skip"
+    )
+    for cell in found.values():
+        assert cell.n == len(asked.queries) - 1
+        assert cell.missing_media == {"policy": "skip", "queries": 1, "support": 0}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"shots": (400,)}, "needs 400 support examples"),
+        ({"split": "nowhere"}, "has no split 'nowhere'"),
+        ({"root": "/nowhere"}, "there is no folder /nowhere/.*--layout"),
+    ],
+)
+@pytest.mark.parametrize("name", FIRST)
+def test_what_cannot_be_run_is_said_before_the_model_loads(
+    name: str,
+    options: dict[str, Any],
+    said: str,
+    export: pathlib.Path,
+    data: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from flamingo_jax.evaluation import suite_runner
+
+    monkeypatch.setattr(suite_runner, "load_flamingo", None)
+    root = pathlib.Path(options.pop("root", data))
+    with pytest.raises(UserError, match=said):
+        evaluate(export, root, tmp_path, name, **options)
