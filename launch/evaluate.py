@@ -264,7 +264,7 @@ def run_benchmarks() -> int:
     else:
         benchmarks = _described(descriptions, max(shots or [0]))
     from flamingo_jax.evaluation.suite import SuiteOptions
-    from flamingo_jax.evaluation.suite_runner import evaluate_suite
+    from flamingo_jax.evaluation.suite_runner import evaluate_suite, summary
 
     settings = dataclasses.replace(
         run.settings,
@@ -278,7 +278,7 @@ def run_benchmarks() -> int:
         SuiteOptions(settings, shots, seeds, CONTROL.value),
     )
     if devices.is_first_process():
-        print_results(results)
+        command.print_table(summary(results))
     return _wrote()
 
 

@@ -18,14 +18,12 @@ from typing import Any
 import jax
 
 from flamingo_jax.errors import UserError
-from flamingo_jax.evaluation.media import Preprocessing
 from flamingo_jax.evaluation.protocol.classification import Classification
 from flamingo_jax.evaluation.protocol.few_shot import few_shot_prompts
 from flamingo_jax.evaluation.protocol.journal import JournalFile
 from flamingo_jax.evaluation.protocol.lengths import check_lengths
 from flamingo_jax.evaluation.protocol.open_ended import OpenEnded
 from flamingo_jax.evaluation.results.result_file import CellResult, read_result
-from flamingo_jax.evaluation.results.suite_report import write_suite_report
 from flamingo_jax.evaluation.runner import EvaluationRun
 from flamingo_jax.evaluation.scoring.predictions import score_predictions
 from flamingo_jax.evaluation.suite import Cell, SuiteBenchmark, SuiteOptions, cells, digest
@@ -35,7 +33,7 @@ from flamingo_jax.inference.engine import Engine
 from flamingo_jax.inference.loading import load_flamingo, open_flamingo
 from flamingo_jax.paths import make_folder
 from flamingo_jax.processing.tokenizer import Tokenizer
-from flamingo_jax.processing.visuals import Visual
+from flamingo_jax.web_page import Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +79,7 @@ def evaluate_suite(
 def write_reports(
     run: EvaluationRun, listed: Sequence[Cell], results: Sequence[CellResult]
 ) -> None:
-    """Writes report.json, which the model card reads, and the pages that people read."""
+    """Writes report.json, which the model card reads."""
     by_benchmark: dict[str, dict[str, dict[str, Any]]] = {}
     counts: dict[str, dict[str, int]] = {}
     for one in results:
@@ -99,18 +97,22 @@ def write_reports(
         "results": [f"results/{cell.name}.json" for cell in listed],
     }
     (run.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    how = Preprocessing.of(run.config())
-    media = {
-        (cell.benchmark.asked.name, query.id): query.media
-        for cell in listed
-        for query in getattr(cell.benchmark.asked, "queries", ())
-    }
 
-    def image(benchmark: str, query: str) -> Visual | None:
-        found = media.get((benchmark, query))
-        return found.read(how) if found else None
 
-    write_suite_report(run.output, results, image)
+def summary(results: Sequence[CellResult]) -> Table:
+    """Makes a table of the headline scores with their errors, for the console."""
+    rows = [
+        [
+            one.title,
+            f"{one.shots}{', without their images' if one.control else ''}",
+            one.headline,
+            one.estimate.score,
+            one.estimate.standard_error,
+            one.n,
+        ]
+        for one in results
+    ]
+    return Table("Scores", ["benchmark", "shots", "metric", "score", "error", "queries"], rows)
 
 
 def run_cells(

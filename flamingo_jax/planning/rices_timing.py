@@ -43,15 +43,15 @@ run_part(*sys.argv[1:])
 class RicesWork(NamedTuple):
     """What is searched for what.
 
-    rows: embeddings of the support set. width: numbers in each, float32. count: of the nearest
-    to find for each query. sample: queries whose choice is compared. processes: that share the
+    rows: embeddings of the support set. width: numbers in each, float32. nearest: how many are
+    found for each query. sample: queries whose choice is compared. processes: that share the
     rows.
     """
 
     rows: int
     queries: int
     width: int
-    count: int = 32  # type: ignore[assignment]
+    nearest: int = 32
     sample: int = 20
     processes: int = 1
 
@@ -116,7 +116,7 @@ def time_rices(work: RicesWork, folder: pathlib.Path) -> RicesTiming:
         filled = _run("fill", work, folder)
         searched = _run("search", work, folder)
         merging = time.monotonic()
-        found = merge([_read_part(folder, part) for part in _parts(work)], work.count)
+        found = merge([_read_part(folder, part) for part in _parts(work)], work.nearest)
         ended = time.monotonic()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -162,7 +162,7 @@ def brute_force(work: RicesWork) -> np.ndarray:
         for query, found in zip(queries, similarities, strict=True):
             # By rows: a BLAS product may round equal rows differently.
             found[batch * BATCH : batch * BATCH + len(rows)] = np.vecdot(rows, query)
-    return np.array([np.argsort(-one, kind="stable")[: work.count] for one in similarities])
+    return np.array([np.argsort(-one, kind="stable")[: work.nearest] for one in similarities])
 
 
 def run_part(phase: str, work: str, folder: str, part: str) -> None:
@@ -192,7 +192,7 @@ def _fill(work: RicesWork, folder: pathlib.Path, part: int) -> float:
 def _search(work: RicesWork, folder: pathlib.Path, part: int) -> float:
     first, store = _parts(work)[part].start, _store(work, folder, part)
     queries = made_embeddings(work, ALL_QUERIES)
-    found = search(queries, store.blocks(), work.count, first=first)
+    found = search(queries, store.blocks(), work.nearest, first=first)
     np.savez(folder / f"nearest-{part}.npz", **found._asdict())
     return 0.0
 
