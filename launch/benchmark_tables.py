@@ -128,7 +128,9 @@ def rices_table(work: "RicesWork", timing: "RicesTiming") -> Table:
     """Lays out the seconds and memory of a search, and how many choices are right."""
     table = Table(
         "",
-        title=f"the {work.nearest} most similar of {work.rows:,} images for each of {work.queries:,}",
+        title=(
+            f"the {work.nearest} most similar of {work.rows:,} images for each of {work.queries:,}"
+        ),
     )
     for heading in ("seconds", "GB/s"):
         table.add_column(heading, justify="right")

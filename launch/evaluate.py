@@ -124,6 +124,12 @@ CAPTION_PROMPT = flags.DEFINE_string(
     f" {experiment.CAPTION_PROMPT}); empty for models that have met captions right after their"
     " images alone, as in plain pairs.",
 )
+WORDNET = flags.DEFINE_string(
+    "wordnet",
+    "",
+    "suite: folder of WordNet 3.0's files, which OK-VQA's and NExT-QA's metrics read; by default"
+    " Debian's or nltk's.",
+)
 SEEDS = flags.DEFINE_list(
     "seeds", None, "Seeds of the shots, each a run of its own; by default --seed alone."
 )
@@ -198,7 +204,7 @@ READS = {
     "--benchmark": ("benchmark", *_ASKING, *_CELLS, "caption_prompt", "classes"),
     "--suite": (
         *("suite", *_ASKING, *_CELLS, "data", "folder", "split", "support_split"),
-        *("missing_media", "layout"),
+        *("missing_media", "layout", "wordnet"),
     ),
     "--suite=quickstart": ("suite", *_ASKING, *_SHOWN, "data", "few_shot_limit"),
     "--evaluator": ("evaluator", "workdir", "parts"),
@@ -275,7 +281,7 @@ def run_benchmarks() -> int:
     results = evaluate_suite(
         dataclasses.replace(run, settings=settings),
         benchmarks,
-        SuiteOptions(settings, shots, seeds, CONTROL.value),
+        SuiteOptions(settings, shots, seeds, CONTROL.value, WORDNET.value),
     )
     if devices.is_first_process():
         command.print_table(summary(results))
@@ -318,6 +324,7 @@ def _official(benchmarks: Any) -> Any:
             text_examples=_text_examples(None),
             question_prompt=QUESTION_PROMPT.value,
             max_tokens=MAX_TOKENS.value,
+            wordnet=WORDNET.value,
         ),
     )
 

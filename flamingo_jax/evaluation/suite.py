@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flamingo_jax.errors import UserError
+from flamingo_jax.evaluation.benchmarks.benchmark_set import PAPER_SHOTS, BenchmarkSet
 from flamingo_jax.evaluation.protocol.benchmark import Benchmark, EvaluationSettings
 
 CLIP_FRAMES, CLIP_FPS = 30, 3.0
@@ -31,6 +32,7 @@ class SuiteBenchmark:
     max_tokens: of an answer.
     video: whether its visuals are clips.
     generates: whether answers are generated; otherwise candidates are ranked.
+    official: the benchmark, if it has official files; None for an own dataset.
     """
 
     asked: Benchmark
@@ -45,6 +47,7 @@ class SuiteBenchmark:
     max_tokens: int
     video: bool
     generates: bool
+    official: BenchmarkSet | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +58,14 @@ class SuiteOptions:
     shots: the numbers of shots; None for each benchmark's own.
     seeds: of the shots.
     control: whether to run few-shot cells again without the images of the shots.
+    wordnet: folder of WordNet 3.0's files, where a metric reads them; "" for one that is found.
     """
 
     settings: EvaluationSettings
     shots: Sequence[int] | None = None
     seeds: Sequence[int] = (0,)
     control: bool = True
+    wordnet: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +124,7 @@ def cells(benchmark: SuiteBenchmark, options: SuiteOptions) -> list[Cell]:
     most = max(benchmark.shots)
     found = []
     for count in dict.fromkeys(given):
-        if count > most and most < max(_PAPER_SHOTS):
+        if count > most and most < max(PAPER_SHOTS):
             continue
         how = _settings(benchmark, options.settings, count)
         seeded = how.selection != "rices" if count else how.text_examples > 0
@@ -134,9 +139,6 @@ def cells(benchmark: SuiteBenchmark, options: SuiteOptions) -> list[Cell]:
             " add a smaller number"
         )
     return found
-
-
-_PAPER_SHOTS = (0, 4, 8, 16, 32)
 
 
 def _settings(

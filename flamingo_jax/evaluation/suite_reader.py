@@ -39,7 +39,7 @@ class OpeningOptions:
     text_examples: of zero-shot prompts; None for the benchmark's own number.
     question_prompt: in place of the paper's, with {question}; None for the paper's.
     max_tokens: of answers; None for the benchmark's own number.
-    scorer_options: {scorer: options}, such as where WordNet lies.
+    wordnet: folder of WordNet 3.0's files, where a metric reads them; "" for one that is found.
     """
 
     root: str = ""
@@ -53,6 +53,7 @@ class OpeningOptions:
     text_examples: int | None = None
     question_prompt: str | None = None
     max_tokens: int | None = None
+    wordnet: str = ""
 
 
 def open_official(
@@ -101,6 +102,7 @@ def _official(
         support_limit=options.support_limit,
         seed=options.seed,
         missing_media=options.missing_media,
+        wordnet=options.wordnet,
     )
     generates = benchmark.kind == "generate"
     own = benchmark.text_examples
@@ -127,6 +129,7 @@ def _official(
         max_tokens=options.max_tokens or benchmark.max_tokens,
         video=benchmark.video,
         generates=generates,
+        official=benchmark,
     )
 
 

@@ -3,6 +3,7 @@ are made; a suite that was killed goes on where it was.
 
     OUTPUT/results/<cell>.json          scores with error bars, and what they are of
     OUTPUT/predictions/<cell>.jsonl     every prediction, with its prompt
+    OUTPUT/submissions/<cell>.json      answers in the form that the benchmark's owners score
     OUTPUT/shots, OUTPUT/features       the chosen shots; the encoder's features for RICES
 """
 
@@ -18,14 +19,18 @@ from typing import Any
 import jax
 
 from flamingo_jax.errors import UserError
+from flamingo_jax.evaluation.media import Preprocessing
 from flamingo_jax.evaluation.protocol.classification import Classification
 from flamingo_jax.evaluation.protocol.few_shot import few_shot_prompts
 from flamingo_jax.evaluation.protocol.journal import JournalFile
 from flamingo_jax.evaluation.protocol.lengths import check_lengths
 from flamingo_jax.evaluation.protocol.open_ended import OpenEnded
 from flamingo_jax.evaluation.results.result_file import CellResult, read_result
+from flamingo_jax.evaluation.results.samples import VisualOf
+from flamingo_jax.evaluation.results.suite_report import write_suite_report
 from flamingo_jax.evaluation.runner import EvaluationRun
 from flamingo_jax.evaluation.scoring.predictions import score_predictions
+from flamingo_jax.evaluation.scoring.submission import write_submission
 from flamingo_jax.evaluation.suite import Cell, SuiteBenchmark, SuiteOptions, cells, digest
 from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.inference.device_model import most_tokens
@@ -33,6 +38,7 @@ from flamingo_jax.inference.engine import Engine
 from flamingo_jax.inference.loading import load_flamingo, open_flamingo
 from flamingo_jax.paths import make_folder
 from flamingo_jax.processing.tokenizer import Tokenizer
+from flamingo_jax.processing.visuals import Visual
 from flamingo_jax.web_page import Table
 
 
@@ -70,7 +76,9 @@ def evaluate_suite(
         model = EvaluatedModel(run.model, loaded.digest, run.frozen_dtype)
         return Engine(loaded, batch_size=run.batch_size), model
 
-    results = run_cells(listed, load, run.output, model_digest=model_digest)
+    results = run_cells(
+        listed, load, run.output, model_digest=model_digest, wordnet=options.wordnet
+    )
     if jax.process_index() == 0:
         write_reports(run, listed, results)
     return results
@@ -97,6 +105,20 @@ def write_reports(
         "results": [f"results/{cell.name}.json" for cell in listed],
     }
     (run.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    how = Preprocessing.of(run.config(), run.settings.frames, run.settings.fps)
+    visuals = {cell.benchmark.asked.name: _visuals(cell.benchmark.asked, how) for cell in listed}
+    write_suite_report(run.output, results, visuals=visuals)
+
+
+def _visuals(asked: Any, how: Preprocessing) -> VisualOf:
+    """Returns what reads the image or clip of a query by its id."""
+    media = {query.id: query.media for query in getattr(asked, "queries", ())}
+    media |= {page.id: page.media[-1] for page in getattr(asked, "pages", ())}
+
+    def visual_of(query: str) -> Visual | None:
+        return media[query].read(how) if query in media else None
+
+    return visual_of
 
 
 def summary(results: Sequence[CellResult]) -> Table:
@@ -121,6 +143,7 @@ def run_cells(
     output: pathlib.Path,
     *,
     model_digest: str,
+    wordnet: str = "",
     finished: Callable[[CellResult], None] = lambda result: None,
 ) -> list[CellResult]:
     """Runs what is not finished, and writes its results.
@@ -129,6 +152,7 @@ def run_cells(
       load: loads the model; it is called where anything is left to run.
       output: the folder of results.
       model_digest: of the export, as `load` will find it.
+      wordnet: folder of WordNet's files, see `SuiteOptions`.
       finished: is called with each result, of an earlier run too.
 
     Raises: UserError where `output` holds results of another protocol, files or model.
@@ -140,13 +164,19 @@ def run_cells(
         result = earlier[cell.name]
         if result is None:
             loaded = loaded or load()
-            result = run_cell(cell, *loaded, output)
+            result = run_cell(cell, *loaded, output, wordnet)
         finished(result)
         results.append(result)
     return results
 
 
-def run_cell(cell: Cell, engine: Engine, model: EvaluatedModel, output: pathlib.Path) -> CellResult:
+def run_cell(
+    cell: Cell,
+    engine: Engine,
+    model: EvaluatedModel,
+    output: pathlib.Path,
+    wordnet: str = "",
+) -> CellResult:
     """Runs one benchmark at one number of shots, and writes its result and predictions."""
     began = time.monotonic()
     benchmark, how = cell.benchmark, cell.settings
@@ -163,7 +193,9 @@ def run_cell(cell: Cell, engine: Engine, model: EvaluatedModel, output: pathlib.
         found = benchmark.asked.run(engine, how, journal)
     finally:
         journal.close()
-    report = score_predictions(benchmark.scorer, found.predictions, benchmark.scorer_options)
+    report = score_predictions(
+        benchmark.scorer, found.predictions, benchmark.scorer_options, wordnet=wordnet
+    )
     content = report.to_json()
     result = CellResult(
         benchmark=benchmark.asked.name,
@@ -175,7 +207,7 @@ def run_cell(cell: Cell, engine: Engine, model: EvaluatedModel, output: pathlib.
         control=not how.shot_images,
         seed=how.seed,
         permutations=how.permutations,
-        headline=next(iter(report.metrics)),
+        headline=next(iter(report.metrics), ""),
         metrics=content["metrics"],
         about=report.about,
         n=len(found.predictions),
@@ -194,6 +226,10 @@ def run_cell(cell: Cell, engine: Engine, model: EvaluatedModel, output: pathlib.
     if first:
         make_folder(output / "results")
         result.write(output / "results" / f"{cell.name}.json")
+        if benchmark.official and benchmark.official.submission:
+            make_folder(output / "submissions")
+            file = output / "submissions" / f"{cell.name}.json"
+            write_submission(file, found.predictions, benchmark.official)
     return result
 
 

@@ -190,6 +190,7 @@ def test_evaluation_asks_as_training_did(
         "SUITE": [],
         "LAYOUT": False,
         "SEEDS": None,
+        "WORDNET": "",
         "CONTROL": True,
         "PERMUTATIONS": 1,
         "TEXT_EXAMPLES": None,

@@ -1,6 +1,5 @@
 """Every benchmark, end to end: made files in their official layout, and a tiny model."""
 
-import dataclasses
 import importlib
 import json
 import pathlib
@@ -20,9 +19,10 @@ from flamingo_jax.evaluation.suite import SuiteOptions
 from flamingo_jax.evaluation.suite_reader import OpeningOptions, open_official
 from flamingo_jax.evaluation.suite_runner import evaluate_suite
 from flamingo_jax.inference.decoding import DecodingConfig
-from tests.evaluation import made_sets
+from tests.evaluation import made_sets, small_wordnet
 from tests.inference.tiny_models import make_export
 
+WORDNET = "wordnet"
 MADE: dict[str, Callable[[pathlib.Path], None]] = {}
 for module in pkgutil.iter_modules(made_sets.__path__):
     MADE |= getattr(importlib.import_module(f"{made_sets.__name__}.{module.name}"), "MADE", {})
@@ -41,6 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     for name, make in MADE.items():
         (root / name).mkdir()
         make(root / name)
+    small_wordnet.write(root / WORDNET)
     return root
 
 
@@ -63,13 +64,14 @@ def evaluate(
     )
     run = EvaluationRun(str(export), output, settings, batch_size=batch_size)
     benchmarks = open_official([BENCHMARKS[name]], opening(data, **options))
-    benchmarks = [dataclasses.replace(one, max_tokens=3) for one in benchmarks]
-    found = evaluate_suite(run, benchmarks, SuiteOptions(settings, shots))
+    how = SuiteOptions(settings, shots, wordnet=str(data / WORDNET))
+    found = evaluate_suite(run, benchmarks, how)
     return {one.name: one for one in found}
 
 
 def opening(data: pathlib.Path, **options: Any) -> OpeningOptions:
-    return OpeningOptions(root=str(data), **{"limit": 6, "max_tokens": 3, **options})
+    fields = {"limit": 6, "max_tokens": 3, "wordnet": str(data / WORDNET), **options}
+    return OpeningOptions(root=str(data), **fields)
 
 
 def predictions(output: pathlib.Path, cell: CellResult) -> list[dict[str, Any]]:

@@ -76,6 +76,7 @@ def test_what_cannot_be_run(
         "SUITE": [],
         "LAYOUT": False,
         "SEEDS": None,
+        "WORDNET": "",
         "CONTROL": True,
         "PERMUTATIONS": 1,
         "EVALUATOR": [],

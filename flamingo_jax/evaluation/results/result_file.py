@@ -31,7 +31,8 @@ class CellResult:
     selection: how they were chosen; "" without shots.
     control: whether their images were taken away.
     seed: of their choice. permutations: orders of them over which log-likelihoods are averaged.
-    headline: the name of the metric that reports show.
+    headline: the name of the metric that reports show; "" where there are no ground truths, as
+      of test splits that the owners score.
     metrics: {name: {"score", "standard_error", "interval_95": [low, high]}}, with null for a
       number that could not be computed.
     about: the rules of the metric, and scores by type of question ("by_type").
@@ -79,8 +80,8 @@ class CellResult:
 
     @property
     def estimate(self) -> Estimate:
-        """Returns the headline metric's score with its error."""
-        return estimate_of(self.metrics[self.headline])
+        """Returns the headline metric's score with its error; NaN without ground truths."""
+        return estimate_of({}) if not self.headline else estimate_of(self.metrics[self.headline])
 
     @property
     def missing(self) -> int:
@@ -121,7 +122,7 @@ def read_result(file: pathlib.Path) -> CellResult:
             raise UserError(f"{place} has {field.name!r} of another type: run the benchmark again")
         fields[field.name] = value
     headline = fields["headline"]
-    if headline not in fields["metrics"]:
+    if headline and headline not in fields["metrics"]:
         raise UserError(f"{place} has no metric {headline!r}, its headline: run it again")
     try:
         for metric in fields["metrics"].values():

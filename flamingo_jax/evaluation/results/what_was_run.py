@@ -108,9 +108,9 @@ def _types(cells: Sequence[CellResult]) -> RunSection:
             for name, metric in cell.metrics.items()
             if name != cell.headline
         }
-        types = cell.about.get("by_type")
-        if isinstance(types, Mapping):
-            others |= {f"of {name}": float(score) for name, score in types.items()}
+        for key, types in cell.about.items():
+            if key.startswith("by_") and isinstance(types, Mapping):
+                others |= {f"of {name}": float(score) for name, score in types.items()}
         if others:
             told = ", ".join(f"{name} {PAPER_SCALE * one:.1f}" for name, one in others.items())
             lines.append([cell.name, told])

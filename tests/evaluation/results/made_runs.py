@@ -26,7 +26,7 @@ def vqa_predictions(n: int, share: float, seed: int = 0) -> list[Prediction]:
             f" is it, {number}? Answer:",
             "red" if right[number] else "blue",
             ("red",) * 10,
-            question_type=("colour", "number")[number % 2],
+            details={"types": {"question_type": ("colour", "number")[number % 2]}},
             cluster=f"image{number // 2}",
         )
         for number in range(n)
