@@ -82,32 +82,95 @@ def test_every_benchmark_has_a_made_set() -> None:
     assert set(MADE) == set(BENCHMARKS)
 
 
-@pytest.mark.parametrize("name", sorted(MADE))
-def test_a_benchmark_runs_from_its_official_files(
+ONE_OF_EACH_KIND = (
+    "coco",
+    "hatefulmemes",
+    "open_mini_imagenet_shots_1_ways_2",
+    "vqav2",
+    "youcook2",
+)
+SIBLINGS = "open_mini_imagenet_shots_"
+ALIKE = sorted(name for name in MADE if name.startswith(SIBLINGS))[1:]
+"""Sets that differ by their number of shots alone."""
+
+
+def scaled(names: list[str], quick: tuple[str, ...]) -> list[Any]:
+    """Marks what takes too long for each change."""
+    return [
+        pytest.param(name, marks=[] if name in quick else [pytest.mark.scale]) for name in names
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", scaled(sorted(MADE), tuple(name for name in MADE if name not in ALIKE))
+)
+def test_a_benchmark_runs_from_its_official_files_and_goes_on_when_killed(
     name: str, export: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """A killed run goes on to the same digits, and batches of 1 answer as larger ones."""
-    whole = evaluate(export, data, tmp_path / "whole", name)
-    killed = tmp_path / "killed"
-    for cell in whole.values():
-        assert cell.n == len(predictions(tmp_path / "whole", cell)) > 0
-        # What a killed run leaves: half of the predictions, the last line torn, and no result.
-        lines = (tmp_path / "whole" / cell.predictions).read_text().splitlines(keepends=True)
-        kept = lines[: 1 + len(lines) // 2]
-        (killed / cell.predictions).parent.mkdir(parents=True, exist_ok=True)
-        (killed / cell.predictions).write_text("".join(kept) + lines[-1][:9])
-    resumed = evaluate(export, data, killed, name)
-    for key, cell in whole.items():
-        assert cell.metrics == resumed[key].metrics
-        ours, theirs = predictions(tmp_path / "whole", cell), predictions(killed, resumed[key])
-        assert sorted(ours, key=_id) == sorted(theirs, key=_id)
-    one_by_one = evaluate(export, data, tmp_path / "single", name, batch_size=1)
+    """A killed run goes on to the same digits."""
+    shots = shots_of(name, (0, 4))
+    whole = evaluate(export, data, tmp_path / "whole", name, shots=shots)
+    check_resumed(export, data, tmp_path, name, whole, shots=shots)
+
+
+@pytest.mark.parametrize("name", scaled(sorted(MADE), ONE_OF_EACH_KIND))
+def test_batches_of_one_answer_as_larger_ones(
+    name: str, export: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    shots = shots_of(name, (4,))
+    whole = evaluate(export, data, tmp_path / "whole", name, shots=shots, batch_size=16)
+    single = evaluate(export, data, tmp_path / "single", name, shots=shots, batch_size=1)
     for key in whole:
         ours, theirs = (
             {one["id"]: one["text"] for one in predictions(tmp_path / folder, some[key])}
-            for folder, some in (("whole", whole), ("single", one_by_one))
+            for folder, some in (("whole", whole), ("single", single))
         )
         assert ours == theirs
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize("selection", ["random", "rices"])
+@pytest.mark.parametrize("name", sorted(MADE))
+def test_a_benchmark_runs_at_every_number_of_shots(
+    name: str, selection: str, export: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    shots = shots_of(name, (0, 4, 32))
+    options: dict[str, Any] = {"shots": shots, "selection": selection, "limit": 4}
+    whole = evaluate(export, data, tmp_path / "whole", name, **options)
+    assert {cell.shots for cell in whole.values()} == set(shots)
+    check_resumed(export, data, tmp_path, name, whole, **options)
+
+
+def shots_of(name: str, wanted: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns those of the numbers of shots that a benchmark is run at."""
+    most = max(BENCHMARKS[name].shots)
+    return tuple(shots for shots in wanted if shots <= most) or BENCHMARKS[name].shots[:1]
+
+
+def check_resumed(
+    export: pathlib.Path,
+    data: pathlib.Path,
+    folder: pathlib.Path,
+    name: str,
+    whole: dict[str, CellResult],
+    **options: Any,
+) -> None:
+    """Leaves what a killed run leaves: half of the predictions, a torn line, and no result; and
+    goes on from there.
+    """
+    killed = folder / "killed"
+    for cell in whole.values():
+        assert cell.n == len(predictions(folder / "whole", cell)) > 0
+        lines = (folder / "whole" / cell.predictions).read_text().splitlines(keepends=True)
+        kept = lines[: 1 + len(lines) // 2]
+        (killed / cell.predictions).parent.mkdir(parents=True, exist_ok=True)
+        (killed / cell.predictions).write_text("".join(kept) + lines[-1][:9])
+    resumed = evaluate(export, data, killed, name, **options)
+    assert set(resumed) == set(whole)
+    for key, cell in whole.items():
+        assert cell.metrics == resumed[key].metrics
+        ours, theirs = predictions(folder / "whole", cell), predictions(killed, resumed[key])
+        assert sorted(ours, key=_id) == sorted(theirs, key=_id)
 
 
 def _id(line: dict[str, Any]) -> str:

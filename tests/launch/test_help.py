@@ -94,8 +94,8 @@ def test_flags_that_commands_share_are_in_the_help_of_each(
         ),
         (("launch.compare", "only_one"), "name two runs or more"),
         (
-            ("launch.evaluate", "--suite=coko", "--data=d", "--model=m", "--output=o"),
-            "there is no benchmark or suite 'coko', did you mean coco?",
+            ("launch.evaluate", "--suite=flikr30k", "--data=d", "--model=m", "--output=o"),
+            "there is no benchmark or suite 'flikr30k', did you mean flickr30k?",
         ),
         (("launch.evaluate", "--evaluator=held_out"), "name what is measured: --workdir=FOLDER"),
     ],
