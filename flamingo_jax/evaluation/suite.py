@@ -69,7 +69,7 @@ class SuiteOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class SuiteCell:
     """One benchmark at one number of shots, with one seed."""
 
     benchmark: SuiteBenchmark
@@ -112,7 +112,7 @@ class Cell:
         )
 
 
-def cells(benchmark: SuiteBenchmark, options: SuiteOptions) -> list[Cell]:
+def cells(benchmark: SuiteBenchmark, options: SuiteOptions) -> list[SuiteCell]:
     """Lists the runs of a benchmark, fewest shots first, each control after its run.
 
     What does not depend on the seed, such as RICES, is run with the first one alone. Shots that
@@ -130,7 +130,7 @@ def cells(benchmark: SuiteBenchmark, options: SuiteOptions) -> list[Cell]:
         seeded = how.selection != "rices" if count else how.text_examples > 0
         for seed in options.seeds if seeded else options.seeds[:1]:
             for images in (True, False) if count and options.control else (True,):
-                cell = Cell(benchmark, dataclasses.replace(how, seed=seed, shot_images=images))
+                cell = SuiteCell(benchmark, dataclasses.replace(how, seed=seed, shot_images=images))
                 benchmark.asked.check(cell.settings)
                 found.append(cell)
     if not found:

@@ -1,4 +1,4 @@
-"""Runs a suite of benchmarks on a model. Each run (`suite.Cell`) keeps its predictions as they
+"""Runs a suite of benchmarks on a model. Each run (`suite.SuiteCell`) keeps its predictions as they
 are made; a suite that was killed goes on where it was.
 
     OUTPUT/results/<cell>.json          scores with error bars, and what they are of
@@ -31,7 +31,7 @@ from flamingo_jax.evaluation.results.suite_report import write_suite_report
 from flamingo_jax.evaluation.runner import EvaluationRun
 from flamingo_jax.evaluation.scoring.predictions import score_predictions
 from flamingo_jax.evaluation.scoring.submission import write_submission
-from flamingo_jax.evaluation.suite import Cell, SuiteBenchmark, SuiteOptions, cells, digest
+from flamingo_jax.evaluation.suite import SuiteBenchmark, SuiteCell, SuiteOptions, cells, digest
 from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.inference.device_model import most_tokens
 from flamingo_jax.inference.engine import Engine
@@ -85,7 +85,7 @@ def evaluate_suite(
 
 
 def write_reports(
-    run: EvaluationRun, listed: Sequence[Cell], results: Sequence[CellResult]
+    run: EvaluationRun, listed: Sequence[SuiteCell], results: Sequence[CellResult]
 ) -> None:
     """Writes report.json, which the model card reads."""
     by_benchmark: dict[str, dict[str, dict[str, Any]]] = {}
@@ -138,7 +138,7 @@ def summary(results: Sequence[CellResult]) -> Table:
 
 
 def run_cells(
-    listed: Sequence[Cell],
+    listed: Sequence[SuiteCell],
     load: Callable[[], tuple[Engine, EvaluatedModel]],
     output: pathlib.Path,
     *,
@@ -171,7 +171,7 @@ def run_cells(
 
 
 def run_cell(
-    cell: Cell,
+    cell: SuiteCell,
     engine: Engine,
     model: EvaluatedModel,
     output: pathlib.Path,
@@ -233,7 +233,7 @@ def run_cell(
     return result
 
 
-def identity(cell: Cell, model_digest: str) -> dict[str, Any]:
+def identity(cell: SuiteCell, model_digest: str) -> dict[str, Any]:
     """Returns what the predictions of a cell depend on."""
     benchmark = cell.benchmark
     return {
@@ -254,7 +254,7 @@ def _examples(asked: Any) -> str:
     return content.hexdigest()
 
 
-def _earlier(cell: Cell, output: pathlib.Path, model_digest: str) -> CellResult | None:
+def _earlier(cell: SuiteCell, output: pathlib.Path, model_digest: str) -> CellResult | None:
     """Reads the result of an earlier run, if it is finished."""
     file = output / "results" / f"{cell.name}.json"
     if not file.is_file():
@@ -274,7 +274,9 @@ def _earlier(cell: Cell, output: pathlib.Path, model_digest: str) -> CellResult 
     )
 
 
-def check_prompts(listed: Sequence[Cell], config: FlamingoConfig, tokenizer: Tokenizer) -> None:
+def check_prompts(
+    listed: Sequence[SuiteCell], config: FlamingoConfig, tokenizer: Tokenizer
+) -> None:
     """Checks, before the model is loaded, that the prompts fit in its context; those of RICES
     are checked when their shots are known.
 
