@@ -339,6 +339,7 @@ class ConditionedLayers:
         self.grafted: Any = None
         if grafted is not None:
             self.grafted_graph, self.grafted = nnx.split(grafted)
+        self._decoded: Any = None
         self.depth = jax.tree.leaves(self.layers)[0].shape[0]
         self.count = jax.tree.leaves(self.blocks)[0].shape[0]
         self._run_layer = remat(self._layer, remat_mode)
@@ -356,7 +357,13 @@ class ConditionedLayers:
         # The scans carry (x, the text's cache, the windows' cache); the inputs of each block
         # are its number, parameters and media.
         carry = (x, *(cache or (None, None)))
-        given = (jnp.arange(self.count), self.blocks, media)
+        given: Any = (jnp.arange(self.count), self.blocks, media)
+        if cache is not None:
+            # Decoding indexes them by number, as the language model's layers: of an unrolled
+            # scan's inputs XLA makes slices, which it copies at every token where it takes what
+            # is indexed out of the loop over tokens. In training their gradients would then be
+            # sums of whole stacks.
+            self._decoded, given = (self.blocks, media), (given[0], None, None)
         if self.config.kind == "grafting":
             carry = self._run_layers(carry, 0, self.depth)
             carry, _ = jax.lax.scan(self._graft_step, carry, (self.grafted, *given))
@@ -444,7 +451,11 @@ class ConditionedLayers:
     def _block(
         self, x: Array, windows: Any, place: Array, block: Any, media: Any
     ) -> tuple[Array, Any]:
-        """Runs the block of number `place`, whose parameters are `block`, on x."""
+        """Runs the block of number `place`, whose parameters are `block`, on x; None for those
+        of `_decoded`.
+        """
+        if block is None:
+            block, media = _index_layer(self._decoded, place)
         block = nnx.merge(self.blocks_graph, block)
         x, new = self.read_visuals(block, x, media, _index_layer(windows, place))
         return x, _write_layer(windows, new, place)
