@@ -174,15 +174,16 @@ class MediaPool:
 
     how: the model's preprocessing.
     threads: by default one for each core.
-    most_bytes: of decoded visuals that are kept besides those asked for at the time.
+    most_bytes: of decoded visuals that are kept besides those asked for at the time; by default
+      `POOL_BYTES`.
     waited: seconds that `read` has waited for decoding in all.
     """
 
     def __init__(
-        self, how: Preprocessing, *, threads: int | None = None, most_bytes: int = POOL_BYTES
+        self, how: Preprocessing, *, threads: int | None = None, most_bytes: int | None = None
     ):
         self.how, self.waited = how, 0.0
-        self._most_bytes = most_bytes
+        self._most_bytes = POOL_BYTES if most_bytes is None else most_bytes
         self._threads = concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count() or 1)
         self._found: collections.OrderedDict[str, concurrent.futures.Future[Visual]] = (
             collections.OrderedDict()

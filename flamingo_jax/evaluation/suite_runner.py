@@ -25,7 +25,7 @@ from flamingo_jax.evaluation.protocol.few_shot import few_shot_prompts
 from flamingo_jax.evaluation.protocol.journal import JournalFile
 from flamingo_jax.evaluation.protocol.lengths import check_lengths
 from flamingo_jax.evaluation.protocol.open_ended import OpenEnded
-from flamingo_jax.evaluation.results.result_file import CellResult, read_result
+from flamingo_jax.evaluation.results.result_file import PAPER_SCALE, CellResult, read_result
 from flamingo_jax.evaluation.results.samples import VisualOf
 from flamingo_jax.evaluation.results.suite_report import write_suite_report
 from flamingo_jax.evaluation.runner import EvaluationRun
@@ -122,14 +122,16 @@ def _visuals(asked: Any, how: Preprocessing) -> VisualOf:
 
 
 def summary(results: Sequence[CellResult]) -> Table:
-    """Makes a table of the headline scores with their errors, for the console."""
+    """Makes a table of the headline scores with their errors, on the papers' scale, for the
+    console.
+    """
     rows = [
         [
             one.title,
             f"{one.shots}{', without their images' if one.control else ''}",
             one.headline,
-            one.estimate.score,
-            one.estimate.standard_error,
+            f"{PAPER_SCALE * one.estimate.score:.1f}",
+            f"{PAPER_SCALE * one.estimate.standard_error:.1f}",
             one.n,
         ]
         for one in results

@@ -109,7 +109,10 @@ def _grouped(asked: Sequence[Asked]) -> list[Asked]:
 def _chunks(
     asked: Sequence[Asked], how: Preprocessing, batch_size: int
 ) -> Iterator[Sequence[Asked]]:
-    """Splits queries so that the different visuals of a chunk fit in `CHUNK_BYTES`."""
+    """Splits queries so that the different visuals of a chunk fit in `CHUNK_BYTES`. The first
+    chunk is one batch, since nothing can be done while its visuals are decoded.
+    """
+    most = batch_size
     pixels = 3 * how.vision.image_size**2
     chunk: list[Asked] = []
     seen: set[str] = set()
@@ -117,8 +120,9 @@ def _chunks(
     for one in asked:
         new = {part.key: pixels * (1 if part.still else how.frames) for part in one.media}
         added = sum(nbytes for key, nbytes in new.items() if key not in seen)
-        if chunk and (len(chunk) >= BATCHES * batch_size or size + added > CHUNK_BYTES):
+        if chunk and (len(chunk) >= most or size + added > CHUNK_BYTES):
             yield chunk
+            most = BATCHES * batch_size
             chunk, seen, size = [], set(), 0
             added = sum(new.values())
         chunk.append(one)
