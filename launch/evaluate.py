@@ -50,7 +50,11 @@ from absl import flags
 
 from flamingo_jax import experiment
 from flamingo_jax.errors import UserError
-from flamingo_jax.evaluation.description import BenchmarkDescription, parse_numbers, parse_shots
+from flamingo_jax.evaluation.suites.description import (
+    BenchmarkDescription,
+    parse_numbers,
+    parse_shots,
+)
 from flamingo_jax.paths import as_path
 from launch import command, devices
 
@@ -245,7 +249,7 @@ def run_quickstart_suite() -> int:
         raise UserError("--data is not set: name the folder that holds the suite's datasets")
     few_shots = parse_shots(SHOTS.value, [0, 4, 8, 16, 32])
     from data_pipelines.evaluation_data import PreparedDatasets
-    from flamingo_jax.evaluation.synthetic_world_report import evaluate_synthetic_world
+    from flamingo_jax.evaluation.synthetic_world.report import evaluate_synthetic_world
 
     evaluate_synthetic_world(
         _run(),
@@ -269,8 +273,8 @@ def run_benchmarks() -> int:
         benchmarks = _official(official)
     else:
         benchmarks = _described(descriptions, max(shots or [0]))
-    from flamingo_jax.evaluation.suite import SuiteOptions
-    from flamingo_jax.evaluation.suite_runner import evaluate_suite, summary
+    from flamingo_jax.evaluation.suites.cells import SuiteOptions
+    from flamingo_jax.evaluation.suites.running import evaluate_suite, summary
 
     settings = dataclasses.replace(
         run.settings,
@@ -297,7 +301,7 @@ def _named_benchmarks() -> Any:
 
 def _official(benchmarks: Any) -> Any:
     """Opens the official files of the suite's benchmarks."""
-    from flamingo_jax.evaluation.suite_reader import OpeningOptions, open_official
+    from flamingo_jax.evaluation.suites.reading import OpeningOptions, open_official
 
     folders = {}
     for text in FOLDER.value:
@@ -332,9 +336,9 @@ def _official(benchmarks: Any) -> Any:
 def _described(descriptions: Any, shots: int) -> Any:
     """Opens the datasets of --benchmark."""
     from data_pipelines.evaluation_data import PreparedDatasets
-    from flamingo_jax.evaluation.benchmark_reader import BenchmarkReader
-    from flamingo_jax.evaluation.runner import trained_prompts
-    from flamingo_jax.evaluation.suite_reader import OPEN_TEXT_EXAMPLES, open_described
+    from flamingo_jax.evaluation.suites.evaluation_run import trained_prompts
+    from flamingo_jax.evaluation.suites.own_datasets import BenchmarkReader
+    from flamingo_jax.evaluation.suites.reading import OPEN_TEXT_EXAMPLES, open_described
 
     reader = BenchmarkReader(
         PreparedDatasets(),
@@ -358,7 +362,7 @@ def _described(descriptions: Any, shots: int) -> Any:
 
 def _text_examples(default: int | None) -> Any:
     """Returns --text_examples; by default 0 for a model that was trained on questions."""
-    from flamingo_jax.evaluation.runner import trained_prompts
+    from flamingo_jax.evaluation.suites.evaluation_run import trained_prompts
 
     if TEXT_EXAMPLES.value is not None:
         return TEXT_EXAMPLES.value
@@ -387,7 +391,7 @@ def run_evaluators() -> int:
 def _run() -> Any:
     """Makes an `EvaluationRun` of the flags: the model, how it is prompted, and the report."""
     from flamingo_jax.evaluation.protocol.benchmark import EvaluationSettings
-    from flamingo_jax.evaluation.runner import EvaluationRun, read_json
+    from flamingo_jax.evaluation.suites.evaluation_run import EvaluationRun, read_json
     from flamingo_jax.inference.decoding import DecodingConfig
     from flamingo_jax.json_lines import read_lines
 

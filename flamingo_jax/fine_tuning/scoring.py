@@ -11,15 +11,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flamingo_jax.errors import UserError
-from flamingo_jax.evaluation.benchmark_reader import BenchmarkReader
 from flamingo_jax.evaluation.datasets import DatasetReader
-from flamingo_jax.evaluation.description import BenchmarkDescription
 from flamingo_jax.evaluation.metrics.average_precision import roc_auc
 from flamingo_jax.evaluation.metrics.exact_match import exact_match
 from flamingo_jax.evaluation.protocol.benchmark import EvaluationSettings, Prediction
 from flamingo_jax.evaluation.protocol.classification import Classification
 from flamingo_jax.evaluation.scoring.predictions import score_predictions
 from flamingo_jax.evaluation.statistics import Estimate, bootstrap_estimate
+from flamingo_jax.evaluation.suites.description import BenchmarkDescription
+from flamingo_jax.evaluation.suites.own_datasets import BenchmarkReader
 from flamingo_jax.experiment import Experiment
 from flamingo_jax.fine_tuning.checks import task_dataset
 from flamingo_jax.inference.decoding import DecodingConfig

@@ -22,7 +22,7 @@ from flamingo_jax.evaluation.protocol.open_ended import (
     most_frequent_answer,
     question_answering,
 )
-from flamingo_jax.evaluation.synthetic_world import direction_match
+from flamingo_jax.evaluation.synthetic_world.benchmarks import direction_match
 from flamingo_jax.inference.prompts import END_OF_CHUNK, Prompt, tokenise
 from flamingo_jax.processing.visuals import Visual
 from tests.evaluation.world import ScriptedEngine, example, page, visual

@@ -14,10 +14,10 @@ from flamingo_jax.evaluation.benchmarks.registry import BENCHMARKS
 from flamingo_jax.evaluation.protocol import journal
 from flamingo_jax.evaluation.protocol.benchmark import EvaluationSettings
 from flamingo_jax.evaluation.results.result_file import CellResult
-from flamingo_jax.evaluation.runner import EvaluationRun
-from flamingo_jax.evaluation.suite import SuiteOptions
-from flamingo_jax.evaluation.suite_reader import OpeningOptions, open_official
-from flamingo_jax.evaluation.suite_runner import evaluate_suite
+from flamingo_jax.evaluation.suites.cells import SuiteOptions
+from flamingo_jax.evaluation.suites.evaluation_run import EvaluationRun
+from flamingo_jax.evaluation.suites.reading import OpeningOptions, open_official
+from flamingo_jax.evaluation.suites.running import evaluate_suite
 from flamingo_jax.inference.decoding import DecodingConfig
 from tests.evaluation import made_sets, small_wordnet
 from tests.inference.tiny_models import make_export
@@ -251,9 +251,9 @@ def test_what_cannot_be_run_is_said_before_the_model_loads(
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from flamingo_jax.evaluation import suite_runner
+    from flamingo_jax.evaluation.suites import running
 
-    monkeypatch.setattr(suite_runner, "load_flamingo", None)
+    monkeypatch.setattr(running, "load_flamingo", None)
     root = pathlib.Path(options.pop("root", data))
     with pytest.raises(UserError, match=said):
         evaluate(export, root, tmp_path, name, **options)

@@ -11,8 +11,8 @@ from data_pipelines.evaluation_data import PreparedDatasets
 from data_pipelines.records import open_records
 from flamingo_jax.checkpointing.export import export_model
 from flamingo_jax.errors import UserError
-from flamingo_jax.evaluation.benchmark_reader import BenchmarkReader
-from flamingo_jax.evaluation.description import BenchmarkDescription
+from flamingo_jax.evaluation.suites.description import BenchmarkDescription
+from flamingo_jax.evaluation.suites.own_datasets import BenchmarkReader
 from tests.inference.tiny_models import make_loaded
 from tests.launch import commands
 

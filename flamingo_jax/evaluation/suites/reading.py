@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flamingo_jax.errors import UserError
-from flamingo_jax.evaluation.benchmark_reader import BenchmarkReader
 from flamingo_jax.evaluation.benchmarks.benchmark_set import PAPER_SHOTS, BenchmarkSet
 from flamingo_jax.evaluation.benchmarks.opening import MissingMedia, open_benchmark
-from flamingo_jax.evaluation.description import BenchmarkDescription
 from flamingo_jax.evaluation.prompts import QUESTION, PromptTemplate
 from flamingo_jax.evaluation.protocol.open_ended import OpenEnded
-from flamingo_jax.evaluation.suite import SuiteBenchmark
+from flamingo_jax.evaluation.suites.cells import SuiteBenchmark
+from flamingo_jax.evaluation.suites.description import BenchmarkDescription
+from flamingo_jax.evaluation.suites.own_datasets import BenchmarkReader
 
 OPEN_TEXT_EXAMPLES = 2
 """Text-only examples of open-ended zero-shot prompts (paper 3.3)."""

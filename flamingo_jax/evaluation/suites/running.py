@@ -28,10 +28,16 @@ from flamingo_jax.evaluation.protocol.open_ended import OpenEnded
 from flamingo_jax.evaluation.results.result_file import PAPER_SCALE, CellResult, read_result
 from flamingo_jax.evaluation.results.samples import VisualOf
 from flamingo_jax.evaluation.results.suite_report import write_suite_report
-from flamingo_jax.evaluation.runner import EvaluationRun
 from flamingo_jax.evaluation.scoring.predictions import score_predictions
 from flamingo_jax.evaluation.scoring.submission import write_submission
-from flamingo_jax.evaluation.suite import SuiteBenchmark, SuiteCell, SuiteOptions, cells, digest
+from flamingo_jax.evaluation.suites.cells import (
+    SuiteBenchmark,
+    SuiteCell,
+    SuiteOptions,
+    cells,
+    digest,
+)
+from flamingo_jax.evaluation.suites.evaluation_run import EvaluationRun
 from flamingo_jax.experiment import FlamingoConfig
 from flamingo_jax.inference.device_model import most_tokens
 from flamingo_jax.inference.engine import Engine

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 from flamingo_jax.evaluation.charts import last_gates, training_charts
 from flamingo_jax.evaluation.media import LoadedMedia, Preprocessing
 from flamingo_jax.evaluation.protocol.benchmark import Prediction, summarise
-from flamingo_jax.evaluation.report import Highlight, write_report
+from flamingo_jax.evaluation.synthetic_world.page import Highlight, write_report
 from flamingo_jax.json_lines import read_lines
 from flamingo_jax.web_page import Table
 from tests.evaluation.world import visual

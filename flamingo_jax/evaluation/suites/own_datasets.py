@@ -11,7 +11,6 @@ from typing import Any
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation import prompts
 from flamingo_jax.evaluation.datasets import DatasetReader, DrawnRecords
-from flamingo_jax.evaluation.description import BenchmarkDescription
 from flamingo_jax.evaluation.examples import (
     BenchmarkExample,
     first_answer,
@@ -27,6 +26,7 @@ from flamingo_jax.evaluation.protocol.open_ended import (
     question_answering,
 )
 from flamingo_jax.evaluation.selection.shots import draw
+from flamingo_jax.evaluation.suites.description import BenchmarkDescription
 from flamingo_jax.processing.text import text_of
 from flamingo_jax.progress import Bar
 

@@ -5,13 +5,13 @@ images.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flamingo_jax.evaluation import synthetic_world
 from flamingo_jax.evaluation.charts import Series
 from flamingo_jax.evaluation.datasets import DatasetReader
 from flamingo_jax.evaluation.media import Preprocessing
-from flamingo_jax.evaluation.report import Highlight, write_report
-from flamingo_jax.evaluation.runner import BASELINE, MODEL, EvaluationRun
-from flamingo_jax.evaluation.synthetic_world import BINDING_SHOTS, SPLITS
+from flamingo_jax.evaluation.suites.evaluation_run import BASELINE, MODEL, EvaluationRun
+from flamingo_jax.evaluation.synthetic_world import benchmarks as synthetic_world
+from flamingo_jax.evaluation.synthetic_world.benchmarks import BINDING_SHOTS, SPLITS
+from flamingo_jax.evaluation.synthetic_world.page import Highlight, write_report
 from flamingo_jax.web_page import Table
 
 COLUMNS = ("seen pairs", "unseen pairs", "seen, without images", "unseen, without images")
