@@ -28,7 +28,7 @@ from data_pipelines.build.webdataset import WebDataset
 from data_pipelines.build.writer import write_dataset
 from flamingo_jax.errors import UserError
 from tests.data_pipelines.raw import ALL_TRAIN, colourful, film, lines, read, save, strings
-from tests.evaluation.test_report import Counter
+from tests.evaluation.test_synthetic_world_page import Counter
 
 
 def shaded_image(level: int, form: str = "PNG") -> bytes:

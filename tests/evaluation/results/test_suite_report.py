@@ -12,7 +12,7 @@ from flamingo_jax.evaluation.results.samples import choose_samples
 from flamingo_jax.evaluation.results.score_table import rows_of, summarise_seeds
 from flamingo_jax.evaluation.results.suite_report import score_cells, write_suite_report
 from tests.evaluation.results.made_runs import vqa_predictions, write_cell, write_suite
-from tests.evaluation.test_report import Counter
+from tests.evaluation.test_synthetic_world_page import Counter
 from tests.evaluation.world import visual
 
 
