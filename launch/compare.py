@@ -16,6 +16,10 @@ from flamingo_jax.errors import UserError
 from launch import command
 
 OUTPUT = flags.DEFINE_string("output", "", "Folder for comparison.md and comparison.html.")
+WORDNET = flags.DEFINE_string(
+    "wordnet", "", "Folder of WordNet 3.0's files, which OK-VQA and NExT-QA are scored with."
+)
+_FLAGS = ("output", "wordnet")
 _RUNS: list[str] = []
 """The words of the command line that are no flags."""
 
@@ -36,7 +40,7 @@ def compare(runs: list[str]) -> int:
     from flamingo_jax.evaluation.results.comparison import read_runs
     from flamingo_jax.evaluation.results.comparison_report import compare_runs
 
-    found = compare_runs(read_runs([paths.as_path(run) for run in runs]))
+    found = compare_runs(read_runs([paths.as_path(run) for run in runs]), WORDNET.value)
     if not found.rows:
         raise UserError(f"{runs[0]} has no benchmark at a number of shots that another run has")
     print(found.markdown(), end="")
@@ -53,10 +57,11 @@ def take_runs(argv: list[str]) -> command.Help:
     """Takes the words that are no flags from the command line."""
     words = []
     for place in range(len(argv) - 1, 0, -1):
-        if not argv[place].startswith("-") and argv[place - 1] not in ("--output", "-output"):
+        before = argv[place - 1].lstrip("-") if argv[place - 1].startswith("-") else ""
+        if not argv[place].startswith("-") and before not in _FLAGS:
             words.append(argv.pop(place))
     _RUNS[:] = reversed(words)
-    return command.Help((__doc__ or "").strip(), ("output",))
+    return command.Help((__doc__ or "").strip(), _FLAGS)
 
 
 if __name__ == "__main__":

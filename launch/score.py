@@ -61,7 +61,7 @@ _READS = {
     "mwap": ("annotations",),
     "ndcg": ("annotations", "skip_incomplete"),
     "auc": ("annotations", "skip_incomplete"),
-    "rescore": (),
+    "rescore": ("wordnet",),
 }
 
 
@@ -119,7 +119,7 @@ def score(task: str) -> ScoreReport:
     if task == "rescore":
         from flamingo_jax.evaluation.results.stored_predictions import rescore_file
 
-        return rescore_file(paths.as_path(PREDICTIONS.value))
+        return rescore_file(paths.as_path(PREDICTIONS.value), WORDNET.value)
     from flamingo_jax.evaluation.scoring import ranked
 
     if task == "mwap":

@@ -27,9 +27,9 @@ def test_compare_prints_and_writes(
 
 def test_compare_takes_the_words_that_are_no_flags() -> None:
     compare = load("compare")
-    argv = ["launch.compare", "a", "--output", "folder", "b", "--output=x", "c"]
+    argv = ["launch.compare", "a", "--output", "folder", "b", "--wordnet=x", "c"]
     assert isinstance(compare.take_runs(argv), command.Help)
-    assert argv == ["launch.compare", "--output", "folder", "--output=x"]
+    assert argv == ["launch.compare", "--output", "folder", "--wordnet=x"]
     assert compare._RUNS == ["a", "b", "c"]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from flamingo_jax.evaluation.metrics.average_precision import roc_auc
 from flamingo_jax.evaluation.results.result_file import CellResult, read_results
-from flamingo_jax.evaluation.results.stored_predictions import read_predictions, rescore
+from flamingo_jax.evaluation.results.stored_predictions import item_score, read_predictions, rescore
 from flamingo_jax.evaluation.results.what_was_run import flatten
 from flamingo_jax.evaluation.statistics import (
     RunDifference,
@@ -86,23 +86,31 @@ def read_runs(folders: Sequence[pathlib.Path]) -> list[SuiteRun]:
     ]
 
 
-def compare_cells(first: SuiteRun, second: SuiteRun, key: CellKey) -> CellComparison:
+def compare_cells(
+    first: SuiteRun, second: SuiteRun, key: CellKey, wordnet: str = ""
+) -> CellComparison:
     """Compares a cell that both runs have, by the predictions that they stored.
 
-    Raises: UserError where these are missing or malformed.
+    wordnet: see `stored_predictions.rescore`.
+
+    Raises: UserError where these are missing or malformed, and without WordNet.
     """
     one, other = first.cells[key], second.cells[key]
     if one.headline != other.headline:
         return CellComparison(None, 0, f"{one.headline} and {other.headline} are not comparable")
-    scored = _scored(first.folder, one), _scored(second.folder, other)
+    if not one.headline:
+        return CellComparison(None, 0, "there are no ground truths")
+    scored = _scored(first.folder, one, wordnet), _scored(second.folder, other, wordnet)
     ids = [name for name in scored[0].items if name in scored[1].items]
     if len(ids) < 2:
-        return CellComparison(None, len(ids), "the runs have too few queries in common")
+        return CellComparison(None, len(ids), "the runs have too few items in common")
     surplus = sum(len(part.items) - len(ids) for part in scored)
-    why = f"{surplus:,} queries of one run alone are left out" if surplus else ""
+    why = f"{surplus:,} items of one run alone are left out" if surplus else ""
     clusters = [scored[0].clusters.get(name) or name for name in ids]
     if all(_is_mean(part, cell) for part, cell in zip(scored, (one, other), strict=True)):
-        before, after = ([float(part.items[name][one.headline]) for name in ids] for part in scored)
+        before, after = (
+            [item_score(part.items[name], one.headline) or 0.0 for name in ids] for part in scored
+        )
         return CellComparison(paired_difference(before, after, clusters), len(ids), why)
     statistics = [
         _statistic(part, cell, ids) for part, cell in zip(scored, (one, other), strict=True)
@@ -113,11 +121,11 @@ def compare_cells(first: SuiteRun, second: SuiteRun, key: CellKey) -> CellCompar
     return CellComparison(found, len(ids), why)
 
 
-def _scored(folder: pathlib.Path, cell: CellResult) -> _Scored:
+def _scored(folder: pathlib.Path, cell: CellResult, wordnet: str) -> _Scored:
     file = folder / cell.predictions
     stored = read_predictions(file)
     return _Scored(
-        {str(item["id"]): item for item in rescore(stored, file).items},
+        {str(item["id"]): item for item in rescore(stored, file, wordnet).items},
         {one.id: one.cluster for one in stored.predictions},
         {one.id: one.question_type for one in stored.predictions},
     )
@@ -125,8 +133,10 @@ def _scored(folder: pathlib.Path, cell: CellResult) -> _Scored:
 
 def _is_mean(scored: _Scored, cell: CellResult) -> bool:
     """Returns whether a cell's score is the mean of its items' scores."""
-    values = [item.get(cell.headline, math.nan) for item in scored.items.values()]
-    return abs(float(np.mean(values)) - cell.estimate.score) < TOLERANCE
+    values = [item_score(item, cell.headline) for item in scored.items.values()]
+    known = [value for value in values if value is not None]
+    same_number = len(known) == len(values)
+    return same_number and abs(float(np.mean(known)) - cell.estimate.score) < TOLERANCE
 
 
 def _statistic(scored: _Scored, cell: CellResult, ids: Sequence[str]) -> Statistic | None:

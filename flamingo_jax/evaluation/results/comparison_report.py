@@ -20,9 +20,9 @@ from flamingo_jax.web_page import page
 TITLE = "Runs side by side"
 NOTE = (
     "Scores are on the papers' scale: CIDEr times 100, all else in per cent; ± is half of the 95 %"
-    " interval. A difference is that on the queries that both runs answered, with its 95 %"
-    " interval; p is two-sided and of its row alone: of twenty rows without a difference, one has"
-    " p < 0.05."
+    " interval. A difference is that on the items that both runs have (queries; actions for mWAP),"
+    " with its 95 % interval; p is two-sided and of its row alone: of twenty rows without a"
+    " difference, one has p < 0.05."
 )
 STYLE = """
 td { vertical-align: top } td small { display: block; color: #778; font-size: .8rem }
@@ -58,10 +58,12 @@ class RunComparison(NamedTuple):
         return page(TITLE, parts, style=STYLE)
 
 
-def compare_runs(runs: Sequence[SuiteRun]) -> RunComparison:
+def compare_runs(runs: Sequence[SuiteRun], wordnet: str = "") -> RunComparison:
     """Compares every run with the first, cell by cell.
 
-    Raises: UserError where stored predictions are missing or malformed.
+    wordnet: see `stored_predictions.rescore`.
+
+    Raises: UserError where stored predictions are missing or malformed, and without WordNet.
     """
     first, *others = runs
     keys = list(dict.fromkeys(key for run in runs for key in run.cells))
@@ -74,7 +76,7 @@ def compare_runs(runs: Sequence[SuiteRun]) -> RunComparison:
     for key in sorted(shared):
         row = [_name(first, key, seeded), str(key.shots), _score(first, key)]
         for run in others:
-            row += [_score(run, key), *_difference(first, run, key)]
+            row += [_score(run, key), *_difference(first, run, key, wordnet)]
         rows.append(row)
     told = [warning for run in others for warning in warnings(first, run)]
     only = [
@@ -97,11 +99,11 @@ def _score(run: SuiteRun, key: CellKey) -> str:
     return str(summarise_seeds([run.cells[key]])) if key in run.cells else "–"
 
 
-def _difference(first: SuiteRun, second: SuiteRun, key: CellKey) -> tuple[str, str]:
+def _difference(first: SuiteRun, second: SuiteRun, key: CellKey, wordnet: str) -> tuple[str, str]:
     """Returns the difference with its interval, and p."""
     if key not in second.cells:
         return "–", "–"
-    found = compare_cells(first, second, key)
+    found = compare_cells(first, second, key, wordnet)
     return _told(found), _p(found)
 
 
@@ -113,7 +115,7 @@ def _told(found: CellComparison) -> str:
     text = f"{score:+.1f}"
     if math.isfinite(low):
         text += f" [{low:+.1f}, {high:+.1f}]"
-    return text + f"\n{found.items:,} queries" + (f"; {found.why}" if found.why else "")
+    return text + f"\n{found.items:,} items" + (f"; {found.why}" if found.why else "")
 
 
 def _p(found: CellComparison) -> str:

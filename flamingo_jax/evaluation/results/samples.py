@@ -10,7 +10,7 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation.protocol.benchmark import Prediction
 from flamingo_jax.evaluation.results.result_file import CellResult
 from flamingo_jax.evaluation.results.score_table import ScoreRow
-from flamingo_jax.evaluation.results.stored_predictions import read_predictions, rescore
+from flamingo_jax.evaluation.results.stored_predictions import item_score, read_predictions, rescore
 from flamingo_jax.processing.visuals import Visual
 
 FAILURES, OTHERS = 8, 4
@@ -64,8 +64,8 @@ def choose_samples(output: pathlib.Path, cell: CellResult) -> list[Sample]:
 
 def _item_score(item: Mapping[str, Any], headline: str, prediction: Prediction) -> float | None:
     for name in (headline, "accuracy"):
-        if name in item:
-            return float(item[name])
+        if (score := item_score(item, name)) is not None:
+            return score
     if "label" in item and 0 <= item.get("score", -1) <= 1:
         # The area under a curve is no mean of items: how right each probability is.
         return 1.0 - abs(float(item["label"]) - float(item["score"]))

@@ -25,6 +25,8 @@ class ScoreSummary(NamedTuple):
     seeds: int
 
     def __str__(self) -> str:
+        if math.isnan(self.score):
+            return "not scored"
         text = f"{self.score:.1f}"
         if math.isfinite(self.reach):
             text += f" ± {self.reach:.1f}"

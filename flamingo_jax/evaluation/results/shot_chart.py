@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from flamingo_jax.evaluation.charts import COLOURS, FAINT, STYLE
 from flamingo_jax.evaluation.results.published import Shots, published_scores
+from flamingo_jax.evaluation.results.result_file import CellResult
 from flamingo_jax.evaluation.results.score_table import ScoreRow, ScoreSummary, summarise_seeds
 
 SHOWN = (
@@ -70,8 +71,10 @@ def published_beside(
 
 
 def shot_chart(rows: Sequence[ScoreRow]) -> str:
-    """Draws the rows of one benchmark as an SVG element."""
+    """Draws the rows of one benchmark as an SVG element; "" where there is nothing to draw."""
     lines = [*_published_lines(rows), *_own_lines(rows)]
+    if not lines:
+        return ""
     shots = sorted({number for line in lines for number in line.points})
     lowest = min((number for number in shots if number), default=2)
 
@@ -104,12 +107,17 @@ def _own_lines(rows: Sequence[ScoreRow]) -> list[_Line]:
     lines = []
     for row, colour in zip(rows, COLOURS, strict=False):
         name = f"this model, {row.selection}" if several else "this model"
-        points = {shots: summarise_seeds(cells) for shots, cells in row.runs.items()}
-        control = {shots: summarise_seeds(cells) for shots, cells in row.controls.items()}
+        points, control = _points(row.runs), _points(row.controls)
         blind = f"shots without images, {row.selection}" if several else "shots without images"
         lines += [_Line(name, colour, points)] if points else []
         lines += [_Line(blind, colour, control, dashed=True)] if control else []
     return lines
+
+
+def _points(runs: Mapping[int, Sequence[CellResult]]) -> dict[int, ScoreSummary]:
+    """Returns {shots: score} of the runs that could be scored."""
+    points = {shots: summarise_seeds(cells) for shots, cells in runs.items()}
+    return {shots: point for shots, point in points.items() if not math.isnan(point.score)}
 
 
 def _published_lines(rows: Sequence[ScoreRow]) -> list[_Line]:

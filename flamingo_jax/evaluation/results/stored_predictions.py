@@ -42,13 +42,15 @@ def read_predictions(file: pathlib.Path) -> StoredPredictions:
     return StoredPredictions(about, predictions)
 
 
-def rescore(stored: StoredPredictions, where: pathlib.Path) -> ScoreReport:
+def rescore(stored: StoredPredictions, where: pathlib.Path, wordnet: str = "") -> ScoreReport:
     """Scores predictions by the scorer that their file names.
 
     Args:
       where: the file, for errors.
+      wordnet: folder of WordNet's files, for scorers that read them; by default one that is
+        found.
 
-    Raises: UserError where it names none that is known.
+    Raises: UserError where it names none that is known, and without WordNet.
     """
     scorer, options = stored.about.get("scorer"), stored.about.get("scorer_options") or {}
     if scorer not in SCORERS:
@@ -57,16 +59,29 @@ def rescore(stored: StoredPredictions, where: pathlib.Path) -> ScoreReport:
             " written by another version"
         )
     try:
-        return score_predictions(scorer, stored.predictions, options)
+        return score_predictions(scorer, stored.predictions, options, wordnet=wordnet)
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{where} cannot be scored by {scorer!r} with the options {options}: {error}"
         ) from None
 
 
-def rescore_file(file: pathlib.Path) -> ScoreReport:
+def rescore_file(file: pathlib.Path, wordnet: str = "") -> ScoreReport:
     """Scores a file of predictions; the report says by which scorer. Raises UserError."""
     stored = read_predictions(file)
-    report = rescore(stored, file)
+    report = rescore(stored, file, wordnet)
     named = {name: stored.about.get(name) for name in ("scorer", "scorer_options")}
     return dataclasses.replace(report, about={**named, **report.about})
+
+
+def item_score(item: Mapping[str, Any], metric: str) -> float | None:
+    """Returns an item's score by a metric that is a mean of items, None where it has none.
+
+    metric: a name in the item, or "mean of A and B" of two such names (Kinetics).
+    """
+    if metric in item:
+        return float(item[metric])
+    parts = metric.removeprefix("mean of ").split(" and ")
+    if len(parts) == 2 and all(part in item for part in parts):
+        return sum(float(item[part]) for part in parts) / 2
+    return None

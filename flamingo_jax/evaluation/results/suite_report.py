@@ -75,9 +75,9 @@ def score_cells(rows: Sequence[ScoreRow]) -> tuple[list[str], list[list[str]]]:
     header = ["shots", *map(str, shots), "queries", "missing"]
     cells = []
     for row in rows:
-        name = f"{row.first.title}\n{row.first.headline}, {row.first.split}"
-        if row.first.benchmark in several and row.selection:
-            name += f", {row.selection}"
+        what = [row.first.headline, row.first.split]
+        what += [row.selection] if row.first.benchmark in several else []
+        name = f"{row.first.title}\n{', '.join(filter(None, what))}"
         scores = [_score(row, number) for number in shots]
         cells.append([name, *scores, row.queries, f"{row.missing:,}"])
     return header, cells

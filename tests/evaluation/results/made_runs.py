@@ -86,7 +86,7 @@ def write_cell(
             "control": control,
             "seed": seed,
             "permutations": 1,
-            "headline": next(iter(report.metrics)),
+            "headline": next(iter(report.metrics), ""),
             "metrics": report.to_json()["metrics"],
             "about": report.about,
             "n": len(predictions),

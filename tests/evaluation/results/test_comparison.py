@@ -47,7 +47,7 @@ def test_only_queries_of_both_runs_are_compared(tmp_path: pathlib.Path) -> None:
     write_cell(two(tmp_path)[1], vqa_predictions(14, 1.0)[2:])
     runs = read_runs(two(tmp_path))
     found = compare_cells(*runs, KEY)
-    assert found.items == 8 and found.why == "6 queries of one run alone are left out"
+    assert found.items == 8 and found.why == "6 items of one run alone are left out"
     assert found.difference is not None and found.difference.p == 1.0
     (told,) = warnings(*runs)
     assert "okvqa: small and large differ in the number of queries (10 and 12)" in told
@@ -109,6 +109,27 @@ def test_scores_that_are_no_means_are_resampled(
         assert found.difference == pytest.approx(scores[1] - scores[0])
 
 
+def test_kinetics_is_paired_by_the_mean_of_top_1_and_top_5(tmp_path: pathlib.Path) -> None:
+    """Its items have the parts of the mean alone."""
+    rng = np.random.default_rng(1)
+    made = []
+    for folder, most in zip(two(tmp_path), (12, 4), strict=True):
+        ranks = rng.integers(0, most, 60)
+        made.append(((ranks < 1) + 1.0 * (ranks < 5)) / 2)
+        asked = [Prediction(f"k{n}", "", "", ("a",), rank=int(r)) for n, r in enumerate(ranks)]
+        write_cell(
+            folder,
+            asked,
+            benchmark="kinetics700",
+            scorer="top_k",
+            headline="mean of top-1 and top-5",
+        )
+    found = compare_cells(*read_runs(two(tmp_path)), KEY._replace(benchmark="kinetics700"))
+    assert found.difference is not None
+    assert found.difference.difference == pytest.approx(np.mean(made[1] - made[0]))
+    assert found.difference.p == pytest.approx(stats.ttest_rel(made[1], made[0]).pvalue)
+
+
 def test_a_score_that_nothing_reproduces_has_no_test(tmp_path: pathlib.Path) -> None:
     for folder in two(tmp_path):
         cell = write_cell(folder, vqa_predictions(10, 0.5))
@@ -150,7 +171,7 @@ def test_runs_are_laid_side_by_side(tmp_path: pathlib.Path) -> None:
     row = next(row for row in found.rows if row[0] == "OK-VQA\naccuracy, random, seed 0")
     first, second = (float(text.split(" ±")[0]) for text in row[2:4])
     difference = float(row[4].split(" [")[0])
-    assert difference == pytest.approx(second - first, abs=0.11) and row[4].endswith("\n40 queries")
+    assert difference == pytest.approx(second - first, abs=0.11) and row[4].endswith("\n40 items")
     text = found.markdown()
     assert (
         text.startswith("# Runs side by side")

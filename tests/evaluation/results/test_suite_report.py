@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+from flamingo_jax.evaluation.protocol.benchmark import Prediction
 from flamingo_jax.evaluation.results.result_file import read_results
 from flamingo_jax.evaluation.results.samples import choose_samples
 from flamingo_jax.evaluation.results.score_table import rows_of, summarise_seeds
@@ -82,6 +83,14 @@ def test_a_report_needs_no_predictions(tmp_path: pathlib.Path) -> None:
     write_suite_report(tmp_path, [cell])
     text = (tmp_path / "report.html").read_text()
     assert "What it answers" not in text and "&lt;b&gt;" in text and "<b>accuracy" not in text
+
+
+def test_answers_without_ground_truths_are_reported_unscored(tmp_path: pathlib.Path) -> None:
+    asked = [Prediction(f"q{n}", "", "red", ()) for n in range(3)]
+    write_cell(tmp_path, asked, benchmark="vqav2", title="VQAv2")
+    write_suite_report(tmp_path, read_results(tmp_path))
+    assert "| VQAv2<br>test | not scored | 3 | 0 |" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "report.html").read_text().count("<svg") == 1
 
 
 def test_samples_are_the_worst_and_some_others(suite: pathlib.Path) -> None:
