@@ -13,6 +13,8 @@ TRAINING_RECORDS = 200
 """The most records to train on; a batch of the contrastive stage takes more than half of them."""
 OTHER_RECORDS = 40
 """The most records of each other split."""
+SUPPORT = ("ltip", "m3w")
+"""Datasets whose validation split stays whole: the suite draws 32 shots of one kind from it."""
 
 
 def main() -> None:
@@ -22,6 +24,8 @@ def main() -> None:
             split: min(size, TRAINING_RECORDS if split == "train" else OTHER_RECORDS)
             for split, size in dataset.sizes.items()
         }
+        if name in SUPPORT:
+            sizes["validation"] = dataset.sizes["validation"]
         DATASETS[name] = dataclasses.replace(dataset, sizes=sizes)
     runpy.run_module("launch.build_data", run_name="__main__", alter_sys=True)
 

@@ -21,6 +21,7 @@ from flamingo_jax.playground.uploads import UploadLimits, read_upload
 
 GREEDY, SAMPLING, BEAM = "likeliest token", "sampling", f"beam search of {PAPER_BEAM_SIZE}"
 DECODINGS = (GREEDY, SAMPLING, BEAM)
+READING = "reading … (the first prompt of a length takes longer: its program is compiled)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class AnswerView(NamedTuple):
 
     answer: str | None
     look: str | None
-    status: str
+    status: str | None
 
 
 class Playground:
@@ -125,7 +126,7 @@ class Playground:
     def _answer(self, session: Session, choice: DecodingChoice) -> Iterator[AnswerView]:
         began = time.monotonic()
         prompt = session.prompt(self.examples)
-        yield AnswerView(fragments.tokens([], running=True), "", fragments.status("reading …"))
+        yield AnswerView(fragments.tokens([], running=True), "", fragments.status(READING))
         if choice.kind == BEAM:
             completion = self.model.generate(
                 prompt, max_tokens=choice.max_tokens, beam_size=PAPER_BEAM_SIZE
@@ -139,9 +140,8 @@ class Playground:
             yield AnswerView(fragments.tokens([]), "", fragments.status(said))
             return
         maps = session.maps = self.model.attention_maps(prompt, ids)
-        rate = f"{len(ids)} tokens in {seconds:.1f} s ({len(ids) / seconds:.0f} a second)"
         total = sum(token.log_probability for token in maps.tokens)
-        said = f"{rate}, log-probability {total:.1f}, {end}"
+        said = f"{_rate(len(ids), seconds)}, log-probability {total:.2f}, {end}"
         yield self._view(session, maps, fragments.status(said))
 
     def stop(self, session: Session) -> str:
@@ -154,7 +154,7 @@ class Playground:
         return fragments.status("stopping …")
 
     def look(self, session: Session, data: Mapping[str, Any]) -> AnswerView:
-        """Shows what a token looked at.
+        """Shows what a token looked at; the status line still says how the answer came about.
 
         data: from the page: `index` of a token, or `block`, counted from 1, 0 for the mean.
         """
@@ -166,7 +166,7 @@ class Playground:
         if "block" in data:
             block = _number(data["block"])
             session.block = block - 1 if 1 <= block <= maps.blocks else None
-        return self._view(session, maps, "")
+        return self._view(session, maps, None)
 
     def _streamed(
         self, session: Session, prompt: list[Any], choice: DecodingChoice
@@ -197,7 +197,7 @@ class Playground:
         ids = [number for number in done.tokens if number != end]
         return ids, "stopped by you" if session.stopped else _ending(done.finished)
 
-    def _view(self, session: Session, maps: AttentionMaps, status: str) -> AnswerView:
+    def _view(self, session: Session, maps: AttentionMaps, status: str | None) -> AnswerView:
         texts = [(token.text, token.log_probability) for token in maps.tokens]
         truth = self.examples[session.asked].answer if session.asked >= 0 else ""
         answer = fragments.tokens(texts, maps=maps, chosen=session.token, truth=truth)
@@ -248,6 +248,13 @@ def choice_of(
     return DecodingChoice(
         kind, int(max_tokens), float(temperature), float(top_p), abs(int(seed)), stops
     )
+
+
+def _rate(tokens: int, seconds: float) -> str:
+    """Says how fast an answer came."""
+    rate = tokens / seconds
+    each = f"{rate:.0f}" if rate >= 9.95 else f"{rate:.1f}"
+    return f"{tokens} token{'s' * (tokens != 1)} in {seconds:.1f} s ({each} a second)"
 
 
 def _refused(sentence: str) -> AnswerView:

@@ -141,7 +141,7 @@ def upload(browser: Any, *files: pathlib.Path) -> None:
 def answer(browser: Any) -> list[str]:
     """Presses Answer, and returns the tokens' texts once they are all there."""
     click(browser, "#editor [data-do=answer]")
-    wait(browser, lambda: find(browser, "#answer [data-done='0']") or "tokens in" in said(browser))
+    wait(browser, lambda: find(browser, "#answer [data-done='0']") or " a second" in said(browser))
     wait(browser, lambda: find(browser, "#answer [data-do=token]"))
     return [token.text for token in find(browser, "#answer [data-do=token]")]
 
@@ -161,10 +161,11 @@ def test_an_answer_arrives_and_its_tokens_show_what_they_looked_at(browser: Any)
     wait(browser, lambda: len(find(browser, "#editor .fj-shot")) == 2)
     tokens = answer(browser)
     assert len(tokens) > 1
-    assert re.search(r"\d+ tokens in .* log-probability -?\d", said(browser))
+    assert re.search(r"\d+ tokens in .* a second\), log-probability -?\d", said(browser))
     assert len(find(browser, "#answer .fj-token img")) == len(tokens)
     click(browser, "#answer [data-do=token][data-index='1']")
     wait(browser, lambda: find(browser, "#look [data-token='1']"))
+    assert "log-probability" in said(browser)  # A click on a token leaves the status line.
     look = find(browser, "#look")[0].text
     assert "reads image 3 of 3 (phi)" in look and "brightest of" in look
     assert len(find(browser, "#look .fj-heat img")) == 2
@@ -311,7 +312,7 @@ def _goes_on(browser: Any) -> list[str]:
     click(browser, "#gallery [data-do=ask]")
     wait(browser, lambda: find(browser, "#editor .fj-part img"))
     click(browser, "#editor [data-do=answer]")
-    wait(browser, lambda: "tokens in" in said(browser))
+    wait(browser, lambda: " a second" in said(browser))
     return find(browser, "#answer .fj-token")
 
 

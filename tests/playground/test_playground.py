@@ -169,6 +169,7 @@ def test_an_answer_grows_and_ends_with_what_it_looked_at(playground: Playground)
     assert options["max_tokens"] == 7 and options["temperature"] == 0.0 and options["top_p"] == 1.0
     view = playground.look(session, {"index": "2"})
     assert "␣star" in str(view.look) and 'data-token="2"' in str(view.look)
+    assert view.status is None  # The line stays, which says how the answer came about.
     view = playground.look(session, {"block": "1"})
     assert session.block == 0 and "brightest of 4 cells: 100 %" in str(view.look)
     view = playground.look(session, {"block": "2"})
