@@ -4,14 +4,21 @@ import html
 import re
 from collections.abc import Sequence
 
+NUMBER = re.compile(r"-?[\d,]+(\.\d+)?(?![\w.])|–|not scored")
+"""How a cell of numbers begins; a digest and a version do not."""
+
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Writes a table; lines of a cell are separated by "\\n"."""
+    """Writes a table; lines of a cell are separated by "\\n". Columns of numbers are aligned to
+    the right.
+    """
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(_markdown_cell(text) for text in cells) + " |"
 
-    rule = "| --- " + "| ---: " * (len(header) - 1) + "|"
+    numbers = [all(NUMBER.match(row[place]) for row in rows) for place in range(len(header))]
+    rules = ["---:" if place and number else "---" for place, number in enumerate(numbers)]
+    rule = f"| {' | '.join(rules)} |"
     return "\n".join([line(header), rule, *map(line, rows)]) + "\n"
 
 
@@ -34,5 +41,7 @@ def _markdown_cell(text: str) -> str:
 
 
 def _html_cell(text: str) -> str:
+    # A score is not parted from its error at the end of a line.
+    text = text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
     first, *further = (html.escape(line) for line in text.split("\n"))
     return first + "".join(f"<small>{line}</small>" for line in further)

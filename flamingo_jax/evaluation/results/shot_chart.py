@@ -40,6 +40,10 @@ MUTED = {
 WIDTH, HEIGHT = 7.2, 3.9
 LABEL_POINTS = 11.0
 """Height of a label's line, in points."""
+ASIDE = 0.06
+"""How far right of its place a control is drawn, in doublings of shots, so that its error bars do
+not cover those of the run.
+"""
 AXES_POINTS = HEIGHT * 72 - 62
 """Height of the axes without title and ticks."""
 
@@ -87,7 +91,8 @@ def shot_chart(rows: Sequence[ScoreRow]) -> str:
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         axes = figure.add_subplot()
         for line in lines:
-            _draw(axes, line, [place(number) for number in sorted(line.points)])
+            aside = ASIDE if line.dashed else 0.0
+            _draw(axes, line, [place(number) + aside for number in sorted(line.points)])
         axes.set_xticks([place(number) for number in shots], [str(number) for number in shots])
         axes.set_title(first.title, loc="left", fontweight="bold", fontsize=11)
         axes.set(xlabel="shots", ylabel=f"{first.headline} × 100")
@@ -95,7 +100,11 @@ def shot_chart(rows: Sequence[ScoreRow]) -> str:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.03, y=0.08)
-        _label(axes, lines, [place(max(line.points)) for line in lines])
+        _label(
+            axes,
+            lines,
+            [place(max(line.points)) + (ASIDE if line.dashed else 0.0) for line in lines],
+        )
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     drawn = buffer.getvalue()

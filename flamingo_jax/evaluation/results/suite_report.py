@@ -37,6 +37,8 @@ td small { display: block; font-weight: 400; color: #778; font-size: .8rem }
 .note { color: #667; max-width: 60rem }
 .benchmark { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; align-items: flex-start;
   border-top: 1px solid #dde1e8; padding: 1rem 0 }
+.benchmarks { display: flex; flex-wrap: wrap; gap: 0 1rem }
+.benchmarks > .benchmark { flex: 1 1 100% } .benchmarks > .alone { flex: 0 1 34.5rem }
 .benchmark svg { width: 40rem; max-width: 100%; height: auto }
 .beside { font-size: .82rem; margin: 1.2rem 0 } .beside td, .beside th { padding: .1rem .5rem }
 .own1 tr:nth-child(-n+1) td, .own2 tr:nth-child(-n+2) td, .own3 tr:nth-child(-n+3) td {
@@ -44,8 +46,9 @@ td small { display: block; font-weight: 400; color: #778; font-size: .8rem }
 details { border-top: 1px solid #dde1e8; padding: .5rem 0 } summary { cursor: pointer }
 summary h3 { display: inline; margin: 0; font-size: 1.02rem } summary span { color: #667 }
 .samples { margin: .8rem 0 } .sample img { image-rendering: auto; border-radius: 3px }
-.sample b { font-size: 14px } .sample .score { float: right; color: #667 }
-.run { font-size: .85rem } .run td { text-align: left; overflow-wrap: anywhere }
+.sample b { font-size: 14px } .sample .score { float: right; margin-left: .6rem;
+  color: #667 }
+.run { font-size: .85rem } .run th, .run td { text-align: left; overflow-wrap: anywhere }
 """
 
 
@@ -116,11 +119,8 @@ def _page(output: pathlib.Path, rows: Sequence[ScoreRow], visuals: Mapping[str, 
         html_table(*score_cells(rows), style="scores"),
         f'<p class="note">{html.escape(SCALE_NOTE)}</p>',
         "<h2>By the number of shots</h2>",
-        f'<p class="note">{html.escape(PUBLISHED_NOTE)}</p>',
+        *_charts(_by_benchmark(rows)),
     ]
-    for some in _by_benchmark(rows):
-        table = html_table(*beside_cells(some), style=f"beside own{min(len(some), 3)}")
-        parts.append(f'<div class="benchmark"><div>{shot_chart(some)}</div>{table}</div>')
     shown = [
         _samples(output, row, visuals.get(row.first.benchmark), opened=not number)
         for number, row in enumerate(rows)
@@ -134,6 +134,23 @@ def _page(output: pathlib.Path, rows: Sequence[ScoreRow], visuals: Mapping[str, 
             f"</summary>{html_table(header, lines, style='run')}</details>"
         )
     return page(TITLE, parts, style=STYLE)
+
+
+def _charts(groups: Sequence[Sequence[ScoreRow]]) -> list[str]:
+    """Writes the charts: each with its table where there are published figures, the others side
+    by side.
+    """
+    note, charts = False, []
+    for some in groups:
+        chart = f"<div>{shot_chart(some)}</div>"
+        if published_beside(some):
+            note = True
+            table = html_table(*beside_cells(some), style=f"beside own{min(len(some), 3)}")
+            charts.append(f'<div class="benchmark">{chart}{table}</div>')
+        else:
+            charts.append(f'<div class="benchmark alone">{chart}</div>')
+    told = [f'<p class="note">{html.escape(PUBLISHED_NOTE)}</p>'] if note else []
+    return [*told, f'<div class="benchmarks">{"".join(charts)}</div>']
 
 
 def beside_cells(rows: Sequence[ScoreRow]) -> tuple[list[str], list[list[str]]]:

@@ -35,11 +35,10 @@ def flatten(protocol: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def what_was_run(rows: Sequence[ScoreRow]) -> list[RunSection]:
-    """Returns the tables of a report on what was run."""
+    """Returns the tables of a report on what was run, without those that would be empty."""
     cells = list({cell.name: cell for row in rows for cell in row.cells}.values())
-    sections = [_identities(cells), _choices(cells), _references(cells), _runs(cells)]
-    types = _types(cells)
-    return [*sections, types] if types.rows else sections
+    tables = (_identities, _choices, _references, _runs, _types)
+    return [section for table in tables if (section := table(cells)).rows]
 
 
 def _identities(cells: Sequence[CellResult]) -> RunSection:
@@ -90,8 +89,8 @@ def _runs(cells: Sequence[CellResult]) -> RunSection:
             f"{cell.n:,}",
             f"{cell.missing:,} ({cell.missing_media.get('policy', '')})",
             cell.protocol_hash[:DIGEST],
-            f"{cell.seconds:,.0f}",
-            f"{cell.seconds_waiting_for_media:,.0f}",
+            f"{cell.seconds:,.1f}",
+            f"{cell.seconds_waiting_for_media:,.1f}",
         ]
         for cell in cells
     ]

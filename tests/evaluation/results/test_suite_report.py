@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from flamingo_jax.evaluation.protocol.benchmark import Prediction
+from flamingo_jax.evaluation.results.markup import markdown_table
 from flamingo_jax.evaluation.results.result_file import read_results
 from flamingo_jax.evaluation.results.samples import choose_samples
 from flamingo_jax.evaluation.results.score_table import rows_of, summarise_seeds
@@ -91,6 +92,36 @@ def test_answers_without_ground_truths_are_reported_unscored(tmp_path: pathlib.P
     write_suite_report(tmp_path, read_results(tmp_path))
     assert "| VQAv2<br>test | not scored | 3 | 0 |" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "report.html").read_text().count("<svg") == 1
+
+
+def test_own_datasets_have_no_empty_tables_and_no_published_figures(tmp_path: pathlib.Path) -> None:
+    own = [
+        write_cell(
+            tmp_path,
+            vqa_predictions(8, 0.5),
+            benchmark=name,
+            shots=shots,
+            references={},
+            title=name,
+        )
+        for name in ("mine", "yours")
+        for shots in (0, 4)
+    ]
+    write_suite_report(tmp_path, own)
+    for file in ("report.html", "report.md"):
+        text = (tmp_path / file).read_text()
+        assert "Annotation files" not in text and "Published figures" not in text
+        assert "Protocol" in text
+    text = (tmp_path / "report.html").read_text()
+    # The charts stand side by side, and a score is in the same line as its error.
+    assert text.count('<div class="benchmark alone">') == 2 and 'class="beside' not in text
+    assert re.search("[0-9.]+\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}[0-9.]+</td>", text)
+
+
+def test_columns_of_numbers_are_aligned_to_the_right() -> None:
+    rows = [["a", "1,200", "1.5 ± 0.1", "12ab", "1.0.2"], ["b", "–", "-3.0", "7", "2"]]
+    header = ["", "n", "score", "digest", "version"]
+    assert markdown_table(header, rows).split("\n")[1] == "| --- | ---: | ---: | --- | --- |"
 
 
 def test_samples_are_the_worst_and_some_others(suite: pathlib.Path) -> None:
