@@ -95,7 +95,7 @@ class ImageFile(MediaRef):
 
     @functools.cached_property
     def key(self) -> str:  # type: ignore[override]
-        """Returns a digest of the file's name, size and time of change."""
+        """Returns a digest of the file's path, size and time of change."""
         return _file_key(self.path)
 
     def read(self, how: Preprocessing) -> Visual:
@@ -118,7 +118,7 @@ class ClipFile(MediaRef):
 
     @functools.cached_property
     def key(self) -> str:  # type: ignore[override]
-        """Returns a digest of the file's name, size and time of change, and the part."""
+        """Returns a digest of the file's path, size and time of change, and the part."""
         return f"{_file_key(self.path)}:{self.start}-{self.end}"
 
     @property
@@ -165,7 +165,8 @@ def _file_key(path: pathlib.Path) -> str:
         found = path.stat()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check its path") from error
-    told = f"{path.name}/{found.st_size}/{found.st_mtime_ns}"
+    # Files of one name, size and time in two folders are different images.
+    told = f"{path.absolute()}/{found.st_size}/{found.st_mtime_ns}"
     return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
 
 

@@ -88,6 +88,12 @@ class CellResult:
         """Returns how many queries and support examples had no image."""
         return sum(int(self.missing_media.get(part, 0)) for part in ("queries", "support"))
 
+    def __str__(self) -> str:
+        """Returns its name and score, on the papers' scale, for progress."""
+        score, error, *_ = self.estimate
+        scored = f"{self.headline} {PAPER_SCALE * score:.1f} ± {PAPER_SCALE * error:.1f}"
+        return f"{self.name}: {scored if self.headline else 'not scored'}"
+
     def write(self, file: pathlib.Path) -> None:
         """Writes the result as JSON."""
         content = {"format": FORMAT, **dataclasses.asdict(self)}

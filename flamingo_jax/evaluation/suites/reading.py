@@ -11,8 +11,11 @@ from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation.benchmarks.benchmark_set import PAPER_SHOTS, BenchmarkSet
 from flamingo_jax.evaluation.benchmarks.opening import MissingMedia, open_benchmark
 from flamingo_jax.evaluation.prompts import QUESTION, PromptTemplate
+from flamingo_jax.evaluation.protocol.benchmark import Benchmark
+from flamingo_jax.evaluation.protocol.classification import Classification
+from flamingo_jax.evaluation.protocol.fast_concept_binding import FastConceptBinding
 from flamingo_jax.evaluation.protocol.open_ended import OpenEnded
-from flamingo_jax.evaluation.suites.cells import SuiteBenchmark
+from flamingo_jax.evaluation.suites.cells import SuiteBenchmark, digest
 from flamingo_jax.evaluation.suites.description import BenchmarkDescription
 from flamingo_jax.evaluation.suites.own_datasets import BenchmarkReader
 
@@ -178,7 +181,7 @@ def open_described(
                     "data": [one.path, one.support_path],
                     "fps": reader.fps,
                 },
-                references={},
+                references={f"{one.path}:{one.split}": _identity(asked)},
                 missing={"policy": "error", "queries": 0, "support": 0},
                 shots=PAPER_SHOTS,
                 text_examples=text_examples if generates else 0,
@@ -188,3 +191,11 @@ def open_described(
             )
         )
     return found
+
+
+def _identity(asked: Benchmark) -> str:
+    """Identifies an own dataset's queries by their ids and ground truths."""
+    if isinstance(asked, OpenEnded | Classification):
+        return digest([[one.id, list(one.answers)] for one in asked.queries])
+    assert isinstance(asked, FastConceptBinding)
+    return digest([[page.id, list(page.texts)] for page in asked.pages])

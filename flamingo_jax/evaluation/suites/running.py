@@ -1,5 +1,5 @@
-"""Runs a suite of benchmarks on a model. Each run (`suite.SuiteCell`) keeps its predictions as they
-are made; a suite that was killed goes on where it was.
+"""Runs a suite of benchmarks on a model. Each run (`cells.SuiteCell`) keeps its predictions as
+they are made; a suite that was killed goes on where it was.
 
     OUTPUT/results/<cell>.json          scores with error bars, and what they are of
     OUTPUT/predictions/<cell>.jsonl     every prediction, with its prompt
@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from rich.console import Console
 
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation.media import Preprocessing
@@ -25,7 +26,12 @@ from flamingo_jax.evaluation.protocol.few_shot import few_shot_prompts
 from flamingo_jax.evaluation.protocol.journal import JournalFile
 from flamingo_jax.evaluation.protocol.lengths import check_lengths
 from flamingo_jax.evaluation.protocol.open_ended import OpenEnded
-from flamingo_jax.evaluation.results.result_file import PAPER_SCALE, CellResult, read_result
+from flamingo_jax.evaluation.results.result_file import (
+    PAPER_SCALE,
+    CellResult,
+    read_result,
+    read_results,
+)
 from flamingo_jax.evaluation.results.samples import VisualOf
 from flamingo_jax.evaluation.results.suite_report import write_suite_report
 from flamingo_jax.evaluation.scoring.predictions import score_predictions
@@ -60,6 +66,11 @@ class EvaluatedModel:
     digest: str
     frozen_dtype: str | None = None
 
+    def made(self, result: CellResult) -> bool:
+        """Returns whether a result is of this model."""
+        found = result.model["digest"], result.model.get("frozen_dtype")
+        return found == (self.digest, self.frozen_dtype)
+
 
 def evaluate_suite(
     run: EvaluationRun, benchmarks: Sequence[SuiteBenchmark], options: SuiteOptions
@@ -75,29 +86,29 @@ def evaluate_suite(
     listed = [cell for one in benchmarks for cell in cells(one, options)]
     check_prompts(listed, config, tokenizer)
 
-    def load() -> tuple[Engine, EvaluatedModel]:
+    model = EvaluatedModel(run.model, model_digest, run.frozen_dtype)
+
+    def load() -> Engine:
         loaded = load_flamingo(
             run.model, parts=run.parts, mesh=run.mesh, frozen_dtype=run.frozen_dtype
         )
-        model = EvaluatedModel(run.model, loaded.digest, run.frozen_dtype)
-        return Engine(loaded, batch_size=run.batch_size), model
+        return Engine(loaded, batch_size=run.batch_size)
 
-    results = run_cells(
-        listed, load, run.output, model_digest=model_digest, wordnet=options.wordnet
-    )
+    results = run_cells(listed, load, model, run.output, wordnet=options.wordnet)
     if jax.process_index() == 0:
-        write_reports(run, listed, results)
+        write_reports(run, listed, model)
     return results
 
 
-def write_reports(
-    run: EvaluationRun, listed: Sequence[SuiteCell], results: Sequence[CellResult]
-) -> None:
-    """Writes report.json, which the model card reads."""
+def write_reports(run: EvaluationRun, listed: Sequence[SuiteCell], model: EvaluatedModel) -> None:
+    """Writes report.html and report.md of all results of the model in the output folder, and
+    report.json, which the model card reads.
+    """
+    results = [one for one in read_results(run.output) if model.made(one)]
     by_benchmark: dict[str, dict[str, dict[str, Any]]] = {}
     counts: dict[str, dict[str, int]] = {}
     for one in results:
-        if not one.control and one.seed == results[0].seed:
+        if not one.control and one.seed == listed[0].settings.seed:
             scores = {name: metric["score"] for name, metric in one.metrics.items()}
             by_benchmark.setdefault(one.benchmark, {})[str(one.shots)] = scores
             counts.setdefault(one.benchmark, {})[str(one.shots)] = one.n
@@ -105,10 +116,10 @@ def write_reports(
         "metrics_are": "fractions between 0 and 1; CIDEr from 0 to 10",
         "benchmarks": by_benchmark,
         "counts": counts,
-        "model": {"folder": run.model, "digest": results[0].model["digest"]},
+        "model": {"folder": run.model, "digest": model.digest},
         "settings": dataclasses.asdict(run.settings),
         "frozen_dtype": run.frozen_dtype,
-        "results": [f"results/{cell.name}.json" for cell in listed],
+        "results": [f"results/{one.name}.json" for one in results],
     }
     (run.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     how = Preprocessing.of(run.config(), run.settings.frames, run.settings.fps)
@@ -147,35 +158,44 @@ def summary(results: Sequence[CellResult]) -> Table:
 
 def run_cells(
     listed: Sequence[SuiteCell],
-    load: Callable[[], tuple[Engine, EvaluatedModel]],
+    load: Callable[[], Engine],
+    model: EvaluatedModel,
     output: pathlib.Path,
     *,
-    model_digest: str,
     wordnet: str = "",
-    finished: Callable[[CellResult], None] = lambda result: None,
 ) -> list[CellResult]:
     """Runs what is not finished, and writes its results.
 
     Args:
       load: loads the model; it is called where anything is left to run.
+      model: what will be loaded.
       output: the folder of results.
-      model_digest: of the export, as `load` will find it.
       wordnet: folder of WordNet's files, see `SuiteOptions`.
-      finished: is called with each result, of an earlier run too.
 
     Raises: UserError where `output` holds results of another protocol, files or model.
     """
-    earlier = {cell.name: _earlier(cell, output, model_digest) for cell in listed}
-    loaded: tuple[Engine, EvaluatedModel] | None = None
-    results = []
-    for cell in listed:
-        result = earlier[cell.name]
-        if result is None:
-            loaded = loaded or load()
-            result = run_cell(cell, *loaded, output, wordnet)
-        finished(result)
-        results.append(result)
-    return results
+    results = {cell.name: _earlier(cell, output, model) for cell in listed}
+    left = [cell for cell in listed if results[cell.name] is None]
+    engine, began = (load() if left else None), time.monotonic()
+    for number, cell in enumerate(left, 1):
+        assert engine is not None
+        found = results[cell.name] = run_cell(cell, engine, model, output, wordnet)
+        # A prompt with n shots takes about as long as n + 1 without.
+        done, to_do = (sum(map(_prompts, some)) for some in (left[:number], left[number:]))
+        seconds = (time.monotonic() - began) / done * to_do
+        _say(f"{number} of {len(left)} runs: {found}, {seconds / 60:.0f} minutes left")
+    return [found for found in results.values() if found is not None]
+
+
+def _prompts(cell: SuiteCell) -> int:
+    asked: Any = cell.benchmark.asked
+    count = len(getattr(asked, "queries", None) or asked.pages)
+    return count * (1 + cell.settings.shots)
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
 
 
 def run_cell(
@@ -262,7 +282,7 @@ def _examples(asked: Any) -> str:
     return content.hexdigest()
 
 
-def _earlier(cell: SuiteCell, output: pathlib.Path, model_digest: str) -> CellResult | None:
+def _earlier(cell: SuiteCell, output: pathlib.Path, model: EvaluatedModel) -> CellResult | None:
     """Reads the result of an earlier run, if it is finished."""
     file = output / "results" / f"{cell.name}.json"
     if not file.is_file():
@@ -270,7 +290,8 @@ def _earlier(cell: SuiteCell, output: pathlib.Path, model_digest: str) -> CellRe
     found = read_result(file)
     same = {
         "protocol": found.protocol_hash == digest(cell.protocol),
-        "model": found.model["digest"] == model_digest,
+        "model": model.made(found),
+        "number of missing images": dict(found.missing_media) == dict(cell.benchmark.missing),
         "references": dict(found.references) == dict(cell.benchmark.references),
     }
     if all(same.values()):
@@ -290,7 +311,13 @@ def check_prompts(
 
     Raises: UserError that names the benchmark.
     """
+    # The longest prompts are those with the most shots; controls have the same texts.
+    longest: dict[tuple[str, int], SuiteCell] = {}
     for cell in listed:
+        key = cell.benchmark.asked.name, cell.settings.seed
+        if key not in longest or cell.settings.shots > longest[key].settings.shots:
+            longest[key] = cell
+    for cell in longest.values():
         asked, how = cell.benchmark.asked, cell.settings
         if not isinstance(asked, OpenEnded | Classification):
             continue
