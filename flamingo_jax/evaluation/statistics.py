@@ -169,7 +169,7 @@ def seed_spread(scores: Sequence[float], confidence: float = CONFIDENCE) -> Spre
     values = np.asarray(scores, np.float64)
     deviation = float(values.std(ddof=1)) if len(values) > 1 else float("nan")
     estimate = mean_estimate(values, confidence=confidence)
-    return Spread(estimate, deviation, float(values.min()), float(values.max()))
+    return Spread(estimate, deviation, float(np.min(values)), float(np.max(values)))
 
 
 def _draws(

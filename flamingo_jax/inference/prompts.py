@@ -270,7 +270,7 @@ def common_prefix(prompts: Sequence[TokenisedPrompt]) -> int:
             & (prompt.media_index[:count] == first.media_index[:count])
             & (first.media_index[:count] < alike.index(False))
         )
-        count = int(np.append(same, False).argmin())
+        count = int(np.argmin(np.append(same, False)))
     return count
 
 

@@ -210,7 +210,7 @@ def _small_maps(maps: AttentionMaps) -> list[str]:
             found.append("")
             continue
         heat = maps.heat(token, phi)
-        frame = int(heat.sum((1, 2)).argmax())
+        frame = int(np.argmax(heat.sum((1, 2))))
         drawn = overlay(maps.visuals[phi].frames[frame], heat[frame], heat.max(), SMALL)
         found.append(f'<img alt="" src="{strip([drawn], SMALL)}">')
     return found

@@ -129,7 +129,7 @@ def _values(one: Prediction, values: Values = "log-likelihood") -> np.ndarray:
         found[number] = value
     if values == "log-likelihood":
         return found
-    shares = np.exp(found - found.max())
+    shares = np.exp(found - np.max(found))
     return shares / shares.sum()
 
 

@@ -118,9 +118,9 @@ class _Search:
         found, places = np.divmod(near, len(block))
         exact = self._exactly(found, places, block)
         edges = np.searchsorted(found, np.arange(len(self.queries) + 1))
-        for query in np.flatnonzero(np.diff(edges)):
+        for query in np.flatnonzero(np.diff(edges)).tolist():
             own = slice(edges[query], edges[query + 1])
-            self._merge(int(query), first + places[own], exact[own])
+            self._merge(query, first + places[own], exact[own])
 
     def _exactly(self, found: np.ndarray, places: np.ndarray, block: np.ndarray) -> np.ndarray:
         """Computes the inner products of pairs in float64, equal ones for equal embeddings."""
