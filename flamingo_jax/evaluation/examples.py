@@ -90,16 +90,19 @@ def _example(records: Sequence[Any], place: int, kind: str, fps: float | None) -
             " of the evaluation data"
         )
     asked = kind == "questions"
+    pixels = digest_of(encoded)
     return BenchmarkExample(
         name,
         ComputedMedia(
-            digest_of(encoded),
+            pixels,
             lambda how: _read_record(records[place], kind, name, how),
             len(encoded),
         ),
         answers,
         text_of(record["question"]) if asked else "",
         text_of(record["type"]) if asked else "",
+        # Each question has its own copy of the image that others are about too.
+        cluster=pixels if asked else "",
     )
 
 

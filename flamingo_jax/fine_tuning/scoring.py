@@ -93,11 +93,7 @@ def score_split(
         frames=dataset.frames,
         decoding=DecodingConfig(max_tokens=scoring.max_tokens, beam_size=scoring.beam_size),
     )
-    # Questions about one image are not independent.
-    predictions = [
-        dataclasses.replace(one, cluster=one.media.key if one.media else "")
-        for one in benchmark.run(engine, settings).predictions
-    ]
+    predictions = benchmark.run(engine, settings).predictions
     if scorer:
         estimate = next(iter(score_predictions(scorer, predictions).metrics.values()))
     else:

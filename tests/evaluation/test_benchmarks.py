@@ -221,6 +221,18 @@ def png(value: int) -> bytes:
     return buffer.getvalue()
 
 
+def test_questions_about_one_image_are_one_cluster() -> None:
+    about = {"question": b"why?", "answers": [b"so"], "type": b""}
+    asked = read_examples(
+        [{"id": f"{n}", "frames": [png(value)], **about} for n, value in enumerate((7, 8, 7))],
+        "questions",
+    )
+    first, second, third = (one.cluster for one in asked)
+    assert first and first == third != second
+    (pair,) = read_examples([{"id": b"a", "image": png(7), "captions": [b"one"]}], "pairs")
+    assert pair.cluster == ""
+
+
 def test_records_become_examples_at_the_models_size() -> None:
     (pair,) = read_examples(
         [{"id": b"a", "image": png(9), "captions": [b"Output: one", "two"]}], "pairs"

@@ -40,10 +40,12 @@ MUTED = {
 WIDTH, HEIGHT = 7.2, 3.9
 LABEL_POINTS = 11.0
 """Height of a label's line, in points."""
-ASIDE = 0.06
-"""How far right of its place a control is drawn, in doublings of shots, so that its error bars do
+ASIDE = 0.015
+"""How far right of its place a control is drawn, as a share of the axis, so that its error bars do
 not cover those of the run.
 """
+MOST = 100.0
+"""The highest score on the papers' scale, besides CIDEr."""
 AXES_POINTS = HEIGHT * 72 - 62
 """Height of the axes without title and ticks."""
 
@@ -87,12 +89,13 @@ def shot_chart(rows: Sequence[ScoreRow]) -> str:
         return math.log2(number) if number else math.log2(lowest) - 1
 
     first = rows[0].first
+    aside = ASIDE * (place(shots[-1]) - place(shots[0]))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         axes = figure.add_subplot()
         for line in lines:
-            aside = ASIDE if line.dashed else 0.0
-            _draw(axes, line, [place(number) + aside for number in sorted(line.points)])
+            moved = aside * line.dashed
+            _draw(axes, line, [place(number) + moved for number in sorted(line.points)])
         axes.set_xticks([place(number) for number in shots], [str(number) for number in shots])
         axes.set_title(first.title, loc="left", fontweight="bold", fontsize=11)
         axes.set(xlabel="shots", ylabel=f"{first.headline} × 100")
@@ -100,11 +103,8 @@ def shot_chart(rows: Sequence[ScoreRow]) -> str:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.03, y=0.08)
-        _label(
-            axes,
-            lines,
-            [place(max(line.points)) + (ASIDE if line.dashed else 0.0) for line in lines],
-        )
+        _bound(axes, math.inf if "CIDEr" in first.headline else MOST)
+        _label(axes, lines, [place(max(line.points)) + aside * line.dashed for line in lines])
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     drawn = buffer.getvalue()
@@ -168,6 +168,13 @@ def _draw(axes: Axes, line: _Line, places: Sequence[float]) -> None:
         capsize=2.5,
         zorder=4,
     )
+
+
+def _bound(axes: Axes, most: float) -> None:
+    """Cuts the axis where no score can be: below 0, where intervals may reach, and above `most`."""
+    bottom, top = axes.get_ylim()
+    top = max(min(top, 1.02 * most), 1.0)
+    axes.set_ylim(max(bottom, -0.02 * top), top)
 
 
 def _label(axes: Axes, lines: Sequence[_Line], ends: Sequence[float]) -> None:

@@ -142,12 +142,13 @@ def _charts(groups: Sequence[Sequence[ScoreRow]]) -> list[str]:
     """
     note, charts = False, []
     for some in groups:
-        chart = f"<div>{shot_chart(some)}</div>"
+        drawn = shot_chart(some)
+        chart = f"<div>{drawn}</div>"
         if published_beside(some):
             note = True
             table = html_table(*beside_cells(some), style=f"beside own{min(len(some), 3)}")
             charts.append(f'<div class="benchmark">{chart}{table}</div>')
-        else:
+        elif drawn:
             charts.append(f'<div class="benchmark alone">{chart}</div>')
     told = [f'<p class="note">{html.escape(PUBLISHED_NOTE)}</p>'] if note else []
     return [*told, f'<div class="benchmarks">{"".join(charts)}</div>']

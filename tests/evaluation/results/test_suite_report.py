@@ -12,6 +12,7 @@ from flamingo_jax.evaluation.results.markup import markdown_table
 from flamingo_jax.evaluation.results.result_file import read_results
 from flamingo_jax.evaluation.results.samples import choose_samples
 from flamingo_jax.evaluation.results.score_table import rows_of, summarise_seeds
+from flamingo_jax.evaluation.results.shot_chart import shot_chart
 from flamingo_jax.evaluation.results.suite_report import score_cells, write_suite_report
 from tests.evaluation.results.made_runs import vqa_predictions, write_cell, write_suite
 from tests.evaluation.test_synthetic_world_page import Counter
@@ -140,3 +141,21 @@ def test_the_spread_of_seeds_is_around_their_mean(tmp_path: pathlib.Path) -> Non
     found = summarise_seeds(cells)
     assert found.score == 50 and found.reach == pytest.approx(100 / np.sqrt(2))
     assert (found.low, found.high) == (50 - found.reach, 50 + found.reach)
+
+
+def test_a_chart_has_no_scores_that_cannot_be(tmp_path: pathlib.Path) -> None:
+    # The interval of two right answers in three reaches far above 100, of one in three below 0.
+    ticks = []
+    for number, right in enumerate((1, 2)):
+        asked = [
+            dataclasses.replace(one, text="red" if place < right else "blue", cluster="")
+            for place, one in enumerate(vqa_predictions(3, 0.5))
+        ]
+        cell = write_cell(tmp_path, asked, benchmark=f"own{number}", shots=0)
+        assert 100 * cell.estimate.low < 0 or 100 * cell.estimate.high > 100
+        drawn = shot_chart(rows_of([cell]))
+        ticks += [
+            float(text.replace("−", "-"))
+            for text in re.findall(r"<text[^>]*>(−?[0-9.]+)</text>", drawn)
+        ]
+    assert ticks and min(ticks) >= 0 and max(ticks) <= 100
