@@ -65,15 +65,20 @@ def few_shot(
     return [*parts, query.media, *([opening] if opening else [])]
 
 
-def concept_binding(page: InterleavedPage, shots: int) -> WrittenPrompt:
+def concept_binding(
+    page: InterleavedPage, shots: int, *, shot_images: bool = True
+) -> WrittenPrompt:
     """Writes a prompt of fast concept binding: the `shots` images before the page's last one
     with their texts, then the last image with its text up to the word to predict.
+
+    shot_images: False leaves the texts of the shots alone.
     """
     parts: WrittenPrompt = []
-    for place in range(len(page.media) - 1 - shots, len(page.media)):
-        parts += [page.media[place], escape_image_tags(page.texts[place + 1])]
-    parts[-1] = escape_image_tags(split_last_word(page.texts[-1])[0])
-    return parts
+    last = len(page.media) - 1
+    for place in range(last - shots, last):
+        text = escape_image_tags(page.texts[place + 1])
+        parts += [page.media[place], text] if shot_images else [text, END_OF_CHUNK]
+    return [*parts, page.media[last], escape_image_tags(split_last_word(page.texts[-1])[0])]
 
 
 def split_last_word(text: str) -> tuple[str, str]:

@@ -171,6 +171,13 @@ def test_binding_shows_the_last_images_and_asks_between_the_pages_words() -> Non
         pages[0].media[4].read(HOW).digest,
         "This is a",
     ]
+    engine.prompts.clear()
+    without = EvaluationSettings(shots=2, shot_images=False)
+    FastConceptBinding("new words", pages).run(engine, without)
+    (query,) = [part for part in engine.prompts[0] if isinstance(part, Visual)]
+    assert query.digest == pages[0].media[4].read(HOW).digest
+    texts = [part for part in engine.prompts[0] if isinstance(part, str)]
+    assert texts == ["This is a wug", "This is a dax", "This is a"]
 
 
 @pytest.mark.parametrize(

@@ -310,7 +310,7 @@ def _set_most(browser: Any, count: int) -> None:
 def _goes_on(browser: Any) -> list[str]:
     _set_most(browser, 4)
     click(browser, "#gallery [data-do=ask]")
-    wait(browser, lambda: find(browser, "#editor .fj-part img"))
+    wait(browser, lambda: find(browser, "#editor .fj-part img") and not said(browser))
     click(browser, "#editor [data-do=answer]")
     wait(browser, lambda: " a second" in said(browser))
     return find(browser, "#answer .fj-token")

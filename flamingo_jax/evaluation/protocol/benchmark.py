@@ -172,4 +172,4 @@ def as_text(prompt: WrittenPrompt) -> str:
 
 def title_of(name: str, shots: int) -> str:
     """Writes a benchmark's name with its number of shots, for reports and progress bars."""
-    return f"{name}, {shots} shots" if shots else name
+    return f"{name}, {shots} shot{'s' * (shots > 1)}" if shots else name

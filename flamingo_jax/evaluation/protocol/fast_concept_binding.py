@@ -52,7 +52,7 @@ class FastConceptBinding:
         self, engine: Engine, settings: EvaluationSettings, journal: Journal = NOT_KEPT
     ) -> BenchmarkResult:
         """Scores the words of every page that has enough images; shorter pages are skipped."""
-        asked = [_asked(page, settings.shots) for page in self._long_enough(settings)]
+        asked = [_asked(page, settings) for page in self._long_enough(settings)]
 
         def answer(asked: Sequence[Asked], orders: list[list[Prompt]]) -> list[Prediction]:
             words = [one.query.candidates for one in asked]
@@ -68,7 +68,7 @@ class FastConceptBinding:
         return summarise(self.name, settings.shots, predictions, pool.waited)
 
 
-def _asked(page: InterleavedPage, shots: int) -> Asked:
+def _asked(page: InterleavedPage, settings: EvaluationSettings) -> Asked:
     # The candidates are the words of the whole page, whichever of them the shots show.
     words = sorted({prompts.split_last_word(text)[1] for text in page.texts[1:]})
     query = BenchmarkExample(
@@ -77,4 +77,5 @@ def _asked(page: InterleavedPage, shots: int) -> Asked:
         (prompts.split_last_word(page.texts[-1])[1],),
         candidates=tuple(words),
     )
-    return Asked(query, (prompts.concept_binding(page, shots),), ())
+    prompt = prompts.concept_binding(page, settings.shots, shot_images=settings.shot_images)
+    return Asked(query, (prompt,), ())

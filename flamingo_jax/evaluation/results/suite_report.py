@@ -16,6 +16,7 @@ from flamingo_jax.evaluation.results.samples import Sample, VisualOf, choose_sam
 from flamingo_jax.evaluation.results.score_table import ScoreRow, rows_of, summarise_seeds
 from flamingo_jax.evaluation.results.shot_chart import published_beside, shot_chart
 from flamingo_jax.evaluation.results.what_was_run import RunSection, what_was_run
+from flamingo_jax.paths import make_folder
 from flamingo_jax.web_page import page, strip
 
 TITLE = "Few-shot benchmarks"
@@ -28,6 +29,8 @@ PUBLISHED_NOTE = (
     "Published figures are of other protocols and training data: marks to look at, not a ranking."
 )
 CONTROL = "without images"
+ON_WHITE = '<svg style="background: white" '
+"""How a chart begins that stands alone: viewers may have a dark ground."""
 IMAGE_SIDE = 144
 PROMPT_CHARACTERS = 220
 STYLE = """
@@ -58,7 +61,7 @@ def write_suite_report(
     *,
     visuals: Mapping[str, VisualOf] | None = None,
 ) -> None:
-    """Writes report.html and report.md into an output folder.
+    """Writes report.html and report.md into an output folder, and charts/<benchmark>.svg.
 
     Args:
       output: the folder with the predictions that the results name.
@@ -67,8 +70,13 @@ def write_suite_report(
         shown without.
     """
     rows = rows_of(results)
+    charts = {some[0].first.benchmark: shot_chart(some) for some in _by_benchmark(rows)}
     (output / "report.md").write_text(_markdown(rows))
-    (output / "report.html").write_text(_page(output, rows, visuals or {}))
+    (output / "report.html").write_text(_page(output, rows, charts, visuals or {}))
+    make_folder(output / "charts")
+    for name, chart in charts.items():
+        if chart:
+            (output / "charts" / f"{name}.svg").write_text(chart.replace("<svg ", ON_WHITE, 1))
 
 
 def score_cells(rows: Sequence[ScoreRow]) -> tuple[list[str], list[list[str]]]:
@@ -112,14 +120,19 @@ def _markdown(rows: Sequence[ScoreRow]) -> str:
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def _page(output: pathlib.Path, rows: Sequence[ScoreRow], visuals: Mapping[str, VisualOf]) -> str:
-    """Writes the report as an HTML page."""
+def _page(
+    output: pathlib.Path,
+    rows: Sequence[ScoreRow],
+    charts: Mapping[str, str],
+    visuals: Mapping[str, VisualOf],
+) -> str:
+    """Writes the report as an HTML page; charts are by benchmark."""
     parts = [
         f'<p class="note">{html.escape(_headline(rows))}</p>',
         html_table(*score_cells(rows), style="scores"),
         f'<p class="note">{html.escape(SCALE_NOTE)}</p>',
         "<h2>By the number of shots</h2>",
-        *_charts(_by_benchmark(rows)),
+        *_charts(_by_benchmark(rows), charts),
     ]
     shown = [
         _samples(output, row, visuals.get(row.first.benchmark), opened=not number)
@@ -136,19 +149,18 @@ def _page(output: pathlib.Path, rows: Sequence[ScoreRow], visuals: Mapping[str, 
     return page(TITLE, parts, style=STYLE)
 
 
-def _charts(groups: Sequence[Sequence[ScoreRow]]) -> list[str]:
+def _charts(groups: Sequence[Sequence[ScoreRow]], drawn: Mapping[str, str]) -> list[str]:
     """Writes the charts: each with its table where there are published figures, the others side
     by side.
     """
     note, charts = False, []
     for some in groups:
-        drawn = shot_chart(some)
-        chart = f"<div>{drawn}</div>"
+        chart = f"<div>{drawn[some[0].first.benchmark]}</div>"
         if published_beside(some):
             note = True
             table = html_table(*beside_cells(some), style=f"beside own{min(len(some), 3)}")
             charts.append(f'<div class="benchmark">{chart}{table}</div>')
-        elif drawn:
+        elif drawn[some[0].first.benchmark]:
             charts.append(f'<div class="benchmark alone">{chart}</div>')
     told = [f'<p class="note">{html.escape(PUBLISHED_NOTE)}</p>'] if note else []
     return [*told, f'<div class="benchmarks">{"".join(charts)}</div>']

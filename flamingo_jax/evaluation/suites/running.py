@@ -5,6 +5,8 @@ they are made; a suite that was killed goes on where it was.
     OUTPUT/predictions/<cell>.jsonl     every prediction, with its prompt
     OUTPUT/submissions/<cell>.json      answers in the form that the benchmark's owners score
     OUTPUT/shots, OUTPUT/features       the chosen shots; the encoder's features for RICES
+    OUTPUT/report.html, report.md       scores, controls, samples and what was run
+    OUTPUT/charts/<benchmark>.svg       scores by the number of shots
 """
 
 import dataclasses

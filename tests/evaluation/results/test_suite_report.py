@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import re
+import xml.etree.ElementTree
 
 import numpy as np
 import pytest
@@ -60,6 +61,11 @@ def test_the_page_is_one_whole_file(suite: pathlib.Path) -> None:
     found = Counter()
     found.feed(text)
     assert not found.opened and found.counts["svg"] == 2
+    charts = sorted((suite / "charts").iterdir())
+    assert [chart.name for chart in charts] == ["coco.svg", "okvqa.svg"]
+    for chart in charts:
+        assert xml.etree.ElementTree.parse(chart).getroot().tag.endswith("}svg")
+        assert chart.read_text().partition("viewBox")[2] in text
     assert found.sources and all(one.startswith("data:image/jpeg;base64,") for one in found.sources)
     assert "Flamingo-80B" in text and "without images" in text and "d1d1d1d1" in text
     # Only a query's own part of a prompt is shown, and failures come first.
