@@ -14,6 +14,7 @@ import sys
 import pytest
 
 from data_pipelines.build.sources import SOURCES
+from data_pipelines.build.synthetic_world import build_quickstart
 from flamingo_jax import configuring
 from flamingo_jax.experiment import Experiment
 from launch import command
@@ -25,8 +26,10 @@ FILES = subprocess.run(
 ).stdout.split()
 BLOCKS = [block for file in FILES for block in blocks(file)]
 RUN = {file: [b for b in BLOCKS if b.file == file and not b.reason] for file in FILES}
-LONG = {"README.md", "data_pipelines/README.md"}
-"""Files whose blocks train several stages: minutes, even of two steps each."""
+LONG = {"README.md", "data_pipelines/README.md", "flamingo_jax/evaluation/README.md"}
+"""Files whose blocks train several stages, even if of two steps each, or evaluate with many shots:
+minutes.
+"""
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)\)")
 
 
@@ -115,6 +118,8 @@ def test_what_a_readme_says_runs_word_for_word(file: str, tmp_path: pathlib.Path
         make_small_data(tmp_path)
     if "--model=runs/quickstart/flamingo/export" in text:
         make_export(tmp_path / "runs/quickstart/flamingo/export")
+    if "=runs/quickstart/data/" in text:
+        build_quickstart(tmp_path / "runs/quickstart/data", limit=40)
     shim = tmp_path / "bin" / "python"
     shim.parent.mkdir()
     shim.write_text(SHIM.format(python=sys.executable))
