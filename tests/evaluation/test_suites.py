@@ -1,5 +1,6 @@
 """Every benchmark, end to end: made files in their official layout, and a tiny model."""
 
+import dataclasses
 import importlib
 import json
 import pathlib
@@ -9,18 +10,19 @@ from typing import Any
 
 import pytest
 
+import flamingo_jax as fj
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation.benchmarks.registry import BENCHMARKS
 from flamingo_jax.evaluation.protocol import journal
 from flamingo_jax.evaluation.protocol.benchmark import EvaluationSettings
 from flamingo_jax.evaluation.results.result_file import CellResult
-from flamingo_jax.evaluation.suites.cells import SuiteOptions
+from flamingo_jax.evaluation.suites.cells import SuiteOptions, cells
 from flamingo_jax.evaluation.suites.evaluation_run import EvaluationRun
 from flamingo_jax.evaluation.suites.reading import OpeningOptions, open_official
-from flamingo_jax.evaluation.suites.running import evaluate_suite
+from flamingo_jax.evaluation.suites.running import check_prompts, evaluate_suite
 from flamingo_jax.inference.decoding import DecodingConfig
 from tests.evaluation import made_sets, small_wordnet
-from tests.inference.tiny_models import make_export
+from tests.inference.tiny_models import make_export, make_tokenizer, tiny_config
 
 WORDNET = "wordnet"
 MADE: dict[str, Callable[[pathlib.Path], None]] = {}
@@ -54,6 +56,7 @@ def evaluate(
     batch_size: int = 4,
     selection: str = "random",
     shots: tuple[int, ...] = (0, 4),
+    mesh: Any = None,
     **options: Any,
 ) -> dict[str, CellResult]:
     """Runs one benchmark; returns its results by the names of their files."""
@@ -62,7 +65,7 @@ def evaluate(
         folder=str(output),
         decoding=DecodingConfig(beam_size=1),
     )
-    run = EvaluationRun(str(export), output, settings, batch_size=batch_size)
+    run = EvaluationRun(str(export), output, settings, batch_size=batch_size, mesh=mesh)
     benchmarks = open_official([BENCHMARKS[name]], opening(data, **options))
     how = SuiteOptions(settings, shots, wordnet=str(data / WORDNET))
     found = evaluate_suite(run, benchmarks, how)
@@ -257,3 +260,38 @@ def test_what_cannot_be_run_is_said_before_the_model_loads(
     root = pathlib.Path(options.pop("root", data))
     with pytest.raises(UserError, match=said):
         evaluate(export, root, tmp_path, name, **options)
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_prompts_past_the_context_are_refused_before_the_model_loads(
+    name: str, data: pathlib.Path
+) -> None:
+    tokenizer = make_tokenizer()
+    language_model = tiny_config(tokenizer.vocab_size).language_model
+    positions = dataclasses.replace(language_model.positions, kind="learned", max_length=40)
+    config = dataclasses.replace(
+        tiny_config(tokenizer.vocab_size),
+        language_model=dataclasses.replace(language_model, positions=positions),
+    )
+    (benchmark,) = open_official([BENCHMARKS[name]], opening(data))
+    fitting = cells(benchmark, SuiteOptions(EvaluationSettings(), shots=(0, 1)))
+    check_prompts(fitting, config, tokenizer)
+    longer = cells(benchmark, SuiteOptions(EvaluationSettings(), shots=(0, 1, 8)))
+    with pytest.raises(UserError, match=r"has \d+ tokens, and 3 are to follow, but .* 40 in all"):
+        check_prompts(longer, config, tokenizer)
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize("name", ["coco", "hatefulmemes"])
+def test_a_mesh_answers_as_one_device(
+    name: str, export: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    alone = evaluate(export, data, tmp_path / "alone", name)
+    mesh = fj.make_mesh("data=4,model=2")
+    several = evaluate(export, data, tmp_path / "several", name, mesh=mesh)
+    for key, cell in alone.items():
+        ours, theirs = (
+            {one["id"]: one["text"] for one in predictions(tmp_path / folder, some[key])}
+            for folder, some in (("alone", alone), ("several", several))
+        )
+        assert ours == theirs and cell.n == several[key].n
