@@ -3,10 +3,11 @@
     python -m launch.compare RUN_A RUN_B ... [--output=FOLDER]
 
 A run is the folder of its --output. Every other run is compared with the first, by benchmark and
-number of shots, on the queries that both answered: the difference, its 95 % interval, and p of the
-paired test, with errors over images where several questions are about one. A warning says where the
-runs differ in more than the model. Prints Markdown; --output writes comparison.md and
-comparison.html too. It reads results and stored predictions, and needs neither a GPU nor a model.
+number of shots (random shots also with those of RICES, where each run has one of them), on the
+queries that both answered: the difference, its 95 % interval, and p of the paired test, with errors
+over images where several questions are about one. A warning says where the runs differ in more than
+the model. Prints Markdown; --output writes comparison.md and comparison.html too. It reads results
+and stored predictions, and needs neither a GPU nor a model.
 """
 
 from absl import flags

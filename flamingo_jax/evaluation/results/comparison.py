@@ -26,7 +26,10 @@ TOLERANCE = 1e-9
 
 
 class CellKey(NamedTuple):
-    """What cells of two runs are matched by."""
+    """What cells of two runs are matched by.
+
+    selection: of all runs, where each has another one: "random and rices".
+    """
 
     benchmark: str
     selection: str
@@ -76,14 +79,37 @@ def read_runs(folders: Sequence[pathlib.Path]) -> list[SuiteRun]:
     """Reads the results of runs; they are named by their folders. Raises UserError."""
     names = [folder.resolve().name for folder in folders]
     unique = len(set(names)) == len(names)
-    return [
-        SuiteRun(
-            name if unique else str(folder),
-            folder,
-            {CellKey.of(cell): cell for cell in read_results(folder)},
+    read = [read_results(folder) for folder in folders]
+    selections = _differing_selections(read)
+
+    def key(cell: CellResult) -> CellKey:
+        return CellKey.of(cell)._replace(
+            selection=selections.get(cell.benchmark, cell.selection) if cell.shots else ""
         )
-        for name, folder in zip(names, folders, strict=True)
+
+    return [
+        SuiteRun(name if unique else str(folder), folder, {key(cell): cell for cell in cells})
+        for name, folder, cells in zip(names, folders, read, strict=True)
     ]
+
+
+def _differing_selections(runs: Sequence[Sequence[CellResult]]) -> dict[str, str]:
+    """Returns {benchmark: names of the selections} where each run has one and they differ: a run
+    with random shots is compared with one of RICES.
+    """
+    found: dict[str, list[set[str]]] = defaultdict(list)
+    for cells in runs:
+        own: dict[str, set[str]] = defaultdict(set)
+        for cell in cells:
+            if cell.shots:
+                own[cell.benchmark].add(cell.selection)
+        for benchmark, selections in own.items():
+            found[benchmark].append(selections)
+    return {
+        benchmark: " and ".join(sorted(set().union(*selections)))
+        for benchmark, selections in found.items()
+        if all(len(one) == 1 for one in selections) and len(set().union(*selections)) > 1
+    }
 
 
 def compare_cells(

@@ -89,10 +89,13 @@ class CellResult:
         return sum(int(self.missing_media.get(part, 0)) for part in ("queries", "support"))
 
     def __str__(self) -> str:
-        """Returns its name and score, on the papers' scale, for progress."""
-        score, error, *_ = self.estimate
-        scored = f"{self.headline} {PAPER_SCALE * score:.1f} ± {PAPER_SCALE * error:.1f}"
-        return f"{self.name}: {scored if self.headline else 'not scored'}"
+        """Returns its name and score for progress, with half of its 95 % interval, on the papers'
+        scale.
+        """
+        score, _, low, high = (PAPER_SCALE * value for value in self.estimate)
+        reach = f" ± {(high - low) / 2:.1f}" if math.isfinite(high - low) else ""
+        scored = f"{self.headline} {score:.1f}{reach}" if self.headline else "not scored"
+        return f"{self.name}: {scored}"
 
     def write(self, file: pathlib.Path) -> None:
         """Writes the result as JSON."""

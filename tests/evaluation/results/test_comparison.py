@@ -159,6 +159,33 @@ def test_what_differs_besides_the_model_is_told(tmp_path: pathlib.Path) -> None:
     assert not warnings(*read_runs([small, small]))
 
 
+def test_random_shots_are_compared_with_those_of_rices(tmp_path: pathlib.Path) -> None:
+    for folder, selection in zip(two(tmp_path), ("random", "rices"), strict=True):
+        for shots in (0, 4):
+            share = 0.4 + 0.1 * shots * (selection == "rices")
+            about = {"selection": selection} if shots else {}
+            write_cell(
+                folder,
+                vqa_predictions(30, share),
+                selection=selection,
+                shots=shots,
+                protocol=about,
+            )
+    found = compare_runs(read_runs(two(tmp_path)))
+    assert [row[0] for row in found.rows] == [
+        "OK-VQA\naccuracy",
+        "OK-VQA\naccuracy, random and rices",
+    ]
+    assert found.rows[1][4].startswith("+") and not found.only
+    (told,) = found.warnings
+    assert told.startswith('okvqa: small and large differ in selection ("random" and "rices")')
+    # With both in one run, each is compared with its own kind.
+    write_cell(two(tmp_path)[0], vqa_predictions(30, 0.4), selection="rices")
+    found = compare_runs(read_runs(two(tmp_path)))
+    assert [row[0] for row in found.rows] == ["OK-VQA\naccuracy", "OK-VQA\naccuracy, rices"]
+    assert found.only == ["Only in small: okvqa.4_shots.random."]
+
+
 def test_runs_are_laid_side_by_side(tmp_path: pathlib.Path) -> None:
     small, large = two(tmp_path)
     write_suite(small)

@@ -21,6 +21,8 @@ def test_a_result_is_read_as_it_was_written(tmp_path: pathlib.Path) -> None:
     read = read_result(file)
     assert read == written and read.name == "okvqa.4_shots.random.seed3" and read.missing == 3
     assert read.estimate.low < read.estimate.score == 0.375 < read.estimate.high
+    reach = 50 * (read.estimate.high - read.estimate.low)
+    assert str(read) == f"okvqa.4_shots.random.seed3: accuracy 37.5 ± {reach:.1f}"
 
 
 def test_an_error_that_could_not_be_computed_is_null(tmp_path: pathlib.Path) -> None:
@@ -28,6 +30,7 @@ def test_an_error_that_could_not_be_computed_is_null(tmp_path: pathlib.Path) -> 
     (read,) = read_results(tmp_path)
     assert read.metrics["accuracy"]["interval_95"] is None
     assert read.estimate.score == 1.0 and math.isnan(read.estimate.low)
+    assert str(read) == "okvqa.4_shots.random: accuracy 100.0"
 
 
 def test_results_are_in_the_order_of_a_table(tmp_path: pathlib.Path) -> None:
