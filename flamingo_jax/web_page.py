@@ -12,6 +12,8 @@ from PIL import Image
 
 FRAMES = 4
 """The most frames of a clip that are shown."""
+GAP = 1 / 32
+"""The space between two frames, as a share of their height."""
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem;
   padding: 0 1rem; color: #223; background: #fff }
@@ -69,14 +71,18 @@ def cell(value: Any) -> str:
 
 
 def strip(frames: Sequence[np.ndarray] | np.ndarray, height: int, form: str = "PNG") -> str:
-    """Makes a data URI of an image, or of at most FRAMES of a clip's frames side by side:
-    uint8 [H, W, 3] each, of one shape.
+    """Makes a data URI of an image, or of at most FRAMES of a clip's frames side by side, with
+    white between them: uint8 [H, W, 3] each, of one shape.
     """
     if len(frames) > FRAMES:
         frames = [
             frames[place] for place in np.linspace(0, len(frames) - 1, FRAMES).round().astype(int)
         ]
-    whole = Image.fromarray(np.concatenate(list(frames), axis=1))
+    parts = list(frames)
+    tall = parts[0].shape[0]
+    gap = np.full((tall, max(1, round(tall * GAP)), 3), 255, np.uint8)
+    spaced = [part for frame in parts for part in (gap, frame)][1:]
+    whole = Image.fromarray(np.concatenate(spaced, axis=1))
     scale = height / whole.height
     whole = whole.resize(
         (max(1, round(whole.width * scale)), height),
