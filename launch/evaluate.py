@@ -22,10 +22,9 @@ with KIND one of
                   log-likelihood
   binding         pages that name images with new words; which word names the last image
 The default SPLIT is `test`. The classes are all answers in the evaluated split and the support
-set, or the lines of --classes=FILE. A model that was trained on questions gets the prompts of
-its training; a Flamingo trained on pages and pairs gets those of the paper, with two text-only
-examples first. Few-shot examples come from the support set, by default the `train` split of
-the dataset.
+set, or the lines of --classes=FILE. A model that was trained on questions is asked questions with
+the prompt of its training; all others are those of the paper, with two text-only examples first in
+zero-shot. Few-shot examples come from the support set, by default the `train` split of the dataset.
 
     python -m launch.evaluate --suite=quickstart --data=runs/quickstart/data --model=EXPORT \
         --baseline=EXPORT --output=FOLDER
@@ -111,8 +110,8 @@ SELECTION = flags.DEFINE_enum(
 TEXT_EXAMPLES = flags.DEFINE_integer(
     "text_examples",
     None,
-    "Text-only examples of zero-shot prompts; by default 2 (as in the paper), or 0 for a model"
-    " trained on questions.",
+    "Text-only examples of zero-shot prompts; by default 2 (as in the paper), or 0 before a"
+    " question to a model trained on questions.",
     lower_bound=0,
 )
 QUESTION_PROMPT = flags.DEFINE_string(
@@ -301,6 +300,7 @@ def _named_benchmarks() -> Any:
 
 def _official(benchmarks: Any) -> Any:
     """Opens the official files of the suite's benchmarks."""
+    from flamingo_jax.evaluation.suites.evaluation_run import trained_prompts
     from flamingo_jax.evaluation.suites.reading import OpeningOptions, open_official
 
     folders = {}
@@ -325,7 +325,8 @@ def _official(benchmarks: Any) -> Any:
             support_limit=SUPPORT_LIMIT.value,
             seed=SEED.value,
             missing_media="skip" if MISSING_MEDIA.value == "skip" else "error",
-            text_examples=_text_examples(None),
+            text_examples=TEXT_EXAMPLES.value,
+            trained_on_questions=bool(trained_prompts(MODEL.value)),
             question_prompt=QUESTION_PROMPT.value,
             max_tokens=MAX_TOKENS.value,
             wordnet=WORDNET.value,
@@ -338,7 +339,7 @@ def _described(descriptions: Any, shots: int) -> Any:
     from data_pipelines.evaluation_data import PreparedDatasets
     from flamingo_jax.evaluation.suites.evaluation_run import trained_prompts
     from flamingo_jax.evaluation.suites.own_datasets import BenchmarkReader
-    from flamingo_jax.evaluation.suites.reading import OPEN_TEXT_EXAMPLES, open_described
+    from flamingo_jax.evaluation.suites.reading import open_described
 
     reader = BenchmarkReader(
         PreparedDatasets(),
@@ -355,18 +356,9 @@ def _described(descriptions: Any, shots: int) -> Any:
         descriptions,
         reader,
         shots=shots,
-        text_examples=_text_examples(OPEN_TEXT_EXAMPLES),
+        text_examples=TEXT_EXAMPLES.value,
         max_tokens=MAX_TOKENS.value or DEFAULT_TOKENS,
     )
-
-
-def _text_examples(default: int | None) -> Any:
-    """Returns --text_examples; by default 0 for a model that was trained on questions."""
-    from flamingo_jax.evaluation.suites.evaluation_run import trained_prompts
-
-    if TEXT_EXAMPLES.value is not None:
-        return TEXT_EXAMPLES.value
-    return 0 if trained_prompts(MODEL.value) else default
 
 
 def run_evaluators() -> int:
@@ -401,7 +393,9 @@ def _run() -> Any:
         if not as_path(path).is_file():
             raise UserError(f"--curves={text} must be NAME=FILE with a metrics.jsonl that is there")
         curves[name] = read_lines(as_path(path))
-    text_examples = _text_examples(EvaluationSettings.text_examples)
+    text_examples = TEXT_EXAMPLES.value
+    if text_examples is None:
+        text_examples = EvaluationSettings.text_examples
     mesh = devices.open_mesh(MESH.value)
     devices.keep_compiled_programs()
     return EvaluationRun(

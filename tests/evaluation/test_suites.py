@@ -77,6 +77,18 @@ def opening(data: pathlib.Path, **options: Any) -> OpeningOptions:
     return OpeningOptions(root=str(data), **fields)
 
 
+def test_text_only_examples_are_left_out_as_in_training(data: pathlib.Path) -> None:
+    """A model trained on questions met none before a question; captions are asked as ever."""
+    named = [BENCHMARKS[name] for name in ("coco", "vqav2")]
+
+    def texts(**options: Any) -> list[int]:
+        return [one.text_examples for one in open_official(named, opening(data, **options))]
+
+    assert texts() == [2, 2]
+    assert texts(trained_on_questions=True) == [2, 0]
+    assert texts(trained_on_questions=True, text_examples=1) == [1, 1]
+
+
 def predictions(output: pathlib.Path, cell: CellResult) -> list[dict[str, Any]]:
     return journal.read_journal(output / cell.predictions)[1]
 

@@ -13,6 +13,7 @@ from flamingo_jax.checkpointing.export import export_model
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation.suites.description import BenchmarkDescription
 from flamingo_jax.evaluation.suites.own_datasets import BenchmarkReader
+from flamingo_jax.evaluation.suites.reading import open_described
 from tests.inference.tiny_models import make_loaded
 from tests.launch import commands
 
@@ -101,6 +102,26 @@ def test_what_cannot_be_run(
     with pytest.raises(UserError, match=sentence):
         evaluate.main()
     assert not (folder / "out").exists()
+
+
+def test_own_questions_are_asked_as_in_training(folder: pathlib.Path) -> None:
+    reader = BenchmarkReader(PreparedDatasets(), limit=2)
+    described = [
+        BenchmarkDescription.parse(f"{kind}:{kind}={folder}/data/{name}")
+        for kind, name in (
+            ("captioning", "ltip:validation"),
+            ("vqa", f"vqa:test,support={folder}/data/vqa:unseen"),
+        )
+    ]
+    trained = dataclasses.replace(reader, trained_prompts=["{question}"])
+
+    def texts(reader: BenchmarkReader, given: int | None) -> list[int]:
+        opened = open_described(described, reader, shots=0, text_examples=given, max_tokens=2)
+        return [one.text_examples for one in opened]
+
+    assert texts(reader, None) == [2, 2]
+    assert texts(trained, None) == [2, 0]
+    assert texts(trained, 3) == [3, 3]
 
 
 def test_a_limit_leaves_every_class_to_choose_from(

@@ -52,9 +52,10 @@ class FewShot:
         self._experiment, self._tokenizer, self._mesh = experiment, tokenizer, mesh
         self._batch_size = config.batch_size
         self._benchmark = _read(config, experiment, datasets)
-        # A model fine-tuned on questions gets prompts as in its training, without text-only
-        # examples.
-        text_examples = 0 if _trained_prompts(experiment) else EvaluationSettings.text_examples
+        # A model trained on questions is asked as in its training, without text-only examples.
+        text_examples = EvaluationSettings.text_examples
+        if config.benchmark != "captioning" and _trained_prompts(experiment):
+            text_examples = 0
         settings = EvaluationSettings(
             text_examples=text_examples,
             decoding=DecodingConfig(max_tokens=config.max_tokens, beam_size=config.beam_size),

@@ -40,6 +40,8 @@ class OpeningOptions:
     limit, support_limit: the most queries and support examples, drawn by `seed`; 0 for all.
     missing_media: what is done about examples whose image is not there.
     text_examples: of zero-shot prompts; None for the benchmark's own number.
+    trained_on_questions: whether the model was trained on questions: by default it gets no
+      text-only examples before one, since there were none in training.
     question_prompt: in place of the paper's, with {question}; None for the paper's.
     max_tokens: of answers; None for the benchmark's own number.
     wordnet: folder of WordNet 3.0's files, where a metric reads them; "" for one that is found.
@@ -54,6 +56,7 @@ class OpeningOptions:
     seed: int = 0
     missing_media: MissingMedia = "error"
     text_examples: int | None = None
+    trained_on_questions: bool = False
     question_prompt: str | None = None
     max_tokens: int | None = None
     wordnet: str = ""
@@ -110,6 +113,8 @@ def _official(
     generates = benchmark.kind == "generate"
     own = benchmark.text_examples
     texts = (OPEN_TEXT_EXAMPLES if generates else 0) if own is None else own
+    if options.trained_on_questions and "{question}" in benchmark.template.text:
+        texts = 0
     return SuiteBenchmark(
         asked=opened.asked,
         title=benchmark.title,
@@ -141,13 +146,14 @@ def open_described(
     reader: BenchmarkReader,
     *,
     shots: int,
-    text_examples: int,
+    text_examples: int | None,
     max_tokens: int,
 ) -> list[SuiteBenchmark]:
     """Reads own datasets.
 
     shots: the most that will be asked for.
-    text_examples: of open-ended zero-shot prompts.
+    text_examples: of open-ended zero-shot prompts; None for two, or none before a question to a
+      model that was trained on questions.
     max_tokens: of answers.
 
     Raises: UserError for two benchmarks of one name, a dataset of the wrong kind, or a file that
@@ -162,7 +168,10 @@ def open_described(
         )
     found = []
     for one in descriptions:
-        asked = reader.read(one, shots, text_examples)
+        texts = text_examples
+        if texts is None:
+            texts = 0 if one.kind == "vqa" and reader.trained_prompts else OPEN_TEXT_EXAMPLES
+        asked = reader.read(one, shots, texts)
         generates = isinstance(asked, OpenEnded)
         majority = asked.majority_answer if isinstance(asked, OpenEnded) else ""
         options: dict[str, Any] = {"majority_answer": majority} if one.kind == "vqa" else {}
@@ -184,7 +193,7 @@ def open_described(
                 references={f"{one.path}:{one.split}": _identity(asked)},
                 missing={"policy": "error", "queries": 0, "support": 0},
                 shots=PAPER_SHOTS,
-                text_examples=text_examples if generates else 0,
+                text_examples=texts if generates else 0,
                 max_tokens=max_tokens,
                 video=False,
                 generates=generates,
