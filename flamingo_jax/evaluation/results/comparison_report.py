@@ -90,7 +90,7 @@ def compare_runs(runs: Sequence[SuiteRun], wordnet: str = "") -> RunComparison:
 def _name(run: SuiteRun, key: CellKey, seeded: bool) -> str:
     cell = run.cells[key]
     parts = [key.selection] if key.selection else []
-    parts += ["without images"] if key.control else []
+    parts += ["shots without images"] if key.control else []
     parts += [f"seed {key.seed}"] if seeded else []
     return f"{cell.title}\n{', '.join([cell.headline, *parts])}"
 

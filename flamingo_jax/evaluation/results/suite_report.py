@@ -22,13 +22,14 @@ from flamingo_jax.web_page import page, strip
 TITLE = "Few-shot benchmarks"
 SCALE_NOTE = (
     "Scores are on the papers' scale: CIDEr times 100, all else in per cent; ± is half of the 95 %"
-    " interval, or the standard deviation over several seeds. “Without images” is the control: the"
-    " same shots with their images taken away. What a score gains over it, it learned from images."
+    " interval, or the standard deviation over several seeds. “Shots without images” is the"
+    " control: the same shots with their images taken away, while the query keeps its own. What a"
+    " score gains over it, it learned from the images of the shots."
 )
 PUBLISHED_NOTE = (
     "Published figures are of other protocols and training data: marks to look at, not a ranking."
 )
-CONTROL = "without images"
+CONTROL = "shots without images"
 ON_WHITE = '<svg style="background: white" '
 """How a chart begins that stands alone: viewers may have a dark ground."""
 IMAGE_SIDE = 144

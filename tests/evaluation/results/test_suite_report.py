@@ -44,7 +44,7 @@ def test_the_table_has_scores_controls_and_seeds(suite: pathlib.Path) -> None:
     mean, deviation = 100 * np.mean(shares), 100 * np.std(shares, ddof=1)
     run, control = cells[1][2].split("\n")
     assert run == f"{mean:.1f} ± {deviation:.1f} (2 seeds)"
-    assert control.startswith("without images ") and control.endswith("(2 seeds)")
+    assert control.startswith("shots without images ") and control.endswith("(2 seeds)")
     # Zero-shot runs are in both rows; one seed has half of its interval.
     zero = rows[1].runs[0][0].estimate
     assert (
