@@ -201,16 +201,22 @@ def _mean_of_types(scored: _Scored, ids: Sequence[str]) -> Statistic:
 
 def warnings(first: SuiteRun, second: SuiteRun) -> list[str]:
     """Says, a sentence each, what besides the model differs between the runs' common cells."""
-    found: dict[str, list[str]] = defaultdict(list)
+    found: dict[tuple[str, bool], list[str]] = defaultdict(list)
     for key in first.cells:
         if key in second.cells:
-            for difference in differences(first.cells[key], second.cells[key]):
-                known = found[difference]
+            one, other = first.cells[key], second.cells[key]
+            same = one.model.get("digest") == other.model.get("digest")
+            for difference in differences(one, other):
+                known = found[difference, same]
                 known += [] if key.benchmark in known else [key.benchmark]
     return [
-        f"{', '.join(benchmarks)}: {first.name} and {second.name} differ in {difference}, so that"
-        " the difference of their scores is not the model's alone."
-        for difference, benchmarks in found.items()
+        f"{', '.join(benchmarks)}: {first.name} and {second.name} differ in {difference}, "
+        + (
+            "and their model is the same."
+            if same
+            else "so that the difference of their scores is not the model's alone."
+        )
+        for (difference, same), benchmarks in found.items()
     ]
 
 

@@ -146,6 +146,7 @@ def test_what_differs_besides_the_model_is_told(tmp_path: pathlib.Path) -> None:
         large,
         0.1,
         protocol={"decoding": {"beam_size": 1}},
+        model={"folder": "exports/other", "digest": "d2" * 16},
         references={"okvqa.json": "77" * 32},
     )
     told = warnings(*read_runs([small, large]))
@@ -178,7 +179,10 @@ def test_random_shots_are_compared_with_those_of_rices(tmp_path: pathlib.Path) -
     ]
     assert found.rows[1][4].startswith("+") and not found.only
     (told,) = found.warnings
-    assert told.startswith('okvqa: small and large differ in selection ("random" and "rices")')
+    assert told == (
+        'okvqa: small and large differ in selection ("random" and "rices"), and their model is'
+        " the same."
+    )
     # With both in one run, each is compared with its own kind.
     write_cell(two(tmp_path)[0], vqa_predictions(30, 0.4), selection="rices")
     found = compare_runs(read_runs(two(tmp_path)))
