@@ -65,9 +65,9 @@ def open_records(path: str | pathlib.Path, split: str, kind: str | None = None) 
     if split not in builder.info.splits:
         raise UserError(
             f"the dataset {folder} has no split {split!r}; it has"
-            f" {', '.join(sorted(builder.info.splits))}: name one of these, take the dataset"
-            " out of config.held_out, or remove its folder and build it again with a larger"
-            " --validation_share or --test_share"
+            f" {', '.join(sorted(builder.info.splits))}: name one of these (a run that is to"
+            " measure no held-out loss leaves the dataset out of config.held_out), or remove its"
+            " folder and build it again with a larger --validation_share or --test_share"
         )
     if not builder.info.splits[split].num_examples:
         raise UserError(

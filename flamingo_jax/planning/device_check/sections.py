@@ -140,7 +140,8 @@ def _run(
     command: Sequence[str], section: Section, folder: pathlib.Path, seconds: float
 ) -> dict[str, Any]:
     """Runs a section's process, ends it at its limit, and tells how it ended."""
-    environment = {**os.environ}
+    # Unbuffered, so that lines are in the log in their order, and a killed process loses none.
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     for name, value in section.environment.items():
         # Flags of the user stay, before ours.
         before = environment.get(name, "") if name == "XLA_FLAGS" else ""
