@@ -125,6 +125,7 @@ def test_the_encoder_moves_only_where_it_is_trained(
     assert all(np.array_equal(best[name], cell[name]) for name in before)
 
 
+@pytest.mark.scale
 def test_a_killed_search_goes_on_to_the_same_table(
     searched: pathlib.Path,
     data: pathlib.Path,

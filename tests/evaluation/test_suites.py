@@ -104,9 +104,10 @@ ONE_OF_EACH_KIND = (
     "vqav2",
     "youcook2",
 )
-SIBLINGS = "open_mini_imagenet_shots_"
-ALIKE = sorted(name for name in MADE if name.startswith(SIBLINGS))[1:]
-"""Sets that differ by their number of shots alone."""
+ONE_OF_EACH_READER = (
+    *ONE_OF_EACH_KIND,
+    *("imagenet", "nextqa", "okvqa", "rareact", "star", "visdial", "vizwiz", "vl_icl_clevr"),
+)
 
 
 def scaled(names: list[str], quick: tuple[str, ...]) -> list[Any]:
@@ -116,9 +117,7 @@ def scaled(names: list[str], quick: tuple[str, ...]) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(
-    "name", scaled(sorted(MADE), tuple(name for name in MADE if name not in ALIKE))
-)
+@pytest.mark.parametrize("name", scaled(sorted(MADE), ONE_OF_EACH_READER))
 def test_a_benchmark_runs_from_its_official_files_and_goes_on_when_killed(
     name: str, export: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
