@@ -140,9 +140,7 @@ class Image(VisualSource):
         try:
             return make()
         except images.ImageError as error:
-            raise UserError(
-                f"{self._name}: unreadable image ({error}): replace it by a whole PNG or JPEG file"
-            ) from error
+            raise _unreadable(self._name, error) from error
 
 
 class Video(VisualSource):
@@ -258,9 +256,7 @@ def check_visual(encoded: Sequence[bytes], name: str) -> None:
         for data in encoded:
             images.check(data)
     except images.ImageError as error:
-        raise UserError(
-            f"{name}: unreadable image ({error}): replace it by a whole PNG or JPEG file"
-        ) from error
+        raise _unreadable(name, error) from error
 
 
 def read_visual(encoded: Sequence[bytes], vision: VisionConfig, name: str) -> Visual:
@@ -273,12 +269,14 @@ def read_visual(encoded: Sequence[bytes], vision: VisionConfig, name: str) -> Vi
             images.load(data, vision.image_size, vision.mean, vision.image_fit) for data in encoded
         ]
     except images.ImageError as error:
-        raise UserError(
-            f"{name}: unreadable image ({error}): replace it by a whole PNG or JPEG file"
-        ) from error
+        raise _unreadable(name, error) from error
     if not frames:
         raise UserError(f"{name} has no image: leave it out")
     return Visual(np.stack(frames))
+
+
+def _unreadable(name: str, error: images.ImageError) -> UserError:
+    return UserError(f"{name}: unreadable image ({error}): replace it by a whole PNG or JPEG file")
 
 
 def _frames_of(source: Any) -> list[Image]:
