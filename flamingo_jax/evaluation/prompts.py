@@ -9,6 +9,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
+from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation.examples import BenchmarkExample, InterleavedPage
 from flamingo_jax.evaluation.media import MediaRef
 from flamingo_jax.experiment import CAPTION_PROMPT, QUESTION_PROMPT
@@ -36,6 +37,16 @@ class PromptTemplate:
     def whole(self, example: BenchmarkExample) -> str:
         """Writes an example with its first answer, as a shot."""
         return f"{self.opening(example)} {escape_image_tags(example.answers[0])}"
+
+
+def question_template(text: str) -> PromptTemplate:
+    """Makes the format of `--question_prompt`; raises UserError where it asks nothing."""
+    if "{question}" not in text:
+        raise UserError(
+            f"--question_prompt={text!r} has no {{question}} in it, so that nothing would"
+            " be asked: write it in"
+        )
+    return PromptTemplate(text)
 
 
 CAPTION = PromptTemplate(CAPTION_PROMPT)

@@ -91,12 +91,7 @@ class BenchmarkReader:
             )
         if given is None:
             given = trained[0] if trained else prompts.QUESTION.text
-        if "{question}" not in given:
-            raise UserError(
-                f"--question_prompt={given!r} has no {{question}} in it, so that nothing would"
-                " be asked: write it in"
-            )
-        return prompts.PromptTemplate(given)
+        return prompts.question_template(given)
 
     def _majority_answer(self, path: str, split: str) -> str:
         """Finds the most frequent answer of a split; "" where there is no such split."""

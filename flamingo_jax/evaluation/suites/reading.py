@@ -10,7 +10,7 @@ from typing import Any
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation.benchmarks.benchmark_set import PAPER_SHOTS, BenchmarkSet
 from flamingo_jax.evaluation.benchmarks.opening import MissingMedia, open_benchmark
-from flamingo_jax.evaluation.prompts import QUESTION, PromptTemplate
+from flamingo_jax.evaluation.prompts import QUESTION, question_template
 from flamingo_jax.evaluation.protocol.benchmark import Benchmark
 from flamingo_jax.evaluation.protocol.classification import Classification
 from flamingo_jax.evaluation.protocol.fast_concept_binding import FastConceptBinding
@@ -82,10 +82,8 @@ def open_official(
 
 
 def _folder(benchmark: BenchmarkSet, options: OpeningOptions) -> pathlib.Path:
-    return pathlib.Path(
-        options.folders.get(benchmark.name, "") or options.root,
-        *(() if benchmark.name in options.folders else (benchmark.name,)),
-    )
+    given = options.folders.get(benchmark.name)
+    return pathlib.Path(given) if given else pathlib.Path(options.root, benchmark.name)
 
 
 def _official(
@@ -93,12 +91,7 @@ def _official(
 ) -> SuiteBenchmark:
     given = options.question_prompt
     if given is not None and benchmark.template == QUESTION:
-        if "{question}" not in given:
-            raise UserError(
-                f"--question_prompt={given!r} has no {{question}} in it, so that nothing would"
-                " be asked: write it in"
-            )
-        benchmark = dataclasses.replace(benchmark, template=PromptTemplate(given))
+        benchmark = dataclasses.replace(benchmark, template=question_template(given))
     opened = open_benchmark(
         benchmark,
         folder,
