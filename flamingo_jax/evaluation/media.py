@@ -206,7 +206,7 @@ class MediaPool:
                 self._found[key] = self._threads.submit(one.read, self.how)
 
     def read(self, media: Sequence[MediaRef]) -> list[Visual]:
-        """Returns the visuals of media, and drops those that were not asked for longest.
+        """Returns the visuals of media, decoding those that are not kept.
 
         Raises: UserError for one that cannot be decoded.
         """
