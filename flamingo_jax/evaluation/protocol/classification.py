@@ -9,9 +9,8 @@ import numpy as np
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation import prompts
 from flamingo_jax.evaluation.examples import BenchmarkExample
-from flamingo_jax.evaluation.media import MediaPool, Preprocessing
 from flamingo_jax.evaluation.metrics.exact_match import exact_match
-from flamingo_jax.evaluation.protocol.asking import Asked, ask_all
+from flamingo_jax.evaluation.protocol.asking import Asked
 from flamingo_jax.evaluation.protocol.benchmark import (
     ALL_KEPT,
     RANKS_KEPT,
@@ -19,13 +18,10 @@ from flamingo_jax.evaluation.protocol.benchmark import (
     EvaluationSettings,
     Prediction,
     summarise,
-    title_of,
 )
-from flamingo_jax.evaluation.protocol.few_shot import check_examples, few_shot_prompts
+from flamingo_jax.evaluation.protocol.few_shot import ask_few_shot, check_examples
 from flamingo_jax.evaluation.protocol.journal import NOT_KEPT, Journal
-from flamingo_jax.evaluation.protocol.lengths import check_lengths, longest_candidate
-from flamingo_jax.evaluation.selection.shots import MediaEncoder
-from flamingo_jax.inference.device_model import most_tokens
+from flamingo_jax.evaluation.protocol.lengths import longest_candidate
 from flamingo_jax.inference.engine import Engine
 from flamingo_jax.inference.prompts import Prompt
 from flamingo_jax.processing.tokenizer import Tokenizer
@@ -53,7 +49,7 @@ class Classification:
 
     def check(self, settings: EvaluationSettings) -> None:
         """Raises UserError where there are too few examples, or two classes of one name."""
-        check_examples(self, settings, 0)
+        check_examples(self, settings)
         twice = [name for name, count in Counter(self.classes).items() if count > 1]
         if twice:
             raise UserError(
@@ -64,7 +60,11 @@ class Classification:
             if not self._candidates(query):
                 raise UserError(f"{self.name} has no candidate answers for the query {query.id}")
 
-    def further(self, tokenizer: Tokenizer) -> int:
+    def text_examples(self, settings: EvaluationSettings) -> int:
+        """Returns 0: zero-shot prompts have no text-only examples."""
+        return 0
+
+    def further(self, settings: EvaluationSettings, tokenizer: Tokenizer) -> int:
         """Returns the number of tokens of the longest candidate."""
         texts = {text for query in self.queries for text in self._candidates(query)}
         return longest_candidate(texts, tokenizer)
@@ -88,23 +88,14 @@ class Classification:
             means = [np.mean(rows, axis=0) for rows in zip(*found, strict=True)]
             return list(map(ranked, asked, names, means))
 
-        how = Preprocessing.of(engine.config, settings.frames, settings.fps)
-        with MediaPool(how) as pool:
-            settings = (
-                settings if settings.shots > 1 else dataclasses.replace(settings, permutations=1)
-            )
-            asked = few_shot_prompts(self, MediaEncoder(engine, pool), settings, 0)
-            further = self.further(engine.tokenizer)
-            check_lengths(self.name, asked, further, engine.tokenizer, most_tokens(engine.config))
-            title = title_of(self.name, settings.shots)
-            predictions = ask_all(title, asked, answer, pool, journal, engine.batch_size)
+        predictions, waited = ask_few_shot(self, engine, settings, answer, journal)
         if not self.scored:
-            return BenchmarkResult(self.name, settings.shots, {}, predictions, pool.waited)
+            return BenchmarkResult(self.name, settings.shots, {}, predictions, waited)
         predictions = [
             dataclasses.replace(one, score=exact_match(one.text, one.answers))
             for one in predictions
         ]
-        return summarise(self.name, settings.shots, predictions, pool.waited)
+        return summarise(self.name, settings.shots, predictions, waited)
 
 
 def ranked(asked: Asked, candidates: Sequence[str], scores: np.ndarray) -> Prediction:

@@ -7,10 +7,17 @@ from typing import Protocol
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation import prompts
 from flamingo_jax.evaluation.examples import BenchmarkExample
-from flamingo_jax.evaluation.protocol.asking import Asked
-from flamingo_jax.evaluation.protocol.benchmark import EvaluationSettings
+from flamingo_jax.evaluation.media import MediaPool, Preprocessing
+from flamingo_jax.evaluation.protocol.asking import Answer, Asked, ask_all
+from flamingo_jax.evaluation.protocol.benchmark import EvaluationSettings, Prediction, title_of
+from flamingo_jax.evaluation.protocol.journal import Journal
+from flamingo_jax.evaluation.protocol.lengths import check_lengths
 from flamingo_jax.evaluation.selection.shots import MediaEncoder, choose_shots, group_of, keyed_rng
+from flamingo_jax.experiment import FlamingoConfig
+from flamingo_jax.inference.device_model import most_tokens
+from flamingo_jax.inference.engine import Engine
 from flamingo_jax.paths import as_path
+from flamingo_jax.processing.tokenizer import Tokenizer
 
 
 class HasSupport(Protocol):
@@ -24,12 +31,16 @@ class HasSupport(Protocol):
     def support(self) -> Sequence[BenchmarkExample]: ...
     @property
     def template(self) -> prompts.PromptTemplate: ...
+    def text_examples(self, settings: EvaluationSettings) -> int:
+        """Returns the number of text-only examples of a zero-shot prompt."""
+
+    def further(self, settings: EvaluationSettings, tokenizer: Tokenizer) -> int:
+        """Returns the number of tokens that may follow a prompt."""
 
 
-def check_examples(benchmark: HasSupport, settings: EvaluationSettings, text_examples: int) -> None:
+def check_examples(benchmark: HasSupport, settings: EvaluationSettings) -> None:
     """Checks that there are queries, and enough support examples for their prompts.
 
-    text_examples: number of text-only examples of a zero-shot prompt.
     Raises: UserError that says how many support examples are needed.
     """
     support, name = benchmark.support, benchmark.name
@@ -52,7 +63,11 @@ def check_examples(benchmark: HasSupport, settings: EvaluationSettings, text_exa
             f"{name} gives each query its own shots, and no more than {fewest} to some: ask for"
             " fewer shots"
         )
-    need = max(settings.shots, 0 if settings.shots else text_examples) if asked else 0
+    need = (
+        max(settings.shots, 0 if settings.shots else benchmark.text_examples(settings))
+        if asked
+        else 0
+    )
     # A query is never its own example, nor is one of its cluster.
     alike = Counter(group_of(example) for example in support) if settings.shots else Counter()
     left = len(support) - max((alike[group_of(query)] for query in asked), default=0)
@@ -64,21 +79,52 @@ def check_examples(benchmark: HasSupport, settings: EvaluationSettings, text_exa
         )
 
 
+def ask_few_shot(
+    benchmark: HasSupport,
+    engine: Engine,
+    settings: EvaluationSettings,
+    answer: Answer,
+    journal: Journal,
+) -> tuple[list[Prediction], float]:
+    """Writes every query's prompt and asks the model.
+
+    Returns: (the predictions, seconds that the model waited for images and clips).
+    Raises: UserError where a prompt does not fit in the model's context.
+    """
+    with MediaPool(Preprocessing.of(engine.config, settings.frames, settings.fps)) as pool:
+        asked = few_shot_prompts(benchmark, MediaEncoder(engine, pool), settings)
+        check_fits(benchmark, asked, settings, engine.config, engine.tokenizer)
+        title = title_of(benchmark.name, settings.shots)
+        predictions = ask_all(title, asked, answer, pool, journal, engine.batch_size)
+    return predictions, pool.waited
+
+
+def check_fits(
+    benchmark: HasSupport,
+    asked: Sequence[Asked],
+    settings: EvaluationSettings,
+    config: FlamingoConfig,
+    tokenizer: Tokenizer,
+) -> None:
+    """Raises UserError where a prompt and what follows it do not fit in the model's context."""
+    further = benchmark.further(settings, tokenizer)
+    check_lengths(benchmark.name, asked, further, tokenizer, most_tokens(config))
+
+
 def few_shot_prompts(
     benchmark: HasSupport,
     encoder: MediaEncoder | None,
     settings: EvaluationSettings,
-    text_examples: int,
 ) -> list[Asked]:
-    """Writes each query's prompt: its shots, or `text_examples` text-only examples if it has
-    none, then the query up to its answer. With `settings.permutations` > 1 it is written with
-    its shots in as many random orders.
+    """Writes each query's prompt: its shots, or text-only examples if it has none, then the query
+    up to its answer. With `settings.permutations` > 1 it is written with its shots in as many
+    random orders.
     """
     support, template = benchmark.support, benchmark.template
     if not settings.shots:
         # All zero-shot prompts start with the same text-only examples.
         order = keyed_rng(settings.seed, benchmark.name).permutation(len(support))
-        text_only = [support[place] for place in order[:text_examples]]
+        text_only = [support[place] for place in order[: benchmark.text_examples(settings)]]
         return [
             Asked(query, (prompts.few_shot(query, [], text_only, template),), ())
             for query in benchmark.queries
@@ -122,7 +168,7 @@ def _asked(
 ) -> Asked:
     """Writes a query's prompts; the images of its shots may be taken away."""
     orders = [list(shots)]
-    if settings.permutations > 1:
+    if settings.permutations > 1 and len(shots) > 1:
         orders = []
         for number in range(settings.permutations):
             rng = keyed_rng(settings.seed, f"{query.id}/permutation {number}")

@@ -11,24 +11,20 @@ import numpy as np
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation import prompts
 from flamingo_jax.evaluation.examples import BenchmarkExample
-from flamingo_jax.evaluation.media import MediaPool, Preprocessing
 from flamingo_jax.evaluation.metrics.exact_match import Metric, exact_match
 from flamingo_jax.evaluation.metrics.vqa_accuracy import vqa_accuracy
-from flamingo_jax.evaluation.protocol.asking import Asked, ask_all
+from flamingo_jax.evaluation.protocol.asking import Asked
 from flamingo_jax.evaluation.protocol.benchmark import (
     BenchmarkResult,
     EvaluationSettings,
     Prediction,
     summarise,
-    title_of,
 )
-from flamingo_jax.evaluation.protocol.few_shot import check_examples, few_shot_prompts
+from flamingo_jax.evaluation.protocol.few_shot import ask_few_shot, check_examples
 from flamingo_jax.evaluation.protocol.journal import NOT_KEPT, Journal
-from flamingo_jax.evaluation.protocol.lengths import check_lengths
-from flamingo_jax.evaluation.selection.shots import MediaEncoder
-from flamingo_jax.inference.device_model import most_tokens
 from flamingo_jax.inference.engine import Engine
 from flamingo_jax.inference.prompts import Prompt
+from flamingo_jax.processing.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +53,15 @@ class OpenEnded:
                 f"{self.name} is open-ended, and only log-likelihoods of given answers are averaged"
                 " over permutations of the shots: set permutations to 1"
             )
-        check_examples(self, settings, settings.text_examples)
+        check_examples(self, settings)
+
+    def text_examples(self, settings: EvaluationSettings) -> int:
+        """Returns the number of text-only examples of a zero-shot prompt."""
+        return settings.text_examples
+
+    def further(self, settings: EvaluationSettings, tokenizer: Tokenizer) -> int:
+        """Returns the number of tokens of an answer at most."""
+        return settings.decoding.max_tokens
 
     def run(
         self, engine: Engine, settings: EvaluationSettings, journal: Journal = NOT_KEPT
@@ -72,22 +76,14 @@ class OpenEnded:
                 for one, completion in zip(asked, found, strict=True)
             ]
 
-        how = Preprocessing.of(engine.config, settings.frames, settings.fps)
-        with MediaPool(how) as pool:
-            asked = few_shot_prompts(
-                self, MediaEncoder(engine, pool), settings, settings.text_examples
-            )
-            further = settings.decoding.max_tokens
-            check_lengths(self.name, asked, further, engine.tokenizer, most_tokens(engine.config))
-            title = title_of(self.name, settings.shots)
-            predictions = ask_all(title, asked, answer, pool, journal, engine.batch_size)
+        predictions, waited = ask_few_shot(self, engine, settings, answer, journal)
         if self.metric is None:
-            return BenchmarkResult(self.name, settings.shots, {}, predictions, pool.waited)
+            return BenchmarkResult(self.name, settings.shots, {}, predictions, waited)
         predictions = [
             dataclasses.replace(one, score=self.metric(one.text, one.answers))
             for one in predictions
         ]
-        result = summarise(self.name, settings.shots, predictions, pool.waited)
+        result = summarise(self.name, settings.shots, predictions, waited)
         if not self.majority_answer:
             return result
         majority = float(

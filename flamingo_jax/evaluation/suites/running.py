@@ -24,9 +24,8 @@ from rich.console import Console
 from flamingo_jax.errors import UserError
 from flamingo_jax.evaluation.media import Preprocessing
 from flamingo_jax.evaluation.protocol.classification import Classification
-from flamingo_jax.evaluation.protocol.few_shot import few_shot_prompts
+from flamingo_jax.evaluation.protocol.few_shot import check_fits, few_shot_prompts
 from flamingo_jax.evaluation.protocol.journal import JournalFile
-from flamingo_jax.evaluation.protocol.lengths import check_lengths
 from flamingo_jax.evaluation.protocol.open_ended import OpenEnded
 from flamingo_jax.evaluation.results.result_file import (
     PAPER_SCALE,
@@ -47,7 +46,6 @@ from flamingo_jax.evaluation.suites.cells import (
 )
 from flamingo_jax.evaluation.suites.evaluation_run import EvaluationRun
 from flamingo_jax.experiment import FlamingoConfig
-from flamingo_jax.inference.device_model import most_tokens
 from flamingo_jax.inference.engine import Engine
 from flamingo_jax.inference.loading import load_flamingo, open_flamingo
 from flamingo_jax.paths import make_folder
@@ -325,12 +323,7 @@ def check_prompts(
             continue
         if how.shots and how.selection == "rices":
             continue
-        if isinstance(asked, OpenEnded):
-            texts, further = how.text_examples, how.decoding.max_tokens
-        else:
-            texts, further = 0, asked.further(tokenizer)
-        written = few_shot_prompts(asked, None, how, texts)
-        check_lengths(asked.name, written, further, tokenizer, most_tokens(config))
+        check_fits(asked, few_shot_prompts(asked, None, how), how, config, tokenizer)
 
 
 @functools.cache
